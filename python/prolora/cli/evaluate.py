@@ -119,8 +119,12 @@ class Where:
 
     panel: ClassVar[str] = "Resources"
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
-    ] = "cpu"
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
+        ),
+    ] = "auto"
     cache: CacheOption = None
 
 

@@ -30,9 +30,9 @@ from ..workflow.output_paths import check_beside
 from .console import PlainConsole, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
+    FleetResources,
     JsonOption,
     QuietOption,
-    Resources,
     base_option,
     expand_options,
     path_argument,
@@ -109,7 +109,7 @@ def migrate(
         Path, path_option("Folder of the results.", "--output", "-o", metavar="FOLDER")
     ],
     how: MigrationOptions,
-    resources: Resources,
+    resources: FleetResources,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

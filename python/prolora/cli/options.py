@@ -289,8 +289,12 @@ class Resources:
 
     panel: ClassVar[str] = "Resources"
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
-    ] = "cpu"
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
+        ),
+    ] = "auto"
     max_memory: Annotated[
         str,
         typer.Option(
@@ -334,6 +338,15 @@ class Resources:
             log.warning("nothing is kept for the next LoRA: %s", error)
             return None
         return folder
+
+
+@dataclass
+class FleetResources(Resources):
+    """Those of each worker, which may be many and need not be on this machine."""
+
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
+    ] = "cpu"
 
 
 _HELP_ALL = "prolora.help_all"

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, get_args
 from ..bases.base import Progress
 from ..core.methods import MethodChoice
 from ..core.option_fields import option, take_option
+from ..core.validation import DeviceLike
 from ..errors import InvalidOption
 from ..probe.settings import FitSettings
 from .options import TransferOptions, check_choice
@@ -65,7 +66,7 @@ class EvaluationOptions:
         panel=JUDGING,
     )
     cache: str | PathLike[str] | None = take_option(TransferOptions, "cache")
-    device: str | None = take_option(TransferOptions, "device")
+    device: DeviceLike = take_option(TransferOptions, "device")
     progress: Progress | None = take_option(TransferOptions, "progress")
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class EvaluationChanges(TypedDict, total=False):
     again: bool
     overwrite: bool
     cache: str | PathLike[str] | None
-    device: str | None
+    device: DeviceLike
     progress: Progress | None
 
 

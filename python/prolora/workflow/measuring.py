@@ -17,6 +17,7 @@ from ..bases.base import Progress
 from ..bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ..core.lowrank import LowRank
 from ..core.methods import MethodChoice
+from ..core.validation import DeviceLike
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..probe.checkpoint import open_checkpoints
 from ..probe.default_prompts import derive_prompts
@@ -121,7 +122,7 @@ def open_models(
     adapter: Adapter,
     settings: FitSettings,
     samplers: tuple[Sample, Sample] | None,
-    device: str | None,
+    device: DeviceLike,
 ) -> Iterator[RunningModels]:
     """Loads the pipelines, or takes those at hand; text encoders run with the LoRA, as in a fit.
 
@@ -195,7 +196,7 @@ def begin_fit(
     return dict(done.adapter.updates), spent * price_predictions(foreseen.predictions)
 
 
-def _open_pipeline(side: MeasuredSide, device: str | None) -> Any:
+def _open_pipeline(side: MeasuredSide, device: DeviceLike) -> Any:
     from ..probe.pipelines import Pipeline, open_pipeline
 
     if side.pipe is None:

@@ -26,7 +26,7 @@ from ..core.methods import Method, MethodChoice, Needs, find_method
 from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
-from ..core.validation import resolve_device
+from ..core.validation import DeviceLike, resolve_device
 from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
@@ -214,9 +214,10 @@ class TransferOptions:
         metavar="FOLDER",
         decides=False,
     )
-    device: str | None = option(
+    device: DeviceLike = option(
         None,
-        'Where to compute: cpu, cuda, cuda:1; "auto" means a GPU where there is one.',
+        "Where to compute: cpu, cuda, cuda:1, or a torch.device. Default: auto, a GPU where there "
+        "is one, and else the CPU.",
         metavar="DEVICE",
         decides=False,
     )
@@ -358,7 +359,7 @@ class OptionChanges(TypedDict, total=False):
     dtype: DtypeLike | None
     overwrite: bool
     cache: str | PathLike[str] | None
-    device: str | None
+    device: DeviceLike
     max_memory: int | str | None
     progress: Progress | None
 
@@ -367,8 +368,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
-def settle_options(options: Options, changes: Mapping[str, Any]) -> Options:
-    """The options with changes made by keyword.
+def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
+    """The options with changes made by keyword, and the device chosen where none is asked for.
+
+    Args:
+        options: as they were given.
+        changes: name -> value.
+        here: whether this process computes. It is not asked for its devices otherwise, nor when
+            options are made, as the default ones are while the package is imported.
 
     Raises:
         InvalidOption: an option that there is not, or a value that it does not take.
@@ -380,7 +387,11 @@ def settle_options(options: Options, changes: Mapping[str, Any]) -> Options:
             hint = f"; did you mean {near[0]}?" if near else ""
             hint = f": {FIT_INSTEAD}" if name == "probe" else hint
             raise InvalidOption(f"there is no option {name!r}{hint}")
-    return replace(options, **changes)
+    settled = replace(options, **changes)
+    if here and getattr(settled, "device", "") is None:
+        choice: Any = {"device": resolve_device(AUTO)}
+        settled = replace(settled, **choice)
+    return settled
 
 
 def takes_options(function: Function) -> Function:

@@ -13,7 +13,7 @@ from ...core.basis import Basis
 from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...core.rank_rule import Rank, read_rank
-from ...core.validation import resolve_device
+from ...core.validation import DeviceLike, resolve_device
 from ...files.sizes import parse_limit
 from .. import BaseLike, open_base
 from ..base import Progress
@@ -57,7 +57,7 @@ def survey_base(
     rank: Rank,
     *,
     cache: CacheLike = None,
-    device: str | None = None,
+    device: DeviceLike = None,
     max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> list[ShapeSurvey]:

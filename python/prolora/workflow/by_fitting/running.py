@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ...adapters.training_words import read_training_words
 from ...architectures.modules import is_in_text_encoder
 from ...bases import vae
 from ...bases.memory import resident_bytes
 from ...core.lowrank import LowRank
+from ...core.validation import DeviceLike
 from ...errors import InvalidOption, TooLittleMemory
 from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
@@ -265,7 +268,7 @@ def _open_both(
             model.encode_prompts(model.derive_target_settings(sampled))
         model.release_encoders()
         if job.card is not None and options.device is not None:
-            model.move_to_card(options.device, job.card.rooms[len(models)], job.card.tile)
+            model.move_to_card(str(options.device), job.card.rooms[len(models)], job.card.tile)
         else:
             model.restore()
         models.append(model)
@@ -296,12 +299,12 @@ def plan_memory_of_card(job: FitJob) -> CardPlan | None:
     return plan_card(options.card_limit, (source, target), options, max(rank, own), crosses)
 
 
-def _is_card(device: str | None) -> bool:
+def _is_card(device: DeviceLike) -> bool:
     """Whether a device has memory of its own."""
-    return device is not None and not device.startswith("cpu")
+    return device is not None and torch.device(device).type != "cpu"
 
 
-def _check_memory(limit: int, source: Path, target: Path, device: str | None) -> None:
+def _check_memory(limit: int, source: Path, target: Path, device: DeviceLike) -> None:
     """Refuses a bound that the models alone exceed, before they are loaded.
 
     Raises:
