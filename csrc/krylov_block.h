@@ -12,6 +12,8 @@
 // and a large matrix a, which is read once; then panel_qr with all else that is small, a block a
 // matrix. Seven launches. Where so few tiles would leave a GPU idle, the sums of a product are cut
 // into parts, which another kernel adds up in their order, so that results repeat bit by bit.
+// Both passes take the whole basis: the last two blocks of it alone in the first one would do where
+// no vector has converged yet, but not where some have (σ_i = i^-2).
 // 4 width d n flops for W, 8 width d size for K, and panel_qr's; W is read twice, K four times.
 #pragma once
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mini import write_case
 
-from prolora import UnsupportedFormat, inspect, open_base
+from prolora import ProLoRAError, UnsupportedFormat, inspect, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
 from prolora.bases.quantised.weight import find_kind
@@ -197,6 +197,60 @@ def test_no_description_of_torchao_ends_in_anything_but_a_weight_or_a_refusal(
         open_base(path).read(Q)
     except UnsupportedFormat as error:
         assert Q in str(error)
+
+
+MUTATIONS = {
+    "dropped": lambda part, _: None,
+    "cut": lambda part, n: part[: n % (len(part) + 1)] if part.dim() else part,
+    "narrowed": lambda part, n: part[..., : n % (part.shape[-1] + 1)] if part.dim() else part,
+    "without rows": lambda part, _: part.new_zeros(0, *part.shape[1:]),
+    "without columns": lambda part, _: part.new_zeros(*part.shape[:-1], 0),
+    "a number": lambda part, _: part.new_zeros(()),
+    "one number": lambda part, _: part.flatten()[:1],
+    "transposed": lambda part, _: part.mT if part.dim() > 1 else part,
+    "flat": lambda part, _: part.flatten(),
+    "one axis more": lambda part, _: part[None],
+    "twice": lambda part, _: torch.stack([part, part]),
+    "of another type": lambda part, n: part.float().to(TYPES[n % len(TYPES)]),
+    "zero": lambda part, _: torch.zeros_like(part),
+}
+TYPES = [*(getattr(torch, f"{u}int{n}") for u in ("", "u") for n in (8, 32, 64)), torch.bool]
+TYPES += [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_no_part_ends_in_anything_but_a_weight_or_a_refusal_by_name(kind, data, tmp_path_factory):
+    parts, metadata, _ = layer(kind)
+    for _ in range(data.draw(st.integers(1, 2))):
+        key = data.draw(st.sampled_from(sorted(parts)))
+        how = data.draw(st.sampled_from(sorted(MUTATIONS)))
+        changed = MUTATIONS[how](parts.pop(key), data.draw(st.integers(0, 400)))
+        if changed is not None:
+            parts[key] = changed.contiguous().clone()
+        if not parts:
+            return
+    path = tmp_path_factory.mktemp("x") / "x.safetensors"
+    write_safetensors(path, parts, metadata)
+    try:
+        for weight in open_base(path).weights.values():
+            assert weight.read().shape == weight.shape
+            assert weight.read_rows(1, weight.shape[0]).shape[1:] == weight.shape[1:]
+    except ProLoRAError as error:
+        assert Q in str(error) or str(path) in str(error)
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(()), torch.zeros(0, 4), torch.zeros(4, 0)])
+@pytest.mark.parametrize("format", ["int5_of_tomorrow", "asym_w4a8_int8", "float8_e4m3fn", None])
+def test_codes_without_rows_are_refused_by_name_whatever_their_note_says(codes, format):
+    parts = {f"{Q}.weight": codes.to(torch.float8_e4m3fn if format is None else torch.uint8)}
+    parts |= {f"{Q}.weight_scale": torch.ones(()), f"{Q}.weight_s_rel": torch.ones(4, 1)}
+    if format:
+        note = json.dumps({"format": format}).encode()
+        parts[f"{Q}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    with pytest.raises(UnsupportedFormat, match=f"{Q}.weight "):
+        open_base(parts)
 
 
 def test_rows_that_were_added_for_the_matrix_unit_are_no_rows_of_the_weight(tmp_path):

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
@@ -451,6 +452,16 @@ def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
     check_choice("dtype", dtype, get_args(DtypeName))
     named: torch.dtype = getattr(torch, dtype)
     return named
+
+
+def name_lora(lora: LoraLike | None) -> str:
+    """The name of its file or folder, and what is said of a LoRA in memory."""
+    return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
+
+
+def begin_message(lora: LoraLike) -> str:
+    """The beginning of a message about a LoRA: where it lies, nothing of one in memory."""
+    return f"{lora}: " if isinstance(lora, str | PathLike) else ""
 
 
 DEFAULT_OPTIONS = TransferOptions()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prolora import errors, truncated_svd
 from prolora.core.ops import native, torch_twin
 from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
-from prolora.core.svd import stacks
+from prolora.core.svd import krylov, stacks
 from prolora.core.svd.block_basis import BlockBasis
 from prolora.core.svd.products import ImpliedGram
 
@@ -307,6 +307,14 @@ def test_nobody_gets_the_op_without_asking(monkeypatch, dtype):
     monkeypatch.setenv("PROLORA_KERNELS", "krylov_blok")
     with pytest.raises(errors.ProLoRAError, match=r"krylov_blok.*krylov_block"):
         truncated_svd(w, 48)
+
+
+def test_a_card_without_the_kernels_multiplies_its_float32_copy(asked):
+    """Rather than make a copy for each block, as the twin would."""
+    w = stack_of_16_bits(96, 120)
+    assert krylov._takes_stored(w.float(), w)
+    elsewhere = w.to("meta")
+    assert not krylov._takes_stored(elsewhere.float(), elsewhere)
 
 
 @pytest.mark.slow

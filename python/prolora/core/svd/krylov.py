@@ -171,7 +171,10 @@ def _takes_stored(w: Tensor, stored: Tensor | None) -> bool:
     """Whether the op `krylov_block` finds the blocks, from w as it is stored."""
     if decides_freely(w) or not native.is_asked("krylov_block"):
         return False
-    return stored is not None and stored.dtype in STORED
+    if stored is None or stored.dtype not in STORED:
+        return False
+    # The op's twin would make a float32 copy for each block.
+    return w.is_cpu or native.kernels_for("krylov_block", w.device) is not None
 
 
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:
