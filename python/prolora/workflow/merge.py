@@ -90,8 +90,8 @@ def merge(
 
     Raises:
         InvalidOption: fewer than two LoRAs, or not one strength or base for each.
-        WrongBase: the LoRAs are for different models, and their bases are not given; or a LoRA is
-            of `target` and not of its source.
+        WrongBase: the LoRAs are for different models, and their bases are not given; they are for
+            both experts of one; or a LoRA is of `target` and not of its source.
         ShapeMismatch: two LoRAs have a module in different shapes.
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
