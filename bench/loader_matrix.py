@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from check_families import select_blocks
 from families import linear_shapes
+from loader_programs import PROGRAMS, Keys, Open, Read
 from torch import Tensor
 
 from prolora.adapters import Adapter
@@ -37,21 +38,17 @@ from prolora.adapters.formats.groups import file_paths
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Spelling
-from prolora.architectures.layouts import load_layout
+from prolora.architectures.layouts import UNUSED, load_layout
 from prolora.architectures.modules import find_block
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
-
-Keys = dict[str, list[str]]
-Read = Callable[[dict[str, Tensor], Keys], set[str]]
-"""(tensors of a file, canonical module -> its keys) -> the keys that a program takes."""
-Open = Callable[[Family, str], Read | None]
-"""A program's reader for one published size; None where it has no such model."""
 
 RESULTS = Path(__file__).parent / "results/loaders.json"
 TABLE = Path(loaders.__file__).with_suffix(".json")
 WHOLE: list[bool] = []
 """Not empty: LoRAs have all blocks, for programs that count them."""
+TOLD: list[str] = []
+"""Errors of programs that were printed: the same comes for every pattern that is tried."""
 SPELLINGS = (
     Spelling("diffusion_model.", "authors"),
     Spelling("diffusion_model.", "diffusers"),
@@ -85,7 +82,11 @@ def list_layouts(family: Family) -> list[str]:
 def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
     """The linear layers outside blocks and in the first two and the last block of every stack."""
     family, shapes = known_families()[id_], linear_shapes(layout)
-    shapes = {n: s for n, s in shapes.items() if family.find_pattern(n) not in family.not_linear}
+    shapes = {
+        name: shape
+        for name, shape in shapes.items()
+        if family.find_pattern(name) not in family.not_linear and not name.startswith(UNUSED)
+    }
     if family.unet or WHOLE:
         return shapes
     chosen = {*select_blocks(list(shapes)), *(name for name in shapes if not find_block(name))}
@@ -107,7 +108,7 @@ def list_rows(family: Family) -> list[tuple[str, str, Spelling | None]]:
     if family.unet:
         return [(format, format, None) for format in UNET_FORMATS]
     rows = []
-    for spelling in SPELLINGS:
+    for spelling in dict.fromkeys((*SPELLINGS, *family.spellings.values())):
         if spelling.names == "authors" and not family.authors:
             continue
         format = "diffusers" if spelling.dotted else "kohya"
@@ -142,7 +143,10 @@ def measure(
         try:
             taken = read(dict(tensors), keys) & tensors.keys()
         except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            print(f"  {family.id} {row[0]}: {type(error).__name__}: {error}"[:200], flush=True)
+            told = f"  {family.id} {row[0]}: {type(error).__name__}"
+            if told not in TOLD:
+                TOLD.append(told)
+                print(f"{told}: {error}"[:200], flush=True)
             taken = set()  # a program that stops reads nothing
         modules = {name: set(of) <= taken for name, of in keys.items()}
         return modules, len(taken), len(tensors)
@@ -305,10 +309,8 @@ def format_table(table: dict[str, Any]) -> str:
 
 def main() -> None:
     """Reads the arguments, runs the program's code, writes the counts."""
-    import loader_programs
-
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("program", choices=[*sorted(loader_programs.PROGRAMS), "table"])
+    parser.add_argument("program", choices=[*PROGRAMS, "table"])
     parser.add_argument("checkout", type=Path, nargs="?")
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
@@ -320,15 +322,15 @@ def main() -> None:
         TABLE.write_text(format_table(make_table(raw)), "utf-8")
         return
     WHOLE.extend([True] * arguments.whole)
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     # Files in spellings that no program is known to read are what this measures.
     loaders.is_read = lambda family, spelling: True
     sys.argv = sys.argv[:1]
-    title, open_checkout = loader_programs.PROGRAMS[arguments.program]
-    open_program = open_checkout(arguments.checkout.resolve())
+    program = PROGRAMS[arguments.program]
+    open_program = program.open(arguments.checkout.resolve())
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
     before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
-    facts = {"title": title, "version": version, "how": "run", "families": before}
+    facts = {"title": program.title, "version": version, "how": "run", "families": before}
     raw[arguments.program] = facts
     for table in tabulate(open_program, arguments.families or list(known_families())):
         facts["families"] = {**before, **table}

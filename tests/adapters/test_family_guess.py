@@ -145,3 +145,63 @@ def test_nobody_is_said_to_read_a_kind_that_was_not_tried(tmp_path):
     save_file({f"{key}.lokr_{x}": t for x, t in factors.items()}, tmp_path / "lokr.safetensors")
     told = inspect(tmp_path / "lokr.safetensors")
     assert told.family == "sdxl" and told.readers == told.part_readers == told.non_readers == []
+
+
+def write_spelled(path, layout, spell):
+    """A LoRA of rank 1 on the attention and feed-forward layers, as a trainer spells them."""
+    linear = load_layout(layout).shapes
+    tensors = {}
+    for name in load_layout(layout).adapted:
+        if len(linear[name]) == 2:
+            up, down, stem = spell(name)
+            tensors[stem + up] = torch.zeros(linear[name][0], 1)
+            tensors[stem + down] = torch.zeros(1, linear[name][1])
+    save_file(tensors, path)
+    return inspect(path)
+
+
+def dotted(prefix):
+    return lambda name: (".lora_B.weight", ".lora_A.weight", prefix + name)
+
+
+def underscored(prefix):
+    ends = (".lora_up.weight", ".lora_down.weight")
+    return lambda name: (*ends, prefix + name.replace(".", "_"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "spell"),
+    [
+        ("hidream-o1", dotted("diffusion_model.")),  # ai-toolkit
+        ("hidream-o1", dotted("diffusion_model.model.")),  # ai-toolkit's first
+        ("hidream-o1", underscored("lora_unet_model_")),  # musubi-tuner
+        ("hidream-o1", underscored("lora_unet_")),
+        ("omnigen2", dotted("diffusion_model.")),  # ai-toolkit
+        ("omnigen2", dotted("transformer.")),  # its authors
+        ("omnigen2", dotted("")),
+        ("omnigen2", underscored("lora_unet_")),
+    ],
+)
+def test_trainers_spellings_of_hidream_o1_and_omnigen2_are_told(layout, spell, tmp_path):
+    told = write_spelled(tmp_path / "lora.safetensors", layout, spell)
+    assert told.families == [layout]
+    assert told.supported and set(told.modules) == {"transformer"}
+
+
+def test_musubis_hidream_o1_keeps_its_spelling_and_comfyuis_gets_no_prefix(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    told = write_spelled(lora, "hidream-o1", underscored("lora_unet_model_"))
+    assert "musubi-tuner" in told.readers and "ComfyUI" in told.non_readers
+    adapter = read_adapter(lora)
+    kept = encode_state_dict(adapter, format="auto")
+    assert all(key.startswith("lora_unet_model_") for key in kept)
+    for_comfy = encode_state_dict(adapter, format="comfyui")
+    assert "diffusion_model.language_model.layers.0.mlp.up_proj.lora_A.weight" in for_comfy
+
+
+def test_blocks_of_chroma_are_also_those_of_its_radiance(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    told = write_lora(lora, "chroma-radiance", "chroma", "comfy", in_block)
+    assert "chroma" in told.families and "ComfyUI" in told.readers
+    told = write_lora(lora, "chroma-radiance", "chroma", "comfy", lambda name: "nerf" in name)
+    assert told.families == ["chroma"] and "Forge" in told.non_readers

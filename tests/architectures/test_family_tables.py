@@ -36,6 +36,7 @@ def each_size(kind: str) -> pytest.MarkDecorator:
             for id_, family in FAMILIES.items()
             if id_ in ORACLES and getattr(ORACLES[id_], kind)
             for layout in family.layouts
+            if layout in PUBLISHED
         ],
     )
 

@@ -41,9 +41,12 @@ FEED_FORWARD = {
 IN_BLOCKS = {
     "auraflow": 4 * 16 + 32 * 8,
     "chroma": 19 * 12 + 38 * 5 + 5 * 2,
+    "chroma-radiance": 19 * 12 + 38 * 5 + 5 * 2 + 4,
+    "hidream-o1": 36 * 7 + 27 * 4,
     "hidream-i1": 16 * (9 + 16 + 3) + 32 * (5 + 16) + 49,
     "krea2": 28 * 8 + 4 * 8,
     "lumina2": 26 * 8 + 2 * 8 + 2 * 7,
+    "omnigen2": 32 * 8 + 2 * 8 + 2 * 8 + 2 * 7,
     "qwen-image-2.1": 32 * 7,
     "flux2-dev": 8 * 12 + 48 * 2,
     "flux2-klein-9b": 8 * 12 + 24 * 2,
@@ -51,8 +54,10 @@ IN_BLOCKS = {
     "qwen-image": 60 * 14,
     "z-image": 30 * 8 + 2 * 8 + 2 * 7,
 }
+ENCODE_TEXT_THEMSELVES = ("hidream-o1",)
 # Layouts that another one shares all its blocks with.
-TWINS = ("flux1-dev", "flux1-schnell", "flux1-fill", "chroma", "pixart-alpha", "pixart-sigma")
+FLUX_TWINS = ("flux1-dev", "flux1-schnell", "flux1-fill", "chroma", "chroma-radiance")
+TWINS = (*FLUX_TWINS, "pixart-alpha", "pixart-sigma")
 # (source, target, variant): over all attention of the target, (mapped, of the same shape).
 PAIRS = {
     ("sdxl", "ssd-1b", ""): (272, 272),
@@ -75,6 +80,7 @@ PAIRS = {
     ("flux1-dev", "chroma", ""): (266, 266),
     ("flux1-schnell", "chroma", ""): (266, 266),
     ("flux1-fill", "chroma", ""): (266, 266),
+    ("chroma", "chroma-radiance", ""): (266, 266),
     ("sd3-medium", "sd3.5-medium", ""): (191, 191),
     ("pixart-alpha", "pixart-sigma", ""): (224, 224),
     ("wan-t2v-14b", "wan2.1-vace-14b", ""): (320, 320),
@@ -126,7 +132,8 @@ def test_every_layout_has_the_published_number_of_attention_modules() -> None:
     for id_ in (*ATTENTION, *IN_BLOCKS):
         layout = layouts.load_layout(id_)
         assert bool(layout.unnamed_stacks) == (id_ in IN_BLOCKS)
-        assert layout.text_encoders and layout.id == id_ and layout.title
+        assert bool(layout.text_encoders) == (id_ not in ENCODE_TEXT_THEMSELVES)
+        assert layout.id == id_ and layout.title
     assert {id_: len(layouts.load_layout(id_).attention) for id_ in ATTENTION} == ATTENTION
     for id_ in ATTENTION:
         feed_forward = FEED_FORWARD.get(id_, ATTENTION[id_] // 4)

@@ -4,7 +4,8 @@
 
 A table is the names and shapes of all parameters of two or more axes, made on the meta device from
 the configuration that a model was published with. `PUBLISHED`, `VIDEOS` and `OTHERS` have the
-configurations where they differ from the defaults of the class, and where each is known from.
+configurations where they differ from the defaults of the class, and where each is known from;
+`ELSEWHERE` has what builds those that diffusers has no class of.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from published_elsewhere import ELSEWHERE
 from published_models import PUBLISHED, Published
 from published_others import OTHERS
 from published_videos import VIDEOS
@@ -25,6 +27,8 @@ TABLES = Path(__file__).parents[2] / "python/prolora/architectures/tables"
 def build_model(model: Published, **changes: object) -> torch.nn.Module:
     """The model of a class of diffusers, without memory for its weights."""
     with torch.device("meta"):
+        if model.build is not None:
+            return model.build()
         built = getattr(diffusers, model.cls).from_config({**model.config, **changes})
         for part, cls in model.attached.items():
             built.add_module(part, getattr(diffusers, cls)())
@@ -80,6 +84,6 @@ def format_table(id_: str, model: Published) -> str:
 
 
 if __name__ == "__main__":
-    models = {**PUBLISHED, **VIDEOS, **OTHERS}
+    models = {**PUBLISHED, **VIDEOS, **OTHERS, **ELSEWHERE}
     for id_ in sys.argv[1:] or models:
         (TABLES / f"{id_}.json").write_text(format_table(id_, models[id_]), "utf-8")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -11,12 +16,13 @@ class Published:
 
     Attributes:
         title: for people.
-        cls: its class in diffusers.
+        cls: its class in diffusers; empty where there is none.
         billions: parameters in all, as the class makes them: what is published, to more digits.
         source: where its configuration is known from.
         config: what differs from the defaults of the class.
         text_encoders: what it reads, in order.
         attached: part of its files that is another model in diffusers -> the class of that.
+        build: what makes it on the meta device, where diffusers has no class of it.
     """
 
     title: str
@@ -26,6 +32,7 @@ class Published:
     config: dict[str, object] = field(default_factory=dict)
     text_encoders: tuple[str, ...] = ()
     attached: dict[str, str] = field(default_factory=dict)
+    build: Callable[[], nn.Module] | None = None
 
 
 DEFAULTS = "the defaults of the class"

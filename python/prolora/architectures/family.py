@@ -52,6 +52,11 @@ def fuse_equal(*parts: str) -> Fused:
     return Fused(parts, (1,) * len(parts))
 
 
+def fuse_qkv(pattern: str) -> Fused:
+    """The fused matrix of queries, keys and values, whose names have q, k and v in place of {}."""
+    return fuse_equal(*map(pattern.format, "qkv"))
+
+
 class Spelling(NamedTuple):
     """How a file spells the modules of a family.
 
@@ -70,6 +75,8 @@ COMFY = Spelling("diffusion_model.", "authors")
 KOHYA = Spelling("lora_unet_", "authors", dotted=False)
 DIFFUSERS = Spelling("transformer.", "diffusers")
 PEFT = Spelling("base_model.model.", "diffusers")
+UNET = Spelling("unet.", "diffusers")
+UNET_KOHYA = Spelling("lora_unet_", "diffusers", dotted=False)
 SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
     {"comfy": COMFY, "kohya": KOHYA, "diffusers": DIFFUSERS, "peft": PEFT}
 )

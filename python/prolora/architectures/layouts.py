@@ -23,8 +23,10 @@ _FEED_FORWARD = re.compile(
 )
 # Parameters that are no layers: no LoRA trains them, and files have them in other shapes.
 _BARE = re.compile(r"_(?:table|tokens?|embed)$")
+# Layers of HiDream-O1 that nothing runs: files have them or not.
+UNUSED = ("visual.deepstack_merger_list.",)
 # Text encoders, and Anima's adapter of its own, which is a model of its own in diffusers' folders.
-_BESIDE = ("text_encoder", "llm_adapter.")
+BESIDE = ("text_encoder", "llm_adapter.", *UNUSED)
 _IN_BLOCK = re.compile(r"(?:^|_)(?:blocks|block)\.")
 # "{0-18}" in a table stands for every number from 0 to 18.
 _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
@@ -82,7 +84,7 @@ class Layout:
 
     def is_adapted(self, name: str) -> bool:
         """Whether most LoRAs train a module of this name, be it of the layout or not."""
-        if name.startswith(_BESIDE):
+        if name.startswith(BESIDE):
             return False
         if name.startswith(self.unnamed_stacks):
             return not _BARE.search(name)

@@ -143,9 +143,12 @@ def find_transformer_name(path: str) -> tuple[str, bool] | None:
 
 
 _KOHYA_STARTS = ("lora_unet", "lora_transformer", "lycoris")
+# As some tools write it; the last is musubi-tuner's, of HiDream-O1.
+_LONGER_STARTS = ("lora_unet_unet_", "lora_unet__", "lora_unet_model_")
 # The longest first.
 _DOTTED_STARTS = (
     ("model.diffusion_model.", "comfy"),
+    ("diffusion_model.model.", "comfy"),  # ai-toolkit's first HiDream-O1
     ("diffusion_model.", "comfy"),
     ("base_model.model.diffusion_model.", "comfy"),
     ("base_model.model.transformer.", "diffusers"),
@@ -163,7 +166,7 @@ def _cut_prefix(path: str) -> _Path | None:
     for start in _KOHYA_STARTS:
         if path.startswith(f"{start}_"):
             prefix = f"{start}_"
-            for longer in ("lora_unet_unet_", "lora_unet__"):  # as some tools write it
+            for longer in _LONGER_STARTS:
                 prefix = longer if path.startswith(longer) else prefix
             return _Path(prefix, path[len(prefix) :], "kohya", dotted=False)
         if path.startswith(f"{start}."):

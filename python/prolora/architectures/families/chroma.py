@@ -1,6 +1,7 @@
-"""Chroma: FLUX.1 schnell whose modulation comes from one small network.
+"""Chroma: FLUX.1 schnell whose modulation comes from one small network; and Radiance, in pixels.
 
-Its modules are called as those of FLUX.1, in diffusers and by the authors.
+Its modules are called as those of FLUX.1, in diffusers and by the authors. diffusers has no class
+of Radiance, whose first and last layers have one name only.
 """
 
 from ..family import Family
@@ -11,7 +12,7 @@ _REMOVED = ("time_in.", "guidance_in.", "vector_in.", "final_layer.adaLN_modulat
 FAMILY = Family(
     id="chroma",
     title="Chroma",
-    layouts=("chroma",),
+    layouts=("chroma", "chroma-radiance"),
     authors={
         name: entry
         for name, entry in FLUX.authors.items()
@@ -21,5 +22,9 @@ FAMILY = Family(
         "distilled_guidance_layer.layers.N.in_layer": "distilled_guidance_layer.layers.N.linear_1",
         "distilled_guidance_layer.layers.N.out_layer": "distilled_guidance_layer.layers.N.linear_2",
     },
-    claims={"chroma": "Chroma"},  # sd-scripts, ai-toolkit, OneTrainer
+    claims={
+        "chroma": "Chroma",  # sd-scripts, ai-toolkit, OneTrainer
+        "chroma_radiance": "Chroma Radiance",  # ai-toolkit
+    },
+    siblings=("Chroma and Chroma Radiance",),
 )

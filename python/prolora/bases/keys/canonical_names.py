@@ -112,8 +112,11 @@ def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def _unwrap(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The weights without a prefix that says nothing, where all matrices have it."""
-    matrices = [key for key, weight in weights.items() if len(weight.shape) > 1]
+    """The weights without a prefix that says nothing, where all matrices have it.
+
+    The head for words of a language model does not count: HiDream-O1 has one that nothing runs.
+    """
+    matrices = [k for k, w in weights.items() if len(w.shape) > 1 and k != "lm_head.weight"]
     for prefix in _WRAPPERS:
         if matrices and all(key.startswith(prefix) for key in matrices):
             return _take_prefix(weights, prefix)

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from ...architectures.families import known_families
 from ...architectures.family import Family
-from ...architectures.layouts import load_layout
+from ...architectures.layouts import BESIDE, load_layout
 from ...architectures.modules import find_block, matrix_shape
 from ...architectures.recognition import NamedMatrix, Recognition, find_parts, recognise_families
 from ...errors import ShapeMismatch
@@ -161,8 +161,9 @@ def find_family(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
 
 
 def _list_patterns(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
-    """The names of all matrices, with N in place of every number."""
-    return frozenset(_NUMBER.sub(".N", name) for name, shape in shapes.items() if len(shape) == 2)
+    """The names of all matrices that every file has, with N in place of every number."""
+    matrices = (name for name, shape in shapes.items() if len(shape) == 2)
+    return frozenset(_NUMBER.sub(".N", name) for name in matrices if not name.startswith(BESIDE))
 
 
 @cache

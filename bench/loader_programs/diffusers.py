@@ -1,0 +1,98 @@
+"""diffusers: what the loader of the family's pipeline makes of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from prolora.architectures.family import Family
+from prolora.architectures.layouts import load_layout
+from prolora.architectures.modules import matrix_shape
+
+from .common import Keys, Open, Read, enter, take_modules
+
+DIFFUSERS_PIPELINES = {
+    "auraflow": "AuraFlowPipeline",
+    "bk-sdm": "StableDiffusionPipeline",
+    "bria-fibo": "BriaFiboPipeline",
+    "chroma": "ChromaPipeline",
+    "cogvideox": "CogVideoXPipeline",
+    "cogview4": "CogView4Pipeline",
+    "cosmos": "AnimaModularPipeline",
+    "ernie-image": "ErnieImagePipeline",
+    "flux": "FluxPipeline",
+    "flux2": "Flux2Pipeline",
+    "flux3": "Flux3ModularPipeline",
+    "hidream": "HiDreamImagePipeline",
+    "hunyuan-video": "HunyuanVideoPipeline",
+    "hunyuan-video-1.5": "HunyuanVideo15ModularPipeline",
+    "ideogram4": "Ideogram4Pipeline",
+    "kandinsky5": "Kandinsky5T2VPipeline",
+    "koala": "StableDiffusionXLPipeline",
+    "krea2": "Krea2Pipeline",
+    "ltx2": "LTX2Pipeline",
+    "ltxv": "LTXPipeline",
+    "lumina2": "Lumina2Pipeline",
+    "minimax-h3": "MiniMaxH3ModularPipeline",
+    "mochi": "MochiPipeline",
+    "qwen-image": "QwenImagePipeline",
+    "qwen-image-2.1": "QwenImage21Pipeline",
+    "sana": "SanaPipeline",
+    "sd15": "StableDiffusionPipeline",
+    "sd21": "StableDiffusionPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "segmind-vega": "StableDiffusionXLPipeline",
+    "ssd-1b": "StableDiffusionXLPipeline",
+    "wan": "WanPipeline",
+    "z-image": "ZImagePipeline",
+}
+DIFFUSERS_LACKS = ("chroma-radiance",)
+"""Sizes of a family that it has no class of."""
+
+
+def open_program(checkout: Path) -> Open:
+    """`lora_state_dict` of the family's pipeline, which `load_lora_weights` calls first."""
+    enter(checkout)
+    import diffusers
+    from diffusers.configuration_utils import FrozenDict
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    blocks = {"sd15": 4, "sd21": 4, "bk-sdm": 4}
+
+    def open_model(family: Family, layout: str) -> Read | None:
+        pipeline = getattr(diffusers, DIFFUSERS_PIPELINES.get(family.id, " "), None)
+        if not hasattr(pipeline, "lora_state_dict") or layout in DIFFUSERS_LACKS:
+            return None
+        # Anima's adapter of text is a model of its own in diffusers.
+        shapes = load_layout(layout).shapes
+        shapes = {n: shape for n, shape in shapes.items() if not n.startswith("llm_adapter.")}
+        options = {}
+        if family.unet:
+            layers = 1 if family.id in ("koala", "bk-sdm") else 2
+            down = [""] * blocks.get(family.id, 3)
+            options["unet_config"] = FrozenDict(layers_per_block=layers, down_block_types=down)
+
+        def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
+            state = pipeline.lora_state_dict(tensors, **options)
+            state = state[0] if isinstance(state, tuple) else state
+            if family.unet:
+                state = convert_unet_state_dict_to_peft(state)
+            prefix, sizes = ("unet." if family.unet else "transformer."), {}
+            for key, tensor in state.items():
+                if key.startswith(prefix):
+                    path, _, end = key.removeprefix(prefix).partition(".lora_")
+                    sizes.setdefault(path, {})[end[:1]] = tensor
+            found = {
+                path
+                for path, size in sizes.items()
+                if path in shapes
+                and {"A", "B"} <= size.keys()
+                and (len(size["B"]), size["A"][0].numel()) == matrix_shape(shapes[path])
+            }
+            return take_modules(found, keys)
+
+        return read
+
+    return open_model
