@@ -16,7 +16,9 @@ from mini import write_case
 from prolora import ProLoRAError, UnsupportedFormat, inspect, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
+from prolora.bases.quantised.reading import join_quantised
 from prolora.bases.quantised.weight import find_kind
+from prolora.bases.weights import LoadedWeight
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.writing import write_safetensors
 
@@ -344,6 +346,26 @@ def test_the_shapes_of_a_kind_that_is_not_known_are_those_of_its_family():
     parts["model.diffusion_model.double_blocks.0.img_mlp.0.weight"] = codes[:, :100].clone()
     with pytest.raises(UnsupportedFormat, match="'int5_of_tomorrow', whose numbers and shape"):
         open_base(parts)
+
+
+def test_the_keys_of_a_checkpoint_are_not_gone_through_once_for_each_layer():
+    class Counted(dict):
+        turns = 0
+
+        def __iter__(self):
+            Counted.turns += 1
+            return super().__iter__()
+
+    note = torch.tensor(list(b'{"format": "int5_of_tomorrow"}'), dtype=torch.uint8)
+    parts = {}
+    for i in range(100):
+        name = f"double_blocks.{i}.img_mlp.0"
+        parts[f"{name}.weight"] = torch.empty(1).expand(12288, 3072).to(torch.uint8)
+        parts |= {f"{name}.weight_scales": torch.ones(3), f"{name}.comfy_quant": note}
+    weights = Counted({key: LoadedWeight(part, key) for key, part in parts.items()})
+    Counted.turns = 0
+    assert len(join_quantised(weights, [], "x")) == 100
+    assert Counted.turns < 30
 
 
 OLDER = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth"}

@@ -366,6 +366,23 @@ def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
         prolora.merge([tmp_path / "flux.safetensors", tmp_path / "sdxl.safetensors"])
 
 
+def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
+    sizes = {
+        "transformer_blocks.0.attn.to_q": (3072, 3072),
+        "transformer_blocks.0.img_mlp.net.0.proj": (12288, 3072),  # Qwen-Image's
+        "transformer_blocks.0.norm1.linear": (18432, 3072),  # FLUX.1's, and others'
+    }
+    either, one, other = (
+        {f"transformer.{n}.lora_A.weight": torch.zeros(1, i)}
+        | {f"transformer.{n}.lora_B.weight": torch.zeros(o, 1)}
+        for n, (o, i) in sizes.items()
+    )
+    for pair in ([either, one], [either, other]):
+        assert len(prolora.merge(pair).adapter.updates) == 2
+    with pytest.raises(prolora.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
+        prolora.merge([either, one, other])
+
+
 def test_modules_of_two_shapes_are_refused_by_name():
     one, _ = make_lora(1, 0)
     two = {k: torch.cat([v, v]) if "lora_up" in k else v for k, v in make_lora(1, 1)[0].items()}
@@ -377,7 +394,7 @@ def test_modules_of_two_shapes_are_refused_by_name():
     ("count", "changes", "text"),
     [
         (1, {}, "two LoRAs or more"),
-        (2, {"strengths": [1]}, "1 numbers for 2 LoRAs"),
+        (2, {"strengths": [1]}, "`strengths` is for 1 LoRAs, and there are 2"),
         (2, {"strengths": [1, 0]}, "none of them 0"),
         (2, {"strengths": [1, float("nan")]}, "none of them 0"),
         (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
@@ -385,7 +402,7 @@ def test_modules_of_two_shapes_are_refused_by_name():
         (2, {"blocks": "1,x;"}, "which is not a number"),
         (2, {"blocks": "none.such=1;"}, "block or module of"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),
-        (2, {"sources": [None]}, "1 bases are given for 2 LoRAs"),
+        (2, {"sources": [None]}, "`sources` is for 1 LoRAs, and there are 2"),
         (2, {"sources": [{"x.weight": torch.zeros(2, 2)}, None]}, "`target` is missing"),
     ],
 )
@@ -568,7 +585,10 @@ def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, mo
         prolora.merge_file([lora, lora], tmp_path / "out")
 
 
-@pytest.mark.parametrize("wrong", [{"strengths": 0.5}, {"blocks": 0.5}, {"blocks": [0.5, 1]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"strengths": 0.5}, {"blocks": 0.5}, {"blocks": [0.5, 1]}, {"sources": 1}, {"sources": "ab"}],
+)
 def test_a_number_where_a_list_belongs_is_refused(tmp_path, wrong):
     lora, *_ = write_case(tmp_path)
     with pytest.raises(prolora.InvalidOption, match=next(iter(wrong))):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
@@ -18,9 +17,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import read_moves, read_provenance
 from ..adapters.training_words import read_training_words
-from ..architectures.families import find_title, known_families
 from ..bases import Base, BaseLike, open_base
-from ..bases.experts import HIGH, LOW, find_expert
 from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
@@ -31,10 +28,9 @@ from ..errors import (
     OutputError,
     ProLoRAError,
     ShapeMismatch,
-    WrongBase,
 )
 from ..version import __version__
-from .base_check import are_one_base, explain_misfit, guess_lora_families, join_titles
+from .base_check import are_one_base, explain_misfit, guess_lora_families
 from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
 from .by_weights.base_pair import move_lora, prefix_notes
 from .by_weights.file_budget import OutputForm, describe_cuts
@@ -47,6 +43,7 @@ from .by_weights.rows import (
 )
 from .convert import read_plain
 from .in_words import MERGE
+from .merge_inputs import check_experts, check_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeChanges, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 from .module_report import ModuleReport
@@ -93,8 +90,8 @@ def merge(
 
     Raises:
         InvalidOption: fewer than two LoRAs, or not one strength or base for each.
-        WrongBase: the LoRAs are for different models, and their bases are not given; or a LoRA is
-            of `target` and not of its source.
+        WrongBase: the LoRAs are for different models, and their bases are not given; they are for
+            both experts of one; or a LoRA is of `target` and not of its source.
         ShapeMismatch: two LoRAs have a module in different shapes.
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
@@ -182,21 +179,18 @@ class _Merge:
         """Checks the numbers of all, and opens the bases."""
         if not isinstance(loras, Sequence) or isinstance(loras, str) or len(loras) < 2:
             raise InvalidOption("a merge takes two LoRAs or more")
+        if not isinstance(sources, Sequence) or isinstance(sources, str):
+            raise InvalidOption("`sources` must be a base or None for each LoRA, or none at all")
         count, strengths = len(loras), options.strengths
-        if strengths is not None and len(strengths) != count:
-            raise InvalidOption(
-                f"`strengths` has {len(strengths)} numbers for {count} LoRAs; give one for each"
-            )
-        if options.blocks is not None and len(options.blocks) != count:
-            raise InvalidOption(
-                f"`blocks` is for {len(options.blocks)} LoRAs, and there are {count}; separate "
-                "those of each LoRA by ;"
-            )
-        if sources and len(sources) != count:
-            raise InvalidOption(
-                f"{len(sources)} bases are given for {count} LoRAs; give one for each, in their "
-                "order, or none if all were trained on the base of the result"
-            )
+        for name, given, hint in (
+            ("strengths", strengths, "give one for each"),
+            ("blocks", options.blocks, "separate those of each LoRA by ;"),
+            ("sources", sources or None, "give the base of each in their order, or none at all"),
+        ):
+            if given is not None and len(given) != count:
+                raise InvalidOption(
+                    f"`{name}` is for {len(given)} LoRAs, and there are {count}; {hint}"
+                )
         if target is None and any(source is not None for source in sources):
             raise InvalidOption(
                 "LoRAs have bases of their own, and `target` is missing: which base is the result "
@@ -207,7 +201,7 @@ class _Merge:
             None if target is None else open_base(target),
             [None if s is None else open_base(s) for s in sources or [None] * count],
             options,
-            _name_loras(loras),
+            name_loras(loras),
             list(strengths or [1.0] * count),
         )
 
@@ -227,7 +221,10 @@ class _Merge:
     @in_full_precision
     def run(self, *, hashed: bool) -> Transfer:
         """Reads, moves and merges; `hashed` also writes a header, which reads the base's bytes."""
-        self._check_families()
+        names = self.names
+        if self.target is None:
+            check_families(names, self.loras)
+        check_experts([*names, self.target.name] if self.target else names, self.loras)
         for i in range(len(self.loras)):
             self._read(i)
         self._check_modules()
@@ -243,37 +240,12 @@ class _Merge:
             rows.append(row)
         merged = outline.with_updates(updates)
         if hashed:
-            merged = replace(merged, metadata=self._describe())
+            merged = replace(merged, metadata=self._describe(merged.metadata))
         fitted = form.fit(merged)
         told = describe_cuts(rows, merged, fitted)
         report = self._report(told, self._measure(fitted, dtype), merged)
         limit = None if fitted is merged else form.limit
         return Transfer(fitted, replace(report, file_limit=limit), self.inputs)
-
-    def _check_families(self) -> None:
-        """Refuses LoRAs of both experts of a model, or of models between which no base decides."""
-        known: list[tuple[str, tuple[str, ...]]] = []
-        for name, lora in zip(self.names, self.loras, strict=True):
-            families = guess_lora_families(lora)[0]
-            for other, theirs in known if self.target is None and families else ():
-                if not set(families) & set(theirs):
-                    raise WrongBase(
-                        f"{name} is for {_join_titles(families)}, and {other} is for "
-                        f"{_join_titles(theirs)}: one LoRA belongs to one base. Give `target`, the "
-                        "base of the result, and the base of each LoRA: they are moved first"
-                    )
-            if families:
-                known.append((name, families))
-        names = [*self.names, *([self.target.name] if self.target else [])]
-        experts = {find_expert(name): name for name in reversed(names)}
-        told = {id_ for _, families in known for id_ in families}
-        of_experts = [one.title for id_ in sorted(told) if (one := known_families()[id_]).experts]
-        if of_experts and HIGH in experts and LOW in experts:
-            raise WrongBase(
-                f"by their names {experts[HIGH]} is for high noise and {experts[LOW]} for low "
-                f"noise: {of_experts[0]} has an expert for each, and one LoRA belongs to one of "
-                "them. Merge those of each expert by themselves, or rename what is for both"
-            )
 
     def _read(self, i: int) -> None:
         """Reads a LoRA, and moves it where it has another base than the result."""
@@ -338,18 +310,15 @@ class _Merge:
         """Refuses a module that two LoRAs have in different shapes."""
         known: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, part in zip(self.names, self.parts, strict=True):
-            for module, update in part.updates.items():
-                shape = (*update.shape, *part.kernels.get(module, ()))
-                other, theirs = known.setdefault(module, (name, shape))
+            shapes = {m: (*u.shape, *part.kernels.get(m, ())) for m, u in part.updates.items()}
+            shapes |= {vector: tuple(tensor.shape) for vector, tensor in part.vectors.items()}
+            for held, shape in shapes.items():
+                other, theirs = known.setdefault(held, (name, shape))
                 if theirs != shape:
                     raise ShapeMismatch(
-                        f"{module} is {write_shape(shape)} in {name} and {write_shape(theirs)} in "
+                        f"{held} is {write_shape(shape)} in {name} and {write_shape(theirs)} in "
                         f"{other}: these LoRAs are for bases of different sizes"
                     )
-            for vector, tensor in part.vectors.items():
-                other, theirs = known.setdefault(vector, (name, tuple(tensor.shape)))
-                if theirs != tuple(tensor.shape):
-                    raise ShapeMismatch(f"{vector} has another length in {name} than in {other}")
 
     def _outline(self) -> Adapter:
         """The result with its vectors, and with zeros for updates."""
@@ -363,20 +332,18 @@ class _Merge:
                 (m, n), rank = update.shape, sum(ranks)
                 rank = min(m, n, rank) if len(ranks) > 1 else rank
                 updates[module] = LowRank(zero.expand(m, rank), zero.expand(rank, n))
-        return replace(
-            first,
-            updates=updates,
-            kernels=kernels,
+        return Adapter(
+            updates,
+            kernels,
             vectors=self._merge_vectors() if self.options.vectors == "copy" else {},
+            format=first.format,
+            spelling=first.spelling,
             family=self._choose_family(updates),
             style=next((p.style for p in self.parts if p.style), None),
             dtype=reduce(torch.promote_types, map(_stored_dtype, self.parts)),
-            metadata=combine_metadata(self._headers()),
-            algorithms={},
-            kept_energy={},
-            left_out={},
-            unread={},
-            refused=set(),
+            metadata=combine_metadata(
+                {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
+            ),
         )
 
     def _choose_family(self, updates: Mapping[str, LowRank]) -> str | None:
@@ -386,9 +353,6 @@ class _Merge:
         able, _ = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
         told = [part.family for part in self.parts if part.family]
         return next((family for family in told if family in able), told[0] if told else None)
-
-    def _headers(self) -> dict[str, dict[str, str]]:
-        return {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
 
     def _merge_vectors(self) -> dict[str, Tensor]:
         """Differences of biases and norms."""
@@ -425,19 +389,19 @@ class _Merge:
                 energies[i] += inner_product(part, part)
                 kept[i] += inner_product(part, written)
         known = zip(self.facts, energies, kept, strict=True)
-        return MergeReport(
-            tuple(
-                replace(f, energy=e, kept=k / e, placeless=f.placeless / e)
-                if e
-                else replace(f, kept=1.0)
-                for f, e, k in known
-            ),
-            tuple(overlaps),
+        told = (
+            replace(f, energy=e, kept=k / e, placeless=f.placeless / e) if e else replace(f, kept=1)
+            for f, e, k in known
         )
+        return MergeReport(tuple(told), tuple(overlaps))
 
-    def _describe(self) -> dict[str, str]:
-        """The header: of what the LoRA was merged and how; reads all of the result's base."""
-        combined, target = combine_metadata(self._headers()), self.target
+    def _describe(self, combined: dict[str, str]) -> dict[str, str]:
+        """The header: of what the LoRA was merged and how; reads all of the result's base.
+
+        Args:
+            combined: the headers of all as one.
+        """
+        target = self.target
         told = ("name", "strength", "blocks", "trigger", "moved_from", "digest")
         merged = [{k: v for k in told if (v := getattr(fact, k)) != ""} for fact in self.facts]
         notes = {
@@ -493,34 +457,6 @@ class _Merge:
         )
 
 
-def _join_titles(families: Iterable[str]) -> str:
-    return join_titles(map(find_title, families))
-
-
 def _stored_dtype(part: Adapter) -> torch.dtype:
     """Of a LoRA's factors; of eight bits, which are not written, the sixteen that hold them."""
     return part.dtype if part.dtype.itemsize > 1 else torch.float16
-
-
-def _name_loras(loras: Sequence[LoraLike]) -> list[str]:
-    """What to call each LoRA: its file without ending, or its number.
-
-    No name is there twice: files of one name have that of their folder before it, then a number.
-    """
-    paths = [Path(lora) if isinstance(lora, str | PathLike) else None for lora in loras]
-    plain = [
-        path.name.removesuffix(".safetensors") if path else _name_in_memory(lora, i)
-        for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1)
-    ]
-    names: list[str] = []
-    for path, name in zip(paths, plain, strict=True):
-        if path and plain.count(name) > 1 and (folder := path.absolute().parent.name):
-            name = f"{folder}/{name}"
-        numbered = (f"{name} ({number})" for number in itertools.count(2))
-        names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
-    return names
-
-
-def _name_in_memory(lora: LoraLike, number: int) -> str:
-    named = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None
-    return named or f"LoRA {number}"

@@ -160,7 +160,7 @@ def _join_layer(parts: CheckpointParts, module: str, note: Note) -> None:
         if shape is None:
             raise parts.refuse(f"{module} is quantised as {format_!r:.60}, {_UNKNOWN}")
         key = f"{module}.weight"
-        keys = [key, *(one for one in parts if one.startswith(f"{key}_"))]
+        keys = [key, *parts.behind_weights.get(key, ())]
         parts.join(keys, key, UnreadableWeight(f"{format_!r:.60}", stored, shape))
         return
     _FORMATS[format_](parts, module, note)

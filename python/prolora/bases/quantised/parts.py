@@ -116,6 +116,16 @@ class CheckpointParts:
         text = bytes(weight.read().flatten().tolist())
         return parse_json_object(text, f"{self.where}: {key}")
 
+    @cached_property
+    def behind_weights(self) -> dict[str, list[str]]:
+        """Key `<module>.weight` -> the keys `<module>.weight_…`, which are parts of it."""
+        found: dict[str, list[str]] = {}
+        for key in self.weights:
+            module, weight, _ = key.rpartition(".weight_")
+            if weight:
+                found.setdefault(f"{module}.weight", []).append(key)
+        return found
+
     def count_outputs(self, module: str) -> int | None:
         """The rows of a module's weight as its bias tells them; None without a bias."""
         bias = self.weights.get(f"{module}.bias")
