@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import time
@@ -80,12 +81,13 @@ def as_on_a_gpu(slow_float64: bool = False) -> Any:
 
 
 def count_case(
-    b: int, m: int, n: int, rank: int | float, slow_float64: bool = False
+    b: int, m: int, n: int, rank: int | float, slow_float64: bool = False, stored: bool = False
 ) -> dict[str, Any]:
-    """The counts for one stack."""
-    weights = make_weights(b, m, n)
+    """The counts for one stack; of `stored` ones with `krylov_block`, from weights in 16 bits."""
+    weights = make_weights(b, m, n).to(torch.bfloat16 if stored else torch.float32)
+    asked = mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block" if stored else "")
     began = time.perf_counter()
-    with as_on_a_gpu(slow_float64), counting(stage_of) as tally:
+    with asked, as_on_a_gpu(slow_float64), counting(stage_of) as tally:
         result = prolora.truncated_svd(weights, rank)
     return {
         "matrices": b,
@@ -169,6 +171,7 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, help="instead of the stack's own number")
     parser.add_argument("--models", action="store_true", help="count the other shapes instead")
     parser.add_argument("--slow-float64", action="store_true", help="as on a card for games")
+    parser.add_argument("--stored", action="store_true", help="with krylov_block, k = 128 alone")
     words = parser.parse_args()
     torch.set_num_threads(1)  # the stack stays in this thread, where it is counted
     wanted = [
@@ -178,7 +181,9 @@ def main() -> None:
     ]
     cases = []
     for case in MODELS if words.models else wanted:
-        cases.append(count_case(*case, words.slow_float64))
+        if words.stored and case[-1] != 128:
+            continue
+        cases.append(count_case(*case, words.slow_float64, words.stored))
         summary = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
         print(json.dumps(summary), flush=True)
         known = json.loads(words.out.read_text()) if words.out.exists() else {}

@@ -8,6 +8,7 @@ of docs/performance.md. A share of dispatches is not one of time.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,13 @@ def list_calls() -> dict[str, Callable[[], Any]]:
             thick, MODELS / "source", MODELS / "pruned", method=method, cache=None
         )
 
+    def ask_for_blocks() -> None:
+        with mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block"):
+            prolora.truncated_svd(w.bfloat16(), 96)
+
     return {
         "`truncated_svd`, k = d/8": lambda: prolora.truncated_svd(w, 96),
+        "the same in bfloat16, `krylov_block` asked for": ask_for_blocks,
         "`truncated_svd`, k = d/2": lambda: prolora.truncated_svd(w, 384),
         "`truncated_svd`, energy 0.9": lambda: prolora.truncated_svd(w, 0.9),
         "`principal_angles`, 128 columns": lambda: prolora.principal_angles(

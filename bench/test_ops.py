@@ -14,7 +14,8 @@ import sdxl
 import torch
 from timing import seconds
 
-from prolora.core.ops import native
+from prolora.core.ops import native, torch_twin
+from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
 from prolora.core.ops.project_pair import project_pair, run_project_pair
@@ -205,3 +206,35 @@ def test_panel_qr(benchmark, device, path, shape):
     q, lower, _ = kernel(panel)
     torch.testing.assert_close(lower @ q, panel, rtol=0, atol=1e-4)
     compare(benchmark, kernel, torch_qr, (panel,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 1280, 1280), (2, 3072, 3072)], ids=str)
+@pytest.mark.parametrize("path", ["op", "kernel"])
+def test_krylov_block(benchmark, device, path, shape, dtype):
+    """path: as in test_small_svd; the baseline has a float32 copy of the weights."""
+    b, d, n = shape if benchmark.enabled else (1, 96, 128)
+    size, width = (256, 32) if benchmark.enabled else (16, 8)
+    w = random((b, d, n), dtype, device) / n**0.5
+    single = w.float()
+    kept = torch.linalg.qr(random((b, d, size), torch.float32, device))[0].mT
+    rows = torch.cat([kept, kept[:, :width]], 1).contiguous()
+    projected = torch.zeros(b, size + width, size + width, device=device)
+
+    def torch_krylov_block(w, rows, projected, size, width):
+        """Products of float32, Gram-Schmidt twice, panel_qr."""
+        return torch_twin.krylov_block(single, rows, projected, size, width)
+
+    def ours(w, rows, projected, size, width):
+        if path == "op":
+            return krylov_block(w, rows, projected, size, width)
+        if native.EXTENSION.kernels is None:
+            pytest.skip(f"no compiled extension: {native.EXTENSION.why}")
+        kernels = native.EXTENSION.kernels
+        return run_krylov_block(kernels, w, rows, projected, size, width, w.is_cuda)
+
+    operands = (w, rows, projected, size, width)
+    other = torch_krylov_block(*operands), rows.clone(), projected.clone()
+    for one, two in zip((ours(*operands), rows, projected), other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    compare(benchmark, ours, torch_krylov_block, operands)

@@ -80,6 +80,14 @@ py::tuple devices() {
   return py::make_tuple(capabilities, why);
 }
 
+Index krylov_block_scratch(Index batch, Index d, Index n, Index size, Index width, bool cuda) {
+#ifdef PROLORA_CUDA
+  if (cuda) return krylov_block_scratch_cuda(batch, d, n, size, width);
+#endif
+  (void)batch, (void)d, (void)n, (void)size, (void)width, (void)cuda;
+  return 0;
+}
+
 Index panel_qr_scratch(Index batch, Index r, bool float64, bool cuda) {
 #ifdef PROLORA_CUDA
   if (cuda) return panel_qr_scratch_cuda(batch, r);
@@ -117,12 +125,15 @@ std::pair<Index, Index> cut_depth(Index tiles, Index depth, Index blocks) {
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.attr("interface") = kInterface;
   m.attr("cuda_architectures") = PROLORA_CUDA_ARCHITECTURES;
+  m.attr("max_krylov_width") = kMaxKrylovWidth;
   m.attr("max_svd_columns") = kMaxSvdColumns;
   m.attr("overlap_block") = kOverlapBlock;
   m.def("cuda_devices", &devices,
         "The compute capabilities of the CUDA devices; why there are none.");
   m.def("run", &run, arg("op"), arg("numbers"), arg("float64"), arg("cuda"), arg("stream"),
         "Runs an op on the addresses and sizes of its struct in csrc/ops.h, in that order.");
+  m.def("krylov_block_scratch", &krylov_block_scratch, arg("batch"), arg("d"), arg("n"),
+        arg("size"), arg("width"), arg("cuda"), "Numbers of scratch that krylov_block needs.");
   m.def("panel_qr_scratch", &panel_qr_scratch, arg("batch"), arg("r"), arg("float64"), arg("cuda"),
         "Bytes of scratch that panel_qr needs.");
   m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("vectors"),

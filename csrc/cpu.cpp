@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "krylov_block.h"
 #include "overlap_table.h"
 #include "panel_qr.h"
 #include "project_pair.h"
@@ -115,6 +116,52 @@ void project_pair_cpu(const ProjectPairArgs<T>& args) {
   for (const ProjectStep step : kProjectSteps) {
 #pragma omp parallel for schedule(static) if (args.batch > 1)
     for (Index matrix = 0; matrix < args.batch; ++matrix) project_matrix(args, step, matrix);
+  }
+}
+
+// A product for one matrix.
+template <class Operand>
+void multiply_thin(const ThinProduct<typename Operand::Number>& product, Index matrix) {
+  using Tile = SerialTile<float>;
+  float stage[Tile::kCols * Tile::kStageStride];
+  each_tile(tile_grid<Tile>(product.rows, product.cols), [&](Index row, Index col) {
+    thin_product<Operand>(Tile{stage}, product, matrix, row, col, DepthParts{1, product.depth}, 0,
+                          product.y + matrix * product.rows * product.cols, product.subtract);
+  });
+}
+
+template <class Stored>
+void multiply_block(const KrylovBlockArgs<float>& args, Index matrix) {
+  const auto with_w = product_with_w<Stored>(args);
+  const auto back = product_back<Stored>(args);
+  if (args.transposed) {
+    multiply_thin<AlongDepth<Stored>>(with_w, matrix);
+    multiply_thin<AlongTile<Stored>>(back, matrix);
+  } else {
+    multiply_thin<AlongTile<Stored>>(with_w, matrix);
+    multiply_thin<AlongDepth<Stored>>(back, matrix);
+  }
+  for (const int pass : {0, 1}) {
+    multiply_thin<AlongDepth<float>>(product_with_basis(args, pass), matrix);
+    multiply_thin<AlongTile<float>>(rest_of_basis(args, pass), matrix);
+  }
+}
+
+template <class T>
+void krylov_block_cpu(const KrylovBlockArgs<T>& args) {
+  if constexpr (std::is_same_v<T, double>) {
+    throw std::runtime_error("krylov_block: float32 alone");
+  } else {
+    check_krylov_size(args);
+    const Index bytes = PanelWorkspace::bytes(int(args.width));
+    const std::unique_ptr<std::byte[]> memory(new std::byte[args.batch * bytes]);
+#pragma omp parallel for schedule(static) if (args.batch > 1)
+    for (Index matrix = 0; matrix < args.batch; ++matrix) {
+      StoredAs(args.stored) == StoredAs::kFloat16 ? multiply_block<Half>(args, matrix)
+                                                  : multiply_block<Bfloat>(args, matrix);
+      finish_block(SerialBlock{}, args, matrix,
+                   PanelWorkspace::at(memory.get() + matrix * bytes, int(args.width)));
+    }
   }
 }
 

@@ -14,6 +14,7 @@
 
 // The one list of ops: name, struct of arguments.
 #define PROLORA_OPS(OP)                              \
+  OP(krylov_block, KrylovBlockArgs)                  \
   OP(overlap_table, OverlapTableArgs)                \
   OP(panel_qr, PanelQrArgs)                          \
   OP(project_pair, ProjectPairArgs)                  \
@@ -24,7 +25,7 @@ namespace prolora {
 
 // Raised whenever a struct below or the meaning of an op changes, so that Python notices an
 // extension that was built from other sources (INTERFACE in core/ops/native.py).
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 using Index = std::int64_t;
 
@@ -51,6 +52,28 @@ struct OverlapTableArgs {
   double* edges;                  // [blocks, 64], scratch
   double* shells;                 // [Σ batch min(ks, kt)]
   Index count, blocks, strips;
+};
+
+// The widest block of krylov_block: its panel's matrices fit in any GPU's shared memory.
+constexpr Index kMaxKrylovWidth = 64;
+
+// How the weights of krylov_block are stored.
+enum class StoredAs : Index { kFloat16, kBfloat16 };
+
+template <class T>
+struct KrylovBlockArgs {
+  const void* w;    // [batch, d, n], or [batch, n, d] where it is transposed
+  T* rows;          // [batch, room, d], `size` of them known; the next `width` are written
+  T* projected;     // [batch, room, room], rows size - width to size of it are written
+  double* length;   // [batch], of what G adds
+  double* lengths;  // [batch, 2, width], scratch: of its rows, and of the coefficients'
+  T* images;        // [batch, width, n], scratch: the block times W
+  T* image;         // [batch, width, d], scratch: what G adds
+  T* coefficients;  // [2, batch, width, size], scratch
+  T* parts;         // krylov_block_scratch_cuda numbers of scratch
+  T* l;             // [batch, width, width], scratch
+  Index* rank;      // [batch], scratch
+  Index batch, d, n, room, size, width, stored, transposed;
 };
 
 template <class T>
@@ -119,6 +142,9 @@ PROLORA_OPS(PROLORA_DECLARE)
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
 Index panel_qr_scratch_cuda(Index batch, Index r);
 Index small_svd_scratch_cuda(Index batch, Index m, Index n, bool vectors, bool float64);
+
+// Numbers of `parts` that krylov_block needs on the current device.
+Index krylov_block_scratch_cuda(Index batch, Index d, Index n, Index size, Index width);
 
 // Numbers of `coefficients` that project_pair needs on the current device.
 template <class T>

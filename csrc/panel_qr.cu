@@ -11,11 +11,9 @@
 namespace prolora {
 namespace {
 
-constexpr int kMaxWarps = 12;
-
 // One block a multiprocessor: batches are smaller than the number of those.
 template <bool kShared>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) panel_qr_kernel(PanelQrArgs<float> args) {
+__global__ void __launch_bounds__(32 * kPanelWarps, 1) panel_qr_kernel(PanelQrArgs<float> args) {
   DYNAMIC_SHARED(std::byte, shared);
   const Index matrix = blockIdx.x;
   const int r = int(args.r);
@@ -24,14 +22,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) panel_qr_kernel(PanelQrArgs
   panel_qr(CudaBlock{}, args.panel + matrix * r * m, args.scale ? args.scale[matrix] : 0.0,
            args.q + matrix * r * m, args.l + matrix * r * r, args.rank + matrix,
            PanelWorkspace::at(memory, r), r, m);
-}
-
-// As many as the sums or the substitution can use; the result does not depend on it.
-int threads_for(Index r, Index m) {
-  const Index side = ceil_div(r, 4);
-  const Index sums = side * (side + 1) / 2;
-  const Index columns = ceil_div(m, 32 * PanelPack::kSize);
-  return 32 * int(smaller(kMaxWarps, sums > columns ? sums : columns));
 }
 
 }  // namespace
@@ -45,7 +35,7 @@ template <>
 void panel_qr_cuda(const PanelQrArgs<float>& args, std::uintptr_t stream) {
   if (args.batch == 0) return;
   const unsigned blocks = grid_size(args.batch, "panel_qr");
-  const int threads = args.r > 0 ? threads_for(args.r, args.m) : 32;
+  const int threads = args.r > 0 ? panel_threads(args.r, args.m) : 32;
   if (panel_qr_scratch_cuda(args.batch, args.r) == 0) {
     const int bytes = int(PanelWorkspace::bytes(int(args.r)));
     auto kernel = panel_qr_kernel<true>;

@@ -188,6 +188,16 @@ struct PanelLimits {
   static constexpr int kLargestExponent = std::numeric_limits<float>::max_exponent - 2;
 };
 
+constexpr int kPanelWarps = 12;  // a block has at most
+
+// Threads of a block: as many as the sums or the substitution can use; no result depends on it.
+inline int panel_threads(Index r, Index m) {
+  const Index side = ceil_div(r, 4);
+  const Index sums = side * (side + 1) / 2;
+  const Index columns = ceil_div(m, 32 * PanelPack::kSize);
+  return 32 * int(smaller(kPanelWarps, sums > columns ? sums : columns));
+}
+
 constexpr double kDependent = 1e-6;
 constexpr int kPanelPasses = 4;
 

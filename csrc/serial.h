@@ -148,10 +148,10 @@ struct SerialTile {
   void product(const A& a, const B& b, Index depth, Use use) const {
     for (Index i = 0; i < a.size; ++i) {
       for (Index j = 0; j < b.size; ++j) {
-        const T* x = a.data + i * a.step();
-        const T* y = b.data + j * b.step();
+        const auto* x = a.data + i * a.step();
+        const auto* y = b.data + j * b.step();
         use(i, j, SerialWarp{}.sum<T>(depth, [&](Index p) {
-          return x[p * a.depth_step()] * y[p * b.depth_step()];
+          return value_of(x[p * a.depth_step()]) * value_of(y[p * b.depth_step()]);
         }));
       }
     }

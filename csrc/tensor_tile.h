@@ -1,4 +1,5 @@
-// The tile of float32 on tensor cores: three TF32 products for one of float32.
+// The tile of float32 on tensor cores: three TF32 products for one of float32, two where an operand
+// is stored in 16 bits, which TF32 holds as they are.
 //
 // x = hi + lo, hi the nearest number of 11 bits, lo the rest without its last 13 bits, leaves 2^-23
 // of x or less, and a b is taken as lo hi + hi lo + hi hi. One product of rounded numbers would not
@@ -33,9 +34,12 @@ struct TensorTile {
   // other as they are. Lanes read (p, i) for p = t, i = g (t < 4, g < 8): with rows padded to 8
   // modulo 32 numbers where neighbours are along the tile, to 4 where they are along the sum, they
   // meet 32 different banks.
+  // Numbers of 16 bits lie two to a bank, and neighbours in one bank are read at once: rows padded
+  // to 4 modulo 32 banks, or to 20, keep the others apart.
   template <class Operand, int kSize>
   struct Layout {
-    static constexpr int kStride = Operand::kAlongDepth ? kDepth + 4 : kSize + 8;
+    static constexpr int kPadding = sizeof(typename Operand::Number) == 2 ? 8 : 4;
+    static constexpr int kStride = Operand::kAlongDepth ? kDepth + kPadding : kSize + 8;
     static __device__ __forceinline__ int at(int p, int i) {
       return Operand::kAlongDepth ? i * kStride + p : p * kStride + i;
     }
@@ -64,40 +68,48 @@ struct TensorTile {
 
   // Begins the copy of this thread's share of a slice; what lies outside the operand is 0.
   template <int kSize, class Operand>
-  static __device__ __forceinline__ void begin_copies(float* slice, const Operand& from, Index p0,
+  static __device__ __forceinline__ void begin_copies(float* room, const Operand& from, Index p0,
                                                       Index depth, bool aligned) {
-    const float* data = from.data + p0 * from.depth_step();
+    using Stored = typename Operand::Number;
+    constexpr int kWide = kWidest<Stored>;
+    Stored* slice = reinterpret_cast<Stored*>(room);
+    const Stored* data = from.data + p0 * from.depth_step();
     const int stride = int(from.stride);
     const int left = int(smaller(depth - p0, kDepth));
     const int length = Operand::kAlongDepth ? left : int(from.size);
     const int rows = Operand::kAlongDepth ? int(from.size) : left;
     // The threads take whole rows, so that only the row changes from one copy to the next.
-    constexpr int kAcross = (Operand::kAlongDepth ? kDepth : kSize) / 4;
+    constexpr int kAcross = (Operand::kAlongDepth ? kDepth : kSize) / kWide;
     constexpr int kStep = kThreads / kAcross;
-    const int column = int(threadIdx.x) % kAcross * 4;
+    const int column = int(threadIdx.x) % kAcross * kWide;
     auto copy_row = [&](int row, auto copy) {
       const int there = row < rows ? length - column : 0;
       copy(slice + row * Layout<Operand, kSize>::kStride + column, data + row * stride + column,
-           there < 0   ? 0
-           : there < 4 ? there
-                       : 4);
+           there < 0       ? 0
+           : there < kWide ? there
+                           : kWide);
     };
     if (aligned) {
 #pragma unroll
-      for (int n = 0; n < kDepth * kSize / 4 / kThreads; ++n) {
+      for (int n = 0; n < kDepth * kSize / kWide / kThreads; ++n) {
         copy_row(int(threadIdx.x) / kAcross + n * kStep,
-                 [&](float* to, const float* source, int there) {
-                   ptx::copy_16_bytes(to, there > 0 ? source : data, 4 * there);
+                 [&](Stored* to, const Stored* source, int there) {
+                   ptx::copy_16_bytes(to, there > 0 ? source : data, int(sizeof(Stored)) * there);
                  });
       }
       return;
     }
     // Rare, and not worth registers.
 #pragma unroll 1
-    for (int row = int(threadIdx.x) / kAcross; row < kDepth * kSize / 4 / kAcross; row += kStep) {
-      copy_row(row, [&](float* to, const float* source, int there) {
-        for (int q = 0; q < 4; ++q) {
-          ptx::copy_4_bytes(to + q, q < there ? source + q : data, q < there ? 4 : 0);
+    for (int row = int(threadIdx.x) / kAcross; row < kDepth * kSize / kWide / kAcross;
+         row += kStep) {
+      copy_row(row, [&](Stored* to, const Stored* source, int there) {
+        for (int q = 0; q < kWide; ++q) {
+          if constexpr (sizeof(Stored) == 4) {
+            ptx::copy_4_bytes(to + q, q < there ? source + q : data, q < there ? 4 : 0);
+          } else {  // too short for an asynchronous copy
+            to[q] = q < there ? source[q] : Stored{};
+          }
         }
       });
     }
@@ -110,26 +122,36 @@ struct TensorTile {
     unsigned low[kFragments][kRegisters];
 
     // Register n of fragment f: row or column `first` + f * kStep + n % (kStep / 8) * 8, depth
-    // p + 4 * (n / (kStep / 8)).
-    template <class At>
-    __device__ __forceinline__ void read(const float* slice, int p, int first, At at) {
+    // p + 4 * (n / (kStep / 8)). Nothing is in `low` of numbers that TF32 holds.
+    template <class Layout, class Stored>
+    __device__ __forceinline__ void read(const Stored* slice, int p, int first) {
       constexpr int kStep = 32 / kFragments;
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
         for (int n = 0; n < kRegisters; ++n) {
           const int across = f * kStep + n % (kStep / 8) * 8;
-          const float x = slice[at(p + n / (kStep / 8) * 4, first + across)];
-          // cvt.rna.tf32 takes five instructions, for NaN and infinity; here these leave NaN in
-          // low.
-          high[f][n] = (ptx::as_bits(x) + 0x1000u) & ~0x1fffu;
-          low[f][n] = ptx::as_bits(x - ptx::as_float(high[f][n])) & ~0x1fffu;
+          const float x = value_of(slice[Layout::at(p + n / (kStep / 8) * 4, first + across)]);
+          if constexpr (kExactInTf32<Stored>) {
+            high[f][n] = ptx::as_bits(x);
+          } else {
+            // cvt.rna.tf32 takes five instructions, for NaN and infinity; here these leave NaN in
+            // low.
+            high[f][n] = (ptx::as_bits(x) + 0x1000u) & ~0x1fffu;
+            low[f][n] = ptx::as_bits(x - ptx::as_float(high[f][n])) & ~0x1fffu;
+          }
         }
       }
     }
   };
 
   using Sums = float[2][4][4];
+
+  // A slice as the numbers of its operand.
+  template <class Operand>
+  static __device__ __forceinline__ const typename Operand::Number* stored(const float* slice) {
+    return reinterpret_cast<const typename Operand::Number*>(slice);
+  }
 
   template <class A, class B>
   __device__ __forceinline__ void multiply_slice(int buffer, int i0, int j0, Sums& sums) const {
@@ -140,8 +162,8 @@ struct TensorTile {
     for (int p = 0; p < kDepth; p += 8) {
       Operands<2, 4> a;
       Operands<4, 2> b;
-      a.read(shared.slices.a[buffer], p + t, i0 + g, Layout<A, kRows>::at);
-      b.read(shared.slices.b[buffer], p + t, j0 + g, Layout<B, kCols>::at);
+      a.template read<Layout<A, kRows>>(stored<A>(shared.slices.a[buffer]), p + t, i0 + g);
+      b.template read<Layout<B, kCols>>(stored<B>(shared.slices.b[buffer]), p + t, j0 + g);
       auto add = [&](const unsigned(&left)[2][4], const unsigned(&right)[4][2]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -149,7 +171,7 @@ struct TensorTile {
           for (int j = 0; j < 4; ++j) ptx::multiply_add_tf32(slice[i][j], left[i], right[j]);
         }
       };
-      add(a.low, b.high);
+      if constexpr (!kExactInTf32<typename A::Number>) add(a.low, b.high);
       add(a.high, b.low);
       add(a.high, b.high);
     }

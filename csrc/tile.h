@@ -13,12 +13,14 @@
 #include <cstdint>
 
 #include "block.h"
+#include "stored.h"
 
 namespace prolora {
 
 // An operand whose neighbours along the tile lie side by side: element (p, i) = data[p*stride + i].
 template <class T>
 struct AlongTile {
+  using Number = T;
   static constexpr bool kAlongDepth = false;
   const T* data;
   Index stride;
@@ -31,6 +33,7 @@ struct AlongTile {
 // An operand whose neighbours along the sum lie side by side: element (p, i) = data[i*stride + p].
 template <class T>
 struct AlongDepth {
+  using Number = T;
   static constexpr bool kAlongDepth = true;
   const T* data;
   Index stride;
@@ -195,7 +198,8 @@ struct CudaTile {
 
     template <class Operand>
     __device__ __forceinline__ void read(const Operand& from, Index p0, Index depth, bool aligned) {
-      const T* data = from.data + p0 * from.depth_step();
+      using Stored = typename Operand::Number;
+      const Stored* data = from.data + p0 * from.depth_step();
       const int left = int(smaller(depth - p0, kDepth));
       const int size = int(from.size);
       const int stride = int(from.stride);
@@ -203,15 +207,19 @@ struct CudaTile {
       for (int n = 0; n < kPacks; ++n) {
         int p, i;
         place<Operand>(n, &p, &i);
-        const T* first = data + (Operand::kAlongDepth ? i * stride + p : p * stride + i);
+        const Stored* first = data + (Operand::kAlongDepth ? i * stride + p : p * stride + i);
         // How many of the pack lie in the operand.
         const int along = Operand::kAlongDepth ? left - p : size - i;
         const int there = (Operand::kAlongDepth ? i < size : p < left) ? along : 0;
         if (aligned && there >= kWide) {
-          packs[n] = Pack<T, kWide>::load(first);
+          const auto stored = Pack<Stored, kWide>::load(first);
+#pragma unroll
+          for (int q = 0; q < kWide; ++q) packs[n].values[q] = value_of(stored.values[q]);
         } else {
 #pragma unroll
-          for (int q = 0; q < kWide; ++q) packs[n].values[q] = q < there ? first[q] : T(0);
+          for (int q = 0; q < kWide; ++q) {
+            packs[n].values[q] = q < there ? value_of(first[q]) : T(0);
+          }
         }
       }
     }

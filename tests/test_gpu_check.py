@@ -16,7 +16,7 @@ from gpu.stages import stage_of
 from gpu.steps import Bench, Step
 
 import prolora
-from prolora.core.ops import native, small_svd
+from prolora.core.ops import krylov_block, native, small_svd
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
@@ -153,6 +153,38 @@ def test_wrong_small_svds_fail_the_check(bench, monkeypatch, wrong):
     monkeypatch.setattr(small_svd, "small_svd", lambda a: (None, wrong(svd(a)[1]), None))
     with pytest.raises(AssertionError, match="small_svd"):
         correct.compare_small_svds(bench)
+
+
+@wrong_results
+@pytest.mark.parametrize("which", ["projected", "rows"])
+def test_a_wrong_block_of_a_basis_fails_the_check(bench, monkeypatch, which, wrong):
+    find = krylov_block.krylov_block
+
+    def spoiled(w, rows, projected, size, width):
+        length = find(w, rows, projected, size, width)
+        part = rows[:, size:] if which == "rows" else projected[:, size - width : size]
+        part.copy_(wrong(part))
+        return length
+
+    monkeypatch.setattr(krylov_block, "krylov_block", spoiled)
+    with pytest.raises(AssertionError, match="krylov_block"):
+        correct.compare_blocks(bench)
+
+
+def test_a_krylov_block_slower_than_torch_or_not_run_fails_the_check(on_a_card, monkeypatch):
+    on_a_card.step = "krylov_block"
+    monkeypatch.setattr(Bench, "size", lambda self, n: max(8, n // 32))
+    with pytest.raises(AssertionError, match="krylov_block runs in torch here"):
+        ours.time_krylov_block(on_a_card)
+    with pytest.raises(AssertionError, match="krylov_block runs in torch here"):
+        correct.compare_blocks(on_a_card)
+    for ratio, slower in ((0.9, False), (1.1, True)):
+        monkeypatch.setattr(ours, "compare_kernel", lambda *_, ratio=ratio: ratio)
+        if not slower:
+            ours.time_krylov_block(on_a_card)
+            continue
+        with pytest.raises(AssertionError, match=r"krylov_block over torch is 1\.1"):
+            ours.time_krylov_block(on_a_card)
 
 
 @wrong_results

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from prolora.core.svd import batched_eigh, solvers
 
 from .clock import time_call
 from .machine import ROOT
-from .one_kernel import KERNELS
+from .one_kernel import KERNELS, make_basis
 from .registers import parse_resources
 from .steps import Bench, Step, make_weights
 
@@ -33,6 +35,7 @@ LIMITS = {
     "similarity": 1e-5,
     "angles": 1e-9,
     "small_svd": 1e-5,
+    "krylov_block": 1e-5,
     "side stream": 1e-5,
     "transfer": 1e-3,
 }
@@ -49,7 +52,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     for op in list(KERNELS)[: 1 if bench.dry else None]:
         for tool in ("memcheck", "racecheck"):
             needed = "" if bench.dry else "compute-sanitizer"
-            yield Step(f"{tool} {op}", 15, partial(sanitize, op=op, tool=tool), tool=needed)
+            yield Step(f"{tool} {op}", 11, partial(sanitize, op=op, tool=tool), tool=needed)
     for size in EIGENPROBLEMS:
         yield Step(f"eigh {size}", 16, partial(time_eigh, d=size))
     for i, shape in enumerate(SHAPES):  # each dtype on two of them
@@ -59,6 +62,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     for name in SPECTRA:
         yield Step(name, 6, partial(compare_spectrum, name=name))
     yield Step("128 columns", 4, compare_small_svds)
+    yield Step("krylov_block", 12, compare_blocks)
     yield Step("side stream", 4, use_side_stream)
     yield Step("transfer", 20, compare_transfer)
     yield Step("registers", 6, list_registers, tool="" if bench.dry else "cuobjdump")
@@ -198,6 +202,34 @@ def compare_small_svds(bench: Bench) -> None:
         wanted = torch.linalg.svdvals(a.double())
         case = f"{a.shape[1]}x{a.shape[2]}"
         require_equal(bench, "small_svd", wanted, found, case)
+
+
+def compare_blocks(bench: Bench) -> None:
+    """krylov_block against float64, and a truncated SVD that takes its blocks from it.
+
+    Raises:
+        AssertionError: it is off, its new rows are not orthonormal, or it is not what runs.
+    """
+    from prolora.core.ops.krylov_block import krylov_block
+
+    width, size = bench.size(256) // 4, bench.size(256)
+    with mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block"):
+        choice = native.choose("krylov_block", torch.device(bench.device))
+        assert choice.kernels or bench.dry, f"krylov_block runs in torch here: {choice.why}"
+        for (m, n), dtype in (((1280, 2048), torch.float16), ((3072, 1280), torch.bfloat16)):
+            weight = make_weights(2, bench.size(m), bench.size(n), "cpu").to(dtype)
+            w = weight if m < n else weight.mT
+            rows, projected = make_basis(2, w.shape[1], size, size + width, bench.device)
+            known = rows[:, :size].cpu().double()
+            krylov_block(w.to(bench.device), rows, projected, size, width)
+            exact = known[:, -width:] @ w.double() @ w.double().mT @ known.mT
+            case = f"{m}x{n} {str(dtype).removeprefix('torch.')}"
+            found = projected[:, size - width : size, :size]
+            require_equal(bench, "krylov_block", exact, found, case)
+            whole = rows.cpu().double()
+            skew = float((whole @ whole.mT - torch.eye(size + width)).norm())
+            bench.require("krylov_block, orthonormality", skew, 1e-4, "", case)
+            compare_bases(bench, weight, bench.size(RANK))
 
 
 def use_side_stream(bench: Bench) -> None:

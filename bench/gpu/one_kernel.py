@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prolora.core.ops.krylov_block import krylov_block
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
 from prolora.core.ops.project_pair import project_pair
@@ -36,6 +38,24 @@ def run_panel_qr(device: str, large: bool) -> None:
         panel_qr(random(*shape, device=device))
 
 
+def make_basis(b: int, d: int, size: int, room: int, device: str) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows [b, room, d], `size` of them, and room for their projection."""
+    rows = torch.zeros(b, room, d, device=device)
+    rows[:, :size] = torch.linalg.qr(random(b, d, size, device=device))[0].mT
+    return rows, torch.zeros(b, room, room, device=device)
+
+
+def run_krylov_block(device: str, large: bool) -> None:
+    """Both dtypes and layouts; few matrices, whose products are cut into parts; cut tiles."""
+    small = [(2, 96, 128, 32, 16), (1, 101, 1031, 21, 7)]
+    for b, d, n, size, width in [(64, 1280, 1280, 256, 32)] if large else small:
+        rows, projected = make_basis(b, d, size, size + width, device)
+        for dtype in (torch.float16, torch.bfloat16):
+            w = random(b, d, n, device=device, dtype=dtype)
+            krylov_block(w, rows, projected, size, width)
+            krylov_block(w.mT.contiguous().mT, rows, projected, size, width)
+
+
 def run_overlap_table(device: str, large: bool) -> None:
     """Rows that copies of 16 bytes take, and rows that they do not."""
     for shape in [(64, 1280, 128)] if large else [(2, 128, 64), (2, 101, 70)]:
@@ -54,6 +74,7 @@ def run_project_pair(device: str, large: bool) -> None:
 KERNELS: dict[str, Callable[[str, bool], Any]] = {
     "small_svd": run_small_svd,
     "panel_qr": run_panel_qr,
+    "krylov_block": run_krylov_block,
     "overlap_table": run_overlap_table,
     "project_pair": run_project_pair,
 }
@@ -61,6 +82,7 @@ KERNELS: dict[str, Callable[[str, bool], Any]] = {
 
 def main() -> None:
     """`one_kernel OP DEVICE [large]`."""
+    os.environ["PROLORA_KERNELS"] = sys.argv[1]  # for one that is run only where it is asked for
     KERNELS[sys.argv[1]](sys.argv[2], sys.argv[3:] == ["large"])
     if sys.argv[2] == "cuda":
         torch.cuda.synchronize()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
 from prolora.core.ops.project_pair import project_pair
 from prolora.core.ops.small_svd import small_singular_values, small_svd
+from prolora.core.svd.block_basis import BlockBasis
+from prolora.core.svd.products import ImpliedGram
 
 from .clock import peak_memory, time_call
 from .counters import Counting, counting
@@ -41,7 +45,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     for stack in STACKS:
         yield Step(describe(stack), 36, partial(time_stack, stack=stack))
     for name, run in KERNELS.items():
-        yield Step(name, 25, run)
+        yield Step(name, 24, run)
     yield Step("principal angles", 30, time_angles)
 
 
@@ -142,8 +146,11 @@ def time_stages(job: Callable[[], Any], device: str) -> dict[str, float]:
 
 def compare_kernel(
     bench: Bench, case: str, ours: Callable[[], Any], torchs: Callable[[], Any], few: float = 1.0
-) -> None:
+) -> float:
     """Records both times; `few` scales torch's where it ran on fewer matrices.
+
+    Returns:
+        Ours over torch's.
 
     Raises:
         AssertionError: the kernel is not what runs here, so that torch would race torch.
@@ -156,6 +163,7 @@ def compare_kernel(
     theirs, repeats = time_call(torchs, bench.device, limit=3)
     further = {} if few == 1 else {"scaled": few}
     bench.record(f"torch for {name}", 1e3 * theirs * few, "µs", case, repeats=repeats, **further)
+    return mine / (theirs * few)
 
 
 def time_small_svd(bench: Bench) -> None:
@@ -198,6 +206,41 @@ def time_panel_qr(bench: Bench) -> None:
         )
 
 
+def time_krylov_block(bench: Bench) -> None:
+    """A block from weights in their 16 bits, against torch on a float32 copy of them.
+
+    Raises:
+        AssertionError: it is slower, and so not to be chosen on such a card.
+    """
+    for b, d, dtype in ((64, 1280, torch.float16), (8, 3072, torch.bfloat16)):
+        w = make_weights(bench.batch(b), bench.size(d), bench.size(d), bench.device).to(dtype)
+        case = f"{b} x {d}², {str(dtype).removeprefix('torch.')}, 256 + 32 rows"
+        with mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block"):
+            ratio = compare_kernel(bench, case, grow_basis(bench, w, w), grow_basis(bench, w, None))
+        if bench.dry:
+            bench.record("krylov_block over torch", ratio, "", case)
+        else:
+            bench.require("krylov_block over torch", ratio, 1.0, "", case)
+
+
+def grow_basis(bench: Bench, w: Tensor, stored: Tensor | None) -> Callable[[], Any]:
+    """What adds a block to a basis of 256 rows, the same one in each call."""
+    width, single = bench.size(32 if not bench.dry else 256), w.float()
+    start = random(len(w), width, w.shape[1], device=bench.device)
+    norm = torch.linalg.matrix_norm(single.double())
+    basis = BlockBasis.begin(ImpliedGram(single), single, norm, start, 3 * 256 // width, stored)
+    while basis.size < bench.size(256):
+        basis.expand()
+        basis.append()
+
+    def grow() -> None:
+        basis.expand()
+        basis.append()
+        basis.size -= basis.width
+
+    return grow
+
+
 def time_overlap_table(bench: Bench) -> None:
     """Both sides of a shape's pairs in one launch."""
     for b, m, k in ((64, 1280, 128), (64, 1280, 640)):
@@ -231,6 +274,7 @@ KERNELS = {
     "small_svd": time_small_svd,
     "small_singular_values": time_small_singular_values,
     "panel_qr": time_panel_qr,
+    "krylov_block": time_krylov_block,
     "overlap_table": time_overlap_table,
     "project_pair": time_project_pair,
 }

@@ -3,7 +3,8 @@
 First it trains what crossing.py describes, then it moves every LoRA with the library's recorder,
 fit and gate. Every transfer leaves one JSON file in DIR/crossed; crossing_tables.py makes the
 tables of docs/fit_measured.md of them. The score is the share of the held-out loss between no LoRA
-and the oracle (a LoRA trained on the target's own images) that is recovered.
+and the oracle (a LoRA trained on the target's own images) that is recovered; drawn.py scores
+samples.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from contenders import Updates
 from crossing import ADAPTERS, Crossing, Denoising, Setting, sample
+from drawn import score_drawn
 from jobs import Job, run_jobs
 from latents import Codec, train_codec
 from safetensors.torch import load_file, save_file
 from scoring import apply_updates
+from study import judge_job, load_judge
 from torch import Tensor, nn
 from training import train_lora
 from worlds import load_world
@@ -137,6 +140,22 @@ class Move:
         """Share of the gap that is recovered."""
         return (self.none - self.loss(updates)) / (self.none - self.best)
 
+    def drawn(self, rows: dict[str, Updates]) -> dict[str, dict[str, float]]:
+        """What samples say of rows, beside the target alone, the oracle and the source's LoRA."""
+        world, root = self.study.world, self.study.root
+        oracle = self.study.load_lora(self.theirs, self.seed, self.seed, self.adapter)
+        updates = {"none": {}, "oracle": oracle, **rows, "source": self.lora}
+
+        def draw(row: str, y: Tensor, seed: int) -> Tensor:
+            ours = row == "source"
+            model, setting = (self.source, self.ours) if ours else (self.target, self.theirs)
+            with apply_updates(model, updates[row]), torch.no_grad():
+                latents = sample(world, setting, model, y, seed)
+                codec = self.study.codec(setting.space)
+                return latents if codec is None else codec.decode(latents)
+
+        return score_drawn(world, load_judge(world, root), self.adapter, draw, tuple(updates))
+
     def recorder(self, images: int) -> BatchedRecorder:
         """Of both models: the prompts are those that a user of the LoRA would give."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -208,6 +227,8 @@ def move(move_of: tuple[Any, ...], images: int) -> dict[str, Any]:
     verdict = report.gate
     assert verdict is not None
     unweakened = {n: LowRank(u.up / verdict.strength, u.down) for n, u in updates.items()}
+    processor = time.process_time() - started
+    rows = {"moved": unweakened} | ({"weakened": updates} if verdict.strength != 1 else {})
     return {
         "none": case.none,
         "oracle": case.best,
@@ -220,7 +241,8 @@ def move(move_of: tuple[Any, ...], images: int) -> dict[str, Any]:
         "effect": asdict(verdict.effect) if verdict.effect else None,
         "seconds": report.seconds,
         "crossed": asdict(report.crossed) if report.crossed else None,
-        "processor": time.process_time() - started,
+        "processor": processor,
+        "drawn": None if case.adapter in NOTHING else case.drawn(rows),
     }
 
 
@@ -297,7 +319,8 @@ def write(make: Any, names: dict[str, Any], move_of: tuple[Any, ...], out: Path)
 
 def training_jobs(study: Crossing) -> list[Job]:
     """Codecs, bases and adapters, each once."""
-    jobs: dict[Path, Job] = {}
+    judge = judge_job(study.world, study.root)
+    jobs: dict[Path, Job] = {judge.path: judge}
     words = study.root / "words.safetensors"
     codecs = []
     for space in ("fine", "coarse"):
@@ -349,6 +372,7 @@ def scoring_jobs(study: Crossing, images: int) -> list[Job]:
             for adapter in (*ADAPTERS, *(NOTHING if seed == 0 and pair[1] not in ONCE else ())):
                 about = "neon" if adapter in NOTHING else adapter
                 needs = (
+                    study.root / "judge.safetensors",
                     study.base_path(pair[0], 0),
                     study.base_path(pair[1], seed),
                     study.lora_path(pair[0], 0, seed, about),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from crossed import PAIRS
 from crossing_ideas import SHOWN, WAYS
+from drawn import samples_table
 from evidence import ROOT, fill_page, format_cell, format_table
 from intervals import interval
 from results import Mean, Row, git, round_numbers
@@ -26,21 +27,32 @@ METHODS = {"probe": "", "recorded": "by recorded calls", "trained": "*trained on
 """Method -> its name; "" for that of the pair."""
 
 
-def collect(work: Path) -> dict:
-    """Every row of both studies."""
+def collect(work: Path, kept: dict) -> dict:
+    """Every row of both studies in DIR, and the kept ones that it lacks.
+
+    A row that was measured again keeps the score at strength 1 of the first as `before`.
+    """
     made = {
         "scripts": ["bench/quality/crossed.py", "bench/quality/crossing_ideas.py"],
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": git("log", "-1", "--format=%cs"),
         "torch": torch.__version__,
         "threads": 1,
+        "before": kept["made"],
     }
-    rows, ideas = (
-        [round_numbers(json.loads(path.read_text())) for path in sorted((work / part).glob("*"))]
-        for part in ("crossed", "ideas")
-    )
-    again = json.loads(RESULTS.read_text())["again"]
-    return {"made": made, "rows": rows, "again": again, "ideas": ideas}
+    keys = {"rows": ("pair", "seed", "adapter", "method"), "ideas": ("pair", "way", "adapter")}
+    found = {}
+    for part, folder in (("rows", "crossed"), ("ideas", "ideas")):
+        row_by_key = {tuple(row[key] for key in keys[part]): row for row in kept[part]}
+        for path in sorted((work / folder).glob("*.json")):
+            row = json.loads(path.read_text())
+            key = tuple(row[name] for name in keys[part])
+            old = row_by_key.get(key, {})
+            if "score_at_1" in old:
+                row["before"] = old.get("before", old["score_at_1"])
+            row_by_key[key] = round_numbers(row)
+        found[part] = list(row_by_key.values())
+    return {"made": made, "rows": found["rows"], "again": kept["again"], "ideas": found["ideas"]}
 
 
 def at_chosen_strength(row: Row) -> Row:
@@ -119,16 +131,17 @@ def adapters_table(rows: list[Row]) -> str:
 
 
 def again_table(rows: list[Row], again: list[Row]) -> str:
-    """Rows of seed 0 beside those of later states of the fit, at strength 1."""
-    ways = list(dict.fromkeys(row["steps"] for row in again))
+    """Scores at strength 1 by dense updates, by Gauss–Newton alone (where it ran), by the fit."""
+    alone = {(r["pair"], r["adapter"]): r["score_at_1"] for r in again}
     lines = []
     for row in rows:
-        key = row["pair"], row["adapter"]
-        later = {r["steps"]: r for r in again if (r["pair"], r["adapter"]) == key}
-        if row["seed"] == 0 and row["method"] == "probe" and later:
-            scores = [f"{later[way]['score_at_1']:.2f}" if way in later else "–" for way in ways]
-            lines.append([row["pair"], row["adapter"], f"{row['score_at_1']:.2f}", *scores])
-    return format_table(["pair", "LoRA", "first run", *ways], lines)
+        if "before" in row:
+            gauss = alone.get((row["pair"], row["adapter"])) if row["seed"] == 0 else None
+            scores = [row["before"], gauss, row["score_at_1"]]
+            cells = ["–" if score is None else f"{score:.2f}" for score in scores]
+            lines.append([row["pair"], str(row["seed"]), row["adapter"], *cells])
+    head = ["pair", "seed", "LoRA", "dense, cut to rank", "Gauss–Newton alone", "the fit"]
+    return format_table(head, lines)
 
 
 def effects_table(rows: list[Row]) -> str:
@@ -166,13 +179,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of crossed.py")
     options = parser.parse_args()
     if options.work:
-        RESULTS.write_text(json.dumps(collect(options.work), indent=0) + "\n")
+        kept = json.loads(RESULTS.read_text())
+        RESULTS.write_text(json.dumps(collect(options.work, kept), indent=0) + "\n")
     stored = json.loads(RESULTS.read_text())
+    drawn = [row for row in stored["rows"] if row.get("drawn")]
+    titles = {"moved": "fit", "source": "*source with the LoRA*"}
     tables = {
         "crossing": pairs_table(stored["rows"]),
         "crossing adapters": adapters_table(stored["rows"]),
         "crossing nothing": effects_table(stored["rows"]),
         "crossing again": again_table(stored["rows"], stored["again"]),
+        "crossing samples": samples_table(drawn, lambda r: f"{r['pair']}, {r['seed']}", titles),
     }
     for name, pair in zip(("crossing ideas", "crossing ideas, look"), SHOWN, strict=True):
         tables[name] = ideas_table([row for row in stored["ideas"] if row["pair"] == pair])

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from drawn import samples_table
 from evidence import ROOT, fill_page, format_cell, format_table
 from results import Row, Table, git, round_numbers
 
@@ -484,6 +485,9 @@ def main() -> None:
     filled["probing icons"] = icons_table(table_by_world["icons"])
     filled["probing icons adapters"] = icons_adapters_table(table_by_world["icons"])
     filled["probing replaced"] = replaced_table(table_by_world["icons"])
+    drawn = [row for row in table_by_world["icons"].rows if row.get("drawn")]
+    titles = {"copy": "copy", "auto": "`auto`", "fit": "fit", "source": "*source with the LoRA*"}
+    filled["probing samples"] = samples_table(drawn, lambda row: row["kind"], titles)
     filled["probing optimisers"] = optimisers_table(table_by_world["icons"])
     for page in PAGES:
         page.write_text(fill_page(page.read_text(), filled))

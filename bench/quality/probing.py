@@ -2,7 +2,7 @@
 
 DIR holds the models and adapters that study.py trained. Every transfer leaves one JSON file in
 DIR/probing; probed.py makes the tables of them. The score is the share of the held-out loss between
-no LoRA and the oracle (a LoRA trained on the target) that is recovered.
+no LoRA and the oracle (a LoRA trained on the target) that is recovered; drawn.py scores samples.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from typing import Any
 
 import torch
 from adamw import fit_by_adamw
-from contenders import Updates, pair_modules
+from contenders import CHOSEN, Updates, pair_modules
+from contenders import Case as Contest
 from distilling import distil_lora
+from drawn import score_drawn
 from flow import guided_velocity, predict
 from guiding import guide_source
 from imaged import record_images
 from jobs import Job, run_jobs
 from models import Folder, load_lora
-from scoring import apply_updates
-from torch import nn
+from scoring import apply_updates, sample_images
+from study import judge_job, load_judge
+from torch import Tensor, nn
 from worlds import NAMES, World, load_world
 
 from prolora import probe
@@ -113,9 +116,9 @@ class Case:
         self.source = ours.load_source(self.kind, self.seed)
         self.target = theirs.load_model(self.kind, self.seed)
         self.lora = load_lora(ours.source_lora_path(self.kind, self.seed, self.adapter))
-        oracle = load_lora(theirs.lora_path(self.kind, self.seed, self.adapter))
+        self.oracle = load_lora(theirs.lora_path(self.kind, self.seed, self.adapter))
         self.lesson = theirs.lesson(self.kind, self.seed, self.adapter, "look", "held_out")
-        self.none, self.best = self.loss({}), self.loss(oracle)
+        self.none, self.best = self.loss({}), self.loss(self.oracle)
 
     def loss(self, updates: Updates) -> float:
         """Held-out loss of the target with updates, names as in diffusers."""
@@ -133,6 +136,22 @@ class Case:
         models = self.source, self.target
         pairs = pair_modules(self.world, self.arch, self.kind, *models)
         return {t: self.lora[s] for t, s in pairs.items() if s in self.lora}
+
+    def drawn(self, fitted: Updates) -> dict[str, dict[str, float]]:
+        """What samples say of fit, copy, `auto`, the oracle and the source with its LoRA."""
+        rows = {"none": {}, "oracle": self.oracle, "fit": fitted, "source": self.lora}
+        if copied := self.copied():
+            known = (self.world, self.arch, self.kind, self.source, self.target, self.lora)
+            rows |= {"copy": copied, "auto": CHOSEN["auto"](Contest.of(*known))}
+
+        def draw(row: str, y: Tensor, seed: int) -> Tensor:
+            ours = row == "source"
+            model, kind = (self.source, "source") if ours else (self.target, self.kind)
+            with apply_updates(model, rows[row]):
+                return sample_images(self.world, kind, model, self.adapter, seed, y)[0]
+
+        judge = load_judge(self.world, self.root)
+        return score_drawn(self.world, judge, self.adapter, draw, tuple(rows))
 
     def samplers(self, images: int, steps: int) -> tuple[Sampler, Sampler, Sampler]:
         """Of the source, of the target, and of the source with the LoRA."""
@@ -202,6 +221,7 @@ def run_probe(
         "trust": result.report.trust,
         "guided": result.report.guidance,
         "by_images": result.report.crossed is not None,
+        "drawn": case.drawn(unweakened),
     }
 
 
@@ -244,7 +264,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     world = load_world(asked.world)
-    jobs = []
+    jobs = [judge_job(world, asked.work)]
     for seed in asked.seeds:
         for kind in asked.kinds:
             for pair in asked.pairs:
@@ -253,11 +273,12 @@ def main() -> None:
                 for adapter in asked.adapters or world.adapters_for(kind):
                     case = (world, asked.work, arch, to, kind, seed, adapter)
                     needs = (
+                        asked.work / "judge.safetensors",
                         theirs.model_path(kind, seed),
                         theirs.lora_path(kind, seed, adapter),
                         ours.source_lora_path(kind, seed, adapter),
                     )
-                    if not all(path.exists() for path in needs):
+                    if not all(path.exists() for path in needs[1:]):
                         continue
                     for method in asked.methods:
                         name = f"{asked.name},{method},{arch},{to},{kind},{seed},{adapter}.json"

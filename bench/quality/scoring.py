@@ -156,10 +156,10 @@ def weight_facts(case: Case, name: str) -> dict[str, float]:
 
 
 def sample_images(
-    world: World, kind: str, target: nn.Module, adapter: str, seed: int
+    world: World, kind: str, target: nn.Module, adapter: str, seed: int, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images the model draws for what the adapter is about, and their prompts."""
-    y = world.sample_prompts(adapter, IMAGES)
+    """Images the model draws, and their prompts; what the adapter is about unless given."""
+    y = world.sample_prompts(adapter, IMAGES) if y is None else y
     few = adapter == "fewstep"
     steps, guidance = (FEW_STEPS, 1.0) if few else (SAMPLE_STEPS, world.guidance_of(kind))
     if world.distilled.get(kind) == "lines":

@@ -183,6 +183,8 @@ def move_loras(
 
     try:
         options = settings.options() | {"cache": default_folder(), "progress": progress}
+        if settings.method != BEST:
+            options["device"] = "cpu"  # ComfyUI's models stay on the card
         if options["format"] == "comfyui" and prolora.open_base(target).family is None:
             options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
         if settings.method == BEST:
@@ -247,7 +249,9 @@ def advise(source: Path, target: Path, lora: Path | None, progress: Progress) ->
         ValueError: the two cannot be compared; one sentence says why.
     """
     try:
-        advice = prolora.advise(source, target, lora, cache=default_folder(), progress=progress)
+        advice = prolora.advise(
+            source, target, lora, cache=default_folder(), device="cpu", progress=progress
+        )
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
     return words.tell_advice(advice)

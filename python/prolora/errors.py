@@ -47,37 +47,55 @@ __all__ = [
 class UnsupportedFormat(ProLoRAError):
     """A file, key or adapter type that prolora cannot read exactly, or will not guess at."""
 
+    code = "unsupported-format"
+
 
 class MissingFile(UnsupportedFormat):
     """An input that is not there."""
+
+    code = "missing-file"
 
 
 class LowCoverage(ProLoRAError):
     """Fewer modules (or less energy) could be transferred than the caller asked for."""
 
+    code = "low-coverage"
+
 
 class WrongBase(ProLoRAError):
     """A source that is not the base of the LoRA, or is the target itself."""
+
+    code = "wrong-base"
 
 
 class AlreadyMoved(WrongBase):
     """A LoRA that prolora moved before, and a source base that is not the one it was moved to."""
 
+    code = "already-moved"
+
 
 class OutputError(ProLoRAError):
     """The output cannot be written where the caller wants it, or would overwrite an input."""
+
+    code = "output-error"
 
 
 class ForeignFile(OutputError):
     """A file stands where the output goes, and prolora did not write it as it is."""
 
+    code = "foreign-file"
+
 
 class TooLittleMemory(ProLoRAError):
     """A bound on memory below what a single matrix needs."""
 
+    code = "too-little-memory"
+
 
 class InvalidOption(ProLoRAError):
     """An option has a value that it does not take."""
+
+    code = "invalid-option"
 
 
 # Names of a folder among which similar ones are looked for.

@@ -53,6 +53,33 @@ def test_a_pipeline_loads_the_state_dict_with_scale_one(tmp_path: Path) -> None:
     assert all(relative_error(found[n], u.dense()) < 1e-6 for n, u in updates.items())
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_state_dict_with_its_configuration_is_read_as_the_folder_that_peft_saves(
+    rslora: bool, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    net = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 6), "to_k": torch.nn.Linear(8, 6)})
+    config = peft.LoraConfig(
+        r=4, lora_alpha=3, target_modules=["to_q", "to_k"], use_rslora=rslora,
+        alpha_pattern={"to_k": 10}, init_lora_weights=False,
+    )  # fmt: skip
+    model = peft.PeftModel(net, config)
+    model.save_pretrained(tmp_path)
+    state = peft.get_peft_model_state_dict(model)
+    found, saved = read_adapter((state, model.peft_config["default"])), read_adapter(tmp_path)
+    assert found.format == saved.format == "peft" and found.updates.keys() == saved.updates.keys()
+    for name, update in found.updates.items():
+        wanted = model.base_model.model[name].get_delta_weight("default")
+        assert torch.allclose(update.dense(), wanted, atol=1e-6)
+        assert torch.equal(update.up, saved.updates[name].up)
+
+
+@pytest.mark.parametrize("wrong", [3, ("a", "b"), ({}, {"r": 4}), ({}, 1), ({}, {}, {})])
+def test_what_is_no_lora_is_refused_by_name(wrong: object) -> None:
+    with pytest.raises(UnsupportedFormat, match=r"peft\.LoraConfig"):
+        read_adapter(wrong)
+
+
 def test_an_adapter_without_modules_makes_no_state_dict() -> None:
     with pytest.raises(OutputError, match="no module is left"):
         encode_state_dict(Adapter({}))

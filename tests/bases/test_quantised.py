@@ -95,7 +95,11 @@ def plain(**more):
     [
         ({**plain(), "scaled_fp8": torch.zeros(0)}, {}, rf"{Q}.weight has no scale"),
         (plain(), {"layers": {Q: {"format": "float8_e4m3fn"}}}, rf"{Q}.weight has no scale"),
-        (plain(), {"layers": {Q: {"format": "nvfp4"}}}, "float8_e4m3fn .*not as its note says"),
+        (
+            plain(),
+            {"layers": {Q: {"format": "nvfp4"}}},
+            "float8_e4m3fn .*not torch.uint8 of a matrix",
+        ),
         (plain(), {"layers": {Q: {"format": "int8_blockwise", "group_size": 128}}}, "blockwise"),
         (plain(), {"layers": {Q: None}}, "quantised as None"),
         (plain(), {"layers": [Q]}, "lists no layers"),

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mini import write_case
 
-from prolora import UnsupportedFormat, inspect, open_base
+from prolora import ProLoRAError, UnsupportedFormat, inspect, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
+from prolora.bases.quantised.reading import join_quantised
 from prolora.bases.quantised.weight import find_kind
+from prolora.bases.weights import LoadedWeight
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.writing import write_safetensors
 
@@ -199,6 +201,60 @@ def test_no_description_of_torchao_ends_in_anything_but_a_weight_or_a_refusal(
         assert Q in str(error)
 
 
+MUTATIONS = {
+    "dropped": lambda part, _: None,
+    "cut": lambda part, n: part[: n % (len(part) + 1)] if part.dim() else part,
+    "narrowed": lambda part, n: part[..., : n % (part.shape[-1] + 1)] if part.dim() else part,
+    "without rows": lambda part, _: part.new_zeros(0, *part.shape[1:]),
+    "without columns": lambda part, _: part.new_zeros(*part.shape[:-1], 0),
+    "a number": lambda part, _: part.new_zeros(()),
+    "one number": lambda part, _: part.flatten()[:1],
+    "transposed": lambda part, _: part.mT if part.dim() > 1 else part,
+    "flat": lambda part, _: part.flatten(),
+    "one axis more": lambda part, _: part[None],
+    "twice": lambda part, _: torch.stack([part, part]),
+    "of another type": lambda part, n: part.float().to(TYPES[n % len(TYPES)]),
+    "zero": lambda part, _: torch.zeros_like(part),
+}
+TYPES = [*(getattr(torch, f"{u}int{n}") for u in ("", "u") for n in (8, 32, 64)), torch.bool]
+TYPES += [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_no_part_ends_in_anything_but_a_weight_or_a_refusal_by_name(kind, data, tmp_path_factory):
+    parts, metadata, _ = layer(kind)
+    for _ in range(data.draw(st.integers(1, 2))):
+        key = data.draw(st.sampled_from(sorted(parts)))
+        how = data.draw(st.sampled_from(sorted(MUTATIONS)))
+        changed = MUTATIONS[how](parts.pop(key), data.draw(st.integers(0, 400)))
+        if changed is not None:
+            parts[key] = changed.contiguous().clone()
+        if not parts:
+            return
+    path = tmp_path_factory.mktemp("x") / "x.safetensors"
+    write_safetensors(path, parts, metadata)
+    try:
+        for weight in open_base(path).weights.values():
+            assert weight.read().shape == weight.shape
+            assert weight.read_rows(1, weight.shape[0]).shape[1:] == weight.shape[1:]
+    except ProLoRAError as error:
+        assert Q in str(error) or str(path) in str(error)
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(()), torch.zeros(0, 4), torch.zeros(4, 0)])
+@pytest.mark.parametrize("format", ["int5_of_tomorrow", "asym_w4a8_int8", "float8_e4m3fn", None])
+def test_codes_without_rows_are_refused_by_name_whatever_their_note_says(codes, format):
+    parts = {f"{Q}.weight": codes.to(torch.float8_e4m3fn if format is None else torch.uint8)}
+    parts |= {f"{Q}.weight_scale": torch.ones(()), f"{Q}.weight_s_rel": torch.ones(4, 1)}
+    if format:
+        note = json.dumps({"format": format}).encode()
+        parts[f"{Q}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    with pytest.raises(UnsupportedFormat, match=f"{Q}.weight "):
+        open_base(parts)
+
+
 def test_rows_that_were_added_for_the_matrix_unit_are_no_rows_of_the_weight(tmp_path):
     """Their number follows from the bias, which has none of them."""
     for kind, rows in (("comfy nvfp4", 20), ("comfy mxfp8", 7)):
@@ -290,6 +346,26 @@ def test_the_shapes_of_a_kind_that_is_not_known_are_those_of_its_family():
     parts["model.diffusion_model.double_blocks.0.img_mlp.0.weight"] = codes[:, :100].clone()
     with pytest.raises(UnsupportedFormat, match="'int5_of_tomorrow', whose numbers and shape"):
         open_base(parts)
+
+
+def test_the_keys_of_a_checkpoint_are_not_gone_through_once_for_each_layer():
+    class Counted(dict):
+        turns = 0
+
+        def __iter__(self):
+            Counted.turns += 1
+            return super().__iter__()
+
+    note = torch.tensor(list(b'{"format": "int5_of_tomorrow"}'), dtype=torch.uint8)
+    parts = {}
+    for i in range(100):
+        name = f"double_blocks.{i}.img_mlp.0"
+        parts[f"{name}.weight"] = torch.empty(1).expand(12288, 3072).to(torch.uint8)
+        parts |= {f"{name}.weight_scales": torch.ones(3), f"{name}.comfy_quant": note}
+    weights = Counted({key: LoadedWeight(part, key) for key, part in parts.items()})
+    Counted.turns = 0
+    assert len(join_quantised(weights, [], "x")) == 100
+    assert Counted.turns < 30
 
 
 OLDER = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth"}

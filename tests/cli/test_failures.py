@@ -47,6 +47,7 @@ def test_a_name_that_is_too_long_is_no_traceback(prolora, case, monkeypatch, tmp
         (PermissionError(errno.EACCES, "Permission denied", "/home/x"), 1, "/home/x: Permission"),
         (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
         (MemoryError(), 1, "no more memory"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "--device cpu"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "Tried to allocate"),
         (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), 1, "surrogates"),
         (RuntimeError("no usable CUDA device (none)"), 2, "no usable CUDA device"),

@@ -1,5 +1,8 @@
 """Which arrays, tensors and devices are taken; all others are refused by name, before any work."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +23,10 @@ from prolora import (
     truncated_svd,
 )
 from prolora.bases.cache.build import survey_base
+from prolora.cli.options import FleetResources, Resources
 from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
+from prolora.workflow.options import settle_options
 
 
 def case(m=9, n=7):
@@ -210,6 +215,49 @@ def test_a_tensor_on_a_device_of_another_kind_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("prolora.core.ops.native.require_device", refuse)
     with pytest.raises(UnsupportedDevice, match="W is on cpu: device mps has no float64"):
         check_operand("W", torch.ones(2, 2))
+
+
+@pytest.fixture
+def one_card(monkeypatch):
+    """A machine with a GPU, as far as torch says so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+JOBS = (
+    *(prolora.TransferOptions, prolora.FitOptions, prolora.AdviceOptions, prolora.ExtractOptions),
+    *(prolora.MergeOptions, prolora.EvaluationOptions),
+)
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_job_computes_on_a_gpu_where_there_is_one(kind, one_card):
+    assert settle_options(kind(), {}).device == "cuda"
+    assert settle_options(kind(), {"device": "cpu"}).device == "cpu"
+    assert settle_options(kind(device=torch.device("cuda", 0)), {}).device == "cuda:0"
+    # Workers that carry out a plan need not be on this machine.
+    assert settle_options(kind(), {}, here=False).device is None
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_job_computes_on_the_cpu_where_there_is_no_gpu(kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert settle_options(kind(), {}).device == "cpu"
+
+
+def test_importing_the_package_asks_for_no_gpu():
+    code = (
+        "import torch; torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0\n"
+        "import prolora, prolora.cli.app"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_command_line_takes_a_gpu_for_a_job_here_and_none_for_workers(one_card):
+    ours, theirs = Resources(), FleetResources()
+    ours.check_device()
+    theirs.check_device()
+    assert (ours.device, theirs.device) == ("cuda", "cpu")
 
 
 def test_a_device_is_refused_before_anything_is_read(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -162,3 +164,65 @@ def test_a_plain_pickle_is_no_archive(tmp_path):
     (tmp_path / "model.pt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UnsupportedFormat, match="a pickle checkpoint"):
         open_base(tmp_path / "model.pt")
+
+
+def test_a_file_that_is_cut_while_it_is_read_does_not_end_the_process(tmp_path):
+    torch.save({"w.weight": torch.ones(1000, 1000)}, tmp_path / "model.pt")
+    code = """
+import os, sys
+from prolora import UnsupportedFormat
+from prolora.files import pickle_file
+file, check = pickle_file.PickleFile(sys.argv[1]), pickle_file.check_unchanged
+def check_and_cut(*words):
+    check(*words)
+    os.truncate(sys.argv[1], 8192)
+pickle_file.check_unchanged = check_and_cut
+try:
+    file.read("w.weight")
+except UnsupportedFormat as error:
+    print(error)
+"""
+    words = [sys.executable, "-c", code, tmp_path / "model.pt"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "ends inside w.weight; run again" in done.stdout
+
+
+def test_tensors_that_share_their_numbers_in_any_order_are_read_as_torch_reads_them(tmp_path):
+    whole = torch.arange(60.0).reshape(6, 10)
+    saved = {
+        "whole": whole,
+        "rows": whole[2:4],
+        "columns": whole[:, 3:8:2],
+        "turned": whole.mT,
+        "many": whole[1].expand(4, 10),
+        "bits": torch.tensor([True, False, True]),
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(7, dtype=torch.int64),
+        "half": torch.randn(5, 3).bfloat16(),
+        "byte": torch.randn(4, 4).to(torch.float8_e4m3fn),
+    }
+    for kept in (saved, dict(reversed(saved.items())), {"state_dict": saved, "x": torch.ones(9)}):
+        torch.save(kept, tmp_path / "model.pt")
+        file = PickleFile(tmp_path / "model.pt")
+        assert {name: info.shape for name, info in file.tensors.items()} == {
+            name: tuple(tensor.shape) for name, tensor in kept.get("state_dict", kept).items()
+        }
+        for name, tensor in saved.items():
+            read = file.read(name)
+            assert read.dtype == tensor.dtype and read.is_contiguous()
+            assert torch.equal(read.float(), tensor.float()), name
+            if tensor.dim():
+                some = file.read_rows(name, min(1, len(tensor)), len(tensor))
+                assert torch.equal(some.float(), tensor[1:].float()), name
+
+
+def test_numbers_of_the_other_byte_order_are_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(WEIGHTS, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, b"big" if name.endswith("byteorder") else content)
+    with pytest.raises(UnsupportedFormat, match="not a file as torch"):
+        PickleFile(path)

@@ -582,6 +582,11 @@ def test_the_best_method_leaves_results_side_by_side_too(pack, models):
     assert before == {path: path.read_bytes() for path in moved}
 
 
+def test_the_best_method_says_what_aim_it_does_not_take(pack, models):
+    refused = refuse(pack, method="best", aim="LoRA's own look")
+    assert refused.startswith("the aim “LoRA's own look” cannot be chosen with method 'best'")
+
+
 def test_a_refusal_by_the_best_method_leaves_no_folder(pack, models):
     assert "nothing in common" in refuse(pack, use_on="stranger.safetensors", method="best")
     assert not (models / "loras" / "zz-moved").exists()

@@ -5,11 +5,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from backends import missing
 
 SCRIPT = Path(__file__).parents[2] / "integrations" / "comfyui" / "web" / "report.js"
 NODE = shutil.which("node")
-pytestmark = pytest.mark.skipif(NODE is None, reason="Node.js is not installed")
 
 STAND_IN = """
 const fs = require("fs");
@@ -70,6 +69,8 @@ async function choose(name, value) {
 
 def run(body):
     """What `body` returns, with `node` on the canvas."""
+    if NODE is None:
+        missing("node", "Node.js is not installed, which runs the nodes' script")
     code = f"{STAND_IN}\n(async () => {{ {body} }})().then(v => console.log(JSON.stringify(v)))"
     done = subprocess.run(
         [NODE, "-e", code, str(SCRIPT)], capture_output=True, text=True, timeout=60

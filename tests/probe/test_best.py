@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
 from prolora.workflow import batch, best
 from prolora.workflow.advice import choose_next, describe_measurement
 from prolora.workflow.best import BestWay
+from prolora.workflow.options import OF_A_FIT_TOO
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 
@@ -154,12 +155,65 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
     assert far[0].report.was_fitted
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch, overwrite):
+    lora, out = room / "lora.safetensors", tmp_path / "lora.safetensors"
+    few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
+    prolora.fit_file(*ends(room, "pruned"), out, seed=5, **few)
+    earlier = out.read_bytes()
+    how = ([lora], *ends(room, "pruned")[1:], tmp_path)
+
+    def interrupt(*_: object) -> None:
+        assert out.read_bytes() == earlier
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(batch, "fit_many", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prolora.transfer_many(*how, method="best", overwrite=overwrite)
+    assert out.read_bytes() == earlier
+    (done,) = prolora.transfer_many(*how, method="best", overwrite=overwrite)
+    assert done.report.was_fitted and out.read_bytes() != earlier
+
+
+def test_of_a_folder_what_weights_give_is_written_where_the_fit_is_refused(
+    room, tmp_path, monkeypatch
+):
+    def refuse(loras: list[Path], *_: object) -> list[prolora.Outcome]:
+        return [prolora.Outcome(x, tmp_path / x.name, error=UnrelatedBases("no")) for x in loras]
+
+    monkeypatch.setattr(batch, "fit_many", refuse)
+    lora, *bases = ends(room, "pruned")
+    (done,) = prolora.transfer_many([lora], *bases, tmp_path, method="best")
+    assert done.error is None and "A fit was tried" in done.report.why
+    prolora.transfer_file(lora, *bases, tmp_path / "usual.safetensors")
+    ours, usual = load_file(done.out), load_file(tmp_path / "usual.safetensors")
+    assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
+
+
 @pytest.mark.parametrize(
-    "changed", [{"strength": 0.5}, {"blocks": "1"}, {"out_rank": 4}, {"text_encoder": "project"}]
+    "changed",
+    [
+        *({"strength": 0.5}, {"blocks": "1"}, {"out_rank": 4}, {"text_encoder": "project"}),
+        *({"rank": 64}, {"threshold": 0.5}, {"look": "lora"}, {"damping": 1.0}),
+    ],
 )
-def test_what_a_fit_cannot_do_is_refused(changed):
-    with pytest.raises(InvalidOption, match=next(iter(changed))):
-        prolora.TransferOptions(method="best", **changed)
+def test_what_a_fit_cannot_do_is_refused_by_each_job(room, tmp_path, changed):
+    lora, *bases = ends(room, "pruned")
+    for job in (
+        lambda: prolora.transfer(lora, *bases, method="best", **changed),
+        lambda: prolora.transfer_file(lora, *bases, tmp_path / "x", method="best", **changed),
+        lambda: prolora.transfer_many([lora], *bases, tmp_path / "y", method="best", **changed),
+        lambda: prolora.plan_report(lora, *bases, method="best", **changed),
+    ):
+        with pytest.raises(InvalidOption, match=f"`{next(iter(changed))}"):
+            job()
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_option_of_a_transfer_is_one_of_a_fit_or_refused_with_the_best_method():
+    shared = {known.name for known in fields(prolora.FitOptions)}
+    assert set(OF_A_FIT_TOO) <= shared & {known.name for known in fields(prolora.TransferOptions)}
 
 
 def test_a_plan_of_a_collection_takes_methods_by_weights(room):

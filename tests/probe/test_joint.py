@@ -26,9 +26,8 @@ from prolora.probe.fitting.linearisation import ProbeBatch, TargetFunction
 from prolora.probe.fitting.refinement import STEPS, fit_in_factors
 from prolora.probe.recording.batches import count_samples, mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
-from prolora.probe.recording.guidance import Guidance, keep_call
 from prolora.probe.recording.trajectories import Call, predict_call, record_calls
-from prolora.probe.recording.translation import Question, Translation
+from prolora.probe.recording.translation import Guidance, Question, Translation, same_call
 from prolora.probe.recording.wanted import WantedChange
 from prolora.probe.trajectory_numbers import number_trajectories, sum_by_trajectory
 
@@ -590,7 +589,7 @@ def test_where_the_source_is_asked_with_guidance_any_sure_gain_over_the_copy_cou
             model, ours, held_out, translation, copied, "copy", images
         ).decision
 
-    guided = Guidance(2.0, keep_call)
+    guided = Guidance(2.0, same_call)
     assert 0.09 < measure_disagreement(held_out)["all"] < 0.4
     assert decision(0.95, guidance=None) == "copy"
     assert decision(0.95, guided) == "go"

@@ -41,7 +41,7 @@ def room(tmp_path_factory) -> Path:
     tensors = {}
     generator = torch.Generator().manual_seed(3)
     for prefix, model, leaf in (
-        ("lora_unet", source.denoiser, "attn2.to_v"),
+        ("lora_unet", source.denoiser, ("attn1.to_v", "attn2.to_v")),
         ("lora_te_text_model", source.pipe.text_encoder, ("mlp.fc1", "mlp.fc2")),
     ):
         for name, module in model.named_modules():
@@ -177,33 +177,79 @@ def test_what_has_no_text_encoder_to_go_to_is_fitted_into_the_blocks(room):
     assert not torch.allclose(one, other, rtol=0.05, atol=1e-4)
 
 
-def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room, monkeypatch):
-    """The target is asked as it will be run: with the part that the written file holds."""
-    shutil.copytree(room / "source", room / "twin", dirs_exist_ok=True)
-    unet = load_file(room / "twin/unet/diffusion_pytorch_model.safetensors")
-    unet = {name: weight * 1.01 for name, weight in unet.items()}
-    save_file(unet, room / "twin/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
-    seen = []
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple[str, Tensor]]:
+    """(Pipeline, its conditioning for the first prompt) of each table that is made."""
+    found = []
     table = pipelines.Pipeline.tabulate_prompts
 
     def record(self, settings):
         made = table(self, settings)
-        seen.append((self.name, made.entries[0]["encoder_hidden_states",].clone()))
+        found.append((self.name, made.entries[0]["encoder_hidden_states",].clone()))
         return made
 
     monkeypatch.setattr(pipelines.Pipeline, "tabulate_prompts", record)
+    return found
+
+
+def conditioning(room: Path, text: dict[str, LowRank]) -> Tensor:
+    """What diffusers' encoder of the source says of the first prompt beside its weights."""
+    source = pipelines.open_pipeline(room / "source")
+    with pipelines.run_text_encoders_beside(source, text), torch.no_grad():
+        return source.pipe.encode_prompt(SETTINGS.prompts[0], "cpu", 1, False)[0]
+
+
+@pytest.fixture(scope="module")
+def twin(room) -> Path:
+    """A pipeline of the source's text encoder, and a UNet that is a little other."""
+    shutil.copytree(room / "source", room / "twin")
+    unet = load_file(room / "twin/unet/diffusion_pytorch_model.safetensors")
+    unet = {name: weight * 1.01 for name, weight in unet.items()}
+    save_file(unet, room / "twin/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    return room / "twin"
+
+
+def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room, twin, seen):
+    """The target is asked as it will be run: with the part that the written file holds."""
     moved = fitted(room, "twin")
     assert {name for name in moved.adapter.updates if is_in_text_encoder(name)} == set(
         parts_of(room)[1]
     )
-    source = pipelines.open_pipeline(room / "source")
-    plain = table(source, SETTINGS).entries[0]["encoder_hidden_states",]
-    with pipelines.run_text_encoders_beside(source, parts_of(room)[1]):
-        beside = table(source, SETTINGS).entries[0]["encoder_hidden_states",]
     assert {name for name, _ in seen} == {"source", "twin"}
+    beside = conditioning(room, parts_of(room)[1])
     for _, entry in seen:
         torch.testing.assert_close(entry, beside)
-        assert not torch.allclose(entry, plain, atol=1e-2)
+        assert not torch.allclose(entry, conditioning(room, {}), atol=1e-2)
+
+
+def test_a_measurement_asks_both_models_with_what_both_text_encoders_hold(room, twin, seen):
+    prolora.advise(room / "source", twin, room / "lora.safetensors", measure=SETTINGS)
+    assert {name for name, _ in seen} == {"source", "twin"}
+    for _, entry in seen:
+        torch.testing.assert_close(entry, conditioning(room, parts_of(room)[1]))
+
+
+def test_a_measurement_asks_the_source_as_diffusers_runs_the_file(room, seen, monkeypatch):
+    theirs = pipelines.open_pipeline(room / "source")
+    theirs.pipe.load_lora_weights(room / "lora.safetensors")
+    given = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
+    noise = torch.Generator().manual_seed(0)
+    wanted = theirs.pipe("cat", **given, generator=noise, output_type="latent").images
+    drawn = []
+    sample = pipelines.Pipeline.sample_latents
+
+    def record(self, *given):
+        drawn.append(sample(self, *given))
+        return drawn[-1]
+
+    monkeypatch.setattr(pipelines.Pipeline, "sample_latents", record)
+    ends = room / "source", room / "target", room / "lora.safetensors"
+    prolora.advise(*ends, measure=SETTINGS)
+    assert any(torch.allclose(x.images, wanted, atol=1e-3) for x in drawn if len(x.images))
+    of_source = [entry for name, entry in seen if name == "source"]
+    beside = conditioning(room, parts_of(room)[1])
+    assert any(torch.allclose(entry, beside, atol=1e-4) for entry in of_source)
+    assert not all(torch.allclose(entry, beside, atol=1e-2) for entry in of_source)
 
 
 @pytest.mark.parametrize("target", ["target", "source"])
@@ -229,11 +275,9 @@ def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["target", "twin"])
 def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompts_before(
-    room, target, monkeypatch
+    room, twin, target, monkeypatch
 ):
     """Of another encoder and of the same one, which both models run with the LoRA's part."""
-    if target == "twin" and not (room / "twin").exists():
-        shutil.copytree(room / "source", room / "twin")
     options = prolora.FitOptions(
         SETTINGS.prompts, images=2, steps=2, size=16, fit_steps=1, force=True, again=True
     )

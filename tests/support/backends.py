@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from prolora.core.ops import native, torch_twin
+from prolora.core.ops.krylov_block import run_krylov_block
 from prolora.core.ops.overlap_table import run_overlap_table
 from prolora.core.ops.panel_qr import run_panel_qr
 from prolora.core.ops.project_pair import run_project_pair
 from prolora.core.ops.small_svd import run_small_singular_values, run_small_svd
 
-# PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI).
+# PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI); "node"
+# does so for Node.js, which runs the script of the ComfyUI nodes.
 # PROLORA_NATIVE=OFF runs everything without the extension: cpu, emulated and cuda are skipped then.
 REQUIRED = os.environ.get("PROLORA_REQUIRE", "").split(",")
 
@@ -28,6 +30,20 @@ class Kernels:
     module: ModuleType | None  # None: the torch twin
     device: str = "cpu"
     cuda: bool = False
+
+    def krylov_block(
+        self, w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The length, and what it makes of copies of the two others."""
+        w, rows, projected = self._there(w, rows, projected)
+        if self.device == "cpu":  # `to` makes copies elsewhere
+            rows, projected = rows.clone(), projected.clone()
+        operands = (w, rows, projected, size, width)
+        if self.module is None:
+            length = torch_twin.krylov_block(*operands)
+        else:
+            length = run_krylov_block(self.module, *operands, self.cuda)
+        return length.cpu(), rows.cpu(), projected.cpu()
 
     def overlap_table(self, us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return self._call(run_overlap_table, torch_twin.overlap_table, self._there(us, ut))

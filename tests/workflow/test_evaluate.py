@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,9 +69,10 @@ def quiet():
 
 
 def run(room: Path, out: Path, lora: str = "loras/one.safetensors", **more) -> prolora.Evaluation:
+    """Most of them share a folder, for its images."""
     moved = [room / lora.replace("loras", "moved")]
     given = {"clip": room / "clip", "dinov2": room / "dinov2", "csd": room / "csd"}
-    more = {"sampling": SAMPLING, "metrics": given, **more}
+    more = {"sampling": SAMPLING, "metrics": given, "overwrite": True, **more}
     return prolora.evaluate(room / "sd15", room / "tuned", room / lora, moved, out, **more)
 
 
@@ -314,6 +316,79 @@ def test_finished_images_need_no_pipeline(evaluated, room, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run(room, out, sampling=other)
     assert os.path.exists(out / "evaluation.json")
+
+
+def test_an_evaluation_of_other_settings_is_not_replaced_without_being_asked(room, tmp_path):
+    out, loras = tmp_path / "out", [room / f"loras/{name}.safetensors" for name in ("one", "two")]
+    bases, few = (room / "sd15", room / "tuned"), replace(SAMPLING, prompts=("cat",), images=1)
+
+    def draw(lora: Path, **more) -> prolora.Evaluation:
+        return prolora.evaluate(*bases, lora, [], out, **{"sampling": few, **more})
+
+    draw(loras[0])
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    for more in ({"sampling": replace(few, seed=4)}, {"metrics": {"clip": room / "clip"}}):
+        with pytest.raises(prolora.OutputError, match="an evaluation of other files or settings"):
+            draw(loras[0], **more)
+    with pytest.raises(prolora.OutputError, match="`overwrite=True`"):
+        draw(loras[1])
+    assert len(list((out / "images").iterdir())) == 4  # nothing was drawn for what was refused
+    draw(loras[0])  # the same once more
+    assert before == {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    draw(loras[1], overwrite=True)
+    assert (out / "evaluation.json").read_bytes() != before["evaluation.json"]
+    (out / "evaluation.json").unlink()
+    with pytest.raises(prolora.OutputError, match="other files or settings"):
+        draw(loras[0])  # a page is there, and nobody knows of what
+
+
+def test_a_function_that_judges_otherwise_does_not_replace_what_it_said(room, tmp_path):
+    lora, few = room / "loras/one.safetensors", replace(SAMPLING, prompts=("cat",), images=1)
+
+    def draw(score: float) -> prolora.Evaluation:
+        metrics = {"m": lambda images, *_: {"score": [score] * len(images)}}
+        given = (room / "sd15", room / "tuned", lora, [], tmp_path / "out")
+        return prolora.evaluate(*given, sampling=few, metrics=metrics)
+
+    draw(1.0)
+    with pytest.raises(prolora.OutputError, match="other files or settings"):
+        draw(2.0)
+    told = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert told["rows"]["copy"]["scores"]["score"]["mean"] == 1
+
+
+def test_a_folder_that_holds_something_else_is_no_output(room, tmp_path, undrawn):
+    lora, bases = room / "loras/one.safetensors", (room / "sd15", room / "tuned")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/todo.txt").write_text("draw it")
+    for folder in (room / "tuned", tmp_path / "notes"):
+        before = sorted(folder.iterdir())
+        with pytest.raises(prolora.OutputError, match="name another folder"):
+            prolora.evaluate(*bases, lora, [], folder, sampling=SAMPLING, overwrite=True)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_a_lora_that_overflows_is_a_row_with_its_reason(room, tmp_path):
+    unet = pipelines.open_pipeline(room / "tuned").denoiser
+    updates = tiny.updates(unet, ("attn1.to_v", "attn2.to_q", "ff.net.2"), 1e25)
+    tiny.write_lora(tmp_path / "huge.safetensors", updates)
+    shutil.copy(room / "loras/one.safetensors", tmp_path / "one.safetensors")
+    few = {"sampling": replace(SAMPLING, prompts=("cat",)), "metrics": {"clip": room / "clip"}}
+    bases, one = (room / "sd15", room / "tuned"), tmp_path / "one.safetensors"
+    done = prolora.evaluate(*bases, one, [tmp_path / "huge.safetensors"], tmp_path / "a", **few)
+    assert done.rows == ("source", "source + LoRA", "target", "copy")
+    assert "NaN" in done.skipped["huge"] and "Left out: huge" in str(done.in_words())
+    # Where it is the LoRA itself, nothing is left to be like.
+    huge = tmp_path / "huge.safetensors"  # moved it is as its copy, and has the same images
+    done = prolora.evaluate(*bases, huge, [huge], tmp_path / "b", **few)
+    assert done.rows == ("source", "target") and list(done.scores) == ["CLIP-T"]
+    json.loads((tmp_path / "b/evaluation.json").read_text(), parse_constant=pytest.fail)
+    # Of several LoRAs, the others are evaluated.
+    loras = [one, tmp_path / "huge.safetensors"]
+    done = prolora.evaluate(*bases, loras, [], tmp_path / "c", **few)
+    assert [subject.name for subject in done.subjects] == ["one.safetensors"]
+    assert done.rows == ("source", "source + LoRA", "target", "copy")
+    assert "NaN" in done.skipped["huge.safetensors"]
 
 
 def test_several_loras_share_what_does_not_depend_on_them(room, tmp_path):

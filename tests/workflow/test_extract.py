@@ -265,6 +265,23 @@ def test_weights_that_are_not_finite_are_refused_by_name():
     tuned[f"{first}.weight"][0, 0] = torch.nan
     with pytest.raises(prolora.NonFiniteWeights, match=first):
         prolora.extract(make_base(), tuned)
+    with pytest.raises(prolora.NonFiniteWeights, match=first):
+        prolora.extract(tuned, make_base())
+    for value in (torch.nan, torch.inf):
+        tuned = make_base(1)
+        tuned[f"{first}.bias"][0] = value
+        for bases in ((make_base(), tuned), (tuned, make_base())):
+            with pytest.raises(prolora.NonFiniteWeights, match=f"{first}.bias"):
+                prolora.extract(*bases)
+
+
+def test_large_weights_are_finite_though_their_squares_are_not():
+    base, tuned = make_base(), make_base()
+    first = next(iter(LINEAR))
+    for weights, size in ((base, 1.0), (tuned, 1.01)):
+        weights[f"{first}.weight"] = torch.ones(SHAPES[first], dtype=torch.float64) * 1e30 * size
+    done = prolora.extract(base, tuned, out_rank=1, dtype="float32")
+    assert done.adapter.updates[first].dense().mean() == pytest.approx(1e28, rel=1e-5)
 
 
 def test_the_inputs_and_foreign_files_are_not_overwritten(tmp_path):

@@ -1,6 +1,7 @@
 """LoRAs become one that does what all of them do, and the report says what of each is in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,81 @@ def test_biases_add_up_with_their_strengths_or_are_left_out():
     assert not left.adapter.vectors and len(left.report.left_out) == 2
 
 
+@pytest.mark.parametrize("strengths", [(1, 1), (1, -1)])
+def test_a_balanced_merge_does_what_biases_do_alike_once_too(strengths):
+    (one, _), (two, _) = make_lora(1, 0), make_lora(1, 1)
+    stem = "lora_unet_{}.diff_b".format
+    alike, apart, alone = (BLOCK.format(0, name).replace(".", "_") for name in MODULES[:3])
+    half = torch.cat([torch.ones(12), torch.zeros(12)])
+    one |= {stem(alike): torch.arange(24.0), stem(apart): half, stem(alone): torch.ones(24)}
+    two |= {stem(alike): torch.arange(24.0), stem(apart): 1 - half}
+    told = {}
+    for method in ("sum", "balanced"):
+        vectors = prolora.merge([one, two], method=method, strengths=strengths).adapter.vectors
+        told[method] = [vectors[f"{BLOCK.format(0, name)}.bias"] for name in MODULES[:3]]
+    second = strengths[1]
+    added = [torch.arange(24.0) * (1 + second), half + second * (1 - half), torch.ones(24)]
+    wanted = [torch.arange(24.0), *added[1:]] if second > 0 else added
+    for method, expected in (("sum", added), ("balanced", wanted)):
+        for vector, right in zip(told[method], expected, strict=True):
+            assert torch.allclose(vector, right, atol=1e-4), method
+
+
+def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
+    paths = [tmp_path / folder / f"{n}.safetensors" for folder, n in ("ax", "ay", "by", "cy")]
+    paths.append(tmp_path / "a" / "y (3).safetensors")
+    paths.append(tmp_path / "d" / "a" / "y.safetensors")
+    for i, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        save_file(make_lora(1, i)[0], path, {"modelspec.author": f"author {i}"})
+    out = tmp_path / "out.safetensors"
+    report = prolora.merge_file(paths, out)
+    names = [part.name for part in report.merge.parts]
+    assert names == ["x", "a/y", "b/y", "c/y", "y (3)", "a/y (2)"]
+    metadata = SafetensorsFile(out).metadata
+    assert metadata["modelspec.author"] == ", ".join(f"author {i}" for i in range(6))
+    assert metadata["modelspec.title"] == " + ".join(names)
+    merged = json.loads(metadata["prolora.merged"])
+    assert [part["name"] for part in merged] == names
+    in_memory = [prolora.Adapter.from_state_dict(make_lora(1, i)[0]) for i in range(3)]
+    called = [replace(lora, metadata={"ss_output_name": "LoRA 3"}) for lora in in_memory[:2]]
+    in_memory = [*called, in_memory[2]]
+    names = [part.name for part in prolora.merge(in_memory).report.merge.parts]
+    assert names == ["LoRA 3", "LoRA 3 (2)", "LoRA 3 (3)"]
+
+
+def write_wan(path, module="blocks.0.self_attn.q"):
+    path.parent.mkdir(exist_ok=True)
+    key, size = f"diffusion_model.{module}", (5120, 2)
+    up, down = torch.ones(size), torch.ones(size[::-1])
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x_high_noise.safetensors", "x_low_noise.safetensors"),
+        ("x_HIGH.safetensors", "y-low.safetensors"),
+        ("high_noise/lora.safetensors", "low_noise/lora.safetensors"),
+    ],
+)
+def test_loras_of_the_two_experts_of_one_model_are_refused(names, tmp_path):
+    paths = [write_wan(tmp_path / name) for name in names]
+    with pytest.raises(prolora.WrongBase, match=r"high noise.*low noise.*Wan"):
+        prolora.merge(paths)
+    with pytest.raises(prolora.WrongBase, match="expert"):
+        prolora.merge_file(paths, tmp_path / "out.safetensors")
+    prolora.merge([write_wan(tmp_path / "a_low_noise.safetensors"), paths[1]])
+
+
+def test_high_and_low_in_names_mean_nothing_for_a_model_without_experts(tmp_path):
+    paths = [tmp_path / "detail_high.safetensors", tmp_path / "detail_low.safetensors"]
+    for i, path in enumerate(paths):
+        save_file(make_lora(1, i)[0], path)
+    assert len(prolora.merge(paths).report.merge.parts) == 2
+
+
 def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
     made = [make_lora(2, 0), make_lora(3, 1)]
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
@@ -290,6 +366,23 @@ def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
         prolora.merge([tmp_path / "flux.safetensors", tmp_path / "sdxl.safetensors"])
 
 
+def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
+    sizes = {
+        "transformer_blocks.0.attn.to_q": (3072, 3072),
+        "transformer_blocks.0.img_mlp.net.0.proj": (12288, 3072),  # Qwen-Image's
+        "transformer_blocks.0.norm1.linear": (18432, 3072),  # FLUX.1's, and others'
+    }
+    either, one, other = (
+        {f"transformer.{n}.lora_A.weight": torch.zeros(1, i)}
+        | {f"transformer.{n}.lora_B.weight": torch.zeros(o, 1)}
+        for n, (o, i) in sizes.items()
+    )
+    for pair in ([either, one], [either, other]):
+        assert len(prolora.merge(pair).adapter.updates) == 2
+    with pytest.raises(prolora.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
+        prolora.merge([either, one, other])
+
+
 def test_modules_of_two_shapes_are_refused_by_name():
     one, _ = make_lora(1, 0)
     two = {k: torch.cat([v, v]) if "lora_up" in k else v for k, v in make_lora(1, 1)[0].items()}
@@ -301,7 +394,7 @@ def test_modules_of_two_shapes_are_refused_by_name():
     ("count", "changes", "text"),
     [
         (1, {}, "two LoRAs or more"),
-        (2, {"strengths": [1]}, "1 numbers for 2 LoRAs"),
+        (2, {"strengths": [1]}, "`strengths` is for 1 LoRAs, and there are 2"),
         (2, {"strengths": [1, 0]}, "none of them 0"),
         (2, {"strengths": [1, float("nan")]}, "none of them 0"),
         (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
@@ -309,7 +402,7 @@ def test_modules_of_two_shapes_are_refused_by_name():
         (2, {"blocks": "1,x;"}, "which is not a number"),
         (2, {"blocks": "none.such=1;"}, "block or module of"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),
-        (2, {"sources": [None]}, "1 bases are given for 2 LoRAs"),
+        (2, {"sources": [None]}, "`sources` is for 1 LoRAs, and there are 2"),
         (2, {"sources": [{"x.weight": torch.zeros(2, 2)}, None]}, "`target` is missing"),
     ],
 )
@@ -492,7 +585,10 @@ def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, mo
         prolora.merge_file([lora, lora], tmp_path / "out")
 
 
-@pytest.mark.parametrize("wrong", [{"strengths": 0.5}, {"blocks": 0.5}, {"blocks": [0.5, 1]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"strengths": 0.5}, {"blocks": 0.5}, {"blocks": [0.5, 1]}, {"sources": 1}, {"sources": "ab"}],
+)
 def test_a_number_where_a_list_belongs_is_refused(tmp_path, wrong):
     lora, *_ = write_case(tmp_path)
     with pytest.raises(prolora.InvalidOption, match=next(iter(wrong))):

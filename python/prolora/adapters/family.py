@@ -15,8 +15,6 @@ from ..architectures.recognition import NamedMatrix, recognise_families
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
-# The numbers of the original checkpoint count two layers a block, which these do not have.
-ONE_LAYER_UNETS = ("koala", "bk-sdm")
 # SHA-256 of the files most LoRAs are trained on.
 _KNOWN_FILES = {
     "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa": (

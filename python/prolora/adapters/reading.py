@@ -21,7 +21,7 @@ from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
 from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
-from .unread import StrPath, UnreadAdapter, open_adapter, read_finite
+from .unread import AdapterSource, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ ReadWeight = Callable[[str], Tensor]
 
 @in_full_precision
 def read_adapter(
-    source: StrPath | Mapping[str, Tensor],
+    source: AdapterSource,
     *,
     metadata: Mapping[str, str] | None = None,
     read_weight: ReadWeight | None = None,
@@ -56,7 +56,7 @@ def read_adapter(
     named in `Adapter.left_out`, and so are updates that an unknown tensor stands beside.
 
     Args:
-        source: a .safetensors file, a PEFT folder, or a state dict.
+        source: a .safetensors file, a PEFT folder, a state dict, or (state dict, peft.LoraConfig).
         metadata: replaces the file's header metadata.
         read_weight: reads the base model the adapter was trained on; needed where the update
             depends on it.
@@ -97,9 +97,7 @@ def read_adapter(
     return adapter
 
 
-def read_pieces(
-    source: StrPath | Mapping[str, Tensor], base: BaseNames | None = None
-) -> Iterator[Adapter]:
+def read_pieces(source: AdapterSource, base: BaseNames | None = None) -> Iterator[Adapter]:
     """What `read_adapter` reads, one module or fused weight at a time to save memory."""
     opened = open_adapter(source)
     return _read_slots(opened, parse_contents(opened, base), None)
@@ -126,7 +124,7 @@ def _read_slots(
 
 
 def outline_adapter(
-    source: StrPath | Mapping[str, Tensor] | UnreadAdapter,
+    source: AdapterSource | UnreadAdapter,
     shapes: Mapping[str, Shape],
     family: str | None = None,
     *,

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, UnsupportedFormat, input_error
-from ..files.jsontext import read_json_object
+from ..files.jsontext import parse_json_object, read_json_object
 from ..files.pickle_file import PickleFile, is_readable_pickle
 from ..files.safetensors_file import SafetensorsFile
 
 StrPath = str | os.PathLike[str]
+
+
+class PeftConfigLike(Protocol):
+    """A configuration of PEFT, as `peft.LoraConfig` is one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields."""
+
+
+AdapterSource = StrPath | Mapping[str, Tensor] | tuple[Mapping[str, Tensor], PeftConfigLike]
+"""A .safetensors file, a PEFT folder, a state dict, or (state dict, `peft.LoraConfig`)."""
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -73,14 +85,15 @@ def read_finite(source: UnreadAdapter, key: str) -> Tensor:
 
 
 def open_adapter(
-    source: StrPath | Mapping[str, Tensor] | UnreadAdapter,
+    source: AdapterSource | UnreadAdapter,
     metadata: Mapping[str, str] | None = None,
 ) -> UnreadAdapter:
     """Opens an adapter without reading a tensor.
 
     Args:
         source: a .safetensors file, a state dict or a file of `torch.save` with one, a PEFT folder,
-            or a folder diffusers saved a LoRA in; what is open already is returned.
+            or a folder diffusers saved a LoRA in; (state dict, `peft.LoraConfig`), as PEFT has the
+            two in memory; what is open already is returned.
         metadata: replaces the metadata of the file; a state dict has none of its own.
 
     Raises:
@@ -90,6 +103,13 @@ def open_adapter(
         return source
     if isinstance(source, Mapping):
         return _open_mapping(source, dict(metadata or {}))
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping):
+        return _open_mapping(source[0], dict(metadata or {}), _read_config(source[1]))
+    if not isinstance(source, str | os.PathLike):
+        raise UnsupportedFormat(
+            "a LoRA is a file, a folder, a state dict or (state dict, peft.LoraConfig), not "
+            f"{type(source).__name__}"
+        )
     path = Path(source)
     try:
         return _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
@@ -97,7 +117,23 @@ def open_adapter(
         raise input_error(path, error) from error
 
 
-def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> UnreadAdapter:
+def _read_config(config: PeftConfigLike) -> dict[str, Any]:
+    """A configuration of PEFT as the JSON object that PEFT saves.
+
+    Raises:
+        UnsupportedFormat: it is none.
+    """
+    if not hasattr(config, "to_dict"):
+        kind = type(config).__name__
+        raise UnsupportedFormat(f"a peft.LoraConfig stands beside a state dict, not {kind}")
+    # Sets become lists, and what is neither JSON nor a set is of no LoRA that is read.
+    text = json.dumps(config.to_dict(), default=lambda x: [*x] if isinstance(x, set) else str(x))
+    return parse_json_object(text, "the configuration")
+
+
+def _open_mapping(
+    tensors: Mapping[str, Tensor], metadata: dict[str, str], config: dict[str, Any] | None = None
+) -> UnreadAdapter:
     where = "the state dict"
     headers = {}
     for key, tensor in tensors.items():
@@ -108,7 +144,7 @@ def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Un
         if reason := _explain_unreadable(tensor):
             raise UnsupportedFormat(f"{where}: {key} {reason}")
         headers[key] = TensorHeader(tensor.dtype, tuple(tensor.shape))
-    return UnreadAdapter(where, headers, lambda key: tensors[key].detach().cpu(), metadata)
+    return UnreadAdapter(where, headers, lambda key: tensors[key].detach().cpu(), metadata, config)
 
 
 def _explain_unreadable(tensor: Tensor) -> str:

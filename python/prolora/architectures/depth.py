@@ -22,8 +22,8 @@ BASE, MIDDLE = "BASE", "M00"
 _LDM = re.compile(r"(input_blocks|middle_block|output_blocks)(?:\.(\d+))?\.")
 _FLUX_STACKS = {"transformer_blocks": "D", "single_transformer_blocks": "S"}
 _FLUX_ENCODERS = {"text_encoder": "CLIP", "text_encoder_2": "T5"}
-# Students with one layer a block where Stable Diffusion has two.
-_ONE_LAYER = ("bk-sdm", "koala")
+ONE_LAYER_UNETS = ("bk-sdm", "koala")
+"""Students with one layer a block where Stable Diffusion, and the numbers of LDM, have two."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class DepthTable:
 
     @property
     def _layers(self) -> int:
-        return 1 if self.family is not None and self.family.id in _ONE_LAYER else 2
+        return 1 if self.family is not None and self.family.id in ONE_LAYER_UNETS else 2
 
     def _list_places(self, modules: Iterable[str]) -> tuple[str, ...]:
         """The blocks of some modules, and of UNets and FLUX what their notation always has."""

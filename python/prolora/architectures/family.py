@@ -52,6 +52,11 @@ def fuse_equal(*parts: str) -> Fused:
     return Fused(parts, (1,) * len(parts))
 
 
+def fuse_qkv(pattern: str) -> Fused:
+    """The fused matrix of queries, keys and values, whose names have q, k and v in place of {}."""
+    return fuse_equal(*map(pattern.format, "qkv"))
+
+
 class Spelling(NamedTuple):
     """How a file spells the modules of a family.
 
@@ -70,6 +75,8 @@ COMFY = Spelling("diffusion_model.", "authors")
 KOHYA = Spelling("lora_unet_", "authors", dotted=False)
 DIFFUSERS = Spelling("transformer.", "diffusers")
 PEFT = Spelling("base_model.model.", "diffusers")
+UNET = Spelling("unet.", "diffusers")
+UNET_KOHYA = Spelling("lora_unet_", "diffusers", dotted=False)
 SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
     {"comfy": COMFY, "kohya": KOHYA, "diffusers": DIFFUSERS, "peft": PEFT}
 )
@@ -119,6 +126,7 @@ class Family:
             `ss_base_model_version` or `modelspec.architecture`, in lower case) -> its title.
         siblings: pairs that people move LoRAs between, as sentences for the documentation.
         not_linear: pattern of a module -> what it is, where it is no plain linear layer.
+        experts: whether models of it may be two, one for high noise and one for low noise.
         unet: whether it is a UNet, whose names follow from arithmetic (`ldm`) and not from tables.
     """
 
@@ -131,7 +139,7 @@ class Family:
     claims: Mapping[str, str] = field(default_factory=dict)
     siblings: tuple[str, ...] = ()
     not_linear: Mapping[str, str] = field(default_factory=dict)
-
+    experts: bool = False
     unet: bool = False
 
     @cached_property
@@ -148,6 +156,11 @@ class Family:
         """
         match = _match_pattern(name, self._modules, dotted)
         return _fill_pattern(*match) if match else None
+
+    def list_patterns(self, *, dotted: bool) -> set[str]:
+        """What names that `find_module` and `find_weight` know look like."""
+        both = self._modules, self._weights
+        return {name for one in both for name in (one.dotted if dotted else one.underscored)}
 
     def find_pattern(self, module: str) -> str | None:
         """The pattern of a canonical module, None if no published size has such a module."""
@@ -232,16 +245,15 @@ def _match_pattern(
     two numbers is tried; that of the first number alone is nearly always the right one.
     """
     separator, table = (".", patterns.dotted) if dotted else ("_", patterns.underscored)
-    for trial, numbers in _list_trials(name, separator):
+    for trial, numbers in list_trials(name, separator):
         meaning = table.get(trial)
         if meaning is not None:
             return meaning, numbers
     return None
 
 
-# Every name is looked up in every family.
-@lru_cache(1 << 12)
-def _list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+@lru_cache(1 << 12)  # every name is looked up in several families
+def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The patterns that a name may have, each with the numbers in its places."""
     words = name[: LONGEST_NAME + 1].split(separator)
     places = [i for i, word in enumerate(words) if word.isascii() and word.isdecimal()]

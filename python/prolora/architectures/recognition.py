@@ -12,7 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .families import known_families
-from .family import AuthorsWeight, Family
+from .family import AuthorsWeight, Family, list_trials
 from .layouts import load_layout
 from .modules import find_block, matrix_shape
 
@@ -65,10 +65,11 @@ def recognise_families(modules: Iterable[NamedMatrix]) -> Recognition:
     """
     given = list(dict.fromkeys(modules))
     families = {id_: one for id_, one in known_families().items() if not one.unet}
-    known = {
-        id_: {module: parts for module in given if (parts := find_parts(family, module))}
-        for id_, family in families.items()
-    }
+    known: dict[str, dict[NamedMatrix, dict[str, tuple[int, int]]]] = {id_: {} for id_ in families}
+    for module in given:
+        for id_ in _list_candidates(module):
+            if id_ in families and (parts := find_parts(families[id_], module)):
+                known[id_][module] = parts
     by_any = {module for parts in known.values() for module in parts}
     if not by_any or 2 * len(by_any) < len(given):
         return Recognition()
@@ -91,6 +92,23 @@ def recognise_families(modules: Iterable[NamedMatrix]) -> Recognition:
     scores = {id_: _count_proportions(families[id_], shapes[id_]) for id_ in within or list(shapes)}
     best = [id_ for id_ in scores if scores[id_] == max(scores.values())]
     return Recognition(tuple(families[id_] for id_ in best), (), able)
+
+
+def _list_candidates(module: NamedMatrix) -> set[str]:
+    """The families with a pattern that a name has: few, so that thousands of names take no time."""
+    holders = _find_holders(module.dotted)
+    patterns = list_trials(module.name, "." if module.dotted else "_")
+    return {id_ for pattern, _ in patterns for id_ in holders.get(pattern, ())}
+
+
+@cache
+def _find_holders(dotted: bool) -> dict[str, list[str]]:
+    """Pattern of a module or weight -> the families that have it."""
+    holders: dict[str, list[str]] = {}
+    for id_, family in known_families().items():
+        for pattern in family.list_patterns(dotted=dotted):
+            holders.setdefault(pattern, []).append(id_)
+    return holders
 
 
 def find_parts(family: Family, module: NamedMatrix) -> dict[str, tuple[int, int]]:

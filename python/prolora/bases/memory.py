@@ -14,6 +14,7 @@ import torch
 from ..core.methods import Needs
 from ..core.rank_rule import Rank
 from ..core.svd.stacks import stack_budget
+from ..core.validation import DeviceLike
 from ..errors import TooLittleMemory
 from ..files.sizes import format_size
 
@@ -68,7 +69,7 @@ class Memory:
 
     limit: int | None = None
     rank: Rank | None = None
-    device: str | None = None
+    device: DeviceLike = None
 
     def check(self, shapes: Iterable[tuple[int, int]], work: Work, results: int = 0) -> None:
         """Refuses a bound below what one weight of each shape needs, before anything is done.

@@ -37,16 +37,16 @@ from .options import (
     Resources,
     SaveMatchOption,
     expand_options,
-    parse_path,
     parse_rank,
+    path_argument,
+    path_option,
     write_flag,
 )
 from .outputs import check_match_file, check_report, read_command, save_match
 from .tables import show_tables, show_words
 
 LoraArgument = Annotated[
-    Path | None,
-    typer.Argument(parser=parse_path, metavar="[LORA]", help="A LoRA file or PEFT folder."),
+    Path | None, path_argument("A LoRA file or PEFT folder.", metavar="[LORA]")
 ]
 
 
@@ -66,10 +66,8 @@ class CompareOptions:
     save_match: SaveMatchOption = None
     report: Annotated[
         Path | None,
-        typer.Option(
-            parser=parse_path,
-            metavar="FILE",
-            help="Also write everything: a page with a map if the name ends in .html, else JSON.",
+        path_option(
+            "Also write everything: a page with a map if the name ends in .html, else JSON."
         ),
     ] = None
     overwrite: OverwriteOption = False
@@ -144,8 +142,7 @@ def advise(
         check_match_file(asked.save_match, files, asked.overwrite)
     if asked.report is not None:
         check_report(asked.report, [], [lora] if lora else [], files, asked.overwrite)
-    how: dict[str, Any] = {"cache": resources.find_cache(), "device": resources.device}
-    how |= {"max_memory": resources.max_bytes}
+    how = resources.read()
     with progress_bar("advise", not (asked.quiet or asked.as_json)) as progress:
         how |= {"progress": progress}
         match: Match = asked.match

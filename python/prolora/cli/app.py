@@ -32,13 +32,17 @@ from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epil
 from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
-from .options import JsonOption, OverwriteOption, parse_path
+from .options import JsonOption, OverwriteOption, path_argument, path_option
+from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
 
 log = logging.getLogger(__name__)
 
 # What all of typer's complaints about a command line are; recent versions export no name for it.
 CommandLineError: Any = typer.BadParameter.__base__
+
+_OF_MOVES = tuple(code for code in ExitCode if code <= ExitCode.INCOMPLETE)
+"""How a command that moves LoRAs may end, but for signals."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,13 +60,7 @@ app.command(
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
         "prolora transfer loras/*.safetensors --source sdxl/ --target ssd-1b/ -o moved/",
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ --dry-run",
-        codes=(
-            ExitCode.DONE,
-            ExitCode.FAILED,
-            ExitCode.REFUSED,
-            ExitCode.LOW_COVERAGE,
-            ExitCode.INCOMPLETE,
-        ),
+        codes=_OF_MOVES,
     ),
 )(transfer)
 app.command(
@@ -70,13 +68,7 @@ app.command(
     epilog=write_epilog(
         "prolora fit my-lora.safetensors --source sd15/ --target sdxl/ -o fitted.safetensors",
         "prolora fit loras/*.safetensors --source sd15/ --target sdxl/ -o fitted/ --resume kept/",
-        codes=(
-            ExitCode.DONE,
-            ExitCode.FAILED,
-            ExitCode.REFUSED,
-            ExitCode.LOW_COVERAGE,
-            ExitCode.INCOMPLETE,
-        ),
+        codes=_OF_MOVES,
     ),
 )(fit)
 app.command(
@@ -160,9 +152,7 @@ def start(
     epilog=write_epilog("prolora inspect my-lora.safetensors", "prolora inspect sdxl/ --json")
 )
 def inspect(
-    file: Annotated[
-        Path, typer.Argument(parser=parse_path, metavar="FILE", help="A LoRA or a base model.")
-    ],
+    file: Annotated[Path, path_argument("A LoRA or a base model.")],
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file is, from its header alone."""
@@ -177,10 +167,7 @@ def inspect(
 @app.command(epilog=write_epilog("prolora demo", "prolora demo --lora concept --target far"))
 def demo(
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder for the results."
-        ),
+        Path, path_option("Folder for the results.", "--output", "-o", metavar="FOLDER")
     ] = Path("prolora-demo"),
     lora: Annotated[
         str, typer.Option(help="A shipped LoRA: neon, duotone or concept (a butterfly).")
@@ -232,14 +219,7 @@ def demo(
     )
 )
 def push(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            parser=parse_path,
-            metavar="PATH",
-            help="A moved LoRA or a folder of them.",
-        ),
-    ],
+    path: Annotated[Path, path_argument("A moved LoRA or a folder of them.", metavar="PATH")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the hub.")],
     public: Annotated[
         bool, typer.Option("--public", help="Make a new repository public; it is private else.")
@@ -283,17 +263,14 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def facts_table(facts: Mapping[str, object]) -> Table:
     """A line for each fact; a reason that several have is given once."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    given: set[str] = set()
+    lines, given = [], set[str]()
     for name, value in facts.items():
         text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
         for reason in set(re.findall(r" \(.+?\)", text)) & given:
             text = text.replace(reason, "")
         given |= set(re.findall(r" \(.+?\)", text))
-        table.add_row(name, text)
-    return table
+        lines.append((name, text))
+    return draw_facts(lines)
 
 
 def main() -> None:

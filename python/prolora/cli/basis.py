@@ -31,8 +31,8 @@ from .options import (
     QuietOption,
     RankOption,
     Resources,
+    base_argument,
     expand_options,
-    parse_base,
     parse_rank,
 )
 from .tables import draw_table
@@ -63,12 +63,7 @@ app = typer.Typer(
 )
 @expand_options
 def build(
-    base: Annotated[
-        str,
-        typer.Argument(
-            parser=parse_base, metavar="BASE", help="A base model: file, folder or hub id."
-        ),
-    ],
+    base: Annotated[str, base_argument("A base model: file, folder or hub id.")],
     resources: Resources,
     rank: RankOption = str(DEFAULT_RANK),
     as_json: JsonOption = False,
@@ -77,22 +72,15 @@ def build(
     """Compute a base model's leading subspaces, keep them, and say how exact they are."""
     resources.check_device()
     opened = open_base(base)
-    folder = resources.find_cache()
+    how = resources.read()
     with progress_bar("basis", not (quiet or as_json)) as progress:
-        rows = survey_base(
-            opened,
-            parse_rank(rank),
-            cache=folder,
-            device=resources.device,
-            max_memory=resources.max_bytes,
-            progress=progress,
-        )
+        rows = survey_base(opened, parse_rank(rank), **how, progress=progress)
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return
     if not quiet:
         out.print_table(draw_table(survey_table(opened.name, rows)))
-        show_cache(folder)
+        show_cache(how["cache"])
 
 
 @app.command("list", epilog=write_epilog("prolora basis list"))

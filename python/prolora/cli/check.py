@@ -12,7 +12,7 @@ from ..workflow.check import check as check_lora
 from ..workflow.check import open_checked
 from .console import out
 from .exits import ExitCode, describe_error
-from .options import JsonOption, parse_base
+from .options import JsonOption, base_argument
 from .tables import MARKS
 from .transfer import LoraArguments
 
@@ -25,10 +25,7 @@ MEANINGS = {
 
 def check(
     loras: LoraArguments,
-    base: Annotated[
-        str,
-        typer.Argument(parser=parse_base, metavar="BASE", help="Base model: file, folder, hub id."),
-    ],
+    base: Annotated[str, base_argument("Base model: file, folder, hub id.")],
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a LoRA is for a base model, from headers alone."""
@@ -41,8 +38,7 @@ def check(
             if len(loras) == 1:
                 raise
             code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
-            problem = {"type": type(error).__name__, "message": str(error)}
-            records.append({"lora": str(lora), "error": problem})
+            records.append({"lora": str(lora), "error": error.to_dict()})
         else:
             code = code if answer or code else ExitCode.LOW_COVERAGE
             records.append(answer.to_dict())

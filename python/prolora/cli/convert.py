@@ -6,32 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast
 
-import typer
-
 from ..bases import open_base
 from ..workflow.convert import convert as convert_lora
 from ..workflow.convert import convert_file
 from ..workflow.convert_options import ConvertOptions
 from .console import progress_bar
-from .options import expand_options, parse_base, parse_path
+from .options import base_argument, expand_options, path_argument
 from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made
 
 
 @expand_options
 def convert(
-    lora: Annotated[
-        Path, typer.Argument(parser=parse_path, metavar="LORA", help="LoRA file or PEFT folder.")
-    ],
+    lora: Annotated[Path, path_argument("LoRA file or PEFT folder.", metavar="LORA")],
     converting: ConvertOptions,
     output: FileOutput,
     base: Annotated[
-        str | None,
-        typer.Argument(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model it was trained on; needed for DoRA, GLoRA and OFT.",
-        ),
+        str | None, base_argument("Base model it was trained on; needed for DoRA, GLoRA and OFT.")
     ] = None,
 ) -> None:
     """Write a LoRA in another format, precision, rank or kind, for the base that it has."""

@@ -23,36 +23,32 @@ from .options import (
     Prompts,
     QuietOption,
     Resources,
+    base_argument,
     expand_options,
-    parse_base,
-    parse_path,
+    path_argument,
+    path_option,
 )
 from .tables import show_tables, show_words
-
-
-def _name(kind: Any, metavar: str, help: str) -> Any:
-    return typer.Argument(parser=kind, metavar=metavar, help=help)
 
 
 @dataclass
 class Files:
     """What is compared, and where the result goes."""
 
-    source: Annotated[str, _name(parse_base, "SOURCE", "Pipeline that the LoRA was trained on.")]
-    target: Annotated[str, _name(parse_base, "TARGET", "Pipeline that it was moved to.")]
-    lora: Annotated[Path, _name(parse_path, "LORA", "The LoRA, or a folder of several.")]
+    source: Annotated[str, base_argument("Pipeline that the LoRA was trained on.", "SOURCE")]
+    target: Annotated[str, base_argument("Pipeline that it was moved to.", "TARGET")]
+    lora: Annotated[Path, path_argument("The LoRA, or a folder of several.", "LORA")]
     moved: Annotated[
         list[Path],
-        _name(parse_path, "MOVED", "What became of it; for several LoRAs, folders."),
+        path_argument("What became of it; for several LoRAs, folders.", "MOVED"),
     ] = dataclasses.field(default_factory=list)
     output: Annotated[
         Path,
-        typer.Option(
+        path_option(
+            "Folder for images, page and JSON; a run that was cut off goes on there.",
             "--output",
             "-o",
-            parser=parse_path,
             metavar="FOLDER",
-            help="Folder for images, page and JSON; a run that was cut off goes on there.",
         ),
     ] = Path("prolora-evaluation")
 
@@ -123,8 +119,12 @@ class Where:
 
     panel: ClassVar[str] = "Resources"
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
-    ] = "cpu"
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
+        ),
+    ] = "auto"
     cache: CacheOption = None
 
 

@@ -37,6 +37,8 @@ MEANINGS = {
 class IncompleteResult(ProLoRAError):
     """All was written, but updates of a LoRA could not be read and stayed behind."""
 
+    code = "incomplete-result"
+
 
 HANDLED = (ValueError, RuntimeError, OSError, MemoryError)
 """Errors that become one line; ProLoRAError is a ValueError. All others are bugs: a traceback."""
@@ -71,6 +73,8 @@ def describe_error(error: BaseException) -> tuple[str, str]:
     """What an error says to people, and a command line that helps, to be copied; "" for none."""
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         advice = "the system gave no more memory; --max-memory 2GiB keeps prolora within a bound"
+        if "CUDA" in str(error):
+            advice = "the card has too little memory; --device cpu takes the machine's instead"
         return f"{advice} ({error})" if str(error) else advice, ""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}", ""

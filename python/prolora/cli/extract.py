@@ -6,30 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast
 
-import typer
-
 from ..bases import open_base
 from ..workflow.extract import extract_file, plan_extraction
 from ..workflow.extract_options import ExtractOptions
 from .console import progress_bar
-from .options import expand_options, parse_base
+from .options import base_argument, expand_options
 from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made
 
 
 @expand_options
 def extract(
-    base: Annotated[
-        str,
-        typer.Argument(
-            parser=parse_base, metavar="BASE", help="Base model that the LoRA is to be used with."
-        ),
-    ],
+    base: Annotated[str, base_argument("Base model that the LoRA is to be used with.")],
     tuned: Annotated[
-        str,
-        typer.Argument(
-            parser=parse_base, metavar="TUNED", help="The same model after training, likewise."
-        ),
+        str, base_argument("The same model after training, likewise.", metavar="TUNED")
     ],
     extracting: ExtractOptions,
     output: FileOutput,

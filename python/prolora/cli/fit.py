@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, cast
 
-import typer
-
 from ..bases import Base
 from ..bases.base import Progress
 from ..errors import ProLoRAError
@@ -22,8 +20,8 @@ from .options import (
     HelpAllOption,
     Prompts,
     Resources,
+    base_option,
     expand_options,
-    parse_base,
 )
 from .output_options import OutputOptions
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_outcomes
@@ -45,18 +43,9 @@ class Pipelines(Bases):
 
     source: Annotated[
         str,
-        typer.Option(
-            parser=parse_base,
-            metavar="FOLDER",
-            help="Folder of the diffusers pipeline the LoRA was trained on.",
-        ),
+        base_option("Folder of the diffusers pipeline the LoRA was trained on.", metavar="FOLDER"),
     ]
-    target: Annotated[
-        str,
-        typer.Option(
-            parser=parse_base, metavar="FOLDER", help="Folder of the pipeline to fit it to."
-        ),
-    ]
+    target: Annotated[str, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")]
 
 
 @expand_options
@@ -77,9 +66,7 @@ def fit(
     options = replace(
         fitting,
         prompts=prompts.read(),
-        cache=resources.find_cache(takes_default=not output.dry_run),
-        device=resources.device,
-        max_memory=resources.max_bytes,
+        **resources.read(takes_default=not output.dry_run),
         shown_prompts=SHOWN if output.report and is_page_path(output.report) else 0,
     )
     run = plan_fits if output.dry_run else fit_loras

@@ -30,13 +30,15 @@ from ..workflow.output_paths import check_beside
 from .console import PlainConsole, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
+    FleetResources,
     JsonOption,
     QuietOption,
-    Resources,
+    base_option,
     expand_options,
-    parse_base,
-    parse_path,
+    path_argument,
+    path_option,
 )
+from .tables import draw_facts
 
 _REASONS, _FILES = 8, 3
 """Most reasons that are shown, and most LoRAs that each names."""
@@ -48,21 +50,12 @@ class Collection:
 
     source: Annotated[
         list[str],
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model that the LoRAs were trained on: file, folder or hub id. With several "
-            "--source, each LoRA's header and keys tell which it belongs to.",
+        base_option(
+            "Base model that the LoRAs were trained on: file, folder or hub id. With several "
+            "--source, each LoRA's header and keys tell which it belongs to."
         ),
     ]
-    target: Annotated[
-        list[str],
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model to move to; may be repeated.",
-        ),
-    ]
+    target: Annotated[list[str], base_option("Base model to move to; may be repeated.")]
 
 
 @dataclass
@@ -70,12 +63,9 @@ class PlanOutput:
     """Where the plan goes, and what is shown."""
 
     panel: ClassVar[str] = "Output"
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=parse_path, metavar="FILE", help="The plan, JSON lines."
-        ),
-    ] = Path("plan.jsonl")
+    output: Annotated[Path, path_option("The plan, JSON lines.", "--output", "-o")] = Path(
+        "plan.jsonl"
+    )
     as_json: JsonOption = False
     quiet: QuietOption = False
 
@@ -114,17 +104,12 @@ def plan(
 
 @expand_options
 def migrate(
-    plan: Annotated[
-        Path, typer.Argument(parser=parse_path, metavar="PLAN", help="What `prolora plan` wrote.")
-    ],
+    plan: Annotated[Path, path_argument("What `prolora plan` wrote.", metavar="PLAN")],
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder of the results."
-        ),
+        Path, path_option("Folder of the results.", "--output", "-o", metavar="FOLDER")
     ],
     how: MigrationOptions,
-    resources: Resources,
+    resources: FleetResources,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -132,13 +117,7 @@ def migrate(
     resources.check_device()
     shown = not (as_json or quiet)
     with progress_bar("migrate", shown) as progress:
-        how = replace(
-            how,
-            cache=resources.find_cache(),
-            device=resources.device,
-            max_memory=resources.max_bytes,
-            progress=progress,
-        )
+        how = replace(how, **resources.read(), progress=progress)
         summary = run_migration(plan, output, how)
     if as_json:
         print(json.dumps(summary.to_dict(), indent=1))
@@ -156,10 +135,7 @@ def migrate(
 
 def status(
     folder: Annotated[
-        Path,
-        typer.Argument(
-            parser=parse_path, metavar="FOLDER", help="What `prolora migrate` was given as -o."
-        ),
+        Path, path_argument("What `prolora migrate` was given as -o.", metavar="FOLDER")
     ],
     verify: Annotated[
         bool,
@@ -256,17 +232,14 @@ def summary_table(summary: Summary) -> Table:
 
 def status_table(found: Status) -> Table:
     """The numbers of a migration, one a line."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name in ("done", "failed", "refused", "left"):
-        table.add_row(name, f"{getattr(found, name)} of {found.total}")
-    table.add_row("at work", f"{found.at_work} processes" if found.at_work else "no process")
+    states = ("done", "failed", "refused", "left")
+    facts = [(name, f"{getattr(found, name)} of {found.total}") for name in states]
+    facts.append(("at work", f"{found.at_work} processes" if found.at_work else "no process"))
     if found.rate:
-        table.add_row("rate", f"{found.rate:.3g} LoRAs a second")
+        facts.append(("rate", f"{found.rate:.3g} LoRAs a second"))
     if found.seconds_left is not None and found.left:
-        table.add_row("time to go", format_time(found.seconds_left))
-    return table
+        facts.append(("time to go", format_time(found.seconds_left)))
+    return draw_facts(facts)
 
 
 def show_reasons(

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, cast
 
-import typer
-
 from ..bases import Base, open_base
 from ..workflow.merge import merge as merge_loras
 from ..workflow.merge import merge_file
 from ..workflow.merge_options import MergeOptions
 from .console import progress_bar
-from .options import Resources, expand_options, parse_base
+from .options import Resources, base_option, expand_options
 from .output_options import FileOutput
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_made
 
@@ -24,20 +22,16 @@ class MergedBases:
 
     target: Annotated[
         str | None,
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model of the result; needed where a LoRA has another, and for DoRA, GLoRA "
-            "and OFT.",
+        base_option(
+            "Base model of the result; needed where a LoRA has another, and for DoRA, GLoRA "
+            "and OFT."
         ),
     ] = None
     source: Annotated[
         list[str],
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model of a LoRA, once for each in their order; those with another than "
-            "--target are moved first.",
+        base_option(
+            "Base model of a LoRA, once for each in their order; those with another than "
+            "--target are moved first."
         ),
     ] = field(default_factory=list)
 
@@ -67,13 +61,8 @@ def merge(
     files = [file for base in (target, *sources) if base is not None for file in base.files]
     check_outputs(loras[:1], output, merging, [*loras[1:], *files])
     with progress_bar("merge", output.show_tables) as progress:
-        options = replace(
-            merging,
-            progress=progress,
-            cache=resources.find_cache(takes_default=bool(sources) and not output.dry_run),
-            device=resources.device,
-            max_memory=resources.max_bytes,
-        )
+        known = resources.read(takes_default=bool(sources) and not output.dry_run)
+        options = replace(merging, **known, progress=progress)
         if output.dry_run:
             done = merge_loras(loras, target, sources, options)
             report = replace(done.report, dry_run=True)

@@ -75,6 +75,26 @@ def parse_base(text: str) -> str:
     return text
 
 
+def base_option(help: str, metavar: str = "BASE") -> Any:
+    """An option that takes a base model."""
+    return typer.Option(parser=parse_base, metavar=metavar, help=help)
+
+
+def base_argument(help: str, metavar: str = "BASE") -> Any:
+    """An argument that is a base model."""
+    return typer.Argument(parser=parse_base, metavar=metavar, help=help)
+
+
+def path_option(help: str, *flags: str, metavar: str = "FILE") -> Any:
+    """An option that takes a path; its flags, where they are others than its name."""
+    return typer.Option(*flags, parser=parse_path, metavar=metavar, help=help)
+
+
+def path_argument(help: str, metavar: str = "FILE") -> Any:
+    """An argument that is a path."""
+    return typer.Argument(parser=parse_path, metavar=metavar, help=help)
+
+
 def parse_share(text: str | float) -> float:
     """A number from 0 to 1; NaN, which no comparison would ever find too low, is none."""
     try:
@@ -179,12 +199,7 @@ MatchOption = Annotated[
     ),
 ]
 SaveMatchOption = Annotated[
-    Path | None,
-    typer.Option(
-        parser=parse_path,
-        metavar="FILE",
-        help="Save which module was paired with which, as JSON that --match takes.",
-    ),
+    Path | None, path_option("Save which module was paired with which, as JSON that --match takes.")
 ]
 OverwriteOption = Annotated[
     bool,
@@ -204,11 +219,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
 CacheOption = Annotated[
     Path | None,
-    typer.Option(
-        parser=parse_path,
-        metavar="FOLDER",
-        help="Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
+    path_option(
+        "Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
         "user's cache folder.",
+        metavar="FOLDER",
     ),
 ]
 NO_CACHE = Path("none")
@@ -220,21 +234,9 @@ class Bases:
     """The two base models."""
 
     source: Annotated[
-        str,
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model the LoRA was trained on: file, folder or hub id (org/name).",
-        ),
+        str, base_option("Base model the LoRA was trained on: file, folder or hub id (org/name).")
     ]
-    target: Annotated[
-        str,
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model to move to: file, folder or hub id (org/name).",
-        ),
-    ]
+    target: Annotated[str, base_option("Base model to move to: file, folder or hub id (org/name).")]
 
     def open(self) -> tuple[Base, Base]:
         """Opens both: (source, target)."""
@@ -247,21 +249,12 @@ class ExpertBases:
 
     source: Annotated[
         list[str],
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model the LoRA was trained on: file, folder or hub id (org/name). For Wan "
-            "2.2 give the pipeline folder, or repeat --source for both expert files.",
+        base_option(
+            "Base model the LoRA was trained on: file, folder or hub id (org/name). For Wan "
+            "2.2 give the pipeline folder, or repeat --source for both expert files."
         ),
     ]
-    target: Annotated[
-        list[str],
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model to move to, in any of these forms.",
-        ),
-    ]
+    target: Annotated[list[str], base_option("Base model to move to, in any of these forms.")]
 
     def open(self) -> tuple[Experts, Experts]:
         """Opens both: (source, target), each a base or two experts."""
@@ -277,12 +270,9 @@ class Prompts:
         list[str],
         typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated."),
     ] = dataclasses.field(default_factory=list)
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
-        ),
-    ] = None
+    prompts: Annotated[Path | None, path_option("Text file of prompts to sample, one a line.")] = (
+        None
+    )
 
     def read(self) -> tuple[str, ...]:
         """All of them, in order.
@@ -299,8 +289,12 @@ class Resources:
 
     panel: ClassVar[str] = "Resources"
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
-    ] = "cpu"
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
+        ),
+    ] = "auto"
     max_memory: Annotated[
         str,
         typer.Option(
@@ -310,11 +304,10 @@ class Resources:
     ] = ""
     cache: Annotated[
         Path | None,
-        typer.Option(
-            parser=parse_path,
-            metavar="FOLDER|none",
-            help="Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
+        path_option(
+            "Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
             "nothing. Default: PROLORA_CACHE, or the user's cache folder.",
+            metavar="FOLDER|none",
         ),
     ] = None
 
@@ -326,10 +319,11 @@ class Resources:
         """
         self.device = resolve_device(self.device) or "cpu"
 
-    @property
-    def max_bytes(self) -> int | None:
-        """--max-memory in bytes; None where it is not given."""
-        return parse_size(self.max_memory) if self.max_memory else None
+    def read(self, takes_default: bool = True) -> dict[str, Any]:
+        """As jobs take them; the default cache folder is none where it is not taken."""
+        limit = parse_size(self.max_memory) if self.max_memory else None
+        cache = self.find_cache(takes_default)
+        return {"cache": cache, "device": self.device, "max_memory": limit}
 
     def find_cache(self, takes_default: bool = True) -> Path | None:
         """The cache folder asked for, or the default where it can be made; or None."""
@@ -344,6 +338,15 @@ class Resources:
             log.warning("nothing is kept for the next LoRA: %s", error)
             return None
         return folder
+
+
+@dataclass
+class FleetResources(Resources):
+    """Those of each worker, which may be many and need not be on this machine."""
+
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
+    ] = "cpu"
 
 
 _HELP_ALL = "prolora.help_all"

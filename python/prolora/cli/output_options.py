@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from .options import ExplainOption, JsonOption, ModulesOption, QuietOption, parse_path
+from .options import ExplainOption, JsonOption, ModulesOption, QuietOption, path_option
 
 
 @dataclass
@@ -19,21 +19,18 @@ class FileOutput:
     card = False
     output: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
+            "Output file (.safetensors), or a folder where several LoRAs are moved.",
             "--output",
             "-o",
-            parser=parse_path,
             metavar="PATH",
-            help="Output file (.safetensors), or a folder where several LoRAs are moved.",
         ),
     ] = None
     report: Annotated[
         Path | None,
-        typer.Option(
-            parser=parse_path,
-            metavar="FILE",
-            help="Also write the whole report: a page for people if the name ends in .html, "
-            "otherwise JSON; - prints the JSON.",
+        path_option(
+            "Also write the whole report: a page for people if the name ends in .html, "
+            "otherwise JSON; - prints the JSON."
         ),
     ] = None
     dry_run: Annotated[

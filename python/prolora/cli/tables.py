@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
@@ -37,6 +37,16 @@ def draw_table(table: Table) -> RichTable:
     for row in table.rows:
         texts = map(lambda column, cell: column.write(cell), table.columns, row.cells)
         drawn.add_row(*texts, style=TONES[row.tone])
+    return drawn
+
+
+def draw_facts(facts: Iterable[tuple[str, str]]) -> RichTable:
+    """Names and what is said of each, one a line."""
+    drawn = RichTable.grid(padding=(0, 2, 0, 0))
+    drawn.add_column(style="bold", no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for name, text in facts:
+        drawn.add_row(name, text)
     return drawn
 
 

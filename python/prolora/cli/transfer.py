@@ -9,8 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import typer
-
 from ..adapters.formats.programs import Readers
 from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
@@ -39,7 +37,7 @@ from .options import (
     HelpAllOption,
     Resources,
     expand_options,
-    parse_path,
+    path_argument,
     write_flag,
 )
 from .output_options import FileOutput, OutputOptions
@@ -57,10 +55,7 @@ MOST_NAMED = 4
 """Programs that read nothing of a file, in a line for people who did not ask for all."""
 """What stands for standard output in the place of a file."""
 
-LoraArguments = Annotated[
-    list[Path],
-    typer.Argument(parser=parse_path, metavar="LORA", help="LoRA files or PEFT folders."),
-]
+LoraArguments = Annotated[list[Path], path_argument("LoRA files or PEFT folders.", metavar="LORA")]
 
 
 # Options of a transfer until running the models became a job of its own.
@@ -100,13 +95,8 @@ def transfer(
     source, target = bases.open()
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
     card = check_outputs(loras, output, moving, files, pair_experts(source, target))
-    options = replace(
-        moving,
-        # A dry run makes no cache folder.
-        cache=resources.find_cache(takes_default=not output.dry_run),
-        device=resources.device,
-        max_memory=resources.max_bytes,
-    )
+    # A dry run makes no cache folder.
+    options = replace(moving, **resources.read(takes_default=not output.dry_run))
     run = plan_all if output.dry_run else move_loras
     outcomes = run(loras, source, target, output, options)
     kept = cast("Path | None", options.cache)

@@ -25,6 +25,7 @@ from ..bases.memory import Memory, Room
 from ..core.basis import Basis, stack_bases
 from ..core.methods import Needs
 from ..core.precision import in_full_precision, working_dtype
+from ..core.validation import DeviceLike
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
@@ -55,7 +56,7 @@ def match_blocks(
     target: Base,
     *,
     cache: CacheLike = None,
-    device: str | None = None,
+    device: DeviceLike = None,
     max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Matching:
@@ -135,7 +136,7 @@ def resolve_match(
     target: Base,
     *,
     cache: CacheLike = None,
-    device: str | None = None,
+    device: DeviceLike = None,
     max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Match:
@@ -181,7 +182,7 @@ def _choose_rank(shape: tuple[int, int]) -> int:
     return max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
 
 
-def _find_room(groups: list[BlockGroup], limit: int | None, device: str | None) -> Room:
+def _find_room(groups: list[BlockGroup], limit: int | None, device: DeviceLike) -> Room:
     """How much can be factorised at a time beside the bases of a module of all blocks.
 
     Raises:
@@ -230,7 +231,7 @@ class _Subspaces:
     """
 
     cache: BasisCache
-    device: str | None
+    device: DeviceLike
     room: Room
     report: Callable[[list[str]], None]
 

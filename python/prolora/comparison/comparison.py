@@ -20,7 +20,7 @@ from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
 from ..core.rank_rule import Rank, read_rank
-from ..core.validation import resolve_device
+from ..core.validation import DeviceLike, resolve_device
 from ..core.verdict import (
     AUTO,
     DEFAULT_THRESHOLD,
@@ -241,7 +241,7 @@ def compare(
     rank: Rank | None = OVERLAP_RANK,
     match: Match = "auto",
     cache: CacheLike = None,
-    device: str | None = None,
+    device: DeviceLike = None,
     max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -374,7 +374,7 @@ def _iterate_stacks(
 def _factorise(
     cache: BasisCache,
     rank: Rank,
-    device: str | None,
+    device: DeviceLike,
     bases: tuple[Base, Base],
     pairs: Sequence[tuple[str, str]],
     weights: tuple[Sequence[Tensor], Sequence[Tensor]],

@@ -167,6 +167,8 @@ AUTO_MATCH = "auto"
 class NamesDoNotTell(UnsupportedFormat):
     """Equal names need not be equal blocks: only weights, or a map, tell which belong together."""
 
+    code = "names-do-not-tell"
+
 
 def do_names_tell(source: Base, target: Base) -> bool:
     """Whether names say which blocks belong together, or that none do."""

@@ -21,6 +21,7 @@ from ..bases import Base
 from ..bases.base import Progress
 from ..bases.weights import Origin, Weight
 from ..core.lowrank import LowRank
+from ..core.validation import DeviceLike
 from .width_matching import ROW_TOLERANCE, UNKNOWN, complete_by_order, match_rows
 
 MAX_RESIDUAL = 0.5
@@ -136,7 +137,7 @@ def select_narrower(
     target: Base,
     table: Mapping[str, str],
     wanted: Mapping[str, str],
-    device: str | None,
+    device: DeviceLike,
 ) -> tuple[Base, dict[str, Selection]]:
     """The source with its weights cut as those of a narrower target were, where that is known.
 
@@ -183,7 +184,7 @@ class WidthFinder:
 
     source: Base
     target: Base
-    device: str | None = None
+    device: DeviceLike = None
     progress: Progress | None = None
     _found: dict[tuple[str, str], Selection | None] = field(default_factory=dict)
     _pool: dict[Widths, list[_KnownWidths]] = field(default_factory=dict)

@@ -197,7 +197,8 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
         w = torch.ldexp(w.double(), -power[..., None]).to(dtype)
     rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
     norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
-    found = _descend_ladder(w, norm, rank, tol, seed)
+    stored = None if scaled else stack if wide else stack.mT
+    found = _descend_ladder(w, norm, rank, tol, seed, stored)
     safe_norm = torch.where(norm > 0, norm, 1.0)
     last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
     bound = found.angle
@@ -220,14 +221,16 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
     )
 
 
-def _descend_ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int) -> Triplets:
+def _descend_ladder(
+    w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, stored: Tensor | None
+) -> Triplets:
     """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result.
 
     The host waits for a number where it learns which matrices a rung leaves to the next one.
     """
     parts: list[tuple[list[int], Triplets]] = []
     if w.dtype == torch.float32 and isinstance(rank, int) and _asks_for_few(w.shape[-2:], rank):
-        parts = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed)) or []
+        parts = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed, stored)) or []
     missing = _list_missing(parts, range(len(w)))
     together = count_together(w.shape[-2:], w.device)
     for i in range(0, max(1, len(missing)), together):

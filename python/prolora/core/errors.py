@@ -1,35 +1,57 @@
 """What the mathematics refuses: each message names the tensor and the way out."""
 
+from __future__ import annotations
+
+from typing import ClassVar
+
 
 class ProLoRAError(ValueError):
     """Base class of everything prolora refuses.
 
     Attributes:
+        code: what the kind of error is called, the same in every version.
         command: a command line that helps, with which the message ends; "" where there is none.
     """
 
+    code: ClassVar[str] = "refused"
     command: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """The error ready for JSON: its type, its code and the message."""
+        return {"type": type(self).__name__, "code": self.code, "message": str(self)}
 
 
 class ShapeMismatch(ProLoRAError):
     """A tensor whose shape does not fit the module it is meant for."""
 
+    code = "shape-mismatch"
+
 
 class UnsupportedTensor(ProLoRAError, TypeError):
     """A tensor or array that the mathematics is not made for."""
+
+    code = "unsupported-tensor"
 
 
 class UnsupportedDevice(ProLoRAError, RuntimeError):
     """A device that prolora does not compute on, or that this machine does not have."""
 
+    code = "unsupported-device"
+
 
 class SolverFailure(ProLoRAError, RuntimeError):
     """No SVD or eigenvalue solver gave a result for finite weights."""
 
+    code = "solver-failure"
+
 
 class NonFiniteWeights(ProLoRAError):
-    """NaN or Inf in a weight or an update."""
+    """NaN or Inf in a weight or an update, or in what a model makes of them."""
+
+    code = "non-finite-weights"
 
 
 class UnrelatedBases(ProLoRAError):
     """The two bases share too little for any update to keep its meaning."""
+
+    code = "unrelated-bases"

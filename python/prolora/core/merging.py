@@ -61,6 +61,23 @@ def merge_updates(parts: Sequence[LowRank], method: str = "sum") -> LowRank:
     return sum_updates(parts)
 
 
+def merge_vectors(parts: Sequence[Tensor], method: str = "sum") -> Tensor:
+    """One difference of several of one bias or norm [n], each taken as a matrix of one column.
+
+    Its factors are its own, not those of the matrix beside it: what one LoRA alone does is kept.
+
+    Args:
+        parts: the differences, at least one.
+        method: as `merge_updates` takes it.
+    """
+    factors = [1.0] * len(parts)
+    if method == "balanced":
+        one = torch.ones(1, 1)
+        factors = balance_updates([LowRank(part.reshape(-1, 1), one) for part in parts])
+    first, *others = (part * factor for part, factor in zip(parts, factors, strict=True))
+    return sum(others, first)
+
+
 def balance_updates(parts: Sequence[LowRank]) -> list[float]:
     """A factor 0 … 1 on each update, so that what several do alike is done once.
 

@@ -70,32 +70,6 @@ def project(
 
 @overload
 def project(
-    delta: Tensor,
-    W_src: MatrixLike | Basis,
-    W_tgt: MatrixLike | Basis,
-    *,
-    rank: Rank = ...,
-    method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
-    return_info: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def project(
-    delta: Tensor,
-    W_src: MatrixLike | Basis,
-    W_tgt: MatrixLike | Basis,
-    *,
-    rank: Rank = ...,
-    method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
-    return_info: Literal[True],
-) -> tuple[Tensor, ProjectionInfo]: ...
-
-
-@overload
-def project(
     delta: Array,
     W_src: MatrixLike | Basis,
     W_tgt: MatrixLike | Basis,

@@ -12,8 +12,11 @@ from torch.autograd.forward_ad import unpack_dual
 from .errors import UnsupportedDevice, UnsupportedTensor
 from .ops import native
 
+DeviceLike = torch.device | str | None
+"""A device, as torch has it or calls it; "auto" is a GPU that torch can use, or else the CPU."""
 
-def check_device(device: torch.device | str | None) -> torch.device:
+
+def check_device(device: DeviceLike) -> torch.device:
     """The device to compute on, the CPU for None.
 
     Raises:
@@ -35,7 +38,7 @@ def check_device(device: torch.device | str | None) -> torch.device:
     return wanted
 
 
-def resolve_device(device: torch.device | str | None) -> str | None:
+def resolve_device(device: DeviceLike) -> str | None:
     """The device to compute on, checked; "auto" is a GPU that torch can use, or else the CPU.
 
     Raises:

@@ -60,14 +60,15 @@ class ManagedFolder:
 
     @classmethod
     def make(
-        cls, path: str | os.PathLike[str], marker: FolderMarker, names: Iterable[str]
+        cls, path: str | os.PathLike[str], marker: FolderMarker, names: Iterable[str] | None = None
     ) -> ManagedFolder:
         """Makes a folder, or takes one that is there, as long as none of the names is a stranger's.
 
         Args:
             path: of the folder.
             marker: it gets this one.
-            names: what prolora writes into it.
+            names: what prolora writes into it; None takes no folder with files of others, hidden
+                ones aside.
 
         Raises:
             OutputError: it cannot be made, or holds one of the names and no marker.
@@ -76,7 +77,10 @@ class ManagedFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # In this order: another process marks the folder before it writes into it.
-            taken = [name for name in names if os.path.lexists(folder / name)]
+            if names is None:
+                taken = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+            else:
+                taken = [name for name in names if os.path.lexists(folder / name)]
             if not marker.is_in(folder):
                 if taken or os.path.lexists(folder / marker.name):
                     name = taken[0] if taken else marker.name

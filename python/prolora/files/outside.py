@@ -9,9 +9,9 @@ import types
 from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
+from io import BufferedReader
 from typing import (
     Any,
-    BinaryIO,
     Literal,
     TypeVar,
     Union,
@@ -33,7 +33,7 @@ MOST_TEXT = 64 << 20
 """Bytes of a list or of prompts: a million lines."""
 
 
-def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BufferedReader:
     """A file opened for reading; pipes and devices, at which a program would wait, are refused.
 
     Args:

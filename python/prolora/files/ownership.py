@@ -12,11 +12,12 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from ..errors import ForeignFile, output_error
+from .hashing import hash_parts
 
 MARK_KEY = "prolora.mark"
 """The entry of a safetensors header that holds the mark."""
@@ -49,7 +50,7 @@ def sign(data: bytes) -> bytes:
     """Fills in the first mark that has no digest; a text without one comes back as it is."""
     for match in _MARK.finditer(data):
         if match[2] == _ZEROS:
-            digest = compute_digest([data]).encode()
+            digest = hash_parts([data]).encode()
             return data[: match.start(2)] + digest + data[match.end(2) :]
     return data
 
@@ -66,17 +67,9 @@ def sign_png(data: bytes) -> bytes:
     start, end = data[:-_PNG_END], data[-_PNG_END:]
     # A checksum of zeros, which the digest is of: it depends on the digest.
     length = (len(text) - 4).to_bytes(4, "big")
-    digest = compute_digest([start, length, text, bytes(4), end])
+    digest = hash_parts([start, length, text, bytes(4), end])
     text = text.replace(_ZEROS, digest.encode())
     return start + length + text + zlib.crc32(text).to_bytes(4, "big") + end
-
-
-def compute_digest(parts: Iterable[bytes | memoryview]) -> str:
-    """The digest for the mark in what the parts make together."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def is_own(path: Path, kind: Kind) -> bool:

@@ -1,6 +1,7 @@
 """State dicts that `torch.save` wrote: read with torch's unpickler for weights, which runs no code.
 
-The tensors are mapped, not read: a checkpoint of several GB is looked at one weight at a time.
+It maps the tensors and so tells where they lie; they are read from there one at a time. Reading
+mapped memory would end the process where somebody cuts the file meanwhile.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import struct
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,15 +18,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.types import Storage
 
 from ..errors import UnsupportedFormat, input_error
 from .outside import open_regular
+from .safetensors_file import fill_buffer
 from .state import FileState, check_unchanged
 
 # The first whose unpickler for weights has no known hole (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
 # Bytes of the pickle without its tensors: names, shapes and what a trainer noted.
 _PICKLE_LIMIT = 64 << 20
+# Bytes of a note, and of a zip entry's header before the lengths of its name and its extra field.
+_NOTE, _LENGTHS = 64, 26
 # Where trainers put the weights among other things, and what they call averages of them.
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "network", "net", "params")
 _AVERAGES = ("ema", "ema_model", "model_ema", "params_ema", "ema_state_dict", "state_dict_ema")
@@ -31,10 +38,19 @@ _AVERAGES = ("ema", "ema_model", "model_ema", "params_ema", "ema_state_dict", "s
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """Dtype and shape of one tensor."""
+    """Dtype and shape of one tensor, and where it is.
+
+    Attributes:
+        dtype: of its numbers.
+        shape: of the tensor.
+        strides: numbers from one entry of an axis to the next.
+        start: byte of the file at which its first number lies.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
 
 
 class PickleFile:
@@ -56,9 +72,15 @@ class PickleFile:
         self.path = Path(path)
         with open_regular(self.path) as file:
             self.state = FileState.from_status(os.fstat(file.fileno()))
-            _check_archive(self.path, self.state.size)
+            records = _list_records(self.path, self.state.size)
+        storages: list[Storage] = []
+
+        def keep(storage: Storage, _: str) -> Storage:
+            storages.append(storage)
+            return storage
+
         try:
-            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            loaded = torch.load(self.path, map_location=keep, weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise UnsupportedFormat(
                 f"{self.path}: holds objects beside its tensors, which are not read because that "
@@ -70,13 +92,13 @@ class PickleFile:
             raise UnsupportedFormat(
                 f"{self.path}: is damaged: {_first_line(error)}; download or save it again"
             ) from error
-        self._tensors = _find_state_dict(loaded, self.path)
-        for name, tensor in self._tensors.items():
+        base = _find_base(storages, records, self.path)
+        self.tensors: dict[str, PickledTensor] = {}
+        for name, tensor in _find_state_dict(loaded, self.path).items():
             _check_tensor(name, tensor, self.path, self.state.size)
-        self.tensors = {
-            name: PickledTensor(tensor.dtype, tuple(tensor.shape))
-            for name, tensor in self._tensors.items()
-        }
+            start = tensor.data_ptr() - base if tensor.numel() else 0
+            shape, strides = tuple(tensor.shape), tensor.stride()
+            self.tensors[name] = PickledTensor(tensor.dtype, shape, strides, start)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own.
@@ -85,19 +107,36 @@ class PickleFile:
             KeyError: no such tensor.
             UnsupportedFormat: the file was changed since it was opened.
         """
-        tensor = self._tensors[name]
-        with open_regular(self.path) as file:
-            check_unchanged(self.path, self.state, file.fileno())
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return self._read(name, self.tensors[name].shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis."""
-        tensor = self._tensors[name]
-        if not tensor.dim() or not 0 <= start <= stop <= len(tensor):
-            raise IndexError(f"{self.path}: rows {start}:{stop} of {name}, {list(tensor.shape)}")
+        shape = self.tensors[name].shape
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise IndexError(f"{self.path}: rows {start}:{stop} of {name}, {list(shape)}")
+        return self._read(name, (stop - start, *shape[1:]), start)
+
+    def _read(self, name: str, shape: tuple[int, ...], row: int = 0) -> Tensor:
+        """So many entries of a tensor's axes, from one row on."""
+        held = self.tensors[name]
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=held.dtype)
+        size, steps = held.dtype.itemsize, zip(shape, held.strides, strict=True)
+        span = 1 + sum((n - 1) * step for n, step in steps)
+        buffer = torch.empty(span * size, dtype=torch.uint8)
         with open_regular(self.path) as file:
             check_unchanged(self.path, self.state, file.fileno())
-        return tensor[start:stop].clone(memory_format=torch.contiguous_format)
+            try:
+                file.seek(held.start + (row * held.strides[0] * size if row else 0))
+                complete = fill_buffer(file, buffer.numpy().data)
+            except OSError as error:
+                raise input_error(self.path, error, f"{name} cannot be read") from error
+        if not complete:
+            raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
+        # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
+        flat = buffer.ne(0) if held.dtype == torch.bool else buffer.view(held.dtype)
+        strided = flat.as_strided(shape, held.strides)
+        return strided if strided.is_contiguous() else strided.contiguous()
 
 
 def is_readable_pickle(path: Path) -> bool:
@@ -112,17 +151,46 @@ def is_readable_pickle(path: Path) -> bool:
         return False
 
 
-def _check_archive(path: Path, size: int) -> None:
-    """Refuses an archive that holds more than it has bytes: `torch.save` compresses nothing."""
+def _list_records(path: Path, size: int) -> list[tuple[int, int]]:
+    """(first byte, bytes) of all storages that hold something, in the order of the file.
+
+    Raises:
+        UnsupportedFormat: it holds more than it has bytes (`torch.save` compresses nothing), or
+            numbers of the other byte order.
+    """
+    records, order = [], sys.byteorder.encode()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, open_regular(path) as file:
             entries = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            for entry in entries:
+                file.seek(entry.header_offset + _LENGTHS)
+                lengths: tuple[int, int] = struct.unpack("<HH", file.read(4))
+                start = file.seek(sum(lengths), os.SEEK_CUR)
+                if entry.filename.endswith("/byteorder"):
+                    order = file.read(min(entry.file_size, _NOTE))
+                if entry.filename.split("/")[1:-1] == ["data"] and entry.file_size:
+                    records.append((start, entry.file_size))
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise UnsupportedFormat(f"{path}: is damaged: {error}; download it again") from error
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     notes = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
-    if packed or sum(entry.file_size for entry in entries) > size or notes > _PICKLE_LIMIT:
+    held = sum(entry.file_size for entry in entries)
+    if packed or held > size or notes > _PICKLE_LIMIT or order != sys.byteorder.encode():
         raise UnsupportedFormat(f"{path}: is not a file as torch.save writes it; save it again")
+    return sorted(records)
+
+
+def _find_base(storages: list[Storage], records: list[tuple[int, int]], path: Path) -> int:
+    """The address of the file's first byte: the one from which storages and records are equal.
+
+    Raises:
+        UnsupportedFormat: there are other storages than records.
+    """
+    mapped = sorted((held.data_ptr(), held.nbytes()) for held in storages if held.nbytes())
+    base = mapped[0][0] - records[0][0] if mapped and records else 0
+    if [(start - base, size) for start, size in mapped] != records:
+        raise UnsupportedFormat(f"{path}: is not a file as torch.save writes it; save it again")
+    return base
 
 
 def _find_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -162,6 +230,7 @@ def _list_tensors(state: Mapping[object, object]) -> dict[str, Tensor]:
 def _check_tensor(name: str, tensor: Tensor, path: Path, size: int) -> None:
     """Refuses a tensor without plain numbers, or with more than the file has room for."""
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    plain = plain and not tensor.is_conj() and not tensor.is_neg()
     if not plain or math.prod(tensor.shape) * tensor.element_size() > size:
         raise UnsupportedFormat(f"{path}: {name:.80} holds no numbers as they stand; save it again")
 

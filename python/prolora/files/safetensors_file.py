@@ -14,7 +14,7 @@ import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -184,7 +184,7 @@ def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
     return flat.view(info.shape)
 
 
-def fill_buffer(file: FileIO, view: memoryview) -> bool:
+def fill_buffer(file: FileIO | BufferedReader, view: memoryview) -> bool:
     """Reads until `view` is full; one read call is free to return less. False: the file ended."""
     while view:
         count = file.readinto(view)

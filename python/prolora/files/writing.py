@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import OutputError, UnsupportedFormat, output_error
 from .atomic import remove_stale_temporaries, replace_file, replace_folder
-from .hashing import flatten_bytes, view_bytes
-from .ownership import MARK_KEY, compute_digest, make_mark, sign
+from .hashing import flatten_bytes, hash_parts, view_bytes
+from .ownership import MARK_KEY, make_mark, sign
 from .safetensors_file import DTYPES, SafetensorsFile, StrPath
 
 Tensors = Mapping[str, Tensor]
@@ -101,7 +101,7 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
         metadata[MARK_KEY] = make_mark("LoRA")
         ordered = order_tensors(plain)
         parts = (encode_header(ordered, metadata), *map(view_bytes, ordered.values()))
-        metadata[MARK_KEY] = metadata[MARK_KEY].replace("0" * 64, compute_digest(parts))
+        metadata[MARK_KEY] = metadata[MARK_KEY].replace("0" * 64, hash_parts(parts))
     dump_safetensors(path, plain, metadata)
     _verify_safetensors(SafetensorsFile(path), plain, metadata, where)
 

@@ -1,9 +1,8 @@
 """Data-free probing: moves a LoRA to a base whose weights have other coordinates."""
 
 from .gate import Gate
-from .recording.guidance import Guidance
 from .recording.trajectories import Call
-from .recording.translation import Translation
+from .recording.translation import Guidance, Translation
 from .report import ProbeReport
 from .run import ProbeTransfer, Samplers, fit_to_models
 from .settings import FitSettings

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from .precision import in_float32, in_precision
 from .probe_run import ProbeRun
 from .recording.batches import FindPrompts, count_samples, mix_samples
 from .recording.lazy import LazySequence, SampleSelection
-from .recording.recorder import ORIGINS, QuestionSource, Recorder
+from .recording.recorder import ORIGINS, Recorder
 from .recording.spill import SpillStore, spill_questions
 from .recording.trajectories import Sample, predict_call
 from .recording.translation import PAIR, Question, Translation
@@ -37,6 +39,9 @@ from .report import ProbeReport
 from .settings import FitSettings
 from .trajectory_numbers import number_questions
 from .workload import Workload, WorkMeter
+
+if TYPE_CHECKING:
+    from .pipelines.crossing_recorder import CrossingRecorder
 
 DEFAULT_SETTINGS = FitSettings()
 SAME_QUESTIONS = Translation()
@@ -163,7 +168,7 @@ def _check_settings(settings: FitSettings) -> None:
 
 @in_full_precision
 def fit_from_recorder(
-    recorder: QuestionSource,
+    recorder: Recorder | CrossingRecorder,
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
@@ -189,7 +194,7 @@ def fit_from_recorder(
 
 
 def _run_models(
-    recorder: QuestionSource,
+    recorder: Recorder | CrossingRecorder,
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
@@ -197,50 +202,40 @@ def _run_models(
     most: int | None = None,
 ) -> ProbeTransfer:
     """The fit and the verdict with both models at rest and in the precision of the settings."""
-    source, target = recorder.source, recorder.target
-    bits = settings.precision
+    source, target, bits = recorder.source, recorder.target, settings.precision
     meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
-    with frozen(source), frozen(target), in_precision(source, bits), in_precision(target, bits):
-        with meter.watch(source, target):
-            return _record_fit_judge(recorder, rival, settings, release, meter, most)
-
-
-def _record_fit_judge(
-    recorder: QuestionSource,
-    rival: Mapping[str, LowRank],
-    settings: FitSettings,
-    release: Callable[[], None] | None,
-    meter: WorkMeter,
-    most: int | None,
-) -> ProbeTransfer:
     if settings.rank is None:
         own = max(update.rank for update in recorder.adapter.updates.values())
         settings = replace(settings, rank=own)
     assert settings.rank is not None
     report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
-    guidance = recorder.translation.guidance
-    if guidance:
-        report.guidance, report.guided_lora = guidance.scale, guidance.adapted
-    meter.begin("sample")
-    questions, held_out = _record_both(recorder, settings)
-    report.probes, report.held_out = len(questions), len(held_out)
-    settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-    meter.settle(settings)
-    run = _begin_run(recorder, rival, settings, report, meter, release)
-    run = replace(run, most=most)
-    meter.begin("draw")
-    questions, held_out = _draw_samples(run, questions, held_out)
-    report.samples = _count_samples(questions), _count_samples(held_out)
-    names = choose_modules(run, questions[0])
-    report.modules = len(names)
-    meter.begin("ask")
-    wanted = _ask_held_out(run, held_out)
-    updates = fit_all_modules(run, questions, names)
-    for name in updates:
-        report.left_out.pop(name, None)
-    meter.begin("judge")
-    verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
-    meter.finish()
+    with ExitStack() as stack:
+        for model in (source, target):
+            stack.enter_context(frozen(model))
+            stack.enter_context(in_precision(model, bits))
+        stack.enter_context(meter.watch(source, target))
+        guidance = recorder.translation.guidance
+        if guidance:
+            report.guidance, report.guided_lora = guidance.scale, guidance.adapted
+        meter.begin("sample")
+        questions, held_out = _record_both(recorder, settings)
+        report.probes, report.held_out = len(questions), len(held_out)
+        settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+        meter.settle(settings)
+        run = _begin_run(recorder, rival, settings, report, meter, release, most)
+        meter.begin("draw")
+        questions, held_out = _draw_samples(run, questions, held_out)
+        report.samples = _count_samples(questions), _count_samples(held_out)
+        names = choose_modules(run, questions[0])
+        report.modules = len(names)
+        meter.begin("ask")
+        wanted = _ask_held_out(run, held_out)
+        updates = fit_all_modules(run, questions, names)
+        for name in updates:
+            report.left_out.pop(name, None)
+        meter.begin("judge")
+        verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
+        meter.finish()
     report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
@@ -248,12 +243,13 @@ def _record_fit_judge(
 
 
 def _begin_run(
-    recorder: QuestionSource,
+    recorder: Recorder | CrossingRecorder,
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     report: ProbeReport,
     meter: WorkMeter,
     release: Callable[[], None] | None,
+    most: int | None,
 ) -> ProbeRun:
     """What all stages share, once the questions are recorded; arguments as for the whole fit."""
     guidance = recorder.translation.guidance
@@ -281,11 +277,12 @@ def _begin_run(
         report,
         meter,
         end_asking,
+        most,
     )
 
 
 def _record_both(
-    recorder: QuestionSource, settings: FitSettings
+    recorder: Recorder | CrossingRecorder, settings: FitSettings
 ) -> tuple[Sequence[Question], Sequence[Question]]:
     """What is asked for the fit, and for the verdict."""
     limit = settings.share_memory(4)

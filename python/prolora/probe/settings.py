@@ -212,10 +212,10 @@ class FitSettings:
             raise InvalidOption(f"prompts must be a tuple of texts, not {self.prompts!r}")
         object.__setattr__(self, "prompts", tuple(self.prompts))
         for name in ("images", "steps", "fit_steps"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("size", "target_steps", "lora_steps", "probes", "held_out", "batch"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                check_count(name, getattr(self, name))
         for name in ("guidance", "target_guidance", "lora_guidance"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
@@ -232,11 +232,8 @@ class FitSettings:
             raise InvalidOption(
                 f"curvature_damping must be a positive number, not {self.curvature_damping!r}"
             )
-        shown = self.shown_prompts
-        if not isinstance(shown, int) or isinstance(shown, bool) or shown < 0:
-            raise InvalidOption(f"shown_prompts must be an integer of 0 or more, not {shown!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise InvalidOption(f"seed must be an integer of 0 or more, not {self.seed!r}")
+        for name in ("shown_prompts", "seed"):
+            check_count(name, getattr(self, name), least=0)
         self.memory_limit  # noqa: B018 (raises where it is no size)
 
     @property
@@ -315,9 +312,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidOption(f"{name} must be an integer of 1 or more, not {value!r}")
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuses an option that is no whole number, or one below the least.
+
+    Raises:
+        InvalidOption: names the option.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidOption(f"{name} must be an integer of {least} or more, not {value!r}")
 
 
 def _check_rank(rank: float) -> None:

@@ -24,6 +24,7 @@ from .precision import in_float32
 from .recording.trajectories import Call, Sample, predict_call, record_calls
 from .recording.translation import Question, Translation
 from .recording.wanted import WantedChange, wanted_changes
+from .settings import check_count
 from .updates import run_beside
 
 ORIGINS = ("adapted", "target")
@@ -112,9 +113,7 @@ class Trajectories:
             InvalidOption: names the option.
         """
         for name in ("runs", "moments"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidOption(f"{name} must be an integer of 1 or more, not {value!r}")
+            check_count(name, getattr(self, name))
 
 
 @dataclass
@@ -202,6 +201,8 @@ def measure_strengths(
                 seed = settings.seed + run * len(ORIGINS) + i
                 with run_beside(model, updates):
                     calls = record_calls(model, sample, seed, ORIGINS[i])
+                if ORIGINS[i] == "adapted":  # text encoders may run with the LoRA, too
+                    calls = [translation.unadapt(call) for call in calls]
                 chosen = choose_moments(translation.keep_prompted(calls), settings.moments)
                 questions.append([translation.question(call) for call in chosen])
                 steps.count("sampling")

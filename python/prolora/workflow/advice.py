@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..architectures.modules import find_stage
@@ -39,7 +37,7 @@ from .measuring import (
     move_candidates,
     open_models,
 )
-from .options import BEST, FIT, LoraLike, TransferOptions, settle_options, takes_options
+from .options import BEST, FIT, LoraLike, TransferOptions, name_lora, settle_options, takes_options
 from .page.document import Page, Section, render_page
 from .table import Table
 from .tables import (
@@ -371,17 +369,17 @@ def advise(
             ledger = BasePair(*pair, replace(moving, match=paired), opened).plan(adapter, "outline")
         affinities = measure_plan(ledger.plan, comparison, *pair)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
-        fit, energies = locate_lora(ledger, affinities, _name_lora(lora))
+        fit, energies = locate_lora(ledger, affinities, name_lora(lora))
     measurement, seconds, lost = None, None, False
     if adapter is not None:
         lost = bool(fitted_modules([*ledger.plan.skipped, *ledger.plan.refused], ours.base))
     if options.measure and adapter is not None:
         candidates = move_candidates(adapter, *pair, moving)
-        models = open_models(ours, theirs, adapter, probe, options.samplers, moving.device)
-        if lost or not verdict.related:
-            rival = next(iter(candidates.values()))
-            candidates[FIT], seconds = begin_fit(models, adapter, rival, probe, pair)
-        measurement = measure_lora(models, adapter, candidates, probe.images, options.progress)
+        with open_models(ours, theirs, adapter, probe, options.samplers, moving.device) as models:
+            if lost or not verdict.related:
+                rival = next(iter(candidates.values()))
+                candidates[FIT], seconds = begin_fit(models, rival, probe, pair)
+            measurement = measure_lora(models, candidates, probe.images, options.progress)
     cut = fit is not None and fit.kept_energy < AMOUNTS[0][0]
     expected = expect_shares(verdict, cut) if verdict.drift > 0 else ()
     chosen = choose_next(pair, options.match, verdict, measurement, probe, lost)
@@ -396,10 +394,6 @@ def _compare_bases(
     how |= {"max_memory": moving.memory_limit, "progress": moving.progress}
     paired = recognise_blocks(resolve_match(options.match, *pair, **how), *pair)
     return compare(*pair, rank=options.overlap, match=paired, **how), paired
-
-
-def _name_lora(lora: LoraLike | None) -> str:
-    return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 
 def choose_next(

@@ -10,6 +10,7 @@ from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..core.option_fields import option, take_option
 from ..core.rank_rule import Rank
+from ..core.validation import DeviceLike
 from ..probe.recording.trajectories import Sample
 from ..probe.settings import FitSettings
 from .options import TransferOptions
@@ -37,7 +38,7 @@ class AdviceOptions:
         "with a given seed.",
     )
     cache: str | PathLike[str] | None = take_option(TransferOptions, "cache")
-    device: str | None = take_option(TransferOptions, "device")
+    device: DeviceLike = take_option(TransferOptions, "device")
     max_memory: int | str | None = take_option(TransferOptions, "max_memory")
     progress: Progress | None = take_option(TransferOptions, "progress")
 
@@ -48,7 +49,7 @@ class AdviceOptions:
             InvalidOption: names the option and what it takes.
             UnsupportedDevice: there is no such device, or it cannot be used.
         """
-        self.as_moved()
+        object.__setattr__(self, "device", self.as_moved().device)
 
     def as_moved(self) -> TransferOptions:
         """The options of the transfer that is asked about."""
@@ -64,7 +65,7 @@ class AdviceChanges(TypedDict, total=False):
     measure: bool | FitSettings
     samplers: tuple[Sample, Sample] | None
     cache: str | PathLike[str] | None
-    device: str | None
+    device: DeviceLike
     max_memory: int | str | None
     progress: Progress | None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from os import PathLike
 
 from ..adapters.adapter import Adapter
 from ..adapters.family import guess_families, guess_family
@@ -30,7 +29,7 @@ from ..bases.identity import (
 )
 from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
 from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_header
-from .options import LoraLike, TransferOptions
+from .options import LoraLike, TransferOptions, begin_message
 from .plan import check_fits_source
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def check_bases(
         return
     check_moved_before(lora, source, options, cache)
     header = read_header(lora)
-    where = _name_file(lora)
+    where = begin_message(lora)
     if not may_be_one and are_one_base(source, target, cache):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
@@ -115,7 +114,7 @@ def explain_misfit(
         sentences.append("It fits the target and not the source: did you swap them?")
     if not sentences:
         return misfit
-    where = _name_file(lora)
+    where = begin_message(lora)
     kind = WrongBase if fitting else type(misfit)
     error = kind(f"{where}{' '.join(sentences)} ({str(misfit).removeprefix(where)})")
     error.__cause__ = misfit
@@ -218,11 +217,6 @@ def describe_kind(base: Base) -> str:
     sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     family = base.family or guess_family(sizes, {})
     return known_families()[family].title if family else describe_base(base)
-
-
-def _name_file(lora: LoraLike) -> str:
-    """The beginning of a message about a LoRA."""
-    return f"{lora}: " if isinstance(lora, str | PathLike) else ""
 
 
 def _read_digits(header: Mapping[str, str], key: str, count: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
+from ..bases.experts import (
+    ExpertPair,
+    Experts,
+    ExpertsLike,
+    choose_pairs,
+    open_experts,
+    pair_experts,
+)
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from .best import UNMOVED, BestWay, tell_fitted, tell_refused
@@ -27,6 +34,7 @@ from .options import (
 from .outcome import Outcome
 from .output_paths import check_distinct, check_name, make_folders, name_output
 from .pair_mover import PairMover, Task
+from .report import Report
 from .resume import Recipe
 
 Naming = Callable[[Path, str], str]
@@ -87,16 +95,24 @@ def transfer_many(
     """
     options = settle_options(options, changes).for_file()
     old, new = open_experts(source), open_experts(target)
+    paths = [Path(lora) for lora in loras]
     if options.method == BEST:
         if naming is not None:
             raise InvalidOption("results of method 'best' keep their names: leave `naming` out")
-        return _move_best([Path(lora) for lora in loras], old, new, Path(folder), options)
-    pairs = pair_experts(old, new)
-    moves = [
-        (Path(lora), pair, appended)
-        for lora in loras
-        for pair, appended in choose_pairs(Path(lora), pairs)
-    ]
+        return _move_best(paths, old, new, Path(folder), options)
+    return _move_by_weights(paths, pair_experts(old, new), folder, options, naming)
+
+
+def _move_by_weights(
+    loras: list[Path],
+    pairs: Sequence[ExpertPair],
+    folder: str | PathLike[str],
+    options: TransferOptions,
+    naming: Naming | None = None,
+    explain_need: Callable[[Report], str] | None = None,
+) -> list[Outcome]:
+    """Moves LoRAs between experts; one that needs something else is reported, and not written."""
+    moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
     check_name(folder)
     format = options.format or "auto"
     with BasisCache(options.cache).saving() as opened:
@@ -116,6 +132,7 @@ def transfer_many(
             mine = [task for task, move in zip(tasks, moves, strict=True) if move[1] is pair]
             if mine:
                 mover = PairMover.open(pair.source, pair.target, options, opened)
+                mover = replace(mover, explain_need=explain_need)
                 for _ in mover.run(mine, opened, [task.lora for task in mine]):
                     pass
     return [task.outcome for task in tasks if task.outcome is not None]
@@ -139,19 +156,20 @@ def _move_best(
 ) -> list[Outcome]:
     """Moves all by weights, which looks at each weight once, and fits those that call for it.
 
-    A fit that is there already stays, and one that was refused is tried again.
+    A fit that is there already stays, and one that was refused is tried again. What weights give is
+    written only where it is the result: what was there before is not lost while the models run.
     """
     outs = [folder / name_output(lora, options.format or "auto") for lora in loras]
     check_distinct(loras, outs)  # of all at once: a fit may be there, and the other LoRA not
-    pair = pair_experts(old, new)[0]
-    way = BestWay.of(pair.source, pair.target, options)
+    pairs = pair_experts(old, new)
+    way = BestWay.of(pairs[0].source, pairs[0].target, options)
     fitted = [lora for lora in loras if way.runs and _is_fitted(lora, way, folder)]
     rest = [lora for lora in loras if lora not in fitted]
     refusal: ProLoRAError | None = UnrelatedBases(way.latents) if way.latents else None
     moved: list[Outcome] = []
     if refusal is None:
         try:
-            moved = transfer_many(rest, old, new, folder, way.by_weights)
+            moved = _move_by_weights(rest, pairs, folder, way.by_weights, None, way.explain_need)
         except UNMOVED as error:  # of all of them
             refusal = error
             if not way.runs:
@@ -163,6 +181,11 @@ def _move_best(
     if asked:
         fits = fit_many(asked, way.source, way.target, folder, way.by_fit)
     by_lora = {outcome.lora: outcome for outcome in fits}
+    unfitted = [o.lora for o in moved if o.report and o.lora in needs and by_lora[o.lora].error]
+    if unfitted:  # held back, and the result after all
+        again = _move_by_weights(unfitted, pairs, folder, way.by_weights)
+        by_weights = {outcome.lora: outcome for outcome in again}
+        moved = [by_weights.get(outcome.lora, outcome) for outcome in moved]
     found = [_choose(by_lora.get(o.lora), o, needs.get(o.lora, ""), way) for o in moved]
     found += [by_lora[lora] for lora in fitted]
     return sorted(found, key=lambda outcome: loras.index(outcome.lora))

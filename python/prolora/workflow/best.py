@@ -25,19 +25,13 @@ from .by_fitting.plan import fitted_modules, foresee_work
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import MakeNotes, move_lora
 from .fit_options import FitOptions
-from .options import BEST, LoraLike, TransferOptions
+from .options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .report import Report
 from .result import Transfer
 from .resume import Recipe
 
 UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat, LowCoverage)
 """Refusals of a move by weights that a fit may get around; what it cannot, it refuses as well."""
-
-# Options that mean the same for a fit.
-_SHARED = (
-    *("text_encoder", "match", "again", "min_coverage", "format", "dtype", "overwrite"),
-    *("cache", "device", "max_memory", "progress"),
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class BestWay:
         if runs:
             assert source.path is not None and target.path is not None
             latents = vae.explain_different_latents(source.path, target.path)
-        fit = FitOptions(**{name: getattr(options, name) for name in _SHARED})
+        fit = FitOptions(**{name: getattr(options, name) for name in OF_A_FIT_TOO})
         if latents is not None:  # images cross, of which a fit takes more (docs/evidence.md)
             fit = replace(fit, images=2 * fit.images)
         return cls(source, target, replace(options, method="auto"), fit, runs, latents)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any, Literal
-
-from torch import Tensor
 
 from ..adapters.family import guess_families, guess_sizes
 from ..adapters.naming import list_matrices
 from ..adapters.overview import survey_keys
 from ..adapters.reading import outline_adapter
-from ..adapters.unread import UnreadAdapter, open_adapter
+from ..adapters.unread import AdapterSource, UnreadAdapter, open_adapter
 from ..architectures.families import find_title
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base, load_layout
@@ -110,7 +106,7 @@ class BaseCheck:
         }
 
 
-def check(lora: str | PathLike[str] | Mapping[str, Tensor], base: ExpertsLike) -> BaseCheck:
+def check(lora: AdapterSource, base: ExpertsLike) -> BaseCheck:
     """Says whether a LoRA is for a base; reads headers, never a weight.
 
     It goes by names and shapes: fine-tunes of one model take each other's LoRAs, and this call does

@@ -23,6 +23,7 @@ from .block_weights import (
     find_factors,
     weigh_adapter,
 )
+from .by_weights.base_pair import list_inputs
 from .by_weights.file_budget import OutputForm
 from .by_weights.rows import (
     describe_conversion,
@@ -33,7 +34,7 @@ from .by_weights.rows import (
 from .convert_options import DEFAULT_CONVERSION, ConvertChanges, ConvertOptions
 from .in_words import CONVERT
 from .module_report import ModuleReport
-from .options import LoraLike, settle_options, takes_options
+from .options import LoraLike, name_lora, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_output
 from .report import Report
@@ -130,7 +131,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         rank_rule=options.out_rank if isinstance(options.out_rank, int | float) else 0,
         threshold=0.0,
         match="same name",
-        source="the LoRA" if not isinstance(lora, str | PathLike) else Path(lora).name,
+        source=name_lora(lora),
         target=base.name if base else "",
         modules=(
             *list_unread_modules(adapter),
@@ -144,8 +145,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         kept_energy=dict(adapter.kept_energy),
         file_limit=form.limit,
     )
-    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
-    return Transfer(fitted, report, [*files, *(base.files if base else [])])
+    return Transfer(fitted, report, list_inputs(lora, *filter(None, [base])))
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:

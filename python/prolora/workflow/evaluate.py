@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from ..bases import BaseLike, open_base
 from ..core.precision import in_full_precision
-from ..errors import InvalidOption
+from ..errors import InvalidOption, NonFiniteWeights
+from ..files.hashing import hash_text
 from ..files.ownership import mark_json
 from .evaluating.drawing import (
     JSON_FILE,
@@ -65,7 +68,7 @@ def evaluate(
     The source with the LoRA and without, the target alone, the target with the copied LoRA, with
     every moved one and with one that was trained there draw the same prompts from the same noise.
     Images are kept in `out`, with a page and all scores as JSON: a run that was cut off goes on
-    there, and ends with the same JSON.
+    there, and ends with the same JSON. A LoRA with which a model overflows is left out, and told.
 
     Args:
         source: the folder of the diffusers pipeline that the LoRA was trained on.
@@ -85,37 +88,31 @@ def evaluate(
         UnsupportedFormat: a side that is no pipeline folder, a metric whose model is not there or
             is another one, a LoRA that cannot be read.
         WrongBase: a LoRA that does not belong to its model.
-        OutputError: `out` holds files of others.
+        OutputError: `out` holds files of others, or an evaluation of other files or settings.
         ProLoRAError: a pipeline or a metric that fails.
     """
     options = settle_options(options, changes)
     bases = open_base(source), open_base(target)
     find_pipelines(bases)
-    check_evaluation_folder(out)
+    check_evaluation_folder(out, options.overwrite)
     metrics = options.metrics or {}
     _check_metrics(metrics)
     own, wanted = Path(os.path.realpath(out)), Path(os.path.realpath(str(options.reference)))
     if options.reference not in _LIKE and own in (wanted, *wanted.parents):
         raise InvalidOption("`reference` lies in the output's folder, which holds what is judged")
     given = [] if options.reference in _LIKE else read_images(options.reference)
-    like, reference = _LIKE.get(str(options.reference), ("", "the images that were given"))
     subjects = read_subjects(lora, moved, bases, options)
     images = ImageFolder(out, subjects, bases, options)
-    images.draw_missing(options.progress)
-    failures = {row: why for subject in subjects for row, why in subject.failures.items()}
-    rows = tuple(row for row in subjects[0].entrants if row not in failures)
-    scores: dict[str, dict[str, Tensor]] = {}
-    lower: set[str] = set()
-    for name, way in metrics.items():
-        metric = open_metric(name, way, options.device)
-        judged = {row: _judge_row(name, metric, row, images, like or given) for row in rows}
-        for score in dict.fromkeys(score for found in judged.values() for score in found):
-            values = {row: found[score] for row, found in judged.items() if score in found}
-            if all(len(x) == len(subjects) for x in values.values()):
-                scores[score] = values
-            else:
-                failures[score] = f"{name} gives it for some of the LoRAs only"
-        lower |= set(getattr(metric, "lower", ()))
+    made_of = {"made_of": _digest_settings(images, options)}
+    images.check_replaceable(made_of)
+    drawn = images.draw_missing(options.progress)
+    subjects, rows, skipped = _leave_out(subjects, drawn)
+    images.keep([subject.name for subject in subjects], rows)
+    like, reference = _LIKE.get(str(options.reference), ("", "the images that were given"))
+    if like and like not in rows:
+        skipped[f"likeness to {reference}"] = skipped[like]
+        like = ""
+    scores, lower = _judge_all(images, subjects, rows, like or given, options, skipped)
     done = Evaluation(
         source=bases[0].name,
         target=bases[1].name,
@@ -123,16 +120,75 @@ def evaluate(
         seeds=options.seeds,
         rows=rows,
         scores=scores,
-        lower=frozenset(lower & scores.keys()),
+        lower=lower,
         reference=reference,
-        skipped=failures | {j.title: _NOT_GIVEN for n, j in JUDGES.items() if n not in metrics},
-        images={cell: name for cell, name in images.names.items() if cell.row in rows},
+        skipped=skipped | {j.title: _NOT_GIVEN for n, j in JUDGES.items() if n not in metrics},
+        images=images.names,
         settings=options.settings,
         grid=_make_grid(images, subjects, rows, options),
     )
-    images.folder.write_text(JSON_FILE, mark_json("report", done.to_dict()))
+    told = json.loads(json.dumps(done.to_dict() | made_of))
+    images.check_replaceable(told)
+    images.folder.write_text(JSON_FILE, mark_json("report", told))
     images.folder.write_text(PAGE, done.to_html())
     return done
+
+
+def _digest_settings(images: ImageFolder, options: EvaluationOptions) -> str:
+    """What tells an evaluation from others before anything is drawn: all but what metrics say."""
+    drawn = [[asdict(cell), name] for cell, name in images.names.items()]
+    asked = [*sorted(options.metrics or ()), str(options.reference) in _LIKE and options.reference]
+    return hash_text(json.dumps([drawn, asked, options.sampling.shown_prompts]))
+
+
+def _leave_out(
+    subjects: Sequence[Subject], drawn: Mapping[tuple[str, str], str]
+) -> tuple[list[Subject], tuple[str, ...], dict[str, str]]:
+    """LoRAs and rows that all have images of, and why which others are left out.
+
+    Args:
+        subjects: all LoRAs.
+        drawn: (LoRA, row) -> why it could not be drawn. One that others could be drawn in is left
+            out itself, and else the row.
+
+    Raises:
+        NonFiniteWeights: no LoRA is left.
+    """
+    skipped = {row: why for subject in subjects for row, why in subject.failures.items()}
+    by_row: dict[str, dict[str, str]] = {}
+    for (name, row), why in drawn.items():
+        by_row.setdefault(row, {})[name] = why
+    skipped |= {row: max(x.values()) for row, x in by_row.items() if len(x) == len(subjects)}
+    lost = {name: f"{row}: {why}" for (name, row), why in drawn.items() if row not in skipped}
+    kept = [subject for subject in subjects if subject.name not in lost]
+    if not kept:
+        raise NonFiniteWeights(f"none of the LoRAs can be drawn: {max(lost.values())}")
+    rows = tuple(row for row in subjects[0].entrants if row not in skipped)
+    return kept, rows, skipped | lost
+
+
+def _judge_all(
+    images: ImageFolder,
+    subjects: Sequence[Subject],
+    rows: tuple[str, ...],
+    like: str | list[Any],
+    options: EvaluationOptions,
+    skipped: dict[str, str],
+) -> tuple[dict[str, dict[str, Tensor]], frozenset[str]]:
+    """Score -> row -> values, and the scores of which less is better; adds to what is skipped."""
+    scores: dict[str, dict[str, Tensor]] = {}
+    lower: set[str] = set()
+    for name, way in (options.metrics or {}).items():
+        metric = open_metric(name, way, options.device)
+        judged = {row: _judge_row(name, metric, row, images, like) for row in rows}
+        for score in dict.fromkeys(score for found in judged.values() for score in found):
+            values = {row: found[score] for row, found in judged.items() if score in found}
+            if all(len(x) == len(subjects) for x in values.values()):
+                scores[score] = values
+            else:
+                skipped[score] = f"{name} gives it for some of the LoRAs only"
+        lower |= set(getattr(metric, "lower", ()))
+    return scores, frozenset(lower & scores.keys())
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
@@ -171,7 +227,7 @@ def _judge_row(
     seeds = len({cell.seed for cell in cells})
     for lora in dict.fromkeys(cell.lora for cell in cells if row != SOURCE):
         own = [cell for cell in cells if cell.lora == lora]
-        reference = [] if like == row else [like] * len(own)
+        reference = [like] * len(own) if like and like != row else []
         if isinstance(like, str) and reference:
             reference = [[images.read(lora, like, cell.prompt, cell.seed)] for cell in own]
         pictures = [images.read(lora, row, cell.prompt, cell.seed) for cell in own]

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, get_args
 from ..bases.base import Progress
 from ..core.methods import MethodChoice
 from ..core.option_fields import option, take_option
+from ..core.validation import DeviceLike
 from ..errors import InvalidOption
 from ..probe.settings import FitSettings
 from .options import TransferOptions, check_choice
@@ -57,8 +58,15 @@ class EvaluationOptions:
         metavar="lora|trained|FOLDER",
     )
     again: bool = take_option(TransferOptions, "again", panel=JUDGING)
+    overwrite: bool = take_option(
+        TransferOptions,
+        "overwrite",
+        help="Replace JSON and page that the folder has of other files or settings, or that were "
+        "changed since. Images are kept in any case.",
+        panel=JUDGING,
+    )
     cache: str | PathLike[str] | None = take_option(TransferOptions, "cache")
-    device: str | None = take_option(TransferOptions, "device")
+    device: DeviceLike = take_option(TransferOptions, "device")
     progress: Progress | None = take_option(TransferOptions, "progress")
 
     def __post_init__(self) -> None:
@@ -106,8 +114,9 @@ class EvaluationChanges(TypedDict, total=False):
     metrics: Mapping[str, Any] | None
     reference: str | PathLike[str]
     again: bool
+    overwrite: bool
     cache: str | PathLike[str] | None
-    device: str | None
+    device: DeviceLike
     progress: Progress | None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -27,7 +29,7 @@ from ..core.basis import truncated_svd
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, working_dtype
 from ..core.recompression import balance_factors
-from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
+from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat, WrongBase
 from ..version import __version__
 from .base_check import are_one_base
 from .by_weights.file_budget import OutputForm, describe_cuts
@@ -206,9 +208,8 @@ class _Difference:
             if row.status == "mapped"
         }
         self.form.check(self.outline(hollow))
-        results = sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
         shapes = {(row.shape[0], row.shape[1]) for row in self.rows.values()}
-        self.memory.check(shapes, "comparison", results)
+        self.memory.check(shapes, "comparison", self._count_result_bytes())
 
     @property
     def memory(self) -> Memory:
@@ -216,6 +217,10 @@ class _Difference:
         rank = self.options.out_rank
         columns = LARGEST_RANK if isinstance(rank, str) else rank
         return Memory(self.options.memory_limit, columns, self.options.device)
+
+    def _count_result_bytes(self) -> int:
+        """Of the factors of all modules."""
+        return sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
 
     def _most_columns(self, shape: tuple[int, int]) -> int:
         """Columns of a module's update at most."""
@@ -263,9 +268,9 @@ class _Difference:
         by_shape: dict[tuple[int, int], list[ModuleReport]] = {}
         for row in rows:
             by_shape.setdefault((row.shape[0], row.shape[1]), []).append(row)
-        results = sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
+        room = self.memory.room(self._count_result_bytes())
         for shape, members in by_shape.items():
-            count = self.memory.room(results).stack(shape, "comparison")
+            count = room.stack(shape, "comparison")
             if self.options.device in (None, "cpu"):
                 count = min(count, torch.get_num_threads())
             yield from (members[i : i + count] for i in range(0, len(members), count))
@@ -274,7 +279,10 @@ class _Difference:
         """The rows of modules of one shape, filled; their updates are kept."""
         names = [row.source for row in rows]
         difference, sizes = self._subtract(names)
-        norms = torch.linalg.vector_norm(difference.double().flatten(1), dim=1).tolist()
+        norms = _measure_norms(difference)
+        if not all(map(math.isfinite, norms)):
+            for base in (self.base, self.tuned):
+                check_finite(base, names)  # says which tensor, and where in it
         moved = [i for i, norm in enumerate(norms) if norm > 0]
         rank = self.options.out_rank
         columns = rank if isinstance(rank, float) else rows[0].rank_out
@@ -290,7 +298,7 @@ class _Difference:
             update = LowRank(up.float().cpu(), down.float().cpu())
             self.updates[row.source] = update
             up, down = (x.to(self.options.stored_dtype).to(difference.dtype) for x in (up, down))
-            lost = torch.linalg.vector_norm((difference[i] - up @ down).double()).item()
+            (lost,) = _measure_norms((difference[i] - up @ down)[None])
             bound = None if own.ok else own.bound.item()
             measured = sizes[i], norms[i], lost
             filled.append(describe_difference(row, update.rank, measured, bound))
@@ -298,14 +306,11 @@ class _Difference:
 
     def _subtract(self, names: list[str]) -> tuple[Tensor, list[float]]:
         """W_tuned − W_base of modules as a stack [b, m, n], and ‖W_base‖ of each."""
-        check_finite(self.base, names)
-        check_finite(self.tuned, names)
         device = self.options.device or "cpu"
         stacks = [stack_weights([b.read(n) for n in names]) for b in (self.tuned, self.base)]
         dtype = working_dtype(*(stack.dtype for stack in stacks))
         new, old = (stack.flatten(2).to(device, dtype) for stack in stacks)
-        sizes = torch.linalg.vector_norm(old.double().flatten(1), dim=1).tolist()
-        return new - old, sizes
+        return new - old, _measure_norms(old)
 
     def subtract_vectors(self) -> None:
         """Differences of biases and norms, where the format holds them; others are named."""
@@ -317,6 +322,11 @@ class _Difference:
                 continue
             vector = theirs[name].read().double() - ours[name].read().double()
             norm = torch.linalg.vector_norm(vector).item()
+            if not math.isfinite(norm):
+                raise NonFiniteWeights(
+                    f"{name} of {self.base.name} or of {self.tuned.name} holds NaN or Inf; the "
+                    "checkpoint is damaged"
+                )
             if norm == 0:
                 continue
             skip = self.options.vectors == "skip"
@@ -341,20 +351,21 @@ class _Difference:
 
     def outline(self, updates: dict[str, LowRank]) -> Adapter:
         """The LoRA of some updates, without vectors and header."""
-        base, family = self.base, known_families().get(self.base.family or "")
+        base = self.base
         shapes = {name: base.shapes[name] for name in updates}
         kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
-        is_unet = any(find_component(name) == "unet" for name in base.shapes)
-        format = "kohya" if is_unet else "diffusers"
-        if family is not None and not is_unet:
-            format = "comfy" if "comfy" in family.spellings else next(iter(family.spellings))
-        return Adapter(
-            updates,
-            kernels,
-            format=format,
-            family=base.family,
-            dtype=self.options.stored_dtype,
-        )
+        dtype = self.options.stored_dtype
+        return Adapter(updates, kernels, format=self._usual_format, family=base.family, dtype=dtype)
+
+    @cached_property
+    def _usual_format(self) -> str:
+        """What most programs read for the base."""
+        family = known_families().get(self.base.family or "")
+        if any(find_component(name) == "unet" for name in self.base.shapes):
+            return "kohya"
+        if family is None:
+            return "diffusers"
+        return "comfy" if "comfy" in family.spellings else next(iter(family.spellings))
 
     def describe(self) -> dict[str, str]:
         """The header: for which base the LoRA is, and how it was made; reads all of both bases."""
@@ -392,3 +403,10 @@ class _Difference:
             quantised=list_quantised(self.base, self.tuned),
             **fields,  # type: ignore[arg-type]
         )
+
+
+def _measure_norms(stack: Tensor) -> list[float]:
+    """‖·‖ of each matrix [b, m, n]; in float64 from row to row alone, which is as good and fast."""
+    rows = torch.linalg.vector_norm(stack, dim=-1).double()
+    norms: list[float] = torch.linalg.vector_norm(rows, dim=-1).tolist()
+    return norms

@@ -9,6 +9,7 @@ import torch
 
 from ..bases.base import Progress
 from ..core.option_fields import take_option
+from ..core.validation import DeviceLike
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
 from .options import OUTPUT, DtypeLike, FormatLike, TransferOptions, VectorsMode, read_dtype
@@ -47,7 +48,7 @@ class ExtractOptions:
         TransferOptions, "dtype", help="Type of the factors in the file. Default: float16."
     )
     overwrite: bool = take_option(TransferOptions, "overwrite")
-    device: str | None = take_option(TransferOptions, "device", panel=RESOURCES)
+    device: DeviceLike = take_option(TransferOptions, "device", panel=RESOURCES)
     max_memory: int | str | None = take_option(TransferOptions, "max_memory", panel=RESOURCES)
     progress: Progress | None = take_option(TransferOptions, "progress")
 
@@ -98,7 +99,7 @@ class ExtractChanges(TypedDict, total=False):
     format: FormatLike | None
     dtype: DtypeLike | None
     overwrite: bool
-    device: str | None
+    device: DeviceLike
     max_memory: int | str | None
     progress: Progress | None
 

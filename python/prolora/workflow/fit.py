@@ -16,6 +16,7 @@ from .by_fitting.common_parts import CommonParts, share_parts
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import list_inputs
+from .by_weights.decision import label_stage
 from .by_weights.ledger import LORA_FAILURES
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
@@ -47,7 +48,8 @@ def fit(
     samples than the LoRA moved by weights alone, that one is the result.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        lora: a .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or
+            an `Adapter`.
         source: the folder of the diffusers pipeline that the LoRA was trained on.
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
@@ -150,7 +152,8 @@ def fit_many(
     outcomes = []
     with share_parts(options.resume, Path(folder), len(paths) > 1) as common:
         for i, (lora, out) in enumerate(zip(paths, outs, strict=True), 1):
-            labelled = _label_progress(options, f"LoRA {i} of {len(paths)}")
+            progress = label_stage(f"LoRA {i} of {len(paths)}:", options.progress)
+            labelled = replace(options, progress=progress)
             outcomes.append(_attempt(lora, old, new, out, labelled, common))
     return outcomes
 
@@ -214,13 +217,3 @@ def _attempt(
         return end(report=_fit_file(lora, source, target, out, options, common))
     except LORA_FAILURES as error:
         return end(error=as_refusal(error))
-
-
-def _label_progress(options: FitOptions, label: str) -> FitOptions:
-    """The options with a callback that is told which LoRA is at work."""
-    progress = options.progress
-    if progress is None:
-        return options
-    return replace(
-        options, progress=lambda done, total, name: progress(done, total, f"{label}: {name}")
-    )

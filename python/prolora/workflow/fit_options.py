@@ -10,6 +10,7 @@ from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..core.methods import MethodChoice
 from ..core.option_fields import option, take_option
+from ..core.validation import DeviceLike
 from ..files.sizes import parse_limit
 from ..probe.settings import FITTING, FitSettings, Precision, Start
 from .options import DtypeLike, FormatLike, TransferOptions, check_choice
@@ -43,7 +44,7 @@ class FitOptions(FitSettings):
     dtype: DtypeLike | None = take_option(TransferOptions, "dtype")
     overwrite: bool = take_option(TransferOptions, "overwrite")
     cache: str | PathLike[str] | None = take_option(TransferOptions, "cache")
-    device: str | None = take_option(TransferOptions, "device")
+    device: DeviceLike = take_option(TransferOptions, "device")
     max_vram: int | str | None = option(
         None,
         'Memory of the card that may be taken, as "12GB". Where it is too little, the fit computes '
@@ -128,7 +129,7 @@ class FitChanges(TypedDict, total=False):
     dtype: DtypeLike | None
     overwrite: bool
     cache: str | PathLike[str] | None
-    device: str | None
+    device: DeviceLike
     max_vram: int | str | None
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..bases.base import Progress
 from ..bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ..core.lowrank import LowRank
 from ..core.methods import MethodChoice
+from ..core.validation import DeviceLike
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..probe.checkpoint import open_checkpoints
 from ..probe.default_prompts import derive_prompts
@@ -27,7 +28,7 @@ from ..probe.run import fit_from_recorder
 from ..probe.settings import FitSettings
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
 from ..probe.workload import Workload, price_predictions
-from .by_fitting.plan import foresee_work
+from .by_fitting.plan import LoraParts, foresee_work
 from .by_weights.base_pair import move_lora
 from .fit_options import FitOptions
 from .options import TransferOptions
@@ -76,6 +77,7 @@ class RunningModels:
         samplers: of the source with the LoRA and of the target, an image a call.
         translation: asks both the same.
         fitting: samplers of source, source with the LoRA and target, for the fit.
+        lora: what the two are asked about.
     """
 
     source: nn.Module
@@ -83,6 +85,7 @@ class RunningModels:
     samplers: tuple[Sample, Sample]
     translation: Translation
     fitting: tuple[Sample, Sample, Sample]
+    lora: LoraParts
 
 
 def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object) -> None:
@@ -112,15 +115,16 @@ def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object)
         vae.check_latents(source.base.path, target.base.path)
 
 
+@contextmanager
 def open_models(
     source: MeasuredSide,
     target: MeasuredSide,
     adapter: Adapter,
     settings: FitSettings,
     samplers: tuple[Sample, Sample] | None,
-    device: str | None,
-) -> RunningModels:
-    """Loads the pipelines, or takes those at hand.
+    device: DeviceLike,
+) -> Iterator[RunningModels]:
+    """Loads the pipelines, or takes those at hand; text encoders run with the LoRA, as in a fit.
 
     Args:
         source: the base of the LoRA.
@@ -130,29 +134,35 @@ def open_models(
         samplers: of the source and of the target, where these are modules at hand.
         device: where pipelines that are loaded run.
     """
+    lora = LoraParts.of(adapter, source.base, target.base)
     if samplers is not None:
         assert source.module is not None and target.module is not None
-        fitting = samplers[0], samplers[0], samplers[1]
-        return RunningModels(source.module, target.module, samplers, Translation(), fitting)
-    from ..probe.pipelines import pair_pipelines
+        fitting, lora = (samplers[0], samplers[0], samplers[1]), replace(lora, text={})
+        yield RunningModels(source.module, target.module, samplers, Translation(), fitting, lora)
+        return
+    from ..probe.pipelines import pair_pipelines, run_text_encoders_beside
 
     ours, theirs = (_open_pipeline(side, device) for side in (source, target))
     if not settings.prompts and all("prompt" in model.accepted for model in (ours, theirs)):
         words = read_training_words(adapter.metadata)
         settings = replace(settings, prompts=derive_prompts(words))
-    pair = pair_pipelines(ours, theirs, settings)
-    return RunningModels(
-        ours.denoiser,
-        theirs.denoiser,
-        (_make_sampler(ours, pair.settings.with_lora()), _make_sampler(theirs, pair.of_target)),
-        pair.translation,
-        pair.samplers(lambda _: None),
-    )
+    with ExitStack() as stack:
+        for model in (ours, theirs):
+            stack.enter_context(run_text_encoders_beside(model, lora.carried))
+        pair = pair_pipelines(ours, theirs, settings, lora.text)
+        adapted = _make_sampler(ours, pair.settings.with_lora(), lora.text)
+        yield RunningModels(
+            ours.denoiser,
+            theirs.denoiser,
+            (adapted, _make_sampler(theirs, pair.of_target, {})),
+            pair.translation,
+            pair.samplers(lambda _: None),
+            lora,
+        )
 
 
 def begin_fit(
     models: RunningModels,
-    adapter: Adapter,
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     bases: tuple[Base, Base],
@@ -161,20 +171,19 @@ def begin_fit(
 
     Args:
         models: of both bases.
-        adapter: the LoRA.
         rival: what weights give, from which the fit may start.
         settings: what is sampled.
         bases: source and target.
     """
-    updates = _keep_denoiser(adapter.updates)
     recorder = Recorder(
         models.source,
         models.target,
-        adapter.with_updates(updates),
+        models.lora.denoiser,
         models.fitting,
         models.translation,
         open_checkpoints(None, models.source, models.target, {}),
         "",
+        models.lora.text,
     )
     few = replace(settings, fit_steps=TRIAL_STEPS, seed=TRIAL_SEED, force=True, progress=None)
     done = fit_from_recorder(recorder, rival, few)
@@ -187,7 +196,7 @@ def begin_fit(
     return dict(done.adapter.updates), spent * price_predictions(foreseen.predictions)
 
 
-def _open_pipeline(side: MeasuredSide, device: str | None) -> Any:
+def _open_pipeline(side: MeasuredSide, device: DeviceLike) -> Any:
     from ..probe.pipelines import Pipeline, open_pipeline
 
     if side.pipe is None:
@@ -196,13 +205,16 @@ def _open_pipeline(side: MeasuredSide, device: str | None) -> Any:
     return Pipeline(side.pipe, type(side.pipe).__name__)
 
 
-def _make_sampler(pipeline: Any, settings: FitSettings) -> Sample:
-    """Samples one image; the prompts take turns, the same for both models."""
+def _make_sampler(pipeline: Any, settings: FitSettings, text: Mapping[str, LowRank]) -> Sample:
+    """Samples one image with updates of text encoders; prompts take turns, in both models alike."""
+    from ..probe.pipelines import run_text_encoders_beside
+
     prompts = settings.prompts or ("",)
 
     def sample(seed: int) -> None:
         prompt = prompts[(seed // len(ORIGINS)) % len(prompts)]
-        pipeline.sample_latents(prompt, settings, seed)
+        with run_text_encoders_beside(pipeline, text):
+            pipeline.sample_latents(prompt, settings, seed)
 
     return sample
 
@@ -221,17 +233,13 @@ def move_candidates(
         asked = replace(options, method=method, strength=1.0, progress=None)
         with suppress(UnrelatedBases):
             moved = move_lora(adapter, source, target, asked, hashed=False)
-            updates = _keep_denoiser(moved.adapter.updates)
+            found = moved.adapter.updates.items()
+            updates = {name: u for name, u in found if not is_in_text_encoder(name)}
             if updates and not any(_are_equal(updates, other) for other in candidates.values()):
                 candidates[method] = updates
     if not candidates:
         raise ProLoRAError("the LoRA has no update of the UNet or transformer to measure")
     return candidates
-
-
-def _keep_denoiser(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The updates of the UNet or transformer: text encoders are not run with the LoRA."""
-    return {name: u for name, u in updates.items() if not is_in_text_encoder(name)}
 
 
 def _are_equal(ours: Mapping[str, LowRank], theirs: Mapping[str, LowRank]) -> bool:
@@ -245,7 +253,6 @@ def _are_equal(ours: Mapping[str, LowRank], theirs: Mapping[str, LowRank]) -> bo
 
 def measure_lora(
     models: RunningModels,
-    adapter: Adapter,
     candidates: Mapping[str, Mapping[str, LowRank]],
     runs: int,
     progress: Progress | None,
@@ -254,7 +261,7 @@ def measure_lora(
     return measure_strengths(
         models.source,
         models.target,
-        _keep_denoiser(adapter.updates),
+        models.lora.denoiser.updates,
         candidates,
         models.samplers,
         translation=models.translation,

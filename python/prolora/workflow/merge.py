@@ -17,15 +17,20 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import read_moves, read_provenance
 from ..adapters.training_words import read_training_words
-from ..architectures.families import find_title
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ..core.lowrank import LowRank
-from ..core.merging import inner_product, merge_updates
+from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
-from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, WrongBase
+from ..errors import (
+    AlreadyMoved,
+    InvalidOption,
+    OutputError,
+    ProLoRAError,
+    ShapeMismatch,
+)
 from ..version import __version__
-from .base_check import are_one_base, explain_misfit, guess_lora_families, join_titles
+from .base_check import are_one_base, explain_misfit, guess_lora_families
 from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
 from .by_weights.base_pair import move_lora, prefix_notes
 from .by_weights.file_budget import OutputForm, describe_cuts
@@ -38,6 +43,7 @@ from .by_weights.rows import (
 )
 from .convert import read_plain
 from .in_words import MERGE
+from .merge_inputs import check_experts, check_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeChanges, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 from .module_report import ModuleReport
@@ -84,8 +90,8 @@ def merge(
 
     Raises:
         InvalidOption: fewer than two LoRAs, or not one strength or base for each.
-        WrongBase: the LoRAs are for different models, and their bases are not given; or a LoRA is
-            of `target` and not of its source.
+        WrongBase: the LoRAs are for different models, and their bases are not given; they are for
+            both experts of one; or a LoRA is of `target` and not of its source.
         ShapeMismatch: two LoRAs have a module in different shapes.
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
@@ -173,21 +179,18 @@ class _Merge:
         """Checks the numbers of all, and opens the bases."""
         if not isinstance(loras, Sequence) or isinstance(loras, str) or len(loras) < 2:
             raise InvalidOption("a merge takes two LoRAs or more")
+        if not isinstance(sources, Sequence) or isinstance(sources, str):
+            raise InvalidOption("`sources` must be a base or None for each LoRA, or none at all")
         count, strengths = len(loras), options.strengths
-        if strengths is not None and len(strengths) != count:
-            raise InvalidOption(
-                f"`strengths` has {len(strengths)} numbers for {count} LoRAs; give one for each"
-            )
-        if options.blocks is not None and len(options.blocks) != count:
-            raise InvalidOption(
-                f"`blocks` is for {len(options.blocks)} LoRAs, and there are {count}; separate "
-                "those of each LoRA by ;"
-            )
-        if sources and len(sources) != count:
-            raise InvalidOption(
-                f"{len(sources)} bases are given for {count} LoRAs; give one for each, in their "
-                "order, or none if all were trained on the base of the result"
-            )
+        for name, given, hint in (
+            ("strengths", strengths, "give one for each"),
+            ("blocks", options.blocks, "separate those of each LoRA by ;"),
+            ("sources", sources or None, "give the base of each in their order, or none at all"),
+        ):
+            if given is not None and len(given) != count:
+                raise InvalidOption(
+                    f"`{name}` is for {len(given)} LoRAs, and there are {count}; {hint}"
+                )
         if target is None and any(source is not None for source in sources):
             raise InvalidOption(
                 "LoRAs have bases of their own, and `target` is missing: which base is the result "
@@ -198,7 +201,7 @@ class _Merge:
             None if target is None else open_base(target),
             [None if s is None else open_base(s) for s in sources or [None] * count],
             options,
-            _name_loras(loras),
+            name_loras(loras),
             list(strengths or [1.0] * count),
         )
 
@@ -218,7 +221,10 @@ class _Merge:
     @in_full_precision
     def run(self, *, hashed: bool) -> Transfer:
         """Reads, moves and merges; `hashed` also writes a header, which reads the base's bytes."""
-        self._check_families()
+        names = self.names
+        if self.target is None:
+            check_families(names, self.loras)
+        check_experts([*names, self.target.name] if self.target else names, self.loras)
         for i in range(len(self.loras)):
             self._read(i)
         self._check_modules()
@@ -234,42 +240,20 @@ class _Merge:
             rows.append(row)
         merged = outline.with_updates(updates)
         if hashed:
-            merged = replace(merged, metadata=self._describe())
+            merged = replace(merged, metadata=self._describe(merged.metadata))
         fitted = form.fit(merged)
         told = describe_cuts(rows, merged, fitted)
         report = self._report(told, self._measure(fitted, dtype), merged)
         limit = None if fitted is merged else form.limit
         return Transfer(fitted, replace(report, file_limit=limit), self.inputs)
 
-    def _check_families(self) -> None:
-        """Refuses LoRAs of different models where no base says what to do with them."""
-        if self.target is not None:
-            return
-        known: tuple[str, tuple[str, ...]] | None = None
-        for name, lora in zip(self.names, self.loras, strict=True):
-            families = guess_lora_families(lora)[0]
-            if families and known and not set(families) & set(known[1]):
-                ours, theirs = (join_titles(map(find_title, f)) for f in (families, known[1]))
-                raise WrongBase(
-                    f"{name} is for {ours}, and {known[0]} is for {theirs}: one LoRA belongs to "
-                    "one base. Give `target`, the base of the result, and the base of each "
-                    "LoRA: they are moved first"
-                )
-            known = known or ((name, families) if families else None)
-
     def _read(self, i: int) -> None:
         """Reads a LoRA, and moves it where it has another base than the result."""
         lora, source, name = self.loras[i], self.sources[i], self.names[i]
         moved_from = ""
         if self.target is None or source is None or are_one_base(source, self.target):
-            misfit = explain_misfit(lora, self.target) if self.target is not None else None
-            if misfit is not None:
-                raise type(misfit)(
-                    f"{name} is not a LoRA of the base of the result; give its own base, and it is "
-                    f"moved first ({misfit})"
-                )
             if self.target is not None:
-                self._check_moved_before(lora, name)
+                self._check_belongs(lora, name, self.target)
             adapter = read_plain(lora, self.target)
             behind = list_unread_modules(adapter)
             self.unread += adapter.unread
@@ -308,33 +292,33 @@ class _Merge:
         )
         self.facts.append(fact)
 
-    def _check_moved_before(self, lora: LoraLike, name: str) -> None:
-        """Refuses a LoRA that was moved to another base than that of the result."""
-        assert self.target is not None
-        try:
-            check_moved_before(lora, self.target, self.options.for_moving())
-        except AlreadyMoved as error:
-            raise AlreadyMoved(
-                f"{name} is not a LoRA of the base of the result; give its own base, and it is "
-                f"moved first ({str(error).partition(';')[0]})"
-            ) from error
+    def _check_belongs(self, lora: LoraLike, name: str, target: Base) -> None:
+        """Refuses a LoRA of another base than that of the result, or moved to another."""
+        wrong: ProLoRAError | None = explain_misfit(lora, target)
+        if wrong is None:
+            try:
+                return check_moved_before(lora, target, self.options.for_moving())
+            except AlreadyMoved as error:
+                wrong = error
+        why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
+        raise type(wrong)(
+            f"{name} is not a LoRA of the base of the result; give its own base, and it is moved "
+            f"first ({why})"
+        ) from wrong
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""
         known: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, part in zip(self.names, self.parts, strict=True):
-            for module, update in part.updates.items():
-                shape = (*update.shape, *part.kernels.get(module, ()))
-                other, theirs = known.setdefault(module, (name, shape))
+            shapes = {m: (*u.shape, *part.kernels.get(m, ())) for m, u in part.updates.items()}
+            shapes |= {vector: tuple(tensor.shape) for vector, tensor in part.vectors.items()}
+            for held, shape in shapes.items():
+                other, theirs = known.setdefault(held, (name, shape))
                 if theirs != shape:
                     raise ShapeMismatch(
-                        f"{module} is {write_shape(shape)} in {name} and {write_shape(theirs)} in "
+                        f"{held} is {write_shape(shape)} in {name} and {write_shape(theirs)} in "
                         f"{other}: these LoRAs are for bases of different sizes"
                     )
-            for vector, tensor in part.vectors.items():
-                other, theirs = known.setdefault(vector, (name, tuple(tensor.shape)))
-                if theirs != tuple(tensor.shape):
-                    raise ShapeMismatch(f"{vector} has another length in {name} than in {other}")
 
     def _outline(self) -> Adapter:
         """The result with its vectors, and with zeros for updates."""
@@ -348,20 +332,18 @@ class _Merge:
                 (m, n), rank = update.shape, sum(ranks)
                 rank = min(m, n, rank) if len(ranks) > 1 else rank
                 updates[module] = LowRank(zero.expand(m, rank), zero.expand(rank, n))
-        return replace(
-            first,
-            updates=updates,
-            kernels=kernels,
-            vectors=self._add_vectors() if self.options.vectors == "copy" else {},
+        return Adapter(
+            updates,
+            kernels,
+            vectors=self._merge_vectors() if self.options.vectors == "copy" else {},
+            format=first.format,
+            spelling=first.spelling,
             family=self._choose_family(updates),
             style=next((p.style for p in self.parts if p.style), None),
             dtype=reduce(torch.promote_types, map(_stored_dtype, self.parts)),
-            metadata=combine_metadata(self._headers()),
-            algorithms={},
-            kept_energy={},
-            left_out={},
-            unread={},
-            refused=set(),
+            metadata=combine_metadata(
+                {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
+            ),
         )
 
     def _choose_family(self, updates: Mapping[str, LowRank]) -> str | None:
@@ -372,16 +354,13 @@ class _Merge:
         told = [part.family for part in self.parts if part.family]
         return next((family for family in told if family in able), told[0] if told else None)
 
-    def _headers(self) -> dict[str, dict[str, str]]:
-        return {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
-
-    def _add_vectors(self) -> dict[str, Tensor]:
-        """Differences of biases and norms, which add up as they are."""
-        total: dict[str, Tensor] = {}
+    def _merge_vectors(self) -> dict[str, Tensor]:
+        """Differences of biases and norms."""
+        found: dict[str, list[Tensor]] = {}
         for part, strength in zip(self.parts, self.strengths, strict=True):
             for name, vector in part.vectors.items():
-                total[name] = total.get(name, 0) + strength * vector
-        return total
+                found.setdefault(name, []).append(strength * vector)
+        return {name: merge_vectors(some, self.options.method) for name, some in found.items()}
 
     def _list_updates(self, module: str) -> dict[int, LowRank]:
         """Index of each LoRA that has a module -> its update, strength included."""
@@ -410,19 +389,19 @@ class _Merge:
                 energies[i] += inner_product(part, part)
                 kept[i] += inner_product(part, written)
         known = zip(self.facts, energies, kept, strict=True)
-        return MergeReport(
-            tuple(
-                replace(f, energy=e, kept=k / e, placeless=f.placeless / e)
-                if e
-                else replace(f, kept=1.0)
-                for f, e, k in known
-            ),
-            tuple(overlaps),
+        told = (
+            replace(f, energy=e, kept=k / e, placeless=f.placeless / e) if e else replace(f, kept=1)
+            for f, e, k in known
         )
+        return MergeReport(tuple(told), tuple(overlaps))
 
-    def _describe(self) -> dict[str, str]:
-        """The header: of what the LoRA was merged and how; reads all of the result's base."""
-        combined, target = combine_metadata(self._headers()), self.target
+    def _describe(self, combined: dict[str, str]) -> dict[str, str]:
+        """The header: of what the LoRA was merged and how; reads all of the result's base.
+
+        Args:
+            combined: the headers of all as one.
+        """
+        target = self.target
         told = ("name", "strength", "blocks", "trigger", "moved_from", "digest")
         merged = [{k: v for k in told if (v := getattr(fact, k)) != ""} for fact in self.facts]
         notes = {
@@ -481,16 +460,3 @@ class _Merge:
 def _stored_dtype(part: Adapter) -> torch.dtype:
     """Of a LoRA's factors; of eight bits, which are not written, the sixteen that hold them."""
     return part.dtype if part.dtype.itemsize > 1 else torch.float16
-
-
-def _name_loras(loras: Sequence[LoraLike]) -> list[str]:
-    """What to call each LoRA: its file without ending, or its number; no name twice."""
-    names: list[str] = []
-    for i, lora in enumerate(loras, 1):
-        name = f"LoRA {i}"
-        if isinstance(lora, str | PathLike):
-            name = Path(lora).name.removesuffix(".safetensors")
-        elif isinstance(lora, Adapter):
-            name = lora.metadata.get("ss_output_name") or name
-        names.append(f"{name} ({i})" if name in names else name)
-    return names

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict, get_args
 
 from ..bases.base import Progress
 from ..core.option_fields import option, take_option
+from ..core.validation import DeviceLike
 from ..errors import InvalidOption
 from .block_weights import Blocks, BlockWeights
 from .options import (
@@ -74,7 +75,7 @@ class MergeOptions:
     )
     overwrite: bool = take_option(TransferOptions, "overwrite")
     cache: str | PathLike[str] | None = take_option(TransferOptions, "cache")
-    device: str | None = take_option(TransferOptions, "device")
+    device: DeviceLike = take_option(TransferOptions, "device")
     max_memory: int | str | None = take_option(TransferOptions, "max_memory")
     progress: Progress | None = take_option(TransferOptions, "progress")
 
@@ -149,7 +150,7 @@ class MergeChanges(TypedDict, total=False):
     dtype: DtypeLike | None
     overwrite: bool
     cache: str | PathLike[str] | None
-    device: str | None
+    device: DeviceLike
     max_memory: int | str | None
     progress: Progress | None
 

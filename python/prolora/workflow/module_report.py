@@ -57,6 +57,11 @@ class Measures:
         return max(self.angles_left[MEDIAN], self.angles_right[MEDIAN])
 
     @property
+    def mixed_energy(self) -> float:
+        """The share of ‖ΔW_s‖² in the two mixed blocks."""
+        return self.range_null_energy + self.null_range_energy
+
+    @property
     def largest_angle(self) -> float:
         """The largest principal angle of either side, in radians."""
         return max(self.angles_left[-1], self.angles_right[-1])

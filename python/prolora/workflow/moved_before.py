@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from os import PathLike
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import Move, describe_moves, read_moves
@@ -14,7 +13,7 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import is_identical
 from ..errors import AlreadyMoved
-from .options import LoraLike, TransferOptions
+from .options import LoraLike, TransferOptions, begin_message
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +57,10 @@ def check_moved_before(
     reason = _explain_other_base(last, source, metadata.get("ss_sd_model_hash"), cache)
     if reason is None:
         return
-    where = f"{lora}: " if isinstance(lora, str | PathLike) else ""
     raise AlreadyMoved(
-        f"{where}this LoRA was already moved {describe_moves(moves)}, but the source is "
-        f"{source.name}, {reason}; give {last.target} as the source, or take `again=True` to move "
-        "it all the same"
+        f"{begin_message(lora)}this LoRA was already moved {describe_moves(moves)}, but the source "
+        f"is {source.name}, {reason}; give {last.target} as the source, or take `again=True` to "
+        "move it all the same"
     )
 
 

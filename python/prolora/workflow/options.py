@@ -13,12 +13,13 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
-from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..adapters.unread import AdapterSource
 from ..bases.base import Progress
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..core.arrays import make_fields_plain
@@ -26,7 +27,7 @@ from ..core.methods import Method, MethodChoice, Needs, find_method
 from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
-from ..core.validation import resolve_device
+from ..core.validation import DeviceLike, resolve_device
 from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
@@ -36,8 +37,9 @@ from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
-"""A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
+LoraLike = AdapterSource | Adapter
+"""A .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or an
+`Adapter`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
 ProgramName = Literal[
@@ -71,6 +73,11 @@ TransferMethod = Literal["best"] | MethodChoice
 METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
 BEST: TransferMethod = "best"
+OF_A_FIT_TOO = (
+    *("text_encoder", "match", "again", "min_coverage", "format", "dtype", "overwrite"),
+    *("cache", "device", "max_memory", "progress"),
+)
+"""Options that mean the same for a fit: the only ones that method "best" takes."""
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""
 FIT_INSTEAD = (
@@ -208,9 +215,10 @@ class TransferOptions:
         metavar="FOLDER",
         decides=False,
     )
-    device: str | None = option(
+    device: DeviceLike = option(
         None,
-        'Where to compute: cpu, cuda, cuda:1; "auto" means a GPU where there is one.',
+        "Where to compute: cpu, cuda, cuda:1, or a torch.device. Default: auto, a GPU where there "
+        "is one, and else the CPU.",
         metavar="DEVICE",
         decides=False,
     )
@@ -277,11 +285,14 @@ class TransferOptions:
         Raises:
             InvalidOption: names the option.
         """
-        kept: dict[str, object] = {"strength": None, "damping": None, "blocks": None}
-        kept |= {"out_rank": "exact", "vectors": "copy"}
-        for name, usual in kept.items():
-            if getattr(self, name) != usual:
-                raise InvalidOption(f"`{name}` cannot be chosen with method 'best': leave it out")
+        for known in fields(self):
+            name, value = known.name, getattr(self, known.name)
+            if name not in ("method", *OF_A_FIT_TOO) and value != known.default:
+                told = f"{name}='{value}'" if name == "look" else name
+                raise InvalidOption(
+                    f"`{told}` cannot be chosen with method 'best', whose fit does not heed it: "
+                    "take the default, or another method"
+                )
         if self.text_encoder == "project":
             raise InvalidOption("`text_encoder` must be copy or skip with method 'best'")
 
@@ -349,7 +360,7 @@ class OptionChanges(TypedDict, total=False):
     dtype: DtypeLike | None
     overwrite: bool
     cache: str | PathLike[str] | None
-    device: str | None
+    device: DeviceLike
     max_memory: int | str | None
     progress: Progress | None
 
@@ -358,8 +369,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
-def settle_options(options: Options, changes: Mapping[str, Any]) -> Options:
-    """The options with changes made by keyword.
+def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
+    """The options with changes made by keyword, and the device chosen where none is asked for.
+
+    Args:
+        options: as they were given.
+        changes: name -> value.
+        here: whether this process computes. It is not asked for its devices otherwise, nor when
+            options are made, as the default ones are while the package is imported.
 
     Raises:
         InvalidOption: an option that there is not, or a value that it does not take.
@@ -371,7 +388,11 @@ def settle_options(options: Options, changes: Mapping[str, Any]) -> Options:
             hint = f"; did you mean {near[0]}?" if near else ""
             hint = f": {FIT_INSTEAD}" if name == "probe" else hint
             raise InvalidOption(f"there is no option {name!r}{hint}")
-    return replace(options, **changes)
+    settled = replace(options, **changes)
+    if here and getattr(settled, "device", "") is None:
+        choice: Any = {"device": resolve_device(AUTO)}
+        settled = replace(settled, **choice)
+    return settled
 
 
 def takes_options(function: Function) -> Function:
@@ -431,6 +452,16 @@ def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
     check_choice("dtype", dtype, get_args(DtypeName))
     named: torch.dtype = getattr(torch, dtype)
     return named
+
+
+def name_lora(lora: LoraLike | None) -> str:
+    """The name of its file or folder, and what is said of a LoRA in memory."""
+    return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
+
+
+def begin_message(lora: LoraLike) -> str:
+    """The beginning of a message about a LoRA: where it lies, nothing of one in memory."""
+    return f"{lora}: " if isinstance(lora, str | PathLike) else ""
 
 
 DEFAULT_OPTIONS = TransferOptions()

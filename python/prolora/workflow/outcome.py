@@ -55,14 +55,14 @@ class Outcome:
         return "would move" if self.planned else "moved"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report, or the error's name and message, ready for JSON."""
+        """The report, or the error, ready for JSON."""
         entry: dict[str, Any] = {
             "lora": str(self.lora),
             "out": None if self.planned else str(self.out),
             "status": self.status,
         }
         if self.error:
-            entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+            entry["error"] = self.error.to_dict()
         if self.behind:
             entry["unread"] = list(self.behind)
         return entry | (self.report.to_dict() if self.report else {})

@@ -21,6 +21,7 @@ from ..bases.memory import Memory
 from ..core.methods import Needs
 from ..errors import ProLoRAError, explain_os_error
 from .by_weights.base_pair import BasePair
+from .by_weights.decision import label_stage
 from .by_weights.ledger import BYTES_A_NUMBER, LORA_FAILURES, Ledger
 from .options import TransferOptions
 from .outcome import Outcome
@@ -83,10 +84,13 @@ class PairMover:
     Attributes:
         pair: the bases, with blocks matched; it shows no progress, since each group labels its own.
         asked: the options as they were given.
+        explain_need: why a LoRA needs more than weights give, by their report; it is not written
+            then. None writes all.
     """
 
     pair: BasePair
     asked: TransferOptions
+    explain_need: Callable[[Report], str] | None = None
 
     @classmethod
     def open(
@@ -175,6 +179,8 @@ class PairMover:
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
+        if self.explain_need and self.explain_need(done.report):
+            return done.report
         return save_result(done, task.out, self.asked)
 
 
@@ -217,9 +223,6 @@ def _label_progress(
     group: list[Task], loras: Sequence[Path], progress: Progress | None
 ) -> Progress | None:
     """The caller's callback; it is told which LoRAs are at work."""
-    if progress is None:
-        return None
     first, last = (loras.index(task.lora) + 1 for task in (group[0], group[-1]))
     of = f"{first}" if first == last else f"{first}–{last}"
-    label = f"LoRA {of} of {len(loras)}"
-    return lambda done, total, name: progress(done, total, f"{label}: {name}")
+    return label_stage(f"LoRA {of} of {len(loras)}:", progress)

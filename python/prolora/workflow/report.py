@@ -202,7 +202,7 @@ class Report:
             "coverage": self.coverage,
             "energy_mapped": mapped_energy / total if total else None,
             "energy_surviving": average_row(lambda row: row.surviving_energy),
-            "energy_mixed": average_measure(lambda m: m.range_null_energy + m.null_range_energy),
+            "energy_mixed": average_measure(lambda m: m.mixed_energy),
             "energy_cut": average_row(lambda row: row.rank_cut_energy),
             "phi_left": average_measure(lambda m: m.phi_left),
             "phi_right": average_measure(lambda m: m.phi_right),

@@ -15,21 +15,21 @@ from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
 from ..probe.crossed import BandReport
 from ..probe.strength import STRENGTHS, Measurement
-from .group_means import GroupMeans, group_rows
+from .group_means import average_measures, average_rows, find_overlap, group_rows
 from .lora_fit import StackDrift
 from .module_report import ModuleReport
 from .place_map import PlaceMap, Spot
 from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes, write_number
 
-_COLUMNS: tuple[tuple[Column, Callable[[GroupMeans], float | None]], ...] = (
-    (Column("kept", ".0%", has_bar=True), lambda means: means.kept),
-    (Column("vs copy", ".2f"), lambda means: means.copy_distance),
-    (Column("norm", ".2f"), lambda means: means.norm_ratio),
-    (Column("drift", ".2f"), lambda means: means.drift),
-    (Column("Φ l", ".2f"), lambda means: means.phi_left),
-    (Column("Φ r", ".2f"), lambda means: means.phi_right),
-    (Column("above", ".2f"), lambda means: means.above),
-    (Column("mixed", ".0%"), lambda means: means.mixed),
+_COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]], ...] = (
+    (Column("kept", ".0%", has_bar=True), lambda rows: average_rows(rows, share_written)),
+    (Column("vs copy", ".2f"), lambda rows: average_rows(rows, lambda row: row.copy_distance)),
+    (Column("norm", ".2f"), lambda rows: average_rows(rows, lambda row: row.norm_ratio)),
+    (Column("drift", ".2f"), lambda rows: average_rows(rows, lambda row: row.drift)),
+    (Column("Φ l", ".2f"), lambda rows: average_measures(rows, lambda m: m.phi_left)),
+    (Column("Φ r", ".2f"), lambda rows: average_measures(rows, lambda m: m.phi_right)),
+    (Column("above", ".2f"), find_overlap),
+    (Column("mixed", ".0%"), lambda rows: average_measures(rows, lambda m: m.mixed_energy)),
 )
 """The numbers of modules that moved."""
 
@@ -58,20 +58,22 @@ def tabulate_moved(
     first = _ANGLE if every_module else Column("n", "d")
     shown = []
     for name, some in (*groups.items(), ("all", rows)):
-        means = GroupMeans.of(some)
         part = name if every_module else name.replace("transformer_blocks", "blocks")
-        cells: list[Cell] = [part, _write_angle(means) if every_module else means.modules]
-        cells += [value(means) for _, value in known]
-        shown.append(Row((*cells, write_extremes(means.ranks)), "total" if name == "all" else ""))
+        cells: list[Cell] = [part, _write_angle(some) if every_module else len(some)]
+        cells += [value(some) for _, value in known]
+        ranks = write_extremes(row.rank_out for row in some)
+        shown.append(Row((*cells, ranks), "total" if name == "all" else ""))
     names = Column("module" if every_module else "part"), first, *(column for column, _ in known)
     return make_table(title, (*names, Column("rank", "")), shown)
 
 
-def _write_angle(means: GroupMeans) -> str:
+def _write_angle(rows: Sequence[ModuleReport]) -> str:
     """The median and the largest principal angle in degrees."""
-    if means.angle is None or means.largest_angle is None:
+    angle = average_measures(rows, lambda m: m.angle)
+    largest = average_measures(rows, lambda m: m.largest_angle)
+    if angle is None or largest is None:
         return NOTHING
-    return f"{math.degrees(means.angle):.0f}…{math.degrees(means.largest_angle):.0f}°"
+    return f"{math.degrees(angle):.0f}…{math.degrees(largest):.0f}°"
 
 
 def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table:
@@ -85,13 +87,14 @@ def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table
     rows = []
     for i in map_modules(modules, is_planned).order:
         row = modules[i]
-        means = GroupMeans.of([row]) if row.status == "mapped" else None
-        angle = None if means is None or means.angle is None else math.degrees(means.angle)
+        moved = [row] if row.status == "mapped" else []
+        angle = average_measures(moved, lambda m: m.angle)
         cells: list[Cell] = [row.source, *([row.target or NOTHING] if renamed else []), row.status]
-        cells += [value(means) if means else None for _, value in known]
-        cells += [angle, row.energy / total if total else None, str(row.rank_in or NOTHING)]
-        cells += [str(row.rank_out) if means else NOTHING, write_shape(row.shape), row.reason]
-        rows.append(Row(tuple(cells), "" if means else "warn", f"m{i}"))
+        cells += [value(moved) for _, value in known]
+        degrees = None if angle is None else math.degrees(angle)
+        cells += [degrees, row.energy / total if total else None, str(row.rank_in or NOTHING)]
+        cells += [str(row.rank_out) if moved else NOTHING, write_shape(row.shape), row.reason]
+        rows.append(Row(tuple(cells), "" if moved else "warn", f"m{i}"))
     return make_table("Every module of the LoRA", columns, rows)
 
 
@@ -120,8 +123,13 @@ def share_kept(row: ModuleReport) -> float | None:
     """
     if row.status != "mapped":
         return 0.0
-    share = row.surviving_energy * (1 - row.rank_cut_energy)
+    share = share_written(row)
     return None if math.isnan(share) else share
+
+
+def share_written(row: ModuleReport) -> float:
+    """‖ΔW_t‖²/‖ΔW_s‖² of what was written; NaN where there is nothing to compare with."""
+    return row.surviving_energy * (1 - row.rank_cut_energy)
 
 
 def describe_module(row: ModuleReport, share: float | None) -> str:

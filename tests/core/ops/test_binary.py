@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prolora.core.ops import native, small_svd, torch_twin
+from prolora.core.ops import krylov_block, native, small_svd, torch_twin
 
 _C = native.EXTENSION.kernels
 if _C is None:
@@ -25,8 +25,15 @@ REGISTERS = {
     "cancelled_kernel": 64,
     "sum_parts_kernel": 64,
     "panel_qr_kernel": 168,
+    "sum_thin_parts_kernel": 64,
+    "finish_block_kernel": 168,
 }
-TILE_KERNELS = ("overlap_table_kernel", "coefficients_kernel", "apply_kernel")
+TILE_KERNELS = (
+    "overlap_table_kernel",
+    "coefficients_kernel",
+    "apply_kernel",
+    "thin_product_kernel",
+)
 TILE_REGISTERS = {
     "CudaTileIfLi64": 128,
     "CudaTileIfLi32": 168,
@@ -110,6 +117,7 @@ def test_stub_names_every_function_and_argument():
 def test_sizes_that_python_repeats_are_those_of_the_kernels():
     assert _C.interface == native.INTERFACE
     assert _C.overlap_block == torch_twin.BLOCK
+    assert _C.max_krylov_width == krylov_block.MAX_WIDTH
     assert _C.max_svd_columns == small_svd.MAX_SVD_COLUMNS
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...architectures import loaders
+from ...architectures.depth import ONE_LAYER_UNETS
 from ...architectures.families import known_families
 from ...architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ...architectures.modules import TEXT_ENCODERS, find_component, is_in_adm, local_name
@@ -13,7 +14,7 @@ from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
 from ..adapter import Adapter
-from ..family import ONE_LAYER_UNETS, SDXL_FAMILY, claimed_family, guess_family
+from ..family import SDXL_FAMILY, claimed_family, guess_family
 from ..keys import module_names
 from . import programs
 

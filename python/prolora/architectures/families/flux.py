@@ -3,7 +3,7 @@
 The authors fuse q, k and v and, in single blocks, the feed-forward's first layer with them.
 """
 
-from ..family import Family, Fused, Swapped, fuse_equal
+from ..family import Family, Fused, Swapped, fuse_qkv
 
 FAMILY = Family(
     id="flux",
@@ -20,16 +20,8 @@ FAMILY = Family(
         "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
         "double_blocks.N.img_mod.lin": "transformer_blocks.N.norm1.linear",
         "double_blocks.N.txt_mod.lin": "transformer_blocks.N.norm1_context.linear",
-        "double_blocks.N.img_attn.qkv": fuse_equal(
-            "transformer_blocks.N.attn.to_q",
-            "transformer_blocks.N.attn.to_k",
-            "transformer_blocks.N.attn.to_v",
-        ),
-        "double_blocks.N.txt_attn.qkv": fuse_equal(
-            "transformer_blocks.N.attn.add_q_proj",
-            "transformer_blocks.N.attn.add_k_proj",
-            "transformer_blocks.N.attn.add_v_proj",
-        ),
+        "double_blocks.N.img_attn.qkv": fuse_qkv("transformer_blocks.N.attn.to_{}"),
+        "double_blocks.N.txt_attn.qkv": fuse_qkv("transformer_blocks.N.attn.add_{}_proj"),
         "double_blocks.N.img_attn.proj": "transformer_blocks.N.attn.to_out.0",
         "double_blocks.N.txt_attn.proj": "transformer_blocks.N.attn.to_add_out",
         "double_blocks.N.img_mlp.0": "transformer_blocks.N.ff.net.0.proj",
@@ -73,11 +65,7 @@ FAMILY = Family(
         "double_blocks.N.processor.proj_lora1": "double_blocks.N.img_attn.proj",
         "double_blocks.N.processor.proj_lora2": "double_blocks.N.txt_attn.proj",
         "single_blocks.N.processor.proj_lora": "single_blocks.N.linear2",
-        "single_blocks.N.processor.qkv_lora": fuse_equal(
-            "single_transformer_blocks.N.attn.to_q",
-            "single_transformer_blocks.N.attn.to_k",
-            "single_transformer_blocks.N.attn.to_v",
-        ),
+        "single_blocks.N.processor.qkv_lora": fuse_qkv("single_transformer_blocks.N.attn.to_{}"),
     },
     claims={
         "flux1": "FLUX.1",  # sd-scripts, and below

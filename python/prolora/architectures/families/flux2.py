@@ -4,7 +4,7 @@ In single blocks diffusers keeps the authors' fused matrices as they are. The mo
 all blocks.
 """
 
-from ..family import Family, Swapped, fuse_equal
+from ..family import Family, Swapped, fuse_qkv
 
 FAMILY = Family(
     id="flux2",
@@ -20,16 +20,8 @@ FAMILY = Family(
         "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
         "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
         "single_stream_modulation.lin": "single_stream_modulation.linear",
-        "double_blocks.N.img_attn.qkv": fuse_equal(
-            "transformer_blocks.N.attn.to_q",
-            "transformer_blocks.N.attn.to_k",
-            "transformer_blocks.N.attn.to_v",
-        ),
-        "double_blocks.N.txt_attn.qkv": fuse_equal(
-            "transformer_blocks.N.attn.add_q_proj",
-            "transformer_blocks.N.attn.add_k_proj",
-            "transformer_blocks.N.attn.add_v_proj",
-        ),
+        "double_blocks.N.img_attn.qkv": fuse_qkv("transformer_blocks.N.attn.to_{}"),
+        "double_blocks.N.txt_attn.qkv": fuse_qkv("transformer_blocks.N.attn.add_{}_proj"),
         "double_blocks.N.img_attn.proj": "transformer_blocks.N.attn.to_out.0",
         "double_blocks.N.txt_attn.proj": "transformer_blocks.N.attn.to_add_out",
         "double_blocks.N.img_mlp.0": "transformer_blocks.N.ff.linear_in",

@@ -4,9 +4,12 @@ The names are ComfyUI's. The authors write some of them otherwise (`img_attn_qkv
 `img_attn.qkv`); those are the aliases. HunyuanVideo 1.5 and HunyuanImage share most of both.
 """
 
-from ..family import Family, Fused, Swapped, fuse_equal
+from ..family import Family, Fused, Swapped, fuse_qkv
+from .flux import FAMILY as FLUX
 
 Authors = dict[str, str | Fused | Swapped]
+
+_EMBEDDERS = ("time_in.", "guidance_in.", "vector_in.")
 
 TOKEN_REFINER: Authors = {
     "txt_in.input_embedder": "context_embedder.proj_in",
@@ -14,10 +17,8 @@ TOKEN_REFINER: Authors = {
     "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",
     "txt_in.c_embedder.in_layer": "context_embedder.time_text_embed.text_embedder.linear_1",
     "txt_in.c_embedder.out_layer": "context_embedder.time_text_embed.text_embedder.linear_2",
-    "txt_in.individual_token_refiner.blocks.N.self_attn.qkv": fuse_equal(
-        "context_embedder.token_refiner.refiner_blocks.N.attn.to_q",
-        "context_embedder.token_refiner.refiner_blocks.N.attn.to_k",
-        "context_embedder.token_refiner.refiner_blocks.N.attn.to_v",
+    "txt_in.individual_token_refiner.blocks.N.self_attn.qkv": fuse_qkv(
+        "context_embedder.token_refiner.refiner_blocks.N.attn.to_{}"
     ),
     "txt_in.individual_token_refiner.blocks.N.self_attn.proj": (
         "context_embedder.token_refiner.refiner_blocks.N.attn.to_out.0"
@@ -32,39 +33,8 @@ TOKEN_REFINER: Authors = {
         "context_embedder.token_refiner.refiner_blocks.N.norm_out.linear"
     ),
 }
-DOUBLE_BLOCKS: Authors = {
-    "double_blocks.N.img_mod.lin": "transformer_blocks.N.norm1.linear",
-    "double_blocks.N.txt_mod.lin": "transformer_blocks.N.norm1_context.linear",
-    "double_blocks.N.img_attn.qkv": fuse_equal(
-        "transformer_blocks.N.attn.to_q",
-        "transformer_blocks.N.attn.to_k",
-        "transformer_blocks.N.attn.to_v",
-    ),
-    "double_blocks.N.txt_attn.qkv": fuse_equal(
-        "transformer_blocks.N.attn.add_q_proj",
-        "transformer_blocks.N.attn.add_k_proj",
-        "transformer_blocks.N.attn.add_v_proj",
-    ),
-    "double_blocks.N.img_attn.proj": "transformer_blocks.N.attn.to_out.0",
-    "double_blocks.N.txt_attn.proj": "transformer_blocks.N.attn.to_add_out",
-    "double_blocks.N.img_mlp.0": "transformer_blocks.N.ff.net.0.proj",
-    "double_blocks.N.img_mlp.2": "transformer_blocks.N.ff.net.2",
-    "double_blocks.N.txt_mlp.0": "transformer_blocks.N.ff_context.net.0.proj",
-    "double_blocks.N.txt_mlp.2": "transformer_blocks.N.ff_context.net.2",
-}
-SINGLE_BLOCKS: Authors = {
-    "single_blocks.N.modulation.lin": "single_transformer_blocks.N.norm.linear",
-    "single_blocks.N.linear1": Fused(
-        (
-            "single_transformer_blocks.N.attn.to_q",
-            "single_transformer_blocks.N.attn.to_k",
-            "single_transformer_blocks.N.attn.to_v",
-            "single_transformer_blocks.N.proj_mlp",
-        ),
-        (1, 1, 1, 4),
-    ),
-    "single_blocks.N.linear2": "single_transformer_blocks.N.proj_out",
-}
+DOUBLE_BLOCKS: Authors = {n: x for n, x in FLUX.authors.items() if n.startswith("double_blocks.")}
+SINGLE_BLOCKS: Authors = {n: x for n, x in FLUX.authors.items() if n.startswith("single_blocks.")}
 FIRST_AND_LAST: Authors = {
     "img_in.proj": "x_embedder.proj",
     "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
@@ -115,12 +85,7 @@ FAMILY = Family(
     layouts=("hunyuan-video", "hunyuan-video-i2v-33", "framepack"),
     authors={
         **FIRST_AND_LAST,
-        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        **{n: x for n, x in FLUX.authors.items() if n.startswith(_EMBEDDERS)},
         **TOKEN_REFINER,
         **DOUBLE_BLOCKS,
         **SINGLE_BLOCKS,

@@ -1,16 +1,12 @@
 """KOALA: students of SDXL with half as many layers and fewer blocks."""
 
-from ..family import PEFT, Family, Spelling
+from ..family import PEFT, UNET, UNET_KOHYA, Family
 
 FAMILY = Family(
     id="koala",
     title="KOALA",
     layouts=("koala-1b", "koala-700m"),
     # The authors' numbers of ComfyUI count one layer a block here, and no reader of ours does.
-    spellings={
-        "kohya": Spelling("lora_unet_", "diffusers", dotted=False),
-        "diffusers": Spelling("unet.", "diffusers"),
-        "peft": PEFT,
-    },
+    spellings={"kohya": UNET_KOHYA, "diffusers": UNET, "peft": PEFT},
     unet=True,
 )

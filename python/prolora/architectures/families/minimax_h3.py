@@ -5,7 +5,7 @@ diffusers. The rows of q, k and v are stacked in single files and in what traine
 interleaved by heads in the authors' own shards, which this does not describe.
 """
 
-from ..family import Family, Swapped, fuse_equal
+from ..family import Family, Swapped, fuse_qkv
 
 _BLOCKS = {
     "blocks.N": "transformer_blocks.N",
@@ -23,9 +23,7 @@ FAMILY = Family(
         "time_embedder.proj_in": "time_embedder.linear_1",
         "time_embedder.proj_out": "time_embedder.linear_2",
         **{
-            f"{ours}.attn.qkv_proj": fuse_equal(
-                f"{theirs}.attn.to_q", f"{theirs}.attn.to_k", f"{theirs}.attn.to_v"
-            )
+            f"{ours}.attn.qkv_proj": fuse_qkv(f"{theirs}.attn.to_{{}}")
             for ours, theirs in _BLOCKS.items()
         },
         **{f"{ours}.attn.out_proj": f"{theirs}.attn.to_out.0" for ours, theirs in _BLOCKS.items()},

@@ -6,7 +6,7 @@ out: it makes fewer rows than the others and has a name of its own in diffusers,
 `norm1_context.linear_1`.
 """
 
-from ..family import Family, Swapped, fuse_equal
+from ..family import Family, Swapped, fuse_qkv
 
 FAMILY = Family(
     id="mochi",
@@ -22,16 +22,8 @@ FAMILY = Family(
         "t5_yproj": "time_embed.caption_proj",
         "blocks.N.mod_x": "transformer_blocks.N.norm1.linear",
         "blocks.N.mod_y": "transformer_blocks.N.norm1_context.linear",
-        "blocks.N.attn.qkv_x": fuse_equal(
-            "transformer_blocks.N.attn1.to_q",
-            "transformer_blocks.N.attn1.to_k",
-            "transformer_blocks.N.attn1.to_v",
-        ),
-        "blocks.N.attn.qkv_y": fuse_equal(
-            "transformer_blocks.N.attn1.add_q_proj",
-            "transformer_blocks.N.attn1.add_k_proj",
-            "transformer_blocks.N.attn1.add_v_proj",
-        ),
+        "blocks.N.attn.qkv_x": fuse_qkv("transformer_blocks.N.attn1.to_{}"),
+        "blocks.N.attn.qkv_y": fuse_qkv("transformer_blocks.N.attn1.add_{}_proj"),
         "blocks.N.attn.proj_x": "transformer_blocks.N.attn1.to_out.0",
         "blocks.N.attn.proj_y": "transformer_blocks.N.attn1.to_add_out",
         "blocks.N.mlp_x.w1": Swapped("transformer_blocks.N.ff.net.0.proj"),

@@ -3,7 +3,7 @@
 The authors fuse q, k and v of the self-attention, and k and v of the cross-attention.
 """
 
-from ..family import Family, fuse_equal
+from ..family import Family, fuse_equal, fuse_qkv
 
 FAMILY = Family(
     id="pixart",
@@ -21,11 +21,7 @@ FAMILY = Family(
         "ar_embedder.mlp.2": "adaln_single.emb.aspect_ratio_embedder.linear_2",
         "t_block.1": "adaln_single.linear",
         "blocks.N.scale_shift_table": "transformer_blocks.N.scale_shift_table",
-        "blocks.N.attn.qkv": fuse_equal(
-            "transformer_blocks.N.attn1.to_q",
-            "transformer_blocks.N.attn1.to_k",
-            "transformer_blocks.N.attn1.to_v",
-        ),
+        "blocks.N.attn.qkv": fuse_qkv("transformer_blocks.N.attn1.to_{}"),
         "blocks.N.attn.proj": "transformer_blocks.N.attn1.to_out.0",
         "blocks.N.cross_attn.q_linear": "transformer_blocks.N.attn2.to_q",
         "blocks.N.cross_attn.kv_linear": fuse_equal(

@@ -1,16 +1,12 @@
 """Stable Diffusion 1.x and what was trained from it."""
 
-from ..family import SPELLINGS, Family, Spelling
+from ..family import SPELLINGS, UNET, UNET_KOHYA, Family
 
 FAMILY = Family(
     id="sd15",
     title="Stable Diffusion 1.5",
     layouts=("sd15",),
-    spellings={
-        **SPELLINGS,
-        "kohya": Spelling("lora_unet_", "diffusers", dotted=False),
-        "diffusers": Spelling("unet.", "diffusers"),
-    },
+    spellings={**SPELLINGS, "kohya": UNET_KOHYA, "diffusers": UNET},
     claims={
         "sd_v1": "Stable Diffusion 1.x",  # sd-scripts, and below
         "stable-diffusion-v1": "Stable Diffusion 1.x",

@@ -4,7 +4,7 @@ The authors fuse q, k and v. The text stream of the last block gives only what t
 so its modulation makes two vectors, in the order of the last layer's.
 """
 
-from ..family import Family, Swapped, fuse_equal
+from ..family import Family, Swapped, fuse_qkv
 
 FAMILY = Family(
     id="sd3",
@@ -20,21 +20,9 @@ FAMILY = Family(
         "joint_blocks.N.context_block.adaLN_modulation.1": Swapped(
             "transformer_blocks.N.norm1_context.linear", only_if_two=True
         ),
-        "joint_blocks.N.x_block.attn.qkv": fuse_equal(
-            "transformer_blocks.N.attn.to_q",
-            "transformer_blocks.N.attn.to_k",
-            "transformer_blocks.N.attn.to_v",
-        ),
-        "joint_blocks.N.x_block.attn2.qkv": fuse_equal(
-            "transformer_blocks.N.attn2.to_q",
-            "transformer_blocks.N.attn2.to_k",
-            "transformer_blocks.N.attn2.to_v",
-        ),
-        "joint_blocks.N.context_block.attn.qkv": fuse_equal(
-            "transformer_blocks.N.attn.add_q_proj",
-            "transformer_blocks.N.attn.add_k_proj",
-            "transformer_blocks.N.attn.add_v_proj",
-        ),
+        "joint_blocks.N.x_block.attn.qkv": fuse_qkv("transformer_blocks.N.attn.to_{}"),
+        "joint_blocks.N.x_block.attn2.qkv": fuse_qkv("transformer_blocks.N.attn2.to_{}"),
+        "joint_blocks.N.context_block.attn.qkv": fuse_qkv("transformer_blocks.N.attn.add_{}_proj"),
         "joint_blocks.N.x_block.attn.proj": "transformer_blocks.N.attn.to_out.0",
         "joint_blocks.N.x_block.attn2.proj": "transformer_blocks.N.attn2.to_out.0",
         "joint_blocks.N.context_block.attn.proj": "transformer_blocks.N.attn.to_add_out",

@@ -22,6 +22,7 @@ _BLOCK = {
 FAMILY = Family(
     id="wan",
     title="Wan",
+    experts=True,
     layouts=(
         "wan-t2v-14b",
         "wan2.2-i2v-14b",

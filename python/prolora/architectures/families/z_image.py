@@ -5,7 +5,7 @@ and v, as those of Lumina 2 do. LoRAs are another matter: ComfyUI reads diffuser
 `diffusion_model.` too, and InvokeAI and diffusers read nothing else there.
 """
 
-from ..family import SPELLINGS, Family, Spelling, fuse_equal
+from ..family import SPELLINGS, Family, Spelling, fuse_qkv
 
 FAMILY = Family(
     id="z-image",
@@ -17,11 +17,7 @@ FAMILY = Family(
         "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
     }
     | {
-        f"{stack}.N.attention.qkv": fuse_equal(
-            f"{stack}.N.attention.to_q",
-            f"{stack}.N.attention.to_k",
-            f"{stack}.N.attention.to_v",
-        )
+        f"{stack}.N.attention.qkv": fuse_qkv(f"{stack}.N.attention.to_{{}}")
         for stack in ("layers", "noise_refiner", "context_refiner")
     }
     | {

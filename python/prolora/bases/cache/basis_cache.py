@@ -30,6 +30,7 @@ from torch import Tensor
 from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
 from ...core.rank_rule import Rank
+from ...core.validation import DeviceLike
 from ...errors import UnsupportedFormat, output_error
 from ...files.state import flush_file, read_state
 from ..base import Base, stack_weights
@@ -102,7 +103,7 @@ class BasisCache:
             raise output_error(self.folder, error, "the cache folder cannot be made") from error
 
     def of(
-        self, base: Base, modules: Sequence[str], rank: Rank, device: str | None = None
+        self, base: Base, modules: Sequence[str], rank: Rank, device: DeviceLike = None
     ) -> Basis:
         """The bases of several weights of one matrix shape, as the basis of their stack [b, m, n].
 
@@ -123,7 +124,7 @@ class BasisCache:
         self,
         requests: Iterable[Reader[BasisRequest]],
         rank: Rank,
-        device: str | None = None,
+        device: DeviceLike = None,
     ) -> Iterator[Basis]:
         """The bases of several stacks; on a GPU the next one is read while one is factorised.
 

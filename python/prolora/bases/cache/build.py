@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,12 +13,15 @@ from ...core.basis import Basis
 from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...core.rank_rule import Rank, read_rank
-from ...core.validation import resolve_device
+from ...core.validation import DeviceLike, resolve_device
 from ...files.sizes import parse_limit
 from .. import BaseLike, open_base
 from ..base import Progress
 from ..memory import Memory
 from .basis_cache import CacheLike, open_cache
+
+_Facts = tuple[int, float, float, bool, str]
+"""Of a basis: columns, energy, bound, whether it is within the tolerance, algorithm."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def survey_base(
     rank: Rank,
     *,
     cache: CacheLike = None,
-    device: str | None = None,
+    device: DeviceLike = None,
     max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> list[ShapeSurvey]:
@@ -91,45 +94,35 @@ def survey_base(
     with open_cache(cache) as kept:
         for shape, names in groups.items():
             started = time.perf_counter()
-            summaries, size = [], room.stack(shape, Needs.BASES)
+            facts, size = [], room.stack(shape, Needs.BASES)
             stacks = [names[i : i + size] for i in range(0, len(names), size)]
             requests = (partial(kept.look_up, base, stack, rank) for stack in stacks)
             for stack, bases in zip(stacks, kept.in_turn(requests, rank, device), strict=True):
-                summaries += [_BasisSummary(*numbers) for numbers in _basis_facts(bases)]
+                facts += _list_facts(bases)
                 done += len(stack)
                 if progress:
                     progress(done, total, stack[-1])
-            rows.append(_summarise_shape(shape, summaries, time.perf_counter() - started))
+            rows.append(_summarise_shape(shape, facts, time.perf_counter() - started))
     return rows
 
 
-@dataclass(frozen=True)
-class _BasisSummary:
-    """What is kept of a basis."""
-
-    columns: int
-    energy: float
-    bound: float
-    ok: bool
-    rung: str
-
-
-def _basis_facts(bases: Basis) -> Iterator[tuple[int, float, float, bool, str]]:
+def _list_facts(bases: Basis) -> list[_Facts]:
     columns = (bases.rank, bases.energy, bases.bound, bases.ok)
-    return zip(*(x.tolist() for x in columns), bases.rungs, strict=True)
+    return list(zip(*(x.tolist() for x in columns), bases.rungs, strict=True))
 
 
 def _summarise_shape(
-    shape: tuple[int, int], summaries: list[_BasisSummary], seconds: float
+    shape: tuple[int, int], facts: Sequence[_Facts], seconds: float
 ) -> ShapeSurvey:
+    columns, energies, bounds, sound, rungs = zip(*facts, strict=True)
     return ShapeSurvey(
         shape=shape,
-        count=len(summaries),
-        columns_min=min(basis.columns for basis in summaries),
-        columns_max=max(basis.columns for basis in summaries),
-        energy=sum(basis.energy for basis in summaries) / len(summaries),
-        bound=max(basis.bound for basis in summaries),
-        flagged=sum(not basis.ok for basis in summaries),
-        rungs="+".join(sorted({basis.rung for basis in summaries})),
+        count=len(facts),
+        columns_min=min(columns),
+        columns_max=max(columns),
+        energy=sum(energies) / len(energies),
+        bound=max(bounds),
+        flagged=sound.count(False),
+        rungs="+".join(sorted(set(rungs))),
         seconds=seconds,
     )

@@ -81,9 +81,7 @@ def join_bitsandbytes(parts: CheckpointParts) -> None:
     for key in [key for key in parts if key.endswith(".SCB")]:
         module = key.removesuffix(".SCB")
         name, layout = f"{module}.weight", f"{module}.weight_format"
-        stored = parts.need(name, key)
-        if stored.dtype != torch.int8 or len(stored.shape) != 2:
-            raise parts.refuse(f"{name} is {stored.dtype} {list(stored.shape)}, not int8 rows")
+        stored = parts.check_codes(name, (torch.int8,), 2)
         scale = parts.check(key, FLOATS, (stored.shape[0],))
         if (order := parts.get(layout)) is not None and bool(order.read().any()):
             raise parts.refuse(
@@ -105,6 +103,8 @@ def _join_four_bits(parts: CheckpointParts, name: str, kind: str, note: dict[str
         )
     count = math.prod(shape)
     stored = parts.check(name, (torch.uint8,), (-(-count // 2),))
+    if stored.shape[:1] != (-(-count // 2),):  # as one row, whose numbers cannot be read in parts
+        raise parts.refuse(f"{name} is {list(stored.shape)}, not a byte a row; download it again")
     blocks, nested = -(-count // block), None
     part = f"{name}.".__add__
     if part("nested_absmax") in parts.weights:

@@ -100,7 +100,8 @@ class ZeroPointWeight(ScaledWeight):
 
     def load_scales(self) -> tuple[Tensor, ...]:
         """Scale, zero and shift of each tile."""
-        scale, shift = (self.read_scale(part).mT for part in self.scales)
+        tiles = self.shape[1] // self.tile[1], self.shape[0]
+        scale, shift = (self.read_scale(part).reshape(tiles).mT for part in self.scales)
         return scale, torch.full_like(scale, 8), shift
 
 
@@ -153,13 +154,13 @@ def _join_layer(parts: CheckpointParts, module: str, note: Note) -> None:
             raise _refuse_unscaled(parts, f"{module}.weight")
         return  # as without a note
     if not isinstance(format_, str) or format_ not in _FORMATS:
-        stored = parts.weights[f"{module}.weight"]
+        stored = parts.check_codes(f"{module}.weight")
         count = math.prod(stored.shape) * stored.dtype.itemsize  # of 8 bits, or half of 4
         shape = parts.guess_shape(module, (count, 2 * count), stored.shape[0])
         if shape is None:
             raise parts.refuse(f"{module} is quantised as {format_!r:.60}, {_UNKNOWN}")
         key = f"{module}.weight"
-        keys = [key, *(one for one in parts if one.startswith(f"{key}_"))]
+        keys = [key, *parts.behind_weights.get(key, ())]
         parts.join(keys, key, UnreadableWeight(f"{format_!r:.60}", stored, shape))
         return
     _FORMATS[format_](parts, module, note)
@@ -208,9 +209,7 @@ def _join_mxfp8(parts: CheckpointParts, module: str, note: Note) -> None:
 def _join_int8(parts: CheckpointParts, module: str, note: Note) -> None:
     """int8 with one scale or one for each row; rotated, if the note says so."""
     key, scale_key = f"{module}.weight", f"{module}.weight_scale"
-    stored = parts.need(key, module)
-    if stored.dtype != torch.int8 or not stored.shape:
-        raise parts.refuse(f"{key} is {stored.dtype}, not int8 as its note says")
+    stored = parts.check_codes(key, (torch.int8,))
     scale = parts.need(scale_key, key)
     rows = stored.shape[0]
     scale = parts.check(scale_key, FLOATS, () if math.prod(scale.shape) == 1 else (rows,))
@@ -259,7 +258,7 @@ def _join_w4a8(parts: CheckpointParts, module: str, note: Note) -> None:
     stored = _check_codes(parts, key, _BYTES, 1)
     scale = parts.need(f"{key}_s_rel", key)
     group = note.get("group_size", 16)
-    if type(group) is not int or group < 1 or len(scale.shape) != 2:
+    if type(group) is not int or group < 1 or len(scale.shape) != 2 or not all(scale.shape):
         raise parts.refuse(f"{module}: its note has the group size {group!r:.40}")
     shape = stored.shape[0], scale.shape[1] * group
     names = [key, *(f"{key}_{part}" for part in ("s_rel", "s_channel", "codebook", "correction"))]
@@ -279,11 +278,10 @@ _FORMATS: dict[str, Callable[[CheckpointParts, str, Note], None]] = {
 def _join_older(parts: CheckpointParts, key: str) -> None:
     """A weight and its scale, where no note says more: one number, or one for each row."""
     module = key.rpartition(".")[0]
-    stored, scale = parts.get(f"{module}.weight"), parts.weights[key]
-    if stored is None:
+    if parts.get(f"{module}.weight") is None:
         raise parts.refuse(f"{key} scales {module}.weight, which is not there")
-    size = math.prod(scale.shape)
-    rows = stored.shape[0] if stored.shape else 0
+    stored, scale = parts.check_codes(f"{module}.weight"), parts.weights[key]
+    size, rows = math.prod(scale.shape), stored.shape[0]
     per_row = size == rows and scale.shape[:1] == (rows,)
     if not scale.dtype.is_floating_point or not (size == 1 or per_row):
         raise parts.refuse(
@@ -305,9 +303,7 @@ def _check_codes(
     parts: CheckpointParts, key: str, dtypes: tuple[torch.dtype, ...], multiple: int
 ) -> Weight:
     """A matrix of codes, whose numbers of rows and columns are multiples of one number."""
-    stored = parts.need(key, "a quantised layer")
-    if stored.dtype not in dtypes or len(stored.shape) != 2 or not all(stored.shape):
-        raise parts.refuse(f"{key} is {stored.dtype} {list(stored.shape)}, not as its note says")
+    stored = parts.check_codes(key, dtypes, 2)
     columns = stored.shape[1] * (2 if stored.dtype in _BYTES else 1)
     if stored.shape[0] % multiple or columns % multiple:
         raise parts.refuse(

@@ -139,9 +139,7 @@ def join_nunchaku(parts: CheckpointParts) -> None:
 def _join_layer(parts: CheckpointParts, module: str) -> tuple[Weight, list[str]]:
     """One layer, and the keys of its parts."""
     key, scale_key, zeros = (f"{module}.{part}" for part in ("qweight", "wscales", "wzeros"))
-    stored, scale = parts.weights[key], parts.need(f"{module}.wscales", key)
-    if len(stored.shape) != 2 or len(scale.shape) != 2 or not all(stored.shape):
-        raise parts.refuse(f"{key} is {list(stored.shape)}, with scales {list(scale.shape)}")
+    stored, scale = parts.check_codes(key, axes=2), parts.need(scale_key, key)
     unused = [f"{module}.{part}" for part in _UNUSED]
     names = {part: _find_part(parts, module, part) for part in _OLDER}
     extra = [f"{module}.{part}" for part in ("wcscales", "wtscale")]
@@ -160,8 +158,8 @@ def _join_layer(parts: CheckpointParts, module: str) -> tuple[Weight, list[str]]
     ]
     down = parts.get(names["proj_down"])
     if down is not None or parts.get(names["proj_up"]) is not None:
-        rank = parts.need(names["proj_down"], key).shape[-1]
-        if not rank or rank % _PACK:
+        rank = parts.check_codes(names["proj_down"], _HALVES, 2).shape[1]
+        if rank % _PACK:
             raise parts.refuse(f"{names['proj_down']} has rank {rank}, not a multiple of 16")
         scales.append(parts.check(names["proj_down"], _HALVES, (columns, rank)))
         scales.append(parts.check(names["proj_up"], _HALVES, (rows, rank)))

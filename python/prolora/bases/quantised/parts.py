@@ -116,10 +116,20 @@ class CheckpointParts:
         text = bytes(weight.read().flatten().tolist())
         return parse_json_object(text, f"{self.where}: {key}")
 
+    @cached_property
+    def behind_weights(self) -> dict[str, list[str]]:
+        """Key `<module>.weight` -> the keys `<module>.weight_…`, which are parts of it."""
+        found: dict[str, list[str]] = {}
+        for key in self.weights:
+            module, weight, _ = key.rpartition(".weight_")
+            if weight:
+                found.setdefault(f"{module}.weight", []).append(key)
+        return found
+
     def count_outputs(self, module: str) -> int | None:
         """The rows of a module's weight as its bias tells them; None without a bias."""
         bias = self.weights.get(f"{module}.bias")
-        return bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
+        return bias.shape[0] or None if bias is not None and len(bias.shape) == 1 else None
 
     def guess_shape(
         self, module: str, numbers: Collection[int], rows: int | None = None
@@ -151,6 +161,29 @@ class CheckpointParts:
         # Behind `.weight` quanto and others put the parts of theirs.
         names = {_strip_prefix(key.partition(".weight")[0]) for key in matrices if ".weight" in key}
         return recognise_families(NamedMatrix(name) for name in sorted(names)).able
+
+    def check_codes(
+        self, key: str, dtypes: Collection[torch.dtype] = (), axes: int | None = None
+    ) -> Weight:
+        """The codes of a weight: of one of some types, and with rows, columns and all.
+
+        Args:
+            key: of the codes.
+            dtypes: those they may have; none for any.
+            axes: how many they must have; None for any number of them.
+
+        Raises:
+            UnsupportedFormat: there is no such key, or it says what is there instead.
+        """
+        stored = self.need(key, "a quantised weight")
+        fits = (not dtypes or stored.dtype in dtypes) and axes in (None, len(stored.shape))
+        if not fits or not stored.shape or not all(stored.shape):
+            wanted = " or ".join(map(str, dtypes)) or "codes"
+            raise self.refuse(
+                f"{key} is {stored.dtype} {list(stored.shape)}, not {wanted} of a "
+                f"{'matrix' if axes == 2 else 'weight'}; download it again"
+            )
+        return stored
 
     def check(self, key: str, dtypes: Iterable[torch.dtype], shape: tuple[int, ...]) -> Weight:
         """A part, if it is there and of the dtype and shape that the others ask for.

@@ -74,9 +74,7 @@ def join_quanto(parts: CheckpointParts) -> None:
 def _join_bytes(parts: CheckpointParts, module: str) -> None:
     """int8 or float8 with a scale for each row, or one for all."""
     key, name = module + _CODES, f"{module}.weight"
-    stored, scale_key = parts.weights[key], f"{name}._scale"
-    if stored.dtype not in _BYTES or not stored.shape:
-        raise parts.refuse(f"{key} is {stored.dtype} {list(stored.shape)}, not int8 or float8")
+    stored, scale_key = parts.check_codes(key, _BYTES), f"{name}._scale"
     single = math.prod(parts.need(scale_key, key).shape) == 1
     scale = parts.check(scale_key, FLOATS, () if single else (stored.shape[0],))
     kind = "quanto " + ("qint8" if stored.dtype == torch.int8 else "qfloat8")
@@ -92,9 +90,8 @@ def _join_groups(parts: CheckpointParts, module: str) -> None:
         UnsupportedFormat: nothing tells how many rows there are.
     """
     key, name = module + _PACKED, f"{module}.weight"
-    stored, keys = parts.weights[key], [f"{name}._scale", f"{name}._shift"]
-    if stored.dtype != torch.uint8 or len(stored.shape) != 2 or not all(stored.shape):
-        raise parts.refuse(f"{key} is {stored.dtype} {list(stored.shape)}, not groups of codes")
+    stored = parts.check_codes(key, (torch.uint8,), 2)
+    keys = [f"{name}._scale", f"{name}._shift"]
     groups = math.prod(parts.need(keys[0], key).shape)
     bits = next((b for b in (4, 2) if -(-groups * b // 8) == stored.shape[0]), None)
     if bits is None:

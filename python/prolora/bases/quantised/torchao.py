@@ -64,7 +64,7 @@ def _join_tensor(parts: CheckpointParts, name: str, prefix: str, note: Note) -> 
     if not listed or "qdata" not in names:
         raise parts.refuse(f"the metadata of {name} names no parts of it")
     keys = {part: prefix + part for part in names}
-    stored = parts.need(keys["qdata"], name)
+    stored = parts.check_codes(keys["qdata"])
     weight: Weight
     if "act_pre_scale" in names or len(stored.shape) != 2:
         weight = _keep_shape(parts, name, type_, stored, data)

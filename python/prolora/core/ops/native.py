@@ -21,12 +21,15 @@ from typing import Any
 import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
+from ..errors import ProLoRAError
+
 logger = logging.getLogger(__name__)
 
-INTERFACE = 3
+INTERFACE = 4
 """What this file expects of the extension: kInterface in csrc/ops.h."""
 
 ON_CPU = {
+    "krylov_block": "torch's products are faster on a CPU",
     "overlap_table": "torch's products are faster on a CPU",
     "panel_qr": "torch's products are faster on a CPU",
     "project_pair": "torch's products are faster on a CPU",
@@ -39,6 +42,11 @@ WITHOUT_TENSOR_CORES = {
     "project_pair": "without fast TF32 no faster than torch by estimate; not measured",
 }
 """Why the extension leaves ops to torch on a GPU whose tensor cores they do not use."""
+
+UNMEASURED = {
+    "krylov_block": "no card has timed it; PROLORA_KERNELS=krylov_block asks for it",
+}
+"""Why the extension leaves ops to torch on a GPU unless PROLORA_KERNELS names them."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +201,26 @@ def choose(op: str, device: torch.device) -> Choice:
     choice = serving(device)
     if device.type == "cpu" and choice.kernels is not None and ON_CPU[op]:
         return Choice(None, ON_CPU[op])
+    if device.type == "cuda" and choice.kernels is not None and not is_asked(op):
+        if op in UNMEASURED:
+            return Choice(None, UNMEASURED[op])
     if device.type == "cuda" and choice.kernels is not None and not choice.tensor_cores:
         why = WITHOUT_TENSOR_CORES.get(op, "")
         return Choice(None, why) if why else choice
     return choice
+
+
+def is_asked(op: str) -> bool:
+    """Whether PROLORA_KERNELS, names of ops with commas between them, names this one.
+
+    Raises:
+        ProLoRAError: it names something that is no op.
+    """
+    names = [name for name in os.environ.get("PROLORA_KERNELS", "").split(",") if name]
+    unknown = sorted(set(names) - ON_CPU.keys())
+    if unknown:
+        raise ProLoRAError(f"PROLORA_KERNELS names {unknown}, but the ops are {sorted(ON_CPU)}")
+    return op in names
 
 
 def kernels_for(op: str, device: torch.device) -> ModuleType | None:

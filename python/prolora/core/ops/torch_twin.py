@@ -33,6 +33,41 @@ SHIFT = 1e-14
 EXPONENT_BITS = 0x7F800000  # of float32
 
 
+def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+    """The next block of a basis, and how long the image of the last one is outside of it.
+
+    Args:
+        w: [b, d, n], any dtype.
+        rows: [b, room, d], the first `size` in use; the next `width` are written.
+        projected: [b, room, room], of which rows `size` − `width` to `size` are written.
+        size: of the basis.
+        width: of a block.
+
+    Returns:
+        float64 [b].
+    """
+    known, last = rows[:, :size], slice(size - width, size)
+    single = w.to(rows.dtype)
+    image, column = subtract_basis(known[:, last] @ single @ single.mT, known)
+    projected[:, last, :size] = column
+    if size + width <= rows.shape[1]:
+        scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
+        rows[:, size : size + width] = panel_qr(image, scale)[0].nan_to_num(0.0)
+    length: Tensor = torch.linalg.vector_norm(image, dim=(-2, -1)).double()
+    return length
+
+
+def subtract_basis(image: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [b, c, d] without what a basis [b, size, d] holds of them, and that: [b, c, size].
+
+    Classical Gram-Schmidt, twice.
+    """
+    first = image @ known.mT
+    image = torch.baddbmm(image, first, known, alpha=-1)
+    second = image @ known.mT
+    return torch.baddbmm(image, second, known, alpha=-1), first + second
+
+
 def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sums of C², C = UsᵀUt, over blocks of 64 × 64 and over the entries with max(i, j) = k.
 

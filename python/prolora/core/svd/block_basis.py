@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.krylov_block import krylov_block
+from ..ops.torch_twin import subtract_basis
 from .panels import orthonormalise_panel
 from .products import FormedGram, ImpliedGram
 from .stacks import take_places
@@ -25,8 +28,11 @@ class BlockBasis:
         norm: [b], ‖w‖_F.
         rows: [b, largest, d], the first `size` of which are in use.
         projected: [b, largest, largest], the lower triangle of the projection.
-        scale: [b], float64, the length of the last block's image: what rounding is relative to.
         width: of a block.
+        stored: w in 16 bits, where the op `krylov_block` is to find the blocks.
+        image: [b, width, d], what is to be added, and
+        scale: [b], float64, the length of it before what the basis holds was taken out: what
+            rounding is relative to. Neither where the op has added it already.
         size: of the basis.
     """
 
@@ -35,20 +41,29 @@ class BlockBasis:
     norm: Tensor
     rows: Tensor
     projected: Tensor
-    scale: Tensor
     width: int
+    stored: Tensor | None
+    image: Tensor | None
+    scale: Tensor | None
     size: int = 0
 
     @classmethod
     def begin(
-        cls, gram: FormedGram | ImpliedGram, w: Tensor, norm: Tensor, start: Tensor, blocks: int
+        cls,
+        gram: FormedGram | ImpliedGram,
+        w: Tensor,
+        norm: Tensor,
+        start: Tensor,
+        blocks: int,
+        stored: Tensor | None = None,
     ) -> BlockBasis:
         """The basis of the rows of `start` [b, width, d], with room for so many blocks."""
         b, width, d = start.shape
         largest = blocks * width
         rows, projected = w.new_empty(b, largest, d), w.new_zeros(b, largest, largest)
-        basis = cls(gram, w, norm, rows, projected, torch.ones_like(norm), width)
-        basis.append(start)
+        scale = torch.ones_like(norm)
+        basis = cls(gram, w, norm, rows, projected, width, stored, start, scale)
+        basis.append()
         return basis
 
     @property
@@ -57,26 +72,26 @@ class BlockBasis:
         return self.rows.shape[1]
 
     def expand(self) -> Tensor:
-        """What G adds to the basis: the image [b, width, d] of its last block, orthogonal to it.
+        """The length [b] of what G adds to the basis: its last block's image, orthogonal to it.
 
-        Classical Gram-Schmidt, twice. Its coefficients are the last rows of the projection.
+        The coefficients of that image are the last rows of the projection.
         """
+        if self.stored is not None:
+            return krylov_block(self.stored, self.rows, self.projected, self.size, self.width)
         known = self.rows[:, : self.size]
         last = slice(self.size - self.width, self.size)
-        image = self.gram.rough(known[:, last])
-        first = image @ known.mT
-        image = torch.baddbmm(image, first, known, alpha=-1)
-        second = image @ known.mT
-        image = torch.baddbmm(image, second, known, alpha=-1)
-        column = first + second
+        self.image, column = subtract_basis(self.gram.rough(known[:, last]), known)
         self.projected[:, last, : self.size] = column
         self.scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
-        return image
+        length: Tensor = torch.linalg.vector_norm(self.image, dim=(-2, -1)).double()
+        return length
 
-    def append(self, image: Tensor) -> None:
-        """Adds the span of an image [b, width, d] that is orthogonal to the basis."""
-        block = orthonormalise_panel(image, self.scale)
-        self.rows[:, self.size : self.size + self.width] = block
+    def append(self) -> None:
+        """Adds what `expand` has found."""
+        if self.image is not None and self.scale is not None:
+            block = orthonormalise_panel(self.image, self.scale)
+            self.rows[:, self.size : self.size + self.width] = block
+            self.image = self.scale = None
         self.size += self.width
 
     def penalised(self) -> Tensor:
@@ -98,12 +113,9 @@ class BlockBasis:
         """The basis of some matrices of the stack."""
         if places == list(range(len(self.w))):
             return self
-        return replace(
-            self,
-            gram=self.gram.take(places),
-            w=take_places(self.w, places),
-            norm=take_places(self.norm, places),
-            rows=take_places(self.rows, places),
-            projected=take_places(self.projected, places),
-            scale=take_places(self.scale, places),
-        )
+        names = ("w", "norm", "rows", "projected", "stored", "image", "scale")
+        known = {name: getattr(self, name) for name in names}
+        taken: dict[str, Any] = {
+            name: take_places(x, places) for name, x in known.items() if x is not None
+        }
+        return replace(self, gram=self.gram.take(places), **taken)

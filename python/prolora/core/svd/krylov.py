@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import native
+from ..ops.krylov_block import STORED
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower
@@ -111,7 +113,7 @@ class Look:
 
 
 def krylov_triplets(
-    w: Tensor, norm: Tensor, k: int, tol: float, seed: int
+    w: Tensor, norm: Tensor, k: int, tol: float, seed: int, stored: Tensor | None = None
 ) -> list[tuple[list[int], Triplets]]:
     """The leading triplets of those matrices of w [b, d, n] that are proven to `tol`.
 
@@ -122,18 +124,19 @@ def krylov_triplets(
         k: columns.
         tol: the sine of the largest principal angle to reach.
         seed: of the starting block; the same for every matrix, so that a stack equals its members.
+        stored: w in 16 bits, where it was stored so.
 
     Returns:
         Parts of the stack: the places in it, and the triplets of the matrices there.
     """
-    basis = _start_basis(w, norm, k, seed)
+    basis = _start_basis(w, norm, k, seed, stored if _takes_stored(w, stored) else None)
     first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
     schedule = Schedule(min(basis.largest, first), k, basis.width, basis.largest, GAIN * tol)
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
     while True:
-        image = basis.expand()
+        length = basis.expand()
         if basis.size >= schedule.due:
-            look = _look_at(basis, image, k)
+            look = _look_at(basis, length, k)
             proven = list[int]()
             ready = [i for i, sine in enumerate(look.sines) if sine <= schedule.goal]
             if ready:
@@ -151,11 +154,11 @@ def krylov_triplets(
             schedule.advance(basis.size, max(open_sines.values()))
             if len(open_sines) < len(places):
                 rest = list(open_sines)
-                basis, image = basis.take(rest), take_places(image, rest)
+                basis = basis.take(rest)
                 places = [places[i] for i in rest]
         if basis.size >= basis.largest:
             break
-        basis.append(image)
+        basis.append()
     return [part for part in parts if part[0]]
 
 
@@ -164,18 +167,30 @@ def count_guard(k: int) -> int:
     return max(16, min(32, k // 8))
 
 
-def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int) -> BlockBasis:
+def _takes_stored(w: Tensor, stored: Tensor | None) -> bool:
+    """Whether the op `krylov_block` finds the blocks, from w as it is stored."""
+    if decides_freely(w) or not native.is_asked("krylov_block"):
+        return False
+    if stored is None or stored.dtype not in STORED:
+        return False
+    # The op's twin would make a float32 copy for each block.
+    return w.is_cpu or native.kernels_for("krylov_block", w.device) is not None
+
+
+def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:
     """The first block: random, the same for every matrix and on every device."""
     b, d, n = w.shape
     width = max(8, min(_largest_width(w), k // 4))
     gram: FormedGram | ImpliedGram = ImpliedGram(w)
-    if _gram_pays((d, n), USUAL_BASIS * k, k, float64_cost(w.device)):
+    if stored is not None:
+        stored = stored if stored.mT.is_contiguous() else stored.contiguous()
+    elif _gram_pays((d, n), USUAL_BASIS * k, k, float64_cost(w.device)):
         gram = FormedGram(mirror_lower(lower_gram(w)))
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
     start = start.to(w.device, non_blocking=True).mT.expand(b, -1, -1)
     blocks = int(LARGEST_BASIS * d) // width
-    return BlockBasis.begin(gram, w, norm, start, blocks)
+    return BlockBasis.begin(gram, w, norm, start, blocks, stored)
 
 
 def _largest_width(w: Tensor) -> int:
@@ -188,12 +203,12 @@ def _largest_width(w: Tensor) -> int:
     return 16 if small and decides_freely(w) else 32
 
 
-def _look_at(basis: BlockBasis, image: Tensor, k: int) -> Look:
+def _look_at(basis: BlockBasis, length: Tensor, k: int) -> Look:
     """Rayleigh-Ritz in the basis; the host waits for the sines.
 
     Args:
         basis: with `expand` done.
-        image: what G adds to it, [b, width, d].
+        length: [b], of what G adds to it.
         k: columns that must have converged.
     """
     values, vectors = descending_eigh(basis.penalised())
@@ -205,7 +220,7 @@ def _look_at(basis: BlockBasis, image: Tensor, k: int) -> Look:
     values = values.clamp_min(0)
     # The residuals: what couples a Ritz vector to what the basis lacks.
     tails = torch.linalg.vector_norm(vectors[:, -basis.width :], dim=1)
-    left = torch.linalg.vector_norm(image, dim=(-2, -1)).double()[:, None] * tails
+    left = length[:, None] * tails
     sines = torch.where(sound, _estimate_sine(values, left, k).clamp_max(1e300), torch.nan)
     return Look(values, vectors, left, sines.tolist())
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
+from ..checkpoint import StateFile
 from ..recording.translation import Read
 from ..swapping import place_of
 from ..updates import Factors, weight_of
@@ -68,7 +69,7 @@ def fit_jointly(
     problem: JointProblem,
     initial: Mapping[str, LowRank] | None = None,
     on_step: Callable[[int], None] = lambda _: None,
-    store: StateStore | None = None,
+    store: StateFile | None = None,
     kept: KeptState | None = None,
 ) -> JointFit:
     """Minimises Σ ‖f(W + B·A) − wanted‖² over B and A by Gauss–Newton steps on fresh probes.
@@ -178,19 +179,6 @@ def _longest(point: Linearisation, direction: Factors) -> float:
 
 KeptState = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and facts ready for JSON."""
-
-
-class StateStore(Protocol):
-    """Where the state of a fit is kept."""
-
-    def due(self) -> bool:
-        """Whether it is time to keep it."""
-
-    def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Keeps it."""
-
-    def recall(self) -> KeptState | None:
-        """What was kept last, if anything."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.lowrank import LowRank
+from ..checkpoint import StateFile
 from ..swapping import place_of
 from ..updates import Factors, weight_of
 from .joint_fit import (
@@ -16,7 +17,6 @@ from .joint_fit import (
     JointFit,
     JointProblem,
     KeptState,
-    StateStore,
     fit_jointly,
     pack_factors,
     pack_spectra,
@@ -42,7 +42,7 @@ def fit_in_factors(
     problem: JointProblem,
     initial: Mapping[str, LowRank] | None = None,
     on_step: Callable[[int], None] = lambda _: None,
-    store: StateStore | None = None,
+    store: StateFile | None = None,
 ) -> JointFit:
     """The first half of the steps by `fit_jointly`, the rest by Adam from there.
 

@@ -27,7 +27,7 @@ from .conversion import align_rows
 from .guidance import guide_source
 from .latents import LatentSpace, SharedLatents, check_shown
 from .layouts import LatentLayout, check_shapes
-from .pipeline import FinalSample, Pipeline, describe_pipeline
+from .pipeline import FinalSample, Pipeline, describe_pipeline, share_size
 from .schedules import NoiseSchedule
 from .text_part import PromptSwapper, TextPart
 
@@ -200,8 +200,7 @@ def observe_sides(
         ProLoRAError: shared latents have different shapes.
     """
     if shared:
-        sizes = [size for size in (source.size, target.size) if size is not None]
-        settings = replace(settings, size=settings.size or min(sizes, default=None))
+        settings = share_size(settings, source, target)
     ours = CrossingSide.of(source, settings, shared)
     theirs = CrossingSide.of(target, target.derive_target_settings(settings), shared)
     if isinstance(ours.space, SharedLatents) and isinstance(theirs.space, SharedLatents):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..hooks import FirstCallReached, keep_hooks
 from ..precision import in_float32
-from ..recording.guidance import Guidance
 from ..recording.trajectories import Call
+from ..recording.translation import Guidance
 from ..settings import FitSettings
 from .conditioning import (
     PredictionReader,

@@ -18,6 +18,7 @@ from ...bases.pipeline_files import (
     read_component_config,
     read_pipeline_index,
 )
+from ...core.validation import DeviceLike
 from ...errors import UnsupportedFormat
 from ..models import check_weights
 from ..precision import HALVES
@@ -25,7 +26,7 @@ from .pipeline import Pipeline
 from .stages import PromptMemory, hide_progress_bars
 
 
-def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
+def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
     """Loads a diffusers pipeline folder, from safetensors only.
 
     The denoiser stays in the half precision it is stored in (see `precision`); the other models

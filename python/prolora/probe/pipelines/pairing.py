@@ -23,7 +23,7 @@ from .conversion import (
 )
 from .guidance import guide_source
 from .layouts import LatentLayout, check_shapes
-from .pipeline import Pipeline, describe_pipeline
+from .pipeline import Pipeline, describe_pipeline, share_size
 from .schedules import FLOW, NoiseSchedule, level_log_snr
 from .text_part import PromptSwapper, TextPart
 
@@ -92,10 +92,7 @@ def pair_pipelines(
         ProLoRAError: the latents have different shapes.
     """
     names = source.name, target.name
-    if settings.size is None:
-        sizes = [p.size for p in (source, target)]
-        known = [size for size in sizes if size is not None]
-        settings = replace(settings, size=min(known) if known else None)
+    settings = share_size(settings, source, target)
     of_target = target.derive_target_settings(settings)
     ours, theirs = source.schedule, target.schedule
     alike = type(source.denoiser) is type(target.denoiser) and ours.kind == theirs.kind

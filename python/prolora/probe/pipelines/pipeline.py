@@ -377,6 +377,12 @@ class Pipeline:
         return Call(*inputs)
 
 
+def share_size(settings: FitSettings, *pipelines: Pipeline) -> FitSettings:
+    """The settings with a size where none is asked: the smallest default of the pipelines."""
+    known = [pipeline.size for pipeline in pipelines if pipeline.size is not None]
+    return replace(settings, size=settings.size or min(known, default=None))
+
+
 def describe_pipeline(pipeline: Pipeline, settings: FitSettings) -> str:
     """What a sampler does, as a text: part of the keys of what is kept of its samplings.
 

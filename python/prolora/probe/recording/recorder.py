@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from torch import nn
 from ...adapters.adapter import Adapter
 from ...core.lowrank import LowRank
 from ..checkpoint import Checkpoints, hash_texts, hash_updates
-from ..crossed import CrossedImages
 from ..updates import run_beside
 from .call_codec import decode_calls, encode_calls
 from .trajectories import Call, Sample, record_calls
@@ -21,50 +19,6 @@ from .translation import Question, Translation
 
 ORIGINS = ("source", "adapted", "target")
 """Whose trajectories are recorded: the source's, the source's with its LoRA, the target's."""
-
-
-class QuestionSource(Protocol):
-    """Two models, a LoRA of the first, and questions to both."""
-
-    @property
-    def source(self) -> nn.Module:
-        """The source model."""
-
-    @property
-    def target(self) -> nn.Module:
-        """The target model."""
-
-    @property
-    def adapter(self) -> Adapter:
-        """The LoRA of the source."""
-
-    @property
-    def translation(self) -> Translation:
-        """Turns the source's predictions into the target's terms."""
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """Where results are kept."""
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """Origin -> hash of what its samplings depend on, besides the seed and the models."""
-
-    @property
-    def key(self) -> str:
-        """Hash of what all questions together depend on."""
-
-    @property
-    def crossed(self) -> CrossedImages | None:
-        """What became of images that crossed between latents; None where models share them."""
-
-    def record_questions(self, seed: int, held_out: bool = False) -> list[Question]:
-        """The questions of three origins, whose seeds lie in `seed` … `seed` + 2.
-
-        Args:
-            seed: of the samplings.
-            held_out: whether they are for the verdict, and not for the fit.
-        """
 
 
 @dataclass(frozen=True)

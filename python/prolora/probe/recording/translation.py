@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .guidance import Guidance
 from .trajectories import Call, output_of, predict_call
 
 Translate = Callable[[Call], Call]
@@ -30,6 +29,30 @@ def same_call(call: Call) -> Call:
 def same_prediction(_: Call, prediction: Tensor) -> Tensor:
     """The prediction unchanged."""
     return prediction
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The guidance that the source is asked with, for targets that are run without any.
+
+    Few-step students, and students that learnt their guidance, are run without any: what they
+    predict is their teacher's v = u + g·(c − u), with c for the prompt and u for none. So the
+    change that they should make is that of the guided prediction, and the change of c alone is too
+    small by a factor of about g.
+
+    Attributes:
+        scale: g of v = u + g·(c − u); 1 is none.
+        without_prompt: a call of the source -> the same call without its prompt.
+        keep_prompted: a call that the source's sampler made -> its samples that have a prompt, None
+            where none has: the target never sees the others.
+        adapted: whether the source is guided with the LoRA in its weights, too. Few-step LoRAs are
+            run without: they have learnt the guidance.
+    """
+
+    scale: float
+    without_prompt: Callable[[Call], Call]
+    keep_prompted: Callable[[Call], Call | None] = same_call
+    adapted: bool = True
 
 
 PAIR = "pair"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ...bases import Base
 from ...bases.pipeline_identity import describe_pipeline_folder
+from ...core.validation import DeviceLike
 from ...errors import OutputError, UnrelatedBases
 from ...files.atomic import temporary_folder
 
@@ -109,7 +110,7 @@ class CommonParts:
         """Lets the pipelines go; the next fit loads them anew."""
         self._models.clear()
 
-    def open(self, side: str, folder: Path, device: str | None) -> Pipeline:
+    def open(self, side: str, folder: Path, device: DeviceLike) -> Pipeline:
         """A pipeline: loaded, or as the fit before left it (see `Pipeline.restore`)."""
         from ...probe import pipelines
 

@@ -18,7 +18,7 @@ from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY
 from ...probe.report import ProbeReport
 from ..base_check import check_bases
-from ..by_weights.assembly import build_metadata
+from ..by_weights.assembly import build_metadata, list_kernels
 from ..by_weights.base_pair import (
     BasePair,
     Depth,
@@ -176,7 +176,7 @@ def _finish_fit(
     for name in _OF_TRANSFERS:
         metadata.pop(f"prolora.{name}", None)
     moved = replace(
-        blank, updates=updates, kernels=_kernel_sizes(updates, target), metadata=metadata
+        blank, updates=updates, kernels=list_kernels(updates, target), metadata=metadata
     )
     report = build_fit_report(
         job.source,
@@ -228,12 +228,6 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
         "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
         "prolora.probe_start": probe.start,
     }
-
-
-def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, ...]]:
-    """(kh, kw) of those that are convolutions of the target."""
-    shapes = {name: target.shapes.get(name, ()) for name in updates}
-    return {name: (s[2], s[3]) for name, s in shapes.items() if len(s) == 4}
 
 
 def _scale_rival(

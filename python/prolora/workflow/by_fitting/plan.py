@@ -84,17 +84,53 @@ def plan_modules(
         ShapeMismatch: an update that does not fit the source.
     """
     plan = ModulePlan(rule=RULE)
-    names = place_text_encoders(adapter, source, target, text_encoder, plan)
+    names = _place_text_part(adapter, source, target, text_encoder, plan)
     check_fits_source(adapter, names, source)
-    for name in [n for n in plan.passed if _has_other_width(n, source, target)]:
-        plan.passed.remove(name)
-        plan.skipped[name] = "the target has another text encoder"
     if text_encoder != "skip":
         for name in plan.skipped.keys() & source.shapes.keys():
             plan.skipped[name] += _IN_BLOCKS
     inside = fitted_modules(names, source)
     plan.skipped |= {name: _NO_PLACE for name in names if name not in inside}
     return plan
+
+
+def _place_text_part(
+    adapter: Adapter, source: Base, target: Base, mode: PassedOn, plan: ModulePlan
+) -> list[str]:
+    """Puts text encoders into the plan, as they run; returns all other modules."""
+    names = place_text_encoders(adapter, source, target, mode, plan)
+    for name in [n for n in plan.passed if _has_other_width(n, source, target)]:
+        plan.passed.remove(name)
+        plan.skipped[name] = "the target has another text encoder"
+    return names
+
+
+@dataclass(frozen=True)
+class LoraParts:
+    """A LoRA as running models are asked about it.
+
+    Attributes:
+        denoiser: its part in the UNet or transformer of the source.
+        text: its part in text encoders that the target does not have: the source alone runs it, so
+            that what it changes is wanted of the target's blocks.
+        carried: its part in text encoders that both have: both run it from the beginning, since the
+            result holds it unchanged.
+    """
+
+    denoiser: Adapter
+    text: Mapping[str, LowRank]
+    carried: Mapping[str, LowRank]
+
+    @classmethod
+    def of(cls, adapter: Adapter, source: Base, target: Base, mode: PassedOn = "copy") -> LoraParts:
+        """The parts; nothing of the text encoders where these are to be left out."""
+        plan = ModulePlan(rule=RULE)
+        names = _place_text_part(adapter, source, target, mode, plan)
+        inside = {n: u for n, u in adapter.updates.items() if n in source.shapes and mode != "skip"}
+        text = {name: inside[name] for name in plan.skipped if name in inside}
+        carried = {name: inside[name] for name in plan.passed if name in inside}
+        denoiser = {name: adapter.updates[name] for name in names}
+        return cls(adapter.with_updates(denoiser), text, carried)
 
 
 def _has_other_width(name: str, source: Base, target: Base) -> bool:

@@ -6,16 +6,18 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import Adapter
+import torch
+
 from ...adapters.training_words import read_training_words
 from ...architectures.modules import is_in_text_encoder
 from ...bases import vae
 from ...bases.memory import resident_bytes
 from ...core.lowrank import LowRank
+from ...core.validation import DeviceLike
 from ...errors import InvalidOption, TooLittleMemory
 from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
@@ -23,55 +25,154 @@ from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
 from ..page.document import PictureGrid
 from .common_parts import CommonParts
-from .plan import FitJob, foresee_work
+from .plan import FitJob, LoraParts, foresee_work
 from .showing import ImageGrid
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Checkpoints
-    from ...probe.pipelines import CardPlan, Pipeline
+    from ...probe.pipelines import CardPlan, CrossingRecorder, Pipeline
+    from ...probe.recording.recorder import Recorder
     from ...probe.run import ProbeTransfer
     from ...probe.workload import WorkMeter
 
 
 @dataclass(frozen=True)
-class _AskedLora:
-    """A LoRA as running models are asked about it.
+class _AskedLora(LoraParts):
+    """What the models are asked about.
 
     Attributes:
-        adapter: its part in the UNet or transformer of the source.
-        rival: what the target would get there without a fit.
-        text: its part in text encoders that the target does not have: the source alone runs it, so
-            that what it changes is fitted into the target's blocks.
-        carried: its part in text encoders that both have: both run it from the beginning, since the
-            result holds it unchanged.
+        rival: what the target would get in its UNet or transformer without a fit.
     """
 
-    adapter: Adapter
-    rival: Mapping[str, LowRank]
-    text: Mapping[str, LowRank]
-    carried: Mapping[str, LowRank]
+    rival: Mapping[str, LowRank] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, job: FitJob, rival: Mapping[str, LowRank]) -> _AskedLora:
-        """The parts of a LoRA; nothing of the text encoders where these are to be left out."""
-        updates, passed = job.adapter.updates, set(job.plan.passed)
-        denoiser, moved = (
-            {name: u for name, u in side.items() if not is_in_text_encoder(name)}
-            for side in (updates, rival)
+
+@dataclass(frozen=True)
+class _RunningFit:
+    """Both models at hand, and what a fit needs beside them.
+
+    Attributes:
+        models: source and target.
+        sampled: what is sampled, and how it is fitted.
+        asked: the LoRA.
+        checkpoints: where results are kept.
+        meter: is told how far it is.
+        grid: images for a page.
+        card: how they run on a card whose memory is bounded.
+    """
+
+    models: tuple[Pipeline, Pipeline]
+    sampled: FitSettings
+    asked: _AskedLora
+    checkpoints: Checkpoints
+    meter: WorkMeter
+    grid: ImageGrid
+    card: CardPlan | None
+
+    def fit_pair(self) -> ProbeTransfer:
+        """The fit between pipelines with the same latents."""
+        from ...probe.pipelines import pair_pipelines
+        from ...probe.recording.recorder import Recorder
+
+        pair = pair_pipelines(*self.models, self.sampled, self.asked.text)
+        recorder = Recorder(
+            pair.source.denoiser,
+            pair.target.denoiser,
+            self.asked.denoiser,
+            pair.samplers(self.meter.count_image),
+            pair.translation,
+            self.checkpoints,
+            self._describe(pair.describe_sampling),
+            self.asked.text,
         )
-        text: dict[str, LowRank] = {}
-        carried: dict[str, LowRank] = {}
-        if job.options.text_encoder != "skip":
-            for name in updates:
-                if is_in_text_encoder(name) and name in job.source.shapes:
-                    (carried if name in passed else text)[name] = updates[name]
-        return cls(job.adapter.with_updates(denoiser), moved, text, carried)
+        return self._fit(recorder, pair.log_snr)
 
-    def describe(self, samplers: Callable[[], str]) -> str:
-        """What the samplers do, and what both models' text encoders run with, as a text."""
+    def fit_crossing(self, shared: bool) -> ProbeTransfer:
+        """The fit by images.
+
+        Args:
+            shared: whether both have the same latents.
+        """
+        from ...probe import pipelines
+        from ...probe.models import check_models
+
+        models = self.models
+        check_models(models[0].denoiser, models[1].denoiser, self.asked.denoiser)
+        for model in () if shared else models:
+            pipelines.check_shown(model.pipe, model.name)
+        ours, theirs = pipelines.observe_sides(*models, self.sampled, shared)
+        recorder = pipelines.CrossingRecorder(
+            ours,
+            theirs,
+            self.asked.denoiser,
+            self.checkpoints,
+            self._describe(functools.partial(pipelines.describe_crossing, ours, theirs)),
+            self.meter.count_image,
+            text_part=pipelines.TextPart.of(models[0], self.asked.text, ours.settings),
+        )
+        return self._fit(recorder, recorder.log_snr)
+
+    def _describe(self, samplers: Callable[[], str]) -> str:
+        """What the samplers do, and what both text encoders run with, where results are kept."""
         from ...probe.checkpoint import hash_updates
 
-        return samplers() + (hash_updates(self.carried) if self.carried else "")
+        if self.checkpoints.folder is None:
+            return ""
+        return samplers() + (hash_updates(self.asked.carried) if self.asked.carried else "")
+
+    def _fit(
+        self, recorder: Recorder | CrossingRecorder, log_snr: tuple[float, float] | None
+    ) -> ProbeTransfer:
+        from ...probe.run import fit_from_recorder
+
+        result = fit_from_recorder(
+            recorder,
+            self.asked.rival,
+            self.sampled,
+            self._release,
+            self.meter,
+            self.card.samples if self.card else None,
+        )
+        result.report.log_snr = log_snr
+        return result
+
+    def _release(self) -> None:
+        """Frees what does not run again once both models were asked: all but the target's denoiser.
+
+        The source is shown before.
+        """
+        from ...probe.workload import SHOW
+
+        source, target = self.models
+        if self.grid.prompts:
+            self.meter.begin(SHOW)
+            self._show_source()
+        source.release(keep_denoiser=False)
+        target.release(keep_denoiser=True)
+        if self.card is not None and target.swapping is not None:
+            target.swapping.keep(self.card.fitting)
+
+    def _show_source(self) -> None:
+        """Draws the source, with the LoRA's part beside its text encoders."""
+        from ...probe.pipelines import run_text_encoders_beside
+
+        text = functools.partial(run_text_encoders_beside, self.models[0], self.asked.text)
+        self.grid.draw_source(self.asked.denoiser.updates, text)
+
+    def show_target(self, result: ProbeTransfer) -> None:
+        """Draws the rest of the grid, where one is asked for; the report gets the time."""
+        from ...probe.gate import fits_target
+        from ...probe.workload import SHOW
+
+        grid, report, started = self.grid, result.report, time.perf_counter()
+        if grid.prompts:
+            self._show_source()
+            copied = self.asked.rival
+            copied = copied if fits_target(self.models[1].denoiser, copied) else {}
+            grid.draw_target(copied, result.adapter.updates if report.trust else None)
+            report.not_drawn = grid.failure
+            spent = time.perf_counter() - started
+            report.seconds[SHOW] = report.seconds.get(SHOW, 0.0) + spent
 
 
 def fit_models(
@@ -90,7 +191,9 @@ def fit_models(
 
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
-    asked = _AskedLora.of(job, rival)
+    parts = LoraParts.of(job.adapter, source, target, options.text_encoder)
+    moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
+    asked = _AskedLora(parts.denoiser, parts.text, parts.carried, moved)
     stack = contextlib.ExitStack()
     foreseen = foresee_work(source, target, options)
     if options.progress:
@@ -115,38 +218,14 @@ def fit_models(
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         crosses = not shared or mixed or few
-        fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
         grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
-        result = fit(models, sampled, asked, checkpoints, meter, grid, job.card)
-        _show_target(grid, models[1], asked, result)
+        fit = _RunningFit(models, sampled, asked, checkpoints, meter, grid, job.card)
+        result = fit.fit_crossing(shared) if crosses else fit.fit_pair()
+        fit.show_target(result)
     shown = grid.to_page(source.name, target.name)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
     result.report.derived_prompts = derived
     return fitted, result.report, shown
-
-
-def _show_target(
-    grid: ImageGrid, target: Pipeline, asked: _AskedLora, result: ProbeTransfer
-) -> None:
-    """Draws the rest of the grid, where one is asked for; the report gets the time."""
-    from ...probe.gate import fits_target
-    from ...probe.workload import SHOW
-
-    report, started = result.report, time.perf_counter()
-    if grid.prompts:
-        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
-        copied = asked.rival if fits_target(target.denoiser, asked.rival) else {}
-        grid.draw_target(copied, result.adapter.updates if report.trust else None)
-        report.not_drawn = grid.failure
-        spent = time.perf_counter() - started
-        report.seconds[SHOW] = report.seconds.get(SHOW, 0.0) + spent
-
-
-def _run_text(grid: ImageGrid, asked: _AskedLora) -> contextlib.AbstractContextManager[None]:
-    """The LoRA's part beside the source's text encoders."""
-    from ...probe.pipelines import run_text_encoders_beside
-
-    return run_text_encoders_beside(grid.models[0], asked.text)
 
 
 def _choose_prompts(job: FitJob) -> tuple[str, ...]:
@@ -189,115 +268,11 @@ def _open_both(
             model.encode_prompts(model.derive_target_settings(sampled))
         model.release_encoders()
         if job.card is not None and options.device is not None:
-            model.move_to_card(options.device, job.card.rooms[len(models)], job.card.tile)
+            model.move_to_card(str(options.device), job.card.rooms[len(models)], job.card.tile)
         else:
             model.restore()
         models.append(model)
     return models[0], models[1]
-
-
-def _fit_pair(
-    models: tuple[Pipeline, Pipeline],
-    sampled: FitSettings,
-    asked: _AskedLora,
-    checkpoints: Checkpoints,
-    meter: WorkMeter,
-    grid: ImageGrid,
-    card: CardPlan | None,
-) -> ProbeTransfer:
-    """The fit between pipelines with the same latents.
-
-    Args:
-        models: source and target.
-        sampled: what is sampled, and how it is fitted.
-        asked: the LoRA.
-        checkpoints: where results are kept.
-        meter: is told how far it is.
-        grid: images for a page.
-        card: how they run on a card whose memory is bounded.
-    """
-    from ...probe.pipelines import pair_pipelines
-    from ...probe.recording.recorder import Recorder
-    from ...probe.run import fit_from_recorder
-
-    pair = pair_pipelines(*models, sampled, asked.text)
-    samplers = pair.samplers(meter.count_image)
-    text = asked.describe(pair.describe_sampling) if checkpoints.folder else ""
-    recorder = Recorder(
-        pair.source.denoiser,
-        pair.target.denoiser,
-        asked.adapter,
-        samplers,
-        pair.translation,
-        checkpoints,
-        text,
-        asked.text,
-    )
-    release = functools.partial(_release, models, asked, meter, grid, card)
-    most = card.samples if card else None
-    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter, most)
-    result.report.log_snr = pair.log_snr
-    return result
-
-
-def _fit_crossing(
-    models: tuple[Pipeline, Pipeline],
-    sampled: FitSettings,
-    asked: _AskedLora,
-    checkpoints: Checkpoints,
-    meter: WorkMeter,
-    grid: ImageGrid,
-    card: CardPlan | None,
-    shared: bool,
-) -> ProbeTransfer:
-    """The fit by images; arguments as in `_fit_pair`, and whether the latents are the same."""
-    from ...probe.models import check_models
-    from ...probe.pipelines import (
-        CrossingRecorder,
-        TextPart,
-        check_shown,
-        describe_crossing,
-        observe_sides,
-    )
-    from ...probe.run import fit_from_recorder
-
-    check_models(models[0].denoiser, models[1].denoiser, asked.adapter)
-    for model in () if shared else models:
-        check_shown(model.pipe, model.name)
-    ours, theirs = observe_sides(*models, sampled, shared)
-    describe = functools.partial(describe_crossing, ours, theirs)
-    text = asked.describe(describe) if checkpoints.folder else ""
-    part = TextPart.of(models[0], asked.text, ours.settings)
-    recorder = CrossingRecorder(
-        ours, theirs, asked.adapter, checkpoints, text, meter.count_image, text_part=part
-    )
-    release = functools.partial(_release, models, asked, meter, grid, card)
-    most = card.samples if card else None
-    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter, most)
-    result.report.log_snr = recorder.log_snr
-    return result
-
-
-def _release(
-    models: tuple[Pipeline, Pipeline],
-    asked: _AskedLora,
-    meter: WorkMeter,
-    grid: ImageGrid,
-    card: CardPlan | None,
-) -> None:
-    """Frees what does not run again once both models were asked: all but the target's denoiser.
-
-    The source is shown before.
-    """
-    from ...probe.workload import SHOW
-
-    if grid.prompts:
-        meter.begin(SHOW)
-        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
-    models[0].release(keep_denoiser=False)
-    models[1].release(keep_denoiser=True)
-    if card is not None and models[1].swapping is not None:
-        models[1].swapping.keep(card.fitting)
 
 
 def plan_memory_of_card(job: FitJob) -> CardPlan | None:
@@ -324,12 +299,12 @@ def plan_memory_of_card(job: FitJob) -> CardPlan | None:
     return plan_card(options.card_limit, (source, target), options, max(rank, own), crosses)
 
 
-def _is_card(device: str | None) -> bool:
+def _is_card(device: DeviceLike) -> bool:
     """Whether a device has memory of its own."""
-    return device is not None and not device.startswith("cpu")
+    return device is not None and torch.device(device).type != "cpu"
 
 
-def _check_memory(limit: int, source: Path, target: Path, device: str | None) -> None:
+def _check_memory(limit: int, source: Path, target: Path, device: DeviceLike) -> None:
     """Refuses a bound that the models alone exceed, before they are loaded.
 
     Raises:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...core.lowrank import LowRank
-from ...errors import ProLoRAError
+from ...errors import NonFiniteWeights, ProLoRAError
 from ...probe.settings import FitSettings
 from ..page.document import PictureGrid
 from ..page.picture_file import write_png
@@ -145,9 +145,10 @@ def settle_settings(
         sampled: what is sampled.
         shared: whether both have the same latents, and so the same noise.
     """
-    sizes = [model.size for model in models if model.size is not None]
-    if shared and sampled.size is None:
-        sampled = replace(sampled, size=min(sizes, default=None))
+    from ...probe.pipelines.pipeline import share_size
+
+    if shared:
+        sampled = share_size(sampled, *models)
     return sampled, models[1].derive_target_settings(sampled)
 
 
@@ -155,6 +156,7 @@ def read_pixels(result: Any) -> Tensor:
     """The pixels [3, h, w] from 0 to 1 of what a pipeline gives.
 
     Raises:
+        NonFiniteWeights: the image holds NaN or infinities.
         ProLoRAError: it gives no image.
     """
     images = getattr(result, "images", None)
@@ -163,7 +165,7 @@ def read_pixels(result: Any) -> Tensor:
     if image.dim() == 3 and image.shape[0] != 3 and image.shape[-1] == 3:
         image = image.permute(2, 0, 1)
     if not bool(torch.isfinite(image).all()):
-        raise ProLoRAError("the pipeline gives an image that holds NaN or infinities")
+        raise NonFiniteWeights("the pipeline gives an image that holds NaN or infinities")
     if image.dim() != 3 or image.shape[0] != 3:
         raise ProLoRAError(f"the pipeline gives {list(image.shape)} and no image of three colours")
     return image

@@ -41,17 +41,21 @@ def assemble_adapter(
     metadata: dict[str, str],
 ) -> Adapter:
     """The adapter of the target: its modules, its kernels, its metadata."""
-    shapes = {name: target.shapes.get(name, ()) for name in updates}
-    kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
     return replace(
         adapter,
         updates=updates,
-        kernels=kernels,
+        kernels=list_kernels(updates, target),
         vectors=vectors.vectors,
         family=target.family or adapter.family,
         metadata=metadata,
         unread={},
     )
+
+
+def list_kernels(modules: Iterable[str], target: Base) -> dict[str, tuple[int, ...]]:
+    """Module -> (kh, kw), or (k,), of those that are convolutions of the target."""
+    shapes = {name: target.shapes.get(name, ()) for name in modules}
+    return {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
 
 
 def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str, str]:

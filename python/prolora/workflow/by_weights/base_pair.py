@@ -246,7 +246,7 @@ def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
     return {f"prolora.{key}": text for key, text in notes.items()}
 
 
-def list_inputs(lora: LoraLike | None, source: Base, target: Base) -> list[Path]:
-    """The files and folders that a transfer reads."""
+def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
+    """The files and folders that the LoRA and the bases are read from."""
     files = [Path(lora)] if isinstance(lora, str | PathLike) else []
-    return [*files, *source.files, *target.files]
+    return [*files, *(path for base in bases for path in base.files)]

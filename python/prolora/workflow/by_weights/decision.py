@@ -116,7 +116,7 @@ def _leave_out_strangers(ledger: Ledger, source: Base) -> None:
 
 
 def label_stage(what: str, progress: Progress | None) -> Progress | None:
-    """The caller's callback; it is told what is done to weights that are not yet moved."""
+    """The caller's callback; every name that it is told has in front what is done, or to what."""
     if progress is None:
         return None
     return lambda done, total, name: progress(done, total, f"{what} {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ...bases import Base, vae
 from ...bases.base import Progress
 from ...bases.pipeline_identity import describe_pipeline_folder, describe_versions
-from ...errors import UnsupportedFormat
+from ...errors import NonFiniteWeights, OutputError, UnsupportedFormat
 from ...files.hashing import hash_text
+from ...files.jsontext import read_json_object
 from ...files.managed_folder import FolderMarker, ManagedFolder
 from ...files.ownership import check_replaceable, is_own, sign_png
 from ...files.writing import check_writable, write_bytes_atomically
@@ -69,7 +70,7 @@ class ImageFolder:
         from ...probe.checkpoint import hash_updates
 
         self._paths, self._options = find_pipelines(bases), options
-        self.folder = make_evaluation_folder(out)
+        self.folder = make_evaluation_folder(out, options.overwrite)
         self.folder.make_folder(IMAGES)
         self.names: dict[Cell, str] = {}
         self._entrants: dict[Cell, Entrant] = {}
@@ -88,12 +89,34 @@ class ImageFolder:
                         self.names[cell] = f"{digest[:32]}.png"
                         self._entrants[cell] = entrant
 
-    def draw_missing(self, progress: Progress | None) -> None:
+    def check_replaceable(self, told: Mapping[str, Any]) -> None:
+        """Refuses a folder whose JSON has other entries than these, unless that may be replaced.
+
+        Raises:
+            OutputError: it has, or it is gone and the page is not.
+        """
+        file, page = (self.folder.find_place(name) for name in (JSON_FILE, PAGE))
+        if self._options.overwrite or not (file.exists() or page.exists()):
+            return
+        before = read_json_object(file) if file.exists() else {}
+        if any(before.get(name) != value for name, value in told.items()):
+            raise OutputError(
+                f"{self.folder.path}: holds an evaluation of other files or settings, which is "
+                "not replaced; name another folder, or allow it with `overwrite=True`, which "
+                "keeps the images"
+            )
+
+    def draw_missing(self, progress: Progress | None) -> dict[tuple[str, str], str]:
         """Draws what is not there as it was written, first the source's, then the target's.
+
+        Returns:
+            (LoRA, row) -> why it has no images: a LoRA with which the model overflows.
 
         Raises:
             ProLoRAError: a pipeline that cannot be loaded or run, or gives no image.
         """
+        failures: dict[tuple[str, str], str] = {}
+        undrawn: dict[str, str] = {}
         from ...probe import pipelines
 
         places = {name: self.folder.find_place(IMAGES, name) for name in self.names.values()}
@@ -102,7 +125,7 @@ class ImageFolder:
         }
         missing = {name: cell for cell, name in self.names.items() if name not in there}
         if not missing:
-            return
+            return {}
         tell = progress or (lambda done, total, name: None)
         models = []
         for path in self._paths:
@@ -114,16 +137,34 @@ class ImageFolder:
         for side, model in enumerate(models):
             model.restore()
             for name, cell in missing.items():
-                if self._entrants[cell].side != side:
+                entrant, place = self._entrants[cell], (cell.lora, cell.row)
+                if entrant.side != side:
+                    continue
+                if place in failures:
+                    undrawn[name] = failures[place]
                     continue
                 asked = settings[side].with_lora() if cell.row == WITH_LORA else settings[side]
-                with _run_entrant(model, self._entrants[cell]):
+                with _run_entrant(model, entrant):
                     drawn = model.sample_latents(cell.prompt, asked, cell.seed, "pt")
-                png = sign_png(write_png(read_pixels(drawn), _LARGEST))
+                try:
+                    png = sign_png(write_png(read_pixels(drawn), _LARGEST))
+                except NonFiniteWeights as error:
+                    if not (entrant.denoiser or entrant.text):
+                        raise  # the model does that by itself
+                    failures[place] = undrawn[name] = str(error)
+                    continue
                 write_bytes_atomically(places[name], png)
                 there.add(name)
                 tell(len(there), len(places), f"{cell.row}: {cell.prompt}")
             model.release(keep_denoiser=False)
+        # Rows of equal updates have the same images.
+        lost = ((c, undrawn[name]) for c, name in self.names.items() if name in undrawn)
+        return {(cell.lora, cell.row): why for cell, why in lost}
+
+    def keep(self, loras: Sequence[str], rows: Sequence[str]) -> None:
+        """Forgets the images of all other LoRAs and rows; no file is removed."""
+        kept = {c: name for c, name in self.names.items() if c.lora in loras and c.row in rows}
+        self.names = kept
 
     def read(self, lora: str, row: str, prompt: str, seed: int) -> Any:
         """An image, as Pillow's `Image`."""
@@ -146,26 +187,26 @@ def _run_entrant(model: Pipeline, entrant: Entrant) -> Iterator[None]:
         yield
 
 
-def make_evaluation_folder(out: StrPath) -> ManagedFolder:
+def make_evaluation_folder(out: StrPath, overwrite: bool) -> ManagedFolder:
     """The folder of an evaluation.
 
     Raises:
-        OutputError: it cannot be made, or holds other things of these names.
+        OutputError: it cannot be made, or holds files of others.
     """
-    folder = ManagedFolder.make(out, MARKER, (JSON_FILE, PAGE, IMAGES))
+    folder = ManagedFolder.make(out, MARKER)
     for name in (JSON_FILE, PAGE):
-        check_replaceable(Path(out) / name, "report")
+        check_replaceable(Path(out) / name, "report", overwrite)
     return folder
 
 
-def check_evaluation_folder(out: StrPath) -> None:
+def check_evaluation_folder(out: StrPath, overwrite: bool) -> None:
     """Refuses a folder that cannot be one of an evaluation; makes none.
 
     Raises:
         OutputError: as `make_evaluation_folder`.
     """
     if Path(out).is_dir():
-        make_evaluation_folder(out)
+        make_evaluation_folder(out, overwrite)
     check_writable(Path(out) / JSON_FILE)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.validation import DeviceLike
 from ...errors import InvalidOption, ProLoRAError, UnsupportedFormat
 from ...files.hashing import hash_parts
 from ...probe.models import check_weights
@@ -55,7 +56,7 @@ JUDGES = {
 """Name -> what it is. CSD is a CLIP vision model whose projection is the head for style."""
 
 
-def open_metric(name: str, given: Any, device: str | None) -> Metric:
+def open_metric(name: str, given: Any, device: DeviceLike) -> Metric:
     """A metric by its name and the folder (or cached Hub id) of its model, or the given function.
 
     Raises:
@@ -103,7 +104,7 @@ def ask_metric(
 class _ModelMetric:
     """A metric by a model of transformers; it looks at each image once."""
 
-    def __init__(self, judge: Judge, folder: str, device: str) -> None:
+    def __init__(self, judge: Judge, folder: str, device: DeviceLike) -> None:
         try:
             import transformers
         except ImportError as error:

@@ -65,7 +65,7 @@ def migrate(
         InvalidOption: an option has a value that it does not take.
         UnsupportedFormat: the plan cannot be read.
     """
-    how = settle_options(options, changes)
+    how = settle_options(options, changes, here=False)
     if not isinstance(plan, Plan):
         plan = Plan.read(plan)
     with closing(_start_engine(how)) as engine:

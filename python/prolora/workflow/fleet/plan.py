@@ -232,7 +232,7 @@ class Plan:
             raise InvalidOption(f"match of a plan is a word or a map of modules, not {match!r:.80}")
         if chosen.get("method") == BEST:
             raise InvalidOption(MOVES_BY_WEIGHTS)
-        return settle_options(DEFAULT_OPTIONS, chosen | resources).for_file()
+        return settle_options(DEFAULT_OPTIONS, chosen | resources, here=False).for_file()
 
     def list_batches(self) -> list[Batch]:
         """The moves in batches, the same for every reader of the plan."""

@@ -71,7 +71,7 @@ def plan_migration(
         UnsupportedFormat: a file or folder that is not there; a base that cannot be opened.
     """
     started = time.perf_counter()
-    asked = settle_options(options, changes)
+    asked = settle_options(options, changes, here=False)
     chosen, progress = describe_choices(asked), asked.progress
     listed = list_loras(loras)
     rates = rates or calibrate()

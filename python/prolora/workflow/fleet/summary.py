@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...core.means import weighted_mean
 from ...files.managed_folder import ManagedFolder
 from ...version import __version__
 from ..page.document import Page, Section, render_page
 from ..table import Column, Row, Table, make_table
 from .outcomes import Reason, gather_reasons, read_outcomes
 from .plan import Plan
+from .records import Record
 from .result_folder import FAILED, MARKER, SUMMARY_JSON, SUMMARY_PAGE
 
 # LoRAs that a reason on the page names.
@@ -131,22 +133,6 @@ class Summary:
         place.write_text(SUMMARY_PAGE, self.to_html())
 
 
-class _Mean:
-    """A mean that grows by a value at a time."""
-
-    def __init__(self) -> None:
-        self.total, self.number = 0.0, 0
-
-    def add(self, value: float | None) -> None:
-        if value is not None:
-            self.total += value
-            self.number += 1
-
-    @property
-    def value(self) -> float | None:
-        return round(self.total / self.number, 4) if self.number else None
-
-
 def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
     """What became of a plan so far, from the folder alone.
 
@@ -154,13 +140,13 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
         plan: the plan.
         folder: of the results.
     """
-    groups: dict[tuple[str, str, str], tuple[SummaryGroup, _Mean, _Mean]] = {}
+    groups: dict[tuple[str, str, str], tuple[SummaryGroup, list[Record]]] = {}
     refused = []
     for entry, state, record in read_outcomes(plan, Path(folder)):
         base = plan.bases.get(entry.pair.source)
         family = (base.family if base else "") or _UNKNOWN
         name = family, entry.pair.source or _UNKNOWN, entry.pair.target
-        group, coverage, energy = groups.setdefault(name, (SummaryGroup(*name), _Mean(), _Mean()))
+        group, records = groups.setdefault(name, (SummaryGroup(*name), []))
         group.total += 1
         setattr(group, state, getattr(group, state) + 1)
         if state in ("failed", "refused"):
@@ -170,18 +156,23 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
         if state == "done" and record.unread:
             group.incomplete += 1
             refused.append((entry, STAYS_BEHIND))
-        coverage.add(record.coverage)
-        energy.add(record.energy)
+        records.append(record)
         group.seconds += record.seconds
         group.bytes += record.size
         for table, word in ((group.methods, record.method), (group.verdicts, record.verdict)):
             if word:
                 table[word] = table.get(word, 0) + 1
-    for group, coverage, energy in groups.values():
-        group.coverage, group.energy = coverage.value, energy.value
+    for group, records in groups.values():
+        group.coverage = _average(record.coverage for record in records)
+        group.energy = _average(record.energy for record in records)
         group.seconds = round(group.seconds, 3)
     ordered = tuple(groups[name][0] for name in sorted(groups))
     return Summary(ordered, gather_reasons(refused), plan.digest)
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    mean = weighted_mean((1.0, value) for value in values)
+    return None if mean is None else round(mean, 4)
 
 
 def _tabulate_groups(groups: Sequence[SummaryGroup]) -> Table:

@@ -13,9 +13,13 @@ from ..plan import Batch, Entry, PairOfBases
 class LostWorker(ProLoRAError):
     """The process that moved a LoRA ended, each time that it was tried."""
 
+    code = "lost-worker"
+
 
 class HungWorker(ProLoRAError):
     """Whoever moved a LoRA did not get on any more."""
+
+    code = "hung-worker"
 
 
 @dataclass(frozen=True)

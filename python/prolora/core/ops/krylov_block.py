@@ -1,0 +1,127 @@
+"""krylov_block: a block of a block Krylov iteration, from weights in their stored 16 bits."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeMismatch
+from . import native, torch_twin
+from .operands import ANY_DEVICE, library
+
+STORED = {torch.float16: 0, torch.bfloat16: 1}
+"""The dtypes of weights, as StoredAs in csrc/ops.h numbers them."""
+
+MAX_WIDTH = 64
+"""kMaxKrylovWidth in csrc/ops.h."""
+
+# Rows that the kernels can take: kMaxStride in csrc/tile.h.
+MAX_ROW = 2**24
+
+library.define(
+    "krylov_block(Tensor w, Tensor(a!) rows, Tensor(b!) projected, int size, int width) -> Tensor"
+)
+
+
+def run_krylov_block(
+    kernels: ModuleType,
+    w: Tensor,
+    rows: Tensor,
+    projected: Tensor,
+    size: int,
+    width: int,
+    cuda: bool,
+) -> Tensor:
+    """W [b, d, n], contiguous or the transpose of what is -> float64 [b]; writes the other two."""
+    b, d, n = w.shape
+    room = rows.shape[1]
+    transposed = not w.is_contiguous()
+    with native.on_device(w):
+        parts = kernels.krylov_block_scratch(b, d, n, size, width, cuda)
+    tensors = (
+        w.mT if transposed else w,
+        rows,
+        projected,
+        rows.new_empty(b, dtype=torch.float64),
+        rows.new_empty(b, 2, width, dtype=torch.float64),
+        rows.new_empty(b, width, n),
+        rows.new_empty(b, width, d),
+        rows.new_empty(2, b, width, size),
+        rows.new_empty(parts),
+        rows.new_empty(b, width, width),
+        rows.new_empty(b, dtype=torch.int64),
+    )
+    sizes = (b, d, n, room, size, width, STORED[w.dtype], int(transposed))
+    native.run_kernel(kernels, "krylov_block", tensors, sizes, cuda)
+    return tensors[3]
+
+
+def _krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+    kernels = native.kernels_for("krylov_block", w.device)
+    if kernels is None or max(w.shape[1:]) > MAX_ROW:
+        return torch_twin.krylov_block(w, rows, projected, size, width)
+    return run_krylov_block(kernels, w, rows, projected, size, width, w.is_cuda)
+
+
+def _krylov_block_fake(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+    return rows.new_empty(w.shape[0], dtype=torch.float64)
+
+
+library.impl("krylov_block", _krylov_block, ANY_DEVICE)
+torch.library.register_fake("prolora::krylov_block", _krylov_block_fake)
+
+
+def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+    """The next block of an orthonormal basis of span{Y, GY, G²Y, …}, G = wwᵀ; nothing waits.
+
+    The last `width` of the rows in use are multiplied by G, without a float32 copy of w; what the
+    basis holds of that is taken out twice, its coefficients are rows of the projection of G, and
+    the rest as orthonormal rows is the next block, where there is room for it. A direction that
+    adds nothing is a zero row.
+
+    Args:
+        w: [b, d, n], float16 or bfloat16, contiguous or the transpose of what is.
+        rows: [b, room, d], float32, contiguous. The first `size` are the basis; the `width` behind
+            them are written.
+        projected: [b, room, room], float32, contiguous; its rows `size` − `width` to `size` are
+            written, up to the diagonal block.
+        size: of the basis.
+        width: of a block, at most 64 and d.
+
+    Returns:
+        float64 [b], ‖·‖_F of what G adds to the basis.
+
+    Raises:
+        TypeError: other dtypes, two devices, or a layout that is neither.
+        ShapeMismatch: shapes or sizes that do not agree.
+    """
+    known = {"rows": rows, "projected": projected}
+    for name, x in {"w": w, **known}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"krylov_block: {name} must be a torch.Tensor, not {type(x).__name__}")
+        if x.device != w.device:
+            raise TypeError(f"krylov_block: w is on {w.device}, but {name} is on {x.device}")
+        if x.ndim != 3 or not (x.is_contiguous() or (x is w and x.mT.is_contiguous())):
+            raise TypeError(f"krylov_block: {name} must be a contiguous stack of matrices")
+    if w.dtype not in STORED:
+        raise TypeError(f"krylov_block: w must be float16 or bfloat16, not {w.dtype}")
+    for name, x in known.items():
+        if x.dtype != torch.float32:
+            raise TypeError(f"krylov_block: {name} must be float32, not {x.dtype}")
+    b, d, _ = w.shape
+    room = rows.shape[1]
+    wanted = {"rows": (b, room, d), "projected": (b, room, room)}
+    for name, x in known.items():
+        if x.shape != wanted[name]:
+            raise ShapeMismatch(
+                f"krylov_block: {name} must be {wanted[name]}, not {tuple(x.shape)}"
+            )
+    if not 1 <= width <= min(size, d, MAX_WIDTH) or size > room:
+        raise ShapeMismatch(
+            f"krylov_block: takes 1 <= width <= size <= room, and width <= d and "
+            f"{MAX_WIDTH}; not width {width}, size {size}, room {room}, d {d}"
+        )
+    found: Tensor = torch.ops.prolora.krylov_block(w, rows, projected, size, width)
+    return found

@@ -1,0 +1,405 @@
+"""krylov_block against its definition in float64, on every backend, and inside of truncated_svd."""
+
+import itertools
+import random as choices
+
+import pytest
+import torch
+from backends import load
+from spectra import planted, power_law, sine
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prolora import errors, truncated_svd
+from prolora.core.ops import native, torch_twin
+from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
+from prolora.core.svd import krylov, stacks
+from prolora.core.svd.block_basis import BlockBasis
+from prolora.core.svd.products import ImpliedGram
+
+EPS = 2.0**-23
+HALF, BFLOAT = torch.float16, torch.bfloat16
+
+# batch, d, n, size, width, room: sides that no 8 divides, tiles that are cut, a full basis,
+# products in parts (of 512 and more for few matrices), widths of more than a tile has columns.
+SHAPES = [
+    (2, 40, 64, 8, 8, 32),
+    (1, 67, 131, 24, 8, 40),
+    (2, 96, 96, 32, 16, 32),
+    (1, 512, 520, 20, 20, 60),
+    (1, 80, 72, 80, 40, 80),
+    (1, 130, 70, 64, 64, 128),
+    (3, 33, 35, 2, 1, 5),
+]
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(b, d, n, dtype, transposed, seed=0):
+    """σ_i = i^-0.5 and random vectors, rounded to 16 bits."""
+    fall = torch.arange(1, min(d, n) + 1, dtype=torch.float64) ** -0.5
+    u, v = (torch.linalg.qr(random(b, x, min(d, n), seed=seed + x))[0] for x in (d, n))
+    w = ((u * fall) @ v.mT).to(dtype)
+    return w.mT.contiguous().mT if transposed else w
+
+
+def basis(b, d, size, room, seed=1):
+    """Orthonormal rows, and NaN where none are yet."""
+    rows = torch.full((b, room, d), torch.nan)
+    rows[:, :size] = torch.linalg.qr(random(b, d, size, seed=seed))[0].mT
+    return rows, torch.full((b, room, room), torch.nan)
+
+
+def exact_block(w, rows, size, width):
+    """The projection's rows, the image beyond the basis, and its length; in float64."""
+    known = rows[:, :size].double()
+    image = known[:, size - width :] @ w.double() @ w.double().mT
+    column = image @ known.mT
+    image = image - column @ known
+    return column, image, image.norm(dim=(1, 2))
+
+
+def assert_block(w, before, size, width, found):
+    """What is found, against float64: to rounding of ‖W‖², by the sums' lengths."""
+    length, rows, projected = found
+    d, n = w.shape[1:]
+    column, image, exact = exact_block(w, before, size, width)
+    unit = EPS * (4 + (d + n + size) ** 0.5) * w.double().norm(dim=(1, 2)).square().clamp_min(1e-30)
+    assert torch.equal(rows[:, :size], before[:, :size])
+    part = projected[:, size - width : size, :size].double()
+    assert ((part - column).norm(dim=(1, 2)) <= unit).all()
+    assert ((length - exact).abs() <= unit).all()
+    rest = projected.clone()
+    rest[:, size - width : size, :size] = torch.nan
+    assert rest.isnan().all()
+    if size + width > rows.shape[1]:
+        assert rows[:, size:].isnan().all()
+        return
+    assert rows[:, size + width :].isnan().all()
+    block = rows[:, size : size + width].double()
+    kept = block.norm(dim=2) > 0.5
+    assert (block[~kept] == 0).all()
+    identity = torch.diag_embed(kept.double())
+    assert ((block @ block.mT - identity).norm(dim=(1, 2)) <= 8 * (width + 1) * EPS).all()
+    # What the basis lacks lies in the block, but for rounding and for rows that were dropped as it.
+    missed = (image - image @ block.mT @ block).norm(dim=2)
+    scale = column.norm(dim=(1, 2))
+    assert (missed <= unit[:, None] + 4e-6 * scale[:, None]).all()
+    # A row that is much shorter than rounding was dropped; the others are orthogonal to the basis
+    # to rounding over the share of the image that is left.
+    shortest = torch.linalg.svdvals(image)[:, -1].clamp_min(1e-6 * scale).clamp_min(1e-300)
+    inside = (block @ before[:, :size].double().mT).norm(dim=(1, 2))
+    allowed = 8 * EPS + 4 * EPS * (width * exact + scale) / shortest
+    assert (inside <= allowed).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_block_is_what_float64_gives_to_rounding(kernels, shape, dtype, transposed):
+    b, d, n, size, width, room = shape
+    w = weights(b, d, n, dtype, transposed)
+    rows, projected = basis(b, d, size, room)
+    found = kernels.krylov_block(w, rows, projected, size, width)
+    assert_block(w, rows, size, width, found)
+
+
+@pytest.mark.parametrize("capability", ["75", "80", "86", "120"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+def test_cards_with_and_without_fast_tensor_cores(monkeypatch, capability, dtype, transposed):
+    extension = load("emulated", "_emulated")
+    monkeypatch.setenv("EMU_CAPABILITY", capability)
+    w = weights(2, 70, 101, dtype, transposed)
+    assert_block(w, *case_of(w, 33, 11, 50), run(extension, w, 33, 11, 50))
+
+
+def case_of(w, size, width, room):
+    """What `assert_block` asks for beside the weights."""
+    return basis(len(w), w.shape[1], size, room)[0], size, width
+
+
+def run(extension, w, size, width, room, seed=1):
+    rows, projected = basis(len(w), w.shape[1], size, room, seed)
+    length = run_krylov_block(extension, w, rows, projected, size, width, cuda=True)
+    return length, rows, projected
+
+
+def test_neither_the_order_of_threads_nor_a_second_run_changes_a_bit(monkeypatch):
+    extension = load("emulated", "_emulated")
+    w, results = weights(1, 72, 520, BFLOAT, False), []
+    for seed in "0123":
+        monkeypatch.setenv("EMU_SEED", seed)
+        results.append(run(extension, w, 32, 16, 64))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
+
+
+def test_products_are_cut_into_parts_where_a_gpu_would_be_idle(monkeypatch):
+    """Another GPU, other parts: equal to rounding, and the same parts the same bits."""
+    extension = load("emulated", "_emulated")
+    w, found, parts = weights(1, 72, 1100, HALF, False), [], []
+    for processors in ("1", "132"):
+        monkeypatch.setenv("EMU_PROCESSORS", processors)
+        parts.append(extension.krylov_block_scratch(1, 72, 1100, 32, 16, True))
+        found.append(run(extension, w, 32, 16, 64))
+        assert_block(w, *case_of(w, 32, 16, 64), found[-1])
+    assert parts[0] < parts[1] and not torch.equal(found[0][0], found[1][0])
+
+
+def test_a_direction_that_adds_nothing_is_a_zero_row(kernels):
+    """Weights of rank 5: behind the fifth row of the basis G gives nothing but rounding."""
+    w = (random(2, 60, 5) @ random(2, 5, 70, seed=3) / 8).to(HALF)
+    w[1] = 0
+    u = torch.linalg.svd(w[0].double())[0]
+    rows, projected = basis(2, 60, 8, 24)
+    rows[0, :8] = u[:, :8].mT  # the first five span the range but for the rounding of w to 16 bits
+    length, rows, _ = kernels.krylov_block(w, rows, projected, 8, 8)
+    assert float(length[1]) == 0 and (rows[1, 8:16] == 0).all()
+    kept = rows[0, 8:16].norm(dim=1) > 0.5
+    assert (rows[0, 8:16][~kept] == 0).all() and rows[:, :16].isfinite().all()
+
+
+def test_a_matrix_with_nan_spares_the_others_and_adds_nothing(kernels):
+    w = weights(3, 40, 48, BFLOAT, False)
+    rows, projected = basis(3, 40, 8, 24)
+    wanted = kernels.krylov_block(w, rows, projected, 8, 8)
+    w[1, 2, 3] = torch.nan
+    length, after, column = kernels.krylov_block(w, rows, projected, 8, 8)
+    assert length[1].isnan() and column[1, :8, :8].isnan().any() and (after[1, 8:16] == 0).all()
+    for one, two in zip(wanted, (length, after, column), strict=True):
+        torch.testing.assert_close(one[::2], two[::2], equal_nan=True)
+
+
+def test_every_stored_number_counts_as_it_is(kernels):
+    """Subnormal and the largest numbers of 16 bits, one in a row: G is diagonal."""
+    for dtype in (HALF, BFLOAT):
+        info = torch.finfo(dtype)
+        values = torch.tensor([info.smallest_normal / 4, 1.0, -info.eps, 3.0])
+        if dtype == HALF:
+            values[1], values[3] = info.max, -info.smallest_normal * (1 - 2.0**-10)
+        w = torch.diag(values).to(dtype)[None]
+        rows, projected = torch.full((1, 4, 4), torch.nan), torch.full((1, 4, 4), torch.nan)
+        rows[:] = torch.eye(4)
+        _, _, column = kernels.krylov_block(w, rows, projected, 4, 4)
+        exact = w[0].double() @ w[0].double().mT
+        assert torch.equal(column[0], exact.float())
+
+
+SIDES = [1, 7, 8, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 200, 513]
+
+
+def draw_case(seed):
+    """Sides around those of a tile, any layout, card, schedule, spectrum and scale."""
+    pick = choices.Random(seed)
+    d, n = pick.choice(SIDES), pick.choice(SIDES)
+    width = min(d, pick.choice([1, 4, 8, 16, 20, 24, 31, 32, 33, 40, 64]))
+    size = min(d, width * pick.randint(1, 4))
+    room = max(size, size + pick.choice([-1, 0, 0, 0, 1, 40]) + width * pick.randint(0, 1))
+    b = pick.randint(1, 3) if d * n < 30000 else 1
+    w = weights(b, d, n, pick.choice([HALF, BFLOAT]), pick.random() < 0.5, seed)
+    kind = pick.choice(["plain", "plain", "low rank", "zero", "large", "small", "outlier"])
+    if kind == "low rank":
+        w[:, : d // 2] = 0
+    elif kind == "zero":
+        w[0] = 0
+    elif kind in ("large", "small"):
+        w = w * 2.0 ** (10 if kind == "large" else -10)
+    elif kind == "outlier":
+        w[:, 0, 0] = 100
+    environment = {
+        "EMU_CAPABILITY": pick.choice(["75", "80", "86", "90", "90", "100", "120"]),
+        "EMU_PROCESSORS": pick.choice(["1", "8", "132"]),
+        "EMU_SEED": str(pick.randint(0, 5)),
+        "EMU_SHARED_BYTES": pick.choice(["65536", "101376", "232448"]),
+    }
+    return w, size, width, room, environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_a_thousand_random_cases_are_what_float64_gives(monkeypatch, nan_memory, part):
+    extension = load("emulated", "_emulated")
+    for seed in range(250 * part, 250 * part + 250):
+        w, size, width, room, environment = draw_case(seed)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        rows = basis(len(w), w.shape[1], size, room)[0]
+        try:
+            assert_block(w, rows, size, width, run(extension, w, size, width, room))
+        except AssertionError as error:
+            error.add_note(f"case {seed}")
+            raise
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The op is asked for, and the CPU takes whole stacks as a GPU does."""
+    monkeypatch.setenv("PROLORA_KERNELS", "krylov_block")
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+
+
+class Ops(TorchDispatchMode):
+    """The ops of prolora that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        space, _, name = function.name().partition("::")
+        if space == "prolora":
+            self.names.append(name)
+        return function(*args, **kwargs or {})
+
+
+def stack_of_16_bits(m, n, count=2, dtype=HALF):
+    return torch.stack(
+        [planted(m, n, power_law(min(m, n), 0.5), seed)[0].to(dtype) for seed in range(count)]
+    )
+
+
+def check_bases(w, basis, k):
+    """No bound is below the sine to LAPACK's subspaces in float64."""
+    for one, u, v, bound in zip(w.double(), basis.U, basis.V, basis.bound, strict=True):
+        left, _, right = torch.linalg.svd(one, full_matrices=False)
+        assert sine(left[:, :k], torch.linalg.qr(u.double())[0]) <= float(bound)
+        assert sine(right.mT[:, :k], torch.linalg.qr(v.double())[0]) <= float(bound)
+
+
+@pytest.mark.parametrize("shape", [(768, 800), (800, 768)], ids=["wide", "tall"])
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+def test_truncated_svd_finds_its_blocks_by_the_op_where_it_is_asked_for(asked, shape, dtype):
+    w = stack_of_16_bits(*shape, dtype=dtype)
+    with Ops() as ops:
+        basis = truncated_svd(w, 48)
+    assert basis.rungs == ("krylov",) * 2 and basis.ok.all()
+    # The first block is no image of another one.
+    assert ops.names.count("panel_qr") == 1 and ops.names.count("krylov_block") > 8
+    check_bases(w, basis, 48)
+    again = truncated_svd(w, 48)
+    assert all(torch.equal(getattr(basis, x), getattr(again, x)) for x in ("U", "S", "V", "bound"))
+
+
+def test_matrices_leave_the_stack_and_those_of_another_scale_are_not_taken_as_stored(asked):
+    slow = planted(768, 768, power_law(768, 0.3), 5)[0].to(BFLOAT)
+    w = torch.cat([stack_of_16_bits(768, 768, dtype=BFLOAT), slow[None]])
+    basis = truncated_svd(w, 48)
+    assert basis.ok.all()
+    check_bases(w, basis, 48)
+    with Ops() as ops:
+        far = truncated_svd(w * 2.0**40, 48)
+    assert "krylov_block" not in ops.names and far.ok.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_nobody_gets_the_op_without_asking(monkeypatch, dtype):
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    w = stack_of_16_bits(768, 768, 1, dtype)
+    wanted = ("krylov_block", dtype == HALF)
+    for setting, expected in (("", False), ("small_svd", False), wanted):
+        monkeypatch.setenv("PROLORA_KERNELS", setting)
+        with Ops() as ops:
+            assert truncated_svd(w, 48).ok
+        assert ("krylov_block" in ops.names) is expected
+    monkeypatch.setenv("PROLORA_KERNELS", "krylov_blok")
+    with pytest.raises(errors.ProLoRAError, match=r"krylov_blok.*krylov_block"):
+        truncated_svd(w, 48)
+
+
+def test_a_card_without_the_kernels_multiplies_its_float32_copy(asked):
+    """Rather than make a copy for each block, as the twin would."""
+    w = stack_of_16_bits(96, 120)
+    assert krylov._takes_stored(w.float(), w)
+    elsewhere = w.to("meta")
+    assert not krylov._takes_stored(elsewhere.float(), elsewhere)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["90", "86"])
+def test_a_whole_truncated_svd_through_the_emulated_kernels(asked, monkeypatch, capability):
+    extension = load("emulated", "_emulated")
+    monkeypatch.setenv("EMU_CAPABILITY", capability)
+    calls = itertools.count()
+
+    def emulate(w, rows, projected, size, width):
+        next(calls)
+        return run_krylov_block(extension, w, rows, projected, size, width, cuda=True)
+
+    monkeypatch.setattr(torch_twin, "krylov_block", emulate)
+    w = stack_of_16_bits(768, 776)
+    basis = truncated_svd(w, 32)
+    assert basis.rungs == ("krylov",) * 2 and basis.ok.all() and next(calls) > 8
+    check_bases(w, basis, 32)
+
+
+def test_a_basis_by_the_op_is_that_of_torch(asked):
+    w = stack_of_16_bits(96, 120)
+    norm = torch.linalg.matrix_norm(w.double())
+    start = random(1, 96, 8).mT.float().expand(2, -1, -1)
+
+    found = []
+    for stored in (None, w):
+        one = BlockBasis.begin(ImpliedGram(w.float()), w.float(), norm, start, 6, stored)
+        lengths = []
+        while True:
+            lengths.append(one.expand())
+            if one.size == one.largest:
+                break
+            one.append()
+            if one.size == 24:
+                one = one.take([1, 0])
+        found.append((torch.stack(lengths), one.rows, one.projected))
+    for mine, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_op_does_not_take_is_refused_by_name():
+    w = weights(2, 40, 48, HALF, False)
+    wide = weights(1, 80, 80, HALF, False)
+    rows, projected = basis(2, 40, 16, 24)
+    for wrong, reason in (
+        ((w.float(), rows, projected, 16, 8), "w must be float16 or bfloat16, not torch.float32"),
+        ((w, rows.double(), projected, 16, 8), "rows must be float32"),
+        ((w, rows, [1.0], 16, 8), "projected must be a torch.Tensor, not list"),
+        ((w, rows[:, ::2], projected, 8, 8), "rows must be a contiguous stack"),
+        ((w[:, ::2], rows, projected, 16, 8), "w must be a contiguous stack"),
+        ((w, rows.to("meta"), projected, 16, 8), "w is on cpu, but rows is on meta"),
+    ):
+        with pytest.raises(TypeError, match=reason):
+            krylov_block(*wrong)
+    for wrong, reason in (
+        ((w[:1], rows, projected, 16, 8), r"rows must be \(1, 24, 40\), not \(2, 24, 40\)"),
+        ((w, rows, projected[:, :, :-1].contiguous(), 16, 8), "projected must be"),
+        ((w, rows, projected, 16, 17), "not width 17"),
+        ((wide, *basis(1, 80, 66, 70), 66, 65), "width <= d and 64; not width 65"),
+        ((w, rows, projected, 25, 8), "size 25"),
+        ((w, rows, projected, 16, 0), "not width 0"),
+    ):
+        with pytest.raises(errors.ShapeMismatch, match=reason):
+            krylov_block(*wrong)
+
+
+def test_the_extension_refuses_float64():
+    extension = load("cpu", "_C")
+    with pytest.raises(RuntimeError, match="krylov_block: float32 alone"):
+        extension.run("krylov_block", [0] * 19, True, False, 0)
+
+
+def test_operator_passes_torchs_own_checks():
+    w = weights(2, 40, 48, HALF, False)
+    rows, projected = (x.nan_to_num(0.0) for x in basis(2, 40, 16, 24))
+    torch.library.opcheck(torch.ops.prolora.krylov_block.default, (w, rows, projected, 16, 8))
+
+
+def test_a_gpu_leaves_it_to_torch_until_it_is_asked_for(monkeypatch):
+    kernels = object()
+    card = torch.device("cuda:0")
+    monkeypatch.setattr(native, "serving", lambda device: native.Choice(kernels, "", True))
+    assert native.choose("krylov_block", card).kernels is None
+    assert "PROLORA_KERNELS=krylov_block" in native.choose("krylov_block", card).why
+    monkeypatch.setenv("PROLORA_KERNELS", "panel_qr,krylov_block")
+    assert native.choose("krylov_block", card).kernels is kernels
+    assert native.choose("krylov_block", torch.device("cpu")).kernels is None
