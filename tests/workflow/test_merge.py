@@ -272,6 +272,19 @@ def test_a_balanced_merge_does_what_biases_do_alike_once_too(strengths):
             assert torch.allclose(vector, right, atol=1e-4), method
 
 
+@pytest.mark.parametrize("method", ["sum", "balanced"])
+def test_what_is_zero_in_all_loras_is_zero_in_the_merge(method):
+    module = BLOCK.format(0, MODULES[0])
+    stem = "lora_unet_" + module.replace(".", "_")
+    loras = [make_lora(1, i)[0] | {f"{stem}.diff_b": torch.zeros(24)} for i in range(2)]
+    for lora in loras:
+        lora[f"{stem}.lora_up.weight"] = torch.zeros_like(lora[f"{stem}.lora_up.weight"])
+    merged = prolora.merge(loras, method=method).adapter
+    assert torch.equal(merged.vectors[f"{module}.bias"], torch.zeros(24))
+    assert not merged.updates[module].dense().any()
+    assert all(u.dense().any() for name, u in merged.updates.items() if name != module)
+
+
 def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
     paths = [tmp_path / folder / f"{n}.safetensors" for folder, n in ("ax", "ay", "by", "cy")]
     paths.append(tmp_path / "a" / "y (3).safetensors")
