@@ -162,6 +162,13 @@ def test_a_direction_that_adds_nothing_is_a_zero_row(kernels):
     assert (rows[0, 8:16][~kept] == 0).all() and rows[:, :16].isfinite().all()
 
 
+def test_weights_without_columns_add_nothing(kernels):
+    for w in (torch.zeros(2, 40, 0, dtype=HALF), torch.zeros(2, 0, 40, dtype=BFLOAT).mT):
+        length, rows, projected = kernels.krylov_block(w, *basis(2, 40, 16, 24), 16, 8)
+        assert (length == 0).all() and (rows[:, 16:] == 0).all()
+        assert (projected[:, 8:16, :16] == 0).all()
+
+
 def test_a_matrix_with_nan_spares_the_others_and_adds_nothing(kernels):
     w = weights(3, 40, 48, BFLOAT, False)
     rows, projected = basis(3, 40, 8, 24)
