@@ -134,7 +134,7 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
 
 
 def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
-    """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it, in the order of the names."""
+    """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it; in the names' order."""
     every = dict.fromkeys(names)
     suffixes = {}
     for name in every:

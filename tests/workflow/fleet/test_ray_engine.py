@@ -63,11 +63,8 @@ def test_a_lora_that_ends_its_process_fails_alone(cluster, collection, tmp_path)
     assert [summary.count(s) for s in ("done", "failed", "refused")] == [3, 1, 1]
     lines = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
     (lost,) = [line for line in lines if line["error"]["code"] == "lost-worker"]
-    assert (
-        lost["lora"].endswith("kills.safetensors")
-       
+    assert lost["lora"].endswith("kills.safetensors")
     assert "its process ended" in lost["error"]["message"]
-    )
     keys = [record["key"] for record in records(out)]
     assert len(keys) == len(set(keys)) == 4  # nothing is lost, and nothing comes twice
 
@@ -83,8 +80,5 @@ def test_a_worker_that_does_not_get_on_is_replaced(cluster, collection, tmp_path
     assert [summary.count(s) for s in ("done", "failed", "refused")] == [3, 1, 1]
     lines = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
     (hung,) = [line for line in lines if line["error"]["code"] == "hung-worker"]
-    assert (
-        hung["lora"].endswith(f"{name}.safetensors")
-       
+    assert hung["lora"].endswith(f"{name}.safetensors")
     assert "did not get on" in hung["error"]["message"]
-    )
