@@ -422,6 +422,20 @@ def test_the_model_gives_the_times_that_it_starts_from():
         assert found == pytest.approx(seconds, rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "bench/results").exists(), reason="a source distribution holds no results"
+)
+def test_a_stack_asks_no_more_of_a_gpu_than_the_stored_counts_say():
+    counts = json.loads((ROOT / "bench/results/dispatches.json").read_text())
+    for label, stored in (("after", False), ("krylov_block", True)):
+        known = counts[label]["cases"][0]
+        case = (known[name] for name in ("matrices", "rows", "columns", "rank"))
+        found = dispatches.count_case(*case, stored=stored)
+        for what in ("dispatches", "synchronisations"):
+            assert found[what] <= known[what], label
+
+
 def test_what_a_stack_asks_of_a_gpu_does_not_grow_with_it():
     few, many = (dispatches.count_case(b, 40, 48, 0.9) for b in (2, 9))
     assert few["rung"] == many["rung"] == "gram-f64"
