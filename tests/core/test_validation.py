@@ -24,8 +24,10 @@ from prolora import (
 )
 from prolora.bases.cache.build import survey_base
 from prolora.cli.options import FleetResources, Resources
+from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
+from prolora.workflow.fleet.plan import Plan
 from prolora.workflow.options import settle_options
 
 
@@ -245,6 +247,38 @@ def test_a_job_computes_on_the_cpu_where_there_is_no_gpu(kind, monkeypatch):
     assert settle_options(kind(), {}).device == "cpu"
 
 
+def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeypatch):
+    seen = []
+
+    def note(*args):
+        seen.append(args[-1])
+        raise KeyboardInterrupt
+
+    base = prolora.open_base(
+        {f"transformer_blocks.0.attn1.to_{x}.weight": torch.eye(8) for x in "qkv"}
+    )
+    for place in ("bases.cache.build", "comparison.comparison"):
+        monkeypatch.setattr(f"prolora.{place}.Memory", note)
+    monkeypatch.setattr("prolora.comparison.block_matching._find_room", note)
+    calls = (
+        lambda **how: survey_base(base, 4, **how),
+        lambda **how: compare_bases(base, base, **how),
+        lambda **how: match_blocks(base, base, **how),
+        lambda **how: resolve_match("similarity", base, base, **how),
+    )
+    for call in calls:
+        for how in ({}, {"device": "cpu"}):
+            with pytest.raises(KeyboardInterrupt):
+                call(**how)
+    assert seen == ["cuda", "cpu"] * len(calls)
+
+
+def test_workers_of_a_plan_keep_to_the_cpu_unless_told_otherwise(one_card):
+    plan = Plan((), {})
+    assert plan.make_options().device == plan.make_options(device=None).device == "cpu"
+    assert plan.make_options(device="cuda").device == "cuda"
+
+
 def test_importing_the_package_asks_for_no_gpu():
     code = (
         "import torch; torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0\n"
@@ -372,4 +406,4 @@ def test_the_device_auto_is_a_gpu_where_there_is_one(monkeypatch, gpu, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
     assert resolve_device("auto") == device
-    assert resolve_device(None) is None
+    assert resolve_device(None) == device

@@ -272,6 +272,19 @@ def test_a_balanced_merge_does_what_biases_do_alike_once_too(strengths):
             assert torch.allclose(vector, right, atol=1e-4), method
 
 
+@pytest.mark.parametrize("method", ["sum", "balanced"])
+def test_what_is_zero_in_all_loras_is_zero_in_the_merge(method):
+    module = BLOCK.format(0, MODULES[0])
+    stem = "lora_unet_" + module.replace(".", "_")
+    loras = [make_lora(1, i)[0] | {f"{stem}.diff_b": torch.zeros(24)} for i in range(2)]
+    for lora in loras:
+        lora[f"{stem}.lora_up.weight"] = torch.zeros_like(lora[f"{stem}.lora_up.weight"])
+    merged = prolora.merge(loras, method=method).adapter
+    assert torch.equal(merged.vectors[f"{module}.bias"], torch.zeros(24))
+    assert not merged.updates[module].dense().any()
+    assert all(u.dense().any() for name, u in merged.updates.items() if name != module)
+
+
 def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
     paths = [tmp_path / folder / f"{n}.safetensors" for folder, n in ("ax", "ay", "by", "cy")]
     paths.append(tmp_path / "a" / "y (3).safetensors")
@@ -295,9 +308,9 @@ def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
     assert names == ["LoRA 3", "LoRA 3 (2)", "LoRA 3 (3)"]
 
 
-def write_wan(path, module="blocks.0.self_attn.q"):
+def write_wan(path, module="blocks.0.self_attn.q", width=5120):
     path.parent.mkdir(exist_ok=True)
-    key, size = f"diffusion_model.{module}", (5120, 2)
+    key, size = f"diffusion_model.{module}", (width, 2)
     up, down = torch.ones(size), torch.ones(size[::-1])
     save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
     return path
@@ -318,6 +331,22 @@ def test_loras_of_the_two_experts_of_one_model_are_refused(names, tmp_path):
     with pytest.raises(prolora.WrongBase, match="expert"):
         prolora.merge_file(paths, tmp_path / "out.safetensors")
     prolora.merge([write_wan(tmp_path / "a_low_noise.safetensors"), paths[1]])
+
+
+def test_a_lora_that_is_moved_to_the_target_first_may_be_for_the_other_expert(tmp_path):
+    high, low = tmp_path / "wan_high_noise.safetensors", tmp_path / "wan_low_noise.safetensors"
+    weight = torch.randn(1536, 1536, generator=torch.Generator().manual_seed(0))
+    for path, other in ((high, 0), (low, 0.01)):
+        save_file({"blocks.0.self_attn.q.weight": weight + other * weight.mT}, path)
+    ours, theirs = (write_wan(tmp_path / f"x_{n}.safetensors", width=1536) for n in ("HIGH", "LOW"))
+    done = prolora.merge([ours, theirs], high, (None, low), out_rank=2)
+    assert [part.moved_from for part in done.report.merge.parts] == ["", low.name]
+    for sources in ((), (None, None), (None, high)):
+        with pytest.raises(prolora.WrongBase, match=r"x_HIGH.*x_LOW|wan_high.*x_LOW"):
+            prolora.merge([ours, theirs], high, sources)
+    # Its own base is to be of its expert.
+    with pytest.raises(prolora.WrongBase, match=r"x_HIGH is for high noise and wan_low_noise"):
+        prolora.merge([ours, theirs], high, (low, low))
 
 
 def test_high_and_low_in_names_mean_nothing_for_a_model_without_experts(tmp_path):

@@ -317,7 +317,7 @@ class Resources:
         Raises:
             UnsupportedDevice: the device cannot be used, with the reason.
         """
-        self.device = resolve_device(self.device) or "cpu"
+        self.device = resolve_device(self.device)
 
     def read(self, takes_default: bool = True) -> dict[str, Any]:
         """As jobs take them; the default cache folder is none where it is not taken."""

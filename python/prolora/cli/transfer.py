@@ -323,9 +323,8 @@ def tell_readers(written: Description, explain: bool) -> str:
     none = written.non_readers
     if len(none) > MOST_NAMED and not explain:
         none = [*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others"]
-    beside = any(place.startswith("text_encoder") for place in written.modules)
-    told = tuple(written.readers), tuple(written.part_readers), tuple(none)
-    text = str(Readers(*told, beside and any(told)))
+    told = written.readers, written.part_readers, none, written.untried_readers
+    text = str(Readers(*map(tuple, told)))
     return text[:1].upper() + text[1:]
 
 

@@ -25,7 +25,7 @@ from ..bases.memory import Memory, Room
 from ..core.basis import Basis, stack_bases
 from ..core.methods import Needs
 from ..core.precision import in_full_precision, working_dtype
-from ..core.validation import DeviceLike
+from ..core.validation import DeviceLike, resolve_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
@@ -70,16 +70,18 @@ def match_blocks(
         source: the base with the blocks to look among.
         target: the base whose blocks are asked for.
         cache: keeps subspaces; None keeps nothing.
-        device: where to compute; None means the CPU.
+        device: where to compute. Default: a GPU where there is one, and else the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).
 
     Raises:
+        UnsupportedDevice: the device cannot be used.
         UnsupportedFormat: the two have no transformer blocks of the same kind and shape.
         TooLittleMemory: the bound is below what the largest weight needs.
         NonFiniteWeights: NaN or Inf, named.
     """
+    device = resolve_device(device)
     groups = group_blocks(source, target)
     if not groups:
         raise UnsupportedFormat(

@@ -254,7 +254,7 @@ def compare(
             verdict needs each weight read once and no singular value decomposition.
         match: how modules are paired, as in `transfer`.
         cache: keeps subspaces, the same folder as `transfer`'s; None keeps nothing.
-        device: where to compute; "auto" means a GPU where there is one, None the CPU.
+        device: where to compute. Default: a GPU where there is one, and else the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).

@@ -94,7 +94,7 @@ def balance_updates(parts: Sequence[LowRank]) -> list[float]:
     factors = torch.ones_like(wanted)
     alive = [i for i, energy in enumerate(wanted.tolist()) if energy > 0]
     active = list(alive)
-    for _ in range(4 * len(parts)):  # each turn drops one, or takes one back
+    for _ in range(4 * len(alive)):  # each turn drops one, or takes one back
         some = gram[active][:, active]
         # So little that equal updates share alike, and no other notices.
         ridge = _RIDGE * torch.diag(wanted[active])

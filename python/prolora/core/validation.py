@@ -38,15 +38,13 @@ def check_device(device: DeviceLike) -> torch.device:
     return wanted
 
 
-def resolve_device(device: DeviceLike) -> str | None:
-    """The device to compute on, checked; "auto" is a GPU that torch can use, or else the CPU.
+def resolve_device(device: DeviceLike) -> str:
+    """The device that a job computes on, checked: for "auto" and None a GPU where there is one.
 
     Raises:
         UnsupportedDevice: as `check_device`.
     """
-    if device is None:
-        return None
-    if device == "auto":
+    if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return str(check_device(device))
 

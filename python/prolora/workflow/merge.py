@@ -91,7 +91,7 @@ def merge(
     Raises:
         InvalidOption: fewer than two LoRAs, or not one strength or base for each.
         WrongBase: the LoRAs are for different models, and their bases are not given; they are for
-            both experts of one; or a LoRA is of `target` and not of its source.
+            both experts of one, and none is moved; or a LoRA is of `target` and not of its source.
         ShapeMismatch: two LoRAs have a module in different shapes.
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
@@ -146,6 +146,7 @@ class _Merge:
         loras: as they were given.
         target: the base of the result.
         sources: the base of each LoRA.
+        origins: the base that each is moved from; None for one that is of the target already.
         options: how they are merged.
         names: what reports call each LoRA.
         strengths: the factor on each.
@@ -162,6 +163,7 @@ class _Merge:
     options: MergeOptions
     names: list[str]
     strengths: list[float]
+    origins: list[Base | None] = field(default_factory=list)
     parts: list[Adapter] = field(default_factory=list)
     facts: list[MergedPart] = field(default_factory=list)
     behind: list[ModuleReport] = field(default_factory=list)
@@ -224,7 +226,7 @@ class _Merge:
         names = self.names
         if self.target is None:
             check_families(names, self.loras)
-        check_experts([*names, self.target.name] if self.target else names, self.loras)
+        self._check_experts()
         for i in range(len(self.loras)):
             self._read(i)
         self._check_modules()
@@ -247,11 +249,25 @@ class _Merge:
         limit = None if fitted is merged else form.limit
         return Transfer(fitted, replace(report, file_limit=limit), self.inputs)
 
+    def _check_experts(self) -> None:
+        """Finds which LoRAs are moved, and refuses those of the other expert that are not."""
+        target = self.target
+        self.origins = [
+            None if s is None or target is None or are_one_base(s, target) else s
+            for s in self.sources
+        ]
+        known = list(zip(self.names, self.loras, self.origins, strict=True))
+        kept = {name: lora for name, lora, origin in known if origin is None}
+        check_experts([*kept, *([target.name] if target else [])], list(kept.values()))
+        for name, lora, origin in known:
+            if origin is not None:
+                check_experts([name, origin.name], [lora])
+
     def _read(self, i: int) -> None:
         """Reads a LoRA, and moves it where it has another base than the result."""
-        lora, source, name = self.loras[i], self.sources[i], self.names[i]
+        lora, source, name = self.loras[i], self.origins[i], self.names[i]
         moved_from = ""
-        if self.target is None or source is None or are_one_base(source, self.target):
+        if self.target is None or source is None:
             if self.target is not None:
                 self._check_belongs(lora, name, self.target)
             adapter = read_plain(lora, self.target)

@@ -64,7 +64,7 @@ def check_experts(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
     """Refuses LoRAs of both experts of one model.
 
     Args:
-        names: of the LoRAs, and of the base of the result, if there is one.
+        names: of the LoRAs, and of the base that they are for, if there is one.
         loras: those LoRAs.
 
     Raises:

@@ -274,7 +274,8 @@ class TransferOptions:
             )
         if not is_out_rank(self.out_rank):
             raise InvalidOption(f"`out_rank` must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
-        object.__setattr__(self, "device", resolve_device(self.device))
+        if self.device is not None:
+            object.__setattr__(self, "device", resolve_device(self.device))
         self.memory_limit  # noqa: B018 (raises where it is no size)
         if self.method == BEST:
             self._check_best()
@@ -390,7 +391,7 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
             raise InvalidOption(f"there is no option {name!r}{hint}")
     settled = replace(options, **changes)
     if here and getattr(settled, "device", "") is None:
-        choice: Any = {"device": resolve_device(AUTO)}
+        choice: Any = {"device": resolve_device(None)}
         settled = replace(settled, **choice)
     return settled
 

@@ -70,7 +70,7 @@ def survey_base(
         base: as `open_base` takes it.
         rank: columns, or share of energy.
         cache: keeps the subspaces for later transfers, and gives those it has.
-        device: where to compute; "auto" means a GPU where there is one, None the CPU.
+        device: where to compute. Default: a GPU where there is one, and else the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).

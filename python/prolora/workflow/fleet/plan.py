@@ -225,6 +225,7 @@ class Plan:
             InvalidOption: an option of the plan that this version does not take.
         """
         chosen = dict(self.options)
+        resources["device"] = resources.get("device") or "cpu"  # many workers, and one card at most
         for name in _NOT_PLANNED & chosen.keys():
             raise InvalidOption(f"{name} is not an option of a plan")
         match = chosen.get("match", AUTO_MATCH)
