@@ -2,9 +2,10 @@
 
     python bench/check_families.py [--whole] [--json FILE]
 
-One published size of each family is a base, as a header without weights. A LoRA of each family, on
-the attention and feed-forward layers of the first two blocks and the last of every stack (of all
-with --whole) and in every format that can be written, is held against all of them. Right: "fits"
+One published size of each family, and Chroma Radiance beside Chroma, is a base, as a header without
+weights. A LoRA of each, on the attention and feed-forward layers of the first two blocks and the
+last of every stack (of all with --whole) and in every format that can be written, is held against
+all of them. Right: "fits"
 for its own family, "other" for any other. Wrong: the reverse of one of these. All else is
 undecided: "in part", "unclear", and "fits several" where the answer for another family says that
 the modules are also those of others.
@@ -80,17 +81,18 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    sizes = {family.id: family.layouts[0] for family in known_families().values()}
+    sizes = {family.layouts[0]: family.id for family in known_families().values()}
+    sizes |= {"chroma-radiance": "chroma"}
     counts: dict[str, Counter[str]] = {"own": Counter(), "other": Counter()}
     odd: dict[str, list[str]] = {}
     seconds, loras = [], 0
     with tempfile.TemporaryDirectory() as folder:
         bases = {}
-        for family, layout in sizes.items():
+        for layout in sizes:
             path = Path(folder) / f"{layout}.safetensors"
             write_hollow_base(path, layout)
-            bases[family] = open_base(path)
-        for family, layout in sizes.items():
+            bases[layout] = open_base(path)
+        for layout, family in sizes.items():
             for format in FORMATS:
                 try:
                     lora = outline_lora(family, layout, format, arguments.whole)
@@ -98,16 +100,19 @@ def main() -> None:
                     continue
                 loras += 1
                 for other, base in bases.items():
+                    if other != layout and sizes[other] == family:
+                        continue  # another size, which is neither its own base nor a foreign one
                     start = time.process_time()
                     answer = check(lora, base)
                     seconds.append(time.process_time() - start)
-                    verdict = judge(other == family, answer)
-                    counts["own" if other == family else "other"][verdict] += 1
+                    verdict = judge(other == layout, answer)
+                    counts["own" if other == layout else "other"][verdict] += 1
                     if verdict != "right":
-                        odd.setdefault(f"{family} on {other}: {answer}", []).append(format)
+                        odd.setdefault(f"{layout} on {other}: {answer}", []).append(format)
     facts = {
         "whole": arguments.whole,
-        "families": len(sizes),
+        "families": len(set(sizes.values())),
+        "bases": len(sizes),
         "loras": loras,
         "own_base": dict(counts["own"]),
         "other_base": dict(counts["other"]),

@@ -1,9 +1,11 @@
 """Which keys of a LoRA a program reads, by the program's own code: the counts of docs/formats.md.
 
     python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
+    python bench/loader_matrix.py PROGRAM CHECKOUT --text
     python bench/loader_matrix.py table
 
-The first adds its counts to bench/results/loaders.json (or FILE), the second makes
+The first adds its counts to bench/results/loaders.json (or FILE), the second adds to those what
+becomes of text encoders (which the first does too), the third makes
 python/prolora/architectures/loaders.json from them: what prolora knows of programs.
 
 CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
@@ -39,7 +41,12 @@ from prolora.architectures import loaders
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Spelling
 from prolora.architectures.layouts import UNUSED, load_layout
-from prolora.architectures.modules import find_block
+from prolora.architectures.modules import (
+    TEXT_ENCODERS,
+    find_block,
+    find_component,
+    is_in_text_encoder,
+)
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 
@@ -64,6 +71,23 @@ SPELLINGS = (
 )
 MOST_LISTED = 32
 """Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
+PROGRAM_ERRORS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+_CLIP_L, _CLIP_G, _CLIP_H = (768, 3072), (1280, 5120), (1024, 4096)
+_LAYER = "text_model.encoder.layers.0"
+TEXT_MODULES = {
+    name: {
+        f"{_LAYER}.self_attn.q_proj": (m, m),
+        f"{_LAYER}.self_attn.out_proj": (m, m),  # by which diffusers tells kohya's files
+        f"{_LAYER}.mlp.fc1": (n, m),
+    }
+    for name, (m, n) in (("clip-l", _CLIP_L), ("clip-bigg", _CLIP_G), ("clip-h", _CLIP_H))
+} | {
+    "t5-xxl": {
+        "encoder.block.0.layer.0.SelfAttention.q": (4096, 4096),
+        "encoder.block.0.layer.1.DenseReluDense.wi_0": (10240, 4096),
+    }
+}
+"""Text encoder -> some modules of it, with their shapes."""
 UNET_FORMATS = ("comfy", "kohya", "diffusers", "peft")
 
 
@@ -103,6 +127,37 @@ def make_adapter(family: Family, layout: str, keep: Callable[[str], bool]) -> Ad
     return Adapter(updates, family=family.id)
 
 
+def make_text_adapter(family: Family, layout: str) -> Adapter:
+    """A LoRA on the usual modules, and on some of each text encoder that LoRAs are read for."""
+    usual = set(load_layout(layout).adapted)
+    adapter = make_adapter(family, layout, usual.__contains__)
+    for component, encoder in zip(TEXT_ENCODERS, load_layout(layout).text_encoders, strict=False):
+        for name, (m, n) in TEXT_MODULES.get(encoder, {}).items():
+            update = LowRank(torch.ones(m, 1), torch.ones(1, n))
+            adapter.updates[f"{component}.{name}"] = update
+    return adapter
+
+
+def measure_text(
+    family: Family, layout: str, read: Read, row: tuple[str, str, Spelling | None]
+) -> dict[str, bool]:
+    """Text encoder -> whether a program reads it, in a file with the usual modules too."""
+    adapter = make_text_adapter(family, layout)
+    found: dict[str, bool] = {}
+    try:
+        tensors, keys = encode(adapter, row[1], row[2])
+        taken = read(dict(tensors), keys) & tensors.keys()
+    except UnsupportedFormat:
+        return {}  # a PEFT folder has one model
+    except PROGRAM_ERRORS:
+        tensors, taken = {}, set()
+    for name in filter(is_in_text_encoder, adapter.updates):
+        component = find_component(name)
+        whole = bool(tensors) and set(keys[name]) <= taken
+        found[component] = found.get(component, True) and whole
+    return found
+
+
 def list_rows(family: Family) -> list[tuple[str, str, Spelling | None]]:
     """(row of the table, format, spelling) of the files of a family."""
     if family.unet:
@@ -112,6 +167,7 @@ def list_rows(family: Family) -> list[tuple[str, str, Spelling | None]]:
         if spelling.names == "authors" and not family.authors:
             continue
         format = "diffusers" if spelling.dotted else "kohya"
+        format = "comfy" if spelling.prefix == "diffusion_model." else format
         rows.append((loaders.name_row(family, format, spelling), format, spelling))
     return rows
 
@@ -142,7 +198,7 @@ def measure(
         tensors, keys = encode(adapter, format, spelling)
         try:
             taken = read(dict(tensors), keys) & tensors.keys()
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except PROGRAM_ERRORS as error:
             told = f"  {family.id} {row[0]}: {type(error).__name__}"
             if told not in TOLD:
                 TOLD.append(told)
@@ -195,6 +251,19 @@ def find_readable(
     return {name: read.get(name, False) for name in modules}
 
 
+def add_text(open_program: Open, tables: dict[str, Any]) -> None:
+    """Adds to counts that are there what becomes of text encoders."""
+    for id_, sizes in tables.items():
+        family = known_families()[id_]
+        for layout, rows in sizes.items():
+            encoders = load_layout(layout).text_encoders
+            read = open_program(family, layout) if TEXT_MODULES.keys() & set(encoders) else None
+            for row in list_rows(family) if read else ():
+                if row[0] in rows and (text := measure_text(family, layout, read, row)):
+                    rows[row[0]]["text"] = text
+            print(f"{id_}: {layout}", flush=True)
+
+
 def describe_checkout(checkout: Path) -> str:
     """Commit and date of a checkout that is a repository of git; "" if it is none."""
     if not (checkout / ".git").exists():
@@ -203,7 +272,9 @@ def describe_checkout(checkout: Path) -> str:
     return subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def tabulate(open_program: Open, families: list[str]) -> Iterator[dict[str, object]]:
+def tabulate(
+    open_program: Open, families: list[str], tries_text: bool
+) -> Iterator[dict[str, object]]:
     """Family -> layout -> row -> counts, longer by one family each time."""
     table: dict[str, object] = {}
     for id_ in families:
@@ -215,7 +286,9 @@ def tabulate(open_program: Open, families: list[str]) -> Iterator[dict[str, obje
             rows = {}
             for row in list_rows(family):
                 counts = measure(family, layout, read, row)
+                text = measure_text(family, layout, read, row) if tries_text else {}
                 if counts is not None:
+                    counts |= {"text": text} if text else {}
                     rows[row[0]] = counts
             sizes[layout] = rows
         if sizes:
@@ -277,6 +350,14 @@ def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
                     unread = ["!"] if "!" in unread else None
                 if unread != ["*"]:
                     of.setdefault(row, {})[program] = unread
+                text = [
+                    counts[row]["text"]
+                    for counts in sizes.values()
+                    if "text" in counts.get(row, {})
+                ]
+                if text:
+                    lost = {one for encoders in text for one, ok in encoders.items() if not ok}
+                    of.setdefault(row + loaders.TEXT, {})[program] = sorted(lost)
     return {"programs": programs, "families": drop_idle_rows(families)}
 
 
@@ -286,8 +367,14 @@ def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
     for id_, family in known_families().items():
         if id_ in families:
             own = {loaders.name_row(family, f, one) for f, one in family.spellings.items()}
-            rows = families[id_].items()
-            kept[id_] = {row: of for row, of in rows if not row or row in own or [] in of.values()}
+            rows = families[id_]
+            kept[id_] = {
+                row: of
+                for row, of in rows.items()
+                if not row
+                or (one := row.removesuffix(loaders.TEXT)) in own
+                or [] in rows.get(one, {}).values()
+            }
     return kept
 
 
@@ -314,6 +401,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, nargs="?")
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
+    parser.add_argument("--text", action="store_true", help="add text encoders to the counts")
     parser.add_argument("--whole", action="store_true", help="all blocks (diffusers counts them)")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -330,9 +418,15 @@ def main() -> None:
     open_program = program.open(arguments.checkout.resolve())
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
     before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
+    if arguments.text:
+        add_text(open_program, raw[arguments.program]["families"])
+        arguments.json.write_text(format_counts(raw), "utf-8")
+        return
     facts = {"title": program.title, "version": version, "how": "run", "families": before}
     raw[arguments.program] = facts
-    for table in tabulate(open_program, arguments.families or list(known_families())):
+    for table in tabulate(
+        open_program, arguments.families or list(known_families()), program.reads_text
+    ):
         facts["families"] = {**before, **table}
         arguments.json.write_text(format_counts(raw), "utf-8")
 

@@ -72,6 +72,7 @@ template <class Tile, class Operand>
 void run_product(const KrylovBlockArgs<float>& args,
                  const ThinProduct<typename Operand::Number>& product, cudaStream_t stream) {
   const ThinGrid grid = thin_grid<Tile>(args.batch, product.rows, product.cols, product.depth);
+  if (grid.blocks() == 0) return;  // weights without columns
   auto kernel = thin_product_kernel<Tile, Operand>;
   LAUNCH(kernel, grid_size(grid.blocks(), "krylov_block"), Tile::kThreads,
          sizeof(typename Tile::Shared), stream, product, grid, args.parts);

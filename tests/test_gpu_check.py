@@ -17,6 +17,7 @@ from gpu.steps import Bench, Step
 
 import prolora
 from prolora.core.ops import krylov_block, native, small_svd
+from prolora.core.svd import block_basis, krylov
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
@@ -155,19 +156,78 @@ def test_wrong_small_svds_fail_the_check(bench, monkeypatch, wrong):
         correct.compare_small_svds(bench)
 
 
+def without_span(rows, size):
+    """Orthonormal rows that are orthogonal to the basis as they should, but span something else."""
+    known = rows[:, :size].double()
+    other = torch.randn(rows[:, size:].shape, generator=torch.Generator().manual_seed(3)).double()
+    for _ in range(2):
+        other = other - other @ known.mT @ known
+    rows[:, size:] = torch.linalg.qr(other.mT)[0].mT
+
+
 @wrong_results
-@pytest.mark.parametrize("which", ["projected", "rows"])
+@pytest.mark.parametrize("which", ["projected", "rows", "length"])
 def test_a_wrong_block_of_a_basis_fails_the_check(bench, monkeypatch, which, wrong):
     find = krylov_block.krylov_block
 
     def spoiled(w, rows, projected, size, width):
         length = find(w, rows, projected, size, width)
-        part = rows[:, size:] if which == "rows" else projected[:, size - width : size]
+        parts = {"rows": rows[:, size:], "projected": projected[:, size - width : size]}
+        part = {**parts, "length": length}[which]
         part.copy_(wrong(part))
         return length
 
     monkeypatch.setattr(krylov_block, "krylov_block", spoiled)
     with pytest.raises(AssertionError, match="krylov_block"):
+        correct.compare_blocks(bench)
+
+
+def test_a_block_that_spans_something_else_fails_the_check(bench, monkeypatch):
+    find = krylov_block.krylov_block
+
+    def spoiled(w, rows, projected, size, width):
+        length = find(w, rows, projected, size, width)
+        without_span(rows, size)
+        return length
+
+    monkeypatch.setattr(krylov_block, "krylov_block", spoiled)
+    with pytest.raises(AssertionError, match="krylov_block, image outside of the block"):
+        correct.compare_blocks(bench)
+
+
+def test_the_check_of_blocks_counts_those_of_a_truncated_svd(bench):
+    correct.compare_blocks(bench)
+    lines = results.read_lines([bench.results])
+    calls_of_it = [line["value"] for line in lines if line["name"] == "krylov_block, calls"]
+    assert len(calls_of_it) == 2 and min(calls_of_it) > 3
+
+
+def fail_to_launch(find, *operands):
+    raise RuntimeError("krylov_block: launch: too many resources requested")
+
+
+def leave_rows_zero(find, w, rows, projected, size, width):
+    length = find(w, rows, projected, size, width)
+    rows[:, size : size + width] = 0
+    return length
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [fail_to_launch, leave_rows_zero, lambda find, *operands: find(*operands) * float("nan")],
+    ids=["raises", "zero rows", "NaN length"],
+)
+def test_a_truncated_svd_that_the_op_spoils_fails_the_check(bench, monkeypatch, fault):
+    """The ladder falls to another rung, whose result is right."""
+    find = block_basis.krylov_block
+    monkeypatch.setattr(block_basis, "krylov_block", lambda *operands: fault(find, *operands))
+    with pytest.raises((AssertionError, RuntimeError), match="krylov"):
+        correct.compare_blocks(bench)
+
+
+def test_a_truncated_svd_without_the_op_fails_the_check(bench, monkeypatch):
+    monkeypatch.setattr(krylov, "_takes_stored", lambda *_: False)
+    with pytest.raises(AssertionError, match="krylov_block finds no block"):
         correct.compare_blocks(bench)
 
 
@@ -360,6 +420,20 @@ def test_the_model_gives_the_times_that_it_starts_from():
     for size, seconds in ((128, 6.0e-3), (512, 14.6e-3)):
         found = gpu_model.estimate_eigh(64, size, "float32", gpu_model.H100, batched=True)
         assert found == pytest.approx(seconds, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "bench/results").exists(), reason="a source distribution holds no results"
+)
+def test_a_stack_asks_no_more_of_a_gpu_than_the_stored_counts_say():
+    counts = json.loads((ROOT / "bench/results/dispatches.json").read_text())
+    for label, stored in (("after", False), ("krylov_block", True)):
+        known = counts[label]["cases"][0]
+        case = (known[name] for name in ("matrices", "rows", "columns", "rank"))
+        found = dispatches.count_case(*case, stored=stored)
+        for what in ("dispatches", "synchronisations"):
+            assert found[what] <= known[what], label
 
 
 def test_what_a_stack_asks_of_a_gpu_does_not_grow_with_it():

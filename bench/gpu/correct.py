@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import prolora
-from prolora.core.ops import native
-from prolora.core.svd import batched_eigh, solvers
+from prolora.core.ops import krylov_block, native
+from prolora.core.svd import batched_eigh, block_basis, solvers, stacks
 
 from .clock import time_call
 from .machine import ROOT
@@ -39,6 +39,11 @@ LIMITS = {
     "side stream": 1e-5,
     "transfer": 1e-3,
 }
+BLOCKS = [
+    ((1280, 2048), (768, 800), torch.float16),
+    ((3072, 1280), (800, 768), torch.bfloat16),
+]
+"""Shapes for krylov_block, and the toys for them, which the Krylov rung takes too."""
 EIGENPROBLEMS = (32, 128, 416, 544, 1280)
 BATCHES = (1, 8, 64, 277)
 TOO_LONG = 2e3
@@ -140,8 +145,13 @@ def compare_bases(bench: Bench, weight: Tensor, rank: int | float) -> None:
     """
     here = prolora.truncated_svd(weight, rank)
     there = prolora.truncated_svd(weight.to(bench.device), rank).to("cpu")
+    compare_subspaces(bench, here, there)
+
+
+def compare_subspaces(bench: Bench, here: prolora.Basis, there: prolora.Basis) -> None:
+    """As `compare_bases`, of what the CPU and the GPU have given."""
     sines, bounds = [0.0], [0.0]
-    for i in range(len(weight)):
+    for i in range(len(here.rank)):
         k = int(here.rank[i])
         assert k == int(there.rank[i]), (k, int(there.rank[i]))
         for x, y in ((here.U[i], there.U[i]), (here.V[i], there.V[i])):
@@ -208,28 +218,58 @@ def compare_blocks(bench: Bench) -> None:
     """krylov_block against float64, and a truncated SVD that takes its blocks from it.
 
     Raises:
-        AssertionError: it is off, its new rows are not orthonormal, or it is not what runs.
+        AssertionError: it is off, or it is not what runs.
     """
-    from prolora.core.ops.krylov_block import krylov_block
-
-    width, size = bench.size(256) // 4, bench.size(256)
     with mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block"):
         choice = native.choose("krylov_block", torch.device(bench.device))
         assert choice.kernels or bench.dry, f"krylov_block runs in torch here: {choice.why}"
-        for (m, n), dtype in (((1280, 2048), torch.float16), ((3072, 1280), torch.bfloat16)):
-            weight = make_weights(2, bench.size(m), bench.size(n), "cpu").to(dtype)
-            w = weight if m < n else weight.mT
-            rows, projected = make_basis(2, w.shape[1], size, size + width, bench.device)
-            known = rows[:, :size].cpu().double()
-            krylov_block(w.to(bench.device), rows, projected, size, width)
-            exact = known[:, -width:] @ w.double() @ w.double().mT @ known.mT
-            case = f"{m}x{n} {str(dtype).removeprefix('torch.')}"
-            found = projected[:, size - width : size, :size]
-            require_equal(bench, "krylov_block", exact, found, case)
-            whole = rows.cpu().double()
-            skew = float((whole @ whole.mT - torch.eye(size + width)).norm())
-            bench.require("krylov_block, orthonormality", skew, 1e-4, "", case)
-            compare_bases(bench, weight, bench.size(RANK))
+        for shape, toy, dtype in BLOCKS:
+            m, n = toy if bench.dry else shape
+            weight = make_weights(2, m, n, "cpu").to(dtype)
+            case = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
+            compare_block(bench, weight if m < n else weight.mT, case)
+            compare_svd_by_blocks(bench, weight, case)
+
+
+def compare_block(bench: Bench, w: Tensor, case: str) -> None:
+    """A block for W [b, d, n]: what it projects, its length, whether it is orthonormal and spans.
+
+    Raises:
+        AssertionError: one of these is off.
+    """
+    width, size = bench.size(256) // 4, bench.size(256)
+    rows, projected = make_basis(2, w.shape[1], size, size + width, bench.device)
+    known = rows[:, :size].cpu().double()
+    length = krylov_block.krylov_block(w.to(bench.device), rows, projected, size, width)
+    image = known[:, -width:] @ w.double() @ w.double().mT
+    column = image @ known.mT
+    image -= column @ known
+    require_equal(bench, "krylov_block", column, projected[:, size - width : size, :size], case)
+    require_equal(bench, "krylov_block", image.norm(dim=(1, 2)), length, f"{case}, length")
+    whole = rows.cpu().double()
+    skew = float((whole @ whole.mT - torch.eye(size + width)).norm())
+    bench.require("krylov_block, orthonormality", skew, 1e-4, "", case)
+    block = whole[:, size:]
+    missed = relative(image, image @ block.mT @ block)
+    bench.require("krylov_block, image outside of the block", missed, 1e-4, "", case)
+
+
+def compare_svd_by_blocks(bench: Bench, weight: Tensor, case: str) -> None:
+    """A truncated SVD with the op against one on the CPU without it.
+
+    Raises:
+        AssertionError: it is off, or the op or the Krylov rung is not what gave it.
+    """
+    rank, find = bench.size(RANK), block_basis.krylov_block
+    here = prolora.truncated_svd(weight, rank)
+    as_gpu = mock.patch.object(stacks, "CPU_AS_GPU", bench.dry)
+    with as_gpu, mock.patch.object(block_basis, "krylov_block", wraps=find) as op:
+        there = prolora.truncated_svd(weight.to(bench.device), rank).to("cpu")
+    bench.record("krylov_block, calls", op.call_count, "times", case)
+    assert op.call_count, "krylov_block finds no block of a truncated SVD"
+    # What it spoils, another rung mends.
+    assert there.rung == "krylov", f"with krylov_block the rung is {there.rung}, not krylov"
+    compare_subspaces(bench, here, there)
 
 
 def use_side_stream(bench: Bench) -> None:

@@ -17,10 +17,12 @@ class Program(NamedTuple):
     Attributes:
         title: what people call it.
         file: of this folder, which has `open_program`.
+        reads_text: whether that says what it does with text encoders.
     """
 
     title: str
     file: str
+    reads_text: bool = True
 
     def open(self, checkout: Path) -> Open:
         """What its code makes of a LoRA, for each family and size."""
@@ -30,7 +32,7 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "comfyui": Program("ComfyUI", "comfyui"),
-    "diffsynth": Program("DiffSynth-Studio", "diffsynth"),
+    "diffsynth": Program("DiffSynth-Studio", "diffsynth", reads_text=False),
     "diffusers": Program("diffusers", "diffusers"),
     "forge": Program("Forge", "forge"),
     "invokeai": Program("InvokeAI", "invokeai"),
@@ -39,6 +41,5 @@ PROGRAMS = {
     "musubi": Program("musubi-tuner", "musubi"),
     "sd-scripts": Program("sd-scripts", "sd_scripts"),
     "sdcpp": Program("stable-diffusion.cpp", "sdcpp"),
-    "sdnext": Program("SD.Next", "sdnext"),
 }
 """Id -> program."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
 
 from .common import Keys, Open, Read, enter, store_hollow, with_alphas
+from .text_encoders import list_weights
 
 COMFYUI_HINTS = {
     "auraflow": {"positional_encoding": (1, 9216, 3072)},
@@ -93,7 +95,11 @@ def open_program(checkout: Path) -> Open:
         if model is None:
             return None
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        texts = list_weights(layout)
+        shapes |= texts
         key_map = comfy.lora.model_lora_keys_unet(model, {})
+        encoders = SimpleNamespace(state_dict=lambda: texts)
+        key_map = comfy.lora.model_lora_keys_clip(encoders, key_map)
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
             patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
-from prolora.architectures.modules import matrix_shape
+from prolora.architectures.modules import TEXT_ENCODERS, is_in_text_encoder, matrix_shape
 
 from .common import Keys, Open, Read, enter, take_modules
+from .text_encoders import build_encoder
 
 DIFFUSERS_PIPELINES = {
     "auraflow": "AuraFlowPipeline",
@@ -74,9 +75,30 @@ def open_program(checkout: Path) -> Open:
             down = [""] * blocks.get(family.id, 3)
             options["unet_config"] = FrozenDict(layers_per_block=layers, down_block_types=down)
 
+        encoders = dict(zip(TEXT_ENCODERS, load_layout(layout).text_encoders, strict=False))
+
+        def read_texts(state: dict[str, Tensor]) -> set[str]:
+            """The modules of text encoders that get factors, in models of one layer."""
+            found = set()
+            for component in {*pipeline._lora_loadable_modules} & {*encoders}:
+                if any(key.startswith(f"{component}.") for key in state):
+                    encoder = build_encoder(encoders[component], layers=1)
+                    encoder = getattr(encoder, "text_model", encoder)
+                    pipeline.load_lora_into_text_encoder(
+                        state, None, text_encoder=encoder, prefix=component
+                    )
+                    outer = "text_model." if "clip" in encoders[component] else ""
+                    found |= {
+                        f"{component}.{outer}{name.removeprefix(outer)}"
+                        for name, module in encoder.named_modules()
+                        if getattr(module, "lora_B", None)
+                    }
+            return found
+
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
             state = pipeline.lora_state_dict(tensors, **options)
             state = state[0] if isinstance(state, tuple) else state
+            texts = read_texts(state) if any(map(is_in_text_encoder, keys)) else set()
             if family.unet:
                 state = convert_unet_state_dict_to_peft(state)
             prefix, sizes = ("unet." if family.unet else "transformer."), {}
@@ -91,7 +113,7 @@ def open_program(checkout: Path) -> Open:
                 and {"A", "B"} <= size.keys()
                 and (len(size["B"]), size["A"][0].numel()) == matrix_shape(shapes[path])
             }
-            return take_modules(found, keys)
+            return take_modules(found | texts, keys)
 
         return read
 

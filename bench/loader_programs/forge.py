@@ -28,15 +28,6 @@ REPOSITORIES = {
     "ssd-1b": "ssd-1b",
 }
 """Family -> what stands for the repository that its guess of a checkpoint names."""
-TEXTS = {
-    "chroma": ("t5xxl",),
-    "flux": ("clip_l", "t5xxl"),
-    "sd15": ("clip_l",),
-    "sd21": ("clip_h",),
-    "sd3": ("clip_l", "clip_g", "t5xxl"),
-    "sdxl": ("clip_l", "clip_g"),
-    "ssd-1b": ("clip_l", "clip_g"),
-}
 SD = dict(
     num_res_blocks=[2, 2, 2, 2],
     channel_mult=(1, 2, 4, 4),
@@ -96,7 +87,7 @@ def open_program(checkout: Path) -> Open:
             config=SimpleNamespace(huggingface_repo=REPOSITORIES[family.id]),
             diffusion_model=SimpleNamespace(config=UNETS.get(family.id, FLUX)),
         )
-        texts = list_weights(TEXTS[family.id])
+        texts = list_weights(layout)
         _, unet_keys = lora.model_lora_keys_unet(model, {})
         encoders = SimpleNamespace(state_dict=lambda: texts)
         _, text_keys = lora.model_lora_keys_clip(encoders, {})

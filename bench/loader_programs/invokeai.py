@@ -16,7 +16,7 @@ from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
 
 from .common import Keys, Open, Read, enter, name_weights
-from .text_encoders import build_clip, build_t5
+from .text_encoders import build_encoder
 
 BASES = {
     "anima": ("Anima", "anima"),
@@ -43,12 +43,13 @@ ENCODERS = {
 }
 """Layout -> prefix of layers -> the encoder that they patch."""
 
-MISSING = tuple(
-    (
-        "torchvision cv2 picklescan compel invisible_watermark onnx spandrel fastapi fastapi_events socketio uvicorn blake3 gguf "
-        "mediapipe pypatchmatch dynamicprompts semver deprecated sentencepiece accelerate onnxruntime scipy skimage rapidfuzz humanize asyncer jinja2"
-    ).split()
-)
+MISSING = (
+    "torchvision cv2 picklescan compel invisible_watermark onnx spandrel fastapi "
+    "fastapi_events socketio uvicorn blake3 gguf mediapipe pypatchmatch "
+    "dynamicprompts semver deprecated sentencepiece accelerate onnxruntime scipy "
+    "skimage rapidfuzz humanize asyncer jinja2 "
+).split()
+"""Packages that it imports and this does not need."""
 
 
 class _Tree(nn.Module):
@@ -106,7 +107,7 @@ def open_program(checkout: Path) -> Open:
         places: dict[str, tuple[nn.Module, bool]] = {prefix: (_Tree(shapes), flat)}
         with torch.device("meta"):
             for start, text in ENCODERS.get(layout, {}).items():
-                encoder = build_t5() if "t5" in text else build_clip(text)
+                encoder = build_encoder(text)
                 places[start] = (encoder, flat)
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:

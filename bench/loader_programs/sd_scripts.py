@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prolora.architectures.family import Family
 
 from .common import Keys, Open, Read, enter, fit_factors
-from .text_encoders import build_clip, build_t5
+from .text_encoders import build_encoder
 
 Module = Callable[[str], Any]
 ANIMA = dict(
@@ -125,7 +125,7 @@ def open_program(checkout: Path) -> Open:
         networks = importlib.import_module(f"networks.{file}")
         with torch.device("meta"):
             model = build(lambda name: importlib.import_module(f"library.{name}"))
-            encoders = [build_t5() if "t5" in text else build_clip(text) for text in texts]
+            encoders = [build_encoder(text) for text in texts]
         encoders = encoders or [nn.Module()]  # Gemma or Qwen, of which nothing is measured
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from prolora.architectures.family import Family
 
 from .common import Keys, Open, Read, name_weights
+from .text_encoders import list_weights
 
 SDCPP_VERSIONS = {
     "chroma": "VERSION_FLUX",
@@ -93,8 +94,11 @@ def open_program(checkout: Path) -> Open:
         if version is None:
             return None
         shapes = name_weights(family, layout)
+        texts = list_weights(layout)
         stored = [f"model.diffusion_model.{name}" for name in shapes]
-        weights = dict(zip(convert(version, stored), shapes.values(), strict=True))
+        stored += [f"text_encoders.{name}" for name in texts]
+        converted = convert(version, stored)
+        weights = dict(zip(converted, [*shapes.values(), *texts.values()], strict=True))
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
             converted = convert(version, [f"lora.{key}" for key in tensors])

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from prolora.architectures.layouts import load_layout
+
 CLIP = {
     "clip-l": (768, 12),
     "clip-h": (1024, 23),
@@ -16,15 +18,15 @@ CLIP = {
 """Encoder -> width and layers; SD2.1 has no last layer."""
 
 
-def build_clip(name: str) -> nn.Module:
+def build_clip(name: str, layers: int | None = None) -> nn.Module:
     """An encoder with `text_model.` before all names, as up to transformers 4."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    width, layers = CLIP[name]
+    width, depth = CLIP[name]
     config = CLIPTextConfig(
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or depth,
         num_attention_heads=width // 64,
         projection_dim=width,
     )
@@ -36,25 +38,34 @@ def build_clip(name: str) -> nn.Module:
     return outer
 
 
-def build_t5() -> nn.Module:
+def build_t5(layers: int | None = None) -> nn.Module:
     """The encoder of T5-XXL."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128
+        d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=layers or 24, vocab_size=32128
     )
     config.feed_forward_proj = "gated-gelu"
     config.is_gated_act, config.dense_act_fn = True, "gelu_new"
     return T5EncoderModel(config)
 
 
-def list_weights(names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """The weights of encoders as ComfyUI calls them, `clip_l.transformer.text_model…`."""
-    kinds = {"clip_l": "clip-l", "clip_h": "clip-h", "clip_g": "clip-bigg"}
+NAMES = {"clip-l": "clip_l", "clip-h": "clip_h", "clip-bigg": "clip_g", "t5-xxl": "t5xxl"}
+"""Encoder -> what ComfyUI calls it."""
+
+
+def list_weights(layout: str) -> dict[str, tuple[int, ...]]:
+    """The weights of a model's encoders as ComfyUI calls them, `clip_l.transformer.text_model…`."""
     weights = {}
     with torch.device("meta"):
-        for name in names:
-            model = build_clip(kinds[name]) if name in kinds else build_t5()
-            for key, value in model.state_dict().items():
-                weights[f"{name}.transformer.{key}"] = tuple(value.shape)
+        for encoder in load_layout(layout).text_encoders:
+            if encoder in NAMES:
+                state = build_encoder(encoder).state_dict()
+                start = f"{NAMES[encoder]}.transformer."
+                weights |= {start + key: tuple(value.shape) for key, value in state.items()}
     return weights
+
+
+def build_encoder(name: str, layers: int | None = None) -> nn.Module:
+    """CLIP or T5, of as many layers as it has or of some."""
+    return build_t5(layers) if name == "t5-xxl" else build_clip(name, layers)

@@ -68,6 +68,8 @@ ONCE = (STRIPED,)
 SEEDS = (0, 1, 2)
 IMAGES = 48
 """Images of each origin for the fit, and a third of that for the verdict."""
+STRONGER = (1.5, 2.0)
+"""Strengths above 1 at which the result is scored and drawn as well."""
 NOTHING = ("zero", "noise")
 """LoRAs without an effect that images show: of zeros, and of random numbers."""
 
@@ -228,7 +230,11 @@ def move(move_of: tuple[Any, ...], images: int) -> dict[str, Any]:
     assert verdict is not None
     unweakened = {n: LowRank(u.up / verdict.strength, u.down) for n, u in updates.items()}
     processor = time.process_time() - started
-    rows = {"moved": unweakened} | ({"weakened": updates} if verdict.strength != 1 else {})
+    rows = {"moved": unweakened} | ({"weakened": updates} if verdict.strength < 1 else {})
+    stronger = {
+        f"{strength:g}": {n: LowRank(strength * u.up, u.down) for n, u in unweakened.items()}
+        for strength in STRONGER
+    }
     return {
         "none": case.none,
         "oracle": case.best,
@@ -242,7 +248,8 @@ def move(move_of: tuple[Any, ...], images: int) -> dict[str, Any]:
         "seconds": report.seconds,
         "crossed": asdict(report.crossed) if report.crossed else None,
         "processor": processor,
-        "drawn": None if case.adapter in NOTHING else case.drawn(rows),
+        "stronger": {name: case.score(made) for name, made in stronger.items()},
+        "drawn": None if case.adapter in NOTHING else case.drawn(rows | stronger),
     }
 
 

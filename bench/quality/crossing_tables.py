@@ -183,7 +183,7 @@ def main() -> None:
         RESULTS.write_text(json.dumps(collect(options.work, kept), indent=0) + "\n")
     stored = json.loads(RESULTS.read_text())
     drawn = [row for row in stored["rows"] if row.get("drawn")]
-    titles = {"moved": "fit", "source": "*source with the LoRA*"}
+    titles = {"moved": "fit"}
     tables = {
         "crossing": pairs_table(stored["rows"]),
         "crossing adapters": adapters_table(stored["rows"]),

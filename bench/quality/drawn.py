@@ -18,6 +18,8 @@ from torch import Tensor
 from worlds import World
 
 IMAGES = 64
+ALIKE = {"mmd": 0.02, "palette": 0.08}
+"""Score -> difference of two sets of samples that is too near to chance for a scale."""
 SHADES = 4
 """Steps of each channel in a histogram of colours."""
 
@@ -71,30 +73,35 @@ def count_colours(images: Tensor) -> Tensor:
     return torch.bincount(box.flatten(), minlength=SHADES**3).float() / box.numel()
 
 
-def share_of(scores: Mapping[str, Mapping[str, float]], row: str, score: str) -> float:
-    """0 for the target alone and 1 for the LoRA that was trained there."""
+def share_of(scores: Mapping[str, Mapping[str, float]], row: str, score: str) -> float | None:
+    """0 for the target alone, 1 for the LoRA that was trained there; None where these are alike."""
     none, best = scores["none"][score], scores["oracle"][score]
-    return (scores[row][score] - none) / (best - none)
-
-
-def judged_by(adapter: str) -> tuple[str, ...]:
-    """The scores that a LoRA's samples are judged by: what it is about, and how near they are."""
-    about = ("named",) if adapter == "concept" else ("style",) if adapter in STYLES else ()
-    return (*about, "mmd", "palette")
+    return (scores[row][score] - none) / (best - none) if abs(best - none) > ALIKE[score] else None
 
 
 def samples_table(rows: list[Row], place: Callable[[Row], str], titles: Mapping[str, str]) -> str:
-    """A line for each LoRA and row in titles: by loss, and the shares of its samples."""
+    """A line for each LoRA and row in titles: by loss, what is seen, the shares of its samples.
+
+    Seen is the concept, or the style: in how many samples, and with the trained LoRA, of the source
+    with its own, and of the target alone.
+    """
     lines = []
     for row in rows:
         adapter, scores = row["adapter"], row["drawn"]
+        seen = {"concept": "named"}.get(adapter, "style")
         for name in [name for name in titles if name in scores]:
             losses = {"copy": row.get("copy")} | dict.fromkeys(("fit", "moved"), row["score_at_1"])
-            cells = [
-                f"{share_of(scores, name, score):.2f}" if score in judged_by(adapter) else "–"
-                for score in ("named", "style", "mmd", "palette")
+            looks = [
+                format_share(scores[which].get(seen))
+                for which in (name, "oracle", "source", "none")
             ]
-            loss = "–" if losses.get(name) is None else f"{losses[name]:.2f}"
-            lines.append([f"{place(row)}, *{adapter}*", titles[name], loss, *cells])
-    head = ["target, LoRA", "", "by loss", "concept seen", "style seen", "features", "colours"]
-    return format_table(head, lines)
+            cells = [format_share(share_of(scores, name, score)) for score in ALIKE]
+            line = [f"{place(row)}, *{adapter}*", titles[name], format_share(losses.get(name))]
+            lines.append([*line, *looks, *cells])
+    head = ["target, LoRA", "", "by loss", "seen", "trained there", "source", "alone"]
+    return format_table([*head, "features", "colours"], lines)
+
+
+def format_share(share: float | None) -> str:
+    """Two digits, or a dash."""
+    return "–" if share is None else f"{share:.2f}"

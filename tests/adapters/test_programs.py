@@ -146,3 +146,26 @@ def test_a_format_that_no_program_reads_is_replaced_by_what_most_read():
     """A LoRA that comes in ComfyUI's spelling of FLUX.1 and goes to Bria FIBO."""
     keys = encode_state_dict(adapter_for("bria-fibo", format="comfy"))
     assert all(key.startswith("transformer.transformer_blocks.0") for key in keys)
+
+
+def test_text_encoders_count_where_a_programs_code_tells():
+    """Forge reads kohya's names of FLUX's T5, and of diffusers' files CLIP alone."""
+    clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    t5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+    spellings = known_families()["flux"].spellings
+    kohya = find_readers(["flux"], "kohya", spellings["kohya"], [MODULE, clip, t5])
+    assert {"ComfyUI", "Forge", "sd-scripts"} <= set(kohya.whole)
+    assert "musubi-tuner" in kohya.part  # which reads no text encoder
+    dotted = spellings["diffusers"]
+    assert "Forge" in find_readers(["flux"], "diffusers", dotted, [MODULE, clip]).whole
+    assert "Forge" in find_readers(["flux"], "diffusers", dotted, [MODULE, clip, t5]).part
+    assert "Forge" in find_readers(["flux"], "diffusers", dotted, [t5]).none
+
+
+def test_programs_whose_part_in_text_encoders_is_not_known_are_named():
+    clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    style = known_families()["flux"].spellings["kohya"]
+    with_text = find_readers(["flux"], "kohya", style, [MODULE, clip])
+    assert "diffusers" in with_text.untried and "Forge" not in with_text.untried
+    assert f"with its text encoders not tried: {', '.join(with_text.untried)}" in str(with_text)
+    assert find_readers(["flux"], "kohya", style, [MODULE]).untried == ()

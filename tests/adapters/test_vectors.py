@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prolora import adapters
+from prolora.adapters.vectors import vector_suffixes
 from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 
@@ -213,3 +214,8 @@ def test_parts_of_a_flux_bias_that_do_not_fit_each_other_are_not_put_together(tm
     )
     with pytest.raises(ShapeMismatch, match="does not fit the other parts"):
         adapters.write_adapter(adapter, tmp_path / "out", format="kohya")
+
+
+def test_biases_stand_in_the_order_of_their_modules_in_every_process():
+    names = [f"blocks.{i}.attn.to_q.bias" for i in range(30)]
+    assert list(vector_suffixes(names)) == names

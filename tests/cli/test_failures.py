@@ -225,3 +225,42 @@ def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora,
     for status in ("moved", "already there"):
         code, text, errors = prolora(*line, "-o", tmp_path / "folder", "--json")
         assert code == 4 and "attn9" in errors and json.loads(text)["status"] == status
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("transfer", "nope.safetensors", "--source", "SOURCE", "--target", "TARGET", "--dry-run"),
+        ("check", "nope.safetensors", "SOURCE"),
+        ("merge", "nope.safetensors", "nope.safetensors", "-o", "both.safetensors"),
+        ("inspect", "nope.safetensors"),
+        ("advise", "nope.safetensors", "--source", "SOURCE", "--target", "TARGET"),
+        ("basis", "nope.safetensors"),
+        ("convert", "nope.safetensors", "-o", "other.safetensors"),
+        ("extract", "nope.safetensors", "SOURCE", "-o", "other.safetensors"),
+        ("migrate", "nope.safetensors", "-o", "moved"),
+        ("evaluate", "SOURCE", "TARGET", "nope.safetensors", "nope.safetensors"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_program_is_told_why_a_command_failed(prolora, case, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    words = [{"SOURCE": case[1], "TARGET": case[2]}.get(word, word) for word in words]
+    code, _, said = prolora(*words)
+    assert code == 2 and said.startswith("Error: ")
+    assert prolora(*words, "--json")[::2] == (code, said)
+    told = json.loads(prolora(*words, "--json")[1])
+    assert told.keys() == {"error"} and told["error"].keys() == {"type", "code", "message"}
+    assert told["error"]["code"] in ("missing-file", "unsupported-format")
+    assert prolora(*words)[1] == ""  # nor does what was asked before stay asked
+
+
+def test_a_program_is_told_of_a_refusal_once(prolora, line, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "lora.safetensors").write_text("of somebody else")
+    code, text, _ = prolora(*line, "-o", moved, "--json")
+    assert code == 2 and json.loads(text)["error"]["code"] == "foreign-file"
+    assert json.loads(text)["status"] == "failed"
+    code, text, _ = prolora(*line, "--prompt", "cat", "-o", moved, "--json")
+    assert code == 2 and json.loads(text)["error"]["code"] == "invalid-option"

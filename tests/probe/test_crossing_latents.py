@@ -25,7 +25,7 @@ from prolora import transfer as prolora_transfer
 from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base, vae
 from prolora.cli import app
-from prolora.probe import crossed, pipelines
+from prolora.probe import crossed, gate, pipelines
 from prolora.probe.checkpoint import Checkpoints
 from prolora.probe.pipelines import crossing, latents
 from prolora.probe.pipelines.conditioning import CallParts, PromptTable, split_call
@@ -178,6 +178,9 @@ def test_a_lora_crosses_to_a_file_of_the_target(room, tmp_path, monkeypatch, pai
         assert update.up.isfinite().all()
     rows = [row for row in report["modules"] if row["rank_out"]]
     assert {row["target"] for row in rows} == set(updates)
+    strength = report["probe"]["gate"]["strength"]
+    assert strength in (gate.RAISED, *gate.STRENGTHS[:-1])  # 1 is too weak across latents
+    assert adapters.read_adapter(out).metadata["prolora.strength"] == f"{strength:.4g}"
     across = report["probe"]["crossed"]
     assert across["images"] == 6
     assert set(across["round_trip"]) == {"source", "target"}

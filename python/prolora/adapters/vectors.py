@@ -134,8 +134,8 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
 
 
 def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
-    """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it."""
-    every = set(names)
+    """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it; in the names' order."""
+    every = dict.fromkeys(names)
     suffixes = {}
     for name in every:
         module, _, tensor = name.rpartition(".")

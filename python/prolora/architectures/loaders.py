@@ -5,6 +5,8 @@ family, the programs that have models of it (under ""), and for every way of spe
 (`name_row`) what each leaves unread: patterns of modules. An empty list is a file read whole, and a
 program that is not there reads nothing. `!` before the patterns: the program stops at a file with
 one of them. null: it leaves more modules than are listed. `?`: how much it leaves is not known.
+A row with `TEXT` behind its name has the text encoders that programs leave unread of such a file;
+of a program that is not there, that is not known.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from importlib import resources
 from typing import Any, Literal, NamedTuple
 
 from .family import Family, Spelling
+from .modules import find_component, is_in_text_encoder
 
 Reach = Literal["whole", "part", "none"]
 """How much of a file a program reads."""
+TEXT = " + text"
+"""Behind the name of a row: what programs do with text encoders."""
 
 
 class Loader(NamedTuple):
@@ -70,7 +75,8 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
         row: what `name_row` says of the file.
         modules: canonical names of those that the file updates.
     """
-    patterns = {family.find_pattern(name) for name in modules} - {None}
+    names = list(modules)
+    patterns = {family.find_pattern(name) for name in names} - {None}
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     reach: dict[str, Reach] = dict.fromkeys(rows[""], "none")
     for program, unread in rows.get(row, {}).items():
@@ -84,7 +90,26 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
             reach[program] = "whole"
         elif "!" not in unread and not patterns <= set(unread):
             reach[program] = "part"
+    encoders = {find_component(name) for name in names if is_in_text_encoder(name)}
+    for program, lost in rows.get(row + TEXT, {}).items() if encoders else ():
+        if program in reach:
+            parts: set[Reach] = {reach[program]} if patterns else set()
+            parts |= {"none" if one in lost else "whole" for one in encoders}
+            reach[program] = parts.pop() if len(parts) == 1 else "part"
     return reach
+
+
+def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
+    """The programs of which is not known what they do with the text encoders of a file.
+
+    Args:
+        family: of the LoRA.
+        row: what `name_row` says of the file.
+        modules: canonical names of those that the file updates.
+    """
+    rows: Any = _read_table()["families"].get(family.id, {"": []})
+    has_text = any(map(is_in_text_encoder, modules))
+    return set(rows[""]) - rows.get(row + TEXT, {}).keys() if has_text else set()
 
 
 @cache

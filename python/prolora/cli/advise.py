@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..workflow.advice import SAMPLED, Advice
 from ..workflow.advice import advise as find_advice
 from ..workflow.advice_options import AdviceOptions
 from ..workflow.output_paths import is_page_path
-from .console import out, progress_bar
+from .console import answer, out, progress_bar
 from .options import (
     Bases,
     ExplainOption,
@@ -158,7 +157,7 @@ def advise(
     if asked.report is not None:
         write_report(asked.report, advice, command)
     if asked.as_json:
-        print(json.dumps(advice.to_dict() | {"command": command}, indent=1))
+        answer.give(advice.to_dict() | {"command": command})
         return
     show_words(out, advice.in_words())
     if asked.explain or asked.modules or rank is not None:

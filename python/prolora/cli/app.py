@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import signal
@@ -24,7 +23,7 @@ from . import basis, fleet, inspect_table
 from . import check as checking
 from . import doctor as doctor_facts
 from .advise import advise
-from .console import err, out, prepare_streams, progress_bar
+from .console import answer, err, out, prepare_streams, progress_bar
 from .convert import convert
 from .demo import run_demo
 from .evaluate import evaluate
@@ -158,7 +157,7 @@ def inspect(
     """Say what a file is, from its header alone."""
     description = inspection.inspect(file)
     if as_json:
-        print(json.dumps(description.to_dict(), indent=1))
+        answer.give(description.to_dict())
     else:
         for part in inspect_table.description_parts(description):
             out.print(part)
@@ -256,7 +255,7 @@ def doctor(as_json: JsonOption = False) -> None:
     """Say what is installed, what is missing and how to get it: kernels, extras, memory, cache."""
     facts = doctor_facts.describe_kernels() | doctor_facts.describe_surroundings()
     if as_json:
-        print(json.dumps(facts, indent=1))
+        answer.give(facts)
     else:
         out.print(facts_table(facts))
 
@@ -278,6 +277,7 @@ def main() -> None:
     # An ordinary exit when told to stop, so that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
     prepare_streams()
+    answer.begin()
     try:
         code = app(standalone_mode=False)
     except CommandLineError as error:
@@ -290,6 +290,7 @@ def main() -> None:
         sys.exit(ExitCode.REFUSED)
     except HANDLED as error:
         log.debug("the error in full", exc_info=error)
+        answer.give_error(error)
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
     sys.exit(code)

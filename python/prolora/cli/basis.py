@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import suppress
@@ -23,7 +22,7 @@ from ..core.projection import DEFAULT_RANK
 from ..errors import ProLoRAError
 from ..files.sizes import format_size, parse_size
 from ..workflow.table import Column, Row, Table, make_table, write_extremes
-from .console import out, progress_bar
+from .console import answer, out, progress_bar
 from .exits import write_epilog
 from .options import (
     CacheOption,
@@ -76,7 +75,7 @@ def build(
     with progress_bar("basis", not (quiet or as_json)) as progress:
         rows = survey_base(opened, parse_rank(rank), **how, progress=progress)
     if as_json:
-        print(json.dumps([row.to_dict() for row in rows], indent=1))
+        answer.give([row.to_dict() for row in rows])
         return
     if not quiet:
         out.print_table(draw_table(survey_table(opened.name, rows)))
@@ -88,7 +87,7 @@ def list_cache(cache: CacheOption = None, as_json: JsonOption = False) -> None:
     """Say what the cache holds, and how large it is."""
     inventory = maintenance.take_inventory(find_folder(cache))
     if as_json:
-        print(json.dumps(inventory.to_dict(), indent=1))
+        answer.give(inventory.to_dict())
     else:
         show_inventory(inventory)
 
@@ -111,7 +110,7 @@ def verify(
     with progress_bar("verify", not (quiet or as_json)) as progress:
         result = maintenance.verify_cache(folder, base, parse_rank(rank), progress)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=1))
+        answer.give(result.to_dict())
     elif not quiet:
         for sentence in verification_lines(result, base, rank):
             out.print_line(sentence)
@@ -156,7 +155,7 @@ def prune(
         dry_run=dry_run,
     )
     if as_json:
-        print(json.dumps(asdict(result), indent=1))
+        answer.give(asdict(result))
         return
     word = "would be removed" if dry_run else "removed"
     out.print(

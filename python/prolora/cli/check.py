@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from ..errors import ProLoRAError
 from ..workflow.check import check as check_lora
 from ..workflow.check import open_checked
-from .console import out
+from .console import answer, out
 from .exits import ExitCode, describe_error
 from .options import JsonOption, base_argument
 from .tables import MARKS
@@ -33,18 +32,18 @@ def check(
     for lora in loras:
         start = f"{lora.name}: " if len(loras) > 1 else ""
         try:
-            answer = check_lora(lora, model)
+            found = check_lora(lora, model)
         except ProLoRAError as error:
             if len(loras) == 1:
                 raise
             code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
             records.append({"lora": str(lora), "error": error.to_dict()})
         else:
-            code = code if answer or code else ExitCode.LOW_COVERAGE
-            records.append(answer.to_dict())
-            text, style = str(answer), MARKS[answer.mark]
+            code = code if found or code else ExitCode.LOW_COVERAGE
+            records.append(found.to_dict())
+            text, style = str(found), MARKS[found.mark]
         if not as_json:
             out.print_line(f"{start}{text}", style=style)
     if as_json:
-        print(json.dumps(records[0] if len(records) == 1 else records, indent=1))
+        answer.give(records[0] if len(records) == 1 else records)
     raise typer.Exit(code)

@@ -8,6 +8,8 @@ text, without control characters; style comes from arguments and never from the 
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import logging
 import re
 import sys
@@ -28,7 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import name_options
+from ..errors import ProLoRAError, name_options
 from .options import write_flag
 
 TABLE_WIDTH = 80
@@ -113,6 +115,33 @@ class PlainConsole(Console):
 
 out = PlainConsole()
 err = PlainConsole(stderr=True)
+
+
+class JsonAnswer:
+    """What `--json` prints: one document, which is the error where nothing else was printed."""
+
+    def __init__(self) -> None:
+        """Of a command that begins."""
+        self._given = False
+
+    def begin(self) -> None:
+        """Forgets what the command before this one printed."""
+        self._given = False
+
+    def give(self, content: object) -> None:
+        """Prints what a command found."""
+        self._given = True
+        print(json.dumps(content, indent=1))
+
+    def give_error(self, error: BaseException) -> None:
+        """Prints why a command failed, if it was asked for JSON and has printed none."""
+        # The words themselves: the command line may be what is refused.
+        words = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
+        if isinstance(error, ProLoRAError) and "--json" in words and not self._given:
+            self.give({"error": error.to_dict()})
+
+
+answer = JsonAnswer()
 
 
 class PlainFormatter(logging.Formatter):

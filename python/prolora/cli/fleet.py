@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import Summary
 from ..workflow.options import TransferOptions
 from ..workflow.output_paths import check_beside
-from .console import PlainConsole, err, out, progress_bar
+from .console import PlainConsole, answer, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
     FleetResources,
@@ -91,7 +90,7 @@ def plan(
         made = plan_migration(loras, bases.source, bases.target, how, progress=progress)
     made.save(output.output, overwrite=moving.overwrite)
     if output.as_json:
-        print(json.dumps(describe_plan(made), indent=1))
+        answer.give(describe_plan(made))
     elif shown:
         out.print_table(plan_table(made))
         show_reasons(find_refusals(made))
@@ -120,7 +119,7 @@ def migrate(
         how = replace(how, **resources.read(), progress=progress)
         summary = run_migration(plan, output, how)
     if as_json:
-        print(json.dumps(summary.to_dict(), indent=1))
+        answer.give(summary.to_dict())
     elif shown:
         out.print_table(summary_table(summary))
         show_reasons(summary.reasons, output / FAILED)
@@ -148,7 +147,7 @@ def status(
     """Say how far a migration is, while it runs or after it."""
     found = read_status(folder, verify=verify)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        answer.give(found.to_dict())
     else:
         out.print_table(status_table(found))
         show_reasons(found.reasons, folder / FAILED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -29,7 +28,7 @@ from ..workflow.report import Report
 from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer_file
 from .basis import show_cache
-from .console import err, out, progress_bar
+from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
     BriefCommand,
@@ -255,7 +254,7 @@ def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
     """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     if output.as_json or output.report == STDOUT:
-        print(json.dumps(records[0] if len(records) == 1 else records, indent=1))
+        answer.give(records[0] if len(records) == 1 else records)
     if output.report in (None, STDOUT):
         return
     if is_page_path(output.report):
@@ -324,9 +323,8 @@ def tell_readers(written: Description, explain: bool) -> str:
     none = written.non_readers
     if len(none) > MOST_NAMED and not explain:
         none = [*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others"]
-    beside = any(place.startswith("text_encoder") for place in written.modules)
-    told = tuple(written.readers), tuple(written.part_readers), tuple(none)
-    text = str(Readers(*told, beside and any(told)))
+    told = written.readers, written.part_readers, none, written.untried_readers
+    text = str(Readers(*map(tuple, told)))
     return text[:1].upper() + text[1:]
 
 

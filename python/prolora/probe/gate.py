@@ -31,6 +31,10 @@ this share says (docs/fit_measured.md)."""
 IMAGE_DOUBT = 0.09
 """Share of the wanted change by which a weaker strength must be better there. Noise that the target
 does not see makes weaker ones look better than they are (docs/fit_measured.md)."""
+RAISED = 1.5
+"""Strength of what crossed between latents. Least squares on images of another model give too weak
+a change: at this strength the loss is as low, and samples show nearly as much of the LoRA as those
+of one that was trained there (docs/fit_measured.md)."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
@@ -65,9 +69,9 @@ class Gate:
         decision: "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied
             LoRA) on the same probes, or "refuse".
         strength: the factor of every update: the one of STRENGTHS with the largest share, where
-            that is surely better than 1.
+            that is surely better than 1; RAISED for 1 where the LoRA crossed between latents.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
-            that strength. 1 is perfect, 0 as good as no LoRA.
+            the one of STRENGTHS. 1 is perfect, 0 as good as no LoRA.
         disagreement: origin -> how far the bases' own predictions are apart, whatever the LoRA is;
             see `measure_disagreement`. 0 is the same base; two unrelated functions have about 2.
         reason: one sentence.
@@ -142,6 +146,8 @@ def judge_updates(
     else:
         decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
     rival = (copy_share, copy_strength, gain)
+    if images and not same_noise and strength == 1.0:
+        strength = RAISED
     return Gate(decision, strength, share, disagreement, reason, *rival, effect)
 
 

@@ -329,7 +329,9 @@ def _judge(
     verdict = judge_updates(target, updates, wanted, translation, *rival, crossed is not None)
     if crossed is not None:
         copied = verdict.decision == COPY and not run.settings.force
-        moved = (run.rival, verdict.copy_strength) if copied else (updates, verdict.strength)
+        moved = (
+            (run.rival, verdict.copy_strength) if copied else (updates, min(verdict.strength, 1))
+        )
         run.report.crossed = crossed.report(measure_bands(target, *moved, wanted, translation))
     return verdict
 

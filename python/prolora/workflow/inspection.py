@@ -72,6 +72,7 @@ class Description:
         readers: programs that read all of a LoRA, as far as they were tried.
         part_readers: programs that read some of its modules.
         non_readers: programs that have models of its family and read nothing of it.
+        untried_readers: of those that read it, the ones not tried with its text encoders.
         family_claimed: the family by the metadata: that of the base model with this hash where the
             hash is a known one, else by version or architecture.
         base_model: the base model that the metadata names, or the known one with this hash.
@@ -112,6 +113,7 @@ class Description:
     readers: list[str] = field(default_factory=list)
     part_readers: list[str] = field(default_factory=list)
     non_readers: list[str] = field(default_factory=list)
+    untried_readers: list[str] = field(default_factory=list)
     family_claimed: str | None = None
     base_model: str | None = None
     base_hash: str | None = None
@@ -220,6 +222,7 @@ def _describe_adapter(
         readers=list(readers.whole),
         part_readers=list(readers.part),
         non_readers=list(readers.none),
+        untried_readers=list(readers.untried),
         modules=count_values(
             [*map(find_component, overview.canonical), *[NOT_UNDERSTOOD] * len(overview.foreign)],
         ),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prolora import errors, truncated_svd
 from prolora.core.ops import native, torch_twin
 from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
-from prolora.core.svd import krylov, stacks
+from prolora.core.svd import block_basis, krylov, stacks
 from prolora.core.svd.block_basis import BlockBasis
 from prolora.core.svd.products import ImpliedGram
 
@@ -160,6 +160,13 @@ def test_a_direction_that_adds_nothing_is_a_zero_row(kernels):
     assert float(length[1]) == 0 and (rows[1, 8:16] == 0).all()
     kept = rows[0, 8:16].norm(dim=1) > 0.5
     assert (rows[0, 8:16][~kept] == 0).all() and rows[:, :16].isfinite().all()
+
+
+def test_weights_without_columns_add_nothing(kernels):
+    for w in (torch.zeros(2, 40, 0, dtype=HALF), torch.zeros(2, 0, 40, dtype=BFLOAT).mT):
+        length, rows, projected = kernels.krylov_block(w, *basis(2, 40, 16, 24), 16, 8)
+        assert (length == 0).all() and (rows[:, 16:] == 0).all()
+        assert (projected[:, 8:16, :16] == 0).all()
 
 
 def test_a_matrix_with_nan_spares_the_others_and_adds_nothing(kernels):
@@ -345,7 +352,8 @@ def test_a_basis_by_the_op_is_that_of_torch(asked):
         one = BlockBasis.begin(ImpliedGram(w.float()), w.float(), norm, start, 6, stored)
         lengths = []
         while True:
-            lengths.append(one.expand())
+            one.expand()
+            lengths.append(one.length())
             if one.size == one.largest:
                 break
             one.append()
@@ -354,6 +362,21 @@ def test_a_basis_by_the_op_is_that_of_torch(asked):
         found.append((torch.stack(lengths), one.rows, one.projected))
     for mine, torchs in zip(*found, strict=True):
         torch.testing.assert_close(mine, torchs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_refinement_copies_nothing_that_only_growth_needs(asked, monkeypatch):
+    """Of a stack of which one matrix has converged: neither its 16 bits nor its image."""
+    w = stack_of_16_bits(96, 120)
+    norm, start = torch.linalg.matrix_norm(w.double()), random(2, 8, 96).float()
+    copied = []
+    real = block_basis.take_places
+    monkeypatch.setattr(block_basis, "take_places", lambda x, _: copied.append(x) or real(x, _))
+    for stored in (None, w):
+        basis = BlockBasis.begin(ImpliedGram(w.float()), w.float(), norm, start, 6, stored)
+        basis.expand()
+        image, copied[:] = basis.image, []
+        basis.take_grown([1])
+        assert copied and not any(x is image or x is stored for x in copied)
 
 
 def test_what_the_op_does_not_take_is_refused_by_name():

@@ -123,7 +123,8 @@ def test_a_bad_lora_fails_once_and_is_tried_again_when_it_has_changed(collection
     assert counts(prolora.migrate(plan, out)) == [6, 2, 2, 0]
     assert prolora.read_status(out).failed == 2
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
-    assert [line["error"] for line in failed].count("NonFiniteWeights") == 2
+    assert [line["error"]["type"] for line in failed].count("NonFiniteWeights") == 2
+    assert [line["error"]["code"] for line in failed].count("non-finite-weights") == 2
     assert len(records(out)) == 8 and prolora.migrate(plan, out) and len(records(out)) == 8
     prolora.migrate(plan, out, retry_failed=True)
     assert len(records(out)) == 10

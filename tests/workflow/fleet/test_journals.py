@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_plan_files import ODD
 
 import prolora
-from prolora.workflow.fleet.records import JournalReader
+from prolora.workflow.fleet.records import JournalReader, Record
 
 
 @pytest.fixture
@@ -121,3 +121,12 @@ def test_a_project_that_keeps_plans_in_a_folder_of_that_name_stays_as_it_is(plan
     with pytest.raises(prolora.OutputError, match="which prolora did not write"):
         prolora.migrate(plan, project)
     assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_the_error_of_an_older_journal_is_read():
+    line = {"key": "k", "lora": "a", "source": "s", "target": "t", "status": "failed"}
+    older = Record.from_dict(line | {"error": "LowCoverage", "reason": "too few"}, "a journal")
+    assert older.error == {"type": "LowCoverage", "code": "refused", "message": "too few"}
+    assert older.reason == "too few" and Record.from_dict(json.loads(older.to_line()), "") == older
+    with pytest.raises(prolora.UnsupportedFormat, match="error cannot be"):
+        Record.from_dict(line | {"error": {"type": 1}}, "a journal")

@@ -15,7 +15,9 @@ def test_every_lora_is_on_every_target_and_what_is_none_is_a_line_with_its_reaso
     assert [summary.count(s) for s in ("total", "done", "refused", "failed")] == [10, 8, 2, 0]
     assert len(results(tmp_path / "moved")) == 8
     lines = (tmp_path / "moved" / "failed.jsonl").read_text().splitlines()
-    assert ["not a safetensors file" in json.loads(line)["reason"] for line in lines] == [True] * 2
+    errors = [json.loads(line)["error"] for line in lines]
+    assert ["not a safetensors file" in error["message"] for error in errors] == [True] * 2
+    assert [error["code"] for error in errors] == ["refused"] * 2
     status = prolora.read_status(tmp_path / "moved")
     assert (status.done, status.refused, status.left, status.at_work) == (8, 2, 0, 0)
 

@@ -62,8 +62,9 @@ def test_a_lora_that_ends_its_process_fails_alone(cluster, collection, tmp_path)
     summary = prolora.migrate(plan, out, engine="ray", workers=2, retries=0)
     assert [summary.count(s) for s in ("done", "failed", "refused")] == [3, 1, 1]
     lines = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
-    (lost,) = [line for line in lines if line["error"] == "LostWorker"]
-    assert lost["lora"].endswith("kills.safetensors") and "its process ended" in lost["reason"]
+    (lost,) = [line for line in lines if line["error"]["code"] == "lost-worker"]
+    assert lost["lora"].endswith("kills.safetensors")
+    assert "its process ended" in lost["error"]["message"]
     keys = [record["key"] for record in records(out)]
     assert len(keys) == len(set(keys)) == 4  # nothing is lost, and nothing comes twice
 
@@ -78,5 +79,6 @@ def test_a_worker_that_does_not_get_on_is_replaced(cluster, collection, tmp_path
     summary = prolora.migrate(plan, out, engine="ray", workers=2, time_limit=4)
     assert [summary.count(s) for s in ("done", "failed", "refused")] == [3, 1, 1]
     lines = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
-    (hung,) = [line for line in lines if line["error"] == "HungWorker"]
-    assert hung["lora"].endswith(f"{name}.safetensors") and "did not get on" in hung["reason"]
+    (hung,) = [line for line in lines if line["error"]["code"] == "hung-worker"]
+    assert hung["lora"].endswith(f"{name}.safetensors")
+    assert "did not get on" in hung["error"]["message"]

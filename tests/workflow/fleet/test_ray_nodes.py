@@ -72,7 +72,7 @@ def test_what_no_node_has_fails_with_the_names_of_the_nodes(migrate, plan, tmp_p
     summary, _ = migrate(StandIn(["1", "2"]), retries=0)
     assert (summary.count("done"), summary.count("failed")) == (6, 2)
     lines = (tmp_path / "moved" / "failed.jsonl").read_text().splitlines()
-    reasons = [json.loads(line)["reason"] for line in lines]
+    reasons = [json.loads(line)["error"]["message"] for line in lines]
     assert sum("c.safetensors" in reason and UNKNOWN in reason for reason in reasons) == 2
 
 

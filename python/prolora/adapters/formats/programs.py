@@ -8,7 +8,6 @@ from typing import NamedTuple
 from ...architectures import loaders
 from ...architectures.families import find_title, known_families
 from ...architectures.family import Family, Spelling
-from ...architectures.modules import is_in_text_encoder
 from ...errors import UnsupportedFormat
 
 _FURTHER = (
@@ -25,13 +24,13 @@ class Readers(NamedTuple):
         whole: read all of it.
         part: read some of it, and say little or nothing of the rest.
         none: have such models and read nothing of this file.
-        has_text_encoders: whether the file has those too, with which no program was tried.
+        untried: of those that read it, the programs whose part in its text encoders is not known.
     """
 
     whole: tuple[str, ...] = ()
     part: tuple[str, ...] = ()
     none: tuple[str, ...] = ()
-    has_text_encoders: bool = False
+    untried: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """In words: who reads all of the file, who a part, who nothing."""
@@ -39,7 +38,7 @@ class Readers(NamedTuple):
             f"read by {', '.join(self.whole)}" if self.whole else "",
             f"in part by {', '.join(self.part)}" if self.part else "",
             f"not by {', '.join(self.none)}" if self.none else "",
-            "what they do with its text encoders was not tried" if self.has_text_encoders else "",
+            f"with its text encoders not tried: {', '.join(self.untried)}" if self.untried else "",
         ]
         return "; ".join(filter(None, parts))
 
@@ -59,9 +58,8 @@ def find_readers(
         modules: canonical names of those that the file updates.
     """
     known = _known(families)
-    of_each = [
-        loaders.find_reach(one, loaders.name_row(one, format, spelling), modules) for one in known
-    ]
+    rows = [(one, loaders.name_row(one, format, spelling), modules) for one in known]
+    of_each = [loaders.find_reach(*row) for row in rows]
     found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
         amounts = {reach.get(id_) for reach in of_each}
@@ -69,8 +67,9 @@ def find_readers(
         if amount is not None:  # of families that it reads unequally, nothing can be said
             found[amount].append(loader.title)
     whole, part, none = (tuple(found[amount]) for amount in ("whole", "part", "none"))
-    untried = any(found.values()) and any(map(is_in_text_encoder, modules))
-    return Readers(whole, part, none, untried)
+    unknown = set().union(*(loaders.find_untried(*row) for row in rows))
+    titles = [loader.title for id_, loader in loaders.known_loaders().items() if id_ in unknown]
+    return Readers(whole, part, none, tuple(one for one in titles if one in whole + part))
 
 
 def choose_format(

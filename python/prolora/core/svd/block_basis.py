@@ -33,6 +33,7 @@ class BlockBasis:
         image: [b, width, d], what is to be added, and
         scale: [b], float64, the length of it before what the basis holds was taken out: what
             rounding is relative to. Neither where the op has added it already.
+        found: [b], float64, the length that the op has told.
         size: of the basis.
     """
 
@@ -45,6 +46,7 @@ class BlockBasis:
     stored: Tensor | None
     image: Tensor | None
     scale: Tensor | None
+    found: Tensor | None = None
     size: int = 0
 
     @classmethod
@@ -71,18 +73,26 @@ class BlockBasis:
         """The size at which the basis is full."""
         return self.rows.shape[1]
 
-    def expand(self) -> Tensor:
-        """The length [b] of what G adds to the basis: its last block's image, orthogonal to it.
+    def expand(self) -> None:
+        """Finds what G adds to the basis: its last block's image, orthogonal to it.
 
         The coefficients of that image are the last rows of the projection.
         """
         if self.stored is not None:
-            return krylov_block(self.stored, self.rows, self.projected, self.size, self.width)
+            operands = (self.stored, self.rows, self.projected, self.size, self.width)
+            self.found = krylov_block(*operands)
+            return
         known = self.rows[:, : self.size]
         last = slice(self.size - self.width, self.size)
         self.image, column = subtract_basis(self.gram.rough(known[:, last]), known)
         self.projected[:, last, : self.size] = column
         self.scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
+
+    def length(self) -> Tensor:
+        """The length [b], float64, of what `expand` has found; without the op measured only now."""
+        if self.image is None:
+            assert self.found is not None
+            return self.found
         length: Tensor = torch.linalg.vector_norm(self.image, dim=(-2, -1)).double()
         return length
 
@@ -113,9 +123,13 @@ class BlockBasis:
         """The basis of some matrices of the stack."""
         if places == list(range(len(self.w))):
             return self
-        names = ("w", "norm", "rows", "projected", "stored", "image", "scale")
+        names = ("w", "norm", "rows", "projected", "stored", "image", "scale", "found")
         known = {name: getattr(self, name) for name in names}
         taken: dict[str, Any] = {
             name: take_places(x, places) for name, x in known.items() if x is not None
         }
         return replace(self, gram=self.gram.take(places), **taken)
+
+    def take_grown(self, places: list[int]) -> BlockBasis:
+        """The same of a basis that grows no more: without what only its growth needs."""
+        return replace(self, stored=None, image=None, scale=None, found=None).take(places)

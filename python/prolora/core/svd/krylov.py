@@ -134,9 +134,9 @@ def krylov_triplets(
     schedule = Schedule(min(basis.largest, first), k, basis.width, basis.largest, GAIN * tol)
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
     while True:
-        length = basis.expand()
+        basis.expand()
         if basis.size >= schedule.due:
-            look = _look_at(basis, length, k)
+            look = _look_at(basis, k)
             proven = list[int]()
             ready = [i for i, sine in enumerate(look.sines) if sine <= schedule.goal]
             if ready:
@@ -203,12 +203,11 @@ def _largest_width(w: Tensor) -> int:
     return 16 if small and decides_freely(w) else 32
 
 
-def _look_at(basis: BlockBasis, length: Tensor, k: int) -> Look:
+def _look_at(basis: BlockBasis, k: int) -> Look:
     """Rayleigh-Ritz in the basis; the host waits for the sines.
 
     Args:
         basis: with `expand` done.
-        length: [b], of what G adds to it.
         k: columns that must have converged.
     """
     values, vectors = descending_eigh(basis.penalised())
@@ -220,7 +219,7 @@ def _look_at(basis: BlockBasis, length: Tensor, k: int) -> Look:
     values = values.clamp_min(0)
     # The residuals: what couples a Ritz vector to what the basis lacks.
     tails = torch.linalg.vector_norm(vectors[:, -basis.width :], dim=1)
-    left = length[:, None] * tails
+    left = basis.length()[:, None] * tails
     sines = torch.where(sound, _estimate_sine(values, left, k).clamp_max(1e300), torch.nan)
     return Look(values, vectors, left, sines.tolist())
 
@@ -236,7 +235,7 @@ def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Tr
     """
     values, vectors, left = look.values, look.vectors, look.left
     if len(ready) < len(values):
-        basis = basis.take(ready)
+        basis = basis.take_grown(ready)
         values, vectors, left = (take_places(x, ready) for x in (values, vectors, left))
     cut = make_even_cut(basis.w, k, count_guard(k))
     size, d = basis.size, basis.w.shape[1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...errors import UnsupportedFormat
+from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.managed_folder import ManagedFolder
 from ...files.state import read_state
 from ..resume import explain_damage
@@ -154,9 +154,9 @@ def write_failures(folder: ManagedFolder, plan: Plan) -> None:
     for entry, state, record in read_outcomes(plan, folder.path):
         if state in ("failed", "refused"):
             line = {"lora": entry.lora, "source": entry.pair.source, "target": entry.pair.target}
-            line["error"] = record.error if record else "refused by the plan"
-            line["reason"] = record.reason if record else entry.refused
-            lines.append(json.dumps(line) + "\n")
+            # Of a refusal the plan has the words alone.
+            error = record.error if record else ProLoRAError(entry.refused).to_dict()
+            lines.append(json.dumps(line | {"error": error}) + "\n")
     if lines or (folder.path / FAILED).exists():
         folder.write_text(FAILED, "".join(lines))
 

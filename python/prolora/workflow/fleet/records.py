@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ...errors import UnsupportedFormat, output_error
+from ...errors import ProLoRAError, UnsupportedFormat, output_error
 from ...files.jsontext import parse_json_object, replace_nonfinite
 from ...files.managed_folder import ManagedFolder, is_component
 from ...files.outside import open_regular, read_fields
@@ -47,8 +47,7 @@ class Record:
             run ends and the entry stays as it was.
         out: the result, below the folder of the results; "" if there is none.
         size: bytes of the result; of a folder, of its weights.
-        error: name of the error.
-        reason: why it failed.
+        error: why it failed, as `ProLoRAError.to_dict` has it.
         transient: whether it may succeed another time: the system failed, not the LoRA.
         seconds: wall time; of what was done for several LoRAs at once, its share.
         method: how it was moved.
@@ -68,8 +67,7 @@ class Record:
     status: Status
     out: str = ""
     size: int = 0
-    error: str = ""
-    reason: str = ""
+    error: dict[str, str] = field(default_factory=dict)
     transient: bool = False
     seconds: float = 0.0
     method: str = ""
@@ -80,9 +78,14 @@ class Record:
     unread: int = 0
     at: float = 0.0
 
+    @property
+    def reason(self) -> str:
+        """Why it failed, in words."""
+        return self.error.get("message", "")
+
     def to_line(self) -> str:
         """As a line of JSON; fields that say nothing are left out."""
-        line = {k: v for k, v in asdict(self).items() if v not in ("", None, False)}
+        line = {k: v for k, v in asdict(self).items() if v not in ("", None, False, {})}
         return json.dumps(replace_nonfinite(line)) + "\n"
 
     @classmethod
@@ -93,6 +96,9 @@ class Record:
             UnsupportedFormat: it is no such line, or its result lies elsewhere than results do.
         """
         known = {f.name: line[f.name] for f in fields(cls) if f.name in line}
+        if isinstance(name := known.get("error"), str):  # of an earlier journal, words beside it
+            known["error"] = {"type": name, "code": ProLoRAError.code}
+            known["error"]["message"] = line.get("reason", "")
         record = read_fields(cls, known, where)
         if record.out and not _is_place(record.out):
             raise UnsupportedFormat(f"{where}: is damaged: no result lies at {record.out!r:.80}")
@@ -103,7 +109,7 @@ class Record:
         return replace(self, at=round(seconds, 3))
 
     @classmethod
-    def of_failure(cls, key: str, entry: Entry, error: BaseException) -> Record:
+    def of_failure(cls, key: str, entry: Entry, error: ProLoRAError) -> Record:
         """The record of an entry that an error ended."""
         return cls(
             key,
@@ -111,8 +117,7 @@ class Record:
             entry.pair.source,
             entry.pair.target,
             "failed",
-            error=type(error).__name__,
-            reason=str(error),
+            error=error.to_dict(),
             transient=is_transient(error),
         )
 

@@ -255,7 +255,8 @@ class RayDriver:
                 worker.elsewhere.append(entry)
                 return
             if len(nodes) > 1:
-                record = replace(record, reason=f"{record.reason} [{worker.place}]")
+                words = {"message": f"{record.reason} [{worker.place}]"}
+                record = replace(record, error=record.error | words)
         yield record
 
     def _finish(self, worker: _DrivenWorker) -> Iterator[Record]:
