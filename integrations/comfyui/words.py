@@ -23,6 +23,7 @@ _WIDGETS = {
     "look=lora": "the aim “LoRA's own look”",
     "look=target": "the aim “target's look”",
     "method": "“method”",
+    "method=best": "the method “best”",
     "out_rank": "“rank”",
     "format": "“file for”",
 }

@@ -583,8 +583,11 @@ def test_the_best_method_leaves_results_side_by_side_too(pack, models):
 
 
 def test_the_best_method_says_what_aim_it_does_not_take(pack, models):
-    refused = refuse(pack, method="best", aim="LoRA's own look")
-    assert refused.startswith("the aim “LoRA's own look” cannot be chosen with method 'best'")
+    for widget, value in (("aim", "LoRA's own look"), ("rank", "half"), ("rank", "16")):
+        refused = refuse(pack, method="best", **{widget: value})
+        name = f"the aim “{value}”" if widget == "aim" else f"“{widget}”"
+        assert refused.startswith(f"{name} cannot be chosen with the method “best”, whose fit")
+        assert "`" not in refused and "'best'" not in refused
 
 
 def test_a_refusal_by_the_best_method_leaves_no_folder(pack, models):

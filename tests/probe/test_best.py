@@ -21,6 +21,7 @@ from prolora.workflow import batch, best
 from prolora.workflow.advice import choose_next, describe_measurement
 from prolora.workflow.best import BestWay
 from prolora.workflow.options import OF_A_FIT_TOO
+from prolora.workflow.pair_mover import PairMover
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 
@@ -180,14 +181,47 @@ def test_of_a_folder_what_weights_give_is_written_where_the_fit_is_refused(
     room, tmp_path, monkeypatch
 ):
     def refuse(loras: list[Path], *_: object) -> list[prolora.Outcome]:
-        return [prolora.Outcome(x, tmp_path / x.name, error=UnrelatedBases("no")) for x in loras]
+        no = UnrelatedBases("no")
+        return [prolora.Outcome(x, tmp_path / x.name, error=no, seconds=5.0) for x in loras]
 
     monkeypatch.setattr(batch, "fit_many", refuse)
     lora, *bases = ends(room, "pruned")
+    moves, run = [], PairMover.run
+    monkeypatch.setattr(
+        PairMover, "run", lambda mover, *more: moves.append(mover) or run(mover, *more)
+    )
     (done,) = prolora.transfer_many([lora], *bases, tmp_path, method="best")
     assert done.error is None and "A fit was tried" in done.report.why
+    assert len(moves) == 1 and done.seconds > 5
     prolora.transfer_file(lora, *bases, tmp_path / "usual.safetensors")
     ours, usual = load_file(done.out), load_file(tmp_path / "usual.safetensors")
+    assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    "error", [OSError("the disk is full"), ValueError("odd"), KeyboardInterrupt()]
+)
+def test_what_weights_give_is_kept_where_the_fits_of_a_folder_end_in_an_error(
+    room, tmp_path, monkeypatch, error, there
+):
+    lora, *bases = ends(room, "pruned")
+    out = tmp_path / "out" / lora.name
+    if there:
+        prolora.transfer_file(*ends(room, "pruned"), out, strength=0.5)
+        earlier = out.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(batch, "fit_many", fail)
+    with pytest.raises(type(error)):
+        prolora.transfer_many([lora], *bases, out.parent, method="best")
+    if there:
+        assert out.read_bytes() == earlier
+        return
+    prolora.transfer_file(lora, *bases, tmp_path / "usual.safetensors")
+    ours, usual = load_file(out), load_file(tmp_path / "usual.safetensors")
     assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 import shutil
@@ -338,23 +340,77 @@ def test_an_evaluation_of_other_settings_is_not_replaced_without_being_asked(roo
     draw(loras[1], overwrite=True)
     assert (out / "evaluation.json").read_bytes() != before["evaluation.json"]
     (out / "evaluation.json").unlink()
-    with pytest.raises(prolora.OutputError, match="other files or settings"):
-        draw(loras[0])  # a page is there, and nobody knows of what
+    with pytest.raises(prolora.OutputError, match="has a page without its evaluation"):
+        draw(loras[0])  # nobody knows of what the page is
 
 
-def test_a_function_that_judges_otherwise_does_not_replace_what_it_said(room, tmp_path):
+def test_scores_of_the_same_files_and_settings_are_replaced(room, tmp_path):
     lora, few = room / "loras/one.safetensors", replace(SAMPLING, prompts=("cat",), images=1)
+    count = itertools.count(1)
 
-    def draw(score: float) -> prolora.Evaluation:
-        metrics = {"m": lambda images, *_: {"score": [score] * len(images)}}
+    def judge(images, *_) -> dict[str, list[float]]:  # as no metric on a GPU repeats its bits
+        return {"score": [1 + 1e-6 * next(count)] * len(images)}
+
+    def draw(**metrics) -> prolora.Evaluation:
         given = (room / "sd15", room / "tuned", lora, [], tmp_path / "out")
         return prolora.evaluate(*given, sampling=few, metrics=metrics)
 
-    draw(1.0)
+    def read_mean() -> float:
+        told = json.loads((tmp_path / "out/evaluation.json").read_text())
+        return told["rows"]["copy"]["scores"]["score"]["mean"]
+
+    draw(m=judge)
+    before = read_mean()
+    draw(m=judge)
+    assert read_mean() > before
     with pytest.raises(prolora.OutputError, match="other files or settings"):
-        draw(2.0)
-    told = json.loads((tmp_path / "out/evaluation.json").read_text())
-    assert told["rows"]["copy"]["scores"]["score"]["mean"] == 1
+        draw(m=lambda images, *_: {"score": [1.0] * len(images)})  # which is another function
+
+
+def test_other_weights_of_a_metric_are_told_before_anything_is_drawn(room, tmp_path, monkeypatch):
+    few = replace(SAMPLING, prompts=("cat",), images=1)
+    clip = tmp_path / "clip"
+    shutil.copytree(room / "clip", clip)
+    (tmp_path / "like").mkdir()
+
+    def draw() -> prolora.Evaluation:
+        return run(
+            room,
+            tmp_path / "out",
+            sampling=few,
+            metrics={"clip": clip},
+            overwrite=False,
+            reference=tmp_path / "like",
+        )
+
+    def like(colour: str) -> None:
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "like" / "a.png")
+
+    like("black")
+    draw()
+    draw()
+    monkeypatch.setattr(drawing.ImageFolder, "draw_missing", lambda *_: pytest.fail("it was drawn"))
+    like("red")
+    with pytest.raises(prolora.OutputError, match="other files or settings"):
+        draw()
+    like("black")
+    tensors = safetensors.torch.load_file(clip / "model.safetensors")
+    tensors["visual_projection.weight"] += 1
+    safetensors.torch.save_file(tensors, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(prolora.OutputError, match="other files or settings"):
+        draw()
+
+
+def test_another_device_is_told_as_such(room, tmp_path, monkeypatch):
+    lora, few = room / "loras/one.safetensors", replace(SAMPLING, prompts=("cat",), images=1)
+    given = (room / "sd15", room / "tuned", lora, [], tmp_path / "out")
+    module = importlib.import_module("prolora.workflow.evaluate")
+    make = module._list_made_of
+    with monkeypatch.context() as there:
+        there.setattr(module, "_list_made_of", lambda *more: make(*more) | {"device": "cuda"})
+        prolora.evaluate(*given, sampling=few)
+    with pytest.raises(prolora.OutputError, match="was drawn on cuda, and this run draws on cpu"):
+        prolora.evaluate(*given, sampling=few)
 
 
 def test_a_folder_that_holds_something_else_is_no_output(room, tmp_path, undrawn):
@@ -380,7 +436,12 @@ def test_a_lora_that_overflows_is_a_row_with_its_reason(room, tmp_path):
     assert "NaN" in done.skipped["huge"] and "Left out: huge" in str(done.in_words())
     # Where it is the LoRA itself, nothing is left to be like.
     huge = tmp_path / "huge.safetensors"  # moved it is as its copy, and has the same images
-    done = prolora.evaluate(*bases, huge, [huge], tmp_path / "b", **few)
+    told: list[tuple[int, int]] = []
+    watched = few | {"progress": lambda done, total, _: told.append((done, total))}
+    done = prolora.evaluate(*bases, huge, [huge], tmp_path / "b", **watched)
+    assert told[-1][0] == told[-1][1]  # what cannot be drawn is done as well
+    assert "Likeness" not in (tmp_path / "b/evaluation.html").read_text()
+    assert done.reference == "" and "likeness to" in str(done.skipped)
     assert done.rows == ("source", "target") and list(done.scores) == ["CLIP-T"]
     json.loads((tmp_path / "b/evaluation.json").read_text(), parse_constant=pytest.fail)
     # Of several LoRAs, the others are evaluated.
@@ -388,7 +449,7 @@ def test_a_lora_that_overflows_is_a_row_with_its_reason(room, tmp_path):
     done = prolora.evaluate(*bases, loras, [], tmp_path / "c", **few)
     assert [subject.name for subject in done.subjects] == ["one.safetensors"]
     assert done.rows == ("source", "source + LoRA", "target", "copy")
-    assert "NaN" in done.skipped["huge.safetensors"]
+    assert all(f"{row}: " in done.skipped["huge.safetensors"] for row in ("source + LoRA", "copy"))
 
 
 def test_several_loras_share_what_does_not_depend_on_them(room, tmp_path):

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapters.unread import PEFT_WEIGHTS
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.experts import (
     ExpertPair,
@@ -21,6 +22,7 @@ from ..bases.experts import (
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from .best import UNMOVED, BestWay, tell_fitted, tell_refused
+from .by_weights.ledger import LORA_FAILURES
 from .dry_run import plan_report
 from .fit import fit_many
 from .options import (
@@ -33,8 +35,8 @@ from .options import (
 )
 from .outcome import Outcome
 from .output_paths import check_distinct, check_name, make_folders, name_output
-from .pair_mover import PairMover, Task
-from .report import Report
+from .pair_mover import PairMover, Task, as_refusal
+from .result import Transfer, save_result
 from .resume import Recipe
 
 Naming = Callable[[Path, str], str]
@@ -109,9 +111,9 @@ def _move_by_weights(
     folder: str | PathLike[str],
     options: TransferOptions,
     naming: Naming | None = None,
-    explain_need: Callable[[Report], str] | None = None,
+    hold_back: Callable[[Transfer, Path], bool] | None = None,
 ) -> list[Outcome]:
-    """Moves LoRAs between experts; one that needs something else is reported, and not written."""
+    """Moves LoRAs between experts; one that is held back is reported, and not written."""
     moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
     check_name(folder)
     format = options.format or "auto"
@@ -132,7 +134,7 @@ def _move_by_weights(
             mine = [task for task, move in zip(tasks, moves, strict=True) if move[1] is pair]
             if mine:
                 mover = PairMover.open(pair.source, pair.target, options, opened)
-                mover = replace(mover, explain_need=explain_need)
+                mover = replace(mover, hold_back=hold_back)
                 for _ in mover.run(mine, opened, [task.lora for task in mine]):
                     pass
     return [task.outcome for task in tasks if task.outcome is not None]
@@ -157,7 +159,8 @@ def _move_best(
     """Moves all by weights, which looks at each weight once, and fits those that call for it.
 
     A fit that is there already stays, and one that was refused is tried again. What weights give is
-    written only where it is the result: what was there before is not lost while the models run.
+    written before the models run, whatever ends that; but where something was there before, which
+    is not lost meanwhile, only if it is the result.
     """
     outs = [folder / name_output(lora, options.format or "auto") for lora in loras]
     check_distinct(loras, outs)  # of all at once: a fit may be there, and the other LoRA not
@@ -167,9 +170,16 @@ def _move_best(
     rest = [lora for lora in loras if lora not in fitted]
     refusal: ProLoRAError | None = UnrelatedBases(way.latents) if way.latents else None
     moved: list[Outcome] = []
+    held: dict[Path, Transfer] = {}
+
+    def hold_back(done: Transfer, out: Path) -> bool:
+        if way.explain_need(done.report) and _is_taken(out):
+            held[out] = done
+        return out in held
+
     if refusal is None:
         try:
-            moved = _move_by_weights(rest, pairs, folder, way.by_weights, None, way.explain_need)
+            moved = _move_by_weights(rest, pairs, folder, way.by_weights, None, hold_back)
         except UNMOVED as error:  # of all of them
             refusal = error
             if not way.runs:
@@ -181,14 +191,25 @@ def _move_best(
     if asked:
         fits = fit_many(asked, way.source, way.target, folder, way.by_fit)
     by_lora = {outcome.lora: outcome for outcome in fits}
-    unfitted = [o.lora for o in moved if o.report and o.lora in needs and by_lora[o.lora].error]
-    if unfitted:  # held back, and the result after all
-        again = _move_by_weights(unfitted, pairs, folder, way.by_weights)
-        by_weights = {outcome.lora: outcome for outcome in again}
-        moved = [by_weights.get(outcome.lora, outcome) for outcome in moved]
+    for i, outcome in enumerate(moved):
+        if outcome.out in held and by_lora[outcome.lora].error:  # it is the result after all
+            moved[i] = _write_held(outcome, held.pop(outcome.out), way)
     found = [_choose(by_lora.get(o.lora), o, needs.get(o.lora, ""), way) for o in moved]
     found += [by_lora[lora] for lora in fitted]
     return sorted(found, key=lambda outcome: loras.index(outcome.lora))
+
+
+def _is_taken(out: Path) -> bool:
+    """Whether a LoRA is where a result goes, a file or in the folder of an adapter."""
+    return (out / PEFT_WEIGHTS if out.is_dir() else out).exists()
+
+
+def _write_held(outcome: Outcome, done: Transfer, way: BestWay) -> Outcome:
+    """The outcome of a result that was held back, and is written now."""
+    try:
+        return replace(outcome, report=save_result(done, outcome.out, way.by_weights))
+    except LORA_FAILURES as error:
+        return replace(outcome, report=None, error=as_refusal(error))
 
 
 def _is_fitted(lora: Path, way: BestWay, folder: Path) -> bool:
@@ -223,4 +244,4 @@ def _choose(fit: Outcome | None, moved: Outcome, need: str, way: BestWay) -> Out
         report = way.tell_weights(report)
         if fit is not None and fit.error is not None:
             report = tell_refused(report, need, fit.error)
-    return replace(moved, report=report)
+    return replace(moved, report=report, seconds=moved.seconds + (fit.seconds if fit else 0.0))

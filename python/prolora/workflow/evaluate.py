@@ -16,10 +16,11 @@ from torch import Tensor
 from ..bases import BaseLike, open_base
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, NonFiniteWeights
-from ..files.hashing import hash_text
+from ..files.hashing import hash_parts, hash_text
 from ..files.ownership import mark_json
 from .evaluating.drawing import (
     JSON_FILE,
+    MADE_OF,
     PAGE,
     ImageFolder,
     check_evaluation_folder,
@@ -28,7 +29,7 @@ from .evaluating.drawing import (
 )
 from .evaluating.entrants import SOURCE, TRAINED_THERE, WITH_LORA, Subject, read_subjects
 from .evaluating.evaluation import Evaluation
-from .evaluating.metrics import JUDGES, ask_metric, open_metric
+from .evaluating.metrics import JUDGES, ask_metric, identify_metric, open_metric
 from .evaluation_options import (
     DEFAULT_EVALUATION,
     LORA,
@@ -103,7 +104,7 @@ def evaluate(
     given = [] if options.reference in _LIKE else read_images(options.reference)
     subjects = read_subjects(lora, moved, bases, options)
     images = ImageFolder(out, subjects, bases, options)
-    made_of = {"made_of": _digest_settings(images, options)}
+    made_of = _list_made_of(images, given, options)
     images.check_replaceable(made_of)
     drawn = images.draw_missing(options.progress)
     subjects, rows, skipped = _leave_out(subjects, drawn)
@@ -111,7 +112,7 @@ def evaluate(
     like, reference = _LIKE.get(str(options.reference), ("", "the images that were given"))
     if like and like not in rows:
         skipped[f"likeness to {reference}"] = skipped[like]
-        like = ""
+        like = reference = ""
     scores, lower = _judge_all(images, subjects, rows, like or given, options, skipped)
     done = Evaluation(
         source=bases[0].name,
@@ -127,18 +128,30 @@ def evaluate(
         settings=options.settings,
         grid=_make_grid(images, subjects, rows, options),
     )
-    told = json.loads(json.dumps(done.to_dict() | made_of))
-    images.check_replaceable(told)
+    told = done.to_dict() | {MADE_OF: made_of}
     images.folder.write_text(JSON_FILE, mark_json("report", told))
     images.folder.write_text(PAGE, done.to_html())
     return done
 
 
-def _digest_settings(images: ImageFolder, options: EvaluationOptions) -> str:
-    """What tells an evaluation from others before anything is drawn: all but what metrics say."""
-    drawn = [[asdict(cell), name] for cell, name in images.names.items()]
-    asked = [*sorted(options.metrics or ()), str(options.reference) in _LIKE and options.reference]
-    return hash_text(json.dumps([drawn, asked, options.sampling.shown_prompts]))
+def _list_made_of(
+    images: ImageFolder, given: Sequence[Any], options: EvaluationOptions
+) -> dict[str, str]:
+    """What tells an evaluation from others before anything is drawn: the device, and all else.
+
+    Scores do not count: few metrics give the same bits each time.
+
+    Args:
+        images: to be drawn.
+        given: the images of the reference, where it is a folder.
+        options: of the evaluation.
+    """
+    drawn = [[asdict(cell), origin] for cell, origin in images.origins.items()]
+    judges = {name: identify_metric(way) for name, way in sorted((options.metrics or {}).items())}
+    like = [hash_parts([f"{image.size} ", image.tobytes()]) for image in given]
+    asked = [judges, like or str(options.reference), options.sampling.shown_prompts]
+    digest = hash_text(json.dumps([drawn, asked]))
+    return {"device": str(options.device), "digest": digest}
 
 
 def _leave_out(
@@ -159,7 +172,10 @@ def _leave_out(
     for (name, row), why in drawn.items():
         by_row.setdefault(row, {})[name] = why
     skipped |= {row: max(x.values()) for row, x in by_row.items() if len(x) == len(subjects)}
-    lost = {name: f"{row}: {why}" for (name, row), why in drawn.items() if row not in skipped}
+    lost: dict[str, str] = {}
+    for (name, row), why in drawn.items():
+        if row not in skipped:
+            lost[name] = f"{lost[name]}; {row}: {why}" if name in lost else f"{row}: {why}"
     kept = [subject for subject in subjects if subject.name not in lost]
     if not kept:
         raise NonFiniteWeights(f"none of the LoRAs can be drawn: {max(lost.values())}")

@@ -291,11 +291,11 @@ class TransferOptions:
             if name not in ("method", *OF_A_FIT_TOO) and value != known.default:
                 told = f"{name}='{value}'" if name == "look" else name
                 raise InvalidOption(
-                    f"`{told}` cannot be chosen with method 'best', whose fit does not heed it: "
+                    f"`{told}` cannot be chosen with `method='best'`, whose fit does not heed it: "
                     "take the default, or another method"
                 )
         if self.text_encoder == "project":
-            raise InvalidOption("`text_encoder` must be copy or skip with method 'best'")
+            raise InvalidOption("`text_encoder` must be copy or skip with `method='best'`")
 
     def for_file(self) -> TransferOptions:
         """The same for a result that is written: the format is the LoRA's own if none is asked."""

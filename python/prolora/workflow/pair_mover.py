@@ -27,7 +27,7 @@ from .options import TransferOptions
 from .outcome import Outcome
 from .output_paths import check_output
 from .report import Report
-from .result import save_result
+from .result import Transfer, save_result
 from .resume import Recipe
 
 
@@ -84,13 +84,12 @@ class PairMover:
     Attributes:
         pair: the bases, with blocks matched; it shows no progress, since each group labels its own.
         asked: the options as they were given.
-        explain_need: why a LoRA needs more than weights give, by their report; it is not written
-            then. None writes all.
+        hold_back: whether a result for this place is not to be written. None writes all.
     """
 
     pair: BasePair
     asked: TransferOptions
-    explain_need: Callable[[Report], str] | None = None
+    hold_back: Callable[[Transfer, Path], bool] | None = None
 
     @classmethod
     def open(
@@ -179,7 +178,7 @@ class PairMover:
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
-        if self.explain_need and self.explain_need(done.report):
+        if self.hold_back and self.hold_back(done, task.out):
             return done.report
         return save_result(done, task.out, self.asked)
 

@@ -27,6 +27,8 @@ from .entrants import WITH_LORA, Entrant, StrPath, Subject
 if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline
 
+MADE_OF = "made_of"
+"""The entry of the JSON that tells an evaluation from others."""
 JSON_FILE, PAGE, IMAGES = "evaluation.json", "evaluation.html", "images"
 """What the folder of an evaluation holds."""
 MARKER = FolderMarker(
@@ -53,6 +55,7 @@ class ImageFolder:
     Attributes:
         folder: of the evaluation.
         names: what is drawn -> the name of its image, in the order of the drawing.
+        origins: what is drawn -> a digest of all that its image depends on but the device.
     """
 
     def __init__(
@@ -73,9 +76,10 @@ class ImageFolder:
         self.folder = make_evaluation_folder(out, options.overwrite)
         self.folder.make_folder(IMAGES)
         self.names: dict[Cell, str] = {}
+        self.origins: dict[Cell, str] = {}
         self._entrants: dict[Cell, Entrant] = {}
         # How one side is sampled depends on the other where no size is asked.
-        shared: list[Any] = [describe_versions(), options.settings, str(options.device)]
+        shared: list[Any] = [describe_versions(), options.settings]
         shared += [describe_pipeline_folder(path) for path in self._paths]
         for subject in subjects:
             for row, entrant in subject.entrants.items():
@@ -85,26 +89,36 @@ class ImageFolder:
                 for prompt in subject.prompts:
                     for seed in options.seeds:
                         cell = Cell(subject.name, row, prompt, seed)
-                        digest = hash_text(json.dumps([key, prompt, seed]))
+                        self.origins[cell] = hash_text(json.dumps([key, prompt, seed]))
+                        digest = hash_text(f"{self.origins[cell]} {options.device}")
                         self.names[cell] = f"{digest[:32]}.png"
                         self._entrants[cell] = entrant
 
-    def check_replaceable(self, told: Mapping[str, Any]) -> None:
-        """Refuses a folder whose JSON has other entries than these, unless that may be replaced.
+    def check_replaceable(self, made_of: Mapping[str, str]) -> None:
+        """Refuses a folder whose evaluation is of something else, unless it may be replaced.
 
         Raises:
-            OutputError: it has, or it is gone and the page is not.
+            OutputError: it is, or the JSON that says so is gone and the page is not.
         """
         file, page = (self.folder.find_place(name) for name in (JSON_FILE, PAGE))
         if self._options.overwrite or not (file.exists() or page.exists()):
             return
-        before = read_json_object(file) if file.exists() else {}
-        if any(before.get(name) != value for name, value in told.items()):
-            raise OutputError(
-                f"{self.folder.path}: holds an evaluation of other files or settings, which is "
-                "not replaced; name another folder, or allow it with `overwrite=True`, which "
-                "keeps the images"
+        before = read_json_object(file).get(MADE_OF) if file.exists() else None
+        if before == made_of:
+            return
+        known = before if isinstance(before, Mapping) else {}
+        what = "holds an evaluation of other files or settings"
+        if not file.exists():
+            what = f"has a page without its {JSON_FILE}, so that nobody knows of what it is"
+        elif known.get("digest") == made_of["digest"]:
+            what = (
+                f"holds an evaluation of the same that was drawn on {known.get('device')}, and "
+                f"this run draws on {made_of['device']}"
             )
+        raise OutputError(
+            f"{self.folder.path}: {what}; it is not replaced: name another folder, or allow it "
+            "with `overwrite=True`, which keeps the images"
+        )
 
     def draw_missing(self, progress: Progress | None) -> dict[tuple[str, str], str]:
         """Draws what is not there as it was written, first the source's, then the target's.
@@ -140,8 +154,10 @@ class ImageFolder:
                 entrant, place = self._entrants[cell], (cell.lora, cell.row)
                 if entrant.side != side:
                     continue
+                label = f"{cell.row}: {cell.prompt}"
                 if place in failures:
                     undrawn[name] = failures[place]
+                    tell(len(there) + len(undrawn), len(places), label)
                     continue
                 asked = settings[side].with_lora() if cell.row == WITH_LORA else settings[side]
                 with _run_entrant(model, entrant):
@@ -152,10 +168,11 @@ class ImageFolder:
                     if not (entrant.denoiser or entrant.text):
                         raise  # the model does that by itself
                     failures[place] = undrawn[name] = str(error)
+                    tell(len(there) + len(undrawn), len(places), label)
                     continue
                 write_bytes_atomically(places[name], png)
                 there.add(name)
-                tell(len(there), len(places), f"{cell.row}: {cell.prompt}")
+                tell(len(there) + len(undrawn), len(places), label)
             model.release(keep_denoiser=False)
         # Rows of equal updates have the same images.
         lost = ((c, undrawn[name]) for c, name in self.names.items() if name in undrawn)

@@ -31,7 +31,7 @@ class Evaluation:
         rows: that all LoRAs have, in order.
         scores: score -> row -> values [LoRAs, prompts, seeds].
         lower: the scores of which less is better.
-        reference: what images were compared with, in words.
+        reference: what images were compared with, in words; "" where it could not be drawn.
         skipped: metric or row -> why it is not there.
         images: what was drawn -> its file.
         settings: of the sampling.
@@ -172,9 +172,10 @@ class Evaluation:
             found = [self.estimate(score, row) for score in self.scores]
             means.append(Row((row, self.find_norm(row), *(x.mean if x else None for x in found))))
         columns = [Column("row"), Column("norm", ".2f"), *(Column(s, ".3f") for s in self.scores)]
-        note = (
-            f"Likeness is that to {self.reference}. A LoRA of a small norm leaves the target's "
-            "quality alone: read scores of quality beside the norm."
+        note = f"Likeness is that to {self.reference}. " if self.reference else ""
+        note += (
+            "A LoRA of a small norm leaves the target's quality alone: read scores of quality "
+            "beside the norm."
         )
         if self.lower:
             note += f" Less is better in {', '.join(sorted(self.lower))}."

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...bases.identity import sample_file
 from ...core.validation import DeviceLike
 from ...errors import InvalidOption, ProLoRAError, UnsupportedFormat
 from ...files.hashing import hash_parts
@@ -23,6 +25,10 @@ score -> a number for each image.
 
 Without a reference the last is empty, and scores that need one are left out. More is better, unless
 a score is among the metric's attribute `lower`."""
+
+
+_READ = (".json", ".safetensors", ".txt", ".model")
+"""Ends of the files that a metric's model is made of."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,25 @@ def open_metric(name: str, given: Any, device: DeviceLike) -> Metric:
         known = ", ".join(JUDGES)
         raise InvalidOption(f"`metrics` has no {name!r}: take {known}, or give a function")
     return _ModelMetric(JUDGES[name], str(given), device or "cpu")
+
+
+def identify_metric(given: Any) -> str:
+    """What tells a metric from others: a digest of its model's files, or the name of a function.
+
+    Of a function that is given other values the name stays the same, as that of a model that lies
+    in the Hub's cache.
+
+    Raises:
+        UnsupportedFormat: a file cannot be read.
+    """
+    if callable(given):
+        named = given if hasattr(given, "__qualname__") else type(given)
+        return f"{named.__module__}.{named.__qualname__}"
+    folder = Path(str(given))
+    if not folder.is_dir():
+        return str(given)
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in _READ and file.is_file()]
+    return hash_parts([f"{file.name} {sample_file(file)} " for file in files])
 
 
 def ask_metric(
