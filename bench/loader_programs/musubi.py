@@ -94,6 +94,8 @@ def open_program(checkout: Path) -> Open:
 
     def open_model(family: Family, layout: str) -> Read | None:
         model, networks = None, ""
+        if layout == "framepack":  # it has a class of its own for that
+            return None
         if family.id in BUILT:
             build, networks = BUILT[family.id]
             with torch.device("meta"):
