@@ -81,11 +81,18 @@ def as_on_a_gpu(slow_float64: bool = False) -> Any:
 
 
 def count_case(
-    b: int, m: int, n: int, rank: int | float, slow_float64: bool = False, stored: bool = False
+    b: int, m: int, n: int, rank: int | float, slow_float64: bool = False, stored: str = ""
 ) -> dict[str, Any]:
-    """The counts for one stack; of `stored` ones with `krylov_block`, from weights in 16 bits."""
+    """The counts for one stack.
+
+    Args:
+        b, m, n: its shape.
+        rank: as of `truncated_svd`.
+        slow_float64: as on a GPU with few units for it.
+        stored: "torch" or "krylov_block": weights in bfloat16, and what finds their blocks.
+    """
     weights = make_weights(b, m, n).to(torch.bfloat16 if stored else torch.float32)
-    asked = mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block" if stored else "")
+    asked = mock.patch.dict(os.environ, PROLORA_KERNELS=stored.removeprefix("torch"))
     began = time.perf_counter()
     with asked, as_on_a_gpu(slow_float64), counting(stage_of) as tally:
         result = prolora.truncated_svd(weights, rank)
@@ -171,7 +178,9 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, help="instead of the stack's own number")
     parser.add_argument("--models", action="store_true", help="count the other shapes instead")
     parser.add_argument("--slow-float64", action="store_true", help="as on a card for games")
-    parser.add_argument("--stored", action="store_true", help="with krylov_block, k = 128 alone")
+    parser.add_argument(
+        "--stored", default="", help="torch or krylov_block: weights in 16 bits, k = 128 alone"
+    )
     words = parser.parse_args()
     torch.set_num_threads(1)  # the stack stays in this thread, where it is counted
     wanted = [

@@ -422,13 +422,27 @@ def test_the_model_gives_the_times_that_it_starts_from():
         assert found == pytest.approx(seconds, rel=0.02)
 
 
+def test_the_products_of_a_krylov_block_are_counted():
+    w = torch.zeros(2, 48, 64, dtype=torch.float16)
+    rows, projected = torch.zeros(2, 40, 48), torch.zeros(2, 40, 40)
+    with counting(lambda frame: "here") as tally:
+        krylov_block.krylov_block(w, rows, projected, 16, 8)
+    assert tally.flops("float32") == 2 * 8 * (4 * 48 * 64 + 8 * 48 * 16)
+    assert tally.bytes == 2 * (2 * 48 * 64 * 2 + 4 * 16 * 48 * 4 + 8)
+    assert tally.dispatches == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (ROOT / "bench/results").exists(), reason="a source distribution holds no results"
 )
 def test_a_stack_asks_no_more_of_a_gpu_than_the_stored_counts_say():
     counts = json.loads((ROOT / "bench/results/dispatches.json").read_text())
-    for label, stored in (("after", False), ("krylov_block", True)):
+    for label, stored in (
+        ("after", ""),
+        ("stored", "torch"),
+        ("krylov_block", "krylov_block"),
+    ):
         known = counts[label]["cases"][0]
         case = (known[name] for name in ("matrices", "rows", "columns", "rank"))
         found = dispatches.count_case(*case, stored=stored)

@@ -185,12 +185,25 @@ def _describe(
         columns = y.shape[-1] if y.ndim > 1 else 1
         shape = (batch, x.shape[-2], x.shape[-1], columns)
         return Call(stage, name, "product", dtype, shape, 2 * prod(shape), moved)
+    if name == "krylov_block":
+        return _describe_block(stage, args, made)
     if name in FACTORISATIONS and largest is not None:
         x = args[1] if name == "linalg_solve_triangular" else args[0]
         shape = (prod(x.shape[:-2]), *x.shape[-2:])
         kind = FACTORISATIONS[name]
         return Call(stage, kind, "factorisation", dtype, shape, 0, moved)
     return Call(stage, name, "pass", dtype, (moved,), 0, moved)
+
+
+def _describe_block(stage: str, args: Any, made: list[Tensor]) -> Call:
+    """Its products, in float32: two with W, which is read twice, and four with the basis."""
+    w, rows, _, size, width = args
+    b, d, n = w.shape
+    flops = b * width * (4 * d * n + 8 * d * size)
+    basis = b * size * d * rows.element_size()
+    moved = 2 * _size(w) + 4 * basis + sum(_size(x) for x in made)
+    shape = (b, width, d, 2 * n + 4 * size)
+    return Call(stage, "krylov_block", "product", "float32", shape, flops, moved)
 
 
 def _is_view(func: Any, tensors: list[Tensor], made: list[Tensor]) -> bool:

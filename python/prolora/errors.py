@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 from .core.errors import (
+    KernelFailure,
     NonFiniteWeights,
     ProLoRAError,
     ShapeMismatch,
@@ -23,6 +24,7 @@ __all__ = [
     "AlreadyMoved",
     "ForeignFile",
     "InvalidOption",
+    "KernelFailure",
     "LowCoverage",
     "MissingFile",
     "NonFiniteWeights",

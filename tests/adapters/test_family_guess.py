@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
+from prolora.adapters.family import guess_families
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
 from prolora.workflow.inspection import inspect
@@ -205,3 +206,12 @@ def test_blocks_of_chroma_are_also_those_of_its_radiance(tmp_path):
     assert "chroma" in told.families and "ComfyUI" in told.readers
     told = write_lora(lora, "chroma-radiance", "chroma", "comfy", lambda name: "nerf" in name)
     assert told.families == ["chroma"] and "Forge" in told.non_readers
+
+
+@pytest.mark.parametrize("layout", ["cogvideox-2b", "cogvideox1.5-5b"])
+def test_a_transformer_with_a_module_that_unets_have_too_is_told(layout):
+    shapes = {n: s for n, s in load_layout(layout).shapes.items() if len(s) == 2}
+    assert "time_embedding.linear_1" in shapes
+    assert guess_families(shapes, {}) == ("cogvideox",)
+    alone = {n: s for n, s in shapes.items() if n.startswith("time_embedding")}
+    assert guess_families(alone, {}) == ()

@@ -80,6 +80,21 @@ def test_what_is_no_lora_is_refused_by_name(wrong: object) -> None:
         read_adapter(wrong)
 
 
+def call_fields(fields: object) -> object:
+    return type("Config", (), {"to_dict": fields})()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [5, lambda self: {("a", 1): 2}, lambda self: [1], lambda: {}, lambda self: int("x")],
+    ids=["a number", "keys that are no text", "a list", "no method", "an error"],
+)
+def test_what_only_looks_like_a_configuration_is_refused(fields: object) -> None:
+    tensors = encode_state_dict(adapter_of(LINEAR), format="peft")
+    with pytest.raises(UnsupportedFormat, match=r"configuration|peft\.LoraConfig"):
+        read_adapter((tensors, call_fields(fields)))
+
+
 def test_an_adapter_without_modules_makes_no_state_dict() -> None:
     with pytest.raises(OutputError, match="no module is left"):
         encode_state_dict(Adapter({}))

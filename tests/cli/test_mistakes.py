@@ -238,7 +238,7 @@ MISTAKES = {
     ),
     "a pickle for a base": (
         ("advise", "--source", "old.pt", "--target", "target"),
-        "old.pt: a pickle checkpoint; it can run code when it is loaded",
+        "old.pt: a pickle checkpoint in the old format; it can run code when it is loaded",
     ),
     "nothing to look at": (("inspect",), "Missing argument 'FILE'"),
     "a missing file to look at": (("inspect", "lorra.safetensors"), "Similar here: lora.safet"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -80,6 +81,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     with pytest.raises(UnsupportedFormat, match=r"model\.pt: holds objects beside its tensors"):
         open_base(tmp_path / "model.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_old_format_is_told_with_the_command_that_converts_it(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    for read in (PickleFile, open_base):
+        with pytest.raises(UnsupportedFormat, match="old format") as caught:
+            read(tmp_path / "model.pt")
+        assert "damaged" not in str(caught.value)
+    command = caught.value.command
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, timeout=120)
+    assert set(open_base(tmp_path / "model.safetensors").shapes) == set(open_base(WEIGHTS).shapes)
 
 
 def test_a_torch_whose_safe_reading_has_a_known_hole_reads_no_pickle(tmp_path, monkeypatch):

@@ -176,3 +176,21 @@ def test_diffusers_reads_a_converted_file_with_the_same_update(format):
         weight = getattr(layer, "base_layer", layer).weight
         delta = (weight - before[name]).flatten(1)
         assert torch.allclose(delta, update.up @ update.down, atol=1e-4), name
+
+
+def test_a_result_is_written_as_it_was_asked_for(tmp_path):
+    came, _ = make_lora("lora", 2, 0)
+    tensors = adapters.encode_state_dict(adapters.read_adapter(came), format="diffusers")
+    done = prolora.convert(tensors, format="kohya", dtype="float16")
+    for made in (done, prolora.merge([tensors, tensors], format="kohya", dtype="float16")):
+        made.save(tmp_path / "out.safetensors")
+        written = load_file(tmp_path / "out.safetensors")
+        assert all(key.startswith("lora_unet_") for key in written)
+        assert {x.dtype for x in written.values()} == {torch.float16}
+        assert made.state_dict().keys() == written.keys()
+    # What is asked of `save` counts more.
+    done.save(tmp_path / "out.safetensors", format="diffusers", dtype="float32")
+    written = load_file(tmp_path / "out.safetensors")
+    assert all(
+        not key.startswith("lora_unet_") and x.dtype == torch.float32 for key, x in written.items()
+    )

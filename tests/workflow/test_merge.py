@@ -419,6 +419,16 @@ def test_modules_of_two_shapes_are_refused_by_name():
         prolora.merge([one, two])
 
 
+def test_a_state_dict_with_its_configuration_is_one_lora():
+    peft = pytest.importorskip("peft")
+    tensors = {f"base_model.model.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    pair = tensors, peft.LoraConfig(r=2, lora_alpha=6)
+    with pytest.raises(prolora.InvalidOption, match=r"LoraConfig\) is one LoRA.* list"):
+        prolora.merge(pair)
+    merged = prolora.merge([pair, pair], out_rank=2).adapter.updates["to_q"]
+    assert torch.allclose(merged.dense(), torch.full((2, 2), 12.0))
+
+
 @pytest.mark.parametrize(
     ("count", "changes", "text"),
     [

@@ -71,7 +71,9 @@ def guess_families(
     """
     claimed = claimed_family(metadata)
     unet = [name for name in shapes if find_component(name) == "unet"]
-    if unet:
+    # The `time_embedding` of a UNet is in CogVideoX, too.
+    shared = all(name.startswith("time_embedding.") for name in unet)
+    if unet and not (shared and any(find_component(name) == "transformer" for name in shapes)):
         widths = (shapes[name][1] for name in unet if name.endswith(_CONTEXT))
         context = next((width for width in widths if width), None)
         guess = _unet_family(unet, context)

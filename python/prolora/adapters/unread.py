@@ -123,11 +123,19 @@ def _read_config(config: PeftConfigLike) -> dict[str, Any]:
     Raises:
         UnsupportedFormat: it is none.
     """
+    kind = type(config).__name__
     if not hasattr(config, "to_dict"):
-        kind = type(config).__name__
         raise UnsupportedFormat(f"a peft.LoraConfig stands beside a state dict, not {kind}")
-    # Sets become lists, and what is neither JSON nor a set is of no LoRA that is read.
-    text = json.dumps(config.to_dict(), default=lambda x: [*x] if isinstance(x, set) else str(x))
+    try:
+        # Sets become lists, and what is neither JSON nor a set is of no LoRA that is read.
+        text = json.dumps(
+            config.to_dict(), default=lambda x: [*x] if isinstance(x, set) else str(x)
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnsupportedFormat(
+            f"a peft.LoraConfig stands beside a state dict; this {kind} has no fields as it has "
+            f"them ({error})"
+        ) from error
     return parse_json_object(text, "the configuration")
 
 

@@ -45,6 +45,12 @@ class SolverFailure(ProLoRAError, RuntimeError):
     code = "solver-failure"
 
 
+class KernelFailure(ProLoRAError, RuntimeError):
+    """A kernel of prolora's compiled extension that did not run."""
+
+    code = "kernel-failure"
+
+
 class NonFiniteWeights(ProLoRAError):
     """NaN or Inf in a weight or an update, or in what a model makes of them."""
 

@@ -22,7 +22,7 @@ from torch.types import Storage
 
 from ..errors import UnsupportedFormat, input_error
 from .outside import open_regular
-from .safetensors_file import fill_buffer
+from .safetensors_file import fill_buffer, refuse_old_pickle
 from .state import FileState, check_unchanged
 
 # The first whose unpickler for weights has no known hole (CVE-2025-32434).
@@ -66,12 +66,13 @@ class PickleFile:
         """Maps the file.
 
         Raises:
-            UnsupportedFormat: it holds objects other than tensors, no state dict or several, or is
-                damaged.
+            UnsupportedFormat: it is in the old format, holds objects other than tensors, no state
+                dict or several, or is damaged.
         """
         self.path = Path(path)
         with open_regular(self.path) as file:
             self.state = FileState.from_status(os.fstat(file.fileno()))
+            refuse_old_pickle(file.read(2), self.path)
             records = _list_records(self.path, self.state.size)
         storages: list[Storage] = []
 

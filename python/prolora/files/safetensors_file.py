@@ -231,8 +231,9 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
         raise UnsupportedFormat(
             f"{path}: an archive; unpack it, and give the .safetensors file in it"
         )
-    if is_zip or head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
-        raise _refuse_pickle(path)
+    if is_zip:
+        raise _refuse_pickle(path, "")
+    refuse_old_pickle(head, path)
     if head.startswith(b"GGUF"):
         raise UnsupportedFormat(
             f"{path}: a GGUF file; base models are read from GGUF, LoRAs are not: use the "
@@ -251,14 +252,28 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
     raise UnsupportedFormat(f"{path}: not a safetensors file{way_out}")
 
 
-def _refuse_pickle(path: Path) -> UnsupportedFormat:
+def refuse_old_pickle(head: bytes, path: Path) -> None:
+    """Refuses a pickle that is no zip file, as torch saved it before 1.6.
+
+    Args:
+        head: its beginning.
+        path: of the file.
+
+    Raises:
+        UnsupportedFormat: with the command that converts it.
+    """
+    if head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
+        raise _refuse_pickle(path, " in the old format")
+
+
+def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:
     """The error of a pickle, with the command that converts it."""
     converted = path.with_suffix(".safetensors")
     if converted == path:  # a pickle that was merely renamed
         converted = path.with_suffix(".converted.safetensors")
     command = f'python -c "{_CONVERT_PICKLE}" {_quote(str(path))} {_quote(str(converted))}'
     error = UnsupportedFormat(
-        f"{path}: a pickle checkpoint; it can run code when it is loaded, so it is not read. "
+        f"{path}: a pickle checkpoint{kind}; it can run code when it is loaded, so it is not read. "
         f"Convert it once:\n{command}"
     )
     error.command = command

@@ -145,7 +145,9 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         kept_energy=dict(adapter.kept_energy),
         file_limit=form.limit,
     )
-    return Transfer(fitted, report, list_inputs(lora, *filter(None, [base])))
+    return Transfer(
+        fitted, report, list_inputs(lora, *filter(None, [base])), form.format or "auto", form.dtype
+    )
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:

@@ -147,7 +147,7 @@ def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False)
         seconds=seconds,
         provenance=read_provenance(adapter.metadata),
     )
-    return Transfer(fitted, report, [*base.files, *tuned.files])
+    return Transfer(fitted, report, [*base.files, *tuned.files], form.format or "auto", form.dtype)
 
 
 @dataclass

@@ -77,7 +77,8 @@ def merge(
     first, as `transfer` does it by default.
 
     Args:
-        loras: two or more, each a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        loras: two or more, each a .safetensors file, a PEFT folder, a state dict, (state dict,
+            `peft.LoraConfig`) or an `Adapter`.
         target: the base that the result is for. Needed where a LoRA has another one, and where an
             update depends on its weights (DoRA, GLoRA, OFT).
         sources: the base of each LoRA, in their order, or none of them; None for one that was
@@ -181,6 +182,11 @@ class _Merge:
         """Checks the numbers of all, and opens the bases."""
         if not isinstance(loras, Sequence) or isinstance(loras, str) or len(loras) < 2:
             raise InvalidOption("a merge takes two LoRAs or more")
+        if isinstance(loras[0], Mapping) and hasattr(loras[1], "to_dict"):
+            raise InvalidOption(
+                "(state dict, peft.LoraConfig) is one LoRA, and a merge takes two or more: give a "
+                "list with this pair in it"
+            )
         if not isinstance(sources, Sequence) or isinstance(sources, str):
             raise InvalidOption("`sources` must be a base or None for each LoRA, or none at all")
         count, strengths = len(loras), options.strengths
@@ -247,7 +253,13 @@ class _Merge:
         told = describe_cuts(rows, merged, fitted)
         report = self._report(told, self._measure(fitted, dtype), merged)
         limit = None if fitted is merged else form.limit
-        return Transfer(fitted, replace(report, file_limit=limit), self.inputs)
+        return Transfer(
+            fitted,
+            replace(report, file_limit=limit),
+            self.inputs,
+            form.format or "auto",
+            form.dtype,
+        )
 
     def _check_experts(self) -> None:
         """Finds which LoRAs are moved, and refuses those of the other expert that are not."""

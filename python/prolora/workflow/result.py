@@ -32,11 +32,16 @@ class Transfer:
         adapter: the LoRA of the target.
         report: what was kept and lost.
         inputs: the files that it was made of, which `save` does not overwrite.
+        format: that was asked for, in which `save` writes it if none is asked there; "auto" is the
+            one that the LoRA came in.
+        dtype: of the factors, likewise; None is the LoRA's.
     """
 
     adapter: Adapter
     report: Report
     inputs: list[Path] = field(default_factory=list)
+    format: FormatLike = "auto"
+    dtype: DtypeLike | None = None
 
     def __repr__(self) -> str:
         """One line: the LoRA and what became of its modules."""
@@ -46,7 +51,7 @@ class Transfer:
         self,
         path: str | PathLike[str],
         *,
-        format: FormatLike = "auto",
+        format: FormatLike | None = None,
         dtype: DtypeLike | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -55,9 +60,9 @@ class Transfer:
         Args:
             path: a .safetensors file, or a folder for `format="peft"`.
             format: "auto" (as it came in), "kohya", "diffusers", "peft" or "comfy"; or the
-                program that reads the file: "comfyui", "a1111", "forge", "invokeai", ….
-            dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None means as they
-                came in.
+                program that reads the file: "comfyui", "a1111", "forge", "invokeai", …. None means
+                as it was asked for when the result was made.
+            dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None likewise.
             overwrite: replace a file that prolora did not write. A result of prolora that nobody
                 has changed since is replaced in any case.
 
@@ -68,10 +73,15 @@ class Transfer:
             UnsupportedFormat: the format has no name for a module.
         """
         check_output(path, self.inputs, overwrite)
-        adapters.write_adapter(self.adapter, path, format=format, dtype=read_dtype(dtype))
+        adapters.write_adapter(
+            self.adapter,
+            path,
+            format=format or self.format,
+            dtype=read_dtype(dtype or self.dtype),
+        )
 
     def state_dict(
-        self, format: FormatLike = "auto", *, dtype: DtypeLike | None = None
+        self, format: FormatLike | None = None, *, dtype: DtypeLike | None = None
     ) -> dict[str, Tensor]:
         """The tensors of the file that `save` writes, without a file.
 
@@ -91,7 +101,9 @@ class Transfer:
             NonFiniteWeights: a factor overflows in dtype.
             OutputError: no module is left in the adapter.
         """
-        return adapters.encode_state_dict(self.adapter, format=format, dtype=read_dtype(dtype))
+        return adapters.encode_state_dict(
+            self.adapter, format=format or self.format, dtype=read_dtype(dtype or self.dtype)
+        )
 
     def peft_config(self) -> dict[str, Any]:
         """The keywords of a `peft.LoraConfig` that fits `state_dict("peft")`, with a scale of 1.
@@ -105,7 +117,6 @@ class Transfer:
 def save_result(done: Transfer, out: Path, options: AnyOptions) -> Report:
     """Writes a result and returns its report, with the time that writing took."""
     started = time.perf_counter()
-    format = options.format or "auto"
-    done.save(out, format=format, dtype=options.dtype, overwrite=options.overwrite)
+    done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done.report, seconds=seconds)

@@ -405,6 +405,44 @@ def test_what_the_op_does_not_take_is_refused_by_name():
             krylov_block(*wrong)
 
 
+def test_the_operator_itself_refuses_what_it_would_read_or_write_wrongly():
+    operator = torch.ops.prolora.krylov_block
+    w = weights(2, 40, 48, HALF, False)
+    rows, projected = basis(2, 40, 16, 24)
+    with pytest.raises(TypeError, match="w must be a contiguous stack"):
+        operator(w[:, :, ::2], rows, projected, 16, 8)
+    for size, width in ((32, 8), (16, 0), (8, 16), (-8, 8)):
+        with pytest.raises(errors.ShapeMismatch, match=f"size {size}"):
+            operator(w, rows, projected, size, width)
+    assert rows[:, 16:].isnan().all() and projected.isnan().all()
+
+
+def test_a_kernel_that_does_not_launch_is_no_solver_that_did_not_converge(asked, monkeypatch):
+    class Kernels:
+        @staticmethod
+        def run(*_):
+            raise RuntimeError("krylov_block: launch: too many resources requested")
+
+    def launch(w, rows, projected, size, width):
+        native.run_kernel(Kernels, "krylov_block", (w, rows, projected), (size, width), True)
+
+    monkeypatch.setattr(torch_twin, "krylov_block", launch)
+    with pytest.raises(errors.KernelFailure, match=r"too many resources.*PROLORA_NATIVE=OFF"):
+        truncated_svd(stack_of_16_bits(768, 768, 1), 48)
+
+
+@pytest.mark.parametrize("exponent", [-90, 70])
+def test_a_length_is_told_at_every_scale(kernels, exponent):
+    """Squares of it leave the range of float32; the kernels and torch tell the same."""
+    w = torch.zeros(1, 8, 8, dtype=BFLOAT)
+    w[0, 0, 0] = w[0, 4, 0] = 2.0 ** (exponent // 2)
+    rows = torch.zeros(1, 8, 8)
+    rows[:, :4] = torch.eye(8)[:4]
+    length, _, _ = kernels.krylov_block(w, rows, torch.zeros(1, 8, 8), 4, 4)
+    wanted = exact_block(w, rows[:, :4], 4, 4)[2]
+    torch.testing.assert_close(length, wanted, rtol=1e-5, atol=0)
+
+
 def test_the_extension_refuses_float64():
     extension = load("cpu", "_C")
     with pytest.raises(RuntimeError, match="krylov_block: float32 alone"):
@@ -415,6 +453,27 @@ def test_operator_passes_torchs_own_checks():
     w = weights(2, 40, 48, HALF, False)
     rows, projected = (x.nan_to_num(0.0) for x in basis(2, 40, 16, 24))
     torch.library.opcheck(torch.ops.prolora.krylov_block.default, (w, rows, projected, 16, 8))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_name_that_is_no_op_is_refused_on_every_device(monkeypatch, device):
+    monkeypatch.setenv("PROLORA_KERNELS", "krylov_blok")
+    with pytest.raises(errors.ProLoRAError, match=r"krylov_blok.*krylov_block"):
+        native.choose("small_svd", torch.device(device))
+    with pytest.raises(errors.ProLoRAError, match="krylov_blok"):
+        truncated_svd(stack_of_16_bits(768, 768, 1), 48)
+    monkeypatch.setenv("PROLORA_KERNELS", " panel_qr, krylov_block ,")
+    assert native.is_asked("krylov_block") and native.is_asked("panel_qr")
+
+
+def test_a_card_without_kernels_says_that_what_is_asked_for_does_not_run(monkeypatch, caplog):
+    native._warn_unheeded.cache_clear()
+    monkeypatch.setattr(native, "serving", lambda device: native.Choice(None, "it is old"))
+    monkeypatch.setenv("PROLORA_KERNELS", "krylov_block")
+    for _ in range(2):
+        assert native.choose("krylov_block", torch.device("cuda:0")).kernels is None
+    assert caplog.text.count("PROLORA_KERNELS names krylov_block") == 1
+    assert "it is old" in caplog.text
 
 
 def test_a_gpu_leaves_it_to_torch_until_it_is_asked_for(monkeypatch):

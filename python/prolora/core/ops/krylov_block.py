@@ -58,7 +58,36 @@ def run_krylov_block(
     return tensors[3]
 
 
+def check_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> None:
+    """Refuses, also of who calls the operator itself, what would be read or written wrongly."""
+    known = {"rows": rows, "projected": projected}
+    for name, x in {"w": w, **known}.items():
+        if x.device != w.device:
+            raise TypeError(f"krylov_block: w is on {w.device}, but {name} is on {x.device}")
+        if x.ndim != 3 or not (x.is_contiguous() or (x is w and x.mT.is_contiguous())):
+            raise TypeError(f"krylov_block: {name} must be a contiguous stack of matrices")
+    if w.dtype not in STORED:
+        raise TypeError(f"krylov_block: w must be float16 or bfloat16, not {w.dtype}")
+    for name, x in known.items():
+        if x.dtype != torch.float32:
+            raise TypeError(f"krylov_block: {name} must be float32, not {x.dtype}")
+    b, d, _ = w.shape
+    room = rows.shape[1]
+    wanted = {"rows": (b, room, d), "projected": (b, room, room)}
+    for name, x in known.items():
+        if x.shape != wanted[name]:
+            raise ShapeMismatch(
+                f"krylov_block: {name} must be {wanted[name]}, not {tuple(x.shape)}"
+            )
+    if not 1 <= width <= min(size, d, MAX_WIDTH) or size > room:
+        raise ShapeMismatch(
+            f"krylov_block: takes 1 <= width <= size <= room, and width <= d and "
+            f"{MAX_WIDTH}; not width {width}, size {size}, room {room}, d {d}"
+        )
+
+
 def _krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+    check_block(w, rows, projected, size, width)
     kernels = native.kernels_for("krylov_block", w.device)
     if kernels is None or max(w.shape[1:]) > MAX_ROW:
         return torch_twin.krylov_block(w, rows, projected, size, width)
@@ -66,6 +95,7 @@ def _krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: 
 
 
 def _krylov_block_fake(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+    check_block(w, rows, projected, size, width)
     return rows.new_empty(w.shape[0], dtype=torch.float64)
 
 
@@ -97,31 +127,8 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
         TypeError: other dtypes, two devices, or a layout that is neither.
         ShapeMismatch: shapes or sizes that do not agree.
     """
-    known = {"rows": rows, "projected": projected}
-    for name, x in {"w": w, **known}.items():
+    for name, x in (("w", w), ("rows", rows), ("projected", projected)):
         if not isinstance(x, Tensor):
             raise TypeError(f"krylov_block: {name} must be a torch.Tensor, not {type(x).__name__}")
-        if x.device != w.device:
-            raise TypeError(f"krylov_block: w is on {w.device}, but {name} is on {x.device}")
-        if x.ndim != 3 or not (x.is_contiguous() or (x is w and x.mT.is_contiguous())):
-            raise TypeError(f"krylov_block: {name} must be a contiguous stack of matrices")
-    if w.dtype not in STORED:
-        raise TypeError(f"krylov_block: w must be float16 or bfloat16, not {w.dtype}")
-    for name, x in known.items():
-        if x.dtype != torch.float32:
-            raise TypeError(f"krylov_block: {name} must be float32, not {x.dtype}")
-    b, d, _ = w.shape
-    room = rows.shape[1]
-    wanted = {"rows": (b, room, d), "projected": (b, room, room)}
-    for name, x in known.items():
-        if x.shape != wanted[name]:
-            raise ShapeMismatch(
-                f"krylov_block: {name} must be {wanted[name]}, not {tuple(x.shape)}"
-            )
-    if not 1 <= width <= min(size, d, MAX_WIDTH) or size > room:
-        raise ShapeMismatch(
-            f"krylov_block: takes 1 <= width <= size <= room, and width <= d and "
-            f"{MAX_WIDTH}; not width {width}, size {size}, room {room}, d {d}"
-        )
     found: Tensor = torch.ops.prolora.krylov_block(w, rows, projected, size, width)
     return found

@@ -21,7 +21,7 @@ from typing import Any
 import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
-from ..errors import ProLoRAError
+from ..errors import KernelFailure, ProLoRAError
 
 logger = logging.getLogger(__name__)
 
@@ -197,11 +197,18 @@ def serving(device: torch.device) -> Choice:
 
 
 def choose(op: str, device: torch.device) -> Choice:
-    """What runs an op on a device."""
+    """What runs an op on a device.
+
+    Raises:
+        ProLoRAError: PROLORA_KERNELS names something that is no op.
+    """
+    asked = is_asked(op)
     choice = serving(device)
+    if asked and device.type != "cpu" and choice.kernels is None:
+        _warn_unheeded(op, device, choice.why)
     if device.type == "cpu" and choice.kernels is not None and ON_CPU[op]:
         return Choice(None, ON_CPU[op])
-    if device.type == "cuda" and choice.kernels is not None and not is_asked(op):
+    if device.type == "cuda" and choice.kernels is not None and not asked:
         if op in UNMEASURED:
             return Choice(None, UNMEASURED[op])
     if device.type == "cuda" and choice.kernels is not None and not choice.tensor_cores:
@@ -210,13 +217,19 @@ def choose(op: str, device: torch.device) -> Choice:
     return choice
 
 
+@functools.cache
+def _warn_unheeded(op: str, device: torch.device, why: str) -> None:
+    logger.warning("%s: PROLORA_KERNELS names %s, but torch does its work (%s)", device, op, why)
+
+
 def is_asked(op: str) -> bool:
     """Whether PROLORA_KERNELS, names of ops with commas between them, names this one.
 
     Raises:
         ProLoRAError: it names something that is no op.
     """
-    names = [name for name in os.environ.get("PROLORA_KERNELS", "").split(",") if name]
+    words = os.environ.get("PROLORA_KERNELS", "").split(",")
+    names = [word.strip() for word in words if word.strip()]
     unknown = sorted(set(names) - ON_CPU.keys())
     if unknown:
         raise ProLoRAError(f"PROLORA_KERNELS names {unknown}, but the ops are {sorted(ON_CPU)}")
@@ -266,13 +279,21 @@ def run_kernel(
         cuda: whether to run the kernel; the tensors' device says where the memory is, and differs
             from it in the emulator only.
         float64: the precision; None means that of the first tensor.
+
+    Raises:
+        KernelFailure: it did not run; PROLORA_NATIVE=OFF leaves the work to torch.
     """
     like = tensors[0]
     float64 = like.dtype == torch.float64 if float64 is None else float64
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     with on_device(like):
         numbers = [*(x.data_ptr() for x in tensors), *sizes]
-        kernels.run(op, numbers, float64, cuda, stream)
+        try:
+            kernels.run(op, numbers, float64, cuda, stream)
+        except RuntimeError as error:
+            raise KernelFailure(
+                f"a kernel did not run: {error}; PROLORA_NATIVE=OFF leaves the work to torch"
+            ) from error
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

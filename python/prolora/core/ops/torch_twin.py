@@ -51,9 +51,10 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
     image, column = subtract_basis(known[:, last] @ single @ single.mT, known)
     projected[:, last, :size] = column
     if size + width <= rows.shape[1]:
-        scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
+        scale = torch.linalg.vector_norm(column, dim=(-2, -1), dtype=torch.float64)
         rows[:, size : size + width] = panel_qr(image, scale)[0].nan_to_num(0.0)
-    length: Tensor = torch.linalg.vector_norm(image, dim=(-2, -1)).double()
+    # As the kernels do: in float32 the squares of what is large or small leave its range.
+    length: Tensor = torch.linalg.vector_norm(image, dim=(-2, -1), dtype=torch.float64)
     return length
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import KernelFailure
 from .batched_eigh import solver_at
 from .cusolver import SolverUnavailable
 from .products import multiply_narrow
@@ -34,12 +35,12 @@ def attempt(solve: Callable[[], Out]) -> Out | None:
     """The result of a solver, None where it did not converge.
 
     torch raises LinAlgError for that, which is a RuntimeError, and on some devices a plain
-    RuntimeError. Too little memory is an error of another kind.
+    RuntimeError. Too little memory and a kernel that did not run are errors of another kind.
     """
     try:
         return solve()
     except RuntimeError as error:
-        if "memory" in str(error).lower():
+        if isinstance(error, KernelFailure) or "memory" in str(error).lower():
             raise
         return None
 

@@ -70,8 +70,9 @@ def fit_to_pipelines(
         ProLoRAError: see `prolora.fit` and `probe.fit_to_models`.
     """
     job = prepare_fit(lora, source, target, options)
+    written = options.format or "auto", options.dtype
     blank = _outline_result(job)
-    adapters.check_format(blank, options.format or "auto")
+    adapters.check_format(blank, written[0])
     common = common or CommonParts(options.resume)
     common.check_folder(source, target)
     rival = _move_rival(job)
@@ -86,9 +87,9 @@ def fit_to_pipelines(
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
             moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
-            return Transfer(moved, replace(scaled, grid=grid), files)
+            return Transfer(moved, replace(scaled, grid=grid), files, *written)
     fitted, fit_report = _finish_fit(job, blank, updates, report, _read_notes(notes))
-    return Transfer(fitted, replace(fit_report, grid=grid), files)
+    return Transfer(fitted, replace(fit_report, grid=grid), files, *written)
 
 
 def prepare_fit(

@@ -206,7 +206,13 @@ class BasePair:
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},
         )
-        return Transfer(fitted, report, list_inputs(ledger.lora, self.source, self.target))
+        return Transfer(
+            fitted,
+            report,
+            list_inputs(ledger.lora, self.source, self.target),
+            form.format or "auto",
+            form.dtype,
+        )
 
 
 def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter:
