@@ -68,7 +68,7 @@ ONCE = (STRIPED,)
 SEEDS = (0, 1, 2)
 IMAGES = 48
 """Images of each origin for the fit, and a third of that for the verdict."""
-STRONGER = (1.5, 2.0)
+STRONGER = (1.25, 1.5, 2.0)
 """Strengths above 1 at which the result is scored and drawn as well."""
 NOTHING = ("zero", "noise")
 """LoRAs without an effect that images show: of zeros, and of random numbers."""

@@ -23,6 +23,7 @@ from prolora.probe import gate
 RESULTS = ROOT / "bench/results/crossing.json"
 PAGE = ROOT / "docs/fit_measured.md"
 WRITTEN = ("go", "weaken")
+SAME_LATENT = "flow → ε, the same latent"
 METHODS = {"probe": "", "recorded": "by recorded calls", "trained": "*trained on the same images*"}
 """Method -> its name; "" for that of the pair."""
 
@@ -56,19 +57,31 @@ def collect(work: Path, kept: dict) -> dict:
 
 
 def at_chosen_strength(row: Row) -> Row:
-    """The row at the strength that the gate of today takes, where a weaker one was measured."""
+    """The row at the strength that the gate of today takes, where another one was measured."""
+    if row["pair"] != SAME_LATENT and row["strength"] == 1 and "stronger" in row:
+        return row | {"score": score_raised(row)}
     weaker = row.get("weaker")
     if weaker and weaker["share"]["all"] - row["share"]["all"] >= gate.IMAGE_DOUBT:
         return row | weaker
     return row
 
 
+def score_raised(row: Row) -> float:
+    """At gate.RAISED; by the parabola through 1, 1.5 and 2 in rows that were not scored there."""
+    stronger = row["stronger"]
+    if (name := f"{gate.RAISED:g}") in stronger:
+        return stronger[name]
+    scores = [row["score_at_1"], stronger["1.5"], stronger["2"]]
+    t = 2 * (gate.RAISED - 1)
+    bend = scores[2] - 2 * scores[1] + scores[0]
+    return scores[0] + t * (scores[1] - scores[0]) + t * (t - 1) / 2 * bend
+
+
 def decide_row(row: Row) -> str:
     """What the gate says of a row, by its rule of today."""
     row = at_chosen_strength(row)
     effect = gate.Gain(**row["effect"])
-    same_noise = row["pair"] == "flow → ε, the same latent"
-    compared = row["disagreement"] if same_noise else None
+    compared = row["disagreement"] if row["pair"] == SAME_LATENT else None
     verdict = (row["strength"], row["share"], effect, None, None, compared)
     return gate.decide_on_images(*verdict)[0]
 
@@ -132,7 +145,9 @@ def adapters_table(rows: list[Row]) -> str:
 
 def again_table(rows: list[Row], again: list[Row]) -> str:
     """Scores at strength 1 by dense updates, by Gauss–Newton alone (where it ran), by the fit."""
-    alone = {(r["pair"], r["adapter"]): r["score_at_1"] for r in again}
+    alone = {
+        (r["pair"], r["adapter"]): r["score_at_1"] for r in again if r["steps"] == "Gauss–Newton"
+    }
     lines = []
     for row in rows:
         if "before" in row:
@@ -142,6 +157,33 @@ def again_table(rows: list[Row], again: list[Row]) -> str:
             lines.append([row["pair"], str(row["seed"]), row["adapter"], *cells])
     head = ["pair", "seed", "LoRA", "dense, cut to rank", "Gauss–Newton alone", "the fit"]
     return format_table(head, lines)
+
+
+def strengths_table(rows: list[Row]) -> str:
+    """By loss, and what is seen, above strength 1: the mean of each pair's LoRAs."""
+    lines = []
+    for pair in PAIRS:
+        part = [row for row in rows if row["pair"] == pair and "stronger" in row]
+        for adapter in dict.fromkeys(row["adapter"] for row in part):
+            some = [row for row in part if row["adapter"] == adapter]
+            names = {"1": "moved", "1.25": "", "1.5": "1.5", "2": "2"}
+            losses = [
+                {"1": r["score_at_1"], **r["stronger"]} | {"1.25": score_raised(r)} for r in some
+            ]
+            seen = "named" if adapter == "concept" else "style"
+            known = seen in some[0]["drawn"]["moved"]
+            cells = []
+            for strength, name in names.items():
+                loss = sum(row[strength] for row in losses) / len(some)
+                drawn = known and all(name in r["drawn"] for r in some)
+                looks = [r["drawn"][name][seen] for r in some] if drawn else []
+                cells.append(f"{loss:.2f}" + (f", {sum(looks) / len(looks):.2f}" if looks else ""))
+            best = [r["drawn"]["oracle"][seen] for r in some] if known else []
+            trained = f"1, {sum(best) / len(best):.2f}" if best else "1"
+            lines.append([f"{pair}, *{adapter}*", str(len(some)), *cells, trained])
+    return format_table(
+        ["pair, LoRA", "seeds", "at 1", "at 1.25", "at 1.5", "at 2", "trained there"], lines
+    )
 
 
 def effects_table(rows: list[Row]) -> str:
@@ -189,6 +231,7 @@ def main() -> None:
         "crossing adapters": adapters_table(stored["rows"]),
         "crossing nothing": effects_table(stored["rows"]),
         "crossing again": again_table(stored["rows"], stored["again"]),
+        "crossing strengths": strengths_table(stored["rows"]),
         "crossing samples": samples_table(drawn, lambda r: f"{r['pair']}, {r['seed']}", titles),
     }
     for name, pair in zip(("crossing ideas", "crossing ideas, look"), SHOWN, strict=True):
