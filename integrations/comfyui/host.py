@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ import nodes as core
 from aiohttp import web
 from comfy_execution.graph_utils import GraphBuilder
 
+from . import words
 from .jobs import MOVED, Place, find_trained_on, read_state
 
 BASE_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
@@ -30,9 +32,14 @@ def list_loras() -> list[str]:
     return folder_paths.get_filename_list("loras")
 
 
+def list_trained_loras() -> list[str]:
+    """Those that are no results."""
+    return [name for name in list_loras() if Path(name).parts[0] != MOVED]
+
+
 def list_lora_folders() -> list[str]:
     """Folders that hold LoRAs, below ComfyUI's; not those of results."""
-    parents = {os.path.dirname(name) for name in list_loras() if Path(name).parts[0] != MOVED}
+    parents = {os.path.dirname(name) for name in list_trained_loras()}
     return sorted(parents - {""})
 
 
@@ -100,6 +107,26 @@ def read_states(names: Iterable[str]) -> str:
     return " ".join(states)
 
 
+_results: dict[str, list[Path]] = {}
+_losses: Counter[str] = Counter()
+
+
+def remember_results(asked: str, paths: Iterable[Path]) -> None:
+    """Keeps in mind what a node wrote, or found, when it was asked so."""
+    _results[asked] = list(paths)
+
+
+def count_losses(asked: str) -> int:
+    """How often a file was gone that a node had written when it was asked so.
+
+    ComfyUI would show the old report of such a node, and not run it again.
+    """
+    if not all(path.is_file() for path in _results.get(asked, ())):
+        del _results[asked]
+        _losses[asked] += 1
+    return _losses[asked]
+
+
 def find_output_root() -> Path:
     """The folder that moved LoRAs are written below: the first of ComfyUI's for LoRAs."""
     return Path(folder_paths.get_folder_paths("loras")[0])
@@ -116,14 +143,35 @@ def name_lora(path: Path) -> str:
 
 
 def make_progress() -> Callable[[int, int, str], None]:
-    """A callback for prolora: moves the node's bar, and raises once the stop button is pressed."""
-    bar = comfy.utils.ProgressBar(1)
+    """A callback for prolora: moves the node's bar, and raises once the stop button is pressed.
+
+    Each second it also says on the node how far it is.
+    """
+    bar, told = comfy.utils.ProgressBar(1), time.monotonic()
 
     def progress(done: int, total: int, name: str) -> None:
+        nonlocal told
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, max(1, total))
+        if (now := time.monotonic()) - told >= 1:
+            told = now
+            _tell_progress(words.tell_progress(done / max(1, total), name))
 
     return progress
+
+
+def _find_server() -> Any:
+    """ComfyUI's server, which imported itself long before it asks for nodes; None without one."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    return getattr(server, "instance", None)
+
+
+def _tell_progress(text: str) -> None:
+    """Shows a line on the node that runs now, in the page that asked for it."""
+    server = _find_server()
+    page = getattr(server, "client_id", None)
+    if page is not None:
+        server.send_sync("prolora.progress", {"node": server.last_node_id, "text": text}, page)
 
 
 def free_memory() -> None:
@@ -232,8 +280,7 @@ async def send_trained_on(request: web.Request) -> web.StreamResponse:
 
 def serve_pages() -> None:
     """Lets ComfyUI's server answer the nodes' script; there is none where it runs without it."""
-    # It is imported long before it asks packs for their nodes.
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
-    if hasattr(server, "instance"):
-        server.instance.routes.get(PAGES)(send_page)
-        server.instance.routes.get(TRAINED_ON)(send_trained_on)
+    server = _find_server()
+    if server is not None:
+        server.routes.get(PAGES)(send_page)
+        server.routes.get(TRAINED_ON)(send_trained_on)

@@ -14,6 +14,8 @@ FROM_LORA = "from the LoRA"
 NO_LORA = "(none)"
 ALL_LORAS = "(all)"
 
+_JOB = ("lora", "folder", "trained_on", "use_on", "aim", "method", "rank", "format")
+"""The inputs that say what is written."""
 _HIDDEN = {"graph": "PROMPT", "node": "UNIQUE_ID"}
 _STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
@@ -121,6 +123,11 @@ def _find_source(name: str, lora: str) -> str:
     return told
 
 
+def _name_job(values: Mapping[str, Any]) -> str:
+    """What a node is asked to write, by its inputs."""
+    return str([values.get(name) for name in _JOB])
+
+
 def _move(
     loras: Mapping[str, Path], source: str, use_on: str, settings: Mapping[str, str]
 ) -> list[jobs.Moved]:
@@ -151,6 +158,8 @@ def _move_one(
     (moved,) = _move(files, source, use_on, settings)
     if moved.error is not None:
         raise ValueError(moved.error)
+    asked = {"lora": lora, "trained_on": trained_on, "use_on": use_on, **settings}
+    host.remember_results(_name_job(asked), [moved.path])
     told = " (as the LoRA tells)" if trained_on == FROM_LORA else ""
     way = f"from {words.shorten(source)}{told} to {words.shorten(use_on)}"
     name = host.name_lora(moved.path)
@@ -178,11 +187,11 @@ class _ProloraNode:
 
     @classmethod
     def IS_CHANGED(cls, **values: Any) -> str:
-        """Size and time of the files that are used, so that a changed file is moved again."""
+        """Differs where a file that is used changed, and where a result was deleted."""
         names = [str(value) for value in values.values()]
         if values.get("trained_on") == FROM_LORA:
             names += host.map_bases()
-        return host.read_states(names)
+        return f"{host.count_losses(_name_job(values))} {host.read_states(names)}"
 
 
 class MoveLora(_ProloraNode):
@@ -332,7 +341,7 @@ class MoveFolder(_ProloraNode):
     @classmethod
     def IS_CHANGED(cls, **values: Any) -> str:
         """The same, and that of all LoRAs."""
-        return f"{super().IS_CHANGED(**values)} {host.read_states(host.list_loras())}"
+        return f"{super().IS_CHANGED(**values)} {host.read_states(host.list_trained_loras())}"
 
     def run(self, folder: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
         """A line for each LoRA."""
@@ -341,8 +350,8 @@ class MoveFolder(_ProloraNode):
         _find_target(use_on)
         inside = [
             name
-            for name in host.list_loras()
-            if folder in (ALL_LORAS, os.path.dirname(name)) and Path(name).parts[0] != jobs.MOVED
+            for name in host.list_trained_loras()
+            if folder in (ALL_LORAS, os.path.dirname(name))
         ]
         lines: dict[str, str] = {}
         by_source: dict[str, dict[str, Path]] = {}
@@ -353,14 +362,16 @@ class MoveFolder(_ProloraNode):
                 lines[name] = words.tell_in_one_line(name, None, str(error))
             else:
                 by_source.setdefault(source, {})[name] = host.find_lora(name)
-        done = 0
+        done: list[Path] = []
         for source, loras in by_source.items():
             results = _move(loras, source, use_on, settings)
             for name, moved in zip(loras, results, strict=True):
                 lines[name] = words.tell_in_one_line(name, moved.report, moved.error)
-                done += moved.error is None
-        mark = "✔" if done == len(inside) else "⚠" if done else "✖"
-        lines[""] = f"{mark} In place below loras/{jobs.MOVED}: {done} of {len(inside)} LoRAs."
+                done += [moved.path] if moved.error is None else []
+        asked = {"folder": folder, "trained_on": trained_on, "use_on": use_on, **settings}
+        host.remember_results(_name_job(asked), done)
+        mark = "✔" if len(done) == len(inside) else "⚠" if done else "✖"
+        lines[""] = f"{mark} In place below loras/{jobs.MOVED}: {len(done)} of {len(inside)} LoRAs."
         return _show("\n".join(lines[name] for name in ["", *inside]), None)
 
 

@@ -89,6 +89,12 @@ def _name_widget(option: str, value: str | None) -> str | None:
     return widget
 
 
+def tell_progress(share: float, name: str) -> str:
+    """How far a job is, and how long it takes where prolora foresees that."""
+    left = re.search(r", ([^,]+) left$", name)
+    return f"Working: {share:.0%} done" + (f", about {left[1]} left." if left else ".")
+
+
 def tell_report(report: prolora.Report | None, name: str, way: str, next_step: str) -> str:
     """At most six lines on a LoRA that was moved.
 

@@ -296,6 +296,23 @@ def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypat
     assert not (models / "loras" / "zz-moved").exists()
 
 
+def test_a_node_says_how_far_it_is_and_how_long_it_takes(pack, monkeypatch):
+    told = []
+    server = sys.modules["server"].PromptServer.instance
+    monkeypatch.setattr(server, "last_node_id", "7", raising=False)
+    monkeypatch.setattr(server, "client_id", "page", raising=False)
+    monkeypatch.setattr(server, "send_sync", lambda *sent: told.append(sent), raising=False)
+    host = sys.modules["comfyui_prolora.host"]
+    moments = iter([0.0, 0.5, 2.0, 2.5, 3.5])
+    monkeypatch.setattr(host.time, "monotonic", lambda: next(moments))
+    progress = host.make_progress()
+    for done in range(3):
+        progress(done, 4, "sampling the target, 3 min left")
+    progress(3, 4, "transformer_blocks.0.attn.to_q")
+    said = ["Working: 25% done, about 3 min left.", "Working: 75% done."]
+    assert told == [("prolora.progress", {"node": "7", "text": text}, "page") for text in said]
+
+
 def test_advice_writes_nothing(pack, models):
     before = sorted(models.rglob("*"))
     (report,), _ = run(pack, "ProloraAdvise", **LORA, **BASES)
@@ -497,6 +514,25 @@ def test_a_changed_file_that_is_not_named_changes_the_fingerprint_too(pack, mode
     assert move_all.IS_CHANGED(folder="(all)", **BASES) != before
 
 
+@pytest.mark.parametrize("name", ["ProloraMoveLora", "ProloraMoveFolder"])
+def test_a_result_that_was_deleted_changes_the_fingerprint_until_it_is_made_again(
+    pack, models, name
+):
+    node = pack.NODE_CLASS_MAPPINGS[name]
+    values = {"ProloraMoveLora": LORA, "ProloraMoveFolder": {"folder": "styles"}}[name] | BASES
+    values |= WIDGETS
+    before = node.IS_CHANGED(**values)
+    run(pack, name, **values)
+    assert node.IS_CHANGED(**values) == before
+    for path in (models / "loras/zz-moved").rglob("*.safetensors"):
+        path.unlink()
+    gone = node.IS_CHANGED(**values)
+    assert gone != before and node.IS_CHANGED(**values) == gone
+    run(pack, name, **values)
+    assert node.IS_CHANGED(**values) == gone
+    assert node.IS_CHANGED(**values | {"rank": "4"}) == before
+
+
 def test_a_folder_of_a_pipeline_is_a_model_too(pack, models):
     folder = models / "diffusers" / "maker" / "look-v1.5"
     (folder / "transformer").mkdir(parents=True)
@@ -556,6 +592,7 @@ def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, f
     name, report = run(pack, "ProloraMoveLora", **best)[0]
     assert re.fullmatch(r"zz-moved/apart-v2\.0/one-best-[0-9a-f]{12}/one\.safetensors", name)
     assert len(report.splitlines()) <= 7 and "fitted a new LoRA of apart-v2.0" in report
+    assert report.count("samples that the fit did not see") <= 1  # one figure for one thing
     assert prolora.inspect(models / "loras" / name).kind == "lora"
     assert (models / "loras" / name).with_suffix(".html").is_file()
     again = run(pack, "ProloraMoveLora", **best)[0]
@@ -586,7 +623,7 @@ def test_the_best_method_says_what_aim_it_does_not_take(pack, models):
     for widget, value in (("aim", "LoRA's own look"), ("rank", "half"), ("rank", "16")):
         refused = refuse(pack, method="best", **{widget: value})
         name = f"the aim “{value}”" if widget == "aim" else f"“{widget}”"
-        assert refused.startswith(f"{name} cannot be chosen with the method “best”, whose fit")
+        assert refused.startswith(f"{name} cannot be chosen with the method “best”, because")
         assert "`" not in refused and "'best'" not in refused
 
 

@@ -93,6 +93,20 @@ def test_a_refusal_stands_on_its_node():
     assert said == "✖ Choose a LoRA." and page and other == 0
 
 
+def test_a_node_shows_how_far_it_is_until_it_is_done_or_stopped():
+    shown = run("""
+        const shown = [], look = () => shown.push(node.find("shown report").value);
+        const tell = (text) => listeners["prolora.progress"]({ detail: { node: "5", text } });
+        nodes["5"] = node;
+        tell("Working: 25% done."); look();
+        node.onExecuted({ text: ["done"], page: [] }); look();
+        tell("Working: 50% done."); look();
+        listeners.execution_interrupted({ detail: { node_id: "5" } }); look();
+        return shown;
+    """)
+    assert shown == ["Working: 25% done.", "done", "Working: 50% done.", "✖ Stopped."]
+
+
 def test_the_model_that_a_lora_tells_is_filled_in_and_a_missing_one_is_asked_for():
     shown = run("""
         const shown = [];

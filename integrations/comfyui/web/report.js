@@ -115,16 +115,22 @@ function makeRoom(node) {
 }
 
 function showResult(node, text, page) {
-  showLink(node, page);
   showReport(node, text);
+  showLink(node, page);
   makeRoom(node);
 }
 
+function sayOn(id, text) {
+  const node = app.graph?.getNodeById(id);
+  if (isOurs(node)) showResult(node, text, "");
+}
+
 // Some versions of ComfyUI say no more than that a job failed.
-api.addEventListener("execution_error", ({ detail }) => {
-  const node = app.graph?.getNodeById(detail.node_id);
-  if (isOurs(node)) showResult(node, `✖ ${detail.exception_message.trim()}`, "");
-});
+api.addEventListener("execution_error", ({ detail }) =>
+  sayOn(detail.node_id, `✖ ${detail.exception_message.trim()}`),
+);
+api.addEventListener("execution_interrupted", ({ detail }) => sayOn(detail.node_id, "✖ Stopped."));
+api.addEventListener("prolora.progress", ({ detail }) => sayOn(detail.node, detail.text));
 
 app.registerExtension({
   name: "prolora.report",

@@ -172,8 +172,7 @@ def tell_fitted(report: Report, need: str) -> Report:
     why = f"Both models {'would be' if report.dry_run else 'were'} run because {need}."
     gate = report.probe.gate if report.probe else None
     if gate is not None and report.was_fitted and gate.copy_share is not None:
-        why += (
-            f" On samples that the fit did not see it reaches {gate.share['all']:.0%} of the wanted"
-            f" change, and the LoRA moved by weights alone {gate.copy_share['all']:.0%}."
-        )
+        rival = min(gate.copy_share.values())
+        does = f"does {rival:.0%}" if rival > 0 else f"does harm ({rival:.0%})"
+        why += f" The LoRA moved by the weights alone {does} on the same samples."
     return replace(report, asked=BEST, why=why)

@@ -291,8 +291,8 @@ class TransferOptions:
             if name not in ("method", *OF_A_FIT_TOO) and value != known.default:
                 told = f"{name}='{value}'" if name == "look" else name
                 raise InvalidOption(
-                    f"`{told}` cannot be chosen with `method='best'`, whose fit does not heed it: "
-                    "take the default, or another method"
+                    f"`{told}` cannot be chosen with `method='best'`, because a fit cannot use it: "
+                    "keep the default there, or choose another method"
                 )
         if self.text_encoder == "project":
             raise InvalidOption("`text_encoder` must be copy or skip with `method='best'`")
