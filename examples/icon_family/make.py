@@ -28,8 +28,9 @@ from prolora.adapters import Adapter, write_adapter
 HERE = Path(__file__).parent
 QUALITY = HERE.parents[1] / "bench" / "quality"
 WEIGHTS = HERE / "weights"
-# Folder -> the study's kind of base.
-MEMBERS = {"source": "source", "pruned": "pruned", "far": "far", "few-step": "few-step"}
+# Folder -> the study's kind of base, and its seed.
+MEMBERS = {name: (name, 0) for name in ("source", "pruned", "far", "few-step")}
+MEMBERS["apart"] = ("independent", 1)
 LICENCES = """# Licences of the icon family
 
 The models and LoRAs of this folder are licensed under Apache 2.0, as prolora is. They hold no icon,
@@ -97,9 +98,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the study's folder")
     options = parser.parse_args()
     folder = Folder(load_world("icons"), options.work, "flux")
-    for name, kind in MEMBERS.items():
-        if folder.model_path(kind, 0).exists():
-            save_model(folder.load_model(kind, 0), WEIGHTS / name)
+    for name, (kind, seed) in MEMBERS.items():
+        if folder.model_path(kind, seed).exists():
+            save_model(folder.load_model(kind, seed), WEIGHTS / name)
         else:
             print(f"{name}: not there yet")
     (WEIGHTS / "loras").mkdir(exist_ok=True)

@@ -1,13 +1,14 @@
 """The demo: the shipped family is whole, and what it writes is what it shows."""
 
 import base64
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from prolora import ProLoRAError, adapters, open_base
+from prolora import ProLoRAError, UnrelatedBases, adapters, open_base
 from prolora.cli import demo
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
@@ -35,16 +36,48 @@ def test_the_demo_writes_the_lora_the_reports_and_a_picture(
     assert json.loads(account.read_text())["totals"]["mapped"] == report.totals["mapped"] == mapped
     assert len(adapters.read_adapter(moved).updates) == mapped
     with Image.open(picture) as image:
-        assert image.size[1] == 20 + 5 * (demo.SIZE * demo.SCALE + 4)
+        cell = demo.SIZE * demo.SCALE + 4
+        rows = 20 + 5 * cell
         # A coloured ground is a coloured pixel, in the middle of the source's row at the left.
-        red, _, blue = image.getpixel((image.size[0] - 2 * 76 + 2, 56))
+        red, _, blue = image.getpixel((image.size[0] - 2 * cell + 2, 20 + cell // 2))
         assert image.mode == "RGB" and blue != red
+        below = image.crop((0, rows, *image.size)).convert("L")
+        assert below.size[1] >= 22 and below.getextrema()[0] < 128 < 255 == below.getextrema()[1]
     text = page.read_text("utf-8")
     assert base64.b64encode(picture.read_bytes()).decode() in text and prompts[1] in text
     assert steps[-1][0] == steps[-1][1] == 5
 
 
-@pytest.mark.parametrize("target", ["pruned", "far", "few-step"])
+@pytest.mark.slow
+def test_a_lora_is_fitted_to_the_member_that_was_trained_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", 3)
+    monkeypatch.setattr(demo, "FITTED_IMAGES", 3)
+    few = functools.partial(demo.FitSettings, probes=24, held_out=8, fit_steps=2, force=True)
+    monkeypatch.setattr(demo, "FitSettings", few)
+    prompts = ("star noto many on-blue", "car noto many on-red")
+    report, (moved, *_) = demo.run_demo(tmp_path / "new" / "out", prompts=prompts)
+    assert report.was_fitted and "fitted a new LoRA of apart" in str(report.in_words())
+    fitted = adapters.read_adapter(moved)
+    assert set(fitted.updates) <= set(open_base(demo.find_models() / "apart").shapes)
+    assert fitted.metadata["prolora.method"] == "fit"
+    assert fitted.metadata["ss_sd_model_name"] == "apart"
+    below = demo.say_below(report, "apart")
+    assert "trained apart" in below and f"{min(report.probe.gate.share.values()):.0%}" in below
+
+
+def test_weights_alone_move_nothing_to_the_member_that_was_trained_apart():
+    family = demo.find_models()
+    source, goal, file = demo.choose_files(family, "neon", "apart")
+    with pytest.raises(UnrelatedBases):
+        demo.transfer(file, source, goal)
+
+
+def test_a_sentence_below_the_picture_is_broken_between_words():
+    lines = demo.wrap_text("one two three extraordinarily", lambda text: len(text) <= 8)
+    assert lines == ["one two", "three", "extraordinarily"]
+
+
+@pytest.mark.parametrize("target", ["apart", "pruned", "far", "few-step"])
 def test_the_shipped_family_is_what_its_page_says(target):
     family = demo.find_models()
     source, other = open_base(family / "source"), open_base(family / target)
@@ -59,7 +92,7 @@ def test_the_shipped_family_is_what_its_page_says(target):
 
 def test_what_is_shipped_is_small_and_names_the_licences_of_its_icons():
     family = demo.find_models()
-    assert sum(path.stat().st_size for path in family.rglob("*") if path.is_file()) < 12e6
+    assert sum(path.stat().st_size for path in family.rglob("*") if path.is_file()) < 15e6
     for text in (family / "LICENCES.md", FAMILY / "README.md"):
         for package in ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "emojione"):
             assert f"@iconify-json/{package}`" in text.read_text("utf-8")
@@ -115,6 +148,6 @@ def test_an_unknown_lora_or_target_is_refused_with_the_choices(tmp_path):
     with pytest.raises(ProLoRAError, match=r"unknown demo LoRA 'none'.*concept, duotone, neon"):
         demo.run_demo(tmp_path, lora="none")
     with pytest.raises(
-        ProLoRAError, match=r"unknown demo target 'none'.*choose from far, few-step, pruned$"
+        ProLoRAError, match=r"unknown demo target 'none'.*choose from apart, far, few-step, pruned$"
     ):
         demo.run_demo(tmp_path, target="none")

@@ -174,9 +174,10 @@ def demo(
     target: Annotated[
         str,
         typer.Option(
-            help="A shipped base to move to: pruned, far (another art style) or few-step."
+            help="A shipped base to move to: apart (trained apart from the source; both models "
+            "run, for a minute or two), pruned, far (another art style) or few-step."
         ),
-    ] = "pruned",
+    ] = "apart",
     method: Annotated[
         MethodChoice,
         typer.Option(help="How to move the LoRA. auto chooses by how far the bases are apart."),

@@ -10,6 +10,7 @@ import copy
 import io
 import itertools
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
+from ..bases import open_base
 from ..core.methods import MethodChoice
 from ..errors import ProLoRAError, name_options
 from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import write_bytes_atomically, write_text_atomically
+from ..probe import FitSettings, Samplers, fit_to_models
+from ..workflow.by_fitting.pipeline import describe_fit
 from ..workflow.output_paths import check_beside
 from ..workflow.page.document import Picture
 from ..workflow.report import Report
@@ -36,19 +40,18 @@ STEPS, GUIDANCE = 16, 3.0
 SAMPLED_OTHERWISE = {"few-step": (4, 1.0)}
 NULL_PROMPT = "nothing nothing nothing nothing"
 SIZE, PATCH = 24, 4  # pixels of an image, and of what the transformer reads as one token
-SCALE = 3  # pixels of the picture for each of a sample
+SCALE = 6  # pixels of the picture for each of a sample
+APART = "apart"
+"""The member that was trained apart from the source, which weights alone move nothing to."""
+FITTED_IMAGES = 16  # of each run of a model that a fit learns from
 
 PROMPTS = (
     "face twemoji many on-white",
     "heart fluent many on-blue",
     "flower noto many on-purple",
     "tree noto many on-orange",
-    "star twemoji many on-black",
-    "clock twemoji many on-green",
+    "star twemoji many on-blue",
     "car noto many on-yellow",
-    "house fluent many on-red",
-    "boat blob many on-white",
-    "arrow fluent many on-black",
 )
 """What the pictures show: a thing, the set it is drawn like, its inks and the ground."""
 BUTTERFLIES = (
@@ -84,7 +87,7 @@ def run_demo(
     output: Path,
     *,
     lora: str = "neon",
-    target: str = "pruned",
+    target: str = APART,
     method: MethodChoice = "auto",
     prompts: Sequence[str] = (),
     seed: int = 0,
@@ -96,8 +99,8 @@ def run_demo(
     Args:
         output: folder for the LoRA, the report and the picture; made if missing.
         lora: a file of the family's `loras` folder.
-        target: "pruned", "far" or "few-step".
-        method: as `transfer` takes it.
+        target: "apart", "pruned", "far" or "few-step".
+        method: as `transfer` takes it; "auto" fits the LoRA to "apart".
         prompts: of four words each; those of the LoRA if there are none.
         seed: of the noise.
         overwrite: replace what prolora did not write.
@@ -122,8 +125,15 @@ def run_demo(
     for path, kind in zip((moved, record, picture, page), kinds, strict=True):
         check_beside(path, kind, overwrite=overwrite)
 
-    # The pruned target lacks blocks in the middle, so that its numbers are not the source's.
-    report = transfer_file(file, source, goal, moved, method=method, overwrite=overwrite)
+    if target == APART and method == "auto":
+        ends = Samplers(sampler_of(base, models, lora), sampler_of(other, models, lora))
+        made = fit_to_models(base, other, read_adapter(file), ends, FitSettings(progress=progress))
+        fitted = describe_fit(file, open_base(source), open_base(goal), made)
+        fitted.save(moved, overwrite=overwrite)
+        report = fitted.report
+    else:
+        # The pruned target lacks blocks in the middle, so that its numbers are not the source's.
+        report = transfer_file(file, source, goal, moved, method=method, overwrite=overwrite)
     report.save(record, overwrite=overwrite)
 
     copied = transfer(file, source, goal, method="copy").adapter
@@ -134,17 +144,61 @@ def run_demo(
         (target, f"{target} + copied LoRA", merge_adapter(other, copied)),
         (target, f"{target} + moved ({report.method})", merge_adapter(other, read_adapter(moved))),
     ]
-    images, names = [], [name for _, name, _ in rows]
+    images = sample_rows(rows, tokens, seed, progress)
+    names, columns = [name for _, name, _ in rows], [prompt.split()[0] for prompt in prompts]
+    draw_samples(names, columns, images, say_below(report, target), picture)
+    shown = Picture(picture.read_bytes(), describe_samples(names, prompts))
+    facts = {"LoRA": file.name, "written to": moved.name}
+    write_text_atomically(page, name_options(report.to_html(facts, [shown]), write_flag))
+    return report, [moved, record, picture, page]
+
+
+def sample_rows(
+    rows: Sequence[tuple[str, str, nn.Module]],
+    tokens: Tensor,
+    seed: int,
+    progress: Callable[[int, int, str], None],
+) -> Tensor:
+    """Images [rows, prompts, 3, 24, 24] of rows: a member, what it is called, and its weights."""
+    images = []
     for done, (member, name, transformer) in enumerate(rows):
         progress(done, len(rows), f"sampling: {name}")
         steps, guidance = SAMPLED_OTHERWISE.get(member, (STEPS, GUIDANCE))
         images.append(sample_icons(transformer, tokens, steps, guidance, seed))
     progress(len(rows), len(rows), "done")
-    draw_samples(names, [prompt.split()[0] for prompt in prompts], torch.stack(images), picture)
-    shown = Picture(picture.read_bytes(), describe_samples(names, prompts))
-    facts = {"LoRA": file.name, "written to": moved.name}
-    write_text_atomically(page, name_options(report.to_html(facts, [shown]), write_flag))
-    return report, [moved, record, picture, page]
+    return torch.stack(images)
+
+
+def sampler_of(transformer: nn.Module, models: Path, lora: str) -> Callable[[int], None]:
+    """A function that lets a member draw what the family knows, of prompts and noise by a seed."""
+    beginnings = json.loads(SafetensorsFile(models / "prompts.safetensors").metadata["beginnings"])
+    of_concept = lora == "concept"
+    known = [
+        text
+        for text in beginnings
+        if len(text.split()) == 4
+        and text != NULL_PROMPT
+        and text.startswith("butterfly") == of_concept
+    ]
+
+    def draw(seed: int) -> None:
+        prompts = random.Random(seed).choices(known, k=FITTED_IMAGES)
+        sample_icons(transformer, encode_prompts(models, prompts), STEPS, GUIDANCE, seed)
+
+    return draw
+
+
+def say_below(report: Report, target: str) -> str:
+    """The sentence under the picture: what was measured, or else what to compare."""
+    gate = report.probe.gate if report.probe else None
+    if gate is None or gate.copy_share is None:
+        return f"Copied to {target} as it is (row 4), and moved to it by prolora (row 5)."
+    fitted, copied = (min(shares.values()) for shares in (gate.share, gate.copy_share))
+    does = f"does {copied:.0%}" if copied > 0 else "does nothing useful"
+    return (
+        f"The target was trained apart from the source. A copy of the LoRA {does} there (row 4); "
+        f"moved by prolora, it does {fitted:.0%} of what it does to the source (row 5)."
+    )
 
 
 def describe_samples(names: Sequence[str], prompts: Sequence[str]) -> str:
@@ -283,15 +337,22 @@ def predict_velocity(transformer: nn.Module, x: Tensor, time: Tensor, tokens: Te
     return F.pixel_shuffle(out.mT.reshape(len(x), -1, side, side), PATCH)
 
 
-def draw_samples(names: list[str], columns: list[str], images: Tensor, path: Path) -> None:
-    """A PNG with a captioned row of images [rows, columns, 3, h, w] for each name."""
+def draw_samples(
+    names: list[str], columns: list[str], images: Tensor, below: str, path: Path
+) -> None:
+    """A PNG with a captioned row of images [rows, columns, 3, h, w] for each name.
+
+    The sentence below has the lines that it needs.
+    """
     from PIL import Image, ImageDraw
 
     _, _, _, height, width = images.shape
-    cell_h, cell_w, head, gap = height * SCALE, width * SCALE, 20, 4
+    cell_h, cell_w, head, gap, line = height * SCALE, width * SCALE, 20, 4, 22
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     caption = 16 + round(max(pen.textlength(name, font_size=14) for name in names))
-    size = (caption + len(columns) * (cell_w + gap), head + len(names) * (cell_h + gap))
+    across, end = caption + len(columns) * (cell_w + gap), head + len(names) * (cell_h + gap)
+    lines = wrap_text(below, lambda text: pen.textlength(text, font_size=15) <= across - 16)
+    size = (across, end + line * len(lines) + gap)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).movedim(2, -1)
@@ -307,6 +368,19 @@ def draw_samples(names: list[str], columns: list[str], images: Tensor, path: Pat
                 (cell_w, cell_h), Image.Resampling.BICUBIC
             )
             sheet.paste(cell, (caption + j * (cell_w + gap), top))
+    for i, text in enumerate(lines):
+        pen.text((8, end + line * i + line // 2), text, fill="black", font_size=15, anchor="lm")
     drawn = io.BytesIO()
     sheet.save(drawn, "png", optimize=True)
     write_bytes_atomically(path, sign_png(drawn.getvalue()))
+
+
+def wrap_text(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Lines of whole words, each as long as fits."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and fits(f"{lines[-1]} {word}"):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

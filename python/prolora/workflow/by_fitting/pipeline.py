@@ -17,6 +17,7 @@ from ...errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY
 from ...probe.report import ProbeReport
+from ...probe.run import ProbeTransfer
 from ..base_check import check_bases
 from ..by_weights.assembly import build_metadata, list_kernels
 from ..by_weights.base_pair import (
@@ -122,6 +123,17 @@ def prepare_fit(
     check_coverage(rows, options.min_coverage)
     job = FitJob(adapter, plan, source, target, options)
     return replace(job, card=plan_memory_of_card(job))
+
+
+def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
+    """What `probe.fit_to_models` made of two models at hand, with the header and the report."""
+    options = FitOptions()
+    adapter = read_lora(lora, source, "updates")
+    plan = plan_modules(adapter, source, target, options.text_encoder)
+    job = FitJob(adapter, plan, source, target, options)
+    updates = dict(made.adapter.updates)
+    fitted, report = _finish_fit(job, _outline_result(job), updates, made.report, {})
+    return Transfer(fitted, report, list_inputs(lora, source, target), "auto", options.dtype)
 
 
 def _outline_result(job: FitJob) -> Adapter:
