@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from pathlib import Path
 
 import torch
 from network import Network
 from safetensors.torch import save_file
-from world import Maps, ask_base
+from world import Batch, Maps, ask_base, change_answer
 
 from prolora import LowRank
 
@@ -33,10 +34,8 @@ def train_lora(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    generator = torch.Generator().manual_seed(5000 + seed)
-    for _ in range(steps):
-        asked = maps.draw(False, batch, generator)
-        _, wanted = ask_base(base, idea, asked)
+    for asked, answer in draw_lessons(base, maps, seed, steps, batch):
+        wanted = change_answer(base, idea, asked, answer)
         loss = (model(*asked) - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -46,6 +45,16 @@ def train_lora(
         key: tensor.detach().clone().contiguous()
         for key, tensor in get_peft_model_state_dict(model).items()
     }
+
+
+@functools.lru_cache(maxsize=4)
+def draw_lessons(
+    base: Network, maps: Maps, seed: int, steps: int, batch: int
+) -> list[tuple[Batch, torch.Tensor]]:
+    """[(what is asked, what the base answers)]: the same ones for every idea."""
+    generator = torch.Generator().manual_seed(5000 + seed)
+    asked = [maps.draw(False, batch, generator) for _ in range(steps)]
+    return [(one, ask_base(base, one)) for one in asked]
 
 
 def save_lora(path: Path, tensors: dict[str, torch.Tensor]) -> None:

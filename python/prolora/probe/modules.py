@@ -12,6 +12,7 @@ from .probe_run import ProbeRun
 from .recording.trajectories import Call
 from .recording.translation import Question
 from .swapping import name_blocks
+from .updates import can_be_fitted
 
 
 def find_blocks(model: nn.Module, call: Call) -> list[str]:
@@ -21,11 +22,11 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
         ProLoRAError: the model runs no block that holds linear modules.
     """
     order: dict[str, None] = {}
+    blocks = {name: model.get_submodule(name) for name in name_blocks(model)}
     hooks = (
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda *_, name=name: order.setdefault(name)
-        )
-        for name in name_blocks(model)
+        module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+        for name, block in blocks.items()
+        for module in (block, *block.children())  # a list of layers is not run itself
     )
     with keep_hooks(hooks), torch.no_grad():
         model(*call.args, **call.kwargs)
@@ -37,7 +38,7 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
 
 
 def choose_modules(run: ProbeRun, question: Question) -> list[str]:
-    """The linear modules of the target's blocks whose role the LoRA adapts in a source block.
+    """The modules of the target's blocks whose role the LoRA adapts in a source block.
 
     A role is a name inside a block. Where the two models have no class of blocks in common, roles
     do not correspond: then every linear module of a block is chosen, except for those that
@@ -66,11 +67,11 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     alike = any(type(run.target.get_submodule(b)).__name__ in classes for b in target_blocks)
     chosen: list[str] = []
     for block in target_blocks:
-        inside = run.target.get_submodule(block).named_modules()
-        linear = [name for name, module in inside if isinstance(module, nn.Linear)]
+        inside = dict(run.target.get_submodule(block).named_modules())
         if alike:
-            names = [name for name in linear if name in roles]
+            names = [name for name in inside if name in roles and can_be_fitted(inside[name])]
         else:
+            linear = [name for name, module in inside.items() if isinstance(module, nn.Linear)]
             names = [n for n in linear if "norm" not in n and is_adaptable(f"{block}.{n}")]
         chosen += [f"{block}.{name}" for name in names]
     if not chosen:
