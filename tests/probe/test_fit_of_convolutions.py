@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
 from prolora import LowRank, ProLoRAError, probe
+from prolora.architectures.modules import matrix_shape, may_be_fitted
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch
 from prolora.probe.recording.trajectories import Call
@@ -141,7 +143,6 @@ def test_a_network_of_convolutions_is_fitted_on_them():
     assert set(moved.adapter.updates) == set(lora)
     shape = moved.adapter.updates["input_blocks.0.0.in_layers.1"].shape
     assert shape == (8, 72)
-    print(moved.report.steps, moved.report.gate)
     assert moved.report.steps[-1] > 0.6
 
 
@@ -151,3 +152,52 @@ def test_what_a_fit_cannot_change_is_named():
         with pytest.raises(ProLoRAError, match=f"{name} is a {kind}; a fit changes"):
             weight_of(model, name)
         assert weight_of(model, name, any_kind=True) is model[name].weight
+
+
+def make_sana() -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+    )
+
+
+def test_sana_s_convolutions_are_fitted_and_its_depthwise_ones_are_not():
+    torch.manual_seed(0)
+    source, target = make_sana(), make_sana()
+    roles = "attn1.to_q", "ff.conv_inverted", "ff.conv_depth", "ff.conv_point"
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in source.named_modules()
+        if name.endswith(roles)
+    }
+    lora = {
+        name: LowRank(torch.randn(m, 2) / 4, torch.randn(2, n) / n**0.5)
+        for name, (m, n) in ((name, matrix_shape(shape)) for name, shape in shapes.items())
+    }
+
+    def sampler(model: nn.Module) -> Any:
+        def sample(seed: int) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            for time in (900.0, 500.0, 100.0):
+                x = torch.randn(4, 4, 8, 8, generator=generator)
+                prompt = torch.randn(4, 5, 8, generator=generator)
+                model(x, encoder_hidden_states=prompt, timestep=torch.full((4,), time))
+
+        return sample
+
+    settings = probe.FitSettings(images=4, fit_steps=3, start="zero", force=True)
+    samplers = probe.Samplers(sampler(source), sampler(target))
+    moved = probe.fit_to_models(source, target, lora, samplers, settings)
+    assert set(moved.adapter.updates) == {name for name in lora if "depth" not in name}
+    assert set(moved.report.left_out) == set(lora) - set(moved.adapter.updates)
+    assert all("a fit can change" in reason for reason in moved.report.left_out.values())
+    # What is foreseen without the models, from shapes alone, is the same.
+    assert {name for name in lora if may_be_fitted(shapes[name])} == set(moved.adapter.updates)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -13,6 +15,11 @@ from .recording.trajectories import Call
 from .recording.translation import Question
 from .swapping import name_blocks
 from .updates import can_be_fitted
+
+_COMPENSATED = "the fit compensates for it in the blocks"
+_NO_PLACE = (
+    f"no block of the target has a module of that name that a fit can change; {_COMPENSATED}"
+)
 
 
 def find_blocks(model: nn.Module, call: Call) -> list[str]:
@@ -43,7 +50,7 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     A role is a name inside a block. Where the two models have no class of blocks in common, roles
     do not correspond: then every linear module of a block is chosen, except for those that
     normalise or modulate (`is_adaptable`). The report lists the modules of the LoRA that are
-    outside all blocks.
+    outside all blocks, and those whose role no block of the target can take.
 
     Args:
         run: the probing.
@@ -54,18 +61,16 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     """
     source_blocks = find_blocks(run.source, question.source)
     target_blocks = find_blocks(run.target, question.target)
-    roles = set()
+    roles: dict[str, list[str]] = {}
     for name in run.adapter.updates:
         block = next((b for b in source_blocks if name.startswith(f"{b}.")), None)
         if block is None:
-            run.report.left_out[name] = (
-                "it is in no transformer block; the fit compensates for it in the blocks"
-            )
+            run.report.left_out[name] = f"it is in no transformer block; {_COMPENSATED}"
         else:
-            roles.add(name.removeprefix(f"{block}."))
+            roles.setdefault(name.removeprefix(f"{block}."), []).append(name)
     classes = {type(run.source.get_submodule(block)).__name__ for block in source_blocks}
     alike = any(type(run.target.get_submodule(b)).__name__ in classes for b in target_blocks)
-    chosen: list[str] = []
+    chosen, reached = list[str](), set[str]()
     for block in target_blocks:
         inside = dict(run.target.get_submodule(block).named_modules())
         if alike:
@@ -74,6 +79,10 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
             linear = [name for name, module in inside.items() if isinstance(module, nn.Linear)]
             names = [n for n in linear if "norm" not in n and is_adaptable(f"{block}.{n}")]
         chosen += [f"{block}.{name}" for name in names]
+        reached.update(names)
+    if alike:
+        unmoved = itertools.chain(*(roles[role] for role in roles.keys() - reached))
+        run.report.left_out |= dict.fromkeys(sorted(unmoved), _NO_PLACE)
     if not chosen:
         raise ProLoRAError("no block of the target has a module that the LoRA adapts")
     return chosen
