@@ -326,8 +326,9 @@ def _judge(
 ) -> Gate:
     """The verdict of the held-out probes; the report gets what crossed, where images did."""
     translation, target = run.translation, run.target
-    rival = (run.rival, run.report.start)
-    verdict = judge_updates(target, updates, wanted, translation, *rival, crossed is not None)
+    start, few = run.report.start, run.settings.has_few_step_lora
+    known = (run.rival, start, crossed is not None, few)
+    verdict = judge_updates(target, updates, wanted, translation, *known)
     if crossed is not None:
         copied = verdict.decision == COPY and not run.settings.force
         moved = (
