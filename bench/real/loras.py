@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -60,6 +61,16 @@ def draw_lessons(
 def save_lora(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """PEFT's tensors; the scale is 1, as α is the rank."""
     save_file(tensors, path)
+
+
+def save_updates(path: Path, updates: Mapping[str, LowRank]) -> None:
+    """Updates in the names that `read_lora` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for name, update in updates.items():
+        parts[f"base_model.model.{name}.lora_A.weight"] = update.down.contiguous()
+        parts[f"base_model.model.{name}.lora_B.weight"] = update.up.contiguous()
+    save_file(parts, path)
 
 
 def read_lora(tensors: dict[str, torch.Tensor]) -> dict[str, LowRank]:

@@ -123,8 +123,10 @@ def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:
     }
 
 
-def score_fit(source: Network, exam: Exam, lora: Updates, name: str) -> dict[str, Any]:
-    """The same of a fit to both models.
+def score_fit(
+    source: Network, exam: Exam, lora: Updates, name: str
+) -> tuple[dict[str, Any], Updates]:
+    """The same of a fit to both models, and what it writes.
 
     "fit" is what it writes, which is the copy where the gate says so; "fit, fitted" is what it
     fitted, at strength 1.
@@ -141,7 +143,7 @@ def score_fit(source: Network, exam: Exam, lora: Updates, name: str) -> dict[str
         label: functools.partial(answer_with, exam.target, updates)
         for label, updates in ((name, written), (f"{name}, fitted", fitted))
     }
-    return {
+    scores = {
         "losses": {label: exam.loss(answer) for label, answer in answers.items()},
         "samples": {label: exam.distances(answer) for label, answer in answers.items()},
         name: {
@@ -153,6 +155,7 @@ def score_fit(source: Network, exam: Exam, lora: Updates, name: str) -> dict[str
             "seconds": moved.report.seconds,
         },
     }
+    return scores, written
 
 
 def score_oracle(exam: Exam, lora: Updates) -> dict[str, Any]:

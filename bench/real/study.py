@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
 from jobs import Job, run_jobs
-from loras import ADAPTERS, read_lora, save_lora, train_lora
+from loras import ADAPTERS, read_lora, save_lora, save_updates, train_lora
 from network import Network, load_network
 from results import git, round_numbers
 from rows import FITS, Exam, score_fit, score_methods, score_oracle
@@ -59,6 +59,9 @@ class Study:
     def lora_path(self, version: str, which: Which) -> Path:
         return self.work / "loras" / f"{which.name(version)}.safetensors"
 
+    def moved_path(self, direction: str, which: Which, way: str) -> Path:
+        return self.work / "moved" / f"{which.name(direction)}-{way}.safetensors"
+
     def lora_job(self, version: str, which: Which) -> Job:
         def run(part: Path) -> None:
             base, maps = open_network(self.data, version), open_maps(self.data)
@@ -87,7 +90,8 @@ class Study:
 
         def fitted(way: str, part: Path) -> None:
             lora = read_lora(load_file(own))
-            scores = score_fit(open_network(self.data, source), exam(), lora, way)
+            scores, moved = score_fit(open_network(self.data, source), exam(), lora, way)
+            save_updates(self.moved_path(direction, which, way), moved)
             write_json(part, scores)
 
         place, name = self.work / "scores", which.name(direction)
