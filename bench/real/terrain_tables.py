@@ -1,4 +1,4 @@
-"""Fills the tables of README.md from bench/results/terrain.json: ``python bench/real/terrain_tables.py``."""
+"""Fills the tables of README.md from terrain.json: ``python bench/real/terrain_tables.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "quality"))
+sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
 from evidence import fill_page
@@ -17,6 +16,7 @@ from intervals import interval
 from results import Mean
 from tables import format_cell, format_table
 
+HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "terrain.json"
 Row = dict[str, Any]
 METHODS = (
