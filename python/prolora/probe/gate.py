@@ -32,11 +32,12 @@ IMAGE_DOUBT = 0.09
 """Share of the wanted change by which a weaker strength must be better there. Noise that the target
 does not see makes weaker ones look better than they are (docs/fit_measured.md)."""
 RAISED, RAISED_MORE = 1.25, 1.5
-"""Largest strengths of a fit that starts from nothing. Least squares on what another model does
-give too weak a change: up to these the loss is as low in the mean, and more samples show the LoRA
+"""Strengths of a fit that starts from nothing. Least squares on what another model does give too
+weak a change: at these the loss is no higher in the mean, and more samples show the LoRA
 (docs/fit_measured.md)."""
-FAINT = 0.4
-"""Share of the wanted change below which the second of them is taken."""
+FAINT, NEARLY_ALL = 0.4, 0.95
+"""Shares of the wanted change: below the first the second strength is taken, from the second on
+there is nothing to raise."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
@@ -158,16 +159,14 @@ def judge_updates(
 def raise_strength(
     strength: float, share: float, copy_share: Mapping[str, float] | None = None
 ) -> float:
-    """What a fit from nothing is written at instead of 1, so that its change is as large as wanted.
+    """What a fit from nothing is written at instead of 1: RAISED, or RAISED_MORE if it is FAINT.
 
-    That is 1/share, and at most RAISED, or RAISED_MORE where it is FAINT. Where a copy reaches
-    MIN_SHARE the bases are related, and nothing is raised.
+    Where a copy reaches MIN_SHARE the bases are related, and nothing is raised.
     """
     related = copy_share is not None and copy_share["all"] >= MIN_SHARE
-    if strength != 1.0 or related:
+    if strength != 1.0 or related or share >= NEARLY_ALL:
         return strength
-    most = RAISED if share >= FAINT else RAISED_MORE
-    return min(1 / share, most) if share > 0 else most
+    return RAISED if share >= FAINT else RAISED_MORE
 
 
 def decide_gate(
