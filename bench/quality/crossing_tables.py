@@ -233,7 +233,7 @@ def main() -> None:
         "crossing nothing": effects_table(stored["rows"]),
         "crossing again": again_table(stored["rows"], stored["again"]),
         "crossing strengths": strengths_table(stored["rows"]),
-        "crossing samples": samples_table(drawn, lambda r: f"{r['pair']}, {r['seed']}", titles),
+        "crossing samples": samples_table(drawn, lambda r: r["pair"], titles),
     }
     for name, pair in zip(("crossing ideas", "crossing ideas, look"), SHOWN, strict=True):
         tables[name] = ideas_table([row for row in stored["ideas"] if row["pair"] == pair])
