@@ -41,6 +41,7 @@ RELATED = {
 }
 ICONS = {
     "trained apart (*independent*)": "independent",
+    "trained apart from one start (*same start*)": "same start",
     "other width and depth (*resized*)": "resized",
     "few-step student": "few-step",
     "student of its guidance (*guided*)": "guided",
