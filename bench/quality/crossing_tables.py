@@ -59,7 +59,7 @@ def collect(work: Path, kept: dict) -> dict:
 def at_chosen_strength(row: Row) -> Row:
     """The row at the strength that the gate of today takes, where another one was measured."""
     if row["strength"] >= 1 and "stronger" in row:
-        raised = gate.raise_strength(1.0, row["share"]["all"])
+        raised = gate.raise_strength(1.0, row["share"]["all"], row["disagreement"]["all"])
         return row | {"score": score_at(row, raised)}
     weaker = row.get("weaker")
     if weaker and weaker["share"]["all"] - row["share"]["all"] >= gate.IMAGE_DOUBT:

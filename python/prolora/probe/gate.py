@@ -35,9 +35,12 @@ RAISED, RAISED_MORE = 1.25, 1.5
 """Strengths of a fit that starts from nothing. Least squares on what another model does give too
 weak a change: at these the loss is no higher in the mean, and more samples show the LoRA
 (docs/fit_measured.md)."""
-FAINT, NEARLY_ALL = 0.4, 0.95
+FAINT, NEARLY_ALL = 0.3, 0.95
 """Shares of the wanted change: below the first the second strength is taken, from the second on
 there is nothing to raise."""
+OTHER_LOOK = 1.0
+"""Disagreement of bases that draw different images, by other noise or not: what is wanted there is
+little of what the LoRA means on the target, and more of it does harm (docs/fit_measured.md)."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
@@ -152,19 +155,23 @@ def judge_updates(
         decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
     rival = (copy_share, copy_strength, gain)
     if start == "zero" and not few_step:
-        strength = raise_strength(strength, share["all"], copy_share)
+        strength = raise_strength(strength, share["all"], disagreement["all"], copy_share)
     return Gate(decision, strength, share, disagreement, reason, *rival, effect)
 
 
 def raise_strength(
-    strength: float, share: float, copy_share: Mapping[str, float] | None = None
+    strength: float,
+    share: float,
+    disagreement: float,
+    copy_share: Mapping[str, float] | None = None,
 ) -> float:
     """What a fit from nothing is written at instead of 1: RAISED, or RAISED_MORE if it is FAINT.
 
-    Where a copy reaches MIN_SHARE the bases are related, and nothing is raised.
+    Nothing is raised between related bases, where a copy reaches MIN_SHARE, nor between those of
+    OTHER_LOOK.
     """
     related = copy_share is not None and copy_share["all"] >= MIN_SHARE
-    if strength != 1.0 or related or share >= NEARLY_ALL:
+    if strength != 1.0 or related or share >= NEARLY_ALL or disagreement > OTHER_LOOK:
         return strength
     return RAISED if share >= FAINT else RAISED_MORE
 
