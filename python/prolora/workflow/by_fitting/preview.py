@@ -17,7 +17,7 @@ from .common_parts import CommonParts
 from .pipeline import move_rival, prepare_fit
 from .plan import FitJob, foresee_work
 from .rows import outline_report
-from .running import OPENING, OpenedModels, open_models, plan_memory_of_card
+from .running import OPENING, OpenedModels, open_for_fit, plan_memory_of_card
 from .showing import CHANGED
 
 SHOWN = 4
@@ -64,7 +64,7 @@ def _draw_columns(job: FitJob, copied: Mapping[str, LowRank]) -> PictureGrid | N
 
     tell = job.options.progress or (lambda done, total, name: None)
     tell(0, 1, OPENING)
-    with open_models(job, copied, CommonParts(None)) as opened:
+    with open_for_fit(job, copied, CommonParts(None)) as opened:
         grid = opened.grid
         shown = replace(opened.sampled, prompts=grid.prompts)
         pair = pipelines.pair_pipelines(*opened.models, shown, opened.asked.text)

@@ -211,7 +211,7 @@ def fit_models(
         total = sum(map(sum, foreseen.predictions.values()))
         options.progress(0, total, foreseen.sentence(source.name, target.name))
         options.progress(0, total, OPENING)
-    with open_models(job, rival, common) as opened:
+    with open_for_fit(job, rival, common) as opened:
         models, sampled, shared = opened.models, opened.sampled, opened.shared
         checkpoints = common.open_checkpoints()
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
@@ -234,7 +234,7 @@ def fit_models(
 
 
 @contextlib.contextmanager
-def open_models(
+def open_for_fit(
     job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
 ) -> Iterator[OpenedModels]:
     """Both pipelines, with what both run beside their text encoders in place; as `fit_models`."""
