@@ -93,6 +93,7 @@ def plan_card(
     settings: FitSettings,
     rank: int,
     crosses: bool,
+    fits: bool = True,
 ) -> CardPlan:
     """The first of these that fits: as asked, 16 bits, small tiles, single samples, swapped blocks.
 
@@ -105,6 +106,7 @@ def plan_card(
         settings: size of the images, and precision.
         rank: of the LoRA and of the fit.
         crosses: whether images are decoded and encoded.
+        fits: whether the target is fitted when both were asked.
 
     Raises:
         TooLittleMemory: swapped blocks leave too little room; says the least that is needed.
@@ -113,7 +115,7 @@ def plan_card(
     least = 0
     for precision, tile, samples in _list_ways(settings.precision, crosses):
         both = CONTEXT + _both_there(sides, precision, tile, rank, crosses)
-        alone = CONTEXT + _target_alone(sides[1], precision, samples or 2, rank)
+        alone = CONTEXT + _target_alone(sides[1], precision, samples or 2, rank) if fits else 0
         every = [sum(side.blocks) for side in sides]
         if both + sum(every) <= limit and alone + every[1] <= limit:
             return CardPlan(precision, tile, samples, (every[0], every[1]), every[1])
@@ -122,9 +124,9 @@ def plan_card(
     if least > limit:
         raise TooLittleMemory(
             f"a bound of {format_size(limit)} on the card's memory is too little: with one block "
-            f"of each model there at a time, in {precision}, this fit needs {format_size(least)}"
+            f"of each model there at a time, in {precision}, this run needs {format_size(least)}"
         )
-    guided = CONTEXT + _target_alone(sides[1], precision, 2, rank)
+    guided = CONTEXT + _target_alone(sides[1], precision, 2, rank) if fits else 0
     if guided + every[1] <= limit:
         samples, alone = None, guided  # it is the source that leaves too little room
     # What is left once a block of each may visit is shared by the sizes of what is to stay.
