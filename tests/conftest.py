@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from backends import Kernels, load, missing
+from hubs import cloud, hub_server  # noqa: F401 (fixtures)
 from hypothesis import settings
 
 from prolora.core.ops import native

@@ -18,6 +18,7 @@ from .core.verdict import Verdict
 from .errors import (
     AlreadyMoved,
     ForeignFile,
+    HubUnavailable,
     InvalidOption,
     KernelFailure,
     LowCoverage,
@@ -86,6 +87,7 @@ __all__ = [
     "FitOptions",
     "FitSettings",
     "ForeignFile",
+    "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
     "LowCoverage",

@@ -37,7 +37,9 @@ class Files:
 
     source: Annotated[str, base_argument("Pipeline that the LoRA was trained on.", "SOURCE")]
     target: Annotated[str, base_argument("Pipeline that it was moved to.", "TARGET")]
-    lora: Annotated[Path, path_argument("The LoRA, or a folder of several.", "LORA")]
+    lora: Annotated[
+        Path, path_argument("The LoRA (or its hub id), or a folder of several.", "LORA")
+    ]
     moved: Annotated[
         list[Path],
         path_argument("What became of it; for several LoRAs, folders.", "MOVED"),

@@ -54,7 +54,7 @@ def convert(
     """Converts a LoRA: into another format, precision or rank; any kind becomes a plain LoRA.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict or an `Adapter`.
         base: the base that it was trained on. Needed where an update depends on its weights (DoRA,
             GLoRA, OFT), and where names with underscores are those of no known family.
         options: how to convert it.
@@ -85,7 +85,7 @@ def convert_file(
     """Converts a LoRA from file to file: `convert`, then `Transfer.save`.
 
     Args:
-        lora: a .safetensors file or a PEFT folder.
+        lora: a .safetensors file, a PEFT folder or an id on the hub.
         out: the file to write, or a folder for format "peft".
         base: as `convert` takes it.
         options: how to convert it.
@@ -101,8 +101,7 @@ def convert_file(
     """
     options = settle_options(options, changes).for_file()
     model = None if base is None else open_base(base)
-    files = model.files if model else []
-    check_output(out, [Path(lora), *files], options.overwrite)
+    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite)
     return save_result(_run(lora, model, options), Path(out), options)
 
 

@@ -48,8 +48,8 @@ def fit(
     samples than the LoRA moved by weights alone, that one is the result.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or
-            an `Adapter`.
+        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
+            `peft.LoraConfig`) or an `Adapter`.
         source: the folder of the diffusers pipeline that the LoRA was trained on.
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
@@ -90,7 +90,7 @@ def fit_file(
     The output path is checked before any work.
 
     Args:
-        lora: a .safetensors file or a PEFT folder.
+        lora: a .safetensors file, a PEFT folder or an id on the hub.
         source: as `fit` takes it.
         target: likewise.
         out: the file to write, or a folder for format "peft".
@@ -128,7 +128,7 @@ def fit_many(
     cut off goes on where it was. The folder is made if it does not exist.
 
     Args:
-        loras: .safetensors files and PEFT folders.
+        loras: .safetensors files, PEFT folders and ids on the hub.
         source: as `fit` takes it.
         target: likewise.
         folder: where the results go.

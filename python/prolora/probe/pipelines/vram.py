@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from ...architectures.modules import find_block, is_adaptable
+from ...architectures.modules import find_block, is_adaptable, matrix_shape, may_be_fitted
 from ...bases.folder import open_folder_weights
 from ...bases.pipeline_files import read_component_config, read_pipeline_index
 from ...errors import TooLittleMemory
@@ -61,7 +61,7 @@ class _PipelineSize:
         outside: the denoiser but for its blocks.
         blocks: each of its blocks.
         wide: the largest block in float32, where it is stored in half precision; else 0.
-        factors: Σ(m + n) over the linear modules of the blocks.
+        factors: Σ(m + n) over the modules of the blocks that may be fitted.
         largest: numbers that the largest block keeps of a sample for its backward pass.
         between: numbers that lie between the blocks.
         pixels: of a side of its images.
@@ -202,7 +202,7 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
             places = _count_places(name, pixels, levels)
             kept[unit] += places * (shape[0] + shape[1])
             widths[unit].append(places * shape[1])
-            factors += shape[0] + shape[1] if position and len(shape) == 2 else 0
+            factors += sum(matrix_shape(shape)) if position and may_be_fitted(shape) else 0
     return _PipelineSize(
         others=estimate_bytes(folder)[1] - outside - sum(blocks.values()),
         outside=outside,

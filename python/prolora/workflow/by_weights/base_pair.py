@@ -11,6 +11,7 @@ from typing import Literal
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
+from ...adapters.hub import locate_adapter
 from ...bases import Base
 from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
@@ -254,5 +255,5 @@ def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
 
 def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
     """The files and folders that the LoRA and the bases are read from."""
-    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
+    files = [locate_adapter(lora)] if isinstance(lora, str | PathLike) else []
     return [*files, *(path for base in bases for path in base.files)]
