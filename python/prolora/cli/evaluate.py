@@ -19,6 +19,7 @@ from ..workflow.evaluation_options import DRAWN, JUDGING, EvaluationOptions
 from .console import out, progress_bar
 from .options import (
     CacheOption,
+    DeviceOption,
     JsonOption,
     Prompts,
     QuietOption,
@@ -120,13 +121,7 @@ class Where:
     """Where to compute, and what is kept of the bases; drawing has no bound on memory."""
 
     panel: ClassVar[str] = "Resources"
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE",
-            help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
-        ),
-    ] = "auto"
+    device: DeviceOption = "auto"
     cache: CacheOption = None
 
 

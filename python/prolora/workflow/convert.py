@@ -38,7 +38,7 @@ from .options import LoraLike, name_lora, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_output
 from .report import Report
-from .result import Transfer, save_result
+from .result import Transfer, pack_result, save_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -124,7 +124,8 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         if options.progress:
             options.progress(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
-    fitted = form.fit(plain.with_updates(cut))
+    whole = plain.with_updates(cut)
+    fitted = form.fit(whole)
     report = Report(
         method=CONVERT,
         rank_rule=options.out_rank if isinstance(options.out_rank, int | float) else 0,
@@ -142,11 +143,8 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         left_out=left_out,
         unread=tuple(adapter.unread),
         kept_energy=dict(adapter.kept_energy),
-        file_limit=form.limit,
     )
-    return Transfer(
-        fitted, report, list_inputs(lora, *filter(None, [base])), form.format or "auto", form.dtype
-    )
+    return pack_result(fitted, whole, report, list_inputs(lora, *filter(None, [base])), form)
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:

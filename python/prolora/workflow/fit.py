@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
@@ -18,12 +17,11 @@ from .by_fitting.preview import draw_preview
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import list_inputs
 from .by_weights.decision import label_stage
-from .by_weights.ledger import LORA_FAILURES
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
 from .outcome import Outcome
 from .output_paths import check_distinct, check_name, check_output, make_folders, name_output
-from .pair_mover import as_refusal
+from .pair_mover import Task
 from .report import Report
 from .result import Transfer, save_result
 from .resume import Recipe
@@ -107,7 +105,9 @@ def fit_file(
         ProLoRAError: everything that `fit` raises.
     """
     options = settle_options(options, changes).for_file()
-    return _fit_file(Path(lora), open_base(source), open_base(target), Path(out), options)
+    file, bases = Path(lora), (open_base(source), open_base(target))
+    check_output(out, list_inputs(file, *bases), options.overwrite)
+    return _fit_into(Path(out), Recipe.of(file, *bases, options), options)
 
 
 @takes_options
@@ -222,34 +222,26 @@ def preview_fit(
     return draw_preview(lora, open_base(source), open_base(target), options)
 
 
-def _fit_file(
-    lora: Path,
-    source: Base,
-    target: Base,
-    out: Path,
-    options: FitOptions,
-    common: CommonParts | None = None,
+def _fit_into(
+    out: Path, recipe: Recipe, options: FitOptions, common: CommonParts | None = None
 ) -> Report:
-    check_output(out, list_inputs(lora, source, target), options.overwrite)
-    recipe = Recipe.of(lora, source, target, options)
-    done = fit_to_pipelines(lora, source, target, options, recipe.describe, common)
-    return save_result(done, out, options)
+    inputs = recipe.lora, recipe.source, recipe.target
+    return save_result(fit_to_pipelines(*inputs, options, recipe.describe, common), out, options)
 
 
 def _attempt(
     lora: Path, source: Base, target: Base, out: Path, options: FitOptions, common: CommonParts
 ) -> Outcome:
     """Fits one LoRA of several; an error ends it and no other."""
-    started = time.perf_counter()
+    task = Task(lora, out)
 
-    def end(**known: object) -> Outcome:
-        seconds = time.perf_counter() - started
-        return Outcome(lora, out, seconds=seconds, **known)  # type: ignore[arg-type]
-
-    try:
+    def fit_unless_made() -> Report | None:
         recipe = Recipe.of(lora, source, target, options)
-        if not options.overwrite and recipe.is_made(out, BasisCache(options.cache)):
-            return end(kept=True, behind=recipe.list_unread())
-        return end(report=_fit_file(lora, source, target, out, options, common))
-    except LORA_FAILURES as error:
-        return end(error=as_refusal(error))
+        if task.is_made(recipe, BasisCache(options.cache)):
+            return None
+        check_output(out, list_inputs(lora, source, target), options.overwrite)
+        return _fit_into(out, recipe, options, common)
+
+    task.finish(task.attempt(fit_unless_made))
+    assert task.outcome is not None
+    return task.outcome

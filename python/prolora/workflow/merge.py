@@ -53,7 +53,7 @@ from .options import LoraLike, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_output
 from .report import Report
-from .result import Transfer, save_result
+from .result import Transfer, pack_result, save_result
 from .resume import hash_adapter
 from .tables import write_shape
 
@@ -255,14 +255,7 @@ class _Merge:
         fitted = form.fit(merged)
         told = describe_cuts(rows, merged, fitted)
         report = self._report(told, self._measure(fitted, dtype), merged)
-        limit = None if fitted is merged else form.limit
-        return Transfer(
-            fitted,
-            replace(report, file_limit=limit),
-            self.inputs,
-            form.format or "auto",
-            form.dtype,
-        )
+        return pack_result(fitted, merged, report, self.inputs, form)
 
     def _check_experts(self) -> None:
         """Finds which LoRAs are moved, and refuses those of the other expert that are not."""

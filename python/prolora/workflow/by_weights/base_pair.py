@@ -25,7 +25,7 @@ from ..base_check import check_bases
 from ..block_weights import weigh_adapter
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
-from ..result import Transfer
+from ..result import Transfer, pack_result
 from .assembly import assemble_adapter, build_metadata, build_report, outline_result
 from .decision import Looked, decide_method, label_stage
 from .file_budget import OutputForm, describe_cuts
@@ -203,17 +203,11 @@ class BasePair:
             asked=ledger.asked or options.method,
             verdict=ledger.verdict,
             damping=options.kappa if ledger.method.needs is Needs.WEIGHTS else None,
-            file_limit=None if fitted is moved else form.limit,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},
         )
-        return Transfer(
-            fitted,
-            report,
-            list_inputs(ledger.lora, self.source, self.target),
-            form.format or "auto",
-            form.dtype,
-        )
+        inputs = list_inputs(ledger.lora, self.source, self.target)
+        return pack_result(fitted, moved, report, inputs, form)
 
 
 def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter:
