@@ -43,6 +43,7 @@ GROUPS = {
         "fit_file",
         "fit_many",
         "plan_fit",
+        "preview_fit",
         "FitOptions",
         "FitSettings",
         "inspect",

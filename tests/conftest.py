@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from backends import Kernels, load, missing
+from hubs import cloud, hub_server  # noqa: F401 (fixtures)
 from hypothesis import settings
 
 from prolora.core.ops import native
@@ -20,6 +21,30 @@ settings.register_profile("prolora", deadline=None, max_examples=40, derandomize
 settings.load_profile("prolora")
 
 SCHEDULES = [0, 1, 2]
+
+
+# The name of a file, from .ci/run: it gets the files of tests in which the extension ran an op. The
+# others test the same code without it.
+EXTENSION_RAN_IN = os.environ.get("PROLORA_LIST_EXTENSION_TESTS")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if not EXTENSION_RAN_IN:
+        return (yield)
+    kernels, choose, chosen = native.EXTENSION.kernels, native.choose, []
+
+    def choose_and_keep(op: str, device: torch.device) -> native.Choice:
+        chosen.append(choose(op, device))
+        return chosen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "choose", choose_and_keep)
+        done = yield
+    if kernels is not None and any(choice.kernels is kernels for choice in chosen):
+        with open(EXTENSION_RAN_IN, "a", encoding="utf-8") as file:
+            file.write(item.nodeid.partition("::")[0] + "\n")
+    return done
 
 
 @pytest.fixture(autouse=True, scope="session")

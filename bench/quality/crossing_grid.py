@@ -23,7 +23,7 @@ from torch import Tensor
 from worlds import load_world
 
 COLUMNS = {"neon": 4, "duotone": 3, "concept": 3, "shaded": 4}
-SHOWN = [name for name in PAIRS if "same latent" not in name]
+SHOWN = ["same architecture, other latent space"]
 ROWS = (
     "source",
     "source + its LoRA",

@@ -58,21 +58,22 @@ def collect(work: Path, kept: dict) -> dict:
 
 def at_chosen_strength(row: Row) -> Row:
     """The row at the strength that the gate of today takes, where another one was measured."""
-    if row["pair"] != SAME_LATENT and row["strength"] == 1 and "stronger" in row:
-        return row | {"score": score_raised(row)}
+    if row["strength"] >= 1 and "stronger" in row:
+        raised = gate.raise_strength(1.0, row["share"]["all"], row["disagreement"]["all"])
+        return row | {"score": score_at(row, raised)}
     weaker = row.get("weaker")
     if weaker and weaker["share"]["all"] - row["share"]["all"] >= gate.IMAGE_DOUBT:
         return row | weaker
     return row
 
 
-def score_raised(row: Row) -> float:
-    """At gate.RAISED; by the parabola through 1, 1.5 and 2 in rows that were not scored there."""
+def score_at(row: Row, strength: float) -> float:
+    """By the parabola through 1, 1.5 and 2 in rows that were not scored at a strength."""
     stronger = row["stronger"]
-    if (name := f"{gate.RAISED:g}") in stronger:
+    if (name := f"{strength:g}") in stronger:
         return stronger[name]
     scores = [row["score_at_1"], stronger["1.5"], stronger["2"]]
-    t = 2 * (gate.RAISED - 1)
+    t = 2 * (strength - 1)
     bend = scores[2] - 2 * scores[1] + scores[0]
     return scores[0] + t * (scores[1] - scores[0]) + t * (t - 1) / 2 * bend
 
@@ -82,7 +83,7 @@ def decide_row(row: Row) -> str:
     row = at_chosen_strength(row)
     effect = gate.Gain(**row["effect"])
     compared = row["disagreement"] if row["pair"] == SAME_LATENT else None
-    verdict = (row["strength"], row["share"], effect, None, None, compared)
+    verdict = (min(row["strength"], 1.0), row["share"], effect, None, None, compared)
     return gate.decide_on_images(*verdict)[0]
 
 
@@ -168,7 +169,7 @@ def strengths_table(rows: list[Row]) -> str:
             some = [row for row in part if row["adapter"] == adapter]
             names = {"1": "moved", "1.25": "", "1.5": "1.5", "2": "2"}
             losses = [
-                {"1": r["score_at_1"], **r["stronger"]} | {"1.25": score_raised(r)} for r in some
+                {"1": r["score_at_1"], **r["stronger"]} | {"1.25": score_at(r, 1.25)} for r in some
             ]
             seen = "named" if adapter == "concept" else "style"
             known = seen in some[0]["drawn"]["moved"]
@@ -232,7 +233,7 @@ def main() -> None:
         "crossing nothing": effects_table(stored["rows"]),
         "crossing again": again_table(stored["rows"], stored["again"]),
         "crossing strengths": strengths_table(stored["rows"]),
-        "crossing samples": samples_table(drawn, lambda r: f"{r['pair']}, {r['seed']}", titles),
+        "crossing samples": samples_table(drawn, lambda r: r["pair"], titles),
     }
     for name, pair in zip(("crossing ideas", "crossing ideas, look"), SHOWN, strict=True):
         tables[name] = ideas_table([row for row in stored["ideas"] if row["pair"] == pair])

@@ -46,6 +46,7 @@ DOMAINS = {
     "continued": plain,
     "independent": plain,
     "resized": plain,
+    "same start": plain,
     "inverted": inverted,
     "mirrored": mirrored,
     "far, gentle": backdrop,

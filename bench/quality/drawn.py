@@ -83,25 +83,33 @@ def samples_table(rows: list[Row], place: Callable[[Row], str], titles: Mapping[
     """A line for each LoRA and row in titles: by loss, what is seen, the shares of its samples.
 
     Seen is the concept, or the style: in how many samples, and with the trained LoRA, of the source
-    with its own, and of the target alone.
+    with its own, and of the target alone. Numbers are means over the rows of one place. LoRAs that
+    the judge cannot see are left out.
     """
-    lines = []
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        adapter, scores = row["adapter"], row["drawn"]
+        groups.setdefault((place(row), row["adapter"]), []).append(row)
+    lines = []
+    for (where, adapter), part in groups.items():
         seen = {"concept": "named"}.get(adapter, "style")
-        for name in [name for name in titles if name in scores]:
-            losses = {"copy": row.get("copy")} | dict.fromkeys(("fit", "moved"), row["score_at_1"])
+        scores = [row["drawn"] for row in part]
+        if seen not in scores[0]["oracle"]:
+            continue
+        for name in [name for name in titles if all(name in one for one in scores)]:
+            at = name.removeprefix("fit @ ") if name not in ("fit", "moved") else "1"
+            losses = [row.get("copy" if name == "copy" else f"score_at_{at}") for row in part]
             looks = [
-                format_share(scores[which].get(seen))
+                format_mean([one[which].get(seen) for one in scores])
                 for which in (name, "oracle", "source", "none")
             ]
-            cells = [format_share(share_of(scores, name, score)) for score in ALIKE]
-            line = [f"{place(row)}, *{adapter}*", titles[name], format_share(losses.get(name))]
+            cells = [format_mean([share_of(one, name, score) for one in scores]) for score in ALIKE]
+            line = [f"{where}, *{adapter}*", titles[name], format_mean(losses)]
             lines.append([*line, *looks, *cells])
     head = ["target, LoRA", "", "by loss", "seen", "trained there", "source", "alone"]
     return format_table([*head, "features", "colours"], lines)
 
 
-def format_share(share: float | None) -> str:
-    """Two digits, or a dash."""
-    return "–" if share is None else f"{share:.2f}"
+def format_mean(values: list[float | None]) -> str:
+    """Of those that are known, two digits; or a dash."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.2f}" if known else "–"

@@ -41,6 +41,7 @@ RELATED = {
 }
 ICONS = {
     "trained apart (*independent*)": "independent",
+    "trained apart from one start (*same start*)": "same start",
     "other width and depth (*resized*)": "resized",
     "few-step student": "few-step",
     "student of its guidance (*guided*)": "guided",
@@ -486,7 +487,7 @@ def main() -> None:
     filled["probing icons adapters"] = icons_adapters_table(table_by_world["icons"])
     filled["probing replaced"] = replaced_table(table_by_world["icons"])
     drawn = [row for row in table_by_world["icons"].rows if row.get("drawn")]
-    titles = {"copy": "copy", "auto": "`auto`", "fit": "fit"}
+    titles = {"copy": "copy", "fit": "fit", "fit @ 1.25": "fit, at 1.25"}
     filled["probing samples"] = samples_table(drawn, lambda row: row["kind"], titles)
     filled["probing optimisers"] = optimisers_table(table_by_world["icons"])
     for page in PAGES:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from adamw import fit_by_adamw
-from contenders import CHOSEN, Updates, pair_modules
+from contenders import CHOSEN, Updates, pair_modules, scale_updates
 from contenders import Case as Contest
 from distilling import distil_lora
 from drawn import score_drawn
@@ -41,6 +41,8 @@ from prolora.probe.fitting.refinement import fit_in_factors
 from prolora.probe.settings import FitSettings
 
 IMAGES, STEPS, FEW_STEPS = 24, 25, 4
+STRENGTHS = (1.25, 1.5)
+"""Beyond 1, that what was fitted is scored at as well; samples are drawn at the first."""
 WAYS = {"adamw": fit_by_adamw, "gauss-newton": fit_jointly}
 """Name of an option -> fits at as many predictions, which the library does not offer."""
 SAMPLING = ("images", "sampler_steps")
@@ -140,6 +142,7 @@ class Case:
     def drawn(self, fitted: Updates) -> dict[str, dict[str, float]]:
         """What samples say of fit, copy, `auto`, the oracle and the source with its LoRA."""
         rows = {"none": {}, "oracle": self.oracle, "fit": fitted, "source": self.lora}
+        rows[f"fit @ {STRENGTHS[0]}"] = scale_updates(fitted, STRENGTHS[0])
         if copied := self.copied():
             known = (self.world, self.arch, self.kind, self.source, self.target, self.lora)
             rows |= {"copy": copied, "auto": CHOSEN["auto"](Contest.of(*known))}
@@ -178,6 +181,8 @@ def run_probe(
     # Rows that are stored call the steps of a fit and its damping as the library did then.
     named = {"steps": "fit_steps", "damping": "curvature_damping"}
     asked = {named.get(name, name): value for name, value in options.items()}
+    if case.adapter == "fewstep":
+        asked["lora_steps"] = FEW_STEPS
     joint.fit_in_factors = WAYS.get(asked.pop("optimiser", ""), fit_in_factors)
     settings = FitSettings(**{"rank": rank, "seed": 100 * case.seed, "force": True} | asked)
     if case.world.distilled.get(case.kind) == "lines":
@@ -201,13 +206,14 @@ def run_probe(
         name.removeprefix(case.world.prefix[case.to]): update
         for name, update in result.adapter.updates.items()
     }
-    unweakened = {n: type(u)(u.up / verdict.strength, u.down) for n, u in updates.items()}
+    unweakened = scale_updates(updates, 1 / verdict.strength)
     return {
         "images": images,
         "sampler_steps": sampler_steps,
         **options,
         "score": case.score(updates),
         "score_at_1": case.score(unweakened),
+        **{f"score_at_{s}": case.score(scale_updates(unweakened, s)) for s in STRENGTHS},
         "copy": case.score(copied) if copied else None,
         "gain": asdict(verdict.gain) if verdict.gain else None,
         "decision": verdict.decision,

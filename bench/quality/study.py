@@ -45,14 +45,15 @@ def targets(world: World) -> list[tuple[str, str, int]]:
             for arch in ARCHS[::-1]
             for kind in world.kinds
             if seed == SEEDS[0] or kind not in world.once
-        ]
+        ] + [("flux", kind, 1) for kind in world.variants]
     related = [kind for kind in world.kinds if kind not in world.fresh]
     targets_by_seed = [(arch, kind, 0) for kind in (*related, "independent") for arch in ARCHS]
     targets_by_seed += [("flux", kind, 0) for kind in world.variants]
     targets_by_seed += [
         (arch, kind, seed) for seed in SEEDS[1:] for kind in related for arch in ARCHS
     ]
-    fresh = [(arch, kind, seed) for kind in world.fresh[1:] for seed in SEEDS for arch in ARCHS]
+    whole = [kind for kind in world.fresh[1:] if kind in world.kinds]
+    fresh = [(arch, kind, seed) for kind in whole for seed in SEEDS for arch in ARCHS]
     fresh.sort(key=lambda target: target[0])  # the transformers cost a third of the UNets
     return targets_by_seed + [target for target in fresh if target not in targets_by_seed]
 

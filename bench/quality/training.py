@@ -12,6 +12,12 @@ from worlds import World, backbone
 
 from prolora import LowRank
 
+SAME_START = "same start"
+"""The kind that starts from the weights that the source started from, and sees other batches."""
+APART = ("independent", SAME_START)
+SOURCE_START = 1000
+"""The seed of the source's weights."""
+
 
 def train_base(
     world: World, arch: str, kind: str, seed: int, source: nn.Module | None
@@ -25,8 +31,9 @@ def train_base(
         seed: of its batches, and of its weights where it starts anew.
         source: the source model; for a source, the one whose text encoder it reads with, or None.
     """
-    start = 1000 * (1 + (kind == "independent")) + seed  # else its seed 0 would be the source again
-    torch.manual_seed(start)
+    # Of those that are trained apart seed 0 would otherwise be the source again.
+    start = 1000 * (1 + (kind in APART)) + seed
+    torch.manual_seed(SOURCE_START if kind == SAME_START else start)
     model = world.new_model(arch, kind)
     teaches = kind == "source" and arch == world.teaches_words
     if world.teaches_words and teaches:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from network import Network
 from safetensors.torch import save_file
-from world import Maps, ask_base
+from world import Batch, Maps, ask_base, change_answer
 
 from prolora import LowRank
 
@@ -33,10 +35,8 @@ def train_lora(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    generator = torch.Generator().manual_seed(5000 + seed)
-    for _ in range(steps):
-        asked = maps.draw(False, batch, generator)
-        _, wanted = ask_base(base, idea, asked)
+    for asked, answer in draw_lessons(base, maps, seed, steps, batch):
+        wanted = change_answer(base, idea, asked, answer)
         loss = (model(*asked) - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -48,9 +48,29 @@ def train_lora(
     }
 
 
+@functools.lru_cache(maxsize=4)
+def draw_lessons(
+    base: Network, maps: Maps, seed: int, steps: int, batch: int
+) -> list[tuple[Batch, torch.Tensor]]:
+    """[(what is asked, what the base answers)]: the same ones for every idea."""
+    generator = torch.Generator().manual_seed(5000 + seed)
+    asked = [maps.draw(False, batch, generator) for _ in range(steps)]
+    return [(one, ask_base(base, one)) for one in asked]
+
+
 def save_lora(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """PEFT's tensors; the scale is 1, as α is the rank."""
     save_file(tensors, path)
+
+
+def save_updates(path: Path, updates: Mapping[str, LowRank]) -> None:
+    """Updates in the names that `read_lora` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for name, update in updates.items():
+        parts[f"base_model.model.{name}.lora_A.weight"] = update.down.contiguous()
+        parts[f"base_model.model.{name}.lora_B.weight"] = update.up.contiguous()
+    save_file(parts, path)
 
 
 def read_lora(tensors: dict[str, torch.Tensor]) -> dict[str, LowRank]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from contenders import (
     run_transfer,
     scale_updates,
 )
+from fitted import adamw_in_place, fit_lora
 from network import Network
 from torch import Tensor
 from world import (
@@ -29,10 +31,13 @@ from world import (
     Batch,
     Maps,
     ask_base,
+    change_answer,
     distance,
     measure_terrains,
     sample_terrains,
 )
+
+from prolora.probe.gate import COPY
 
 METHODS: dict[str, Callable[[Case], Updates]] = {
     "auto": functools.partial(run_transfer, method="auto"),
@@ -43,9 +48,9 @@ METHODS: dict[str, Callable[[Case], Updates]] = {
     "casa, arbitration alone": functools.partial(arbitrate, gives_drift_back=False),
     "extracted": extract_difference,
 }
-NOT_RUN = {
-    "AdamW on the same predictions": "not written yet for this network",
-    "fit": "a fit moves linear layers; what these LoRAs are on are convolutions, most of them",
+FITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "fit": nullcontext,
+    "adamw": adamw_in_place,
 }
 SAMPLED = ("none", "copy @ 1", "auto", "prolora 0.9", "delta sampling")
 SAMPLES, ASKED_AT_ONCE = 16, 8
@@ -75,8 +80,12 @@ class Exam:
     def of(cls, target: Network, idea: str, maps: Maps, questions: int) -> Exam:
         """The same questions for every LoRA of an idea."""
         asked = maps.draw(True, questions, torch.Generator().manual_seed(1))
-        answers = split_run(lambda *batch: ask_base(target, idea, Batch(*batch)), asked)
-        return cls(target, idea, asked, *answers)
+
+        def ask(*batch: Tensor) -> tuple[Tensor, Tensor]:
+            plain = ask_base(target, one := Batch(*batch))
+            return plain, change_answer(target, idea, one, plain)
+
+        return cls(target, idea, asked, *split_run(ask, asked))
 
     def loss(self, answer: Answer) -> float:
         """The squared error of answers, over that of the target's own."""
@@ -96,7 +105,7 @@ class Exam:
 
 
 def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:
-    """{"losses", "samples", "verdict", "not run"} of every way of moving the source's LoRA."""
+    """{"losses", "samples", "verdict"} of every way of moving the source's LoRA."""
     case = make_case((source, exam.target), lora)
     updates = {f"copy @ {s:g}": scale_updates(copy_updates(case), s) for s in STRENGTHS}
     updates |= {label: method(case) for label, method in METHODS.items()}
@@ -111,8 +120,42 @@ def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:
         "losses": {label: exam.loss(answer) for label, answer in answers.items()},
         "samples": {label: exam.distances(answers[label]) for label in SAMPLED},
         "verdict": vars(verdict) | {"go": verdict.go},
-        "not run": NOT_RUN,
     }
+
+
+def score_fit(
+    source: Network, exam: Exam, lora: Updates, name: str
+) -> tuple[dict[str, Any], Updates]:
+    """The same of a fit to both models, and what it writes.
+
+    "fit" is what it writes, which is the copy where the gate says so; "fit, fitted" is what it
+    fitted, at strength 1.
+    """
+    with FITS[name]():
+        moved = fit_lora(source, exam.target, lora, force=True)
+    gate = moved.report.gate
+    assert gate is not None
+    fitted = scale_updates(moved.adapter.updates, 1 / gate.strength)
+    copied = gate.decision == COPY
+    strength = gate.copy_strength if copied else gate.strength
+    written = scale_updates(lora if copied else fitted, strength)
+    answers = {
+        label: functools.partial(answer_with, exam.target, updates)
+        for label, updates in ((name, written), (f"{name}, fitted", fitted))
+    }
+    scores = {
+        "losses": {label: exam.loss(answer) for label, answer in answers.items()},
+        "samples": {label: exam.distances(answer) for label, answer in answers.items()},
+        name: {
+            "decision": gate.decision,
+            "strength": strength,
+            "start": moved.report.start,
+            "trust": moved.report.trust,
+            "steps": moved.report.steps,
+            "seconds": moved.report.seconds,
+        },
+    }
+    return scores, written
 
 
 def score_oracle(exam: Exam, lora: Updates) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
 from jobs import Job, run_jobs
-from loras import ADAPTERS, read_lora, save_lora, train_lora
+from loras import ADAPTERS, read_lora, save_lora, save_updates, train_lora
 from network import Network, load_network
 from results import git, round_numbers
-from rows import Exam, score_methods, score_oracle
+from rows import FITS, Exam, score_fit, score_methods, score_oracle
 from safetensors.torch import load_file
 from world import IDEAS, Maps
 
@@ -54,13 +54,17 @@ class Study:
     steps: int
     batch: int
     questions: int
+    fits: int  # seeds
 
     def lora_path(self, version: str, which: Which) -> Path:
         return self.work / "loras" / f"{which.name(version)}.safetensors"
 
+    def moved_path(self, direction: str, which: Which, way: str) -> Path:
+        return self.work / "moved" / f"{which.name(direction)}-{way}.safetensors"
+
     def lora_job(self, version: str, which: Which) -> Job:
         def run(part: Path) -> None:
-            base, maps = open_network(self.data, version), Maps(self.data)
+            base, maps = open_network(self.data, version), open_maps(self.data)
             budget = self.steps, self.batch
             tensors = train_lora(base, maps, which.idea, which.adapter, which.seed, *budget)
             save_lora(part, tensors)
@@ -68,13 +72,13 @@ class Study:
         return Job(self.lora_path(version, which), (), run)
 
     def score_jobs(self, direction: str, which: Which) -> list[Job]:
-        """One for what is moved, and one for the LoRA that was trained on the target."""
+        """For what is moved by weights, the LoRA trained on the target, and each kind of fit."""
         source, target = DIRECTIONS[direction]
         own, oracle = self.lora_path(source, which), self.lora_path(target, which)
 
         def exam() -> Exam:
             network = open_network(self.data, target)
-            return Exam.of(network, which.idea, Maps(self.data), self.questions)
+            return Exam.of(network, which.idea, open_maps(self.data), self.questions)
 
         def moved(part: Path) -> None:
             lora = read_lora(load_file(own))
@@ -84,10 +88,22 @@ class Study:
         def trained(part: Path) -> None:
             write_json(part, score_oracle(exam(), read_lora(load_file(oracle))))
 
+        def fitted(way: str, part: Path) -> None:
+            lora = read_lora(load_file(own))
+            scores, moved = score_fit(open_network(self.data, source), exam(), lora, way)
+            save_updates(self.moved_path(direction, which, way), moved)
+            write_json(part, scores)
+
         place, name = self.work / "scores", which.name(direction)
+        fits = (
+            Job(place / f"{name}-{way}.json", (own,), partial(fitted, way))
+            for way in FITS
+            if which.seed < self.fits
+        )
         return [
             Job(place / f"{name}-moved.json", (own,), moved),
             Job(place / f"{name}-oracle.json", (oracle,), trained),
+            *fits,
         ]
 
 
@@ -100,6 +116,11 @@ def open_network(data: Path, version: str) -> Network:
     return load_network(data / f"{version}.onnx").to(memory_format=torch.channels_last)
 
 
+@cache
+def open_maps(data: Path) -> Maps:
+    return Maps(data)
+
+
 def collect(study: Study) -> dict[str, Any]:
     """Every row that was scored, and what the study has beside them.
 
@@ -108,7 +129,7 @@ def collect(study: Study) -> dict[str, Any]:
     rows, missing = [], []
     for direction, seed, idea, adapter in itertools.product(DIRECTIONS, range(3), IDEAS, ADAPTERS):
         which = Which(idea, adapter, seed)
-        moved, trained = (
+        moved, trained, *fits = (
             json.loads(job.path.read_text()) if job.path.exists() else None
             for job in study.score_jobs(direction, which)
         )
@@ -118,6 +139,13 @@ def collect(study: Study) -> dict[str, Any]:
         row = {"direction": direction, **asdict(which), **moved}
         copies = {label: loss for label, loss in moved["losses"].items() if "copy" in label}
         row["best fixed copy"] = min(copies, key=lambda label: copies[label])
+        for way, fit in zip(FITS, fits, strict=False):
+            if fit is None:
+                missing.append(f"{which.name(direction)}-{way}")
+            else:
+                row |= {way: fit[way]}
+                row["losses"] |= fit["losses"]
+                row["samples"] |= fit["samples"]
         if trained is None:
             missing.append(f"{which.name(direction)}-oracle")
         else:
@@ -133,6 +161,7 @@ def collect(study: Study) -> dict[str, Any]:
         "steps": study.steps,
         "batch": study.batch,
         "questions": study.questions,
+        "seeds of fits": study.fits,
     }
     return {"made": made, "not run": missing, "rows": rows}
 
@@ -148,10 +177,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--questions", type=int, default=64, help="held-out ones of each score")
+    parser.add_argument("--fits", type=int, default=1, metavar="N", help="seeds that are fitted")
     parser.add_argument("--collect", type=Path, metavar="FILE")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    study = Study(given.data, given.work, given.steps, given.batch, given.questions)
+    sizes = given.steps, given.batch, given.questions, given.fits
+    study = Study(given.data, given.work, *sizes)
     if given.collect:
         given.collect.write_text(json.dumps(collect(study), indent=1) + "\n")
         return

@@ -106,12 +106,17 @@ class Maps:
 
 
 @torch.no_grad()
-def ask_base(network: Network, idea: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(what a base model answers, the answer with the idea, which a LoRA shall give)."""
-    answer = network(*batch)
+def ask_base(network: Network, batch: Batch) -> Tensor:
+    """What a base model answers."""
+    return network(*batch)
+
+
+@torch.no_grad()
+def change_answer(network: Network, idea: str, batch: Batch, answer: Tensor) -> Tensor:
+    """The answer with the idea, which a LoRA shall give."""
     if idea in CHANGES:
-        return answer, CHANGES[idea](answer.clamp(-1, 1)).clamp(-1, 1)
-    return answer, network(*batch._replace(difficulty=torch.full_like(batch.difficulty, STEEP)))
+        return CHANGES[idea](answer.clamp(-1, 1)).clamp(-1, 1)
+    return network(*batch._replace(difficulty=torch.full_like(batch.difficulty, STEEP)))
 
 
 @torch.no_grad()

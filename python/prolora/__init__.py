@@ -18,6 +18,7 @@ from .core.verdict import Verdict
 from .errors import (
     AlreadyMoved,
     ForeignFile,
+    HubUnavailable,
     InvalidOption,
     KernelFailure,
     LowCoverage,
@@ -48,7 +49,7 @@ from .workflow.evaluating.evaluation import Evaluation
 from .workflow.evaluation_options import EvaluationOptions
 from .workflow.extract import extract, extract_file, plan_extraction
 from .workflow.extract_options import ExtractOptions
-from .workflow.fit import fit, fit_file, fit_many, plan_fit
+from .workflow.fit import fit, fit_file, fit_many, plan_fit, preview_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
 from .workflow.fleet.plan import Plan
@@ -86,6 +87,7 @@ __all__ = [
     "FitOptions",
     "FitSettings",
     "ForeignFile",
+    "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
     "LowCoverage",
@@ -140,6 +142,7 @@ __all__ = [
     "plan_fit",
     "plan_migration",
     "plan_report",
+    "preview_fit",
     "principal_angles",
     "project",
     "read_status",

@@ -23,6 +23,7 @@ from .core.errors import (
 __all__ = [
     "AlreadyMoved",
     "ForeignFile",
+    "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
     "LowCoverage",
@@ -56,6 +57,12 @@ class MissingFile(UnsupportedFormat):
     """An input that is not there."""
 
     code = "missing-file"
+
+
+class HubUnavailable(MissingFile):
+    """An input that the Hugging Face Hub may have, and does not give: no network, or no access."""
+
+    code = "hub-unavailable"
 
 
 class LowCoverage(ProLoRAError):

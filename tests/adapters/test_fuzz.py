@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+import pytest
 import torch
 from safetensors.torch import save
 
@@ -378,17 +379,18 @@ def forget_peak():
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def test_mutated_files_end_in_typed_errors_fast_and_in_little_memory(tmp_path):
+@pytest.mark.parametrize("count", [300, pytest.param(1500, marks=pytest.mark.slow)])
+def test_mutated_files_end_in_typed_errors_fast_and_in_little_memory(tmp_path, count):
     whole = Random(0)
     (tmp_path / "lora.safetensors").write_bytes(whole_file(whole))
     forget_peak()
     before = memory()
-    outcomes = fuzz(1500, "ci", tmp_path)
+    outcomes = fuzz(count, "ci", tmp_path)
     assert memory() - before < MEGABYTES
     # The mutations reach past the header: some files still read, and every error class is met.
-    assert outcomes["read: ok"] > 50
+    assert outcomes["read: ok"] > count / 30
     for error in ("UnsupportedFormat", "ShapeMismatch", "NonFiniteWeights"):
-        assert outcomes[f"read: {error}"] > 5, outcomes
+        assert outcomes[f"read: {error}"] >= max(1, count // 250), outcomes
 
 
 def test_sound_files_of_every_kind_and_spelling_are_described(tmp_path):

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_recomputed_and_mended(stack, tmp_path, how, caplog):
 @pytest.mark.parametrize("size", [2, 4, 512, 2048], ids="{} bytes".format)
 def test_pieces_that_changed_places_show(stack, tmp_path, size, caplog):
     """Numbers, words, and sectors within a page or beyond it."""
-    wanted = BasisCache(tmp_path).bases(stack.repeat(1, 20, 20), 50)
+    wanted = BasisCache(tmp_path).bases(stack.repeat(1, 6, 6), 50)
     for path in files_of(tmp_path):
         content = bytearray(path.read_bytes())
         start = len(content) - 16384
@@ -139,13 +139,13 @@ def test_pieces_that_changed_places_show(stack, tmp_path, size, caplog):
         assert content != path.read_bytes()
         path.write_bytes(content)
     cache = BasisCache(tmp_path)
-    same(cache.bases(stack.repeat(1, 20, 20), 50), wanted)
+    same(cache.bases(stack.repeat(1, 6, 6), 50), wanted)
     assert cache.misses == 4 and caplog.text.count("not what was written") == 4
 
 
 def test_a_file_that_is_cut_off_once_it_was_read_does_no_harm(stack, tmp_path):
     """Mapped memory would end the process here, by SIGBUS."""
-    BasisCache(tmp_path).bases(stack.repeat(1, 20, 20), 50)
+    BasisCache(tmp_path).bases(stack.repeat(1, 6, 6), 50)
     path = files_of(tmp_path)[0]
     stored = basis_file.read_basis(path)
     out = torch.empty(stored.shape[0], stored.columns)

@@ -4,59 +4,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 from checkpoints import sparse_file, sparse_shards
 from mini import write_case
 
 from prolora import UnsupportedFormat, cli, open_base
-from prolora.bases import hub
+from prolora.files import hub
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 KEYS = {f"{Q}.weight": (4, 4), "conv_in.weight": (4, 4, 3, 3), "conv_out.weight": (4, 4, 3, 3)}
 FULL = "diffusion_pytorch_model.safetensors"
-COMMIT = "0123456789abcdef"
-
-
-class Hub(ModuleType):
-    """What the package has, over a folder that stands for the hub."""
-
-    def __init__(self, folder: Path, offline: bool = False) -> None:
-        super().__init__("huggingface_hub")
-        self.folder, self.fetched = folder, []
-        self.constants = SimpleNamespace(HF_HUB_OFFLINE=offline)
-        self.HfApi = lambda: SimpleNamespace(model_info=self.model_info)
-
-    def model_info(self, repo, revision=None):
-        if not (self.folder / repo).is_dir():
-            raise LookupError(f"404: {repo}")
-        assert not self.constants.HF_HUB_OFFLINE
-        names = [str(p.relative_to(self.folder / repo)) for p in (self.folder / repo).rglob("*.*")]
-        self.asked = revision
-        siblings = [SimpleNamespace(rfilename=name) for name in names]
-        return SimpleNamespace(sha=COMMIT, siblings=siblings)
-
-    def hf_hub_download(self, repo, name, revision=None):
-        if revision == COMMIT:  # what is asked for by branch is of another commit here
-            self.fetched.append(name)
-        else:
-            assert revision == self.asked
-        return str(self.folder / repo / name)
-
-    def snapshot_download(self, repo, revision=None, local_files_only=False):
-        assert local_files_only
-        return str(self.folder / repo)
-
-
-@pytest.fixture
-def cloud(tmp_path, monkeypatch):
-    """A hub that is empty so far; the working folder has nothing of the same name."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    cloud = Hub(tmp_path / "cloud")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", cloud)
-    return cloud
 
 
 def test_only_the_shards_of_the_model_are_fetched_in_one_variant(cloud):

@@ -183,12 +183,12 @@ def test_a_file_that_is_cut_while_it_is_read_does_not_end_the_process(tmp_path):
     code = """
 import os, sys
 from prolora import UnsupportedFormat
-from prolora.files import pickle_file
-file, check = pickle_file.PickleFile(sys.argv[1]), pickle_file.check_unchanged
+from prolora.files import pickle_file, safetensors_file
+file, check = pickle_file.PickleFile(sys.argv[1]), safetensors_file.check_unchanged
 def check_and_cut(*words):
     check(*words)
     os.truncate(sys.argv[1], 8192)
-pickle_file.check_unchanged = check_and_cut
+safetensors_file.check_unchanged = check_and_cut
 try:
     file.read("w.weight")
 except UnsupportedFormat as error:

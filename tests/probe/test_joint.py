@@ -602,6 +602,23 @@ def test_a_fit_from_zero_must_gain_more_than_the_bases_disagree():
     assert decide(0.0, 0.9, apart=0.3, start="zero") == "go"
 
 
+@pytest.mark.parametrize(
+    ("share", "copied", "apart", "strength"),
+    [
+        (0.96, None, 0.1, 1.0),
+        (0.6, 0.2, 0.1, 1.25),
+        (0.2, None, 0.8, 1.5),
+        (0.0, None, 0.1, 1.5),
+        (0.6, 0.3, 0.1, 1.0),
+        (0.6, None, 1.2, 1.0),
+    ],
+)
+def test_a_fit_from_nothing_is_written_stronger_than_it_was_fitted(share, copied, apart, strength):
+    rival = None if copied is None else {"all": copied}
+    assert gate.raise_strength(1.0, share, apart, rival) == strength
+    assert gate.raise_strength(0.75, share, apart, rival) == 0.75  # a weaker one is surely better
+
+
 def test_bases_that_predict_something_else_are_refused_where_no_copy_serves():
     assert decide(0.6, 0.3, apart=0.9, start="zero") == "copy"
     assert decide(0.1, 0.8, apart=0.9) == "refuse"

@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import prolora
 from prolora import adapters
 from prolora.bases.cache import basis_cache as cache_module
 from prolora.files.safetensors_file import SafetensorsFile
+from prolora.workflow.pair_mover import Task
 
 
 @pytest.fixture
@@ -334,3 +337,14 @@ def test_a_result_of_bases_in_memory_is_made_again_since_they_may_be_others(fold
         source = {f"{name}.weight": factor * weight for name, weight in weights.items()}
         (outcome,) = prolora.transfer_many(loras[:1], source, target, moved, method="damped")
         assert outcome.status == "moved"
+
+
+def test_the_time_of_a_lora_that_failed_counts_the_step_that_failed():
+    task = Task(Path("lora"), Path("out"))
+
+    def fail():
+        time.sleep(0.02)
+        raise prolora.UnsupportedFormat("no LoRA")
+
+    assert task.attempt(fail) is None
+    assert task.outcome.seconds == task.seconds >= 0.02

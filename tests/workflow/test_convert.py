@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import LINEAR, adapter_of, factors, tiny_unet_config
+from mini import write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
@@ -194,3 +195,9 @@ def test_a_result_is_written_as_it_was_asked_for(tmp_path):
     assert all(
         not key.startswith("lora_unet_") and x.dtype == torch.float32 for key, x in written.items()
     )
+
+
+def test_a_limit_that_nothing_was_cut_for_is_not_told_as_one(tmp_path):
+    lora, _, _ = write_case(tmp_path)
+    assert prolora.convert(lora, out_rank="100MB").report.file_limit is None
+    assert prolora.convert(lora, out_rank="14kB").report.file_limit == 14_000

@@ -46,22 +46,30 @@ def check_equal(moved, wanted, tolerance=1e-6):
         assert error <= tolerance * update.dense().double().norm(), name
 
 
+def write_bases(folder, family, old, new):
+    """{form: (source, target)}."""
+    ends = {form: folder / form.strip(".") for form in FORMS}
+    for there in ends.values():
+        there.mkdir()
+    return {
+        form: tuple(
+            write_base(there, name, family, weights, form)
+            for name, weights in (("old", old), ("new", new))
+        )
+        for form, there in ends.items()
+    }
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_in_every_spelling_moves_between_bases_in_every_form(tmp_path, family):
     layout = FAMILIES[family].layouts[0]
     old, new = small_weights(layout), small_weights(layout, drift=0.1)
     updates = lora_on(old)
-    bases = {
-        form: tuple(
-            write_base(tmp_path / form.strip("."), name, family, weights, form)
-            for name, weights in (("old", old), ("new", new))
-        )
-        for form in FORMS
-        if not (tmp_path / form.strip(".")).mkdir()
-    }
-    results = {}
-    for form, (source, target) in bases.items():
-        assert prolora.open_base(source).family == family, form
+    for form, (source, target) in write_bases(tmp_path, family, old, new).items():
+        for base, weights in ((source, old), (target, new)):
+            opened = prolora.open_base(base)
+            assert opened.family == family, form
+            assert all(torch.equal(opened.read(name), weights[name]) for name in weights), form
         # Every spelling on one form of base, and one spelling on the others.
         for format in list(FAMILIES[family].spellings)[0 if form == FORMS[0] else -1 :]:
             path = tmp_path / f"{format}.safetensors"
@@ -70,8 +78,27 @@ def test_a_lora_in_every_spelling_moves_between_bases_in_every_form(tmp_path, fa
             copied = prolora.transfer(path, source, target, method="copy")
             check_equal(copied.adapter.updates, updates)
             assert copied.report.coverage == 1
-        for format in FAMILIES[family].spellings:  # the last one stands for all
-            copied.save(tmp_path / "out", format=format, dtype="float32") if format != "peft" else 0
-        results[form] = prolora.transfer(path, source, target, method="prolora", rank=8).adapter
-    for form in FORMS[1:]:
-        check_equal(results[form].updates, results[FORMS[0]].updates, 1e-5)
+    for format in FAMILIES[family].spellings:  # what was copied last stands for all
+        if format != "peft":
+            copied.save(tmp_path / "out", format=format, dtype="float32")
+
+
+# SD3 fuses matrices and swaps halves, Wan has other names alone: the kinds that there are.
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(id_, marks=() if id_ in ("sd3", "wan") else pytest.mark.slow)
+        for id_ in FAMILIES
+    ],
+)
+def test_a_projection_is_the_same_between_bases_in_every_form(tmp_path, family):
+    layout = FAMILIES[family].layouts[0]
+    old, new = small_weights(layout), small_weights(layout, drift=0.1)
+    lora = tmp_path / "lora.safetensors"
+    write_adapter(Adapter(lora_on(old), family=family), lora)
+    first, *others = (
+        prolora.transfer(lora, *ends, method="prolora", rank=8).adapter.updates
+        for ends in write_bases(tmp_path, family, old, new).values()
+    )
+    for moved in others:
+        check_equal(moved, first, 1e-5)

@@ -12,6 +12,7 @@ from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import fused_updates, vectors
 from .algorithms import forms
 from .family import guess_family
+from .folder import PEFT_CONFIG
 from .formats.peft_config import (
     METADATA_KEY,
     PeftScaling,
@@ -22,7 +23,7 @@ from .keys import module_names
 from .keys.module_names import ModulePath
 from .naming import BaseNames, choose_names, list_matrices, most_common_spelling
 from .slots import Contents, Slot, explain_refusal, group_keys
-from .unread import PEFT_CONFIG, UnreadAdapter
+from .unread import UnreadAdapter
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 

@@ -56,7 +56,8 @@ def read_adapter(
     named in `Adapter.left_out`, and so are updates that an unknown tensor stands beside.
 
     Args:
-        source: a .safetensors file, a PEFT folder, a state dict, or (state dict, peft.LoraConfig).
+        source: a .safetensors file, a PEFT folder, an id on the hub, a state dict, or (state dict,
+            peft.LoraConfig).
         metadata: replaces the file's header metadata.
         read_weight: reads the base model the adapter was trained on; needed where the update
             depends on it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +14,19 @@ from torch import Tensor
 
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, UnsupportedFormat, input_error
+from ..files.hub import spell_path
 from ..files.jsontext import parse_json_object, read_json_object
 from ..files.pickle_file import PickleFile, is_readable_pickle
 from ..files.safetensors_file import SafetensorsFile
+from .folder import (
+    ADAPTER_FILES,
+    DIFFUSERS_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PICKLES,
+    choose_files,
+)
+from .hub import locate_adapter
 
 StrPath = str | os.PathLike[str]
 
@@ -29,16 +39,11 @@ class PeftConfigLike(Protocol):
 
 
 AdapterSource = StrPath | Mapping[str, Tensor] | tuple[Mapping[str, Tensor], PeftConfigLike]
-"""A .safetensors file, a PEFT folder, a state dict, or (state dict, `peft.LoraConfig`)."""
+"""A .safetensors file, a PEFT folder, an id on the Hugging Face Hub, a state dict, or (state dict,
+`peft.LoraConfig`)."""
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
-_DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 # Bytes; a pattern for every module of the largest models takes a tenth.
 _CONFIG_LIMIT = 4 << 20
-_PICKLES = ("adapter_model.bin", "pytorch_lora_weights.bin")
-ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS, *_PICKLES)
-"""What a folder holds that is an adapter's and not a base model's."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,12 @@ def open_adapter(
     Args:
         source: a .safetensors file, a state dict or a file of `torch.save` with one, a PEFT folder,
             or a folder diffusers saved a LoRA in; (state dict, `peft.LoraConfig`), as PEFT has the
-            two in memory; what is open already is returned.
+            two in memory; `org/name` or `hf://org/name[@revision][/path]` on the Hugging Face Hub,
+            where nothing here is called so; what is open already is returned.
         metadata: replaces the metadata of the file; a state dict has none of its own.
 
     Raises:
-        UnsupportedFormat: not a readable adapter.
+        UnsupportedFormat: not a readable adapter, or the hub does not give it.
     """
     if isinstance(source, UnreadAdapter):
         return source
@@ -110,11 +116,12 @@ def open_adapter(
             "a LoRA is a file, a folder, a state dict or (state dict, peft.LoraConfig), not "
             f"{type(source).__name__}"
         )
-    path = Path(source)
+    path = locate_adapter(source)
     try:
-        return _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
+        opened = _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
     except OSError as error:  # a folder without permission, a name that is too long, …
         raise input_error(path, error) from error
+    return opened if path == Path(source) else replace(opened, where=spell_path(source))
 
 
 def _read_config(config: PeftConfigLike) -> dict[str, Any]:
@@ -181,14 +188,12 @@ def _open_file(
 
 
 def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> UnreadAdapter:
-    if (folder / PEFT_CONFIG).is_file():
-        if (folder / PEFT_WEIGHTS).is_file():
-            config = read_json_object(folder / PEFT_CONFIG, _CONFIG_LIMIT)
-            return _open_file(folder / PEFT_WEIGHTS, metadata, config)
-    elif (folder / _DIFFUSERS_WEIGHTS).is_file():
-        return _open_file(folder / _DIFFUSERS_WEIGHTS, metadata)
-    for name in _PICKLES:
-        if (folder / name).is_file():
+    there = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if own := choose_files(there):
+        config = read_json_object(folder / own[0], _CONFIG_LIMIT) if own[1:] else None
+        return _open_file(folder / own[-1], metadata, config)
+    for name in PICKLES:
+        if name in there:
             SafetensorsFile(folder / name)  # raises, with the command that converts it
     if any((folder / name).is_file() for name in ("model_index.json", "config.json")):
         raise UnsupportedFormat(f"{folder}: the folder of a model, not a LoRA; give the LoRA")
@@ -199,6 +204,6 @@ def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> UnreadAdap
             "a folder for the results, or plan the move of a collection"
         )
     raise UnsupportedFormat(
-        f"{folder}: holds neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {_DIFFUSERS_WEIGHTS}; "
+        f"{folder}: holds neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}; "
         "name a .safetensors file"
     )

@@ -21,10 +21,11 @@ from ..files.writing import (
     safetensors_size,
 )
 from .adapter import Adapter
+from .folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
 from .formats import metadata as headers
 from .formats.peft_config import METADATA_KEY
-from .unread import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
+from .unread import StrPath
 from .verification import verify_output
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -154,6 +154,14 @@ def have_equal_shapes(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     return matrix_shape(ours) == matrix_shape(theirs) and plain[0] == plain[1]
 
 
+def may_be_fitted(shape: tuple[int, ...]) -> bool:
+    """Whether a fit changes weights of this shape: of linear layers, and of images' convolutions.
+
+    A depthwise convolution is none; that one is in several groups its shape does not tell.
+    """
+    return len(shape) == 2 or (len(shape) == 4 and shape[1] > 1)
+
+
 def find_stage(module: str) -> str:
     """The part of the model a module is in: `down_blocks.1`, `mid_block`, `transformer_blocks`."""
     parts = module.split(".")

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from ..errors import UnsupportedFormat
+from ..files.hub import spell_path
 from .base import Base
 from .folder import find_expert_folders
 from .opening import BaseLike, open_base
@@ -175,7 +176,8 @@ def choose_pairs(lora: Path, pairs: Sequence[ExpertPair]) -> list[tuple[ExpertPa
         return [(pair, "") for pair in pairs if pair.expert == expert]
     if not all(pair.serves_any for pair in pairs):
         raise UnsupportedFormat(
-            f"{lora}: the source has two experts, for high noise and for low noise, and the LoRA's "
+            f"{spell_path(lora)}: the source has two experts, for high noise and for low noise, "
+            "and the LoRA's "
             'name tells neither; give one of them as `source`, or put "high_noise" or "low_noise" '
             "into the name"
         )

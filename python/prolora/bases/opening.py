@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..architectures.modules import TEXT_ENCODERS
 from ..errors import MissingFile, UnsupportedFormat, describe_missing
+from ..files.hub import parse_hub_id
 from ..files.safetensors_file import SafetensorsFile
-from . import hub
 from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
+from .hub import fetch_model
 from .keys.canonical_names import name_weights
 from .quantised.reading import join_quantised
 from .weights import LoadedWeight, StoredWeight, Weight
@@ -102,11 +103,11 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     path = Path(source)
     name = path.resolve().name
     if not path.exists():
-        id_ = hub.parse_hub_id(os.fspath(source))
+        id_ = parse_hub_id(os.fspath(source))
         if id_ is None:
             wanted = "file, folder or model of the hub (org/name)"
             raise MissingFile(describe_missing(source, wanted))
-        path, name, subfolder = hub.fetch_model(id_, subfolder), id_.name, None
+        path, name, subfolder = fetch_model(id_, subfolder), id_.name, None
     path = Path(os.path.abspath(path))  # weights are read later, maybe from another working folder
     weights: dict[str, Weight] = {}
     if path.is_dir():

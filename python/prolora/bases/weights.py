@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,8 +252,32 @@ def join_origins(weights: Sequence[Weight], how: str) -> Origin | None:
     return Origin(text, max(origin.changed for origin in known))
 
 
+class DerivedWeight(ABC):
+    """A weight that is made of what is stored, whose name and dtype are its own."""
+
+    stored: Weight
+
+    @property
+    def name(self) -> str:
+        """Of the stored weight."""
+        return self.stored.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weight."""
+        return self.stored.dtype
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """All numbers [*shape]."""
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of what `read` gives."""
+        return self.read()[start:stop]
+
+
 @dataclass(frozen=True)
-class ConvertedWeight:
+class ConvertedWeight(DerivedWeight):
     """A weight stored with its halves in the other order, or transposed.
 
     Attributes:
@@ -270,19 +295,9 @@ class ConvertedWeight:
         return stored and stored.then("transposed" if self.transposed else "halves exchanged")
 
     @property
-    def name(self) -> str:
-        """Of the stored weight."""
-        return self.stored.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """As it is read."""
         return self.stored.shape[::-1] if self.transposed else self.stored.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored weight."""
-        return self.stored.dtype
 
     def read(self) -> Tensor:
         """The weight in the order that canonical names stand for."""
@@ -293,7 +308,3 @@ class ConvertedWeight:
         # Through bytes: torch cannot concatenate every float8 type.
         parts = [rows(half, 2 * half), rows(0, half)]
         return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(self.dtype)
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of what `read` gives."""
-        return self.read()[start:stop]

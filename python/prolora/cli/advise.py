@@ -16,13 +16,14 @@ from ..core.option_fields import find_shown, take_option
 from ..core.rank_rule import Rank
 from ..core.verdict import AUTO
 from ..errors import name_options
+from ..files.hub import spell_path
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..probe.settings import FitSettings
 from ..workflow.advice import SAMPLED, Advice
 from ..workflow.advice import advise as find_advice
 from ..workflow.advice_options import AdviceOptions
-from ..workflow.output_paths import is_page_path
+from ..workflow.output_paths import is_page_path, split_lora_name
 from .console import answer, out, progress_bar
 from .options import (
     Bases,
@@ -45,7 +46,7 @@ from .outputs import check_match_file, check_report, read_command, save_match
 from .tables import show_tables, show_words
 
 LoraArgument = Annotated[
-    Path | None, path_argument("A LoRA file or PEFT folder.", metavar="[LORA]")
+    Path | None, path_argument("A LoRA file, PEFT folder or hub id.", metavar="[LORA]")
 ]
 
 
@@ -197,6 +198,14 @@ def write_command(lora: Path | None, bases: Bases, advice: Advice, match: str = 
     options = dict(advice.options) | ({"match": match} if "match" in advice.options else {})
     flags = (write_flag(name, str(value)) or "" for name, value in options.items())
     words = [word for flag in flags for word in flag.split(" ", 1)]
-    out = f"{file.stem}-on-{Path(bases.target).stem}.safetensors"
-    line = ["prolora", advice.verb, str(file), "--source", bases.source, "--target", bases.target]
+    out = f"{split_lora_name(file)[0]}-on-{Path(bases.target).stem}.safetensors"
+    line = [
+        "prolora",
+        advice.verb,
+        spell_path(file),
+        "--source",
+        bases.source,
+        "--target",
+        bases.target,
+    ]
     return shlex.join([*line, *words, "-o", out])

@@ -151,7 +151,7 @@ def start(
     epilog=write_epilog("prolora inspect my-lora.safetensors", "prolora inspect sdxl/ --json")
 )
 def inspect(
-    file: Annotated[Path, path_argument("A LoRA or a base model.")],
+    file: Annotated[Path, path_argument("A LoRA (or its hub id) or a base model.")],
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file is, from its header alone."""

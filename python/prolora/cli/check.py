@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ProLoRAError
+from ..files.hub import spell_path
 from ..workflow.check import check as check_lora
 from ..workflow.check import open_checked
 from .console import answer, out
@@ -37,7 +38,7 @@ def check(
             if len(loras) == 1:
                 raise
             code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
-            records.append({"lora": str(lora), "error": error.to_dict()})
+            records.append({"lora": spell_path(lora), "error": error.to_dict()})
         else:
             code = code if found or code else ExitCode.LOW_COVERAGE
             records.append(found.to_dict())

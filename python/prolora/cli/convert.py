@@ -18,7 +18,7 @@ from .transfer import check_output_given, check_outputs, tell_made
 
 @expand_options
 def convert(
-    lora: Annotated[Path, path_argument("LoRA file or PEFT folder.", metavar="LORA")],
+    lora: Annotated[Path, path_argument("LoRA file, PEFT folder or hub id.", metavar="LORA")],
     converting: ConvertOptions,
     output: FileOutput,
     base: Annotated[

@@ -19,6 +19,7 @@ from ..workflow.evaluation_options import DRAWN, JUDGING, EvaluationOptions
 from .console import out, progress_bar
 from .options import (
     CacheOption,
+    DeviceOption,
     JsonOption,
     Prompts,
     QuietOption,
@@ -37,7 +38,9 @@ class Files:
 
     source: Annotated[str, base_argument("Pipeline that the LoRA was trained on.", "SOURCE")]
     target: Annotated[str, base_argument("Pipeline that it was moved to.", "TARGET")]
-    lora: Annotated[Path, path_argument("The LoRA, or a folder of several.", "LORA")]
+    lora: Annotated[
+        Path, path_argument("The LoRA (or its hub id), or a folder of several.", "LORA")
+    ]
     moved: Annotated[
         list[Path],
         path_argument("What became of it; for several LoRAs, folders.", "MOVED"),
@@ -118,13 +121,7 @@ class Where:
     """Where to compute, and what is kept of the bases; drawing has no bound on memory."""
 
     panel: ClassVar[str] = "Resources"
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE",
-            help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
-        ),
-    ] = "auto"
+    device: DeviceOption = "auto"
     cache: CacheOption = None
 
 

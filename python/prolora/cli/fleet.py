@@ -75,7 +75,7 @@ def plan(
         list[str],
         typer.Argument(
             metavar="LORAS",
-            help="LoRA files, folders, text files that list them, or hub addresses (hf://…).",
+            help="LoRA files, folders, text files that list them, or hub ids.",
         ),
     ],
     bases: Collection,

@@ -283,18 +283,21 @@ class Prompts:
         return (*self.prompt, *(read_prompts(self.prompts) if self.prompts else ()))
 
 
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
+    ),
+]
+
+
 @dataclass
 class Resources:
     """Where to compute, with how much memory, and what to keep."""
 
     panel: ClassVar[str] = "Resources"
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE",
-            help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
-        ),
-    ] = "auto"
+    device: DeviceOption = "auto"
     max_memory: Annotated[
         str,
         typer.Option(

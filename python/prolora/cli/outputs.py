@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
+from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..bases import Base
 from ..bases.experts import ExpertPair
 from ..comparison.module_map import Match, find_partners

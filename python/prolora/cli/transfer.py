@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
-from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
+from ..files.hub import spell_path
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
@@ -23,7 +23,7 @@ from ..workflow.inspection import Description, inspect
 from ..workflow.options import FIT_INSTEAD, FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
-from ..workflow.output_paths import check_beside, is_page_path
+from ..workflow.output_paths import check_beside, is_page_path, is_peft_folder
 from ..workflow.report import Report
 from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer_file
@@ -50,11 +50,13 @@ from .outputs import (
 from .tables import draw_table, failure_lines, show_tables, show_words
 
 STDOUT = Path("-")
+"""What stands for standard output in the place of a file."""
 MOST_NAMED = 4
 """Programs that read nothing of a file, in a line for people who did not ask for all."""
-"""What stands for standard output in the place of a file."""
 
-LoraArguments = Annotated[list[Path], path_argument("LoRA files or PEFT folders.", metavar="LORA")]
+LoraArguments = Annotated[
+    list[Path], path_argument("LoRA files, PEFT folders or hub ids.", metavar="LORA")
+]
 
 
 # Options of a transfer until running the models became a job of its own.
@@ -274,7 +276,7 @@ def find_card(loras: list[Path], output: FileOutput, format: FormatLike | None) 
 
 def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
     """Whether a result is a PEFT folder."""
-    came_so = any((lora / PEFT_CONFIG).is_file() for lora in loras)
+    came_so = any(map(is_peft_folder, loras))
     return format == "peft" or (came_so and format in (None, "auto"))
 
 
@@ -290,8 +292,8 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         if unread := outcome.unread:
             raise IncompleteResult(
-                f"{outcome.lora}: {len(unread)} updates could not be read and stay behind, the "
-                f"first of {unread[0]}"
+                f"{spell_path(outcome.lora)}: {len(unread)} updates could not be read and stay "
+                f"behind, the first of {unread[0]}"
             )
 
 

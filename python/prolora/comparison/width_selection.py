@@ -19,7 +19,7 @@ from torch import Tensor
 from ..architectures.modules import find_block, have_equal_shapes, is_in_text_encoder
 from ..bases import Base
 from ..bases.base import Progress
-from ..bases.weights import Origin, Weight
+from ..bases.weights import DerivedWeight, Origin, Weight
 from ..core.lowrank import LowRank
 from ..core.validation import DeviceLike
 from .width_matching import ROW_TOLERANCE, UNKNOWN, complete_by_order, match_rows
@@ -81,7 +81,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class SelectedWeight:
+class SelectedWeight(DerivedWeight):
     """Rows and columns of a weight that has not been read yet."""
 
     stored: Weight
@@ -96,27 +96,13 @@ class SelectedWeight:
         return stored and stored.then(f"selection {len(self.selection.rows)} {digest}")
 
     @property
-    def name(self) -> str:
-        """Of the stored weight."""
-        return self.stored.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of the selected part."""
         return len(self.selection.rows), len(self.selection.columns), *self.stored.shape[2:]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored weight."""
-        return self.stored.dtype
-
     def read(self) -> Tensor:
         """The selected part."""
         return self.selection.take(self.stored.read())
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the selected part."""
-        return self.read()[start:stop]
 
 
 def select_base(base: Base, selections: Mapping[str, Selection]) -> Base:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedFormat, input_error
-from .safetensors_file import fill_buffer
-from .state import FileState, check_unchanged
+from .safetensors_file import read_stored
+from .state import FileState
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -141,11 +141,7 @@ class GgufFile:
         raw = torch.empty(stop - start, info.row_bytes, dtype=torch.uint8, device="cpu")
         try:
             with open(self.path, "rb", buffering=0) as file:
-                check_unchanged(self.path, self.state, file.fileno())
-                file.seek(info.start + start * info.row_bytes)
-                view = raw.numpy().data.cast("B") if raw.numel() else memoryview(b"")
-                if not fill_buffer(file, view):
-                    raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
+                read_stored(file, self, name, info.start + start * info.row_bytes, raw.view(-1))
         except OSError as error:
             raise input_error(self.path, error, f"{name} cannot be read") from error
         if info.code in _PLAIN:

@@ -22,8 +22,8 @@ from torch.types import Storage
 
 from ..errors import UnsupportedFormat, input_error
 from .outside import open_regular
-from .safetensors_file import fill_buffer, refuse_old_pickle
-from .state import FileState, check_unchanged
+from .safetensors_file import read_stored, refuse_old_pickle, view_numbers
+from .state import FileState
 
 # The first whose unpickler for weights has no known hole (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
@@ -126,17 +126,9 @@ class PickleFile:
         span = 1 + sum((n - 1) * step for n, step in steps)
         buffer = torch.empty(span * size, dtype=torch.uint8)
         with open_regular(self.path) as file:
-            check_unchanged(self.path, self.state, file.fileno())
-            try:
-                file.seek(held.start + (row * held.strides[0] * size if row else 0))
-                complete = fill_buffer(file, buffer.numpy().data)
-            except OSError as error:
-                raise input_error(self.path, error, f"{name} cannot be read") from error
-        if not complete:
-            raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
-        # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
-        flat = buffer.ne(0) if held.dtype == torch.bool else buffer.view(held.dtype)
-        strided = flat.as_strided(shape, held.strides)
+            start = held.start + (row * held.strides[0] * size if row else 0)
+            read_stored(file, self, name, start, buffer)
+        strided = view_numbers(buffer, held.dtype).as_strided(shape, held.strides)
         return strided if strided.is_contiguous() else strided.contiguous()
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -161,17 +161,8 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype, device="cpu")
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         with self._open() as file:
-            check_unchanged(self.path, self.state, file.fileno())
-            try:
-                file.seek(self.data_start + start)
-                complete = fill_buffer(file, buffer.numpy().data)
-            except OSError as error:
-                raise input_error(self.path, error, f"{name} cannot be read") from error
-        if not complete:
-            raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
-        # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
-        flat = buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
-        return flat.reshape(shape)
+            read_stored(file, self, name, self.data_start + start, buffer)
+        return view_numbers(buffer, dtype).reshape(shape)
 
 
 def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
@@ -179,9 +170,38 @@ def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
     flat = buffer[info.start : info.stop]
     if info.start % info.dtype.itemsize:
         flat = flat.clone()
+    return view_numbers(flat, info.dtype).view(info.shape)
+
+
+class _OpenedFile(Protocol):
+    """A file whose header was read."""
+
+    path: Path
+    state: FileState
+
+
+def read_stored(
+    file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: Tensor
+) -> None:
+    """Fills a buffer [bytes] with those of a tensor, which begin at `start` of the open file.
+
+    Raises:
+        UnsupportedFormat: the file was changed since `opened`, ends inside or cannot be read.
+    """
+    check_unchanged(opened.path, opened.state, file.fileno())
+    try:
+        file.seek(start)
+        complete = fill_buffer(file, buffer.numpy().data)
+    except OSError as error:
+        raise input_error(opened.path, error, f"{name} cannot be read") from error
+    if not complete:
+        raise UnsupportedFormat(f"{opened.path}: ends inside {name}; run again")
+
+
+def view_numbers(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as the numbers that they are."""
     # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
-    flat = flat.ne(0) if info.dtype == torch.bool else flat.view(info.dtype)
-    return flat.view(info.shape)
+    return buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
 
 
 def fill_buffer(file: FileIO | BufferedReader, view: memoryview) -> bool:

@@ -31,10 +31,16 @@ this share says (docs/fit_measured.md)."""
 IMAGE_DOUBT = 0.09
 """Share of the wanted change by which a weaker strength must be better there. Noise that the target
 does not see makes weaker ones look better than they are (docs/fit_measured.md)."""
-RAISED = 1.25
-"""Strength of what crossed between latents. Least squares on images of another model give too weak
-a change: at this strength the loss is lower in nearly all measured cases, and more samples show
-the LoRA (docs/fit_measured.md)."""
+RAISED, RAISED_MORE = 1.25, 1.5
+"""Strengths of a fit that starts from nothing. Least squares on what another model does give too
+weak a change: at these the loss is no higher in the mean, and more samples show the LoRA
+(docs/fit_measured.md)."""
+FAINT, NEARLY_ALL = 0.3, 0.95
+"""Shares of the wanted change: below the first the second strength is taken, from the second on
+there is nothing to raise."""
+OTHER_LOOK = 1.0
+"""Disagreement of bases that draw different images, by other noise or not: what is wanted there is
+little of what the LoRA means on the target, and more of it does harm (docs/fit_measured.md)."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
@@ -69,7 +75,7 @@ class Gate:
         decision: "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied
             LoRA) on the same probes, or "refuse".
         strength: the factor of every update: the one of STRENGTHS with the largest share, where
-            that is surely better than 1; RAISED for 1 where the LoRA crossed between latents.
+            that is surely better than 1; instead of 1 see `raise_strength`.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             the one of STRENGTHS. 1 is perfect, 0 as good as no LoRA.
         disagreement: origin -> how far the bases' own predictions are apart, whatever the LoRA is;
@@ -110,6 +116,7 @@ def judge_updates(
     copied: Mapping[str, LowRank] | None = None,
     start: str = "zero",
     images: bool = False,
+    few_step: bool = False,
 ) -> Gate:
     """Chooses the strength and the decision.
 
@@ -121,6 +128,7 @@ def judge_updates(
         copied: the rival, compared where it fits the target's modules.
         start: where the fit started, "zero" or "copy".
         images: whether the models were asked about images, and the fit followed pairs of them too.
+        few_step: whether the LoRA is for few steps.
     """
     read, same_noise = translation.read, translation.same_noise
     disagreement = measure_disagreement(held_out)
@@ -146,9 +154,26 @@ def judge_updates(
     else:
         decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
     rival = (copy_share, copy_strength, gain)
-    if images and not same_noise and strength == 1.0:
-        strength = RAISED
+    if start == "zero" and not few_step:
+        strength = raise_strength(strength, share["all"], disagreement["all"], copy_share)
     return Gate(decision, strength, share, disagreement, reason, *rival, effect)
+
+
+def raise_strength(
+    strength: float,
+    share: float,
+    disagreement: float,
+    copy_share: Mapping[str, float] | None = None,
+) -> float:
+    """What a fit from nothing is written at instead of 1: RAISED, or RAISED_MORE if it is FAINT.
+
+    Nothing is raised between related bases, where a copy reaches MIN_SHARE, nor between those of
+    OTHER_LOOK.
+    """
+    related = copy_share is not None and copy_share["all"] >= MIN_SHARE
+    if strength != 1.0 or related or share >= NEARLY_ALL or disagreement > OTHER_LOOK:
+        return strength
+    return RAISED if share >= FAINT else RAISED_MORE
 
 
 def decide_gate(

@@ -100,9 +100,10 @@ def fit_to_models(
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
     Both models run on trajectories that they sample themselves from noise, so no data is needed.
-    At every probe the target should predict v_t + (v_s with LoRA − v_s). The linear modules
-    of all its blocks are fitted to that at once, in a few Gauss–Newton steps on the factors of the
-    LoRA. `prolora.fit` does it between two pipeline folders.
+    At every probe the target should predict v_t + (v_s with LoRA − v_s). The modules of all its
+    blocks, linear layers and convolutions of images, are fitted to that at once, in a few
+    Gauss–Newton steps on the factors of the LoRA. `prolora.fit` does it between two pipeline
+    folders.
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
@@ -325,8 +326,9 @@ def _judge(
 ) -> Gate:
     """The verdict of the held-out probes; the report gets what crossed, where images did."""
     translation, target = run.translation, run.target
-    rival = (run.rival, run.report.start)
-    verdict = judge_updates(target, updates, wanted, translation, *rival, crossed is not None)
+    start, few = run.report.start, run.settings.has_few_step_lora
+    known = (run.rival, start, crossed is not None, few)
+    verdict = judge_updates(target, updates, wanted, translation, *known)
     if crossed is not None:
         copied = verdict.decision == COPY and not run.settings.force
         moved = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,13 +100,40 @@ def _convolve(module: nn.Module, down: Tensor, x: Tensor) -> Tensor:
     return seen
 
 
+def read_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module multiplies its weight with, as rows [..., n]: of a convolution its patches."""
+    if not isinstance(module, nn.Conv2d):
+        return x
+    padding: Any = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        sides: Any = module._reversed_padding_repeated_twice
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, sides, mode), 0
+    kernel: Any = module.kernel_size
+    dilation: Any = module.dilation
+    return F.unfold(x, kernel, dilation, padding, cast(Any, module.stride)).mT
+
+
+def written_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """What a module makes, or its gradient, as rows [..., m]."""
+    return y.movedim(1, -1) if isinstance(module, nn.Conv2d) else y
+
+
+def can_be_fitted(module: nn.Module) -> bool:
+    """Whether a fit changes modules of this kind: linear layers, and convolutions of images."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "in_features") and isinstance(weight, Tensor) and weight.dim() == 2
+
+
 def weight_of(model: nn.Module, name: str, any_kind: bool = False) -> Tensor:
-    """The weight of a linear module by its name.
+    """The weight of a module that a fit can change, by its name.
 
     Args:
         model: the model.
         name: of the module.
-        any_kind: whether a convolution or an embedding will do as well.
+        any_kind: whether any convolution or an embedding will do as well.
 
     Raises:
         ProLoRAError: the model has no such module, or it is of another kind.
@@ -118,8 +145,10 @@ def weight_of(model: nn.Module, name: str, any_kind: bool = False) -> Tensor:
             f"the model has no module {name}; pass the module that the LoRA's names start from"
         ) from error
     weight = getattr(module, "weight", None)
-    linear = hasattr(module, "in_features") and isinstance(weight, Tensor) and weight.dim() == 2
     other = any_kind and isinstance(module, (*_CONVOLUTIONS, nn.Embedding))
-    if not isinstance(weight, Tensor) or not (linear or other):
-        raise ProLoRAError(f"{name} is not a linear module; a fit changes linear modules only")
+    if not isinstance(weight, Tensor) or not (other or can_be_fitted(module)):
+        raise ProLoRAError(
+            f"{name} is a {type(module).__name__}; a fit changes linear layers, and convolutions "
+            "of images that are not in groups"
+        )
     return weight

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.unread import PEFT_WEIGHTS
+from ..adapters.folder import PEFT_WEIGHTS
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.experts import (
     ExpertPair,
@@ -75,7 +75,7 @@ def transfer_many(
     names of its results end in "_high_noise" and "_low_noise".
 
     Args:
-        loras: .safetensors files and PEFT folders.
+        loras: .safetensors files, PEFT folders and ids on the hub.
         source: the base that they were trained on, or its two experts.
         target: the base to move to, or its two experts.
         folder: where the results go.

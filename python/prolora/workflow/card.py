@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters.folder import PEFT_WEIGHTS
 from ..adapters.formats.moves import Move
-from ..adapters.unread import PEFT_WEIGHTS, open_adapter
+from ..adapters.unread import open_adapter
 from ..files.hashing import hash_file
 from ..files.ownership import make_mark
 from ..files.writing import write_text_atomically

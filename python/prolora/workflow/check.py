@@ -113,7 +113,7 @@ def check(lora: AdapterSource, base: ExpertsLike) -> BaseCheck:
     not tell them apart.
 
     Args:
-        lora: a .safetensors file, a PEFT folder or a state dict.
+        lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict.
         base: as `transfer` takes its bases; of a pipeline with two experts the first.
 
     Returns:

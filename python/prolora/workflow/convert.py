@@ -38,7 +38,7 @@ from .options import LoraLike, name_lora, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_output
 from .report import Report
-from .result import Transfer, save_result
+from .result import Transfer, pack_result, save_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,7 +54,7 @@ def convert(
     """Converts a LoRA: into another format, precision or rank; any kind becomes a plain LoRA.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict or an `Adapter`.
         base: the base that it was trained on. Needed where an update depends on its weights (DoRA,
             GLoRA, OFT), and where names with underscores are those of no known family.
         options: how to convert it.
@@ -85,7 +85,7 @@ def convert_file(
     """Converts a LoRA from file to file: `convert`, then `Transfer.save`.
 
     Args:
-        lora: a .safetensors file or a PEFT folder.
+        lora: a .safetensors file, a PEFT folder or an id on the hub.
         out: the file to write, or a folder for format "peft".
         base: as `convert` takes it.
         options: how to convert it.
@@ -101,8 +101,7 @@ def convert_file(
     """
     options = settle_options(options, changes).for_file()
     model = None if base is None else open_base(base)
-    files = model.files if model else []
-    check_output(out, [Path(lora), *files], options.overwrite)
+    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite)
     return save_result(_run(lora, model, options), Path(out), options)
 
 
@@ -125,7 +124,8 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         if options.progress:
             options.progress(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
-    fitted = form.fit(plain.with_updates(cut))
+    whole = plain.with_updates(cut)
+    fitted = form.fit(whole)
     report = Report(
         method=CONVERT,
         rank_rule=options.out_rank if isinstance(options.out_rank, int | float) else 0,
@@ -143,11 +143,8 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         left_out=left_out,
         unread=tuple(adapter.unread),
         kept_energy=dict(adapter.kept_energy),
-        file_limit=form.limit,
     )
-    return Transfer(
-        fitted, report, list_inputs(lora, *filter(None, [base])), form.format or "auto", form.dtype
-    )
+    return pack_result(fitted, whole, report, list_inputs(lora, *filter(None, [base])), form)
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:

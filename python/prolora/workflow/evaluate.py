@@ -74,7 +74,7 @@ def evaluate(
     Args:
         source: the folder of the diffusers pipeline that the LoRA was trained on.
         target: the folder of the pipeline that it was moved to.
-        lora: a .safetensors file or a PEFT folder; a folder or a list of several.
+        lora: a .safetensors file, a PEFT folder or an id on the hub; a folder or a list of several.
         moved: what became of it, by any method, or a mapping of names to that; for several LoRAs
             folders with a file of the same name for each.
         out: the folder for images, page and JSON.

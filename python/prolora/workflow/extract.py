@@ -40,7 +40,7 @@ from .module_report import ModuleReport
 from .options import FormatLike, settle_options, takes_options
 from .output_paths import check_output
 from .report import Report
-from .result import Transfer, save_result
+from .result import Transfer, pack_result, save_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -143,11 +143,10 @@ def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False)
         modules=describe_cuts(pair.rows.values(), adapter, fitted),
         vectors=len(pair.vectors),
         left_out=pair.left_out,
-        file_limit=None if fitted is adapter else form.limit,
         seconds=seconds,
         provenance=read_provenance(adapter.metadata),
     )
-    return Transfer(fitted, report, [*base.files, *tuned.files], form.format or "auto", form.dtype)
+    return pack_result(fitted, adapter, report, [*base.files, *tuned.files], form)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
@@ -14,15 +13,15 @@ from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
 from .by_fitting.common_parts import CommonParts, share_parts
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
+from .by_fitting.preview import draw_preview
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import list_inputs
 from .by_weights.decision import label_stage
-from .by_weights.ledger import LORA_FAILURES
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
 from .outcome import Outcome
 from .output_paths import check_distinct, check_name, check_output, make_folders, name_output
-from .pair_mover import as_refusal
+from .pair_mover import Task
 from .report import Report
 from .result import Transfer, save_result
 from .resume import Recipe
@@ -48,8 +47,8 @@ def fit(
     samples than the LoRA moved by weights alone, that one is the result.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or
-            an `Adapter`.
+        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
+            `peft.LoraConfig`) or an `Adapter`.
         source: the folder of the diffusers pipeline that the LoRA was trained on.
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
@@ -90,7 +89,7 @@ def fit_file(
     The output path is checked before any work.
 
     Args:
-        lora: a .safetensors file or a PEFT folder.
+        lora: a .safetensors file, a PEFT folder or an id on the hub.
         source: as `fit` takes it.
         target: likewise.
         out: the file to write, or a folder for format "peft".
@@ -106,7 +105,9 @@ def fit_file(
         ProLoRAError: everything that `fit` raises.
     """
     options = settle_options(options, changes).for_file()
-    return _fit_file(Path(lora), open_base(source), open_base(target), Path(out), options)
+    file, bases = Path(lora), (open_base(source), open_base(target))
+    check_output(out, list_inputs(file, *bases), options.overwrite)
+    return _fit_into(Path(out), Recipe.of(file, *bases, options), options)
 
 
 @takes_options
@@ -128,7 +129,7 @@ def fit_many(
     cut off goes on where it was. The folder is made if it does not exist.
 
     Args:
-        loras: .safetensors files and PEFT folders.
+        loras: .safetensors files, PEFT folders and ids on the hub.
         source: as `fit` takes it.
         target: likewise.
         folder: where the results go.
@@ -186,34 +187,61 @@ def plan_fit(
     return outline_report(job.adapter, job.plan, job.source, job.target, options)
 
 
-def _fit_file(
-    lora: Path,
-    source: Base,
-    target: Base,
-    out: Path,
-    options: FitOptions,
-    common: CommonParts | None = None,
+@takes_options
+@in_full_precision
+def preview_fit(
+    lora: LoraLike,
+    source: BaseLike,
+    target: BaseLike,
+    options: FitOptions = DEFAULT_FIT,
+    **changes: Unpack[FitChanges],
 ) -> Report:
-    check_output(out, list_inputs(lora, source, target), options.overwrite)
-    recipe = Recipe.of(lora, source, target, options)
-    done = fit_to_pipelines(lora, source, target, options, recipe.describe, common)
-    return save_result(done, out, options)
+    """What a fit would aim at, in images, before anything is fitted: both models run, for minutes.
+
+    While the target samples in its own way, what the LoRA changes of the source's prediction is
+    added to its own at every step (Delta Sampling, arXiv 2512.03056). That makes images and no
+    file. Prompts and noise are those of a fit's page with as many `shown_prompts` (by default 4),
+    so the images can be laid beside that page.
+
+    Args:
+        lora: as `fit` takes it.
+        source: likewise.
+        target: likewise; its latents must be those of the source.
+        options: how it would be fitted. `resume` is not used: nothing is kept.
+        **changes: options by name, in place of those.
+
+    Returns:
+        The report of `plan_fit` with the images, which `save` writes as a page (.html).
+
+    Raises:
+        UnsupportedFormat: the latents differ; a fit crosses them by images.
+        TooLittleMemory: max_memory or max_vram is below what the models need.
+        ProLoRAError: what `fit` refuses before a model is loaded, or a pipeline that cannot draw.
+    """
+    options = settle_options(options, changes)
+    return draw_preview(lora, open_base(source), open_base(target), options)
+
+
+def _fit_into(
+    out: Path, recipe: Recipe, options: FitOptions, common: CommonParts | None = None
+) -> Report:
+    inputs = recipe.lora, recipe.source, recipe.target
+    return save_result(fit_to_pipelines(*inputs, options, recipe.describe, common), out, options)
 
 
 def _attempt(
     lora: Path, source: Base, target: Base, out: Path, options: FitOptions, common: CommonParts
 ) -> Outcome:
     """Fits one LoRA of several; an error ends it and no other."""
-    started = time.perf_counter()
+    task = Task(lora, out)
 
-    def end(**known: object) -> Outcome:
-        seconds = time.perf_counter() - started
-        return Outcome(lora, out, seconds=seconds, **known)  # type: ignore[arg-type]
-
-    try:
+    def fit_unless_made() -> Report | None:
         recipe = Recipe.of(lora, source, target, options)
-        if not options.overwrite and recipe.is_made(out, BasisCache(options.cache)):
-            return end(kept=True, behind=recipe.list_unread())
-        return end(report=_fit_file(lora, source, target, out, options, common))
-    except LORA_FAILURES as error:
-        return end(error=as_refusal(error))
+        if task.is_made(recipe, BasisCache(options.cache)):
+            return None
+        check_output(out, list_inputs(lora, source, target), options.overwrite)
+        return _fit_into(out, recipe, options, common)
+
+    task.finish(task.attempt(fit_unless_made))
+    assert task.outcome is not None
+    return task.outcome

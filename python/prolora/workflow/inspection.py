@@ -17,6 +17,7 @@ from ..adapters.family import (
     guess_sizes,
     known_base,
 )
+from ..adapters.folder import ADAPTER_FILES
 from ..adapters.formats.moves import Move, read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import module_names, tensor_keys
@@ -29,7 +30,7 @@ from ..adapters.overview import (
     survey_keys,
 )
 from ..adapters.training_words import read_training_words
-from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
+from ..adapters.unread import UnreadAdapter, open_adapter
 from ..architectures.modules import find_block, find_component, local_name
 from ..bases import Base, open_base
 from ..bases.folder import find_expert_folders
@@ -148,7 +149,8 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     Adapter types that prolora does not transfer are described all the same, with the reason.
 
     Args:
-        path: a .safetensors file, a folder with an adapter, or a diffusers folder of a base.
+        path: a .safetensors file, a folder with an adapter, an id of one on the hub, or a diffusers
+            folder of a base.
 
     Raises:
         UnsupportedFormat: not a safetensors file, or a damaged one.

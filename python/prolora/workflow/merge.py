@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import read_moves, read_provenance
+from ..adapters.hub import locate_adapter
 from ..adapters.training_words import read_training_words
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
@@ -52,7 +53,7 @@ from .options import LoraLike, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_output
 from .report import Report
-from .result import Transfer, save_result
+from .result import Transfer, pack_result, save_result
 from .resume import hash_adapter
 from .tables import write_shape
 
@@ -77,8 +78,8 @@ def merge(
     first, as `transfer` does it by default.
 
     Args:
-        loras: two or more, each a .safetensors file, a PEFT folder, a state dict, (state dict,
-            `peft.LoraConfig`) or an `Adapter`.
+        loras: two or more, each a .safetensors file, a PEFT folder, an id on the hub, a state dict,
+            (state dict, `peft.LoraConfig`) or an `Adapter`.
         target: the base that the result is for. Needed where a LoRA has another one, and where an
             update depends on its weights (DoRA, GLoRA, OFT).
         sources: the base of each LoRA, in their order, or none of them; None for one that was
@@ -116,7 +117,7 @@ def merge_file(
     """Merges LoRAs from files into a file: `merge`, then `Transfer.save`.
 
     Args:
-        loras: two or more .safetensors files and PEFT folders.
+        loras: two or more .safetensors files, PEFT folders and ids on the hub.
         out: the file to write, or a folder for format "peft".
         target: as `merge` takes it.
         sources: likewise.
@@ -216,15 +217,17 @@ class _Merge:
     @property
     def writes_folder(self) -> bool:
         """Whether the result can be a PEFT folder."""
-        paths = [Path(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
-        return self.options.format == "peft" or any(path.is_dir() for path in paths)
+        return self.options.format == "peft" or any(path.is_dir() for path in self._list_files())
 
     @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
         bases = [base for base in (self.target, *self.sources) if base is not None]
-        files = [Path(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
-        return [*files, *(file for base in bases for file in base.files)]
+        return [*self._list_files(), *(file for base in bases for file in base.files)]
+
+    def _list_files(self) -> list[Path]:
+        """Where the LoRAs lie that are not in memory."""
+        return [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
 
     @in_full_precision
     def run(self, *, hashed: bool) -> Transfer:
@@ -252,14 +255,7 @@ class _Merge:
         fitted = form.fit(merged)
         told = describe_cuts(rows, merged, fitted)
         report = self._report(told, self._measure(fitted, dtype), merged)
-        limit = None if fitted is merged else form.limit
-        return Transfer(
-            fitted,
-            replace(report, file_limit=limit),
-            self.inputs,
-            form.format or "auto",
-            form.dtype,
-        )
+        return pack_result(fitted, merged, report, self.inputs, form)
 
     def _check_experts(self) -> None:
         """Finds which LoRAs are moved, and refuses those of the other expert that are not."""

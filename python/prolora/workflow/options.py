@@ -30,6 +30,7 @@ from ..core.rank_rule import Rank, read_rank
 from ..core.validation import DeviceLike, resolve_device
 from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..errors import InvalidOption
+from ..files.hub import spell_path
 from ..files.sizes import parse_limit
 from .block_weights import Blocks, BlockWeights
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 LoraLike = AdapterSource | Adapter
-"""A .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or an
-`Adapter`."""
+"""A .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
+`peft.LoraConfig`) or an `Adapter`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
 ProgramName = Literal[
@@ -462,7 +463,7 @@ def name_lora(lora: LoraLike | None) -> str:
 
 def begin_message(lora: LoraLike) -> str:
     """The beginning of a message about a LoRA: where it lies, nothing of one in memory."""
-    return f"{lora}: " if isinstance(lora, str | PathLike) else ""
+    return f"{spell_path(lora)}: " if isinstance(lora, str | PathLike) else ""
 
 
 DEFAULT_OPTIONS = TransferOptions()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..adapters.left_out import find_unknown_updates
 from ..errors import ProLoRAError
+from ..files.hub import spell_path
 from .report import Report
 
 OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
@@ -57,7 +58,7 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """The report, or the error, ready for JSON."""
         entry: dict[str, Any] = {
-            "lora": str(self.lora),
+            "lora": spell_path(self.lora),
             "out": None if self.planned else str(self.out),
             "status": self.status,
         }

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
+from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
+from ..adapters.hub import look_for_adapter
 from ..adapters.writing import has_own_config
 from ..errors import OutputError
+from ..files.hub import WEIGHT_FILES, find_hub_id
 from ..files.ownership import Kind, check_replaceable, foreign_file
 from ..files.writing import check_writable
 
@@ -67,12 +69,29 @@ def name_output(lora: Path, format: str, appended: str = "", stem: str | None = 
         appended: put at the end of the name, before the suffix.
         stem: the name without both; None means the LoRA's own.
     """
-    # os.path answers "no" where a path cannot be looked at; the reader says why later.
-    is_folder, is_peft = os.path.isdir(lora), os.path.isfile(lora / PEFT_CONFIG)
-    own, suffix = (lora.name, ".safetensors") if is_folder else (lora.stem, lora.suffix)
-    if format == "peft" or (format == "auto" and is_peft):
+    own, suffix = split_lora_name(lora)
+    if format == "peft" or (format == "auto" and is_peft_folder(lora)):
         suffix = ""
     return f"{own if stem is None else stem}{appended}{suffix}"
+
+
+def split_lora_name(lora: Path) -> tuple[str, str]:
+    """The name of a LoRA and the suffix of its file; of an id on the hub, the last part.
+
+    Raises:
+        UnsupportedFormat: an address of the hub that is none.
+    """
+    id_ = find_hub_id(lora)
+    named = Path(id_.name) if id_ else lora
+    # os.path answers "no" where a path cannot be looked at; the reader says why later.
+    if os.path.isdir(lora) or (id_ and named.suffix.lower() not in WEIGHT_FILES):
+        return named.name, ".safetensors"
+    return named.stem, named.suffix
+
+
+def is_peft_folder(lora: Path) -> bool:
+    """Whether a LoRA is as PEFT saves it; not where it cannot be looked at."""
+    return os.path.isfile(look_for_adapter(lora) / PEFT_CONFIG)
 
 
 def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:

@@ -51,12 +51,20 @@ class Task:
             return step()
         except LORA_FAILURES as error:
             self.ledger = None
-            self.outcome = Outcome(
-                self.lora, self.out, error=as_refusal(error), seconds=self.seconds
-            )
+            self.outcome = Outcome(self.lora, self.out, error=as_refusal(error))
             return None
         finally:
             self.seconds += time.perf_counter() - started
+            if self.outcome:
+                self.outcome = replace(self.outcome, seconds=self.seconds)
+
+    def is_made(self, recipe: Recipe, cache: BasisCache) -> bool:
+        """Whether the result is there already; that is the outcome then."""
+        self.recipe = recipe
+        if recipe.options.overwrite or not recipe.is_made(self.out, cache):
+            return False
+        self.outcome = Outcome(self.lora, self.out, kept=True, behind=recipe.list_unread())
+        return True
 
     def finish(self, report: Report | None) -> None:
         """Notes the report as the outcome, if there is one."""
@@ -101,10 +109,7 @@ class PairMover:
         return cls(pair, asked)
 
     def _look_up(self, task: Task, cache: BasisCache) -> None:
-        task.recipe = task.recipe or self.make_recipe(task)
-        if not self.asked.overwrite and task.recipe.is_made(task.out, cache):
-            behind = task.recipe.list_unread()
-            task.outcome = Outcome(task.lora, task.out, kept=True, behind=behind)
+        task.is_made(task.recipe or self.make_recipe(task), cache)
 
     def make_recipe(self, task: Task) -> Recipe:
         """What determines the result; reads the whole LoRA, for its hash.

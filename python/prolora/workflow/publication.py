@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..adapters.formats.metadata import SPECIFIED_HASH, compute_hashes
 from ..adapters.formats.moves import PREFIX, read_moves
 from ..adapters.formats.peft_config import METADATA_KEY
-from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
 from ..errors import OutputError, output_error
 from ..files.hashing import hash_file
 from ..files.jsontext import read_json_object

@@ -98,7 +98,8 @@ class Report:
         quantised: name of a base -> how its weights are quantised, and how many; none for a base
             that is stored as numbers.
         probe: what a fit to running models found; None where none was made.
-        grid: images of what a fit did, for the page; None where none were asked for.
+        grid: images of what a fit did, or of what it would aim at, for the page; None where none
+            were asked for.
         work: what a fit would ask of the models, in a sentence; of a dry run alone.
         why: whether and why the models were run, in plain words; of method "best" alone.
         seconds: wall time by stage.
@@ -272,7 +273,8 @@ class Report:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
             lines = tuple(filter(None, (place, self.why)))
-            return InWords(mark, "A dry run: nothing was written.", lines, self._cautions())
+            told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
+            return InWords(mark, f"{told} was written.", lines, self._cautions())
         if self.was_fitted:
             gate = self.probe.gate if self.probe else None
             shares = [] if gate is None else list(gate.share.values())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from .by_weights.file_budget import OutputForm
 from .convert_options import ConvertOptions
 from .extract_options import ExtractOptions
 from .fit_options import FitOptions
@@ -112,6 +113,14 @@ class Transfer:
             UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
         """
         return adapters.describe_peft_config(self.adapter)
+
+
+def pack_result(
+    fitted: Adapter, whole: Adapter, report: Report, inputs: list[Path], form: OutputForm
+) -> Transfer:
+    """What was made, as it fits a form; the report says whether `whole` had to be cut for it."""
+    told = replace(report, file_limit=None if fitted is whole else form.limit)
+    return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
 
 def save_result(done: Transfer, out: Path, options: AnyOptions) -> Report:

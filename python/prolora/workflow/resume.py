@@ -11,8 +11,10 @@ from typing import Any
 
 from ..adapters import outline_adapter
 from ..adapters.contents import parse_contents
+from ..adapters.folder import ADAPTER_FILES, PEFT_WEIGHTS
+from ..adapters.hub import locate_adapter
 from ..adapters.left_out import find_unknown_updates
-from ..adapters.unread import ADAPTER_FILES, PEFT_WEIGHTS, open_adapter
+from ..adapters.unread import open_adapter
 from ..adapters.writing import has_own_config
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
@@ -167,11 +169,12 @@ def _jsonable(value: Any) -> Any:
 
 
 def hash_adapter(path: Path) -> str:
-    """SHA-256 of a file, or of the files of an adapter's folder.
+    """SHA-256 of a LoRA's file, or of the files of its folder; it may be an id on the hub.
 
     Raises:
         UnsupportedFormat: one of them cannot be read.
     """
+    path = locate_adapter(path)
     try:
         files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
         return hash_parts(block for file in files if file.is_file() for block in read_blocks(file))

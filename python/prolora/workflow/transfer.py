@@ -38,8 +38,8 @@ def transfer(
     """Turns a LoRA of one base model into the LoRA of another, without training and without data.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or
-            an `Adapter`.
+        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
+            `peft.LoraConfig`) or an `Adapter`.
         source: the base that the LoRA was trained on: a file, a folder, an id on the hub, a mapping
             name -> tensor, an nn.Module or an opened `Base`.
         target: the base to move to, in any of these forms.
@@ -83,7 +83,7 @@ def transfer_file(
     The output path is checked before any work.
 
     Args:
-        lora: a .safetensors file or a PEFT folder.
+        lora: a .safetensors file, a PEFT folder or an id on the hub.
         source: the base that the LoRA was trained on, as `transfer` takes it.
         target: the base to move to, likewise.
         out: the file to write, or a folder for format "peft".

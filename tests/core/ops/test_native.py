@@ -173,10 +173,11 @@ def environment_with(changes):
     return {**os.environ, **changes}
 
 
-@pytest.mark.parametrize("module", ["native", "small_svd", "torch_twin"])
-def test_importing_the_ops_alone_works(module):
+def test_importing_the_ops_alone_works():
+    """One process for all: prolora itself imports the ops, whichever is asked for."""
     heavy = "{'diffusers', 'peft', 'cupy'}"
-    code = f"import prolora.core.ops.{module}, sys; assert not {heavy} & set(sys.modules)"
+    modules = ", ".join(f"prolora.core.ops.{x}" for x in ("native", "small_svd", "torch_twin"))
+    code = f"import {modules}, sys; assert not {heavy} & set(sys.modules)"
     assert run_python(code).returncode == 0
 
 
@@ -235,9 +236,23 @@ sys.meta_path.insert(0, Loader())
 )
 def test_an_extension_that_is_missing_or_stale_is_said_and_can_be_an_error(break_it, why):
     # As an installation without the file, or with that of another version, does.
-    code = f"import sys, types; {break_it}\n{LOGS}"
+    code = f"""import os, sys, types; {break_it}
+{LOGS}
+os.environ["PROLORA_NATIVE"] = "ON"
+try:
+    native.load_extension()
+except ImportError as error:
+    print(error)
+"""
     said = run_python(code, PROLORA_NATIVE="AUTO").stdout.decode()
-    assert why in said and said.endswith("None\n")
+    logged, _, failed = said.partition("\nNone\n")
+    assert why in logged
+    assert failed.startswith("PROLORA_NATIVE=ON, but there is no compiled extension: ")
+    assert why in failed
+
+
+def test_without_an_extension_that_must_be_there_the_package_cannot_be_imported():
+    code = "import sys; sys.modules['prolora.core._C'] = None; import prolora"
     failed = run_python(code, PROLORA_NATIVE="ON")
     assert failed.returncode != 0
     assert "PROLORA_NATIVE=ON, but there is no compiled extension: " in failed.stderr.decode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -14,6 +14,7 @@ from ...errors import UnsupportedFormat
 from ...files.gguf_file import GgufFile
 from ..weights import (
     ConvertedWeight,
+    DerivedWeight,
     JoinedColumns,
     Origin,
     RowsWeight,
@@ -33,7 +34,7 @@ _PARTS = ("stored", "scales")
 
 
 @dataclass(frozen=True)
-class QuantisedWeight(ABC):
+class QuantisedWeight(DerivedWeight):
     """Codes and scales that stand for float32 numbers; they are decoded some rows at a time.
 
     Attributes:
@@ -56,11 +57,6 @@ class QuantisedWeight(ABC):
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         told = [repr(x) for name, x in held.items() if name not in _PARTS and not callable(x)]
         return origin and origin.then(f"{READING} {' '.join(told)}")
-
-    @property
-    def name(self) -> str:
-        """Of the codes."""
-        return self.stored.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +166,7 @@ def scale_rows(kind: str, stored: Weight, scale: Weight, divisor: float = 1.0) -
 
 
 @dataclass(frozen=True)
-class UnreadableWeight:
+class UnreadableWeight(DerivedWeight):
     """A weight of which the name and the shape are known, and not what its codes stand for.
 
     Attributes:
@@ -190,11 +186,6 @@ class UnreadableWeight:
         return origin and origin.then(self.kind)
 
     @property
-    def name(self) -> str:
-        """Of the codes."""
-        return self.stored.name
-
-    @property
     def dtype(self) -> torch.dtype:
         """float32, as of all quantised weights."""
         return torch.float32
@@ -209,10 +200,6 @@ class UnreadableWeight:
             f'{self.name}: is quantised as {self.kind}, whose numbers are not read; method "copy" '
             "needs none, and everything else the fp16 or bf16 version of this model"
         )
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Raises, always."""
-        return self.read()
 
 
 def is_unreadable(weight: Weight) -> bool:

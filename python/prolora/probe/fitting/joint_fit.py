@@ -31,7 +31,7 @@ class JointProblem:
 
     Attributes:
         target: the model; its weights stay as they are.
-        names: its linear modules that get an update.
+        names: its modules that get an update.
         read: return value of the target -> its prediction.
         draw: gives the probes of the next step.
         steps: Gauss–Newton steps.
@@ -116,7 +116,7 @@ def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Fact
     factors: Factors = {}
     for name in problem.names:
         weight = weight_of(problem.target, name)
-        m, n = weight.shape
+        m, n = weight.flatten(1).shape
         rank = min(problem.rank, m, n)
         start = initial.get(name, LowRank(torch.zeros(m, 0), torch.zeros(0, n)))
         start = start.to("cpu").to(torch.float32)

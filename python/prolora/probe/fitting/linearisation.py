@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..hooks import keep_hooks
 from ..recording.trajectories import Call
 from ..recording.translation import Read
-from ..updates import Factors, place_factors
+from ..updates import Factors, place_factors, read_rows, written_rows
 from .spectra import JointCurvature
 
 MAX_MOMENTUM = 0.9
@@ -148,8 +148,13 @@ class TargetFunction:
         output_hooks: list[RemovableHandle] = []
 
         def record(name: str, x: Tensor, y: Tensor) -> None:
-            self.curvature.add_reads(name, x)
-            output_hooks.append(y.register_hook(lambda g: self.curvature.add_writes(name, g)))
+            module = self.target.get_submodule(name)
+            self.curvature.add_reads(name, read_rows(module, x.detach()))
+
+            def seen(g: Tensor) -> None:
+                self.curvature.add_writes(name, written_rows(module, g))
+
+            output_hooks.append(y.register_hook(seen))
 
         module_hooks = (
             self.target.get_submodule(name).register_forward_hook(

@@ -1,4 +1,4 @@
-"""JᵀJ of linear modules as Kronecker products (K-FAC) of leading spectra, estimated on the probes.
+"""JᵀJ of modules as Kronecker products (K-FAC) of leading spectra, estimated on the probes.
 
 J is the derivative of the predictions with respect to the weights. For y = W·x inside the model,
 JᵀJ is close to S ⊗ R / tokens: R = Σ x xᵀ over what the module reads, S = Σ g gᵀ over what reaches

@@ -76,7 +76,7 @@ def fit_to_pipelines(
     adapters.check_format(blank, written[0])
     common = common or CommonParts(options.resume)
     common.check_folder(source, target)
-    rival = _move_rival(job)
+    rival = move_rival(job)
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
     with common.one_fit():
@@ -147,14 +147,14 @@ def _read_notes(notes: MakeNotes | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Rival:
+class Rival:
     """What moving by weights alone makes of the LoRA: the result, and how that was decided."""
 
     done: Transfer
     ledger: Ledger
 
 
-def _move_rival(job: FitJob) -> _Rival | None:
+def move_rival(job: FitJob) -> Rival | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     with BasisCache(job.options.cache).saving() as cache:
@@ -163,7 +163,7 @@ def _move_rival(job: FitJob) -> _Rival | None:
             try:
                 pair = BasePair(job.source, job.target, options, cache)
                 (ledger,) = pair.move([pair.plan(job.adapter)])
-                return _Rival(pair.finish(ledger, hashed=False), ledger)
+                return Rival(pair.finish(ledger, hashed=False), ledger)
             except UnrelatedBases:
                 continue
             except ProLoRAError:
@@ -244,7 +244,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
 
 
 def _scale_rival(
-    rival: _Rival, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
+    rival: Rival, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
 ) -> tuple[Adapter, Report]:
     """A LoRA moved by weights alone, at the strength that held-out probes chose."""
     adapter, report = rival.done.adapter, rival.done.report

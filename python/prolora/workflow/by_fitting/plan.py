@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...adapters.adapter import Adapter
-from ...architectures.modules import find_block, is_adaptable
+from ...architectures.modules import find_block, is_adaptable, may_be_fitted
 from ...bases import Base, vae
 from ...bases.pipeline_files import PIPELINE_INDEX, is_pipeline, read_pipeline_index
 from ...core.lowrank import LowRank
@@ -139,8 +139,8 @@ def _has_other_width(name: str, source: Base, target: Base) -> bool:
 
 
 def fitted_modules(names: list[str], source: Base) -> set[str]:
-    """Those of the LoRA's modules whose change is fitted: linear ones in transformer blocks."""
-    return {n for n in names if find_block(n) and len(source.shapes.get(n, ())) == 2}
+    """Those of the LoRA's modules whose change is fitted: those in transformer blocks."""
+    return {n for n in names if find_block(n) and may_be_fitted(source.shapes.get(n, ()))}
 
 
 def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
@@ -160,7 +160,7 @@ def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tu
         modules = {
             name
             for name, shape in target.shapes.items()
-            if (block := find_block(name)) and block.local in roles and len(shape) == 2
+            if (block := find_block(name)) and block.local in roles and may_be_fitted(shape)
         }
     return {name: shape for name, shape in target.shapes.items() if name in modules}
 

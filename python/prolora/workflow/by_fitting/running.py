@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from ...errors import InvalidOption, TooLittleMemory
 from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
-from ...probe.settings import FitSettings
+from ...probe.settings import FLOAT32, FitSettings
 from ..page.document import PictureGrid
 from .common_parts import CommonParts
 from .plan import FitJob, LoraParts, foresee_work
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ...probe.recording.recorder import Recorder
     from ...probe.run import ProbeTransfer
     from ...probe.workload import WorkMeter
+
+OPENING = "opening both pipelines"
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,53 @@ class _AskedLora(LoraParts):
 
 
 @dataclass(frozen=True)
-class _RunningFit:
-    """Both models at hand, and what a fit needs beside them.
+class OpenedModels:
+    """Both models at hand, and the LoRA that they are asked about.
 
     Attributes:
         models: source and target.
         sampled: what is sampled, and how it is fitted.
         asked: the LoRA.
-        checkpoints: where results are kept.
-        meter: is told how far it is.
         grid: images for a page.
-        card: how they run on a card whose memory is bounded.
+        derived: the prompts that were made from the LoRA's header, where none were given.
+        shared: whether both have the same latents.
     """
 
     models: tuple[Pipeline, Pipeline]
     sampled: FitSettings
     asked: _AskedLora
+    grid: ImageGrid
+    derived: tuple[str, ...]
+    shared: bool
+
+    def show_source(self) -> None:
+        """Draws the source, with the LoRA's part beside its text encoders."""
+        from ...probe.pipelines import run_text_encoders_beside
+
+        text = functools.partial(run_text_encoders_beside, self.models[0], self.asked.text)
+        self.grid.draw_source(self.asked.denoiser.updates, text)
+
+    def show_target(self, fitted: Mapping[str, LowRank] | None) -> None:
+        """Draws the target: alone, with the copy where it fits, with the fitted LoRA."""
+        from ...probe.gate import fits_target
+
+        copied = self.asked.rival
+        copied = copied if fits_target(self.models[1].denoiser, copied) else {}
+        self.grid.draw_target(copied, fitted)
+
+
+@dataclass(frozen=True)
+class _RunningFit(OpenedModels):
+    """What a fit needs beside the models.
+
+    Attributes:
+        checkpoints: where results are kept.
+        meter: is told how far it is.
+        card: how the models run on a card whose memory is bounded.
+    """
+
     checkpoints: Checkpoints
     meter: WorkMeter
-    grid: ImageGrid
     card: CardPlan | None
 
     def fit_pair(self) -> ProbeTransfer:
@@ -87,20 +117,16 @@ class _RunningFit:
         )
         return self._fit(recorder, pair.log_snr)
 
-    def fit_crossing(self, shared: bool) -> ProbeTransfer:
-        """The fit by images.
-
-        Args:
-            shared: whether both have the same latents.
-        """
+    def fit_crossing(self) -> ProbeTransfer:
+        """The fit by images."""
         from ...probe import pipelines
         from ...probe.models import check_models
 
         models = self.models
         check_models(models[0].denoiser, models[1].denoiser, self.asked.denoiser)
-        for model in () if shared else models:
+        for model in () if self.shared else models:
             pipelines.check_shown(model.pipe, model.name)
-        ours, theirs = pipelines.observe_sides(*models, self.sampled, shared)
+        ours, theirs = pipelines.observe_sides(*models, self.sampled, self.shared)
         recorder = pipelines.CrossingRecorder(
             ours,
             theirs,
@@ -146,31 +172,21 @@ class _RunningFit:
         source, target = self.models
         if self.grid.prompts:
             self.meter.begin(SHOW)
-            self._show_source()
+            self.show_source()
         source.release(keep_denoiser=False)
         target.release(keep_denoiser=True)
         if self.card is not None and target.swapping is not None:
             target.swapping.keep(self.card.fitting)
 
-    def _show_source(self) -> None:
-        """Draws the source, with the LoRA's part beside its text encoders."""
-        from ...probe.pipelines import run_text_encoders_beside
-
-        text = functools.partial(run_text_encoders_beside, self.models[0], self.asked.text)
-        self.grid.draw_source(self.asked.denoiser.updates, text)
-
-    def show_target(self, result: ProbeTransfer) -> None:
+    def show_result(self, result: ProbeTransfer) -> None:
         """Draws the rest of the grid, where one is asked for; the report gets the time."""
-        from ...probe.gate import fits_target
         from ...probe.workload import SHOW
 
-        grid, report, started = self.grid, result.report, time.perf_counter()
-        if grid.prompts:
-            self._show_source()
-            copied = self.asked.rival
-            copied = copied if fits_target(self.models[1].denoiser, copied) else {}
-            grid.draw_target(copied, result.adapter.updates if report.trust else None)
-            report.not_drawn = grid.failure
+        report, started = result.report, time.perf_counter()
+        if self.grid.prompts:
+            self.show_source()
+            self.show_target(result.adapter.updates if report.trust else None)
+            report.not_drawn = self.grid.failure
             spent = time.perf_counter() - started
             report.seconds[SHOW] = report.seconds.get(SHOW, 0.0) + spent
 
@@ -190,26 +206,15 @@ def fit_models(
     from ...probe.workload import WorkMeter
 
     source, target, options = job.source, job.target, job.options
-    assert source.path is not None and target.path is not None
-    parts = LoraParts.of(job.adapter, source, target, options.text_encoder)
-    moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
-    asked = _AskedLora(parts.denoiser, parts.text, parts.carried, moved)
-    stack = contextlib.ExitStack()
     foreseen = foresee_work(source, target, options)
     if options.progress:
         total = sum(map(sum, foreseen.predictions.values()))
         options.progress(0, total, foreseen.sentence(source.name, target.name))
-        options.progress(0, total, "opening both pipelines")
-    with stack:
-        models = _open_both(job, asked, common, stack)
+        options.progress(0, total, OPENING)
+    with open_for_fit(job, rival, common) as opened:
+        models, sampled, shared = opened.models, opened.sampled, opened.shared
         checkpoints = common.open_checkpoints()
-        takes_prompts = all("prompt" in model.accepted for model in models)
-        derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
-        shared = vae.explain_different_latents(source.path, target.path) is None
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-        sampled: FitSettings = replace(options, prompts=options.prompts or derived)
-        if job.card is not None:
-            sampled = replace(sampled, precision=job.card.precision)
         if options.memory_limit is not None:
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
         of_target = models[1].derive_target_settings(sampled)
@@ -218,14 +223,36 @@ def fit_models(
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         crosses = not shared or mixed or few
-        grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
-        fit = _RunningFit(models, sampled, asked, checkpoints, meter, grid, job.card)
-        result = fit.fit_crossing(shared) if crosses else fit.fit_pair()
-        fit.show_target(result)
-    shown = grid.to_page(source.name, target.name)
+        known = vars(opened) | {"sampled": sampled}
+        fit = _RunningFit(**known, checkpoints=checkpoints, meter=meter, card=job.card)
+        result = fit.fit_crossing() if crosses else fit.fit_pair()
+        fit.show_result(result)
+    shown = opened.grid.to_page(source.name, target.name)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
-    result.report.derived_prompts = derived
+    result.report.derived_prompts = opened.derived
     return fitted, result.report, shown
+
+
+@contextlib.contextmanager
+def open_for_fit(
+    job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
+) -> Iterator[OpenedModels]:
+    """Both pipelines, with what both run beside their text encoders in place; as `fit_models`."""
+    source, target, options = job.source, job.target, job.options
+    assert source.path is not None and target.path is not None
+    parts = LoraParts.of(job.adapter, source, target, options.text_encoder)
+    moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
+    asked = _AskedLora(parts.denoiser, parts.text, parts.carried, moved)
+    with contextlib.ExitStack() as stack:
+        models = _open_both(job, asked, common, stack)
+        takes_prompts = all("prompt" in model.accepted for model in models)
+        derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
+        shared = vae.explain_different_latents(source.path, target.path) is None
+        sampled: FitSettings = replace(options, prompts=options.prompts or derived)
+        if job.card is not None:
+            sampled = replace(sampled, precision=job.card.precision)
+        grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
+        yield OpenedModels(models, sampled, asked, grid, derived, shared)
 
 
 def _choose_prompts(job: FitJob) -> tuple[str, ...]:
@@ -275,8 +302,12 @@ def _open_both(
     return models[0], models[1]
 
 
-def plan_memory_of_card(job: FitJob) -> CardPlan | None:
+def plan_memory_of_card(job: FitJob, fits: bool = True) -> CardPlan | None:
     """How the pipelines run within `max_vram`; None without such a bound.
+
+    Args:
+        job: the LoRA.
+        fits: whether a LoRA is fitted; otherwise images are drawn, in float32.
 
     Raises:
         InvalidOption: the fit runs on no card.
@@ -295,8 +326,10 @@ def plan_memory_of_card(job: FitJob) -> CardPlan | None:
     assert source is not None and target is not None
     own = max((update.rank for update in job.adapter.updates.values()), default=1)
     rank = int(options.rank) if options.rank and options.rank >= 1 else own
-    crosses = vae.explain_different_latents(source, target) is not None
-    return plan_card(options.card_limit, (source, target), options, max(rank, own), crosses)
+    decodes = not fits or vae.explain_different_latents(source, target) is not None
+    asked = options if fits else replace(options, precision=FLOAT32)
+    ends = source, target
+    return plan_card(options.card_limit, ends, asked, max(rank, own), decodes, fits)
 
 
 def _is_card(device: DeviceLike) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
+from ...adapters.hub import locate_adapter
 from ...bases import Base
 from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
@@ -24,7 +25,7 @@ from ..base_check import check_bases
 from ..block_weights import weigh_adapter
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
-from ..result import Transfer
+from ..result import Transfer, pack_result
 from .assembly import assemble_adapter, build_metadata, build_report, outline_result
 from .decision import Looked, decide_method, label_stage
 from .file_budget import OutputForm, describe_cuts
@@ -202,17 +203,11 @@ class BasePair:
             asked=ledger.asked or options.method,
             verdict=ledger.verdict,
             damping=options.kappa if ledger.method.needs is Needs.WEIGHTS else None,
-            file_limit=None if fitted is moved else form.limit,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},
         )
-        return Transfer(
-            fitted,
-            report,
-            list_inputs(ledger.lora, self.source, self.target),
-            form.format or "auto",
-            form.dtype,
-        )
+        inputs = list_inputs(ledger.lora, self.source, self.target)
+        return pack_result(fitted, moved, report, inputs, form)
 
 
 def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter:
@@ -254,5 +249,5 @@ def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
 
 def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
     """The files and folders that the LoRA and the bases are read from."""
-    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
+    files = [locate_adapter(lora)] if isinstance(lora, str | PathLike) else []
     return [*files, *(path for base in bases for path in base.files)]

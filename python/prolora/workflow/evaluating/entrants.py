@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from ...bases import Base
 from ...core.lowrank import LowRank
 from ...core.methods import MethodChoice
 from ...errors import InvalidOption, MissingFile, ProLoRAError, WrongBase
+from ...files.hub import find_hub_id
 from ...probe.default_prompts import derive_prompts
 from ..by_weights.base_pair import move_lora, read_lora
 from ..check import check
@@ -99,14 +101,22 @@ def read_subjects(
         InvalidOption: two LoRAs or two rows of one name.
         ProLoRAError: a LoRA that cannot be read, or does not belong to its model.
     """
-    paths = [listed.path for listed in list_loras(lora)]
+    loras = [lora] if isinstance(lora, str | os.PathLike) else lora
+    listed = [
+        [Path(one)] if find_hub_id(one) else [found.path for found in list_loras(one)]
+        for one in loras
+    ]
+    paths = list(dict.fromkeys(itertools.chain.from_iterable(listed)))
     if not isinstance(moved, Mapping):
         moved = _key_by_name({Path(path).name.removesuffix(".safetensors"): path} for path in moved)
     rows = {row: "" for row in (SOURCE, WITH_LORA, TARGET, TRAINED_THERE, COPY, *options.methods)}
     _key_by_name([rows, moved])
     _key_by_name({path.name: path} for path in paths)
     places = {**moved, **({TRAINED_THERE: options.trained} if options.trained else {})}
-    is_one = isinstance(lora, str | os.PathLike) and paths == [Path(os.path.abspath(lora))]
+    is_one = isinstance(lora, str | os.PathLike) and paths in (
+        [Path(lora)],
+        [Path(os.path.abspath(lora))],
+    )
     several = not is_one
     files = {
         path: {row: _find_file(place, path, several) for row, place in places.items()}
@@ -133,13 +143,13 @@ def _key_by_name(parts: Iterable[Mapping[str, StrPath]]) -> dict[str, StrPath]:
 
 
 def _find_file(place: StrPath, lora: Path, several: bool) -> Path:
-    """What a LoRA became: the file itself, or that of the LoRA's name in a folder.
+    """What a LoRA became: the file itself, or that of the LoRA's name in a folder; perhaps an id.
 
     Raises:
         MissingFile: it is not there.
     """
     path = Path(place) / lora.name if several else Path(place)
-    if not path.exists():
+    if not (path.exists() or find_hub_id(path)):
         more = "; for several LoRAs, a folder needs a file of the same name for each"
         raise MissingFile(f"{path}: no such LoRA{more if several else ''}")
     return path

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...adapters.unread import ADAPTER_FILES
-from ...bases.hub import fetch_adapters, is_hub_address
+from ...adapters.folder import ADAPTER_FILES
+from ...adapters.hub import fetch_adapters
 from ...errors import UnsupportedFormat
+from ...files.hub import find_hub_id, is_hub_address
 from ...files.outside import read_text
 
 _WEIGHTS = ".safetensors"
@@ -37,8 +38,8 @@ def list_loras(
         collection: each is a .safetensors file; the folder of an adapter (PEFT's or diffusers'); a
             folder, whose files and adapters are taken, those in folders below it too; a text file
             with a path in each line, and behind a tab the source base if that is known;
-            `hf://org/name` or `hf://collections/org/slug` on the hub, of which the adapters are
-            fetched.
+            `org/name`, `hf://org/name` or `hf://collections/org/slug` on the hub, of which the
+            adapters are fetched.
 
     Raises:
         UnsupportedFormat: there is no such file or folder, the hub does not give it, or there is no
@@ -57,7 +58,7 @@ def list_loras(
 
 def _list_member(member: str | os.PathLike[str]) -> Iterator[ListedLora]:
     text = os.fspath(member)
-    if is_hub_address(text):
+    if is_hub_address(text) or find_hub_id(text):
         for folder in fetch_adapters(text):
             yield from map(ListedLora, _walk(folder))
         return
@@ -71,7 +72,7 @@ def _list_member(member: str | os.PathLike[str]) -> Iterator[ListedLora]:
     else:
         raise UnsupportedFormat(
             f"{text}: is no .safetensors file, no folder, no list (.txt) of them and no address on "
-            "the hub (hf://org/name)"
+            "the hub (org/name)"
         )
 
 

@@ -1,0 +1,112 @@
+"""Draws docs/images/terrain.png: ``python bench/real/picture.py DATA WORK``; see README.md.
+
+WORK is the folder of study.py with the LoRAs of seed 0 and their fits. Terrain of one step from
+noise, the same noise in every row, lit from the north-west.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "quality"))
+
+# isort: split
+from loras import read_lora
+from network import Network
+from PIL import Image, ImageDraw, ImageFont
+from rows import make_case, with_updates
+from safetensors.torch import load_file
+from study import Study, Which, open_network
+from torch import Tensor
+from torch.nn import functional
+from world import CHANGES, IDEAS, STEEP, sample_terrains
+
+SHOWN, SIDE, GAP, LABEL, LINE = 2, 128, 6, 190, 22
+SEED = 11
+
+
+def shade(values: Tensor) -> Tensor:
+    """Heightfields [n, 1, h, w] of the models' space -> brightness 0..1 [n, h, w].
+
+    What one step from noise leaves of the noise is averaged over five cells before it is lit.
+    """
+    smooth = functional.avg_pool2d(values, 5, 1, 2, count_include_pad=False)[:, 0]
+    flat = smooth.flatten(1)
+    heights = 9 * smooth / flat.std(1)[:, None, None]
+    south = functional.pad(heights, (0, 0, 0, 1), "replicate")[:, 1:] - heights
+    east = functional.pad(heights, (0, 1, 0, 0), "replicate")[:, :, 1:] - heights
+    light = (1 + south + east) / (1 + south.square() + east.square()).sqrt()
+    low, high = flat.amin(1)[:, None, None], flat.amax(1)[:, None, None]
+    tone = 0.25 + 0.6 * (smooth - low) / (high - low)
+    return (tone * (0.45 + 0.5 * light)).clamp(0, 1)
+
+
+def list_rows(study: Study, idea: str) -> Iterator[tuple[str, str, dict | None]]:
+    """(title, version, updates) of every row; None where the idea is done to samples."""
+    which = Which(idea, "lora-16", 0)
+
+    def read(path: Path) -> dict:
+        return read_lora(load_file(path))
+
+    own = read(study.lora_path("0.4.1", which))
+    case = make_case((open_network(study.data, "0.4.1"), open_network(study.data, "0.4.2")), own)
+    yield "0.4.1", "0.4.1", {}
+    yield "  what is asked of it", "0.4.1", None
+    yield "0.4.1 + its LoRA", "0.4.1", own
+    yield "0.4.2", "0.4.2", {}
+    yield "  what is asked of it", "0.4.2", None
+    yield "0.4.2 + copied LoRA", "0.4.2", dict(case.updates)
+    yield "0.4.2 + fitted LoRA", "0.4.2", read(study.moved_path("forward", which, "fit"))
+    yield "0.4.2 + LoRA trained on it", "0.4.2", read(study.lora_path("0.4.2", which))
+
+
+def change_samples(network: Network, idea: str, difficulty: Tensor) -> Tensor:
+    """Samples as a LoRA of the idea shall make them."""
+    if idea in CHANGES:
+        return CHANGES[idea](sample_terrains(network, difficulty, SEED)).clamp(-1, 1)
+    return sample_terrains(network, torch.full_like(difficulty, STEEP), SEED)
+
+
+def draw_page(study: Study) -> Image.Image:
+    """A column of two terrains for each idea."""
+    rows = [row[0] for row in list_rows(study, IDEAS[0])]
+    size = LABEL + len(IDEAS) * (SHOWN * SIDE + GAP), LINE + len(rows) * (SIDE + 2)
+    page, font = Image.new("L", size, 255), ImageFont.load_default(15)
+    pen = ImageDraw.Draw(page)
+    difficulty = torch.tensor([0.3, 0.6])
+    for row, title in enumerate(rows):
+        pen.text((4, LINE + row * (SIDE + 2) + SIDE // 2 - 8), title, fill=0, font=font)
+    for column, idea in enumerate(IDEAS):
+        left = LABEL + column * (SHOWN * SIDE + GAP)
+        pen.text((left + SHOWN * SIDE // 2, 2), idea, fill=0, font=font, anchor="ma")
+        for row, (_, version, updates) in enumerate(list_rows(study, idea)):
+            network = open_network(study.data, version)
+            if updates is None:
+                drawn = change_samples(network, idea, difficulty)
+            else:
+                with with_updates(network, updates) as model:
+                    drawn = sample_terrains(model, difficulty, SEED)
+            lit = shade(drawn)
+            for i, one in enumerate((255 * lit).byte().numpy()):
+                page.paste(Image.fromarray(one), (left + i * SIDE, LINE + row * (SIDE + 2)))
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/images/terrain.png"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    study = Study(given.data, given.work, steps=0, batch=0, questions=0, fits=1)
+    draw_page(study).quantize(64, dither=Image.Dither.NONE).save(given.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
