@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -128,7 +129,7 @@ def ask_everywhere(model: nn.Module) -> Any:
     return sample
 
 
-def test_a_network_of_convolutions_is_fitted_on_them():
+def test_a_network_of_convolutions_is_fitted_on_them(tmp_path):
     torch.manual_seed(0)
     source, target = Adm(), Adm()
     modules = "in_layers.1", "qkv", "emb_layers.1"
@@ -144,6 +145,12 @@ def test_a_network_of_convolutions_is_fitted_on_them():
     shape = moved.adapter.updates["input_blocks.0.0.in_layers.1"].shape
     assert shape == (8, 72)
     assert moved.report.steps[-1] > 0.6
+    moved.save(tmp_path / "moved.safetensors")
+    written = load_file(tmp_path / "moved.safetensors")
+    downs = {
+        key: list(t.shape[2:]) for key, t in written.items() if "lora_A" in key or "down" in key
+    }
+    assert [3, 3] in downs.values() and [1, 1] in downs.values() and [] in downs.values()
 
 
 def test_what_a_fit_cannot_change_is_named():

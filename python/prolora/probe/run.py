@@ -38,6 +38,7 @@ from .recording.wanted import WantedChange, wanted_changes
 from .report import ProbeReport
 from .settings import FitSettings
 from .trajectory_numbers import number_questions
+from .updates import weight_of
 from .workload import Workload, WorkMeter
 
 if TYPE_CHECKING:
@@ -341,7 +342,10 @@ def _judge(
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
     scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
     metadata = {"prolora.version": __version__, "prolora.method": "fit"}
-    adapter = replace(run.adapter.with_updates(scaled), vectors={}, metadata=metadata, left_out={})
+    shapes = {name: weight_of(run.target, name, any_kind=True).shape for name in scaled}
+    kernels = {name: tuple(shape[2:]) for name, shape in shapes.items() if len(shape) > 2}
+    adapter = run.adapter.with_updates(scaled)
+    adapter = replace(adapter, kernels=kernels, vectors={}, metadata=metadata, left_out={})
     return ProbeTransfer(adapter, run.report)
 
 
