@@ -24,9 +24,11 @@ from safetensors.torch import load_file
 from study import Study, Which, open_network
 from torch import Tensor
 from torch.nn import functional
-from world import CHANGES, IDEAS, STEEP, sample_terrains
+from world import CHANGES, STEEP, sample_terrains
 
-SHOWN, SIDE, GAP, LABEL, LINE = 2, 128, 6, 190, 22
+IDEAS = ("ridged", "steep")
+"""Those that LoRAs of this size learn."""
+SHOWN, SIDE, GAP, LABEL, LINE = 3, 128, 6, 190, 22
 SEED = 11
 
 
@@ -73,12 +75,12 @@ def change_samples(network: Network, idea: str, difficulty: Tensor) -> Tensor:
 
 
 def draw_page(study: Study) -> Image.Image:
-    """A column of two terrains for each idea."""
+    """Columns of terrains for each idea."""
     rows = [row[0] for row in list_rows(study, IDEAS[0])]
     size = LABEL + len(IDEAS) * (SHOWN * SIDE + GAP), LINE + len(rows) * (SIDE + 2)
     page, font = Image.new("L", size, 255), ImageFont.load_default(15)
     pen = ImageDraw.Draw(page)
-    difficulty = torch.tensor([0.3, 0.6])
+    difficulty = torch.tensor([0.2, 0.5, 0.8])
     for row, title in enumerate(rows):
         pen.text((4, LINE + row * (SIDE + 2) + SIDE // 2 - 8), title, fill=0, font=font)
     for column, idea in enumerate(IDEAS):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prolora import ProLoRAError, UnrelatedBases, adapters, open_base
+from prolora import InvalidOption, ProLoRAError, UnrelatedBases, adapters, open_base
 from prolora.cli import demo
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
@@ -63,6 +63,15 @@ def test_a_lora_is_fitted_to_the_member_that_was_trained_apart(tmp_path, monkeyp
     assert fitted.metadata["ss_sd_model_name"] == "apart"
     below = demo.say_below(report, "apart")
     assert "trained apart" in below and f"{min(report.probe.gate.share.values()):.0%}" in below
+
+
+def test_a_method_by_weights_has_a_target_that_it_moves_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", 2)
+    report, _ = demo.run_demo(tmp_path, method="prolora", prompts=("star noto many on-blue",))
+    assert report.target == "pruned"
+    monkeypatch.setattr(demo, "load_transformer", None)  # nothing is loaded before
+    with pytest.raises(InvalidOption, match="'prolora' moves nothing to it"):
+        demo.run_demo(tmp_path / "none", method="prolora", target="apart")
 
 
 def test_weights_alone_move_nothing_to_the_member_that_was_trained_apart():

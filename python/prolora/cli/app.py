@@ -175,12 +175,16 @@ def demo(
         str,
         typer.Option(
             help="A shipped base to move to: apart (trained apart from the source; both models "
-            "run, for a minute or two), pruned, far (another art style) or few-step."
+            "run, for a minute or two), pruned, far (another art style) or few-step. Default: "
+            "apart, or pruned where another method than auto is chosen."
         ),
-    ] = "apart",
+    ] = "",
     method: Annotated[
         MethodChoice,
-        typer.Option(help="How to move the LoRA. auto chooses by how far the bases are apart."),
+        typer.Option(
+            help="How to move the LoRA. auto chooses by how far the bases are apart, and fits the "
+            "LoRA to apart."
+        ),
     ] = "auto",
     prompt: Annotated[
         list[str],

@@ -23,7 +23,7 @@ from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
 from ..bases import open_base
 from ..core.methods import MethodChoice
-from ..errors import ProLoRAError, name_options
+from ..errors import InvalidOption, ProLoRAError, name_options
 from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import write_bytes_atomically, write_text_atomically
@@ -87,7 +87,7 @@ def run_demo(
     output: Path,
     *,
     lora: str = "neon",
-    target: str = APART,
+    target: str = "",
     method: MethodChoice = "auto",
     prompts: Sequence[str] = (),
     seed: int = 0,
@@ -99,7 +99,8 @@ def run_demo(
     Args:
         output: folder for the LoRA, the report and the picture; made if missing.
         lora: a file of the family's `loras` folder.
-        target: "apart", "pruned", "far" or "few-step".
+        target: "apart", "pruned", "far" or "few-step"; by default "apart", or "pruned" where
+            another method than "auto" is chosen.
         method: as `transfer` takes it; "auto" fits the LoRA to "apart".
         prompts: of four words each; those of the LoRA if there are none.
         seed: of the noise.
@@ -110,9 +111,16 @@ def run_demo(
         The report of the transfer, and the files written.
 
     Raises:
+        InvalidOption: the method moves nothing to that target.
         ProLoRAError: no such LoRA, target or prompt, or the `demo` extra is missing.
     """
     models = find_models()
+    target = target or (APART if method == "auto" else "pruned")
+    if target == APART and method not in ("auto", "copy"):
+        raise InvalidOption(
+            f"{APART} was trained apart from the source, and {method!r} moves nothing to it: "
+            "choose the method auto, which runs both models, or the target pruned, far or few-step"
+        )
     source, goal, file = choose_files(models, lora, target)
     prompts = prompts or (BUTTERFLIES if lora == "concept" else PROMPTS)
     tokens = encode_prompts(models, prompts)
@@ -195,9 +203,11 @@ def say_below(report: Report, target: str) -> str:
         return f"Copied to {target} as it is (row 4), and moved to it by prolora (row 5)."
     fitted, copied = (min(shares.values()) for shares in (gate.share, gate.copy_share))
     does = f"does {copied:.0%}" if copied > 0 else "does nothing useful"
+    raised = f", and is written {gate.strength:g} times as strong" if gate.strength > 1 else ""
     return (
-        f"The target was trained apart from the source. A copy of the LoRA {does} there (row 4); "
-        f"moved by prolora, it does {fitted:.0%} of what it does to the source (row 5)."
+        f"The target was trained apart from the source. A copy of the LoRA {does} there (row 4). "
+        f"Fitted by prolora to both models, it reached {fitted:.0%} of what it does to the "
+        f"source{raised} (row 5)."
     )
 
 
