@@ -89,7 +89,7 @@ MISTAKES = {
     ),
     "a LoRA by its id": (
         ("transfer", "someone/my-lora", *BASES, *TO),
-        "someone/my-lora: no such file or folder, and the Hugging Face Hub is not asked",
+        "someone/my-lora: no such file or folder, and the Hugging Face Hub",
     ),
     "a LoRA by its address": (
         ("transfer", "https://civitai.com/api/download/models/1", *BASES, *TO),

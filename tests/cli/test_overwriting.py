@@ -103,7 +103,7 @@ def test_a_file_that_goes_with_a_result_replaces_its_like_only(
 def test_the_demo_replaces_nothing_either(prolora, tmp_path, name):
     pytest.importorskip("diffusers", reason="the demo needs diffusers")
     (tmp_path / name).write_bytes(FOREIGN)
-    code, _, error = prolora("demo", "-o", tmp_path)
+    code, _, error = prolora("demo", "-o", tmp_path, "--target", "pruned")
     assert code == 2 and f"{name}: exists and is not a" in error
     assert [file.name for file in Path(tmp_path).iterdir()] == [name]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prolora import LowRank, ProLoRAError, probe
+from prolora import LowRank, ProLoRAError, open_base, probe
 from prolora.architectures.modules import matrix_shape, may_be_fitted
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch
+from prolora.probe.gate import Gate
+from prolora.probe.modules import name_class
 from prolora.probe.recording.trajectories import Call
 from prolora.probe.updates import read_rows, weight_of
+from prolora.workflow.by_fitting.plan import fitted_modules
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "of single places": {"kernel_size": 1},
@@ -208,3 +212,28 @@ def test_sana_s_convolutions_are_fitted_and_its_depthwise_ones_are_not():
     assert all("a fit can change" in reason for reason in moved.report.left_out.values())
     # What is foreseen without the models, from shapes alone, is the same.
     assert {name for name in lora if may_be_fitted(shapes[name])} == set(moved.adapter.updates)
+
+
+def test_blocks_without_a_linear_layer_are_foreseen_as_they_are_fitted():
+    shapes = {
+        "input_blocks.0.0": (8, 1, 3, 3),
+        "input_blocks.1.0.in_layers.2": (8, 8, 3, 3),
+        "input_blocks.1.0.emb_layers.1": (16, 8),
+        "input_blocks.2.0.op": (8, 8, 3, 3),
+    }
+    base = open_base({f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()})
+    assert fitted_modules(list(shapes), base) == {name for name in shapes if ".1.0." in name}
+
+
+def test_lists_of_layers_are_alike_by_the_layers_in_them():
+    ours, theirs = nn.ModuleList([Block()]), nn.ModuleList([nn.Linear(2, 2)])
+    assert name_class(ours) != name_class(theirs) and name_class(ours) == name_class(Block())
+
+
+def test_a_raised_strength_is_told_with_what_to_do():
+    raised = Gate("go", 1.25, {"all": 0.6}, {"all": 0.1}, "60% reached")
+    report = probe.ProbeReport(probes=1, held_out=1, rank=4, gate=raised)
+    assert "go, at strength 1.25: 60% reached." in report.sentences()
+    assert "Load it at 1" in report.sentences()[-1]
+    copied = replace(raised, decision="copy", copy_strength=0.75)
+    assert "copy, at strength 0.75" in replace(report, gate=copied).sentences()[-1]

@@ -154,7 +154,7 @@ def judge_updates(
     else:
         decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
     rival = (copy_share, copy_strength, gain)
-    if start == "zero" and not few_step:
+    if start == "zero" and not few_step and decision in (GO, WEAKEN):
         strength = raise_strength(strength, share["all"], disagreement["all"], copy_share)
     return Gate(decision, strength, share, disagreement, reason, *rival, effect)
 
@@ -167,11 +167,12 @@ def raise_strength(
 ) -> float:
     """What a fit from nothing is written at instead of 1: RAISED, or RAISED_MORE if it is FAINT.
 
-    Nothing is raised between related bases, where a copy reaches MIN_SHARE, nor between those of
-    OTHER_LOOK.
+    Nothing is raised between related bases, where a copy reaches MIN_SHARE, between those of
+    OTHER_LOOK, nor where the change does harm.
     """
     related = copy_share is not None and copy_share["all"] >= MIN_SHARE
-    if strength != 1.0 or related or share >= NEARLY_ALL or disagreement > OTHER_LOOK:
+    reached = 0 < share < NEARLY_ALL and disagreement <= OTHER_LOOK  # none of it holds of NaN
+    if strength != 1.0 or related or not reached:
         return strength
     return RAISED if share >= FAINT else RAISED_MORE
 

@@ -44,6 +44,13 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
     return list(order)
 
 
+def name_class(block: nn.Module) -> str:
+    """The class of a block; of a list of layers the classes in it."""
+    if isinstance(block, nn.ModuleList):
+        return ", ".join(sorted({type(layer).__name__ for layer in block}))
+    return type(block).__name__
+
+
 def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     """The modules of the target's blocks whose role the LoRA adapts in a source block.
 
@@ -68,8 +75,8 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
             run.report.left_out[name] = f"it is in no transformer block; {_COMPENSATED}"
         else:
             roles.setdefault(name.removeprefix(f"{block}."), []).append(name)
-    classes = {type(run.source.get_submodule(block)).__name__ for block in source_blocks}
-    alike = any(type(run.target.get_submodule(b)).__name__ in classes for b in target_blocks)
+    classes = {name_class(run.source.get_submodule(block)) for block in source_blocks}
+    alike = any(name_class(run.target.get_submodule(b)) in classes for b in target_blocks)
     chosen, reached = list[str](), set[str]()
     for block in target_blocks:
         inside = dict(run.target.get_submodule(block).named_modules())

@@ -95,9 +95,15 @@ class ProbeReport:
         if self.not_drawn:
             lines.append(f"No images could be drawn for the page; {self.not_drawn}.")
         if self.gate:
-            lines.append(
-                f"{self.gate.decision}, at strength {self.gate.strength:g}: {self.gate.reason}."
-            )
+            copied = self.gate.decision == gate.COPY
+            strength = self.gate.copy_strength if copied else self.gate.strength
+            lines.append(f"{self.gate.decision}, at strength {strength:g}: {self.gate.reason}.")
+            if strength > 1:
+                lines.append(
+                    f"The file holds {strength:g} times what was fitted, as a fit from nothing is "
+                    "too weak; the share is that of the fit as it was. Load it at 1, and at less "
+                    "where images suffer."
+                )
         return lines
 
     def _describe_fit(self) -> str:

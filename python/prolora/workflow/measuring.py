@@ -193,7 +193,10 @@ def begin_fit(
     else:
         foreseen = Workload(whole, whole.steps)
     spent = sum(done.report.seconds.values()) / price_predictions(done.report.predictions)
-    return dict(done.adapter.updates), spent * price_predictions(foreseen.predictions)
+    assert done.report.gate is not None
+    factor = 1 / done.report.gate.strength  # strengths are measured from what was fitted
+    updates = {n: LowRank(u.up * factor, u.down) for n, u in done.adapter.updates.items()}
+    return updates, spent * price_predictions(foreseen.predictions)
 
 
 def _open_pipeline(side: MeasuredSide, device: DeviceLike) -> Any:

@@ -227,7 +227,8 @@ def _list_rows(
     for row in list_modules(job.adapter, plan, fitted, how):
         if row.source in copied:
             row = replace(row, reason="copied; the fit in the blocks goes on from there")
-        rows.append(replace(row, strength=strength) if row.rank_out else row)
+        fits = row.rank_out and row.source not in plan.passed
+        rows.append(replace(row, strength=strength) if fits else row)
     return rows
 
 

@@ -28,7 +28,9 @@ RULE = "running models"
 """How modules are paired, for the report."""
 
 _IN_BLOCKS = "; what it changes is fitted into the target's blocks"
-_NO_PLACE = "it is in no transformer block; the fit compensates for it in the blocks"
+_COMPENSATED = "the fit compensates for it in the blocks"
+_NO_PLACE = f"it is in no transformer block; {_COMPENSATED}"
+_OTHER_KIND = f"a fit cannot change modules of its kind; {_COMPENSATED}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def plan_modules(
         for name in plan.skipped.keys() & source.shapes.keys():
             plan.skipped[name] += _IN_BLOCKS
     inside = fitted_modules(names, source)
-    plan.skipped |= {name: _NO_PLACE for name in names if name not in inside}
+    blocks = list_blocks(source)
+    for name in names:
+        if name not in inside:
+            plan.skipped[name] = _OTHER_KIND if find_place(name) in blocks else _NO_PLACE
     return plan
 
 
@@ -140,7 +145,19 @@ def _has_other_width(name: str, source: Base, target: Base) -> bool:
 
 def fitted_modules(names: list[str], source: Base) -> set[str]:
     """Those of the LoRA's modules whose change is fitted: those in transformer blocks."""
-    return {n for n in names if find_block(n) and may_be_fitted(source.shapes.get(n, ()))}
+    blocks = list_blocks(source)
+    return {n for n in names if find_place(n) in blocks and may_be_fitted(source.shapes.get(n, ()))}
+
+
+def list_blocks(base: Base) -> set[tuple[str, str] | None]:
+    """Stack and number of the blocks that a fit finds in the model: those with a linear layer."""
+    return {find_place(name) for name, shape in base.shapes.items() if len(shape) == 2} - {None}
+
+
+def find_place(module: str) -> tuple[str, str] | None:
+    """Stack and number of the block that a module is in."""
+    block = find_block(module)
+    return (block.stack, block.number) if block else None
 
 
 def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
@@ -157,10 +174,14 @@ def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tu
             for name in fitted_modules(list(adapter.updates), source)
             if (block := find_block(name))
         }
+        like = list_blocks(target)
         modules = {
             name
             for name, shape in target.shapes.items()
-            if (block := find_block(name)) and block.local in roles and may_be_fitted(shape)
+            if (block := find_block(name))
+            and block.local in roles
+            and may_be_fitted(shape)
+            and find_place(name) in like
         }
     return {name: shape for name, shape in target.shapes.items() if name in modules}
 
