@@ -125,12 +125,18 @@ class ImageGrid:
             beside = run_beside(model.denoiser, updates)
             with in_float32(model.denoiser), beside, change or nullcontext():
                 for row, prompt in enumerate(self.prompts):
-                    pixels = read_pixels(model.sample_latents(prompt, settings, row, "pt"))
+                    try:
+                        pixels = read_pixels(model.sample_latents(prompt, settings, row, "pt"))
+                    except Exception as error:  # diffusers and its models raise any type
+                        known = ProLoRAError, torch.OutOfMemoryError
+                        if not self.on_image or isinstance(error, known):
+                            raise
+                        raise ProLoRAError(f"{name} could not be drawn: {error}") from error
                     drawn.append(write_png(pixels))
                     if self.on_image:
                         self.on_image(name)
             self.columns[name] = drawn
-        except Exception as error:  # diffusers and its models raise any type
+        except Exception as error:
             if self.on_image:
                 raise
             self.failure = f"{name}: {error}"
