@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 import prolora
 from prolora import cli
 from prolora.adapters.folder import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from prolora.cli.fit import FitOutput, name_page
 from prolora.files import hub
 from prolora.probe.settings import FitSettings
-from prolora.workflow.evaluating.entrants import read_subjects
+from prolora.workflow.evaluating.entrants import _find_file, read_subjects
 from prolora.workflow.fleet.listing import list_loras
 
 SOLE = "weights-v1.5.safetensors"
@@ -321,6 +322,29 @@ def test_a_collection_takes_bare_ids_and_collections_of_the_hub(cloud, case):
     cloud.collections["org/best-1"] = SimpleNamespace(items=[*items, data])
     assert [x.path for x in list_loras("hf://collections/org/best-1")] == [*found, other]
     assert not any(name.endswith(".png") for name in cloud.fetched)
+
+
+def test_a_line_of_a_list_may_be_an_id_unless_it_lies_below_the_list(cloud, case):
+    found = publish(cloud, case[0], SOLE) / SOLE
+    Path("lists/mine").mkdir(parents=True)
+    Path("lists/all.txt").write_text(f"org/style-v1.5\tsdxl\nmine/gone\n{case[0]}\n")
+    listed = [(x.path, x.source) for x in list_loras("lists/all.txt")]
+    assert listed == [(found, "sdxl"), (Path("lists/mine/gone").absolute(), ""), (case[0], "")]
+
+
+def test_the_results_of_ids_are_found_in_a_folder_by_the_names_that_they_were_given(cloud, case):
+    publish(cloud, case[0], SOLE)
+    shutil.copy(case[0], "style-v1.5.safetensors")
+    for id_ in ("org/style-v1.5", "org/style-v1.5@v2"):
+        assert _find_file(".", Path(id_), several=True) == Path("style-v1.5.safetensors")
+    with pytest.raises(prolora.MissingFile, match="other: no such LoRA; for several"):
+        _find_file(".", Path("org/other"), several=True)
+
+
+def test_a_preview_is_called_like_the_last_part_of_an_id(cloud):
+    for id_ in ("org/sd1.5-neon", "org/sd1.5-neon@v2", "in/sd1.5-neon.safetensors"):
+        page = name_page([Path(id_)], FitOutput()).report
+        assert page == Path("sd1.5-neon-preview.html")
 
 
 @pytest.mark.slow
