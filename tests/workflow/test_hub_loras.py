@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 import prolora
 from prolora import cli
 from prolora.adapters.folder import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from prolora.cli.fit import FitOutput, name_page
+from prolora.files import hub
 from prolora.probe.settings import FitSettings
-from prolora.workflow.evaluating.entrants import read_subjects
+from prolora.workflow.evaluating.entrants import _find_file, read_subjects
 from prolora.workflow.fleet.listing import list_loras
 
 SOLE = "weights-v1.5.safetensors"
@@ -154,7 +156,11 @@ CLIENT = {
         "missing-file",
         "has no such file in it",
     ),
-    "no network": (lambda: NO_NETWORK("refused"), "hub-unavailable", "cannot be reached"),
+    "no network": (
+        lambda: NO_NETWORK("refused"),
+        "hub-unavailable",
+        "cannot be reached.*HF_HUB_OFFLINE=1",
+    ),
     "too slow": (lambda: http.ReadTimeout("slow"), "hub-unavailable", "cannot be reached"),
     "ill": (
         lambda: answer(errors.HfHubHTTPError),
@@ -226,6 +232,40 @@ def test_every_verb_takes_an_id(cloud, case):
     assert subject.name == "style-v1.5" and "moved" in subject.entrants
 
 
+def test_a_name_that_cannot_be_looked_at_or_is_no_id_fails_alone(cloud, case):
+    lora, source, target = case
+    publish(cloud, lora, SOLE, repo="a/one")
+    wrong = ["a" * 300 + "/b", "a" * 300 + ".safetensors", "hf://c", "hf://org/m@a b/d"]
+    done = prolora.transfer_many(["a/one", *wrong], source, target, "out")
+    assert [one.status for one in done] == ["moved", *["failed"] * len(wrong)]
+    assert all(isinstance(one.error, prolora.UnsupportedFormat) for one in done[1:])
+    for one in done[3:]:
+        name = one.to_dict()["lora"]
+        assert name in wrong and str(one.error).startswith(f"{name}: a hub id is hf://org/name")
+
+
+def test_what_is_written_as_a_path_is_not_asked_for_on_the_hub(cloud, case):
+    _, source, target = case
+    cloud.refusal = AssertionError("the hub was asked")
+    names = ["./org/a", "org/b/", "../org/c", "org/list.txt", "org/x.sft", "org/x.zip"]
+    for one in prolora.transfer_many(names, source, target, "out"):
+        assert "Hub" not in str(one.error) and one.error.code == "missing-file"
+    with pytest.raises(prolora.MissingFile, match="no such file") as error:
+        prolora.transfer_file("./org/style", source, target, "out.safetensors")
+    assert "Hub" not in str(error.value)
+
+
+def test_an_id_keeps_its_slashes_in_a_path_of_windows(cloud):
+    for name in ("org/style", "org/style@v1.5", "hf://org/style@v1/a/b.safetensors"):
+        path = PureWindowsPath(name)
+        assert "\\" in str(path)
+        assert hub.find_hub_id(path) == hub.parse_hub_id(name)
+        assert hub.spell_path(path) == name
+    for name in ("C:/org/style", "org/x.safetensors", "x"):
+        path = PureWindowsPath(name)
+        assert hub.find_hub_id(path) is None and hub.spell_path(path) == str(path)
+
+
 @pytest.mark.parametrize("method", ["auto", "best"])
 def test_a_batch_names_results_by_the_ids_goes_on_where_it_was_and_passes_by_what_fails(
     cloud, case, method
@@ -282,6 +322,29 @@ def test_a_collection_takes_bare_ids_and_collections_of_the_hub(cloud, case):
     cloud.collections["org/best-1"] = SimpleNamespace(items=[*items, data])
     assert [x.path for x in list_loras("hf://collections/org/best-1")] == [*found, other]
     assert not any(name.endswith(".png") for name in cloud.fetched)
+
+
+def test_a_line_of_a_list_may_be_an_id_unless_it_lies_below_the_list(cloud, case):
+    found = publish(cloud, case[0], SOLE) / SOLE
+    Path("lists/mine").mkdir(parents=True)
+    Path("lists/all.txt").write_text(f"org/style-v1.5\tsdxl\nmine/gone\n{case[0]}\n")
+    listed = [(x.path, x.source) for x in list_loras("lists/all.txt")]
+    assert listed == [(found, "sdxl"), (Path("lists/mine/gone").absolute(), ""), (case[0], "")]
+
+
+def test_the_results_of_ids_are_found_in_a_folder_by_the_names_that_they_were_given(cloud, case):
+    publish(cloud, case[0], SOLE)
+    shutil.copy(case[0], "style-v1.5.safetensors")
+    for id_ in ("org/style-v1.5", "org/style-v1.5@v2"):
+        assert _find_file(".", Path(id_), several=True) == Path("style-v1.5.safetensors")
+    with pytest.raises(prolora.MissingFile, match="other: no such LoRA; for several"):
+        _find_file(".", Path("org/other"), several=True)
+
+
+def test_a_preview_is_called_like_the_last_part_of_an_id(cloud):
+    for id_ in ("org/sd1.5-neon", "org/sd1.5-neon@v2", "in/sd1.5-neon.safetensors"):
+        page = name_page([Path(id_)], FitOutput()).report
+        assert page == Path("sd1.5-neon-preview.html")
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def fetch_adapter(id_: HubId) -> Path:
         UnsupportedFormat: there is no LoRA, or several and none is named.
     """
     path = _fetch_once(id_)
-    if not path.exists():  # the hub's cache was emptied since
+    if not os.path.exists(path):  # the hub's cache was emptied since
         _fetch_once.cache_clear()
         path = _fetch_once(id_)
     return path

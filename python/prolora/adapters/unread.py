@@ -116,8 +116,9 @@ def open_adapter(
             "a LoRA is a file, a folder, a state dict or (state dict, peft.LoraConfig), not "
             f"{type(source).__name__}"
         )
-    path = locate_adapter(source)
+    path = Path(source)
     try:
+        path = locate_adapter(source)
         opened = _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
     except OSError as error:  # a folder without permission, a name that is too long, …
         raise input_error(path, error) from error

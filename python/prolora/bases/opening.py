@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..architectures.modules import TEXT_ENCODERS
 from ..errors import MissingFile, UnsupportedFormat, describe_missing
-from ..files.hub import parse_hub_id
+from ..files.hub import find_hub_id
 from ..files.safetensors_file import SafetensorsFile
 from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
@@ -102,8 +102,8 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     """A file or a folder, here or on the hub."""
     path = Path(source)
     name = path.resolve().name
-    if not path.exists():
-        id_ = parse_hub_id(os.fspath(source))
+    if not os.path.exists(path):
+        id_ = find_hub_id(source)
         if id_ is None:
             wanted = "file, folder or model of the hub (org/name)"
             raise MissingFile(describe_missing(source, wanted))

@@ -198,7 +198,7 @@ def write_command(lora: Path | None, bases: Bases, advice: Advice, match: str = 
     options = dict(advice.options) | ({"match": match} if "match" in advice.options else {})
     flags = (write_flag(name, str(value)) or "" for name, value in options.items())
     words = [word for flag in flags for word in flag.split(" ", 1)]
-    out = f"{split_lora_name(file)[0]}-on-{Path(bases.target).stem}.safetensors"
+    out = f"{split_lora_name(file)[0]}-on-{split_lora_name(Path(bases.target))[0]}.safetensors"
     line = [
         "prolora",
         advice.verb,

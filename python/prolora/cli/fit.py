@@ -15,7 +15,7 @@ from ..workflow.by_fitting.preview import SHOWN
 from ..workflow.fit import fit_file, fit_many, plan_fit, preview_fit
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
-from ..workflow.output_paths import is_page_path
+from ..workflow.output_paths import is_page_path, split_lora_name
 from .console import err, progress_bar
 from .options import (
     Bases,
@@ -108,7 +108,7 @@ def name_page(loras: list[Path], output: FitOutput) -> FitOutput:
         raise InvalidOption("--preview runs both models and --dry-run runs none: give one of them")
     if len(loras) > 1:
         raise InvalidOption("--preview draws one LoRA: give it for each in turn")
-    page = output.report or Path(f"{loras[0].resolve().stem}-preview.html")
+    page = output.report or Path(f"{split_lora_name(loras[0])[0]}-preview.html")
     if not is_page_path(page):
         raise OutputError(
             f"{page}: a preview is made of images, which only a page holds: give --report a name "

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import HubUnavailable, MissingFile, ProLoRAError, UnsupportedFormat
@@ -18,7 +18,7 @@ _WORD = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"({_WORD}/{_WORD})(?:@([\w.-]+))?")
 WEIGHT_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 """Endings of files that hold weights."""
-_NO_ID = (*WEIGHT_FILES, ".json")
+_NO_ID = (*WEIGHT_FILES, ".sft", ".json", ".txt", ".tsv", ".list", ".zip")
 _START = "no such file or folder, and the Hugging Face Hub"
 _UNREACHED = {"ConnectError", "ConnectionError", "TimeoutException", "Timeout"}
 _UNCACHED = "LocalEntryNotFoundError"
@@ -65,13 +65,16 @@ def parse_hub_id(source: str) -> HubId | None:
     scheme = _SCHEME.match(source)
     if scheme is None:
         match = _ID.fullmatch(source)
-        if source.lower().endswith(_NO_ID) or Path(source).parent.is_dir():
+        # os.path answers "no" where a path cannot be looked at, as one that is too long.
+        if not match or source.lower().endswith(_NO_ID) or os.path.isdir(os.path.dirname(source)):
             return None
-        return HubId(match[1], match[2]) if match else None
+        return HubId(match[1], match[2])
     match = _ID.match(source, scheme.end())
     rest = source[match.end() :] if match else ""
     if match is None or (rest and not rest.startswith("/")) or ".." in rest.split("/"):
-        raise UnsupportedFormat(f"{source}: a hub id is hf://org/name[@revision][/path]")
+        raise UnsupportedFormat(
+            f"{spell_path(source)}: a hub id is hf://org/name[@revision][/path]"
+        )
     return HubId(match[1], match[2], rest.strip("/"))
 
 
@@ -81,14 +84,27 @@ def find_hub_id(source: str | os.PathLike[str]) -> HubId | None:
     Raises:
         UnsupportedFormat: as `parse_hub_id`.
     """
-    return None if os.path.exists(source) else parse_hub_id(os.fspath(source))
+    return None if os.path.exists(source) else parse_hub_id(_write_slashes(source))
+
+
+def _write_slashes(path: str | os.PathLike[str]) -> str:
+    """A path as text; a `Path` has the slashes of an id also where Windows writes backslashes."""
+    return path.as_posix() if isinstance(path, PurePath) else os.fspath(path)
 
 
 def spell_path(path: str | os.PathLike[str]) -> str:
-    """A path as text; an address of the hub gets back the slash that a `Path` of it has lost."""
-    text = os.fspath(path)
-    scheme = _SCHEME.match(text)
-    return f"hf://{text[scheme.end() :]}" if scheme else text
+    """A path as text; an id gets back the slashes that a `Path` of it has lost or turned."""
+    text = _write_slashes(path)
+    if scheme := _SCHEME.match(text):
+        return f"hf://{text[scheme.end() :]}"
+    return text if find_hub_id(path) else os.fspath(path)
+
+
+def keep_path(source: str | os.PathLike[str]) -> Path:
+    """A `Path`; a text marked as one, as `./a/b` or `a/b/`, does not become an id by it."""
+    path = Path(source)
+    is_marked = isinstance(source, str) and not (_ID.fullmatch(source) or os.path.exists(source))
+    return Path(os.path.abspath(path)) if is_marked and _ID.fullmatch(path.as_posix()) else path
 
 
 def is_hub_address(text: str) -> bool:
@@ -139,7 +155,8 @@ def _explain_hub(name: str, error: Exception, is_offline: bool) -> MissingFile:
         return not_cached(name)
     if kinds & {*_UNREACHED, _UNCACHED}:
         return HubUnavailable(
-            f"{start} cannot be reached (no network?); give a local file or folder"
+            f"{start} cannot be reached (no network?); give a local file or folder "
+            "(HF_HUB_OFFLINE=1: the hub is not asked)"
         )
     if _GATED in kinds:
         return HubUnavailable(

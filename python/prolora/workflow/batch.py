@@ -21,6 +21,7 @@ from ..bases.experts import (
 )
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
+from ..files.hub import keep_path
 from .best import UNMOVED, BestWay, tell_fitted, tell_refused
 from .by_weights.ledger import LORA_FAILURES
 from .dry_run import plan_report
@@ -97,7 +98,7 @@ def transfer_many(
     """
     options = settle_options(options, changes).for_file()
     old, new = open_experts(source), open_experts(target)
-    paths = [Path(lora) for lora in loras]
+    paths = [keep_path(lora) for lora in loras]
     if options.method == BEST:
         if naming is not None:
             raise InvalidOption("results of method 'best' keep their names: leave `naming` out")

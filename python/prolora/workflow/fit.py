@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..bases import Base, BaseLike, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
+from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.preview import draw_preview
@@ -105,7 +106,7 @@ def fit_file(
         ProLoRAError: everything that `fit` raises.
     """
     options = settle_options(options, changes).for_file()
-    file, bases = Path(lora), (open_base(source), open_base(target))
+    file, bases = keep_path(lora), (open_base(source), open_base(target))
     check_output(out, list_inputs(file, *bases), options.overwrite)
     return _fit_into(Path(out), Recipe.of(file, *bases, options), options)
 
@@ -146,7 +147,7 @@ def fit_many(
     options = settle_options(options, changes).for_file()
     old, new = open_base(source), open_base(target)
     check_name(folder)
-    paths = [Path(lora) for lora in loras]
+    paths = [keep_path(lora) for lora in loras]
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})

@@ -11,8 +11,8 @@ from pathlib import Path
 from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..adapters.hub import look_for_adapter
 from ..adapters.writing import has_own_config
-from ..errors import OutputError
-from ..files.hub import WEIGHT_FILES, find_hub_id
+from ..errors import OutputError, UnsupportedFormat
+from ..files.hub import WEIGHT_FILES, find_hub_id, spell_path
 from ..files.ownership import Kind, check_replaceable, foreign_file
 from ..files.writing import check_writable
 
@@ -76,12 +76,11 @@ def name_output(lora: Path, format: str, appended: str = "", stem: str | None = 
 
 
 def split_lora_name(lora: Path) -> tuple[str, str]:
-    """The name of a LoRA and the suffix of its file; of an id on the hub, the last part.
-
-    Raises:
-        UnsupportedFormat: an address of the hub that is none.
-    """
-    id_ = find_hub_id(lora)
+    """The name of a LoRA and the suffix of its file; of an id on the hub, the last part."""
+    try:
+        id_ = find_hub_id(lora)
+    except UnsupportedFormat:  # the reader says why
+        id_ = None
     named = Path(id_.name) if id_ else lora
     # os.path answers "no" where a path cannot be looked at; the reader says why later.
     if os.path.isdir(lora) or (id_ and named.suffix.lower() not in WEIGHT_FILES):
@@ -109,8 +108,9 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
         other = taken.setdefault(fold_path(Path(os.path.realpath(output))), lora)
         if other is not lora:
             raise OutputError(
-                f"two inputs would become {output.name} and overwrite each other: {other} and "
-                f"{lora} (some volumes ignore upper and lower case and the form of accents)"
+                f"two inputs would become {output.name} and overwrite each other: "
+                f"{spell_path(other)} and {spell_path(lora)} (some volumes ignore upper "
+                "and lower case and the form of accents)"
             )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bases import BaseLike, open_base
+from ..files.hub import keep_path
 from .best import BestWay
 from .by_weights.base_pair import list_inputs, move_lora
 from .options import (
@@ -99,7 +100,7 @@ def transfer_file(
         ProLoRAError: everything that `transfer` raises.
     """
     options = settle_options(options, changes).for_file()
-    file, bases = Path(lora), (open_base(source), open_base(target))
+    file, bases = keep_path(lora), (open_base(source), open_base(target))
     check_output(out, list_inputs(file, *bases), options.overwrite)
     if options.method == BEST:
         done = BestWay.of(*bases, options).move(file, for_file=True)

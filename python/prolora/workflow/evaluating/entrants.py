@@ -22,6 +22,7 @@ from ..by_weights.base_pair import move_lora, read_lora
 from ..check import check
 from ..evaluation_options import EvaluationOptions
 from ..fleet.listing import list_loras
+from ..output_paths import name_output
 from ..plan import explain_other_shape
 
 StrPath = str | os.PathLike[str]
@@ -149,7 +150,10 @@ def _find_file(place: StrPath, lora: Path, several: bool) -> Path:
         MissingFile: it is not there.
     """
     path = Path(place) / lora.name if several else Path(place)
-    if not (path.exists() or find_hub_id(path)):
+    if several and not os.path.exists(path):  # the result of an id has a suffix
+        named = Path(place) / name_output(lora, "auto")
+        path = named if os.path.exists(named) else path
+    if not (os.path.exists(path) or find_hub_id(path)):
         more = "; for several LoRAs, a folder needs a file of the same name for each"
         raise MissingFile(f"{path}: no such LoRA{more if several else ''}")
     return path

@@ -37,7 +37,7 @@ def list_loras(
     Args:
         collection: each is a .safetensors file; the folder of an adapter (PEFT's or diffusers'); a
             folder, whose files and adapters are taken, those in folders below it too; a text file
-            with a path in each line, and behind a tab the source base if that is known;
+            with a path or an id in each line, and behind a tab the source base if that is known;
             `org/name`, `hf://org/name` or `hf://collections/org/slug` on the hub, of which the
             adapters are fetched.
 
@@ -89,9 +89,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _read_list(path: Path) -> Iterator[ListedLora]:
-    """The lines of a list; relative paths are below the folder of the list."""
+    """The lines of a list; relative paths are below its folder, and ids are fetched."""
     for line in read_text(path, "utf-8-sig").splitlines():
         name, _, source = line.partition("\t")
         if name.strip() and not name.startswith("#"):
-            lora = Path(os.path.abspath(path.parent / name.strip()))
-            yield ListedLora(lora, source.strip())
+            name, source = name.strip(), source.strip()
+            lora = Path(os.path.abspath(path.parent / name))
+            is_below = os.path.exists(lora) or os.path.isdir(lora.parent)
+            if is_hub_address(name) or (not is_below and find_hub_id(name)):
+                for folder in fetch_adapters(name):
+                    yield from (ListedLora(found, source) for found in _walk(folder))
+            else:
+                yield ListedLora(lora, source)
