@@ -175,6 +175,10 @@ def input_error(
     return UnsupportedFormat(f"{os.fspath(path)}: {what}: {explain_os_error(error)}")
 
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name, in nearly all file systems."""
+
+
 def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
     """What to say of an input that is not there: what it may be, and what is called alike there.
 
@@ -189,6 +193,8 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
     if "*" in text:
         return f"{text}: no such {wanted}; a pattern in quotes stands for no other names"
     folder, name = os.path.split(text.rstrip("/\\"))
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        return f"{text}: no such {wanted}; this name is too long for one"
     try:
         with os.scandir(folder or ".") as entries:
             there = [entry.name for entry in itertools.islice(entries, _LISTED)]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from prolora import adapters, cli
 
+OUT = ("-o", "o.safetensors")
 LONG = "x" * 300
 
 
@@ -23,8 +24,8 @@ def line(case):
     "words",
     [
         ("inspect", LONG),
-        ("transfer", LONG, "--source", "source", "--target", "target", "-o", "o"),
-        ("transfer", "lora.safetensors", "--source", LONG, "--target", "target", "-o", "o"),
+        ("transfer", LONG, "--source", "source", "--target", "target", *OUT),
+        ("transfer", "lora.safetensors", "--source", LONG, "--target", "target", *OUT),
         ("transfer", "lora.safetensors", "--source", "source", "--target", "target", "-o", LONG),
         ("advise", "--source", LONG, "--target", "target"),
         ("advise", "--source", "source", "--target", "target", "--report", LONG),
