@@ -332,6 +332,16 @@ def test_a_line_of_a_list_may_be_an_id_unless_it_lies_below_the_list(cloud, case
     assert listed == [(found, "sdxl"), (Path("lists/mine/gone").absolute(), ""), (case[0], "")]
 
 
+def test_a_line_that_the_hub_does_not_give_is_refused_alone_in_the_plan(cloud, case):
+    lora, source, target = case
+    Path("all.txt").write_text(f"gone/adapter\nhf://c/d\n{lora}\n")
+    cloud.refusal = LookupError("no")
+    plan = prolora.plan_migration("all.txt", source, target)
+    refused = {Path(x.lora).name: x.refused for x in plan.entries}
+    assert "gone/adapter: no such file" in refused["adapter"] and "Hub" in refused["adapter"]
+    assert "c/d: no such file" in refused["d"] and not refused["lora.safetensors"]
+
+
 def test_the_results_of_ids_are_found_in_a_folder_by_the_names_that_they_were_given(cloud, case):
     publish(cloud, case[0], SOLE)
     shutil.copy(case[0], "style-v1.5.safetensors")

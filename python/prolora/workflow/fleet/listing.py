@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...adapters.folder import ADAPTER_FILES
 from ...adapters.hub import fetch_adapters
-from ...errors import UnsupportedFormat
+from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.hub import find_hub_id, is_hub_address
 from ...files.outside import read_text
 
@@ -23,10 +23,12 @@ class ListedLora:
     Attributes:
         path: absolute path of a file or of an adapter's folder.
         source: the base it was trained on, where a list names it; "" elsewhere.
+        error: why a list's id was not fetched; the path is then where it is not either.
     """
 
     path: Path
     source: str = ""
+    error: ProLoRAError | None = None
 
 
 def list_loras(
@@ -97,7 +99,12 @@ def _read_list(path: Path) -> Iterator[ListedLora]:
             lora = Path(os.path.abspath(path.parent / name))
             is_below = os.path.exists(lora) or os.path.isdir(lora.parent)
             if is_hub_address(name) or (not is_below and find_hub_id(name)):
-                for folder in fetch_adapters(name):
+                try:
+                    folders = fetch_adapters(name)
+                except ProLoRAError as error:  # one line does not stop the others
+                    yield ListedLora(lora, source, error)
+                    continue
+                for folder in folders:
                     yield from (ListedLora(found, source) for found in _walk(folder))
             else:
                 yield ListedLora(lora, source)

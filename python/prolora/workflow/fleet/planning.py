@@ -205,6 +205,8 @@ class _Planner:
         size, modified = find_state(lora.path)
         draft = Entry(str(lora.path), PairOfBases("", ""), size=size, modified=modified)
         try:
+            if lora.error:
+                raise lora.error
             opened = open_adapter(lora.path)
             label = self.finder.find(lora, opened)
             outline = outline_lora(opened, next(iter(self.shelf.opened[label].values())))
