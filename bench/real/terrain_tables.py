@@ -42,7 +42,9 @@ DIRECTIONS = {"forward": "0.4.1 → 0.4.2", "back": "0.4.2 → 0.4.1"}
 
 def mean_of(rows: list[Row], value: Callable[[Row], float | None]) -> Mean | None:
     """With a 95 % interval over seeds and LoRAs."""
-    values = {(row["seed"], (row["idea"], row["adapter"])): value(row) for row in rows}
+    values = {
+        ((row["direction"], row["seed"]), (row["idea"], row["adapter"])): value(row) for row in rows
+    }
     known = {key: number for key, number in values.items() if number is not None}
     return interval(known) if known else None
 
