@@ -92,7 +92,7 @@ def plan_modules(
         for name in plan.skipped.keys() & source.shapes.keys():
             plan.skipped[name] += _IN_BLOCKS
     inside = fitted_modules(names, source)
-    blocks = list_blocks(source)
+    blocks = find_fitted_blocks(source)
     for name in names:
         if name not in inside:
             plan.skipped[name] = _OTHER_KIND if find_place(name) in blocks else _NO_PLACE
@@ -145,11 +145,11 @@ def _has_other_width(name: str, source: Base, target: Base) -> bool:
 
 def fitted_modules(names: list[str], source: Base) -> set[str]:
     """Those of the LoRA's modules whose change is fitted: those in transformer blocks."""
-    blocks = list_blocks(source)
+    blocks = find_fitted_blocks(source)
     return {n for n in names if find_place(n) in blocks and may_be_fitted(source.shapes.get(n, ()))}
 
 
-def list_blocks(base: Base) -> set[tuple[str, str] | None]:
+def find_fitted_blocks(base: Base) -> set[tuple[str, str] | None]:
     """Stack and number of the blocks that a fit finds in the model: those with a linear layer."""
     return {find_place(name) for name, shape in base.shapes.items() if len(shape) == 2} - {None}
 
@@ -174,7 +174,7 @@ def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tu
             for name in fitted_modules(list(adapter.updates), source)
             if (block := find_block(name))
         }
-        like = list_blocks(target)
+        like = find_fitted_blocks(target)
         modules = {
             name
             for name, shape in target.shapes.items()
