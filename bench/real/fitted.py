@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
 from adamw import fit_by_adamw
-from loras import read_lora
+from loras import read_lora, save_updates
 from network import SIDE, SIGMA_MAX, Network, load_network
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,6 +30,7 @@ from world import SIGMAS
 
 from prolora import LowRank, probe
 from prolora.probe.fitting import joint
+from prolora.probe.gate import COPY
 
 AT_ONCE, ASKED = 4, 3
 """Terrains of a call, and times that each is asked about under new noise."""
@@ -97,8 +98,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     bases = (load_network(given.data / f"{one}.onnx") for one in (given.source, given.target))
-    moved = fit_lora(*bases, read_lora(load_file(given.lora)))
-    moved.save(given.out)
+    lora = read_lora(load_file(given.lora))
+    moved = fit_lora(*bases, lora)
+    gate = moved.report.gate
+    if gate is not None and gate.decision == COPY:
+        save_updates(given.out, lora)  # as good, says the gate
+    else:
+        moved.save(given.out)
     print("\n".join(moved.report.sentences()))
     print(json.dumps(moved.report.seconds))
 
