@@ -147,14 +147,14 @@ def make_progress() -> Callable[[int, int, str], None]:
 
     Each second it also says on the node how far it is.
     """
-    bar, told = comfy.utils.ProgressBar(1), time.monotonic()
+    bar, last_shown = comfy.utils.ProgressBar(1), time.monotonic()
 
     def progress(done: int, total: int, name: str) -> None:
-        nonlocal told
+        nonlocal last_shown
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, max(1, total))
-        if (now := time.monotonic()) - told >= 1:
-            told = now
+        if (now := time.monotonic()) - last_shown >= 1:
+            last_shown = now
             _tell_progress(words.tell_progress(done / max(1, total), name))
 
     return progress

@@ -76,7 +76,7 @@ def test_a_method_by_weights_has_a_target_that_it_moves_to(tmp_path, monkeypatch
 
 def test_weights_alone_move_nothing_to_the_member_that_was_trained_apart():
     family = demo.find_models()
-    source, goal, file = demo.choose_files(family, "neon", "apart")
+    source, goal, file = demo.find_demo_files(family, "neon", "apart")
     with pytest.raises(UnrelatedBases):
         demo.transfer(file, source, goal)
 

@@ -23,7 +23,9 @@ from prolora.workflow.evaluating.entrants import _find_file, read_subjects
 from prolora.workflow.fleet.listing import list_loras
 
 SOLE = "weights-v1.5.safetensors"
-errors = pytest.importorskip("huggingface_hub.errors")
+errors = pytest.importorskip(
+    "huggingface_hub.errors", reason="huggingface_hub is not installed (extra hub)"
+)
 # The client's HTTP library: requests, httpx or httpx2.
 http = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
 

@@ -102,13 +102,13 @@ def _choose_hub_files(names: list[str], id_: HubId) -> list[str]:
         return [str(folder / name) for name in own]
     listed = [str(folder / name) for name in loras]
     listed = listed or [name for name in names if name.endswith(WEIGHT_FILES)]
-    said = f"{id_.name}: {'holds several LoRAs' if loras else 'there is no LoRA'}"
+    refusal = f"{id_.name}: {'holds several LoRAs' if loras else 'there is no LoRA'}"
     if not listed:
-        raise UnsupportedFormat(f"{said}: no file of it ends in {_WEIGHTS}")
+        raise UnsupportedFormat(f"{refusal}: no file of it ends in {_WEIGHTS}")
     more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
     raise UnsupportedFormat(
-        f"{said}; the repository has {', '.join(sorted(listed)[:_MOST_LISTED])}{more}: name one as "
-        f"{id_.spell(min(listed))}"
+        f"{refusal}; the repository has {', '.join(sorted(listed)[:_MOST_LISTED])}{more}: name one "
+        f"as {id_.spell(min(listed))}"
     )
 
 

@@ -121,7 +121,7 @@ def run_demo(
             f"{APART} was trained apart from the source, and {method!r} moves nothing to it: "
             "choose the method auto, which runs both models, or the target pruned, far or few-step"
         )
-    source, goal, file = choose_files(models, lora, target)
+    source, goal, file = find_demo_files(models, lora, target)
     prompts = prompts or (BUTTERFLIES if lora == "concept" else PROMPTS)
     tokens = encode_prompts(models, prompts)
     base, other = load_transformer(source), load_transformer(goal)
@@ -217,7 +217,7 @@ def describe_samples(names: Sequence[str], prompts: Sequence[str]) -> str:
     return f"Icons from the same noise, a row each: {rows}. The prompts: {columns}."
 
 
-def choose_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path]:
+def find_demo_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path]:
     """The source's folder, the target's folder and the LoRA's file.
 
     Raises:
