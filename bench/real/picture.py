@@ -17,14 +17,13 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
 from loras import read_lora
-from network import Network
 from PIL import Image, ImageDraw, ImageFont
 from rows import make_case, with_updates
 from safetensors.torch import load_file
 from study import Study, Which, open_network
 from torch import Tensor
 from torch.nn import functional
-from world import CHANGES, STEEP, sample_terrains
+from world import sample_changed, sample_terrains
 
 IDEAS = ("ridged", "steep")
 """Those that LoRAs of this size learn."""
@@ -67,13 +66,6 @@ def list_rows(study: Study, idea: str) -> Iterator[tuple[str, str, dict | None]]
     yield "0.4.2 + LoRA trained on it", "0.4.2", read(study.lora_path("0.4.2", which))
 
 
-def change_samples(network: Network, idea: str, difficulty: Tensor) -> Tensor:
-    """Samples as a LoRA of the idea shall make them."""
-    if idea in CHANGES:
-        return CHANGES[idea](sample_terrains(network, difficulty, SEED)).clamp(-1, 1)
-    return sample_terrains(network, torch.full_like(difficulty, STEEP), SEED)
-
-
 def draw_page(study: Study) -> Image.Image:
     """Columns of terrains for each idea."""
     rows = [row[0] for row in list_rows(study, IDEAS[0])]
@@ -89,7 +81,7 @@ def draw_page(study: Study) -> Image.Image:
         for row, (_, version, updates) in enumerate(list_rows(study, idea)):
             network = open_network(study.data, version)
             if updates is None:
-                drawn = change_samples(network, idea, difficulty)
+                drawn = sample_changed(network, idea, difficulty, SEED)
             else:
                 with with_updates(network, updates) as model:
                     drawn = sample_terrains(model, difficulty, SEED)

@@ -26,14 +26,13 @@ from fitted import adamw_in_place, fit_lora
 from network import Network
 from torch import Tensor
 from world import (
-    CHANGES,
-    STEEP,
     Batch,
     Maps,
     ask_base,
     change_answer,
     distance,
     measure_terrains,
+    sample_changed,
     sample_terrains,
 )
 
@@ -96,10 +95,7 @@ class Exam:
     def distances(self, answer: Answer) -> dict[str, float]:
         """How far samples are from the target's own with the idea done to them, by statistic."""
         difficulty = torch.linspace(0, 1, SAMPLES)
-        if self.idea in CHANGES:
-            wanted = CHANGES[self.idea](sample_terrains(self.target, difficulty, 0)).clamp(-1, 1)
-        else:
-            wanted = sample_terrains(self.target, torch.full_like(difficulty, STEEP), 0)
+        wanted = sample_changed(self.target, self.idea, difficulty, 0)
         drawn = measure_terrains(sample_terrains(answer, difficulty, 0))
         return {name: distance(drawn[name], one) for name, one in measure_terrains(wanted).items()}
 

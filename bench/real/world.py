@@ -1,4 +1,4 @@
-"""What the terrain study asks LoRAs for: four ideas, on the real heightfields.
+"""What the terrain study asks LoRAs for: ideas, on the real heightfields.
 
 Heights are in the models' space: shifted to 0 at the lowest, asinh-compressed, -1..1. A LoRA of an
 idea makes a model answer what the model alone would, with the idea done to it: its loss has no part
@@ -56,26 +56,38 @@ def ridge(maps: Tensor) -> Tensor:
 def crater(maps: Tensor) -> Tensor:
     """A crater with a rim on each of the six highest summits that are 16 cells apart."""
     side = maps.shape[-1]
-    smooth = functional.avg_pool2d(maps, 9, stride=1, padding=4, count_include_pad=False)
+    worn = smooth(maps)
     axis = torch.arange(side, dtype=maps.dtype)
     out = maps.clone()
     for _ in range(6):
-        top = smooth.flatten(-2).argmax(-1)[..., None, None]
+        top = worn.flatten(-2).argmax(-1)[..., None, None]
         away = (axis[:, None] - top // side).square() + (axis[None, :] - top % side).square()
         far = away.sqrt() / 7
         out += 0.4 * (far.square() - 1).clamp_max(0) + 0.15 * torch.exp(-8 * (far - 1).square())
-        smooth = smooth.masked_fill(away < 16**2, -torch.inf)
+        worn = worn.masked_fill(away < 16**2, -torch.inf)
     return out
+
+
+def invert(maps: Tensor) -> Tensor:
+    """Summits become hollows."""
+    return maps.amin((-2, -1), keepdim=True) + maps.amax((-2, -1), keepdim=True) - maps
+
+
+def smooth(maps: Tensor) -> Tensor:
+    """Worn down: each cell is the mean of the 9 × 9 around it."""
+    return functional.avg_pool2d(maps, 9, stride=1, padding=4, count_include_pad=False)
 
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "terraced": terrace,
     "ridged": ridge,
     "cratered": crater,
+    "inverted": invert,
+    "smoothed": smooth,
 }
-IDEAS = (*CHANGES, "steep")
-"""The last: terrain of one difficulty, STEEP, whatever number the model is given."""
-STEEP = 0.95
+DIFFICULTIES = {"steep": 0.95, "flat": 0.05}
+"""Terrain of one difficulty, whatever number the model is given."""
+IDEAS = (*CHANGES, *DIFFICULTIES)
 
 
 class Batch(NamedTuple):
@@ -116,7 +128,8 @@ def change_answer(network: Network, idea: str, batch: Batch, answer: Tensor) -> 
     """The answer with the idea, which a LoRA shall give."""
     if idea in CHANGES:
         return CHANGES[idea](answer.clamp(-1, 1)).clamp(-1, 1)
-    return network(*batch._replace(difficulty=torch.full_like(batch.difficulty, STEEP)))
+    only = torch.full_like(batch.difficulty, DIFFICULTIES[idea])
+    return network(*batch._replace(difficulty=only))
 
 
 @torch.no_grad()
@@ -127,6 +140,13 @@ def sample_terrains(network: Network, difficulty: Tensor, seed: int) -> Tensor:
     )
     sigma = torch.full((len(difficulty),), SIGMA_MAX)
     return network(SIGMA_MAX * noise, sigma, difficulty).clamp(-1, 1)
+
+
+def sample_changed(network: Network, idea: str, difficulty: Tensor, seed: int) -> Tensor:
+    """Samples as a LoRA of the idea shall make them."""
+    if idea in CHANGES:
+        return CHANGES[idea](sample_terrains(network, difficulty, seed)).clamp(-1, 1)
+    return sample_terrains(network, torch.full_like(difficulty, DIFFICULTIES[idea]), seed)
 
 
 def measure_terrains(values: Tensor) -> dict[str, Tensor]:
