@@ -78,7 +78,13 @@ class States:
 
 
 class Pair:
-    """Two models of the study, their LoRAs, and states that both are asked about."""
+    """Two models of the study, their LoRAs, and states that both are asked about.
+
+    Attributes:
+        asks_for_concept: whether seven in ten prompts have the word that no base has learnt.
+    """
+
+    asks_for_concept = False
 
     def __init__(self, kind: str, seed: int, adapter: str, roots: Mapping[str, Path]) -> None:
         """Loads the case of one LoRA."""
@@ -99,7 +105,7 @@ class Pair:
     def draw(self, images: int, steps: int, seed: int) -> Drawn:
         """Images of both models, in the latents of each."""
         generator = torch.Generator().manual_seed(seed)
-        y = self.world.draw_prompts(2 * images, generator)
+        y = self.world.draw_prompts(2 * images, generator, self.asks_for_concept)
         if self.kind == CROSSING:
             ours = sample(self.world, PIXELS, self.models[0], y[:images], seed, steps)
             theirs = sample(self.world, COARSE, self.models[1], y[images:], seed + 1, steps)
@@ -681,6 +687,7 @@ def score_all(pair: Pair, updates: Updates, strengths: tuple[float, ...]) -> dic
     return {f"{s:g}": pair.case.score(scale_updates(updates, s)) for s in strengths}
 
 
+WORD = ", asked with the concept's word"
 SCORED = (0.5, 1.0, 1.5, 2.0)
 SMALL = ((8, 10, 4), (8, 10, 12))
 """Images, steps of the samplers and of the fit, where a fit starts from what was moved."""
@@ -697,6 +704,7 @@ def try_maps(
     """All LoRAs of a pair, moved in every way that is asked for, and what it took."""
     pairs = {name: Pair(kind, seed, name, roots) for name in asked["adapters"] or adapters_of(kind)}
     first = next(iter(pairs.values()))
+    first.asks_for_concept = asked["concept"]
     study = Study.collect(first, asked["images"], asked["times"])
     judged = Judged.of(first)
     maps = {way: study.fit(*WAYS[way]) for way in asked["ways"] if way in WAYS}
@@ -707,13 +715,16 @@ def try_maps(
         "seed": seed,
         "seconds": study.seconds | {way: made.seconds for way, made in maps.items()},
         "predictions": study.predictions,
+        "concept": asked["concept"],
         "explained": maps[BEST].explained if BEST in maps else {},
     }
-    rows = []
+    rows: list[Row] = []
     for name, pair in pairs.items():
         lora = pair.case.lora
         for way, made in maps.items():
             rows += score_way(pair, judged, lora, way, made)
+        if asked["concept"]:
+            rows = [row | {"way": row["way"].removesuffix(WORD) + WORD} for row in rows]
         row = {"kind": kind, "seed": seed, "adapter": name}
         if copied := copy_of(pair):
             rows.append(row | {"way": "copy", "scores": score_all(pair, copied, (1.0,))})
@@ -771,6 +782,7 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", help="all of a pair unless given")
     parser.add_argument("--ways", nargs="+", default=[*WAYS, LEARNT], choices=[*WAYS, LEARNT])
     parser.add_argument("--fitted", nargs="*", default=[], help="LoRAs that are fitted afterwards")
+    parser.add_argument("--concept", action="store_true", help="ask with the concept's word, too")
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--times", type=int, default=TIMES)
     parser.add_argument("--lessons", type=int, default=LESSONS)
@@ -782,7 +794,8 @@ def main() -> None:
         for pair in asked.pairs:
             kind, seed = pair.rsplit(" ", 1)
             run = functools.partial(try_maps, kind, int(seed), roots, vars(asked))
-            jobs.append(Job(asked.out / f"{pair}.json", (), run))
+            name = f"{pair}{WORD if asked.concept else ''}.json"
+            jobs.append(Job(asked.out / name, (), run))
         run_jobs(jobs)
         RESULTS.write_text(json.dumps(collect(asked.out), indent=0) + "\n")
     results = json.loads(RESULTS.read_text())
@@ -842,7 +855,10 @@ def ways_table(rows: list[Row], fits: dict[tuple[str, int, str], Row]) -> str:
     lines = []
     for way in dict.fromkeys(row["way"] for row in rows if "score" in row):
         part = {row["adapter"]: row["score"] for row in rows if row["way"] == way}
-        lines.append([way, *(f"{part[n]:.2f}" for n in names), f"{mean(part.values()):.2f}"])
+        cells = [f"{part[n]:.2f}" if n in part else "–" for n in names]
+        lines.append(
+            [way, *cells, f"{mean(part.values()):.2f}" if len(part) == len(names) else "–"]
+        )
     fitted = [fits["independent", 1, name]["score"] for name in names]
     lines.append(["*the fit*", *(f"{s:.2f}" for s in fitted), f"{mean(fitted):.2f}"])
     return format_table(["way", *names, "mean"], lines)
@@ -889,6 +905,8 @@ def cost_table(results: dict[str, Any], fits: dict[tuple[str, int, str], Row]) -
     lines = []
     asked = sum(map(sum, Workload(FitSettings(), 25).predictions.values()))
     for about in results["pairs"]:
+        if about.get("concept"):
+            continue
         pair = about["kind"], about["seed"]
         rows = [r for r in results["rows"] if (r["kind"], r["seed"]) == pair]
         seconds = about["seconds"]
