@@ -544,7 +544,7 @@ class Judged:
         }
 
 
-def learn_maps(study: Study, maps: Maps, steps: int = LESSONS) -> Maps:
+def learn_maps(study: Study, maps: Maps, steps: int, images: int) -> Maps:
     """Maps that were taught on LoRAs of the source that are made of what its modules read and send.
 
     Rows of A are drawn like what a module reads, columns of B like what reaches its output, as
@@ -566,7 +566,7 @@ def learn_maps(study: Study, maps: Maps, steps: int = LESSONS) -> Maps:
     optimiser = torch.optim.AdamW(places, weight_decay=0.0)
     generator = torch.Generator().manual_seed(9)
     draw_lora = random_loras(study, generator)
-    drawn = pair.draw(IMAGES, STEPS, seed=11)
+    drawn = pair.draw(images, STEPS, seed=11)
     states = pair.states(drawn, -(-steps * LESSON_STATES // len(drawn.prompts)), 13, LESSON_STATES)
     for step, asked in zip(range(steps), states, strict=False):
         for place in optimiser.param_groups:
@@ -709,7 +709,7 @@ def try_maps(
     judged = Judged.of(first)
     maps = {way: study.fit(*WAYS[way]) for way in asked["ways"] if way in WAYS}
     if LEARNT in asked["ways"]:
-        maps[LEARNT] = learn_maps(study, maps[BEST], asked["lessons"])
+        maps[LEARNT] = learn_maps(study, maps[BEST], asked["lessons"], asked["images"])
     about = {
         "kind": kind,
         "seed": seed,
@@ -739,8 +739,10 @@ def try_maps(
 
 def copy_of(pair: Pair) -> Updates:
     """The LoRA as it is, on the modules of equal shape."""
+    if pair.kind == "resized":
+        return {}
     if isinstance(pair.case, Case):
-        return {} if pair.kind == "resized" else pair.case.copied()
+        return pair.case.copied()
     inner = backbone(pair.models[1])
     return {
         name: update
