@@ -87,7 +87,7 @@ def test_the_script_writes_a_row_for_every_lora_and_way(monkeypatch, tmp_path):
     monkeypatch.setattr(pair_maps, "Pair", lambda *_: pair)
     asked = {"adapters": ["neon"], "images": 4, "times": 24, "lessons": 1, "fitted": []}
     asked["concept"] = False
-    asked["ways"] = [*pair_maps.WAYS, pair_maps.LEARNT]
+    asked["ways"] = ["outputs, whitened", pair_maps.BEST, pair_maps.LEARNT]
     pair_maps.try_maps("resized", 1, {}, asked, tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {*asked["ways"], f"{pair_maps.BEST}; parts"} <= {row["way"] for row in rows}

@@ -810,6 +810,7 @@ def collect(folder: Path) -> dict[str, Any]:
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     made = {
         "script": "bench/quality/pair_maps.py",
+        "command": "python pair_maps.py --work icons --crossed crossing --out maps --pairs PAIR",
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": git("log", "-1", "--format=%cs"),
         "torch": torch.__version__,
@@ -855,7 +856,8 @@ def ways_table(rows: list[Row], fits: dict[tuple[str, int, str], Row]) -> str:
     rows = [row for row in rows if (row["kind"], row["seed"]) == ("independent", 1)]
     names = adapters_of("independent")
     lines = []
-    for way in dict.fromkeys(row["way"] for row in rows if "score" in row):
+    ways = dict.fromkeys(row["way"] for row in rows if "score" in row)
+    for way in sorted(ways, key=lambda way: WORD in way):
         part = {row["adapter"]: row["score"] for row in rows if row["way"] == way}
         cells = [f"{part[n]:.2f}" if n in part else "–" for n in names]
         lines.append(
