@@ -58,8 +58,8 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
     apart = isinstance(error, prolora.UnrelatedBases)
     if apart and in_fit:
         return (
-            "The fit did not succeed: samples that it did not see show that the two models behave "
-            "too differently for this LoRA. Nothing was written."
+            "Running both models did not help: they behave too differently for this LoRA, as new "
+            "images show. Nothing was written."
         )
     if apart:
         return (

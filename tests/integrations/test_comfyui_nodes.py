@@ -250,6 +250,19 @@ def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, model
     assert words.explain(prolora.ProLoRAError("`match='name'`")).startswith("This LoRA cannot")
 
 
+def test_every_input_and_output_says_what_it_is_in_words_that_artists_know(pack):
+    for name, node in pack.NODE_CLASS_MAPPINGS.items():
+        inputs = node.INPUT_TYPES()
+        known = {**inputs["required"], **inputs.get("optional", {})}
+        drawing = {*CORE, "seed", "steps", "cfg"}  # core's own, with its words
+        told = [known[one][1]["tooltip"] for one in known if one not in drawing]
+        assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES), name
+        for text in (node.DESCRIPTION, *told, *node.OUTPUT_TOOLTIPS):
+            assert text.endswith(".") and text[0] == text[0].upper() or text.startswith("auto ")
+            foreign = r"weights|energy|modul|matri|denoiser|decoder|pipeline(?!s, which are folders)"
+            assert not re.search(foreign, text), text
+
+
 def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models):
     def transformer(blocks):
         generator = torch.Generator().manual_seed(3)
@@ -629,7 +642,7 @@ def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, f
 @pytest.mark.slow
 def test_a_fit_that_does_not_succeed_writes_nothing(pack, models, fit_quickly):
     fit_quickly(force=False)
-    assert "The fit did not succeed" in refuse(pack, **APART, method="best")
+    assert "Running both models did not help" in refuse(pack, **APART, method="best")
     assert not (models / "loras" / "zz-moved").exists()
 
 
