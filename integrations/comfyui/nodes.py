@@ -242,8 +242,9 @@ class LoadMovedLora(_ProloraNode):
         )
         clip = ("CLIP", {"tooltip": "Its text encoder, for LoRAs that change it too."})
         inputs |= {"optional": {"clip": clip}, "hidden": _HIDDEN}
-        for name in ("strength_model", "strength_clip"):
-            inputs["required"][name] = ("FLOAT", _STRENGTH | {"tooltip": "As in Load LoRA."})
+        for name, of in (("strength_model", "model"), ("strength_clip", "text encoder")):
+            tooltip = f"How strongly the LoRA changes the {of}, as in Load LoRA."
+            inputs["required"][name] = ("FLOAT", _STRENGTH | {"tooltip": tooltip})
         inputs["required"]["method"] = _list_inputs()["method"]
         return inputs
 

@@ -258,8 +258,10 @@ def test_every_input_and_output_says_what_it_is_in_words_that_artists_know(pack)
         told = [known[one][1]["tooltip"] for one in known if one not in drawing]
         assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES), name
         for text in (node.DESCRIPTION, *told, *node.OUTPUT_TOOLTIPS):
-            assert text.endswith(".") and text[0] == text[0].upper() or text.startswith("auto ")
-            foreign = r"weights|energy|modul|matri|denoiser|decoder|pipeline(?!s, which are folders)"
+            assert (text.endswith(".") and text[0] == text[0].upper()) or text.startswith("auto ")
+            foreign = (
+                r"weights|energy|modul|matri|denoiser|decoder|pipeline(?!s, which are folders)"
+            )
             assert not re.search(foreign, text), text
 
 
