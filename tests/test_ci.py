@@ -20,15 +20,37 @@ pytestmark = pytest.mark.skipif(
 # starts a process that would go on for minutes, then by the README's command.
 PIP = """#!/bin/bash
 case "$*" in
-  *mypy*) sleep 300 & echo $! >>"$NOTES/children"; wait ;;
-  *test,demo*) until [ -s "$NOTES/children" ]; do sleep 0.02; done
-    touch "$NOTES/reached"; eval "$INSTALL" ;;
+  *mypy*) if [ -n "$HANGS" ]; then sleep 300 & echo $! >>"$NOTES/children"; wait; fi ;;
+  *test,demo*) until [ -z "$HANGS" ] || [ -s "$NOTES/children" ]; do sleep 0.02; done
+    eval "$INSTALL" ;;
+  *demo*) eval "$INSTALL" ;;
 esac
 """
 PYTHON = """#!/bin/bash
-if [ "$1 $2" != "-m venv" ]; then exec "$PYTHON" "$@"; fi
-mkdir -p "$3/bin" && touch "$3/bin/activate"
+case "$1 $2" in
+  "-m venv") mkdir -p "$3/bin" && touch "$3/bin/activate" ;;
+  "-m ziglang" | docs/* | tests/*) ;;
+  *) exec "$PYTHON" "$@" ;;
+esac
 """
+INSTALL = """
+at=$(echo "$TMPDIR"/tmp.*/venv)/lib/python3/site-packages/prolora-0.dist-info
+mkdir -p "$at"
+echo "Tag: py3-none-any" >"$at/WHEEL"
+touch "$at/RECORD"
+"""
+# Each run of the tests says its arguments; the first also where the extension ran.
+PYTEST = """#!/bin/bash
+if [ -n "$PROLORA_LIST_EXTENSION_TESTS" ]; then
+  printf 'tests/core/test_%s.py\\n' a b a >"$PROLORA_LIST_EXTENSION_TESTS"
+fi
+echo "pytest $*"
+"""
+PROLORA = """#!/bin/bash
+echo "prolora $*" >>"$NOTES/prolora"
+mkdir -p prolora-demo
+"""
+NAMES = ("pip", "python", "python3", "pytest", "prolora", "ruff", "clang-format", "node", "mypy")
 
 
 @pytest.fixture
@@ -36,8 +58,9 @@ def begun(tmp_path):
     """Starts `.ci/run` with stand-ins; what its README's command does is a line of shell."""
     tools, started = tmp_path / "tools", []
     tools.mkdir()
-    scripts = {"pip": PIP, "python3": PYTHON}
-    for name in ("pip", "python3", "ruff", "clang-format", "node"):
+    scripts = {"pip": PIP, "python": PYTHON, "python3": PYTHON, "pytest": PYTEST}
+    scripts["prolora"] = PROLORA
+    for name in (*NAMES, "mkdocs"):
         (tools / name).write_text(scripts.get(name, "#!/bin/bash\n"))
         (tools / name).chmod(0o755)
     known = {
@@ -47,11 +70,11 @@ def begun(tmp_path):
         "TMPDIR": str(tmp_path),
     }
 
-    def begin(install):
+    def begin(install, hangs="yes"):
         started.append(
             subprocess.Popen(
                 [ROOT / ".ci" / "run"],
-                env=os.environ | known | {"INSTALL": install},
+                env=os.environ | known | {"INSTALL": install, "HANGS": hangs},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -88,9 +111,9 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
-def check_nothing_is_left(notes):
-    (child,) = list_children(notes)
-    wait_until(lambda: not is_alive(child))
+def check_nothing_is_left_of(notes):
+    for child in list_children(notes):
+        wait_until(lambda child=child: not is_alive(child))
     assert not list(notes.glob("tmp.*")), "the folder of the run is left"
 
 
@@ -98,7 +121,8 @@ def test_a_step_that_fails_ends_what_runs_beside_it_with_its_children(begun, tmp
     run = begun("exit 7")
     said = run.communicate(timeout=60)[0]
     assert run.returncode != 0, said
-    check_nothing_is_left(tmp_path)
+    assert list_children(tmp_path)
+    check_nothing_is_left_of(tmp_path)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -108,6 +132,18 @@ def test_a_run_that_is_stopped_ends_its_step_and_what_runs_beside_it(begun, tmp_
     run.send_signal(sign)
     run.communicate(timeout=60)
     assert run.returncode != 0
-    for child in list_children(tmp_path):
-        wait_until(lambda child=child: not is_alive(child))
-    assert not list(tmp_path.glob("tmp.*")), "the folder of the run is left"
+    check_nothing_is_left_of(tmp_path)
+
+
+def test_a_run_in_which_nothing_fails_takes_every_step_and_ends_with_the_tests(begun, tmp_path):
+    run = begun(INSTALL, hangs="")
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 0, said
+    steps = [line for line in said.splitlines() if line.startswith("=== done")]
+    assert len(steps) == said.count("\n=== ") - said.count("\n=== done") + 1 == 6, said
+    lines = said.splitlines()
+    assert lines[-1].startswith("pytest -n auto") and "tests/core/test_a.py" in lines[-2]
+    assert "pytest -n 2 --benchmark-disable bench" in lines
+    assert (tmp_path / "prolora").read_text().split("\n")[:-1] == ["prolora doctor", "prolora demo"]
+    assert not (ROOT / "prolora-demo").exists()
+    check_nothing_is_left_of(tmp_path)

@@ -30,7 +30,20 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def every_other(first):
+    """The families in turn with those of the other test; the rest is slow."""
+    return pytest.mark.parametrize(
+        "given",
+        [
+            pytest.param(id_, marks=() if i % 2 == first else pytest.mark.slow)
+            for i, id_ in enumerate(FAMILIES)
+        ],
+        indirect=True,
+        scope="module",
+    )
+
+
+@pytest.fixture(scope="module")
 def given(request):
     """A family, the class of its first published size, and an adapter of that; made once."""
     model = make_model(request.param)
@@ -68,6 +81,7 @@ def check_layers(model, adapter, name):
         assert layers[path].scaling[name] == 1
 
 
+@every_other(0)
 def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, monkeypatch):
     id_, model, adapter = given
     if not hasattr(model, "load_lora_adapter"):
@@ -90,6 +104,7 @@ def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, 
     check_layers(model, adapter, "first")
 
 
+@every_other(1)
 def test_peft_loads_the_folder_into_the_class_and_misses_no_key(given, tmp_path):
     _, model, adapter = given
     folder = str(tmp_path / "lora")

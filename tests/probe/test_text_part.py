@@ -23,6 +23,7 @@ from prolora.probe.recording.recorder import Recorder
 from prolora.probe.recording.wanted import wanted_changes
 from prolora.probe.settings import FitSettings
 from prolora.probe.updates import run_beside
+from prolora.workflow import measuring
 
 SETTINGS = FitSettings(
     ("cat", "dog cat"), images=2, steps=2, size=16, guidance=4.0, target_guidance=1.0
@@ -38,20 +39,7 @@ def room(tmp_path_factory) -> Path:
         tiny.save(folder / "source", seed=1)
         tiny.save(folder / "target", seed=1, text=12)
         source = pipelines.open_pipeline(folder / "source")
-    tensors = {}
-    generator = torch.Generator().manual_seed(3)
-    for prefix, model, leaf in (
-        ("lora_unet", source.denoiser, ("attn1.to_v", "attn2.to_v")),
-        ("lora_te_text_model", source.pipe.text_encoder, ("mlp.fc1", "mlp.fc2")),
-    ):
-        for name, module in model.named_modules():
-            if name.endswith(leaf):
-                key = f"{prefix}_{name.replace('.', '_')}"
-                m, n = module.weight.shape
-                tensors[f"{key}.lora_up.weight"] = torch.randn(m, 2, generator=generator)
-                tensors[f"{key}.lora_down.weight"] = torch.randn(2, n, generator=generator)
-                tensors[f"{key}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, folder / "lora.safetensors")
+    tiny.write_lora_with_text(folder / "lora.safetensors", source.pipe)
     return folder
 
 
@@ -230,6 +218,7 @@ def test_a_measurement_asks_both_models_with_what_both_text_encoders_hold(room, 
 
 
 def test_a_measurement_asks_the_source_as_diffusers_runs_the_file(room, seen, monkeypatch):
+    monkeypatch.setattr(measuring, "TRIAL_STEPS", 1)
     theirs = pipelines.open_pipeline(room / "source")
     theirs.pipe.load_lora_weights(room / "lora.safetensors")
     given = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
@@ -252,7 +241,7 @@ def test_a_measurement_asks_the_source_as_diffusers_runs_the_file(room, seen, mo
     assert not all(torch.allclose(entry, beside, atol=1e-2) for entry in of_source)
 
 
-@pytest.mark.parametrize("target", ["target", "source"])
+@pytest.mark.parametrize("target", ["target", pytest.param("source", marks=pytest.mark.slow)])
 def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
     room, target, tmp_path
 ):

@@ -13,6 +13,7 @@ import prolora
 from prolora import InvalidOption, ShapeMismatch, UnsupportedFormat
 from prolora.adapters.reading import read_adapter
 from prolora.probe.settings import FitSettings
+from prolora.workflow import measuring
 
 FEW = FitSettings(("cat", "dog"), images=2, steps=3)
 
@@ -143,7 +144,8 @@ def test_a_measurement_samples_the_prompts_that_the_header_leads_to(pipes, monke
     assert seen and any("zorp" in prompt for prompt in seen)
 
 
-def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes):
+def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes, monkeypatch):
+    monkeypatch.setattr(measuring, "TRIAL_STEPS", 1)
     folder, _ = pipes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
