@@ -13,7 +13,6 @@ import prolora
 from prolora import InvalidOption, ShapeMismatch, UnsupportedFormat
 from prolora.adapters.reading import read_adapter
 from prolora.probe.settings import FitSettings
-from prolora.workflow import measuring
 
 FEW = FitSettings(("cat", "dog"), images=2, steps=3)
 
@@ -144,8 +143,7 @@ def test_a_measurement_samples_the_prompts_that_the_header_leads_to(pipes, monke
     assert seen and any("zorp" in prompt for prompt in seen)
 
 
-def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes, monkeypatch):
-    monkeypatch.setattr(measuring, "TRIAL_STEPS", 1)
+def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes):
     folder, _ = pipes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,7 +152,7 @@ def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes, monkeypatch)
             folder / "source",
             folder / "apart",
             folder / "lora.safetensors",
-            measure=replace(FEW, target_steps=1, target_guidance=1.0),
+            measure=replace(FEW, images=1, steps=2, target_steps=1, target_guidance=1.0),
         )
     assert not advice.go
     assert advice.verb == "fit"
