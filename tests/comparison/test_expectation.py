@@ -96,6 +96,7 @@ def test_a_quantile_of_equal_weights_is_the_usual_one(quality):
     assert find_quantile(values, [1.0] * 5, 0.2) == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_no_rule_with_more_constants_is_needed_by_the_stored_scores(quality):
     """In either world the shipped rule loses little to the best fixed copy of each kind."""
     import left_out

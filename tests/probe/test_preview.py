@@ -17,7 +17,6 @@ import tiny_pipelines as tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
 from test_swapping import Card
 from torch import Tensor
 from typer.testing import CliRunner
@@ -48,20 +47,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.save(folder / "velocity", seed=6, text=12, kind="v_prediction")
         make.save_sdxl(folder / "other")
         source = pipelines.open_pipeline(folder / "source")
-    tensors = {}
-    generator = torch.Generator().manual_seed(3)
-    for prefix, model, leaf in (
-        ("lora_unet", source.denoiser, ("attn1.to_v", "attn2.to_v")),
-        ("lora_te_text_model", source.pipe.text_encoder, ("mlp.fc1", "mlp.fc2")),
-    ):
-        for name, module in model.named_modules():
-            if name.endswith(leaf):
-                key = f"{prefix}_{name.replace('.', '_')}"
-                m, n = module.weight.shape
-                tensors[f"{key}.lora_up.weight"] = 0.5 * torch.randn(m, 2, generator=generator)
-                tensors[f"{key}.lora_down.weight"] = torch.randn(2, n, generator=generator)
-                tensors[f"{key}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, folder / "lora.safetensors")
+    tiny.write_lora_with_text(folder / "lora.safetensors", source.pipe, 0.5)
     return folder
 
 
