@@ -42,8 +42,7 @@ METHODS = (
 FITTED = ("fit", "fit, fitted", "adamw, fitted")
 DIRECTIONS = {"forward": "0.4.1 → 0.4.2", "back": "0.4.2 → 0.4.1"}
 CHANGED = {
-    "merged 1": "0.4.1 → with one LoRA merged in",
-    "merged 2": "0.4.1 → with two merged in",
+    "merged": "0.4.1 → with two LoRAs merged in",
     "far": "0.4.1 → trained to another look",
 }
 
