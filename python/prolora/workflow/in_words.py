@@ -239,7 +239,8 @@ def tell_fit(
             f"the LoRA does to {source}.",
         )
     lines += [why] if why else []
-    lines.append("Next: try it at strength 1, and less where it is too strong.")
     if is_refused:
+        lines.append("Next: draw some images with it and without it before you use it.")
         return InWords("⚠", "Do not expect much: the fit did not succeed.", (*lines,), cautions)
+    lines.append("Next: try it at strength 1, and less where it is too strong.")
     return InWords("✔", f"This should work on {target}.", (*lines,), cautions)
