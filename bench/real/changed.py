@@ -1,7 +1,7 @@
 """Targets made of the first terrain model, which try the constants that its child cannot try.
 
 Drift between the two wheels is 0.3 %, which every rule copies. Merged LoRAs and another look move
-the weights as far as targets of the other worlds did.
+the weights two to three times as far.
 """
 
 from __future__ import annotations

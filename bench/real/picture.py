@@ -26,7 +26,7 @@ from torch.nn import functional
 from world import sample_changed, sample_terrains
 
 IDEAS = ("ridged", "steep")
-"""Those that LoRAs of this size learn."""
+"""Of those that LoRAs of this size learn, the ones that were fitted."""
 SHOWN, SIDE, GAP, LABEL, LINE = 3, 128, 6, 190, 22
 SEED = 11
 

@@ -175,7 +175,8 @@ def collect(study: Study) -> dict[str, Any]:
             for job in study.score_jobs(direction, which)
         )
         if moved is None:
-            missing += [which.name(direction)] if direction in DIRECTIONS else []
+            if direction in DIRECTIONS or (adapter, seed) == ("lora-16", 0):
+                missing.append(which.name(direction))
             continue
         row = {"direction": direction, **asdict(which), **moved}
         row["verdict"]["size"] = measure_size(study, every[direction][0], which)

@@ -123,7 +123,7 @@ def expect_auto(row: Row) -> Expectation:
 
 
 def constants_table(rows: list[Row]) -> str:
-    """What the constants do on each target: none of them was fitted to one of these."""
+    """What the constants do on each target, and what is expected there."""
     lines = []
     for name, title in (DIRECTIONS | CHANGED).items():
         part = [row for row in rows if row["direction"] == name]

@@ -152,7 +152,7 @@ def make_progress() -> Callable[[int, int, str], None]:
     def progress(done: int, total: int, name: str) -> None:
         nonlocal bar, last_shown, foreseen
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if done < bar.current or total != bar.total:
+        if done < bar.current or max(1, total) != bar.total:
             # Another stage: the bar of the one before would stay full until this one is far beyond.
             bar = comfy.utils.ProgressBar(max(1, total))
         bar.update_absolute(done)

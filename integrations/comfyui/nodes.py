@@ -240,7 +240,7 @@ class LoadMovedLora(_ProloraNode):
             *("lora", "trained_on", "use_on", "aim"),
             model=("MODEL", {"tooltip": "The model under “use on”, loaded."}),
         )
-        clip = ("CLIP", {"tooltip": "Its text encoder, for LoRAs that change it too."})
+        clip = ("CLIP", {"tooltip": "The text encoder of the model, for LoRAs that change it too."})
         inputs |= {"optional": {"clip": clip}, "hidden": _HIDDEN}
         for name, of in (("strength_model", "model"), ("strength_clip", "text encoder")):
             tooltip = f"How strongly the LoRA changes the {of}, as in Load LoRA."
@@ -292,8 +292,8 @@ class BeforeAndAfter(_ProloraNode):
         inputs = _take(
             *("lora", "trained_on", "use_on", "aim"),
             model=("MODEL", {"tooltip": "The model under “use on”, loaded."} | link),
-            clip=("CLIP", {"tooltip": "Its text encoder."} | link),
-            vae=("VAE", {"tooltip": "Its VAE."} | link),
+            clip=("CLIP", {"tooltip": "The text encoder of the loaded model."} | link),
+            vae=("VAE", {"tooltip": "The VAE of the loaded model."} | link),
             latent_image=("LATENT", {"tooltip": "An empty latent image: the size to draw."} | link),
         )
         inputs["required"] |= {

@@ -182,7 +182,7 @@ def test_the_command_writes_a_page_and_no_lora(room, tmp_path, monkeypatch):
     assert code == 0 and is_own(tmp_path / "lora-preview.html", "report")
 
 
-def test_its_json_names_the_page_and_is_no_dry_run(room, tmp_path, monkeypatch):
+def test_its_json_names_the_page_and_has_a_status_of_its_own(room, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, told = run(room, "--json")
     assert code == 0

@@ -176,7 +176,7 @@ class Comparison:
         if self.verdict.related:
             return (
                 f"Same lineage: the paired weights point the same way (cosine {cosine:.2f}, where "
-                f"models trained apart have 0) and differ by {drift:.0%} of their norm."
+                f"models trained apart have 0) and differ by {drift:.2g} of their norm."
             )
         return (
             f"No common lineage: the paired weights do not point the same way (cosine "

@@ -23,7 +23,7 @@ ALIKE_RATIO = 0.4
 """Bases whose drift is a smaller part of the LoRA's own size are alike, whatever it looks like."""
 
 ALIKE_DRIFT = 0.06
-"""Of bases that are judged without a LoRA: the same in the mean over measured LoRAs."""
+"""The same of bases that are judged without a LoRA: 0.4 times the usual size of measured ones."""
 
 ALIKE_SPREAD = 0.45
 """From this spread on, too; targets of another look were seen up to 0.43."""

@@ -68,7 +68,8 @@ class Verdict:
         drift: ‖W_t − W_s‖/‖W_s‖ over the modules that matter.
         cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) over them.
         spread: over how many directions the drift is spread, see `Affinity.spread`.
-        size: ‖ΔW_s‖/‖W_s‖ of the LoRA over its modules; None where no LoRA is asked about.
+        size: ‖ΔW_s‖/‖W_s‖ of the LoRA over the modules that were compared; None where no LoRA is
+            asked about.
     """
 
     drift: float
@@ -132,7 +133,9 @@ class Verdict:
 
     def sentence(self) -> str:
         """The verdict in plain words, with the numbers behind it."""
-        facts = f"drift {self.drift:.2f}, cosine {self.cosine:.2f}, spread {self.spread:.2f}"
+        facts = f"drift {self.drift:.2g}, cosine {self.cosine:.2f}, spread {self.spread:.2f}"
+        if self.size and math.isfinite(self.drift):
+            facts += f"; the drift is {self.drift / self.size:.2g} of the size of this LoRA"
         if not self.related:
             return (
                 f"No-go: the weights of these bases have nothing in common ({facts}); they were "
@@ -169,10 +172,7 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
 
 
 METHOD_REASONS = {
-    "copy": (
-        "the target looks like a continued training or a merge of the source, which the LoRA "
-        "already fits"
-    ),
+    "copy": "nothing in the weights of the two models shows where the LoRA should be weaker",
     "damped": (
         "the target was fine-tuned, so the LoRA is weakened where the two models differ, and "
         "images keep the target's look; `look='lora'` copies it, and keeps the look that it was "

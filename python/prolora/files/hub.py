@@ -88,7 +88,7 @@ def find_hub_id(source: str | os.PathLike[str]) -> HubId | None:
 
 
 def is_broken_id(source: str | os.PathLike[str]) -> bool:
-    """Whether it begins with `hf://` and is no id; its reader says how one is written."""
+    """Whether it begins with `hf://` and is not an id; its reader says how one is written."""
     try:
         find_hub_id(source)
     except UnsupportedFormat:

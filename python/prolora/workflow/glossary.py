@@ -14,7 +14,7 @@ GLOSSARY = {
     "norm": "ratio of the norms of the update, target to source",
     "drift": "‖W_t − W_s‖/‖W_s‖ of the two models' weights: 0 if equal, 1.4 if trained apart",
     "size of a LoRA": (
-        "‖ΔW‖/‖W‖ over its modules: a drift of less than 0.4 of it leaves the LoRA what it is"
+        "‖ΔW‖/‖W‖ over its modules: where the drift is less than 0.4 of it, copies did well"
     ),
     "cosine": "⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) of the two models' weights: 1 if equal, 0 if trained apart",
     "Φ": "overlap of the leading subspaces of the two models' weights, left and right, 0 … 1",

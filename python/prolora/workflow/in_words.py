@@ -147,8 +147,8 @@ def tell_method(method: str, source: str, target: str, verdict: Verdict | None) 
     if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
         if classify(verdict, cut=False) == CHANGED:
             return (
-                f"prolora copied the LoRA unchanged: {target} differs too little from {source} to "
-                "say where to weaken it, but not little beside what this LoRA changes."
+                "prolora copied the LoRA unchanged: nothing in the two models' weights shows where "
+                "to weaken it."
             )
         return (
             f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "

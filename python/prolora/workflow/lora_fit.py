@@ -67,7 +67,7 @@ class LoraFit:
         text = (
             f"{self.paired} of the LoRA's {self.modules} modules have a place on the target, with "
             f"{self.kept_energy:.0%} of its energy. Where its energy lies the bases differ by "
-            f"{self.drift:.2f} of their norm, over all modules by {bases_drift:.2f}."
+            f"{self.drift:.2g} of their norm, over all modules by {bases_drift:.2g}."
         )
         if self.stranger_energy > 0:
             text += (

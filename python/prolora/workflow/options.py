@@ -345,7 +345,7 @@ class FileChanges(TypedDict, total=False):
 
 
 class MadeChanges(FileChanges, total=False):
-    """And of one whose updates are computed from others."""
+    """Keywords of a command whose updates are computed from others."""
 
     out_rank: OutRank
     vectors: VectorsMode
@@ -360,7 +360,7 @@ class ResourceChanges(TypedDict, total=False):
 
 
 class BaseChanges(ResourceChanges, total=False):
-    """And of one that keeps what it computes of a base."""
+    """Keywords of a command that keeps what it computes of a base."""
 
     cache: str | PathLike[str] | None
 

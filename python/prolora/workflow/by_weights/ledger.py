@@ -15,7 +15,7 @@ from ...core.affinity import Affinity
 from ...core.lowrank import LowRank
 from ...core.methods import Method, find_method
 from ...core.precision import is_finite
-from ...core.verdict import Verdict
+from ...core.verdict import STRANGE_COSINE, Verdict
 from ...errors import NonFiniteWeights, ProLoRAError
 from ..block_weights import LEFT_OUT, BlockWeights, list_base_blocks
 from ..module_report import Measures, ModuleReport
@@ -143,9 +143,15 @@ class Ledger:
             verdict: on the two bases.
             affinities: target module -> affinity.
         """
-        pairs = [pair for pair in self.plan.pairs if pair.target in affinities]
-        weights = math.fsum(affinities[pair.target].source for pair in pairs)
-        updates = math.fsum(self.rows[pair].energy for pair in pairs)
+        weights, updates = 0.0, 0.0
+        for pair in self.plan.pairs:
+            affinity = affinities.get(pair.target)
+            if affinity is None or affinity.cosine < STRANGE_COSINE:  # as the verdict leaves out
+                continue
+            is_cut = pair.source in self.uncut  # and its row has the energy before that
+            update = self.adapter.updates[pair.source]
+            updates += update.norm().square().item() if is_cut else self.rows[pair].energy
+            weights += affinity.source
         return replace(verdict, size=math.sqrt(updates / weights) if weights else None)
 
     def weigh_rows(self) -> None:
