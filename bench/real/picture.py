@@ -20,7 +20,7 @@ from loras import read_lora
 from PIL import Image, ImageDraw, ImageFont
 from rows import make_case, with_updates
 from safetensors.torch import load_file
-from study import Study, Which, open_network
+from study import VERSIONS, Study, Which, open_network
 from torch import Tensor
 from torch.nn import functional
 from world import sample_changed, sample_terrains
@@ -55,7 +55,8 @@ def list_rows(study: Study, idea: str) -> Iterator[tuple[str, str, dict | None]]
         return read_lora(load_file(path))
 
     own = read(study.lora_path("0.4.1", which))
-    case = make_case((open_network(study.data, "0.4.1"), open_network(study.data, "0.4.2")), own)
+    source, target = (open_network(study.base_path(name)) for name in VERSIONS)
+    case = make_case((source, target), own)
     yield "0.4.1", "0.4.1", {}
     yield "  what is asked of it", "0.4.1", None
     yield "0.4.1 + its LoRA", "0.4.1", own
@@ -79,7 +80,7 @@ def draw_page(study: Study) -> Image.Image:
         left = LABEL + column * (SHOWN * SIDE + GAP)
         pen.text((left + SHOWN * SIDE // 2, 2), idea, fill=0, font=font, anchor="ma")
         for row, (_, version, updates) in enumerate(list_rows(study, idea)):
-            network = open_network(study.data, version)
+            network = open_network(study.base_path(version))
             if updates is None:
                 drawn = sample_changed(network, idea, difficulty, SEED)
             else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from contenders import (
+    CHOSEN,
     STRENGTHS,
     Case,
     Updates,
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[[Case], Updates]] = {
     "casa, arbitration alone": functools.partial(arbitrate, gives_drift_back=False),
     "extracted": extract_difference,
 }
+DAMPED = {label: method for label, method in CHOSEN.items() if label.startswith("damped")}
 FITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "fit": nullcontext,
     "adamw": adamw_in_place,
@@ -100,11 +102,13 @@ class Exam:
         return {name: distance(drawn[name], one) for name, one in measure_terrains(wanted).items()}
 
 
-def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:
+def score_methods(
+    source: Network, exam: Exam, lora: Updates, methods: Mapping[str, Callable[[Case], Updates]]
+) -> dict[str, Any]:
     """{"losses", "samples", "verdict"} of every way of moving the source's LoRA."""
     case = make_case((source, exam.target), lora)
     updates = {f"copy @ {s:g}": scale_updates(copy_updates(case), s) for s in STRENGTHS}
-    updates |= {label: method(case) for label, method in METHODS.items()}
+    updates |= {label: method(case) for label, method in methods.items()}
     answers: dict[str, Answer] = {
         label: functools.partial(answer_with, exam.target, moved)
         for label, moved in updates.items()

@@ -21,16 +21,19 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
+from changed import FAR, MERGED, merge_loras, train_far
 from jobs import Job, run_jobs
 from loras import ADAPTERS, read_lora, save_lora, save_updates, train_lora
 from network import Network, load_network
 from results import git, round_numbers
-from rows import FITS, Exam, score_fit, score_methods, score_oracle
-from safetensors.torch import load_file
+from rows import DAMPED, FITS, METHODS, Exam, score_fit, score_methods, score_oracle
+from safetensors.torch import load_file, save_file
 from world import IDEAS, Maps
 
 VERSIONS = ("0.4.1", "0.4.2")
 DIRECTIONS = {"forward": VERSIONS, "back": VERSIONS[::-1]}
+CHANGED = {name: (VERSIONS[0], name) for name in (*MERGED, FAR)}
+"""Moves to targets that are made here, which try the rule's constants."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,25 @@ class Study:
     questions: int
     fits: int  # seeds
 
+    def base_path(self, name: str) -> Path:
+        folder, suffix = (self.data, "onnx") if name in VERSIONS else (self.work, "base")
+        return folder / f"{name}.{suffix}"
+
+    def base_job(self, name: str) -> Job:
+        """Makes a changed target."""
+        whiches = [Which(idea, "lora-16", 0) for idea in MERGED.get(name, ())]
+        needs = tuple(self.lora_path(VERSIONS[0], one) for one in whiches)
+
+        def run(part: Path) -> None:
+            network = load_network(self.base_path(VERSIONS[0]))
+            if name == FAR:
+                train_far(network, open_maps(self.data), self.steps, self.batch)
+            else:
+                merge_loras(network, [read_lora(load_file(path)) for path in needs])
+            save_file(network.state_dict(), part)
+
+        return Job(self.base_path(name), needs, run)
+
     def lora_path(self, version: str, which: Which) -> Path:
         return self.work / "loras" / f"{which.name(version)}.safetensors"
 
@@ -64,25 +86,27 @@ class Study:
 
     def lora_job(self, version: str, which: Which) -> Job:
         def run(part: Path) -> None:
-            base, maps = open_network(self.data, version), open_maps(self.data)
+            base, maps = open_network(self.base_path(version)), open_maps(self.data)
             budget = self.steps, self.batch
             tensors = train_lora(base, maps, which.idea, which.adapter, which.seed, *budget)
             save_lora(part, tensors)
 
-        return Job(self.lora_path(version, which), (), run)
+        return Job(self.lora_path(version, which), (self.base_path(version),), run)
 
     def score_jobs(self, direction: str, which: Which) -> list[Job]:
         """For what is moved by weights, the LoRA trained on the target, and each kind of fit."""
-        source, target = DIRECTIONS[direction]
+        source, target = (DIRECTIONS | CHANGED)[direction]
+        bases = self.base_path(source), self.base_path(target)
+        methods = METHODS | (DAMPED if direction in CHANGED else {})
         own, oracle = self.lora_path(source, which), self.lora_path(target, which)
 
         def exam() -> Exam:
-            network = open_network(self.data, target)
+            network = open_network(bases[1])
             return Exam.of(network, which.idea, open_maps(self.data), self.questions)
 
         def moved(part: Path) -> None:
             lora = read_lora(load_file(own))
-            scores = score_methods(open_network(self.data, source), exam(), lora)
+            scores = score_methods(open_network(bases[0]), exam(), lora, methods)
             write_json(part, scores | {"commit": git("rev-parse", "--short", "HEAD")})
 
         def trained(part: Path) -> None:
@@ -90,7 +114,7 @@ class Study:
 
         def fitted(way: str, part: Path) -> None:
             lora = read_lora(load_file(own))
-            scores, moved = score_fit(open_network(self.data, source), exam(), lora, way)
+            scores, moved = score_fit(open_network(bases[0]), exam(), lora, way)
             save_updates(self.moved_path(direction, which, way), moved)
             write_json(part, scores)
 
@@ -98,10 +122,10 @@ class Study:
         fits = (
             Job(place / f"{name}-{way}.json", (own,), partial(fitted, way))
             for way in FITS
-            if which.seed < self.fits
+            if which.seed < self.fits and direction in DIRECTIONS
         )
         return [
-            Job(place / f"{name}-moved.json", (own,), moved),
+            Job(place / f"{name}-moved.json", (own, bases[1]), moved),
             Job(place / f"{name}-oracle.json", (oracle,), trained),
             *fits,
         ]
@@ -112,8 +136,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @cache
-def open_network(data: Path, version: str) -> Network:
-    return load_network(data / f"{version}.onnx").to(memory_format=torch.channels_last)
+def open_network(path: Path) -> Network:
+    """A base from the file of its wheel, or as it was changed here."""
+    if path.suffix == ".onnx":
+        network = load_network(path)
+    else:
+        network = Network().eval().requires_grad_(False)
+        network.load_state_dict(load_file(path))
+    return network.to(memory_format=torch.channels_last)
 
 
 @cache
@@ -127,14 +157,15 @@ def collect(study: Study) -> dict[str, Any]:
     A share is what a method takes away of the loss, over what the oracle takes away.
     """
     rows, missing = [], []
-    for direction, seed, idea, adapter in itertools.product(DIRECTIONS, range(3), IDEAS, ADAPTERS):
+    every = DIRECTIONS | CHANGED
+    for direction, seed, idea, adapter in itertools.product(every, range(3), IDEAS, ADAPTERS):
         which = Which(idea, adapter, seed)
         moved, trained, *fits = (
             json.loads(job.path.read_text()) if job.path.exists() else None
             for job in study.score_jobs(direction, which)
         )
         if moved is None:
-            missing.append(which.name(direction))
+            missing += [which.name(direction)] if direction in DIRECTIONS else []
             continue
         row = {"direction": direction, **asdict(which), **moved}
         copies = {label: loss for label, loss in moved["losses"].items() if "copy" in label}
@@ -172,7 +203,9 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=IDEAS)
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=tuple(ADAPTERS))
-    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=tuple(DIRECTIONS))
+    parser.add_argument(
+        "--directions", nargs="+", choices=DIRECTIONS | CHANGED, default=tuple(DIRECTIONS)
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
@@ -186,10 +219,13 @@ def main() -> None:
     if given.collect:
         given.collect.write_text(json.dumps(collect(study), indent=1) + "\n")
         return
-    jobs: list[Job] = []
+    jobs: list[Job] = [study.base_job(name) for name in given.directions if name in CHANGED]
     for chosen in itertools.product(range(given.seeds), given.ideas, given.adapters):
         which = Which(*chosen[1:], chosen[0])
-        jobs += [study.lora_job(version, which) for version in VERSIONS]
+        bases = dict.fromkeys(
+            itertools.chain(*((DIRECTIONS | CHANGED)[d] for d in given.directions))
+        )
+        jobs += [study.lora_job(base, which) for base in bases]
         for direction in given.directions:
             jobs += study.score_jobs(direction, which)
     run_jobs(jobs)

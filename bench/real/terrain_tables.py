@@ -16,6 +16,9 @@ from intervals import interval
 from results import MIN_GAP, Mean
 from tables import format_cell, format_table
 
+from prolora import Verdict
+from prolora.comparison.expectation import expect_shares
+
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "terrain.json"
 Row = dict[str, Any]
@@ -38,6 +41,11 @@ METHODS = (
 )
 FITTED = ("fit", "fit, fitted", "adamw, fitted")
 DIRECTIONS = {"forward": "0.4.1 → 0.4.2", "back": "0.4.2 → 0.4.1"}
+CHANGED = {
+    "merged 1": "0.4.1 → with one LoRA merged in",
+    "merged 2": "0.4.1 → with two merged in",
+    "far": "0.4.1 → trained to another look",
+}
 
 
 def mean_of(rows: list[Row], value: Callable[[Row], float | None]) -> Mean | None:
@@ -109,14 +117,57 @@ def samples_table(rows: list[Row]) -> str:
     return format_table(["row", "n", *statistics], lines)
 
 
+def constants_table(rows: list[Row]) -> str:
+    """What the rule's constants do on each target: none of them was fitted to one of these."""
+    lines = []
+    for name, title in (DIRECTIONS | CHANGED).items():
+        part = [row for row in rows if row["direction"] == name]
+        if not part:
+            continue
+        facts = Verdict(*(part[0]["verdict"][fact] for fact in ("drift", "cosine", "spread")))
+        (expected,) = (e for e in expect_shares(facts) if (e.method, e.want) == ("auto", "look"))
+        found = [row["shares"]["auto"] for row in part]
+        inside = sum(expected.low <= share <= expected.high for share in found)
+        fixed = best_fixed(part)
+        dampings = [label for label in part[0]["shares"] if label.startswith("damped")]
+        lines.append(
+            [
+                title,
+                str(len(part)),
+                f"{facts.drift:.3f}, {facts.spread:.2f}",
+                f"{facts.kappa:.1f}",
+                *(mean_share(part, label) for label in ("copy @ 1", fixed)),
+                mean_share(part, max(dampings, key=lambda x: total(part, x))) if dampings else "–",
+                mean_share(part, "auto"),
+                f"{expected.share:.2f} [{expected.low:.2f}, {expected.high:.2f}]",
+                f"{inside} of {len(part)}",
+            ]
+        )
+    head = ["move", "LoRAs", "drift, spread", "κ", "copy at 1", "best fixed copy", "best κ", "auto"]
+    return format_table([*head, "auto, expected", "inside"], lines)
+
+
+def total(rows: list[Row], label: str) -> float:
+    return sum(row["shares"][label] for row in rows)
+
+
+def mean_share(rows: list[Row], label: str) -> str:
+    """The mean, and at which strength or κ."""
+    at = label.split(" ")[-1]
+    mean = f"{total(rows, label) / len(rows):.2f}"
+    return f"{mean} @ {at}" if label.startswith(("copy", "damped")) and at != "1" else mean
+
+
 def main() -> None:
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if "shares" in row]
     learnt = [row for row in rows if is_learnt(row)]
+    real = [row for row in learnt if row["direction"] in DIRECTIONS]
     page = HERE / "README.md"
     tables = {
-        "terrain shares": shares_table(learnt),
-        "terrain ideas": ideas_table(rows),
-        "terrain samples": samples_table(learnt),
+        "terrain shares": shares_table(real),
+        "terrain ideas": ideas_table([row for row in rows if row["direction"] in DIRECTIONS]),
+        "terrain samples": samples_table(real),
+        "terrain constants": constants_table(learnt),
     }
     page.write_text(fill_page(page.read_text(), tables))
 
