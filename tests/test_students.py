@@ -80,13 +80,21 @@ def test_a_student_is_scored_beside_its_teacher(students, folder):
     from results import Table
 
     run_jobs(list(students.make_jobs(folder, ["consistency"], [1], ["thick"], [])))
-    collected = students.collect(folder, [])
+    collected = students.collect(folder, {})
     (row,) = collected["rows"]
     assert row["kind"] == "consistency-1"
     assert row["follows"]["none"] == 0
     assert row["losses"]["copy @ 1"] != row["none"]
     assert json.loads(json.dumps(collected)) == collected
-    assert "consistency | 1 |" in students.shares_table(Table(collected["rows"]))
+    out = students.place(folder, "consistency-1-thick-fit.json")
+    sizes = {"images": 4, "sampler_steps": 2, "probes": 24, "held_out": 12, "batch": 12, "steps": 1}
+    students.fit(folder, "consistency-1", "thick", out, **sizes)
+    (row,) = students.collect(folder, collected)["rows"]
+    assert row["fit"]["by_images"]
+    assert set(row["fit"]["drawn"]) == {"follows"}
+    table = students.shares_table(Table([row]))
+    assert "consistency | 1 |" in table
+    assert f"| {row['fit']['score']:.2f} [" in table
 
 
 def test_an_end_that_is_reached_from_every_state_has_no_loss(students, folder):
@@ -106,3 +114,45 @@ def test_an_end_that_is_reached_from_every_state_has_no_loss(students, folder):
     assert made.held_out(Knows()) < 1e-8
     drawn = folder.world.sample(folder.load_model("source", 0), made.y, 2, 2.0, 99)
     torch.testing.assert_close(made.states[:, -1].clamp(-1, 1), drawn)
+
+
+def test_images_of_the_target_are_asked_about_at_late_times_only(students, monkeypatch):
+    import another_look
+
+    calls = []
+
+    class Model(torch.nn.Module):
+        def forward(self, x, time, tokens, return_dict=False):
+            calls.append((self, x, time / 1000))
+            return (torch.zeros_like(x),)
+
+    class World:
+        guidance = 2.0
+        draw_prompts = staticmethod(lambda n, generator, concept: torch.zeros(n, dtype=torch.long))
+        tokens = staticmethod(lambda model, y: y)
+
+        def sample(self, model, y, steps, guidance, seed):
+            assert model is not target, "the drawing itself would be recorded, too"
+            return torch.full((len(y), 1, 2, 2), 100.0)
+
+    target, source = Model(), Model()
+    for model in (source, target):
+        another_look.TargetImages(World(), model, target, "neon", 0.5)(0)
+    asked = {model: [c for c in calls if c[0] is model] for model in (source, target)}
+    for model, (_, x, t) in ((m, c) for m in asked for c in asked[m]):
+        assert 0 <= t.min() and t.max() < 0.5, model
+        assert ((x - (1 - t[:, None, None, None]) * 100).abs() < 6).all(), "not noised images"
+    assert len(asked[source]) == len(asked[target]) == another_look.AGAIN
+
+
+def test_the_pages_have_the_tables_of_the_stored_rows(students):
+    import another_look
+    from evidence import fill_page
+
+    tables = students.stored_tables()
+    page = students.PAGE.read_text("utf-8")
+    assert fill_page(page, tables) == page
+    assert all(f"<!-- {name} -->" in page for name in tables)
+    looks = another_look.looks_table(json.loads(another_look.RESULTS.read_text())["rows"])
+    page = another_look.PAGE.read_text("utf-8")
+    assert f"<!-- another look -->\n\n{looks}\n\n<!-- end -->" in page

@@ -1,12 +1,11 @@
-"""Fits to a target of another look: ``python bench/quality/another_look.py --judge FILE``.
+"""Fits to a target of another look: ``python bench/quality/another_look.py --adapters neon``.
 
 Models and LoRAs are those of examples/icon_family, the target is its *far*. Fits start from the
 copy and are shrunk by their trust. WAYS differ in where both models are asked: on the trajectories
 of all three samplers, or only at noised images of the target, which alone knows its look; at all
 times or at late ones. What is wanted there is always the change that the LoRA makes to the source.
 Scores are shares of the held-out loss in the target's look between no LoRA and one trained there;
-*own* is what is recovered on the LoRA's own images, where 1 is the copy. FILE is a judge of
-study.py, of the icons.
+*own* is what is recovered on the LoRA's own images, where 1 is the copy.
 """
 
 from __future__ import annotations
@@ -14,24 +13,21 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
 from contenders import CHOSEN, STRENGTHS, Case, Updates, scale_updates
-from drawn import score_drawn
 from evidence import ROOT, fill_page
 from fitted_icons import FIT, IMAGES, SAMPLER_STEPS, choose_world
 from flow import predict
 from icons.shipped import load_lora, load_model
-from judge import Judge
 from lessons import Lesson, make_lesson
 from probing import Sampler
 from results import Row, git, round_numbers
-from safetensors.torch import load_file
-from scoring import apply_updates, sample_images
+from scoring import apply_updates
 from tables import format_table
-from torch import Tensor, nn
+from torch import nn
 from training import train_lora
 from worlds import World
 
@@ -45,6 +41,7 @@ WAYS = {
     "the target's images, late": 0.5,
 }
 """Way -> the earliest time at which images of the target are asked about; None: as the library."""
+FROM_COPY = {"start": "copy", "rank": 32, "probes": 384, "fit_steps": 8}
 AGAIN = 5
 """How often each image of the target is noised."""
 
@@ -83,7 +80,7 @@ def fit(
         ends = [Sampler(world, model, adapter, IMAGES, SAMPLER_STEPS) for model in models]
     else:
         ends = [TargetImages(world, model, target, adapter, earliest) for model in models]
-    settings = probe.FitSettings(**FIT | {"start": "copy", "rank": 32})
+    settings = probe.FitSettings(**FIT | FROM_COPY)
     updates = {f"{prefix}{name}": update for name, update in lora.items()}
     result = probe.fit_to_models(source, target, updates, probe.Samplers(*ends), settings)
     verdict = result.report.gate
@@ -103,7 +100,7 @@ def loss_with(target: nn.Module, lesson: Lesson, updates: Updates) -> float:
         return lesson.held_out(target)
 
 
-def move(adapter: str, judge: Judge, ways: list[str]) -> Row:
+def move(adapter: str, ways: list[str]) -> Row:
     """One LoRA, by copies, `auto` and every way of fitting."""
     world, source, target = choose_world(), load_model("source"), load_model(KIND)
     look, own = (make_lesson(world, k, adapter, target, "held_out") for k in (KIND, "source"))
@@ -117,14 +114,7 @@ def move(adapter: str, judge: Judge, ways: list[str]) -> Row:
         rows[way], facts[way] = fit(world, (source, target), adapter, WAYS[way])
     losses = {row: loss_with(target, look, updates) for row, updates in rows.items()}
     theirs = {row: loss_with(target, own, updates) for row, updates in rows.items()}
-
-    def draw(row: str, y: Tensor, seed: int) -> Tensor:
-        with apply_updates(target, rows[row]):
-            return sample_images(world, KIND, target, adapter, seed, y)[0]
-
-    shown = ("none", "oracle", "copy @ 1", "auto", *ways)
-    row = {"adapter": adapter, "losses": losses, "own": theirs, "fits": facts}
-    return round_numbers(row | {"drawn": score_drawn(world, judge, adapter, draw, shown)})
+    return round_numbers({"adapter": adapter, "losses": losses, "own": theirs, "fits": facts})
 
 
 def share(losses: dict[str, float], row: str, best: str) -> float:
@@ -133,7 +123,7 @@ def share(losses: dict[str, float], row: str, best: str) -> float:
 
 
 def looks_table(rows: list[Row]) -> str:
-    """A line for each LoRA and way: by the target's look, by its own images, and by samples."""
+    """A line for each LoRA and way: by the target's look, by its own images, what the fit says."""
     lines = []
     for row in rows:
         copies = [name for name in row["losses"] if name.startswith("copy @ ")]
@@ -143,29 +133,25 @@ def looks_table(rows: list[Row]) -> str:
             fit = row["fits"].get(name, {})
             facts = [fit.get("trust"), (fit.get("disagreement") or {}).get("all")]
             scores = [share(row["losses"], name, "oracle"), share(row["own"], name, "copy @ 1")]
-            drawn = [row["drawn"].get(name, {}).get(score) for score in ("mmd", "palette")]
-            cells = ["–" if x is None else f"{x:.2f}" for x in (*scores, *facts, *drawn)]
-            lines.append([row["adapter"], name, *cells])
-    head = ["LoRA", "", "look", "own", "trust", "disagreement", "samples, mmd", "samples, palette"]
-    return format_table(head, lines)
+            cells = ["–" if x is None else f"{x:.2f}" for x in (*scores, *facts)]
+            lines.append([row["adapter"], name, *cells, fit.get("decision", "–")])
+    return format_table(["LoRA", "", "look", "own", "trust", "disagreement", "gate"], lines)
 
 
 def main() -> None:
     """Moves what is asked for, and keeps the rest."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--judge", type=Path, help="judge.safetensors of study.py, of the icons")
-    parser.add_argument("--adapters", nargs="+", default=["neon", "concept"])
+    parser.add_argument("--adapters", nargs="+", default=[], help="that are moved anew")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    for adapter in asked.adapters if asked.judge else ():
-        judge = Judge(choose_world())
-        judge.load_state_dict(load_file(asked.judge))
-        row = move(adapter, judge.eval().requires_grad_(False), asked.ways)
-        kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    for adapter in asked.adapters:
+        row = move(adapter, asked.ways)
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made": {}, "rows": []}
         made = {"script": "bench/quality/another_look.py", "torch": torch.__version__}
         made |= {"commit": git("rev-parse", "--short", "HEAD")}
-        rows = [*(old for old in kept if old["adapter"] != adapter), row]
+        made |= {"commands": [*kept["made"].get("commands", []), " ".join(sys.argv[1:])]}
+        rows = [*(old for old in kept["rows"] if old["adapter"] != adapter), row]
         RESULTS.write_text(json.dumps({"made": made, "rows": rows}, indent=0) + "\n")
     table = looks_table(json.loads(RESULTS.read_text())["rows"])
     PAGE.write_text(fill_page(PAGE.read_text(), {"another look": table}))

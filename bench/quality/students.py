@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from lessons import Loss
 from models import BASE_SEED, Folder, load_lora, save_lora
 from probing import Case as ProbedCase
 from probing import run_probe
-from results import Row, Table, git, round_numbers
+from results import Row, Table, git, recovered, round_numbers
 from safetensors.torch import load_file, save_file
 from scoring import STUDENT_STEPS, apply_updates, sample_scores
 from study import judge_job, load_judge
@@ -37,6 +38,7 @@ from training import train_lora
 from worlds import NAMES, World, backbone, load_world
 
 RESULTS, PAGE = ROOT / "bench/results/students.json", ROOT / "docs/study.md"
+TERRAIN = ROOT / "bench/results/terrain.json"
 STUDENT, ARCH, SEED = "student", "flux", 0
 WAYS = ("endpoint", "consistency", "matching")
 LENGTHS = (500, 2000, 8000, 32000)
@@ -322,6 +324,7 @@ def fit(folder: Folder, student: str, adapter: str, out: Path, **options: Any) -
     """A fit with the library's usual settings, unless options of `run_probe` are given."""
     where = (folder.world, folder.root, ARCH, ARCH, STUDENT, SEED, adapter)
     row = run_probe(StudentCase(*where, student=student), **options)
+    del row["history"], row["seconds"]
     out.write_text(json.dumps(round_numbers(row)))
 
 
@@ -364,9 +367,9 @@ def make_jobs(
                 yield Job(place(folder, f"{student}-{adapter}-fit.json"), tuple(oracles), run)
 
 
-def collect(folder: Folder, kept: list[Row]) -> dict[str, Any]:
+def collect(folder: Folder, kept: dict[str, Any], command: str = "") -> dict[str, Any]:
     """A row for each student and adapter, the kept ones where they were not scored again."""
-    rows = {(row["world"], row["kind"], row["adapter"]): row for row in kept}
+    rows = {(row["world"], row["kind"], row["adapter"]): row for row in kept.get("rows", [])}
     for path in sorted(place(folder, "").glob("*-*-*.json")):
         way, length, adapter, *fitted = path.stem.split("-")
         names = {"world": folder.world.name, "kind": f"{way}-{length}", "adapter": adapter}
@@ -375,30 +378,72 @@ def collect(folder: Folder, kept: list[Row]) -> dict[str, Any]:
         rows[key] = rows.get(key, {}) | names | ({"fit": part} if fitted else part)
     made = {"script": "bench/quality/students.py", "commit": git("rev-parse", "--short", "HEAD")}
     made |= {"torch": torch.__version__, "batch": BATCH, "rate": RATE, "steps": STUDENT_STEPS}
+    made["commands"] = [*kept.get("made", {}).get("commands", []), command]
     return {"made": made, "rows": list(rows.values())}
+
+
+def terrain_rows() -> list[Row]:
+    """The child of 25,000 steps that somebody else made, in the form of the students' rows."""
+    rows = []
+    for row in json.loads(TERRAIN.read_text())["rows"]:
+        if row["direction"] == "forward":
+            names = {"way": "endpoint, not ours", "length": 25000, "arch": "terrain"}
+            names |= {"kind": "0.4.2", "seed": row["seed"], "adapter": row["idea"]}
+            names |= {part: row["losses"][part] for part in ("none", "oracle")}
+            losses = row["losses"] | {"prolora": row["losses"]["prolora 0.9"]}
+            fit = {"score": row["shares"]["fit"]} if "fit" in row["shares"] else None
+            rows.append(names | {"losses": losses, "verdict": row["verdict"], "fit": fit})
+    return [row for row in rows if recovered(row, "copy @ 1") is not None]
 
 
 def shares_table(table: Table) -> str:
     """A line for each student: how far it went, what it draws, what is recovered."""
     lines = []
-    for name in dict.fromkeys((row["way"], row["length"]) for row in table.rows):
-        part = table.where(way=name[0], length=name[1])
-        first = part.rows[0]
-        seen = first["samples"]["none"]["digit"], first["teacher seen"]
+    for way, length in sorted({(row["way"], row["length"]) for row in table.rows}):
+        part = table.where(way=way, length=length)
+        # Nobody is asked for a digit with the concept.
+        first = max(part.rows, key=lambda row: row.get("teacher seen", 0))
         best = part.best_copy()
+        line = [way, f"{length:,}", f"{first['verdict']['drift']:.3f}"]
+        if drawn := first.get("samples"):
+            line.append(f"{drawn['none']['digit']:.2f} / {first['teacher seen']:.2f}")
+        else:
+            line.append("–")
         cells = [part.share("copy @ 1"), part.share(best), part.share("auto")]
         cells += [part.share("prolora"), part.mean(lambda row: (row.get("fit") or {}).get("score"))]
-        follows = [part.mean(lambda row, n=n: row["follows"][n]) for n in ("copy @ 1", "oracle")]
-        repaired = part.mean(
-            lambda row: row["repaired"] and row["repaired"] / (row["none"] - row["oracle"])
-        )
-        line = [name[0], str(name[1]), f"{first['verdict']['drift']:.3f}"]
-        line += [f"{seen[0]:.2f} / {seen[1]:.2f}", *(format_cell(cell) for cell in cells)]
+        for label in ("copy @ 1", "oracle"):
+            cells.append(part.mean(lambda row, label=label: row.get("follows", {}).get(label)))
+        line += [format_cell(cell) for cell in cells]
         line[5] += f" at {best.removeprefix('copy @ ')}"
-        lines.append([*line, format_cell(repaired), *(format_cell(mean) for mean in follows)])
-    head = ["taught by", "steps", "drift", "seen, student / teacher", "copy", "best fixed copy"]
-    head += ["auto", "`prolora`", "fit", "*repaired*", "copy follows", "oracle follows"]
+        lines.append(line)
+    head = ["taught by", "steps", "drift", "digit seen: student / source", "copy"]
+    head += ["best fixed copy", "auto", "`prolora`", "fit", "samples follow: copy", "trained there"]
     return format_table(head, lines)
+
+
+def adapters_table(table: Table) -> str:
+    """LoRA by LoRA: the copy's share of the loss, and of the change of samples."""
+    lines = []
+    for row in sorted(table.rows, key=lambda row: (row["way"], row["length"], row["adapter"])):
+        follows, samples = row["follows"], row["samples"]
+        gap = row["none"] - row["oracle"]
+        cells = [recovered(row, label) for label in ("copy @ 1", "auto", "prolora")]
+        cells += [follows[label] for label in ("copy @ 1", "oracle")]
+        cells += [samples[label]["mmd"] for label in ("none", "copy @ 1", "oracle")]
+        cells.append(row["repaired"] / gap if row["repaired"] is not None else None)
+        texts = ["–" if cell is None else f"{cell:.2f}" for cell in cells]
+        lines.append([f"{row['way']}, {row['length']:,}", row["adapter"], *texts])
+    head = ["student", "LoRA", "copy", "auto", "`prolora`", "follows: copy", "trained there"]
+    return format_table([*head, "MMD: none", "copy", "trained there", "*repaired*"], lines)
+
+
+def stored_tables() -> dict[str, str]:
+    """The page's tables, by their marks."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    return {
+        "students": shares_table(Table(rows + terrain_rows())),
+        "students, LoRA by LoRA": adapters_table(Table(rows)),
+    }
 
 
 def main() -> None:
@@ -416,10 +461,10 @@ def main() -> None:
         folder = Folder(student_world(asked.world), asked.work, ARCH)
         adapters = asked.adapters or list(ADAPTERS[asked.world])
         run_jobs(list(make_jobs(folder, asked.ways, asked.lengths, adapters, asked.fitted)))
-        kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-        RESULTS.write_text(json.dumps(collect(folder, kept), indent=0) + "\n")
-    table = shares_table(Table(json.loads(RESULTS.read_text())["rows"]))
-    PAGE.write_text(fill_page(PAGE.read_text(), {"students": table}))
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        command = " ".join("DIR" if word == str(asked.work) else word for word in sys.argv[1:])
+        RESULTS.write_text(json.dumps(collect(folder, kept, command), indent=0) + "\n")
+    PAGE.write_text(fill_page(PAGE.read_text(), stored_tables()))
 
 
 if __name__ == "__main__":
