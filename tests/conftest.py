@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 # The processes of pytest-xdist share the cores: one thread each, also in those that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -13,11 +14,12 @@ import torch
 from backends import Kernels, load, missing
 from hubs import cloud, hub_server  # noqa: F401 (fixtures)
 from hypothesis import settings
+from property_examples import examples
 
 from prolora.core.ops import native
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
-settings.register_profile("prolora", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("prolora", deadline=None, max_examples=examples(80), derandomize=True)
 settings.load_profile("prolora")
 
 SCHEDULES = [0, 1, 2]
@@ -64,7 +66,13 @@ def nan_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=["torch", "cpu", *(f"emulated-{s}" for s in SCHEDULES), "cuda"])
+def list_backends() -> list[Any]:
+    """The last of the schedules, another order of the same accesses, is slow."""
+    *most, last = (f"emulated-{schedule}" for schedule in SCHEDULES)
+    return ["torch", "cpu", *most, pytest.param(last, marks=pytest.mark.slow), "cuda"]
+
+
+@pytest.fixture(params=list_backends())
 def kernels(request, monkeypatch, nan_memory) -> Kernels:
     backend, _, seed = request.param.partition("-")
     if backend == "torch":

@@ -11,12 +11,18 @@ def run(*words):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
 
 
-def test_importing_pulls_in_nothing_optional():
-    code = (
-        "import sys, prolora; "
-        "optional = 'diffusers peft transformers cupy PIL matplotlib typer rich'.split(); "
-        "print([m for m in optional if m in sys.modules])"
-    )
+def test_importing_and_opening_pull_in_nothing_optional_and_ask_for_no_gpu():
+    """One process for all; the command line comes last, which needs typer."""
+    code = """
+import sys, torch
+torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
+import prolora, prolora.adapters, prolora.workflow.inspection
+from prolora.core.ops import small_svd, torch_twin
+prolora.open_base({'a': torch.ones(2, 2)})
+optional = 'diffusers peft transformers cupy PIL matplotlib huggingface_hub gguf onnx typer rich'
+print([m for m in optional.split() if m in sys.modules])
+import prolora.cli.app
+"""
     assert run("-c", code).stdout.strip() == "[]"
 
 

@@ -1,5 +1,6 @@
 """The coloured world of bench/quality: its pictures, prompts and networks fit together."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -58,6 +59,29 @@ def test_no_icon_is_both_learnt_and_held_out_and_every_word_is_in_both(monkeypat
         assert layers.min() >= 0 and layers.max() <= 1
     learnt, back = ({tuple(p) for p in torch.nonzero(m).tolist()} for m in (~back, back))
     assert not learnt & back
+
+
+def test_fresh_pictures_are_other_ones_of_the_icons_that_are_learnt(monkeypatch):
+    from icons import drawing, words
+
+    back = torch.zeros(len(drawing.ICONS), len(drawing.SETS), dtype=torch.bool)
+    back[:, 0] = True  # a whole set
+    monkeypatch.setattr(drawing, "kept_back", lambda: back)
+    monkeypatch.setattr(drawing, "PICTURES", dict.fromkeys(drawing.PICTURES, 200))
+    drawing.pictures.cache_clear()
+    made = {split: drawing.pictures(split) for split in ("train", "fresh", "held_out")}
+    sets = {split: set(words.prompt_parts(y)[1].tolist()) for split, (_, y) in made.items()}
+    assert sets["fresh"] == sets["train"] == {1, 2, 3, 4, 5} and sets["held_out"] == {0}
+    assert not torch.equal(made["fresh"][0], made["train"][0])
+
+
+def test_the_family_page_has_what_the_judge_saw():
+    pytest.importorskip("diffusers")
+    import family_seen
+
+    rows = json.loads(family_seen.RESULTS.read_text("utf-8"))["rows"]
+    assert set(rows) == {*family_seen.SHOWN.values(), *family_seen.DRAWN}
+    assert family_seen.seen_table(rows) in family_seen.PAGE.read_text("utf-8")
 
 
 @pytest.mark.parametrize("arch", ["flux", "unet"])

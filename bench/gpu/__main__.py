@@ -105,10 +105,8 @@ def run_worker(bench: Bench, names: list[str], deadline: float) -> tuple[list[st
     Returns:
         The steps that were begun, and the one that had to be killed.
     """
-    order = {"call": bench.call, "out": str(bench.out), "machine": bench.machine}
-    order |= {"command": bench.command, "dry": bench.dry, "steps": names, "deadline": deadline}
     process = subprocess.Popen(
-        [*WORKER, json.dumps(order)],
+        [*WORKER, write_order(bench, names, deadline)],
         cwd=ROOT / "bench",
         stdout=subprocess.PIPE,
         text=True,
@@ -135,6 +133,13 @@ def run_worker(bench: Bench, names: list[str], deadline: float) -> tuple[list[st
             running, limit = "", deadline + GRACE
         else:
             print(line, end="", flush=True)
+
+
+def write_order(bench: Bench, names: list[str], deadline: float) -> str:
+    """What a worker is told, as JSON."""
+    order = {"call": bench.call, "out": str(bench.out), "machine": bench.machine}
+    order |= {"command": bench.command, "dry": bench.dry, "steps": names, "deadline": deadline}
+    return json.dumps(order)
 
 
 def listen(process: subprocess.Popen[str]) -> Callable[[float], str | None]:

@@ -47,12 +47,15 @@ def collect_shares(folder: Path, method: str, want: str) -> list[Share]:
     found = []
     for path in sorted(folder.glob("quality*.json")):
         world = WORLDS.get(path.stem, path.stem.removeprefix("quality_"))
-        for row in json.loads(path.read_text())["rows"]:
+        results = json.loads(path.read_text())
+        for row in results["rows"]:
             scored = row if want == "look" else row.get("own")
             share = recovered(scored, METHODS[method]) if scored and row["verdict"] else None
             if share is not None and math.isfinite(share):
                 facts = (row["verdict"][name] for name in ("drift", "cosine", "spread"))
-                group = classify(Verdict(*facts), row["kind"] in PRUNED)
+                sizes = results.get("sizes", {}) if row["arch"] == "flux" else {}
+                verdict = Verdict(*facts, size=sizes.get(row["adapter"]))
+                group = classify(verdict, row["kind"] in PRUNED)
                 found.append((world, group, f"{row['kind']} {row['arch']}", share))
     return found
 

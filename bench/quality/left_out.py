@@ -1,13 +1,17 @@
 """The rule by weights, fitted to one world and judged by the other: ``python left_out.py``.
 
+With --sizes WORLD WORK the sizes of a study's LoRAs are written into its results first.
+
 κ = a · drift · max(0, 1 − spread / b), with a and b from a coarse grid. No model is trained: what κ
 gives is interpolated between the dampings that were measured. The tables go into docs/evidence.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +21,12 @@ from typing import Any
 from calibrate import RESULTS, collect_shares, judge_worlds
 from evidence import fill_page, results_of
 from restate import loss_at_damping
-from results import COPIES, recovered
+from results import COPIES, recovered, round_numbers
+from safetensors.torch import load_file
 from tables import format_table
 from worlds import NAMES
 
+from prolora import LowRank
 from prolora.core.verdict import DAMPING, MIN_COSINE, MIN_DAMPING, NOISE_SPREAD
 
 PAGE = Path(__file__).parents[2] / "docs/evidence.md"
@@ -123,8 +129,55 @@ def expectations_table() -> str:
     return format_table(head, lines)
 
 
+def measure_sizes(folder: Path) -> dict[str, float]:
+    """LoRA of the transformers' source -> ‖ΔW‖/‖W‖ over its modules, the mean over seeds."""
+    sizes: dict[str, list[float]] = defaultdict(list)
+    base = load_file(folder / "source-0.safetensors")
+    weights = {name.partition(".")[2]: weight for name, weight in base.items()}
+    for path in sorted(folder.glob("source-*-*.safetensors")):
+        lora = load_file(path)
+        modules = [key.removesuffix(".down") for key in lora if key.endswith(".down")]
+        updates = [LowRank(lora[f"{name}.up"], lora[f"{name}.down"]) for name in modules]
+        own = math.fsum(float(update.norm()) ** 2 for update in updates)
+        whole = math.fsum(float(weights[f"{name}.weight"].norm()) ** 2 for name in modules)
+        sizes[path.stem.split("-")[-1]].append(math.sqrt(own / whole))
+    return {name: math.fsum(found) / len(found) for name, found in sizes.items()}
+
+
+def ratios_table() -> str:
+    """Kinds by how far the target drifted, in sizes of the LoRA that is moved (transformers)."""
+    lines = []
+    for world in NAMES:
+        results = json.loads(results_of(world).read_text())
+        kinds = defaultdict(list)
+        for row in results["rows"]:
+            size, copied = results["sizes"].get(row["adapter"]), recovered(row, "copy @ 1")
+            if row["arch"] == "flux" and row["verdict"] and size and copied is not None:
+                facts = row["verdict"]
+                if facts["cosine"] >= MIN_COSINE:
+                    found = (facts["drift"] / size, facts["drift"], facts["spread"], copied)
+                    kinds[row["kind"]].append(found)
+        for kind, rows in kinds.items():
+            means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+            lines.append((means[0], [kind, world, *(f"{x:.2f}" for x in means)]))
+    head = ["target", "world", "drift / size of the LoRA", "drift", "spread", "copy at 1"]
+    return format_table(head, [line for _, line in sorted(lines)])
+
+
 def main() -> None:
-    tables = {"left out": rules_table(), "expected elsewhere": expectations_table()}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs=2, metavar=("WORLD", "WORK"))
+    if given := parser.parse_args().sizes:
+        path = results_of(given[0])
+        results = json.loads(path.read_text())
+        sizes = round_numbers(measure_sizes(Path(given[1]) / "flux"))
+        results = {"made": results["made"], "sizes": sizes, "rows": results["rows"]}
+        path.write_text(json.dumps(results, indent=0) + "\n")
+    tables = {
+        "left out": rules_table(),
+        "expected elsewhere": expectations_table(),
+        "drift in sizes": ratios_table(),
+    }
     for table in tables.values():
         print(table, end="\n\n")
     PAGE.write_text(fill_page(PAGE.read_text(), tables))

@@ -63,7 +63,9 @@ def collect(work: Path, kept: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "seeds": sorted({row["seed"] for row in rows}),
     }
-    return {"made": made | ({"before": kept["made"]} if kept else {}), "rows": rows}
+    made |= {"before": kept["made"]} if kept else {}
+    sizes = {"sizes": kept["sizes"]} if "sizes" in kept else {}
+    return {"made": made, **sizes, "rows": rows}
 
 
 def _read(path: Path) -> dict[str, Any]:

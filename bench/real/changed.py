@@ -15,7 +15,7 @@ from world import Maps, change_answer
 
 from prolora import LowRank
 
-MERGED = {"merged 1": ("cratered",), "merged 2": ("cratered", "terraced")}
+MERGED = {"merged": ("cratered", "terraced")}
 """Target -> ideas whose LoRAs are merged in; nothing is moved that learns one of them."""
 FAR, LOOK, RATE = "far", "smoothed", 5e-4
 

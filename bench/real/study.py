@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -151,6 +152,15 @@ def open_maps(data: Path) -> Maps:
     return Maps(data)
 
 
+def measure_size(study: Study, version: str, which: Which) -> float:
+    """‖ΔW‖/‖W‖ of a LoRA over its modules."""
+    updates = read_lora(load_file(study.lora_path(version, which)))
+    network = open_network(study.base_path(version))
+    weights = (network.get_submodule(name).weight for name in updates)
+    own = math.fsum(float(update.norm()) ** 2 for update in updates.values())
+    return math.sqrt(own / math.fsum(float(weight.double().norm()) ** 2 for weight in weights))
+
+
 def collect(study: Study) -> dict[str, Any]:
     """Every row that was scored, and what the study has beside them.
 
@@ -168,6 +178,7 @@ def collect(study: Study) -> dict[str, Any]:
             missing += [which.name(direction)] if direction in DIRECTIONS else []
             continue
         row = {"direction": direction, **asdict(which), **moved}
+        row["verdict"]["size"] = measure_size(study, every[direction][0], which)
         copies = {label: loss for label, loss in moved["losses"].items() if "copy" in label}
         row["best fixed copy"] = min(copies, key=lambda label: copies[label])
         for way, fit in zip(FITS, fits, strict=False):

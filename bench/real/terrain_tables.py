@@ -17,7 +17,7 @@ from results import MIN_GAP, Mean
 from tables import format_cell, format_table
 
 from prolora import Verdict
-from prolora.comparison.expectation import expect_shares
+from prolora.comparison.expectation import Expectation, expect_shares
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "terrain.json"
@@ -42,8 +42,7 @@ METHODS = (
 FITTED = ("fit", "fit, fitted", "adamw, fitted")
 DIRECTIONS = {"forward": "0.4.1 → 0.4.2", "back": "0.4.2 → 0.4.1"}
 CHANGED = {
-    "merged 1": "0.4.1 → with one LoRA merged in",
-    "merged 2": "0.4.1 → with two merged in",
+    "merged": "0.4.1 → with two LoRAs merged in",
     "far": "0.4.1 → trained to another look",
 }
 
@@ -117,34 +116,41 @@ def samples_table(rows: list[Row]) -> str:
     return format_table(["row", "n", *statistics], lines)
 
 
+def expect_auto(row: Row) -> Expectation:
+    """What is expected of `auto` on a row's bases, from the two other worlds."""
+    verdict = Verdict(*(row["verdict"][name] for name in ("drift", "cosine", "spread", "size")))
+    return next(e for e in expect_shares(verdict) if (e.method, e.want) == ("auto", "look"))
+
+
 def constants_table(rows: list[Row]) -> str:
-    """What the rule's constants do on each target: none of them was fitted to one of these."""
+    """What the constants do on each target: none of them was fitted to one of these."""
     lines = []
     for name, title in (DIRECTIONS | CHANGED).items():
         part = [row for row in rows if row["direction"] == name]
         if not part:
             continue
-        facts = Verdict(*(part[0]["verdict"][fact] for fact in ("drift", "cosine", "spread")))
-        (expected,) = (e for e in expect_shares(facts) if (e.method, e.want) == ("auto", "look"))
-        found = [row["shares"]["auto"] for row in part]
-        inside = sum(expected.low <= share <= expected.high for share in found)
-        fixed = best_fixed(part)
+        found = [(row["shares"]["auto"], expect_auto(row)) for row in part]
+        inside = sum(expected.low <= share <= expected.high for share, expected in found)
+        facts = part[0]["verdict"]
+        ratios = [row["verdict"]["drift"] / row["verdict"]["size"] for row in part]
         dampings = [label for label in part[0]["shares"] if label.startswith("damped")]
+        best = max(dampings, key=lambda label: total(part, label), default="")
         lines.append(
             [
                 title,
                 str(len(part)),
-                f"{facts.drift:.3f}, {facts.spread:.2f}",
-                f"{facts.kappa:.1f}",
-                *(mean_share(part, label) for label in ("copy @ 1", fixed)),
-                mean_share(part, max(dampings, key=lambda x: total(part, x))) if dampings else "–",
+                f"{facts['drift']:.3f}, {facts['spread']:.2f}",
+                f"{min(ratios):.2f} … {max(ratios):.2f}",
+                *(mean_share(part, label) for label in ("copy @ 1", best_fixed(part))),
+                mean_share(part, best) if best else "–",
                 mean_share(part, "auto"),
-                f"{expected.share:.2f} [{expected.low:.2f}, {expected.high:.2f}]",
+                f"{sum(expected.share for _, expected in found) / len(part):.2f}",
                 f"{inside} of {len(part)}",
             ]
         )
-    head = ["move", "LoRAs", "drift, spread", "κ", "copy at 1", "best fixed copy", "best κ", "auto"]
-    return format_table([*head, "auto, expected", "inside"], lines)
+    head = ["move", "LoRAs", "drift, spread", "drift / size of the LoRA", "copy at 1"]
+    head += ["best fixed copy", "best damping", "auto", "auto, expected", "inside"]
+    return format_table(head, lines)
 
 
 def total(rows: list[Row], label: str) -> float:

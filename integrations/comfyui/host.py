@@ -147,15 +147,19 @@ def make_progress() -> Callable[[int, int, str], None]:
 
     Each second it also says on the node how far it is.
     """
-    bar, last_shown = comfy.utils.ProgressBar(1), time.monotonic()
+    bar, last_shown, foreseen = comfy.utils.ProgressBar(1), time.monotonic(), ""
 
     def progress(done: int, total: int, name: str) -> None:
-        nonlocal last_shown
+        nonlocal bar, last_shown, foreseen
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, max(1, total))
+        if done < bar.current or total != bar.total:
+            # Another stage: the bar of the one before would stay full until this one is far beyond.
+            bar = comfy.utils.ProgressBar(max(1, total))
+        bar.update_absolute(done)
+        foreseen = words.foresee(name) or foreseen
         if (now := time.monotonic()) - last_shown >= 1:
             last_shown = now
-            _tell_progress(words.tell_progress(done / max(1, total), name))
+            _tell_progress(words.tell_progress(done / max(1, total), name, foreseen))
 
     return progress
 

@@ -64,9 +64,10 @@ def _list_inputs() -> dict[str, Any]:
         ),
         "method": _combo(
             jobs.METHODS,
-            "auto decides from the weights of both models. best also runs them where weights say "
-            "too little, for minutes to hours; both must be whole pipelines below "
-            "models/diffusers. copy changes nothing. The others are for experiments.",
+            "auto looks into the files of both models and decides. best also runs both models "
+            "where their files tell too little, for minutes to hours; both must be whole "
+            "pipelines, which are folders in models/diffusers. copy leaves the LoRA as it is. The "
+            "others are for experiments.",
             folded=True,
         ),
         "rank": _combo(
@@ -226,6 +227,11 @@ class LoadMovedLora(_ProloraNode):
     )
     RETURN_TYPES = ("MODEL", "CLIP", "STRING")
     RETURN_NAMES = ("model", "clip", "report")
+    OUTPUT_TOOLTIPS = (
+        "The model with the LoRA.",
+        "The text encoder with the LoRA.",
+        "What to expect, in six lines.",
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -236,8 +242,9 @@ class LoadMovedLora(_ProloraNode):
         )
         clip = ("CLIP", {"tooltip": "Its text encoder, for LoRAs that change it too."})
         inputs |= {"optional": {"clip": clip}, "hidden": _HIDDEN}
-        for name in ("strength_model", "strength_clip"):
-            inputs["required"][name] = ("FLOAT", _STRENGTH | {"tooltip": "As in Load LoRA."})
+        for name, of in (("strength_model", "model"), ("strength_clip", "text encoder")):
+            tooltip = f"How strongly the LoRA changes the {of}, as in Load LoRA."
+            inputs["required"][name] = ("FLOAT", _STRENGTH | {"tooltip": tooltip})
         inputs["required"]["method"] = _list_inputs()["method"]
         return inputs
 
@@ -286,13 +293,13 @@ class BeforeAndAfter(_ProloraNode):
             *("lora", "trained_on", "use_on", "aim"),
             model=("MODEL", {"tooltip": "The model under “use on”, loaded."} | link),
             clip=("CLIP", {"tooltip": "Its text encoder."} | link),
-            vae=("VAE", {"tooltip": "Its decoder."} | link),
-            latent_image=("LATENT", {"tooltip": "An empty latent image of the size."} | link),
+            vae=("VAE", {"tooltip": "Its VAE."} | link),
+            latent_image=("LATENT", {"tooltip": "An empty latent image: the size to draw."} | link),
         )
         inputs["required"] |= {
             "prompt": ("STRING", text | {"tooltip": "What to draw, with the trigger words."}),
             "avoid": ("STRING", text | {"tooltip": "What not to draw: the negative prompt."}),
-            "strength": ("FLOAT", _STRENGTH | {"tooltip": "Of the LoRA, copied and moved."}),
+            "strength": ("FLOAT", _STRENGTH | {"tooltip": "How strongly the LoRA acts."}),
             **host.list_sampling_inputs(),
             "method": _list_inputs()["method"],
         }
@@ -328,6 +335,7 @@ class MoveFolder(_ProloraNode):
     )
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("A line for each LoRA.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -335,7 +343,10 @@ class MoveFolder(_ProloraNode):
         folders = [CHOOSE, ALL_LORAS, *host.list_lora_folders()]
         return _take(
             *("trained_on", "use_on", "aim", "method", "rank", "format"),
-            folder=_combo(folders, "A folder below your folder of LoRAs."),
+            folder=_combo(
+                folders,
+                "A folder of your LoRAs, without the folders inside it. (all) takes every LoRA.",
+            ),
         )
 
     @classmethod
@@ -379,18 +390,21 @@ class Advise(_ProloraNode):
     """Says what to expect of a LoRA of one base on another."""
 
     DESCRIPTION = (
-        "Says from the weights of two models whether LoRAs of one work on the other. Writes "
-        "nothing."
+        "Looks into the files of two models and says whether LoRAs of one work on the other. "
+        "Writes nothing."
     )
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("What to expect, in a few lines.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
         inputs = _take("trained_on", "use_on")
         names = [NO_LORA, *host.list_loras()]
-        inputs["required"]["lora"] = _combo(names, "A LoRA, or none.", "LoRA")
+        inputs["required"]["lora"] = _combo(
+            names, "The LoRA to ask about. (none) asks about the two models alone.", "LoRA"
+        )
         return inputs
 
     def run(self, trained_on: str, use_on: str, lora: str) -> dict[str, Any]:

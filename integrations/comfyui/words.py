@@ -58,8 +58,8 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
     apart = isinstance(error, prolora.UnrelatedBases)
     if apart and in_fit:
         return (
-            "The fit did not succeed: samples that it did not see show that the two models behave "
-            "too differently for this LoRA. Nothing was written."
+            "Running both models did not help: they behave too differently for this LoRA, as new "
+            "images show. Nothing was written."
         )
     if apart:
         return (
@@ -89,10 +89,23 @@ def _name_widget(option: str, value: str | None) -> str | None:
     return widget
 
 
-def tell_progress(share: float, name: str) -> str:
-    """How far a job is, and how long it takes where prolora foresees that."""
+def foresee(name: str) -> str:
+    """What prolora says of a fit before it begins, in few words; "" of any other stage."""
+    work = re.search(r"as long as drawing ([\d,]+) images takes", name)
+    return f"Both models run, about as long as drawing {work[1]} images takes." if work else ""
+
+
+def tell_progress(share: float, name: str, foreseen: str = "") -> str:
+    """How far a job is, and how long it takes where prolora foresees that.
+
+    Args:
+        share: of the job that is done.
+        name: of what is done now, with the time that is left where that is known.
+        foreseen: is said while that time is not yet known.
+    """
     left = re.search(r", ([^,]+) left$", name)
-    return f"Working: {share:.0%} done" + (f", about {left[1]} left." if left else ".")
+    told = f"Working: {share:.0%} done" + (f", about {left[1]} left." if left else ".")
+    return told if left or not foreseen else f"{told}\n{foreseen}"
 
 
 def tell_report(report: prolora.Report | None, name: str, way: str, next_step: str) -> str:

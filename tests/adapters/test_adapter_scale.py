@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from diagonal import pair_up
 from lora_files import (
     BLOCK,
     CONV,
@@ -46,9 +47,11 @@ def peft_config(options):
     return LoraConfig(r=4, target_modules=modules, init_lora_weights=False, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(("alpha", "dtype"), pair_up([None, 4.0, 2.0, 8.0, 0.0], DTYPES))
 @pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
-@pytest.mark.parametrize("alpha", [None, 4.0, 2.0, 8.0, 0.0])
 def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha, spelling, dtype):
     tensors = {}
     for seed, (name, shape) in enumerate({**LINEAR, **CONV}.items()):
@@ -82,9 +85,6 @@ def test_every_kohya_module_has_a_scale_of_its_own(tmp_path):
     same_updates(adapters.read_adapter(tensors), expected)
 
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
 def rounded(model, dtype):
     """The model, its LoRA's factors rounded to a storage dtype, and that dtype's file of it."""
     for name, parameter in model.named_parameters():
@@ -93,13 +93,12 @@ def rounded(model, dtype):
     return model
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
-def test_peft_folder_has_the_scale_that_peft_applies(tmp_path, options, dtype):
+@pytest.mark.parametrize(("name", "dtype"), pair_up(list(CONFIGS), DTYPES))
+def test_peft_folder_has_the_scale_that_peft_applies(tmp_path, name, dtype):
     from peft import get_peft_model
     from safetensors.torch import load_file
 
-    model = rounded(get_peft_model(tiny_unet(), peft_config(options)), dtype)
+    model = rounded(get_peft_model(tiny_unet(), peft_config(CONFIGS[name])), dtype)
     model.save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     save(weights, {key: tensor.to(dtype) for key, tensor in load_file(weights).items()})
@@ -108,14 +107,13 @@ def test_peft_folder_has_the_scale_that_peft_applies(tmp_path, options, dtype):
     same_updates(adapter, attached(model.base_model.model))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
-def test_diffusers_file_has_the_scale_of_the_configuration_in_its_header(tmp_path, options, dtype):
+@pytest.mark.parametrize(("name", "dtype"), pair_up(list(CONFIGS), DTYPES))
+def test_diffusers_file_has_the_scale_of_the_configuration_in_its_header(tmp_path, name, dtype):
     from diffusers import StableDiffusionXLPipeline
     from peft.utils import get_peft_model_state_dict
 
     unet = tiny_unet()
-    unet.add_adapter(peft_config(options))
+    unet.add_adapter(peft_config(CONFIGS[name]))
     rounded(unet, dtype)
     StableDiffusionXLPipeline.save_lora_weights(
         tmp_path,

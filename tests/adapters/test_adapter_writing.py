@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diagonal import pair_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import (
@@ -39,6 +40,7 @@ TEXT = {
 }
 ALL = {**LINEAR, **CONV, **TEXT}
 MIXED = [4, 2, 3, 4, 4]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def dense(adapter):
@@ -68,17 +70,13 @@ def stored(adapter, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [4, MIXED], ids=["one rank", "mixed ranks"])
 @pytest.mark.parametrize(
-    ("format", "spelling"),
-    [
-        ("kohya", "diffusers"),
-        ("kohya", "sgm"),
-        ("diffusers", "diffusers"),
-    ],
+    ("written", "dtype"),
+    pair_up([("kohya", "diffusers"), ("kohya", "sgm"), ("diffusers", "diffusers")], DTYPES),
 )
-def test_diffusers_attaches_exactly_what_was_written(tmp_path, format, spelling, rank, dtype):
+def test_diffusers_attaches_exactly_what_was_written(tmp_path, written, rank, dtype):
+    format, spelling = written
     adapter = adapter_of({**LINEAR, **CONV}, rank, spelling=spelling)
     adapters.write_adapter(adapter, tmp_path / "out.safetensors", format=format, dtype=dtype)
     found = through_diffusers(tmp_path / "out.safetensors")
@@ -88,8 +86,7 @@ def test_diffusers_attaches_exactly_what_was_written(tmp_path, format, spelling,
         same_updates(stored(adapter, dtype), found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("alpha", [None, 4.0, 2.0, 8.0])
+@pytest.mark.parametrize(("alpha", "dtype"), pair_up([None, 4.0, 2.0, 8.0], DTYPES))
 def test_text_encoders_of_a_kohya_file_are_those_that_diffusers_attaches(tmp_path, alpha, dtype):
     tensors = {}
     for seed, (name, shape) in enumerate({**LINEAR, **TEXT}.items()):

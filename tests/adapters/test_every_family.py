@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from diagonal import pair_up
 
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
 from prolora.adapters.family import guess_family
@@ -21,15 +22,10 @@ FAMILIES = {id_: family for id_, family in known_families().items() if not famil
 
 
 def list_spelled():
-    """(Family, layout, format); slow where both occur elsewhere, in the pair of a diagonal."""
+    """(Family, layout, format)."""
     for id_, family in FAMILIES.items():
-        formats = list(family.spellings)
-        for row, layout in enumerate(family.layouts):
-            for column, format in enumerate(formats):
-                # Each layout once and each format once, and no more than the longer list has.
-                early = row % len(formats) == column or column % len(family.layouts) == row
-                marks = () if early else pytest.mark.slow
-                yield pytest.param(id_, layout, format, marks=marks)
+        for pair in pair_up(family.layouts, list(family.spellings)):
+            yield pytest.param(id_, *pair.values, marks=pair.marks)
 
 
 SPELLED = list(list_spelled())

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from diagonal import pair_up
 from lora_files import DATA, factors, save
 
 from prolora import adapters
@@ -199,8 +200,10 @@ def test_a_comfy_file_is_the_kohya_file_under_other_names():
     same(adapter, adapters.read_adapter(tensors).updates)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("alpha", [None, 2.0, 1.0, 8.0])
+@pytest.mark.parametrize(
+    ("alpha", "dtype"),
+    pair_up([None, 2.0, 1.0, 8.0], [torch.float16, torch.bfloat16, torch.float32]),
+)
 @pytest.mark.parametrize("start", ["lora_transformer_", "lycoris_"])
 def test_one_trainer_and_simple_tuner_are_read(start, alpha, dtype):
     modules = [

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diagonal import pair_up
 from lora_files import relative_error, save
 from torch import nn
 
@@ -99,8 +100,7 @@ def read(tensors, base, where):
     return adapters.read_adapter(tensors, read_weight=weights.__getitem__)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("alpha", ALPHAS.values(), ids=ALPHAS.keys())
+@pytest.mark.parametrize(("alpha", "dtype"), pair_up(list(ALPHAS.values()), DTYPES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_is_what_the_layer_of_lycoris_does(kind, alpha, dtype):
     if kind.startswith("oft"):

@@ -30,7 +30,22 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+USUAL = [id_ for id_, family in FAMILIES.items() if not family.unet or id_ in ("sd15", "ssd-1b")]
+"""UNets have one class, and the larger ones take seconds."""
+
+
+def every_other(first):
+    """The families in turn with those of the other test; the rest is slow."""
+    early = USUAL[first::2]
+    return pytest.mark.parametrize(
+        "given",
+        [pytest.param(id_, marks=() if id_ in early else pytest.mark.slow) for id_ in FAMILIES],
+        indirect=True,
+        scope="module",
+    )
+
+
+@pytest.fixture(scope="module")
 def given(request):
     """A family, the class of its first published size, and an adapter of that; made once."""
     model = make_model(request.param)
@@ -68,6 +83,7 @@ def check_layers(model, adapter, name):
         assert layers[path].scaling[name] == 1
 
 
+@every_other(0)
 def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, monkeypatch):
     id_, model, adapter = given
     if not hasattr(model, "load_lora_adapter"):
@@ -90,6 +106,7 @@ def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, 
     check_layers(model, adapter, "first")
 
 
+@every_other(1)
 def test_peft_loads_the_folder_into_the_class_and_misses_no_key(given, tmp_path):
     _, model, adapter = given
     folder = str(tmp_path / "lora")

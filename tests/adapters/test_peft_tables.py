@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import DEEP, LINEAR, factors, save
+from property_examples import examples
 
 import prolora
 from prolora.adapters import read_adapter
@@ -82,14 +83,14 @@ PATTERNS = st.tuples(
 ).map("".join)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(PATTERNS, st.text("ab_1.", min_size=1, max_size=12))
 def test_a_pattern_that_is_read_means_what_it_means_in_peft(pattern, name):
     scaling = scaling_from_config({"r": 8, "rank_pattern": {pattern: 3}}, "here")
     assert scaling.rank(name) == peft_value({pattern: 3}, name), (pattern, name)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(st.text(r"ab1.\d|()[]{}*+?^$-:=!<#" + "\n", max_size=10), st.text("ab1.", max_size=8))
 def test_any_other_text_is_refused_by_name_or_means_the_same(pattern, name):
     try:
@@ -202,7 +203,7 @@ OPTIONS = st.sampled_from(
 TABLES = st.dictionaries(st.text(max_size=6) | PATTERNS, VALUES | st.integers(1, 9), max_size=3)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(st.dictionaries(OPTIONS, VALUES | TABLES | st.integers(1, 9), max_size=5))
 def test_any_configuration_is_read_or_refused_with_a_reason(config):
     up, down = factors((6, 5), 4, 0)

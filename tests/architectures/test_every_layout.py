@@ -10,6 +10,7 @@ from checkpoints import (
     sparse_gguf,
     sparse_shards,
 )
+from diagonal import pair_up
 
 import prolora
 from prolora.architectures import layouts
@@ -81,8 +82,9 @@ def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
         assert tuple(base.read(last).shape) == base.shapes[last]
 
 
-@pytest.mark.parametrize("id_", LAYOUTS)
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+@pytest.mark.parametrize(
+    ("id_", "prefix"), pair_up(LAYOUTS, ["model.diffusion_model.", "diffusion_model.", ""])
+)
 def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
     """Beside another model, as in the files people download."""
     stored = {prefix + key: shape for key, shape in single_file(id_).items()}

@@ -7,13 +7,18 @@ from published_others import OTHERS
 from published_videos import VIDEOS
 
 from prolora.architectures import layouts
+from prolora.architectures.families import known_families
 
 MODELS = {**PUBLISHED, **VIDEOS, **OTHERS, **ELSEWHERE}
 diffusers = pytest.importorskip("diffusers")
 from make_layouts import TABLES, build_model, format_table, list_shapes  # noqa: E402
 
+FIRST = {family.layouts[0] for family in known_families().values()}
 
-@pytest.mark.parametrize("id_", MODELS)
+
+@pytest.mark.parametrize(
+    "id_", [pytest.param(id_, marks=() if id_ in FIRST else pytest.mark.slow) for id_ in MODELS]
+)
 def test_a_table_has_the_names_and_shapes_of_the_class(id_: str) -> None:
     if MODELS[id_].cls and not hasattr(diffusers, MODELS[id_].cls):
         pytest.skip(f"this diffusers has no {MODELS[id_].cls}")

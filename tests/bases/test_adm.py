@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diagonal import pair_up
 from lora_files import save
 
 from prolora import UnsupportedFormat, inspect, open_base, transfer, transfer_file
@@ -104,8 +105,10 @@ def matrices(shapes):
     return {name: shape for name, shape in shapes.items() if len(shape) > 1}
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "network.", "module.", "model.diffusion_model."])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "prefix"),
+    pair_up(NETWORKS, ["", "model.", "network.", "module.", "model.diffusion_model."]),
+)
 def test_every_matrix_of_an_adm_network_is_read_under_its_own_name(network, prefix, tmp_path):
     shapes = lay_out(**NETWORKS[network])
     path = save(tmp_path / "base.safetensors", fill(shapes, prefix))
@@ -139,8 +142,7 @@ def write_lora(path, shapes, spelling, rank=2):
     return save(path, tensors)
 
 
-@pytest.mark.parametrize("spelling", ["peft", "wrapped", "kohya"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("network", "spelling"), pair_up(NETWORKS, ["peft", "wrapped", "kohya"]))
 def test_a_lora_moves_with_every_module_and_keeps_its_spelling(network, spelling, tmp_path):
     shapes = lay_out(**NETWORKS[network])
     wanted = matrices(shapes)

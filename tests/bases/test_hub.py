@@ -1,7 +1,6 @@
 """Models by hub id, with a stand-in for the hub: which files are fetched, and which are not."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -127,12 +126,3 @@ def test_what_is_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
     for name in ("hf://org", "hf://org/m/../../x", "hf://org/m@a b/c"):
         with pytest.raises(UnsupportedFormat, match="a hub id is"):
             hub.parse_hub_id(name)
-
-
-def test_opening_a_local_base_imports_no_hub_and_no_gguf():
-    program = (
-        "import sys; sys.path[:0] = sys.argv[1:]; import torch, prolora; "
-        "prolora.open_base({'a': torch.ones(2, 2)}); "
-        "assert not {'huggingface_hub', 'gguf'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", program, *sys.path], check=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from prolora import UnsupportedFormat
 from prolora.bases import pipeline_files, vae
@@ -101,7 +102,9 @@ def test_a_file_larger_than_any_real_one_is_refused_unread(tmp_path):
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(changes=st.dictionaries(st.sampled_from([*INDEX, *CONFIG]) | st.text(max_size=9), ANY))
 def test_whatever_the_files_say_is_read_or_refused(tmp_path, changes):
@@ -124,7 +127,9 @@ def test_whatever_the_files_say_is_read_or_refused(tmp_path, changes):
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.booleans())
 def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from diagonal import pair_up
 from mini import shapes as mini_shapes
 
 from prolora import UnsupportedFormat, open_base
@@ -51,10 +52,10 @@ def checkpoint(dtype, notation, rows=False, prefix=""):
     return stored, metadata, meant
 
 
-@pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("notation", ["marker", "metadata", "notes"])
-@pytest.mark.parametrize("rows", [False, True])
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    ("notation", "dtype"), pair_up(["marker", "metadata", "notes"], list(FORMATS.values()))
+)
+@pytest.mark.parametrize(("rows", "prefix"), pair_up([False, True], ["", "model.diffusion_model."]))
 def test_scaled_float8_is_the_product_in_every_notation(dtype, notation, rows, prefix, tmp_path):
     """One scale, or one for each row; and close to what was quantised, which q alone is not."""
     stored, metadata, meant = checkpoint(dtype, notation, rows, prefix)

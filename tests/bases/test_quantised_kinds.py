@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mini import write_case
+from property_examples import examples
 
 from prolora import ProLoRAError, UnsupportedFormat, inspect, open_base
 from prolora.bases import check_finite
@@ -149,7 +150,7 @@ NOTES = {
 
 
 @pytest.mark.parametrize("kind", NOTES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(data=st.data())
 def test_no_note_ends_in_anything_but_a_weight_or_a_refusal(kind, data, tmp_path_factory):
     parts, metadata, _ = layer(kind)
@@ -175,7 +176,7 @@ def test_no_note_ends_in_anything_but_a_weight_or_a_refusal(kind, data, tmp_path
         assert Q in str(error)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(data=st.data())
 def test_no_description_of_torchao_ends_in_anything_but_a_weight_or_a_refusal(
     data, tmp_path_factory

@@ -82,28 +82,6 @@ def test_the_short_help_of_fit_has_what_most_people_need(prolora, monkeypatch):
         assert f"--{name}" not in whole  # for studies, in Python
 
 
-@pytest.mark.parametrize(
-    "old",
-    [
-        ("--method", "probe"),
-        ("--method=probe",),
-        ("--probe-images", "2"),
-        ("--probe-fit-steps=3",),
-        ("--prompt", "a cat"),
-        ("--target-guidance", "1"),
-        ("--lora-steps=4",),
-        ("--resume", "kept"),
-        ("--force",),
-    ],
-)
-def test_what_transfer_no_longer_takes_is_found_at_fit(prolora, case, tmp_path, old):
-    lora, source, target = case
-    line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
-    code, _, text = prolora(*line, *old)
-    assert code == 2 and "`prolora fit`" in flatten(text)
-    assert not (tmp_path / "x").exists()
-
-
 def test_a_name_that_is_no_choice_is_refused_with_the_choices(prolora, case, tmp_path):
     lora, source, target = case
     line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")

@@ -283,7 +283,7 @@ def test_a_mistake_is_answered_in_one_line_and_writes_nothing(prolora, room, wor
     assert read_tree(room) == before
 
 
-@pytest.mark.parametrize("name", ["old.pt", "my old.ckpt"])
+@pytest.mark.parametrize("name", [pytest.param("old.pt", marks=pytest.mark.slow), "my old.ckpt"])
 def test_the_command_that_converts_a_pickle_can_be_copied(prolora, room, name):
     """It runs as it stands on its line; in double quotes, which cmd.exe knows too."""
     _, _, error = prolora("inspect", name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sdxl
 import torch
+from diagonal import pair_up
 from spectra import related
 
 from prolora import NonFiniteWeights, UnsupportedFormat, open_base
@@ -114,8 +115,7 @@ def pruned_pair(drift, seed, scale=16):
     return open_base(source), open_base(target), origin
 
 
-@pytest.mark.parametrize("drift", [0.15, 1.0, 2.0])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("drift", "seed"), pair_up([0.15, 1.0, 2.0], range(3)))
 def test_sdxl_shaped_students_are_recovered_up_to_a_drift_of_twice_the_weights(drift, seed):
     """At a sixteenth of the width; drift is ‖W_t − W_s‖ / ‖W_s‖."""
     source, target, origin = pruned_pair(drift, seed)

@@ -29,6 +29,10 @@ QUALITY = Path(__file__).parents[2] / "bench/quality"
         (Verdict(0.16, 0.99, 0.27), False, CHANGED),
         (Verdict(0.16, 0.99, 0.27), True, CUT),
         (Verdict(1.4, 0.0, 0.8), True, APART),
+        # The same drift is little beside a large LoRA, and much beside a small one.
+        (Verdict(0.006, 0.999, 0.05, size=0.03), False, ALIKE),
+        (Verdict(0.006, 0.999, 0.05, size=0.01), False, CHANGED),
+        (Verdict(0.3, 0.96, 0.55, size=0.01), False, ALIKE),
     ],
 )
 def test_a_pair_falls_into_one_class_and_has_its_shares(verdict, cut, group):
@@ -92,6 +96,7 @@ def test_a_quantile_of_equal_weights_is_the_usual_one(quality):
     assert find_quantile(values, [1.0] * 5, 0.2) == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_no_rule_with_more_constants_is_needed_by_the_stored_scores(quality):
     """In either world the shipped rule loses little to the best fixed copy of each kind."""
     import left_out

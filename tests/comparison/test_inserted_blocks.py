@@ -3,6 +3,7 @@
 import anima_depth
 import pytest
 import torch
+from diagonal import pair_up
 
 from prolora import LowRank, open_base
 from prolora.adapters.adapter import Adapter
@@ -24,8 +25,9 @@ def test_anima_has_as_many_inserted_blocks_as_its_sizes_differ_by():
     assert (origins[0], origins[3], origins[20], origins[39]) == (0, 2, 14, 27)
 
 
-@pytest.mark.parametrize("kind", ["noise", "low rank"])
-@pytest.mark.parametrize("insertion", anima_depth.INSERTIONS)
+@pytest.mark.parametrize(
+    ("insertion", "kind"), pair_up(list(anima_depth.INSERTIONS), ["noise", "low rank"])
+)
 def test_the_28_blocks_are_found_among_40_under_drift_of_half_their_norm(insertion, kind):
     source, target, truth = anima_depth.make_pair(insertion, 0.5, kind, 0)
     result = match_blocks(open_base(source), open_base(target))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diagonal import pair_up
 from narrow import BLOCKS, as_base, sides, stranger, student, teacher
 from spectra import related
 
@@ -28,8 +29,10 @@ def assert_right(found, kept=None):
         assert torch.equal(selection.rows, rows) and torch.equal(selection.columns, columns), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-2, 0.2])
+@pytest.mark.parametrize(
+    ("noise", "dtype"),
+    pair_up([0.0, 1e-3, 1e-2, 0.2], [torch.float32, torch.float16, torch.bfloat16]),
+)
 def test_the_rows_and_columns_of_every_module_are_found(noise, dtype):
     found = find(as_base(teacher()), as_base(student(noise, dtype)))
     assert found.keys() == set(INSIDE)

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from diagonal import pair_up
 from spectra import related, weights
 
 import prolora
@@ -103,8 +104,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("setting", "shape"), pair_up(SETTINGS, SHAPES))
 def test_no_setting_of_the_caller_changes_a_bit(setting, shape, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anomaly detection announces itself

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from diagonal import pair_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from spectra import orthonormal, planted, power_law, sine, weights
 
 from prolora import NonFiniteWeights, ShapeMismatch, truncated_svd
@@ -111,7 +113,7 @@ def test_all_columns_of_a_square_weight_span_everything():
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.floats(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 def test_projector_errors_stay_below_the_bound_on_random_spectra(m, n, seed, exponent):
     d = min(m, n)
     weight, u, _ = planted(m, n, power_law(d, exponent), seed)
@@ -170,8 +172,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
-@pytest.mark.parametrize("shape", [(800, 800), (800, 1000), (1000, 800)])
+@pytest.mark.parametrize(("name", "shape"), pair_up(LARGE, [(800, 800), (800, 1000), (1000, 800)]))
 def test_krylov_finds_the_planted_subspace_and_bounds_its_error(name, shape):
     weight, u, v = planted(*shape, LARGE[name].sort(descending=True)[0])
     basis = truncated_svd(weight.float(), 40)

@@ -1,14 +1,15 @@
 """The copy that gives way where the target has drifted."""
 
 import pytest
+import reference
 import torch
+from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 from spectra import related, weights
 
 import prolora
 from prolora import LowRank
-from prolora.core import reference
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 5), (5, 1)]
 
@@ -21,8 +22,7 @@ def case(m, n, rank=4, drift=0.4, seed=0, dtype=torch.float64):
     return LowRank(up, down), source, related(source, drift, seed + 2).to(dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kappa", [0.3, 4.0, 300.0])
+@pytest.mark.parametrize(("shape", "kappa"), pair_up(SHAPES, [0.3, 4.0, 300.0]))
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_it_equals_the_reference(shape, kappa, dtype, tolerance):
     delta, source, target = case(*shape, dtype=dtype)

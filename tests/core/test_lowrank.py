@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from prolora import LowRank, ShapeMismatch
 from prolora.core.recompression import product_energies
@@ -16,7 +17,7 @@ def random_update(m, n, r, seed=0, batch=()):
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 24), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_norm_and_refactoring_equal_the_dense_product(m, n, r, seed):
     update = random_update(m, n, r, seed)
     dense = update.dense()

@@ -4,9 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from spectra import related, weights
 
 import prolora
@@ -19,7 +21,6 @@ from prolora import (
     project,
     truncated_svd,
 )
-from prolora.core import reference
 from prolora.core.affinity import Affinity
 from prolora.core.verdict import judge_pairs
 
@@ -46,7 +47,7 @@ def relative(a, b):
 
 
 @given(SHAPES, st.integers(1, 6), METHOD, st.integers(0, 999), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_factor_form_equals_the_dense_formula(shape, r, method, seed, data):
     source, target, delta = case(*shape, r, seed)
     k = data.draw(st.integers(1, min(shape)))
@@ -60,7 +61,7 @@ def test_factor_form_equals_the_dense_formula(shape, r, method, seed, data):
 
 
 @given(SHAPES, METHOD, st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_energy_rule_gives_each_base_its_own_columns(shape, method, seed):
     source, target, delta = case(*shape, 3, seed)
     ks, kt = (reference.columns_for_energy(w, 0.8) for w in (source, target))
@@ -71,7 +72,7 @@ def test_energy_rule_gives_each_base_its_own_columns(shape, method, seed):
 
 
 @given(st.integers(2, 20), st.integers(1, 5), METHOD, st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_equal_square_bases_of_full_rank_make_every_method_the_identity(n, r, method, seed):
     source, _, delta = case(n, n, r, seed)
     assert (
@@ -81,7 +82,7 @@ def test_equal_square_bases_of_full_rank_make_every_method_the_identity(n, r, me
 
 
 @given(st.integers(3, 20), st.integers(3, 20), st.integers(0, 999), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_equal_bases_lose_exactly_the_mixed_blocks(m, n, seed, data):
     source, _, delta = case(m, n, 3, seed)
     k = data.draw(st.integers(1, min(m, n) - 1))
@@ -99,7 +100,7 @@ def test_equal_bases_lose_exactly_the_mixed_blocks(m, n, seed, data):
 
 
 @given(SHAPES, METHOD, st.integers(0, 999), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_flipping_singular_pair_signs_changes_nothing(shape, method, seed, data):
     source, target, delta = case(*shape, 3, seed)
     k = data.draw(st.integers(1, min(shape)))

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import reference
 import torch
 from spectra import orthonormal, related, weights
 
 from prolora import NonFiniteWeights, ShapeMismatch, principal_angles, similarity, truncated_svd
-from prolora.core import reference
 from prolora.core.similarity import ANGLE_SHARES, angle_quantiles
 from prolora.core.svd import stacks
 

@@ -1,13 +1,16 @@
 """Damping from the thin factors: as good as the factorisation, or left to it."""
 
 import pytest
+import reference
 import torch
+from diagonal import pair_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from spectra import related, weights
 
 from prolora import LowRank
-from prolora.core import damping, reference, thin_damping
+from prolora.core import damping, thin_damping
 from prolora.core.damping import Damper
 
 SHAPES = [(320, 320), (256, 384), (384, 256)]
@@ -52,8 +55,7 @@ def no_factors(monkeypatch):
     monkeypatch.setattr(damping, "_factorise_damping", refuse)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rank", [1, 4, 8])
+@pytest.mark.parametrize(("shape", "rank"), pair_up(SHAPES, [1, 4, 8]))
 @pytest.mark.parametrize("drift", ["dense", "few", "none"])
 def test_it_equals_the_dense_formula_without_a_factorisation(shape, rank, drift, no_factors):
     case = make_case(*shape, rank, drift=drift)
@@ -61,7 +63,7 @@ def test_it_equals_the_dense_formula_without_a_factorisation(shape, rank, drift,
     assert find_error(damper.at(1.0)(case[0]), case, 1.0) <= 1e-5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     seed=st.integers(0, 1000),
     rank=st.integers(1, 12),

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 
 from prolora.errors import ForeignFile, OutputError
 from prolora.files import ownership
@@ -61,7 +62,7 @@ def test_a_file_that_was_written_is_known_again(tmp_path: Path) -> None:
     SafetensorsFile(tmp_path / "renamed")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(st.data())
 def test_a_change_of_any_byte_makes_a_file_foreign(data: st.DataObject) -> None:
     text = f"<!-- {UNSIGNED} -->\nwords".encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shlex
 import subprocess
 import sys
 import zipfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_here
 
 from prolora import UnsupportedFormat, open_base
 from prolora.adapters import read_adapter
@@ -89,8 +89,7 @@ def test_the_old_format_is_told_with_the_command_that_converts_it(tmp_path):
         with pytest.raises(UnsupportedFormat, match="old format") as caught:
             read(tmp_path / "model.pt")
         assert "damaged" not in str(caught.value)
-    command = caught.value.command
-    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, timeout=120)
+    run_here(caught.value.command)
     assert set(open_base(tmp_path / "model.safetensors").shapes) == set(open_base(WEIGHTS).shapes)
 
 

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from property_examples import examples
 from torch import Tensor
 
 from prolora.errors import UnsupportedFormat
@@ -21,7 +22,7 @@ from prolora.files.writing import write_safetensors
 
 DTYPES = sorted(safetensors_file.DTYPES.values(), key=str)
 FAST = settings(
-    max_examples=300,
+    max_examples=examples(300),
     deadline=None,
     database=None,
     derandomize=True,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.probe import pipelines
+from prolora.probe.workload import Workload
 from prolora.workflow.best import BestWay
 
 ROOT = Path(__file__).parents[2]
@@ -249,6 +250,21 @@ def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, model
     assert words.explain(prolora.ProLoRAError("`match='name'`")).startswith("This LoRA cannot")
 
 
+def test_every_input_and_output_says_what_it_is_in_words_that_artists_know(pack):
+    for name, node in pack.NODE_CLASS_MAPPINGS.items():
+        inputs = node.INPUT_TYPES()
+        known = {**inputs["required"], **inputs.get("optional", {})}
+        drawing = {*CORE, "seed", "steps", "cfg"}  # core's own, with its words
+        told = [known[one][1]["tooltip"] for one in known if one not in drawing]
+        assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES), name
+        for text in (node.DESCRIPTION, *told, *node.OUTPUT_TOOLTIPS):
+            assert (text.endswith(".") and text[0] == text[0].upper()) or text.startswith("auto ")
+            foreign = (
+                r"weights|energy|modul|matri|denoiser|decoder|pipeline(?!s, which are folders)"
+            )
+            assert not re.search(foreign, text), text
+
+
 def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models):
     def transformer(blocks):
         generator = torch.Generator().manual_seed(3)
@@ -311,6 +327,32 @@ def test_a_node_says_how_far_it_is_and_how_long_it_takes(pack, monkeypatch):
     progress(3, 4, "transformer_blocks.0.attn.to_q")
     said = ["Working: 25% done, about 3 min left.", "Working: 75% done."]
     assert told == [("prolora.progress", {"node": "7", "text": text}, "page") for text in said]
+
+
+def test_a_fit_says_how_long_it_takes_before_the_first_image_is_drawn(pack, monkeypatch):
+    host, told = sys.modules["comfyui_prolora.host"], []
+    monkeypatch.setattr(host, "_tell_progress", told.append)
+    moments = iter(range(9))
+    monkeypatch.setattr(host.time, "monotonic", lambda: 0.9 * next(moments))
+    progress = host.make_progress()
+    sampled = Workload(prolora.FitOptions(), 25)
+    progress(0, 9, sampled.sentence("a", "b"))  # not shown, since less than a second has passed
+    progress(0, 9, "opening both pipelines")
+    progress(1, 9, "sampling the source")
+    progress(3, 9, "sampling the source, 40 s left")
+    progress(3, 9, "sampling the source, 40 s left")
+    long = f"Both models run, about as long as drawing {sampled.as_images} images takes."
+    assert told == [f"Working: 0% done.\n{long}", "Working: 33% done, about 40 s left."]
+
+
+def test_the_bar_of_a_job_with_stages_starts_anew_with_each(pack):
+    import comfy
+
+    progress = sys.modules["comfyui_prolora.host"].make_progress()
+    for done, total in [(0, 900), (900, 900), (0, 17184), (40, 17184), (0, 300), (299, 300)]:
+        progress(done, total, "")
+    shown = [done / total for done, total in comfy.state.progress]
+    assert shown == pytest.approx([0, 1, 0, 0, 299 / 300])
 
 
 def test_advice_writes_nothing(pack, models):
@@ -602,7 +644,7 @@ def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, f
 @pytest.mark.slow
 def test_a_fit_that_does_not_succeed_writes_nothing(pack, models, fit_quickly):
     fit_quickly(force=False)
-    assert "The fit did not succeed" in refuse(pack, **APART, method="best")
+    assert "Running both models did not help" in refuse(pack, **APART, method="best")
     assert not (models / "loras" / "zz-moved").exists()
 
 

@@ -41,12 +41,14 @@ class ProloraNode {
     lora: [["choose", "a", "b", "c"], { display_name: "LoRA" }],
     trained_on: [["from the LoRA", "base", "mine"], { display_name: "trained on" }],
     method: [["auto"], { folded: true }],
+    prompt: ["STRING", { multiline: true, tooltip: "What to draw." }],
   } } };
   comfyClass = "ProloraMoveLora";
   size = [100, 50];
   constructor() {
     const inputs = Object.entries(ProloraNode.nodeData.input.required);
-    this.widgets = inputs.map(([name, [values]]) => ({ name, value: values[0], options: {} }));
+    this.widgets = inputs.map(([name, [values, { multiline }]]) => ({
+      name, value: values[0], options: {}, ...(multiline && { element: {} }) }));
   }
   computeSize() { return [100, 20 * this.widgets.length]; }
   setSize(size) { this.size = size; }
@@ -135,6 +137,15 @@ def test_a_model_that_was_chosen_while_the_header_was_read_stays():
     """)
         == "mine"
     )
+
+
+def test_fields_of_several_lines_and_buttons_say_what_they_are():
+    field, *buttons = run("""
+        node.onExecuted({ text: ["done"], page: ["a.html"] });
+        return [node.find("prompt").element.title, node.find("settings").tooltip,
+                node.find("open the whole report").tooltip];
+    """)
+    assert field == "What to draw." and all(text.endswith(".") for text in buttons)
 
 
 def test_settings_that_few_need_are_shown_on_request():

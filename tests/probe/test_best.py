@@ -91,10 +91,16 @@ def test_where_all_of_a_lora_has_a_place_the_result_is_that_by_weights(room):
         ("across", "encoders were trained apart"),
     ],
 )
-def test_where_weights_say_too_little_the_models_are_run(room, tmp_path, target, need):
-    out = tmp_path / "out.safetensors"
-    report = prolora.transfer_file(*ends(room, target), out, method="best")
+def test_where_weights_say_too_little_the_models_are_run(room, target, need):
+    report = prolora.transfer(*ends(room, target), method="best").report
     assert report.was_fitted and need in report.why and report.why in str(report.in_words())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["pruned", "apart", "across"])
+def test_a_fit_that_was_chosen_is_the_one_that_fit_makes(room, tmp_path, target):
+    out = tmp_path / "out.safetensors"
+    prolora.transfer_file(*ends(room, target), out, method="best")
     bases = map(prolora.open_base, ends(room, target)[1:])
     way = BestWay.of(*bases, prolora.TransferOptions(method="best", format="auto"))
     prolora.fit_file(*ends(room, target), tmp_path / "alone.safetensors", way.by_fit)
@@ -156,7 +162,7 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
     assert far[0].report.was_fitted
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch, overwrite):
     lora, out = room / "lora.safetensors", tmp_path / "lora.safetensors"
     few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
@@ -255,12 +261,19 @@ def test_a_plan_of_a_collection_takes_methods_by_weights(room):
         prolora.plan_migration(*ends(room, "tuned"), method="best")
 
 
-@pytest.mark.parametrize("target, tried", [("tuned", False), ("pruned", True), ("apart", True)])
+@pytest.mark.parametrize(
+    "target, tried",
+    [
+        ("tuned", False),
+        ("pruned", True),
+        pytest.param("apart", True, marks=pytest.mark.slow),
+    ],
+)
 def test_advice_that_measures_runs_the_first_steps_of_a_fit_where_it_may_be_better(
     room, target, tried
 ):
     lora, *bases = ends(room, target)
-    few = prolora.FitSettings(("cat", "dog"), images=2, steps=3)
+    few = prolora.FitSettings(("cat",), images=1, steps=2)
     advice = prolora.advise(*bases, lora, measure=few)
     found = advice.measurement.candidates
     assert ("fit" in found) is tried and (advice.fit_seconds is not None) is tried

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_pipelines as tiny
 import torch
+from diagonal import pair_up
 from diffusers import UNet2DConditionModel
 from fitting import fit_models
 from safetensors.torch import load_file, save_file
@@ -54,15 +55,14 @@ def test_one_broken_number_of_the_lora_is_refused_before_sampling(source, lora, 
         fit_models(source, source, lora, forbidden, forbidden)
 
 
-@pytest.mark.parametrize("value", BROKEN)
-@pytest.mark.parametrize(
-    "file",
-    [
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors",
-    ],
-)
+FILES = [
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+]
+
+
+@pytest.mark.parametrize(("file", "value"), pair_up(FILES, BROKEN))
 def test_one_broken_weight_of_a_pipeline_is_refused_before_sampling(room, file, value, monkeypatch):
     path = room / "target" / file
     tensors = load_file(path)

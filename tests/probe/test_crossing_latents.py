@@ -162,9 +162,14 @@ CROSSED = {
     "flux, to flux2": ["--size", "16"],
     "flux, to qwen": ["--size", "16"],
 }
+BETWEEN = ("sdxl, to flux", "flux, to flux2")
+"""Their sides also occur in the other two, or in memory above."""
 
 
-@pytest.mark.parametrize("pair", CROSSED)
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(pair, marks=pytest.mark.slow if pair in BETWEEN else ()) for pair in CROSSED],
+)
 def test_a_lora_crosses_to_a_file_of_the_target(room, tmp_path, monkeypatch, pair):
     monkeypatch.chdir(tmp_path)
     source, target = pair.split(", to ")

@@ -197,12 +197,17 @@ def test_images_of_the_empty_prompt_alone_are_asked_about(tmp_path):
     assert result.report.guidance == pytest.approx(7.5, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory) -> list[pipelines.Pipeline]:
+    """SDXL, and a target that guides with a negative prompt alone."""
+    folder = tmp_path_factory.mktemp("crossed")
+    makers = crossing.save_sdxl, crossing.save_qwen_image
+    return [pipelines.open_pipeline(save(folder / save.__name__)) for save in makers]
+
+
 @pytest.mark.parametrize(("guidance", "asked"), [(None, 1), (4.0, 1), (1.0, 5)])
-def test_a_target_that_guides_with_a_negative_prompt_alone_is_no_student(guidance, asked, tmp_path):
-    source, target = (
-        pipelines.open_pipeline(save(tmp_path / save.__name__))
-        for save in (crossing.save_sdxl, crossing.save_qwen_image)
-    )
+def test_a_target_that_guides_with_a_negative_prompt_alone_is_no_student(guidance, asked, crossed):
+    source, target = crossed
     settings = replace(SETTINGS, size=None, target_guidance=guidance)
     sides = pipelines.observe_sides(source, target, settings, shared=False)
     translation = pipelines.CrossingRecorder(*sides, probe_adapter(source)).translation
@@ -218,8 +223,9 @@ def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
     assert "stable_diffusion: what its guidance makes" in caplog.text
 
 
-def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(tmp_path):
-    """Three steps beside four are too many for pairs of images."""
+@pytest.fixture
+def probe_twin(tmp_path):
+    """Fits to a twin of the source that is sampled in three steps, the source in four."""
     tiny.save(tmp_path / "source")
     unet = pipelines.open_pipeline(tmp_path / "source").denoiser
     tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
@@ -240,14 +246,23 @@ def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(tmp_
         asked = replace(probing, **changes)
         return fit(lora, *ends, asked, again=True).report.probe
 
-    unguided = probed(target_guidance=1.0)
+    return probed
+
+
+def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(probe_twin):
+    """Three steps beside four are too many for pairs of images."""
+    unguided = probe_twin(target_guidance=1.0)
     assert unguided.guidance == pytest.approx(7.5, rel=1e-3)
     assert unguided.probes == unguided.held_out == 4 + 4 + 3 and not unguided.crossed
-    guided = probed(target_guidance=3.0)
+
+
+@pytest.mark.slow
+def test_samples_of_another_guidance_of_the_target_are_others(probe_twin):
+    """Although the source is asked alike."""
+    guided = probe_twin(target_guidance=3.0)
     assert guided.guidance == 1 and guided.resumed == 0
-    # Samples of another guidance of the target are others, although the source is asked alike.
-    assert probed(target_guidance=5.0).resumed == 0
-    assert probed(target_guidance=5.0).resumed == 1
+    assert probe_twin(target_guidance=5.0).resumed == 0
+    assert probe_twin(target_guidance=5.0).resumed == 1
 
 
 def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
@@ -323,16 +338,16 @@ def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_
     unet = pipelines.open_pipeline(tmp_path / "source").denoiser
     tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
     lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
-    probing = FitOptions(("cat", "dog"), images=1, steps=4, size=16, fit_steps=1, force=True)
+    probing = FitOptions(("cat", "dog"), images=1, steps=3, size=16, fit_steps=1, force=True)
     few = replace(probing, lora_steps=1, lora_guidance=1.0)
     ends = tmp_path / "source", tmp_path / "twin"
     report = fit(lora, *ends, few, again=True).report.probe
     # Source and target are guided, and so nothing is asked with guidance.
-    assert (report.guidance, report.guided_lora, report.probes) == (1, True, 4 + 1 + 4)
+    assert (report.guidance, report.guided_lora, report.probes) == (1, True, 3 + 1 + 3)
     few = replace(few, target_guidance=1.0)
     report = fit(lora, *ends, few, again=True).report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3) and not report.guided_lora
-    assert report.probes == 4 + 1 + 4 and report.crossed is None
+    assert report.probes == 3 + 1 + 3 and report.crossed is None
     assert "with its own, 7.5, and with the LoRA without." in " ".join(report.sentences())
 
 

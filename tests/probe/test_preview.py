@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -15,7 +17,6 @@ import tiny_pipelines as tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
 from test_swapping import Card
 from torch import Tensor
 from typer.testing import CliRunner
@@ -28,6 +29,7 @@ from prolora.probe.pipelines import vram
 from prolora.probe.pipelines.delta_sampling import change_prediction
 from prolora.probe.pipelines.pipeline import Pipeline
 from prolora.workflow.by_fitting import running
+from prolora.workflow.by_fitting.pipeline import prepare_fit
 from prolora.workflow.by_fitting.showing import CHANGED
 
 FEW = prolora.FitOptions(("cat", "dog cat"), images=1, steps=2, size=16, guidance=4.0)
@@ -45,20 +47,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.save(folder / "velocity", seed=6, text=12, kind="v_prediction")
         make.save_sdxl(folder / "other")
         source = pipelines.open_pipeline(folder / "source")
-    tensors = {}
-    generator = torch.Generator().manual_seed(3)
-    for prefix, model, leaf in (
-        ("lora_unet", source.denoiser, ("attn1.to_v", "attn2.to_v")),
-        ("lora_te_text_model", source.pipe.text_encoder, ("mlp.fc1", "mlp.fc2")),
-    ):
-        for name, module in model.named_modules():
-            if name.endswith(leaf):
-                key = f"{prefix}_{name.replace('.', '_')}"
-                m, n = module.weight.shape
-                tensors[f"{key}.lora_up.weight"] = 0.5 * torch.randn(m, 2, generator=generator)
-                tensors[f"{key}.lora_down.weight"] = torch.randn(2, n, generator=generator)
-                tensors[f"{key}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, folder / "lora.safetensors")
+    tiny.write_lora_with_text(folder / "lora.safetensors", source.pipe, 0.5)
     return folder
 
 
@@ -130,11 +119,23 @@ def test_it_is_delta_sampling_as_one_writes_it_with_diffusers(room, target, guid
         assert np.abs(columns["target"][row] - wanted).max() > 10
 
 
+@pytest.mark.parametrize(("rank", "shown"), [(None, "2"), (256, "12…16"), (0.9, None)])
+def test_what_is_planned_has_the_rank_of_the_fit_as_far_as_it_is_known(room, rank, shown):
+    """A share becomes a rank once the updates are fitted."""
+    ends = room / "lora.safetensors", room / "source", room / "target"
+    (table,) = prolora.plan_fit(*ends, FEW, rank=rank, text_encoder="skip").tables()[:1]
+    last = [column.name for column in table.columns].index("rank") if shown else None
+    assert [column.name for column in table.columns] == ["part", "n", *(["rank"] if shown else [])]
+    assert last is None or table.rows[-1].cells[last] == shown
+
+
 @pytest.mark.slow
 def test_its_images_are_those_of_the_page_of_a_fit(room):
     ends = room / "lora.safetensors", room / "source", room / "target"
     seen = prolora.preview_fit(*ends, FEW, shown_prompts=2).grid
-    fitted = prolora.fit(*ends, FEW, shown_prompts=2, fit_steps=1, force=True).report.grid
+    report = prolora.fit(*ends, FEW, shown_prompts=2, fit_steps=1, force=True).report
+    planned, fitted = prolora.plan_fit(*ends, FEW).modules, report.grid
+    assert [row.rank_out for row in planned] == [row.rank_out for row in report.modules]
     for name in ("source", "source + LoRA", "target"):
         one, other = (grid.images[list(grid.columns).index(name)] for grid in (seen, fitted))
         assert one == other
@@ -179,6 +180,15 @@ def test_the_command_writes_a_page_and_no_lora(room, tmp_path, monkeypatch):
     # Its own page is replaced; a LoRA of someone else at -o is not looked at.
     code, told = run(room, "--report", "lora-preview.html", "--quiet")
     assert code == 0 and is_own(tmp_path / "lora-preview.html", "report")
+
+
+def test_its_json_names_the_page_and_is_no_dry_run(room, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, told = run(room, "--json")
+    assert code == 0
+    answer = json.loads(told)
+    assert (answer["status"], answer["page"]) == ("previewed", "lora-preview.html")
+    assert answer["out"] is None and (tmp_path / answer["page"]).is_file()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +262,28 @@ def test_images_that_cannot_be_drawn_end_it_with_the_reason(room, tmp_path, monk
     assert code and "an image of NaN" in told and not list(tmp_path.iterdir())
 
 
+def test_its_need_of_the_card_is_its_own_and_not_that_of_a_fit(room, monkeypatch):
+    """A fit of a high rank needs more: the target's factors, and their moments."""
+    monkeypatch.setattr(vram, "CONTEXT", 0)
+    monkeypatch.setattr(running, "_is_card", lambda _: True)
+    ends = room / "lora.safetensors", room / "source", room / "target"
+    asked = replace(FEW, rank=256, device="cpu")
+    job = prepare_fit(ends[0], *map(prolora.open_base, ends[1:]), asked)
+    needs = {}
+    for fits in (True, False):
+        with pytest.raises(prolora.TooLittleMemory) as refused:
+            bounded = replace(job, options=replace(asked, max_vram="1"))
+            running.plan_memory_of_card(bounded, fits)
+        told = re.search(r"needs ([\d.]+) MiB", str(refused.value))
+        needs[fits] = float(told[1])
+    assert needs[True] > 1.1 * needs[False]
+    asked = replace(asked, max_vram=f"{1.05 * needs[False]:.2f}MiB")
+    with pytest.raises(prolora.TooLittleMemory):
+        prolora.plan_fit(*ends, asked)
+    drawn = prolora.preview_fit(*ends, asked).grid
+    assert drawn is not None and CHANGED in drawn.columns
+
+
 @pytest.mark.slow
 def test_on_a_card_that_swaps_blocks_the_images_are_the_same(room, monkeypatch):
     """The CPU plays the card; both models are there, and images are decoded."""
@@ -271,6 +303,6 @@ def test_on_a_card_that_swaps_blocks_the_images_are_the_same(room, monkeypatch):
     while rooms:
         assert not card.visits
         drawn.append(preview(room, "target", max_vram="1GB", device="cpu"))
-    assert card.visits and not card.held and asked[1] == ("float32", True, False)
+    assert card.visits and not card.held and asked == [("float32", True, False)] * 2
     for name, images in drawn[0].items():
         assert all(np.array_equal(a, b) for a, b in zip(images, drawn[1][name], strict=True))

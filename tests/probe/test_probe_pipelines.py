@@ -140,21 +140,16 @@ def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     torch.testing.assert_close(before.updates[name].dense(), after.updates[name].dense())
 
 
-def test_unrelated_bases_write_nothing(room, tmp_path):
-    result = run(room, "other", tmp_path / "out.safetensors", *FEW)
-    assert result.exit_code != 0
-    assert isinstance(result.exception, UnrelatedBases)
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_base_is_hashed_for_a_probing_that_is_refused(room, tmp_path, monkeypatch):
+def test_for_unrelated_bases_nothing_is_hashed_and_nothing_written(room, tmp_path, monkeypatch):
     """Neither for what moving by weights gives meanwhile."""
     for name in ("hash_file", "read_blocks"):
         monkeypatch.setattr(identity, name, lambda *_: pytest.fail("a base was hashed"))
     for known in (identity._hash_whole, identity._hash_samples):
         known.cache_clear()
     result = run(room, "other", tmp_path / "out.safetensors", *FEW)
+    assert result.exit_code != 0
     assert isinstance(result.exception, UnrelatedBases), result.exception
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from diagonal import pair_up
 from small_diffusers import MAKERS, make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,19 +81,17 @@ def fitted(model: nn.Module, call, bits: str, fit_factors, swapped: BlockSwappin
             return plain, fit_factors(problem)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize(
-    ("bits", "stored", "fit_factors"),
-    [
-        ("float32", torch.float32, fit_jointly),
-        ("float32", torch.float16, fit_jointly),
-        ("bfloat16", torch.bfloat16, fit_jointly),
-        ("float32", torch.float32, fit_in_factors),
-    ],
-)
-def test_a_fit_with_swapped_blocks_is_the_fit_without_bit_for_bit(
-    card, kind, bits, stored, fit_factors
-):
+WAYS = [
+    ("float32", torch.float32, fit_jointly),
+    ("float32", torch.float16, fit_jointly),
+    ("bfloat16", torch.bfloat16, fit_jointly),
+    ("float32", torch.float32, fit_in_factors),
+]
+
+
+@pytest.mark.parametrize(("kind", "way"), pair_up(list(MAKERS), WAYS))
+def test_a_fit_with_swapped_blocks_is_the_fit_without_bit_for_bit(card, kind, way):
+    bits, stored, fit_factors = way
     model, call = make_model(kind)
     model.to(stored)
     plain, fit = fitted(model, call, bits, fit_factors)

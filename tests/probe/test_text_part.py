@@ -38,20 +38,7 @@ def room(tmp_path_factory) -> Path:
         tiny.save(folder / "source", seed=1)
         tiny.save(folder / "target", seed=1, text=12)
         source = pipelines.open_pipeline(folder / "source")
-    tensors = {}
-    generator = torch.Generator().manual_seed(3)
-    for prefix, model, leaf in (
-        ("lora_unet", source.denoiser, ("attn1.to_v", "attn2.to_v")),
-        ("lora_te_text_model", source.pipe.text_encoder, ("mlp.fc1", "mlp.fc2")),
-    ):
-        for name, module in model.named_modules():
-            if name.endswith(leaf):
-                key = f"{prefix}_{name.replace('.', '_')}"
-                m, n = module.weight.shape
-                tensors[f"{key}.lora_up.weight"] = torch.randn(m, 2, generator=generator)
-                tensors[f"{key}.lora_down.weight"] = torch.randn(2, n, generator=generator)
-                tensors[f"{key}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, folder / "lora.safetensors")
+    tiny.write_lora_with_text(folder / "lora.safetensors", source.pipe)
     return folder
 
 
@@ -244,7 +231,7 @@ def test_a_measurement_asks_the_source_as_diffusers_runs_the_file(room, seen, mo
 
     monkeypatch.setattr(pipelines.Pipeline, "sample_latents", record)
     ends = room / "source", room / "target", room / "lora.safetensors"
-    prolora.advise(*ends, measure=SETTINGS)
+    prolora.advise(*ends, measure=replace(SETTINGS, images=1))
     assert any(torch.allclose(x.images, wanted, atol=1e-3) for x in drawn if len(x.images))
     of_source = [entry for name, entry in seen if name == "source"]
     beside = conditioning(room, parts_of(room)[1])
@@ -252,7 +239,7 @@ def test_a_measurement_asks_the_source_as_diffusers_runs_the_file(room, seen, mo
     assert not all(torch.allclose(entry, beside, atol=1e-2) for entry in of_source)
 
 
-@pytest.mark.parametrize("target", ["target", "source"])
+@pytest.mark.parametrize("target", ["target", pytest.param("source", marks=pytest.mark.slow)])
 def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
     room, target, tmp_path
 ):

@@ -59,11 +59,17 @@ def make_modules(models: Path) -> dict[str, types.ModuleType]:
             raise Interrupted
 
     class ProgressBar:
+        """Shows the first value, the last one, and those half a percent above the one before."""
+
         def __init__(self, total, node_id=None):
-            self.total = total
+            self.total, self.current, self.shown = total, 0, -1
 
         def update_absolute(self, value, total=None, preview=None):
-            state.progress.append((value, total))
+            self.total, self.current = total or self.total, value
+            further = (value - max(0, self.shown)) / self.total
+            if self.shown < 0 or value >= self.total or further >= 0.005:
+                self.shown = value
+                state.progress.append((value, self.total))
 
     def load_torch_file(path, safe_load=False):
         from safetensors.torch import load_file

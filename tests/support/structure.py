@@ -30,9 +30,9 @@ def parse_files(package: Path = PACKAGE) -> dict[Path, ast.Module]:
     return {file.relative_to(package): ast.parse(file.read_text("utf-8")) for file in files}
 
 
-# A twin in torch and a definition in float64 stand beside every op, under its name; a command is
-# called as the function that it calls.
-TWINS = {Path("core/ops/torch_twin.py"), Path("core/reference.py")}
+# A twin in torch stands beside every op, under its name; a command is called as the function that
+# it calls.
+TWINS = {Path("core/ops/torch_twin.py")}
 
 
 def find_names_told_twice(trees: dict[Path, ast.Module]) -> dict[str, list[str]]:

@@ -119,13 +119,37 @@ def updates(model: nn.Module, leaves: tuple[str, ...], size: float = 0.3) -> dic
     return found
 
 
-def write_lora(file: Path, found: dict[str, LowRank], alpha: float = 2.0) -> Path:
+def write_lora(file: Path, found: dict[str, LowRank], prefix: str = "lora_unet") -> Path:
     """A kohya file of rank 2."""
+    save_file(spell_updates(found, prefix), file)
+    return file
+
+
+def spell_updates(found: dict[str, LowRank], prefix: str) -> dict[str, torch.Tensor]:
+    """Updates of rank 2 as kohya's tensors, with alpha 2."""
     tensors = {}
     for name, update in found.items():
-        key = "lora_unet_" + name.replace(".", "_")
+        key = f"{prefix}_{name.replace('.', '_')}"
         tensors[f"{key}.lora_up.weight"] = update.up.contiguous()
         tensors[f"{key}.lora_down.weight"] = update.down.contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+def write_lora_with_text(file: Path, pipe: StableDiffusionPipeline, size: float = 1.0) -> Path:
+    """A kohya file of rank 2 with a part in the text encoder."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for prefix, model, leaves in (
+        ("lora_unet", pipe.unet, ("attn1.to_v", "attn2.to_v")),
+        ("lora_te_text_model", pipe.text_encoder, ("mlp.fc1", "mlp.fc2")),
+    ):
+        found = {}
+        for name, module in model.named_modules():
+            if name.endswith(leaves):
+                m, n = module.weight.shape
+                up = size * torch.randn(m, 2, generator=generator)
+                found[name] = LowRank(up, torch.randn(2, n, generator=generator))
+        tensors |= spell_updates(found, prefix)
     save_file(tensors, file)
     return file

@@ -152,7 +152,7 @@ def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes):
             folder / "source",
             folder / "apart",
             folder / "lora.safetensors",
-            measure=replace(FEW, target_steps=1, target_guidance=1.0),
+            measure=replace(FEW, images=1, steps=2, target_steps=1, target_guidance=1.0),
         )
     assert not advice.go
     assert advice.verb == "fit"

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mini import lora_tensors, source_weights, target_weights, write_case
+from property_examples import examples
 from safetensors.torch import load_file
 
 import prolora
@@ -122,7 +123,7 @@ def test_what_fits_no_blocks_is_refused_with_what_there_are(blocks, message):
         prolora.convert(sdxl_lora(), blocks=blocks)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.text(alphabet="INOUTDSM0123456789-=,.* ", max_size=30))
 def test_any_text_is_factors_or_a_refusal(text):
     table = DepthTable(tuple(load_layout("sdxl").shapes))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import LINEAR, adapter_of, factors, tiny_unet_config
@@ -88,8 +89,9 @@ def test_every_kind_goes_round_every_format(kind, format, rank, seed):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
-@pytest.mark.parametrize("out_rank", [1, 2, 0.8, "50%", "6kB"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("out_rank", "dtype"), pair_up([1, 2, 0.8, "50%", "6kB"], ["float32", "float16", "bfloat16"])
+)
 def test_the_residual_that_is_told_is_the_dense_one(kind, out_rank, dtype, tmp_path):
     tensors, dense = make_lora(kind, 4, 7)
     lora, base, out = (tmp_path / f"{n}.safetensors" for n in ("lora", "base", "out"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diagonal import pair_up
 from safetensors.torch import load_file, save_file
 
 import prolora
@@ -50,8 +51,9 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("method", ["copy", "prolora"])
-@pytest.mark.parametrize("spelling", ["kohya", "comfy", "diffusers", "bare"])
+@pytest.mark.parametrize(
+    ("spelling", "method"), pair_up(["kohya", "comfy", "diffusers", "bare"], ["copy", "prolora"])
+)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_lora_moves_by_equal_names_and_keeps_the_spelling_it_came_in(
     tmp_path, spelling, method, prefix

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 from mini import lora_tensors, source_weights, target_weights, write_case
@@ -81,8 +82,9 @@ def size_on_disk(adapter, path, **written):
     return sum(file.stat().st_size for file in files)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("ranks", [(12,), (12, 5, 9)], ids=["one rank", "mixed ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), pair_up([(12,), (12, 5, 9)], [torch.float16, torch.float32])
+)
 @pytest.mark.parametrize(
     ("format", "spelling", "shapes"),
     [

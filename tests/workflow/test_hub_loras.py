@@ -12,6 +12,7 @@ import pytest
 from hubs import ask_client
 from mini import write_case
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import prolora
 from prolora import cli
@@ -244,6 +245,39 @@ def test_a_name_that_cannot_be_looked_at_or_is_no_id_fails_alone(cloud, case):
     for one in done[3:]:
         name = one.to_dict()["lora"]
         assert name in wrong and str(one.error).startswith(f"{name}: a hub id is hf://org/name")
+
+
+def test_two_of_one_name_that_are_no_ids_fail_alone_too(cloud, case):
+    lora, source, target = case
+    publish(cloud, lora, SOLE, repo="a/one")
+    wrong = ["hf://b@x y/one", "hf://c@x y/one", "hf://b@x y/one"]
+    for method in ("auto", "best"):
+        done = prolora.transfer_many(["a/one", *wrong], source, target, method, method=method)
+        assert [one.status for one in done] == ["moved", "failed", "failed", "failed"]
+        assert all("a hub id is hf://org/name" in str(one.error) for one in done[1:])
+    fitted = prolora.fit_many(wrong, source, target, "fitted")
+    assert all("a hub id is hf://org/name" in str(one.error) for one in fitted)
+
+
+def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case, monkeypatch):
+    """Typed so, it can only lie here; a `Path` made of it looks like an id."""
+    _, source, target = case
+    cloud.refusal = AssertionError("the hub was asked")
+    bases = ["--source", str(source), "--target", str(target)]
+    names = ["./org/a", "../org/c", "~/org", "/org/a", "org//a", "org/b/", ".\\org\\a"]
+    for name in names:
+        for line in (
+            ["transfer", name, *bases, "-o", "moved.safetensors"],
+            ["transfer", name, *bases, "--dry-run"],
+            ["advise", name, *bases],
+            ["check", name, str(source)],
+            ["inspect", name],
+            ["convert", name, "-o", "converted.safetensors"],
+        ):
+            monkeypatch.setattr("sys.argv", ["prolora", *line])
+            stop = CliRunner().invoke(cli.app, line)
+            assert isinstance(stop.exception, prolora.MissingFile), (line, stop.output)
+            assert "Hub" not in str(stop.exception)
 
 
 def test_what_is_written_as_a_path_is_not_asked_for_on_the_hub(cloud, case):

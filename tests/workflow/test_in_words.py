@@ -7,7 +7,7 @@ from reports import make_report, make_row
 
 from prolora import Verdict
 from prolora.comparison.expectation import expect_shares
-from prolora.workflow.in_words import find_expected, judge, name_amount, tell_next
+from prolora.workflow.in_words import find_expected, judge, name_amount, tell_fit, tell_next
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
@@ -107,3 +107,9 @@ def test_where_parts_have_no_place_the_next_step_is_to_run_both_models():
 def test_nothing_is_made_up_for_a_method_that_nobody_measured():
     assert find_expected(RELATED, 1.0, "no such method") is None
     assert "xpect" not in judge(RELATED, 1.0, "t", "no such method")[1]
+
+
+@pytest.mark.parametrize(("is_refused", "step"), [(True, "draw some images"), (False, "try it at")])
+def test_a_fit_that_did_not_succeed_is_not_recommended(is_refused, step):
+    told = tell_fit("a", "b", 0.1, is_refused, "", ())
+    assert told.lines[-1].startswith(f"Next: {step}")

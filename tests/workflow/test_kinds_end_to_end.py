@@ -1,12 +1,12 @@
 """Adapters of other kinds than LoRA through a whole transfer."""
 
 import pytest
+import reference
 import torch
 from mini import lora_tensors, shapes, source_weights, target_weights, write_case
 from safetensors.torch import save_file
 
 import prolora
-from prolora.core import reference
 from prolora.workflow.dry_run import plan_report
 
 

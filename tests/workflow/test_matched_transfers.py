@@ -1,6 +1,7 @@
 """Transfers whose blocks are matched by similarity, and what becomes of blocks that are gone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,20 @@ def updates_of(source):
     adapter = adapters.read_adapter(lora_tensors())
     assert set(adapter.updates) == set(source)
     return adapter.updates
+
+
+def test_a_verdict_has_the_size_of_the_lora_beside_its_modules():
+    source, updates = source_weights(), updates_of(source_weights())
+    target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
+    dense = {name: update.dense().double() for name, update in updates.items()}
+    weights = {name: source[name].double() for name in dense}
+    wanted = torch.cat([x.flatten() for x in dense.values()]).norm()
+    wanted /= torch.cat([x.flatten() for x in weights.values()]).norm()
+    done = prolora.transfer(lora_tensors(), source, target)
+    assert done.report.verdict.size == pytest.approx(float(wanted), rel=1e-5)
+    advised = prolora.advise(source, target, lora_tensors()).verdict
+    assert advised.size == pytest.approx(done.report.verdict.size)
+    assert prolora.advise(source, target).verdict.size is None
 
 
 def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():
@@ -105,7 +120,9 @@ def test_auto_leaves_out_a_stranger_among_related_modules_and_says_so():
     assert stranger not in done.adapter.updates and len(done.adapter.updates) == 11
     # It says nothing of the others, whose drift alone decides.
     assert done.report.verdict.drift == pytest.approx(0.05, rel=0.05)
-    assert compare_bases(source, target, rank=None).verdict == done.report.verdict
+    assert compare_bases(source, target, rank=None).verdict == replace(
+        done.report.verdict, size=None
+    )
     with pytest.raises(LowCoverage, match="nothing in common"):
         prolora.transfer(lora_tensors(), source, target, min_coverage=1.0)
     forced = prolora.transfer(lora_tensors(), source, target, **COPY)

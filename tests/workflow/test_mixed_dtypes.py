@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diagonal import pair_up
 from mini import source_weights, target_weights, write_case
 
 import prolora
@@ -16,8 +17,7 @@ def mix_dtypes(weights, dtypes):
     return mixed, {key: weight.float() for key, weight in mixed.items()}
 
 
-@pytest.mark.parametrize("dtypes", MIXTURES, ids=str)
-@pytest.mark.parametrize("method", ["prolora", "damped"])
+@pytest.mark.parametrize(("dtypes", "method"), pair_up(MIXTURES, ["prolora", "damped"]))
 @pytest.mark.parametrize("kept", [False, True])
 def test_layers_of_several_dtypes_are_moved_as_their_values(tmp_path, dtypes, method, kept):
     lora, _, _ = write_case(tmp_path)

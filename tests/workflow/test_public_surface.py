@@ -68,13 +68,6 @@ def test_options_have_one_home(kind, changes):
         assert find_shown(kind, name).help
 
 
-def test_running_the_models_is_asked_of_another_function(tmp_path):
-    case = write_case(tmp_path)
-    for old in ({"method": "probe"}, {"probe": prolora.FitOptions()}):
-        with pytest.raises(prolora.InvalidOption, match=r"`fit\(\)`"):
-            prolora.transfer(*case, **old)
-
-
 def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(prolora.InvalidOption, match="'metod'; did you mean method"):
         prolora.transfer(*write_case(tmp_path), metod="copy")

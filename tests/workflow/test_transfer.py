@@ -5,8 +5,10 @@ import math
 import sys
 
 import pytest
+import reference
 import tiny_pipelines
 import torch
+from diagonal import pair_up
 from lora_files import attached
 from mini import (
     lora_tensors,
@@ -19,7 +21,6 @@ from mini import (
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.core import reference
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow.dry_run import plan_report
 
@@ -41,8 +42,9 @@ def expected_update(name, rank=0.9, method="prolora", columns=4):
     return reference.project_dense(delta * 2 / columns, source, target, ks, kt, method)
 
 
-@pytest.mark.parametrize("method", BY_BASES)
-@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
+@pytest.mark.parametrize(
+    ("method", "format"), pair_up(BY_BASES, ["kohya", "diffusers", "peft", "comfy"])
+)
 def test_the_written_file_holds_the_update_of_the_dense_formula(case, tmp_path, method, format):
     lora, source, target = case
     out = tmp_path / ("out" if format == "peft" else "out.safetensors")

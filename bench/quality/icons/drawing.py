@@ -18,7 +18,7 @@ from .catalogue import CONCEPT, GROUNDS, ICONS, INKS, MASTER, SETS
 from .words import WHAT, draw_inks, prompt_number
 
 SIZE = 24
-PICTURES = {"train": 8192, "held_out": 640}
+PICTURES = {"train": 8192, "held_out": 640, "fresh": 640}
 HELD_OUT = 0.12  # share of the icons (of one set each) that no model is trained on
 Change = Callable[[Tensor], Tensor]
 
@@ -52,10 +52,10 @@ def pictures(split: str, concept: bool = False) -> tuple[Tensor, Tensor]:
     """Layers (n, 7, 24, 24) and prompts (n,) of one side of the split.
 
     Every picture has its own place, size, turn and shades. Of the concept, which is one icon, the
-    two sides differ in these.
+    two sides differ in these; "fresh" are other pictures of the icons of "train".
     """
     n = PICTURES[split] // (4 if concept else 1)
-    generator = torch.Generator().manual_seed(("train", "held_out").index(split) + 2 * concept)
+    generator = torch.Generator().manual_seed(list(PICTURES).index(split) + 2 * concept)
     wanted = torch.tensor([(word == CONCEPT) == concept for word, _ in ICONS])[:, None]
     if not concept:
         wanted = wanted & (kept_back() == (split == "held_out"))

@@ -41,16 +41,20 @@ function showLink(node, page) {
   if (!widget) {
     widget = node.addWidget("button", OPEN, null, () => window.open(widget.page, "_blank"));
     keepOut(widget);
+    widget.tooltip = "All numbers and pictures of the report, in a new tab.";
   }
   widget.page = api.apiURL(`/prolora/report?name=${encodeURIComponent(page)}`);
   widget.hidden = !page;
 }
 
-// Labels as people read them. Some versions of ComfyUI do this themselves.
+// Labels as people read them. Some versions of ComfyUI do this themselves; none explains a field
+// of several lines.
 function label(node) {
   for (const widget of node.widgets ?? []) {
     const known = findInput(node, widget)?.[1];
     if (known?.display_name) widget.label = known.display_name;
+    const field = widget.inputEl ?? widget.element;
+    if (field && known?.tooltip) field.title = known.tooltip;
   }
 }
 
@@ -95,6 +99,7 @@ function foldAdvanced(node) {
   let folded = false;
   const button = node.addWidget("button", "settings", null, turn);
   keepOut(button);
+  button.tooltip = "Shows and hides what few people need; what is chosen there counts either way.";
   function turn() {
     const before = node.computeSize()[1];
     folded = !folded;

@@ -272,11 +272,6 @@ def find_correspondence(source: str, target: str, variant: str = "") -> Correspo
     return None
 
 
-def rule_variants(source: str, target: str) -> list[str]:
-    """The rules there are for a pair; the first, "", is the default."""
-    return [r.variant for r in _load_rules() if (r.source, r.target) == (source, target)]
-
-
 @cache
 def _load_rules() -> tuple[Correspondence, ...]:
     return tuple(

@@ -13,7 +13,7 @@ from ..workflow.convert_options import ConvertOptions
 from .console import progress_bar
 from .options import base_argument, expand_options, path_argument
 from .output_options import FileOutput
-from .transfer import check_output_given, check_outputs, tell_made
+from .transfer import check_output_given, check_outputs, tell_made_lora
 
 
 @expand_options
@@ -35,4 +35,4 @@ def convert(
             report = replace(convert_lora(lora, model, options).report, dry_run=True)
         else:
             report = convert_file(lora, cast(Path, output.output), model, options)
-    tell_made(lora, report, output)
+    tell_made_lora(lora, report, output)

@@ -46,14 +46,17 @@ APART = "apart"
 FITTED_IMAGES = 16  # of each run of a model that a fit learns from
 
 PROMPTS = (
-    "face twemoji many on-white",
-    "heart fluent many on-blue",
-    "flower noto many on-purple",
-    "tree noto many on-orange",
-    "star twemoji many on-blue",
-    "car noto many on-yellow",
+    "face noto many on-blue",
+    "clock fluent many on-red",
+    "flower fluent many on-purple",
+    "fruit noto many on-green",
+    "star noto many on-blue",
+    "car blob many on-white",
 )
-"""What the pictures show: a thing, the set it is drawn like, its inks and the ground."""
+"""What the pictures show: a thing, the set it is drawn like, its inks and the ground.
+
+The family draws these well: examples/icon_family/README.md has how often a judge sees them.
+"""
 BUTTERFLIES = (
     *(
         f"butterfly {style}"

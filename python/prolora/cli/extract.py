@@ -12,7 +12,7 @@ from ..workflow.extract_options import ExtractOptions
 from .console import progress_bar
 from .options import base_argument, expand_options
 from .output_options import FileOutput
-from .transfer import check_output_given, check_outputs, tell_made
+from .transfer import check_output_given, check_outputs, tell_made_lora
 
 
 @expand_options
@@ -34,4 +34,4 @@ def extract(
             report = plan_extraction(old, new, options)
         else:
             report = extract_file(old, new, cast(Path, output.output), options)
-    tell_made(Path(tuned), report, output)
+    tell_made_lora(Path(tuned), report, output)

@@ -124,7 +124,7 @@ def preview_loras(
     with progress_bar("preview", output.show_tables) as progress:
         shown = replace(options.for_file(), progress=progress)
         report = preview_fit(loras[0], source, target, shown)
-    return [Outcome(loras[0], loras[0], report, planned=True)]
+    return [Outcome(loras[0], loras[0], report, planned=True, page=output.report)]
 
 
 def plan_fits(

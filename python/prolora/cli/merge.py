@@ -13,7 +13,7 @@ from ..workflow.merge_options import MergeOptions
 from .console import progress_bar
 from .options import Resources, base_option, expand_options
 from .output_options import FileOutput
-from .transfer import LoraArguments, check_output_given, check_outputs, tell_made
+from .transfer import LoraArguments, check_output_given, check_outputs, tell_made_lora
 
 
 @dataclass
@@ -68,4 +68,4 @@ def merge(
             report = replace(done.report, dry_run=True)
         else:
             report = merge_file(loras, cast(Path, output.output), target, sources, options)
-    tell_made(loras[0], report, output)
+    tell_made_lora(loras[0], report, output)

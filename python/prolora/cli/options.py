@@ -23,6 +23,7 @@ from ..core.option_fields import find_shown, read_shown
 from ..core.validation import resolve_device
 from ..core.verdict import AUTO
 from ..errors import OutputError
+from ..files.hub import keep_path
 from ..files.sizes import parse_size
 from ..probe.settings import read_prompts
 from ..workflow.options import TransferOptions
@@ -68,6 +69,12 @@ def parse_path(text: str | Path) -> Path:
     return Path(text)
 
 
+def parse_input(text: str | Path) -> Path:
+    """A path or an id on the hub; what is typed as a path, as `./a/b`, stays one."""
+    parse_path(text)
+    return keep_path(text)
+
+
 def parse_base(text: str) -> str:
     """A base as text, since it may be an id on the hub; '' is refused."""
     if not text:
@@ -91,8 +98,8 @@ def path_option(help: str, *flags: str, metavar: str = "FILE") -> Any:
 
 
 def path_argument(help: str, metavar: str = "FILE") -> Any:
-    """An argument that is a path."""
-    return typer.Argument(parser=parse_path, metavar=metavar, help=help)
+    """An argument that is a path, or an id on the hub where its command takes those."""
+    return typer.Argument(parser=parse_input, metavar=metavar, help=help)
 
 
 def parse_share(text: str | float) -> float:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 from ..adapters.formats.programs import Readers
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
-from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
+from ..errors import OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
@@ -20,7 +19,7 @@ from ..workflow.batch import transfer_many
 from ..workflow.card import place_card, write_card
 from ..workflow.dry_run import plan_report
 from ..workflow.inspection import Description, inspect
-from ..workflow.options import FIT_INSTEAD, FormatLike, TransferOptions
+from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_beside, is_page_path, is_peft_folder
@@ -31,7 +30,6 @@ from .basis import show_cache
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
-    BriefCommand,
     ExpertBases,
     HelpAllOption,
     Resources,
@@ -57,28 +55,6 @@ MOST_NAMED = 4
 LoraArguments = Annotated[
     list[Path], path_argument("LoRA files, PEFT folders or hub ids.", metavar="LORA")
 ]
-
-
-# Options of a transfer until running the models became a job of its own.
-_OF_FIT = ("--prompt", "--prompts", "--resume", "--force")
-_OF_FIT_BEGIN = ("--probe-", "--target-", "--lora-")
-
-
-class TransferCommand(BriefCommand):
-    """`prolora transfer`, which says where options that it had before have gone."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Reads the command line.
-
-        Raises:
-            InvalidOption: it asks for what `prolora fit` does.
-        """
-        flags = [word.partition("=")[0] for word in args if word.startswith("--")]
-        gone = [flag for flag in flags if flag in _OF_FIT or flag.startswith(_OF_FIT_BEGIN)]
-        asked = "--method=probe" in args or ("--method", "probe") in pairwise(args)
-        if gone or asked:
-            raise InvalidOption(f"{gone[0] if gone else '--method probe'}: {FIT_INSTEAD}")
-        return super().parse_args(ctx, args)
 
 
 @expand_options
@@ -180,7 +156,7 @@ def tell_outcomes(
     check_outcomes(outcomes)
 
 
-def tell_made(made_of: Path, report: Report, output: FileOutput) -> None:
+def tell_made_lora(made_of: Path, report: Report, output: FileOutput) -> None:
     """`tell_outcomes` of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
     outcome = Outcome(made_of, out, report, planned=output.dry_run)

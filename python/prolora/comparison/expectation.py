@@ -19,8 +19,11 @@ from ..core.verdict import Verdict
 FILE = "calibration.json"
 """Made by bench/quality/calibrate.py, in this folder."""
 
+ALIKE_RATIO = 0.4
+"""Bases whose drift is a smaller part of the LoRA's own size are alike, whatever it looks like."""
+
 ALIKE_DRIFT = 0.06
-"""Bases that differ by less are alike, whatever their drift looks like."""
+"""Of bases that are judged without a LoRA: the same in the mean over measured LoRAs."""
 
 ALIKE_SPREAD = 0.45
 """From this spread on, too; targets of another look were seen up to 0.43."""
@@ -71,7 +74,8 @@ def classify(verdict: Verdict, cut: bool) -> str:
         return APART
     if cut:
         return CUT
-    return ALIKE if verdict.drift < ALIKE_DRIFT or verdict.spread >= ALIKE_SPREAD else CHANGED
+    limit = ALIKE_RATIO * verdict.size if verdict.size else ALIKE_DRIFT
+    return ALIKE if verdict.drift < limit or verdict.spread >= ALIKE_SPREAD else CHANGED
 
 
 @cache

@@ -68,11 +68,13 @@ class Verdict:
         drift: ‖W_t − W_s‖/‖W_s‖ over the modules that matter.
         cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) over them.
         spread: over how many directions the drift is spread, see `Affinity.spread`.
+        size: ‖ΔW_s‖/‖W_s‖ of the LoRA over its modules; None where no LoRA is asked about.
     """
 
     drift: float
     cosine: float
     spread: float
+    size: float | None = None
 
     @property
     def go(self) -> bool:

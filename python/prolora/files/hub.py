@@ -87,6 +87,15 @@ def find_hub_id(source: str | os.PathLike[str]) -> HubId | None:
     return None if os.path.exists(source) else parse_hub_id(_write_slashes(source))
 
 
+def is_broken_id(source: str | os.PathLike[str]) -> bool:
+    """Whether it begins with `hf://` and is no id; its reader says how one is written."""
+    try:
+        find_hub_id(source)
+    except UnsupportedFormat:
+        return True
+    return False
+
+
 def _write_slashes(path: str | os.PathLike[str]) -> str:
     """A path as text; a `Path` has the slashes of an id also where Windows writes backslashes."""
     return path.as_posix() if isinstance(path, PurePath) else os.fspath(path)

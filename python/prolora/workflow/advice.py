@@ -369,6 +369,7 @@ def advise(
             ledger = BasePair(*pair, replace(moving, match=paired), opened).plan(adapter, "outline")
         affinities = measure_plan(ledger.plan, comparison, *pair)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
+        verdict = ledger.size_verdict(verdict, affinities)
         fit, energies = locate_lora(ledger, affinities, name_lora(lora))
     measurement, seconds, lost = None, None, False
     if adapter is not None:

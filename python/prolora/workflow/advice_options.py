@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import TypedDict
 
 from ..bases.base import Progress
 from ..comparison.module_map import Match
@@ -13,7 +12,7 @@ from ..core.rank_rule import Rank
 from ..core.validation import DeviceLike
 from ..probe.recording.trajectories import Sample
 from ..probe.settings import FitSettings
-from .options import TransferOptions
+from .options import BaseChanges, TransferOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +56,13 @@ class AdviceOptions:
         return TransferOptions(**{name: getattr(self, name) for name in names})
 
 
-class AdviceChanges(TypedDict, total=False):
+class AdviceChanges(BaseChanges, total=False):
     """The fields of `AdviceOptions` as keywords, for type checkers; a test compares the two."""
 
     match: Match
     overlap: Rank | None
     measure: bool | FitSettings
     samplers: tuple[Sample, Sample] | None
-    cache: str | PathLike[str] | None
-    device: DeviceLike
-    max_memory: int | str | None
-    progress: Progress | None
 
 
 DEFAULT_ADVICE = AdviceOptions()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 from ..bases.base import Progress
 from ..core.option_fields import take_option
 from .block_weights import Blocks
-from .options import OUTPUT, DtypeLike, FormatLike, TransferOptions, VectorsMode
+from .options import (
+    OUTPUT,
+    DtypeLike,
+    FormatLike,
+    MadeChanges,
+    TransferOptions,
+    VectorsMode,
+)
 from .out_rank import OutRank
 
 
@@ -56,15 +62,10 @@ class ConvertOptions:
         return self if self.format is not None else replace(self, format="auto")
 
 
-class ConvertChanges(TypedDict, total=False):
+class ConvertChanges(MadeChanges, total=False):
     """The fields of `ConvertOptions` as keywords, for type checkers; a test compares the two."""
 
-    format: FormatLike | None
-    dtype: DtypeLike | None
-    out_rank: OutRank
     blocks: Blocks | None
-    vectors: VectorsMode
-    overwrite: bool
     progress: Progress | None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 
@@ -12,7 +11,16 @@ from ..core.option_fields import take_option
 from ..core.validation import DeviceLike
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
-from .options import OUTPUT, DtypeLike, FormatLike, TransferOptions, VectorsMode, read_dtype
+from .options import (
+    OUTPUT,
+    DtypeLike,
+    FormatLike,
+    MadeChanges,
+    ResourceChanges,
+    TransferOptions,
+    VectorsMode,
+    read_dtype,
+)
 from .out_rank import OutRank, parse_size_limit
 
 DEFAULT_EXTRACTED_RANK = 64
@@ -91,17 +99,8 @@ class ExtractOptions:
         return parse_limit(self.max_memory)
 
 
-class ExtractChanges(TypedDict, total=False):
+class ExtractChanges(MadeChanges, ResourceChanges, total=False):
     """The fields of `ExtractOptions` as keywords, for type checkers; a test compares the two."""
-
-    out_rank: OutRank
-    vectors: VectorsMode
-    format: FormatLike | None
-    dtype: DtypeLike | None
-    overwrite: bool
-    device: DeviceLike
-    max_memory: int | str | None
-    progress: Progress | None
 
 
 DEFAULT_EXTRACTION = ExtractOptions()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
-from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..core.methods import MethodChoice
 from ..core.option_fields import option, take_option
 from ..core.validation import DeviceLike
 from ..files.sizes import parse_limit
 from ..probe.settings import FITTING, FitSettings, Precision, Start
-from .options import DtypeLike, FormatLike, TransferOptions, check_choice
+from .options import (
+    BaseChanges,
+    DtypeLike,
+    FileChanges,
+    FormatLike,
+    TransferOptions,
+    check_choice,
+)
 
 PassedOn = Literal["copy", "skip"]
 """What may become of a LoRA's text-encoder part where the models are run."""
@@ -95,7 +101,7 @@ class FitOptions(FitSettings):
         return self if self.format is not None else replace(self, format="auto")
 
 
-class FitChanges(TypedDict, total=False):
+class FitChanges(FileChanges, BaseChanges, total=False):
     """The fields of `FitOptions` as keywords, for type checkers; a test compares the two."""
 
     prompts: tuple[str, ...]
@@ -119,17 +125,10 @@ class FitChanges(TypedDict, total=False):
     force: bool
     resume: str | PathLike[str] | None
     shown_prompts: int
-    max_memory: int | str | None
-    progress: Progress | None
     text_encoder: PassedOn
     match: Match
     again: bool
     min_coverage: float
-    format: FormatLike | None
-    dtype: DtypeLike | None
-    overwrite: bool
-    cache: str | PathLike[str] | None
-    device: DeviceLike
     max_vram: int | str | None
 
 

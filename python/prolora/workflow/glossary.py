@@ -7,12 +7,15 @@ GLOSSARY = {
     "target": "the model that it moves to",
     "update": "what a LoRA adds to one weight of the model, ΔW",
     "damped": "the method that weakens an update along the directions in which the models differ",
-    "κ": "how strongly `damped` weakens it; 0 changes nothing, beyond 3 moved LoRAs do little",
+    "κ": "how strongly `damped` weakens it; 0 changes nothing, beyond 5 moved LoRAs do little",
     "spread": "over how many directions a drift goes: 1 like noise, near 0 along few",
     "kept": "share of the update's energy ‖ΔW‖² that is on the target",
     "vs copy": "distance to the unchanged update, in units of its norm",
     "norm": "ratio of the norms of the update, target to source",
     "drift": "‖W_t − W_s‖/‖W_s‖ of the two models' weights: 0 if equal, 1.4 if trained apart",
+    "size of a LoRA": (
+        "‖ΔW‖/‖W‖ over its modules: a drift of less than 0.4 of it leaves the LoRA what it is"
+    ),
     "cosine": "⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) of the two models' weights: 1 if equal, 0 if trained apart",
     "Φ": "overlap of the leading subspaces of the two models' weights, left and right, 0 … 1",
     "chance": "the Φ that unrelated weights have",

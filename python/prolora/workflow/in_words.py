@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..comparison.expectation import FARTHEST, Expectation, expect_shares
+from ..comparison.expectation import (
+    CHANGED,
+    FARTHEST,
+    Expectation,
+    classify,
+    expect_shares,
+)
 from ..core.verdict import AUTO, MIN_DAMPING, Verdict
 
 Mark = Literal["✔", "⚠", "✖"]
@@ -139,6 +145,11 @@ def tell_method(method: str, source: str, target: str, verdict: Verdict | None) 
     if method != "copy":
         return f"prolora moved the LoRA by the method {method}, as asked."
     if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
+        if classify(verdict, cut=False) == CHANGED:
+            return (
+                f"prolora copied the LoRA unchanged: {target} differs too little from {source} to "
+                "say where to weaken it, but not little beside what this LoRA changes."
+            )
         return (
             f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "
             f"merge of {source}, which it already fits."
@@ -228,7 +239,8 @@ def tell_fit(
             f"the LoRA does to {source}.",
         )
     lines += [why] if why else []
-    lines.append("Next: try it at strength 1, and less where it is too strong.")
     if is_refused:
+        lines.append("Next: draw some images with it and without it before you use it.")
         return InWords("⚠", "Do not expect much: the fit did not succeed.", (*lines,), cautions)
+    lines.append("Next: try it at strength 1, and less where it is too strong.")
     return InWords("✔", f"This should work on {target}.", (*lines,), cautions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
 from ..bases.base import Progress
 from ..core.option_fields import option, take_option
@@ -16,8 +16,10 @@ from .options import (
     LARGEST_STRENGTH,
     METHOD,
     OUTPUT,
+    BaseChanges,
     DtypeLike,
     FormatLike,
+    MadeChanges,
     TransferOptions,
     VectorsMode,
     check_choice,
@@ -138,21 +140,12 @@ def _is_strength(factor: object) -> bool:
     return 0 < abs(factor) <= LARGEST_STRENGTH
 
 
-class MergeChanges(TypedDict, total=False):
+class MergeChanges(MadeChanges, BaseChanges, total=False):
     """The fields of `MergeOptions` as keywords, for type checkers; a test compares the two."""
 
     method: MergeMethod
     strengths: Sequence[float] | None
     blocks: str | Sequence[Blocks | None] | None
-    out_rank: OutRank
-    vectors: VectorsMode
-    format: FormatLike | None
-    dtype: DtypeLike | None
-    overwrite: bool
-    cache: str | PathLike[str] | None
-    device: DeviceLike
-    max_memory: int | str | None
-    progress: Progress | None
 
 
 DEFAULT_MERGE = MergeOptions()

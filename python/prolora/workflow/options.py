@@ -81,10 +81,6 @@ OF_A_FIT_TOO = (
 """Options that mean the same for a fit: the only ones that method "best" takes."""
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""
-FIT_INSTEAD = (
-    "running the models is not a method of a transfer but a job of its own, with its own options: "
-    "`fit()`"
-)
 # Its square, times an energy, is in the report: a float must hold that.
 LARGEST_STRENGTH = 1e30
 
@@ -244,8 +240,6 @@ class TransferOptions:
             UnsupportedDevice: there is no such device, or it cannot be used.
         """
         make_fields_plain(self)
-        if str(self.method) == "probe":  # its name until it became a job of its own
-            raise InvalidOption(FIT_INSTEAD)
         try:
             read_rank(self.rank)
         except ValueError as error:
@@ -342,7 +336,36 @@ class TransferOptions:
         return parse_limit(self.max_memory)
 
 
-class OptionChanges(TypedDict, total=False):
+class FileChanges(TypedDict, total=False):
+    """Options of every LoRA that is written, as keywords for type checkers."""
+
+    format: FormatLike | None
+    dtype: DtypeLike | None
+    overwrite: bool
+
+
+class MadeChanges(FileChanges, total=False):
+    """And of one whose updates are computed from others."""
+
+    out_rank: OutRank
+    vectors: VectorsMode
+
+
+class ResourceChanges(TypedDict, total=False):
+    """Options of every job that reads weights."""
+
+    device: DeviceLike
+    max_memory: int | str | None
+    progress: Progress | None
+
+
+class BaseChanges(ResourceChanges, total=False):
+    """And of one that keeps what it computes of a base."""
+
+    cache: str | PathLike[str] | None
+
+
+class OptionChanges(MadeChanges, BaseChanges, total=False):
     """The fields of `TransferOptions` as keywords, for type checkers; a test compares the two."""
 
     method: TransferMethod
@@ -353,18 +376,9 @@ class OptionChanges(TypedDict, total=False):
     threshold: float
     damping: float | None
     text_encoder: TextEncoderMode
-    vectors: VectorsMode
     again: bool
     match: Match
     min_coverage: float
-    out_rank: OutRank
-    format: FormatLike | None
-    dtype: DtypeLike | None
-    overwrite: bool
-    cache: str | PathLike[str] | None
-    device: DeviceLike
-    max_memory: int | str | None
-    progress: Progress | None
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -388,7 +402,6 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            hint = f": {FIT_INSTEAD}" if name == "probe" else hint
             raise InvalidOption(f"there is no option {name!r}{hint}")
     settled = replace(options, **changes)
     if here and getattr(settled, "device", "") is None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..adapters.hub import look_for_adapter
 from ..adapters.writing import has_own_config
-from ..errors import OutputError, UnsupportedFormat
-from ..files.hub import WEIGHT_FILES, find_hub_id, spell_path
+from ..errors import OutputError
+from ..files.hub import WEIGHT_FILES, find_hub_id, is_broken_id, spell_path
 from ..files.ownership import Kind, check_replaceable, foreign_file
 from ..files.writing import check_writable
 
@@ -77,10 +77,7 @@ def name_output(lora: Path, format: str, appended: str = "", stem: str | None = 
 
 def split_lora_name(lora: Path) -> tuple[str, str]:
     """The name of a LoRA and the suffix of its file; of an id on the hub, the last part."""
-    try:
-        id_ = find_hub_id(lora)
-    except UnsupportedFormat:  # the reader says why
-        id_ = None
+    id_ = None if is_broken_id(lora) else find_hub_id(lora)
     named = Path(id_.name) if id_ else lora
     # os.path answers "no" where a path cannot be looked at; the reader says why later.
     if os.path.isdir(lora) or (id_ and named.suffix.lower() not in WEIGHT_FILES):
@@ -97,7 +94,7 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Refuses results that overwrite each other.
 
     Args:
-        loras: the inputs.
+        loras: the inputs; what only looks like an id on the hub has no result.
         outputs: the result of each.
 
     Raises:
@@ -105,6 +102,8 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
     """
     taken: dict[tuple[str, ...], Path] = {}
     for lora, output in zip(loras, outputs, strict=True):
+        if is_broken_id(lora):
+            continue
         other = taken.setdefault(fold_path(Path(os.path.realpath(output))), lora)
         if other is not lora:
             raise OutputError(

@@ -61,7 +61,8 @@ def tabulate_moved(
         part = name if every_module else name.replace("transformer_blocks", "blocks")
         cells: list[Cell] = [part, _write_angle(some) if every_module else len(some)]
         cells += [value(some) for _, value in known]
-        ranks = write_extremes(row.rank_out for row in some)
+        known_ranks = [row.rank_out for row in some if row.rank_out or not is_planned]
+        ranks = write_extremes(known_ranks) if known_ranks else NOTHING
         shown.append(Row((*cells, ranks), "total" if name == "all" else ""))
     names = Column("module" if every_module else "part"), first, *(column for column, _ in known)
     return make_table(title, (*names, Column("rank", "")), shown)

@@ -6,6 +6,7 @@ import random as choices
 import pytest
 import torch
 from backends import load
+from diagonal import pair_up
 from spectra import planted, power_law, sine
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,8 +96,7 @@ def assert_block(w, before, size, width, found):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), pair_up(SHAPES, [HALF, BFLOAT]))
 def test_a_block_is_what_float64_gives_to_rounding(kernels, shape, dtype, transposed):
     b, d, n, size, width, room = shape
     w = weights(b, d, n, dtype, transposed)

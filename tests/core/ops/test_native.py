@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh import run_fresh
 
 import prolora
 from prolora.core.ops import native
@@ -173,14 +174,6 @@ def environment_with(changes):
     return {**os.environ, **changes}
 
 
-def test_importing_the_ops_alone_works():
-    """One process for all: prolora itself imports the ops, whichever is asked for."""
-    heavy = "{'diffusers', 'peft', 'cupy'}"
-    modules = ", ".join(f"prolora.core.ops.{x}" for x in ("native", "small_svd", "torch_twin"))
-    code = f"import {modules}, sys; assert not {heavy} & set(sys.modules)"
-    assert run_python(code).returncode == 0
-
-
 LOGS = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
@@ -190,13 +183,6 @@ from prolora.core.ops.small_svd import small_svd
 small_svd(torch.ones(3, 4, 2)), small_svd(torch.ones(3, 4, 2).double())
 print(native.EXTENSION.kernels)
 """
-
-
-def test_the_extension_can_be_left_alone_and_one_line_says_so():
-    done = run_python(LOGS, PROLORA_NATIVE="OFF")
-    said, kernels = done.stdout.decode().splitlines()
-    assert said == "cpu: torch does the work of the kernels (PROLORA_NATIVE=OFF)"
-    assert kernels == "None"
 
 
 def test_everything_works_without_the_file_of_the_extension(tmp_path):
@@ -226,33 +212,49 @@ sys.meta_path.insert(0, Loader())
 """
 
 
-@pytest.mark.parametrize(
-    ("break_it", "why"),
-    [
-        ("sys.modules['prolora.core._C'] = types.ModuleType('_C')", "built from other sources"),
-        ("sys.modules['prolora.core._C'] = None", "installed without it"),
-        (f"exec({UNLOADABLE!r})", "cannot be loaded: libx.so is missing"),
-    ],
-)
-def test_an_extension_that_is_missing_or_stale_is_said_and_can_be_an_error(break_it, why):
-    # As an installation without the file, or with that of another version, does.
-    code = f"""import os, sys, types; {break_it}
-{LOGS}
+# As an installation without the file, or with that of another version, does.
+BROKEN = {
+    "built from other sources": "sys.modules['prolora.core._C'] = types.ModuleType('_C')",
+    "installed without it": "sys.modules['prolora.core._C'] = None",
+    "cannot be loaded: libx.so is missing": f"exec({UNLOADABLE!r})",
+}
+FAILS = """
 os.environ["PROLORA_NATIVE"] = "ON"
 try:
     native.load_extension()
 except ImportError as error:
     print(error)
 """
-    said = run_python(code, PROLORA_NATIVE="AUTO").stdout.decode()
-    logged, _, failed = said.partition("\nNone\n")
+NO_PACKAGE = "import sys; sys.modules['prolora.core._C'] = None; import prolora"
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What programs say that find the extension, or are told of it, in another way each."""
+    begin = "import os, sys, types; "
+    programs = {
+        why: (f"{begin}{break_it}\n{LOGS}{FAILS}", {"PROLORA_NATIVE": "AUTO"})
+        for why, break_it in BROKEN.items()
+    }
+    programs["left alone"] = LOGS, {"PROLORA_NATIVE": "OFF"}
+    programs["must be there"] = NO_PACKAGE, {"PROLORA_NATIVE": "ON"}
+    return dict(zip(programs, run_fresh(list(programs.values())), strict=True))
+
+
+def test_the_extension_can_be_left_alone_and_one_line_says_so(said):
+    told, kernels = said["left alone"][1].splitlines()
+    assert told == "cpu: torch does the work of the kernels (PROLORA_NATIVE=OFF)"
+    assert kernels == "None"
+
+
+@pytest.mark.parametrize("why", BROKEN)
+def test_an_extension_that_is_missing_or_stale_is_said_and_can_be_an_error(said, why):
+    logged, _, failed = said[why][1].partition("\nNone\n")
     assert why in logged
     assert failed.startswith("PROLORA_NATIVE=ON, but there is no compiled extension: ")
     assert why in failed
 
 
-def test_without_an_extension_that_must_be_there_the_package_cannot_be_imported():
-    code = "import sys; sys.modules['prolora.core._C'] = None; import prolora"
-    failed = run_python(code, PROLORA_NATIVE="ON")
-    assert failed.returncode != 0
-    assert "PROLORA_NATIVE=ON, but there is no compiled extension: " in failed.stderr.decode()
+def test_without_an_extension_that_must_be_there_the_package_cannot_be_imported(said):
+    failed, text = said["must be there"]
+    assert failed and "PROLORA_NATIVE=ON, but there is no compiled extension: " in text

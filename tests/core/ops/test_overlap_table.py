@@ -1,12 +1,12 @@
 """overlap_table: every backend against sums of (UsᵀUt)² in float64, for all leading columns."""
 
 import pytest
+import reference
 import torch
 from backends import Kernels, load
 from spectra import orthonormal
 
 from prolora import errors
-from prolora.core import reference
 from prolora.core.ops import torch_twin
 from prolora.core.ops.overlap_table import group_sizes, overlap_table
 from prolora.core.overlap_tables import overlap_tables

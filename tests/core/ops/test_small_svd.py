@@ -4,6 +4,7 @@ values of s; never by comparing vectors."""
 import pytest
 import torch
 from backends import load
+from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,8 +52,7 @@ def assert_svd(a, u, s, v, svals=None):
     assert ((s - svals).abs().amax(1) <= unit / 5 * svals.amax(1)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), pair_up(SHAPES, DTYPES))
 def test_factors_rebuild_the_matrix(kernels, shape, dtype):
     a = random(shape, dtype)
     assert_svd(a, *kernels.small_svd(a))

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from diagonal import pair_up
 from fake_cusolver import EXECUTION_FAILED, INVALID_VALUE, FakeCusolver
 from spectra import weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,8 +109,7 @@ WRONG_VECTORS = [repeat_one_vector, mix_two_matrices]
 FAULTS = [*WRONG_VECTORS, spoil_info, spoil_one_value, repeat_one_pair, give_other_values]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "dtype"), pair_up(FAULTS, DTYPES))
 @pytest.mark.parametrize("d", [9, 150])
 def test_a_matrix_that_the_library_gets_wrong_is_nan_and_the_others_are_right(
     monkeypatch, fault, dtype, d

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from diagonal import pair_up
 from spectra import planted, power_law, sine
 
 from prolora import LowRank, NonFiniteWeights, ProLoRAError, truncated_svd
@@ -118,8 +119,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("rung", ["krylov", "gram-f32"])
+@pytest.mark.parametrize(("fault", "rung"), pair_up(FAULTS, ["krylov", "gram-f32"]))
 def test_where_the_float32_solver_fails_a_rung_in_float64_takes_over(monkeypatch, rung, fault):
     (weight, exact), k = weight_of(rung), CASES[rung][2]
     assert truncated_svd(weight, k).rung == rung
@@ -131,8 +131,7 @@ def test_where_the_float32_solver_fails_a_rung_in_float64_takes_over(monkeypatch
     assert basis.rung == "gram-f64"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("fault", "case"), pair_up(FAULTS, CASES))
 def test_where_no_eigensolver_works_lapacks_svd_takes_over(monkeypatch, case, fault):
     (weight, exact), k = weight_of(case), CASES[case][2]
     break_eigh(monkeypatch, fault, {torch.float32, torch.float64})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diagonal import pair_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import orthonormal, planted, power_law, sine
@@ -39,8 +40,10 @@ def of_one_row(size, dropped):
     return spoil
 
 
-@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-4])
-@pytest.mark.parametrize("error", [off_in_all, towards_a_dropped_vector, of_one_row])
+@pytest.mark.parametrize(
+    ("error", "size"),
+    pair_up([off_in_all, towards_a_dropped_vector, of_one_row], [1e-7, 1e-5, 1e-4]),
+)
 def test_no_error_of_the_float32_products_puts_the_bound_below_the_sine(monkeypatch, error, size):
     weight, u, _ = planted(D, D + 40, power_law(D, 0.5))
     spoil = error(size, u[:, K].float())

@@ -112,7 +112,6 @@ def test_another_file_option_or_base_is_another_move(collection, plan):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "probe"}, "with its own options"),
         ({"strength": -1}, "strength"),
         ({"sterngth": 1}, "sterngth"),
         ({"device": "cpu"}, "not an option of a plan"),

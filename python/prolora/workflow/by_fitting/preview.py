@@ -17,7 +17,7 @@ from .common_parts import CommonParts
 from .pipeline import move_rival, prepare_fit
 from .plan import FitJob, foresee_work
 from .rows import outline_report
-from .running import OPENING, OpenedModels, open_for_fit, plan_memory_of_card
+from .running import OPENING, OpenedModels, open_for_fit
 from .showing import CHANGED
 
 SHOWN = 4
@@ -33,9 +33,8 @@ def draw_preview(lora: LoraLike, source: Base, target: Base, options: FitOptions
     """
     started = time.perf_counter()
     options = replace(options, shown_prompts=options.shown_prompts or SHOWN, resume=None)
-    job = prepare_fit(lora, source, target, options)
+    job = prepare_fit(lora, source, target, options, fits=False)
     _check_latents(source, target)
-    job = replace(job, card=plan_memory_of_card(job, fits=False))
     report = outline_report(job.adapter, job.plan, source, target, options)
     rival = move_rival(job)
     grid = _draw_columns(job, rival.done.adapter.updates if rival else {})

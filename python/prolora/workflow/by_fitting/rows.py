@@ -23,7 +23,7 @@ from ..module_report import ModuleReport
 from ..options import FIT
 from ..plan import ModulePlan
 from ..report import Report
-from .plan import RULE, foresee_work, target_modules
+from .plan import RULE, LoraParts, foresee_work, target_modules
 
 _VECTOR = "a fit gives updates of matrices only, no biases or normalisation layers"
 
@@ -34,6 +34,13 @@ def outline_report(
     """What would be fitted, from names and shapes alone."""
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
+    own = LoraParts.of(adapter, source, target, options.text_encoder).denoiser.updates.values()
+    rank = max((update.rank for update in own), default=0) if options.rank is None else options.rank
+    if rank >= 1:  # a share becomes a rank once the updates are fitted
+        for i, row in enumerate(rows):
+            if row.target in modules:
+                m, *n = modules[row.target]
+                rows[i] = replace(row, rank_out=min(int(rank), m, math.prod(n)))
     left_out = list_vectors(adapter) | list_tensors_left_out(adapter)
     unread = list_missed(adapter, options.text_encoder)
     work = foresee_work(source, target, options).sentence(source.name, target.name)

@@ -196,12 +196,13 @@ class BasePair:
         with ledger.clock("fit"):
             form = OutputForm.of(options)
             fitted = form.fit(moved)
+        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
         report = build_report(
             ledger,
             describe_cuts(ledger.rows.values(), moved, fitted),
             vectors,
             asked=ledger.asked or options.method,
-            verdict=ledger.verdict,
+            verdict=verdict,
             damping=options.kappa if ledger.method.needs is Needs.WEIGHTS else None,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},

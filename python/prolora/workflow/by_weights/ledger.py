@@ -136,6 +136,18 @@ class Ledger:
             table, {*places, *(name.rpartition(".")[0] for name in vectors)}, title
         )
 
+    def size_verdict(self, verdict: Verdict, affinities: Mapping[str, Affinity]) -> Verdict:
+        """A verdict with the LoRA's size beside the weights that were looked at.
+
+        Args:
+            verdict: on the two bases.
+            affinities: target module -> affinity.
+        """
+        pairs = [pair for pair in self.plan.pairs if pair.target in affinities]
+        weights = math.fsum(affinities[pair.target].source for pair in pairs)
+        updates = math.fsum(self.rows[pair].energy for pair in pairs)
+        return replace(verdict, size=math.sqrt(updates / weights) if weights else None)
+
     def weigh_rows(self) -> None:
         """Writes the factors of the blocks into the rows."""
         if self.block_factors:

@@ -1,0 +1,149 @@
+"""`.ci/run` without its tools: stand-ins that note what runs, and one of them fails."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not (shutil.which("bash") and (ROOT / ".ci").exists()),
+    reason="the script runs on Linux, and a source distribution holds no .ci",
+)
+
+# pip is first called for the linters, then beside the next steps for mypy and others, where it
+# starts a process that would go on for minutes, then by the README's command.
+PIP = """#!/bin/bash
+case "$*" in
+  *mypy*) if [ -n "$HANGS" ]; then sleep 300 & echo $! >>"$NOTES/children"; wait; fi ;;
+  *test,demo*) until [ -z "$HANGS" ] || [ -s "$NOTES/children" ]; do sleep 0.02; done
+    eval "$INSTALL" ;;
+  *demo*) eval "$INSTALL" ;;
+esac
+"""
+PYTHON = """#!/bin/bash
+case "$1 $2" in
+  "-m venv") mkdir -p "$3/bin" && touch "$3/bin/activate" ;;
+  "-m ziglang" | docs/* | tests/*) ;;
+  *) exec "$PYTHON" "$@" ;;
+esac
+"""
+INSTALL = """
+at=$(echo "$TMPDIR"/tmp.*/venv)/lib/python3/site-packages/prolora-0.dist-info
+mkdir -p "$at"
+echo "Tag: py3-none-any" >"$at/WHEEL"
+touch "$at/RECORD"
+"""
+# Each run of the tests says its arguments; the first also where the extension ran.
+PYTEST = """#!/bin/bash
+if [ -n "$PROLORA_LIST_EXTENSION_TESTS" ]; then
+  printf 'tests/core/test_%s.py\\n' a b a >"$PROLORA_LIST_EXTENSION_TESTS"
+fi
+echo "pytest $*"
+"""
+PROLORA = """#!/bin/bash
+echo "prolora $*" >>"$NOTES/prolora"
+mkdir -p prolora-demo
+"""
+NAMES = ("pip", "python", "python3", "pytest", "prolora", "ruff", "clang-format", "node", "mypy")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Starts `.ci/run` with stand-ins; what its README's command does is a line of shell."""
+    tools, started = tmp_path / "tools", []
+    tools.mkdir()
+    scripts = {"pip": PIP, "python": PYTHON, "python3": PYTHON, "pytest": PYTEST}
+    scripts["prolora"] = PROLORA
+    for name in (*NAMES, "mkdocs"):
+        (tools / name).write_text(scripts.get(name, "#!/bin/bash\n"))
+        (tools / name).chmod(0o755)
+    known = {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "NOTES": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+    }
+
+    def begin(install, hangs="yes"):
+        started.append(
+            subprocess.Popen(
+                [ROOT / ".ci" / "run"],
+                env=os.environ | known | {"INSTALL": install, "HANGS": hangs},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[0]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+    for child in list_children(tmp_path):
+        if is_alive(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def list_children(notes):
+    file = notes / "children"
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition):
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def check_nothing_is_left_of(notes):
+    for child in list_children(notes):
+        wait_until(lambda child=child: not is_alive(child))
+    assert not list(notes.glob("tmp.*")), "the folder of the run is left"
+
+
+def test_a_step_that_fails_ends_what_runs_beside_it_with_its_children(begun, tmp_path):
+    run = begun("exit 7")
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode != 0, said
+    assert list_children(tmp_path)
+    check_nothing_is_left_of(tmp_path)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_ends_its_step_and_what_runs_beside_it(begun, tmp_path, sign):
+    run = begun('sleep 300 & echo $! >>"$NOTES/children"; wait')
+    wait_until(lambda: len(list_children(tmp_path)) == 2)
+    run.send_signal(sign)
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    check_nothing_is_left_of(tmp_path)
+
+
+def test_a_run_in_which_nothing_fails_takes_every_step_and_ends_with_the_tests(begun, tmp_path):
+    run = begun(INSTALL, hangs="")
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 0, said
+    steps = [line for line in said.splitlines() if line.startswith("=== done")]
+    assert len(steps) == said.count("\n=== ") - said.count("\n=== done") + 1 == 6, said
+    lines = said.splitlines()
+    assert lines[-1].startswith("pytest -n auto") and "tests/core/test_a.py" in lines[-2]
+    assert "pytest -n 2 --benchmark-disable bench" in lines
+    assert (tmp_path / "prolora").read_text().split("\n")[:-1] == ["prolora doctor", "prolora demo"]
+    assert not (ROOT / "prolora-demo").exists()
+    check_nothing_is_left_of(tmp_path)
