@@ -75,6 +75,7 @@ def test_a_student_goes_on_where_it_was_stored(students, folder, way):
     assert {int(state["step"]) for state in three["optimiser"]["state"].values()} == {3}
 
 
+@pytest.mark.slow
 def test_a_student_is_scored_beside_its_teacher(students, folder):
     from jobs import run_jobs
     from results import Table
