@@ -102,7 +102,7 @@ class ImageTransformer(nn.Module):
         return self.transformer
 
     def forward(
-        self, x: Tensor, time: Tensor, tokens: Tensor, return_dict: bool = False
+        self, x: Tensor, timestep: Tensor, tokens: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
         """(n, 1, 16, 16), times (n,) in 0..1000, (n, 4, 64) -> the velocity, as a 1-tuple."""
         rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
@@ -112,7 +112,7 @@ class ImageTransformer(nn.Module):
             hidden_states=patches,
             encoder_hidden_states=tokens,
             pooled_projections=tokens.mean(1),
-            timestep=time / 1000,
+            timestep=timestep / 1000,
             img_ids=places,
             txt_ids=torch.zeros(tokens.shape[1], 3),
             return_dict=False,

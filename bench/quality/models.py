@@ -27,6 +27,13 @@ def load_lora(path: Path) -> Updates:
     return {name: LowRank(stored[name + ".up"], stored[name + ".down"]) for name in names}
 
 
+def save_lora(updates: Updates, path: Path) -> None:
+    """Stores an adapter as `load_lora` reads it."""
+    parts = {f"{name}.up": update.up for name, update in updates.items()}
+    parts |= {f"{name}.down": update.down for name, update in updates.items()}
+    save_file({name: part.contiguous() for name, part in parts.items()}, path)
+
+
 @dataclass(frozen=True)
 class Folder:
     """The study's folder for one architecture of one world."""
@@ -144,7 +151,4 @@ class Folder:
         """Trains an adapter."""
         lesson = self.lesson(kind, seed, adapter, want, "train")
         model = self.load_model(kind, seed)
-        updates = train_lora(self.world, self.arch, adapter, seed, model, lesson)
-        parts = {f"{name}.up": update.up for name, update in updates.items()}
-        parts |= {f"{name}.down": update.down for name, update in updates.items()}
-        save_file({name: part.contiguous() for name, part in parts.items()}, out)
+        save_lora(train_lora(self.world, self.arch, adapter, seed, model, lesson), out)
