@@ -86,9 +86,9 @@ def test_the_script_writes_a_row_for_every_lora_and_way(monkeypatch, tmp_path):
 
     pair = make_pair("resized")
     monkeypatch.setattr(pair_maps, "Pair", lambda *_: pair)
-    asked = {"adapters": ["neon"], "images": 4, "times": 24, "lessons": 1, "fitted": []}
+    asked = {"adapters": ["neon"], "images": 4, "times": 24, "fitted": []}
     asked["concept"] = False
-    asked["ways"] = [pair_maps.BEST, pair_maps.LEARNT]
+    asked["ways"] = [pair_maps.BEST, "slopes, rotation"]
     pair_maps.try_maps("resized", 1, {}, asked, tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {*asked["ways"], f"{pair_maps.BEST}; parts"} <= {row["way"] for row in rows}

@@ -40,7 +40,6 @@ from prolora import LowRank, probe
 from prolora.probe.fitting import joint
 from prolora.probe.fitting.start import StartingPoint
 from prolora.probe.settings import FitSettings
-from prolora.probe.updates import place_factors
 from prolora.probe.workload import Workload
 
 RESULTS = ROOT / "bench/results/pair_maps.json"
@@ -53,7 +52,6 @@ JUDGED = 24
 """States on which a strength is chosen."""
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)
-LESSONS, LESSON_STATES, LESSON_RANK, LESSON_RATE = 64, 24, 8, 0.02
 PARTS = r"transformer_blocks\.\d+\.|single_transformer_blocks\.\d+\."
 
 Models = tuple[nn.Module, nn.Module]
@@ -544,81 +542,6 @@ class Judged:
         }
 
 
-def learn_maps(study: Study, maps: Maps, steps: int, images: int) -> Maps:
-    """Maps that were taught on LoRAs of the source that are made of what its modules read and send.
-
-    Rows of A are drawn like what a module reads, columns of B like what reaches its output, as
-    gradients would make them. AdamW makes the moved ones do what these do, by the whole models.
-    """
-    began = time.process_time()
-    pair = study.pair
-    source, target = pair.models
-    taught = Maps(pair, explained=maps.explained)
-    values, places, start = [], [], {}
-    for name, part in maps.read.items():
-        group = group_of(name)
-        start.setdefault(group, part.clone().requires_grad_())
-        taught.read[name] = start[group]
-    for name, row in maps.written.items():
-        taught.written[name] = {n: part.clone().requires_grad_() for n, part in row.items()}
-    values = [*start.values(), *(p for row in taught.written.values() for p in row.values())]
-    places = [{"params": [v], "size": float(v.detach().square().mean().sqrt())} for v in values]
-    optimiser = torch.optim.AdamW(places, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(9)
-    draw_lora = random_loras(study, generator)
-    drawn = pair.draw(images, STEPS, seed=11)
-    states = pair.states(drawn, -(-steps * LESSON_STATES // len(drawn.prompts)), 13, LESSON_STATES)
-    for step, asked in zip(range(steps), states, strict=False):
-        for place in optimiser.param_groups:
-            place["lr"] = LESSON_RATE * place["size"] * (1 - step / steps)
-        lora = draw_lora()
-        with torch.no_grad():
-            plain = source(*asked.ours)[0], target(*asked.theirs)[0]
-            with apply_updates(source, lora):
-                wanted = asked.push(source(*asked.ours)[0] - plain[0])
-        moved = taught.move(lora)
-        factors = {f"backbone.{n}": (u.up, u.down) for n, u in moved.items()}
-        with place_factors(target, factors):
-            missed = target(*asked.theirs)[0] - plain[1] - wanted
-        loss = missed.square().sum() / wanted.square().sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    taught.read = {name: part.detach() for name, part in taught.read.items()}
-    taught.written = {
-        name: {n: part.detach() for n, part in row.items()} for name, row in taught.written.items()
-    }
-    taught.seconds = time.process_time() - began
-    return taught
-
-
-def random_loras(study: Study, generator: torch.Generator) -> Callable[[], Updates]:
-    """Draws updates of the source, each module's of its own size, some of them of none."""
-    roots: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for group, names in group_modules(study.pair.names()[0]).items():
-        x, g = (study.sums[0][kind, group].ours for kind in "xg")
-        for name in names:
-            at = study.columns[0][name]
-            weight = backbone(study.pair.models[0]).get_submodule(name).weight
-            roots[name] = (_root(x), _root(g[at, at]), float(weight.norm()))
-
-    def draw() -> Updates:
-        made = {}
-        for name, (x, g, size) in roots.items():
-            down = torch.randn(LESSON_RANK, len(x), generator=generator) @ x
-            up = g @ torch.randn(len(g), LESSON_RANK, generator=generator)
-            share = 0.2 * float(torch.rand((), generator=generator) ** 2)
-            made[name] = LowRank(up * (share * size / float((up @ down).norm())), down)
-        return made
-
-    return draw
-
-
-def _root(square: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(square)
-    return (vectors * (values / values[-1]).clamp_min(0).sqrt() @ vectors.mT).float()
-
-
 WAYS: dict[str, tuple[str, str, str, bool]] = {
     "outputs, ridge": ("ridge", "y", "ridge", False),
     "outputs, rotation": ("rotation", "y", "rotation", False),
@@ -628,7 +551,6 @@ WAYS: dict[str, tuple[str, str, str, bool]] = {
     "slopes, ridge, to all that read the same": ("ridge", "g", "ridge", True),
 }
 BEST = "slopes, ridge"
-LEARNT = "taught by made-up LoRAs"
 
 
 def fit_some(pair: Pair, moved: Updates, images: int, sampler_steps: int, fit_steps: int) -> Row:
@@ -708,8 +630,6 @@ def try_maps(
     study = Study.collect(first, asked["images"], asked["times"])
     judged = Judged.of(first)
     maps = {way: study.fit(*WAYS[way]) for way in asked["ways"] if way in WAYS}
-    if LEARNT in asked["ways"]:
-        maps[LEARNT] = learn_maps(study, maps[BEST], asked["lessons"], asked["images"])
     about = {
         "kind": kind,
         "seed": seed,
@@ -764,7 +684,7 @@ def score_way(pair: Pair, judged: Judged, lora: Updates, way: str, maps: Maps) -
     facts = {"strength": strength, "share": share, "seconds": seconds, "predictions": count[0]}
     scores = score_all(pair, moved, SCORED)
     rows.append(row | {"way": way, "scores": scores, "score": scores[f"{strength:g}"]} | facts)
-    if way in (BEST, LEARNT):
+    if way == BEST:
         began = time.process_time()
         with counted(pair.models) as count:
             weighed = judged.weigh_parts(lora, moved)
@@ -782,12 +702,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the rows")
     parser.add_argument("--pairs", nargs="+", default=["independent 1"], help="kind and seed")
     parser.add_argument("--adapters", nargs="+", help="all of a pair unless given")
-    parser.add_argument("--ways", nargs="+", default=[*WAYS, LEARNT], choices=[*WAYS, LEARNT])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--fitted", nargs="*", default=[], help="LoRAs that are fitted afterwards")
     parser.add_argument("--concept", action="store_true", help="ask with the concept's word, too")
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--times", type=int, default=TIMES)
-    parser.add_argument("--lessons", type=int, default=LESSONS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.work:
@@ -950,11 +869,11 @@ def start_table(rows: list[Row]) -> str:
             if (r["kind"], r["adapter"], r["images"], r["fit_steps"]) == key
         }
         cells = [
-            f"{r['scores']['1']:.2f}, {r['scores']['1.25']:.2f}"
+            f"{r['scores']['1']:.2f}, {r['scores']['1.25']:.2f} ({r['predictions']})"
             for r in (part["nothing"], part["moved"])
         ]
-        lines.append([*map(str, key), str(part["moved"]["predictions"]), *cells])
-    head = ["pair", "LoRA", "images", "steps", "predictions", "from nothing", "from the moved LoRA"]
+        lines.append([*map(str, key), *cells])
+    head = ["pair", "LoRA", "images", "steps", "from nothing", "from the moved LoRA"]
     return format_table(head, lines)
 
 

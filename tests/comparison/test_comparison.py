@@ -281,7 +281,7 @@ def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
     line = ("advise", "--source", source, "--target", target, "--cache=none")
     page, asked = tmp_path / "map.html", ("--match", "similarity", "--overlap", 8)
     code, text, _ = run(*line, *asked, "--report", page)
-    assert code == 0 and "(drift 0.10" in text and "Same lineage" in text
+    assert code == 0 and "(drift 0.1," in text and "Same lineage" in text
     assert "down_blocks.1" in text and "0←0 1←1" in text
     assert run(*line, *asked, "--report", page)[0] == 0  # one of ours is replaced
     code, text, _ = run(*line, "--json")

@@ -7,7 +7,14 @@ from reports import make_report, make_row
 
 from prolora import Verdict
 from prolora.comparison.expectation import expect_shares
-from prolora.workflow.in_words import find_expected, judge, name_amount, tell_fit, tell_next
+from prolora.workflow.in_words import (
+    find_expected,
+    judge,
+    name_amount,
+    tell_fit,
+    tell_method,
+    tell_next,
+)
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
@@ -88,6 +95,16 @@ def test_what_to_expect_comes_first_in_one_of_three_words_with_its_interval(
     assert found == mark and f"xpect {word} ({auto.share:.0%})" in headline
     assert f"{low:.0%} to {high:.0%}" in headline
     assert str(make_report(verdict=verdict).in_words()).startswith(("✔", "⚠"))
+
+
+def test_a_copy_is_said_to_fit_only_where_much_is_expected_of_it():
+    """Drift that is spread as far as this weakens nothing, however large it is."""
+    fits = tell_method("copy", "a", "b", RELATED)
+    changed = [Verdict(0.27, 0.96, 0.44), Verdict(0.006, 0.99, 0.05, size=0.01)]
+    assert "already fits" in fits
+    for verdict in changed:
+        told = tell_method("copy", "a", "b", verdict)
+        assert "fits" not in told and "little" not in told
 
 
 def test_a_report_and_advice_expect_the_same_of_auto():

@@ -49,6 +49,13 @@ def test_a_verdict_has_the_size_of_the_lora_beside_its_modules():
     advised = prolora.advise(source, target, lora_tensors()).verdict
     assert advised.size == pytest.approx(done.report.verdict.size)
     assert prolora.advise(source, target).verdict.size is None
+    # A stranger counts neither in the drift nor in the size, whoever asks.
+    stranger = BLOCK.format(2, "ff.net.2")
+    target[stranger] = torch.randn_like(target[stranger])
+    left_out = prolora.transfer(lora_tensors(), source, target).report.verdict
+    assert prolora.advise(source, target, lora_tensors()).verdict.size == pytest.approx(
+        left_out.size
+    )
 
 
 def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():

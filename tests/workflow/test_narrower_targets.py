@@ -46,6 +46,21 @@ def test_the_written_lora_is_the_sliced_one(case, tmp_path, options):
     assert report.coverage == 1 and report.verdict.related
 
 
+def test_the_size_of_a_sliced_lora_is_that_of_what_is_left_beside_the_weights_that_are_left(case):
+    source, sides = narrow.teacher(), narrow.sides()
+    done = prolora.transfer(*case)
+    updates, weights = 0.0, 0.0
+    for name in done.adapter.updates:
+        rows, columns = sides[name]
+        updates += float(expected(name).square().sum())
+        weights += float(source[name].double()[rows][:, columns].square().sum())
+    wanted = (updates / weights) ** 0.5
+    assert done.report.verdict.size == pytest.approx(wanted, rel=1e-5)
+    # Advice reads no cut weight that is not in its comparison.
+    advised = prolora.advise(case[1], case[2], case[0]).verdict.size
+    assert advised == pytest.approx(wanted, rel=1e-2)
+
+
 def test_the_report_says_what_was_sliced_and_how_well_it_fits(case):
     done = prolora.transfer(*case)
     row = next(row for row in done.report.modules if row.source.endswith("0.attn1.to_q"))
