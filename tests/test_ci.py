@@ -79,6 +79,8 @@ def begun(tmp_path):
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                # Whoever runs the tests in the background may ignore it, and a shell keeps that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
         return started[0]

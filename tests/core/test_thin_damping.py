@@ -75,7 +75,7 @@ def test_whatever_the_drift_the_result_is_right(seed, rank, kappa, size, drift):
     case = make_case(256, 320, rank, seed, drift, size)
     damper = Damper(case[1], case[2], columns=rank)
     # The factorisation in float32, to which hard cases are left, has its own rounding.
-    assert find_error(damper.at(kappa)(case[0]), case, kappa) <= 1e-4
+    assert find_error(damper.at(kappa)(case[0]), case, kappa) <= 2e-4
 
 
 def test_what_does_not_converge_is_factorised(monkeypatch):

@@ -117,7 +117,7 @@ def test_a_report_and_advice_expect_the_same_of_auto():
 
 def test_where_parts_have_no_place_the_next_step_is_to_run_both_models():
     assert "`method='best'`" in tell_next("damped", RELATED, 0.9, "t")
-    assert "`method='best'`" in tell_next("damped", APART, 1.0, "t")
+    assert "whole pipelines" in tell_next("damped", APART, 1.0, "t")
     assert "best" not in tell_next("copy", RELATED, 1.0, "t")
 
 

@@ -58,6 +58,37 @@ def test_a_verdict_has_the_size_of_the_lora_beside_its_modules():
     )
 
 
+def test_a_lora_of_zeros_is_told_as_one_that_changes_nothing():
+    source = source_weights()
+    target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
+    zeros = {
+        key: x if "lora_down" in key else torch.zeros_like(x) for key, x in lora_tensors().items()
+    }
+    for told in (
+        prolora.transfer(zeros, source, target).report.in_words(),
+        prolora.advise(source, target, zeros).in_words(),
+    ):
+        assert told.mark == "⚠" and told.headline == "This LoRA changes nothing: it is zero."
+
+
+def test_what_is_weakened_or_left_out_as_asked_is_not_told_as_lost_for_want_of_a_place():
+    source = source_weights()
+    target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
+    half = prolora.transfer(lora_tensors(), source, target, method="copy", strength=0.5)
+    told = str(half.report.in_words())
+    assert "at strength 0.5" in told and "unchanged" not in told and "all of that was kept" in told
+    whole = prolora.transfer(lora_tensors(), source, target).report.in_words()
+    part = prolora.transfer(lora_tensors(), source, target, blocks="*attn1*=0").report.in_words()
+    assert part.headline == whole.headline and "All of the LoRA (100%) has a place" in str(part)
+    planned = prolora.plan_report(lora_tensors(), source, target).in_words()
+    assert "were not compared" in str(planned)
+
+
+def test_options_that_are_no_object_of_options_are_refused_by_name():
+    with pytest.raises(prolora.InvalidOption, match="not dict; its fields may also be"):
+        prolora.transfer(lora_tensors(), {}, {}, options={"method": "copy"})
+
+
 def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():
     """By name it would get those of others; auto sees from the weights that it must not."""
     source, target = source_weights(), student()

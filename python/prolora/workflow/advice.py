@@ -26,7 +26,16 @@ from .advice_options import DEFAULT_ADVICE, AdviceChanges, AdviceOptions
 from .base_check import check_bases
 from .by_fitting.plan import fitted_modules
 from .by_weights.base_pair import BasePair, read_lora
-from .in_words import AMOUNTS, InWords, Mark, judge, tell_place, tell_plan
+from .in_words import (
+    AMOUNTS,
+    NEXT_APART,
+    ZERO,
+    InWords,
+    Mark,
+    judge,
+    tell_place,
+    tell_plan,
+)
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import (
     TRIAL_STEPS,
@@ -138,6 +147,8 @@ class Advice:
         names = (self.comparison.source, self.comparison.target)
         source, target = (name.removesuffix(".safetensors") for name in names)
         placed = self.lora.kept_energy if self.lora else None
+        if self.verdict.size == 0:
+            return InWords("⚠", ZERO)
         mark, headline = judge(self.verdict, placed, target)
         lines = [] if placed is None else [tell_place(placed, None, target)]
         if self.decision is not None and self.verdict.go:
@@ -145,7 +156,9 @@ class Advice:
         if self.measurement is not None:
             mark, headline, lines = self._tell_measured((mark, headline), source, target)
         if not self.verb:
-            lines.append(f"Next: train the LoRA on {target}.")
+            apart = not self.verdict.related
+            train = f"Next: train the LoRA on {target}."
+            lines.append(NEXT_APART.format(target=target) if apart else train)
         return InWords(mark, headline, tuple(filter(None, lines)))
 
     def _tell_measured(

@@ -42,6 +42,15 @@ FIT_NO_BETTER = (
     "moved by the weights alone."
 )
 
+ZERO = "This LoRA changes nothing: it is zero."
+
+NOT_COMPARED = "The weights of the two models were not compared: whether it will work is not known."
+
+NEXT_APART = (
+    "Next: train the LoRA on {target}, or give both models as whole pipelines, so that a fit can "
+    "run them."
+)
+
 EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
 """What reports and headers call the making of a LoRA that was not moved."""
 
@@ -135,8 +144,12 @@ def tell_place(placed: float, kept: float | None, target: str) -> str:
     return f"{text}, and {rest} of that was kept."
 
 
-def tell_method(method: str, source: str, target: str, verdict: Verdict | None) -> str:
+def tell_method(
+    method: str, source: str, target: str, verdict: Verdict | None, strength: float = 1.0
+) -> str:
     """What was done, and why, in a sentence."""
+    if method == "copy" and strength != 1:
+        return f"prolora copied the LoRA at strength {strength:.3g}."
     if method == "damped":
         return (
             f"prolora weakened the LoRA where the two models differ, so that images keep the look "
@@ -167,7 +180,7 @@ def tell_plan(method: str) -> str:
 def tell_next(method: str, verdict: Verdict | None, placed: float, target: str) -> str:
     """What to do next; `placed` is the share of the LoRA that has a place on the target."""
     if verdict is not None and not verdict.related:
-        return f"Next: train the LoRA on {target}, or let `method='best'` run both models."
+        return NEXT_APART.format(target=target)
     if verdict is not None and not verdict.go:
         return f"Next: compare images with and without it; a LoRA trained on {target} does more."
     if placed < AMOUNTS[0][0]:

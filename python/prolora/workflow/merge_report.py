@@ -143,7 +143,7 @@ class MergeReport:
 
 
 def _tell_kept(part: MergedPart) -> str:
-    amount = f"{part.kept:.0%} of it is in the result"
+    amount = f"{min(part.kept, 1):.0%} of it is in the result"
     if part.placeless > _TOLD:
         amount = f"{part.placeless:.0%} of it has no place in the result"
     elif part.kept > SAME:

@@ -11,7 +11,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
@@ -397,6 +397,11 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
     Raises:
         InvalidOption: an option that there is not, or a value that it does not take.
     """
+    if not is_dataclass(options) or isinstance(options, type):
+        raise InvalidOption(
+            f"options must be an object such as TransferOptions(), not {type(options).__name__}; "
+            "its fields may also be given as keywords"
+        )
     known = {taken.name for taken in fields(options)}
     for name in changes:
         if name not in known:

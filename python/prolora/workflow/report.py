@@ -34,6 +34,8 @@ from .in_words import (
     EXTRACT,
     FIT_NO_BETTER,
     MERGE,
+    NOT_COMPARED,
+    ZERO,
     InWords,
     judge,
     tell_fit,
@@ -269,10 +271,13 @@ class Report:
             if kept is None and not self.dry_run:
                 return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
             return tell_made(self.method, source, target, kept, cautions, parts)
+        if placed is None and not self.dry_run and self.modules:
+            return InWords("⚠", ZERO, (), self._cautions())
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
-            lines = tuple(filter(None, (place, self.why)))
+            unknown = "" if self.work or self.why else NOT_COMPARED
+            lines = tuple(filter(None, (place, unknown, self.why)))
             told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
             return InWords(mark, f"{told} was written.", lines, self._cautions())
         if self.was_fitted:
@@ -286,18 +291,31 @@ class Report:
                 why=self.why,
                 cautions=self._cautions(),
             )
-        verdict = self.verdict
+        verdict, mapped = self.verdict, placed
+        placed += self._share_left_out()  # it has a place, and was left out there as asked
+        if kept is not None and placed > 0:
+            kept *= mapped / placed
+            kept /= self.strength**2 if self.method == "copy" else 1.0
         lines = (
             tell_place(placed, kept, target),
             FIT_NO_BETTER if self.probe else "",
-            tell_method(self.method, source, target, verdict),
+            tell_method(self.method, source, target, verdict, self.strength),
             self.why,
             tell_next(self.method, verdict, placed, target),
         )
         # What `auto` gives is a row of its own: it copies where a copy does well.
         chosen = AUTO if self.asked in (AUTO, BEST) else self.method
+        if self.asked not in (AUTO, BEST) and self.strength != 1:
+            chosen = ""  # of other strengths nothing is promised
         mark, headline = judge(verdict, placed, target, chosen)
         return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
+
+    def _share_left_out(self) -> float:
+        """The share of Σ‖ΔW_s‖² in modules whose block was left out as asked."""
+        everything = {row.source: row.energy for row in self.modules}
+        left = {row.source: row.energy for row in self.modules if row.reason == LEFT_OUT}
+        total = sum(everything.values())
+        return sum(left.values()) / total if total else 0.0
 
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""

@@ -100,6 +100,11 @@ def choose_format(
     best = rank_formats(known, modules, program)
     if not best:
         titles = " or ".join(find_title(family.id) for family in known)
+        if len(known) > 1:
+            raise UnsupportedFormat(
+                f"the LoRA's names fit several models ({titles}), and {title} reads no one file "
+                "for all of them; give its base model, too"
+            )
         able = [
             loader.title
             for id_, loader in loaders.known_loaders().items()
