@@ -263,5 +263,5 @@ def test_a_program_is_told_of_a_refusal_once(prolora, line, tmp_path):
     code, text, _ = prolora(*line, "-o", moved, "--json")
     assert code == 2 and json.loads(text)["error"]["code"] == "foreign-file"
     assert json.loads(text)["status"] == "failed"
-    code, text, _ = prolora(*line, "--strength", "nan", "-o", moved, "--json")
+    code, text, _ = prolora(*line, "--prompt", "cat", "-o", moved, "--json")
     assert code == 2 and json.loads(text)["error"]["code"] == "invalid-option"

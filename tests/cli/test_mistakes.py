@@ -223,7 +223,7 @@ MISTAKES = {
     "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),
     "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size is a number with a unit"),
     "too little memory": ((*MOVE, *TO, "--max-memory", "1kB"), "is too little: the largest weight"),
-    "prompts without a fit": ((*MOVE, *TO, "--prompt", "cat"), "No such option: --prompt"),
+    "prompts without a fit": ((*MOVE, *TO, "--prompt", "cat"), "`prolora fit`"),
     "a map that is missing": (
         (*MOVE, *TO, "--match", "similar"),
         'match takes "auto", "name", "similarity" or a JSON file',

@@ -31,9 +31,9 @@ from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epil
 from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
-from .options import BriefCommand, JsonOption, OverwriteOption, path_argument, path_option
+from .options import JsonOption, OverwriteOption, path_argument, path_option
 from .tables import draw_facts
-from .transfer import show_report, transfer
+from .transfer import TransferCommand, show_report, transfer
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ app = typer.Typer(
     ),
 )
 app.command(
-    cls=BriefCommand,
+    cls=TransferCommand,
     epilog=write_epilog(
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
         "prolora transfer loras/*.safetensors --source sdxl/ --target ssd-1b/ -o moved/",

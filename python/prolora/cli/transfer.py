@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
-from ..errors import OutputError, ProLoRAError, name_options
+from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
@@ -30,6 +30,7 @@ from .basis import show_cache
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
+    BriefCommand,
     ExpertBases,
     HelpAllOption,
     Resources,
@@ -55,6 +56,26 @@ MOST_NAMED = 4
 LoraArguments = Annotated[
     list[Path], path_argument("LoRA files, PEFT folders or hub ids.", metavar="LORA")
 ]
+
+
+class TransferCommand(BriefCommand):
+    """`prolora transfer`, which says where the options of a fit are taken."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Reads the command line.
+
+        Raises:
+            InvalidOption: it asks for what `prolora fit` does.
+        """
+        ours = {flag for param in self.params for flag in param.opts}
+        fit = ctx.find_root().command.get_command(ctx, "fit")
+        theirs = {flag for param in fit.params for flag in param.opts} if fit else set()
+        for flag in (word.partition("=")[0] for word in args if word.startswith("--")):
+            if flag in theirs - ours:
+                raise InvalidOption(
+                    f"{flag}: running the models is a job of its own, with its own options: `fit()`"
+                )
+        return super().parse_args(ctx, args)
 
 
 @expand_options

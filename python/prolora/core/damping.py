@@ -32,6 +32,9 @@ from .svd.stacks import decides_freely
 from .thin_damping import count_rounds, damp_thinly
 from .validation import check_operand, refuse_gradients, refuse_vmap
 
+ROOM = 16
+"""By so much earlier float64 is taken than float32 fails, so that the result errs below 1e-4."""
+
 SAFE_EXPONENT = 40
 """Weights between 2⁻⁴⁰ and 2⁴⁰ have sums of squares that float32 holds."""
 
@@ -126,7 +129,7 @@ class Damper:
         if not isinstance(kappa, Tensor) and kappa in self._damping:
             return self._damping[kappa]
         work = self._drift.dtype
-        if bool((self._least_norm(kappa, work) > self._size).any()):
+        if bool((ROOM * self._least_norm(kappa, work) > self._size).any()):
             work = torch.float64
         rates = self._find_rates(kappa, work)
         made: Damping | ThinDamping
