@@ -17,7 +17,7 @@ from typing import Any
 from results import git, recovered
 
 from prolora import Verdict
-from prolora.comparison.expectation import WANTS, classify
+from prolora.comparison.expectation import WANTS, Expectation, classify, expect_shares
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -58,6 +58,24 @@ def collect_shares(folder: Path, method: str, want: str) -> list[Share]:
                 group = classify(verdict, row["kind"] in PRUNED)
                 found.append((world, group, f"{row['kind']} {row['arch']}", share))
     return found
+
+
+def check_expected(rows: Sequence[tuple[float, dict[str, Any]]]) -> tuple[str, str]:
+    """What is expected of `auto` on bases judged elsewhere, and how many shares are as expected.
+
+    Args:
+        rows: what `auto` recovered, and the numbers of the verdict.
+    """
+    found: list[tuple[float, Expectation]] = []
+    for share, facts in rows:
+        verdict = Verdict(*(facts[name] for name in ("drift", "cosine", "spread", "size")))
+        expected = expect_shares(verdict)
+        found += [(share, e) for e in expected if (e.method, e.want) == ("auto", "look")]
+    if not found:
+        return "–", "–"
+    inside = sum(one.low <= share <= one.high for share, one in found)
+    mean = sum(one.share for _, one in found) / len(found)
+    return f"{mean:.2f}", f"{inside} of {len(found)}"
 
 
 def find_quantile(values: Sequence[float], weights: Sequence[float], level: float) -> float:

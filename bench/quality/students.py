@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from calibrate import check_expected
 from contenders import CHOSEN, METHODS, STRENGTHS, Case, Updates, judge_bases, scale_updates
-from evidence import ROOT, fill_page
+from evidence import ROOT, fill_page, results_of
 from flow import guided_velocity, predict
 from jobs import Job, run_jobs
 from lessons import Loss
@@ -396,6 +397,18 @@ def terrain_rows() -> list[Row]:
     return [row for row in rows if recovered(row, "copy @ 1") is not None]
 
 
+@functools.cache
+def sizes_in(world: str) -> dict[str, float]:
+    """Adapter -> ‖ΔW‖/‖W‖ of the study's LoRA."""
+    return json.loads(results_of(world).read_text())["sizes"]
+
+
+def facts_of(row: Row) -> dict[str, Any]:
+    """The numbers of a row's verdict, with the size of the LoRA, which our own rows lack."""
+    size = sizes_in(row["world"]).get(row["adapter"]) if "world" in row else None
+    return {"size": size} | row["verdict"]
+
+
 def shares_table(table: Table) -> str:
     """A line for each student: how far it went, what it draws, what is recovered."""
     lines = []
@@ -414,10 +427,12 @@ def shares_table(table: Table) -> str:
         for label in ("copy @ 1", "oracle"):
             cells.append(part.mean(lambda row, label=label: row.get("follows", {}).get(label)))
         line += [format_cell(cell) for cell in cells]
+        line[7:7] = check_expected([(recovered(row, "auto"), facts_of(row)) for row in part.rows])
         line[5] += f" at {best.removeprefix('copy @ ')}"
         lines.append(line)
     head = ["taught by", "steps", "drift", "digit seen: student / source", "copy"]
-    head += ["best fixed copy", "auto", "`prolora`", "fit", "samples follow: copy", "trained there"]
+    head += ["best fixed copy", "auto", "auto, expected", "inside", "`prolora`", "fit"]
+    head += ["samples follow: copy", "trained there"]
     return format_table(head, lines)
 
 

@@ -11,13 +11,11 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
+from calibrate import check_expected
 from evidence import fill_page
 from intervals import interval
 from results import MIN_GAP, Mean
 from tables import format_cell, format_table
-
-from prolora import Verdict
-from prolora.comparison.expectation import Expectation, expect_shares
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "terrain.json"
@@ -131,12 +129,6 @@ def samples_table(rows: list[Row]) -> str:
     return format_table(["row", "n", *statistics], lines)
 
 
-def expect_auto(row: Row) -> Expectation:
-    """What is expected of `auto` on a row's bases, from the two other worlds."""
-    verdict = Verdict(*(row["verdict"][name] for name in ("drift", "cosine", "spread", "size")))
-    return next(e for e in expect_shares(verdict) if (e.method, e.want) == ("auto", "look"))
-
-
 def constants_table(rows: list[Row]) -> str:
     """What the constants do on each target, and what is expected there."""
     lines = []
@@ -144,8 +136,7 @@ def constants_table(rows: list[Row]) -> str:
         part = [row for row in rows if row["direction"] == name]
         if not part:
             continue
-        found = [(row["shares"]["auto"], expect_auto(row)) for row in part]
-        inside = sum(expected.low <= share <= expected.high for share, expected in found)
+        expected = check_expected([(row["shares"]["auto"], row["verdict"]) for row in part])
         facts = part[0]["verdict"]
         ratios = [row["verdict"]["drift"] / row["verdict"]["size"] for row in part]
         dampings = [label for label in part[0]["shares"] if label.startswith("damped")]
@@ -159,8 +150,7 @@ def constants_table(rows: list[Row]) -> str:
                 *(mean_share(part, label) for label in ("copy @ 1", best_fixed(part))),
                 mean_share(part, best) if best else "–",
                 mean_share(part, "auto"),
-                f"{sum(expected.share for _, expected in found) / len(part):.2f}",
-                f"{inside} of {len(part)}",
+                *expected,
             ]
         )
     head = ["move", "LoRAs", "drift, spread", "drift / size of the LoRA", "copy at 1"]
