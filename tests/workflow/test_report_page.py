@@ -148,8 +148,8 @@ def test_what_has_no_number_is_shown_without_one(report):
     text = fitted.to_html()
     assert 'class="fitted"' in text and "nan" not in Page(text).text.lower()
     dry = dataclasses.replace(report, dry_run=True, verdict=None, asked=None, provenance={})
-    rows = [dataclasses.replace(row, measures=None, energy=0.0) for row in report.modules]
-    for shown in (dataclasses.replace(dry, modules=tuple(rows)), make_report([])):
+    rows = [dataclasses.replace(row, measures=None, energy=math.nan) for row in report.modules]
+    for shown in (dataclasses.replace(dry, modules=tuple(rows)), make_report([], dry_run=True)):
         page = Page(shown.to_html())
         assert page.inside["h1"][0].endswith("A dry run: nothing was written.")
         assert "kept" not in "".join(page.inside.get("title", []))

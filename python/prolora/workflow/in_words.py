@@ -44,6 +44,10 @@ FIT_NO_BETTER = (
 
 ZERO = "This LoRA changes nothing: it is zero."
 
+VECTORS_ALONE = (
+    "This LoRA is trained biases and normalisation layers alone, which go over as they are."
+)
+
 NOT_COMPARED = "The weights of the two models were not compared: whether it will work is not known."
 
 NEXT_APART = (
@@ -144,6 +148,15 @@ def tell_place(placed: float, kept: float | None, target: str) -> str:
     return f"{text}, and {rest} of that was kept."
 
 
+def tell_parts(placed: int, parts: int, target: str) -> str:
+    """How many parts of a LoRA have a place on the target, where nobody knows what each does."""
+    share = placed / parts if parts else 0.0
+    return (
+        f"{placed} of the LoRA's {parts} parts ({share:.0%}) have a place on {target}; how much "
+        "those do cannot be known beforehand."
+    )
+
+
 def tell_method(
     method: str, source: str, target: str, verdict: Verdict | None, strength: float = 1.0
 ) -> str:
@@ -160,8 +173,8 @@ def tell_method(
     if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
         if classify(verdict, cut=False) == CHANGED:
             return (
-                "prolora copied the LoRA unchanged: the two models' weights give no clear reason to "
-                "weaken it."
+                "prolora copied the LoRA unchanged: the two models' weights give no clear reason "
+                "to weaken it."
             )
         return (
             f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "

@@ -35,6 +35,7 @@ from .in_words import (
     FIT_NO_BETTER,
     MERGE,
     NOT_COMPARED,
+    VECTORS_ALONE,
     ZERO,
     InWords,
     judge,
@@ -42,6 +43,7 @@ from .in_words import (
     tell_made,
     tell_method,
     tell_next,
+    tell_parts,
     tell_place,
 )
 from .merge_report import MergeReport
@@ -203,7 +205,7 @@ class Report:
         squared_distance = average_row(lambda row: row.copy_distance**2)
         return {status: len(self.rows(status)) for status in STATUSES} | {
             "coverage": self.coverage,
-            "energy_mapped": mapped_energy / total if total else None,
+            "energy_mapped": mapped_energy / total if total > 0 else None,
             "energy_surviving": average_row(lambda row: row.surviving_energy),
             "energy_mixed": average_measure(lambda m: m.mixed_energy),
             "energy_cut": average_row(lambda row: row.rank_cut_energy),
@@ -271,15 +273,12 @@ class Report:
             if kept is None and not self.dry_run:
                 return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
             return tell_made(self.method, source, target, kept, cautions, parts)
-        if placed is None and not self.dry_run and self.modules:
+        if self.modules and all(row.energy == 0 for row in self.modules):
             return InWords("⚠", ZERO, (), self._cautions())
+        if not self.modules and not self.dry_run:
+            return InWords("✔", VECTORS_ALONE, (), self._cautions())
         if self.dry_run or placed is None:
-            place = tell_place(self.coverage, None, target)
-            mark, _ = judge(None, self.coverage, target)
-            unknown = "" if self.work or self.why else NOT_COMPARED
-            lines = tuple(filter(None, (place, unknown, self.why)))
-            told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
-            return InWords(mark, f"{told} was written.", lines, self._cautions())
+            return self._tell_outline(placed, target)
         if self.was_fitted:
             gate = self.probe.gate if self.probe else None
             shares = [] if gate is None else list(gate.share.values())
@@ -310,12 +309,30 @@ class Report:
         mark, headline = judge(verdict, placed, target, chosen)
         return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
 
+    def _tell_outline(self, placed: float | None, target: str) -> InWords:
+        """The verdict of a dry run; arguments as `tell_place` takes them."""
+        names, there = split_modules(self.modules)
+        there |= {row.source for row in self.modules if row.reason == LEFT_OUT}
+        if placed is not None:
+            placed += self._share_left_out()
+            place = tell_place(placed, None, target)
+        elif names:
+            placed = len(there) / len(names)
+            place = tell_parts(len(there), len(names), target)
+        else:
+            place = VECTORS_ALONE
+        mark, _ = judge(None, placed, target)
+        unknown = "" if self.work or self.why else NOT_COMPARED
+        lines = tuple(filter(None, (place, unknown, self.why)))
+        told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
+        return InWords(mark, f"{told} was written.", lines, self._cautions())
+
     def _share_left_out(self) -> float:
         """The share of Σ‖ΔW_s‖² in modules whose block was left out as asked."""
         everything = {row.source: row.energy for row in self.modules}
         left = {row.source: row.energy for row in self.modules if row.reason == LEFT_OUT}
         total = sum(everything.values())
-        return sum(left.values()) / total if total else 0.0
+        return sum(left.values()) / total if total > 0 else 0.0
 
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""
