@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.formats.moves import Move
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.means import weighted_mean
 from ..core.methods import find_method
@@ -48,6 +49,7 @@ from .in_words import (
 )
 from .merge_report import MergeReport
 from .module_report import Measures, ModuleReport, measure_coverage, split_modules
+from .moved_before import tell_moved_before
 from .options import BEST, FIT
 from .output_paths import check_beside, is_page_path
 from .page.document import (
@@ -101,6 +103,7 @@ class Report:
             bases whose numbers are not read.
         quantised: name of a base -> how its weights are quantised, and how many; none for a base
             that is stored as numbers.
+        moves: what prolora did to the LoRA before: from which base to which, oldest first.
         probe: what a fit to running models found; None where none was made.
         grid: images of what a fit did, or of what it would aim at, for the page; None where none
             were asked for.
@@ -135,6 +138,7 @@ class Report:
     damping: float | None = None
     verdict: Verdict | None = None
     quantised: dict[str, str] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
     probe: ProbeReport | None = None
     grid: PictureGrid | None = None
     work: str = ""
@@ -338,7 +342,7 @@ class Report:
         """What was lost, or needs a look."""
         merged = self.merge.cautions() if self.merge else []
         cautions = self._cautions_of_file() + self._sentences_of_factors()
-        return (*cautions, *merged, *self._caution_of_strangers())
+        return (*cautions, *tell_moved_before(self.moves), *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""

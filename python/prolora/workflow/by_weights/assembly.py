@@ -123,5 +123,6 @@ def build_report(
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
         profile=measure_blocks(ledger.rows.values(), list_base_blocks(ledger.target)),
         quantised=list_quantised(ledger.source, ledger.target),
+        moves=read_moves(adapter.metadata),
         **known,
     )
