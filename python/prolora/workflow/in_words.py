@@ -55,6 +55,11 @@ NEXT_APART = (
     "run them."
 )
 
+FIT_OF_FEW_STEPS = (
+    " Where it is too weak, try `fit()`, which runs both models and brought more of a LoRA on some "
+    "test models that draw in few steps, as {target} seems to do."
+)
+
 EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
 """What reports and headers call the making of a LoRA that was not moved."""
 
@@ -190,8 +195,18 @@ def tell_plan(method: str) -> str:
     return "A transfer would weaken the LoRA where the two models differ."
 
 
-def tell_next(method: str, verdict: Verdict | None, placed: float, target: str) -> str:
-    """What to do next; `placed` is the share of the LoRA that has a place on the target."""
+def tell_next(
+    method: str, verdict: Verdict | None, placed: float, target: str, few_steps: bool = False
+) -> str:
+    """What to do next.
+
+    Args:
+        method: how the LoRA was moved.
+        verdict: on the two models; None where nobody looked at their weights.
+        placed: the share of the LoRA that has a place on the target.
+        target: its name.
+        few_steps: whether it seems to draw in few steps, and a fit could run both models.
+    """
     if verdict is not None and not verdict.related:
         return NEXT_APART.format(target=target)
     if verdict is not None and not verdict.go:
@@ -201,12 +216,13 @@ def tell_next(method: str, verdict: Verdict | None, placed: float, target: str) 
             "Next: try it at strength 1. Where both models can run, `method='best'` fits what has "
             "no place."
         )
+    fit = FIT_OF_FEW_STEPS.format(target=target) if few_steps else ""
     if method == "damped":
         return (
             "Next: try it at strength 1. `look='lora'` keeps the look that the LoRA was made for "
-            "instead."
+            f"instead.{fit}"
         )
-    return "Next: try it at strength 1, and less where it is too strong."
+    return f"Next: try it at strength 1, and less where it is too strong.{fit}"
 
 
 def tell_made(

@@ -93,6 +93,8 @@ class Report:
             for a LoRA; all others were read exactly.
         dry_run: True where only headers were read: rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
+        few_steps: whether the target seems to draw in few steps and the source does not, and a fit
+            could run both.
         strength: the factor on every update.
         blocks: the factors by block that were asked for; "" without.
         profile: block -> the factor on the LoRA's own update that comes closest to what was
@@ -131,6 +133,7 @@ class Report:
     kept_energy: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
     asked: str | None = None
+    few_steps: bool = False
     strength: float = 1.0
     blocks: str = ""
     profile: dict[str, float] = field(default_factory=dict)
@@ -299,12 +302,14 @@ class Report:
         if kept is not None and placed > 0:
             kept *= mapped / placed
             kept /= self.strength**2 if self.method == "copy" else 1.0
+        told_of_fit = bool(self.probe or self.why)
         lines = (
             tell_place(placed, kept, target),
             FIT_NO_BETTER if self.probe else "",
             tell_method(self.method, source, target, verdict, self.strength),
             self.why,
-            tell_next(self.method, verdict, placed, target),
+            # Where something is said of fits, that is enough.
+            tell_next(self.method, verdict, placed, target, self.few_steps and not told_of_fit),
         )
         # What `auto` gives is a row of its own: it copies where a copy does well.
         chosen = AUTO if self.asked in (AUTO, BEST) else self.method
