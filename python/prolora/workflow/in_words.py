@@ -247,8 +247,9 @@ def tell_made(
     if kept is None:
         return InWords("✔", "A dry run: nothing was written.", (), cautions)
     original = f"the difference between {source} and {target}" if method == EXTRACT else source
-    residual = max(0.0, 1 - kept) ** 0.5
-    headline = f"It holds {kept:.2%} of the energy of {original} (residual {residual:.2e})."
+    residual = 100 * max(0.0, 1 - kept) ** 0.5
+    lost = f"{residual:.3g}%" if residual >= 1e-3 else "less than 0.001%"
+    headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by {lost}."
     mark: Mark = "✔" if kept >= LITTLE else "⚠"
     lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else (*parts,)
     return InWords(mark, headline, lines, cautions)
