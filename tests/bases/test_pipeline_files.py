@@ -151,6 +151,8 @@ def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):
     [
         *((name, True) for name in ("sdxl-turbo", "Z-Image-Turbo", "SDXL-Lightning", "lcm_v7")),
         *((name, True) for name in ("FLUX.1-schnell", "FLUX.2-klein-4B", "Hyper-SD", "x-4step")),
+        *((name, True) for name in ("FLUX.3-klein-distilled", "LTX-2-distilled")),
+        *((name, False) for name in ("x-cfg-distilled", "guidance_distilled")),
         *((name, False) for name in ("FLUX.2-klein-base-4B", "HyperReal", "sdxl", "turbocharged")),
     ],
 )

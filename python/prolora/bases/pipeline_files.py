@@ -23,7 +23,7 @@ FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 # What few-step models are called: a word of the name, and of FLUX.2's own all but the bases.
 _FEW_STEPS = re.compile(
     r"(?<![a-z])(turbo|lightning|lcm|tcd|hyper|schnell|dmd2?|[1248][ _-]?steps?"
-    r"|flux\W*2\W*klein(?!.*base))(?![a-z])",
+    r"|(?<!guidance.)(?<!cfg.)distilled|flux\W*2\W*klein(?!.*base))(?![a-z])",
     re.IGNORECASE,
 )
 _MOST_BYTES = 1 << 20  # real ones have a few thousand
