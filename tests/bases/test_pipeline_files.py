@@ -144,3 +144,24 @@ def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):
         pipeline_files.read_pipeline_index(tmp_path)
     except ProLoRAError as refusal:
         assert "model_index.json" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [
+        *((name, True) for name in ("sdxl-turbo", "Z-Image-Turbo", "SDXL-Lightning", "lcm_v7")),
+        *((name, True) for name in ("FLUX.1-schnell", "FLUX.2-klein-4B", "Hyper-SD", "x-4step")),
+        *((name, True) for name in ("FLUX.3-klein-distilled", "LTX-2-distilled")),
+        *((name, False) for name in ("x-cfg-distilled", "guidance_distilled")),
+        *((name, False) for name in ("FLUX.2-klein-base-4B", "HyperReal", "sdxl", "turbocharged")),
+    ],
+)
+def test_a_model_of_few_steps_is_guessed_by_its_name(tmp_path, name, few):
+    assert pipeline_files.seems_few_step(write(tmp_path, INDEX), name) is few
+
+
+def test_a_model_of_few_steps_is_known_by_its_scheduler(tmp_path):
+    for scheduler in pipeline_files.FEW_STEP_SCHEDULERS:
+        folder = write(tmp_path, INDEX | {"scheduler": ["diffusers", scheduler]})
+        assert pipeline_files.seems_few_step(folder, "my model")
+    assert not pipeline_files.seems_few_step(tmp_path / "none", "my model")

@@ -311,8 +311,11 @@ def test_inspect_describes_a_lora(prolora, case):
     ("module", "said"),
     [
         ("model.layers.0.self_attn.q_proj", "it is a language model's"),  # Llama's, and Qwen3's
-        ("transformer.h.0.attn.c_attn", "described alone"),  # GPT-2's
-        ("text_model.encoder.layers.0.self_attn.q_proj", "described alone"),  # CLIP's
+        ("transformer.h.0.attn.c_attn", "of no model family"),  # GPT-2's
+        (
+            "text_model.encoder.layers.0.self_attn.q_proj",
+            "of no model family",
+        ),  # CLIP's
     ],
 )
 def test_inspect_promises_nothing_of_a_lora_of_no_known_family(prolora, tmp_path, module, said):
@@ -323,6 +326,17 @@ def test_inspect_promises_nothing_of_a_lora_of_no_known_family(prolora, tmp_path
     words = " ".join(text.split())
     assert code == 0 and said in words
     assert "convert it to any format" not in words
+
+
+def test_inspect_names_the_base_of_a_header_that_says_what_the_file_is(prolora, tmp_path):
+    """Trainers write the architecture with the kind of file behind it."""
+    header = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {f"{stem}.lora_down.weight": torch.ones(2, 8)}
+    factors |= {f"{stem}.lora_up.weight": torch.ones(8, 2)}
+    save_file(factors, tmp_path / "x.safetensors", header)
+    _, text, _ = prolora("inspect", tmp_path / "x.safetensors", "--json")
+    assert json.loads(text)["base_model"] == "stable-diffusion-xl-v1-base"
 
 
 def test_inspect_describes_a_base_folder(prolora, case):

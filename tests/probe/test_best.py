@@ -83,6 +83,22 @@ def test_where_all_of_a_lora_has_a_place_the_result_is_that_by_weights(room):
     assert "images with source" in done.report.why
 
 
+def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(room, tmp_path):
+    lora, source, tuned = ends(room, "tuned")
+    student = shutil.copytree(tuned, tmp_path / "tuned-lightning")
+    teacher = shutil.copytree(source, tmp_path / "turbo")
+    for told, *bases in (
+        (True, source, student),
+        (False, teacher, student),  # a student's fine-tune
+        (False, source, student / "unet"),  # which no fit can run
+        (False, source, tuned),
+    ):
+        report = prolora.transfer(lora, *bases).report
+        assert ("try `fit()`" in report.in_words().lines[-1]) is told
+    best = prolora.transfer(lora, source, student, method="best").report
+    assert best.why and "few steps" not in str(best.in_words())
+
+
 @pytest.mark.parametrize(
     "target, need",
     [

@@ -59,6 +59,29 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
     assert result.history[-1] > 0.999
 
 
+class ByKeyword(nn.Module):
+    """A model that names its layer's argument, as diffusers' motion modules do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(input=x)
+        return made
+
+
+def test_a_layer_that_is_called_by_keyword_is_fitted_as_any_other():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=False)
+    x, update = torch.randn(400, 6), torch.randn(5, 6)
+    plain = layer(x).detach()
+    probes = [ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)]
+    usual = fit(nn.Sequential(layer), ["0"], probes, 2, 1e-6)
+    named = fit(ByKeyword(layer), ["layer"], probes, 2, 1e-6)
+    torch.testing.assert_close(named.updates["layer"].dense(), usual.updates["0"].dense())
+
+
 def alternating(order: str) -> tuple[nn.Module, list[list[ProbeBatch]], Tensor]:
     """A linear model, the probes of its steps, and the update that solves them.
 

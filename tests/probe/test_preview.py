@@ -188,6 +188,7 @@ def test_its_json_names_the_page_and_has_a_status_of_its_own(room, tmp_path, mon
     assert code == 0
     answer = json.loads(told)
     assert (answer["status"], answer["page"]) == ("previewed", "lora-preview.html")
+    assert (answer["dry_run"], answer["preview"]) == (False, True)  # both models ran
     assert answer["out"] is None and (tmp_path / answer["page"]).is_file()
 
 

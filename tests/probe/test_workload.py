@@ -180,6 +180,13 @@ def test_a_dry_run_says_what_would_be_asked_without_loading_a_model(room, monkey
     assert fewer.to_dict()["work"] == fewer.work
 
 
+def test_a_planned_fit_says_that_its_lora_was_moved_before(room, tmp_path):
+    moved, ends = tmp_path / "moved.safetensors", (room / "sd15", room / "tuned")
+    prolora.transfer_file(room / "lora.safetensors", *ends, moved, method="copy")
+    assert "moved before" not in str(prolora.plan_fit(room / "lora.safetensors", *ends))
+    assert "moved before, from sd15 to tuned" in str(prolora.plan_fit(moved, *reversed(ends)))
+
+
 @pytest.mark.slow
 def test_a_fit_of_pipelines_makes_the_predictions_that_it_announced(room):
     told = Told(Clock())

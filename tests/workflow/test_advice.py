@@ -46,6 +46,13 @@ def test_a_lora_is_placed_and_what_is_advised_runs(case, tmp_path):
     assert report.method == advice.decision.method
 
 
+def test_a_lora_in_the_place_of_a_base_is_told_so(case):
+    lora, source, target = case
+    for ends in ((lora, source, target), (source, lora, target)):
+        with pytest.raises(UnsupportedFormat, match=r"lora\.saf.* in the place of a base"):
+            prolora.advise(*ends)
+
+
 def test_what_was_never_measured_is_not_extrapolated(case, tmp_path):
     _, source, _ = case
     huge = {name: 40 * weight for name, weight in target_weights().items()}

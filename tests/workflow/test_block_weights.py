@@ -106,8 +106,10 @@ def test_the_numbers_of_a_transformer_are_of_its_blocks_and_leave_text_encoders_
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ("1,1,1", r"3 numbers, and .* takes 20 \(BASE … OUT08\) or 12 \(BASE … OUT05\)"),
+        ("1,1,1", r"3 numbers, and .* takes 20 \(BASE, IN00-IN08, M00, OUT00-OUT08\) or 12 "),
+        ("1,1,1", r" or 12 \(BASE, IN04-IN05, IN07-IN08, M00, OUT00-OUT05\); names take"),
         ("IN99=1", "names 'IN99', which is not a block or module"),
+        ("IN99=1", "its blocks are BASE, IN00-IN08, M00, OUT00-OUT08$"),
         ("double_blocks.*=1", "not a block or module of"),
         ("1,IN04=1", "mixes numbers and names"),
         ("IN04=x", "'x', which is not a number"),
@@ -121,6 +123,18 @@ def test_the_numbers_of_a_transformer_are_of_its_blocks_and_leave_text_encoders_
 def test_what_fits_no_blocks_is_refused_with_what_there_are(blocks, message):
     with pytest.raises(InvalidOption, match=message):
         prolora.convert(sdxl_lora(), blocks=blocks)
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl", "bk-sdm-small", "flux1-dev", "qwen-image"])
+def test_the_blocks_that_are_told_are_taken_as_they_are_told(layout):
+    family = next(one for one in known_families().values() if layout in one.layouts)
+    table = DepthTable(tuple(load_layout(layout).shapes), family)
+    with pytest.raises(InvalidOption, match="its blocks are ") as refused:
+        BlockWeights.read("nothing=1").resolve(table, table.modules, "it")
+    told = str(refused.value).partition("its blocks are ")[2].split(", ")
+    placed = {name for name in table.modules if table.find_place(name) in table.places}
+    factors = BlockWeights.read(dict.fromkeys(told, 0.5)).resolve(table, table.modules, "it")
+    assert set(factors) == placed and len(told) < 12
 
 
 @settings(deadline=None, max_examples=examples(200))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import adapters
+from prolora.workflow.in_words import tell_made
 
 FORMATS = ["kohya", "diffusers", "peft", "comfy"]
 KOHYA = {f"lora_unet_{name.replace('.', '_')}": name for name in LINEAR}
@@ -103,7 +104,7 @@ def test_the_residual_that_is_told_is_the_dense_one(kind, out_rank, dtype, tmp_p
     true = residual(adapters.read_adapter(out), dense)
     assert true > 0.01  # something was cut
     assert told(report) == pytest.approx(true, rel=2e-3)
-    assert f"residual {told(report):.2e}" in report.in_words().headline
+    assert f"differs from it by {100 * told(report):.3g}%" in report.in_words().headline
     if out_rank == "6kB":
         assert out.stat().st_size <= 6_000
 
@@ -116,6 +117,15 @@ def test_rounding_counts_as_a_residual(tmp_path):
     true = residual(adapters.read_adapter(out), dense)
     assert 1e-4 < true < 1e-2
     assert told(report) == pytest.approx(true, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kept", "shown"),
+    [(1.0, "less than 0.001%"), (0.9872, "11.3%"), (0.0, "100%"), (1 - 1e-8, "0.01%")],
+)
+def test_people_read_what_is_lost_in_per_cent(kept, shown):
+    told = tell_made("convert", "a", "", kept, ())
+    assert told.headline.endswith(f"differs from it by {shown}.")
 
 
 def test_what_needs_its_base_is_refused_without_it_in_plain_words():

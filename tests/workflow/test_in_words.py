@@ -121,6 +121,21 @@ def test_where_parts_have_no_place_the_next_step_is_to_run_both_models():
     assert "best" not in tell_next("copy", RELATED, 1.0, "t")
 
 
+def test_on_a_target_of_few_steps_the_next_step_may_be_a_fit():
+    rows = [make_row("a")]
+    for method in ("copy", "damped"):
+        known = {"method": method, "asked": "auto", "verdict": RELATED}
+        told = make_report(rows, **known, few_steps=True).in_words()
+        assert "try `fit()`, which runs both models" in told.lines[-1]
+        plain = make_report(rows, **known).in_words()
+        assert "few steps" not in str(plain) and told.lines[-1].startswith(plain.lines[-1])
+        why = "No fit was made: it would take a day."  # which says enough of fits
+        assert "few steps" not in str(make_report(rows, **known, few_steps=True, why=why))
+    for verdict, shown in ((FAR, rows), (APART, rows), (RELATED, None)):
+        told = make_report(shown, asked="auto", verdict=verdict, few_steps=True)
+        assert "few steps" not in str(told.in_words())
+
+
 def test_nothing_is_made_up_for_a_method_that_nobody_measured():
     assert find_expected(RELATED, 1.0, "no such method") is None
     assert "xpect" not in judge(RELATED, 1.0, "t", "no such method")[1]

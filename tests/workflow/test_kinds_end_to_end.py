@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 from mini import lora_tensors, shapes, source_weights, target_weights, write_case
+from reports import Page
 from safetensors.torch import save_file
 
 import prolora
@@ -94,3 +95,63 @@ def test_updates_that_need_weights_the_base_lacks_are_skipped_modules(case, run)
     assert "8 of 14 modules" in str(report)
     with pytest.raises(prolora.LowCoverage, match="8 of 14 modules"):
         prolora.transfer(lora, source, target, min_coverage=0.6)
+
+
+def test_a_lora_of_biases_alone_is_not_told_as_a_dry_run(case, tmp_path):
+    keys = ["lora_unet_" + name.replace(".", "_") for name in shapes(3)]
+    save_file({f"{key}.diff_b": torch.ones(24) for key in keys}, case[0])
+    report = prolora.transfer_file(*case, tmp_path / "out", method="copy")
+    assert report.vectors == 8 and "dry run" not in str(report)
+    assert "biases" in report.in_words().headline
+
+
+def write_kind(path, kind):
+    """An adapter of a kind whose third block, which the target lacks, does most."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, (out, inputs) in shapes(3).items():
+        key, size = f"lora_unet_{name.replace('.', '_')}", 3.0 if ".2." in name else 1.0
+        if kind == "lora":
+            parts = {"lora_up.weight": (out, 2), "lora_down.weight": (2, inputs)}
+        elif kind == "loha":
+            pairs = {"a": (out, 2), "b": (2, inputs)}
+            parts = {f"hada_w{i}_{side}": shape for i in (1, 2) for side, shape in pairs.items()}
+        elif kind == "lokr":
+            parts = {"lokr_w1": (2, 4), "lokr_w2_a": (out // 2, 2), "lokr_w2_b": (2, inputs // 4)}
+        else:
+            parts = {"diff": (out, inputs)}
+        values = {f"{key}.{part}": torch.randn(shape) for part, shape in parts.items()}
+        values[next(iter(values))] *= size
+        tensors |= values
+        if kind != "full":
+            tensors[f"{key}.alpha"] = torch.tensor(0.02)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "full"])
+def test_a_dry_run_tells_the_share_that_the_transfer_tells(case, kind):
+    write_kind(case[0], kind)
+    planned, done = plan_report(*case), prolora.transfer(*case, method="copy").report
+    (told,) = (line for line in planned.in_words().lines if "has a place" in line)
+    assert told.removesuffix(".") in done.in_words().lines[0]
+    assert planned.totals["energy_mapped"] == pytest.approx(done.totals["energy_mapped"], rel=1e-4)
+    assert done.totals["energy_mapped"] < 0.4 < done.coverage
+
+
+def test_blocks_left_out_as_asked_have_a_place_in_a_dry_run_as_in_a_transfer(case):
+    write_kind(case[0], "lora")
+    blocks = {"down_blocks.1.attentions.0.transformer_blocks.0": 0}
+    planned = plan_report(*case, method="copy", blocks=blocks)
+    done = prolora.transfer(*case, method="copy", blocks=blocks).report
+    place, _, _ = done.in_words().lines[0].partition(",")
+    assert planned.in_words().lines[0] == f"{place}."
+    assert "(21%)" in place and done.totals["energy_mapped"] < 0.15
+
+
+def test_a_dry_run_counts_parts_where_it_cannot_know_what_they_do(case):
+    """What a DoRA does takes the weights of its base, which a dry run does not read."""
+    planned = plan_report(*case)
+    assert "8 of the LoRA's 12 parts (67%) have a place" in planned.in_words().lines[0]
+    assert planned.totals["energy_mapped"] is None
+    assert planned.to_dict()["modules"][0]["energy"] is None
+    assert "nan" not in Page(planned.to_html()).inside["td"]

@@ -181,6 +181,29 @@ def test_inspection_says_from_where_to_where_it_was_moved(files):
     assert table["moves"][0]["method"] == "copy"
 
 
+TOLD = "The LoRA was moved before, from a.safetensors to b.safetensors"
+
+
+def test_the_report_of_a_second_move_says_that_losses_add_up(files, tmp_path):
+    moved, a, b, c = files
+    report = prolora.transfer_file(moved, b, c, tmp_path / "out.safetensors")
+    planned, advice = prolora.plan_report(moved, b, c), prolora.advise(b, c, moved)
+    for words in (report.in_words(), planned.in_words(), advice.in_words()):
+        (told,) = (line for line in words.cautions if TOLD in line)
+        assert "adds to what is lost now" in told
+    first = prolora.transfer(tmp_path / "lora.safetensors", a, b)
+    assert "moved before" not in str(first.report)
+    assert report.to_dict()["moves"][0]["target_hash"].startswith("sha256:")
+
+
+def test_a_merge_on_one_base_is_no_move(files, tmp_path):
+    _, a, b, _ = files
+    merged = tmp_path / "merged.safetensors"
+    prolora.merge_file([tmp_path / "lora.safetensors"] * 2, merged, a)
+    report = prolora.transfer(merged, a, b, method="copy").report
+    assert "moved before" not in str(report)
+
+
 def test_a_list_of_earlier_moves_that_nobody_made_costs_no_time(files, tmp_path):
     moved, _, b, c = files
     names = [{"source": f"s{i}", "target": f"t{i}"} for i in range(100_000)]

@@ -73,6 +73,26 @@ def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
         prolora.transfer(*write_case(tmp_path), metod="copy")
 
 
+FUNCTIONS += [(prolora.advise, AdviceOptions), (prolora.plan_migration, TransferOptions)]
+FUNCTIONS += [(prolora.load_moved_lora, TransferOptions)]
+
+
+@pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
+def test_options_of_another_function_are_refused_with_the_right_ones(function, kind):
+    """Before anything else is looked at: none of these is a LoRA or a base."""
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    others = {of: taker for taker, of in FUNCTIONS if of is not kind}
+    for other, taker in others.items():
+        with pytest.raises(prolora.InvalidOption) as refused:
+            function(*[None] * len(needed), options=other())
+        told = str(refused.value)
+        assert f"{function.__name__}() takes {kind.__name__}, not {other.__name__}" in told
+        assert f"{taker.__name__}()" in told
+    for wrong in ({"dtype": "float16"}, kind, None):
+        with pytest.raises(prolora.InvalidOption, match=f"takes {kind.__name__}"):
+            function(*[None] * len(needed), options=wrong)
+
+
 def test_the_methods_are_those_of_the_table_and_auto():
     assert get_args(MethodChoice) == ("auto", *METHODS)
 

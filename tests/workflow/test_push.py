@@ -89,7 +89,7 @@ def test_what_prolora_did_not_move_is_not_uploaded(moved):
 
 def test_without_a_card_nothing_is_uploaded(moved):
     (moved.parent / "README.md").write_text("# mine")
-    with pytest.raises(OutputError, match="no model card of prolora"):
+    with pytest.raises(OutputError, match=r"README\.md: no model card that prolora wrote"):
         push(moved, "me/loras")
     with pytest.raises(OutputError, match=r"no \.safetensors file there"):
         push(moved.parent / "nothing", "me/loras")

@@ -22,6 +22,7 @@ from prolora.probe.report import ProbeReport
 from prolora.workflow.outcome import Outcome
 from prolora.workflow.outcomes_page import render_outcomes
 from prolora.workflow.page.document import Picture
+from prolora.workflow.page.drawing import CHARACTER, LABEL_SIZE
 from prolora.workflow.tables import map_modules
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\x1b[31m\u202e\udcff.attn1.to_q"
@@ -148,8 +149,8 @@ def test_what_has_no_number_is_shown_without_one(report):
     text = fitted.to_html()
     assert 'class="fitted"' in text and "nan" not in Page(text).text.lower()
     dry = dataclasses.replace(report, dry_run=True, verdict=None, asked=None, provenance={})
-    rows = [dataclasses.replace(row, measures=None, energy=0.0) for row in report.modules]
-    for shown in (dataclasses.replace(dry, modules=tuple(rows)), make_report([])):
+    rows = [dataclasses.replace(row, measures=None, energy=math.nan) for row in report.modules]
+    for shown in (dataclasses.replace(dry, modules=tuple(rows)), make_report([], dry_run=True)):
         page = Page(shown.to_html())
         assert page.inside["h1"][0].endswith("A dry run: nothing was written.")
         assert "kept" not in "".join(page.inside.get("title", []))
@@ -232,3 +233,25 @@ def test_the_script_sorts_filters_and_walks(tmp_path):
     copy.write_text(script.read_text("utf-8"), "utf-8")
     run = subprocess.run(["node", "-e", SCRIPT_TEST, copy], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 30])
+def test_the_headings_of_a_map_stand_apart_and_inside_it(blocks):
+    stages = [f"{x}.attentions.0" for x in ("down_blocks.1", "down_blocks.2", "mid_block")]
+    stages += ["up_blocks.0.attentions.0", "noise_refiner", "context_refiner", "x" * 300]
+    rows = [
+        make_row(f"{stage}.transformer_blocks.{i}.attn1.to_q")
+        for stage in stages
+        for i in range(blocks)
+    ]
+    drawn = str(make_report(rows).to_html())
+    picture = re.search(r'<svg [^>]*class="map".*?</svg>', drawn, re.DOTALL)[0]
+    (width,) = re.findall(r'^<svg [^>]*width="([\d.]+)"', picture)
+    heads = [
+        (float(re.search(r'x="([\d.]+)"', given)[1]), text)
+        for given, text in re.findall(r"<text ([^>]*stage[^>]*)>([^<]*)</text>", picture)
+    ]
+    assert [text for _, text in heads[:2]] == ["down 1", "down 2"] and len(heads) > 4
+    ends = [x + CHARACTER * LABEL_SIZE * len(text) for x, text in heads]
+    for end, after in zip(ends, [*(x for x, _ in heads[1:]), float(width)], strict=True):
+        assert end + 4 <= after, heads

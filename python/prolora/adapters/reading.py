@@ -133,8 +133,9 @@ def outline_adapter(
 ) -> Adapter:
     """An adapter as far as a plan needs it: no base weight is read, and nothing is factored.
 
-    LoRAs and LoCons are read in full. An update of any other kind is zeros of its shape, of the
-    rank the file states (1 where it states none).
+    LoRAs and LoCons are read in full. An update of any other kind is a stand-in of its shape, of
+    the rank the file states (1 where it states none), and of the norm of ΔW: NaN where that takes
+    the base's weights.
 
     Args:
         source: as for `read_adapter`.
@@ -151,16 +152,20 @@ def outline_adapter(
     if headers_only:
         adapter = _start_adapter(contents, opened)
         for slot in contents.slots:
-            _add_zeros(adapter, slot, shapes, opened)
+            _add_stand_in(adapter, slot, shapes, opened, torch.zeros(1))
         return adapter
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     adapter = _start_adapter(contents, opened)
     for slot in contents.slots:
-        roles = slot.keys.keys()
-        if forms.kind_of_roles(roles) == "lora" and not forms.needs_base(roles):
-            _add_update(adapter, slot, scales[slot.module.name], opened, None)
+        roles, scale = slot.keys.keys(), scales[slot.module.name]
+        if forms.needs_base(roles):
+            _add_stand_in(adapter, slot, shapes, opened, torch.tensor([math.nan]))
+        elif forms.kind_of_roles(roles) == "lora":
+            _add_update(adapter, slot, scale, opened, None)
         else:
-            _add_zeros(adapter, slot, shapes, opened)
+            tensors = {role: read_finite(opened, key) for role, key in slot.keys.items()}
+            norms = scale * products.measure_rows(slot.form.algorithm, tensors)
+            _add_stand_in(adapter, slot, shapes, opened, norms)
     for vector in contents.vectors:
         adapter.vectors.update(
             vectors.read_vector(vector, scales.get(vector.module.name, 1.0), opened)
@@ -258,10 +263,22 @@ def _store_parts(
             adapter.kept_energy[name] = kept
 
 
-def _add_zeros(
-    adapter: Adapter, slot: Slot, shapes: Mapping[str, Shape], source: UnreadAdapter
+def _add_stand_in(
+    adapter: Adapter,
+    slot: Slot,
+    shapes: Mapping[str, Shape],
+    source: UnreadAdapter,
+    norms: Tensor,
 ) -> None:
-    """A slot's modules with updates of the right shape and no content."""
+    """A slot's modules with updates of the right shape, of which the norms of rows alone are right.
+
+    Args:
+        adapter: takes them.
+        slot: of the modules.
+        shapes: of the base's weights.
+        source: the file.
+        norms: of the rows, one for each or one for all; NaN where they are not known.
+    """
     where = f"{source.where}: {slot.module.name}"
     inputs, kernel = slot.form.inputs, slot.kernel
     if forms.needs_base(slot.keys.keys()):
@@ -280,9 +297,10 @@ def _add_zeros(
         inputs = math.prod(base_shapes[0][1:])
         kernel = base_shapes[0][2:] if len(base_shapes[0]) in (3, 4) else None
     rank = max(1, slot.form.rank)
-    zero = torch.zeros(())  # which takes no room, whatever the shape
-    zeros = LowRank(zero.expand(slot.form.out, rank), zero.expand(rank, inputs))
-    _store_parts(adapter, slot, zeros, kernel, 1.0, where)
+    # Expanded, they take no room, whatever the shape.
+    up = (norms.float() / rank)[:, None].expand(slot.form.out, rank)
+    down = torch.tensor(inputs**-0.5).expand(rank, inputs)
+    _store_parts(adapter, slot, LowRank(up, down), kernel, 1.0, where)
 
 
 def _scale_update(update: LowRank, scale: float, slot: Slot, source: UnreadAdapter) -> LowRank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,15 @@ PIPELINE_INDEX = "model_index.json"
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that never run when latents are sampled from a prompt."""
 
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+"""Schedulers of few-step models."""
+
+# What few-step models are called: a word of the name, and of FLUX.2's own all but the bases.
+_FEW_STEPS = re.compile(
+    r"(?<![a-z])(turbo|lightning|lcm|tcd|hyper|schnell|dmd2?|[1248][ _-]?steps?"
+    r"|(?<!guidance.)(?<!cfg.)distilled|flux\W*2\W*klein(?!.*base))(?![a-z])",
+    re.IGNORECASE,
+)
 _MOST_BYTES = 1 << 20  # real ones have a few thousand
 _MOST = 1 << 20  # no width, size or number of layers is larger
 _COUNTS = (
@@ -74,6 +84,17 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
                 f"{file}: {name} must be a pair of a library and a class, not {_shorten(value)}"
             )
     return PipelineIndex(class_name, parts, content)
+
+
+def seems_few_step(folder: Path, name: str) -> bool:
+    """Whether a model seems to draw in few steps, by its name or its pipeline's scheduler."""
+    if _FEW_STEPS.search(name):
+        return True
+    try:
+        _, scheduler = read_pipeline_index(folder).parts.get("scheduler", ("", ""))
+    except UnsupportedFormat:  # no pipeline
+        return False
+    return scheduler in FEW_STEP_SCHEDULERS
 
 
 def _is_name(value: object) -> bool:

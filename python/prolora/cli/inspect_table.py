@@ -151,8 +151,8 @@ def _support_text(description: Description) -> str:
     on_base = on_base if description.needs_base else ""
     if not description.families:
         return (
-            "described alone: these modules are those of no family that it knows, so whether it "
-            f"can be moved depends on two bases that have them (`prolora check`){on_base}"
+            "can move it between two base models that both have its layers, and tells which have "
+            f"(`prolora check`): these are of no model family that it knows{on_base}"
         )
     if on_base:
         return f"can transfer it{on_base}"

@@ -77,9 +77,15 @@ def _adder(module: nn.Module, up: Tensor, down: Tensor) -> Callable[..., Tensor]
         return (x @ down.mT) @ up.mT
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        return y + make(args[0] if args else next(iter(kwargs.values())))
+        return y + make(input_of(args, kwargs))
 
     return add
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a module that takes one tensor is called with, which some models name."""
+    given: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given
 
 
 def _convolve(module: nn.Module, down: Tensor, x: Tensor) -> Tensor:

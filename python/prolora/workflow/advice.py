@@ -46,6 +46,7 @@ from .measuring import (
     move_candidates,
     open_models,
 )
+from .moved_before import tell_moved_before
 from .options import BEST, FIT, LoraLike, TransferOptions, name_lora, settle_options, takes_options
 from .page.document import Page, Section, render_page
 from .table import Table
@@ -159,7 +160,8 @@ class Advice:
             apart = not self.verdict.related
             train = f"Next: train the LoRA on {target}."
             lines.append(NEXT_APART.format(target=target) if apart else train)
-        return InWords(mark, headline, tuple(filter(None, lines)))
+        cautions = tell_moved_before(self.lora.moves if self.lora else ())
+        return InWords(mark, headline, tuple(filter(None, lines)), (*cautions,))
 
     def _tell_measured(
         self, by_weights: tuple[Mark, str], source: str, target: str

@@ -105,9 +105,7 @@ class BlockWeights:
         fitting = [places for places in table.notations if len(places) == len(self.numbers)]
         if not fitting:
             known = " or ".join(
-                f"{len(places)} ({places[0]} … {places[-1]})"
-                for places in table.notations
-                if places
+                f"{len(places)} ({_write_places(places)})" for places in table.notations if places
             )
             raise InvalidOption(
                 f"`blocks` has {len(self.numbers)} numbers, and {title} takes "
@@ -129,12 +127,27 @@ class BlockWeights:
             fits = _Pattern(name, table)
             factors |= {module: factor for module in modules if fits(module)}
             if not any(map(fits, (*modules, *table.modules))) and name not in table.places:
-                ends = f"{table.places[0]} … {table.places[-1]}" if table.places else "none"
                 raise InvalidOption(
                     f"`blocks` names {name!r:.60}, which is not a block or module of {title}; its "
-                    f"blocks are {ends}"
+                    f"blocks are {_write_places(table.places) or 'none'}"
                 )
         return factors
+
+
+def _write_places(places: Sequence[str]) -> str:
+    """All blocks, of consecutive numbers the range that `blocks` takes: IN00-IN08, layers.0-9."""
+    runs: list[list[str]] = []
+    for place in places:
+        stem = place.rstrip("0123456789")
+        last = runs[-1][-1] if runs else ""
+        numbers = last.removeprefix(stem), place[len(stem) :]
+        follows = last.startswith(stem) and all(map(str.isdecimal, numbers))
+        if follows and int(numbers[1]) == int(numbers[0]) + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    ends = ((run[0], run[-1].rpartition(".")[2]) for run in runs)
+    return ", ".join(first if first.endswith(last) else f"{first}-{last}" for first, last in ends)
 
 
 class _Pattern:

@@ -39,9 +39,9 @@ def plan_report(
 ) -> Report:
     """What `transfer` would map, skip and refuse: nothing is factored, and weights are hardly read.
 
-    Ranks and energies are those of a
-    LoRA's own factors; what first has to be made one (DoRA, LoHa, full differences …) counts with
-    the rank that the file states and no energy.
+    Ranks are those that the file states, and energies follow from its tensors. The energy of what
+    is made with the weights of the base (DoRA, OFT, GLoRA) is not known, so that parts are counted
+    where the LoRA has such.
 
     The similarity threshold needs weights, so modules that it would skip still count as mapped
     here. Matching by similarity needs them too, and so do a target that is narrower than the

@@ -44,11 +44,20 @@ FIT_NO_BETTER = (
 
 ZERO = "This LoRA changes nothing: it is zero."
 
+VECTORS_ALONE = (
+    "This LoRA is trained biases and normalisation layers alone, which go over as they are."
+)
+
 NOT_COMPARED = "The weights of the two models were not compared: whether it will work is not known."
 
 NEXT_APART = (
     "Next: train the LoRA on {target}, or give both models as whole pipelines, so that a fit can "
     "run them."
+)
+
+FIT_OF_FEW_STEPS = (
+    " Where it is too weak, try `fit()`, which runs both models and brought more of a LoRA on some "
+    "test models that draw in few steps, as {target} seems to do."
 )
 
 EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
@@ -144,6 +153,15 @@ def tell_place(placed: float, kept: float | None, target: str) -> str:
     return f"{text}, and {rest} of that was kept."
 
 
+def tell_parts(placed: int, parts: int, target: str) -> str:
+    """How many parts of a LoRA have a place on the target, where nobody knows what each does."""
+    share = placed / parts if parts else 0.0
+    return (
+        f"{placed} of the LoRA's {parts} parts ({share:.0%}) have a place on {target}; how much "
+        "those do cannot be known beforehand."
+    )
+
+
 def tell_method(
     method: str, source: str, target: str, verdict: Verdict | None, strength: float = 1.0
 ) -> str:
@@ -160,8 +178,8 @@ def tell_method(
     if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
         if classify(verdict, cut=False) == CHANGED:
             return (
-                "prolora copied the LoRA unchanged: the two models' weights give no clear reason to "
-                "weaken it."
+                "prolora copied the LoRA unchanged: the two models' weights give no clear reason "
+                "to weaken it."
             )
         return (
             f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "
@@ -177,8 +195,18 @@ def tell_plan(method: str) -> str:
     return "A transfer would weaken the LoRA where the two models differ."
 
 
-def tell_next(method: str, verdict: Verdict | None, placed: float, target: str) -> str:
-    """What to do next; `placed` is the share of the LoRA that has a place on the target."""
+def tell_next(
+    method: str, verdict: Verdict | None, placed: float, target: str, few_steps: bool = False
+) -> str:
+    """What to do next.
+
+    Args:
+        method: how the LoRA was moved.
+        verdict: on the two models; None where nobody looked at their weights.
+        placed: the share of the LoRA that has a place on the target.
+        target: its name.
+        few_steps: whether it seems to draw in few steps, and a fit could run both models.
+    """
     if verdict is not None and not verdict.related:
         return NEXT_APART.format(target=target)
     if verdict is not None and not verdict.go:
@@ -188,12 +216,13 @@ def tell_next(method: str, verdict: Verdict | None, placed: float, target: str) 
             "Next: try it at strength 1. Where both models can run, `method='best'` fits what has "
             "no place."
         )
+    fit = FIT_OF_FEW_STEPS.format(target=target) if few_steps else ""
     if method == "damped":
         return (
             "Next: try it at strength 1. `look='lora'` keeps the look that the LoRA was made for "
-            "instead."
+            f"instead.{fit}"
         )
-    return "Next: try it at strength 1, and less where it is too strong."
+    return f"Next: try it at strength 1, and less where it is too strong.{fit}"
 
 
 def tell_made(
@@ -218,8 +247,9 @@ def tell_made(
     if kept is None:
         return InWords("✔", "A dry run: nothing was written.", (), cautions)
     original = f"the difference between {source} and {target}" if method == EXTRACT else source
-    residual = max(0.0, 1 - kept) ** 0.5
-    headline = f"It holds {kept:.2%} of the energy of {original} (residual {residual:.2e})."
+    residual = 100 * max(0.0, 1 - kept) ** 0.5
+    lost = f"{residual:.3g}%" if residual >= 1e-3 else "less than 0.001%"
+    headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by {lost}."
     mark: Mark = "✔" if kept >= LITTLE else "⚠"
     lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else (*parts,)
     return InWords(mark, headline, lines, cautions)

@@ -61,8 +61,8 @@ class Description:
             of normalisation layers alone; or a type that is not supported. The rarest where a file
             has several.
         algorithms: number of modules by algorithm.
-        supported: whether prolora can transfer it (a LoRA; one without `families` is described
-            alone: its modules go wherever two bases have them) or knows its keys (a base).
+        supported: whether prolora can transfer it (a LoRA; one without `families` goes
+            wherever two bases have its modules) or knows its keys (a base).
         reason: why it is not supported.
         needs_base: the update depends on the weights of the base model (DoRA, GLoRA, OFT).
         family: guess of the base model ("sd15", "sdxl", "ssd-1b", …), by names and shapes, and by
@@ -328,7 +328,9 @@ def _base_model(metadata: dict[str, str]) -> str | None:
     if known:
         return known[0]
     fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-    return next((Path(metadata[f]).name for f in fields if metadata.get(f)), None)
+    named = next((metadata[field] for field in fields if metadata.get(field)), None)
+    # An architecture has the kind of file behind it: stable-diffusion-xl-v1-base/lora.
+    return None if named is None else Path(named.removesuffix("/lora")).name
 
 
 def _base_hash(metadata: dict[str, str]) -> str | None:

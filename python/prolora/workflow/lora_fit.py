@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..adapters.formats.moves import Move, read_moves
 from ..architectures.modules import find_block
 from ..bases import Base
 from ..comparison.comparison import Comparison
@@ -52,6 +53,7 @@ class LoraFit:
         kept_energy: the share of ‖ΔW‖² in modules that have a place.
         drift: root mean square of the modules' drift, weighted by the LoRA's energy.
         stranger_energy: the share of ‖ΔW‖² in pairs of weights that have nothing in common.
+        moves: what prolora did to it before: from which base to which, oldest first.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LoraFit:
     kept_energy: float
     drift: float
     stranger_energy: float
+    moves: tuple[Move, ...] = ()
 
     def sentence(self, bases_drift: float) -> str:
         """In plain words; `bases_drift` is that of all modules."""
@@ -146,5 +149,6 @@ def locate_lora(
         kept,
         (sum(squares) / weighed) ** 0.5,
         strange,
+        read_moves(ledger.adapter.metadata),
     )
     return fit, placed

@@ -129,7 +129,7 @@ class ModuleReport:
         shape: out × in of the update.
         rank_in: rank in the LoRA; 0 for a module that the LoRA has no update of.
         rank_out: rank in the output; 0 unless mapped.
-        energy: ‖ΔW_s‖²: the weight of this row in the totals.
+        energy: ‖ΔW_s‖²: the weight of this row in the totals; NaN where a dry run cannot know it.
         strength: factor on the update, on top of what the method does.
         drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
         cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); None where they were not compared.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import Move, describe_moves, read_moves
@@ -13,6 +13,7 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import is_identical
 from ..errors import AlreadyMoved
+from .in_words import MERGE
 from .options import LoraLike, TransferOptions, begin_message
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,18 @@ def check_moved_before(
         f"is {source.name}, {reason}; give {last.target} as the source, or take `again=True` to "
         "move it all the same"
     )
+
+
+def tell_moved_before(moves: Sequence[Move]) -> list[str]:
+    """That a LoRA was moved before, and what that means for what is said of its next move."""
+    # A merge on one base names that as its source, too.
+    moves = [move for move in moves if move.method != MERGE or move.source != move.target]
+    if not moves:
+        return []
+    return [
+        f"The LoRA was moved before, {describe_moves(moves)}: what was lost there adds to what is "
+        "lost now."
+    ]
 
 
 def read_header(lora: LoraLike) -> Mapping[str, str]:

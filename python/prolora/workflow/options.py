@@ -7,14 +7,15 @@ the fields of `TransferOptions`.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, get_args
 
 import torch
 
@@ -397,11 +398,6 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
     Raises:
         InvalidOption: an option that there is not, or a value that it does not take.
     """
-    if not is_dataclass(options) or isinstance(options, type):
-        raise InvalidOption(
-            f"options must be an object such as TransferOptions(), not {type(options).__name__}; "
-            "its fields may also be given as keywords"
-        )
     known = {taken.name for taken in fields(options)}
     for name in changes:
         if name not in known:
@@ -418,10 +414,21 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
 def takes_options(function: Function) -> Function:
     """Gives a function with `options` and `**changes` the help of every option.
 
-    `help()` and editors then show each keyword with its default and what it does.
+    `help()` and editors then show each keyword with its default and what it does. The options of
+    another function are refused before anything else.
     """
     signature = inspect.signature(function)
-    told = fields(signature.parameters["options"].default)
+    default = signature.parameters["options"].default
+    place = list(signature.parameters).index("options")
+    _TAKERS.setdefault(type(default).__name__, []).append(f"{function.__name__}()")
+
+    @functools.wraps(function)
+    def check_and_call(*args: Any, **keywords: Any) -> Any:
+        given = args[place] if len(args) > place else keywords.get("options", default)
+        _check_kind(given, type(default), function.__name__)
+        return function(*args, **keywords)
+
+    told = fields(default)
     lines = [
         textwrap.fill(
             f"{known.name}: {read_shown(known).help}",
@@ -432,7 +439,7 @@ def takes_options(function: Function) -> Function:
         for known in told
     ]
     text = function.__doc__ or ""
-    function.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
+    check_and_call.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     taken = {parameter.name for parameter in parameters}
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -441,8 +448,29 @@ def takes_options(function: Function) -> Function:
         for known in told
         if known.name not in taken
     ]
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return function
+    shown: Any = check_and_call
+    shown.__signature__ = signature.replace(parameters=parameters)
+    return cast(Function, shown)
+
+
+_TAKERS: dict[str, list[str]] = {}
+"""Name of the options -> the functions that take them."""
+
+
+def _check_kind(given: object, kind: type, function: str) -> None:
+    """Refuses options that are not those of a function.
+
+    Raises:
+        InvalidOption: names those that it takes, and the functions that take the others.
+    """
+    if isinstance(given, kind):
+        return
+    name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+    takers = f", which is of {', '.join(_TAKERS[name])}" if name in _TAKERS else ""
+    raise InvalidOption(
+        f"{function}() takes {kind.__name__}, not {name}{takers}; each option may also be given by "
+        "its name"
+    )
 
 
 def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:

@@ -116,7 +116,8 @@ def list_uploads(path: Path) -> list[Upload]:
             _refuse_link(file)
         if not card.is_file() or MARK not in card.read_text("utf-8", errors="replace"):
             raise OutputError(
-                f"{card}: no model card of prolora; a transfer writes one where it is asked for"
+                f"{card}: no model card that prolora wrote is there, and what is published needs "
+                "one; move the LoRA again and ask for a card"
             )
         return [_publish_text(card), *map(_publish_lora, loras), *map(_publish_text, present)]
     except OSError as error:

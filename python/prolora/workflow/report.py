@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.formats.moves import Move
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.means import weighted_mean
 from ..core.methods import find_method
@@ -35,6 +36,7 @@ from .in_words import (
     FIT_NO_BETTER,
     MERGE,
     NOT_COMPARED,
+    VECTORS_ALONE,
     ZERO,
     InWords,
     judge,
@@ -42,10 +44,12 @@ from .in_words import (
     tell_made,
     tell_method,
     tell_next,
+    tell_parts,
     tell_place,
 )
 from .merge_report import MergeReport
 from .module_report import Measures, ModuleReport, measure_coverage, split_modules
+from .moved_before import tell_moved_before
 from .options import BEST, FIT
 from .output_paths import check_beside, is_page_path
 from .page.document import (
@@ -87,8 +91,11 @@ class Report:
         unread: modules whose updates could not be read and stay behind; their rows say why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
-        dry_run: True where only headers were read: rows then carry no measures.
+        dry_run: True where no LoRA was made: only headers were read, or a preview was drawn, which
+            JSON tells apart as `preview`. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
+        few_steps: whether the target seems to draw in few steps and the source does not, and a fit
+            could run both.
         strength: the factor on every update.
         blocks: the factors by block that were asked for; "" without.
         profile: block -> the factor on the LoRA's own update that comes closest to what was
@@ -99,6 +106,7 @@ class Report:
             bases whose numbers are not read.
         quantised: name of a base -> how its weights are quantised, and how many; none for a base
             that is stored as numbers.
+        moves: what prolora did to the LoRA before: from which base to which, oldest first.
         probe: what a fit to running models found; None where none was made.
         grid: images of what a fit did, or of what it would aim at, for the page; None where none
             were asked for.
@@ -126,6 +134,7 @@ class Report:
     kept_energy: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
     asked: str | None = None
+    few_steps: bool = False
     strength: float = 1.0
     blocks: str = ""
     profile: dict[str, float] = field(default_factory=dict)
@@ -133,6 +142,7 @@ class Report:
     damping: float | None = None
     verdict: Verdict | None = None
     quantised: dict[str, str] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
     probe: ProbeReport | None = None
     grid: PictureGrid | None = None
     work: str = ""
@@ -203,7 +213,7 @@ class Report:
         squared_distance = average_row(lambda row: row.copy_distance**2)
         return {status: len(self.rows(status)) for status in STATUSES} | {
             "coverage": self.coverage,
-            "energy_mapped": mapped_energy / total if total else None,
+            "energy_mapped": mapped_energy / total if total > 0 else None,
             "energy_surviving": average_row(lambda row: row.surviving_energy),
             "energy_mixed": average_measure(lambda m: m.mixed_energy),
             "energy_cut": average_row(lambda row: row.rank_cut_energy),
@@ -271,15 +281,12 @@ class Report:
             if kept is None and not self.dry_run:
                 return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
             return tell_made(self.method, source, target, kept, cautions, parts)
-        if placed is None and not self.dry_run and self.modules:
+        if self.modules and all(row.energy == 0 for row in self.modules):
             return InWords("⚠", ZERO, (), self._cautions())
+        if not self.modules and not self.dry_run:
+            return InWords("✔", VECTORS_ALONE, (), self._cautions())
         if self.dry_run or placed is None:
-            place = tell_place(self.coverage, None, target)
-            mark, _ = judge(None, self.coverage, target)
-            unknown = "" if self.work or self.why else NOT_COMPARED
-            lines = tuple(filter(None, (place, unknown, self.why)))
-            told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
-            return InWords(mark, f"{told} was written.", lines, self._cautions())
+            return self._tell_outline(placed, target)
         if self.was_fitted:
             gate = self.probe.gate if self.probe else None
             shares = [] if gate is None else list(gate.share.values())
@@ -296,12 +303,14 @@ class Report:
         if kept is not None and placed > 0:
             kept *= mapped / placed
             kept /= self.strength**2 if self.method == "copy" else 1.0
+        told_of_fit = bool(self.probe or self.why)
         lines = (
             tell_place(placed, kept, target),
             FIT_NO_BETTER if self.probe else "",
             tell_method(self.method, source, target, verdict, self.strength),
             self.why,
-            tell_next(self.method, verdict, placed, target),
+            # Where something is said of fits, that is enough.
+            tell_next(self.method, verdict, placed, target, self.few_steps and not told_of_fit),
         )
         # What `auto` gives is a row of its own: it copies where a copy does well.
         chosen = AUTO if self.asked in (AUTO, BEST) else self.method
@@ -310,18 +319,36 @@ class Report:
         mark, headline = judge(verdict, placed, target, chosen)
         return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
 
+    def _tell_outline(self, placed: float | None, target: str) -> InWords:
+        """The verdict of a dry run; arguments as `tell_place` takes them."""
+        names, there = split_modules(self.modules)
+        there |= {row.source for row in self.modules if row.reason == LEFT_OUT}
+        if placed is not None:
+            placed += self._share_left_out()
+            place = tell_place(placed, None, target)
+        elif names:
+            placed = len(there) / len(names)
+            place = tell_parts(len(there), len(names), target)
+        else:
+            place = VECTORS_ALONE
+        mark, _ = judge(None, placed, target)
+        unknown = "" if self.work or self.why else NOT_COMPARED
+        lines = tuple(filter(None, (place, unknown, self.why)))
+        told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
+        return InWords(mark, f"{told} was written.", lines, self._cautions())
+
     def _share_left_out(self) -> float:
         """The share of Σ‖ΔW_s‖² in modules whose block was left out as asked."""
         everything = {row.source: row.energy for row in self.modules}
         left = {row.source: row.energy for row in self.modules if row.reason == LEFT_OUT}
         total = sum(everything.values())
-        return sum(left.values()) / total if total else 0.0
+        return sum(left.values()) / total if total > 0 else 0.0
 
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""
         merged = self.merge.cautions() if self.merge else []
         cautions = self._cautions_of_file() + self._sentences_of_factors()
-        return (*cautions, *merged, *self._caution_of_strangers())
+        return (*cautions, *tell_moved_before(self.moves), *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""
@@ -466,7 +493,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; NaN becomes None."""
+        previewed = self.dry_run and self.grid is not None
         fields = asdict(replace(self, grid=None)) | {
+            "dry_run": self.dry_run and not previewed,
+            "preview": previewed,
             "modules": [row.to_dict() for row in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "totals": self.totals,

@@ -50,6 +50,14 @@ def dense_update(algorithm: str, tensors: Tensors) -> Tensor:
     return product.up.double() @ product.down.double()
 
 
+def measure_rows(algorithm: str, tensors: Tensors) -> Tensor:
+    """Norms of the rows of ΔW [m], float64, without its scale; arguments as for `factor_update`."""
+    if algorithm == "lokr":
+        first, second = _kronecker_half(tensors, "lokr_w1"), _second_half(tensors)
+        return torch.kron(first.square().sum(1), second.square().sum(1)).sqrt()
+    return dense_update(algorithm, tensors).square().sum(1).sqrt()
+
+
 def lora_product(tensors: Tensors) -> LowRank:
     """ΔW = up·down; with a Tucker core up·(mid ×₂ down), of the same rank."""
     up, down = tensors["up"].flatten(1), tensors["down"]

@@ -221,6 +221,6 @@ def _refuse_adapters(keys: Collection[str], where: str) -> None:
     key = next((key for key in found if f"{key.rpartition('.')[0]}.qweight" not in keys), None)
     if key is not None:
         raise UnsupportedFormat(
-            f"{where}: is a LoRA or a model with one attached ({key}), not a base model; give the "
-            "checkpoint it was trained on, with nothing attached"
+            f"{where}: is a LoRA or a model with one attached ({key}), in the place of a base "
+            "model; give the checkpoint there that the LoRA was trained on, with nothing attached"
         )

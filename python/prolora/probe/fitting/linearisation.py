@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..hooks import keep_hooks
 from ..recording.trajectories import Call
 from ..recording.translation import Read
-from ..updates import Factors, place_factors, read_rows, written_rows
+from ..updates import Factors, input_of, place_factors, read_rows, written_rows
 from .spectra import JointCurvature
 
 MAX_MOMENTUM = 0.9
@@ -158,7 +158,8 @@ class TargetFunction:
 
         module_hooks = (
             self.target.get_submodule(name).register_forward_hook(
-                lambda _module, args, y, name=name: record(name, args[0], y)
+                lambda _module, args, kwargs, y, name=name: record(name, input_of(args, kwargs), y),
+                with_kwargs=True,
             )
             for name in names
         )

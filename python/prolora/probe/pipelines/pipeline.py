@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bases.folder import MODELS
+from ...bases.pipeline_files import FEW_STEP_SCHEDULERS
 from ...bases.pipeline_identity import Facts, describe_parts, digest_facts
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
@@ -33,9 +34,6 @@ from .flow_convention import STEPS, observe_flow, watch_steps
 from .latents import LatentSpace, capture_decoded, observe_latents
 from .schedules import FLOW, NoiseSchedule
 from .stages import PromptMemory, empty_weights, shrink_tiles
-
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-"""Schedulers of few-step models."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..by_weights.base_pair import (
     read_lora,
 )
 from ..by_weights.ledger import Ledger
-from ..by_weights.rows import check_coverage, list_missed, list_tensors_left_out
+from ..by_weights.rows import check_coverage
 from ..fit_options import FitOptions
 from ..module_report import ModuleReport
 from ..options import FIT, LoraLike
@@ -37,7 +37,7 @@ from ..report import Report
 from ..result import Transfer
 from .common_parts import CommonParts
 from .plan import FitJob, check_fittable, outline_fit, plan_modules
-from .rows import build_fit_report, list_modules, list_vectors, outline_report
+from .rows import build_fit_report, list_modules, outline_report
 from .running import fit_models, plan_memory_of_card
 
 _OF_TRANSFERS = ("rank_rule", "threshold")
@@ -194,12 +194,11 @@ def _finish_fit(
         blank, updates=updates, kernels=list_kernels(updates, target), metadata=metadata
     )
     report = build_fit_report(
+        adapter,
         job.source,
         target,
         job.options,
         rows,
-        list_vectors(adapter) | list_tensors_left_out(adapter),
-        unread=list_missed(adapter, job.options.text_encoder),
         strength=strength,
         probe=probe,
         seconds=dict(probe.seconds),

@@ -12,7 +12,12 @@ import torch
 from ...adapters.adapter import Adapter
 from ...architectures.modules import find_block, is_adaptable, may_be_fitted
 from ...bases import Base, vae
-from ...bases.pipeline_files import PIPELINE_INDEX, is_pipeline, read_pipeline_index
+from ...bases.pipeline_files import (
+    FEW_STEP_SCHEDULERS,
+    PIPELINE_INDEX,
+    is_pipeline,
+    read_pipeline_index,
+)
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from ...files.jsontext import read_json_object
@@ -207,8 +212,6 @@ def _have_like_blocks(
 
 def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
     """What a fit will ask of both models at most, from settings and configurations alone."""
-    from ...probe.pipelines.pipeline import FEW_STEP_SCHEDULERS
-
     assert source.path is not None and target.path is not None
     scheduler = _read_settings(target.path / "scheduler" / "scheduler_config.json")
     few = scheduler.get("_class_name") in FEW_STEP_SCHEDULERS

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats.moves import read_moves
 from ...bases import Base
 from ...core.lowrank import LowRank
 from ..by_weights.rows import (
@@ -41,34 +42,26 @@ def outline_report(
             if row.target in modules:
                 m, *n = modules[row.target]
                 rows[i] = replace(row, rank_out=min(int(rank), m, math.prod(n)))
-    left_out = list_vectors(adapter) | list_tensors_left_out(adapter)
-    unread = list_missed(adapter, options.text_encoder)
     work = foresee_work(source, target, options).sentence(source.name, target.name)
-    known = {"unread": unread, "work": work, "dry_run": True}
-    return build_fit_report(source, target, options, rows, left_out, **known)
-
-
-def list_vectors(adapter: Adapter) -> dict[str, str]:
-    """Vector of the LoRA -> why a fit does not move it."""
-    return dict.fromkeys(adapter.vectors, _VECTOR)
+    return build_fit_report(adapter, source, target, options, rows, work=work, dry_run=True)
 
 
 def build_fit_report(
+    adapter: Adapter,
     source: Base,
     target: Base,
     options: FitOptions,
     rows: Iterable[ModuleReport],
-    left_out: dict[str, str],
     **known: Any,
 ) -> Report:
     """The report of a fit.
 
     Args:
+        adapter: the LoRA.
         source: the base it comes from.
         target: the base it goes to.
         options: as they were asked for.
         rows: of the modules.
-        left_out: tensor that is not moved -> why.
         **known: further fields of `Report`.
     """
     return Report(
@@ -79,7 +72,9 @@ def build_fit_report(
         source=source.name,
         target=target.name,
         modules=tuple(rows),
-        left_out=left_out,
+        left_out=dict.fromkeys(adapter.vectors, _VECTOR) | list_tensors_left_out(adapter),
+        unread=list_missed(adapter, options.text_encoder),
+        moves=read_moves(adapter.metadata),
         **known,
     )
 

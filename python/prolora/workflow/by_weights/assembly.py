@@ -13,6 +13,8 @@ from ...bases import Base
 from ...bases.base import list_quantised
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ...bases.pipeline_files import seems_few_step
+from ...bases.vae import can_fit
 from ...core.lowrank import LowRank
 from ...files.writing import replace_surrogates
 from ...version import __version__
@@ -92,6 +94,14 @@ def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str,
     return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
 
 
+def _is_student(source: Base, target: Base) -> bool:
+    """Whether the target alone seems to draw in few steps, and a fit could run both."""
+    ours, theirs = source.path, target.path
+    if ours is None or theirs is None or not seems_few_step(theirs, target.name):
+        return False
+    return not seems_few_step(ours, source.name) and can_fit(ours, theirs)
+
+
 def build_report(
     ledger: Ledger, modules: Iterable[ModuleReport], vectors: CarriedVectors, **known: Any
 ) -> Report:
@@ -123,5 +133,7 @@ def build_report(
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
         profile=measure_blocks(ledger.rows.values(), list_base_blocks(ledger.target)),
         quantised=list_quantised(ledger.source, ledger.target),
+        moves=read_moves(adapter.metadata),
+        few_steps=_is_student(ledger.source, ledger.target),
         **known,
     )

@@ -17,6 +17,7 @@ from .markup import Html, join, tag
 WIDEST, ROW, LABEL_SIZE, HEAD = 940, 17, 11, 34
 LEAST_PITCH, GREATEST_PITCH = 9, 24
 PLACE_GAP, STAGE_GAP = 3, 9
+LONGEST_HEADING = 24  # characters
 CHARACTER = 0.56  # width of a mean character, of the size of its font
 FAINTEST = 0.07  # opacity of a share of 0, which moved all the same
 NOTEBOOK_COLOUR = "#3b7dd8"
@@ -33,19 +34,30 @@ class _DrawingLayout:
         lefts: the left edge of each column.
         pitch: from one column of a place to the next.
         width: of everything.
-        stages: (stage, left edge, right edge).
+        stages: (heading of a stage, left edge).
     """
 
     lefts: dict[MapColumn, float]
     pitch: float
     width: float
-    stages: list[tuple[str, float, float]]
+    stages: list[tuple[str, float]]
 
     @classmethod
     def of(
-        cls, columns: list[MapColumn], widest: float = WIDEST, least: float = LEAST_PITCH
+        cls,
+        columns: list[MapColumn],
+        widest: float = WIDEST,
+        least: float = LEAST_PITCH,
+        headed: bool = False,
     ) -> _DrawingLayout:
-        """Columns as wide as `widest` allows, with gaps between places and stages."""
+        """Columns as wide as `widest` allows, with gaps between places and stages.
+
+        Args:
+            columns: in order.
+            widest: of everything, as long as each column is `least` wide.
+            least: of a column.
+            headed: whether stages have room for their headings, whatever that takes.
+        """
         gaps = [0.0]
         for before, column in itertools.pairwise(columns):
             wide = STAGE_GAP if before.stage != column.stage else PLACE_GAP
@@ -53,21 +65,23 @@ class _DrawingLayout:
         room = (widest - sum(gaps)) / max(1, len(columns))
         pitch = round(min(GREATEST_PITCH, max(least, room)), 1)
         lefts: dict[MapColumn, float] = {}
-        stages: list[tuple[str, float, float]] = []
-        at = 0.0
+        stages: list[tuple[str, float]] = []
+        at, free, stage = 0.0, 0.0, None  # where the last heading ends
         for gap, column in zip(gaps, columns, strict=True):
             at += gap
+            if column.stage != stage:
+                stage, at = column.stage, max(at, free)
+                heading = _shorten(stage)
+                stages.append((heading, round(at, 1)))
+                free = at + len(heading) * LABEL_SIZE * CHARACTER + STAGE_GAP if headed else 0.0
             lefts[column] = round(at, 1)
-            if not stages or stages[-1][0] != column.stage:
-                stages.append((column.stage, at, at))
             at += pitch
-            stages[-1] = (column.stage, stages[-1][1], at)
-        return cls(lefts, pitch, round(at, 1), stages)
+        return cls(lefts, pitch, round(max(at, free), 1), stages)
 
 
 def draw_map(places: PlaceMap) -> Html:
     """The labels of the rows and the map, side by side, so that the map may scroll."""
-    layout, kinds = _DrawingLayout.of(places.columns), places.kinds
+    layout, kinds = _DrawingLayout.of(places.columns, headed=True), places.kinds
     height = HEAD + ROW * len(kinds)
     labels = max(len(kind) for kind in kinds) * LABEL_SIZE * CHARACTER + 10
     names = [
@@ -138,10 +152,8 @@ def _opacity(share: float) -> float:
 
 def _draw_head(places: PlaceMap, layout: _DrawingLayout) -> Iterator[Html]:
     """The stages above the map, and the numbers of their blocks."""
-    for stage, left, right in layout.stages:
-        text = _fit_text(_shorten(stage), right - left + STAGE_GAP - 2, LABEL_SIZE)
-        if text:
-            yield tag("text", text, x=round(left), y=11, class_="stage")
+    for heading, left in layout.stages:
+        yield tag("text", heading, x=left, y=11, class_="stage")
     for column in places.columns:
         if column.depth.isdecimal() and len(column.depth) < 3 and int(column.depth) % 5 == 0:
             middle = round(layout.lefts[column] + layout.pitch / 2 - 0.5, 1)
@@ -149,19 +161,12 @@ def _draw_head(places: PlaceMap, layout: _DrawingLayout) -> Iterator[Html]:
 
 
 def _shorten(stage: str) -> str:
-    """`down_blocks.1` as "down 1", `single_transformer_blocks` as "single"."""
+    """`down_blocks.1` as "down 1", `single_transformer_blocks` as "single"; long ones are cut."""
     root, _, number = stage.partition(".")
     if root in _SHORT:
         return f"{_SHORT[root]} {number}".rstrip()
-    return stage.removesuffix("transformer_blocks").strip("._") or "transformer"
-
-
-def _fit_text(text: str, width: float, size: float) -> str:
-    """The text, cut to a width in pixels; nothing where not even two characters fit."""
-    room = int(width / (size * CHARACTER))
-    if len(text) <= room:
-        return text
-    return text[: room - 1] + "…" if room > 2 else ""
+    name = stage.removesuffix("transformer_blocks").strip("._") or "transformer"
+    return name if len(name) <= LONGEST_HEADING else f"{name[: LONGEST_HEADING - 1]}…"
 
 
 _HATCH = tag(
