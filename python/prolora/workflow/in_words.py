@@ -160,8 +160,8 @@ def tell_method(
     if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
         if classify(verdict, cut=False) == CHANGED:
             return (
-                "prolora copied the LoRA unchanged: the two models' weights give no clear reason to "
-                "weaken it."
+                "prolora copied the LoRA unchanged: the two models' weights give no clear reason "
+                "to weaken it."
             )
         return (
             f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "
