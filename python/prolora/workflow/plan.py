@@ -33,6 +33,7 @@ from ..comparison.module_map import (
     find_partners,
 )
 from ..comparison.width_selection import Selection, WidthFinder
+from ..core.grouping import group_by
 from ..errors import ShapeMismatch, UnsupportedFormat
 
 # The layers that take in the (noisy) image.
@@ -91,10 +92,7 @@ class ModulePlan:
 
     def groups(self) -> dict[tuple[int, ...], list[Pair]]:
         """The pairs by weight shape: each group is one stack of equal matrices."""
-        groups: dict[tuple[int, ...], list[Pair]] = {}
-        for pair in self.pairs:
-            groups.setdefault(pair.shape, []).append(pair)
-        return groups
+        return group_by(self.pairs, lambda pair: pair.shape)
 
 
 def make_plan(
