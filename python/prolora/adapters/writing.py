@@ -14,12 +14,7 @@ from ..errors import OutputError, UnsupportedFormat
 from ..files.hashing import hash_file, hash_text
 from ..files.ownership import CONFIG_KEY, MARK_KEY, make_mark
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import (
-    check_writable,
-    fill_safetensors,
-    replace_output,
-    safetensors_size,
-)
+from ..files.writing import check_writable, fill_safetensors, replace_output, safetensors_size
 from .adapter import Adapter
 from .folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups

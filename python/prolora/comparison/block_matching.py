@@ -30,11 +30,7 @@ from ..core.validation import DeviceLike, resolve_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
-from .contested_blocks import (
-    Sides,
-    find_resembled,
-    settle_contests,
-)
+from .contested_blocks import Sides, find_resembled, settle_contests
 from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, do_names_tell
 from .transformer_blocks import Block, BlockGroup, group_blocks, list_blocks
 

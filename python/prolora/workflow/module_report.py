@@ -240,7 +240,7 @@ def measure_totals(rows: Sequence[ModuleReport], dry_run: bool) -> dict[str, Any
     squared_distance = average_row(lambda row: row.copy_distance**2)
     return {status: sum(row.status == status for row in rows) for status in STATUSES} | {
         "coverage": measure_coverage(rows),
-        "energy_mapped": mapped_energy / total if total else None,
+        "energy_mapped": mapped_energy / total if total > 0 else None,
         "energy_surviving": average_row(lambda row: row.surviving_energy),
         "energy_mixed": average_measure(lambda m: m.mixed_energy),
         "energy_cut": average_row(lambda row: row.rank_cut_energy),

@@ -25,13 +25,7 @@ from ..architectures.modules import (
 from ..bases import Base, load_layout
 from ..bases.describe import describe_base
 from ..bases.vae import RUN_INSTEAD, can_fit
-from ..comparison.module_map import (
-    BlockDecision,
-    Match,
-    Matching,
-    Renumbering,
-    find_partners,
-)
+from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners
 from ..comparison.width_selection import Selection, WidthFinder
 from ..core.grouping import group_by
 from ..errors import ShapeMismatch, UnsupportedFormat

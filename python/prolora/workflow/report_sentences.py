@@ -15,7 +15,7 @@ def share_left_out(modules: Sequence[ModuleReport]) -> float:
     everything = {row.source: row.energy for row in modules}
     left = {row.source: row.energy for row in modules if row.reason == LEFT_OUT}
     total = sum(everything.values())
-    return sum(left.values()) / total if total else 0.0
+    return sum(left.values()) / total if total > 0 else 0.0
 
 
 def tell_factors(blocks: str, modules: Sequence[ModuleReport]) -> list[str]:
