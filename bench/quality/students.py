@@ -270,7 +270,7 @@ def score(folder: Folder, student: str, adapter: str, out: Path) -> None:
     none, best = losses.pop("none"), losses.pop("oracle")
     row = {"none": none, "oracle": best, "losses": losses, "follows": follows, "samples": samples}
     row |= {"teacher seen": float(seen.float().mean()), "repaired": repair(folder, student)}
-    facts = {"drift": verdict.drift, "cosine": verdict.cosine, "go": verdict.go}
+    facts = {name: getattr(verdict, name) for name in ("drift", "cosine", "spread", "go")}
     out.write_text(json.dumps(round_numbers(row | {"verdict": facts})))
 
 

@@ -83,6 +83,21 @@ def shares_table(rows: list[Row]) -> str:
     return format_table(["method", *counts, f"the {len(same)} that were fitted"], lines)
 
 
+def adapters_table(rows: list[Row]) -> str:
+    """A line for each kind of LoRA, with the rows of one seed and the ideas that all kinds have."""
+    kinds = list(dict.fromkeys(row["adapter"] for row in rows))
+    ideas = [{row["idea"] for row in rows if row["adapter"] == kind} for kind in kinds]
+    rows = [row for row in rows if row["seed"] == 0 and row["idea"] in set.intersection(*ideas)]
+    methods = ("copy @ 1", "auto", "prolora 0.9", "lora-x 0.9", "casa", "delta sampling")
+    lines = []
+    for kind in kinds:
+        part = [row for row in rows if row["adapter"] == kind]
+        cells = (mean_of(part, lambda row: row["shares"][method]) for method in methods)  # noqa: B023
+        best = best_fixed(part)
+        lines.append([kind, str(len(part)), *map(format_cell, cells), mean_share(part, best)])
+    return format_table(["LoRA", "n", *methods, "best fixed copy"], lines)
+
+
 def ideas_table(rows: list[Row]) -> str:
     """A line for each kind of LoRA: losses in the mean over seeds and directions."""
     methods = ("copy @ 1", "prolora 0.9", "delta sampling", "oracle")
@@ -168,11 +183,13 @@ def main() -> None:
     rows = [row for row in json.loads(RESULTS.read_text())["rows"] if "shares" in row]
     learnt = [row for row in rows if is_learnt(row)]
     real = [row for row in learnt if row["direction"] in DIRECTIONS]
+    usual = [row for row in real if row["adapter"] == "lora-16"]
     page = HERE / "README.md"
     tables = {
-        "terrain shares": shares_table(real),
+        "terrain shares": shares_table(usual),
+        "terrain adapters": adapters_table(real),
         "terrain ideas": ideas_table([row for row in rows if row["direction"] in DIRECTIONS]),
-        "terrain samples": samples_table(real),
+        "terrain samples": samples_table(usual),
         "terrain constants": constants_table(learnt),
     }
     page.write_text(fill_page(page.read_text(), tables))
