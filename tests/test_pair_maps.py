@@ -29,7 +29,7 @@ def make_pair(target_kind="source", permuted=False):
     """An untrained source, and as target the same with its hidden units in another order."""
     from icons.networks import Painter
     from icons_world import WORLD
-    from pair_maps import Pair
+    from pair_maps_fitting import Pair
 
     from prolora import LowRank
 
@@ -55,7 +55,8 @@ def make_pair(target_kind="source", permuted=False):
 
 @pytest.mark.slow
 def test_a_lora_moves_to_the_same_model_with_its_hidden_units_in_another_order():
-    from pair_maps import BEST, WAYS, Judged, Study
+    from pair_maps_fitting import BEST, WAYS, Study
+    from pair_maps_scoring import Judged
 
     pair = make_pair(permuted=True)
     study = Study.collect(pair, images=8, times=12)
@@ -71,7 +72,7 @@ def test_a_lora_moves_to_the_same_model_with_its_hidden_units_in_another_order()
 
 
 def test_every_block_of_the_source_sends_to_the_block_of_its_depth():
-    from pair_maps import match_groups
+    from pair_maps_fitting import match_groups
 
     pair = make_pair("resized")
     matched = match_groups(*pair.names())

@@ -34,19 +34,16 @@ import torch
 from adamw import fit_by_adamw
 from contenders import Updates
 from evidence import ROOT, fill_page
-from fitted_icons import choose_world
+from fitted_icons import Yard, choose_world, measure
 from guiding import guide_source
 from icons.catalogue import CONCEPT
-from icons.shipped import load_lora, load_model
 from icons.words import GROUND, INK, STYLE, WHAT, all_prompts, prompt_parts, read_prompt
 from judge import Judge, mmd, train_judge
-from lessons import Lesson, make_lesson
 from probing import Sampler
 from results import git
 from scoring import STUDENT_STEPS, apply_updates, sample_images
 from tables import format_table
-from torch import Tensor, nn
-from training import train_lora
+from torch import Tensor
 from worlds import backbone
 
 from prolora.adapters.training_words import CaptionedFolder, TrainingWords
@@ -76,38 +73,6 @@ RENOISED = "fresh noise, uniform times, a tenth free"
 SHORT = {way: way.replace(", uniform times", "") for way in (BEFORE, NOW, RENOISED)}
 OPTIMISERS = ("fit", "AdamW", "fit, then AdamW")
 PROMPTS = ("none", "the trigger alone", "from the header", "as typed")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Yard:
-    """One LoRA and one target, and how results are judged."""
-
-    kind: str
-    adapter: str
-    source: nn.Module
-    target: nn.Module
-    lora: Updates
-    lesson: Lesson
-    oracle: Updates
-    none: float
-    best: float
-
-
-@functools.cache
-def measure(kind: str, adapter: str) -> Yard:
-    """Trains the LoRA that sets the scale."""
-    world = choose_world()
-    source, target, lora = load_model("source"), load_model(kind), load_lora(adapter)
-    with apply_updates(source, lora) as teacher:
-        taught, judged = (
-            make_lesson(world, kind, adapter, target, split, teacher=teacher)
-            for split in ("train", "held_out")
-        )
-    oracle = train_lora(world, "flux", adapter, 0, target, taught)
-    with apply_updates(target, oracle):
-        best = judged.held_out(target)
-    none = judged.held_out(target)
-    return Yard(kind, adapter, source, target, lora, judged, oracle, none, best)
 
 
 @functools.cache

@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from contenders import Updates
 from icons.shipped import load_lora, load_model
-from lessons import make_lesson
+from lessons import Lesson, make_lesson
 from probing import Sampler
 from scoring import apply_updates
 from torch import nn
@@ -43,12 +44,27 @@ def choose_world() -> World:
     return dataclasses.replace(world, budgets=budgets)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Yard:
+    """One LoRA and one target, and how results are judged."""
+
+    kind: str
+    adapter: str
+    source: nn.Module
+    target: nn.Module
+    lora: Updates
+    lesson: Lesson
+    oracle: Updates
+    none: float
+    best: float
+
+
 @functools.cache
-def judge(kind: str, adapter: str) -> tuple[nn.Module, Any, float, float]:
-    """The target, its held-out lesson, and the losses without a LoRA and with a trained one."""
+def measure(kind: str, adapter: str) -> Yard:
+    """Trains the LoRA that sets the scale."""
     world = choose_world()
-    source, target = load_model("source"), load_model(kind)
-    with apply_updates(source, load_lora(adapter)) as teacher:
+    source, target, lora = load_model("source"), load_model(kind), load_lora(adapter)
+    with apply_updates(source, lora) as teacher:
         taught, judged = (
             make_lesson(world, kind, adapter, target, split, teacher=teacher)
             for split in ("train", "held_out")
@@ -56,19 +72,19 @@ def judge(kind: str, adapter: str) -> tuple[nn.Module, Any, float, float]:
     oracle = train_lora(world, "flux", adapter, 0, target, taught)
     with apply_updates(target, oracle):
         best = judged.held_out(target)
-    return target, judged, judged.held_out(target), best
+    none = judged.held_out(target)
+    return Yard(kind, adapter, source, target, lora, judged, oracle, none, best)
 
 
 def fit(kind: str, adapter: str, start: str, options: dict[str, Any]) -> dict:
     """One row of the table."""
-    target, judged, none, best = judge(kind, adapter)
-    world, source = choose_world(), load_model("source")
+    yard = measure(kind, adapter)
+    world, source, target = choose_world(), yard.source, yard.target
     prefix = world.prefix["flux"]
-    lora = load_lora(adapter)
     samplers = (Sampler(world, m, adapter, IMAGES, SAMPLER_STEPS) for m in (source, target))
     known = {"start": start, "rank": 32} | FIT | options
     before = time.process_time()
-    updates = {f"{prefix}{name}": update for name, update in lora.items()}
+    updates = {f"{prefix}{name}": update for name, update in yard.lora.items()}
     settings = probe.FitSettings(**known)
     result = probe.fit_to_models(source, target, updates, probe.Samplers(*samplers), settings)
     seconds = time.process_time() - before
@@ -79,7 +95,7 @@ def fit(kind: str, adapter: str, start: str, options: dict[str, Any]) -> dict:
         for name, u in result.adapter.updates.items()
     }
     with apply_updates(target, fitted):
-        score = (none - judged.held_out(target)) / (none - best)
+        score = (yard.none - yard.lesson.held_out(target)) / (yard.none - yard.best)
     return {
         "target": kind,
         "adapter": adapter,

@@ -24,7 +24,7 @@ RESULTS = {
     "digits": ROOT / "bench/results/probing.json",
     "icons": ROOT / "bench/results/probing_icons.json",
 }
-PAGES = (ROOT / "docs/fit_measured.md", ROOT / "docs/evidence.md")
+PAGE = ROOT / "docs/fit_measured.md"
 TARGETS = {
     "unrelated, same shape: transformers": ("flux", "flux", "independent"),
     "unrelated, same shape: UNets": ("unet", "unet", "independent"),
@@ -490,8 +490,7 @@ def main() -> None:
     titles = {"copy": "copy", "fit": "fit", "fit @ 1.25": "fit, at 1.25"}
     filled["probing samples"] = samples_table(drawn, lambda row: row["kind"], titles)
     filled["probing optimisers"] = optimisers_table(table_by_world["icons"])
-    for page in PAGES:
-        page.write_text(fill_page(page.read_text(), filled))
+    PAGE.write_text(fill_page(PAGE.read_text(), filled))
 
 
 if __name__ == "__main__":

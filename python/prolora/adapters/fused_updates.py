@@ -48,8 +48,7 @@ def split_update(whole: AuthorsWeight, update: LowRank, where: str) -> dict[str,
     """
     heights = split_rows(whole, update.shape[0], where)
     if len(whole.parts) == 1:
-        up = swap_halves(update.up) if whole.is_swapped(update.shape) else update.up
-        return {whole.parts[0]: LowRank(up, update.down)}
+        return {whole.parts[0]: _swap_update(whole, update)}
     updates = {}
     for part, up in zip(whole.parts, update.up.split(heights), strict=True):
         used = up.any(0).nonzero().flatten()
@@ -102,12 +101,7 @@ def fuse_updates(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> LowRank:
         ShapeMismatch: the parts do not belong to one weight.
     """
     if len(whole.parts) == 1:
-        update = parts[whole.parts[0]]
-        return (
-            LowRank(swap_halves(update.up), update.down)
-            if whole.is_swapped(update.shape)
-            else update
-        )
+        return _swap_update(whole, parts[whole.parts[0]])
     unit = fused_height(whole, parts) // sum(whole.shares)
     present = [name for name in whole.parts if name in parts]
     first = parts[present[0]]
@@ -135,12 +129,18 @@ def unfuse_update(
     part does not use.
     """
     if len(whole.parts) == 1:
-        up = swap_halves(update.up) if whole.is_swapped(update.shape) else update.up
-        return {whole.parts[0]: LowRank(up, update.down)}
+        return {whole.parts[0]: _swap_update(whole, update)}
     tops = update.up.split(split_rows(whole, update.shape[0], whole.name))
     tops_by_name = dict(zip(whole.parts, tops, strict=True))
     # Copies: parts must not share memory that a caller may write to.
     return {name: LowRank(tops_by_name[name].clone(), update.down.clone()) for name in modules}
+
+
+def _swap_update(whole: AuthorsWeight, update: LowRank) -> LowRank:
+    """An update with the halves of its rows swapped, if the authors' weight has them so."""
+    return (
+        LowRank(swap_halves(update.up), update.down) if whole.is_swapped(update.shape) else update
+    )
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

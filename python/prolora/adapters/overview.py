@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ..architectures.family import Family
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..architectures.recognition import NamedMatrix, share_rows
+from ..core.grouping import group_by
 from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
@@ -140,9 +141,8 @@ class Overview:
 
     def components(self) -> dict[str, ComponentOverview]:
         """Part of the pipeline -> its updates; what is on unknown modules goes last."""
-        members: dict[str, list[str]] = {}
-        for name in sorted(self.modules, key=lambda n: find_component(n) in TEXT_ENCODERS):
-            members.setdefault(find_component(name), []).append(name)
+        names = sorted(self.modules, key=lambda n: find_component(n) in TEXT_ENCODERS)
+        members = group_by(names, find_component)
         refused = dict(self.refused)
         places = {}
         for place, modules in members.items():

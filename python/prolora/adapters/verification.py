@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.lowrank import LowRank
+from ..core.merging import subtract_updates
 from ..errors import OutputError, ProLoRAError
 from . import vectors
 from .adapter import Adapter
@@ -133,10 +134,7 @@ def _updates_match(back: LowRank, wanted: LowRank, dtype: torch.dtype, shared: f
     if back.rank == wanted.rank and all(_factors_match(*pair, rounding) for pair in pairs):
         return True
     # The same product may have other factors, if they were balanced for the dtype or fused.
-    difference = LowRank(
-        torch.cat([back.up.double(), -wanted.up.double()], 1),
-        torch.cat([back.down.double(), wanted.down.double()], 0),
-    )
+    difference = subtract_updates(back.to(torch.float64), wanted.to(torch.float64))
     size = max(shared, (wanted.up.double().norm() * wanted.down.double().norm()).item())
     return bool(difference.norm() <= _product_tolerance(dtype) * size)
 

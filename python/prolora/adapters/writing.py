@@ -14,12 +14,7 @@ from ..errors import OutputError, UnsupportedFormat
 from ..files.hashing import hash_file, hash_text
 from ..files.ownership import CONFIG_KEY, MARK_KEY, make_mark
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import (
-    check_writable,
-    fill_safetensors,
-    replace_output,
-    safetensors_size,
-)
+from ..files.writing import check_writable, fill_safetensors, replace_output, safetensors_size
 from .adapter import Adapter
 from .folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
@@ -57,8 +52,7 @@ def write_adapter(
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
-    adapter, format = groups.resolve_format(adapter, format)
-    chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
+    adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
     _check_destination(Path(path), chosen)
@@ -99,8 +93,7 @@ def encode_state_dict(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
         OutputError: no module is left in the adapter, or it reads back differently.
     """
-    adapter, format = groups.resolve_format(adapter, format)
-    chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
+    adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     where = "the state dict"
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{where}: not made, because no module is left in the adapter")
@@ -119,13 +112,20 @@ def adapter_file_size(
     Only shapes of updates count, not their numbers. Arguments and errors are those of
     `write_adapter`.
     """
-    adapter, format = groups.resolve_format(adapter, format)
-    chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
+    adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     header = _file_metadata(adapter, chosen)
     if chosen == "kohya":
         header.update(headers.blank_hashes(header))
     size = safetensors_size(encoding.outline_tensors(adapter, chosen, stored), header)
     return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
+
+
+def _settle_storage(
+    adapter: Adapter, format: str, dtype: torch.dtype | None
+) -> tuple[Adapter, str, torch.dtype]:
+    """The adapter in the spelling to write, its format, and the dtype of the factors."""
+    adapter, format = groups.resolve_format(adapter, format)
+    return adapter, check_format(adapter, format), _storage_dtype(adapter, dtype)
 
 
 def _move_to_cpu(adapter: Adapter) -> Adapter:
@@ -142,11 +142,7 @@ def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
 
 def _file_metadata(adapter: Adapter, format: str) -> dict[str, str]:
     """The file's metadata, all but kohya's hashes and the digits of its mark."""
-    header = headers.clean_metadata(
-        adapter.metadata,
-        format,
-        encoding.file_ranks(adapter, format),
-    )
+    header = headers.clean_metadata(adapter.metadata, format, encoding.file_ranks(adapter, format))
     table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
     if table is not None:
         header[METADATA_KEY] = json.dumps(table)

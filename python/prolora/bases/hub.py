@@ -7,13 +7,7 @@ from typing import Any
 
 from ..errors import UnsupportedFormat
 from ..files.hub import HubId, ask_hub, download_files, find_snapshot, list_hub_files, not_cached
-from .folder import (
-    EXPERT_FOLDERS,
-    MODELS,
-    choose_candidate,
-    explain_experts,
-    read_weight_map,
-)
+from .folder import EXPERT_FOLDERS, MODELS, choose_candidate, explain_experts, read_weight_map
 
 _FILES = (".safetensors", ".gguf")
 

@@ -11,14 +11,11 @@ from typing import Annotated, Any, ClassVar
 import typer
 from rich.table import Table
 
+from ..core.grouping import group_by
 from ..files.sizes import format_size
 from ..workflow.fleet.migration import migrate as run_migration
 from ..workflow.fleet.outcomes import Reason, gather_reasons
-from ..workflow.fleet.plan import (
-    Entry,
-    Plan,
-    estimate_worker_memory,
-)
+from ..workflow.fleet.plan import Entry, PairOfBases, Plan, estimate_worker_memory
 from ..workflow.fleet.planning import plan_migration
 from ..workflow.fleet.result_folder import FAILED, SUMMARY_PAGE
 from ..workflow.fleet.run_options import MigrationOptions
@@ -166,15 +163,13 @@ def describe_plan(made: Plan) -> dict[str, Any]:
         "refused": sum(bool(entry.refused) for entry in made.entries),
         "pairs": [
             {
-                "source": source,
-                "target": target,
-                "expert": expert,
+                **asdict(pair),
                 "loras": len(entries),
                 "bytes": sum(entry.size for entry in entries),
                 "seconds": round(sum(entry.seconds for entry in entries), 3),
                 "memory": estimate_worker_memory(entries),
             }
-            for (source, target, expert), entries in group_entries(made).items()
+            for pair, entries in group_entries(made).items()
         ],
         "reasons": {text: asdict(reason) for text, reason in find_refusals(made).items()},
         "notes": dict(made.notes),
@@ -186,14 +181,10 @@ def find_refusals(made: Plan) -> dict[str, Reason]:
     return gather_reasons((entry, entry.refused) for entry in made.entries if entry.refused)
 
 
-def group_entries(made: Plan) -> dict[tuple[str, str, str], list[Entry]]:
+def group_entries(made: Plan) -> dict[PairOfBases, list[Entry]]:
     """The entries that move, by pair of bases."""
-    groups: dict[tuple[str, str, str], list[Entry]] = {}
-    for entry in made.entries:
-        if not entry.refused:
-            pair = entry.pair
-            groups.setdefault((pair.source, pair.target, pair.expert), []).append(entry)
-    return groups
+    moving = (entry for entry in made.entries if not entry.refused)
+    return group_by(moving, lambda entry: entry.pair)
 
 
 def plan_table(made: Plan) -> Table:
@@ -203,10 +194,10 @@ def plan_table(made: Plan) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("LoRAs", "bytes", "time", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    for (source, target, expert), entries in group_entries(made).items():
+    for pair, entries in group_entries(made).items():
         table.add_row(
-            source,
-            f"{target} {expert}".rstrip(),
+            pair.source,
+            f"{pair.target} {pair.expert}".rstrip(),
             str(len(entries)),
             format_size(sum(entry.size for entry in entries)),
             format_time(sum(entry.seconds for entry in entries)),

@@ -39,13 +39,7 @@ from .options import (
     write_flag,
 )
 from .output_options import FileOutput, OutputOptions
-from .outputs import (
-    append_to_name,
-    check_lora_name,
-    check_report,
-    list_outputs,
-    read_command,
-)
+from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
 from .tables import draw_table, failure_lines, show_tables, show_words
 
 STDOUT = Path("-")

@@ -23,17 +23,14 @@ from ..bases.base import Progress, check_finite
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory, Room
 from ..core.basis import Basis, stack_bases
+from ..core.grouping import group_by
 from ..core.methods import Needs
 from ..core.precision import in_full_precision, working_dtype
 from ..core.validation import DeviceLike, resolve_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
-from .contested_blocks import (
-    Sides,
-    find_resembled,
-    settle_contests,
-)
+from .contested_blocks import Sides, find_resembled, settle_contests
 from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, do_names_tell
 from .transformer_blocks import Block, BlockGroup, group_blocks, list_blocks
 
@@ -326,10 +323,7 @@ def _assign_blocks(
 
 def _group_by_stack(blocks: list[Block]) -> dict[str, list[int]]:
     """Place -> indices of its blocks, in order."""
-    indices: dict[str, list[int]] = {}
-    for i, block in enumerate(blocks):
-        indices.setdefault(block.place, []).append(i)
-    return indices
+    return group_by(range(len(blocks)), lambda i: blocks[i].place)
 
 
 def _record_decision(

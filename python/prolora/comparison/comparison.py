@@ -17,6 +17,7 @@ from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory, Room, Work
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..core.basis import Basis
+from ..core.grouping import group_by
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
 from ..core.rank_rule import Rank, read_rank
@@ -136,10 +137,7 @@ class Comparison:
 
     def places(self) -> dict[str, list[ModuleComparison]]:
         """The pairs by part of the model, in the target's order."""
-        places: dict[str, list[ModuleComparison]] = {}
-        for module in self.modules:
-            places.setdefault(module.place, []).append(module)
-        return places
+        return group_by(self.modules, lambda module: module.place)
 
     def sentences(self) -> list[str]:
         """The answer in plain words, with the numbers behind it."""

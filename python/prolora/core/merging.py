@@ -45,6 +45,12 @@ def sum_updates(parts: Sequence[LowRank]) -> LowRank:
     return whole.to(torch.float64).truncate(rank=most).to(up.dtype) if whole.rank > most else whole
 
 
+def subtract_updates(update: LowRank, other: LowRank) -> LowRank:
+    """ΔW − ΔW' [..., m, n], exactly: factors of as many columns as both have together."""
+    up = torch.cat([update.up, -other.up], -1)
+    return LowRank(up, torch.cat([update.down, other.down], -2))
+
+
 def merge_updates(parts: Sequence[LowRank], method: str = "sum") -> LowRank:
     """One update of several of one weight [m, n].
 

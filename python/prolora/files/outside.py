@@ -10,16 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from io import BufferedReader
-from typing import (
-    Any,
-    Literal,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import UnsupportedFormat, input_error
 

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..architectures.modules import find_stage
 from ..bases import Base, BaseLike, vae
 from ..bases.cache.basis_cache import BasisCache
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
 from ..comparison.expectation import Expectation, expect_shares, load_calibration
-from ..comparison.module_comparison import ModuleComparison
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.renumbered_blocks import recognise_blocks
 from ..core.precision import in_full_precision
@@ -114,9 +112,7 @@ class Advice:
 
     def stacks(self) -> list[StackDrift]:
         """Which blocks moved: the drift by depth, a row for each part of the target."""
-        groups: dict[str, list[ModuleComparison]] = {}
-        for module in self.comparison.modules:
-            groups.setdefault(find_stage(module.target), []).append(module)
+        groups = self.comparison.places()
         energies = self._energies if self.lora else None
         return [describe_stack(name, modules, energies) for name, modules in groups.items()]
 

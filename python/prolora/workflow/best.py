@@ -13,13 +13,7 @@ from pathlib import Path
 
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, vae
-from ..errors import (
-    LowCoverage,
-    ProLoRAError,
-    ShapeMismatch,
-    UnrelatedBases,
-    UnsupportedFormat,
-)
+from ..errors import LowCoverage, ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.plan import fitted_modules, foresee_work
 from .by_fitting.rows import outline_report

@@ -17,12 +17,7 @@ from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
 from ..errors import UnsupportedFormat
 from .base_check import explain_misfit
-from .block_weights import (
-    LEFT_OUT,
-    BlockWeights,
-    find_factors,
-    weigh_adapter,
-)
+from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
 from .by_weights.base_pair import list_inputs
 from .by_weights.file_budget import OutputForm
 from .by_weights.rows import (

@@ -7,14 +7,7 @@ from dataclasses import dataclass, replace
 from ..bases.base import Progress
 from ..core.option_fields import take_option
 from .block_weights import Blocks
-from .options import (
-    OUTPUT,
-    DtypeLike,
-    FormatLike,
-    MadeChanges,
-    TransferOptions,
-    VectorsMode,
-)
+from .options import OUTPUT, DtypeLike, FormatLike, MadeChanges, TransferOptions, VectorsMode
 from .out_rank import OutRank
 
 

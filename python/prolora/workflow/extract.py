@@ -26,6 +26,7 @@ from ..bases.base import check_finite, check_readable, list_quantised, stack_wei
 from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ..bases.memory import Memory
 from ..core.basis import truncated_svd
+from ..core.grouping import group_by
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, working_dtype
 from ..core.recompression import balance_factors
@@ -264,9 +265,7 @@ class _Difference:
 
     def _list_chunks(self, rows: Iterable[ModuleReport]) -> Iterator[list[ModuleReport]]:
         """Modules of one shape, as many as are worked on at a time."""
-        by_shape: dict[tuple[int, int], list[ModuleReport]] = {}
-        for row in rows:
-            by_shape.setdefault((row.shape[0], row.shape[1]), []).append(row)
+        by_shape = group_by(rows, lambda row: (row.shape[0], row.shape[1]))
         room = self.memory.room(self._count_result_bytes())
         for shape, members in by_shape.items():
             count = room.stack(shape, "comparison")

@@ -12,14 +12,7 @@ from ..core.option_fields import option, take_option
 from ..core.validation import DeviceLike
 from ..files.sizes import parse_limit
 from ..probe.settings import FITTING, FitSettings, Precision, Start
-from .options import (
-    BaseChanges,
-    DtypeLike,
-    FileChanges,
-    FormatLike,
-    TransferOptions,
-    check_choice,
-)
+from .options import BaseChanges, DtypeLike, FileChanges, FormatLike, TransferOptions, check_choice
 
 PassedOn = Literal["copy", "skip"]
 """What may become of a LoRA's text-encoder part where the models are run."""

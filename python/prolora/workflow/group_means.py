@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from ..architectures.modules import find_stage
+from ..core.grouping import group_by
 from ..core.means import weighted_mean
 from .module_report import Measures, ModuleReport
 
@@ -16,11 +17,7 @@ def group_rows(
     rows: Iterable[ModuleReport], every_module: bool = False
 ) -> dict[str, list[ModuleReport]]:
     """The rows by the part of the model that they are in, or by module; in order of appearance."""
-    groups: dict[str, list[ModuleReport]] = {}
-    for row in rows:
-        name = row.source if every_module else find_stage(row.source)
-        groups.setdefault(name, []).append(row)
-    return groups
+    return group_by(rows, lambda row: row.source if every_module else find_stage(row.source))
 
 
 def average_rows(

@@ -23,13 +23,7 @@ from ..bases.identity import compute_identity, compute_sha256, compute_short_has
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
-from ..errors import (
-    AlreadyMoved,
-    InvalidOption,
-    OutputError,
-    ProLoRAError,
-    ShapeMismatch,
-)
+from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, ShapeMismatch
 from ..version import __version__
 from .base_check import are_one_base, explain_misfit, guess_lora_families
 from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..core.grouping import group_by
 from ..core.lowrank import LowRank
 from ..core.merging import measure_overlap
 from .moved_before import fold_base_name
@@ -136,9 +137,7 @@ class MergeReport:
         return make_table("How the LoRAs overlap", columns, shown) if shown else None
 
     def _pairs(self) -> Iterable[tuple[int, int, list[ModuleOverlap]]]:
-        pairs: dict[tuple[int, int], list[ModuleOverlap]] = {}
-        for row in self.overlaps:
-            pairs.setdefault((row.first, row.second), []).append(row)
+        pairs = group_by(self.overlaps, lambda row: (row.first, row.second))
         return [(*pair, rows) for pair, rows in sorted(pairs.items())]
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from ..architectures.depth import stack_order
 from ..architectures.modules import find_stage
 from ..comparison.transformer_blocks import AROUND, column_order, split_module
+from ..core.grouping import group_by
 from ..core.means import weighted_mean
 
 OUTSIDE = "outside"
@@ -90,9 +91,7 @@ class PlaceMap:
     @cached_property
     def cells(self) -> dict[tuple[MapColumn, str], MapCell]:
         """(column, kind) -> its modules."""
-        groups: dict[tuple[MapColumn, str], list[int]] = {}
-        for i, spot in enumerate(self.spots):
-            groups.setdefault(_find_place(spot.name), []).append(i)
+        groups = group_by(range(len(self.spots)), lambda i: _find_place(self.spots[i].name))
         return {
             key: MapCell(tuple(self.spots[i] for i in indices), tuple(indices))
             for key, indices in groups.items()

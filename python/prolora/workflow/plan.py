@@ -25,14 +25,9 @@ from ..architectures.modules import (
 from ..bases import Base, load_layout
 from ..bases.describe import describe_base
 from ..bases.vae import RUN_INSTEAD, can_fit
-from ..comparison.module_map import (
-    BlockDecision,
-    Match,
-    Matching,
-    Renumbering,
-    find_partners,
-)
+from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners
 from ..comparison.width_selection import Selection, WidthFinder
+from ..core.grouping import group_by
 from ..errors import ShapeMismatch, UnsupportedFormat
 
 # The layers that take in the (noisy) image.
@@ -91,10 +86,7 @@ class ModulePlan:
 
     def groups(self) -> dict[tuple[int, ...], list[Pair]]:
         """The pairs by weight shape: each group is one stack of equal matrices."""
-        groups: dict[tuple[int, ...], list[Pair]] = {}
-        for pair in self.pairs:
-            groups.setdefault(pair.shape, []).append(pair)
-        return groups
+        return group_by(self.pairs, lambda pair: pair.shape)
 
 
 def make_plan(

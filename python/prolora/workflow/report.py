@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from ..adapters.formats.moves import Move
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.means import weighted_mean
-from ..core.methods import find_method
 from ..core.verdict import (
     AUTO,
     STRANGE_COSINE,
@@ -48,7 +46,13 @@ from .in_words import (
     tell_place,
 )
 from .merge_report import MergeReport
-from .module_report import Measures, ModuleReport, measure_coverage, split_modules
+from .module_report import (
+    STATUSES,
+    ModuleReport,
+    measure_coverage,
+    measure_totals,
+    split_modules,
+)
 from .moved_before import tell_moved_before
 from .options import BEST, FIT
 from .output_paths import check_beside, is_page_path
@@ -62,9 +66,16 @@ from .page.document import (
     render_page,
     render_summary,
 )
+from .report_sentences import (
+    share_left_out,
+    tell_energy,
+    tell_factors,
+    tell_left_behind,
+    tell_limits,
+    tell_profile,
+)
 from .table import Table
 
-STATUSES = ("mapped", "skipped", "refused")
 _MADE = {EXTRACT: "extracted", CONVERT: "converted", MERGE: "merged"}
 
 
@@ -196,32 +207,7 @@ class Report:
         flagged: modules whose bases missed their tolerance. Numbers that need weights are None in a
         dry run.
         """
-        mapped = self.rows("mapped")
-        measures = [(row.energy, row.measures) for row in mapped if row.measures]
-        everything = {row.source: row.energy for row in self.modules}
-        total = sum(everything.values())
-        mapped_energy = sum({row.source: row.energy for row in mapped}.values())
-
-        def average_measure(value: Callable[[Measures], float]) -> float | None:
-            return weighted_mean((energy, value(numbers)) for energy, numbers in measures)
-
-        def average_row(value: Callable[[ModuleReport], float]) -> float | None:
-            return (
-                None if self.dry_run else weighted_mean((row.energy, value(row)) for row in mapped)
-            )
-
-        squared_distance = average_row(lambda row: row.copy_distance**2)
-        return {status: len(self.rows(status)) for status in STATUSES} | {
-            "coverage": self.coverage,
-            "energy_mapped": mapped_energy / total if total > 0 else None,
-            "energy_surviving": average_row(lambda row: row.surviving_energy),
-            "energy_mixed": average_measure(lambda m: m.mixed_energy),
-            "energy_cut": average_row(lambda row: row.rank_cut_energy),
-            "phi_left": average_measure(lambda m: m.phi_left),
-            "phi_right": average_measure(lambda m: m.phi_right),
-            "copy_distance": None if squared_distance is None else math.sqrt(squared_distance),
-            "flagged": sum(not numbers.ok for _, numbers in measures),
-        }
+        return measure_totals(self.modules, self.dry_run)
 
     def strangers(self) -> list[ModuleReport]:
         """Mapped modules whose weights have nothing in common with those they were paired with.
@@ -299,7 +285,7 @@ class Report:
                 cautions=self._cautions(),
             )
         verdict, mapped = self.verdict, placed
-        placed += self._share_left_out()  # it has a place, and was left out there as asked
+        placed += share_left_out(self.modules)  # it has a place, and was left out there as asked
         if kept is not None and placed > 0:
             kept *= mapped / placed
             kept /= self.strength**2 if self.method == "copy" else 1.0
@@ -324,7 +310,7 @@ class Report:
         names, there = split_modules(self.modules)
         there |= {row.source for row in self.modules if row.reason == LEFT_OUT}
         if placed is not None:
-            placed += self._share_left_out()
+            placed += share_left_out(self.modules)
             place = tell_place(placed, None, target)
         elif names:
             placed = len(there) / len(names)
@@ -337,17 +323,11 @@ class Report:
         told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
         return InWords(mark, f"{told} was written.", lines, self._cautions())
 
-    def _share_left_out(self) -> float:
-        """The share of Σ‖ΔW_s‖² in modules whose block was left out as asked."""
-        everything = {row.source: row.energy for row in self.modules}
-        left = {row.source: row.energy for row in self.modules if row.reason == LEFT_OUT}
-        total = sum(everything.values())
-        return sum(left.values()) / total if total > 0 else 0.0
-
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""
         merged = self.merge.cautions() if self.merge else []
-        cautions = self._cautions_of_file() + self._sentences_of_factors()
+        cautions = tell_left_behind(self.modules, self.unread, self.left_out)
+        cautions += tell_factors(self.blocks, self.modules)
         return (*cautions, *tell_moved_before(self.moves), *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
@@ -363,29 +343,14 @@ class Report:
             )
         if self.was_made or self.dry_run or self.totals["energy_surviving"] is None:
             return sentences
-        return sentences + self._sentences_of_bases() + self._sentences_of_energy()
+        sentences += self._sentences_of_bases()
+        sentences += tell_energy(self.totals, self.method, self.strength)
+        return sentences + tell_limits(self.modules, self.totals, self.file_limit)
 
     @property
     def profile_text(self) -> str:
         """What is left of each block, in the notation that `blocks` takes."""
         return ",".join(f"{factor:.2g}" for factor in self.profile.values())
-
-    def _sentences_of_factors(self) -> list[str]:
-        """The factors that were asked for, and how many modules have the factor 0."""
-        gone = sum(row.reason == LEFT_OUT for row in self.modules)
-        what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
-        return [f"Factors by block, as asked: {self.blocks}{what}."] if self.blocks else []
-
-    def _sentences_of_blocks(self) -> list[str]:
-        """The factors that were asked for, and what is left of each block."""
-        sentences = self._sentences_of_factors()
-        if not self.dry_run and any(abs(x - 1) > 0.005 for x in self.profile.values()):
-            first, last = (list(self.profile)[i] for i in (0, -1))
-            sentences.append(
-                f"What is left of the LoRA by block, {first} to {last}, as block weights that can "
-                f"be edited and given for a copy: {self.profile_text}."
-            )
-        return sentences
 
     def _sentences_of_file(self) -> list[str]:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
@@ -410,7 +375,9 @@ class Report:
             f"{name} is quantised: {what}; what is measured of it includes the rounding."
             for name, what in self.quantised.items()
         ]
-        sentences += self._sentences_of_blocks()
+        sentences += tell_factors(self.blocks, self.modules)
+        if not self.dry_run:
+            sentences += tell_profile(self.profile, self.profile_text)
         if self.vectors:
             sentences.append(
                 f"{self.vectors} trained biases and normalisation tensors are carried over"
@@ -421,23 +388,7 @@ class Report:
                 f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
                 f"one cut most keeps {min(self.kept_energy.values()):.1%} of its energy."
             )
-        return sentences + self._cautions_of_file()
-
-    def _cautions_of_file(self) -> list[str]:
-        """What of the file stays behind."""
-        sentences = []
-        if self.unread:
-            reason = next(row.reason for row in self.modules if row.source == self.unread[0])
-            sentences.append(
-                f"Careful: {len(self.unread)} updates of the file could not be read and stay "
-                f"behind; {self.unread[0]}: {reason}."
-            )
-        if self.left_out:
-            name, reason = next(iter(self.left_out.items()))
-            sentences.append(
-                f"{len(self.left_out)} tensors of the file stay behind; {name}: {reason}."
-            )
-        return sentences
+        return sentences + tell_left_behind(self.modules, self.unread, self.left_out)
 
     def _sentences_of_bases(self) -> list[str]:
         """The verdict on the two bases, and what followed from it."""
@@ -455,33 +406,6 @@ class Report:
         pairs = [(row.source, str(row.target)) for row in self.strangers()]
         is_odd = bool(pairs) and self.verdict is not None and self.verdict.related
         return [describe_strangers(pairs)] if is_odd else []
-
-    def _sentences_of_energy(self) -> list[str]:
-        """What the moved modules keep of the LoRA."""
-        totals = self.totals
-        sentences = [
-            f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
-            f"'{self.method}' at strength {self.strength:.2g} keeps "
-            f"{totals['energy_surviving']:.0%} of that, and its result is "
-            f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
-        ]
-        mixed = totals["energy_mixed"]
-        if mixed is not None and mixed > 0.01 and find_method(self.method).drops_mixed:
-            sentences.append(
-                f"{mixed:.0%} lay in the mixed blocks, which '{self.method}' "
-                "drops; `method='blocks'` keeps them, `method='copy'` changes nothing."
-            )
-        if self.file_limit is not None:
-            ranks = [row.rank_out for row in self.rows("mapped")]
-            sentences.append(
-                f"Cut to fit {self.file_limit / 1e6:.4g} MB: ranks {min(ranks)} to {max(ranks)}, "
-                f"at the price of {totals['energy_cut']:.1%} of the energy."
-            )
-        if totals["flagged"]:
-            sentences.append(
-                f"{totals['flagged']} modules missed the accuracy tolerance (see 'ok')."
-            )
-        return sentences
 
     def to_records(self) -> list[dict[str, Any]]:
         """A flat dict for every row, as `pandas.DataFrame` takes them.

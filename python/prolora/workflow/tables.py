@@ -13,6 +13,7 @@ from ..comparison.expectation import WANTS, Expectation
 from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
+from ..core.grouping import group_by
 from ..probe.crossed import BandReport
 from ..probe.strength import STRENGTHS, Measurement
 from .group_means import average_measures, average_rows, find_overlap, group_rows
@@ -179,9 +180,7 @@ def tabulate_decisions(
             for decision in decisions
         ]
         return make_table(title, (*columns, margin), rows)
-    stacks: dict[str, list[BlockDecision]] = {}
-    for decision in decisions:
-        stacks.setdefault(decision.target.rpartition(".")[0], []).append(decision)
+    stacks = group_by(decisions, lambda decision: decision.target.rpartition(".")[0])
     rows = [
         Row(
             (

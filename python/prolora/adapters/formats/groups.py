@@ -10,6 +10,7 @@ from ...architectures.families import known_families
 from ...architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ...architectures.modules import TEXT_ENCODERS, find_component, is_in_adm, local_name
 from ...architectures.recognition import NamedMatrix, recognise_families
+from ...core.grouping import group_by
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
@@ -88,9 +89,8 @@ class FileSpelling:
 
 def group_modules(adapter: Adapter, format: str) -> list[Group]:
     """What a file of that format consists of."""
-    members: dict[str, list[str]] = {}
-    for name, path in file_paths(adapter, format).items():
-        members.setdefault(path, []).append(name)
+    paths = file_paths(adapter, format)
+    members = group_by(paths, paths.__getitem__)
     authors = find_authors(adapter, format)
     return [
         Group(

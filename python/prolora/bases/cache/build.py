@@ -10,6 +10,7 @@ from typing import Any
 
 from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.basis import Basis
+from ...core.grouping import group_by
 from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...core.rank_rule import Rank, read_rank
@@ -84,10 +85,8 @@ def survey_base(
     device = resolve_device(device)
     base = open_base(base)
     memory = Memory(parse_limit(max_memory), rank, device)
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name, shape in base.shapes.items():
-        if is_adaptable(name):
-            groups.setdefault(matrix_shape(shape), []).append(name)
+    shapes = base.shapes
+    groups = group_by(filter(is_adaptable, shapes), lambda name: matrix_shape(shapes[name]))
     memory.check(groups, Needs.BASES)
     room = memory.room()
     total, done, rows = sum(len(names) for names in groups.values()), 0, []

@@ -19,6 +19,7 @@ from ...architectures.family import Family
 from ...architectures.layouts import BESIDE, load_layout
 from ...architectures.modules import find_block, matrix_shape
 from ...architectures.recognition import NamedMatrix, Recognition, find_parts, recognise_families
+from ...core.grouping import group_by
 from ...errors import ShapeMismatch
 from ..weights import ConvertedWeight, RowsWeight, Weight
 
@@ -182,10 +183,7 @@ def _recognise(kinds: list[NamedMatrix]) -> Recognition:
 
 def _select_kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[NamedMatrix]:
     """The first and last module of every kind: equal names but for their numbers, and shapes."""
-    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name, shape in shapes.items():
-        kind = _NUMBER.sub(".N", name), shape
-        kinds.setdefault(kind, []).append(name)
+    kinds = group_by(shapes, lambda name: (_NUMBER.sub(".N", name), shapes[name]))
     chosen: Iterable[tuple[str, tuple[int, ...]]] = (
         (name, shape)
         for (_, shape), names in itertools.islice(kinds.items(), _MOST_KINDS)

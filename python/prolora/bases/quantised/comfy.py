@@ -213,8 +213,7 @@ def _join_int8(parts: CheckpointParts, module: str, note: Note) -> None:
     scale = parts.need(scale_key, key)
     rows = stored.shape[0]
     scale = parts.check(scale_key, FLOATS, () if math.prod(scale.shape) == 1 else (rows,))
-    more = note.get("params")
-    settings = {**more, **note} if isinstance(more, dict) else note
+    settings = _read_settings(note)
     if not settings.get("convrot", False):
         weight: Weight = scale_rows("int8", stored, scale)
     else:
@@ -231,13 +230,17 @@ def _join_int4(parts: CheckpointParts, module: str, note: Note) -> None:
     stored = _check_codes(parts, key, _BYTES, 1)
     rows, columns = stored.shape[0], 2 * stored.shape[1]
     scale = parts.check(scale_key, FLOATS, (rows,))
-    more = note.get("params")
-    settings = {**more, **note} if isinstance(more, dict) else note
-    size = _check_rotation(parts, key, settings, columns)
+    size = _check_rotation(parts, key, _read_settings(note), columns)
     kind = "int4, rotated (ConvRot)"
     shape = rows, columns
     weight = RotatedWeight(kind, stored, (scale,), shape, (1, columns), read_signed, size=size)
     parts.join([key, scale_key], key, weight)
+
+
+def _read_settings(note: Note) -> Note:
+    """What a note says, with what stands below `params` in it."""
+    more = note.get("params")
+    return {**more, **note} if isinstance(more, dict) else note
 
 
 def _join_awq(parts: CheckpointParts, module: str, note: Note) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_moves
 from ...bases import Base
 from ...core.lowrank import LowRank
+from ...core.merging import subtract_updates
 from ..by_weights.rows import (
     describe_unchanged,
     list_missed,
@@ -145,12 +144,9 @@ def _describe_fitted_module(
     if twin is None or tuple(twin.shape) != tuple(update.shape) or not norm:
         return row
     ratio = float(twin.norm()) / norm
-    difference = LowRank(
-        torch.cat([twin.up, -update.up], 1), torch.cat([twin.down, update.down], 0)
-    )
     return replace(
         row,
         surviving_energy=ratio**2,
         norm_ratio=ratio,
-        copy_distance=float(difference.norm()) / norm,
+        copy_distance=float(subtract_updates(twin, update).norm()) / norm,
     )

@@ -12,6 +12,7 @@ from ...comparison.overlap import Alignment
 from ...core.basis import Basis
 from ...core.damping import Damper
 from ...core.lowrank import LowRank
+from ...core.merging import subtract_updates
 from ...core.projection import project_factors
 from ..module_report import Measures
 from ..plan import Pair
@@ -40,10 +41,8 @@ def damp_updates(
         delta = _stack_updates([ledger], [stack[i] for i in places])
         delta = LowRank(delta.up.squeeze(1), delta.down.squeeze(1))
         moved = damper.at(ledger.options.kappa)(delta, places)
-        difference = LowRank(
-            torch.cat([moved.up, -delta.up], -1), torch.cat([moved.down, delta.down], -2)
-        )
-        norms = zip(*(x.norm().tolist() for x in (delta, moved, difference)), strict=True)
+        compared = delta, moved, subtract_updates(moved, delta)
+        norms = zip(*(x.norm().tolist() for x in compared), strict=True)
         for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
             ratio = after / before if before > 0 else 1.0
             numbers = (before**2, ratio**2, ratio, distance / before if before > 0 else 0.0)

@@ -17,11 +17,7 @@ from ...core.parallel import map_on_threads
 from ...core.recompression import product_energies
 from ...errors import OutputError
 from ..module_report import ModuleReport
-from ..options import (
-    FormatLike,
-    TransferOptions,
-    read_dtype,
-)
+from ..options import FormatLike, TransferOptions, read_dtype
 from ..out_rank import parse_size_limit
 
 # Bytes: more than a transfer adds to the header of a file.

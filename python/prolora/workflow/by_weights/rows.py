@@ -10,6 +10,7 @@ import torch
 from ...adapters.adapter import Adapter
 from ...architectures.modules import is_in_text_encoder
 from ...core.lowrank import LowRank
+from ...core.merging import subtract_updates
 from ...errors import LowCoverage
 from ..block_weights import LEFT_OUT
 from ..module_report import ModuleReport, measure_coverage, split_modules
@@ -139,8 +140,7 @@ def describe_conversion(
         written: as the file holds it.
         read: the share of the file's own update that was read.
     """
-    both = torch.cat([update.up.double(), -written.up.double()], 1)
-    lost = LowRank(both, torch.cat([update.down.double(), written.down.double()]))
+    lost = subtract_updates(update.to(torch.float64), written.to(torch.float64))
     energy = update.norm().square().item()
     share = lost.norm().square().item() / energy if energy else 0.0
     # What reading cut off is orthogonal to all that it kept.

@@ -19,12 +19,7 @@ from ...bases.experts import ExpertPair, Experts
 from ...bases.weights import Origin
 from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.hashing import hash_text
-from ..base_check import (
-    HASH_KEYS,
-    explain_misfit,
-    is_named_base,
-    is_stated_base,
-)
+from ..base_check import HASH_KEYS, explain_misfit, is_named_base, is_stated_base
 from ..by_weights.base_pair import BasePair
 from ..by_weights.ledger import BYTES_A_NUMBER
 from ..moved_before import check_moved_before, read_header

@@ -125,17 +125,9 @@ class Record:
 def _is_place(out: str) -> bool:
     """Whether a path is one that results have: RESULTS/TARGET/NAME."""
     first, *names = out.split("/")
-    return (
-        first == RESULTS
-        and len(names) == 2
-        and is_component(names[0])
-        and names[1]
-        not in (
-            "",
-            ".",
-            "..",
-        )
-    )
+    if first != RESULTS or len(names) != 2:
+        return False
+    return is_component(names[0]) and names[1] not in ("", ".", "..")
 
 
 def is_transient(error: BaseException) -> bool:

@@ -1,0 +1,103 @@
+"""The sentences of a report that say in numbers what was kept of a LoRA, and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..core.methods import find_method
+from .block_weights import LEFT_OUT
+from .module_report import ModuleReport
+
+
+def share_left_out(modules: Sequence[ModuleReport]) -> float:
+    """The share of Σ‖ΔW_s‖² in modules whose block was left out as asked."""
+    everything = {row.source: row.energy for row in modules}
+    left = {row.source: row.energy for row in modules if row.reason == LEFT_OUT}
+    total = sum(everything.values())
+    return sum(left.values()) / total if total > 0 else 0.0
+
+
+def tell_factors(blocks: str, modules: Sequence[ModuleReport]) -> list[str]:
+    """The factors by block that were asked for, and how many modules have the factor 0."""
+    gone = sum(row.reason == LEFT_OUT for row in modules)
+    what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
+    return [f"Factors by block, as asked: {blocks}{what}."] if blocks else []
+
+
+def tell_profile(profile: Mapping[str, float], notation: str) -> list[str]:
+    """What is left of each block, where it is not all of every one.
+
+    Args:
+        profile: block -> factor, in depth order.
+        notation: the factors as `blocks` takes them.
+    """
+    if not any(abs(factor - 1) > 0.005 for factor in profile.values()):
+        return []
+    first, last = (list(profile)[i] for i in (0, -1))
+    return [
+        f"What is left of the LoRA by block, {first} to {last}, as block weights that can "
+        f"be edited and given for a copy: {notation}."
+    ]
+
+
+def tell_left_behind(
+    modules: Sequence[ModuleReport], unread: Sequence[str], left_out: Mapping[str, str]
+) -> list[str]:
+    """What of the file stays behind.
+
+    Args:
+        modules: the rows of the report.
+        unread: modules whose updates could not be read.
+        left_out: tensor that is no update -> why it is not moved.
+    """
+    sentences = []
+    if unread:
+        reason = next(row.reason for row in modules if row.source == unread[0])
+        sentences.append(
+            f"Careful: {len(unread)} updates of the file could not be read and stay "
+            f"behind; {unread[0]}: {reason}."
+        )
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        sentences.append(f"{len(left_out)} tensors of the file stay behind; {name}: {reason}.")
+    return sentences
+
+
+def tell_energy(totals: Mapping[str, Any], method: str, strength: float) -> list[str]:
+    """What the moved modules keep of the LoRA; `totals` are those of the report."""
+    sentences = [
+        f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
+        f"'{method}' at strength {strength:.2g} keeps "
+        f"{totals['energy_surviving']:.0%} of that, and its result is "
+        f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
+    ]
+    mixed = totals["energy_mixed"]
+    if mixed is not None and mixed > 0.01 and find_method(method).drops_mixed:
+        sentences.append(
+            f"{mixed:.0%} lay in the mixed blocks, which '{method}' "
+            "drops; `method='blocks'` keeps them, `method='copy'` changes nothing."
+        )
+    return sentences
+
+
+def tell_limits(
+    modules: Sequence[ModuleReport], totals: Mapping[str, Any], file_limit: int | None
+) -> list[str]:
+    """What a bound on the file cost, and how many bases missed their tolerance.
+
+    Args:
+        modules: the rows of the report.
+        totals: of the report.
+        file_limit: bytes of the file that the updates were cut for; None where they were not.
+    """
+    sentences = []
+    if file_limit is not None:
+        ranks = [row.rank_out for row in modules if row.status == "mapped"]
+        sentences.append(
+            f"Cut to fit {file_limit / 1e6:.4g} MB: ranks {min(ranks)} to {max(ranks)}, "
+            f"at the price of {totals['energy_cut']:.1%} of the energy."
+        )
+    if totals["flagged"]:
+        sentences.append(f"{totals['flagged']} modules missed the accuracy tolerance (see 'ok').")
+    return sentences
