@@ -1,7 +1,9 @@
 """Writes what `prolora advise` expects: ``python bench/quality/calibrate.py``.
 
 It reads every bench/results/quality*.json and writes python/prolora/comparison/calibration.json:
-the mean and the interval of every class of pairs, and how those of one world do in the other.
+the mean and the interval of every class of pairs, and how those of one world do in the other. Of
+students.json it reads what is distant, of which the others have one kind; the rest of the students
+judge what is expected.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from typing import Any
 from results import git, recovered
 
 from prolora import Verdict
-from prolora.comparison.expectation import WANTS, Expectation, classify, expect_shares
+from prolora.comparison.expectation import (
+    DISTANT,
+    WANTS,
+    Expectation,
+    classify,
+    expect_shares,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 OUT = ROOT / "python" / "prolora" / "comparison" / "calibration.json"
-WORLDS = {"quality": "digits"}
+WORLDS = {"quality": "digits", "students": "digits"}
 METHODS = {
     "copy": "copy @ 1",
     "copy, weakened": "copy, automatic strength",
@@ -42,21 +50,30 @@ Share = tuple[str, str, str, float]
 """World, class, kind and network, and what was recovered."""
 
 
+def list_results(folder: Path) -> list[Path]:
+    """The study's results, those of the students last."""
+    students = folder / "students.json"
+    return [*sorted(folder.glob("quality*.json")), *([students] if students.exists() else [])]
+
+
 def collect_shares(folder: Path, method: str, want: str) -> list[Share]:
     """What a method recovers, for every LoRA and target that was scored."""
     found = []
-    for path in sorted(folder.glob("quality*.json")):
+    sizes_by_world: dict[str, dict[str, float]] = {}
+    for path in list_results(folder):
         world = WORLDS.get(path.stem, path.stem.removeprefix("quality_"))
         results = json.loads(path.read_text())
+        sizes_by_world.setdefault(world, results.get("sizes", {}))
         for row in results["rows"]:
             scored = row if want == "look" else row.get("own")
             share = recovered(scored, METHODS[method]) if scored and row["verdict"] else None
             if share is not None and math.isfinite(share):
                 facts = (row["verdict"][name] for name in ("drift", "cosine", "spread"))
-                sizes = results.get("sizes", {}) if row["arch"] == "flux" else {}
-                verdict = Verdict(*facts, size=sizes.get(row["adapter"]))
+                size = sizes_by_world.get(world, {}).get(row["adapter"])
+                verdict = Verdict(*facts, size=size if row["arch"] == "flux" else None)
                 group = classify(verdict, row["kind"] in PRUNED)
-                found.append((world, group, f"{row['kind']} {row['arch']}", share))
+                if path.stem != "students" or group == DISTANT:
+                    found.append((world, group, f"{row['kind']} {row['arch']}", share))
     return found
 
 
@@ -150,7 +167,7 @@ def main() -> None:
         "made": {
             "script": "bench/quality/calibrate.py",
             "commit": git("rev-parse", "--short", "HEAD"),
-            "from": sorted(path.name for path in options.results.glob("quality*.json")),
+            "from": [path.name for path in list_results(options.results)],
         },
         "checked": checked,
         "expected": expect(options.results),

@@ -12,6 +12,7 @@ from prolora.comparison.expectation import (
     APART,
     CHANGED,
     CUT,
+    DISTANT,
     WANTS,
     classify,
     expect_shares,
@@ -29,6 +30,8 @@ QUALITY = Path(__file__).parents[2] / "bench/quality"
         (Verdict(0.16, 0.99, 0.27), False, CHANGED),
         (Verdict(0.16, 0.99, 0.27), True, CUT),
         (Verdict(1.4, 0.0, 0.8), True, APART),
+        (Verdict(0.6, 0.88, 0.43), False, DISTANT),
+        (Verdict(1.2, 0.72, 0.5, size=0.1), True, DISTANT),
         # The same drift is little beside a large LoRA, and much beside a small one.
         (Verdict(0.006, 0.999, 0.05, size=0.03), False, ALIKE),
         (Verdict(0.006, 0.999, 0.05, size=0.01), False, CHANGED),
@@ -50,7 +53,7 @@ def test_classes_are_ordered_as_their_names_say():
 
 
 def test_nothing_is_promised_of_relatives_that_are_farther_apart_than_any_that_was_measured():
-    strange, far = Verdict(0.3, 0.96, 0.1), Verdict(0.6, 0.96, 0.5)
+    strange, far = Verdict(0.3, 0.96, 0.1), Verdict(1.4, 0.75, 0.5)
     assert strange.related and not strange.go and far.go
     assert expect_shares(strange) == expect_shares(far) == ()
 

@@ -19,6 +19,7 @@ from prolora.workflow.in_words import (
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
 RELATED, CHANGED = Verdict(0.1, 0.99, 0.5), Verdict(0.15, 0.99, 0.3)
+DISTANT = Verdict(0.9, 0.8, 0.5)
 FAR, APART = Verdict(0.6, 0.95, 0.2), Verdict(1.4, 0.0, 0.1)
 
 
@@ -82,6 +83,7 @@ def test_shares_have_names(share, word):
     [
         (RELATED, 1.0, "✔", "most"),
         (CHANGED, 1.0, "⚠", "about half"),
+        (DISTANT, 1.0, "⚠", "about half"),
         (CHANGED, 0.9, "✔", "most"),  # blocks were cut out, which says more than the drift
     ],
 )
@@ -100,7 +102,7 @@ def test_what_to_expect_comes_first_in_one_of_three_words_with_its_interval(
 def test_a_copy_is_said_to_fit_only_where_much_is_expected_of_it():
     """Drift that is spread as far as this weakens nothing, however large it is."""
     fits = tell_method("copy", "a", "b", RELATED)
-    changed = [Verdict(0.27, 0.96, 0.44), Verdict(0.006, 0.99, 0.05, size=0.01)]
+    changed = [DISTANT, Verdict(0.27, 0.96, 0.44), Verdict(0.006, 0.99, 0.05, size=0.01)]
     assert "already fits" in fits
     for verdict in changed:
         told = tell_method("copy", "a", "b", verdict)
@@ -119,6 +121,11 @@ def test_where_parts_have_no_place_the_next_step_is_to_run_both_models():
     assert "`method='best'`" in tell_next("damped", RELATED, 0.9, "t")
     assert "whole pipelines" in tell_next("damped", APART, 1.0, "t")
     assert "best" not in tell_next("copy", RELATED, 1.0, "t")
+
+
+def test_of_distant_relatives_it_is_said_that_a_fit_does_more():
+    assert "`fit()`" in tell_next("copy", DISTANT, 1.0, "t") and "far apart" in DISTANT.sentence()
+    assert "fit()" not in tell_next("copy", RELATED, 1.0, "t")
 
 
 def test_on_a_target_of_few_steps_the_next_step_may_be_a_fit():

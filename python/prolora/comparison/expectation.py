@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ..core.verdict import Verdict
+from ..core.verdict import FARTHEST, Verdict
 
 FILE = "calibration.json"
 """Made by bench/quality/calibrate.py, in this folder."""
@@ -28,15 +28,15 @@ ALIKE_DRIFT = 0.06
 ALIKE_SPREAD = 0.45
 """From this spread on, too; targets of another look were seen up to 0.43."""
 
-FARTHEST = 0.5
+MEASURED_DRIFT = 1.3
 """Of related bases that differ by more none was measured, nor any that are no go."""
 
 WANTS = ("look", "own")
 """What is asked of a moved LoRA: its effect in the target's look, or its own images."""
 
-APART, CUT, ALIKE, CHANGED = "apart", "cut", "alike", "changed"
-"""Trained apart; without some of the LoRA's blocks; trained on, merged or distilled; with a look of
-its own."""
+APART, DISTANT, CUT, ALIKE, CHANGED = "apart", "distant", "cut", "alike", "changed"
+"""Trained apart; apart from one start, or distilled for long; without some of the LoRA's blocks;
+trained on, merged or distilled; with a look of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def classify(verdict: Verdict, cut: bool) -> str:
     """
     if not verdict.related:
         return APART
+    if verdict.drift > FARTHEST:
+        return DISTANT
     if cut:
         return CUT
     limit = ALIKE_RATIO * verdict.size if verdict.size else ALIKE_DRIFT
@@ -96,7 +98,7 @@ def expect_shares(verdict: Verdict, cut: bool = False) -> tuple[Expectation, ...
     Returns:
         Empty where no pair like this was measured.
     """
-    if verdict.related and not (verdict.go and verdict.drift <= FARTHEST):
+    if verdict.related and not (verdict.go and verdict.drift <= MEASURED_DRIFT):
         return ()
     entries = load_calibration()["expected"][classify(verdict, cut)]
     return tuple(Expectation(**entry | {"worlds": tuple(entry["worlds"])}) for entry in entries)

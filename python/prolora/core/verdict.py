@@ -35,6 +35,9 @@ NOISE_SPREAD = 0.4
 DAMPING = 40.0
 """κ of the method `damped`, per drift, where all of it is along few directions."""
 
+FARTHEST = 0.5
+"""Related bases that differ by more are distant: a copy gives about half there, and less."""
+
 MAX_DAMPING = 5.0
 """Bases that ask for a larger κ are so far apart that little is to be expected."""
 
@@ -145,6 +148,11 @@ class Verdict:
             return (
                 f"No-go: the target has learnt something else ({facts}); on bases as far apart "
                 "as these, moved LoRAs did little or harm."
+            )
+        if self.drift > FARTHEST:
+            return (
+                f"Go, with care: one of these models comes from the other, or both from a third, "
+                f"but they are far apart by now ({facts})."
             )
         return f"Go: the two models are closely related ({facts})."
 

@@ -11,14 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..comparison.expectation import (
-    CHANGED,
-    FARTHEST,
-    Expectation,
-    classify,
-    expect_shares,
-)
-from ..core.verdict import AUTO, MIN_DAMPING, Verdict
+from ..comparison.expectation import ALIKE, Expectation, classify, expect_shares
+from ..core.verdict import AUTO, FARTHEST, MIN_DAMPING, Verdict
 
 Mark = Literal["✔", "⚠", "✖"]
 
@@ -53,6 +47,11 @@ NOT_COMPARED = "The weights of the two models were not compared: whether it will
 NEXT_APART = (
     "Next: train the LoRA on {target}, or give both models as whole pipelines, so that a fit can "
     "run them."
+)
+
+NEXT_DISTANT = (
+    "Next: where both models can run, try `fit()`, which brought far more of a LoRA on test models "
+    "that differ so much; where they cannot, try the copy at strength 1 and above."
 )
 
 FIT_OF_FEW_STEPS = (
@@ -112,7 +111,7 @@ def judge(
     if verdict.drift == 0:
         return "✔", "Both models are the same where it counts: the LoRA works as it is."
     if expected is None and verdict.drift > FARTHEST:
-        return "⚠", "It may work or not: nobody measured models that differ like these."
+        return "⚠", "It may work or not: nobody measured this on models that differ so much."
     if expected is None:
         return "✔", f"This should work: the two models' weights differ by {verdict.drift:.0%}."
     word = next(word for least, word in EXPECTED if expected.share >= least)
@@ -176,7 +175,7 @@ def tell_method(
     if method != "copy":
         return f"prolora moved the LoRA by the method {method}, as asked."
     if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
-        if classify(verdict, cut=False) == CHANGED:
+        if classify(verdict, cut=False) != ALIKE:
             return (
                 "prolora copied the LoRA unchanged: the two models' weights give no clear reason "
                 "to weaken it."
@@ -216,6 +215,8 @@ def tell_next(
             "Next: try it at strength 1. Where both models can run, `method='best'` fits what has "
             "no place."
         )
+    if verdict is not None and verdict.drift > FARTHEST:
+        return NEXT_DISTANT
     fit = FIT_OF_FEW_STEPS.format(target=target) if few_steps else ""
     if method == "damped":
         return (
