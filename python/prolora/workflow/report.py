@@ -34,7 +34,7 @@ from .in_words import (
     FIT_NO_BETTER,
     MERGE,
     NOT_COMPARED,
-    VECTORS_ALONE,
+    READ_ZERO,
     ZERO,
     InWords,
     judge,
@@ -44,6 +44,7 @@ from .in_words import (
     tell_next,
     tell_parts,
     tell_place,
+    tell_vectors,
 )
 from .merge_report import MergeReport
 from .module_report import (
@@ -267,10 +268,8 @@ class Report:
             if kept is None and not self.dry_run:
                 return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
             return tell_made(self.method, source, target, kept, cautions, parts)
-        if self.modules and all(row.energy == 0 for row in self.modules):
-            return InWords("⚠", ZERO, (), self._cautions())
-        if not self.modules and not self.dry_run:
-            return InWords("✔", VECTORS_ALONE, (), self._cautions())
+        if (told := self._tell_without_updates(target)) is not None:
+            return told
         if self.dry_run or placed is None:
             return self._tell_outline(placed, target)
         if self.was_fitted:
@@ -305,6 +304,19 @@ class Report:
         mark, headline = judge(verdict, placed, target, chosen)
         return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
 
+    def _tell_without_updates(self, target: str) -> InWords | None:
+        """The verdict on a LoRA whose matrices do nothing; None of others, and where it is open."""
+        if any(row.energy != 0 for row in self.modules):
+            return None
+        if self.rows("mapped") and not (self.unread or self.vectors or self.left_out):
+            return InWords("⚠", ZERO, (), self._cautions())
+        if self.dry_run:
+            return None
+        if self.unread or not (told := tell_vectors(self.vectors, self.left_out)):
+            return InWords("⚠", READ_ZERO, (), self._cautions())
+        mark = judge(self.verdict, None, target)[0] if self.vectors else "⚠"
+        return InWords(mark, told, (), self._cautions())
+
     def _tell_outline(self, placed: float | None, target: str) -> InWords:
         """The verdict of a dry run; arguments as `tell_place` takes them."""
         names, there = split_modules(self.modules)
@@ -316,8 +328,8 @@ class Report:
             placed = len(there) / len(names)
             place = tell_parts(len(there), len(names), target)
         else:
-            place = VECTORS_ALONE
-        mark, _ = judge(None, placed, target)
+            place = tell_vectors(self.vectors, self.left_out)
+        mark = judge(None, placed, target)[0] if names or self.vectors else "⚠"
         unknown = "" if self.work or self.why else NOT_COMPARED
         lines = tuple(filter(None, (place, unknown, self.why)))
         told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
