@@ -107,7 +107,7 @@ def test_a_lora_of_biases_alone_is_not_told_as_a_dry_run(case, tmp_path):
 
 
 def test_only_a_lora_of_which_all_was_read_is_told_as_zero(case):
-    lora, source, target = case
+    lora = case[0]
     stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     parts = {"lora_up.weight": (6, 2), "lora_down.weight": (2, 5), "dora_scale": (6, 1)}
     save_file({f"{stem}.{part}": torch.ones(shape) for part, shape in parts.items()}, lora)
@@ -171,4 +171,6 @@ def test_a_dry_run_counts_parts_where_it_cannot_know_what_they_do(case):
     assert "8 of the LoRA's 12 parts (67%) have a place" in planned.in_words().lines[0]
     assert planned.totals["energy_mapped"] is None
     assert planned.to_dict()["modules"][0]["energy"] is None
+    assert planned.to_records()[0]["energy"] is None
+    assert planned.profile == planned.to_dict()["profile"] == {}
     assert "nan" not in Page(planned.to_html()).inside["td"]

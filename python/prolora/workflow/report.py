@@ -423,7 +423,7 @@ class Report:
         """A flat dict for every row, as `pandas.DataFrame` takes them.
 
         Every record has the same keys: the fields of `ModuleReport` but for `measures`, and those
-        of `Measures`, which are None where nothing was projected.
+        of `Measures`, which are None where nothing was projected. What is not known is None.
         """
         return [row.to_record() for row in self.modules]
 

@@ -122,6 +122,7 @@ def build_report(
         **known: further fields of `Report`.
     """
     adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
+    table = list_base_blocks(ledger.target)
     return Report(
         method=options.method,
         rank_rule=options.rank,
@@ -139,7 +140,7 @@ def build_report(
         kept_energy=dict(adapter.kept_energy),
         strength=options.factor,
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
-        profile=measure_blocks(ledger.rows.values(), list_base_blocks(ledger.target)),
+        profile={} if known.get("dry_run") else measure_blocks(ledger.rows.values(), table),
         quantised=list_quantised(ledger.source, ledger.target),
         moves=read_moves(adapter.metadata),
         few_steps=_suits_student(ledger),
