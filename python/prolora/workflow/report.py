@@ -103,8 +103,8 @@ class Report:
         unread: modules whose updates could not be read and stay behind; their rows say why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
-        dry_run: True where no LoRA was made: only headers were read, or a preview was drawn, which
-            JSON tells apart as `preview`. Rows then carry no measures.
+        dry_run: True where no LoRA was made: nothing was moved, or a preview was drawn, which JSON
+            tells apart as `preview`. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
         few_steps: whether the target seems to draw in few steps and the source does not, and a fit
             could run both.
