@@ -58,6 +58,9 @@ def test_what_is_lost_is_said_in_words_too():
     report = make_report(rows, unread=("b",), left_out={"emb": "an embedding"})
     cautions = " ".join(report.in_words().cautions)
     assert "b: its file is damaged" in cautions and "emb: an embedding" in cautions
+    assert "1 update of the file could" in cautions and "1 tensor of the file stays" in cautions
+    two = make_report(rows, unread=("b", "a"), left_out={"emb": "x", "emb2": "y"}).in_words()
+    assert "2 updates of the file could" in str(two) and "2 tensors of the file stay " in str(two)
 
 
 def test_a_dry_run_says_that_nothing_was_written():

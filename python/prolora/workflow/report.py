@@ -74,6 +74,7 @@ from .report_sentences import (
     tell_left_behind,
     tell_limits,
     tell_profile,
+    tell_tensors_left,
 )
 from .table import Table
 
@@ -469,8 +470,8 @@ class Report:
         words = self.in_words()
         sections = [Section(table.title, [table]) for table in self.tables(every_block=True)]
         if self.left_out:
-            summary = f"{len(self.left_out)} tensors of the file stay behind"
-            sections.append(Section("What else did not move", [Fold(summary, self.left_out)]))
+            fold = Fold(tell_tensors_left(self.left_out), self.left_out)
+            sections.append(Section("What else did not move", [fold]))
         if self.modules:
             every = tables.tabulate_modules(self.modules, self.dry_run)
             sections.append(Section(every.title, [every], MODULES))
