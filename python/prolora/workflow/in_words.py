@@ -182,8 +182,8 @@ def tell_method(
         return f"prolora copied the LoRA at strength {strength:.3g}."
     if method == "damped":
         return (
-            f"prolora weakened the LoRA where the two models differ, so that images keep the look "
-            f"of {target}."
+            f"prolora weakened the LoRA where the two models differ and it would do something else "
+            f"than on {source}, so that images keep the look of {target}."
         )
     if method != "copy":
         return f"prolora moved the LoRA by the method {method}, as asked."
@@ -194,8 +194,8 @@ def tell_method(
                 "to weaken it."
             )
         return (
-            f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "
-            f"merge of {source}, which it already fits."
+            f"prolora copied the LoRA unchanged: {target} looks like a continued training, a merge "
+            f"or a few-step version of {source}, which it already fits."
         )
     return "prolora copied the LoRA unchanged."
 
