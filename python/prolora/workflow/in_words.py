@@ -7,7 +7,7 @@ of the mathematics; the numbers behind them are the report's sentences and table
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +38,10 @@ FIT_NO_BETTER = (
 
 ZERO = "This LoRA changes nothing: it is zero."
 
-VECTORS_ALONE = (
-    "This LoRA is trained biases and normalisation layers alone, which go over as they are."
-)
+READ_ZERO = "All that could be read of this LoRA's updates is zero."
+
+A_VECTOR = "a trained bias or normalisation layer"
+"""How reasons begin for which such a tensor stays behind."""
 
 NOT_COMPARED = "The weights of the two models were not compared: whether it will work is not known."
 
@@ -159,6 +160,18 @@ def tell_parts(placed: int, parts: int, target: str) -> str:
         f"{placed} of the LoRA's {parts} parts ({share:.0%}) have a place on {target}; how much "
         "those do cannot be known beforehand."
     )
+
+
+def tell_vectors(over: int, left_out: Mapping[str, str]) -> str:
+    """How much goes over of a LoRA that updates no matrix; "" where it has no such tensor.
+
+    Args:
+        over: number of its biases and tensors of normalisation layers on the target.
+        left_out: tensor that stays behind -> why.
+    """
+    behind = sum(reason.startswith(A_VECTOR) for reason in left_out.values())
+    what = "This LoRA is trained biases and normalisation layers alone"
+    return f"{what}; {over} of {over + behind} go over." if over + behind else ""
 
 
 def tell_method(
