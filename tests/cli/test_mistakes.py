@@ -210,6 +210,14 @@ MISTAKES = {
     "an empty base": (("advise", "--source", "", *BASES[2:]), "the name of the base is empty"),
     "a method that is none": (
         (*MOVE, *TO, "--method", "prolroa"),
+    "a file for several LoRAs": (
+        ("transfer", "loras/a.safetensors", "loras/b.safetensors", *BASES, "-o", "x.safetensors"),
+        "several LoRAs need a folder; x.safetensors is the name of a file",
+    ),
+    "a file for several LoRAs, before all else": (
+        ("transfer", "no.safetensors", "loras/b.safetensors", *BASES, "-o", "x.safetensors"),
+        "several LoRAs need a folder; x.safetensors is the name of a file",
+    ),
         "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
     ),
     "a program that is none": ((*MOVE, *TO, "--for", "comfyy"), "'comfyy' is not one of"),
