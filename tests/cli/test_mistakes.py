@@ -218,6 +218,18 @@ MISTAKES = {
         ("transfer", "no.safetensors", "loras/b.safetensors", *BASES, "-o", "x.safetensors"),
         "several LoRAs need a folder; x.safetensors is the name of a file",
     ),
+    "no LoRA": (("transfer", *BASES, *TO), "Missing argument 'LORA'"),
+    "no source": (("transfer", "lora.safetensors", *BASES[2:], *TO), "Missing option '--source'"),
+    "bases without their options": (
+        ("transfer", "lora.safetensors", "source", "target", *TO),
+        "Missing option '--source': bases are given as --source BASE and --target BASE",
+    ),
+    "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
+    "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
+    "an empty output": ((*MOVE, "-o", ""), "the path is empty"),
+    "an empty base": (("advise", "--source", "", *BASES[2:]), "the name of the base is empty"),
+    "a method that is none": (
+        (*MOVE, *TO, "--method", "prolroa"),
         "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
     ),
     "a program that is none": ((*MOVE, *TO, "--for", "comfyy"), "'comfyy' is not one of"),
