@@ -56,3 +56,10 @@ def test_a_base_that_is_not_there_ends_in_2(prolora, files):
 def test_help_says_what_the_exit_codes_mean(prolora):
     _, out, _ = prolora("check", "-h")
     assert "3 a LoRA is for another model" in " ".join(out.split())
+
+
+def test_a_base_among_the_loras_is_told_where_bases_stand(prolora, files):
+    lora, _, base = files
+    code, out, _ = prolora("check", lora, base, base)
+    said = "not a LoRA; give the LoRA; the last argument is the base, and each one before it a LoRA"
+    assert code == 2 and said in " ".join(out.split()) and f"{lora.name}: ✔" in out

@@ -163,6 +163,14 @@ MISTAKES = {
     "a cut header": (("transfer", "cut_early.safetensors", *BASES, *TO), "cut off inside its"),
     "a diverged training": (("transfer", "diverged.safetensors", *BASES, *TO), "holds NaN or Inf"),
     "a LoRA of another base": (("transfer", "wide.safetensors", *BASES, *TO), "is 7×7, but that"),
+    "a LoRA of another base, named": (
+        ("transfer", "wide.safetensors", *BASES, *TO),
+        "wide.safetensors: the LoRA's update of ",
+    ),
+    "a LoRA of another base, with what to ask": (
+        ("transfer", "wide.safetensors", *BASES, *TO),
+        "; is this LoRA for another model?",
+    ),
     "bases of different models": (
         ("transfer", "lora.safetensors", "--source", "source", "--target", "unrelated", *TO),
         "unrelated",
@@ -202,8 +210,20 @@ MISTAKES = {
         (*MOVE, "-o", "words.txt", "--format", "peft"),
         "words.txt: exists and is not a LoRA as prolora wrote it",
     ),
+    "a file for several LoRAs": (
+        ("transfer", "loras/a.safetensors", "loras/b.safetensors", *BASES, "-o", "x.safetensors"),
+        "several LoRAs need a folder; x.safetensors is the name of a file",
+    ),
+    "a file for several LoRAs, before all else": (
+        ("transfer", "no.safetensors", "loras/b.safetensors", *BASES, "-o", "x.safetensors"),
+        "several LoRAs need a folder; x.safetensors is the name of a file",
+    ),
     "no LoRA": (("transfer", *BASES, *TO), "Missing argument 'LORA'"),
     "no source": (("transfer", "lora.safetensors", *BASES[2:], *TO), "Missing option '--source'"),
+    "bases without their options": (
+        ("transfer", "lora.safetensors", "source", "target", *TO),
+        "Missing option '--source': bases are given as --source BASE and --target BASE",
+    ),
     "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
     "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
     "an empty output": ((*MOVE, "-o", ""), "the path is empty"),

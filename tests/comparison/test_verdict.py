@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,12 @@ def test_no_go_is_said_of_unrelated_bases_and_of_targets_that_learnt_something_e
 
 def test_auto_refuses_unrelated_bases_and_a_method_by_name_does_not():
     source, target = named(source_weights()), named(unrelated())
-    with pytest.raises(prolora.UnrelatedBases, match="nothing in common"):
+    said = "these two models have nothing in common: they were trained apart. Nothing was written"
+    with pytest.raises(prolora.UnrelatedBases, match=said) as refused:
         prolora.transfer(lora_tensors(), source, target)
+    first, _, rest = str(refused.value).partition("Next: `fit()`")
+    assert "copy" not in first and ", or train the LoRA on " in rest
+    assert re.search(r" \(drift [\d.]+, cosine -?[\d.]+, spread [\d.]+\)$", rest)
     done = prolora.transfer(lora_tensors(), source, target, method="copy")
     assert done.report.rows("mapped") and not done.report.verdict.go
     assert any("No-go" in sentence for sentence in done.report.sentences())

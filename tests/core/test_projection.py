@@ -391,6 +391,23 @@ def test_auto_refuses_weights_that_have_nothing_in_common():
         project(delta, source, weights(32, 24, 9).double(), method="auto")
 
 
+def test_an_unknown_method_is_answered_with_all_that_there_are_and_where_others_belong():
+    source, target, delta = case(8, 6, 2, 0)
+    with pytest.raises(ValueError, match="'x': choose from auto, prolora, "):
+        project(delta, source, target, method="x")
+    for name, door in (("best", "transfer_file"), ("fit", "fit_file")):
+        with pytest.raises(ValueError, match=rf"{name!r}: choose from .*; .*`{door}\(\)`"):
+            project(delta, source, target, method=name)
+
+
+def test_another_count_of_updates_than_of_weights_is_named():
+    weight = torch.randn(3, 8, 6)
+    with pytest.raises(ShapeMismatch, match="2 updates but 3 weights; give as many"):
+        project(weight[:2], weight, weight)
+    with pytest.raises(ShapeMismatch, match="between different shapes"):
+        project(weight[:2], weight[:2, :7], weight[:2])
+
+
 @pytest.mark.parametrize("broken", ["basis", "kappa", "zeros", "nan"])
 def test_auto_refuses_what_it_cannot_decide_from(broken):
     source, target, delta = case(32, 24, 3, 0)

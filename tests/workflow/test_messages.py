@@ -13,6 +13,7 @@ import typer
 from mini import write_case
 
 import prolora
+from prolora.adapters.formats import programs
 from prolora.cli import app
 from prolora.cli.options import OPTIONS, write_flag
 from prolora.errors import name_options
@@ -121,3 +122,11 @@ def test_a_node_names_widgets(words):
         ("Too little; `max_memory` is too low", "Too little"),
     ):
         assert said in words.explain(prolora.ProLoRAError(message))
+
+
+def test_a_file_for_several_models_says_how_each_command_takes_the_base():
+    with pytest.raises(prolora.UnsupportedFormat) as refused:
+        programs.choose_format(("auraflow", "bk-sdm"), "comfyui")
+    said = name_options(str(refused.value), write_flag)
+    assert "`prolora convert` takes it as an argument after the LoRA" in said
+    assert said.endswith("`prolora merge` as --target")

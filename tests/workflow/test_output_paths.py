@@ -85,3 +85,17 @@ def test_an_adapter_is_not_written_into_a_folder_that_holds_a_base(case, tmp_pat
     with pytest.raises(prolora.OutputError, match="for the adapter only"):
         prolora.transfer_file(lora, source, base, models / inner, format="peft")
     assert sorted(models.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_several_loras_take_a_folder_named_as_a_file_only_where_it_is_there(case, tmp_path, there):
+    lora, source, target = case
+    two = twins(lora, "a.safetensors", "b.safetensors")
+    folder = tmp_path / "x.safetensors"
+    if there:
+        folder.mkdir()
+        prolora.transfer_many(two, source, target, folder, method="copy")
+        return
+    with pytest.raises(prolora.OutputError, match="several LoRAs need a folder"):
+        prolora.transfer_many(two, "no/such", target, folder)
+    assert not folder.exists()

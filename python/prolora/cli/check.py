@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,7 @@ def check(
             if len(loras) == 1:
                 raise
             code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
+            text += explain_order(lora)
             records.append({"lora": spell_path(lora), "error": error.to_dict()})
         else:
             code = code if found or code else ExitCode.LOW_COVERAGE
@@ -48,3 +50,12 @@ def check(
     if as_json:
         answer.give(records[0] if len(records) == 1 else records)
     raise typer.Exit(code)
+
+
+def explain_order(lora: Path) -> str:
+    """The end of a message about what was given as a LoRA, where it is a base."""
+    try:
+        is_base = lora.exists() and bool(open_checked(str(lora)).shapes)
+    except ProLoRAError:
+        is_base = False
+    return "; the last argument is the base, and each one before it a LoRA" if is_base else ""

@@ -82,7 +82,7 @@ def fit(
     if output.preview:
         output = name_page(loras, output)
     else:
-        check_output_given(output)
+        check_output_given(output, loras)
     resources.check_device()
     source, target = bases.open()
     card = check_outputs(loras, output, fitting, [*source.files, *target.files])

@@ -22,7 +22,7 @@ from ..workflow.inspection import Description, inspect
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
-from ..workflow.output_paths import check_beside, is_page_path, is_peft_folder
+from ..workflow.output_paths import check_beside, check_results_folder, is_page_path, is_peft_folder
 from ..workflow.report import Report
 from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer_file
@@ -82,7 +82,7 @@ def transfer(
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
-    check_output_given(output)
+    check_output_given(output, loras)
     resources.check_device()
     source, target = bases.open()
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
@@ -95,12 +95,18 @@ def transfer(
     tell_outcomes(outcomes, output, card, moving.overwrite, None if output.dry_run else kept)
 
 
-def check_output_given(output: FileOutput) -> None:
-    """Refuses a command that would write and does not say where.
+def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
+    """Refuses a command that would write and does not say where, before anything is read.
+
+    Args:
+        output: where to write.
+        loras: of which each gets a file; none where one file is made of all.
 
     Raises:
-        OutputError: -o is missing.
+        OutputError: -o is missing, or names a file for several LoRAs.
     """
+    if output.output is not None:
+        check_results_folder(output.output, len(loras))
     if output.output is None and not output.dry_run:
         raise OutputError("-o OUT is missing: where should the new LoRA be written?")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -200,6 +200,10 @@ METHODS: Mapping[MethodName, Method] = MappingProxyType({method.name: method for
 """Every method by its name."""
 
 
+_OF_FILES = {"best": "transfer_file", "fit": "fit_file"}
+"""What people ask for here that takes two models, and the function that does it."""
+
+
 def find_method(name: str) -> Method:
     """The method of that name.
 
@@ -209,4 +213,7 @@ def find_method(name: str) -> Method:
     for method in METHODS.values():
         if method.name == name:
             return method
-    raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    names = ", ".join(get_args(MethodChoice))
+    door = _OF_FILES.get(name)
+    other = f"; {name!r} moves whole LoRAs: `{door}()` does that" if door else ""
+    raise ValueError(f"unknown method {name!r}: choose from {names}{other}")

@@ -314,6 +314,9 @@ def _read_weights(
 def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor | Basis:
     """The weight, a convolution flattened, where it has the update's shape."""
     conv = len(shape) == 4
+    theirs = tuple(weight.shape)
+    if len(shape) == len(theirs) == 3 and shape[0] != theirs[0] and shape[1:] == theirs[1:]:
+        raise ShapeMismatch(f"{name}: {shape[0]} updates but {theirs[0]} weights; give as many")
     if isinstance(weight, Basis):
         flat = torch.Size((shape[0], shape[1:].numel())) if conv else shape
         if weight.shape != flat:

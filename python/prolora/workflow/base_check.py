@@ -30,7 +30,7 @@ from ..bases.identity import (
 from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
 from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_header
 from .options import LoraLike, TransferOptions, begin_message
-from .plan import check_fits_source
+from .plan import OTHER_MODEL, check_fits_source
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +112,13 @@ def explain_misfit(
         )
     if fitting:
         sentences.append("It fits the target and not the source: did you swap them?")
-    if not sentences:
-        return misfit
     where = begin_message(lora)
+    told = str(misfit).removeprefix(where)
+    if not sentences:
+        named = where.removesuffix(": ") in told or told != str(misfit) or misfit.command
+        return misfit if named else type(misfit)(f"{where}{told}")
     kind = WrongBase if fitting else type(misfit)
-    error = kind(f"{where}{' '.join(sentences)} ({str(misfit).removeprefix(where)})")
+    error = kind(f"{where}{' '.join(sentences)} ({told.removesuffix(OTHER_MODEL)})")
     error.__cause__ = misfit
     return error
 

@@ -35,7 +35,7 @@ from .options import (
     takes_options,
 )
 from .outcome import Outcome
-from .output_paths import check_distinct, check_name, make_folders, name_output
+from .output_paths import check_distinct, check_results_folder, make_folders, name_output
 from .pair_mover import PairMover, Task, as_refusal
 from .result import Transfer, save_result
 from .resume import Recipe
@@ -92,13 +92,15 @@ def transfer_many(
         refused does not stop the others.
 
     Raises:
-        OutputError: the folder cannot be made, or two inputs would have one output.
+        OutputError: the folder has the name of a file, or cannot be made, or two inputs would have
+            one output.
         UnsupportedFormat: the source alone has experts, and a LoRA's name does not tell one.
         ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
     options = settle_options(options, changes).for_file()
-    old, new = open_experts(source), open_experts(target)
     paths = [keep_path(lora) for lora in loras]
+    check_results_folder(folder, len(paths))
+    old, new = open_experts(source), open_experts(target)
     if options.method == BEST:
         if naming is not None:
             raise InvalidOption("results of method 'best' keep their names: leave `naming` out")
@@ -116,7 +118,6 @@ def _move_by_weights(
 ) -> list[Outcome]:
     """Moves LoRAs between experts; one that is held back is reported, and not written."""
     moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
-    check_name(folder)
     format = options.format or "auto"
     with BasisCache(options.cache).saving() as opened:
         tasks = [

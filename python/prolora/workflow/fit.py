@@ -21,7 +21,13 @@ from .by_weights.decision import label_stage
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
 from .outcome import Outcome
-from .output_paths import check_distinct, check_name, check_output, make_folders, name_output
+from .output_paths import (
+    check_distinct,
+    check_output,
+    check_results_folder,
+    make_folders,
+    name_output,
+)
 from .pair_mover import Task
 from .report import Report
 from .result import Transfer, save_result
@@ -145,9 +151,9 @@ def fit_many(
         ProLoRAError: a base that cannot be opened.
     """
     options = settle_options(options, changes).for_file()
-    old, new = open_base(source), open_base(target)
-    check_name(folder)
     paths = [keep_path(lora) for lora in loras]
+    check_results_folder(folder, len(paths))
+    old, new = open_base(source), open_base(target)
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})

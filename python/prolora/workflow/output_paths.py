@@ -58,6 +58,25 @@ def check_name(path: StrPath) -> None:
         raise OutputError("the output has an empty name")
 
 
+def check_results_folder(folder: StrPath, count: int) -> None:
+    """Refuses a folder of results that has no name, or that of a file.
+
+    Args:
+        folder: where the results go; one that is there already may have any name.
+        count: of the LoRAs.
+
+    Raises:
+        OutputError: says why.
+    """
+    check_name(folder)
+    named = Path(folder)
+    if count > 1 and named.suffix.lower() in WEIGHT_FILES and not os.path.isdir(named):
+        raise OutputError(
+            f"several LoRAs need a folder; {folder} is the name of a file: write to "
+            f"{named.with_suffix('')} instead"
+        )
+
+
 def name_output(lora: Path, format: str, appended: str = "", stem: str | None = None) -> str:
     """The name of a LoRA's result in a folder: a PEFT adapter is a folder and has no suffix.
 

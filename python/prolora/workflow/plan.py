@@ -30,6 +30,9 @@ from ..comparison.width_selection import Selection, WidthFinder
 from ..core.grouping import group_by
 from ..errors import ShapeMismatch, UnsupportedFormat
 
+OTHER_MODEL = "; is this LoRA for another model?"
+"""What is asked about a LoRA that does not fit its source, where nothing tells its model."""
+
 # The layers that take in the (noisy) image.
 _IMAGE_INPUTS = frozenset(
     {
@@ -258,19 +261,29 @@ def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> Non
             f"{source.name}{layout}, the first: {unknown[0]}"
         )
     for name in modules:
-        if reason := explain_other_shape(name, tuple(adapter.updates[name].shape), source):
+        shape = tuple(adapter.updates[name].shape)
+        if reason := explain_other_shape(name, shape, source, OTHER_MODEL):
             raise ShapeMismatch(reason)
 
 
-def explain_other_shape(name: str, ours: tuple[int, ...], base: Base) -> str | None:
-    """Why an update out × in does not fit the base's module of that name; None if it does."""
+def explain_other_shape(
+    name: str, ours: tuple[int, ...], base: Base, asked: str = ""
+) -> str | None:
+    """Why an update does not fit the base's module of that name; None if it does.
+
+    Args:
+        name: of the module.
+        ours: out × in of the update.
+        base: opened.
+        asked: stands at the end where no more is known of such a LoRA.
+    """
     theirs = matrix_shape(base.shapes[name])
     if ours == theirs:
         return None
     return (
         f"the LoRA's update of {name} is {_shape_text(ours)}, but that module of {base.name} is "
         f"{_shape_text(theirs)} ({base.tensor_name(name)})"
-        f"{_explain_wider_input(name, ours, theirs)}"
+        f"{_explain_wider_input(name, ours, theirs) or asked}"
     )
 
 

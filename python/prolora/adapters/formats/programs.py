@@ -103,7 +103,8 @@ def choose_format(
         if len(known) > 1:
             raise UnsupportedFormat(
                 f"the LoRA's names fit several models ({titles}), and {title} reads no one file "
-                "for all of them; give its base model, too"
+                "for all of them; give its base model, too: `convert()` takes it as an argument "
+                "after the LoRA, `merge()` as `target`"
             )
         able = [
             loader.title

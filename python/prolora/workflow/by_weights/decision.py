@@ -124,10 +124,14 @@ def label_stage(what: str, progress: Progress | None) -> Progress | None:
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     """Why `auto` writes nothing, and what may work instead."""
-    way = " `method='copy'` does it anyway"
-    if can_fit(source.path, target.path):
-        way = f" {RUN_INSTEAD};{way}"
-    return f"{verdict.sentence()} Nothing written;{way}"
+    fits = can_fit(source.path, target.path)
+    fit = RUN_INSTEAD if fits else "`fit()` where both models can run as whole pipelines"
+    return (
+        "these two models have nothing in common: they were trained apart. Nothing was written. "
+        f"Next: {fit}, or train the LoRA on {target.name}; `method='copy'` would write a LoRA "
+        f"that does nothing useful there (drift {verdict.drift:.2g}, cosine {verdict.cosine:.2f}, "
+        f"spread {verdict.spread:.2f})"
+    )
 
 
 def _explain_zeros(base: Base) -> str:
