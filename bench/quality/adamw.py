@@ -31,7 +31,9 @@ def fit_by_adamw(
     history = []
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
-        point = function.linearise(problem.draw(), leaves, renew=False)
+        # What is cut to a rank at the end is cut in the metric of the last step.
+        renew = problem.will_be_cut and step == steps - 1
+        point = function.linearise(problem.draw(), leaves, renew=renew)
         history.append(point.reached)
         if point.reached < 1:
             wanted = point.missing / (1 - point.reached)
@@ -39,4 +41,5 @@ def fit_by_adamw(
             for value, slope in zip(values, slopes, strict=True):
                 value.grad = slope.mul_(-2 / wanted)
             optimiser.step()
-    return JointFit({n: LowRank(*pair) for n, pair in leaves.items()}, None, history)
+    metric = function.curvature if problem.will_be_cut else None
+    return JointFit({n: LowRank(*pair) for n, pair in leaves.items()}, metric, history)

@@ -154,6 +154,16 @@ def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):
         *((name, True) for name in ("FLUX.3-klein-distilled", "LTX-2-distilled")),
         *((name, False) for name in ("x-cfg-distilled", "guidance_distilled")),
         *((name, False) for name in ("FLUX.2-klein-base-4B", "HyperReal", "sdxl", "turbocharged")),
+        *((name, True) for name in ("flux2_klein_4b", "sdxlturbo", "hyper_flux", "Hyper-8steps")),
+        *((name, True) for name in ("HunyuanImage-2.1-distilled", "480p_t2v_step_distilled")),
+        *((name, False) for name in ("my-finetune-128-steps", "flux-10002steps")),
+        *((name, False) for name in ("terrain_32_steps", "flux1-dev-De-Distilled")),
+        *(
+            (name, False)
+            for name in ("Flux-dev-de_distilled", "non-distilled", "klein_undistilled")
+        ),
+        *((name, False) for name in ("Hyper-Realistic-XL", "SSD-1B-distilled", "bk-sdm distilled")),
+        *((name, False) for name in ("hunyuan_image_de-distilled", "flux2_klein_base_9b")),
     ],
 )
 def test_a_model_of_few_steps_is_guessed_by_its_name(tmp_path, name, few):

@@ -15,6 +15,7 @@ from prolora.core.affinity import Affinity
 from prolora.core.verdict import (
     MAX_DAMPING,
     MIN_COSINE,
+    MIN_DAMPING,
     Verdict,
     judge_affinity,
     judge_pairs,
@@ -113,15 +114,22 @@ def test_a_small_drift_along_few_directions_weakens_little_and_a_large_one_is_a_
     assert many.related and not many.go
 
 
-def test_damping_and_strength_have_no_knee():
+def test_the_damping_that_bases_ask_for_has_no_knee_and_little_of_it_is_not_done():
     steps = torch.linspace(0, 1, 4001).tolist()
     by_spread = [Verdict(0.15, 0.97, spread) for spread in steps]
     by_drift = [Verdict(drift / 5, 0.97, 0.25) for drift in steps]
     for verdicts in (by_spread, by_drift):
-        strengths = [verdict.strength for verdict in verdicts]
-        slopes = [b - a for a, b in itertools.pairwise(strengths)]
+        factors = [1 / (1 + verdict.kappa / 5) for verdict in verdicts]
+        slopes = [b - a for a, b in itertools.pairwise(factors)]
         assert max(map(abs, slopes)) < 0.01
         assert max(abs(b - a) for a, b in itertools.pairwise(slopes)) < 0.001
+        for verdict, factor in zip(verdicts, factors, strict=True):
+            done = verdict.decide(strength="auto")
+            if verdict.kappa < MIN_DAMPING:
+                assert (done.method, done.strength, done.damping) == ("copy", 1.0, 0.0)
+            else:
+                assert (done.method, done.damping) == ("damped", verdict.kappa)
+                assert verdict.strength == pytest.approx(factor)
 
 
 def test_no_go_is_said_of_unrelated_bases_and_of_targets_that_learnt_something_else():

@@ -22,7 +22,7 @@ from prolora import (
     truncated_svd,
 )
 from prolora.core.affinity import Affinity
-from prolora.core.verdict import judge_pairs
+from prolora.core.verdict import MIN_DAMPING, judge_pairs
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 # Those that know the weights by their bases, and those that `project` takes.
@@ -378,7 +378,7 @@ def test_auto_decides_for_a_stack_as_a_whole():
     delta = torch.randn(2, 32, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     found = project(delta, source, target, method="auto")
     kappa = judge_pairs(Affinity.of(*pair) for pair in pairs).kappa
-    assert kappa > 0.05
+    assert kappa >= MIN_DAMPING
     expected = project(delta, source, target, method="damped", kappa=kappa)
     assert torch.equal(found, expected)
     alone = project(delta[1], source[1], target[1], method="auto")

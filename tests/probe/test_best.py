@@ -95,6 +95,14 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
     ):
         report = prolora.transfer(lora, *bases).report
         assert ("try `fit()`" in report.in_words().lines[-1]) is told
+    conv = "lora_unet_conv_in.lora_{}.weight"  # outside of all blocks, where a fit changes nothing
+    width = load_file(source / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].shape
+    outside = {
+        conv.format("up"): torch.ones(width[0], 1, 1, 1),
+        conv.format("down"): torch.ones(1, *width[1:]),
+    }
+    report = prolora.transfer(outside, source, student).report
+    assert report.totals["mapped"] == 1 and not report.few_steps
     best = prolora.transfer(lora, source, student, method="best").report
     assert best.why and "few steps" not in str(best.in_words())
 

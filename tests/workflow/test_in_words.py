@@ -8,6 +8,7 @@ from reports import make_report, make_row
 from prolora import Verdict
 from prolora.comparison.expectation import expect_shares
 from prolora.workflow.in_words import (
+    A_VECTOR,
     find_expected,
     judge,
     name_amount,
@@ -57,6 +58,9 @@ def test_what_is_lost_is_said_in_words_too():
     report = make_report(rows, unread=("b",), left_out={"emb": "an embedding"})
     cautions = " ".join(report.in_words().cautions)
     assert "b: its file is damaged" in cautions and "emb: an embedding" in cautions
+    assert "1 update of the file could" in cautions and "1 tensor of the file stays" in cautions
+    two = make_report(rows, unread=("b", "a"), left_out={"emb": "x", "emb2": "y"}).in_words()
+    assert "2 updates of the file could" in str(two) and "2 tensors of the file stay " in str(two)
 
 
 def test_a_dry_run_says_that_nothing_was_written():
@@ -152,3 +156,19 @@ def test_nothing_is_made_up_for_a_method_that_nobody_measured():
 def test_a_fit_that_did_not_succeed_is_not_recommended(is_refused, step):
     told = tell_fit("a", "b", 0.1, is_refused, "", ())
     assert told.lines[-1].startswith(f"Next: {step}")
+
+
+def test_of_a_lora_without_updates_only_what_is_known_is_said():
+    zero, behind = [make_row("a", energy=0.0)], {"a.bias": f"{A_VECTOR}, left out as asked"}
+    for rows, fields, mark, said in (
+        ([], {"vectors": 1, "left_out": behind, "verdict": None}, "✔", "1 of 2 go over"),
+        ([], {"vectors": 1, "verdict": APART}, "✖", "1 of 1 go over"),
+        ([], {"left_out": behind}, "⚠", "0 of 1 go over"),
+        (zero, {}, "⚠", "This LoRA changes nothing"),
+        (zero, {"unread": ("a",)}, "⚠", "All that could be read"),
+        (zero, {"left_out": {"emb": "an embedding"}}, "⚠", "All that could be read"),
+    ):
+        told = make_report(rows, **fields).in_words()
+        assert told.mark == mark and said in told.headline, fields
+    planned = make_report([], dry_run=True, left_out=behind).in_words()
+    assert planned.mark == "⚠" and "0 of 1 go over" in planned.lines[0]

@@ -102,7 +102,24 @@ def test_a_lora_of_biases_alone_is_not_told_as_a_dry_run(case, tmp_path):
     save_file({f"{key}.diff_b": torch.ones(24) for key in keys}, case[0])
     report = prolora.transfer_file(*case, tmp_path / "out", method="copy")
     assert report.vectors == 8 and "dry run" not in str(report)
-    assert "biases" in report.in_words().headline
+    assert report.in_words().mark == "✔"
+    assert report.in_words().headline.endswith("normalisation layers alone; 8 of 12 go over.")
+
+
+def test_only_a_lora_of_which_all_was_read_is_told_as_zero(case):
+    lora = case[0]
+    stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    parts = {"lora_up.weight": (6, 2), "lora_down.weight": (2, 5), "dora_scale": (6, 1)}
+    save_file({f"{stem}.{part}": torch.ones(shape) for part, shape in parts.items()}, lora)
+    for options in ({}, {"text_encoder": "skip"}):
+        planned = plan_report(*case, **options, min_coverage=0)
+        assert "is zero" not in str(planned) and "dry run" in planned.in_words().headline
+    zeros = {k: x * ("lora_up" not in k) for k, x in lora_tensors().items() if "alpha" not in k}
+    keys = ["lora_unet_" + name.replace(".", "_") for name in shapes(3)]
+    save_file(zeros | {f"{key}.diff_b": torch.ones(24) for key in keys}, lora)
+    for told in (plan_report(*case), prolora.transfer(*case, method="copy").report):
+        assert "is zero" not in str(told) and told.vectors == 8
+    assert "8 of 12 go over" in told.in_words().headline and "dry run" not in str(told)
 
 
 def write_kind(path, kind):
@@ -154,4 +171,6 @@ def test_a_dry_run_counts_parts_where_it_cannot_know_what_they_do(case):
     assert "8 of the LoRA's 12 parts (67%) have a place" in planned.in_words().lines[0]
     assert planned.totals["energy_mapped"] is None
     assert planned.to_dict()["modules"][0]["energy"] is None
+    assert planned.to_records()[0]["energy"] is None
+    assert planned.profile == planned.to_dict()["profile"] == {}
     assert "nan" not in Page(planned.to_html()).inside["td"]

@@ -20,10 +20,14 @@ UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
 
-# What few-step models are called: a word of the name, and of FLUX.2's own all but the bases.
+# What few-step models are called. "Distilled" alone says nothing: pruned models are that too, and
+# guidance is distilled as well; only of the models named here it means few steps.
 _FEW_STEPS = re.compile(
-    r"(?<![a-z])(turbo|lightning|lcm|tcd|hyper|schnell|dmd2?|[1248][ _-]?steps?"
-    r"|(?<!guidance.)(?<!cfg.)distilled|flux\W*2\W*klein(?!.*base))(?![a-z])",
+    r"(?:turbo|(?<![a-z])(?:lightning|lcm|tcd|schnell|dmd2?|hyper[ _-]?(?:sdxl|sd|flux|\d))"
+    r"|(?<![a-z0-9])[1248][ _-]?steps?"
+    r"|step[\W_]*distill(?:ed)?|(?:flux[\W_]*3[\W_]*klein|hunyuan[\W_]*image|ltx).*"
+    r"(?<!guidance.)(?<!cfg.)(?<!de.)(?<!non.)(?<!un.)(?<!de)(?<!non)(?<!un)distilled"
+    r"|flux[\W_]*2[\W_]*klein(?!.*(?:base|(?:de|non|un)[\W_]*distilled)))(?![a-z])",
     re.IGNORECASE,
 )
 _MOST_BYTES = 1 << 20  # real ones have a few thousand

@@ -34,7 +34,7 @@ class FileOutput:
         ),
     ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
     ] = False
     explain: ExplainOption = False
     modules: ModulesOption = False

@@ -92,8 +92,8 @@ class Verdict:
 
     @property
     def strength(self) -> float:
-        """The factor that suits an unchanged copy best: 1 / (1 + κ/5)."""
-        return 1 / (1 + self.kappa / HALF_DAMPING)
+        """The factor that suits an unchanged copy best: 1 / (1 + κ/5), and 1 where κ is below 1."""
+        return 1 / (1 + self.kappa / HALF_DAMPING) if self.kappa >= MIN_DAMPING else 1.0
 
     @property
     def kappa(self) -> float:
@@ -127,7 +127,9 @@ class Verdict:
             strength = self.strength
         elif strength is None or strength == AUTO:
             strength = 1.0
-        return Decision(method, float(strength), self.kappa if damping is None else damping)
+        if damping is None:
+            damping = 0.0 if method == "copy" else self.kappa
+        return Decision(method, float(strength), damping)
 
     def explain(self, method: str) -> str:
         """Why AUTO chose a method here."""
@@ -180,7 +182,7 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
 
 
 METHOD_REASONS = {
-    "copy": "nothing in the weights of the two models shows where the LoRA should be weaker",
+    "copy": "the weights of the two models give no clear reason to weaken the LoRA",
     "damped": (
         "the target was fine-tuned, so the LoRA is weakened where the two models differ, and "
         "images keep the target's look; `look='lora'` copies it, and keeps the look that it was "

@@ -1,4 +1,4 @@
-"""What a transfer would do, from headers alone."""
+"""What a transfer would do, told without moving anything."""
 
 from __future__ import annotations
 

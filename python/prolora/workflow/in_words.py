@@ -7,7 +7,7 @@ of the mathematics; the numbers behind them are the report's sentences and table
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +38,10 @@ FIT_NO_BETTER = (
 
 ZERO = "This LoRA changes nothing: it is zero."
 
-VECTORS_ALONE = (
-    "This LoRA is trained biases and normalisation layers alone, which go over as they are."
-)
+READ_ZERO = "All that could be read of this LoRA's updates is zero."
+
+A_VECTOR = "a trained bias or normalisation layer"
+"""How reasons begin for which such a tensor stays behind."""
 
 NOT_COMPARED = "The weights of the two models were not compared: whether it will work is not known."
 
@@ -161,6 +162,18 @@ def tell_parts(placed: int, parts: int, target: str) -> str:
     )
 
 
+def tell_vectors(over: int, left_out: Mapping[str, str]) -> str:
+    """How much goes over of a LoRA that updates no matrix; "" where it has no such tensor.
+
+    Args:
+        over: number of its biases and tensors of normalisation layers on the target.
+        left_out: tensor that stays behind -> why.
+    """
+    behind = sum(reason.startswith(A_VECTOR) for reason in left_out.values())
+    what = "This LoRA is trained biases and normalisation layers alone"
+    return f"{what}; {over} of {over + behind} go over." if over + behind else ""
+
+
 def tell_method(
     method: str, source: str, target: str, verdict: Verdict | None, strength: float = 1.0
 ) -> str:
@@ -169,8 +182,8 @@ def tell_method(
         return f"prolora copied the LoRA at strength {strength:.3g}."
     if method == "damped":
         return (
-            f"prolora weakened the LoRA where the two models differ, so that images keep the look "
-            f"of {target}."
+            f"prolora weakened the LoRA where the two models differ and it would do something else "
+            f"than on {source}, so that images keep the look of {target}."
         )
     if method != "copy":
         return f"prolora moved the LoRA by the method {method}, as asked."
@@ -181,8 +194,8 @@ def tell_method(
                 "to weaken it."
             )
         return (
-            f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "
-            f"merge of {source}, which it already fits."
+            f"prolora copied the LoRA unchanged: {target} looks like a continued training, a merge "
+            f"or a few-step version of {source}, which it already fits."
         )
     return "prolora copied the LoRA unchanged."
 

@@ -202,12 +202,15 @@ class ModuleReport:
         return record
 
     def to_record(self) -> dict[str, Any]:
-        """`to_dict` without a dict inside; every row has the same keys."""
+        """`to_dict` without a dict inside and without NaN; every row has the same keys."""
         record = self.to_dict()
         del record["measures"]
-        measures = self.measures
-        return record | {
-            entry.name: getattr(measures, entry.name, None) for entry in fields(Measures)
+        record |= {
+            entry.name: getattr(self.measures, entry.name, None) for entry in fields(Measures)
+        }
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
         }
 
 

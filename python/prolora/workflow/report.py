@@ -34,7 +34,7 @@ from .in_words import (
     FIT_NO_BETTER,
     MERGE,
     NOT_COMPARED,
-    VECTORS_ALONE,
+    READ_ZERO,
     ZERO,
     InWords,
     judge,
@@ -44,6 +44,7 @@ from .in_words import (
     tell_next,
     tell_parts,
     tell_place,
+    tell_vectors,
 )
 from .merge_report import MergeReport
 from .module_report import (
@@ -73,6 +74,7 @@ from .report_sentences import (
     tell_left_behind,
     tell_limits,
     tell_profile,
+    tell_tensors_left,
 )
 from .table import Table
 
@@ -102,8 +104,8 @@ class Report:
         unread: modules whose updates could not be read and stay behind; their rows say why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
-        dry_run: True where no LoRA was made: only headers were read, or a preview was drawn, which
-            JSON tells apart as `preview`. Rows then carry no measures.
+        dry_run: True where no LoRA was made: nothing was moved, or a preview was drawn, which JSON
+            tells apart as `preview`. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
         few_steps: whether the target seems to draw in few steps and the source does not, and a fit
             could run both.
@@ -267,10 +269,8 @@ class Report:
             if kept is None and not self.dry_run:
                 return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
             return tell_made(self.method, source, target, kept, cautions, parts)
-        if self.modules and all(row.energy == 0 for row in self.modules):
-            return InWords("⚠", ZERO, (), self._cautions())
-        if not self.modules and not self.dry_run:
-            return InWords("✔", VECTORS_ALONE, (), self._cautions())
+        if (told := self._tell_without_updates(target)) is not None:
+            return told
         if self.dry_run or placed is None:
             return self._tell_outline(placed, target)
         if self.was_fitted:
@@ -305,6 +305,19 @@ class Report:
         mark, headline = judge(verdict, placed, target, chosen)
         return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
 
+    def _tell_without_updates(self, target: str) -> InWords | None:
+        """The verdict on a LoRA whose matrices do nothing; None of others, and where it is open."""
+        if any(row.energy != 0 for row in self.modules):
+            return None
+        if self.rows("mapped") and not (self.unread or self.vectors or self.left_out):
+            return InWords("⚠", ZERO, (), self._cautions())
+        if self.dry_run:
+            return None
+        if self.unread or not (told := tell_vectors(self.vectors, self.left_out)):
+            return InWords("⚠", READ_ZERO, (), self._cautions())
+        mark = judge(self.verdict, None, target)[0] if self.vectors else "⚠"
+        return InWords(mark, told, (), self._cautions())
+
     def _tell_outline(self, placed: float | None, target: str) -> InWords:
         """The verdict of a dry run; arguments as `tell_place` takes them."""
         names, there = split_modules(self.modules)
@@ -316,8 +329,8 @@ class Report:
             placed = len(there) / len(names)
             place = tell_parts(len(there), len(names), target)
         else:
-            place = VECTORS_ALONE
-        mark, _ = judge(None, placed, target)
+            place = tell_vectors(self.vectors, self.left_out)
+        mark = judge(None, placed, target)[0] if names or self.vectors else "⚠"
         unknown = "" if self.work or self.why else NOT_COMPARED
         lines = tuple(filter(None, (place, unknown, self.why)))
         told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
@@ -411,7 +424,7 @@ class Report:
         """A flat dict for every row, as `pandas.DataFrame` takes them.
 
         Every record has the same keys: the fields of `ModuleReport` but for `measures`, and those
-        of `Measures`, which are None where nothing was projected.
+        of `Measures`, which are None where nothing was projected. What is not known is None.
         """
         return [row.to_record() for row in self.modules]
 
@@ -457,8 +470,8 @@ class Report:
         words = self.in_words()
         sections = [Section(table.title, [table]) for table in self.tables(every_block=True)]
         if self.left_out:
-            summary = f"{len(self.left_out)} tensors of the file stay behind"
-            sections.append(Section("What else did not move", [Fold(summary, self.left_out)]))
+            fold = Fold(tell_tensors_left(self.left_out), self.left_out)
+            sections.append(Section("What else did not move", [fold]))
         if self.modules:
             every = tables.tabulate_modules(self.modules, self.dry_run)
             sections.append(Section(every.title, [every], MODULES))

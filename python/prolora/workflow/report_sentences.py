@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..core.methods import find_method
@@ -55,13 +55,24 @@ def tell_left_behind(
     if unread:
         reason = next(row.reason for row in modules if row.source == unread[0])
         sentences.append(
-            f"Careful: {len(unread)} updates of the file could not be read and stay "
-            f"behind; {unread[0]}: {reason}."
+            f"Careful: {_count(unread, 'update')} of the file could not be read and "
+            f"{'stays' if len(unread) == 1 else 'stay'} behind; {unread[0]}: {reason}."
         )
     if left_out:
         name, reason = next(iter(left_out.items()))
-        sentences.append(f"{len(left_out)} tensors of the file stay behind; {name}: {reason}.")
+        sentences.append(f"{tell_tensors_left(left_out)}; {name}: {reason}.")
     return sentences
+
+
+def tell_tensors_left(left_out: Mapping[str, str]) -> str:
+    """How many tensors stay behind, without a full stop."""
+    stay = "stays" if len(left_out) == 1 else "stay"
+    return f"{_count(left_out, 'tensor')} of the file {stay} behind"
+
+
+def _count(things: Collection[str], what: str) -> str:
+    """How many there are of them: 1 update, 2 updates."""
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def tell_energy(totals: Mapping[str, Any], method: str, strength: float) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from ...adapters.adapter import Adapter
 from ...adapters.formats.metadata import rewrite_metadata
 from ...adapters.formats.moves import read_moves, write_moves
+from ...architectures.modules import find_block, may_be_fitted
 from ...bases import Base
 from ...bases.base import list_quantised
 from ...bases.cache.basis_cache import BasisCache
@@ -94,8 +95,15 @@ def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str,
     return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
 
 
-def _is_student(source: Base, target: Base) -> bool:
-    """Whether the target alone seems to draw in few steps, and a fit could run both."""
+def _suits_student(ledger: Ledger) -> bool:
+    """Whether the target alone seems to draw in few steps, and a fit could bring more there.
+
+    That takes two models that can run and were compared, and a moved update in a block.
+    """
+    source, target = ledger.source, ledger.target
+    fitted = (name for name in ledger.moved if may_be_fitted(target.shapes.get(name, ())))
+    if ledger.verdict is None or not any(map(find_block, fitted)):
+        return False
     ours, theirs = source.path, target.path
     if ours is None or theirs is None or not seems_few_step(theirs, target.name):
         return False
@@ -114,6 +122,7 @@ def build_report(
         **known: further fields of `Report`.
     """
     adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
+    table = list_base_blocks(ledger.target)
     return Report(
         method=options.method,
         rank_rule=options.rank,
@@ -131,9 +140,9 @@ def build_report(
         kept_energy=dict(adapter.kept_energy),
         strength=options.factor,
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
-        profile=measure_blocks(ledger.rows.values(), list_base_blocks(ledger.target)),
+        profile={} if known.get("dry_run") else measure_blocks(ledger.rows.values(), table),
         quantised=list_quantised(ledger.source, ledger.target),
         moves=read_moves(adapter.metadata),
-        few_steps=_is_student(ledger.source, ledger.target),
+        few_steps=_suits_student(ledger),
         **known,
     )

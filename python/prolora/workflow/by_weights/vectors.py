@@ -14,10 +14,9 @@ from torch import Tensor
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ..block_weights import LEFT_OUT
+from ..in_words import A_VECTOR
 from ..plan import ModulePlan
 from .ledger import Ledger
-
-_WHAT = "a trained bias or normalisation layer"
 
 
 @dataclass
@@ -51,7 +50,7 @@ def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> Carri
             carried.left_out[name] = reason
         strength = 1.0 if is_in_text_encoder(module) else ledger.options.factor
         if places and all(ledger.block_factors.get(place) == 0 for place in places):
-            carried.left_out[name] = f"{_WHAT}: {LEFT_OUT}"
+            carried.left_out[name] = f"{A_VECTOR}: {LEFT_OUT}"
             places = []
         for place in places:
             scaled = vector if strength == 1 else vector * strength
@@ -64,25 +63,25 @@ def _find_places(
 ) -> tuple[list[str], str]:
     """The target's modules that a vector goes to, and the reason where there are none."""
     if ledger.options.vectors == "skip":
-        return [], f"{_WHAT}, left out as asked"
+        return [], f"{A_VECTOR}, left out as asked"
     if is_in_text_encoder(module):
         return _find_text_encoder(module, ledger)
     places = list(_find_partners(module, width, ledger.plan, ledger.source, ledger.target))
     if not places:
-        return [], f"{_WHAT}: the target has no such module of that width"
+        return [], f"{A_VECTOR}: the target has no such module of that width"
     if moved is not None and any(row.source == module for row in ledger.rows.values()):
         places = [place for place in places if place in moved]
-    return places, f"{_WHAT}: the update of its module was left out"
+    return places, f"{A_VECTOR}: the update of its module was left out"
 
 
 def _find_text_encoder(module: str, ledger: Ledger) -> tuple[list[str], str]:
     """The module itself: vectors of a text encoder are carried over where its updates are."""
     if ledger.options.text_encoder == "skip":
-        return [], f"{_WHAT}: text encoder, left out as asked"
+        return [], f"{A_VECTOR}: text encoder, left out as asked"
     encoder = module.partition(".")[0] + "."
     for name, reason in ledger.plan.skipped.items():
         if name.startswith(encoder):
-            return [], f"{_WHAT}: {reason}"
+            return [], f"{A_VECTOR}: {reason}"
     return [module], ""
 
 
