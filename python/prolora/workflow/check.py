@@ -36,8 +36,8 @@ class BaseCheck:
         base: the base's name.
         answer: "fits": every module has its place, and the base is of a family that the LoRA can be
             of, or of none that is known. "unclear": every module has a place, but as a whole they
-            are another family's, or prolora moved the LoRA from this base to another. "in part": some
-            have. "other": the LoRA is another model's.
+            are another family's, or prolora moved the LoRA from this base to another. "in part":
+            some have. "other": the LoRA is another model's.
         lora_title: what the LoRA is for, in words; "" where nothing tells.
         base_title: what the base is, in words.
         also: other models that have all these modules in these sizes, in words; "" for none.
