@@ -219,3 +219,11 @@ def test_a_list_of_earlier_moves_that_nobody_made_costs_no_time(files, tmp_path)
         assert len(moves) <= MOST_EARLIER + 1 and len(described) < 5000
         assert len(again["prolora.earlier_moves"]) < 20_000
     assert moves[-2].target == "t999"  # the latest are kept
+
+
+def test_a_check_tells_the_old_base_from_the_one_that_it_was_moved_to(files):
+    moved, a, b, _ = files
+    old, new = prolora.check(moved, a), prolora.check(moved, b)
+    assert new and new.moved_to == ""
+    assert not old and old.moved_to == "b.safetensors" == old.to_dict()["moved_to"]
+    assert str(old).startswith("⚠") and "have their place, but it was moved to b.safe" in str(old)

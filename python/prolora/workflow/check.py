@@ -20,6 +20,7 @@ from .base_check import describe_kind, join_titles
 from .by_weights.rows import describe_place, list_unread_modules
 from .in_words import Mark
 from .module_report import ModuleReport, measure_coverage, split_modules
+from .moved_before import find_newer_base
 from .plan import explain_other_shape
 
 Answer = Literal["fits", "unclear", "in part", "other"]
@@ -35,11 +36,13 @@ class BaseCheck:
         base: the base's name.
         answer: "fits": every module has its place, and the base is of a family that the LoRA can be
             of, or of none that is known. "unclear": every module has a place, but as a whole they
-            are another family's. "in part": some have. "other": the LoRA is another model's.
+            are another family's, or prolora moved the LoRA from this base to another. "in part":
+            some have. "other": the LoRA is another model's.
         lora_title: what the LoRA is for, in words; "" where nothing tells.
         base_title: what the base is, in words.
         also: other models that have all these modules in these sizes, in words; "" for none.
         modules: a row for every module of the LoRA: "mapped" if it has a place, else the reason.
+        moved_to: the base that prolora moved it to from this one, by their names; "" for none.
     """
 
     lora: str
@@ -49,6 +52,7 @@ class BaseCheck:
     base_title: str
     also: str
     modules: tuple[ModuleReport, ...]
+    moved_to: str = ""
 
     def __bool__(self) -> bool:
         """Whether the LoRA is for the base."""
@@ -72,6 +76,8 @@ class BaseCheck:
         if self.answer == "fits":
             also = f"; they would have it in {self.also}, too" if self.also else ""
             return f"for this base: {counts}{also}"
+        if self.moved_to:
+            return f"perhaps for this base: {counts}, but it was moved to {self.moved_to}"
         if self.answer == "unclear":
             return (
                 f"perhaps for this base: {counts}, but together they look like a LoRA for "
@@ -99,6 +105,7 @@ class BaseCheck:
             "lora_title": self.lora_title,
             "base_title": self.base_title,
             "also": self.also,
+            "moved_to": self.moved_to,
             "modules": len(names),
             "placed": len(placed),
             "coverage": self.coverage,
@@ -129,9 +136,10 @@ def check(lora: AdapterSource, base: ExpertsLike) -> BaseCheck:
     families = guess_families(shapes, opened.metadata, matrices=matrices)
     foreign = bool(families) and model.family is not None and model.family not in families
     answer: Answer = "in part"
-    coverage = measure_coverage(rows)
+    coverage, moved_to = measure_coverage(rows), ""
     if coverage == 1:
-        answer = "unclear" if foreign else "fits"
+        moved_to = "" if foreign else find_newer_base(opened.metadata, model.name)
+        answer = "unclear" if foreign or moved_to else "fits"
     elif foreign or not any(r.target and not is_in_text_encoder(r.source) for r in rows):
         answer = "other"
     ours, theirs = join_titles(map(find_title, families)), describe_kind(model)
@@ -140,7 +148,7 @@ def check(lora: AdapterSource, base: ExpertsLike) -> BaseCheck:
         theirs = find_title(model.layout)
     others = [family for family in families if family != model.family]
     also = join_titles(map(find_title, others)) if answer == "fits" else ""
-    return BaseCheck(opened.where, model.name, answer, ours, theirs, also, tuple(rows))
+    return BaseCheck(opened.where, model.name, answer, ours, theirs, also, tuple(rows), moved_to)
 
 
 def open_checked(base: ExpertsLike) -> Base:

@@ -77,6 +77,15 @@ def tell_moved_before(moves: Sequence[Move]) -> list[str]:
     ]
 
 
+def find_newer_base(metadata: Mapping[str, str], base: str) -> str:
+    """The base that a LoRA was moved to last, from one of this very name; "" for none."""
+    moves = read_moves(metadata)
+    if not moves or moves[-1].source != base:
+        return ""
+    old, new = fold_base_name(base), fold_base_name(moves[-1].target)
+    return "" if new == old or old in _ANY_MODEL else moves[-1].target
+
+
 def read_header(lora: LoraLike) -> Mapping[str, str]:
     """The header of a LoRA, with the base that PEFT's configuration names; of a state dict none."""
     if isinstance(lora, Adapter):
