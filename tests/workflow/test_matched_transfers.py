@@ -85,7 +85,7 @@ def test_what_is_weakened_or_left_out_as_asked_is_not_told_as_lost_for_want_of_a
 
 
 def test_options_that_are_no_object_of_options_are_refused_by_name():
-    with pytest.raises(prolora.InvalidOption, match="not dict; its fields may also be"):
+    with pytest.raises(prolora.InvalidOption, match="not dict; each option may also be given by"):
         prolora.transfer(lora_tensors(), {}, {}, options={"method": "copy"})
 
 
