@@ -20,5 +20,5 @@ def test_only_methods_that_look_at_nothing_or_bases_split_into_two_sides():
 
 def test_an_unknown_name_is_refused_with_the_names():
     assert find_method("copy").needs is Needs.NOTHING
-    with pytest.raises(ValueError, match="choose from prolora, subspace"):
+    with pytest.raises(ValueError, match="choose from auto, prolora, subspace"):
         find_method("magic")
