@@ -20,15 +20,16 @@ UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
 
-# What few-step models are called. "Distilled" alone says nothing: pruned models are that too, and
-# guidance is distilled as well; only of the models named here it means few steps.
 _FEW_STEPS = re.compile(
     r"(?:turbo|(?<![a-z])(?:lightning|lcm|tcd|schnell|dmd2?|hyper[ _-]?(?:sdxl|sd|flux|\d))"
-    r"|(?<![a-z0-9])[1248][ _-]?steps?"
-    r"|step[\W_]*distill(?:ed)?|(?:flux[\W_]*3[\W_]*klein|hunyuan[\W_]*image|ltx).*"
-    r"(?<!guidance.)(?<!cfg.)(?<!de.)(?<!non.)(?<!un.)(?<!de)(?<!non)(?<!un)distilled"
-    r"|flux[\W_]*2[\W_]*klein(?!.*(?:base|(?:de|non|un)[\W_]*distilled)))(?![a-z])",
+    r"|(?<![a-z0-9])[1248][ _-]?steps?|step[\W_]*distill(?:ed)?|flux[\W_]*2[\W_]*klein"
+    r"|(?:flux[\W_]*3[\W_]*klein|hunyuan[\W_]*image|ltx).*distilled)(?![a-z])",
     re.IGNORECASE,
+)
+"""What few-step models are called. "Distilled" says so of some families only: pruned models and
+those that learnt their guidance are called so, too."""
+_AND_YET_MANY = re.compile(
+    r"(?<![a-z])(?:de|non|un|cfg|guidance)[\W_]*distilled|klein.*base", re.IGNORECASE
 )
 _MOST_BYTES = 1 << 20  # real ones have a few thousand
 _MOST = 1 << 20  # no width, size or number of layers is larger
@@ -92,7 +93,7 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
 
 def seems_few_step(folder: Path, name: str) -> bool:
     """Whether a model seems to draw in few steps, by its name or its pipeline's scheduler."""
-    if _FEW_STEPS.search(name):
+    if _FEW_STEPS.search(name) and not _AND_YET_MANY.search(name):
         return True
     try:
         _, scheduler = read_pipeline_index(folder).parts.get("scheduler", ("", ""))
