@@ -22,9 +22,9 @@ from .precision import in_full_precision, working_dtype
 from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
-from .svd.dense import dense_triplets
+from .svd.dense import dense_triplets, whole_triplets
 from .svd.solvers import attempt
-from .svd.stacks import count_together, take_places
+from .svd.stacks import count_together, decides_freely, take_places
 from .svd.triplets import Triplets, merge_triplets
 from .validation import check_operand, refuse_tangents, refuse_vmap
 
@@ -125,6 +125,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     - "gram-f32": eigenvectors of the Gram matrix of the short side in float32, whose rounding a
       step with float64 residuals takes out (d ≥ 384);
     - "gram-f64": the same in float64 throughout;
+    - "svd-f32": LAPACK's SVD, where every column is asked for;
     - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
 
     What one rung cannot prove to `tol`, or fails to compute, the next one computes. The bound
@@ -251,10 +252,13 @@ def _descend_dense(
     """The dense rungs, for the matrices of w [b, d, n] at these places."""
     parts: list[tuple[list[int], Triplets]] = []
     some, its_norm = _take_both(w, norm, places)
+    refined = None
     if w.dtype == torch.float32 and gram.suits_gram(w.shape[-2], rank):
         refined = attempt(partial(gram.gram_triplets, some, its_norm, rank))
-        if refined is not None:
-            parts = _select_proven(refined, tol)
+    elif w.dtype == torch.float32 and len(some) and decides_freely(w) and rank >= w.shape[-2]:
+        refined = whole_triplets(some, its_norm)
+    if refined is not None:
+        parts = _select_proven(refined, tol)
     rows = _list_missing(parts, range(len(places)))
     if rows or not parts:
         rest, its_norm = _take_both(some, its_norm, rows)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cut import Cut
-from .products import FormedGram, ImpliedGram
+from .products import AnyGram
 from .solvers import FEW_PROBES, random_probes
 
 # What random combinations of rows show of a norm is taken times this. Where one row alone is wrong,
@@ -80,7 +80,11 @@ def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
 
 
 def measure_residuals(
-    gram: FormedGram | ImpliedGram, pairs: Pairs, repair: Repair, distance: Tensor, cut: Cut
+    gram: AnyGram,
+    pairs: Pairs,
+    repair: Repair,
+    distance: Tensor,
+    cut: Cut,
 ) -> tuple[Tensor, Tensor]:
     """What `bound_span_angle` asks of the repaired vectors, from products in float64: [b], [b].
 
@@ -108,16 +112,20 @@ def measure_residuals(
     left = left.float()
     inside = left @ repair.kept.mT
     lengths = torch.linalg.vector_norm((left - inside @ repair.kept).double(), dim=-1)
-    sines = lengths[:, :count] / cut.window(distance, count)
+    near = cut.window(distance, count)
+    sines = lengths[:, :count] / near
     place = cut.start[:, None] + torch.arange(count, device=x.device)
     sines = torch.where(place < cut.most, sines, 0.0)  # the last row may come several times
     unknown = (inside[:, count:] - weights[:, :FEW_PROBES] @ repair.mixing).double()
+    turned = (inside[:, :count] - cut.window(repair.mixing, count)).double()
+    turned = torch.where((place < cut.most)[..., None], turned / near[..., None], 0.0)
     sampled = CAUTION / math.sqrt(FEW_PROBES)
     parts = [sines, sampled * lengths[:, count:]]
     missed = torch.linalg.vector_norm(torch.cat(parts, 1), dim=-1)
     known = torch.linalg.vector_norm(repair.mixing / distance[..., None], dim=(-2, -1))
     largest = torch.linalg.vector_norm(repair.lengths, dim=-1)
     feedback = known * (1 + largest).square()
+    feedback += torch.linalg.vector_norm(turned, dim=(-2, -1))
     feedback += sampled * torch.linalg.vector_norm(unknown, dim=(-2, -1))
     return missed, feedback
 

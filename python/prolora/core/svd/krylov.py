@@ -23,7 +23,8 @@ from ..ops import native
 from ..ops.krylov_block import STORED
 from .block_basis import BlockBasis
 from .cut import make_even_cut
-from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower
+from .head import Head, find_head
+from .products import AnyGram, FormedGram, ImpliedGram, LoweredGram, lower_gram, mirror_lower
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
 from .stacks import decides_freely, float64_cost, take_places
@@ -50,6 +51,14 @@ GAIN = 4
 CLUSTER = 1e-2
 # From this look at convergence on, the distance to the next one doubles.
 EARLY_LOOKS = 3
+# Below this λ_k/λ_1 the projection's eigenproblem is solved in float64: float32 leaves eps·λ_1.
+STEEP = 1e-3
+# A basis of about this many columns shows the first eigenvalue. Below so many times the mean one
+# the spectrum is flat, and a few columns converge no sooner than all; above so many times the mean
+# of the rest, it is taken out first.
+FIRST_SIZE = 48
+FLAT = 5.0
+OUTLIER = 5e4
 
 
 def suits_krylov(d: int, k: int) -> bool:
@@ -82,8 +91,8 @@ class Schedule:
     looks: int = 0
     before: tuple[int, float] | None = None
 
-    def advance(self, size: int, sine: float) -> None:
-        """Sets the next look after one that found this sine."""
+    def advance(self, size: int, sine: float) -> bool:
+        """Sets the next look after one that found this sine; whether a basis may reach the goal."""
         slope = USUAL_SLOPE / self.k
         if self.before is not None and sine < self.before[1]:
             slope = math.log(self.before[1] / sine) / (size - self.before[0])
@@ -92,7 +101,26 @@ class Schedule:
         step = max(8, min(32, self.k // 4)) * 2 ** max(0, self.looks - EARLY_LOOKS)
         wanted = int(math.log(max(1.0, sine / self.goal)) / slope)
         self.due = min(self.largest, size + min(max(step, wanted), 4 * step))
+        known = self.before is not None
         self.before = size, sine
+        return not known or size + wanted <= self.largest
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The values of one matrix that hide the others from float32, and the matrix without them.
+
+    Attributes:
+        gram: products with G of the whole matrix, in float32 with that of `rest`.
+        w: the whole matrix, [1, d, n].
+        rest: w without `head`.
+        head: the leading eigenpairs of G.
+    """
+
+    gram: LoweredGram
+    w: Tensor
+    rest: Tensor
+    head: Head
 
 
 @dataclass(frozen=True)
@@ -133,14 +161,27 @@ def krylov_triplets(
     first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
     schedule = Schedule(min(basis.largest, first), k, basis.width, basis.largest, GAIN * tol)
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
+    outliers: Outliers | None = None
+    alone = judged = decides_freely(w) and len(w) == 1
     while True:
         basis.expand()
+        if judged and basis.size >= FIRST_SIZE:
+            judged = False
+            top, rest = _judge_spectrum(basis)
+            if top < FLAT * rest:
+                break
+            if top > OUTLIER * rest:
+                outliers = _take_outliers(basis, k)
+            if outliers is not None:
+                basis = _start_basis(outliers.rest, norm, k, seed, None)
+                outliers.gram.rest = basis.gram
+                continue
         if basis.size >= schedule.due:
-            look = _look_at(basis, k)
+            look = _look_at(basis, k if outliers is None else k - len(outliers.head.theta))
             proven = list[int]()
             ready = [i for i, sine in enumerate(look.sines) if sine <= schedule.goal]
             if ready:
-                refined = _refine_ready(basis, look, ready, k)
+                refined = _refine_ready(basis, look, ready, k, outliers)
                 rows = [row for row, sine in enumerate(refined.angle.tolist()) if sine <= tol]
                 proven = [ready[row] for row in rows]
                 parts.append(([places[i] for i in proven], refined.take(rows)))
@@ -151,11 +192,12 @@ def krylov_triplets(
             }
             if not open_sines:
                 break
-            schedule.advance(basis.size, max(open_sines.values()))
+            if not schedule.advance(basis.size, max(open_sines.values())) and alone:
+                break
             if len(open_sines) < len(places):
-                rest = list(open_sines)
-                basis = basis.take(rest)
-                places = [places[i] for i in rest]
+                rest_of_them = list(open_sines)
+                basis = basis.take(rest_of_them)
+                places = [places[i] for i in rest_of_them]
         if basis.size >= basis.largest:
             break
         basis.append()
@@ -204,6 +246,28 @@ def _largest_width(w: Tensor) -> int:
     return 16 if small and decides_freely(w) else 32
 
 
+def _judge_spectrum(basis: BlockBasis) -> tuple[float, float]:
+    """The first eigenvalue that the basis of one matrix shows, and the mean one that it does not.
+
+    Of a flat spectrum both are about the same.
+    """
+    values = torch.linalg.eigvalsh(basis.penalised())[0].double()
+    rest = (basis.norm[0].square() - values.sum()) / (basis.w.shape[1] - basis.size)
+    return float(values[-1]), max(float(rest), 0.0)
+
+
+def _take_outliers(basis: BlockBasis, k: int) -> Outliers | None:
+    """The outliers of one matrix, fewer than k; None where they do not converge at once."""
+    w, norm = basis.w, float(basis.norm[0])
+    head = find_head(basis.gram, norm**2, w.shape[1], OUTLIER)
+    rows = head.rows[: k - 1]
+    if not len(rows):
+        return None
+    wide = w[0].double()
+    rest = torch.addmm(wide, rows.mT, rows @ wide, alpha=-1).float()[None]
+    return Outliers(LoweredGram(basis.gram, basis.gram), w, rest, Head(rows, head.theta[: k - 1]))
+
+
 def _look_at(basis: BlockBasis, k: int) -> Look:
     """Rayleigh-Ritz in the basis; the host waits for the sines.
 
@@ -211,7 +275,11 @@ def _look_at(basis: BlockBasis, k: int) -> Look:
         basis: with `expand` done.
         k: columns that must have converged.
     """
-    values, vectors = descending_eigh(basis.penalised())
+    projected = basis.penalised()
+    values, vectors = descending_eigh(projected)
+    if decides_freely(values) and bool((values[:, k - 1] < STEEP * values[:, 0]).any()):
+        values, vectors = descending_eigh(projected.double())
+        vectors = vectors.float()
     sound = values.isfinite().all(-1)
     values = values.double()
     guarded = max(k + count_guard(k), 2 * count_guard(k))
@@ -225,7 +293,9 @@ def _look_at(basis: BlockBasis, k: int) -> Look:
     return Look(values, vectors, left, sines.tolist())
 
 
-def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Triplets:
+def _refine_ready(
+    basis: BlockBasis, look: Look, ready: list[int], k: int, outliers: Outliers | None
+) -> Triplets:
     """The refined triplets of the matrices whose Ritz vectors have converged.
 
     Args:
@@ -233,6 +303,7 @@ def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Tr
         look: at it.
         ready: the places in the stack.
         k: columns to keep.
+        outliers: what was taken out before.
     """
     values, vectors, left = look.values, look.vectors, look.left
     if len(ready) < len(values):
@@ -240,14 +311,21 @@ def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Tr
         values, vectors, left = (take_places(x, ready) for x in (values, vectors, left))
     cut = make_even_cut(basis.w, k, count_guard(k))
     size, d = basis.size, basis.w.shape[1]
-    seen = min(size, 2 * cut.near)
-    rows = vectors[..., :seen].mT @ basis.rows[:, :size]
+    rows = vectors[..., : min(size, 2 * cut.near)].mT @ basis.rows[:, :size]
+    gram: AnyGram = basis.gram
+    w, head = basis.w, None
+    if outliers is not None:
+        gram, w, head = outliers.gram, outliers.w, outliers.head.rows[None]
+        rows = torch.cat([head.float(), rows], 1)
+        values = torch.cat([outliers.head.theta[None], values], 1)
+        left = torch.nn.functional.pad(left, (head.shape[1], 0))
+    seen = rows.shape[1]
     values = values[:, :seen]
     beyond = (basis.norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
     near, far = rows[:, : cut.near], rows[:, cut.near :]
     # A basis that ends with `near` leaves nothing further to compare with.
-    ritz = Ritz(near, far, values, beyond, left[:, min(cut.near, seen - 1)])
-    return refine_triplets(basis.gram, basis.w, basis.norm, ritz, cut, "krylov")
+    ritz = Ritz(near, far, values, beyond, left[:, min(cut.near, seen - 1)], head)
+    return refine_triplets(gram, w, basis.norm, ritz, cut, "krylov")
 
 
 def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> bool:
