@@ -8,7 +8,7 @@ from prolora.cli.exits import MEANINGS
 from prolora.version import __version__
 from prolora.workflow.options import METHOD_NAMES
 
-COMMANDS = ["transfer", "fit", "evaluate", "inspect", "advise", "demo", "doctor", "basis"]
+COMMANDS = ["transfer", "fit", "inspect", "advise", "demo", "doctor", "basis"]
 COMMANDS += [f"basis {name}" for name in ("build", "list", "verify", "prune")]
 
 

@@ -223,14 +223,56 @@ def _list_defaults(function: Function) -> list[str]:
     return [arg.arg for arg in (*told, *(arg for arg, default in keywords if default))]
 
 
+def count_code_lines(text: str) -> int:
+    """Counts the lines that are no blank, comment, docstring or import."""
+    passed: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            passed |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                passed |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        bool(x.strip()) and not x.strip().startswith("#") for i, x in lines if i not in passed
+    )
+
+
+def measure_sizes(root: Path = PACKAGE.parents[1]) -> dict[str, int]:
+    """Counts lines of product, rooms, tests and bench, and words of docs."""
+    package = root / "python/prolora"
+    texts = {file.relative_to(package): file.read_text("utf-8") for file in package.rglob("*.py")}
+    lines = {file: text.count("\n") for file, text in texts.items()}
+    sizes = {
+        "product lines": sum(lines.values()),
+        "product code lines": sum(count_code_lines(text) for text in texts.values()),
+        "longest file": max(lines.values()),
+    }
+    for file, count in sorted(lines.items()):
+        room = f"{file.parts[0]}/" if len(file.parts) > 1 else str(file)
+        sizes[room] = sizes.get(room, 0) + count
+    for name, folder, endings in (
+        ("csrc", "csrc", ("h", "cu", "cpp")),
+        ("ComfyUI pack", "integrations/comfyui", ("py", "js")),
+        ("test lines", "tests", ("py",)),
+        ("bench lines", "bench", ("py",)),
+    ):
+        files = [file for ending in endings for file in (root / folder).rglob(f"*.{ending}")]
+        sizes[name] = sum(file.read_text("utf-8").count("\n") for file in files)
+    words = {file.name: len(file.read_text("utf-8").split()) for file in root.glob("docs/*.md")}
+    sizes["words of api.md"] = words.pop("api.md")
+    sizes["words of docs"] = sum(words.values())
+    sizes["words of README"] = len((root / "README.md").read_text("utf-8").split())
+    return sizes
+
+
 def measure(package: Path = PACKAGE) -> dict[str, object]:
     """Every number, by its name."""
     trees = parse_files(package)
-    lines = {file: (package / file).read_text("utf-8").count("\n") for file in trees}
     return {
         "files": len(trees),
-        "lines": sum(lines.values()),
-        "longest file": max(lines.values()),
+        **measure_sizes(package.parents[1]),
         "names told twice": find_names_told_twice(trees),
         f"functions of more than {MOST_PARAMETERS} parameters": find_wide_signatures(trees),
         f"functions of more than {MOST_LINES} lines": find_long_functions(trees),
