@@ -49,7 +49,7 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     """
     source = find_called(run.source, question.source)
     target = find_called(run.target, question.target)
-    chosen = choose_names(run.adapter.updates, source, target)
+    chosen = choose_fitted(run.adapter.updates, source, target)
     if not chosen:
         raise ProLoRAError(
             f"{type(run.target).__name__} calls no linear layer or convolution of the kinds that "
@@ -66,7 +66,7 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     return chosen
 
 
-def choose_names(lora: Iterable[str], source: Shapes, target: Shapes) -> list[str]:
+def choose_fitted(lora: Iterable[str], source: Shapes, target: Shapes) -> list[str]:
     """Returns the target's modules that a fit of a LoRA changes.
 
     Between models with like blocks these are the modules of the LoRA's roles: of its names inside

@@ -21,7 +21,7 @@ from ...bases.pipeline_files import (
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from ...files.jsontext import read_json_object
-from ...probe.modules import NO_KIND, choose_names
+from ...probe.modules import NO_KIND, choose_fitted
 from ...probe.settings import FEW_STEPS
 from ...probe.workload import Workload
 from ..fit_options import FitOptions, PassedOn
@@ -158,7 +158,7 @@ def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tu
         }
         for base in (source, target)
     )
-    return {name: theirs[name] for name in choose_names(adapter.updates, ours, theirs)}
+    return {name: theirs[name] for name in choose_fitted(adapter.updates, ours, theirs)}
 
 
 def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
