@@ -133,7 +133,12 @@ def is_adaptable(module: str) -> bool:
     block = find_block(module)
     if block is None:
         return _ADAPTABLE.search(module) is not None
-    return _CONDITIONING.search(block.local) is None
+    return not is_conditioning(block.local)
+
+
+def is_conditioning(local: str) -> bool:
+    """Returns whether a module, by its name in a block, normalises or modulates."""
+    return _CONDITIONING.search(local) is not None
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

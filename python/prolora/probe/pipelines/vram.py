@@ -204,7 +204,7 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
             places = _count_places(name, pixels, levels)
             kept[unit] += places * (shape[0] + shape[1])
             widths[unit].append(places * shape[1])
-            factors += sum(matrix_shape(shape)) if position and may_be_fitted(shape) else 0
+            factors += sum(matrix_shape(shape)) if may_be_fitted(shape) else 0
     return _PipelineSize(
         others=estimate_bytes(folder)[1] - outside - sum(blocks.values()),
         outside=outside,

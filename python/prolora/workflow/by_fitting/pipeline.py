@@ -218,7 +218,7 @@ def _list_rows(
 ) -> list[ModuleReport]:
     """What became of every module; `how` is said of those that got an update.
 
-    Where the fit starts from the copied updates, those outside the blocks stay copied.
+    Where the fit starts from the copied updates, those of other kinds stay copied.
     """
     plan = job.plan
     copied = {name for name in plan.skipped if name in fitted}
@@ -227,7 +227,7 @@ def _list_rows(
     rows = []
     for row in list_modules(job.adapter, plan, fitted, how):
         if row.source in copied:
-            row = replace(row, reason="copied; the fit in the blocks goes on from there")
+            row = replace(row, reason="copied; the fit goes on from there")
         fits = row.rank_out and row.source not in plan.passed
         rows.append(replace(row, strength=strength) if fits else row)
     return rows
