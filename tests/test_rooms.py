@@ -231,6 +231,14 @@ def test_docstrings_say_more_than_the_name(trees):
     assert not structure.find_restating_docstrings(trees)
 
 
+# Folders and files in the plain words that CONTRIBUTING.md asks for; the rest follow, one by one.
+WORDED = {"architectures"}
+
+
+def test_docstrings_are_plain_sentences(trees):
+    assert not structure.find_unclear_docstrings(trees, WORDED)
+
+
 def test_flags_of_the_command_line_are_named_there_alone(trees):
     """Errors and reports reach people in Python and in ComfyUI, who have no flags."""
     assert not structure.find_flags(trees)

@@ -375,13 +375,6 @@ class Report:
             f"{len(placed)} of {len(names)} modules {moved}{between}"
             f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
-        residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]
-        if residuals:
-            sentences.append(
-                f"{len(residuals)} modules are narrower on the target, whose weights are rows and "
-                f"columns of the source's to within {max(residuals):.2%}: their factors are sliced "
-                "alike."
-            )
         sentences += [
             f"{name} is quantised: {what}; what is measured of it includes the rounding."
             for name, what in self.quantised.items()
