@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from property_examples import examples
 
 from prolora import UnsupportedFormat
-from prolora.bases import pipeline_files, vae
+from prolora.bases import Base, pipeline_files, vae
 from prolora.errors import ProLoRAError
 
 INDEX = {
@@ -146,32 +146,16 @@ def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):
         assert "model_index.json" in str(refusal)
 
 
-@pytest.mark.parametrize(
-    ("name", "few"),
-    [
-        *((name, True) for name in ("sdxl-turbo", "Z-Image-Turbo", "SDXL-Lightning", "lcm_v7")),
-        *((name, True) for name in ("FLUX.1-schnell", "FLUX.2-klein-4B", "Hyper-SD", "x-4step")),
-        *((name, True) for name in ("FLUX.3-klein-distilled", "LTX-2-distilled")),
-        *((name, False) for name in ("x-cfg-distilled", "guidance_distilled")),
-        *((name, False) for name in ("FLUX.2-klein-base-4B", "HyperReal", "sdxl", "turbocharged")),
-        *((name, True) for name in ("flux2_klein_4b", "sdxlturbo", "hyper_flux", "Hyper-8steps")),
-        *((name, True) for name in ("HunyuanImage-2.1-distilled", "480p_t2v_step_distilled")),
-        *((name, False) for name in ("my-finetune-128-steps", "flux-10002steps")),
-        *((name, False) for name in ("terrain_32_steps", "flux1-dev-De-Distilled")),
-        *(
-            (name, False)
-            for name in ("Flux-dev-de_distilled", "non-distilled", "klein_undistilled")
-        ),
-        *((name, False) for name in ("Hyper-Realistic-XL", "SSD-1B-distilled", "bk-sdm distilled")),
-        *((name, False) for name in ("hunyuan_image_de-distilled", "flux2_klein_base_9b")),
-    ],
-)
-def test_a_model_of_few_steps_is_guessed_by_its_name(tmp_path, name, few):
-    assert pipeline_files.seems_few_step(write(tmp_path, INDEX), name) is few
+def test_a_model_of_few_steps_is_known_by_its_scheduler_its_guidance_or_what_people_say(tmp_path):
+    def base(**known):
+        return Base("turbo", {}, tmp_path, **known)
 
-
-def test_a_model_of_few_steps_is_known_by_its_scheduler(tmp_path):
+    few = pipeline_files.draws_in_few_steps
     for scheduler in pipeline_files.FEW_STEP_SCHEDULERS:
-        folder = write(tmp_path, INDEX | {"scheduler": ["diffusers", scheduler]})
-        assert pipeline_files.seems_few_step(folder, "my model")
-    assert not pipeline_files.seems_few_step(tmp_path / "none", "my model")
+        write(tmp_path, INDEX | {"scheduler": ["diffusers", scheduler]})
+        assert few(base()) and few(base(), 4) and not few(base(), 50)
+    write(tmp_path, INDEX)
+    assert not few(base()) and few(base(), 4)
+    assert few(base(stored={"unet.time_embedding.cond_proj.weight": None}))
+    (tmp_path / "model_index.json").unlink()
+    assert not few(base()) and not few(Base("in memory", {}))

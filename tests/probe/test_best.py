@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from dataclasses import fields, replace
@@ -85,8 +86,12 @@ def test_where_all_of_a_lora_has_a_place_the_result_is_that_by_weights(room):
 
 def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(room, tmp_path):
     lora, source, tuned = ends(room, "tuned")
-    student = shutil.copytree(tuned, tmp_path / "tuned-lightning")
-    teacher = shutil.copytree(source, tmp_path / "turbo")
+    student = shutil.copytree(tuned, tmp_path / "student")
+    teacher = shutil.copytree(source, tmp_path / "teacher")
+    for folder in (student, teacher):
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "LCMScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index))
     for told, *bases in (
         (True, source, student),
         (False, teacher, student),  # a student's fine-tune

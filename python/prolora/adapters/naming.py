@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from ..architectures.family import SPELLINGS, Family, Spelling
+from ..architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ..architectures.ldm import ADM, is_adm
 from ..architectures.modules import find_block, is_in_adm
 from ..architectures.recognition import NamedMatrix
+from ..errors import ShapeMismatch
 from .algorithms import forms
 from .family import choose_reading
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
-from .unread import UnreadAdapter
+from .lora import Lora
 
 _ADM_ATTENTION = re.compile(r"(?:(?:in|out)put_blocks[._]\d+[._]\d+|middle_block[._]\d+)[._]qkv$")
 
@@ -33,7 +34,7 @@ class BaseNames(NamedTuple):
     modules: Collection[str] = ()
 
 
-def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
+def list_matrices(source: Lora) -> list[NamedMatrix]:
     """What can be modules of a transformer, as the file names them, with the shapes of updates."""
     keys: dict[tuple[str, bool], dict[str, str]] = {}
     for key in source.headers:
@@ -45,7 +46,7 @@ def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
     return [NamedMatrix(*name, _measure_matrix(roles, source)) for name, roles in keys.items()]
 
 
-def _measure_matrix(keys: Mapping[str, str], source: UnreadAdapter) -> tuple[int, int]:
+def _measure_matrix(keys: Mapping[str, str], source: Lora) -> tuple[int, int]:
     """Out × in of the update that some tensors are; 0 where they do not tell."""
     shapes = {role: source.headers[key].shape for role, key in keys.items() if role}
     form = None
@@ -60,7 +61,7 @@ def _measure_matrix(keys: Mapping[str, str], source: UnreadAdapter) -> tuple[int
 
 
 def choose_names(
-    source: UnreadAdapter, matrices: Iterable[NamedMatrix], base: BaseNames | None
+    source: Lora, matrices: Iterable[NamedMatrix], base: BaseNames | None
 ) -> Family | None:
     """By whose names the modules of a UNet or transformer are read; None where nobody knows them.
 
@@ -89,3 +90,18 @@ def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
         return max(counts, key=lambda one: counts[one])
     first = next((module.spelling for module in spelled), None)
     return next((one for one in SPELLINGS.values() if first and one[::2] == first[::2]), first)
+
+
+def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
+    """The height of every part of a weight of `height` rows.
+
+    Raises:
+        ShapeMismatch: the parts do not come out even.
+    """
+    unit, rest = divmod(height, sum(whole.shares))
+    if rest or not unit or (whole.swap == "always" and height % 2):
+        raise ShapeMismatch(
+            f"{where}: {height} rows are not those of {' + '.join(whole.parts)}, "
+            f"{':'.join(map(str, whole.shares))}"
+        )
+    return [share * unit for share in whole.shares]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedFormat
 from ..files.jsontext import read_json_object
 from .folder import MODELS
+
+if TYPE_CHECKING:
+    from .base import Base
 
 PIPELINE_INDEX = "model_index.json"
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -20,17 +22,10 @@ UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
 
-_FEW_STEPS = re.compile(
-    r"(?:turbo|(?<![a-z])(?:lightning|lcm|tcd|schnell|dmd2?|hyper[ _-]?(?:sdxl|sd|flux|\d))"
-    r"|(?<![a-z0-9])[1248][ _-]?steps?|step[\W_]*distill(?:ed)?|flux[\W_]*2[\W_]*klein"
-    r"|(?:flux[\W_]*3[\W_]*klein|hunyuan[\W_]*image|ltx).*distilled)(?![a-z])",
-    re.IGNORECASE,
-)
-"""What few-step models are called. "Distilled" says so of some families only: pruned models and
-those that learnt their guidance are called so, too."""
-_AND_YET_MANY = re.compile(
-    r"(?<![a-z])(?:de|non|un|cfg|guidance)[\W_]*distilled|klein.*base", re.IGNORECASE
-)
+MOST_FEW_STEPS = 10
+"""Models that draw in at most so many steps were distilled to it."""
+
+_GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"  # of UNets that learnt their guidance
 _MOST_BYTES = 1 << 20  # real ones have a few thousand
 _MOST = 1 << 20  # no width, size or number of layers is larger
 _COUNTS = (
@@ -91,12 +86,24 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
     return PipelineIndex(class_name, parts, content)
 
 
-def seems_few_step(folder: Path, name: str) -> bool:
-    """Whether a model seems to draw in few steps, by its name or its pipeline's scheduler."""
-    if _FEW_STEPS.search(name) and not _AND_YET_MANY.search(name):
+def draws_in_few_steps(base: Base, steps: int | None = None) -> bool:
+    """Returns whether a model draws in few steps, as told by `steps` or by its own files.
+
+    Files tell by the scheduler of a pipeline folder, or by an embedding of the guidance scale. Of
+    most single files nobody can know; they count as models of many steps.
+
+    Args:
+        base: opened.
+        steps: in which people draw with it; None asks the files.
+    """
+    if steps is not None:
+        return steps <= MOST_FEW_STEPS
+    if any(key.endswith(_GUIDANCE_EMBEDDING) for key in base.stored):
         return True
+    if base.path is None:
+        return False
     try:
-        _, scheduler = read_pipeline_index(folder).parts.get("scheduler", ("", ""))
+        _, scheduler = read_pipeline_index(base.path).parts.get("scheduler", ("", ""))
     except UnsupportedFormat:  # no pipeline
         return False
     return scheduler in FEW_STEP_SCHEDULERS

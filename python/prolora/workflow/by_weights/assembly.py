@@ -14,7 +14,7 @@ from ...bases import Base
 from ...bases.base import list_quantised
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
-from ...bases.pipeline_files import seems_few_step
+from ...bases.pipeline_files import draws_in_few_steps
 from ...bases.vae import can_fit
 from ...core.lowrank import LowRank
 from ...files.writing import replace_surrogates
@@ -105,9 +105,9 @@ def _suits_student(ledger: Ledger) -> bool:
     if ledger.verdict is None or not any(map(find_block, fitted)):
         return False
     ours, theirs = source.path, target.path
-    if ours is None or theirs is None or not seems_few_step(theirs, target.name):
+    if ours is None or theirs is None or not draws_in_few_steps(target):
         return False
-    return not seems_few_step(ours, source.name) and can_fit(ours, theirs)
+    return not draws_in_few_steps(source) and can_fit(ours, theirs)
 
 
 def build_report(
