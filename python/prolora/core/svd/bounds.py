@@ -66,10 +66,8 @@ def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
 
     By Courant & Fischer none outside the span of the pairs exceeds the first one there.
 
-    Args:
-        pairs: the kept ones and more.
-        outside: [b], upper bound on the eigenvalues outside their span.
-        cut: how many are kept.
+    pairs: the kept ones and more; outside: [b], upper bound on the eigenvalues outside their span;
+    cut: how many are kept.
     """
     column = torch.arange(cut.near, device=outside.device)
     behind_cut = (column >= cut.count[:, None]) & (column < cut.end[:, None])
@@ -91,12 +89,8 @@ def measure_residuals(
     Those next to the cut are multiplied one by one; of the others, random combinations: a few,
     because on many GPUs float64 takes 64 times as long as float32.
 
-    Args:
-        gram: products with G.
-        pairs: before the repair.
-        repair: the vectors.
-        distance: [b, k], of their eigenvalues to those dropped; infinite for rows not in use.
-        cut: how many are kept.
+    gram: products with G; pairs: before the repair; repair: the vectors; distance: [b, k], of their
+    eigenvalues to those dropped; infinite for rows not in use; cut: how many are kept.
     """
     x, step, theta = pairs.x[:, : cut.most], repair.step, pairs.theta[:, : cut.most]
     late, count = cut.window(x, cut.late) + cut.window(step, cut.late), cut.late
@@ -137,10 +131,8 @@ def bound_span_angle(missed: Tensor, feedback: Tensor, distance: Tensor) -> Tens
     whose eigenvalues are at most θ_j − distance_j. Z = XP solves ZG − ΘZ = RP + FZ, so
     ‖z_j‖ ≤ (ρ_j + ‖Z‖ ‖f_j‖)/distance_j, and ‖Z‖_F ≤ ‖ρ/distance‖ / (1 − ‖F/distance‖_F).
 
-    Args:
-        missed: [b], ‖ρ/distance‖.
-        feedback: [b], ‖F/distance‖_F.
-        distance: [b, k]; infinite for rows that are not in use.
+    missed: [b], ‖ρ/distance‖; feedback: [b], ‖F/distance‖_F; distance: [b, k]; infinite for rows
+    that are not in use.
     """
     holds = (distance > 0).all(-1) & (feedback < LARGEST_FEEDBACK)
     return torch.where(holds, (missed / (1 - feedback)).clamp_max(1), 1.0)

@@ -21,12 +21,8 @@ def complement_triplets(
 ) -> tuple[Triplets, Tensor]:
     """The leading triplets of one matrix w [1, d, n], d ≤ n, and [1], the energy that they hold.
 
-    Args:
-        gram: products with wwᵀ.
-        w: float32.
-        norm: [1], ‖w‖_F.
-        pairs: eigenvalues [1, d], descending, float64, and eigenvectors as rows, float32: all.
-        cut: how many to keep.
+    gram: products with wwᵀ; w: float32; norm: [1], ‖w‖_F; pairs: eigenvalues [1, d], descending,
+    float64, and eigenvectors as rows, float32: all; cut: how many to keep.
     """
     values, vectors = pairs
     d, k = w.shape[1], cut.most

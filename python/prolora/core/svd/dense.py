@@ -62,10 +62,7 @@ def whole_triplets(w: Tensor, norm: Tensor) -> Triplets:
 def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     """Eigenvectors of wwᵀ where they resolve the spectrum down to σ_k, LAPACK's SVD elsewhere.
 
-    Args:
-        w: [b, d, n], d ≤ n.
-        norm: [b], ‖w‖_F.
-        rank: the columns to return, as a rule.
+    w: [b, d, n], d ≤ n; norm: [b], ‖w‖_F; rank: the columns to return, as a rule.
 
     Raises:
         SolverFailure: neither gave a result for one of the matrices.

@@ -44,17 +44,11 @@ def assemble_factors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Orthonormal factors from eigenvectors, all in float32.
 
-    Args:
-        w: [b, d, n].
-        norm: [b], ‖w‖_F.
-        kept: [b, k, d], the eigenvectors; zero rows beyond the count.
-        angle: [b], bound on the sine so far, on the left.
-        cut: how many there are.
-        known: what need not be found from their images.
-
-    Returns:
-        Rows [b, k, d] of the short side, s [b, k], rows [b, k, n] of the long side; [b], bounds on
-        the residual and on the sine on both sides, the latter 1 where nothing is known.
+    w: [b, d, n]; norm: [b], ‖w‖_F; kept: [b, k, d], the eigenvectors; zero rows beyond the count;
+    angle: [b], bound on the sine so far, on the left; cut: how many there are; known: what need not
+    be found from their images. Returns rows [b, k, d] of the short side, s [b, k], rows [b, k, n]
+    of the long side; [b], bounds on the residual and on the sine on both sides, the latter 1 where
+    nothing is known.
     """
     used = None if cut.uniform else cut.kept
     images = kept @ w  # [b, k, n]
@@ -129,14 +123,10 @@ def _orthonormalise_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(3I − xxᵀ)x/2, a Newton step to the nearest orthonormal rows, for matrices that need one.
 
-    Args:
-        x: [b, k, m].
-        used: bool [b, k], the rows in use; the others are zero.
-        excess: xxᵀ − I to first order, where it is known.
-
-    Returns:
-        The rows, ‖xxᵀ − I‖_F of them [b] (from above), and by what less I they were multiplied,
-        None if none was; the second is NaN or large where a step was not enough.
+    x: [b, k, m]; used: bool [b, k], the rows in use; the others are zero; excess: xxᵀ − I to first
+    order, where it is known. Returns the rows, ‖xxᵀ − I‖_F of them [b] (from above), and by what
+    less I they were multiplied, None if none was; the second is NaN or large where a step was not
+    enough.
     """
     skew = estimate_skew(x.mT, used)
     needed = (skew > max(SKEW, x.shape[-1] * EPS32)) & (skew <= LARGEST_STEP)

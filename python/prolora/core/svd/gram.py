@@ -120,11 +120,8 @@ def _count_missing(held: Tensor, s: Tensor, wanted: Tensor, cut: Cut) -> Tensor:
 
     They may be, because float32 counted them.
 
-    Args:
-        held: [b], the energy of those kept.
-        s: [b, k], their values.
-        wanted: [b].
-        cut: how many there are.
+    held: [b], the energy of those kept; s: [b, k], their values; wanted: [b]; cut: how many there
+    are.
     """
     enough = held >= wanted * (1 - 1e-12)
     spare = (held - cut.at(s, -1).square() >= wanted) & (cut.count > 1)

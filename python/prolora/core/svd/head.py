@@ -26,7 +26,7 @@ LEANING = 1e-12
 
 
 @dataclass(frozen=True)
-class Head:
+class LeadingPairs:
     """Leading eigenpairs (x, θ) of one G [d, d].
 
     Attributes:
@@ -38,20 +38,17 @@ class Head:
     theta: Tensor
 
 
-def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> Head:
+def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:
     """The converged leading pairs of one matrix, none where its spectrum is not steep.
 
-    Args:
-        gram: products with G [1, d, d].
-        trace: of G.
-        d: its size.
-        steep: a first eigenvalue above so many times the mean one behind the head calls for one.
+    gram: products with G [1, d, d]; trace: of G; d: its size; steep: a first eigenvalue above so
+    many times the mean one behind the head calls for one.
     """
     found = attempt(lambda: _iterate(gram, trace, d, steep))
-    return Head(*_none(d)) if found is None else found
+    return LeadingPairs(*_none(d)) if found is None else found
 
 
-def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> Head:
+def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:
     generator = torch.Generator("cpu").manual_seed(0)
     block = torch.randn(WIDTH, d, generator=generator, dtype=torch.float64, device="cpu")
     most = min(MOST_BLOCKS, d // (4 * WIDTH)) * WIDTH
@@ -69,7 +66,7 @@ def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> Head:
             theta, vectors = values.flip(0), vectors.flip(1)
             rest = max(trace - float(theta.sum()), 0.0) / (d - size)
             if not float(theta[0]) > steep * rest:
-                return Head(*_none(d))
+                return LeadingPairs(*_none(d))
         if size < most:
             block = _orthonormal_rows(image - (image @ known.mT) @ known)
             again = block @ known.mT
@@ -78,7 +75,7 @@ def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> Head:
     left = torch.linalg.vector_norm(image) * torch.linalg.vector_norm(vectors[-WIDTH:], dim=0)
     good = (left <= CONVERGED * theta) & (theta > d * EPS * theta[0])
     q = int(good.long().cumprod(0).sum())
-    return Head(vectors[:, :q].mT @ basis, theta[:q])
+    return LeadingPairs(vectors[:, :q].mT @ basis, theta[:q])
 
 
 def _orthonormal_rows(rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..ops import native
 from ..ops.krylov_block import STORED
 from .block_basis import BlockBasis
 from .cut import make_even_cut
-from .head import Head, find_head
+from .head import LeadingPairs, find_head
 from .products import AnyGram, FormedGram, ImpliedGram, LoweredGram, lower_gram, mirror_lower
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
@@ -120,7 +120,7 @@ class Outliers:
     gram: LoweredGram
     w: Tensor
     rest: Tensor
-    head: Head
+    head: LeadingPairs
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,11 @@ def krylov_triplets(
 ) -> list[tuple[list[int], Triplets]]:
     """The leading triplets of those matrices of w [b, d, n] that are proven to `tol`.
 
-    Args:
-        w: the stack, float32, d ≤ n. A matrix leaves it where it is proven or given up; until then
-            all grow as deep as the hardest needs.
-        norm: [b], ‖w‖_F.
-        k: columns.
-        tol: the sine of the largest principal angle to reach.
-        seed: of the starting block; the same for every matrix, so that a stack equals its members.
-        stored: w in 16 bits, where it was stored so.
-
-    Returns:
-        Parts of the stack: the places in it, and the triplets of the matrices there.
+    w: the stack, float32, d ≤ n. A matrix leaves it where it is proven or given up; until then all
+    grow as deep as the hardest needs; norm: [b], ‖w‖_F; k: columns; tol: the sine of the largest
+    principal angle to reach; seed: of the starting block; the same for every matrix, so that a
+    stack equals its members; stored: w in 16 bits, where it was stored so. Returns parts of the
+    stack: the places in it, and the triplets of the matrices there.
     """
     basis = _start_basis(w, norm, k, seed, stored if _takes_stored(w, stored) else None)
     first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
@@ -265,15 +259,15 @@ def _take_outliers(basis: BlockBasis, k: int) -> Outliers | None:
         return None
     wide = w[0].double()
     rest = torch.addmm(wide, rows.mT, rows @ wide, alpha=-1).float()[None]
-    return Outliers(LoweredGram(basis.gram, basis.gram), w, rest, Head(rows, head.theta[: k - 1]))
+    return Outliers(
+        LoweredGram(basis.gram, basis.gram), w, rest, LeadingPairs(rows, head.theta[: k - 1])
+    )
 
 
 def _look_at(basis: BlockBasis, k: int) -> Look:
     """Rayleigh-Ritz in the basis; the host waits for the sines.
 
-    Args:
-        basis: with `expand` done.
-        k: columns that must have converged.
+    basis: with `expand` done; k: columns that must have converged.
     """
     projected = basis.penalised()
     values, vectors = descending_eigh(projected)
@@ -298,12 +292,8 @@ def _refine_ready(
 ) -> Triplets:
     """The refined triplets of the matrices whose Ritz vectors have converged.
 
-    Args:
-        basis: of the whole stack.
-        look: at it.
-        ready: the places in the stack.
-        k: columns to keep.
-        outliers: what was taken out before.
+    basis: of the whole stack; look: at it; ready: the places in the stack; k: columns to keep;
+    outliers: what was taken out before.
     """
     values, vectors, left = look.values, look.vectors, look.left
     if len(ready) < len(values):
@@ -334,11 +324,8 @@ def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> boo
     The Gram matrix and its products with the basis, against those with w for the basis and for the
     residuals of k columns.
 
-    Args:
-        shape: (d, n) of w.
-        size: columns of the basis.
-        k: columns to return.
-        float64: flops in float32 that one in float64 costs.
+    shape: (d, n) of w; size: columns of the basis; k: columns to return; float64: flops in float32
+    that one in float64 costs.
     """
     d, n = shape
     with_gram = float64 * 1.25 * d * d * n + NARROW * 2.0 * d * d * size
@@ -355,10 +342,7 @@ def _is_clustered(values: Tensor, width: int) -> Tensor:
 def _estimate_sine(values: Tensor, left: Tensor, k: int) -> Tensor:
     """[b], an estimate of the sine of the angle to the true subspace: residual over gap.
 
-    Args:
-        values: [b, D].
-        left: [b, D], the residuals.
-        k: columns that must have converged.
+    values: [b, D]; left: [b, D], the residuals; k: columns that must have converged.
     """
     gaps = (values[:, :k] - values[:, k : k + 1]).clamp_min(1e-300)
     sine: Tensor = torch.linalg.vector_norm(left[:, :k] / gaps, dim=-1)

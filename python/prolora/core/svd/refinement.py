@@ -67,13 +67,8 @@ def refine_triplets(
 ) -> Triplets:
     """The leading triplets of w [b, d, n], d ≤ n; angle 1 where float32 left too little to repair.
 
-    Args:
-        gram: products with wwᵀ.
-        w: float32.
-        norm: [b], ‖w‖_F.
-        ritz: with p = cut.near.
-        cut: how many vectors to keep.
-        rung: the name of what gave the vectors.
+    gram: products with wwᵀ; w: float32; norm: [b], ‖w‖_F; ritz: with p = cut.near; cut: how many
+    vectors to keep; rung: the name of what gave the vectors.
     """
     pairs, repair, angle = refine_span(gram, norm, ritz, cut, sum(w.shape[-2:]))
     following = cut.at(pairs.theta, 0)
@@ -91,12 +86,8 @@ def refine_span(
 ) -> tuple[Pairs, Repair, Tensor]:
     """Pairs around the cut, the vectors kept after their step, and [b], the bound on the sine.
 
-    Args:
-        gram: products with G.
-        norm: [b], the root of its trace.
-        ritz: with p = cut.near.
-        cut: how many vectors to keep.
-        sides: d + n of the weight, for the rounding of float64.
+    gram: products with G; norm: [b], the root of its trace; ritz: with p = cut.near; cut: how many
+    vectors to keep; sides: d + n of the weight, for the rounding of float64.
     """
     floor = 10 * sides * EPS * norm.square()
     pairs = _measure_pairs(gram, ritz, cut)
@@ -187,10 +178,8 @@ def _turn_window(mixing: Tensor, theta: Tensor, first: int) -> Tensor:
     Next to the cut even a small mixing is large over the gap. What is not small is between
     neighbours, and both are as far from the cut.
 
-    Args:
-        mixing: [b, k, k], overwritten with what is left.
-        theta: [b, k, 1].
-        first: the start of the window.
+    mixing: [b, k, k], overwritten with what is left; theta: [b, k, 1]; first: the start of the
+    window.
     """
     turn = torch.zeros_like(mixing)
     for rows, columns in ((slice(first), slice(first, None)), (slice(first, None), slice(first))):
@@ -218,12 +207,8 @@ def _mask_window(behind: Tensor, cut: Cut) -> Tensor:
 def rayleigh_ritz(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvectors of G within the span of the rows of x; float64, NaN where they have no basis.
 
-    Args:
-        x: [b, q, d], any basis, nearly orthonormal.
-        y: xG [b, q, d].
-
-    Returns:
-        The eigenvalues [b, q], descending, the eigenvectors and their products with G.
+    x: [b, q, d], any basis, nearly orthonormal; y: xG [b, q, d]. Returns the eigenvalues [b, q],
+    descending, the eigenvectors and their products with G.
     """
     factor, failed = torch.linalg.cholesky_ex(x @ x.mT)
     half = torch.linalg.solve_triangular(factor, x @ y.mT, upper=False)

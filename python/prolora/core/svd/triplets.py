@@ -80,9 +80,7 @@ def merge_triplets(parts: list[tuple[list[int], Triplets]]) -> Triplets:
 def rounding_error(w: Tensor, norm: Tensor) -> Tensor:
     """[b], how far float64 products and LAPACK may move a singular value of w [b, d, n].
 
-    Args:
-        w: [b, d, n].
-        norm: [b], ‖w‖_F.
+    w: [b, d, n]; norm: [b], ‖w‖_F.
     """
     return norm * (10 * (w.shape[-2] + w.shape[-1]) * EPS)
 
@@ -113,11 +111,8 @@ def residual_and_angle(
     the true leading vectors is at most ρ_i/(σ_i − σ_{k+1}) (Davis & Kahan, on the symmetric matrix
     [0 w; wᵀ 0]), and the sine of the largest angle at most the root of the sum of squares.
 
-    Args:
-        w: [b, d, n].
-        factors: U [b, d, k], S [b, k] and V [b, n, k].
-        count: [b], columns in use.
-        evidence: what else is known of them.
+    w: [b, d, n]; factors: U [b, d, k], S [b, k] and V [b, n, k]; count: [b], columns in use;
+    evidence: what else is known of them.
     """
     short, s, long = factors
     d, n = w.shape[-2:]
