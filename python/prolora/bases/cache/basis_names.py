@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...core.ops.native import fingerprint
 from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
 from ...files.hashing import hash_parts, hash_text
@@ -45,8 +46,8 @@ def hash_weights(weights: Tensor | Sequence[Tensor]) -> list[str]:
 
 
 def basis_name(digest: str, rank: Rank) -> str:
-    """The name of a basis: of what, by which rule, how exact, by which version."""
-    return hash_text(f"{digest} {rank!r} {TOLERANCE} {VERSION}")
+    """The name of a basis: of what, by which rule, how exact, by which version and kernels."""
+    return hash_text(f"{digest} {rank!r} {TOLERANCE} {VERSION}{fingerprint()}")
 
 
 def describe_basis(name: str, rank: Rank, base: str, module: str) -> dict[str, str]:

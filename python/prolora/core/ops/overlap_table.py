@@ -63,10 +63,14 @@ def run_overlap_table(
 
 
 def _overlap_table(us: list[Tensor], ut: list[Tensor]) -> tuple[Tensor, Tensor]:
-    kernels = native.kernels_for("overlap_table", us[0].device)
-    if kernels is None:
-        return torch_twin.overlap_table(us, ut)
-    return run_overlap_table(kernels, us, ut, us[0].is_cuda)
+    return native.run_best(
+        "overlap_table",
+        us[0],
+        (len(us), *us[0].shape, ut[0].shape[2]),
+        lambda kernels, cuda: run_overlap_table(kernels, us, ut, cuda),
+        lambda: torch_twin.overlap_table(us, ut),
+        list,
+    )
 
 
 def _overlap_table_fake(us: list[Tensor], ut: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -35,11 +35,17 @@ def run_project_pair(
 
 
 def _project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    kernels = native.kernels_for("project_pair", x.device)
     # torch multiplies float64 on tensor cores where a GPU has them for it.
-    if kernels is None or x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         return torch_twin.project_pair(us, ut, x)
-    return run_project_pair(kernels, us, ut, x, x.is_cuda)
+    return native.run_best(
+        "project_pair",
+        x,
+        (*x.shape, us.shape[2], ut.shape[2]),
+        lambda kernels, cuda: run_project_pair(kernels, us, ut, x, cuda),
+        lambda: torch_twin.project_pair(us, ut, x),
+        list,
+    )
 
 
 def _project_pair_fake(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

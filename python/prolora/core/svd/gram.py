@@ -34,10 +34,11 @@ NEARLY_ALL = 0.6
 # How often the columns that hold an energy are counted anew.
 RECOUNTS = 2
 # How many vectors on each side of the cut are repaired in float64: an eighth of those kept, between
-# these limits, and more where the values lie close together.
+# these limits, and more where the values lie close together: so many, or one for so many rows.
 LEAST_GUARD = 16
 USUAL_GUARD = 32
 MOST_GUARD = 128
+ROWS_A_GUARD = 12
 # Times √d·eps·λ_1: from this distance on a first-order step repairs what float32 does.
 APART = 20
 
@@ -110,7 +111,7 @@ def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:
     near = last - values < APART * math.sqrt(d) * EPS32 * top
     crowd = (near & (torch.arange(d, device=values.device) >= count[:, None])).sum(-1)
     usual = (count // 8).clamp(LEAST_GUARD, USUAL_GUARD)
-    guard = torch.maximum(usual, crowd.clamp_max(MOST_GUARD)).max()
+    guard = torch.maximum(usual, crowd.clamp_max(max(MOST_GUARD, d // ROWS_A_GUARD))).max()
     least, most, widest = torch.stack([*count.aminmax(), guard]).tolist()
     return make_cut(count, least, most, widest, d), fits
 

@@ -16,9 +16,11 @@ from .products import AnyGram
 from .solvers import attempt
 
 WIDTH = 16
-# Blocks after which the spectrum is judged, and the most that are spent on its head.
+# Blocks after which the spectrum is judged, and how many are spent on its head at most: so many,
+# or one for so many rows of a large G.
 FIRST_BLOCKS = 3
 MOST_BLOCKS = 8
+ROWS_A_BLOCK = 128
 # Pairs count as found where their residual is rounding of float32 at their own eigenvalue.
 CONVERGED = EPS32 / 4
 # Rows that share more than this with the basis are taken out of it once more.
@@ -51,7 +53,7 @@ def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs
 def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:
     generator = torch.Generator("cpu").manual_seed(0)
     block = torch.randn(WIDTH, d, generator=generator, dtype=torch.float64, device="cpu")
-    most = min(MOST_BLOCKS, d // (4 * WIDTH)) * WIDTH
+    most = min(max(MOST_BLOCKS, d // ROWS_A_BLOCK), d // (4 * WIDTH)) * WIDTH
     basis, projected = block.new_empty(most, d), block.new_zeros(most, most)
     block = _orthonormal_rows(block)
     for size in range(WIDTH, most + 1, WIDTH):

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..ops import native
 from ..ops.krylov_block import STORED
+from ..ops.trial import prefers_kernel
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .head import LeadingPairs, find_head
@@ -51,6 +53,8 @@ GAIN = 4
 CLUSTER = 1e-2
 # From this look at convergence on, the distance to the next one doubles.
 EARLY_LOOKS = 3
+# How far the first blocks of the op `krylov_block` may be from torch's.
+TRIAL_ERROR = 1e-3
 # Below this λ_k/λ_1 the projection's eigenproblem is solved in float64: float32 leaves eps·λ_1.
 STEEP = 1e-3
 # A basis of about this many columns shows the first eigenvalue. Below so many times the mean one
@@ -151,7 +155,9 @@ def krylov_triplets(
     stack equals its members; stored: w in 16 bits, where it was stored so. Returns parts of the
     stack: the places in it, and the triplets of the matrices there.
     """
-    basis = _start_basis(w, norm, k, seed, stored if _takes_stored(w, stored) else None)
+    basis = _start_basis(
+        w, norm, k, seed, stored if _takes_stored(w, norm, k, seed, stored) else None
+    )
     first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
     schedule = Schedule(min(basis.largest, first), k, basis.width, basis.largest, GAIN * tol)
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
@@ -203,15 +209,25 @@ def count_guard(k: int) -> int:
     return max(16, min(32, k // 8))
 
 
-def _takes_stored(w: Tensor, stored: Tensor | None) -> bool:
-    """Whether the op `krylov_block` finds the blocks, from w as it is stored."""
-    asked = native.is_asked("krylov_block")  # refuses a name that is no op, on every device
-    if decides_freely(w) or not asked:
+def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> bool:
+    """Whether the op `krylov_block` finds the blocks, from w as it is stored: by a trial."""
+    if decides_freely(w) or stored is None or stored.dtype not in STORED:
         return False
-    if stored is None or stored.dtype not in STORED:
+    if native.choose("krylov_block", w.device).kernels is None:
         return False
-    # The op's twin would make a float32 copy for each block.
-    return w.is_cpu or native.kernels_for("krylov_block", w.device) is not None
+
+    def grow(stored: Tensor | None) -> list[Tensor]:
+        """The first two lengths and blocks of the projection, of a basis of the usual size."""
+        basis = _start_basis(w, norm, k, seed, stored)
+        lengths = list[Tensor]()
+        for _ in range(USUAL_BASIS * k // basis.width):
+            basis.expand()
+            lengths.append(basis.length())
+            basis.append()
+        return [torch.stack(lengths[:2]), basis.projected[:, : 2 * basis.width]]
+
+    ways = partial(grow, stored), partial(grow, None)
+    return prefers_kernel("krylov_block", stored, (*stored.shape, k), *ways, TRIAL_ERROR)
 
 
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:
