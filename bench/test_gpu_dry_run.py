@@ -30,7 +30,6 @@ def in_this_process(monkeypatch):
             one_kernel.main()
         return 0, ""
 
-    monkeypatch.setenv("PROLORA_KERNELS", "")  # one_kernel sets it
     monkeypatch.setattr(check, "run_worker", run_worker)
     monkeypatch.setattr(Bench, "run_command", run_command)
     return started

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from prolora.core.svd import batched_eigh, block_basis, solvers, stacks
 
 from .clock import time_call
 from .machine import ROOT
-from .one_kernel import KERNELS, make_basis
+from .one_kernel import KERNELS, by_kernels, make_basis
 from .registers import parse_resources
 from .steps import Bench, Step, make_weights
 
@@ -220,7 +219,7 @@ def compare_blocks(bench: Bench) -> None:
     Raises:
         AssertionError: it is off, or it is not what runs.
     """
-    with mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block"):
+    with by_kernels():
         choice = native.choose("krylov_block", torch.device(bench.device))
         assert choice.kernels or bench.dry, f"krylov_block runs in torch here: {choice.why}"
         for shape, toy, dtype in BLOCKS:

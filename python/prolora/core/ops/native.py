@@ -23,7 +23,8 @@ import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
 from ..errors import KernelFailure
-from .trial import INTERFACE, describe_card, list_choices, prefers_kernel
+from . import trial
+from .trial import INTERFACE, describe_card, list_choices
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def run_best(
     if choice.cuda:
         far = FAR if like.dtype == torch.float64 else FAR_32
         both = (lambda: compared(mine())), (lambda: compared(torchs()))
-        if not prefers_kernel(op, like, sizes, *both, far):
+        if not trial.prefers_kernel(op, like, sizes, *both, far):
             return torchs()
     return mine()
 

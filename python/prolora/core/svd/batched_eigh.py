@@ -38,17 +38,11 @@ CLEARLY_FASTER = 0.5
 
 @dataclass(frozen=True)
 class StackSolver:
-    """What solves a stack of eigenproblems on a device.
+    """What solves a stack of eigenproblems on a device."""
 
-    Attributes:
-        name: to print.
-        solve: None where it is torch.linalg.eigh.
-        why: why the solvers before this one do not.
-    """
-
-    name: str
-    solve: Solve | None
-    why: str = ""
+    name: str  # to print
+    solve: Solve | None  # None where it is torch.linalg.eigh
+    why: str = ""  # why the solvers before this one do not
 
 
 def open_cusolver() -> Solve:

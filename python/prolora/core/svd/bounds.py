@@ -25,40 +25,24 @@ LARGEST_FEEDBACK = 0.9
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ritz pairs (x, θ) of G in float64, and how far they are from eigenpairs.
+    """Ritz pairs (x, θ) of G in float64, and how far they are from eigenpairs."""
 
-    Attributes:
-        x: [b, p, d].
-        theta: [b, p].
-        residual: xG − θx [b, p, d].
-        squares: ‖xG − θx‖² [b, p].
-        rounding: [b], ‖xG − θx‖_F over all d eigenvectors, as estimated.
-    """
-
-    x: Tensor
-    theta: Tensor
-    residual: Tensor
-    squares: Tensor
-    rounding: Tensor
+    x: Tensor  # [b, p, d]
+    theta: Tensor  # [b, p]
+    residual: Tensor  # xG − θx [b, p, d]
+    squares: Tensor  # ‖xG − θx‖² [b, p]
+    rounding: Tensor  # [b], ‖xG − θx‖_F over all d eigenvectors, as estimated
 
 
 @dataclass(frozen=True)
 class Repair:
-    """The kept vectors after a first-order step, in float32; zero rows beyond the count.
+    """The kept vectors after a first-order step, in float32; zero rows beyond the count."""
 
-    Attributes:
-        kept: [b, k, d].
-        step: [b, k, d], by which they were moved.
-        lengths: [b, k], float64, of the rows of `step`.
-        residual: [b, k, d], xG − θx before the step.
-        mixing: [b, k, k], its share in the span of the kept ones.
-    """
-
-    kept: Tensor
-    step: Tensor
-    lengths: Tensor
-    residual: Tensor
-    mixing: Tensor
+    kept: Tensor  # [b, k, d]
+    step: Tensor  # [b, k, d], by which they were moved
+    lengths: Tensor  # [b, k], float64, of the rows of `step`
+    residual: Tensor  # [b, k, d], xG − θx before the step
+    mixing: Tensor  # [b, k, k], its share in the span of the kept ones
 
 
 def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:

@@ -21,22 +21,15 @@ GRAM_RANGE = 1e-5
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All singular values and left vectors of w [b, d, n], as a solver gave them.
+    """All singular values and left vectors of w [b, d, n], as a solver gave them."""
 
-    Attributes:
-        short: [b, d, d], by descending value.
-        s: [b, d].
-        skew: [b], ‖UᵀU − I‖_F; NaN where the solver failed.
-        missing: [b], by how much Σσ² differs from ‖w‖²: what a vector that the solver missed may
-            hold more than the one that it gave instead.
-        right: the right vectors [n, d] of those matrices that went through an SVD.
-    """
-
-    short: Tensor
-    s: Tensor
-    skew: Tensor
+    short: Tensor  # [b, d, d], by descending value
+    s: Tensor  # [b, d]
+    skew: Tensor  # [b], ‖UᵀU − I‖_F; NaN where the solver failed
+    # [b], by how much Σσ² differs from ‖w‖²: what a vector that the solver missed may hold more
+    # than the one that it gave instead.
     missing: Tensor
-    right: dict[int, Tensor]
+    right: dict[int, Tensor]  # the right vectors [n, d] of those matrices that went through an SVD
 
 
 def whole_triplets(w: Tensor, norm: Tensor) -> Triplets:

@@ -26,17 +26,11 @@ SKEW = 1e-4
 
 @dataclass(frozen=True)
 class Known:
-    """What a refinement has found out about its eigenvectors x.
+    """What a refinement has found out about its eigenvectors x."""
 
-    Attributes:
-        theta: [b, k], float64, their eigenvalues; 0 beyond the count.
-        mixing: [b, k, k], the share of xG − θx in their span.
-        residual: [b, k, d], xG − θx.
-    """
-
-    theta: Tensor
-    mixing: Tensor
-    residual: Tensor
+    theta: Tensor  # [b, k], float64, their eigenvalues; 0 beyond the count
+    mixing: Tensor  # [b, k, k], the share of xG − θx in their span
+    residual: Tensor  # [b, k, d], xG − θx
 
 
 def assemble_factors(

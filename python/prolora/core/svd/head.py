@@ -29,15 +29,10 @@ LEANING = 1e-12
 
 @dataclass(frozen=True)
 class LeadingPairs:
-    """Leading eigenpairs (x, θ) of one G [d, d].
+    """Leading eigenpairs (x, θ) of one G [d, d]."""
 
-    Attributes:
-        rows: x [q, d], float64, orthonormal; q may be 0.
-        theta: [q], descending.
-    """
-
-    rows: Tensor
-    theta: Tensor
+    rows: Tensor  # x [q, d], float64, orthonormal; q may be 0
+    theta: Tensor  # [q], descending
 
 
 def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:

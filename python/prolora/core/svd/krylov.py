@@ -20,9 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops import native
+from ..ops import native, trial
 from ..ops.krylov_block import STORED
-from ..ops.trial import prefers_kernel
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .head import LeadingPairs, find_head
@@ -76,24 +75,15 @@ class Schedule:
 
     A look costs an eigenproblem of the basis, and on a GPU a wait, so it is not taken after every
     block: the logarithm of the angle falls about linearly with the size.
-
-    Attributes:
-        due: the size of the next look.
-        k: columns wanted.
-        width: of a block.
-        largest: the size at which the basis is full.
-        goal: the sine to reach.
-        looks: how many have been taken.
-        before: the size and the sine at the last one.
     """
 
-    due: int
-    k: int
-    width: int
-    largest: int
-    goal: float
-    looks: int = 0
-    before: tuple[int, float] | None = None
+    due: int  # the size of the next look
+    k: int  # columns wanted
+    width: int  # of a block
+    largest: int  # the size at which the basis is full
+    goal: float  # the sine to reach
+    looks: int = 0  # how many have been taken
+    before: tuple[int, float] | None = None  # the size and the sine at the last one
 
     def advance(self, size: int, sine: float) -> bool:
         """Sets the next look after one that found this sine; whether a basis may reach the goal."""
@@ -112,36 +102,22 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Outliers:
-    """The values of one matrix that hide the others from float32, and the matrix without them.
+    """The values of one matrix that hide the others from float32, and the matrix without them."""
 
-    Attributes:
-        gram: products with G of the whole matrix, in float32 with that of `rest`.
-        w: the whole matrix, [1, d, n].
-        rest: w without `head`.
-        head: the leading eigenpairs of G.
-    """
-
-    gram: LoweredGram
-    w: Tensor
-    rest: Tensor
-    head: LeadingPairs
+    gram: LoweredGram  # products with G of the whole matrix, in float32 with that of `rest`
+    w: Tensor  # the whole matrix, [1, d, n]
+    rest: Tensor  # w without `head`
+    head: LeadingPairs  # the leading eigenpairs of G
 
 
 @dataclass(frozen=True)
 class Look:
-    """The eigenpairs of G within the basis, and how well they have converged.
+    """The eigenpairs of G within the basis, and how well they have converged."""
 
-    Attributes:
-        values: [b, D], float64, descending, not negative.
-        vectors: [b, D, D], in the basis, as columns.
-        left: [b, D], float64, their residuals.
-        sines: the estimated sine of each matrix; NaN where the iteration cannot answer.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    left: Tensor
-    sines: list[float]
+    values: Tensor  # [b, D], float64, descending, not negative
+    vectors: Tensor  # [b, D, D], in the basis, as columns
+    left: Tensor  # [b, D], float64, their residuals
+    sines: list[float]  # the estimated sine of each matrix; NaN where the iteration cannot answer
 
 
 def krylov_triplets(
@@ -227,7 +203,7 @@ def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | N
         return [torch.stack(lengths[:2]), basis.projected[:, : 2 * basis.width]]
 
     ways = partial(grow, stored), partial(grow, None)
-    return prefers_kernel("krylov_block", stored, (*stored.shape, k), *ways, TRIAL_ERROR)
+    return trial.prefers_kernel("krylov_block", stored, (*stored.shape, k), *ways, TRIAL_ERROR)
 
 
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:

@@ -20,13 +20,9 @@ PANEL = 640
 
 @dataclass
 class FormedGram:
-    """Products with G = wwᵀ of a stack, from G itself.
+    """Products with G = wwᵀ of a stack, from G itself."""
 
-    Attributes:
-        precise: G [b, d, d] in float64.
-    """
-
-    precise: Tensor
+    precise: Tensor  # G [b, d, d] in float64
 
     @cached_property
     def single(self) -> Tensor:
@@ -48,13 +44,9 @@ class FormedGram:
 
 @dataclass
 class ImpliedGram:
-    """Products with G = wwᵀ of a stack, from w: cheaper where only few are needed.
+    """Products with G = wwᵀ of a stack, from w: cheaper where only few are needed."""
 
-    Attributes:
-        single: w [b, d, n] in float32, perhaps a transposed view.
-    """
-
-    single: Tensor
+    single: Tensor  # w [b, d, n] in float32, perhaps a transposed view
 
     @cached_property
     def precise(self) -> Tensor:
@@ -76,14 +68,10 @@ class ImpliedGram:
 
 @dataclass
 class LoweredGram:
-    """Products with G, of which float32 sees only what is left without a head.
+    """Products with G, of which float32 sees only what is left without a head."""
 
-    Attributes:
-        whole: products with G.
-        rest: products with what is left; the same for rows orthogonal to the head.
-    """
-
-    whole: FormedGram | ImpliedGram
+    whole: FormedGram | ImpliedGram  # products with G
+    # Products with what is left; the same for rows orthogonal to the head.
     rest: FormedGram | ImpliedGram
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -97,13 +85,9 @@ class LoweredGram:
 
 @dataclass
 class NegatedGram:
-    """Products with −G of a stack: its leading eigenvectors are the trailing ones of G.
+    """Products with −G of a stack: its leading eigenvectors are the trailing ones of G."""
 
-    Attributes:
-        gram: products with G.
-    """
-
-    gram: FormedGram
+    gram: FormedGram  # products with G
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows of x [b, c, d], float64, times −G."""

@@ -40,25 +40,18 @@ SMALL_TURN = 1e-4
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenvectors of a stack G = wwᵀ [b, d, d] in float32, by descending eigenvalue.
+    """Approximate eigenvectors of a stack wwᵀ [b, d, d] in float32, by descending eigenvalue."""
 
-    Attributes:
-        near: [b, p, d], those to keep and a guard behind them.
-        far: [b, q, d], further ones.
-        values: [b, p + q], float64.
-        beyond: [b], an eigenvalue to assume for what lies in neither; None if together they span
-            all, and `far` too are eigenvectors up to rounding.
-        error: [b], how far the first eigenvalue outside `near` may exceed values[p], rounding
-            aside.
-        head: [b, q, d], float64, the first of `near` where they are far above all others, and so
-            is rounding along them.
-    """
-
-    near: Tensor
-    far: Tensor
-    values: Tensor
+    near: Tensor  # [b, p, d], those to keep and a guard behind them
+    far: Tensor  # [b, q, d], further ones
+    values: Tensor  # [b, p + q], float64
+    # [b], an eigenvalue to assume for what lies in neither; None if together they span all, and
+    # `far` too are eigenvectors up to rounding.
     beyond: Tensor | None
+    # [b], how far the first eigenvalue outside `near` may exceed values[p], rounding aside.
     error: Tensor
+    # [b, q, d], float64, the first of `near` where they are far above all others, and so is
+    # rounding along them.
     head: Tensor | None = None
 
 
