@@ -34,7 +34,7 @@ class PeftConfigLike(Protocol):
     """A configuration of PEFT, as `peft.LoraConfig` is one."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields."""
+        """Returns the configuration's fields."""
 
 
 AdapterSource = StrPath | Mapping[str, Tensor] | tuple[Mapping[str, Tensor], PeftConfigLike]
@@ -55,27 +55,18 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class UnreadAdapter:
-    """An unread adapter.
+    """An open adapter; its tensors are read on demand."""
 
-    Attributes:
-        where: what to call it in messages.
-        headers: key -> dtype and shape, in file order.
-        read: key -> tensor.
-        metadata: header metadata of the file.
-        config: adapter_config.json of a PEFT folder.
-        path: the file of the weights, if there is one.
-    """
-
-    where: str
-    headers: dict[str, TensorHeader]
-    read: Callable[[str], Tensor]
-    metadata: dict[str, str]
-    config: dict[str, Any] | None = None
-    path: Path | None = None
+    where: str  # its name in messages
+    headers: dict[str, TensorHeader]  # key -> dtype and shape, in file order
+    read: Callable[[str], Tensor]  # key -> tensor
+    metadata: dict[str, str]  # header metadata of the file
+    config: dict[str, Any] | None = None  # adapter_config.json of a PEFT folder
+    path: Path | None = None  # the file of the weights, if any
 
 
 def read_finite(source: UnreadAdapter, key: str) -> Tensor:
-    """A tensor as float32, in memory of its own.
+    """Reads a tensor as float32, in memory of its own.
 
     Raises:
         NonFiniteWeights: it holds NaN or Inf.
@@ -96,9 +87,9 @@ def open_adapter(
 
     Args:
         source: a .safetensors file, a state dict, a PEFT folder, or a folder diffusers saved a LoRA
-            in; (state dict, `peft.LoraConfig`), as PEFT has the
-            two in memory; `org/name` or `hf://org/name[@revision][/path]` on the Hugging Face Hub,
-            where nothing here is called so; what is open already is returned.
+            in; (state dict, `peft.LoraConfig`), as PEFT has the two in memory; `org/name` or
+            `hf://org/name[@revision][/path]` on the Hugging Face Hub, if no local file has that
+            name; an open adapter is returned.
         metadata: replaces the metadata of the file; a state dict has none of its own.
 
     Raises:
@@ -125,10 +116,10 @@ def open_adapter(
 
 
 def _read_config(config: PeftConfigLike) -> dict[str, Any]:
-    """A configuration of PEFT as the JSON object that PEFT saves.
+    """Reads a configuration of PEFT as the JSON object that PEFT saves.
 
     Raises:
-        UnsupportedFormat: it is none.
+        UnsupportedFormat: it is something else.
     """
     kind = type(config).__name__
     if not hasattr(config, "to_dict"):
@@ -163,7 +154,7 @@ def _open_mapping(
 
 
 def _explain_unreadable(tensor: Tensor) -> str:
-    """Why the numbers of a tensor cannot be read, "" if they can."""
+    """Says why the numbers of a tensor cannot be read, "" if they can."""
     if tensor.is_meta:
         return "is on the meta device and holds no numbers; load the model's weights first"
     if tensor.is_complex():
