@@ -238,6 +238,8 @@ WORDED = {
     "adapters/keys",
     "adapters/formats",
     "adapters/algorithms",
+    "bases/keys",
+    "bases/quantised",
     "comparison/assignment.py",
     "comparison/block_matching.py",
     "comparison/module_map.py",
