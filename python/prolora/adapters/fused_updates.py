@@ -15,21 +15,7 @@ from torch import Tensor
 from ..architectures.family import AuthorsWeight
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch
-
-
-def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
-    """Returns the height of every part of a weight of `height` rows.
-
-    Raises:
-        ShapeMismatch: the rows do not divide evenly.
-    """
-    unit, rest = divmod(height, sum(whole.shares))
-    if rest or not unit or (whole.swap == "always" and height % 2):
-        raise ShapeMismatch(
-            f"{where}: {height} rows are not those of {' + '.join(whole.parts)}, "
-            f"{':'.join(map(str, whole.shares))}"
-        )
-    return [share * unit for share in whole.shares]
+from .naming import split_rows
 
 
 def split_update(whole: AuthorsWeight, update: LowRank, where: str) -> dict[str, LowRank]:

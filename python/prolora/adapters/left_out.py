@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from .algorithms import forms
 from .keys import tensor_keys
-from .unread import UnreadAdapter
+from .lora import Lora
 
 UNKNOWN_UPDATE = "an update of a module that prolora does not know"
 """Why it stays behind; it may be all that is left of one whose name was damaged."""
@@ -17,7 +17,7 @@ Size = tuple[int, int, int]
 
 
 def leave_out_foreign(
-    unknown: Iterable[str], left_out: dict[str, str], source: UnreadAdapter
+    unknown: Iterable[str], left_out: dict[str, str], source: Lora
 ) -> dict[str, Size]:
     """Records the unknown tensors of a file; returns (out, in, rank) of updates."""
     updates: dict[str, dict[str, str]] = {}
@@ -39,7 +39,7 @@ def find_unknown_updates(left_out: Mapping[str, str]) -> list[str]:
     return [name for name, why in left_out.items() if why == UNKNOWN_UPDATE]
 
 
-def measure_update(keys: Mapping[str, str], source: UnreadAdapter) -> Size | None:
+def measure_update(keys: Mapping[str, str], source: Lora) -> Size | None:
     """Returns (out, in, rank) of an update from its shapes, None if unclear.
 
     `keys` is role -> key.
@@ -52,7 +52,7 @@ def measure_update(keys: Mapping[str, str], source: UnreadAdapter) -> Size | Non
     return None
 
 
-def find_volumes(slots: Mapping[str, Mapping[str, str]], source: UnreadAdapter) -> list[str]:
+def find_volumes(slots: Mapping[str, Mapping[str, str]], source: Lora) -> list[str]:
     """Returns the modules with an update of a convolution over time.
 
     `slots` is module -> role -> key.

@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from ..architectures.family import SPELLINGS, Family, Spelling
+from ..architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ..architectures.ldm import ADM, is_adm
 from ..architectures.modules import find_block, is_in_adm
 from ..architectures.recognition import NamedMatrix
+from ..errors import ShapeMismatch
 from .algorithms import forms
 from .family import choose_reading
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
-from .unread import UnreadAdapter
+from .lora import Lora
 
 _ADM_ATTENTION = re.compile(r"(?:(?:in|out)put_blocks[._]\d+[._]\d+|middle_block[._]\d+)[._]qkv$")
 
@@ -28,7 +29,7 @@ class BaseNames(NamedTuple):
     modules: Collection[str] = ()  # its canonical module names; empty if they are not known
 
 
-def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
+def list_matrices(source: Lora) -> list[NamedMatrix]:
     """Lists possible modules of a transformer, with the shapes of their updates.
 
     The names are the file's.
@@ -43,7 +44,7 @@ def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
     return [NamedMatrix(*name, _measure_matrix(roles, source)) for name, roles in keys.items()]
 
 
-def _measure_matrix(keys: Mapping[str, str], source: UnreadAdapter) -> tuple[int, int]:
+def _measure_matrix(keys: Mapping[str, str], source: Lora) -> tuple[int, int]:
     """Returns out × in of the update in some tensors; 0 where unclear."""
     shapes = {role: source.headers[key].shape for role, key in keys.items() if role}
     form = None
@@ -58,7 +59,7 @@ def _measure_matrix(keys: Mapping[str, str], source: UnreadAdapter) -> tuple[int
 
 
 def choose_names(
-    source: UnreadAdapter, matrices: Iterable[NamedMatrix], base: BaseNames | None
+    source: Lora, matrices: Iterable[NamedMatrix], base: BaseNames | None
 ) -> Family | None:
     """Returns the family whose names the modules are read by, or None.
 
@@ -87,3 +88,18 @@ def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
         return max(counts, key=lambda one: counts[one])
     first = next((module.spelling for module in spelled), None)
     return next((one for one in SPELLINGS.values() if first and one[::2] == first[::2]), first)
+
+
+def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
+    """Returns the height of every part of a weight of `height` rows.
+
+    Raises:
+        ShapeMismatch: the rows do not divide evenly.
+    """
+    unit, rest = divmod(height, sum(whole.shares))
+    if rest or not unit or (whole.swap == "always" and height % 2):
+        raise ShapeMismatch(
+            f"{where}: {height} rows are not those of {' + '.join(whole.parts)}, "
+            f"{':'.join(map(str, whole.shares))}"
+        )
+    return [share * unit for share in whole.shares]

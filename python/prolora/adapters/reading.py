@@ -14,14 +14,15 @@ from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
+from ..files.dtypes import find_torch_dtype
 from . import fused_updates, vectors
 from .adapter import Adapter
 from .algorithms import dora_oft_glora, forms, products
 from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
+from .lora import Lora, LoraSource, read_finite
 from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
-from .unread import AdapterSource, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ ReadWeight = Callable[[str], Tensor]
 
 @in_full_precision
 def read_adapter(
-    source: AdapterSource,
+    source: LoraSource | Lora,
     *,
     metadata: Mapping[str, str] | None = None,
     read_weight: ReadWeight | None = None,
@@ -75,7 +76,7 @@ def read_adapter(
             other than the configuration's.
         NonFiniteWeights: NaN or Inf in a tensor or an update.
     """
-    opened = open_adapter(source, metadata)
+    opened = Lora.open(source, metadata)
     contents = parse_contents(opened, base)
     adapter = _start_adapter(contents, opened)
     for piece in _read_slots(opened, contents, read_weight):
@@ -98,17 +99,17 @@ def read_adapter(
     return adapter
 
 
-def read_pieces(source: AdapterSource, base: BaseNames | None = None) -> Iterator[Adapter]:
+def read_pieces(source: LoraSource | Lora, base: BaseNames | None = None) -> Iterator[Adapter]:
     """Yields what `read_adapter` reads, one module at a time to save memory.
 
     A fused weight counts as one.
     """
-    opened = open_adapter(source)
+    opened = Lora.open(source)
     return _read_slots(opened, parse_contents(opened, base), None)
 
 
 def _read_slots(
-    opened: UnreadAdapter, contents: Contents, read_weight: ReadWeight | None
+    opened: Lora, contents: Contents, read_weight: ReadWeight | None
 ) -> Iterator[Adapter]:
     """Yields an adapter for every slot, and one for the vectors."""
     if read_weight is None:
@@ -128,7 +129,7 @@ def _read_slots(
 
 
 def outline_adapter(
-    source: AdapterSource | UnreadAdapter,
+    source: LoraSource | Lora,
     shapes: Mapping[str, Shape],
     family: str | None = None,
     *,
@@ -150,7 +151,7 @@ def outline_adapter(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read_adapter` does, as far as it
             gets.
     """
-    opened = open_adapter(source)
+    opened = Lora.open(source)
     contents = parse_contents(opened, BaseNames(family, shapes))
     if headers_only:
         adapter = _start_adapter(contents, opened)
@@ -176,7 +177,7 @@ def outline_adapter(
     return adapter
 
 
-def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
+def _check_independent(contents: Contents, source: Lora) -> None:
     """Refuses an update that depends on base weights without a base."""
     for slot in contents.slots:
         if forms.needs_base(slot.keys.keys()):
@@ -187,7 +188,7 @@ def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
             )
 
 
-def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
+def _start_adapter(contents: Contents, source: Lora) -> Adapter:
     """Makes an adapter with format, spelling and dtype, and no updates yet."""
     modules = [slot.module for slot in contents.slots]
     modules += [vector.module for vector in contents.vectors]
@@ -199,13 +200,14 @@ def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
         for role, key in slot.keys.items()
         if role not in forms.NUMBERS | forms.MAGNITUDES
     } or {source.headers[slot.key].dtype for slot in contents.vectors}
+    (dtype,) = dtypes if len(dtypes) == 1 else {"F32"}
     return Adapter(
         {},
         format=first.format if source.config is None else "peft",
         spelling="sgm" if any(module.sgm for module in modules) else "diffusers",
         family=contents.family,
         style=most_common_spelling(modules),
-        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        dtype=find_torch_dtype(dtype),
         metadata=source.metadata,
         left_out=dict(contents.left_out),
         unread=dict(contents.unread),
@@ -217,7 +219,7 @@ def _add_update(
     adapter: Adapter,
     slot: Slot,
     scale: float,
-    source: UnreadAdapter,
+    source: Lora,
     read_weight: ReadWeight | None,
 ) -> None:
     """Adds one slot's module, or all parts of a fused weight, to the adapter."""
@@ -270,7 +272,7 @@ def _add_stand_in(
     adapter: Adapter,
     slot: Slot,
     shapes: Mapping[str, Shape],
-    source: UnreadAdapter,
+    source: Lora,
     norms: Tensor,
 ) -> None:
     """Adds stand-ins of the right shape and row norms for a slot's modules.
@@ -301,7 +303,7 @@ def _add_stand_in(
     _store_parts(adapter, slot, LowRank(up, down), kernel, 1.0, where)
 
 
-def _scale_update(update: LowRank, scale: float, slot: Slot, source: UnreadAdapter) -> LowRank:
+def _scale_update(update: LowRank, scale: float, slot: Slot, source: Lora) -> LowRank:
     """Multiplies `up` by the scale."""
     if scale == 1.0:
         return update

@@ -14,7 +14,7 @@ from .formats.peft_config import PeftScaling
 from .keys import tensor_keys
 from .keys.module_names import ModulePath
 from .left_out import Size, find_neighbours, find_volumes, leave_out_foreign, measure_update
-from .unread import UnreadAdapter
+from .lora import Lora
 from .vectors import VectorSlot
 
 # Of a textual-inversion embedding: the names that A1111, kohya and SDXL's trainers write.
@@ -62,7 +62,7 @@ class Contents:
     refused: set[str] = field(default_factory=set)
 
 
-def group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
+def group_keys(source: Lora, family: Family | None) -> Contents:
     """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
@@ -100,7 +100,7 @@ def group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
     return _leave_out(contents, unknown, source)
 
 
-def _leave_out(contents: Contents, unknown: list[str], source: UnreadAdapter) -> Contents:
+def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents:
     """Leaves out and names what is not moved.
 
     A tensor that is not read refuses the update that it stands beside: it may change what that
@@ -163,7 +163,7 @@ def _find_neighbours(
     return neighbours | find_neighbours([vector.key for vector in vectors], own)
 
 
-def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:
+def explain_refusal(source: Lora, key: str, algorithm: str) -> str:
     """Explains to the user why an adapter type is not read."""
     return (
         f"{source.where}: {key} makes this {tensor_keys.REASONS[algorithm]}, which prolora does "
@@ -171,7 +171,7 @@ def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:
     )
 
 
-def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
+def _refuse_unknown(unknown: list[str], source: Lora) -> None:
     """Says what the first keys that are not understood look like."""
     first = unknown[0]
     if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
@@ -190,7 +190,7 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
     raise UnsupportedFormat(f"{source.where}: {count} not understood: {listed}{more}. {hint}")
 
 
-def _refuse_embedding(source: UnreadAdapter) -> UnsupportedFormat:
+def _refuse_embedding(source: Lora) -> UnsupportedFormat:
     return UnsupportedFormat(
         f"{source.where}: a textual-inversion embedding, not a LoRA; it cannot be moved"
     )

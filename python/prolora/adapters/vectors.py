@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..architectures.family import Family
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from . import fused_updates
+from ..files.dtypes import is_floating, spell_dtype
 from .keys.module_names import ModulePath
-from .unread import UnreadAdapter, read_finite
+from .lora import Lora, read_finite
+from .naming import split_rows
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass
@@ -35,7 +38,7 @@ class VectorSlot:
         return f"{self.module.name}.{self.tensor}"
 
 
-def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
+def check_vector(slot: VectorSlot, source: Lora) -> None:
     """Refuses a tensor that does not fit the vector its key names.
 
     Raises:
@@ -43,9 +46,10 @@ def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
         UnsupportedFormat: it is not stored as floating point.
     """
     header = source.headers[slot.key]
-    if not header.dtype.is_floating_point:
+    if not is_floating(header.dtype):
         raise UnsupportedFormat(
-            f"{source.where}: {slot.key} is stored as {header.dtype}, not as floating point"
+            f"{source.where}: {slot.key} is stored as {spell_dtype(header.dtype)}, not as "
+            "floating point"
         )
     if len(header.shape) != 1 or header.shape[0] == 0:
         raise ShapeMismatch(
@@ -57,15 +61,17 @@ def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
                 f"{source.where}: the halves of {slot.key} may be in another order than diffusers "
                 "has them, and a vector does not tell; leave the tensor out"
             )
-        fused_updates.split_rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
+        split_rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
 
 
-def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[str, Tensor]:
+def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tensor]:
     """Reads the vectors of a slot by name, float32: several for a fused weight.
 
     Raises:
         NonFiniteWeights: NaN or Inf, or an overflow in the scale.
     """
+    from .fused_updates import swap_halves
+
     vector = read_finite(source, slot.key)
     if slot.scaled and scale != 1:
         vector *= scale
@@ -75,8 +81,8 @@ def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[s
     if matrix is None:
         return {slot.name: vector}
     if matrix.swap == "always":
-        vector = fused_updates.swap_halves(vector)
-    parts = vector.split(fused_updates.split_rows(matrix, len(vector), source.where))
+        vector = swap_halves(vector)
+    parts = vector.split(split_rows(matrix, len(vector), source.where))
     nonzero = {
         f"{name}.{slot.tensor}": part.clone()
         for name, part in zip(matrix.parts, parts, strict=True)
@@ -99,6 +105,8 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
     """
+    from .fused_updates import swap_halves
+
     out: dict[str, Tensor] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")
@@ -117,9 +125,7 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
         if sum(heights) != len(whole):
             raise ShapeMismatch(f"{name}: does not fit the other parts of {matrix.name}")
         top = sum(heights[: matrix.parts.index(module)])
-        whole[top : top + len(vector)] = (
-            fused_updates.swap_halves(vector) if matrix.swap == "always" else vector
-        )
+        whole[top : top + len(vector)] = swap_halves(vector) if matrix.swap == "always" else vector
     return out
 
 
@@ -155,6 +161,8 @@ def vectors_match(back: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     """Compares two vectors to within the rounding of `dtype`."""
     if back.shape != wanted.shape:
         return False
+    import torch
+
     limit = torch.finfo(dtype).eps
     difference = (back.double() - wanted.double()).norm()
     return bool(difference <= limit * wanted.double().norm())

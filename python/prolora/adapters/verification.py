@@ -15,9 +15,9 @@ from ..errors import OutputError, ProLoRAError
 from . import vectors
 from .adapter import Adapter
 from .formats import groups
+from .lora import StrPath
 from .naming import BaseNames
 from .reading import read_pieces
-from .unread import StrPath
 
 
 def verify_output(
