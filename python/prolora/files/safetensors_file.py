@@ -12,22 +12,24 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import UnsupportedFormat, input_error
+from .dtypes import SIZES, find_torch_dtype
 from .jsontext import LFS_POINTER
 from .state import FileState, check_unchanged
 
+if TYPE_CHECKING:  # headers are read without torch, which takes seconds to import
+    import torch
+    from torch import Tensor
+
 StrPath = str | os.PathLike[str]
-Tensors = Mapping[str, Tensor]
-Metadata = Mapping[str, str]
 
 # Both are checked before anything of that size is allocated. The safetensors library calls longer
 # headers than the first no safetensors file. The second is what is read here: text made to harm
@@ -36,25 +38,6 @@ _LONGEST_HEADER = 100_000_000
 _HEADER_LIMIT = 32 << 20
 # Characters of a tensor's name; those of real files have 200 at most. Messages quote names.
 _LONGEST_NAME = 4096
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 # rar, 7z, gzip and xz, which people download; a zip file is looked into.
 _ARCHIVES = (b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"\xfd7zXZ")
@@ -72,12 +55,17 @@ _CONVERT_PICKLE = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a header; `start` and `stop` are bytes counted from the end of the header."""
+    """An entry of a header: dtype by its name there, bytes counted from the header's end."""
 
-    dtype: torch.dtype
+    stored: str
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Torch's."""
+        return find_torch_dtype(self.stored)
 
 
 class SafetensorsFile:
@@ -91,15 +79,20 @@ class SafetensorsFile:
         state: of the file, when its header was read.
     """
 
-    def __init__(self, path: StrPath) -> None:
+    def __init__(self, path: StrPath, *, keep_open: bool = False) -> None:
         """Reads the header.
+
+        Args:
+            path: the file.
+            keep_open: reads everything through one open file, until `close`.
 
         Raises:
             UnsupportedFormat: the file is missing, unreadable, cut off, not a safetensors file, or
                 its header contradicts itself.
         """
         self.path = Path(path)
-        with self._open() as file:
+        self._lock, self._kept = threading.Lock(), self._open() if keep_open else None
+        with self._use() as file:
             try:
                 status = os.fstat(file.fileno())
                 raw = _read_header(file, self.path, status.st_size)
@@ -118,7 +111,7 @@ class SafetensorsFile:
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        return self._read(name, info.dtype, info.shape, info.start)
+        return self._read(name, info.stored, info.shape, info.start)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of `name`; nothing else is read.
@@ -131,9 +124,9 @@ class SafetensorsFile:
         info = self.tensors[name]
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise IndexError(f"{self.path}: rows {start}:{stop} of {name}, which is {info.shape}")
-        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+        row_bytes = math.prod(info.shape[1:]) * SIZES[info.stored]
         shape = (stop - start, *info.shape[1:])
-        return self._read(name, info.dtype, shape, info.start + start * row_bytes)
+        return self._read(name, info.stored, shape, info.start + start * row_bytes)
 
     def read_all(self) -> dict[str, Tensor]:
         """Every tensor, as views of one buffer that is read at once.
@@ -142,8 +135,24 @@ class SafetensorsFile:
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
         size = max((info.stop for info in self.tensors.values()), default=0)
-        buffer = self._read("its data", torch.uint8, (size,), 0)
+        buffer = self._read("its data", "U8", (size,), 0)
         return {name: _cut_tensor(buffer, info) for name, info in self.tensors.items()}
+
+    def close(self) -> None:
+        """Closes the file, where it was kept open; later reads open it again."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    @contextmanager
+    def _use(self) -> Iterator[FileIO]:
+        """Yields the open file, to one thread at a time where it is kept open."""
+        if self._kept is None:
+            with self._open() as file:
+                yield file
+        else:
+            with self._lock:
+                yield self._kept
 
     def _open(self) -> FileIO:
         """The open file, unbuffered: reads go straight into the tensor's own memory."""
@@ -154,21 +163,23 @@ class SafetensorsFile:
             raise input_error(self.path, error) from error
         raise UnsupportedFormat(f"{self.path}: not a file; a .safetensors file is needed")
 
-    def _read(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
-        """`shape` elements of `dtype` from byte `start` of the data."""
-        size = math.prod(shape) * dtype.itemsize
+    def _read(self, name: str, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
+        """Reads `shape` elements of `dtype` from byte `start` of the data."""
+        import torch
+
+        numbers, size = find_torch_dtype(dtype), math.prod(shape) * SIZES[dtype]
         if size == 0:
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            return torch.empty(shape, dtype=numbers, device="cpu")
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        with self._open() as file:
+        with self._use() as file:
             read_stored(file, self, name, self.data_start + start, buffer)
-        return view_numbers(buffer, dtype).reshape(shape)
+        return view_numbers(buffer, numbers).reshape(shape)
 
 
 def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
     """One tensor out of the data of a file [bytes]; a copy where it is not aligned."""
     flat = buffer[info.start : info.stop]
-    if info.start % info.dtype.itemsize:
+    if info.start % SIZES[info.stored]:
         flat = flat.clone()
     return view_numbers(flat, info.dtype).view(info.shape)
 
@@ -201,7 +212,7 @@ def read_stored(
 def view_numbers(buffer: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes as the numbers that they are."""
     # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
-    return buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
+    return buffer.ne(0) if str(dtype) == "torch.bool" else buffer.view(dtype)
 
 
 def fill_buffer(file: FileIO | BufferedReader, view: memoryview) -> bool:
@@ -328,9 +339,9 @@ def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
         )
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise UnsupportedFormat(f"{path}: {name} has the unknown dtype {entry['dtype']!r:.40}")
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise UnsupportedFormat(f"{path}: {name} has the unknown dtype {dtype!r:.40}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape, 16) or not _are_sizes(offsets, 2) or len(offsets) != 2:
         raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
@@ -338,10 +349,9 @@ def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
     # Beside a 0, torch still multiplies the other sizes: 0 x 2^40 x 2^40 overflows its strides.
     if math.prod(max(size, 1) for size in shape) >= 2**48:
         raise UnsupportedFormat(f"{path}: {name} has an impossible shape")
-    if stop - start != math.prod(shape) * dtype.itemsize:
+    if stop - start != math.prod(shape) * SIZES[dtype]:
         raise UnsupportedFormat(
-            f"{path}: {name}: bytes {start} to {stop} do not fit {entry['dtype']} of shape "
-            f"{shape!r:.80}"
+            f"{path}: {name}: bytes {start} to {stop} do not fit {dtype} of shape {shape!r:.80}"
         )
     return TensorInfo(dtype, tuple(shape), start, stop)
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 
 from ..adapters.adapter import Adapter
 from ..adapters.family import guess_families, guess_family
+from ..adapters.lora import Lora
 from ..adapters.overview import survey_keys
 from ..adapters.reading import outline_adapter
-from ..adapters.unread import open_adapter
 from ..architectures.families import known_families
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
@@ -197,7 +197,7 @@ def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
     if isinstance(lora, Adapter):
         sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
         return guess_families(sizes, lora.metadata), list(lora.updates)
-    opened = open_adapter(lora)
+    opened = Lora.open(lora)
     overview = survey_keys(opened)
     families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
     return families, overview.canonical
