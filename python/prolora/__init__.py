@@ -40,7 +40,7 @@ from .version import __version__
 from .workflow.advice import Advice, advise
 from .workflow.advice_options import AdviceOptions
 from .workflow.batch import transfer_many
-from .workflow.check import BaseCheck, check
+from .workflow.check import Check, check
 from .workflow.convert import convert, convert_file
 from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
@@ -53,7 +53,6 @@ from .workflow.fleet.plan import Plan
 from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
-from .workflow.inspection import Description, inspect
 from .workflow.merge import merge, merge_file
 from .workflow.merge_options import MergeOptions
 from .workflow.options import TransferMethod, TransferOptions
@@ -71,12 +70,11 @@ __all__ = [
     "AdviceOptions",
     "AlreadyMoved",
     "Base",
-    "BaseCheck",
     "BaseLike",
     "Basis",
+    "Check",
     "Comparison",
     "ConvertOptions",
-    "Description",
     "ExpertsLike",
     "ExtractOptions",
     "FitOptions",
@@ -125,7 +123,6 @@ __all__ = [
     "fit",
     "fit_file",
     "fit_many",
-    "inspect",
     "load_moved_lora",
     "merge",
     "merge_file",

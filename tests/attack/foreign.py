@@ -124,10 +124,6 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
             *("migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--cache=none"),
         ],
     ),
-    "basis": (
-        write_inputs,
-        lambda box: ["basis", box.inputs / "source", "--cache", box.out / "c", "-q"],
-    ),
     "fit with resume": (
         damage.write_pipelines,
         lambda box: [
@@ -225,8 +221,6 @@ def run_folders(box: Box, scale: float, seed: int) -> Row:
         for words in (
             ["migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--cache=none"],
             [word for word in cached if word != "--cache=none"],
-            ["basis", "prune", "--cache", box.out / "c"],
-            ["basis", "prune", "--all", "--cache", box.out / "c"],
         ):
             box.begin(template)
             folder = box.out / name

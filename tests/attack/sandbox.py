@@ -222,7 +222,7 @@ def warm_up(box: Box) -> None:
         ("plan", lora, *bases, "-o", plan),
         ("migrate", plan, "-o", box.out / "moved"),
         ("status", box.out / "moved"),
-        ("inspect", lora),
+        ("check", lora),
     ):
         sys.argv = [
             "prolora",
