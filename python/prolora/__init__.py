@@ -46,7 +46,7 @@ from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
 from .workflow.extract import extract, extract_file, plan_extraction
 from .workflow.extract_options import ExtractOptions
-from .workflow.fit import fit, fit_file, fit_many, plan_fit, preview_fit
+from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
 from .workflow.fleet.plan import Plan
@@ -133,7 +133,6 @@ __all__ = [
     "plan_fit",
     "plan_migration",
     "plan_report",
-    "preview_fit",
     "principal_angles",
     "project",
     "read_status",

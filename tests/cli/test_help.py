@@ -91,7 +91,6 @@ def test_the_short_help_of_fit_has_what_most_people_need(prolora, monkeypatch):
         ("--force",),
         ("--images", "4"),
         ("--max-vram=8GB",),
-        ("--preview",),
     ],
 )
 def test_what_a_transfer_does_not_take_is_found_at_fit(prolora, case, tmp_path, words):

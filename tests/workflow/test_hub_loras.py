@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import prolora
 from prolora import cli
 from prolora.adapters.folder import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
-from prolora.cli.fit import FitOutput, name_page
 from prolora.files import hub
 from prolora.workflow.fleet.listing import list_loras
 
@@ -367,12 +366,6 @@ def test_a_line_that_the_hub_does_not_give_is_refused_alone_in_the_plan(cloud, c
     refused = {Path(x.lora).name: x.refused for x in plan.entries}
     assert "gone/adapter: no such file" in refused["adapter"] and "Hub" in refused["adapter"]
     assert "c/d: no such file" in refused["d"] and not refused["lora.safetensors"]
-
-
-def test_a_preview_is_called_like_the_last_part_of_an_id(cloud):
-    for id_ in ("org/sd1.5-neon", "org/sd1.5-neon@v2", "in/sd1.5-neon.safetensors"):
-        page = name_page([Path(id_)], FitOutput()).report
-        assert page == Path("sd1.5-neon-preview.html")
 
 
 @pytest.mark.slow

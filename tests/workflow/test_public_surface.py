@@ -24,7 +24,6 @@ from prolora.workflow.options import MethodChoice, OptionChanges, TransferOption
 
 TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
 FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
-FITS += [prolora.preview_fit]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
 FUNCTIONS += [(prolora.migrate, MigrationOptions)]
 EXTRACTIONS = [prolora.extract, prolora.extract_file, prolora.plan_extraction]

@@ -99,7 +99,6 @@ def prepare_fit(
     target: Base,
     options: FitOptions,
     depth: Depth = "updates",
-    fits: bool = True,
 ) -> FitJob:
     """Reads and plans; refuses all that can be refused without running a model.
 
@@ -109,7 +108,6 @@ def prepare_fit(
         target: the base it goes to.
         options: how.
         depth: how far the LoRA is read.
-        fits: whether a LoRA is fitted; otherwise images are drawn.
 
     Raises:
         LowCoverage: fewer modules have a place than was asked for.
@@ -124,7 +122,7 @@ def prepare_fit(
     rows = outline_report(adapter, plan, source, target, options).modules
     check_coverage(rows, options.min_coverage)
     job = FitJob(adapter, plan, source, target, options)
-    return replace(job, card=plan_memory_of_card(job, fits))
+    return replace(job, card=plan_memory_of_card(job))
 
 
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
