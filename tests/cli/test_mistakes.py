@@ -260,7 +260,7 @@ MISTAKES = {
         ("advise", "--source", "old.pt", "--target", "target"),
         "old.pt: a pickle checkpoint in the old format; it can run code when it is loaded",
     ),
-    "nothing to look at": (("check",), "Missing argument 'FILE...'"),
+    "nothing to look at": (("check",), "Missing argument 'FILE'"),
     "a missing file to look at": (("check", "lorra.safetensors"), "Similar here: lora.safet"),
     "a folder of LoRAs to look at": (("check", "loras"), "name one of them"),
     "an overlap that is no rank": (

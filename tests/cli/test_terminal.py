@@ -117,7 +117,7 @@ def test_control_characters_reach_no_terminal(prolora, tmp_path):
 
 
 def test_control_characters_of_a_wrong_command_line_are_not_obeyed(prolora):
-    for line in (("check", "a", f"b{ESCAPES}"), ("transfer", f"--{ESCAPES}"), (f"x{ESCAPES}",)):
+    for line in (("check", "a", f"--b{ESCAPES}"), ("transfer", f"--{ESCAPES}"), (f"x{ESCAPES}",)):
         code, out, err = prolora(*line)
         assert code == 2 and not out and "for help" in err and not CONTROLS.search(err), line
         assert r"\x1b[2J" in err

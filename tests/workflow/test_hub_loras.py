@@ -175,7 +175,7 @@ def test_what_the_client_raises_is_an_error_with_a_code_for_loras_and_bases(
     cloud, make, code, said
 ):
     cloud.refusal = make()
-    for open_it in (prolora.inspect, prolora.open_base):
+    for open_it in (prolora.check, prolora.open_base):
         with pytest.raises(prolora.MissingFile, match=said) as error:
             open_it("org/name")
         assert error.value.code == code

@@ -149,7 +149,7 @@ class Check:
 
     def facts(self) -> list[tuple[str, str]]:
         """What is known of the file, as names and texts."""
-        found = [("kind", self._tell_kind())]
+        found = [("file", Path(self.path).name), ("kind", self._tell_kind())]
         found += [(part, str(numbers)) for part, numbers in self.parts.items()]
         if len(self.families) > 1:
             titles = join_titles(map(find_title, self.families))
@@ -216,7 +216,7 @@ def check(
     if program is not None and program not in known_loaders():
         raise InvalidOption(f"`program` is one of {', '.join(known_loaders())}, not {program!r}")
     opened = open_lora(lora)
-    found = describe_base(lora) if opened is None else describe_adapter(opened)
+    found = check_model(lora) if opened is None else check_tensors(opened)
     found = replace(found, program=known_loaders()[program].title if program else "")
     if base is None:
         return found
@@ -237,7 +237,7 @@ def open_lora(lora: AdapterSource) -> UnreadAdapter | None:
     return open_adapter(lora)
 
 
-def describe_adapter(opened: UnreadAdapter) -> Check:
+def check_tensors(opened: UnreadAdapter) -> Check:
     """Says what a file of tensors is: a LoRA, or a base model, or neither."""
     metadata = opened.metadata
     known = known_base(metadata)
@@ -332,14 +332,14 @@ def _describe_refused(opened: UnreadAdapter, found: Check, reason: str) -> Check
     kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
     if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
         try:
-            return replace(describe_base(opened.path), path=found.path, size=found.size)
+            return replace(check_model(opened.path), path=found.path, size=found.size)
         except ProLoRAError as error:
             if not any(kinds):
                 return replace(found, kind="base", reason=str(error))
     return replace(found, kind="lora" if any(kinds) else "unknown", reason=reason)
 
 
-def describe_base(path: Any) -> Check:
+def check_model(path: Any) -> Check:
     """Says what a base model is that `transfer` would open."""
     experts = find_expert_folders(Path(path))
     base = open_base(experts[0] if experts else path)
