@@ -16,11 +16,11 @@ from property_examples import examples
 from torch import Tensor
 
 from prolora.errors import UnsupportedFormat
-from prolora.files import safetensors_file
+from prolora.files import dtypes
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.writing import write_safetensors
 
-DTYPES = sorted(safetensors_file.DTYPES.values(), key=str)
+DTYPES = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
 FAST = settings(
     max_examples=examples(300),
     deadline=None,

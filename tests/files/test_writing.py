@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from prolora.errors import OutputError
-from prolora.files import writing
-from prolora.files.safetensors_file import DTYPES, SafetensorsFile
+from prolora.files import dtypes, writing
+from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.writing import check_writable, write_safetensors, write_text_atomically
 
-EVERY_DTYPE = sorted(DTYPES.values(), key=str)
+EVERY_DTYPE = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
 
 
 def sample(dtype: torch.dtype, *shape: int) -> Tensor:

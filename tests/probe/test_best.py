@@ -109,7 +109,23 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
     report = prolora.transfer(outside, source, student).report
     assert report.totals["mapped"] == 1 and not report.few_steps
     best = prolora.transfer(lora, source, student, method="best").report
-    assert best.why and "few steps" not in str(best.in_words())
+    assert best.was_fitted and "student draws in few steps" in best.why
+    best = prolora.transfer(lora, teacher, student, method="best").report
+    assert not best.was_fitted and "No fit was made" in best.why
+
+
+@pytest.mark.parametrize("target, serves", [("tuned", True), ("pruned", False)])
+def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, serves):
+    few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
+    told: list[str] = []
+
+    def note(done: int, total: int, name: str) -> None:
+        told.append(name)
+
+    report = prolora.fit(*ends(room, target), progress=note, **few).report
+    assert told[0].startswith("Moving by weights serves here") is serves
+    assert ("`transfer` takes seconds" in str(report.in_words())) is serves
+    assert "as drawing" in told[0] and "as drawing" not in " ".join(told[1:])
 
 
 @pytest.mark.parametrize(

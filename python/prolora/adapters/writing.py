@@ -20,7 +20,7 @@ from .folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
 from .formats import metadata as headers
 from .formats.peft_config import METADATA_KEY
-from .unread import StrPath
+from .lora import StrPath
 from .verification import verify_output
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..errors import OutputError, UnsupportedFormat, output_error
 from .atomic import remove_stale_temporaries, replace_file, replace_folder
+from .dtypes import name_dtype
 from .hashing import flatten_bytes, hash_parts, view_bytes
 from .ownership import MARK_KEY, make_mark, sign
-from .safetensors_file import DTYPES, SafetensorsFile, StrPath
+from .safetensors_file import SafetensorsFile, StrPath
 
 Tensors = Mapping[str, Tensor]
 Metadata = Mapping[str, str]
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_writable(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
@@ -142,7 +141,7 @@ def encode_header(tensors: Tensors, metadata: Metadata) -> bytes:
     start = 0
     for name, tensor in tensors.items():
         stop = start + tensor.numel() * tensor.dtype.itemsize
-        dtype = _NAMES[tensor.dtype]
+        dtype = name_dtype(tensor.dtype)
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

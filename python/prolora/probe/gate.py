@@ -31,16 +31,11 @@ this share says (docs/results.md)."""
 IMAGE_DOUBT = 0.09
 """Share of the wanted change by which a weaker strength must be better there. Noise that the target
 does not see makes weaker ones look better than they are (docs/results.md)."""
-RAISED, RAISED_MORE = 1.25, 1.5
-"""Strengths of a fit that starts from nothing. Least squares on what another model does give too
-weak a change: at these the loss is no higher in the mean, and more samples show the LoRA
-(docs/results.md)."""
-FAINT, NEARLY_ALL = 0.3, 0.95
-"""Shares of the wanted change: below the first the second strength is taken, from the second on
-there is nothing to raise."""
+RAISED = 1.25
+"""Strength of a fit from nothing, for all but few-step LoRAs. Least squares on what another model
+does give too weak a change (docs/results.md)."""
 OTHER_LOOK = 1.0
-"""Disagreement of bases that draw different images, by other noise or not: what is wanted there is
-little of what the LoRA means on the target, and more of it does harm (docs/results.md)."""
+"""Disagreement of bases that draw different images: above it more of the change does harm."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
@@ -75,7 +70,7 @@ class Gate:
         decision: "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied
             LoRA) on the same probes, or "refuse".
         strength: the factor of every update: the one of STRENGTHS with the largest share, where
-            that is surely better than 1; instead of 1 see `raise_strength`.
+            that is surely better than 1, or RAISED.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             the one of STRENGTHS. 1 is perfect, 0 as good as no LoRA.
         disagreement: origin -> how far the bases' own predictions are apart, whatever the LoRA is;
@@ -154,27 +149,9 @@ def judge_updates(
     else:
         decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
     rival = (copy_share, copy_strength, gain)
-    if start == "zero" and not few_step and decision in (GO, WEAKEN):
-        strength = raise_strength(strength, share["all"], disagreement["all"], copy_share)
+    if start == "zero" and decision == GO and not few_step and disagreement["all"] <= OTHER_LOOK:
+        strength = RAISED
     return Gate(decision, strength, share, disagreement, reason, *rival, effect)
-
-
-def raise_strength(
-    strength: float,
-    share: float,
-    disagreement: float,
-    copy_share: Mapping[str, float] | None = None,
-) -> float:
-    """What a fit from nothing is written at instead of 1: RAISED, or RAISED_MORE if it is FAINT.
-
-    Nothing is raised between related bases, where a copy reaches MIN_SHARE, between those of
-    OTHER_LOOK, nor where the change does harm.
-    """
-    related = copy_share is not None and copy_share["all"] >= MIN_SHARE
-    reached = 0 < share < NEARLY_ALL and disagreement <= OTHER_LOOK  # none of it holds of NaN
-    if strength != 1.0 or related or not reached:
-        return strength
-    return RAISED if share >= FAINT else RAISED_MORE
 
 
 def decide_gate(

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Literal, TypeVar, get_args
 
 from ..bases.base import Progress
+from ..bases.pipeline_files import MOST_FEW_STEPS
 from ..core.arrays import make_fields_plain
 from ..core.option_fields import option
 from ..errors import InvalidOption, UnsupportedFormat
@@ -24,7 +25,7 @@ AUTO: Precision = "auto"
 FLOAT32: Precision = "float32"
 BFLOAT16: Precision = "bfloat16"
 FEW_STEPS = 4
-"""Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
+"""Steps of targets whose files say that they draw in few, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
 SAMPLING, FITTING = "Sampling", "Fit"
@@ -90,15 +91,15 @@ class FitSettings:
     target_steps: int | None = option(
         None,
         "Steps of the target's own sampler, where it is a few-step model. Default: as for the "
-        "source, or 4 for the schedulers of few-step models.",
+        "source, or 4 where its files say that it draws in few.",
         panel=SAMPLING,
         metavar="N",
     )
     target_guidance: float | None = option(
         None,
         "Guidance scale of the target's own sampler; 1 for a target that is run without. Default: "
-        "as for the source. A source with guidance and a target without, as few-step students are "
-        "run, are asked accordingly.",
+        "as for the source, or 1 where the target draws in few steps and takes no scale. A source "
+        "with guidance and a target without are asked accordingly.",
         panel=SAMPLING,
         metavar="SCALE",
         basic=True,
@@ -253,6 +254,29 @@ class FitSettings:
             self,
             steps=self.steps if steps is None else steps,
             guidance=self.guidance if guidance is None else guidance,
+        )
+
+    def for_target(self: Settings, few: bool, embeds_guidance: bool) -> Settings:
+        """Returns the settings of the target's own sampler.
+
+        Args:
+            few: whether its files say that it draws in few steps.
+            embeds_guidance: whether it takes its guidance scale as an input.
+        """
+        asked, guidance = self.target_steps, self.target_guidance
+        if guidance is None:
+            guidance = self.guidance
+            student = few or (asked is not None and asked <= MOST_FEW_STEPS)
+            if guidance is None and student and not embeds_guidance:
+                guidance = 1.0
+        return replace(
+            self,
+            steps=asked or (min(FEW_STEPS, self.steps) if few else self.steps),
+            guidance=guidance,
+            target_steps=None,
+            target_guidance=None,
+            lora_steps=None,
+            lora_guidance=None,
         )
 
     def sized(self: Settings, recorded: int) -> Settings:

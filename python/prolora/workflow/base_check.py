@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
 from ..adapters.family import guess_families, guess_family
+from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
-from ..adapters.unread import open_adapter
 from ..architectures.families import known_families
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
@@ -199,7 +199,7 @@ def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
     if isinstance(lora, Adapter):
         sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
         return guess_families(sizes, lora.metadata), list(lora.updates)
-    opened = open_adapter(lora)
+    opened = Lora.open(lora)
     try:
         sizes = measure_modules(parse_contents(opened).slots)
     except ProLoRAError:  # whoever reads it says why

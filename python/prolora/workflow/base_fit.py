@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from ..adapters.contents import parse_contents
 from ..adapters.family import guess_families, guess_sizes
+from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
-from ..adapters.unread import UnreadAdapter
 from ..architectures.families import find_title
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base, load_layout
@@ -115,7 +115,7 @@ def fit_family(families: Collection[str], family: str) -> BaseFit:
     return BaseFit(title, answer, join_titles(map(find_title, families)), title, "", ())
 
 
-def fit_base(opened: UnreadAdapter, base: ExpertsLike) -> BaseFit:
+def fit_base(opened: Lora, base: ExpertsLike) -> BaseFit:
     """Says whether a LoRA is for a base, from headers alone.
 
     Raises:
@@ -149,7 +149,7 @@ def open_first(base: ExpertsLike) -> Base:
 
 
 def _place_modules(
-    opened: UnreadAdapter, base: Base
+    opened: Lora, base: Base
 ) -> tuple[list[ModuleReport], dict[str, tuple[int, int]]]:
     """The rows of a LoRA's modules, and their shapes out × in without kernels."""
     try:

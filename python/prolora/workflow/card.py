@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapters.folder import PEFT_WEIGHTS
 from ..adapters.formats.moves import Move, read_moves
-from ..adapters.unread import open_adapter
+from ..adapters.lora import Lora
 from ..errors import UnsupportedFormat
 from ..files.hashing import hash_file
 from ..files.ownership import make_mark
@@ -51,7 +51,7 @@ def write_card(card: Path, outcomes: Iterable[Outcome], overwrite: bool = False)
 
 
 def _render_card(written: Sequence[Outcome]) -> str:
-    headers = [dict(open_adapter(one.out).metadata) for one in written]
+    headers = [dict(Lora.open(one.out).metadata) for one in written]
     moves = [(read_moves(header) or (Move(),))[-1] for header in headers]
     title = written[0].out.stem if len(written) == 1 else f"{len(written)} moved LoRAs"
     blocks = [

@@ -23,10 +23,10 @@ from ..adapters.folder import ADAPTER_FILES
 from ..adapters.formats.moves import Move, describe_moves, read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import tensor_keys
+from ..adapters.lora import Lora, LoraSource
 from ..adapters.naming import list_matrices, most_common_spelling
 from ..adapters.slots import Contents, Slot, measure_modules
 from ..adapters.training_words import read_training_words
-from ..adapters.unread import AdapterSource, UnreadAdapter, open_adapter
 from ..architectures.families import find_title, known_families
 from ..architectures.loaders import known_loaders
 from ..architectures.modules import TEXT_ENCODERS, find_component
@@ -34,6 +34,7 @@ from ..bases import open_base
 from ..bases.folder import find_expert_folders
 from ..core.grouping import group_by
 from ..errors import InvalidOption, ProLoRAError
+from ..files.dtypes import spell_dtype
 from .base_check import is_language_model, join_titles
 from .base_fit import BaseFit, fit_base, fit_family
 from .in_words import Mark
@@ -189,7 +190,7 @@ class Check:
 
 
 def check(
-    lora: AdapterSource,
+    lora: LoraSource,
     *,
     base: Any = None,
     program: str | None = None,
@@ -227,17 +228,17 @@ def check(
     return replace(found, fit=fit_base(opened, base))
 
 
-def open_lora(lora: AdapterSource) -> UnreadAdapter | None:
+def open_lora(lora: LoraSource) -> Lora | None:
     """Opens an adapter; None for what can be nothing but a base model."""
     if isinstance(lora, str | os.PathLike):
         path = Path(lora)
         others = path.is_dir() and not any((path / name).exists() for name in ADAPTER_FILES)
         if others or path.suffix.lower() == ".gguf":
             return None
-    return open_adapter(lora)
+    return Lora.open(lora)
 
 
-def check_tensors(opened: UnreadAdapter) -> Check:
+def check_tensors(opened: Lora) -> Check:
     """Says what a file of tensors is: a LoRA, or a base model, or neither."""
     metadata = opened.metadata
     known = known_base(metadata)
@@ -249,7 +250,7 @@ def check_tensors(opened: UnreadAdapter) -> Check:
     found = Check(
         path=opened.where,
         kind="lora",
-        dtypes=count_values(str(x.dtype).removeprefix("torch.") for x in opened.headers.values()),
+        dtypes=count_values(spell_dtype(x.dtype) for x in opened.headers.values()),
         tensors=len(opened.headers),
         size=opened.path.stat().st_size if opened.path else 0,
         # An architecture has the kind of file behind it: stable-diffusion-xl-v1-base/lora.
@@ -269,7 +270,7 @@ def check_tensors(opened: UnreadAdapter) -> Check:
 
 
 def _describe_contents(
-    opened: UnreadAdapter, contents: Contents, scales: Mapping[str, float], found: Check
+    opened: Lora, contents: Contents, scales: Mapping[str, float], found: Check
 ) -> Check:
     """What was found of a LoRA that is read."""
     slots, shapes = contents.slots, measure_modules(contents.slots)
@@ -306,9 +307,7 @@ def _describe_contents(
     )
 
 
-def _describe_part(
-    slots: Iterable[Slot], opened: UnreadAdapter, scales: Mapping[str, float]
-) -> Part:
+def _describe_part(slots: Iterable[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
     slots = list(slots)
     ranks = Counter(slot.form.rank for slot in slots if slot.form.rank)
     return Part(
@@ -320,14 +319,14 @@ def _describe_part(
     )
 
 
-def _read_alpha(slot: Slot, opened: UnreadAdapter) -> str:
+def _read_alpha(slot: Slot, opened: Lora) -> str:
     if slot.peft:
         return f"{slot.peft.alpha(slot.module.local):g}"
     key = slot.keys.get("alpha")
     return "none" if key is None else f"{opened.read(key).double().item():g}"
 
 
-def _describe_refused(opened: UnreadAdapter, found: Check, reason: str) -> Check:
+def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
     """A file that is not read as a LoRA: a base, an adapter of another kind, or neither."""
     kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
     if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adapters.unread import open_adapter
+from ..adapters.lora import Lora
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
@@ -191,7 +191,7 @@ class PairMover:
 def _estimate_bytes(lora: Path) -> int:
     """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
     try:
-        headers = open_adapter(lora).headers.values()
+        headers = Lora.open(lora).headers.values()
     except LORA_FAILURES:
         return 0
     return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)

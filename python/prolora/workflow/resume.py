@@ -14,7 +14,7 @@ from ..adapters.contents import parse_contents
 from ..adapters.folder import ADAPTER_FILES, PEFT_WEIGHTS
 from ..adapters.hub import locate_adapter
 from ..adapters.left_out import find_unknown_updates
-from ..adapters.unread import open_adapter
+from ..adapters.lora import Lora
 from ..adapters.writing import has_own_config
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
@@ -61,7 +61,7 @@ class Recipe:
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        open_adapter(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
+        Lora.open(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
         return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}")
 
     def describe(self, cache: BasisCache) -> dict[str, str]:
@@ -101,7 +101,7 @@ class Recipe:
         if not (self.source.files and self.target.files):
             return False
         try:
-            result = open_adapter(out)
+            result = Lora.open(out)
             parse_contents(result)  # in a folder, weights and configuration go together
             metadata = result.metadata
         except ProLoRAError:
@@ -147,7 +147,7 @@ def explain_damage(out: Path) -> str:
     Nothing but the result is read, every byte of it.
     """
     try:
-        metadata = open_adapter(out).metadata
+        metadata = Lora.open(out).metadata
         if _shorten(metadata.get(_LORA_HASH, ""), metadata.get(_RECIPE, "")) not in out.name:
             return "it is made of something else than its name says"
         return "" if is_intact(out) else "its bytes are not those that were written"

@@ -20,7 +20,7 @@ from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
 from ..precision import in_float32
 from ..recording.trajectories import Call, Sample
-from ..settings import FEW_STEPS, FitSettings
+from ..settings import FitSettings
 from ..swapping import BlockSwapping
 from .conditioning import (
     CallParts,
@@ -143,19 +143,11 @@ class Pipeline:
             self.memory.restore()
 
     def derive_target_settings(self, settings: FitSettings) -> FitSettings:
-        """The settings of a target's sampling: its steps and its guidance where they are others."""
-        few = type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
-        steps = settings.target_steps or (min(FEW_STEPS, settings.steps) if few else settings.steps)
-        guidance = settings.target_guidance
-        return replace(
-            settings,
-            steps=steps,
-            guidance=settings.guidance if guidance is None else guidance,
-            target_steps=None,
-            target_guidance=None,
-            lora_steps=None,
-            lora_guidance=None,
-        )
+        """Returns the settings of a target's sampling."""
+        config = getattr(self.denoiser, "config", {})
+        learnt = config.get("time_cond_proj_dim")
+        few = bool(learnt) or type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
+        return settings.for_target(few, bool(learnt or config.get("guidance_embeds")))
 
     def sample_latents(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...adapters.unread import open_adapter
+from ...adapters.lora import Lora
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
 from ...bases.identity import compute_fingerprint
@@ -207,7 +207,7 @@ class _Planner:
         try:
             if lora.error:
                 raise lora.error
-            opened = open_adapter(lora.path)
+            opened = Lora.open(lora.path)
             label = self.finder.find(lora, opened)
             outline = outline_lora(opened, next(iter(self.shelf.opened[label].values())))
         except ProLoRAError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.family import claimed_family
-from ...adapters.unread import UnreadAdapter
+from ...adapters.lora import Lora
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts
@@ -47,14 +47,14 @@ class Outline:
         return BYTES_A_NUMBER * self.numbers
 
 
-def outline_lora(opened: UnreadAdapter, source: Base) -> Outline:
+def outline_lora(opened: Lora, source: Base) -> Outline:
     """The outline of a LoRA, from its header."""
     numbers = sum(math.prod(header.shape) for header in opened.headers.values())
     signature = f"{sign_header(opened)} {source.path}"
     return Outline(signature, -(-len(opened.headers) // 3), numbers)
 
 
-def sign_header(opened: UnreadAdapter) -> str:
+def sign_header(opened: Lora) -> str:
     """Equal for LoRAs with equal keys, shapes and configuration, of one claimed family."""
     parts = [
         [[key, *header.shape] for key, header in opened.headers.items()],
@@ -87,7 +87,7 @@ class SourceFinder:
         self.paths, self.options, self.cache = paths, options, cache
         self._fits: dict[tuple[str, str], str] = {}
 
-    def find(self, lora: ListedLora, opened: UnreadAdapter) -> str:
+    def find(self, lora: ListedLora, opened: Lora) -> str:
         """The label of the base that a LoRA belongs to.
 
         Args:
@@ -123,9 +123,7 @@ class SourceFinder:
             f"the list names {lora.source}, which is not a `source` of this plan"
         )
 
-    def _list_fitting(
-        self, lora: ListedLora, opened: UnreadAdapter, labels: list[str]
-    ) -> list[str]:
+    def _list_fitting(self, lora: ListedLora, opened: Lora, labels: list[str]) -> list[str]:
         """The bases that have all modules of a LoRA in its shapes.
 
         Raises:
