@@ -258,6 +258,9 @@ WORDED = {
     "files/safetensors_file.py",
     "files/sizes.py",
     "files/state.py",
+    "probe/fitting",
+    "probe/pipelines",
+    "probe/recording",
 }
 
 

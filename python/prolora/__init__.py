@@ -17,7 +17,6 @@ from .core.similarity import Similarity, principal_angles, similarity
 from .core.verdict import Verdict
 from .errors import (
     AlreadyMoved,
-    ForeignFile,
     HubUnavailable,
     InvalidOption,
     KernelFailure,
@@ -25,6 +24,7 @@ from .errors import (
     MissingFile,
     NonFiniteWeights,
     OutputError,
+    OutputExists,
     ProLoRAError,
     ShapeMismatch,
     SolverFailure,
@@ -49,10 +49,6 @@ from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
-from .workflow.fleet.plan import Plan
-from .workflow.fleet.planning import plan_migration
-from .workflow.fleet.run_options import MigrationOptions
-from .workflow.fleet.status import read_status
 from .workflow.merge import merge, merge_file
 from .workflow.merge_options import MergeOptions
 from .workflow.options import TransferMethod, TransferOptions
@@ -79,7 +75,6 @@ __all__ = [
     "ExtractOptions",
     "FitOptions",
     "FitSettings",
-    "ForeignFile",
     "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
@@ -89,12 +84,11 @@ __all__ = [
     "Method",
     "MethodChoice",
     "MethodName",
-    "MigrationOptions",
     "MissingFile",
     "NonFiniteWeights",
     "Outcome",
     "OutputError",
-    "Plan",
+    "OutputExists",
     "ProLoRAError",
     "ProjectionInfo",
     "Report",
@@ -131,11 +125,9 @@ __all__ = [
     "open_experts",
     "plan_extraction",
     "plan_fit",
-    "plan_migration",
     "plan_report",
     "principal_angles",
     "project",
-    "read_status",
     "require_cuda",
     "similarity",
     "transfer",

@@ -24,9 +24,8 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.identity import (
     EMPTY_SHORT_HASH,
-    compute_fingerprint,
-    compute_identity,
     compute_short_hash,
+    have_equal_files,
     is_identical,
 )
 from ..errors import ProLoRAError, ShapeMismatch, UnsupportedFormat, WrongBase
@@ -74,7 +73,7 @@ def check_bases(
     check_moved_before(lora, source, options, cache)
     header = read_header(lora)
     where = begin_message(lora)
-    if not may_be_one and are_one_base(source, target, cache):
+    if not may_be_one and are_one_base(source, target):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
             "where the LoRA works as it is; choose another target, or take `again=True` to move it "
@@ -156,7 +155,7 @@ def is_stated_base(
     """
     full, short = (_read_digits(header, *key) for key in zip(HASH_KEYS, (64, 8), strict=True))
     if full:
-        return is_identical(base, f"sha256:{full}", short, cache)
+        return is_identical(base, f"sha256:{full}", short, cache.folder if cache else None)
     if short in ("", EMPTY_SHORT_HASH) or len(base.files) != 1:
         return None
     return compute_short_hash(base) == short
@@ -168,7 +167,7 @@ def is_named_base(header: Mapping[str, str], *names: str) -> bool:
     return any(fold_base_name(name) in stated for name in names)
 
 
-def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) -> bool:
+def are_one_base(source: Base, target: Base) -> bool:
     """Whether two bases are one model: the same files, copies of them, or the same object."""
     if source is target:
         return True
@@ -177,13 +176,7 @@ def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) ->
     ours, theirs = ({file.resolve() for file in base.files} for base in (source, target))
     if ours <= theirs or theirs <= ours:  # a pipeline's folder, and that of its model alone
         return True
-    sizes = [sorted(file.stat().st_size for file in base.files) for base in (source, target)]
-    if sizes[0] != sizes[1]:
-        return False
-    # Samples differ almost always where files do, and are read in no time.
-    return compute_fingerprint(source, cache) == compute_fingerprint(
-        target, cache
-    ) and compute_identity(source, cache) == compute_identity(target, cache)
+    return have_equal_files(source, target)
 
 
 def _describe_lora(lora: LoraLike) -> str | None:

@@ -16,7 +16,7 @@ from ..errors import LowCoverage, ProLoRAError, ShapeMismatch, UnrelatedBases, U
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.plan import explain_need, foresee_work
 from .by_fitting.rows import outline_report
-from .by_weights.base_pair import MakeNotes, move_lora
+from .by_weights.base_pair import Notes, move_lora
 from .fit_options import FitOptions
 from .options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .report import Report
@@ -69,11 +69,11 @@ class BestWay:
         Raises:
             ProLoRAError: neither way moves it; see `prolora.transfer` and `prolora.fit`.
         """
-        notes: dict[type, MakeNotes] = {}
+        notes: dict[type, Notes] = {}
         if for_file and isinstance(lora, str | PathLike):
             for options in (self.by_weights, self.by_fit):
                 made = Recipe.of(Path(lora), self.source, self.target, options)
-                notes[type(options)] = made.describe
+                notes[type(options)] = made.describe()
         moved = self._try_weights(lora, notes.get(TransferOptions))
         need = self.explain_need(moved.report if isinstance(moved, Transfer) else moved)
         if need:
@@ -106,9 +106,7 @@ class BestWay:
             raise found
         return replace(self.tell_weights(found), dry_run=True)
 
-    def _try_weights(
-        self, lora: LoraLike, notes: MakeNotes | None = None
-    ) -> Transfer | ProLoRAError:
+    def _try_weights(self, lora: LoraLike, notes: Notes | None = None) -> Transfer | ProLoRAError:
         """What weights alone make of a LoRA, or why they do not."""
         if self.latents is not None:
             return UnrelatedBases(self.latents)

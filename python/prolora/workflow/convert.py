@@ -90,7 +90,7 @@ def convert_file(
         What was kept and lost.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something has that name.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `convert` raises.
     """

@@ -23,7 +23,7 @@ from ..by_weights.assembly import build_metadata, list_kernels
 from ..by_weights.base_pair import (
     BasePair,
     Depth,
-    MakeNotes,
+    Notes,
     list_inputs,
     prefix_notes,
     read_lora,
@@ -55,7 +55,7 @@ def fit_to_pipelines(
     source: Base,
     target: Base,
     options: FitOptions,
-    notes: MakeNotes | None = None,
+    notes: Notes | None = None,
     common: CommonParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
@@ -95,9 +95,10 @@ def fit_to_pipelines(
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
-            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
+            noted = prefix_notes(notes or {})
+            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, noted)
             return Transfer(moved, replace(scaled, grid=grid, why=job.serves), files, *written)
-    fitted, fit_report = _finish_fit(job, blank, updates, report, _read_notes(notes))
+    fitted, fit_report = _finish_fit(job, blank, updates, report, prefix_notes(notes or {}))
     return Transfer(fitted, replace(fit_report, grid=grid, why=job.serves), files, *written)
 
 
@@ -148,10 +149,6 @@ def _outline_result(job: FitJob) -> Adapter:
     """The adapter of the target, before its updates have values."""
     outline = outline_fit(job.adapter, job.plan, job.source, job.target)
     return replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
-
-
-def _read_notes(notes: MakeNotes | None) -> dict[str, str]:
-    return {} if notes is None else prefix_notes(notes(BasisCache(None)))
 
 
 @dataclass(frozen=True)
