@@ -67,7 +67,7 @@ class Contents:
 def measure_modules(
     slots: Iterable[Slot], *, with_kernel: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Returns module -> out × in of its update, the rows of fused ones by themselves.
+    """Returns module -> out × in of its update; fused ones are taken apart.
 
     Args:
         slots: of a file that is read.
