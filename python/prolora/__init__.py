@@ -17,7 +17,6 @@ from .core.similarity import Similarity, principal_angles, similarity
 from .core.verdict import Verdict
 from .errors import (
     AlreadyMoved,
-    ForeignFile,
     HubUnavailable,
     InvalidOption,
     KernelFailure,
@@ -25,6 +24,7 @@ from .errors import (
     MissingFile,
     NonFiniteWeights,
     OutputError,
+    OutputExists,
     ProLoRAError,
     ShapeMismatch,
     SolverFailure,
@@ -40,7 +40,7 @@ from .version import __version__
 from .workflow.advice import Advice, advise
 from .workflow.advice_options import AdviceOptions
 from .workflow.batch import transfer_many
-from .workflow.check import BaseCheck, check
+from .workflow.check import Check, check
 from .workflow.convert import convert, convert_file
 from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
@@ -49,11 +49,6 @@ from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
-from .workflow.fleet.plan import Plan
-from .workflow.fleet.planning import plan_migration
-from .workflow.fleet.run_options import MigrationOptions
-from .workflow.fleet.status import read_status
-from .workflow.inspection import Description, inspect
 from .workflow.merge import merge, merge_file
 from .workflow.merge_options import MergeOptions
 from .workflow.options import TransferMethod, TransferOptions
@@ -71,17 +66,15 @@ __all__ = [
     "AdviceOptions",
     "AlreadyMoved",
     "Base",
-    "BaseCheck",
     "BaseLike",
     "Basis",
+    "Check",
     "Comparison",
     "ConvertOptions",
-    "Description",
     "ExpertsLike",
     "ExtractOptions",
     "FitOptions",
     "FitSettings",
-    "ForeignFile",
     "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
@@ -91,12 +84,11 @@ __all__ = [
     "Method",
     "MethodChoice",
     "MethodName",
-    "MigrationOptions",
     "MissingFile",
     "NonFiniteWeights",
     "Outcome",
     "OutputError",
-    "Plan",
+    "OutputExists",
     "ProLoRAError",
     "ProjectionInfo",
     "Report",
@@ -125,7 +117,6 @@ __all__ = [
     "fit",
     "fit_file",
     "fit_many",
-    "inspect",
     "load_moved_lora",
     "merge",
     "merge_file",
@@ -134,11 +125,9 @@ __all__ = [
     "open_experts",
     "plan_extraction",
     "plan_fit",
-    "plan_migration",
     "plan_report",
     "principal_angles",
     "project",
-    "read_status",
     "require_cuda",
     "similarity",
     "transfer",

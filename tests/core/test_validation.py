@@ -19,12 +19,9 @@ from prolora import (
     similarity,
     truncated_svd,
 )
-from prolora.bases.cache.build import survey_base
-from prolora.cli.options import FleetResources, Resources
 from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
-from prolora.workflow.fleet.plan import Plan
 from prolora.workflow.options import settle_options
 
 
@@ -225,7 +222,7 @@ def one_card(monkeypatch):
 
 JOBS = (
     *(prolora.TransferOptions, prolora.FitOptions, prolora.AdviceOptions, prolora.ExtractOptions),
-    *(prolora.MergeOptions, prolora.EvaluationOptions),
+    prolora.MergeOptions,
 )
 
 
@@ -254,11 +251,10 @@ def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeyp
     base = prolora.open_base(
         {f"transformer_blocks.0.attn1.to_{x}.weight": torch.eye(8) for x in "qkv"}
     )
-    for place in ("bases.cache.build", "comparison.comparison"):
+    for place in ("comparison.comparison",):
         monkeypatch.setattr(f"prolora.{place}.Memory", note)
     monkeypatch.setattr("prolora.comparison.block_matching._find_room", note)
     calls = (
-        lambda **how: survey_base(base, 4, **how),
         lambda **how: compare_bases(base, base, **how),
         lambda **how: match_blocks(base, base, **how),
         lambda **how: resolve_match("similarity", base, base, **how),
@@ -270,26 +266,12 @@ def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeyp
     assert seen == ["cuda", "cpu"] * len(calls)
 
 
-def test_workers_of_a_plan_keep_to_the_cpu_unless_told_otherwise(one_card):
-    plan = Plan((), {})
-    assert plan.make_options().device == plan.make_options(device=None).device == "cpu"
-    assert plan.make_options(device="cuda").device == "cuda"
-
-
-def test_the_command_line_takes_a_gpu_for_a_job_here_and_none_for_workers(one_card):
-    ours, theirs = Resources(), FleetResources()
-    ours.check_device()
-    theirs.check_device()
-    assert (ours.device, theirs.device) == ("cuda", "cpu")
-
-
 def test_a_device_is_refused_before_anything_is_read(tmp_path):
     missing = tmp_path / "lora.safetensors"
     calls = (
         lambda device: prolora.transfer(missing, missing, missing, device=device),
         lambda device: prolora.transfer_many([missing], missing, missing, missing, device=device),
         lambda device: compare_bases(missing, missing, device=device),
-        lambda device: survey_base(missing, 4, device=device),
     )
     for device, words in (("foo", "no device is called 'foo'"), ("mps", "no float64")):
         for call in calls:

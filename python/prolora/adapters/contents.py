@@ -36,11 +36,7 @@ _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
 def parse_contents(source: Lora, base: BaseNames | None = None) -> Contents:
-    """Finds the updates of a LoRA in file order, once for each base; no tensor is read.
-
-    Args:
-        source: the LoRA.
-        base: what is known of the base model it belongs to.
+    """Lists the updates of an adapter in file order; no tensor is read.
 
     Raises:
         UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
@@ -108,7 +104,7 @@ def _restore_dots(contents: Contents, modules: Collection[str]) -> None:
 
 
 def _settle_t5(slots: list[Slot], family: str | None) -> list[Slot]:
-    """Renames T5, which kohya and ComfyUI count as the third encoder, to its number in diffusers.
+    """Renames T5, kohya's and ComfyUI's third encoder, to its number in diffusers.
 
     FLUX has two text encoders and T5 is the second; SD3 has three.
     """
@@ -126,7 +122,7 @@ def _settle_t5(slots: list[Slot], family: str | None) -> list[Slot]:
 
 
 def _peft_scalings(source: Lora, prefixes: set[str]) -> dict[str, PeftScaling]:
-    """Component prefix -> the configuration its modules are scaled by."""
+    """Returns component prefix -> the configuration that scales its modules."""
     if source.config is not None:
         scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
         return dict.fromkeys(prefixes, scaling)
@@ -188,13 +184,13 @@ def _check_shapes(slot: Slot, source: Lora) -> None:
 
 
 def read_scale(slot: Slot, source: Lora) -> float:
-    """The factor in front of an update; reads no more than its alpha, scale and scalar.
+    """Returns the factor in front of an update; reads only alpha, scale and scalar.
 
     Raises:
         NonFiniteWeights: one of them is not finite.
         UnsupportedFormat: the tensor and the PEFT configuration contradict each other.
     """
-    # Programs that read `scale` read no alpha beside it.
+    # Programs that read `scale` ignore an alpha beside it.
     role = "scale" if "scale" in slot.keys else "alpha"
     stated = _read_number(slot, role, source)
     if role == "alpha" and stated is not None:
@@ -216,7 +212,7 @@ def read_scale(slot: Slot, source: Lora) -> float:
 
 
 def _read_number(slot: Slot, role: str, source: Lora) -> float | None:
-    """The value of a tensor of one number, None if the slot has none of that role."""
+    """Reads a tensor of one number, None if the slot lacks that role."""
     if role not in slot.keys:
         return None
     value = float(source.read(slot.keys[role]).double())
@@ -226,7 +222,7 @@ def _read_number(slot: Slot, role: str, source: Lora) -> float | None:
 
 
 def _expected_shapes(slot: Slot) -> str:
-    """The shapes there should be."""
+    """Says which shapes were expected."""
     family = forms.kind_of_roles(slot.keys.keys())
     if family == "lora" and "mid" not in slot.keys:
         return (
@@ -263,7 +259,7 @@ def _check_config(slot: Slot, source: Lora) -> None:
 
 
 def _check_one_model(slots: list[Slot], source: Lora) -> None:
-    """Refuses updates of a UNet's blocks beside those of a transformer's."""
+    """Refuses updates of a UNet's blocks beside updates of a transformer's."""
     unet = [slot for slot in slots if slot.module.name.startswith(_UNET_BLOCKS)]
     transformer = [slot for slot in slots if slot.module.spelling and ".0." in slot.module.name]
     if unet and transformer:

@@ -1,4 +1,4 @@
-"""A LoRA that was opened and not read: a file, a folder or a state dict as headers and reader."""
+"""An open LoRA: headers and a reader of a file, folder or state dict."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PeftConfigLike(Protocol):
     """A configuration of PEFT, as `peft.LoraConfig` is one."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields."""
+        """Returns the configuration's fields."""
 
 
 LoraSource: TypeAlias = (
@@ -49,7 +49,7 @@ _CONFIG_LIMIT = 4 << 20
 
 @dataclass(frozen=True)
 class Header:
-    """Dtype, by its name in headers, and shape of a tensor that was not read yet."""
+    """Dtype, by its name in headers, and shape of an unread tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,28 +57,19 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A LoRA that is open: headers and metadata at once, tensors one by one.
+    """An open LoRA: headers and metadata at once, tensors one by one.
 
     As a context manager it closes its file at the end; an open file cannot be replaced on Windows.
-
-    Attributes:
-        where: what to call it in messages.
-        headers: key -> dtype and shape, in file order.
-        read: key -> tensor.
-        metadata: header metadata of the file.
-        config: adapter_config.json of a PEFT folder.
-        path: the file of the weights, if there is one.
-        close: closes the file; it is opened again where a tensor is read.
-        parsed: what was found in its keys, by what was known of the base.
     """
 
-    where: str
-    headers: dict[str, Header]
-    read: Callable[[str], Tensor]
-    metadata: dict[str, str]
-    config: dict[str, Any] | None = None
-    path: Path | None = None
-    close: Callable[[], None] = lambda: None
+    where: str  # its name in messages
+    headers: dict[str, Header]  # key -> dtype and shape, in file order
+    read: Callable[[str], Tensor]  # key -> tensor
+    metadata: dict[str, str]  # header metadata of the file
+    config: dict[str, Any] | None = None  # adapter_config.json of a PEFT folder
+    path: Path | None = None  # the file of the weights, if any
+    close: Callable[[], None] = lambda: None  # closes the file; reading a tensor opens it again
+    # What was found in its keys, by what was known of the base
     parsed: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -88,8 +79,8 @@ class Lora:
         Args:
             source: a .safetensors file, a state dict, a PEFT folder or a folder that diffusers
                 saved a LoRA in; (state dict, `peft.LoraConfig`), as PEFT has the two in memory;
-                `org/name` or `hf://org/name[@revision][/path]` on the Hugging Face Hub, where
-                nothing here is called so; what is open already is returned.
+                `org/name` or `hf://org/name[@revision][/path]` on the Hugging Face Hub, if no local
+                file has that name; an open LoRA is returned.
             metadata: replaces the metadata of the file; a state dict has none of its own.
 
         Raises:
@@ -124,7 +115,7 @@ class Lora:
 
 
 def read_finite(source: Lora, key: str) -> Tensor:
-    """Reads a tensor as float32, into memory of its own.
+    """Reads a tensor as float32, in memory of its own.
 
     Raises:
         NonFiniteWeights: it holds NaN or Inf.
@@ -142,10 +133,10 @@ def read_finite(source: Lora, key: str) -> Tensor:
 
 
 def _read_config(config: PeftConfigLike) -> dict[str, Any]:
-    """A configuration of PEFT as the JSON object that PEFT saves.
+    """Reads a configuration of PEFT as the JSON object that PEFT saves.
 
     Raises:
-        UnsupportedFormat: it is none.
+        UnsupportedFormat: it is something else.
     """
     kind = type(config).__name__
     if not hasattr(config, "to_dict"):
@@ -182,7 +173,7 @@ def _open_mapping(
 
 
 def _explain_unreadable(tensor: Tensor) -> str:
-    """Why the numbers of a tensor cannot be read, "" if they can."""
+    """Says why the numbers of a tensor cannot be read, "" if they can."""
     if tensor.is_meta:
         return "is on the meta device and holds no numbers; load the model's weights first"
     if tensor.is_complex():

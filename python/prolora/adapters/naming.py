@@ -23,19 +23,17 @@ _ADM_ATTENTION = re.compile(r"(?:(?:in|out)put_blocks[._]\d+[._]\d+|middle_block
 
 
 class BaseNames(NamedTuple):
-    """What is known of the base model that an adapter belongs to.
+    """What is known of the base model that an adapter belongs to."""
 
-    Attributes:
-        family: id of its family, None if it is not known.
-        modules: its canonical module names; empty if they are not known.
-    """
-
-    family: str | None = None
-    modules: Collection[str] = ()
+    family: str | None = None  # None if it is not known
+    modules: Collection[str] = ()  # its canonical module names; empty if they are not known
 
 
 def list_matrices(source: Lora) -> list[NamedMatrix]:
-    """What can be modules of a transformer, as the file names them, with the shapes of updates."""
+    """Lists possible modules of a transformer, with the shapes of their updates.
+
+    The names are the file's.
+    """
     keys: dict[tuple[str, bool], dict[str, str]] = {}
     for key in source.headers:
         path = tensor_keys.find_path(key)
@@ -47,7 +45,7 @@ def list_matrices(source: Lora) -> list[NamedMatrix]:
 
 
 def _measure_matrix(keys: Mapping[str, str], source: Lora) -> tuple[int, int]:
-    """Out × in of the update that some tensors are; 0 where they do not tell."""
+    """Returns out × in of the update in some tensors; 0 where unclear."""
     shapes = {role: source.headers[key].shape for role, key in keys.items() if role}
     form = None
     if {"up", "down", "diff"}.isdisjoint(shapes) and forms.find_missing_role(shapes.keys()) is None:
@@ -63,10 +61,10 @@ def _measure_matrix(keys: Mapping[str, str], source: Lora) -> tuple[int, int]:
 def choose_names(
     source: Lora, matrices: Iterable[NamedMatrix], base: BaseNames | None
 ) -> Family | None:
-    """By whose names the modules of a UNet or transformer are read; None where nobody knows them.
+    """Returns the family whose names the modules are read by, or None.
 
     LDM's numbers mean modules of an ADM network where the base is one, and where no base is known
-    and attention has the name it has there.
+    and attention has its name there.
     """
     if base and base.modules:
         numbered = any(is_in_adm(name) and find_block(name) for name in base.modules)
@@ -79,10 +77,10 @@ def choose_names(
 
 
 def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
-    """How most modules of a transformer are spelled; None where there are none.
+    """Returns how most modules of a transformer are spelled, None without any.
 
-    A module that has one name with everybody says nothing of whose names a file has. Where all are
-    of that kind, the file has the names of the format that its prefix is of.
+    A module with one name everywhere does not tell whose names a file has. Where all are of that
+    kind, the file has the names of its prefix's format.
     """
     spelled = [module for module in modules if module.spelling]
     counts = Counter(module.spelling for module in spelled if not module.alike)
@@ -93,10 +91,10 @@ def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
 
 
 def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
-    """The height of every part of a weight of `height` rows.
+    """Returns the height of every part of a weight of `height` rows.
 
     Raises:
-        ShapeMismatch: the parts do not come out even.
+        ShapeMismatch: the rows do not divide evenly.
     """
     unit, rest = divmod(height, sum(whole.shares))
     if rest or not unit or (whole.swap == "always" and height % 2):

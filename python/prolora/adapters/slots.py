@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..architectures.family import Family
+from ..architectures.recognition import share_rows
 from ..errors import UnsupportedFormat
 from .algorithms import forms
 from .algorithms.forms import Form
@@ -24,19 +26,13 @@ _CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
 
 @dataclass
 class Slot:
-    """The tensors of one module, or of one weight that several modules are rows of.
+    """The tensors of one module, or of one fused weight."""
 
-    Attributes:
-        module: what the keys' common path means.
-        keys: role -> key in the file.
-        form: kind, shape and rank, known once the shapes are checked.
-        peft: the configuration that gives the scale, if there is one.
-    """
-
-    module: ModulePath
-    keys: dict[str, str] = field(default_factory=dict)
+    module: ModulePath  # what the keys' common path means
+    keys: dict[str, str] = field(default_factory=dict)  # role -> key in the file
+    # Kind, shape and rank, known once the shapes are checked
     form: Form = field(default_factory=lambda: Form("lora", 0, 0, 0))
-    peft: PeftScaling | None = None
+    peft: PeftScaling | None = None  # the configuration that gives the scale, if any
 
     @property
     def kind(self) -> str:
@@ -46,7 +42,7 @@ class Slot:
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
-        """(kh, kw) of a convolution, by its shape or, where factors are flat, by its name."""
+        """(kh, kw) of a convolution, by shape or, for flat factors, by name."""
         if self.form.kernel is None and self.form.algorithm in ("loha", "lokr"):
             is_3x3 = _CONVOLUTION_NAME.search(self.module.name) and self.form.inputs % 9 == 0
             return (3, 3) if is_3x3 else None
@@ -55,23 +51,35 @@ class Slot:
 
 @dataclass(frozen=True)
 class Contents:
-    """An adapter file by its header.
+    """An adapter file by its header."""
 
-    Attributes:
-        slots: one for each update.
-        vectors: one for each bias and each tensor of a normalisation layer.
-        left_out: tensors that are neither -> the reason.
-        family: id of the family whose names the modules have, None where several have them.
-        unread: path of an update that is left out -> its (out, in, rank).
-        refused: modules that are left out because a tensor beside them is not read.
-    """
-
-    slots: list[Slot]
-    vectors: list[VectorSlot]
-    left_out: dict[str, str]
+    slots: list[Slot]  # one for each update
+    vectors: list[VectorSlot]  # one for each bias and each tensor of a normalisation layer
+    left_out: dict[str, str]  # tensors that are neither -> the reason
+    # Id of the family whose names the modules have, None where several have them
     family: str | None = None
+    # Path of an update that is left out -> its (out, in, rank)
     unread: dict[str, Size] = field(default_factory=dict)
+    # Modules that are left out because a tensor beside them is not read
     refused: set[str] = field(default_factory=set)
+
+
+def measure_modules(
+    slots: Iterable[Slot], *, with_kernel: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Returns module -> out × in of its update; fused ones are taken apart.
+
+    Args:
+        slots: of a file that is read.
+        with_kernel: count in·kh·kw of a convolution, and not in.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    for slot in slots:
+        kernel = 1 if with_kernel else math.prod(slot.form.kernel or (1,))
+        size = slot.form.out, slot.form.inputs // kernel
+        matrix = slot.module.matrix
+        shapes |= share_rows(matrix, size) if matrix else {slot.module.name: size}
+    return shapes
 
 
 def group_keys(source: Lora, family: Family | None) -> Contents:
@@ -113,10 +121,10 @@ def group_keys(source: Lora, family: Family | None) -> Contents:
 
 
 def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents:
-    """The contents without what is not moved, which is named.
+    """Leaves out and names what is not moved.
 
     A tensor that is not read refuses the update that it stands beside: it may change what that
-    does. One that stands beside none is left out, if there is not too much of it.
+    does. One that stands alone is left out, if there is not too much of it.
     """
     slots = {slot.module.name: slot for slot in contents.slots}
     left_out = contents.left_out
@@ -137,13 +145,13 @@ def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents
         size = measure_update(slots[name].keys, source)
         if size:
             unread[name] = size
-        if size or name not in refused:  # what is incomplete is a reason to refuse the file
+        if size or name not in refused:  # an incomplete update refuses the file
             left_out[name] = reasons[name]
             del slots[name]
     vector_slots = []
     for vector in contents.vectors:
         name = vector.module.name
-        if name in refused or (vector.scaled and name in reasons):  # by a scale that is not known
+        if name in refused or (vector.scaled and name in reasons):  # scaled by an unknown factor
             left_out[vector.key] = reasons[name]
         else:
             vector_slots.append(vector)
@@ -158,7 +166,7 @@ def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents
 def _find_neighbours(
     contents: Contents, unknown: list[str], slots: Mapping[str, Slot]
 ) -> dict[str, tuple[str, str]]:
-    """Key -> (module, suffix) of what stands beside an update and is not read there.
+    """Returns key -> (module, suffix) of unread tensors beside an update.
 
     A `scale` beside factors is understood, and becomes one of their roles.
     """
@@ -176,7 +184,7 @@ def _find_neighbours(
 
 
 def explain_refusal(source: Lora, key: str, algorithm: str) -> str:
-    """What to tell the user about an adapter type that is not read."""
+    """Explains to the user why an adapter type is not read."""
     return (
         f"{source.where}: {key} makes this {tensor_keys.REASONS[algorithm]}, which prolora does "
         f"not read. {tensor_keys.REMEDIES[algorithm]}"

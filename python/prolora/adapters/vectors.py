@@ -25,19 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class VectorSlot:
-    """A vector in a file.
+    """A vector in a file."""
 
-    Attributes:
-        module: what the key's path means.
-        tensor: "bias" or "weight".
-        key: the key.
-        scaled: the scale of the module's update is in front of it.
-    """
-
-    module: ModulePath
-    tensor: str
+    module: ModulePath  # what the key's path means
+    tensor: str  # "bias" or "weight"
     key: str
-    scaled: bool
+    scaled: bool  # the scale of the module's update is in front of it
 
     @property
     def name(self) -> str:
@@ -46,7 +39,7 @@ class VectorSlot:
 
 
 def check_vector(slot: VectorSlot, source: Lora) -> None:
-    """Refuses a tensor that is no vector, or does not fit the weight that its key names.
+    """Refuses a tensor that does not fit the vector its key names.
 
     Raises:
         ShapeMismatch: the shape is another.
@@ -72,7 +65,7 @@ def check_vector(slot: VectorSlot, source: Lora) -> None:
 
 
 def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tensor]:
-    """The vectors of a slot by name, float32: several only where a weight is fused.
+    """Reads the vectors of a slot by name, float32: several for a fused weight.
 
     Raises:
         NonFiniteWeights: NaN or Inf, or an overflow in the scale.
@@ -99,18 +92,15 @@ def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tenso
 
 
 def find_vector_module(name: str) -> str:
-    """The module a vector belongs to."""
+    """Returns the module a vector belongs to."""
     return name.rpartition(".")[0]
 
 
 def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[str, Tensor]:
-    """The vectors as a file holds them: biases of fused weights where it has the authors' names.
+    """Fuses biases for a file with the authors' names.
 
-    A part without a bias of its own gets zeros.
-
-    Args:
-        vectors: name -> vector.
-        authors: the family whose authors' names the file has; None where it has diffusers'.
+    A part without a bias of its own gets zeros. `authors` is the family whose authors' names the
+    file has; None where it has diffusers'.
 
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
@@ -140,7 +130,7 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
 
 
 def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
-    """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it; in the names' order."""
+    """Returns vector -> its key's suffix, as LyCORIS and ComfyUI read it."""
     every = dict.fromkeys(names)
     suffixes = {}
     for name in every:
@@ -151,7 +141,7 @@ def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
 
 
 def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """The vector in the dtype of a file.
+    """Casts the vector to the dtype of a file.
 
     Raises:
         NonFiniteWeights: it is not finite, or overflows in `dtype`.
@@ -168,7 +158,7 @@ def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def vectors_match(back: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two vectors are equal to within the rounding of `dtype`."""
+    """Compares two vectors to within the rounding of `dtype`."""
     if back.shape != wanted.shape:
         return False
     import torch

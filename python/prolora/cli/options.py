@@ -170,13 +170,13 @@ FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
 
 
-COMMANDS = {"transfer_many": "transfer", "plan_migration": "plan"}
+COMMANDS = {"transfer_many": "transfer"}
 """Functions that are commands of another name."""
 
 OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *("source target cache device max_memory measure overlap engine shard workers".split()),
-    *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
+    *("source target cache device max_memory measure overlap ray shard".split()),
+    *("target_steps target_guidance lora_steps lora_guidance".split()),
     "strengths",
 }
 """What messages may name, and a command has a flag for."""
@@ -192,12 +192,6 @@ def write_flag(option: str, value: str | None = None) -> str | None:
     return flag if value in (None, "True") else f"{flag} {value}"
 
 
-RankOption = Annotated[
-    str,
-    typer.Option(
-        metavar="RANK", help="Columns of the subspaces (320), or the energy they hold (0.99)."
-    ),
-]
 MatchOption = Annotated[
     str,
     typer.Option(
@@ -224,14 +218,6 @@ ExplainOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
-CacheOption = Annotated[
-    Path | None,
-    path_option(
-        "Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
-        "user's cache folder.",
-        metavar="FOLDER",
-    ),
-]
 NO_CACHE = Path("none")
 """What stands for no folder in the place of one."""
 
@@ -348,15 +334,6 @@ class Resources:
             log.warning("nothing is kept for the next LoRA: %s", error)
             return None
         return folder
-
-
-@dataclass
-class FleetResources(Resources):
-    """Those of each worker, which may be many and need not be on this machine."""
-
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
-    ] = "cpu"
 
 
 _HELP_ALL = "prolora.help_all"

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
+from ..bases.cache.cache_folder import measure_cache
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
+from ..files.sizes import format_size
+from ..files.store import put_text
 from ..workflow.batch import transfer_many
 from ..workflow.card import check_card, write_card
+from ..workflow.check import check
 from ..workflow.dry_run import plan_report
-from ..workflow.inspection import Description, inspect
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
@@ -26,7 +28,6 @@ from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_
 from ..workflow.report import Report
 from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer_file
-from .basis import show_cache
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
@@ -158,17 +159,18 @@ def tell_outcomes(
         outcomes: of all LoRAs.
         output: what is shown and written.
         card: where the card goes.
-        overwrite: replace a card that prolora did not write.
+        overwrite: replace a report and a card that are there.
         cache: the folder to name, where one was used.
     """
     if output.show_tables:
         show_outcomes(outcomes, output)
         if cache is not None and any(used_subspaces(outcome) for outcome in outcomes):
-            show_cache(cache)
+            size = format_size(measure_cache(cache))
+            out.print_line(f"cache: {size} in {cache} (--cache none keeps nothing)", style="dim")
     elif len(outcomes) > 1:
         for line in failure_lines(outcomes):
             err.print_line(line, style="red")
-    write_outcomes(outcomes, output)
+    write_outcomes(outcomes, output, overwrite)
     if card is not None:
         write_card(card, outcomes, overwrite)
     if output.show_tables:
@@ -178,11 +180,13 @@ def tell_outcomes(
     check_outcomes(outcomes)
 
 
-def tell_made_lora(made_of: Path, report: Report, output: FileOutput) -> None:
+def tell_made_lora(
+    made_of: Path, report: Report, output: FileOutput, overwrite: bool = False
+) -> None:
     """`tell_outcomes` of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
     outcome = Outcome(made_of, out, report, planned=output.dry_run)
-    tell_outcomes([outcome], output, None, False, None)
+    tell_outcomes([outcome], output, None, overwrite, None)
 
 
 def plan_all(
@@ -246,11 +250,11 @@ def move_loras(
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
             report = transfer_file(loras[0], pair.source, pair.target, out, options)
-            outcomes.append(Outcome(loras[0], out, report))
+            outcomes.append(Outcome(loras[0], out, report, kept=report.dry_run))
     return outcomes
 
 
-def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
+def write_outcomes(outcomes: list[Outcome], output: FileOutput, overwrite: bool) -> None:
     """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     if output.as_json or output.report == STDOUT:
@@ -259,9 +263,9 @@ def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
         return
     if is_page_path(output.report):
         page = name_options(render_outcomes(outcomes, {"command": read_command()}), write_flag)
-        write_text_atomically(output.report, page)
     else:
-        write_text_atomically(output.report, mark_json("report", *records))
+        page = json.dumps(records[0] if len(records) == 1 else records, indent=1) + "\n"
+    put_text(output.report, page, overwrite=overwrite)
 
 
 def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
@@ -301,22 +305,23 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
     report = outcomes[0].report
     if report is not None:
         show_report(report, output.explain, output.modules)
+        if outcomes[0].kept:
+            out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
-            readers = tell_readers(inspect(outcomes[0].out), output.explain)
+            readers = tell_readers(check(outcomes[0].out).readers, output.explain)
             if readers:
                 out.print_line(readers)
             if not (output.explain or output.modules):
                 out.print("--explain shows the numbers behind this.", style="dim")
 
 
-def tell_readers(written: Description, explain: bool) -> str:
+def tell_readers(readers: Readers, explain: bool) -> str:
     """Who reads a file whole, who in part, who not at all; many of the last are only counted."""
-    none = written.non_readers
+    none = readers.none
     if len(none) > MOST_NAMED and not explain:
-        none = [*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others"]
-    told = written.readers, written.part_readers, none, written.untried_readers
-    text = str(Readers(*map(tuple, told)))
+        none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")
+    text = str(readers._replace(none=none))
     return text[:1].upper() + text[1:]
 
 

@@ -25,7 +25,7 @@ def measure_affinities(
     cache: BasisCache | None = None,
     room: Room | None = None,
 ) -> list[Affinity]:
-    """The affinity of every pair; weights are read a few pairs at a time, each once.
+    """Measures the affinity of every pair; reads each weight once, a few at a time.
 
     A pair that the cache knows is not read at all: it was finite when it was looked at.
 
@@ -68,7 +68,7 @@ def measure_affinities(
 def _look_up_affinity(
     source: Base, target: Base, pair: tuple[str, str], cache: BasisCache, notes: JsonTable
 ) -> Affinity | None:
-    """What was measured of a pair before."""
+    """Returns what was measured of a pair before, if anything."""
     digests = [cache.digest(*at) for at in zip((source, target), pair, strict=True)]
     if None in digests:
         return None
@@ -83,15 +83,15 @@ def _affinity_key(source: str, target: str) -> str:
 def _measure_pair(
     source: Base, target: Base, pair: tuple[str, str], hashed: bool
 ) -> tuple[Affinity, str, str]:
-    """The affinity of a pair, and the content hashes of the two, if they are asked for."""
+    """Returns the affinity of a pair, and both content hashes if `hashed`."""
     shape = matrix_shape(target.shapes[pair[1]])
-    ours, theirs = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
+    first, second = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
     try:
-        affinity = Affinity.of(ours, theirs)
+        affinity = Affinity.of(first, second)
     except NonFiniteWeights:
         check_finite(source, [pair[0]])  # says which tensor, and where in it
         check_finite(target, [pair[1]])
         raise
     if not hashed:
         return affinity, "", ""
-    return affinity, hash_weight(ours), hash_weight(theirs)
+    return affinity, hash_weight(first), hash_weight(second)

@@ -17,7 +17,6 @@ from ..bases import Base, find_correspondence
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
-from ..files.ownership import WRITTEN_BY
 
 # Bytes of a map file, and letters of a name in one: 100,000 modules have 16 MB.
 _MAP_BYTES, _LONGEST_NAME = 16 << 20, 1024
@@ -277,7 +276,6 @@ def read_map(path: Path) -> dict[str, str]:
             f'match takes "auto", "name", "similarity" or a JSON file {{target module: source '
             f"module}}; {path} is neither ({error})"
         ) from error
-    table.pop(WRITTEN_BY, None)
     for target, source in table.items():
         if not isinstance(source, str) or max(len(source), len(target)) > _LONGEST_NAME:
             raise UnsupportedFormat(

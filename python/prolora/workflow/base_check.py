@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..adapters.adapter import Adapter
+from ..adapters.contents import parse_contents
 from ..adapters.family import guess_families, guess_family
 from ..adapters.lora import Lora
-from ..adapters.overview import survey_keys
+from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
+from ..adapters.slots import measure_modules
 from ..architectures.families import known_families
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
@@ -22,12 +24,11 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.identity import (
     EMPTY_SHORT_HASH,
-    compute_fingerprint,
-    compute_identity,
     compute_short_hash,
+    have_equal_files,
     is_identical,
 )
-from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
+from ..errors import ProLoRAError, ShapeMismatch, UnsupportedFormat, WrongBase
 from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_header
 from .options import LoraLike, TransferOptions, begin_message
 from .plan import OTHER_MODEL, check_fits_source
@@ -72,7 +73,7 @@ def check_bases(
     check_moved_before(lora, source, options, cache)
     header = read_header(lora)
     where = begin_message(lora)
-    if not may_be_one and are_one_base(source, target, cache):
+    if not may_be_one and are_one_base(source, target):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
             "where the LoRA works as it is; choose another target, or take `again=True` to move it "
@@ -154,7 +155,7 @@ def is_stated_base(
     """
     full, short = (_read_digits(header, *key) for key in zip(HASH_KEYS, (64, 8), strict=True))
     if full:
-        return is_identical(base, f"sha256:{full}", short, cache)
+        return is_identical(base, f"sha256:{full}", short, cache.folder if cache else None)
     if short in ("", EMPTY_SHORT_HASH) or len(base.files) != 1:
         return None
     return compute_short_hash(base) == short
@@ -166,7 +167,7 @@ def is_named_base(header: Mapping[str, str], *names: str) -> bool:
     return any(fold_base_name(name) in stated for name in names)
 
 
-def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) -> bool:
+def are_one_base(source: Base, target: Base) -> bool:
     """Whether two bases are one model: the same files, copies of them, or the same object."""
     if source is target:
         return True
@@ -175,13 +176,7 @@ def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) ->
     ours, theirs = ({file.resolve() for file in base.files} for base in (source, target))
     if ours <= theirs or theirs <= ours:  # a pipeline's folder, and that of its model alone
         return True
-    sizes = [sorted(file.stat().st_size for file in base.files) for base in (source, target)]
-    if sizes[0] != sizes[1]:
-        return False
-    # Samples differ almost always where files do, and are read in no time.
-    return compute_fingerprint(source, cache) == compute_fingerprint(
-        target, cache
-    ) and compute_identity(source, cache) == compute_identity(target, cache)
+    return have_equal_files(source, target)
 
 
 def _describe_lora(lora: LoraLike) -> str | None:
@@ -198,9 +193,12 @@ def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
         sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
         return guess_families(sizes, lora.metadata), list(lora.updates)
     opened = Lora.open(lora)
-    overview = survey_keys(opened)
-    families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
-    return families, overview.canonical
+    try:
+        sizes = measure_modules(parse_contents(opened).slots)
+    except ProLoRAError:  # whoever reads it says why
+        return (), []
+    families = guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
+    return families, list(sizes)
 
 
 def is_language_model(modules: Iterable[str]) -> bool:

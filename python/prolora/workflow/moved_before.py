@@ -108,7 +108,8 @@ def _explain_other_base(
         short_hash: eight digits of the recorded target's file, where the header has them.
         cache: remembers the hashes of files.
     """
-    same = is_identical(source, last.target_hash, short_hash, cache)
+    memory = cache.folder if cache else None
+    same = is_identical(source, last.target_hash, short_hash, memory)
     if same:
         return None
     named = fold_base_name(source.name)
