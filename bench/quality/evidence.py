@@ -1,7 +1,7 @@
-"""Tables and plots of docs/evidence.md: ``python bench/quality/evidence.py [--work DIR]``.
+"""Tables of docs/evidence.md: ``python bench/quality/evidence.py [--work DIR]``.
 
 With --work the scores there are collected into bench/results/quality.json first. The tables are
-written between the marks of docs/evidence.md, the plots into docs/images.
+written between the marks of the pages.
 """
 
 from __future__ import annotations
@@ -9,37 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-import figures
-from results import COPIES, Row, Table, best, collect
+from before_after import before_after_table, samples_table
+from results import Table, collect
 from tables import format_cell, format_table
-from two_worlds import baselines_table, decisions_table, kinds_table, targets_table
+from two_worlds import baselines_table
 from worlds import NAMES
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "docs/evidence.md", ROOT / "docs/study.md", ROOT / "README.md")
+PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 RELATED = ("near", "far", "pruned", "continued")
 KINDS = (*RELATED, "independent")
-METHODS = {
-    "copy, strength 1": "copy @ 1",
-    "**auto**": "auto",
-    "copy, automatic strength": "copy, automatic strength",
-    "copy, strength by module": "copy, strength by module",
-    "`damped`, κ = 1": "damped, κ 1",
-    "`damped`, κ = 4": "damped, κ 4",
-    "`damped`, κ = 16": "damped, κ 16",
-    "`blocks`": "blocks 0.9 @ 1",
-    "`blocks`, automatic strength": "blocks, automatic strength",
-    "`prolora`": "prolora 0.9 @ 1",
-    "`prolora`, strength 1.5": "prolora 0.9 @ 1.5",
-    "`prolora`, norm restored": "prolora 0.9 norm restored @ 1",
-    "`subspace`": "subspace 0.9 @ 1",
-    "`lora-x`": "lora-x 0.9 @ 1",
-    "CASA (rank 4r)": "casa @ 1",
-    "copy + dropped blocks' updates": "summed @ 1",
-}
 ABLATION = {
     "energy 0.5": "prolora 0.5 @ 1",
     "energy 0.8": "prolora 0.8 @ 1",
@@ -66,70 +47,13 @@ def read_results(world: str) -> Table:
     return Table(json.loads(results_of(world).read_text())["rows"])
 
 
-def methods_table(table: Table) -> str:
-    rows = []
-    for name, label in METHODS.items():
-        rows.append([name, *(format_cell(table.where(kind=k).share(label)) for k in KINDS)])
-    best_copies = [table.where(kind=kind).best_copy() for kind in KINDS]
-    fixed = [
-        f"{format_cell(table.where(kind=kind).share(label))} at {label.removeprefix('copy @ ')}"
-        for kind, label in zip(KINDS, best_copies, strict=True)
-    ]
-    rows.insert(1, ["copy, best fixed strength for the kind", *fixed])
-    ceiling = ["*ceiling: strengths by module fitted to the target's data, one seed*"]
-    rows.append(
-        [*ceiling, *(format_cell(table.where(kind=k, seed=0).share("ceiling")) for k in KINDS)]
-    )
-    return format_table(["", *KINDS], rows)
-
-
 def readme_table(table: Table) -> str:
-    shown = ("copy, strength 1", "**auto**", "`blocks`", "`prolora`", "`lora-x`")
+    shown = {"copy": "copy @ 1", "copy at 0.6": "copy @ 0.6", "`prolora`": "prolora 0.99 @ 1"}
     rows = [
-        [name, *(format_cell(table.where(kind=k).share(METHODS[name])) for k in KINDS)]
-        for name in shown
+        [name, *(format_cell(table.where(kind=k).share(label)) for k in KINDS)]
+        for name, label in shown.items()
     ]
     return format_table(["", *KINDS], rows)
-
-
-def difference_table(table: Table) -> str:
-    rows = []
-    for name, part in (*((k, table.where(kind=k)) for k in RELATED), ("all four", table)):
-        part = part.where(kind=RELATED)
-        fixed = part.best_copy()
-        rows.append(
-            [
-                name,
-                format_cell(part.share("auto")),
-                format_cell(part.difference("auto", "copy @ 1")),
-                f"{format_cell(part.difference('auto', fixed))} "
-                f"(at {fixed.removeprefix('copy @ ')})",
-                format_cell(part.difference("copy, automatic strength", fixed)),
-                format_cell(part.difference("auto", "prolora 0.9 @ 1")),
-            ]
-        )
-    head = [
-        "",
-        "auto",
-        "auto − copy at 1",
-        "auto − copy at its best",
-        "copy at automatic − at its best",
-        "auto − `prolora`",
-    ]
-    return format_table(head, rows)
-
-
-def adapters_table(table: Table) -> str:
-    rows = []
-    for kind in RELATED:
-        for adapter in sorted({row["adapter"] for row in table.rows}):
-            part = table.where(kind=kind, adapter=adapter)
-            fixed = part.best_copy()
-            labels = ("copy @ 1", fixed, "auto", "blocks 0.9 @ 1", "prolora 0.9 @ 1")
-            cells = [format_cell(part.share(label)) for label in labels]
-            cells[1] += f" at {fixed.removeprefix('copy @ ')}"
-            rows.append([kind, adapter, *cells])
-    return format_table(["", "", "copy at 1", "at its best", "auto", "`blocks`", "`prolora`"], rows)
 
 
 def ablation_table(table: Table) -> str:
@@ -138,68 +62,6 @@ def ablation_table(table: Table) -> str:
         for name, label in ABLATION.items()
     ]
     return format_table(["`prolora` with", *RELATED], rows)
-
-
-def samples_table(table: Table, adapters: tuple[str, ...], score: str) -> str:
-    labels = ("none", "copy", "prolora 0.9", "blocks 0.9", "auto", "oracle")
-    rows = []
-    for kind in RELATED:
-        part = table.where(kind=kind, adapter=adapters)
-        cells = []
-        for label in labels:
-
-            def value(row: Row, label: str = label) -> float | None:
-                return (row["samples"] or {}).get(label, {}).get(score)
-
-            mean = part.mean(value)
-            cells.append("–" if mean is None else f"{mean[0]:.3f} [{mean[1]:.3f}, {mean[2]:.3f}]")
-        rows.append([kind, *cells])
-    head = ["", "no adapter", "copy", "`prolora`", "`blocks`", "auto", "trained on the target"]
-    return format_table(head, rows)
-
-
-def verdict_table(table: Table) -> str:
-    rows = []
-    kinds = dict.fromkeys(row["kind"] for row in table.rows if row["verdict"])
-    for kind in sorted(kinds, key=lambda k: (k not in KINDS, KINDS.index(k) if k in KINDS else 0)):
-        for arch in ("unet", "flux"):
-            part = Table([r for r in table.where(kind=kind, arch=arch).rows if r["verdict"]])
-            if not part.rows:
-                continue
-            verdicts = [row["verdict"] for row in part.rows]
-
-            def span(key: str, form: str, verdicts: list[dict] = verdicts) -> str:
-                values = [v[key] for v in verdicts]
-                low, high = format(min(values), form), format(max(values), form)
-                return low if low == high else f"{low} … {high}"
-
-            go = sum(v["go"] for v in verdicts)
-            tried = [label for label in ("damped, κ 4", *COPIES)]
-            rows.append(
-                [
-                    kind,
-                    arch,
-                    span("drift", ".2f"),
-                    span("cosine", ".2f"),
-                    span("spread", ".2f"),
-                    span("kappa", ".1f"),
-                    f"{go} of {len(verdicts)}",
-                    format_cell(part.share("copy @ 1")),
-                    format_cell(part.share(best(part, tried))),
-                ]
-            )
-    head = [
-        "",
-        "",
-        "drift",
-        "cosine",
-        "spread",
-        "κ",
-        "go",
-        "copy at 1",
-        "best of κ 4 and copies",
-    ]
-    return format_table(head, rows)
 
 
 def fill_page(page: str, tables: dict[str, str]) -> str:
@@ -222,29 +84,16 @@ def main() -> None:
         results.write_text(json.dumps(collect(options.work, kept), indent=0) + "\n")
     worlds = {name: read_results(name) for name in NAMES if results_of(name).exists()}
     everything = worlds[NAMES[0]]
-    print(kinds_table(worlds))
-    tables: dict[str, Callable[[Table], str]] = {
-        "readme": readme_table,
-        "methods": methods_table,
-        "differences": difference_table,
-        "held-out seeds": lambda t: difference_table(Table([r for r in t.rows if r["seed"]])),
-        "adapters": adapters_table,
-        "ablation": ablation_table,
-        "style distance": lambda t: samples_table(t, ("thick", "slanted"), "mmd"),
-        "concept": lambda t: samples_table(t, ("concept",), "concept"),
-        "few steps": lambda t: samples_table(t, ("fewstep",), "mmd"),
-        "digits": lambda t: samples_table(t, ("thick", "slanted", "fewstep"), "digit"),
-        "diversity": lambda t: samples_table(t, ("thick", "slanted", "concept"), "diversity"),
-        "verdicts": verdict_table,
+    tables: dict[str, str] = {
+        "readme": readme_table(everything),
+        "ablation": ablation_table(everything),
+        "before after": before_after_table(worlds),
+        "samples": samples_table(everything),
     }
-    filled = {name: make(everything) for name, make in tables.items()}
-    filled |= {"kinds": kinds_table(worlds), "targets": targets_table(worlds)}
-    filled |= {"decisions": decisions_table(worlds)}
     if "icons" in worlds:
-        filled["baselines"] = baselines_table(worlds["icons"])
+        tables["baselines"] = baselines_table(worlds["icons"])
     for page in PAGES:
-        page.write_text(fill_page(page.read_text(), filled))
-    figures.draw(everything, ROOT / "docs/images")
+        page.write_text(fill_page(page.read_text(), tables))
 
 
 if __name__ == "__main__":

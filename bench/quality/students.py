@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from training import train_lora
 from worlds import NAMES, World, backbone, load_world
 
-RESULTS, PAGE = ROOT / "bench/results/students.json", ROOT / "docs/study.md"
+RESULTS, PAGE = ROOT / "bench/results/students.json", ROOT / "docs/evidence.md"
 TERRAIN = ROOT / "bench/results/terrain.json"
 STUDENT, ARCH, SEED = "student", "flux", 0
 WAYS = ("endpoint", "consistency", "matching")
@@ -271,7 +271,7 @@ def score(folder: Folder, student: str, adapter: str, out: Path) -> None:
     none, best = losses.pop("none"), losses.pop("oracle")
     row = {"none": none, "oracle": best, "losses": losses, "follows": follows, "samples": samples}
     row |= {"teacher seen": float(seen.float().mean()), "repaired": repair(folder, student)}
-    facts = {name: getattr(verdict, name) for name in ("drift", "cosine", "spread", "go")}
+    facts = {name: getattr(verdict, name) for name in ("drift", "cosine", "spread", "related")}
     out.write_text(json.dumps(round_numbers(row | {"verdict": facts})))
 
 
@@ -422,43 +422,25 @@ def shares_table(table: Table) -> str:
             line.append(f"{drawn['none']['digit']:.2f} / {first['teacher seen']:.2f}")
         else:
             line.append("–")
-        cells = [part.share("copy @ 1"), part.share(best), part.share("auto")]
+        cells = [part.share("copy @ 1"), part.share(best)]
         cells += [part.share("prolora"), part.mean(lambda row: (row.get("fit") or {}).get("score"))]
         for label in ("copy @ 1", "oracle"):
             cells.append(part.mean(lambda row, label=label: row.get("follows", {}).get(label)))
         line += [format_cell(cell) for cell in cells]
-        line[7:7] = check_expected([(recovered(row, "auto"), facts_of(row)) for row in part.rows])
-        line[5] += f" at {best.removeprefix('copy @ ')}"
+        rows = [(recovered(row, "copy @ 1"), facts_of(row)) for row in part.rows]
+        line[5:5] = check_expected(rows, few_steps=True)
+        line[7] += f" at {best.removeprefix('copy @ ')}"
         lines.append(line)
     head = ["taught by", "steps", "drift", "digit seen: student / source", "copy"]
-    head += ["best fixed copy", "auto", "auto, expected", "inside", "`prolora`", "fit"]
+    head += ["expected", "inside", "best fixed copy", "`prolora`", "fit"]
     head += ["samples follow: copy", "trained there"]
     return format_table(head, lines)
-
-
-def adapters_table(table: Table) -> str:
-    """LoRA by LoRA: the copy's share of the loss, and of the change of samples."""
-    lines = []
-    for row in sorted(table.rows, key=lambda row: (row["way"], row["length"], row["adapter"])):
-        follows, samples = row["follows"], row["samples"]
-        gap = row["none"] - row["oracle"]
-        cells = [recovered(row, label) for label in ("copy @ 1", "auto", "prolora")]
-        cells += [follows[label] for label in ("copy @ 1", "oracle")]
-        cells += [samples[label]["mmd"] for label in ("none", "copy @ 1", "oracle")]
-        cells.append(row["repaired"] / gap if row["repaired"] is not None else None)
-        texts = ["–" if cell is None else f"{cell:.2f}" for cell in cells]
-        lines.append([f"{row['way']}, {row['length']:,}", row["adapter"], *texts])
-    head = ["student", "LoRA", "copy", "auto", "`prolora`", "follows: copy", "trained there"]
-    return format_table([*head, "MMD: none", "copy", "trained there", "*repaired*"], lines)
 
 
 def stored_tables() -> dict[str, str]:
     """The page's tables, by their marks."""
     rows = json.loads(RESULTS.read_text())["rows"]
-    return {
-        "students": shares_table(Table(rows + terrain_rows())),
-        "students, LoRA by LoRA": adapters_table(Table(rows)),
-    }
+    return {"students": shares_table(Table(rows + terrain_rows()))}
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ def name_options(text: str, name: Callable[[str, str | None], str | None]) -> st
     """A message with its options called what its reader calls them.
 
     Messages write options and functions as Python does, in backticks: `min_coverage`,
-    `look='lora'`, `inspect()`. Those of Python are ready so; a command line puts flags in their
+    `match='name'`, `inspect()`. Those of Python are ready so; a command line puts flags in their
     place, and a node its widgets.
 
     Args:

@@ -64,13 +64,13 @@ def write_loras(box: Box) -> None:
 def write_old(box: Box) -> None:
     """A LoRA, and what it became an earlier time by another method."""
     damage.write_case(box)
-    box.must(*replace_result(box, "subspace"))
+    box.must(*replace_result(box, "copy"))
 
 
 def write_old_folder(box: Box) -> None:
     """The same as a PEFT folder, with a file of the user's."""
     damage.write_case(box)
-    box.must(*replace_folder(box, "subspace"))
+    box.must(*replace_folder(box, "copy"))
     write_lora(box.out / "moved" / "mine.safetensors")
 
 

@@ -190,7 +190,9 @@ def test_zero_rows_are_told_by_their_neighbours_where_these_leave_no_choice():
 def test_bases_are_compared_by_what_the_narrower_one_kept():
     found = compare(as_base(teacher()), as_base(student(1e-2)), rank=None)
     assert len(found.modules) == len(found.residuals) == 8 * BLOCKS - BLOCKS  # all but norm1.linear
-    assert found.other_shape == 0 and found.verdict.go and abs(found.verdict.drift - 1e-2) < 1e-3
+    assert (
+        found.other_shape == 0 and found.verdict.related and abs(found.verdict.drift - 1e-2) < 1e-3
+    )
     assert any(
         "kept rows and columns of the source's to within 1.0" in s for s in found.sentences()
     )

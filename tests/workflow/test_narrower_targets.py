@@ -34,7 +34,7 @@ def expected(name):
     return whole[rows][:, columns]
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "copy"}, {"method": "blocks", "rank": 0.99}])
+@pytest.mark.parametrize("options", [{}, {"method": "copy"}])
 def test_the_written_lora_is_the_sliced_one(case, tmp_path, options):
     out = tmp_path / "out.safetensors"
     report = prolora.transfer_file(*case, out, **options)
@@ -42,7 +42,7 @@ def test_the_written_lora_is_the_sliced_one(case, tmp_path, options):
     assert len(updates) == 8 * narrow.BLOCKS == report.totals["mapped"]
     for name, update in updates.items():
         error = relative_error(update.dense().double(), expected(name))
-        assert error < (1e-6 if report.method == "copy" else 0.2), name
+        assert error < 1e-6, name
     assert report.coverage == 1 and report.verdict.related
 
 

@@ -15,10 +15,10 @@ from ..architectures.families import find_title
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base, load_layout
 from ..bases.experts import ExpertsLike, open_experts
+from ..comparison.expectation import Mark
 from ..errors import ShapeMismatch, UnsupportedFormat
 from .base_check import describe_kind, join_titles
 from .by_weights.rows import describe_place, list_unread_modules
-from .in_words import Mark
 from .module_report import ModuleReport, measure_coverage, split_modules
 from .moved_before import find_newer_base
 from .plan import explain_other_shape

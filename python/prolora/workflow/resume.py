@@ -75,10 +75,6 @@ class Recipe:
             for field in fields(self.options)
             if read_shown(field).decides and field.name not in _FORM
         }
-        # As all results were made before there was a choice.
-        for name, usual in (("look", "target"),):
-            if chosen.get(name) == usual:
-                del chosen[name]
         bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
         form = (self.options.format, str(self.options.dtype))
         text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)

@@ -11,7 +11,6 @@ from typing import Any
 from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.basis import Basis
 from ...core.grouping import group_by
-from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...core.rank_rule import Rank, read_rank
 from ...core.validation import DeviceLike, resolve_device
@@ -87,13 +86,13 @@ def survey_base(
     memory = Memory(parse_limit(max_memory), rank, device)
     shapes = base.shapes
     groups = group_by(filter(is_adaptable, shapes), lambda name: matrix_shape(shapes[name]))
-    memory.check(groups, Needs.BASES)
+    memory.check(groups, "bases")
     room = memory.room()
     total, done, rows = sum(len(names) for names in groups.values()), 0, []
     with open_cache(cache) as kept:
         for shape, names in groups.items():
             started = time.perf_counter()
-            facts, size = [], room.stack(shape, Needs.BASES)
+            facts, size = [], room.stack(shape, "bases")
             stacks = [names[i : i + size] for i in range(0, len(names), size)]
             requests = (partial(kept.look_up, base, stack, rank) for stack in stacks)
             for stack, bases in zip(stacks, kept.in_turn(requests, rank, device), strict=True):

@@ -14,7 +14,6 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
 from ...bases.identity import compute_fingerprint
 from ...comparison.module_map import read_map
-from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...errors import InvalidOption, ProLoRAError
 from ..options import (
@@ -259,7 +258,7 @@ class _Planner:
     def _estimate_seconds(self, outline: Outline, size: int) -> float:
         rates, method = self.rates, self.options.chosen
         seconds = size * rates.per_byte + outline.modules * rates.per_module
-        if method is not None and method.needs is Needs.BASES:
+        if method.needs_bases:
             columns = self.options.rank if isinstance(self.options.rank, int) else 256
             seconds += 6 * columns * outline.numbers * rates.per_operation
         return seconds

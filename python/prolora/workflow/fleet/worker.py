@@ -230,7 +230,7 @@ class PairWorker:
 def _summarise(report: Report) -> dict[str, Any]:
     """What a record keeps of a report."""
     energy = report.share_on_target
-    verdict = "" if report.verdict is None else "go" if report.verdict.go else "weak"
+    verdict = "" if report.verdict is None else "go" if report.verdict.related else "weak"
     return {
         "method": report.method,
         "verdict": verdict,
