@@ -102,42 +102,6 @@ def int8_rotated(name: str, m: int, n: int) -> Parts:
     return comfy(name, (torch.int8, (m, n)), torch.ones(m, 1), **told)
 
 
-def quanto_int8(name: str, m: int, n: int) -> Parts:
-    return {f"{name}.weight._data": (torch.int8, (m, n)), f"{name}.weight._scale": torch.ones(m, 1)}
-
-
-def quanto_int4(name: str, m: int, n: int) -> Parts:
-    size = 128 if n % 128 == 0 else 64
-    groups, key = m * n // size, f"{name}.weight"
-    return {
-        f"{key}._data._data": (torch.uint8, (groups // 2, size)),
-        f"{key}._scale": (torch.float32, (groups, 1)),
-        f"{key}._shift": (torch.float32, (groups, 1)),
-        f"{name}.bias": torch.zeros(m),
-    }
-
-
-def torchao_int8(name: str, m: int, n: int) -> Parts:
-    return {
-        f"{name}._weight_qdata": (torch.int8, (m, n)),
-        f"{name}._weight_scale": torch.ones(m, 1),
-        f"{name}._weight_zero_point": torch.zeros(m, 1, dtype=torch.int8),
-    }
-
-
-def svdquant(name: str, m: int, n: int) -> Parts:
-    if m % 128 or n % 128:  # the layers outside of the blocks stay as they are
-        return {f"{name}.weight": (torch.bfloat16, (m, n))}
-    half = torch.bfloat16
-    return {
-        f"{name}.qweight": (torch.int8, (m, n // 2)),
-        f"{name}.wscales": (half, (n // 64, m)),
-        f"{name}.smooth_factor": torch.ones(n, dtype=half),
-        f"{name}.proj_down": (half, (n, 128)),
-        f"{name}.proj_up": (half, (m, 128)),
-    }
-
-
 def float8(name: str, m: int, n: int) -> Parts:
     return {f"{name}.weight": (torch.float8_e4m3fn, (m, n)), f"{name}.weight_scale": torch.ones(())}
 
@@ -149,26 +113,7 @@ KINDS: dict[str, Callable[[str, int, int], Parts]] = {
     "nvfp4": nvfp4,
     "mxfp8": mxfp8,
     "int8 by row, rotated": int8_rotated,
-    "quanto qint8": quanto_int8,
-    "quanto qint4": quanto_int4,
-    "torchao Int8Tensor": torchao_int8,
-    "SVDQuant int4, rank 128": svdquant,
 }
-
-
-def describe_torchao(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """What torchao writes into the header."""
-    told = {
-        f"{name}.weight": json.dumps(
-            {
-                "_type": "Int8Tensor",
-                "_data": {"block_size": [1, shape[1]]},
-                "_tensor_data_names": ["zero_point", "qdata", "scale"],
-            }
-        )
-        for name, shape in shapes.items()
-    }
-    return told | {"tensor_names": json.dumps(list(told))}
 
 
 def measure_reading(path: Path, blocks: int) -> dict[str, float]:
@@ -214,7 +159,7 @@ def main() -> None:
             parts |= make(name, m, n)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "base.safetensors"
-            write_file(path, parts, describe_torchao(shapes) if "torchao" in kind else {})
+            write_file(path, parts, {})
             command = [
                 sys.executable,
                 __file__,

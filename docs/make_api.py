@@ -43,7 +43,6 @@ GROUPS = {
         "fit_file",
         "fit_many",
         "plan_fit",
-        "preview_fit",
         "FitOptions",
         "FitSettings",
         "inspect",

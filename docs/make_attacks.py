@@ -1,4 +1,4 @@
-"""Writes what the last attacks found: bench/results/nightly.json, and a table in attacks.md.
+"""Writes what the last attacks found: bench/results/nightly.json, and a table in results.md.
 
 python docs/make_attacks.py ROWS.jsonl ...     # rows of tests/attack and of its mutants.py
 python docs/make_attacks.py --check            # does the table say what the file says?
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "bench" / "results" / "nightly.json", ROOT / "docs" / "attacks.md"
+RESULTS, PAGE = ROOT / "bench" / "results" / "nightly.json", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by docs/make_attacks.py -->", "<!-- end -->"
 WHOLE = {"hostile": "hostile files, in every place", "foreign": "files of others, in every place"}
 """Harnesses whose cases are one row together."""

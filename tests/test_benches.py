@@ -29,7 +29,6 @@ def test_the_peak_of_a_child_is_its_own():
     [
         "sdxl_to_ssd1b",
         "second_lora",
-        "flux_memory",
         "timing",
         "extract",
         "check_families",

@@ -54,22 +54,3 @@ def test_every_setting_denoises_its_own_shape(arch, space, kind):
     drawn = sample(WORLD, setting, model, y, seed=0, steps=2)
     assert drawn.shape == clean.shape
     assert drawn.isfinite().all()
-
-
-def test_a_linear_map_finds_a_linear_relation_and_the_noise_that_corresponds():
-    from crossing_ideas import Drawn, LinearMap
-
-    generator = torch.Generator().manual_seed(0)
-    ours = torch.randn(40, 3, 24, 24, generator=generator)
-    rotation = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q[:, :16]
-    folded = torch.nn.functional.pixel_unshuffle(ours, 4)
-    theirs = torch.einsum("ncij,cd->ndij", folded, rotation)
-    linear = LinearMap({"source": Drawn(ours, theirs, torch.zeros(40))})
-    assert linear.explained > 0.999
-    torch.testing.assert_close(linear(ours), theirs, rtol=0.02, atol=0.02)
-    noise = torch.randn(500, 16, 6, 6, generator=generator)
-    fresh = torch.randn(500, 3, 24, 24, generator=generator)
-    coupled = linear.couple_noise(noise, fresh)
-    assert float(coupled.std()) == pytest.approx(1, abs=0.01)
-    back = torch.einsum("ncij,cd->ndij", torch.nn.functional.pixel_unshuffle(coupled, 4), rotation)
-    assert torch.nn.functional.cosine_similarity(back.flatten(), noise.flatten(), 0) > 0.98

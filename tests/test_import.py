@@ -19,7 +19,7 @@ torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 import prolora, prolora.adapters, prolora.workflow.inspection
 from prolora.core.ops import small_svd, torch_twin
 prolora.open_base({'a': torch.ones(2, 2)})
-optional = 'diffusers peft transformers cupy PIL matplotlib huggingface_hub gguf onnx typer rich'
+optional = 'diffusers peft transformers cupy PIL matplotlib huggingface_hub gguf typer rich'
 print([m for m in optional.split() if m in sys.modules])
 import prolora.cli.app
 """

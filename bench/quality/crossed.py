@@ -2,7 +2,7 @@
 
 First it trains what crossing.py describes, then it moves every LoRA with the library's recorder,
 fit and gate. Every transfer leaves one JSON file in DIR/crossed; crossing_tables.py makes the
-tables of docs/fit_measured.md of them. The score is the share of the held-out loss between no LoRA
+tables of docs/results.md of them. The score is the share of the held-out loss between no LoRA
 and the oracle (a LoRA trained on the target's own images) that is recovered; drawn.py scores
 samples.
 """

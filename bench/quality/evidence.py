@@ -21,19 +21,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 RELATED = ("near", "far", "pruned", "continued")
 KINDS = (*RELATED, "independent")
-ABLATION = {
-    "energy 0.5": "prolora 0.5 @ 1",
-    "energy 0.8": "prolora 0.8 @ 1",
-    "energy 0.9": "prolora 0.9 @ 1",
-    "energy 0.99": "prolora 0.99 @ 1",
-    "k = d/4": "prolora d/4 @ 1",
-    "k = d/2": "prolora d/2 @ 1",
-    "k = 3d/4": "prolora 3d/4 @ 1",
-    "energy 0.9, Φ ≥ 0.8": "prolora 0.9 gated 0.8 @ 1",
-    "energy 0.9, Φ ≥ 0.9": "prolora 0.9 gated 0.9 @ 1",
-    "no complement (`subspace`), energy 0.9": "subspace 0.9 @ 1",
-    "no complement (`subspace`), k = d/2": "subspace d/2 @ 1",
-}
 
 
 def results_of(world: str) -> Path:
@@ -54,14 +41,6 @@ def readme_table(table: Table) -> str:
         for name, label in shown.items()
     ]
     return format_table(["", *KINDS], rows)
-
-
-def ablation_table(table: Table) -> str:
-    rows = [
-        [name, *(format_cell(table.where(kind=kind).share(label)) for kind in RELATED)]
-        for name, label in ABLATION.items()
-    ]
-    return format_table(["`prolora` with", *RELATED], rows)
 
 
 def fill_page(page: str, tables: dict[str, str]) -> str:
@@ -86,7 +65,6 @@ def main() -> None:
     everything = worlds[NAMES[0]]
     tables: dict[str, str] = {
         "readme": readme_table(everything),
-        "ablation": ablation_table(everything),
         "before after": before_after_table(worlds),
         "samples": samples_table(everything),
     }

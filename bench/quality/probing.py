@@ -1,7 +1,7 @@
 """Data-free probing in a world: ``python bench/quality/probing.py --work DIR``. It resumes.
 
 DIR holds the models and adapters that study.py trained. Every transfer leaves one JSON file in
-DIR/probing; probed.py makes the tables of them. The score is the share of the held-out loss between
+DIR/probing. The score is the share of the held-out loss between
 no LoRA and the oracle (a LoRA trained on the target) that is recovered; drawn.py scores samples.
 """
 
@@ -17,10 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from adamw import fit_by_adamw
 from contenders import CHOSEN, Updates, pair_modules, scale_updates
 from contenders import Case as Contest
-from distilling import distil_lora
 from drawn import score_drawn
 from flow import guided_velocity, predict
 from guiding import guide_source
@@ -35,18 +33,11 @@ from worlds import NAMES, World, load_world
 from prolora import probe
 from prolora.probe import run as room
 from prolora.probe import workload
-from prolora.probe.fitting import joint
-from prolora.probe.fitting.joint_fit import fit_jointly
-from prolora.probe.fitting.refinement import fit_in_factors
 from prolora.probe.settings import FitSettings
 
 IMAGES, STEPS, FEW_STEPS = 24, 25, 4
 STRENGTHS = (1.25, 1.5)
 """Beyond 1, that what was fitted is scored at as well; samples are drawn at the first."""
-WAYS = {"adamw": fit_by_adamw, "gauss-newton": fit_jointly}
-"""Name of an option -> fits at as many predictions, which the library does not offer."""
-SAMPLING = ("images", "sampler_steps")
-"""Options that the ceiling takes too."""
 
 
 class Sampler:
@@ -183,7 +174,6 @@ def run_probe(
     asked = {named.get(name, name): value for name, value in options.items()}
     if case.adapter == "fewstep":
         asked["lora_steps"] = FEW_STEPS
-    joint.fit_in_factors = WAYS.get(asked.pop("optimiser", ""), fit_in_factors)
     settings = FitSettings(**{"rank": rank, "seed": 100 * case.seed, "force": True} | asked)
     if case.world.distilled.get(case.kind) == "lines":
         recorder = record_images(case, images, sampler_steps)
@@ -231,28 +221,11 @@ def run_probe(
     }
 
 
-def run_ceiling(case: Case, images: int = IMAGES, sampler_steps: int = STEPS) -> dict[str, Any]:
-    """What training on the same trajectories gives; the library does not offer it."""
-    started = time.process_time()
-    updates, sampling = distil_lora(
-        case.source,
-        case.target,
-        case.lora,
-        case.world.adapted[case.to],
-        case.samplers(images, sampler_steps),
-        seed=100 * case.seed,
-        rank=max(update.rank for update in case.lora.values()),
-    )
-    seconds = {"sample": sampling, "train": time.process_time() - started - sampling}
-    return {"score": case.score(updates), "seconds": seconds}
-
-
-def run(case: tuple[Any, ...], method: str, options: dict[str, Any], out: Path) -> None:
-    """One row of the study, as a file."""
-    loaded = Case(*case)
-    row = run_probe(loaded, **options) if method == "probe" else run_ceiling(loaded, **options)
+def run(case: tuple[Any, ...], options: dict[str, Any], out: Path) -> None:
+    """Writes one row of the study."""
+    row = run_probe(Case(*case), **options)
     names = dict(zip(("arch", "to", "kind", "seed", "adapter"), case[2:], strict=True))
-    out.write_text(json.dumps(names | {"method": method} | row))
+    out.write_text(json.dumps(names | {"method": "probe"} | row))
 
 
 def main() -> None:
@@ -264,7 +237,6 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["independent", "resized", "far"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--adapters", nargs="+", help="all of the world's unless given")
-    parser.add_argument("--methods", nargs="+", default=["probe"], choices=["probe", "distilled"])
     parser.add_argument("--name", default="study", help="of this set of options")
     parser.add_argument("--options", type=json.loads, default={}, help="of the fit, as JSON")
     asked = parser.parse_args()
@@ -286,12 +258,9 @@ def main() -> None:
                     )
                     if not all(path.exists() for path in needs[1:]):
                         continue
-                    for method in asked.methods:
-                        name = f"{asked.name},{method},{arch},{to},{kind},{seed},{adapter}.json"
-                        sampled = {k: v for k, v in asked.options.items() if k in SAMPLING}
-                        options = asked.options if method == "probe" else sampled
-                        make = functools.partial(run, case, method, options)
-                        jobs.append(Job(asked.work / "probing" / name, needs, make))
+                    name = f"{asked.name},probe,{arch},{to},{kind},{seed},{adapter}.json"
+                    make = functools.partial(run, case, asked.options)
+                    jobs.append(Job(asked.work / "probing" / name, needs, make))
     run_jobs(jobs)
 
 

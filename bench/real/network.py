@@ -161,6 +161,10 @@ def load_network(path: Path) -> Network:
     values = {
         one.name: torch.from_numpy(numpy_helper.to_array(one).copy()) for one in graph.initializer
     }
+    for node in graph.node:
+        turned = any(one.name == "transB" and one.i for one in node.attribute)
+        if node.op_type in ("MatMul", "Gemm") and not turned and node.input[1] in values:
+            raise ValueError(f"{path}: {node.input[1]} is stored [in, out], which is not read")
     network = Network()
     norms: list[nn.GroupNorm] = []
     for module in network.modules():

@@ -43,12 +43,9 @@ from .workflow.check import BaseCheck, check
 from .workflow.convert import convert, convert_file
 from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
-from .workflow.evaluate import evaluate
-from .workflow.evaluating.evaluation import Evaluation
-from .workflow.evaluation_options import EvaluationOptions
 from .workflow.extract import extract, extract_file, plan_extraction
 from .workflow.extract_options import ExtractOptions
-from .workflow.fit import fit, fit_file, fit_many, plan_fit, preview_fit
+from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
 from .workflow.fleet.plan import Plan
@@ -79,8 +76,6 @@ __all__ = [
     "Comparison",
     "ConvertOptions",
     "Description",
-    "Evaluation",
-    "EvaluationOptions",
     "ExpertsLike",
     "ExtractOptions",
     "FitOptions",
@@ -123,7 +118,6 @@ __all__ = [
     "convert",
     "convert_file",
     "cuda_status",
-    "evaluate",
     "extract",
     "extract_file",
     "fit",
@@ -140,7 +134,6 @@ __all__ = [
     "plan_fit",
     "plan_migration",
     "plan_report",
-    "preview_fit",
     "principal_angles",
     "project",
     "read_status",

@@ -93,10 +93,10 @@ def test_a_shape_noted_beside_a_flattened_weight_is_restored(tmp_path):
 def test_without_the_package_the_message_says_how_to_get_it(tmp_path, monkeypatch):
     path = write(tmp_path / "x.gguf", {Q: values(32, 32)})
     monkeypatch.setitem(sys.modules, "gguf", None)
-    gguf_file.load_quants.cache_clear()
+    gguf_file.load_gguf.cache_clear()
     with pytest.raises(UnsupportedFormat, match=re.escape('pip install "prolora[gguf]"')):
         open_base(path)
-    gguf_file.load_quants.cache_clear()
+    gguf_file.load_gguf.cache_clear()
     with pytest.raises(UnsupportedFormat, match="LoRAs are not"):
         SafetensorsFile(path)
 

@@ -240,7 +240,6 @@ def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora,
         ("convert", "nope.safetensors", "-o", "other.safetensors"),
         ("extract", "nope.safetensors", "SOURCE", "-o", "other.safetensors"),
         ("migrate", "nope.safetensors", "-o", "moved"),
-        ("evaluate", "SOURCE", "TARGET", "nope.safetensors", "nope.safetensors"),
     ],
     ids=lambda words: words[0],
 )

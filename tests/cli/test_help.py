@@ -8,7 +8,7 @@ from prolora.cli.exits import MEANINGS
 from prolora.version import __version__
 from prolora.workflow.options import METHOD_NAMES
 
-COMMANDS = ["transfer", "fit", "evaluate", "inspect", "advise", "demo", "doctor", "basis"]
+COMMANDS = ["transfer", "fit", "inspect", "advise", "demo", "doctor", "basis"]
 COMMANDS += [f"basis {name}" for name in ("build", "list", "verify", "prune")]
 
 
@@ -92,7 +92,6 @@ def test_the_short_help_of_fit_has_what_most_people_need(prolora, monkeypatch):
         ("--force",),
         ("--images", "4"),
         ("--max-vram=8GB",),
-        ("--preview",),
     ],
 )
 def test_what_a_transfer_does_not_take_is_found_at_fit(prolora, case, tmp_path, words):

@@ -281,8 +281,6 @@ MISTAKES = {
     "the state of nothing": (("status", "loras"), "no migration was run into this folder"),
     "a demo of what is not shipped": (("demo", "--target", "sdxl"), "unknown demo target 'sdxl'"),
     "a LoRA that is not shipped": (("demo", "--lora", "x"), "unknown demo LoRA 'x': choose from"),
-    "a push of nothing": (("push", "nothing", "me/x"), "no .safetensors file there to publish"),
-    "a push without a card": (("push", "loras", "me/x"), "no model card that prolora wrote"),
     "subspaces of a LoRA": (("basis", "lora.safetensors"), "is a LoRA or a model with one"),
     "an age that is none": (("basis", "prune", "--older-than", "soon"), "an age is a number of"),
 }

@@ -245,6 +245,26 @@ def test_blocks_of_an_unrelated_model_of_the_same_shape_are_not_matched():
     assert 1 < deviations.mean() < 4  # the largest of 70 or so normal numbers
 
 
+def test_inserted_copies_are_refused_where_they_resemble_a_block_as_well(tmp_path):
+    leaves = ("to_q", "to_k", "to_v")
+    names = [f"transformer_blocks.{i}.attn.{leaf}" for i in range(3) for leaf in leaves]
+    source = {name: sdxl.weight(name, (48, 48), 0.0, 0) for name in names}
+    deeper = {}
+    for new, old in enumerate((0, 1, 1, 2)):
+        for leaf in leaves:
+            there = f"transformer_blocks.{old}.attn.{leaf}"
+            weight = sdxl.weight(there, (48, 48), 0.05 * new, 0)
+            deeper[f"transformer_blocks.{new}.attn.{leaf}"] = weight
+    with pytest.raises(UnsupportedFormat, match=r"blocks\.[12] and .*nearly alike.*`fit\(\)`"):
+        match_blocks(open_base(source), open_base(deeper))
+    # A new block between the old ones is no copy.
+    deeper |= {n: torch.randn(48, 48) for n in deeper if n.startswith("transformer_blocks.2.")}
+    assert [
+        d.source and d.source[-1]
+        for d in match_blocks(open_base(source), open_base(deeper)).decisions
+    ] == ["0", "1", None, "2"]
+
+
 def test_deviations_of_random_subspaces_are_standard_normal():
     generator = torch.Generator().manual_seed(0)
     stacks = [

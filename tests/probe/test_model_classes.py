@@ -28,7 +28,7 @@ from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 from prolora import FitOptions, LowRank, ProLoRAError, probe
 from prolora.architectures.modules import find_block, is_adaptable
 from prolora.probe import pipelines
-from prolora.probe.modules import find_blocks
+from prolora.probe.modules import find_called, group_by_block
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.recording.trajectories import record_calls
 
@@ -175,7 +175,7 @@ def test_a_class_that_nobody_named_takes_the_change(make, blocks, tmp_path):
     pair = pipelines.pair_pipelines(source, target, SETTINGS)
     assert pair.log_snr is None
     call = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[0]
-    assert find_blocks(source.denoiser, call) == blocks
+    assert list(group_by_block(find_called(source.denoiser, call))) == blocks
     result = fit(pair, fit_steps=4)
     assert result.report.gate.share["all"] > 0.1  # after four steps
     assert result.adapter.updates.keys() == updates(source.denoiser).keys()

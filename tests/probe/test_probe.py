@@ -188,11 +188,33 @@ def test_the_same_seed_gives_the_same_bits(source, lora):
         assert torch.equal(update.down, two.adapter.updates[name].down)
 
 
-def test_what_lies_outside_the_blocks_is_reported(source, lora):
+def test_what_lies_outside_the_blocks_is_fitted_under_its_name(source, lora):
     outside = LowRank(torch.zeros(4, 1), torch.zeros(1, WIDTH))
-    result = run(source, permuted(source), lora | {"leave": outside}, force=True)
-    assert list(result.report.left_out) == ["leave"]
-    assert "1 module was not moved" in result.report.sentences()[1]
+    result = run(source, permuted(source), lora | {"leave": outside}, force=True, fit_steps=2)
+    assert result.adapter.updates.keys() == {*lora, "leave"}
+    assert not result.report.left_out
+
+
+def test_what_is_never_called_gets_nothing(source, lora):
+    class Blind(Denoiser):
+        """The first block's `up` is read and not called, as in torch's attention."""
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            block, h = self.blocks[0], self.enter(x)
+            inner = nn.functional.linear(block.norm(h), block.up.weight, block.up.bias)
+            h = h + block.down(torch.tanh(inner + t[:, None, None]))
+            for block in self.blocks[1:]:
+                h = block(h, t)
+            return self.leave(h)
+
+    class Silent(Denoiser):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x * self.leave.bias
+
+    result = run(source, Blind(), lora, force=True, fit_steps=2)
+    assert result.adapter.updates.keys() == lora.keys() - {"blocks.0.up"}
+    with pytest.raises(ProLoRAError, match=r"Silent calls no linear layer .* it calls none"):
+        run(source, Silent(), lora, force=True)
 
 
 def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
@@ -200,10 +222,6 @@ def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
         run(source, copy.deepcopy(source).double(), lora)
     with pytest.raises(ProLoRAError, match=r"no module blocks\.7\.up"):
         run(source, source, {"blocks.7.up": next(iter(lora.values()))})
-    blockless = copy.deepcopy(source)
-    blockless.blocks = nn.ModuleList()
-    with pytest.raises(ProLoRAError, match="no block"):
-        run(blockless, source, {"enter": LowRank(torch.zeros(WIDTH, 1), torch.zeros(1, 4))})
 
 
 def test_a_sampler_that_never_calls_the_model_is_refused(source):

@@ -190,7 +190,7 @@ def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):
     assert json.loads(result.stdout)["totals"]["mapped"] == 8
 
 
-def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path):
+def test_a_convolution_outside_the_blocks_is_fitted_as_a_convolution(room, tmp_path):
     tensors = {k: v for k, v in load_file(room / "lora.safetensors").items() if "mid" in k}
     key = "lora_unet_mid_block_resnets_0_conv1"
     tensors[f"{key}.lora_down.weight"] = torch.zeros(1, 16, 3, 3)
@@ -209,26 +209,12 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
         rank=0.9,
         max_memory=100 << 30,
     )
-    skipped = result.report.rows("skipped")
-    assert [row.source for row in skipped] == ["mid_block.resnets.0.conv1"]
-    assert "no transformer block" in skipped[0].reason
-    result.save(tmp_path / "out.safetensors", format="diffusers")
-    # Where the fit starts from the copy, the convolution stays copied, as a convolution.
-    result = fit(
-        tmp_path / "with.safetensors",
-        room / "source",
-        room / "twin",
-        again=True,
-        images=1,
-        steps=1,
-        fit_steps=1,
-        force=True,
-    )
-    result.save(tmp_path / "copied.safetensors")
     assert not result.report.rows("skipped")
-    conv = next(row for row in result.report.modules if row.source == skipped[0].source)
-    assert conv.reason.startswith("copied")
-    assert adapters.read_adapter(tmp_path / "copied.safetensors").kernels == {conv.source: (3, 3)}
+    (conv,) = (row for row in result.report.modules if row.source.startswith("mid_block.resnets"))
+    assert conv.reason.startswith("fitted") and conv.rank_out
+    result.save(tmp_path / "out.safetensors", format="diffusers")
+    written = adapters.read_adapter(tmp_path / "out.safetensors")
+    assert written.kernels == {"mid_block.resnets.0.conv1": (3, 3)}
     with pytest.raises(ProLoRAError, match="pipelines alone"):
         fit(
             tmp_path / "with.safetensors",

@@ -155,7 +155,7 @@ def fitted(room: Path, target: str, **options) -> prolora.Transfer:
 
 def test_what_has_no_text_encoder_to_go_to_is_fitted_into_the_blocks(room):
     moved, alone = (fitted(room, "target", text_encoder=way) for way in ("copy", "skip"))
-    for done, reason in ((moved, "fitted into the target's blocks"), (alone, "left out as asked")):
+    for done, reason in ((moved, "fitted into the target's modules"), (alone, "left out as asked")):
         rows = [row for row in done.report.modules if is_in_text_encoder(row.source)]
         assert rows and all(row.status == "skipped" and reason in row.reason for row in rows)
         assert not any(is_in_text_encoder(name) for name in done.adapter.updates)

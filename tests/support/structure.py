@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "prolora"
-MOST_PARAMETERS, MOST_LINES, MOST_FILE_LINES = 8, 60, 450
+MOST_PARAMETERS, MOST_LINES, MOST_FILE_LINES = 8, 80, 450
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Words that say nothing beside the name.
 EMPTY_WORDS = {"a", "an", "the", "of", "as", "is", "to", "it", "all", "its", "for", "in", "and"}
@@ -100,6 +100,52 @@ def find_restating_docstrings(trees: dict[Path, ast.Module]) -> list[str]:
 
 def _stems(words: list[str] | set[str]) -> set[str]:
     return {word.rstrip("s")[:5] for word in words if word not in EMPTY_WORDS}
+
+
+# A function does something: its first word is a verb in the third person.
+VERB = re.compile(r"[A-Z][a-z]+(?:[a-rt-z]s|sses)\b")
+NO_VERB = {"This", "Its", "As", "Whether", "Always", "Bytes", "Names", "Shapes", "Thus", "Yes"}
+CLAUSES = re.compile(r"\b(?:which|whose|that|where)\b")
+CLUMSY = re.compile(r"\bof which\b|\bthose of\b|\bits like\b|\bnobody\b|\bnone is there\b", re.I)
+MOST_WORDS = {"function": 15, "class": 12, "module": 12}
+
+
+def find_unclear_docstrings(trees: dict[Path, ast.Module], rooms: set[str]) -> list[str]:
+    """Lists docstrings that break the rules of CONTRIBUTING.md's section on words."""
+    return [
+        f"{file}:{line} {reason}: {text[:60]}"
+        for file, tree in trees.items()
+        if any(file.is_relative_to(room) for room in rooms)
+        for node in ast.walk(tree)
+        for line, reason, text in _judge_docstring(node)
+    ]
+
+
+def _judge_docstring(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Yields the line, the rule that is broken and the first sentence."""
+    if not isinstance(node, ast.Module | ast.ClassDef | Function):
+        return
+    text = ast.get_docstring(node) or ""
+    if not text:
+        return
+    kinds = {ast.Module: "module", ast.ClassDef: "class"}
+    kind = kinds.get(type(node), "function")
+    first = re.split(r"(?<=[.:;])\s", text.replace("\n", " "), maxsplit=1)[0]
+    line = getattr(node, "lineno", 1)
+    marks = getattr(node, "decorator_list", [])
+    is_property = any("property" in ast.unparse(mark) for mark in marks)
+    if kind == "function" and not is_property and not node.name.startswith("__"):
+        word = first.split()[0].strip(".,:;")
+        if not VERB.fullmatch(word) or word in NO_VERB:
+            yield line, "begins with no verb", first
+        if node.name.startswith("_") and re.search(r"^\s*(Args|Returns):", text, re.M):
+            yield line, "tells types of a private function", first
+    if len(first.split()) > MOST_WORDS[kind]:
+        yield line, f"has more than {MOST_WORDS[kind]} words", first
+    if len(CLAUSES.findall(first)) > 1:
+        yield line, "has two clauses", first
+    if CLUMSY.search(text):
+        yield line, "is clumsy", CLUMSY.findall(text)[0]
 
 
 def find_flags(trees: dict[Path, ast.Module]) -> list[str]:
@@ -223,14 +269,56 @@ def _list_defaults(function: Function) -> list[str]:
     return [arg.arg for arg in (*told, *(arg for arg, default in keywords if default))]
 
 
+def count_code_lines(text: str) -> int:
+    """Counts the lines that are no blank, comment, docstring or import."""
+    passed: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            passed |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                passed |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        bool(x.strip()) and not x.strip().startswith("#") for i, x in lines if i not in passed
+    )
+
+
+def measure_sizes(root: Path = PACKAGE.parents[1]) -> dict[str, int]:
+    """Counts lines of product, rooms, tests and bench, and words of docs."""
+    package = root / "python/prolora"
+    texts = {file.relative_to(package): file.read_text("utf-8") for file in package.rglob("*.py")}
+    lines = {file: text.count("\n") for file, text in texts.items()}
+    sizes = {
+        "product lines": sum(lines.values()),
+        "product code lines": sum(count_code_lines(text) for text in texts.values()),
+        "longest file": max(lines.values()),
+    }
+    for file, count in sorted(lines.items()):
+        room = f"{file.parts[0]}/" if len(file.parts) > 1 else str(file)
+        sizes[room] = sizes.get(room, 0) + count
+    for name, folder, endings in (
+        ("csrc", "csrc", ("h", "cu", "cpp")),
+        ("ComfyUI pack", "integrations/comfyui", ("py", "js")),
+        ("test lines", "tests", ("py",)),
+        ("bench lines", "bench", ("py",)),
+    ):
+        files = [file for ending in endings for file in (root / folder).rglob(f"*.{ending}")]
+        sizes[name] = sum(file.read_text("utf-8").count("\n") for file in files)
+    words = {file.name: len(file.read_text("utf-8").split()) for file in root.glob("docs/*.md")}
+    sizes["words of api.md"] = words.pop("api.md")
+    sizes["words of docs"] = sum(words.values())
+    sizes["words of README"] = len((root / "README.md").read_text("utf-8").split())
+    return sizes
+
+
 def measure(package: Path = PACKAGE) -> dict[str, object]:
     """Every number, by its name."""
     trees = parse_files(package)
-    lines = {file: (package / file).read_text("utf-8").count("\n") for file in trees}
     return {
         "files": len(trees),
-        "lines": sum(lines.values()),
-        "longest file": max(lines.values()),
+        **measure_sizes(package.parents[1]),
         "names told twice": find_names_told_twice(trees),
         f"functions of more than {MOST_PARAMETERS} parameters": find_wide_signatures(trees),
         f"functions of more than {MOST_LINES} lines": find_long_functions(trees),

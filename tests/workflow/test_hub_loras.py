@@ -17,10 +17,7 @@ from typer.testing import CliRunner
 import prolora
 from prolora import cli
 from prolora.adapters.folder import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
-from prolora.cli.fit import FitOutput, name_page
 from prolora.files import hub
-from prolora.probe.settings import FitSettings
-from prolora.workflow.evaluating.entrants import _find_file, read_subjects
 from prolora.workflow.fleet.listing import list_loras
 
 SOLE = "weights-v1.5.safetensors"
@@ -226,13 +223,6 @@ def test_every_verb_takes_an_id(cloud, case):
     merged = prolora.merge([id_, lora], source)
     assert {part.name for part in merged.report.merge.parts} == {"style-v1.5", "lora"}
     assert prolora.merge_file([id_, lora], "m.safetensors", source).modules
-    (subject,) = read_subjects(
-        id_,
-        {"moved": "hf://org/style-v1.5/" + SOLE},
-        (prolora.open_base(source), prolora.open_base(source)),
-        prolora.EvaluationOptions(sampling=FitSettings(prompts=("a",), images=1)),
-    )
-    assert subject.name == "style-v1.5" and "moved" in subject.entrants
 
 
 def test_a_name_that_cannot_be_looked_at_or_is_no_id_fails_alone(cloud, case):
@@ -376,21 +366,6 @@ def test_a_line_that_the_hub_does_not_give_is_refused_alone_in_the_plan(cloud, c
     refused = {Path(x.lora).name: x.refused for x in plan.entries}
     assert "gone/adapter: no such file" in refused["adapter"] and "Hub" in refused["adapter"]
     assert "c/d: no such file" in refused["d"] and not refused["lora.safetensors"]
-
-
-def test_the_results_of_ids_are_found_in_a_folder_by_the_names_that_they_were_given(cloud, case):
-    publish(cloud, case[0], SOLE)
-    shutil.copy(case[0], "style-v1.5.safetensors")
-    for id_ in ("org/style-v1.5", "org/style-v1.5@v2"):
-        assert _find_file(".", Path(id_), several=True) == Path("style-v1.5.safetensors")
-    with pytest.raises(prolora.MissingFile, match="other: no such LoRA; for several"):
-        _find_file(".", Path("org/other"), several=True)
-
-
-def test_a_preview_is_called_like_the_last_part_of_an_id(cloud):
-    for id_ in ("org/sd1.5-neon", "org/sd1.5-neon@v2", "in/sd1.5-neon.safetensors"):
-        page = name_page([Path(id_)], FitOutput()).report
-        assert page == Path("sd1.5-neon-preview.html")
 
 
 @pytest.mark.slow

@@ -73,9 +73,9 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
     for option in OPTIONS:
         assert write_flag(option) in flags, option
     keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
-    for function in (prolora.advise, prolora.migrate, prolora.plan_migration, prolora.evaluate):
+    for function in (prolora.advise, prolora.migrate, prolora.plan_migration):
         keywords |= set(inspect.signature(function).parameters)
-    for options in (prolora.FitOptions, prolora.MergeOptions, prolora.EvaluationOptions):
+    for options in (prolora.FitOptions, prolora.MergeOptions):
         keywords |= {field.name for field in dataclasses.fields(options)}
     told = {name for name, value in named if value != "()" and (value or name in OPTIONS)}
     assert told <= keywords | {"engine", "shard"}

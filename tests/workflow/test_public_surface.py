@@ -16,7 +16,6 @@ from prolora.core.methods import METHODS
 from prolora.core.option_fields import find_shown
 from prolora.workflow.advice_options import AdviceChanges, AdviceOptions
 from prolora.workflow.convert_options import ConvertChanges, ConvertOptions
-from prolora.workflow.evaluation_options import EvaluationChanges, EvaluationOptions
 from prolora.workflow.extract_options import ExtractChanges, ExtractOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
 from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
@@ -25,9 +24,8 @@ from prolora.workflow.options import MethodChoice, OptionChanges, TransferOption
 
 TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
 FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
-FITS += [prolora.preview_fit]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
-FUNCTIONS += [(prolora.migrate, MigrationOptions), (prolora.evaluate, EvaluationOptions)]
+FUNCTIONS += [(prolora.migrate, MigrationOptions)]
 EXTRACTIONS = [prolora.extract, prolora.extract_file, prolora.plan_extraction]
 FUNCTIONS += [(f, ExtractOptions) for f in EXTRACTIONS]
 FUNCTIONS += [(f, ConvertOptions) for f in (prolora.convert, prolora.convert_file)]
@@ -53,7 +51,6 @@ def test_help_shows_every_option_with_its_default(function, kind):
         (TransferOptions, OptionChanges),
         (FitOptions, FitChanges),
         (AdviceOptions, AdviceChanges),
-        (EvaluationOptions, EvaluationChanges),
         (MigrationOptions, MigrationChanges),
         (ExtractOptions, ExtractChanges),
         (ConvertOptions, ConvertChanges),

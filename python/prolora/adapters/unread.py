@@ -16,7 +16,6 @@ from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, UnsupportedFormat, input_error
 from ..files.hub import spell_path
 from ..files.jsontext import parse_json_object, read_json_object
-from ..files.pickle_file import PickleFile, is_readable_pickle
 from ..files.safetensors_file import SafetensorsFile
 from .folder import (
     ADAPTER_FILES,
@@ -96,8 +95,8 @@ def open_adapter(
     """Opens an adapter without reading a tensor.
 
     Args:
-        source: a .safetensors file, a state dict or a file of `torch.save` with one, a PEFT folder,
-            or a folder diffusers saved a LoRA in; (state dict, `peft.LoraConfig`), as PEFT has the
+        source: a .safetensors file, a state dict, a PEFT folder, or a folder diffusers saved a LoRA
+            in; (state dict, `peft.LoraConfig`), as PEFT has the
             two in memory; `org/name` or `hf://org/name[@revision][/path]` on the Hugging Face Hub,
             where nothing here is called so; what is open already is returned.
         metadata: replaces the metadata of the file; a state dict has none of its own.
@@ -181,10 +180,9 @@ def _explain_unreadable(tensor: Tensor) -> str:
 def _open_file(
     path: Path, metadata: Mapping[str, str] | None, config: dict[str, Any] | None = None
 ) -> UnreadAdapter:
-    file = PickleFile(path) if is_readable_pickle(path) else SafetensorsFile(path)
+    file = SafetensorsFile(path)
     headers = {key: TensorHeader(info.dtype, info.shape) for key, info in file.tensors.items()}
-    stored = file.metadata if isinstance(file, SafetensorsFile) else {}
-    kept = stored if metadata is None else dict(metadata)
+    kept = file.metadata if metadata is None else dict(metadata)
     return UnreadAdapter(str(path), headers, file.read, kept, config, path)
 
 

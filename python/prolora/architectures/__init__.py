@@ -1,12 +1,12 @@
-"""Names, shapes and spellings of model families as data: no tensors and no user's files.
+"""Names, shapes and spellings of model families as data: no tensors.
 
 To add a family:
 
 - `families/<id>.py`: how its modules are called by whom; `family.py` explains the fields.
 - `tables/<layout>.json`: names and shapes of each published size, in diffusers' spelling
-  (`layouts.py` reads it); `tables/correspondence.json`: which of its blocks were made from those of
-  another layout.
-- `loaders.json`: which programs read its LoRAs in which spelling, as their own code was measured to
+  (`layouts.py` reads it); `tables/correspondence.json`: which of its blocks were made from blocks
+  of another layout.
+- `loaders.json`: which programs read its LoRAs in which spelling, measured by running their code
   (`loaders.py` reads it).
 
 CONTRIBUTING.md says how the tables are made and what tests them.

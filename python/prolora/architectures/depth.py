@@ -1,8 +1,8 @@
-"""The blocks of a model in the order of depth, and what block weights call them.
+"""Blocks of a model in depth order, as block weights name them.
 
-The names are those of sd-webui-lora-block-weight: BASE is all text encoders, IN00 to OUT11 are
-LDM's blocks of a UNet, D00 and S00 are FLUX's double and single blocks. A block of any other
-transformer is called by its stack and number: `transformer_blocks.12`.
+The names come from sd-webui-lora-block-weight: BASE is all text encoders, IN00 to OUT11 are LDM's
+blocks of a UNet, D00 and S00 are FLUX's double and single blocks. A block of any other transformer
+is called by its stack and number: `transformer_blocks.12`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,14 @@ ONE_LAYER_UNETS = ("bk-sdm", "koala")
 
 @dataclass(frozen=True)
 class DepthTable:
-    """The modules of a model, and the blocks that they lie in.
+    """The modules of a model, and the blocks that they lie in."""
 
-    Attributes:
-        modules: canonical names, of the model as it is published or of its own.
-        family: whose names they are; None where it is not known.
-        complete: whether these are all modules of the model, which is not known of a LoRA's.
-    """
-
-    modules: tuple[str, ...]
-    family: Family | None = None
-    complete: bool = True
+    modules: tuple[str, ...]  # canonical names, of a published model or of the user's
+    family: Family | None = None  # None where it is not known
+    complete: bool = True  # False for a LoRA, which need not name all modules of its model
 
     def find_place(self, module: str) -> str:
-        """The block of a module, "" for one outside of all that has no name of its own."""
+        """Returns the block of a module, "" for an unnamed module outside all blocks."""
         component = find_component(module)
         is_flux = self.family is not None and self.family.id == "flux"
         if component in TEXT_ENCODERS:
@@ -56,7 +50,7 @@ class DepthTable:
         return f"{block.stack}.{block.number}"
 
     def list_names(self, module: str) -> list[str]:
-        """What a module is called: in diffusers, and by the authors or in LDM."""
+        """Returns a module's names: in diffusers, and in the authors' files or LDM."""
         names = [module]
         if find_component(module) == "unet":
             names.append(self._name_in_ldm(module) or module)
@@ -71,10 +65,10 @@ class DepthTable:
 
     @cached_property
     def notations(self) -> tuple[tuple[str, ...], ...]:
-        """The lists of blocks that a value for each may be given of, the longest first.
+        """The lists of blocks that may have one value each, the longest first.
 
-        Of a UNet also its blocks with attention alone, which LoRAs without convolutions have; of a
-        pruned student also those of its parent.
+        A UNet adds the list of its blocks with attention, which LoRAs without convolutions have; a
+        pruned student adds the lists of its parent.
         """
         lists = self._own_notations if self.complete else []
         if self._is_unet and self._layers == 2:
@@ -85,7 +79,7 @@ class DepthTable:
 
     @property
     def _own_notations(self) -> list[tuple[str, ...]]:
-        """All blocks, and of a UNet those with attention."""
+        """All blocks, and for a UNet those with attention."""
         attention = (name for name in self.modules if ".attentions." in name)
         return [self.places, self._list_places(attention)] if self._is_unet else [self.places]
 
@@ -98,21 +92,21 @@ class DepthTable:
         return 1 if self.family is not None and self.family.id in ONE_LAYER_UNETS else 2
 
     def _list_places(self, modules: Iterable[str]) -> tuple[str, ...]:
-        """The blocks of some modules, and of UNets and FLUX what their notation always has."""
+        """Returns the blocks of some modules, with the names UNets and FLUX always have."""
         found = {place for module in modules if (place := self.find_place(module))}
         if self.family is not None and self.family.id == "flux":
             found |= {*_FLUX_ENCODERS.values(), "IN", "OUT"}
         elif self._is_unet:
             found.add(BASE)
         else:
-            found.discard(BASE)  # the notation of other transformers is of their blocks alone
+            found.discard(BASE)  # the notation of other transformers names blocks alone
         return tuple(sorted(found, key=_order_place))
 
     def _name_in_ldm(self, module: str) -> str | None:
         return diffusers_to_ldm(module, siblings=self.modules, layers_per_block=self._layers)
 
     def _find_ldm_place(self, module: str) -> str:
-        """IN, M or OUT with its number, of a module of a UNet."""
+        """Returns IN, M or OUT with its number for a module of a UNet."""
         match = _LDM.match(f"{self._name_in_ldm(module)}.")
         if match is None:
             return ""
@@ -121,7 +115,7 @@ class DepthTable:
         return f"{'IN' if match[1] == 'input_blocks' else 'OUT'}{int(match[2]):02}"
 
     def _find_flux_end(self, module: str) -> str:
-        """IN or OUT, of what stands before and after FLUX's blocks."""
+        """Returns IN or OUT for a module before or after FLUX's blocks."""
         name = self.list_names(module)[-1]
         if "_in" in name:
             return "IN"
@@ -136,7 +130,7 @@ def stack_order(stack: str) -> tuple[object, ...]:
 
 
 def is_number(word: str) -> bool:
-    """Whether a word of a module's name is a number; names may come from a file of anybody's."""
+    """Returns True for a number of a usable length; names may come from hostile files."""
     return word.isdecimal() and len(word) < 10
 
 

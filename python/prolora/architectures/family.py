@@ -23,52 +23,38 @@ MOST_NUMBERS, LONGEST_NAME = 12, 400
 
 
 class Fused(NamedTuple):
-    """A matrix of the authors that holds the rows of several modules of diffusers, from the top.
+    """A matrix of the authors with the rows of several diffusers modules."""
 
-    Attributes:
-        parts: patterns of diffusers' modules.
-        shares: their rows, in units: (3, 1, 1) for three times as many queries as keys and values.
-    """
-
-    parts: tuple[str, ...]
+    parts: tuple[str, ...]  # patterns of diffusers' modules, from the top
+    # Their rows, in units: (3, 1, 1) for three times as many queries as keys and values
     shares: tuple[int, ...]
 
 
 class Swapped(NamedTuple):
-    """A matrix that makes (shift, scale) where that of diffusers makes (scale, shift).
+    """A matrix that makes (shift, scale), and (scale, shift) in diffusers."""
 
-    Attributes:
-        part: pattern of diffusers' module.
-        only_if_two: the halves are swapped only where the matrix makes just these two, that is
-            where it has twice as many rows as columns; SD3's last block is such a place.
-    """
-
-    part: str
+    part: str  # pattern of diffusers' module
+    # Swap only where the matrix makes just these two: twice as many rows as columns. SD3's last
+    # block is such a case.
     only_if_two: bool = False
 
 
 def fuse_equal(*parts: str) -> Fused:
-    """A fused matrix whose parts have equally many rows, such as q, k and v."""
+    """Returns a fused matrix whose parts have equally many rows: q, k, v."""
     return Fused(parts, (1,) * len(parts))
 
 
 def fuse_qkv(pattern: str) -> Fused:
-    """The fused matrix of queries, keys and values, whose names have q, k and v in place of {}."""
+    """Returns the fused matrix of q, k and v, which replace {} in the pattern."""
     return fuse_equal(*map(pattern.format, "qkv"))
 
 
 class Spelling(NamedTuple):
-    """How a file spells the modules of a family.
+    """How a file spells the modules of a family."""
 
-    Attributes:
-        prefix: what stands before every module's name.
-        names: whose names follow: "diffusers" or "authors".
-        dotted: False where underscores stand in place of the dots, as in kohya's files.
-    """
-
-    prefix: str
-    names: Literal["diffusers", "authors"]
-    dotted: bool = True
+    prefix: str  # stands before every module's name
+    names: Literal["diffusers", "authors"]  # whose names follow
+    dotted: bool = True  # False where underscores replace the dots, as in kohya's files
 
 
 COMFY = Spelling("diffusion_model.", "authors")
@@ -84,23 +70,16 @@ SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
 
 
 class AuthorsWeight(NamedTuple):
-    """A matrix of the authors' checkpoint and the modules of diffusers it holds.
+    """A matrix of the authors' checkpoint and the diffusers modules in it."""
 
-    Attributes:
-        name: the authors' name, `double_blocks.0.img_attn.qkv`.
-        parts: canonical modules, from the top; one, unless the matrix is fused.
-        shares: rows of each part, in units.
-        swap: whether the halves of its rows are in the other order than in diffusers: "never",
-            "always", or "if two" (`Swapped.only_if_two`).
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    shares: tuple[int, ...]
+    name: str  # the authors' name, `double_blocks.0.img_attn.qkv`
+    parts: tuple[str, ...]  # canonical modules, from the top; one, unless the matrix is fused
+    shares: tuple[int, ...]  # rows of each part, in units
+    # Are the halves of its rows in the other order than in diffusers? See `Swapped`.
     swap: Literal["never", "always", "if two"] = "never"
 
     def is_swapped(self, shape: tuple[int, ...]) -> bool:
-        """Whether a matrix of this shape [out, in] has its halves swapped."""
+        """Returns whether a matrix [out, in] of this shape has its halves swapped."""
         if self.swap == "if two":
             return len(shape) == 2 and shape[0] == 2 * shape[1]
         return self.swap == "always"
@@ -108,39 +87,30 @@ class AuthorsWeight(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one class: the same modules, at one or several sizes.
+    """Models of one class: the same modules, at one or several sizes."""
 
-    Attributes:
-        id: for programs, "qwen-image".
-        title: for people, "Qwen-Image".
-        layouts: ids of its published sizes, see `layouts.load_layout`.
-        authors: the authors' (and ComfyUI's) module -> diffusers' module, or what else it holds.
-            Patterns, in which N is the number of a block. A module that is not listed has the same
-            name in both; empty where all have.
-        aliases: other names that files have for the authors' modules -> the authors' name, or the
-            modules whose rows such a matrix has. They are read and never written. The parts of a
-            fused matrix counted from 0 (`img_attn.qkv.2`, OneTrainer's) need no alias.
-        spellings: format -> how a file of that format spells the modules; without the formats that
-            no program reads for this family.
-        claims: how metadata names a member of the family (the beginning of
-            `ss_base_model_version` or `modelspec.architecture`, in lower case) -> its title.
-        siblings: pairs that people move LoRAs between, as sentences for the documentation.
-        not_linear: pattern of a module -> what it is, where it is no plain linear layer.
-        experts: whether models of it may be two, one for high noise and one for low noise.
-        unet: whether it is a UNet, whose names follow from arithmetic (`ldm`) and not from tables.
-    """
-
-    id: str
-    title: str
-    layouts: tuple[str, ...]
+    id: str  # for programs, "qwen-image"
+    title: str  # for people, "Qwen-Image"
+    layouts: tuple[str, ...]  # ids of its published sizes, see `layouts.load_layout`
+    # The authors' (and ComfyUI's) module -> diffusers' module, or what else it holds. Patterns, in
+    # which N is the number of a block. A module that is not listed has the same name in both.
     authors: Mapping[str, str | Fused | Swapped] = field(default_factory=dict)
+    # Other names of the authors' modules -> the authors' name, or the modules whose rows such a
+    # matrix has. They are read and never written. The parts of a fused matrix counted from 0
+    # (`img_attn.qkv.2`, OneTrainer's) need no alias.
     aliases: Mapping[str, str | Fused] = field(default_factory=dict)
+    # Format -> how a file of that format spells the modules; without the formats that no program
+    # reads for this family.
     spellings: Mapping[str, Spelling] = field(default_factory=lambda: SPELLINGS)
+    # How metadata names a member of the family (the beginning of `ss_base_model_version` or
+    # `modelspec.architecture`, in lower case) -> its title.
     claims: Mapping[str, str] = field(default_factory=dict)
+    # Pairs that people move LoRAs between, as sentences for the docs
     siblings: tuple[str, ...] = ()
+    # Pattern of a module -> what it is, if not a plain linear layer
     not_linear: Mapping[str, str] = field(default_factory=dict)
-    experts: bool = False
-    unet: bool = False
+    experts: bool = False  # may there be two models, for high and for low noise?
+    unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
@@ -148,46 +118,42 @@ class Family:
         return load_patterns(self.layouts)
 
     def find_module(self, name: str, *, dotted: bool = True) -> str | None:
-        """The canonical module that a name of diffusers means, None if the family has none such.
+        """Returns the canonical module for a name without prefix, None if unknown.
 
-        Args:
-            name: `transformer_blocks.0.attn.to_q`, without any prefix.
-            dotted: False where `name` has underscores in place of dots.
+        `dotted` is False where `name` has underscores in place of dots.
         """
         match = _match_pattern(name, self._modules, dotted)
         return _fill_pattern(*match) if match else None
 
     def list_patterns(self, *, dotted: bool) -> set[str]:
-        """What names that `find_module` and `find_weight` know look like."""
+        """Returns the patterns of all names that `find_module` and `find_weight` know."""
         both = self._modules, self._weights
         return {name for one in both for name in (one.dotted if dotted else one.underscored)}
 
     def find_pattern(self, module: str) -> str | None:
-        """The pattern of a canonical module, None if no published size has such a module."""
+        """Returns the pattern of a canonical module, None if no published size has it."""
         match = _match_pattern(module, self._modules, dotted=True)
         return match[0] if match else None
 
     def find_shapes(self, module: str) -> tuple[tuple[int, ...], ...]:
-        """The shapes that a canonical module has in the published sizes, of whatever block."""
+        """Returns the shapes of a canonical module in the published sizes, of any block."""
         return self.shapes.get(self.find_pattern(module) or "", ())
 
     def find_weight(self, name: str, *, dotted: bool = True) -> AuthorsWeight | None:
-        """The authors' weight of that name or alias, None if the family has none such.
+        """Returns the authors' weight with that name or alias, None if unknown.
 
-        Args:
-            name: `double_blocks.0.img_attn.qkv`, without any prefix.
-            dotted: False where `name` has underscores in place of dots.
+        `name` has no prefix; `dotted` is False where it has underscores in place of dots.
         """
         match = _match_pattern(name, self._weights, dotted)
         return self._make_weight(*match) if match else None
 
     def find_weight_holding(self, module: str) -> AuthorsWeight | None:
-        """The authors' weight that a canonical module is, or is rows of."""
+        """Returns the authors' weight that is a canonical module or has its rows."""
         match = _match_pattern(module, self._holders, dotted=True)
         return self._make_weight(*match) if match else None
 
     def _make_weight(self, pattern: str, numbers: tuple[str, ...]) -> AuthorsWeight:
-        """The weight of a pattern of the authors with its numbers filled in."""
+        """Fills the numbers of blocks into an authors' pattern."""
         entry = self._entries[pattern]
         if isinstance(entry, Fused):
             parts, shares = entry
@@ -229,7 +195,7 @@ class Family:
 
 
 class _Patterns:
-    """Patterns of names, looked up by a name with numbers, dotted or underscored."""
+    """Patterns of names, for names with numbers, dotted or underscored."""
 
     def __init__(self, meanings: Mapping[str, str]) -> None:
         self.dotted = dict(meanings)
@@ -239,11 +205,7 @@ class _Patterns:
 def _match_pattern(
     name: str, patterns: _Patterns, dotted: bool
 ) -> tuple[str, tuple[str, ...]] | None:
-    """(what the pattern of a name means, the numbers in its places); None if there is none.
-
-    A number may be the place of a block or part of a name (`net.0`), so that every choice of up to
-    two numbers is tried; that of the first number alone is nearly always the right one.
-    """
+    """Returns the meaning of a name's pattern and its numbers, None if unknown."""
     separator, table = (".", patterns.dotted) if dotted else ("_", patterns.underscored)
     for trial, numbers in list_trials(name, separator):
         meaning = table.get(trial)
@@ -254,7 +216,7 @@ def _match_pattern(
 
 @lru_cache(1 << 12)  # every name is looked up in several families
 def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The patterns that a name may have, each with the numbers in its places."""
+    """Returns the patterns that a name may have, each with the numbers it replaces."""
     words = name[: LONGEST_NAME + 1].split(separator)
     places = [i for i, word in enumerate(words) if word.isascii() and word.isdecimal()]
     if NUMBER in words or len(name) > LONGEST_NAME or len(places) > MOST_NUMBERS:
@@ -269,7 +231,7 @@ def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]],
 
 
 def _choose_places(places: list[int]) -> Iterator[tuple[int, ...]]:
-    """The first place, none, then every other one and every two."""
+    """Yields sets of numbers to replace: the first, none, each other one, every two."""
     yield tuple(places[:1])
     if places:
         yield ()
@@ -278,13 +240,12 @@ def _choose_places(places: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _fill_pattern(pattern: str, numbers: tuple[str, ...]) -> str:
-    """The pattern with numbers in its places."""
     words, left = pattern.split("."), iter(numbers)
     return ".".join(next(left) if word == NUMBER else word for word in words)
 
 
 def list_parts(entry: str | Fused | Swapped) -> tuple[str, ...]:
-    """The patterns of diffusers' modules that an entry of `Family.authors` holds."""
+    """Returns the patterns of diffusers' modules in an entry of `Family.authors`."""
     if isinstance(entry, Fused):
         return entry.parts
     return (entry.part if isinstance(entry, Swapped) else entry,)

@@ -23,9 +23,9 @@ _FEED_FORWARD = re.compile(
 )
 # Parameters that are no layers: no LoRA trains them, and files have them in other shapes.
 _BARE = re.compile(r"_(?:table|tokens?|embed)$")
-# Layers of HiDream-O1 that nothing runs: files have them or not.
+# Layers of HiDream-O1 that nothing runs: some files have them.
 UNUSED = ("visual.deepstack_merger_list.",)
-# Text encoders, and Anima's adapter of its own, which is a model of its own in diffusers' folders.
+# Text encoders, and Anima's adapter, which is a model of its own in diffusers' folders.
 BESIDE = ("text_encoder", "llm_adapter.", *UNUSED)
 _IN_BLOCK = re.compile(r"(?:^|_)(?:blocks|block)\.")
 # "{0-18}" in a table stands for every number from 0 to 18.
@@ -34,26 +34,19 @@ _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
 
 @dataclass(frozen=True)
 class Layout:
-    """One architecture.
+    """One architecture."""
 
-    Attributes:
-        id: for programs, such as "ssd-1b".
-        title: for people.
-        shapes: canonical module name -> shape of its weight, for every weight of two or more axes.
-        text_encoders: architectures of `text_encoder`, `text_encoder_2`, … in this order.
-        stacks: what the names of blocks begin with, before their number: `noise_refiner.`; empty
-            for UNets.
-    """
-
-    id: str
-    title: str
+    id: str  # for programs, such as "ssd-1b"
+    title: str  # for people
+    # canonical module -> shape of its weight, for every weight of two or more axes
     shapes: Mapping[str, tuple[int, ...]]
-    text_encoders: tuple[str, ...] = ()
+    text_encoders: tuple[str, ...] = ()  # architectures of `text_encoder`, `text_encoder_2`, …
+    # what names of blocks begin with: `noise_refiner.`; empty for UNets
     stacks: tuple[str, ...] = ()
 
     @cached_property
     def attention(self) -> list[str]:
-        """The modules q, k, v and out of all attention layers, where diffusers' names tell them."""
+        """The modules q, k, v and out of all attention layers with diffusers' names."""
         return [name for name in self.shapes if _ATTENTION.search(name)]
 
     @cached_property
@@ -83,7 +76,7 @@ class Layout:
         )
 
     def is_adapted(self, name: str) -> bool:
-        """Whether most LoRAs train a module of this name, be it of the layout or not."""
+        """Returns whether most LoRAs train a module of this name, even of another layout."""
         if name.startswith(BESIDE):
             return False
         if name.startswith(self.unnamed_stacks):
@@ -93,26 +86,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Correspondence:
-    """Which source module a target module was made from, or resembles most.
+    """The source module that each target module was made from.
 
-    Equal names are not equal modules: students renumber the blocks they keep.
-
-    Attributes:
-        source: layout id.
-        target: layout id.
-        variant: "" for the default rule of this pair, else what sets this one apart.
-        evidence: where the rule is known from.
+    Or that it resembles most. Equal names are not equal modules: students renumber the blocks they
+    keep.
     """
 
-    source: str
-    target: str
-    variant: str
-    evidence: str
+    source: str  # layout id
+    target: str  # layout id
+    variant: str  # "" for the default rule of this pair, else what sets this one apart
+    evidence: str  # where the rule is known from
     _steps: tuple[tuple[tuple[re.Pattern[str], str], ...], ...] = ()
     _no_partner: tuple[re.Pattern[str], ...] = ()
 
     def source_of(self, target_module: str) -> str | None:
-        """The source module for `target_module`, None where the source layout has none."""
+        """Returns the source module for `target_module`, None if the source has none."""
         if any(pattern.search(target_module) for pattern in self._no_partner):
             return None
         name = target_module
@@ -127,7 +115,7 @@ class Correspondence:
 
 @cache
 def known_layouts() -> tuple[str, ...]:
-    """The ids of all layouts."""
+    """Returns the ids of all layouts, sorted."""
     names = (entry.name for entry in resources.files(__package__).joinpath("tables").iterdir())
     ids = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
     return tuple(id_ for id_ in ids if id_ != "correspondence")
@@ -135,7 +123,7 @@ def known_layouts() -> tuple[str, ...]:
 
 @cache
 def load_layout(id_: str) -> Layout:
-    """The layout `id_`.
+    """Reads the table of a layout.
 
     Raises:
         KeyError: no such layout.
@@ -157,7 +145,10 @@ def load_layout(id_: str) -> Layout:
 
 
 def load_patterns(layouts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Pattern of a module (N in place of its block's number) -> its shapes in some layouts."""
+    """Returns pattern of a module -> its shapes in some layouts.
+
+    The pattern has N in place of the block's number.
+    """
     found: dict[str, dict[tuple[int, ...], None]] = {}
     for id_ in layouts:
         table = json.loads(_read_table(f"{id_}.json"))["shapes"]
@@ -170,7 +161,7 @@ def load_patterns(layouts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], ..
 
 
 def _generalise(entry: str, stacks: set[str]) -> str:
-    """An entry of a table with N in place of every block's number."""
+    """Replaces every block's number by N in an entry of a table."""
     entry = _RANGE.sub("N", entry)
     for stack in stacks:
         if entry.startswith(stack):
@@ -181,12 +172,12 @@ def _generalise(entry: str, stacks: set[str]) -> str:
 
 
 def _find_stacks(entries: Iterable[str]) -> set[str]:
-    """What stands before the numbers of blocks in the entries of a table."""
+    """Returns what stands before the numbers of blocks in the entries of a table."""
     return {entry[: match.start()] for entry in entries if (match := _RANGE.search(entry))}
 
 
 def _expand_ranges(pattern: str) -> list[str]:
-    """The names that an entry of a table stands for."""
+    """Returns all names that one entry of a table means."""
     match = _RANGE.search(pattern)
     if match is None:
         return [pattern]
@@ -196,18 +187,15 @@ def _expand_ranges(pattern: str) -> list[str]:
 
 
 def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The layout of a checkpoint, None if it is none of the known ones.
+    """Returns the layout of a checkpoint (module -> shape), None if it is unknown.
 
-    The attention must be that of the layout, name by name and shape by shape, and so must the
+    The attention must match the layout, name by name and shape by shape, and so must the
     feed-forward unless the checkpoint has none; where names do not tell which is which, all
-    matrices of the blocks must be. Everything else is ignored: `proj_in` is a convolution in some
+    matrices of the blocks must. Everything else is ignored: `proj_in` is a convolution in some
     files and a linear layer in others, inpainting models have a wider first layer, and extra
-    parameters do not make another architecture. Only where layouts share all their blocks (FLUX
-    dev and schnell, PixArt α and Σ) must the names outside the blocks be there too, and where these
-    are the same as well (Wan 2.2 from text and from images) their shapes.
-
-    Args:
-        shapes: canonical module name -> shape.
+    parameters do not make another architecture. Only where layouts share all their blocks (FLUX dev
+    and schnell, PixArt α and Σ) must the names outside the blocks match too, and where these are
+    the same as well (Wan 2.2 from text and from images) their shapes.
     """
     shapes = {name: _drop_kernel(shape) for name, shape in shapes.items()}
     likely = [id_ for id_ in known_layouts() if _may_be(id_, shapes)]
@@ -222,7 +210,7 @@ def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def _may_be(id_: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a checkpoint has the first attention that a table names: most tables end here.
+    """Compares the first attention that a table names: most tables are ruled out here.
 
     Reading all of a table takes ten times as long.
     """
@@ -235,17 +223,17 @@ def _may_be(id_: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _read_shape(text: str) -> tuple[int, ...]:
-    """A shape as tables write it, `640x320x3x3`."""
+    """Reads a shape as tables write it, `640x320x3x3`."""
     return tuple(map(int, text.split("x")))
 
 
 def _has_equal_outside(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether everything outside the blocks has the shape it has in the layout."""
+    """Returns whether all modules outside the blocks have the layout's shapes."""
     return all(shapes[name] == _drop_kernel(layout.shapes[name]) for name in layout.outside)
 
 
 def _has_blocks(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
-    """Whether a checkpoint has the attention and feed-forward of a layout, and no other."""
+    """Returns whether a checkpoint has a layout's attention and feed-forward, and no other."""
     # Nearly every layout ends here, before all names of a large checkpoint are looked at.
     needed = layout.attention or layout.adapted
     if any(shapes.get(name) != _drop_kernel(layout.shapes[name]) for name in needed):
@@ -257,12 +245,9 @@ def _has_blocks(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
 
 
 def find_correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
-    """The rule for moving from layout `source` to layout `target`, None if there is none.
+    """Returns the rule between two layouts, None if there is none.
 
-    Args:
-        source: layout id.
-        target: layout id; the same id gives the identity.
-        variant: one of `variants(source, target)`.
+    Equal ids give the identity. `variant` is one of `variants(source, target)`.
     """
     if source == target:
         return Correspondence(source, target, "", "The same layout.") if not variant else None
@@ -288,7 +273,7 @@ def _load_rules() -> tuple[Correspondence, ...]:
 
 
 def _drop_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1×1 convolution [m, n, 1, 1] is the matrix [m, n]."""
+    """Turns the shape of a 1×1 convolution [m, n, 1, 1] into [m, n]."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 

@@ -1,9 +1,9 @@
-"""Module names of single-file UNet checkpoints (LDM, SGM) <-> diffusers' names, by arithmetic.
+"""Module names of single-file UNets (LDM, SGM) <-> diffusers' names.
 
 LDM numbers the blocks of a UNet in one row: `input_blocks.0` is conv_in, then every down block is
-`layers_per_block` layers and a downsampler; every up block is `layers_per_block + 1` layers, the
-last of which carries the upsampler. Inside a numbered block, `.0` is the resnet and `.1` the
-attention. That is all there is to know, so no table of a particular model is needed.
+`layers_per_block` layers and a downsampler; every up block is `layers_per_block + 1` layers, and
+the last one carries the upsampler. Inside a numbered block, `.0` is the resnet and `.1` the
+attention. Names follow by arithmetic, so no table of a particular model is needed.
 """
 
 from __future__ import annotations
@@ -55,16 +55,12 @@ SGM_ROOTS = frozenset(
 
 
 def is_adm(names: Iterable[str]) -> bool:
-    """Whether modules in LDM's numbers are those of an ADM network, which has no transformers.
-
-    Args:
-        names: all of a model.
-    """
+    """Recognises an ADM network by all its modules in LDM's numbers: no transformers."""
     return not any(_TRANSFORMER.search(name) for name in names)
 
 
 def ldm_to_diffusers(name: str, layers_per_block: int = 2) -> str | None:
-    """The diffusers name of an LDM module, or None if the name is not one of a UNet.
+    """Returns the diffusers name of an LDM module, or None for another name.
 
     Args:
         name: e.g. `input_blocks.4.1.proj_in`: no `model.diffusion_model.`, no `.weight`.
@@ -108,7 +104,7 @@ def _middle_to_diffusers(part: int, rest: str) -> str | None:
 
 
 def _layer_to_diffusers(block: str, part: int, layer: int, rest: str) -> str | None:
-    """A resnet (`part` 0) or an attention (`part` 1) of a block."""
+    """Builds the name of a resnet (`part` 0) or an attention (`part` 1)."""
     if part == 0 and rest in _RESNET:
         return f"{block}.resnets.{layer}.{_RESNET[rest]}"
     if part == 1 and rest.split(".")[0] in _ATTENTION_PARTS:
@@ -119,13 +115,13 @@ def _layer_to_diffusers(block: str, part: int, layer: int, rest: str) -> str | N
 def diffusers_to_ldm(
     name: str, *, siblings: Iterable[str] = (), layers_per_block: int = 2
 ) -> str | None:
-    """The LDM name of a diffusers module, or None if the name is not one of a UNet.
+    """Returns the LDM name of a diffusers module, or None for another name.
 
     Args:
         name: e.g. `down_blocks.1.attentions.0.proj_in`: no `unet.`, no `.weight`.
         siblings: other module names of the same model. Only the first upsampler needs them: its
             number depends on whether its block has attention (SDXL) or not (SD1.x, SD2.x). With
-            no sign of either, SDXL is assumed, which is what LDM spelling is in use for.
+            no sign of either, SDXL is assumed, which LDM spelling is in use for.
         layers_per_block: 2 in every Stable Diffusion but the BK-SDM students.
     """
     if name in _OUTSIDE_BACK:
@@ -156,14 +152,14 @@ def diffusers_to_ldm(
 
 
 def _leaf_to_ldm(kind: str, rest: str) -> str | None:
-    """The part of the name inside a resnet or an attention."""
+    """Returns the part of the name inside a resnet or an attention."""
     if kind == "resnets":
         return _RESNET_BACK.get(rest)
     return rest if rest.split(".")[0] in _ATTENTION_PARTS else None
 
 
 def _has_attention(block: int, siblings: Iterable[str]) -> bool:
-    """Whether up block `block` has attention: all have, but the first of a four-block UNet."""
+    """Returns whether an up block has attention: all but a four-block UNet's first."""
     if block > 0:
         return True
     four_blocks = False

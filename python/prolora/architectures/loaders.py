@@ -1,12 +1,12 @@
-"""Which programs read which files of a family: what their own code did with the keys of a LoRA.
+"""What programs read of a family's LoRAs, measured with their code.
 
-`loaders.json` is made by `bench/loader_matrix.py`, which runs the programs. It has, for every
-family, the programs that have models of it (under ""), and for every way of spelling a file
-(`name_row`) what each leaves unread: patterns of modules. An empty list is a file read whole, and a
-program that is not there reads nothing. `!` before the patterns: the program stops at a file with
-one of them. null: it leaves more modules than are listed. `?`: how much it leaves is not known.
-A row with `TEXT` behind its name has the text encoders that programs leave unread of such a file;
-of a program that is not there, that is not known.
+`bench/loader_matrix.py` runs the programs and makes `loaders.json`. For every family it has the
+programs that have models of it (under ""), and for every way of spelling a file (`name_row`) what
+each leaves unread: patterns of modules. An empty list is a file read whole; a missing program reads
+nothing. `!` before the patterns: the program stops at a file with one of them. null: it leaves more
+modules than are listed. `?`: how much it leaves is not known. A row with `TEXT` behind its name has
+the text encoders that programs leave unread in such a file; for a missing program this is not
+known.
 """
 
 from __future__ import annotations
@@ -27,53 +27,45 @@ TEXT = " + text"
 
 
 class Loader(NamedTuple):
-    """A program that reads LoRAs.
-
-    Attributes:
-        title: what people call it.
-        version: that was tried.
-        how: "run": its code ran in `bench/loader_matrix.py`; "recorded": it ran before that script
-            was written; "compared": its results were compared with ours.
-    """
+    """A program that reads LoRAs."""
 
     title: str
-    version: str
+    version: str  # the version that was tried
+    # "run": its code ran in `bench/loader_matrix.py`; "recorded": it ran before that script was
+    # written; "compared": its results were compared with ours.
     how: str
 
 
 @cache
 def known_loaders() -> dict[str, Loader]:
-    """Id -> program, as `format` takes the ids."""
+    """Returns id -> program; `format` takes the ids."""
     return {id_: Loader(**facts) for id_, facts in _read_table()["programs"].items()}
 
 
 def name_row(family: Family, format: str, spelling: Spelling | None) -> str:
-    """What the table calls the files of a format (of a UNet) or spelling (of all others)."""
+    """Returns the table's row for a UNet's format or another model's spelling."""
     if spelling is None or family.unet:
         return format
     return f"{spelling.prefix}|{spelling.names if family.authors else 'diffusers'}"
 
 
 def is_read(family: Family, spelling: Spelling) -> bool:
-    """Whether a program reads files with this family's modules in a spelling."""
+    """Returns whether a program reads this family's modules in a spelling."""
     rows = _read_table()["families"].get(family.id, {})
     whole = [] in rows.get(name_row(family, "", spelling), {}).values()
     return whole or is_usual(family, spelling)
 
 
 def is_usual(family: Family, spelling: Spelling) -> bool:
-    """Whether this family's files are written in a spelling by one of its formats."""
+    """Returns whether one of this family's formats writes files in a spelling."""
     usual = {name_row(family, "", one) for one in family.spellings.values()}
     return name_row(family, "", spelling) in usual
 
 
 def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Reach]:
-    """Program -> how much it reads of a file, for all of which that is known.
+    """Returns program -> how much it reads of a file, if that is known.
 
-    Args:
-        family: of the LoRA.
-        row: what `name_row` says of the file.
-        modules: canonical names of those that the file updates.
+    `row` comes from `name_row`; `modules` are the canonical names that the file updates.
     """
     names = list(modules)
     patterns = {family.find_pattern(name) for name in names} - {None}
@@ -100,12 +92,9 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
 
 
 def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
-    """The programs of which is not known what they do with the text encoders of a file.
+    """Returns the programs not tried with the text encoders of such a file.
 
-    Args:
-        family: of the LoRA.
-        row: what `name_row` says of the file.
-        modules: canonical names of those that the file updates.
+    `row` comes from `name_row`; `modules` are the canonical names that the file updates.
     """
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     has_text = any(map(is_in_text_encoder, modules))

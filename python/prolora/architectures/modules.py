@@ -1,4 +1,4 @@
-"""What a module's name and shape say about it: part of the pipeline, block, kind of layer.
+"""What a module's name and shape say: component, block, kind of layer.
 
 Names are canonical: diffusers', with `text_encoder.`, `text_encoder_2.` or `text_encoder_3.` in
 front for text encoders and nothing for the UNet or transformer itself.
@@ -36,10 +36,10 @@ _ADM_ATTENTION = re.compile(r"\.(?:qkv|encoder_kv|proj_out)$")
 
 # `attn1.to_q`, `self_attn.q_proj`, `audio_to_video_attn.to_k`, `attention.qkv`, `img_attn_qkv`.
 _ATTENTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:attn|attention)(?:\d|_qkv|_proj)?(?:\.|$)")
-# The layers of UNets that LoRAs are commonly trained on: attention, feed-forward and the
+# Layers of UNets that LoRAs are commonly trained on: attention, feed-forward and the
 # projections around them.
 _ADAPTABLE = re.compile(r"(^|\.)(attn\d?|ff|ff_context)\.|\.proj_(in|out|mlp)$")
-# What no LoRA is trained on by default in the blocks of a transformer: what normalises, and what
+# Layers of transformer blocks that LoRAs do not train by default: what normalises, and what
 # makes its scales and shifts from the time step (`norm1.linear`, `img_mod.1`, `modCX.1`,
 # `adaLN_modulation.1`, `adaln_proj`, `scale_shift_table`).
 _CONDITIONING = re.compile(
@@ -51,22 +51,17 @@ _TRANSFORMER_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d
 
 
 class BlockPosition(NamedTuple):
-    """Where a module lies in a stack of transformer blocks.
+    """Where a module lies in a stack of transformer blocks."""
 
-    Attributes:
-        stack: `transformer_blocks`, `down_blocks.1.attentions.0.transformer_blocks`, `blocks`,
-            `llm_adapter.blocks`, `context_refiner`, …
-        number: of the block in its stack, as it is written.
-        local: the module's name within its block.
-    """
-
+    # `transformer_blocks`, `down_blocks.1.attentions.0.transformer_blocks`, `blocks`,
+    # `llm_adapter.blocks`, `context_refiner`, …
     stack: str
-    number: str
-    local: str
+    number: str  # of the block in its stack, as it is written
+    local: str  # the module's name within its block
 
 
 def find_component(module: str) -> str:
-    """The part of the pipeline a module belongs to, e.g. "unet", "transformer", "text_encoder"."""
+    """Returns the part of the pipeline, e.g. "unet", "transformer", "text_encoder"."""
     root = module.split(".", 1)[0]
     if root in TEXT_ENCODERS:
         return root
@@ -74,23 +69,23 @@ def find_component(module: str) -> str:
 
 
 def is_in_adm(module: str) -> bool:
-    """Whether a name is that of a module of an ADM network."""
+    """Recognises a module of an ADM network by its name."""
     return _ADM.match(module) is not None
 
 
 def local_name(module: str) -> str:
-    """The module name within its component: canonical without a text encoder's prefix."""
+    """Returns the name within its component: without a text encoder's prefix."""
     root, _, rest = module.partition(".")
     return rest if root in TEXT_ENCODERS else module
 
 
 def is_in_text_encoder(module: str) -> bool:
-    """Whether a module belongs to a text encoder."""
+    """Returns whether a module belongs to a text encoder."""
     return module.startswith(TEXT_ENCODER_PREFIXES)
 
 
 def find_block(module: str) -> BlockPosition | None:
-    """The transformer block that a module lies in, None outside of all.
+    """Returns the transformer block that a module lies in, None outside all blocks.
 
     A UNet and its text encoders have blocks only in stacks called `transformer_blocks`. In any
     other model the outermost list that holds more than single layers is a stack of blocks, whatever
@@ -110,18 +105,18 @@ def find_block(module: str) -> BlockPosition | None:
 
 
 def is_attention(module: str) -> bool:
-    """Whether a module is part of an attention layer of a UNet or transformer."""
+    """Returns whether a module belongs to an attention layer of a UNet or transformer."""
     if is_in_adm(module):
         return _ADM_ATTENTION.search(module) is not None
     return not is_in_text_encoder(module) and _ATTENTION.search(module) is not None
 
 
 def is_adaptable(module: str) -> bool:
-    """Whether LoRAs are commonly trained on this module.
+    """Returns whether LoRAs are commonly trained on this module.
 
     In a UNet: attention, feed-forward and the projections around them. In any other model: whatever
     lies in a block and neither normalises nor makes scales and shifts from the time step. In an ADM
-    network, where no custom chooses, every weight.
+    network, where no custom exists: every weight.
     """
     if is_in_adm(module):
         return True
@@ -133,37 +128,45 @@ def is_adaptable(module: str) -> bool:
     block = find_block(module)
     if block is None:
         return _ADAPTABLE.search(module) is not None
-    return _CONDITIONING.search(block.local) is None
+    return not is_conditioning(block.local)
+
+
+def is_conditioning(local: str) -> bool:
+    """Returns whether a module, by its name in a block, normalises or modulates."""
+    return _CONDITIONING.search(local) is not None
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A weight's shape as out × (in·kh·kw): a 1×1 convolution is a linear layer."""
+    """Returns a weight's shape as out × (in·kh·kw).
+
+    A 1×1 convolution is a linear layer.
+    """
     size = 1
     for length in shape[1:]:
         size *= length
     return shape[0], size
 
 
-def have_equal_shapes(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Whether two weights have one shape: out × in, and the kernel of a convolution.
+def have_equal_shapes(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Compares two weights: out × in, and the kernel of a convolution.
 
     A 1×1 convolution is a linear layer; a 3×3 convolution of 8 channels is not one of 72.
     """
-    kernels = [tuple(shape[2:]) for shape in (ours, theirs)]
+    kernels = [tuple(shape[2:]) for shape in (one, other)]
     plain = [() if set(kernel) <= {1} else kernel for kernel in kernels]
-    return matrix_shape(ours) == matrix_shape(theirs) and plain[0] == plain[1]
+    return matrix_shape(one) == matrix_shape(other) and plain[0] == plain[1]
 
 
 def may_be_fitted(shape: tuple[int, ...]) -> bool:
-    """Whether a fit changes weights of this shape: of linear layers, and of images' convolutions.
+    """Returns whether a fit changes weights of this shape: linear layers, image convolutions.
 
-    A depthwise convolution is none; that one is in several groups its shape does not tell.
+    A depthwise convolution is excluded; the shape does not tell other groups of a convolution.
     """
     return len(shape) == 2 or (len(shape) == 4 and shape[1] > 1)
 
 
 def find_stage(module: str) -> str:
-    """The part of the model a module is in: `down_blocks.1`, `mid_block`, `transformer_blocks`."""
+    """Returns the part of the model: `down_blocks.1`, `mid_block`, `transformer_blocks`."""
     parts = module.split(".")
     if parts[0] in UNET_ROOTS:
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]

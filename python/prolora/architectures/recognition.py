@@ -1,4 +1,4 @@
-"""Which families a set of module names can be of: by their names, then sizes, then proportions.
+"""Families that fit a set of modules: by names, then sizes, then proportions.
 
 Names alone rarely decide: `transformer_blocks.0.attn.to_q` is in a dozen families. Sizes mostly do.
 Where they do not, several families remain, and nothing here prefers one.
@@ -18,32 +18,21 @@ from .modules import find_block, matrix_shape
 
 
 class NamedMatrix(NamedTuple):
-    """A module as a file names it.
+    """A module as a file names it."""
 
-    Attributes:
-        name: without any prefix.
-        dotted: False where underscores stand in place of the dots.
-        shape: out × in of its matrix; 0 where it is not known.
-    """
-
-    name: str
-    dotted: bool = True
-    shape: tuple[int, int] = (0, 0)
+    name: str  # without any prefix
+    dotted: bool = True  # False where underscores replace the dots
+    shape: tuple[int, int] = (0, 0)  # out × in of its matrix; 0 where it is not known
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """The families that some modules can be of.
+    """The families that some modules can belong to."""
 
-    Attributes:
-        families: those that fit best, in the order of their ids; none where no family knows all
-            modules.
-        layouts: ids of the published sizes in which every module has its shape.
-        able: all families that know every module by its name, whatever their sizes.
-    """
-
+    # the best fits, sorted by id; empty where no family knows all modules
     families: tuple[Family, ...] = ()
-    layouts: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()  # ids of the published sizes in which every module has its shape
+    # all families that know every module by its name, whatever their sizes
     able: tuple[Family, ...] = ()
 
     @property
@@ -53,15 +42,13 @@ class Recognition:
 
 
 def recognise_families(modules: Iterable[NamedMatrix]) -> Recognition:
-    """The families whose tables have all these modules, of those that fit the sizes best.
+    """Returns the families with all these modules that fit their sizes best.
 
-    A module that no family knows says nothing, unless such modules are the majority. A family with
-    a published size in which every module has its very shape comes first, then one with a size in
+    A module that no family knows is ignored, unless such modules are the majority. A family with a
+    published size in which every module has its very shape comes first, then one with a size in
     which every module has its name, then any that has the names for blocks of other numbers; among
-    equals, the family with more weights of the published proportions.
-
-    Args:
-        modules: of a transformer: no text encoder and no UNet.
+    equals, the family with more weights in the published proportions. The modules belong to a
+    transformer: neither to a text encoder nor to a UNet.
     """
     given = list(dict.fromkeys(modules))
     families = {id_: one for id_, one in known_families().items() if not one.unet}
@@ -95,7 +82,10 @@ def recognise_families(modules: Iterable[NamedMatrix]) -> Recognition:
 
 
 def _list_candidates(module: NamedMatrix) -> set[str]:
-    """The families with a pattern that a name has: few, so that thousands of names take no time."""
+    """Returns the families with a pattern for a name.
+
+    They are few, so thousands of names take no time.
+    """
     holders = _find_holders(module.dotted)
     patterns = list_trials(module.name, "." if module.dotted else "_")
     return {id_ for pattern, _ in patterns for id_ in holders.get(pattern, ())}
@@ -103,7 +93,7 @@ def _list_candidates(module: NamedMatrix) -> set[str]:
 
 @cache
 def _find_holders(dotted: bool) -> dict[str, list[str]]:
-    """Pattern of a module or weight -> the families that have it."""
+    """Returns pattern of a module or weight -> the families that have it."""
     holders: dict[str, list[str]] = {}
     for id_, family in known_families().items():
         for pattern in family.list_patterns(dotted=dotted):
@@ -112,7 +102,7 @@ def _find_holders(dotted: bool) -> dict[str, list[str]]:
 
 
 def find_parts(family: Family, module: NamedMatrix) -> dict[str, tuple[int, int]]:
-    """The canonical modules that a matrix of a file is or holds -> their shapes; {} if unknown."""
+    """Returns the canonical modules in a matrix of a file -> their shapes; {} if unknown."""
     name, dotted, (out, inputs) = module
     canonical = family.find_module(name, dotted=dotted)
     if canonical is not None:
@@ -122,7 +112,7 @@ def find_parts(family: Family, module: NamedMatrix) -> dict[str, tuple[int, int]
 
 
 def share_rows(weight: AuthorsWeight, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """The shapes of the parts of a matrix out × in; rows of 0 where they do not come out even."""
+    """Returns the shapes of a matrix's parts; 0 rows where they do not divide evenly."""
     unit, rest = divmod(shape[0], sum(weight.shares))
     return {
         part: (0 if rest else unit * share, shape[1])
@@ -131,7 +121,7 @@ def share_rows(weight: AuthorsWeight, shape: tuple[int, int]) -> dict[str, tuple
 
 
 def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """The published sizes of a family in which all modules have these shapes."""
+    """Returns the published sizes of a family in which all modules have these shapes."""
     fitting = []
     for id_ in family.layouts:
         layout = load_layout(id_).shapes
@@ -146,7 +136,7 @@ def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]]) -> list[
 def _prefer_filled(
     exact: dict[str, list[str]], shapes: Mapping[str, Mapping[str, tuple[int, int]]]
 ) -> dict[str, list[str]]:
-    """The families with a size all of whose blocks are there, if any has one; else all.
+    """Returns the families with a size whose blocks are all present; if none, all.
 
     FLUX.1 has 19 and 38 blocks, HunyuanVideo 20 and 40 of the same names and shapes: a LoRA on
     blocks 0 to 18 and 0 to 37 is one for FLUX.1.
@@ -168,7 +158,7 @@ def _count_blocks(layout: str) -> dict[str, set[str]]:
 
 
 def _list_blocks(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Stack -> the numbers of its blocks that some modules lie in."""
+    """Returns stack -> the numbers of its blocks that some modules lie in."""
     stacks: dict[str, set[str]] = {}
     for name in modules:
         block = find_block(name)
@@ -178,7 +168,7 @@ def _list_blocks(modules: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _has_names(family: Family, names: Iterable[str]) -> bool:
-    """Whether a published size of a family has all these modules, of whatever shape."""
+    """Returns whether a published size has all these modules, of any shape."""
     names = list(names)
     return any(
         all(name in layout for name in names)
@@ -186,15 +176,15 @@ def _has_names(family: Family, names: Iterable[str]) -> bool:
     )
 
 
-def _are_equal(ours: tuple[int, int], published: tuple[int, int]) -> bool:
-    """Whether the sizes that are known agree; rows that do not come out even agree with none."""
-    if ours[0] == 0 and ours[1] != 0:
+def _are_equal(shape: tuple[int, int], published: tuple[int, int]) -> bool:
+    """Compares the known sizes; rows that do not divide evenly match none."""
+    if shape[0] == 0 and shape[1] != 0:
         return False
-    return all(size in (0, other) for size, other in zip(ours, published, strict=True))
+    return all(size in (0, other) for size, other in zip(shape, published, strict=True))
 
 
 def _count_proportions(family: Family, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """The number of modules whose rows and columns are in a published proportion."""
+    """Counts the modules whose rows and columns are in a published proportion."""
     count = 0
     for name, (out, inputs) in shapes.items():
         published = [matrix_shape(shape) for shape in family.find_shapes(name)]

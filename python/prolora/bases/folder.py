@@ -11,8 +11,6 @@ from pathlib import Path
 from ..errors import UnsupportedFormat, input_error
 from ..files.gguf_file import MAGIC, GgufFile
 from ..files.jsontext import read_json_object
-from ..files.onnx_file import OnnxFile
-from ..files.pickle_file import PickleFile, is_readable_pickle
 from ..files.safetensors_file import SafetensorsFile
 from .weights import StoredWeight, TensorFile
 
@@ -132,7 +130,7 @@ def _open_only_checkpoint(
     folder: Path, files: list[Path]
 ) -> tuple[dict[str, StoredWeight], list[Path]]:
     """A folder without diffusers' file names: its only checkpoint, if there is just one."""
-    tensors = [file for file in files if file.suffix in (".safetensors", ".gguf", ".onnx")]
+    tensors = [file for file in files if file.suffix in (".safetensors", ".gguf")]
     tensors = tensors or [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
     if len(tensors) == 1 and not _SHARD.search(tensors[0].name):
         return _open_single(tensors[0])
@@ -149,10 +147,10 @@ def _open_single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
 
 
 def open_file_weights(path: Path) -> dict[str, StoredWeight]:
-    """The keys of a single file: ONNX by its ending, others by what they begin with.
+    """The keys of a single file, read by what it begins with.
 
     Raises:
-        UnsupportedFormat: neither safetensors nor GGUF, ONNX or a state dict; or damaged.
+        UnsupportedFormat: neither safetensors nor GGUF, or damaged.
     """
     try:
         # Not without asking: opening a pipe would wait for its other end.
@@ -160,13 +158,7 @@ def open_file_weights(path: Path) -> dict[str, StoredWeight]:
             is_gguf = opened.read(len(MAGIC)) == MAGIC
     except OSError:
         is_gguf = False  # the reader below says what is wrong
-    file: TensorFile
-    if is_gguf:
-        file = GgufFile(path)
-    elif path.suffix.lower() == ".onnx":
-        file = OnnxFile(path)
-    else:
-        file = PickleFile(path) if is_readable_pickle(path) else SafetensorsFile(path)
+    file: TensorFile = GgufFile(path) if is_gguf else SafetensorsFile(path)
     return {key: StoredWeight(file, key) for key in file.tensors}
 
 

@@ -35,11 +35,11 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
                 has several variants the plain file is taken, else fp16, bf16, fp32, any other. Text
             encoders beside it are opened too, where they are safetensors. The folder of one expert
             where a pipeline has two (see `open_experts`);
-            a single-file checkpoint: safetensors, GGUF, ONNX (with the package `onnx`) or a state
-                dict of `torch.save`. Its names are LDM's and SGM's, those of ADM networks (guided
-                diffusion, consistency models), diffusers' or those of the authors of a known
-                family, with or without a prefix. A transformer of any other family, or a network
-                without attention that takes in the time step, keeps the names it has;
+            a single-file checkpoint: safetensors or GGUF. Its names are LDM's and SGM's, those of
+                ADM networks (guided diffusion, consistency models), diffusers' or those of the
+                authors of a known family, with or without a prefix. A transformer of any other
+                family, or a network without attention that takes in the time step, keeps the names
+                it has;
             a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
             `huggingface_hub` is installed; only the files needed are fetched;
             a mapping {name: tensor} or a module, whose tensors are used as they are;
@@ -47,9 +47,9 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
         subfolder: the part of the pipeline folder, if not `unet` or `transformer`.
 
     Raises:
-        UnsupportedFormat: what cannot be read exactly, with the reason: pickles of more than
-            tensors, weights of a quantised kind whose shapes are not known, an adapter, a damaged
-            or incomplete download, a pipeline of two experts.
+        UnsupportedFormat: what cannot be read exactly, with the reason: pickles, weights of a
+            quantised kind whose shapes are not known, an adapter, a damaged or incomplete
+            download, a pipeline of two experts.
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     if isinstance(source, Base):

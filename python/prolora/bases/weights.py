@@ -198,45 +198,6 @@ class RowsWeight:
         return self.matrix.read_rows(self.start + start, self.start + stop)
 
 
-@dataclass(frozen=True)
-class JoinedColumns:
-    """Matrices with the same rows that stand beside each other as one.
-
-    Attributes:
-        parts: from left to right.
-    """
-
-    parts: tuple[Weight, ...]
-
-    @property
-    def origin(self) -> Origin | None:
-        """All of them."""
-        return join_origins(self.parts, "beside")
-
-    @property
-    def name(self) -> str:
-        """Of the first."""
-        return self.parts[0].name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """All columns."""
-        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first."""
-        return self.parts[0].dtype
-
-    def read(self) -> Tensor:
-        """The whole matrix."""
-        return torch.cat([part.read() for part in self.parts], 1)
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Some rows of it."""
-        return torch.cat([part.read_rows(start, stop) for part in self.parts], 1)
-
-
 def join_origins(weights: Sequence[Weight], how: str) -> Origin | None:
     """The origin of what is made of several weights; None if one of them is in memory.
 

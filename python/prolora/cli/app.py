@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +14,8 @@ import typer
 from rich.table import Table
 
 from ..core.methods import MethodChoice
-from ..files.sizes import format_size
 from ..version import __version__
 from ..workflow import inspection
-from ..workflow.publication import Upload, list_uploads
-from ..workflow.push import push as push_loras
 from . import basis, fleet, inspect_table
 from . import check as checking
 from . import doctor as doctor_facts
@@ -26,7 +23,6 @@ from .advise import advise
 from .console import answer, err, out, prepare_streams, progress_bar
 from .convert import convert
 from .demo import run_demo
-from .evaluate import evaluate
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .extract import extract
 from .fit import FitCommand, fit
@@ -77,13 +73,6 @@ app.command(
         "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
     )
 )(advise)
-app.command(
-    epilog=write_epilog(
-        "prolora evaluate sdxl/ ssd-1b/ my-lora.safetensors moved.safetensors "
-        "--metric dinov2=dinov2-base/",
-        "prolora evaluate sdxl/ ssd-1b/ loras/ moved/ --trained trained/ --metric clip=clip-l/",
-    )
-)(evaluate)
 app.command(
     epilog=write_epilog(
         "prolora check my-lora.safetensors sdxl/",
@@ -214,45 +203,6 @@ def demo(
     for path in paths:
         out.print_line(f"wrote {path}")
     out.print_line(f"To see it all, open {paths[-1]} in a browser.", style="bold")
-
-
-@app.command(
-    epilog=write_epilog(
-        "prolora push moved/ my-name/my-loras --dry-run",
-        "prolora push moved/ my-name/my-loras --public",
-    )
-)
-def push(
-    path: Annotated[Path, path_argument("A moved LoRA or a folder of them.", metavar="PATH")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the hub.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository public; it is private else.")
-    ] = False,
-    message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The message of the commit.")
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show what would be published, and send nothing."),
-    ] = False,
-) -> None:
-    """Upload moved LoRAs and their card (transfer --card) to the Hugging Face Hub."""
-    if dry_run:
-        for line in describe_uploads(list_uploads(path)):
-            out.print_line(line)
-        return
-    address = push_loras(path, repo, private=not public, message=message)
-    out.print_line(f"uploaded to {address}")
-
-
-def describe_uploads(uploads: Iterable[Upload]) -> Iterator[str]:
-    """What would be published of each file, in lines."""
-    for upload in uploads:
-        yield f"{upload.file.name}: {format_size(upload.file.stat().st_size)}"
-        if upload.header is not None:
-            yield f"  sent of its header: {', '.join(upload.header) or 'nothing'}"
-            yield f"  left out of its header: {', '.join(upload.removed) or 'nothing'}"
-        yield f"  private: {', '.join(upload.private) or 'nothing found'}"
 
 
 @app.command(epilog=write_epilog("prolora doctor"))

@@ -6,16 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, cast
 
-import typer
-
 from ..bases import Base
 from ..bases.base import Progress
-from ..errors import InvalidOption, OutputError, ProLoRAError
-from ..workflow.by_fitting.preview import SHOWN
-from ..workflow.fit import fit_file, fit_many, plan_fit, preview_fit
+from ..errors import ProLoRAError
+from ..workflow.fit import fit_file, fit_many, plan_fit
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
-from ..workflow.output_paths import is_page_path, split_lora_name
+from ..workflow.output_paths import is_page_path
 from .console import err, progress_bar
 from .options import (
     Bases,
@@ -29,17 +26,15 @@ from .options import (
 from .output_options import OutputOptions
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_outcomes
 
+SHOWN = 4
+"""Prompts of which a page shows images."""
+
 
 class FitCommand(BriefCommand):
     """`prolora fit`, whose short help has what most people need of it."""
 
     told: ClassVar[type] = FitOptions
-    beside: ClassVar[set[str]] = BriefCommand.beside | {
-        "prompt",
-        "prompts",
-        "max_memory",
-        "preview",
-    }
+    beside: ClassVar[set[str]] = BriefCommand.beside | {"prompt", "prompts", "max_memory"}
 
 
 @dataclass
@@ -53,36 +48,18 @@ class Pipelines(Bases):
     target: Annotated[str, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")]
 
 
-@dataclass
-class FitOutput(OutputOptions):
-    """The same with a page instead of a LoRA."""
-
-    preview: Annotated[
-        bool,
-        typer.Option(
-            "--preview",
-            help="Fit nothing: draw what a fit would aim at, and write no LoRA but a page. It goes "
-            "to the file of --report (.html), or to LORA-preview.html in the current folder; what "
-            "-o names stays as it is. Both models run, for minutes.",
-        ),
-    ] = False
-
-
 @expand_options
 def fit(
     loras: LoraArguments,
     bases: Pipelines,
     prompts: Prompts,
     fitting: FitOptions,
-    output: FitOutput,
+    output: OutputOptions,
     resources: Resources,
     help_all: HelpAllOption = False,
 ) -> None:
     """Fit a LoRA to a running model, where weights alone do not move it."""
-    if output.preview:
-        output = name_page(loras, output)
-    else:
-        check_output_given(output, loras)
+    check_output_given(output, loras)
     resources.check_device()
     source, target = bases.open()
     card = check_outputs(loras, output, fitting, [*source.files, *target.files])
@@ -92,39 +69,9 @@ def fit(
         **resources.read(takes_default=not output.dry_run),
         shown_prompts=SHOWN if output.report and is_page_path(output.report) else 0,
     )
-    run = preview_loras if output.preview else plan_fits if output.dry_run else fit_loras
+    run = plan_fits if output.dry_run else fit_loras
     outcomes = run(loras, source, target, output, options)
     tell_outcomes(outcomes, output, card, fitting.overwrite, None)
-
-
-def name_page(loras: list[Path], output: FitOutput) -> FitOutput:
-    """The output of a preview, with the page that it writes.
-
-    Raises:
-        InvalidOption: there are several LoRAs, or a dry run is asked for as well.
-        OutputError: the report is no page.
-    """
-    if output.dry_run:
-        raise InvalidOption("--preview runs both models and --dry-run runs none: give one of them")
-    if len(loras) > 1:
-        raise InvalidOption("--preview draws one LoRA: give it for each in turn")
-    page = output.report or Path(f"{split_lora_name(loras[0])[0]}-preview.html")
-    if not is_page_path(page):
-        raise OutputError(
-            f"{page}: a preview is made of images, which only a page holds: give --report a name "
-            "that ends in .html"
-        )
-    return replace(output, report=page, card=False)
-
-
-def preview_loras(
-    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
-) -> list[Outcome]:
-    """What the fit of the LoRA would aim at, in images."""
-    with progress_bar("preview", output.show_tables) as progress:
-        shown = replace(options.for_file(), progress=progress)
-        report = preview_fit(loras[0], source, target, shown)
-    return [Outcome(loras[0], loras[0], report, planned=True, page=output.report)]
 
 
 def plan_fits(

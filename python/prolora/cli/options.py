@@ -166,7 +166,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 """How the command line reads those options that are no words, switches or plain numbers."""
 
-FLAGS = {"format": ("--format", "--for"), "metrics": ("--metric",), "methods": ("--method",)}
+FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
 
 
@@ -177,7 +177,7 @@ OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
     *("source target cache device max_memory measure overlap engine shard workers".split()),
     *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
-    *("metrics methods reference trained strengths".split()),
+    "strengths",
 }
 """What messages may name, and a command has a flag for."""
 

@@ -16,13 +16,13 @@ from ..files.hub import spell_path
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
-from ..workflow.card import place_card, write_card
+from ..workflow.card import check_card, write_card
 from ..workflow.dry_run import plan_report
 from ..workflow.inspection import Description, inspect
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
-from ..workflow.output_paths import check_beside, check_results_folder, is_page_path, is_peft_folder
+from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_folder
 from ..workflow.report import Report
 from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer_file
@@ -138,10 +138,11 @@ def check_outputs(
         check_lora_name(output.output, writes_folder(loras, options.format))
     if output.report not in (None, STDOUT):
         check_report(output.report, outputs, loras, files, options.overwrite)
-    card = find_card(loras, output, options.format)
-    if card is not None:
-        check_beside(card, "card", overwrite=options.overwrite)
-    return card
+    if not output.card or output.dry_run:
+        return None
+    path = cast(Path, output.output)
+    in_folder = len(loras) > 1 or path.is_dir() or writes_folder(loras, options.format)
+    return check_card(path, in_folder, options.overwrite)
 
 
 def tell_outcomes(
@@ -169,7 +170,7 @@ def tell_outcomes(
             err.print_line(line, style="red")
     write_outcomes(outcomes, output)
     if card is not None:
-        write_card(card, outcomes, read_command(), overwrite)
+        write_card(card, outcomes, overwrite)
     if output.show_tables:
         for path in (output.report, card):
             if path not in (None, STDOUT) and path.exists():
@@ -261,14 +262,6 @@ def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
         write_text_atomically(output.report, page)
     else:
         write_text_atomically(output.report, mark_json("report", *records))
-
-
-def find_card(loras: list[Path], output: FileOutput, format: FormatLike | None) -> Path | None:
-    """Where --card writes to; None where it was not asked for, or nothing is written."""
-    if not output.card or output.dry_run:
-        return None
-    path = cast(Path, output.output)
-    return place_card(path, len(loras) > 1 or path.is_dir() or writes_folder(loras, format))
 
 
 def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:

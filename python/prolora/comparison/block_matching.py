@@ -22,6 +22,7 @@ from ..bases import Base
 from ..bases.base import Progress, check_finite
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory, Room
+from ..bases.vae import RUN_INSTEAD
 from ..core.basis import Basis, stack_bases
 from ..core.grouping import group_by
 from ..core.precision import in_full_precision, working_dtype
@@ -29,7 +30,6 @@ from ..core.validation import DeviceLike, resolve_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
-from .contested_blocks import Sides, find_resembled, settle_contests
 from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, do_names_tell
 from .transformer_blocks import Block, BlockGroup, group_blocks, list_blocks
 
@@ -44,6 +44,8 @@ ENOUGH_DIMENSIONS = 5120
 # many standard deviations beyond chance, which matters where matrices are small.
 MIN_SCORE = 0.1
 MIN_DEVIATIONS = 6.0
+# A block whose score with a block of the source is below this share of another's is told from it.
+CLEARLY_LESS = 0.8
 
 
 @in_full_precision
@@ -73,7 +75,8 @@ def match_blocks(
 
     Raises:
         UnsupportedDevice: the device cannot be used.
-        UnsupportedFormat: the two have no transformer blocks of the same kind and shape.
+        UnsupportedFormat: the two have no transformer blocks of the same kind and shape, or two
+            blocks of the target resemble one of the source nearly alike.
         TooLittleMemory: the bound is below what the largest weight needs.
         NonFiniteWeights: NaN or Inf, named.
     """
@@ -107,18 +110,15 @@ def _match_groups(
             (scores >= MIN_SCORE) & (deviations >= MIN_DEVIATIONS), scores, torch.zeros_like(scores)
         )
         pairs, stacks = _assign_blocks(related, ours, theirs)
-        pairs, tied = settle_contests(pairs, related, Sides(source, ours, target, theirs))
+        _refuse_rivals(pairs, related, (source, ours), (target, theirs))
         places |= stacks
         taken = set(pairs.values())
         dropped += [block.name for i, block in enumerate(ours) if i not in taken]
         for j, block in enumerate(theirs):
             decision = _record_decision(block, pairs.get(j), scores[:, j], deviations[:, j], ours)
-            resembled = None if j in pairs else find_resembled(scores, related, j)
-            decision = replace(
-                decision,
-                resembles=None if resembled is None else ours[resembled].name,
-                tied=j in tied,
-            )
+            best = int(scores[:, j].argmax())
+            if j not in pairs and float(related[best, j]) > 0:
+                decision = replace(decision, resembles=ours[best].name)
             decisions.append(decision)
             if decision.source is not None:
                 partners[decision.target] = decision.source
@@ -318,6 +318,39 @@ def _assign_blocks(
         stacks[b] = a
         pairs |= {theirs_in[b][j]: ours_in[a][i] for i, j in inner[a, b]}
     return pairs, stacks
+
+
+def _refuse_rivals(
+    pairs: Mapping[int, int],
+    related: Tensor,
+    source: tuple[Base, list[Block]],
+    target: tuple[Base, list[Block]],
+) -> None:
+    """Refuses blocks of the target of which a neighbour resembles the same block nearly as well.
+
+    Args:
+        pairs: {their block: our block} by index.
+        related: [our blocks, their blocks] scores, 0 where two blocks are not related.
+        source: the base and its blocks.
+        target: the base and its blocks.
+
+    Raises:
+        UnsupportedFormat: names both.
+    """
+    (one, ours), (other, theirs) = source, target
+    free = [j for j in range(len(theirs)) if j not in pairs]
+    for index, origin in pairs.items():
+        for j in free:
+            # Between the two lie blocks of the same stack without a partner, if any.
+            between = range(min(index, j) + 1, max(index, j))
+            beside = theirs[j].place == theirs[index].place and not pairs.keys() & set(between)
+            if beside and related[origin, j] > CLEARLY_LESS * related[origin, index]:
+                raise UnsupportedFormat(
+                    f"{theirs[index].name} and {theirs[j].name} of {other.name} resemble "
+                    f"{ours[origin].name} of {one.name} nearly alike, as inserted copies do, and "
+                    "their leading directions do not tell which of them it was: give a map with "
+                    f"`match=FILE`; or {RUN_INSTEAD}"
+                )
 
 
 def _group_by_stack(blocks: list[Block]) -> dict[str, list[int]]:

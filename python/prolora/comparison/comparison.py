@@ -44,7 +44,6 @@ from .module_map import (
 )
 from .rank_sweep import SweepRow, sweep_columns
 from .renumbered_blocks import recognise_blocks
-from .width_selection import select_narrower
 
 _NAN = math.nan
 
@@ -86,8 +85,6 @@ class Comparison:
         modules: the pairs of equal shape.
         without_partner: adaptable source modules that no target module takes.
         other_shape: pairs whose widths differ.
-        residuals: source module -> ‖W_t − W_s[rows, columns]‖/‖W_t‖, where the target is narrower
-            and has these rows and columns of the source's weight, which alone are compared.
         coverage: what a LoRA of the source could expect.
         decisions: where blocks were matched by similarity, every one with its runner-up.
         dropped_blocks: the source's blocks that feed none of the target's.
@@ -102,7 +99,6 @@ class Comparison:
     without_partner: int
     other_shape: int
     coverage: Coverage
-    residuals: Mapping[str, float] = field(default_factory=dict)
     decisions: tuple[BlockDecision, ...] = ()
     dropped_blocks: tuple[str, ...] = ()
     renumbered: Mapping[str, str] = field(default_factory=dict)
@@ -145,12 +141,6 @@ class Comparison:
         strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE_COSINE]
         if strangers and self.verdict.related:
             sentences.append(describe_strangers(strangers))
-        if self.residuals:
-            sentences.append(
-                f"{len(self.residuals)} weights are narrower on the target, which kept rows and "
-                f"columns of the source's to within {max(self.residuals.values()):.2%}: a LoRA's "
-                "factors are sliced alike."
-            )
         sentences.append(self._coverage())
         return sentences + describe_decisions(self.decisions, self.dropped_blocks)
 
@@ -251,7 +241,6 @@ def compare(
             match = recognised
             table, rule = find_partners(source, target, match)
         partners = {t: s for t, s in table.items() if is_adaptable(t)}
-        source, selections = select_narrower(source, target, table, partners, device)
         equal = _list_equal_shapes(source, target, match, partners)
         memory.check({matrix_shape(target.shapes[module]) for module in equal}, needs)
         bases = (source, target)
@@ -271,7 +260,6 @@ def compare(
         [found[module] for module in equal],
         without_partner=sum(is_adaptable(n) and n not in taken for n in source.shapes),
         other_shape=len(partners) - len(equal),
-        residuals={name: selection.residual for name, selection in selections.items()},
         coverage=Coverage.of(source, equal.values()),
         decisions=blocks.decisions if blocks else (),
         dropped_blocks=blocks.dropped if blocks else (),
@@ -356,9 +344,8 @@ def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, s
         way = f"; {RUN_INSTEAD}"
     if partners:
         return (
-            f"every pair of {source.name} and {target.name} has different widths, and no weight of "
-            "the target is a selection of the source's rows and columns: no published data-free "
-            f"method maps between widths{way}"
+            f"every pair of {source.name} and {target.name} has different widths: no published "
+            f"data-free method maps between widths{way}"
         )
     return (
         f"{source.name} and {target.name} have no attention or feed-forward module of equal "

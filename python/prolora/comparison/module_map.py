@@ -38,7 +38,6 @@ class BlockDecision:
         runner_up_score: its score, NaN if there is none.
         resembles: where source is None, the source's block that it overlaps most beyond chance,
             which feeds another one: it is a copy or a mixture of it.
-        tied: another block of the target is as near to `source`; this one comes first.
     """
 
     target: str
@@ -48,7 +47,6 @@ class BlockDecision:
     runner_up: str | None
     runner_up_score: float
     resembles: str | None = None
-    tied: bool = False
 
     @property
     def margin(self) -> float:
@@ -80,8 +78,6 @@ class Matching:
         margins = [d.margin for d in self.decisions if d.source and not math.isnan(d.margin)]
         matched = sum(decision.source is not None for decision in self.decisions)
         notes = f", least margin {min(margins):.3f}" if margins else ""
-        if tied := sum(decision.tied for decision in self.decisions):
-            notes += f", {tied} with a copy as near"
         return f"similarity: {matched} of {len(self.decisions)} blocks matched{notes}"
 
     def check_any(self, source: Base, target: Base) -> None:
@@ -110,13 +106,6 @@ def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str
         sentences.append(
             f"{len(alike)} of the others resemble a block that feeds another one, as inserted "
             "copies do; they get no update."
-        )
-    tied = [decision.target for decision in decisions if decision.tied]
-    if tied:
-        have = "blocks have a copy that is" if len(tied) > 1 else "block has a copy that is"
-        sentences.append(
-            f"{len(tied)} {have} as near to the source; the first of the two was taken for the old "
-            f"one: {', '.join(tied[:3])}{' …' if len(tied) > 3 else ''}."
         )
     return sentences
 

@@ -253,7 +253,12 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
         )
     if is_zip:
         raise _refuse_pickle(path, "")
-    refuse_old_pickle(head, path)
+    if head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
+        raise _refuse_pickle(path, " in the old format")
+    if path.suffix.lower() == ".onnx":
+        raise UnsupportedFormat(
+            f"{path}: an ONNX file, which is not read; give the checkpoint it was exported from"
+        )
     if head.startswith(b"GGUF"):
         raise UnsupportedFormat(
             f"{path}: a GGUF file; base models are read from GGUF, LoRAs are not: use the "
@@ -270,20 +275,6 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
         raise UnsupportedFormat(f"{path}: empty file; download it again")
     way_out = "" if path.suffix == ".safetensors" else "; give the .safetensors file beside it"
     raise UnsupportedFormat(f"{path}: not a safetensors file{way_out}")
-
-
-def refuse_old_pickle(head: bytes, path: Path) -> None:
-    """Refuses a pickle that is no zip file, as torch saved it before 1.6.
-
-    Args:
-        head: its beginning.
-        path: of the file.
-
-    Raises:
-        UnsupportedFormat: with the command that converts it.
-    """
-    if head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
-        raise _refuse_pickle(path, " in the old format")
 
 
 def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:

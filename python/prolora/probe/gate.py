@@ -27,20 +27,20 @@ MAX_DISAGREEMENT = 0.4
 MIN_IMAGE_SHARE = 0.1
 """The same on the LoRA's images where the models were asked about images: half of such a fit
 follows pairs of images, which are not among the held-out questions, and a LoRA is worth more than
-this share says (docs/fit_measured.md)."""
+this share says (docs/results.md)."""
 IMAGE_DOUBT = 0.09
 """Share of the wanted change by which a weaker strength must be better there. Noise that the target
-does not see makes weaker ones look better than they are (docs/fit_measured.md)."""
+does not see makes weaker ones look better than they are (docs/results.md)."""
 RAISED, RAISED_MORE = 1.25, 1.5
 """Strengths of a fit that starts from nothing. Least squares on what another model does give too
 weak a change: at these the loss is no higher in the mean, and more samples show the LoRA
-(docs/fit_measured.md)."""
+(docs/results.md)."""
 FAINT, NEARLY_ALL = 0.3, 0.95
 """Shares of the wanted change: below the first the second strength is taken, from the second on
 there is nothing to raise."""
 OTHER_LOOK = 1.0
 """Disagreement of bases that draw different images, by other noise or not: what is wanted there is
-little of what the LoRA means on the target, and more of it does harm (docs/fit_measured.md)."""
+little of what the LoRA means on the target, and more of it does harm (docs/results.md)."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645

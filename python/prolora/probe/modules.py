@@ -1,95 +1,135 @@
-"""Which modules of the target get an update."""
+"""Modules that a fit changes: those of the LoRA's roles and kinds that a forward pass calls."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..architectures.modules import is_adaptable
+from ..architectures.modules import find_block, is_conditioning
 from ..errors import ProLoRAError
 from .hooks import keep_hooks
 from .probe_run import ProbeRun
 from .recording.trajectories import Call
 from .recording.translation import Question
-from .swapping import name_blocks
-from .updates import can_be_fitted
+from .updates import can_be_fitted, weight_of
 
-_COMPENSATED = "the fit compensates for it in the blocks"
-_NO_PLACE = (
-    f"no block of the target has a module of that name that a fit can change; {_COMPENSATED}"
-)
+Shapes = Mapping[str, tuple[int, ...]]
+"""Module -> shape of its weight."""
+
+NO_KIND = "a fit cannot change modules of its kind; it compensates in others"
+_NO_PLACE = "the target calls no module of that name that a fit can change; the others compensate"
+_NEVER_CALLED = "the source never calls it, so that it changes nothing there"
 
 
-def find_blocks(model: nn.Module, call: Call) -> list[str]:
-    """The names of a model's transformer blocks (`name_blocks`), in the order they first run in.
-
-    Raises:
-        ProLoRAError: the model runs no block that holds linear modules.
-    """
-    order: dict[str, None] = {}
-    blocks = {name: model.get_submodule(name) for name in name_blocks(model)}
+def find_called(model: nn.Module, call: Call) -> dict[str, tuple[int, ...]]:
+    """Returns the modules that a fit can change and a forward pass calls, with their shapes."""
+    called = set[str]()
+    modules = {name: module for name, module in model.named_modules() if can_be_fitted(module)}
     hooks = (
-        module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
-        for name, block in blocks.items()
-        for module in (block, *block.children())  # a list of layers is not run itself
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in modules.items()
     )
     with keep_hooks(hooks), torch.no_grad():
         model(*call.args, **call.kwargs)
-    if not order:
-        raise ProLoRAError(
-            f"{type(model).__name__} has no block with linear layers, which is what a fit changes"
-        )
-    return list(order)
-
-
-def name_class(block: nn.Module) -> str:
-    """The class of a block; of a list of layers the classes in it."""
-    if isinstance(block, nn.ModuleList):
-        return ", ".join(sorted({type(layer).__name__ for layer in block}))
-    return type(block).__name__
+    return {name: tuple(weight_of(model, name).shape) for name in modules if name in called}
 
 
 def choose_modules(run: ProbeRun, question: Question) -> list[str]:
-    """The modules of the target's blocks whose role the LoRA adapts in a source block.
-
-    A role is a name inside a block. Where the two models have no class of blocks in common, roles
-    do not correspond: then every linear module of a block is chosen, except for those that
-    normalise or modulate (`is_adaptable`). The report lists the modules of the LoRA that are
-    outside all blocks, and those whose role no block of the target can take.
+    """Returns the target's modules that get an update; the report lists what of the LoRA does not.
 
     Args:
         run: the probing.
-        question: any one; both models are run on it to find their blocks.
+        question: any one; both models run on it.
 
     Raises:
-        ProLoRAError: the LoRA adapts none of the target's modules.
+        ProLoRAError: the target calls no module that could take the LoRA's change.
     """
-    source_blocks = find_blocks(run.source, question.source)
-    target_blocks = find_blocks(run.target, question.target)
-    roles: dict[str, list[str]] = {}
-    for name in run.adapter.updates:
-        block = next((b for b in source_blocks if name.startswith(f"{b}.")), None)
-        if block is None:
-            run.report.left_out[name] = f"it is in no transformer block; {_COMPENSATED}"
-        else:
-            roles.setdefault(name.removeprefix(f"{block}."), []).append(name)
-    classes = {name_class(run.source.get_submodule(block)) for block in source_blocks}
-    alike = any(name_class(run.target.get_submodule(b)) in classes for b in target_blocks)
-    chosen, reached = list[str](), set[str]()
-    for block in target_blocks:
-        inside = dict(run.target.get_submodule(block).named_modules())
-        if alike:
-            names = [name for name in inside if name in roles and can_be_fitted(inside[name])]
-        else:
-            linear = [name for name, module in inside.items() if isinstance(module, nn.Linear)]
-            names = [n for n in linear if "norm" not in n and is_adaptable(f"{block}.{n}")]
-        chosen += [f"{block}.{name}" for name in names]
-        reached.update(names)
-    if alike:
-        unmoved = itertools.chain(*(roles[role] for role in roles.keys() - reached))
-        run.report.left_out |= dict.fromkeys(sorted(unmoved), _NO_PLACE)
+    source = find_called(run.source, question.source)
+    target = find_called(run.target, question.target)
+    chosen = choose_fitted(run.adapter.updates, source, target)
     if not chosen:
-        raise ProLoRAError("no block of the target has a module that the LoRA adapts")
+        raise ProLoRAError(
+            f"{type(run.target).__name__} calls no linear layer or convolution of the kinds that "
+            f"the LoRA adapts, which is what a fit changes; it calls {', '.join(target) or 'none'}"
+        )
+    roles, taken = find_roles(source), {find_roles(target)[name] for name in chosen}
+    alike = have_like_blocks(source, target)
+    for name in run.adapter.updates:
+        if name not in source:
+            can = can_be_fitted(run.source.get_submodule(name))
+            run.report.left_out[name] = _NEVER_CALLED if can else NO_KIND
+        elif alike and roles[name] not in taken:
+            run.report.left_out[name] = _NO_PLACE
     return chosen
+
+
+def choose_fitted(lora: Iterable[str], source: Shapes, target: Shapes) -> list[str]:
+    """Returns the target's modules that a fit of a LoRA changes.
+
+    Between models with like blocks these are the modules of the LoRA's roles: of its names inside
+    blocks, and of its names outside. Elsewhere roles do not correspond: then they are all modules
+    in blocks that are of the LoRA's kinds and neither normalise nor modulate.
+
+    Args:
+        lora: modules of the source.
+        source: the source's modules that can be fitted.
+        target: the target's.
+    """
+    adapted = [name for name in lora if name in source]
+    if have_like_blocks(source, target):
+        roles = find_roles(source)
+        wanted = {roles[name] for name in adapted}
+        return [name for name, role in find_roles(target).items() if role in wanted]
+    kinds = {_is_pointwise(source[name]) for name in adapted}
+    inside = {name for block in group_by_block(target).values() for name in block.values()}
+    return [n for n, shape in target.items() if n in inside and _is_pointwise(shape) in kinds]
+
+
+def have_like_blocks(source: Shapes, target: Shapes) -> bool:
+    """True if all names inside some block of one model are in a block of the other."""
+    ours, theirs = (
+        {frozenset(block) for block in group_by_block(side).values()} for side in (source, target)
+    )
+    return any(a <= b or b <= a for a in ours for b in theirs)
+
+
+def group_by_block(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns block -> {role: module}, without what normalises or modulates.
+
+    A model without blocks is one.
+    """
+    roles = find_roles(names)
+    has_blocks = any(role.inside for role in roles.values())
+    blocks: dict[str, dict[str, str]] = {}
+    for name, role in roles.items():
+        if role.inside == has_blocks and not is_conditioning(role.local):
+            blocks.setdefault(name.removesuffix(role.local).rstrip("."), {})[role.local] = name
+    return blocks
+
+
+class Role(NamedTuple):
+    """A module's name inside its block, or its whole name outside of all."""
+
+    local: str
+    inside: bool
+
+
+def find_roles(names: Iterable[str]) -> dict[str, Role]:
+    """Returns module -> role; a block is what `find_block` calls one by any name in it."""
+    names = list(names)
+    found = (find_block(name) for name in names)
+    blocks = {f"{position.stack}.{position.number}" for position in found if position}
+    roles = {}
+    for name in names:
+        words = name.split(".")
+        starts = (".".join(words[:i]) for i in range(1, len(words)))
+        block = next((start for start in starts if start in blocks), "")
+        roles[name] = Role(name.removeprefix(f"{block}."), bool(block))
+    return roles
+
+
+def _is_pointwise(shape: tuple[int, ...]) -> bool:
+    return set(shape[2:]) <= {1}

@@ -88,7 +88,7 @@ def in_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
     In bfloat16, products and convolutions run in 16 bits, those of updates beside the weights too,
     and all else as in float32: times and noise levels are not rounded. Weights in float16 are
     rounded on the way. float16 itself is not offered: sums of gradients over an image pass its
-    largest number, 65504. On the icons bfloat16 reaches 0.01 less (docs/fit_measured.md), so that
+    largest number, 65504. On the icons bfloat16 reaches 0.01 less (docs/results.md), so that
     "auto" is float32 where no bound on a card's memory asks for more room.
     """
     narrow = precision == BFLOAT16

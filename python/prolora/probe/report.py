@@ -28,7 +28,7 @@ class ProbeReport:
         start_reason: why that start.
         steps: share of the wanted change that was reached before every step, on the
             probes of that step.
-        left_out: module of the LoRA outside all blocks -> why it was not moved.
+        left_out: module of the LoRA -> why it was not moved.
         gate: the verdict of the held-out probes.
         resumed: 1 where the fit was read back from the folder of an earlier probing.
         seconds: wall time by stage.

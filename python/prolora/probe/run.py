@@ -101,10 +101,9 @@ def fit_to_models(
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
     Both models run on trajectories that they sample themselves from noise, so no data is needed.
-    At every probe the target should predict v_t + (v_s with LoRA − v_s). The modules of all its
-    blocks, linear layers and convolutions of images, are fitted to that at once, in a few
-    Gauss–Newton steps on the factors of the LoRA. `prolora.fit` does it between two pipeline
-    folders.
+    At every probe the target should predict v_t + (v_s with LoRA − v_s). Linear layers and
+    convolutions of images that it calls are fitted to that at once, in a few Gauss–Newton steps on
+    the factors of the LoRA. `prolora.fit` does it between two pipeline folders.
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored

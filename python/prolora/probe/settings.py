@@ -261,7 +261,7 @@ class FitSettings:
         One sample costs one forward pass when it is recorded, three as a probe (source, source with
         LoRA, target), five in a step (a backward pass costs about two) and about seven in the
         verdict. Together fit and verdict then take about three times the sampling. More than
-        MAX_SAMPLES of each gain little (docs/fit_measured.md).
+        MAX_SAMPLES of each gain little (docs/results.md).
 
         Args:
             recorded: number of samples in all calls, held-out ones included.

@@ -44,8 +44,8 @@ def plan_report(
     where the LoRA has such.
 
     The similarity threshold needs weights, so modules that it would skip still count as mapped
-    here. Matching by similarity needs them too, and so do a target that is narrower than the
-    source and method "best": only then they are read.
+    here. Matching by similarity needs them too, and so does method "best": only then they are
+    read.
 
     Args:
         lora: as `transfer` takes it.

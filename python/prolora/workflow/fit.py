@@ -14,7 +14,6 @@ from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
-from .by_fitting.preview import draw_preview
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import list_inputs
 from .by_weights.decision import label_stage
@@ -192,41 +191,6 @@ def plan_fit(
     options = settle_options(options, changes)
     job = prepare_fit(lora, open_base(source), open_base(target), options, "outline")
     return outline_report(job.adapter, job.plan, job.source, job.target, options)
-
-
-@takes_options
-@in_full_precision
-def preview_fit(
-    lora: LoraLike,
-    source: BaseLike,
-    target: BaseLike,
-    options: FitOptions = DEFAULT_FIT,
-    **changes: Unpack[FitChanges],
-) -> Report:
-    """What a fit would aim at, in images, before anything is fitted: both models run, for minutes.
-
-    While the target samples in its own way, what the LoRA changes of the source's prediction is
-    added to its own at every step (Delta Sampling, arXiv 2512.03056). That makes images and no
-    file. Prompts and noise are those of a fit's page with as many `shown_prompts` (by default 4),
-    so the images can be laid beside that page.
-
-    Args:
-        lora: as `fit` takes it.
-        source: likewise.
-        target: likewise; its latents must be those of the source.
-        options: how it would be fitted. `resume` is not used: nothing is kept.
-        **changes: options by name, in place of those.
-
-    Returns:
-        The report of `plan_fit` with the images, which `save` writes as a page (.html).
-
-    Raises:
-        UnsupportedFormat: the latents differ; a fit crosses them by images.
-        TooLittleMemory: max_memory or max_vram is below what the models need.
-        ProLoRAError: what `fit` refuses before a model is loaded, or a pipeline that cannot draw.
-    """
-    options = settle_options(options, changes)
-    return draw_preview(lora, open_base(source), open_base(target), options)
 
 
 def _fit_into(

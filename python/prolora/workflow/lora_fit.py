@@ -118,7 +118,7 @@ def measure_plan(
     """Target module -> affinity, of the LoRA's pairs; those that no comparison has are read."""
     known = {module.target: module.affinity for module in comparison.modules}
     places = [(pair.source, pair.target) for pair in plan.pairs]
-    missing = [p for p in places if p[1] not in known and p[0] not in plan.selections]
+    missing = [p for p in places if p[1] not in known]
     measured = measure_affinities(source, target, missing)
     known |= {module: a for (_, module), a in zip(missing, measured, strict=True)}
     return {module: known[module] for _, module in places if module in known}

@@ -136,8 +136,6 @@ class ModuleReport:
         strength: factor on the update, on top of what the method does.
         drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
         cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); None where they were not compared.
-        residual: ‖W_t − W_s[rows, columns]‖/‖W_t‖ where the target has only some
-            rows and columns of the source's weight, so that the update was sliced; None elsewhere.
         surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
@@ -156,7 +154,6 @@ class ModuleReport:
     strength: float = 1.0
     drift: float | None = None
     cosine: float | None = None
-    residual: float | None = None
     surviving_energy: float = 1.0
     norm_ratio: float = 1.0
     copy_distance: float = 0.0

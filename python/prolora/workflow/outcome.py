@@ -11,7 +11,7 @@ from ..errors import ProLoRAError
 from ..files.hub import spell_path
 from .report import Report
 
-OutcomeStatus = Literal["failed", "already there", "would move", "previewed", "moved"]
+OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
 """What became of a LoRA, in two words."""
 
 
@@ -26,8 +26,7 @@ class Outcome:
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
         behind: updates of the LoRA that could not be read, where there is no report to say so.
-        planned: whether it was a dry run, or a preview.
-        page: of a preview, which writes that and no LoRA.
+        planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
     """
 
@@ -38,7 +37,6 @@ class Outcome:
     kept: bool = False
     behind: tuple[str, ...] = ()
     planned: bool = False
-    page: Path | None = None
     seconds: float = 0.0
 
     @property
@@ -55,8 +53,6 @@ class Outcome:
             return "failed"
         if self.kept:
             return "already there"
-        if self.page:
-            return "previewed"
         return "would move" if self.planned else "moved"
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,8 +62,6 @@ class Outcome:
             "out": None if self.planned else str(self.out),
             "status": self.status,
         }
-        if self.page:
-            entry["page"] = str(self.page)
         if self.error:
             entry["error"] = self.error.to_dict()
         if self.behind:

@@ -1,8 +1,7 @@
 """Where every module of a LoRA goes, and why one is skipped or refused: from names and shapes.
 
-No weight is read here, unless the target is narrower: then a `WidthFinder` looks whether it kept
-some of the source's rows and columns. Every module of the adapter ends in the plan exactly once: as
-a pair, as skipped with the reason, or as refused with the reason. Three
+No weight is read here. Every module of the adapter ends in the plan exactly once: as a pair, as
+skipped with the reason, or as refused with the reason. Three
 reasons to skip arise elsewhere: an overlap Φ below the threshold (`by_weights/apply_method.py`),
 a pair of weights that have nothing in common (`by_weights/decision.py`), and an update that depends
 on a weight that the base does not hold (`adapters/reading.py`).
@@ -26,7 +25,6 @@ from ..bases import Base, load_layout
 from ..bases.describe import describe_base
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners
-from ..comparison.width_selection import Selection, WidthFinder
 from ..core.grouping import group_by
 from ..errors import ShapeMismatch, UnsupportedFormat
 
@@ -63,8 +61,6 @@ class ModulePlan:
     Attributes:
         pairs: modules to project, in the target's order. A source may feed several targets.
         passed: text-encoder modules, carried over unchanged.
-        selections: source module -> the rows and columns that its narrower target has; its pair is
-            of the target's shape.
         skipped: source module -> why it has no place on the target.
         refused: source module -> why nothing well defined can be written.
         rule: how modules were paired, for the report.
@@ -78,7 +74,6 @@ class ModulePlan:
 
     pairs: list[Pair] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
-    selections: dict[str, Selection] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     rule: str = "same name"
@@ -98,7 +93,6 @@ def make_plan(
     target: Base,
     match: Match = "auto",
     text_encoder: str = "copy",
-    widths: WidthFinder | None = None,
 ) -> ModulePlan:
     """Pairs the adapter's modules with the target's.
 
@@ -111,8 +105,6 @@ def make_plan(
             a JSON file or mapping {target: source} replaces that, and so does a `Matching`.
         text_encoder: "copy" carries text-encoder modules over unchanged where the target has that
             encoder, "project" treats them like all others, "skip" leaves them out.
-        widths: finds the rows and columns of modules that are narrower on the target; None refuses
-            all of them.
 
     Raises:
         UnsupportedFormat: a module the source base does not have; a match that is not understood;
@@ -131,7 +123,7 @@ def make_plan(
         plan.decisions, plan.dropped = match.decisions, match.dropped
     if isinstance(match, Renumbering):
         plan.renumbered = match.blocks
-    placed = _pair_modules(set(modules), source, target, plan, widths)
+    placed = _pair_modules(set(modules), source, target, plan)
     for name in modules:
         if name not in placed:
             plan.skipped[name] = _explain_skipped(name, match)
@@ -158,51 +150,28 @@ def _explain_skipped(name: str, match: Match) -> str:
     return "outside the transformer blocks, where similarity says nothing; `match='name'` pairs it"
 
 
-def _pair_modules(
-    wanted: set[str], source: Base, target: Base, plan: ModulePlan, widths: WidthFinder | None
-) -> set[str]:
+def _pair_modules(wanted: set[str], source: Base, target: Base, plan: ModulePlan) -> set[str]:
     """Puts the wanted modules that have a partner into the plan, and returns them.
 
-    A module of another shape than all its partners is refused, unless one of them is a selection
-    of its rows and columns.
+    A module of another shape than all its partners is refused.
     """
     pairs = [(module, origin) for module, origin in plan.table.items() if origin in wanted]
-    equal = {
-        pair for pair in pairs if have_equal_shapes(source.shapes[pair[1]], target.shapes[pair[0]])
-    }
-    whole = {origin for _, origin in equal}
-    others = [pair for pair in pairs if pair[1] not in whole]
-    selections = widths.find(others, plan.table) if widths and others else {}
     for module, origin in pairs:
-        selection = selections.get((module, origin))
-        if (module, origin) in equal:
+        if have_equal_shapes(source.shapes[origin], target.shapes[module]):
             plan.pairs.append(Pair(origin, module, matrix_shape(source.shapes[origin])))
-        elif selection and origin not in plan.selections:
-            plan.selections[origin] = selection
-            plan.pairs.append(Pair(origin, module, matrix_shape(target.shapes[module])))
-        elif origin not in whole:
-            tried = widths is not None and widths.may_be(module, origin)
-            plan.refused[origin] = _explain_other_width(module, origin, source, target, tried)
+        else:
+            plan.refused[origin] = _explain_other_width(module, origin, source, target)
     for pair in plan.pairs:
         plan.refused.pop(pair.source, None)  # another of its partners has its shape
     return {origin for _, origin in pairs}
 
 
-def _explain_other_width(module: str, origin: str, source: Base, target: Base, tried: bool) -> str:
-    """Why a pair of other shapes is refused.
-
-    Args:
-        module: of the target.
-        origin: its partner on the source.
-        source: the base that the LoRA was trained on.
-        target: the base that it moves to.
-        tried: whether the target's rows and columns were looked for among the source's.
-    """
+def _explain_other_width(module: str, origin: str, source: Base, target: Base) -> str:
+    """Why a pair of other shapes is refused."""
     ours, theirs = source.shapes[origin], target.shapes[module]
-    why = "its rows and columns are not a selection of the source's, and " if tried else ""
     reason = (
         f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the source: "
-        f"{why}no published data-free method maps between widths"
+        "no published data-free method maps between widths"
     )
     fits = can_fit(source.path, target.path)
     return f"{reason} by weights; {RUN_INSTEAD}" if fits else reason

@@ -103,8 +103,7 @@ class Report:
         unread: modules whose updates could not be read and stay behind; their rows say why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
-        dry_run: True where no LoRA was made: nothing was moved, or a preview was drawn, which JSON
-            tells apart as `preview`. Rows then carry no measures.
+        dry_run: True where nothing was moved. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
         few_steps: whether the target draws in few steps and the source does not; None where
             nothing tells.
@@ -117,7 +116,7 @@ class Report:
             that is stored as numbers.
         moves: what prolora did to the LoRA before: from which base to which, oldest first.
         probe: what a fit to running models found; None where none was made.
-        grid: images of what a fit did, or of what it would aim at, for the page; None where none
+        grid: images of what a fit did, for the page; None where none
             were asked for.
         work: what a fit would ask of the models, in a sentence; of a dry run alone.
         why: whether and why the models were run, in plain words; of method "best" alone.
@@ -323,8 +322,7 @@ class Report:
         mark: Mark = "✔" if fits else "⚠"
         unknown = "" if self.work or self.why else NOT_COMPARED
         lines = tuple(filter(None, (place, unknown, self.why)))
-        told = "A preview: no LoRA" if self.grid else "A dry run: nothing"
-        return InWords(mark, f"{told} was written.", lines, self._cautions())
+        return InWords(mark, "A dry run: nothing was written.", lines, self._cautions())
 
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""
@@ -362,13 +360,6 @@ class Report:
             f"{len(placed)} of {len(names)} modules {moved}{between}"
             f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
-        residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]
-        if residuals:
-            sentences.append(
-                f"{len(residuals)} modules are narrower on the target, whose weights are rows and "
-                f"columns of the source's to within {max(residuals):.2%}: their factors are sliced "
-                "alike."
-            )
         sentences += [
             f"{name} is quantised: {what}; what is measured of it includes the rounding."
             for name, what in self.quantised.items()
@@ -410,10 +401,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; NaN becomes None."""
-        previewed = self.dry_run and self.grid is not None
         fields = asdict(replace(self, grid=None)) | {
-            "dry_run": self.dry_run and not previewed,
-            "preview": previewed,
             "modules": [row.to_dict() for row in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "totals": self.totals,

@@ -1,4 +1,4 @@
-"""The families that are known, one a file; see `..family`."""
+"""All known families, one a file; see `..family`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..layouts import known_layouts, load_layout
 
 
 def find_title(id_: str) -> str:
-    """What people call a family or one of its published sizes; the id itself if it is neither."""
+    """Returns the title of a family or of a published size, else the id itself."""
     family = known_families().get(id_)
     if family is not None:
         return family.title
@@ -20,7 +20,7 @@ def find_title(id_: str) -> str:
 
 @cache
 def known_families() -> dict[str, Family]:
-    """Id -> family, in the order of their files' names."""
+    """Returns id -> family, sorted by file name."""
     files = sorted(module.name for module in pkgutil.iter_modules(__path__))
     families = (importlib.import_module(f"{__name__}.{file}").FAMILY for file in files)
     return {family.id: family for family in families}

@@ -1,7 +1,7 @@
-"""Chroma: FLUX.1 schnell whose modulation comes from one small network; and Radiance, in pixels.
+"""Chroma (FLUX.1 schnell with one small network for all modulation) and Radiance.
 
-Its modules are called as those of FLUX.1, in diffusers and by the authors. diffusers has no class
-of Radiance, whose first and last layers have one name only.
+Its modules have FLUX.1's names, in diffusers and in the authors' files. Radiance paints in pixels;
+diffusers has no class of it, so its first and last layers have one name only.
 """
 
 from ..family import Family

@@ -1,4 +1,4 @@
-"""Cosmos-Predict2 and Anima, which has Cosmos's transformer and an adapter of its text encoder.
+"""Cosmos-Predict2, and Anima: Cosmos's transformer with an adapter for its text encoder.
 
 The authors' files, and ComfyUI's of Anima, have `net.` before every name. diffusers makes Anima's
 `llm_adapter` a model of its own, `text_conditioner`, whose modules have the same names.

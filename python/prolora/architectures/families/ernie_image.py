@@ -1,4 +1,4 @@
-"""ERNIE-Image and its distillation Turbo. The authors' names are those of diffusers."""
+"""ERNIE-Image and its distillation Turbo. The authors use diffusers' names."""
 
 from ..family import Family
 

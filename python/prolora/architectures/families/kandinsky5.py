@@ -1,4 +1,4 @@
-"""Kandinsky 5: video Lite and Pro, image Lite. The authors' names are those of diffusers."""
+"""Kandinsky 5: video Lite and Pro, image Lite. The authors use diffusers' names."""
 
 from ..family import Family
 

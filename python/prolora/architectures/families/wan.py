@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2: text or images to video, VACE. Wan 2.2 A14B has two experts of one shape.
 
-The authors' names are those of ComfyUI. Their `norm3` is `norm2` in diffusers, and the reverse.
+The authors use ComfyUI's names. Their `norm3` is `norm2` in diffusers, and the reverse.
 """
 
 from ..family import Family

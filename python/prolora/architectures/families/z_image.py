@@ -1,8 +1,8 @@
 """Z-Image: base, Turbo, and what was trained from them.
 
-diffusers has the names of the authors; ComfyUI's, which the files people download are in, fuse q, k
-and v, as those of Lumina 2 do. LoRAs are another matter: ComfyUI reads diffusers' names behind
-`diffusion_model.` too, and InvokeAI and diffusers read nothing else there.
+diffusers has the authors' names. ComfyUI's checkpoints, which people download, fuse q, k and v as
+Lumina 2's do. For LoRAs, ComfyUI also reads diffusers' names behind `diffusion_model.`, and
+InvokeAI and diffusers read nothing else there.
 """
 
 from ..family import SPELLINGS, Family, Spelling, fuse_qkv

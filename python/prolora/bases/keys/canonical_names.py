@@ -93,8 +93,6 @@ def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
         path, _, tensor = key.rpartition(".")
         if len(weight.shape) != 1 or weight.dtype not in _FLOATS or tensor not in _VECTORS:
             continue
-        if f"{path}.qweight" in model:
-            continue  # nunchaku's biases are in the order of its kernel
         views = names.vector_views(path, weight) if tensor != "scale" else {}
         named |= {f"{module}.{tensor}": view for module, view in views.items()} or {key: weight}
     return named

@@ -34,11 +34,6 @@ def read_unsigned(packed: Tensor) -> Tensor:
     return unpack_nibbles(packed, high_first=False).to(torch.float32)
 
 
-def read_e2m1(packed: Tensor) -> Tensor:
-    """Two floats of a byte, the lower half first."""
-    return look_up(unpack_nibbles(packed, high_first=False), E2M1)
-
-
 def read_e2m1_swapped(packed: Tensor) -> Tensor:
     """Two floats of a byte, the upper half first."""
     return look_up(unpack_nibbles(packed, high_first=True), E2M1)

@@ -44,17 +44,15 @@ Note = Mapping[str, object]
 
 @dataclass(frozen=True)
 class TiledScaleWeight(ScaledWeight):
-    """NVFP4, MXFP8 and MXFP4: a scale for some columns of a row.
+    """NVFP4 and MXFP8: a scale for some columns of a row, in the order of matrix units.
 
     Attributes:
         stored_rows: rows that are stored; the shape may have fewer.
         powers: the scales are exponents of 2.
-        ordered: they are in the order of matrix units, and row by row otherwise.
     """
 
     stored_rows: int = 0
     powers: bool = False
-    ordered: bool = True
 
     def load_scales(self) -> tuple[Tensor, ...]:
         """The scales of the blocks; of NVFP4 times that of the weight, and those of the inputs."""
@@ -62,10 +60,7 @@ class TiledScaleWeight(ScaledWeight):
         codes = blocks.read().view(torch.uint8)
         numbers = read_powers(codes) if self.powers else codes.view(torch.float8_e4m3fn).float()
         wide = self.shape[1] // self.tile[1]
-        ordered = self.ordered
-        scale = (
-            unblock_scales(numbers, self.stored_rows, wide) if ordered else self.lay_out(numbers)
-        )
+        scale = unblock_scales(numbers, self.stored_rows, wide)
         self.check_scale(scale, blocks)
         if rest:
             scale = scale * self.read_scale(rest[0], zero=False)

@@ -78,13 +78,9 @@ class CheckpointParts:
 
     def join(self, keys: Iterable[str], name: str, weight: Weight) -> None:
         """Puts one weight in the place of the first of some keys; the others go."""
-        self.join_several(keys, {name: weight})
-
-    def join_several(self, keys: Iterable[str], weights: Mapping[str, Weight]) -> None:
-        """Puts weights in the place of the first of some keys; the others go."""
         place = list(dict.fromkeys(key for key in keys if key in self.weights))
         self._joined |= {key: {} for key in place}
-        self._joined[place[0]] = weights
+        self._joined[place[0]] = {name: weight}
 
     def drop(self, key: str) -> None:
         """Leaves out what says nothing of a weight."""
@@ -158,7 +154,7 @@ class CheckpointParts:
     def _families(self) -> tuple[Family, ...]:
         """The families that have all modules of the checkpoint by their names."""
         matrices = (key for key, weight in self.weights.items() if len(weight.shape) > 1)
-        # Behind `.weight` quanto and others put the parts of theirs.
+        # Behind `.weight` some put the parts of theirs.
         names = {_strip_prefix(key.partition(".weight")[0]) for key in matrices if ".weight" in key}
         return recognise_families(NamedMatrix(name) for name in sorted(names)).able
 

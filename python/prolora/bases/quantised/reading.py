@@ -8,16 +8,24 @@ from collections.abc import Iterable, Mapping
 from ..weights import Weight
 from .bitsandbytes import join_bitsandbytes
 from .comfy import join_comfy
-from .nunchaku import join_nunchaku
 from .parts import CheckpointParts, Metadata
-from .quanto import join_quanto
-from .torchao import join_torchao
 
-_UNKNOWN = re.compile(
-    r"(?:^|\.)(?:weight_scale_\w+|scale_weight_\w+|pre_quant_scale|absmax|nested_absmax|quant_map"
-    r"|nested_quant_map|quant_state\..*|SCB|qweight|qzeros|scales|g_idx|wscales|smooth_factor\w*"
-    r"|weight\._(?:data|scale|shift)(?:\._\w+)?|_weight_qdata)$"
+_WHOLE = "use the fp16 or bf16 version of this model, or GGUF"
+_SAVE = f"{_WHOLE}; or load it with that library and save `weight.dequantize()` of every layer"
+_REFUSED = (
+    ("quanto", re.compile(r"(?:^|\.)weight\._(?:data|scale|shift)(?:\._\w+)?$"), _SAVE),
+    ("torchao", re.compile(r"(?:^|\.)_weight_(?:qdata|scale|zero_point)$"), _SAVE),
+    ("nunchaku (SVDQuant)", re.compile(r"(?:^|\.)(?:wscales|wzeros|smooth_factor\w*)$"), _WHOLE),
+    (
+        "a kind that is not known",
+        re.compile(
+            r"(?:^|\.)(?:weight_scale_\w+|scale_weight_\w+|pre_quant_scale|absmax|nested_absmax"
+            r"|quant_map|nested_quant_map|quant_state\..*|SCB|qweight|qzeros|scales|g_idx)$"
+        ),
+        _WHOLE,
+    ),
 )
+"""What quantised a checkpoint, keys that tell it, and the way out."""
 
 
 def join_quantised(
@@ -35,11 +43,11 @@ def join_quantised(
             missing or do not fit together.
     """
     parts = CheckpointParts(weights, tuple(metadata), where)
-    for join in (join_bitsandbytes, join_quanto, join_torchao, join_nunchaku, join_comfy):
+    for join in (join_bitsandbytes, join_comfy):
         join(parts)
-    if (key := next((key for key in parts if _UNKNOWN.search(key)), None)) is not None:
-        raise parts.refuse(
-            f"a quantised checkpoint ({key}) of a kind that is not read; use the fp16 or bf16 "
-            "version, or GGUF"
-        )
+    for kind, keys, way_out in _REFUSED:
+        if (key := next(filter(keys.search, parts), None)) is not None:
+            raise parts.refuse(
+                f"a quantised checkpoint of {kind} ({key}), which is not read: {way_out}"
+            )
     return parts.list_weights()

@@ -15,7 +15,6 @@ from ...files.gguf_file import GgufFile
 from ..weights import (
     ConvertedWeight,
     DerivedWeight,
-    JoinedColumns,
     Origin,
     RowsWeight,
     StoredWeight,
@@ -204,8 +203,6 @@ class UnreadableWeight(DerivedWeight):
 
 def is_unreadable(weight: Weight) -> bool:
     """Whether a weight's numbers are not read."""
-    if isinstance(weight, JoinedColumns):
-        return any(map(is_unreadable, weight.parts))
     return isinstance(_look_inside(weight), UnreadableWeight)
 
 
@@ -221,9 +218,6 @@ def find_kind(weight: Weight) -> str | None:
 
 def _look_inside(weight: Weight) -> Weight:
     """What a view is a view of; the weight itself if it is none."""
-    while isinstance(weight, RowsWeight | ConvertedWeight | JoinedColumns):
-        if isinstance(weight, JoinedColumns):
-            weight = weight.parts[0]
-        else:
-            weight = weight.matrix if isinstance(weight, RowsWeight) else weight.stored
+    while isinstance(weight, RowsWeight | ConvertedWeight):
+        weight = weight.matrix if isinstance(weight, RowsWeight) else weight.stored
     return weight

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...errors import ProLoRAError
 from ..hooks import keep_hooks
 from ..recording.trajectories import Call
 from ..recording.translation import Read
@@ -125,6 +126,11 @@ class TargetFunction:
         with torch.enable_grad(), place_factors(self.target, leaves):  # also when blocks run again
             with self._record_factors(leaves if renew else {}) as output_hooks:
                 prediction = self.read(self.target(*probe.call.args, **probe.call.kwargs))
+            if not prediction.requires_grad:
+                raise ProLoRAError(
+                    f"{type(self.target).__name__}'s prediction depends on none of "
+                    f"{', '.join(factors)}: a fit needs modules whose output reaches it"
+                )
             if renew:
                 noise = torch.randn(prediction.shape, generator=self.generator).to(prediction)
                 ups = values[::2]

@@ -2,7 +2,6 @@
 
 from .crossing import CrossingSide, describe_crossing, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
-from .delta_sampling import add_source_change
 from .latents import LatentSpace, SharedLatents, check_shown
 from .opening import open_pipeline
 from .pairing import PipelinePair, pair_pipelines
@@ -20,7 +19,6 @@ __all__ = [
     "PipelinePair",
     "SharedLatents",
     "TextPart",
-    "add_source_change",
     "check_shown",
     "describe_crossing",
     "estimate_bytes",

@@ -93,7 +93,6 @@ def plan_card(
     settings: FitSettings,
     rank: int,
     crosses: bool,
-    fits: bool = True,
 ) -> CardPlan:
     """The first of these that fits: as asked, 16 bits, small tiles, single samples, swapped blocks.
 
@@ -106,7 +105,6 @@ def plan_card(
         settings: size of the images, and precision.
         rank: of the LoRA and of the fit.
         crosses: whether images are decoded and encoded.
-        fits: whether the target is fitted when both were asked.
 
     Raises:
         TooLittleMemory: swapped blocks leave too little room; says the least that is needed.
@@ -115,7 +113,7 @@ def plan_card(
     least = 0
     for precision, tile, samples in _list_ways(settings.precision, crosses):
         both = CONTEXT + _both_there(sides, precision, tile, rank, crosses)
-        alone = CONTEXT + _target_alone(sides[1], precision, samples or 2, rank) if fits else 0
+        alone = CONTEXT + _target_alone(sides[1], precision, samples or 2, rank)
         every = [sum(side.blocks) for side in sides]
         if both + sum(every) <= limit and alone + every[1] <= limit:
             return CardPlan(precision, tile, samples, (every[0], every[1]), every[1])
@@ -126,7 +124,7 @@ def plan_card(
             f"a bound of {format_size(limit)} on the card's memory is too little: with one block "
             f"of each model there at a time, in {precision}, this run needs {format_size(least)}"
         )
-    guided = CONTEXT + _target_alone(sides[1], precision, 2, rank) if fits else 0
+    guided = CONTEXT + _target_alone(sides[1], precision, 2, rank)
     if guided + every[1] <= limit:
         samples, alone = None, guided  # it is the source that leaves too little room
     # What is left once a block of each may visit is shared by the sizes of what is to stay.
@@ -204,7 +202,7 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
             places = _count_places(name, pixels, levels)
             kept[unit] += places * (shape[0] + shape[1])
             widths[unit].append(places * shape[1])
-            factors += sum(matrix_shape(shape)) if position and may_be_fitted(shape) else 0
+            factors += sum(matrix_shape(shape)) if may_be_fitted(shape) else 0
     return _PipelineSize(
         others=estimate_bytes(folder)[1] - outside - sum(blocks.values()),
         outside=outside,

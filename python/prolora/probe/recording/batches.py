@@ -20,7 +20,7 @@ FindPrompts = Callable[[Call], list[bool]]
 
 WITHOUT_PROMPT = 0.1
 """Share of the samples that have none. Guided samplers ask as often without as with one, and what a
-LoRA changes lies where there is one (docs/fit_measured.md)."""
+LoRA changes lies where there is one (docs/results.md)."""
 _TOLERANCE = 1e-3  # of the prediction's norm; a batch of another size is summed in another order
 
 

@@ -99,7 +99,6 @@ def prepare_fit(
     target: Base,
     options: FitOptions,
     depth: Depth = "updates",
-    fits: bool = True,
 ) -> FitJob:
     """Reads and plans; refuses all that can be refused without running a model.
 
@@ -109,7 +108,6 @@ def prepare_fit(
         target: the base it goes to.
         options: how.
         depth: how far the LoRA is read.
-        fits: whether a LoRA is fitted; otherwise images are drawn.
 
     Raises:
         LowCoverage: fewer modules have a place than was asked for.
@@ -124,7 +122,7 @@ def prepare_fit(
     rows = outline_report(adapter, plan, source, target, options).modules
     check_coverage(rows, options.min_coverage)
     job = FitJob(adapter, plan, source, target, options)
-    return replace(job, card=plan_memory_of_card(job, fits))
+    return replace(job, card=plan_memory_of_card(job))
 
 
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
@@ -218,7 +216,7 @@ def _list_rows(
 ) -> list[ModuleReport]:
     """What became of every module; `how` is said of those that got an update.
 
-    Where the fit starts from the copied updates, those outside the blocks stay copied.
+    Where the fit starts from the copied updates, those of other kinds stay copied.
     """
     plan = job.plan
     copied = {name for name in plan.skipped if name in fitted}
@@ -227,7 +225,7 @@ def _list_rows(
     rows = []
     for row in list_modules(job.adapter, plan, fitted, how):
         if row.source in copied:
-            row = replace(row, reason="copied; the fit in the blocks goes on from there")
+            row = replace(row, reason="copied; the fit goes on from there")
         fits = row.rank_out and row.source not in plan.passed
         rows.append(replace(row, strength=strength) if fits else row)
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...adapters.adapter import Adapter
-from ...architectures.modules import find_block, is_adaptable, may_be_fitted
+from ...architectures.modules import is_in_text_encoder, may_be_fitted
 from ...bases import Base, vae
 from ...bases.pipeline_files import (
     FEW_STEP_SCHEDULERS,
@@ -21,6 +21,7 @@ from ...bases.pipeline_files import (
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from ...files.jsontext import read_json_object
+from ...probe.modules import NO_KIND, choose_fitted
 from ...probe.settings import FEW_STEPS
 from ...probe.workload import Workload
 from ..fit_options import FitOptions, PassedOn
@@ -32,10 +33,7 @@ if TYPE_CHECKING:
 RULE = "running models"
 """How modules are paired, for the report."""
 
-_IN_BLOCKS = "; what it changes is fitted into the target's blocks"
-_COMPENSATED = "the fit compensates for it in the blocks"
-_NO_PLACE = f"it is in no transformer block; {_COMPENSATED}"
-_OTHER_KIND = f"a fit cannot change modules of its kind; {_COMPENSATED}"
+_COMPENSATED = "; what it changes is fitted into the target's modules"
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,9 @@ def plan_modules(
     check_fits_source(adapter, names, source)
     if text_encoder != "skip":
         for name in plan.skipped.keys() & source.shapes.keys():
-            plan.skipped[name] += _IN_BLOCKS
+            plan.skipped[name] += _COMPENSATED
     inside = fitted_modules(names, source)
-    blocks = find_fitted_blocks(source)
-    for name in names:
-        if name not in inside:
-            plan.skipped[name] = _OTHER_KIND if find_place(name) in blocks else _NO_PLACE
+    plan.skipped |= {name: NO_KIND for name in names if name not in inside}
     return plan
 
 
@@ -148,66 +143,22 @@ def _has_other_width(name: str, source: Base, target: Base) -> bool:
     return name in source.shapes and source.shapes[name] != target.shapes.get(name)
 
 
-def fitted_modules(names: list[str], source: Base) -> set[str]:
-    """Those of the LoRA's modules whose change is fitted: those in transformer blocks."""
-    blocks = find_fitted_blocks(source)
-    return {n for n in names if find_place(n) in blocks and may_be_fitted(source.shapes.get(n, ()))}
-
-
-def find_fitted_blocks(base: Base) -> set[tuple[str, str] | None]:
-    """Stack and number of the blocks that a fit finds in the model: those with a linear layer."""
-    return {find_place(name) for name, shape in base.shapes.items() if len(shape) == 2} - {None}
-
-
-def find_place(module: str) -> tuple[str, str] | None:
-    """Stack and number of the block that a module is in."""
-    block = find_block(module)
-    return (block.stack, block.number) if block else None
+def fitted_modules(names: Iterable[str], source: Base) -> set[str]:
+    """Returns those of the LoRA's modules whose change can be fitted, by their kind."""
+    return {name for name in names if may_be_fitted(source.shapes.get(name, ()))}
 
 
 def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
-    """Target module -> shape, of all that may get an update: the roles that the LoRA adapts.
-
-    Where no block of one model has the names of a block of the other, roles do not correspond, and
-    these are all linear modules in blocks that neither normalise nor modulate.
-    """
-    blocks = _group_by_block(target)
-    modules = {name for names in blocks.values() for name in names.values()}
-    if _have_like_blocks(_group_by_block(source), blocks):
-        roles = {
-            block.local
-            for name in fitted_modules(list(adapter.updates), source)
-            if (block := find_block(name))
+    """Returns target module -> shape, of all that may get an update."""
+    ours, theirs = (
+        {
+            name: shape
+            for name, shape in base.shapes.items()
+            if may_be_fitted(shape) and not is_in_text_encoder(name)
         }
-        like = find_fitted_blocks(target)
-        modules = {
-            name
-            for name, shape in target.shapes.items()
-            if (block := find_block(name))
-            and block.local in roles
-            and may_be_fitted(shape)
-            and find_place(name) in like
-        }
-    return {name: shape for name, shape in target.shapes.items() if name in modules}
-
-
-def _group_by_block(base: Base) -> dict[tuple[str, str], dict[str, str]]:
-    """Block -> {name inside it: module}, of the linear modules that LoRAs are trained on."""
-    blocks: dict[tuple[str, str], dict[str, str]] = {}
-    for name, shape in base.shapes.items():
-        block = find_block(name)
-        if block and len(shape) == 2 and "norm" not in block.local and is_adaptable(name):
-            blocks.setdefault((block.stack, block.number), {})[block.local] = name
-    return blocks
-
-
-def _have_like_blocks(
-    ours: Mapping[tuple[str, str], Mapping[str, str]],
-    theirs: Mapping[tuple[str, str], Mapping[str, str]],
-) -> bool:
-    """Whether all names inside some block of one model are those inside a block of the other."""
-    kinds, other_kinds = ({frozenset(names) for names in side.values()} for side in (ours, theirs))
-    return any(a <= b or b <= a for a in kinds for b in other_kinds)
+        for base in (source, target)
+    )
+    return {name: theirs[name] for name in choose_fitted(adapter.updates, ours, theirs)}
 
 
 def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:

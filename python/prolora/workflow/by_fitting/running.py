@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from ...errors import InvalidOption, TooLittleMemory
 from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
-from ...probe.settings import FLOAT32, FitSettings
+from ...probe.settings import FitSettings
 from ..page.document import PictureGrid
 from .common_parts import CommonParts
 from .plan import FitJob, LoraParts, foresee_work
@@ -50,24 +50,17 @@ class _AskedLora(LoraParts):
 
 
 @dataclass(frozen=True)
-class OpenedModels:
-    """Both models at hand, and the LoRA that they are asked about.
-
-    Attributes:
-        models: source and target.
-        sampled: what is sampled, and how it is fitted.
-        asked: the LoRA.
-        grid: images for a page.
-        derived: the prompts that were made from the LoRA's header, where none were given.
-        shared: whether both have the same latents.
-    """
+class _RunningFit:
+    """A fit with both models at hand."""
 
     models: tuple[Pipeline, Pipeline]
     sampled: FitSettings
     asked: _AskedLora
-    grid: ImageGrid
-    derived: tuple[str, ...]
-    shared: bool
+    grid: ImageGrid  # images for a page
+    shared: bool  # latents
+    checkpoints: Checkpoints
+    meter: WorkMeter
+    card: CardPlan | None
 
     def show_source(self) -> None:
         """Draws the source, with the LoRA's part beside its text encoders."""
@@ -75,29 +68,6 @@ class OpenedModels:
 
         text = functools.partial(run_text_encoders_beside, self.models[0], self.asked.text)
         self.grid.draw_source(self.asked.denoiser.updates, text)
-
-    def show_target(self, fitted: Mapping[str, LowRank] | None) -> None:
-        """Draws the target: alone, with the copy where it fits, with the fitted LoRA."""
-        from ...probe.gate import fits_target
-
-        copied = self.asked.rival
-        copied = copied if fits_target(self.models[1].denoiser, copied) else {}
-        self.grid.draw_target(copied, fitted)
-
-
-@dataclass(frozen=True)
-class _RunningFit(OpenedModels):
-    """What a fit needs beside the models.
-
-    Attributes:
-        checkpoints: where results are kept.
-        meter: is told how far it is.
-        card: how the models run on a card whose memory is bounded.
-    """
-
-    checkpoints: Checkpoints
-    meter: WorkMeter
-    card: CardPlan | None
 
     def fit_pair(self) -> ProbeTransfer:
         """The fit between pipelines with the same latents."""
@@ -180,12 +150,15 @@ class _RunningFit(OpenedModels):
 
     def show_result(self, result: ProbeTransfer) -> None:
         """Draws the rest of the grid, where one is asked for; the report gets the time."""
+        from ...probe.gate import fits_target
         from ...probe.workload import SHOW
 
         report, started = result.report, time.perf_counter()
         if self.grid.prompts:
             self.show_source()
-            self.show_target(result.adapter.updates if report.trust else None)
+            copied = self.asked.rival
+            copied = copied if fits_target(self.models[1].denoiser, copied) else {}
+            self.grid.draw_target(copied, result.adapter.updates if report.trust else None)
             report.not_drawn = self.grid.failure
             spent = time.perf_counter() - started
             report.seconds[SHOW] = report.seconds.get(SHOW, 0.0) + spent
@@ -211,48 +184,35 @@ def fit_models(
         total = sum(map(sum, foreseen.predictions.values()))
         options.progress(0, total, foreseen.sentence(source.name, target.name))
         options.progress(0, total, OPENING)
-    with open_for_fit(job, rival, common) as opened:
-        models, sampled, shared = opened.models, opened.sampled, opened.shared
-        checkpoints = common.open_checkpoints()
-        mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-        if options.memory_limit is not None:
-            sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
-        of_target = models[1].derive_target_settings(sampled)
-        few = pipelines.takes_few_steps(sampled, of_target)
-        meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
-        # Between a flow and another path, and for a target of few steps, the images of the
-        # samplings say more than their calls.
-        crosses = not shared or mixed or few
-        known = vars(opened) | {"sampled": sampled}
-        fit = _RunningFit(**known, checkpoints=checkpoints, meter=meter, card=job.card)
-        result = fit.fit_crossing() if crosses else fit.fit_pair()
-        fit.show_result(result)
-    shown = opened.grid.to_page(source.name, target.name)
-    fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
-    result.report.derived_prompts = opened.derived
-    return fitted, result.report, shown
-
-
-@contextlib.contextmanager
-def open_for_fit(
-    job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
-) -> Iterator[OpenedModels]:
-    """Both pipelines, with what both run beside their text encoders in place; as `fit_models`."""
-    source, target, options = job.source, job.target, job.options
-    assert source.path is not None and target.path is not None
     parts = LoraParts.of(job.adapter, source, target, options.text_encoder)
     moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
     asked = _AskedLora(parts.denoiser, parts.text, parts.carried, moved)
+    assert source.path is not None and target.path is not None
+    shared = vae.explain_different_latents(source.path, target.path) is None
     with contextlib.ExitStack() as stack:
         models = _open_both(job, asked, common, stack)
         takes_prompts = all("prompt" in model.accepted for model in models)
         derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
-        shared = vae.explain_different_latents(source.path, target.path) is None
         sampled: FitSettings = replace(options, prompts=options.prompts or derived)
         if job.card is not None:
             sampled = replace(sampled, precision=job.card.precision)
         grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
-        yield OpenedModels(models, sampled, asked, grid, derived, shared)
+        checkpoints = common.open_checkpoints()
+        if options.memory_limit is not None:
+            sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
+        of_target = models[1].derive_target_settings(sampled)
+        meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
+        fit = _RunningFit(models, sampled, asked, grid, shared, checkpoints, meter, job.card)
+        # Between a flow and another path, and for a target of few steps, the images of the
+        # samplings say more than their calls.
+        mixed = len({model.schedule.kind == FLOW for model in models}) > 1
+        crosses = not shared or mixed or pipelines.takes_few_steps(sampled, of_target)
+        result = fit.fit_crossing() if crosses else fit.fit_pair()
+        fit.show_result(result)
+    shown = grid.to_page(source.name, target.name)
+    fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
+    result.report.derived_prompts = derived
+    return fitted, result.report, shown
 
 
 def _choose_prompts(job: FitJob) -> tuple[str, ...]:
@@ -302,12 +262,8 @@ def _open_both(
     return models[0], models[1]
 
 
-def plan_memory_of_card(job: FitJob, fits: bool = True) -> CardPlan | None:
+def plan_memory_of_card(job: FitJob) -> CardPlan | None:
     """How the pipelines run within `max_vram`; None without such a bound.
-
-    Args:
-        job: the LoRA.
-        fits: whether a LoRA is fitted; otherwise images are drawn, in float32.
 
     Raises:
         InvalidOption: the fit runs on no card.
@@ -326,10 +282,8 @@ def plan_memory_of_card(job: FitJob, fits: bool = True) -> CardPlan | None:
     assert source is not None and target is not None
     own = max((update.rank for update in job.adapter.updates.values()), default=1)
     rank = int(options.rank) if options.rank and options.rank >= 1 else own
-    decodes = not fits or vae.explain_different_latents(source, target) is not None
-    asked = options if fits else replace(options, precision=FLOAT32)
-    ends = source, target
-    return plan_card(options.card_limit, ends, asked, max(rank, own), decodes, fits)
+    decodes = vae.explain_different_latents(source, target) is not None
+    return plan_card(options.card_limit, (source, target), options, max(rank, own), decodes)
 
 
 def _is_card(device: DeviceLike) -> bool:

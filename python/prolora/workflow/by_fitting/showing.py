@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHANGED = "target + change"
-"""The column of a preview."""
-
 
 @dataclass
 class ImageGrid:
-    """Draws the images, each column when its model is there. It ends a preview, and never a fit.
+    """Draws the images, each column when its model is there. An error ends no fit.
 
     Attributes:
         models: source and target.
@@ -37,8 +34,6 @@ class ImageGrid:
         carried: whether both bare models have the LoRA's part in their text encoders in place.
         columns: what is drawn so far: heading -> PNG files, one for each row.
         failure: why the images are not there.
-        on_image: of a preview, which is nothing but images: told the column of each one that is
-            drawn. An error then ends it.
     """
 
     models: tuple[Pipeline, Pipeline]
@@ -47,7 +42,6 @@ class ImageGrid:
     carried: bool = False
     columns: dict[str, list[bytes]] = field(default_factory=dict)
     failure: str = ""
-    on_image: Callable[[str], None] | None = None
 
     @classmethod
     def of(
@@ -98,10 +92,6 @@ class ImageGrid:
                 if updates:
                     self._draw(name, 1, self.settings[1], updates)
 
-    def draw_changed(self, change: AbstractContextManager[None]) -> None:
-        """Draws the target with something that changes its predictions."""
-        self._draw(CHANGED, 1, self.settings[1], {}, change)
-
     def _is_open(self, name: str) -> bool:
         return bool(self.prompts) and not self.failure and name not in self.columns
 
@@ -111,7 +101,6 @@ class ImageGrid:
         side: int,
         settings: FitSettings,
         updates: Mapping[str, LowRank],
-        change: AbstractContextManager[None] | None = None,
     ) -> None:
         """One column; the noise of a row is the same in all of them."""
         from ...probe.precision import in_float32
@@ -122,23 +111,12 @@ class ImageGrid:
             return
         try:
             model.restore()  # the VAE may be away
-            beside = run_beside(model.denoiser, updates)
-            with in_float32(model.denoiser), beside, change or nullcontext():
+            with in_float32(model.denoiser), run_beside(model.denoiser, updates):
                 for row, prompt in enumerate(self.prompts):
-                    try:
-                        pixels = read_pixels(model.sample_latents(prompt, settings, row, "pt"))
-                    except Exception as error:  # diffusers and its models raise any type
-                        known = ProLoRAError, torch.OutOfMemoryError
-                        if not self.on_image or isinstance(error, known):
-                            raise
-                        raise ProLoRAError(f"{name} could not be drawn: {error}") from error
+                    pixels = read_pixels(model.sample_latents(prompt, settings, row, "pt"))
                     drawn.append(write_png(pixels))
-                    if self.on_image:
-                        self.on_image(name)
             self.columns[name] = drawn
-        except Exception as error:
-            if self.on_image:
-                raise
+        except Exception as error:  # diffusers and its models raise any type
             self.failure = f"{name}: {error}"
             log.warning("the page gets no images: %s", self.failure)
 
@@ -151,8 +129,6 @@ class ImageGrid:
             ways.append("with the LoRA as weights alone move it")
         if "target + fit" in self.columns:
             ways.append("with the fitted LoRA")
-        if CHANGED in self.columns:
-            ways.append("with the change of the source added to every prediction")
         listed = f"{', '.join(ways[:-1])} and {ways[-1]}" if len(ways) > 1 else ways[0]
         caption = (
             f"Each row is one prompt, drawn from one seed: {source} without the LoRA and with it, "
@@ -160,11 +136,6 @@ class ImageGrid:
         )
         if self.carried:
             caption += " The LoRA's part in the text encoders is in place in all of them."
-        if CHANGED in self.columns:
-            caption += (
-                " The last column is what the source's change would make of the target's images, "
-                "step by step; a fit looks for a file that comes close to it."
-            )
         return PictureGrid(tuple(self.columns), self.prompts, tuple(self.columns.values()), caption)
 
 

@@ -18,7 +18,6 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
 from ...comparison.block_matching import resolve_match
 from ...comparison.module_map import Match
-from ...comparison.width_selection import WidthFinder
 from ...core.precision import in_full_precision
 from ..base_check import check_bases
 from ..block_weights import weigh_adapter
@@ -31,7 +30,6 @@ from .file_budget import OutputForm, describe_cuts
 from .ledger import LORA_FAILURES, Clock, Ledger
 from .move_updates import move_all
 from .rows import check_coverage, outline_rows
-from .slicing import measure_sliced, slice_adapter, slice_source
 from .vectors import carry_vectors
 
 MakeNotes = Callable[[BasisCache], Mapping[str, str]]
@@ -53,7 +51,6 @@ class BasePair:
         options: how they move, as it was asked.
         cache: what is known of the weights.
         memory: what may be in memory at a time.
-        widths: what is known of a target that is narrower than the source.
         match: how modules are paired, with blocks recognised where only weights tell them; None as
             long as nothing asked for it.
     """
@@ -63,15 +60,12 @@ class BasePair:
     options: TransferOptions
     cache: BasisCache
     memory: Memory = field(init=False)
-    widths: WidthFinder = field(init=False)
     match: Match | None = None
 
     def __post_init__(self) -> None:
         """Looks at no weight yet."""
         options = self.options
         self.memory = Memory(options.memory_limit, options.rank, options.device)
-        progress = label_stage("comparing", options.progress)
-        self.widths = WidthFinder(self.source, self.target, options.device, progress)
 
     def match_blocks(self) -> Match:
         """Matches the blocks of the bases, once for all LoRAs; by weights where names say little.
@@ -95,8 +89,7 @@ class BasePair:
     def plan(self, lora: LoraLike, depth: Depth = "updates", match: Match | None = None) -> Ledger:
         """Reads a LoRA and plans where it goes; refuses all that needs no weights to be refused.
 
-        A dry run ends here. Weights are read only to match blocks by similarity, and where the
-        target is narrower.
+        A dry run ends here. Weights are read only to match blocks by similarity.
 
         Args:
             lora: as `transfer` takes it.
@@ -112,11 +105,8 @@ class BasePair:
             adapter = read_lora(lora, self.source, depth)
         with clock("match"):
             match = self.match_blocks() if match is None else match
-            bases = self.source, self.target
-            plan = make_plan(adapter, *bases, match, options.text_encoder, self.widths)
-        uncut = measure_sliced(adapter, plan)
-        adapter, source = slice_adapter(adapter, plan), slice_source(self.source, [plan])
-        ledger = Ledger(adapter, plan, source, self.target, options, lora, uncut=uncut, clock=clock)
+            plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
+        ledger = Ledger(adapter, plan, self.source, self.target, options, lora, clock=clock)
         outline_rows(ledger, measured=depth != "updates")
         ledger.find_block_factors(carry_vectors(ledger).vectors)
         check_coverage(ledger.rows.values(), options.min_coverage)
@@ -141,16 +131,17 @@ class BasePair:
             The ledgers, filled; a LoRA whose names turn out to pair blocks wrongly has a new one.
         """
         ledgers = list(ledgers)
-        source = slice_source(self.source, [ledger.plan for ledger in ledgers])
         results = 0
         for i, ledger in enumerate(ledgers):
             results += ledger.result_bytes
             try:
-                ledgers[i] = self._decide(ledger, Looked(source, self.cache, self.memory, results))
+                ledgers[i] = self._decide(
+                    ledger, Looked(self.source, self.cache, self.memory, results)
+                )
             except LORA_FAILURES as error:
                 ledger.error = error
         left = [ledger for ledger in ledgers if ledger.error is None]
-        move_all(left, source, self.target, self.cache, self.memory, progress)
+        move_all(left, self.source, self.target, self.cache, self.memory, progress)
         return ledgers
 
     def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:

@@ -90,7 +90,6 @@ class Ledger:
         lora: what was read, to be read anew where the names turn out to pair blocks wrongly.
         rows: pair, or module without one -> its row of the report. Every module is there from the
             plan on.
-        uncut: ‖ΔW_s‖² of the updates that were cut to rows and columns, before that.
         affinities: target module -> affinity of its pair of weights.
         asked: the method that was asked for, once another one may have been decided.
         verdict: on the pair of bases; None where no weight is moved.
@@ -107,7 +106,6 @@ class Ledger:
     options: TransferOptions
     lora: LoraLike | None = None
     rows: dict[Pair | str, ModuleReport] = field(default_factory=dict)
-    uncut: dict[str, float] = field(default_factory=dict)
     affinities: dict[str, Affinity] = field(default_factory=dict)
     asked: str | None = None
     verdict: Verdict | None = None
@@ -148,9 +146,7 @@ class Ledger:
             affinity = affinities.get(pair.target)
             if affinity is None or affinity.cosine < STRANGE_COSINE:  # as the verdict leaves out
                 continue
-            is_cut = pair.source in self.uncut  # and its row has the energy before that
-            update = self.adapter.updates[pair.source]
-            updates += update.norm().square().item() if is_cut else self.rows[pair].energy
+            updates += self.rows[pair].energy
             weights += affinity.source
         return replace(verdict, size=math.sqrt(updates / weights) if weights else None)
 
@@ -224,23 +220,7 @@ class Ledger:
         self.write(pair, row)
 
     def write(self, pair: Pair, row: ModuleReport) -> None:
-        """Writes the row of a pair, with what is known of its weights.
-
-        Of an update that was cut to rows and columns, what was cut off counts as lost.
-        """
-        selection, uncut = self.plan.selections.get(row.source), self.uncut.get(row.source)
-        if selection is not None:
-            row = replace(row, residual=selection.residual)
-            if row.status == "mapped":
-                row = replace(row, reason=f"{row.reason}; {selection.describe()}")
-        if selection is not None and uncut:
-            share = row.energy / uncut
-            row = replace(
-                row,
-                energy=uncut,
-                surviving_energy=row.surviving_energy * share,
-                norm_ratio=row.norm_ratio * math.sqrt(share),
-            )
+        """Writes the row of a pair, with what is known of its weights."""
         if (affinity := self.affinities.get(pair.target)) is not None:
             row = replace(row, drift=affinity.drift, cosine=affinity.cosine)
         self.rows[pair] = row
