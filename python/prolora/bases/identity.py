@@ -19,6 +19,7 @@ _SAMPLE = 1 << 20
 _SAMPLES = 16
 # kohya's and A1111's short hash is of these bytes of a file.
 _SHORT_START, _SHORT_SIZE = 0x100000, 0x10000
+_IDENTITIES = "file:", "sampled:"
 EMPTY_SHORT_HASH = hash_text("")[:8]
 """The short hash of every file that ends before those bytes."""
 
@@ -45,46 +46,45 @@ def compute_short_hash(base: Base) -> str | None:
 
 
 def compute_identity(base: Base, cache: BasisCache | None = None) -> str | None:
-    """What tells this base from others: "sha256:…" of one file, "sampled:…" of several.
+    """Returns what tells a base from others: "file:…" of one file, "sampled:…" of several.
 
-    A folder of shards is not read as a whole: its identity is the SHA-256 of the size of every file
-    and of 16 pieces of 1 MiB, evenly spaced, which no two different checkpoints share. None for a
-    base that came from memory.
+    No file is read as a whole: the digits are the SHA-256 of the size of every file and of 16
+    pieces of 1 MiB, evenly spaced. None for a base that came from memory.
     """
     if not base.files:
         return None
-    if len(base.files) == 1:
-        return f"sha256:{compute_sha256(base, cache)}"
     cache = cache or BasisCache(None)
     sampled = [
         cache.file_hash(file, "sampled", partial(_hash_samples, file, read_state(file)))
         for file in sorted(base.files)
     ]
-    return f"sampled:{hash_parts(sampled)}"
+    return f"{_IDENTITIES[len(base.files) > 1]}{hash_parts(sampled)}"
 
 
 def is_identical(
     base: Base, identity: str, short_hash: str | None = None, cache: BasisCache | None = None
 ) -> bool | None:
-    """Whether a base has that identity, whatever its files are called.
+    """Tells whether a base has that identity, whatever its files are called.
 
     Args:
         base: opened from files or from memory.
-        identity: as `compute_identity` gave it; "" if that is not known.
+        identity: as `compute_identity` gave it, or "sha256:…" of one whole file; "" if not known.
         short_hash: as `compute_short_hash` gave it, if that is known: where it differs, 64 KiB of
-            the base tell, and the file is not read as a whole.
+            the base tell.
         cache: remembers the hashes of files.
 
     Returns:
-        None where the two cannot be compared: one file has another hash than several, and a base
-        in memory has none.
+        None where the two cannot be compared: one file has another identity than several, and a
+        base in memory has none.
     """
-    kind = "sha256:" if len(base.files) == 1 else "sampled:"
-    if not base.files or not identity.startswith(kind):
+    one = len(base.files) == 1
+    whole = one and identity.startswith("sha256:")
+    if not base.files or not (whole or identity.startswith(_IDENTITIES[not one])):
         return None
-    if short_hash and len(base.files) == 1 and compute_short_hash(base) != short_hash:
+    if short_hash and one and compute_short_hash(base) != short_hash:
         return False
-    return compute_identity(base, cache) == identity
+    own = f"sha256:{compute_sha256(base, cache)}" if whole else compute_identity(base, cache)
+    return own == identity
 
 
 @lru_cache(maxsize=256)

@@ -22,8 +22,8 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.identity import (
     EMPTY_SHORT_HASH,
-    compute_fingerprint,
     compute_identity,
+    compute_sha256,
     compute_short_hash,
     is_identical,
 )
@@ -179,9 +179,10 @@ def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) ->
     if sizes[0] != sizes[1]:
         return False
     # Samples differ almost always where files do, and are read in no time.
-    return compute_fingerprint(source, cache) == compute_fingerprint(
-        target, cache
-    ) and compute_identity(source, cache) == compute_identity(target, cache)
+    for compute in (compute_identity, compute_sha256):
+        if compute(source, cache) != compute(target, cache):
+            return False
+    return True
 
 
 def _describe_lora(lora: LoraLike) -> str | None:

@@ -23,7 +23,7 @@ from ..architectures.families import known_families
 from ..architectures.modules import find_component, is_in_text_encoder, matrix_shape
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import check_finite, check_readable, list_quantised, stack_weights
-from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ..bases.identity import compute_identity, compute_short_hash
 from ..bases.memory import Memory
 from ..core.basis import truncated_svd
 from ..core.grouping import group_by
@@ -379,7 +379,6 @@ class _Difference:
             {"modelspec.title": f"{Path(tuned.name).stem} as a LoRA"},
             target_name=base.name,
             target_layout=base.layout,
-            target_sha256=compute_sha256(base),
             target_short_hash=compute_short_hash(base),
             provenance={key: text for key, text in notes.items() if text},
         )

@@ -19,7 +19,7 @@ from ..adapters.formats.moves import read_moves, read_provenance
 from ..adapters.hub import locate_adapter
 from ..adapters.training_words import read_training_words
 from ..bases import Base, BaseLike, open_base
-from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ..bases.identity import compute_identity, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
@@ -438,7 +438,6 @@ class _Merge:
             combined,
             target_name=target.name,
             target_layout=target.layout,
-            target_sha256=compute_sha256(target),
             target_short_hash=compute_short_hash(target),
             provenance={key: text for key, text in notes.items() if text},
         )

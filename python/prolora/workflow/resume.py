@@ -65,7 +65,7 @@ class Recipe:
         return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}")
 
     def describe(self, cache: BasisCache) -> dict[str, str]:
-        """The two entries of a result's header; reads the bases completely, for their hashes.
+        """The two entries of a result's header.
 
         Args:
             cache: remembers the hashes of files.
@@ -81,7 +81,7 @@ class Recipe:
         return {"lora_hash": self.lora_hash, "recipe": f"sha256:{hash_text(text)}"}
 
     def digest(self, cache: BasisCache) -> str:
-        """Twelve digits that tell the result from all others; reads the bases completely.
+        """Twelve digits that tell the result from all others.
 
         Args:
             cache: remembers the hashes of files.

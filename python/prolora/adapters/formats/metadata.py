@@ -40,7 +40,6 @@ def rewrite_metadata(
     *,
     target_name: str,
     target_layout: str | None,
-    target_sha256: str | None = None,
     target_short_hash: str | None = None,
     provenance: Mapping[str, str],
 ) -> dict[str, str]:
@@ -53,7 +52,6 @@ def rewrite_metadata(
         metadata: of the source LoRA.
         target_name: name of the target base model.
         target_layout: its architecture (an id of `architectures.layouts`), None if unknown.
-        target_sha256: SHA-256 of its file.
         target_short_hash: kohya's eight digits of it.
         provenance: facts of the transfer, written as `prolora.<key>`.
     """
@@ -68,7 +66,7 @@ def rewrite_metadata(
     _replace_entry(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
     kept["ss_sd_model_name"] = target_name
     _replace_entry(kept, "ss_sd_model_hash", target_short_hash)
-    _replace_entry(kept, "ss_new_sd_model_hash", target_sha256)
+    _replace_entry(kept, "ss_new_sd_model_hash", None)
 
     lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"
     kept["modelspec.merged_from"] = f"{lora}, {target_name}"

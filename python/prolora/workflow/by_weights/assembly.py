@@ -12,7 +12,7 @@ from ...adapters.formats.moves import read_moves, write_moves
 from ...bases import Base
 from ...bases.base import list_quantised
 from ...bases.cache.basis_cache import BasisCache
-from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ...bases.identity import compute_identity, compute_short_hash
 from ...bases.pipeline_files import draws_in_few_steps, is_pipeline
 from ...core.lowrank import LowRank
 from ...files.writing import replace_surrogates
@@ -60,10 +60,7 @@ def list_kernels(modules: Iterable[str], target: Base) -> dict[str, tuple[int, .
 
 
 def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str, str]:
-    """The header of the result: the LoRA's own, with the target's names and how it was made.
-
-    Reads all bytes of the bases, for their hashes.
-    """
+    """The header of the result: the LoRA's own, with the target's names and how it was made."""
     source, target, options = ledger.source, ledger.target, ledger.options
     provenance = {
         "version": __version__,
@@ -85,7 +82,6 @@ def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str,
         ledger.adapter.metadata,
         target_name=target.name,
         target_layout=target.layout,
-        target_sha256=compute_sha256(target, cache),
         target_short_hash=compute_short_hash(target),
         provenance=provenance | {key: value for key, value in hashes.items() if value},
     )

@@ -33,8 +33,7 @@ from .rows import check_coverage, outline_rows
 from .vectors import carry_vectors
 
 MakeNotes = Callable[[BasisCache], Mapping[str, str]]
-"""What the header of a result says of its making. It is computed when nothing can be refused any
-more, as it may read all bytes of the bases."""
+"""What the header of a result says of its making."""
 
 Depth = Literal["updates", "outline", "header"]
 """How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
