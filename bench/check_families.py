@@ -27,7 +27,7 @@ from families import linear_shapes, write_hollow_base
 from prolora import BaseCheck, UnsupportedFormat, check, open_base
 from prolora.adapters import Adapter
 from prolora.adapters.formats.encoding import FORMATS, outline_tensors
-from prolora.adapters.unread import TensorHeader, UnreadAdapter
+from prolora.adapters.lora import Header, Lora
 from prolora.adapters.writing import check_format
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
@@ -46,7 +46,7 @@ def select_blocks(names: list[str]) -> list[str]:
     return [n for n, b in blocks.items() if int(b.number) < 2 or int(b.number) == last[b.stack]]
 
 
-def outline_lora(family: str, layout: str, format: str, whole: bool) -> UnreadAdapter:
+def outline_lora(family: str, layout: str, format: str, whole: bool) -> Lora:
     """The header of a LoRA on what LoRAs are commonly trained on.
 
     Raises:
@@ -62,8 +62,8 @@ def outline_lora(family: str, layout: str, format: str, whole: bool) -> UnreadAd
     adapter = Adapter(updates, family=family)
     check_format(adapter, format)
     tensors = outline_tensors(adapter, format, torch.float16)
-    headers = {key: TensorHeader(x.dtype, tuple(x.shape)) for key, x in tensors.items()}
-    return UnreadAdapter(f"{layout} as {format}", headers, lambda key: torch.zeros(()), {})
+    headers = {key: Header(x.dtype, tuple(x.shape)) for key, x in tensors.items()}
+    return Lora(f"{layout} as {format}", headers, lambda key: torch.zeros(()), {})
 
 
 def judge(own: bool, answer: BaseCheck) -> str:

@@ -16,7 +16,6 @@ from .core.similarity import Similarity, principal_angles, similarity
 from .core.verdict import Verdict
 from .errors import (
     AlreadyMoved,
-    ForeignFile,
     HubUnavailable,
     InvalidOption,
     KernelFailure,
@@ -24,6 +23,7 @@ from .errors import (
     MissingFile,
     NonFiniteWeights,
     OutputError,
+    OutputExists,
     ProLoRAError,
     ShapeMismatch,
     SolverFailure,
@@ -48,10 +48,6 @@ from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
-from .workflow.fleet.plan import Plan
-from .workflow.fleet.planning import plan_migration
-from .workflow.fleet.run_options import MigrationOptions
-from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
 from .workflow.merge import merge, merge_file
 from .workflow.merge_options import MergeOptions
@@ -80,7 +76,6 @@ __all__ = [
     "ExtractOptions",
     "FitOptions",
     "FitSettings",
-    "ForeignFile",
     "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
@@ -90,12 +85,11 @@ __all__ = [
     "Method",
     "MethodChoice",
     "MethodName",
-    "MigrationOptions",
     "MissingFile",
     "NonFiniteWeights",
     "Outcome",
     "OutputError",
-    "Plan",
+    "OutputExists",
     "ProLoRAError",
     "ProjectionInfo",
     "Report",
@@ -132,11 +126,9 @@ __all__ = [
     "open_experts",
     "plan_extraction",
     "plan_fit",
-    "plan_migration",
     "plan_report",
     "principal_angles",
     "project",
-    "read_status",
     "require_cuda",
     "similarity",
     "transfer",

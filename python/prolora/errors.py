@@ -22,7 +22,6 @@ from .core.errors import (
 
 __all__ = [
     "AlreadyMoved",
-    "ForeignFile",
     "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
@@ -30,6 +29,7 @@ __all__ = [
     "MissingFile",
     "NonFiniteWeights",
     "OutputError",
+    "OutputExists",
     "ProLoRAError",
     "ShapeMismatch",
     "SolverFailure",
@@ -89,10 +89,10 @@ class OutputError(ProLoRAError):
     code = "output-error"
 
 
-class ForeignFile(OutputError):
-    """A file stands where the output goes, and prolora did not write it as it is."""
+class OutputExists(OutputError):
+    """Something has the name of the output; it is replaced only where the caller says so."""
 
-    code = "foreign-file"
+    code = "output-exists"
 
 
 class TooLittleMemory(ProLoRAError):

@@ -20,7 +20,7 @@ def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, case, 
     for word in ("energy", "coverage", "module", "drift", "cosine", "Φ"):
         assert word not in text
     assert "8 of 12 modules moved" not in text and "the target has no such module" not in text
-    code, text, _ = prolora(*line, "--explain")
+    code, text, _ = prolora(*line, "--explain", "--overwrite")
     assert "8 of 12 modules moved" in text and "the target has no such module" in text
     assert len(adapters.read_adapter(out).updates) == 8
     stored = json.loads(report.read_text())
@@ -123,7 +123,7 @@ def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
     )
     code, text, _ = prolora(*line, "--cache=none")
     assert code == 0 and not folder.exists() and "cache:" not in text
-    code, text, _ = prolora(*line)
+    code, text, _ = prolora(*line, "--overwrite")
     assert code == 0 and f"in {folder}" in text and "KiB" in text
     assert len(list(folder.rglob("*.safetensors"))) == 16
     (tmp_path / "file").write_text("")
@@ -435,10 +435,9 @@ def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):
     assert code == 0 and f"wrote {page}" in told
     assert "8 of 12 modules moved" in text and "--report report.html</code>" in text
     assert str(tmp_path) not in text  # pages are published
-    assert prolora(*line)[0] == 0  # replaces a page of its own
     page.write_text("<!DOCTYPE html><p>mine")
     code, _, error = prolora(*line)
-    assert code == 2 and "is not a report" in error and page.read_text().endswith("mine")
+    assert code == 2 and "report.html: exists" in error and page.read_text().endswith("mine")
 
 
 def test_the_page_of_several_loras_has_a_line_and_a_map_for_each(prolora, case, tmp_path):
@@ -451,6 +450,7 @@ def test_the_page_of_several_loras_has_a_line_and_a_map_for_each(prolora, case, 
     assert "<h1>2 LoRAs: 1 moved, 1 failed</h1>" in text
     assert text.count('<svg class="thumb"') == 1 and "&lt;b&gt;bad.safetensors" in text
     # Results that are there already have no numbers.
+    page.unlink()
     assert prolora(*line, "-o", tmp_path / "moved", "-q")[0] == 2
     assert "1 already there, 1 failed</h1>" in page.read_text("utf-8")
 
@@ -470,4 +470,5 @@ def test_an_update_that_could_not_be_read_is_no_full_success(prolora, case, tmp_
         assert code == 4 and "1 updates could not be read" in errors
         assert "fc1" in errors and "fc1" in text
     assert out.exists()
-    assert prolora(*line, "-o", out, "--text-encoder", "skip")[0] == 0
+    assert prolora(*line, "-o", out)[0] == 4  # which is kept
+    assert prolora(*line, "-o", out, "--text-encoder", "skip", "--overwrite")[0] == 0

@@ -193,10 +193,10 @@ MISTAKES = {
         (*MOVE, "-o", "mine.safetensors"),
         "choose another name, or allow it with --overwrite",
     ),
-    "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists and is not a card as prolora"),
+    "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists"),
     "somebody's file for a report": (
         (*MOVE, *TO, "--report", "foreign.json"),
-        "foreign.json: exists and is not a report as prolora wrote it",
+        "foreign.json: exists, and is not replaced",
     ),
     "the output for a report": (
         (*MOVE, *TO, "--report", "out.safetensors"),
@@ -204,11 +204,11 @@ MISTAKES = {
     ),
     "somebody's file for a map": (
         ("advise", *BASES, "--save-match", "foreign.json"),
-        "foreign.json: exists and is not a map as prolora wrote it",
+        "foreign.json: exists, and is not replaced",
     ),
     "a folder that cannot be an adapter": (
         (*MOVE, "-o", "words.txt", "--format", "peft"),
-        "words.txt: exists and is not a LoRA as prolora wrote it",
+        "words.txt: exists, and is not replaced",
     ),
     "a file for several LoRAs": (
         ("transfer", "loras/a.safetensors", "loras/b.safetensors", *BASES, "-o", "x.safetensors"),
@@ -271,14 +271,15 @@ MISTAKES = {
         ("advise", "--source", "source", "--target", "targte"),
         "targte: no such file, folder or model of the hub (org/name). Similar here: target",
     ),
-    "a plan of nothing": (("plan", "nothing", *BASES), "nothing: is no .safetensors file"),
-    "somebody's file for a plan": (
-        ("plan", "loras", *BASES, "-o", "foreign.json"),
-        "foreign.json: exists and is not a plan as prolora wrote it",
+    "a migration of nothing": (
+        ("migrate", "nothing", *BASES, "-o", "moved"),
+        "nothing: is no .safetensors file",
     ),
-    "a missing plan": (("migrate", "plan.jsonl", "-o", "moved"), "plan.jsonl: no such file"),
-    "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is not a plan"),
-    "the state of nothing": (("status", "loras"), "no migration was run into this folder"),
+    "a migration to nowhere": (("migrate", "loras", *BASES), "-o FOLDER is missing"),
+    "a shard that is none": (
+        ("migrate", "loras", *BASES, "-o", "moved", "--shard", "3/2"),
+        "shard is a part of the work, as 2/8, not '3/2'",
+    ),
     "a demo of what is not shipped": (("demo", "--target", "sdxl"), "unknown demo target 'sdxl'"),
     "a LoRA that is not shipped": (("demo", "--lora", "x"), "unknown demo LoRA 'x': choose from"),
     "subspaces of a LoRA": (("basis", "lora.safetensors"), "is a LoRA or a model with one"),

@@ -89,7 +89,7 @@ def test_a_narrow_terminal_loses_no_number(prolora, case, tmp_path, monkeypatch,
     bases = ("--source", source, "--target", target, "--cache=none")
     for line in (
         (
-            *("transfer", lora, *bases, "--method", "prolora", "--explain", "-o"),
+            *("transfer", lora, *bases, "--method", "prolora", "--explain", "--overwrite", "-o"),
             tmp_path / "o.safetensors",
         ),
         ("advise", *bases, "--explain"),

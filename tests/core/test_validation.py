@@ -19,11 +19,9 @@ from prolora import (
     truncated_svd,
 )
 from prolora.bases.cache.build import survey_base
-from prolora.cli.options import FleetResources, Resources
 from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
-from prolora.workflow.fleet.plan import Plan
 from prolora.workflow.options import settle_options
 
 
@@ -264,19 +262,6 @@ def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeyp
             with pytest.raises(KeyboardInterrupt):
                 call(**how)
     assert seen == ["cuda", "cpu"] * len(calls)
-
-
-def test_workers_of_a_plan_keep_to_the_cpu_unless_told_otherwise(one_card):
-    plan = Plan((), {})
-    assert plan.make_options().device == plan.make_options(device=None).device == "cpu"
-    assert plan.make_options(device="cuda").device == "cuda"
-
-
-def test_the_command_line_takes_a_gpu_for_a_job_here_and_none_for_workers(one_card):
-    ours, theirs = Resources(), FleetResources()
-    ours.check_device()
-    theirs.check_device()
-    assert (ours.device, theirs.device) == ("cuda", "cpu")
 
 
 def test_a_device_is_refused_before_anything_is_read(tmp_path):

@@ -16,11 +16,11 @@ from property_examples import examples
 from torch import Tensor
 
 from prolora.errors import UnsupportedFormat
-from prolora.files import safetensors_file
+from prolora.files import dtypes
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.writing import write_safetensors
 
-DTYPES = sorted(safetensors_file.DTYPES.values(), key=str)
+DTYPES = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
 FAST = settings(
     max_examples=examples(300),
     deadline=None,
@@ -258,7 +258,7 @@ def test_a_file_replaced_while_open_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": torch.ones(4)}, {})
     file = SafetensorsFile(path)
-    write_safetensors(path, {"a": torch.zeros(4)}, {})
+    write_safetensors(path, {"a": torch.zeros(4)}, {}, overwrite=True)
     with pytest.raises(UnsupportedFormat, match="changed while it was in use"):
         file.read("a")
 

@@ -100,6 +100,24 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
     ):
         report = prolora.transfer(lora, *bases).report
         assert ("draws in few steps." in report.in_words().headline) is told
+    best = prolora.transfer(lora, source, student, method="best").report
+    assert best.was_fitted and "student draws in few steps" in best.why
+    best = prolora.transfer(lora, teacher, student, method="best").report
+    assert not best.was_fitted and "No fit was made" in best.why
+
+
+@pytest.mark.parametrize("target, serves", [("tuned", True), ("pruned", False)])
+def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, serves):
+    few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
+    told: list[str] = []
+
+    def note(done: int, total: int, name: str) -> None:
+        told.append(name)
+
+    report = prolora.fit(*ends(room, target), progress=note, **few).report
+    assert told[0].startswith("Moving by weights serves here") is serves
+    assert ("`transfer` takes seconds" in str(report.in_words())) is serves
+    assert "as drawing" in told[0] and "as drawing" not in " ".join(told[1:])
 
 
 @pytest.mark.parametrize(
@@ -181,8 +199,7 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
     assert far[0].report.was_fitted
 
 
-@pytest.mark.parametrize("overwrite", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch, overwrite):
+def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch):
     lora, out = room / "lora.safetensors", tmp_path / "lora.safetensors"
     few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
     prolora.fit_file(*ends(room, "pruned"), out, seed=5, **few)
@@ -196,9 +213,9 @@ def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monk
     with monkeypatch.context() as cut:
         cut.setattr(batch, "fit_many", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prolora.transfer_many(*how, method="best", overwrite=overwrite)
+            prolora.transfer_many(*how, method="best", overwrite=True)
     assert out.read_bytes() == earlier
-    (done,) = prolora.transfer_many(*how, method="best", overwrite=overwrite)
+    (done,) = prolora.transfer_many(*how, method="best", overwrite=True)
     assert done.report.was_fitted and out.read_bytes() != earlier
 
 
@@ -241,7 +258,7 @@ def test_what_weights_give_is_kept_where_the_fits_of_a_folder_end_in_an_error(
 
     monkeypatch.setattr(batch, "fit_many", fail)
     with pytest.raises(type(error)):
-        prolora.transfer_many([lora], *bases, out.parent, method="best")
+        prolora.transfer_many([lora], *bases, out.parent, method="best", overwrite=there)
     if there:
         assert out.read_bytes() == earlier
         return
@@ -273,11 +290,6 @@ def test_what_a_fit_cannot_do_is_refused_by_each_job(room, tmp_path, changed):
 def test_every_option_of_a_transfer_is_one_of_a_fit_or_refused_with_the_best_method():
     shared = {known.name for known in fields(prolora.FitOptions)}
     assert set(OF_A_FIT_TOO) <= shared & {known.name for known in fields(prolora.TransferOptions)}
-
-
-def test_a_plan_of_a_collection_takes_methods_by_weights(room):
-    with pytest.raises(InvalidOption, match="moves by weights"):
-        prolora.plan_migration(*ends(room, "tuned"), method="best")
 
 
 @pytest.mark.parametrize(

@@ -268,9 +268,13 @@ def test_samples_of_another_guidance_of_the_target_are_others(probe_twin):
 def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
     pipeline = opened(stable_diffusion, tmp_path)
     settings = replace(SETTINGS, steps=25)
-    assert pipeline.derive_target_settings(settings).steps == 25
+    usual = pipeline.derive_target_settings(settings)
+    assert (usual.steps, usual.guidance) == (25, None)
     pipeline.pipe.scheduler = LCMScheduler(**tiny.ALPHAS)
-    assert pipeline.derive_target_settings(settings).steps == 4
+    few = pipeline.derive_target_settings(settings)
+    assert (few.steps, few.guidance) == (4, 1.0)  # and without guidance, unless it takes a scale
+    assert settings.for_target(True, embeds_guidance=True).guidance is None
+    assert pipeline.derive_target_settings(replace(settings, guidance=3.0)).guidance == 3.0
     assert pipeline.derive_target_settings(replace(settings, target_steps=2)).steps == 2
     assert pipeline.derive_target_settings(SETTINGS).steps == SETTINGS.steps == 2
 

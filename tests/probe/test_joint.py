@@ -567,9 +567,9 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
     assert "starting from the copied updates" in result.report.sentences()[0]
     outside = LowRank(0.1 * torch.ones(4, 1), torch.ones(1, 12) / 12)
     more = run(source, tuned, lora | {"leave": outside}, fit_steps=12)
-    assert more.report.left_out == {}
-    strength = more.report.gate.strength
-    torch.testing.assert_close(more.adapter.updates["leave"].dense(), strength * outside.dense())
+    assert more.report.left_out == {}  # modules outside the blocks go on from the copy, too
+    moved = more.adapter.updates["leave"].dense() / more.report.gate.strength
+    torch.testing.assert_close(moved, outside.dense(), atol=2e-3, rtol=0)
     assert run(source, permuted(source), lora, fit_steps=2, force=True).report.start == "zero"
 
 
@@ -626,23 +626,28 @@ def test_a_fit_from_zero_must_gain_more_than_the_bases_disagree():
 
 
 @pytest.mark.parametrize(
-    ("share", "copied", "apart", "strength"),
-    [
-        (0.96, None, 0.1, 1.0),
-        (0.6, 0.2, 0.1, 1.25),
-        (0.2, None, 0.8, 1.5),
-        (0.0, None, 0.1, 1.0),
-        (-0.5, None, 0.3, 1.0),
-        (math.nan, None, 0.3, 1.0),
-        (0.6, None, math.nan, 1.0),
-        (0.6, 0.3, 0.1, 1.0),
-        (0.6, None, 1.2, 1.0),
-    ],
+    ("apart", "few_step", "strength"), [(0.3, False, 1.25), (0.3, True, 1.0), (3.0, False, 1.0)]
 )
-def test_a_fit_from_nothing_is_written_stronger_than_it_was_fitted(share, copied, apart, strength):
-    rival = None if copied is None else {"all": copied}
-    assert gate.raise_strength(1.0, share, apart, rival) == strength
-    assert gate.raise_strength(0.75, share, apart, rival) == 0.75  # a weaker one is surely better
+def test_a_fit_from_nothing_is_written_stronger_than_it_was_fitted(apart, few_step, strength):
+    torch.manual_seed(0)
+    model, held_out = nn.Sequential(nn.Linear(6, 5, bias=False)), []
+    update = LowRank(torch.randn(5, 2), torch.randn(2, 6))
+    for number, origin in enumerate(("source", "adapted", "target") * 2):
+        x = torch.randn(20, 6)
+        call = Call((x,), {}, origin, (number,) * 20)
+        change, plain = x @ update.dense().mT, model(x).detach()
+        held_out.append(
+            WantedChange(call, plain, change, apart * change.std() * torch.randn(20, 5))
+        )
+
+    class Crossing(Translation):
+        same_noise = False
+
+    made = {"0": update}, held_out, Crossing(), None, "zero", True, few_step
+    verdict = gate.judge_updates(model, *made)
+    assert (verdict.decision, verdict.strength) == ("go", strength)
+    copied = gate.judge_updates(model, *made[:4], "copy", *made[5:])
+    assert copied.strength == 1.0
 
 
 def test_bases_that_predict_something_else_are_refused_where_no_copy_serves():

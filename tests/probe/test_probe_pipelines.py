@@ -144,8 +144,7 @@ def test_for_unrelated_bases_nothing_is_hashed_and_nothing_written(room, tmp_pat
     """Neither for what moving by weights gives meanwhile."""
     for name in ("hash_file", "read_blocks"):
         monkeypatch.setattr(identity, name, lambda *_: pytest.fail("a base was hashed"))
-    for known in (identity._hash_whole, identity._hash_samples):
-        known.cache_clear()
+    identity._known.clear()
     result = run(room, "other", tmp_path / "out.safetensors", *FEW)
     assert result.exit_code != 0
     assert isinstance(result.exception, UnrelatedBases), result.exception

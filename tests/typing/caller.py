@@ -58,9 +58,8 @@ prolora.TransferOptions("copy")  # mistake
 prolora.transfer_file(lora, source, target, out, format="webui")  # mistake
 prolora.transfer_many(lora, source, target, "folder")  # mistake
 prolora.plan_report(lora, source, target, min_coverage="0.5")  # mistake
-prolora.plan_migration([lora], {"a": source}, {"b": target}, metod="copy")  # mistake
-prolora.migrate("plan.jsonl", "folder", workers="two")  # mistake
-prolora.migrate("plan.jsonl", "folder", engin="ray")  # mistake
+prolora.migrate([lora], "a", "b", "folder", metod="copy")  # mistake
+prolora.migrate([lora], "a", "b", "folder", shard=2)  # mistake
 prolora.fit(lora, source, target, prompts="a cat")  # mistake
 prolora.fit(lora, source, target, method="copy")  # mistake
 prolora.advise(source, target, measure="yes")  # mistake

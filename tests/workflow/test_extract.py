@@ -293,7 +293,7 @@ def test_the_inputs_and_foreign_files_are_not_overwritten(tmp_path):
             prolora.extract_file(old, new, out)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"mine")
-    with pytest.raises(prolora.ForeignFile):
+    with pytest.raises(prolora.OutputExists):
         prolora.extract_file(old, new, other)
     assert other.read_bytes() == b"mine"
 

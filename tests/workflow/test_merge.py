@@ -152,7 +152,7 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
     with pytest.raises(prolora.OutputError):
         prolora.merge_file(paths, paths[1])
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
-    with pytest.raises(prolora.ForeignFile):
+    with pytest.raises(prolora.OutputExists):
         prolora.merge_file(paths, tmp_path / "mine.safetensors")
 
 

@@ -18,14 +18,13 @@ from prolora.workflow.advice_options import AdviceChanges, AdviceOptions
 from prolora.workflow.convert_options import ConvertChanges, ConvertOptions
 from prolora.workflow.extract_options import ExtractChanges, ExtractOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
-from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
 from prolora.workflow.merge_options import MergeChanges, MergeOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
 TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
 FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
-FUNCTIONS += [(prolora.migrate, MigrationOptions)]
+FUNCTIONS += [(prolora.migrate, TransferOptions)]
 EXTRACTIONS = [prolora.extract, prolora.extract_file, prolora.plan_extraction]
 FUNCTIONS += [(f, ExtractOptions) for f in EXTRACTIONS]
 FUNCTIONS += [(f, ConvertOptions) for f in (prolora.convert, prolora.convert_file)]
@@ -51,7 +50,6 @@ def test_help_shows_every_option_with_its_default(function, kind):
         (TransferOptions, OptionChanges),
         (FitOptions, FitChanges),
         (AdviceOptions, AdviceChanges),
-        (MigrationOptions, MigrationChanges),
         (ExtractOptions, ExtractChanges),
         (ConvertOptions, ConvertChanges),
         (MergeOptions, MergeChanges),
@@ -70,7 +68,7 @@ def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
         prolora.transfer(*write_case(tmp_path), metod="copy")
 
 
-FUNCTIONS += [(prolora.advise, AdviceOptions), (prolora.plan_migration, TransferOptions)]
+FUNCTIONS += [(prolora.advise, AdviceOptions)]
 FUNCTIONS += [(prolora.load_moved_lora, TransferOptions)]
 
 

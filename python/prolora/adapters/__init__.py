@@ -1,28 +1,42 @@
 """LoRA files <-> `Adapter`."""
 
-from .adapter import Adapter
-from .formats.groups import Group, group_modules, resolve_format
-from .naming import BaseNames
-from .reading import outline_adapter, read_adapter
-from .writing import (
-    adapter_file_size,
-    check_format,
-    describe_peft_config,
-    encode_state_dict,
-    write_adapter,
-)
+from __future__ import annotations
 
-__all__ = [
-    "Adapter",
-    "BaseNames",
-    "Group",
-    "adapter_file_size",
-    "check_format",
-    "describe_peft_config",
-    "encode_state_dict",
-    "group_modules",
-    "outline_adapter",
-    "read_adapter",
-    "resolve_format",
-    "write_adapter",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .formats.groups import Group as Group
+    from .formats.groups import group_modules as group_modules
+    from .formats.groups import resolve_format as resolve_format
+    from .lora import Lora as Lora
+    from .naming import BaseNames as BaseNames
+    from .reading import outline_adapter as outline_adapter
+    from .reading import read_adapter as read_adapter
+    from .writing import adapter_file_size as adapter_file_size
+    from .writing import check_format as check_format
+    from .writing import describe_peft_config as describe_peft_config
+    from .writing import encode_state_dict as encode_state_dict
+    from .writing import write_adapter as write_adapter
+
+# Loaded when asked for: headers are read without torch.
+_HOMES = {
+    "adapter": ["Adapter"],
+    "formats.groups": ["Group", "group_modules", "resolve_format"],
+    "lora": ["Lora"],
+    "naming": ["BaseNames"],
+    "reading": ["outline_adapter", "read_adapter"],
+    "writing": [
+        *("adapter_file_size", "check_format", "describe_peft_config"),
+        *("encode_state_dict", "write_adapter"),
+    ],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a name of the table."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,20 +22,20 @@ class Adapter:
             `text_encoder_3.`. Factors are float32 on the CPU: up [out, r], down [r, in·kh·kw].
         kernels: (kh, kw), or (k,), of the modules that are convolutions, 1×1 ones included; linear
             modules have no entry.
-        vectors: what is added to biases and to the weights of normalisation layers, by
+        vectors: differences of biases and of the weights of normalisation layers, by
             "module.bias" or "module.weight", float32 [n].
-        format: the family it came in: "kohya", "diffusers", "peft" or "comfy".
+        format: the format it came in: "kohya", "diffusers", "peft" or "comfy".
         spelling: how the file spells its modules: "diffusers", or "sgm" for the names of the
-            original checkpoints (SGM's UNets, the authors' of a transformer).
-        family: id of the family whose names the modules of a transformer have, None where several
-            families have them or none that is known.
-        style: how the file spells the modules of a transformer; None where it has none.
+            original checkpoints (SGM's UNets, the authors of a transformer).
+        family: id of the family whose names the modules of a transformer have; None where several
+            families have them, or no known one.
+        style: how the file spells the modules of a transformer; None without any.
         dtype: the storage dtype of the factors in the file.
         metadata: the file's own header metadata, untouched.
         algorithms: module -> kind of update in the file ("lora", "locon", "tucker", "loha", "lokr",
             "full", "glora", "oft"; "+dora" behind it for rescaled ones); "lora" has no entry.
-        kept_energy: module -> share of ‖ΔW‖² that `updates` holds, for those whose rank was too
-            high to be kept exactly (see `truncation`); all others are exact and have no entry.
+        kept_energy: module -> share of ‖ΔW‖² in `updates`, where the rank was too high to be
+            kept exactly (see `truncation`); all others are exact and have no entry.
         left_out: tensor or module of the file that is in neither of the two -> the reason. Nothing
             else of a file is ever left out.
         unread: module among `left_out` that has an update -> its (out, in, rank).
@@ -65,7 +65,7 @@ class Adapter:
         metadata: Mapping[str, str] | None = None,
         read_weight: Callable[[str], Tensor] | None = None,
     ) -> Adapter:
-        """Reads a LoRA that is in memory, in any spelling that a file may have.
+        """Reads a LoRA in memory, in any spelling of files.
 
         Args:
             tensors: key -> tensor, dense, on any device; copied.
@@ -82,7 +82,7 @@ class Adapter:
         return read_adapter(tensors, metadata=metadata, read_weight=read_weight)
 
     def __repr__(self) -> str:
-        """One line: how many modules of which ranks, and how they are stored."""
+        """One line: the number of modules, their ranks and their storage."""
         ranks = sorted({update.rank for update in self.updates.values()})
         of = f" of rank {ranks[0]}" if len(ranks) == 1 else ""
         of = f" of ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else of
@@ -91,7 +91,7 @@ class Adapter:
         return f"Adapter({len(self.updates)} modules{of}{vectors}, {self.format}, {dtype})"
 
     def with_updates(self, updates: dict[str, LowRank]) -> Adapter:
-        """The same adapter with other updates, without what it knew of absent modules."""
+        """Returns the same adapter with other updates, without facts about absent modules."""
         kernels = {name: kernel for name, kernel in self.kernels.items() if name in updates}
         algorithms = {name: kind for name, kind in self.algorithms.items() if name in updates}
         kept = {name: share for name, share in self.kept_energy.items() if name in updates}

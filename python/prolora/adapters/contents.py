@@ -9,7 +9,8 @@ from dataclasses import replace
 from ..architectures.modules import find_component
 from ..architectures.recognition import find_parts
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
-from . import fused_updates, vectors
+from ..files.dtypes import is_floating, spell_dtype
+from . import vectors
 from .algorithms import forms
 from .family import guess_family
 from .folder import PEFT_CONFIG
@@ -21,24 +22,35 @@ from .formats.peft_config import (
 )
 from .keys import module_names
 from .keys.module_names import ModulePath
-from .naming import BaseNames, choose_names, list_matrices, most_common_spelling
+from .lora import Lora
+from .naming import (
+    BaseNames,
+    choose_names,
+    list_matrices,
+    most_common_spelling,
+    split_rows,
+)
 from .slots import Contents, Slot, explain_refusal, group_keys
-from .unread import UnreadAdapter
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
-def parse_contents(source: UnreadAdapter, base: BaseNames | None = None) -> Contents:
-    """The updates of an adapter in file order; no tensor is read.
-
-    Args:
-        source: the adapter.
-        base: what is known of the base model it belongs to.
+def parse_contents(source: Lora, base: BaseNames | None = None) -> Contents:
+    """Lists the updates of an adapter in file order; no tensor is read.
 
     Raises:
         UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
         ShapeMismatch: tensors that do not go together.
     """
+    known = (base.family, id(base.modules)) if base else None
+    if known not in source.parsed:
+        # The names are kept beside what was found by them, so that their id stays theirs.
+        source.parsed[known] = base, _parse_contents(source, base)
+    found: Contents = source.parsed[known][1]
+    return found
+
+
+def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
     if source.config is not None:
         scaling_from_config(
             source.config, f"{source.where}: {PEFT_CONFIG}"
@@ -92,7 +104,7 @@ def _restore_dots(contents: Contents, modules: Collection[str]) -> None:
 
 
 def _settle_t5(slots: list[Slot], family: str | None) -> list[Slot]:
-    """Renames T5, which kohya and ComfyUI count as the third encoder, to its number in diffusers.
+    """Renames T5, kohya's and ComfyUI's third encoder, to its number in diffusers.
 
     FLUX has two text encoders and T5 is the second; SD3 has three.
     """
@@ -109,15 +121,15 @@ def _settle_t5(slots: list[Slot], family: str | None) -> list[Slot]:
     return slots
 
 
-def _peft_scalings(source: UnreadAdapter, prefixes: set[str]) -> dict[str, PeftScaling]:
-    """Component prefix -> the configuration its modules are scaled by."""
+def _peft_scalings(source: Lora, prefixes: set[str]) -> dict[str, PeftScaling]:
+    """Returns component prefix -> the configuration that scales its modules."""
     if source.config is not None:
         scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
         return dict.fromkeys(prefixes, scaling)
     return scalings_from_metadata(source.metadata, prefixes, source.where)
 
 
-def _check_complete(slot: Slot, source: UnreadAdapter) -> None:
+def _check_complete(slot: Slot, source: Lora) -> None:
     """Refuses an update that lacks a tensor or has one of another kind."""
     present = next(iter(slot.keys.values()))
     role = forms.find_missing_role(slot.keys.keys())
@@ -135,14 +147,14 @@ def _check_complete(slot: Slot, source: UnreadAdapter) -> None:
         )
 
 
-def _check_shapes(slot: Slot, source: UnreadAdapter) -> None:
+def _check_shapes(slot: Slot, source: Lora) -> None:
     """Finds the form of the update, or says which tensors do not fit."""
     headers = {role: source.headers[key] for role, key in slot.keys.items()}
     for role, header in headers.items():
-        if role not in forms.NUMBERS and not header.dtype.is_floating_point:
+        if role not in forms.NUMBERS and not is_floating(header.dtype):
             raise UnsupportedFormat(
-                f"{source.where}: {slot.keys[role]} is stored as {header.dtype}, not as floating "
-                "point"
+                f"{source.where}: {slot.keys[role]} is stored as {spell_dtype(header.dtype)}, not "
+                "as floating point"
             )
     if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
         raise UnsupportedFormat(explain_refusal(source, slot.keys["oft_blocks"], "boft"))
@@ -168,17 +180,17 @@ def _check_shapes(slot: Slot, source: UnreadAdapter) -> None:
     slot.form = form
     if slot.module.matrix:
         where = f"{source.where}: {next(iter(slot.keys.values()))}"
-        fused_updates.split_rows(slot.module.matrix, form.out, where)
+        split_rows(slot.module.matrix, form.out, where)
 
 
-def read_scale(slot: Slot, source: UnreadAdapter) -> float:
-    """The factor in front of an update; reads no more than its alpha, scale and scalar.
+def read_scale(slot: Slot, source: Lora) -> float:
+    """Returns the factor in front of an update; reads only alpha, scale and scalar.
 
     Raises:
         NonFiniteWeights: one of them is not finite.
         UnsupportedFormat: the tensor and the PEFT configuration contradict each other.
     """
-    # Programs that read `scale` read no alpha beside it.
+    # Programs that read `scale` ignore an alpha beside it.
     role = "scale" if "scale" in slot.keys else "alpha"
     stated = _read_number(slot, role, source)
     if role == "alpha" and stated is not None:
@@ -199,8 +211,8 @@ def read_scale(slot: Slot, source: UnreadAdapter) -> float:
     return scale if scalar is None else scale * scalar
 
 
-def _read_number(slot: Slot, role: str, source: UnreadAdapter) -> float | None:
-    """The value of a tensor of one number, None if the slot has none of that role."""
+def _read_number(slot: Slot, role: str, source: Lora) -> float | None:
+    """Reads a tensor of one number, None if the slot lacks that role."""
     if role not in slot.keys:
         return None
     value = float(source.read(slot.keys[role]).double())
@@ -210,7 +222,7 @@ def _read_number(slot: Slot, role: str, source: UnreadAdapter) -> float | None:
 
 
 def _expected_shapes(slot: Slot) -> str:
-    """The shapes there should be."""
+    """Says which shapes were expected."""
     family = forms.kind_of_roles(slot.keys.keys())
     if family == "lora" and "mid" not in slot.keys:
         return (
@@ -219,7 +231,7 @@ def _expected_shapes(slot: Slot) -> str:
     return f"they are not the shapes of a {forms.ALGORITHM_NAMES[family]}"
 
 
-def _check_config(slot: Slot, source: UnreadAdapter) -> None:
+def _check_config(slot: Slot, source: Lora) -> None:
     """Refuses a configuration for other ranks or another kind: it belongs to another file."""
     if slot.peft is None:
         return
@@ -246,8 +258,8 @@ def _check_config(slot: Slot, source: UnreadAdapter) -> None:
         )
 
 
-def _check_one_model(slots: list[Slot], source: UnreadAdapter) -> None:
-    """Refuses updates of a UNet's blocks beside those of a transformer's."""
+def _check_one_model(slots: list[Slot], source: Lora) -> None:
+    """Refuses updates of a UNet's blocks beside updates of a transformer's."""
     unet = [slot for slot in slots if slot.module.name.startswith(_UNET_BLOCKS)]
     transformer = [slot for slot in slots if slot.module.spelling and ".0." in slot.module.name]
     if unet and transformer:
@@ -258,7 +270,7 @@ def _check_one_model(slots: list[Slot], source: UnreadAdapter) -> None:
         )
 
 
-def _check_parts(slots: list[Slot], source: UnreadAdapter) -> None:
+def _check_parts(slots: list[Slot], source: Lora) -> None:
     """Refuses a module with an update of its own and one in a fused weight."""
     seen: dict[str, str] = {}
     for slot in slots:

@@ -1,4 +1,4 @@
-"""Which family an adapter or checkpoint is of, by module names, shapes and metadata."""
+"""The family of an adapter or checkpoint, by names, shapes and metadata."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def guess_family(
     spelling: Spelling | None = None,
     matrices: Iterable[NamedMatrix] = (),
 ) -> str | None:
-    """The id of a family ("sd15", "sdxl", "flux", …), None rather than a wrong one.
+    """Returns the id of a family ("sd15", "sdxl", "flux", …), None if unsure.
 
-    Arguments are those of `guess_families`.
+    Arguments as for `guess_families`.
     """
     families = guess_families(shapes, metadata, spelling, matrices)
     return families[0] if len(families) == 1 else None
@@ -56,7 +56,7 @@ def guess_families(
     spelling: Spelling | None = None,
     matrices: Iterable[NamedMatrix] = (),
 ) -> tuple[str, ...]:
-    """The ids of the families that an adapter or checkpoint can be of; none if nothing tells.
+    """Returns the ids of all families that an adapter or checkpoint can belong to.
 
     Names and shapes decide; what the metadata claims decides between families that fit equally
     well, and where names and shapes say nothing. Metadata that contradicts them leaves it open.
@@ -64,10 +64,10 @@ def guess_families(
     Args:
         shapes: canonical module name -> out × in, 0 where it is not known.
         metadata: header metadata of the file.
-        spelling: of a transformer's modules in the file. Of families that fit equally well, those
-            remain of which files in this spelling exist.
-        matrices: a transformer's modules under the names of the file, which may be its authors':
-            those tell more than the canonical ones.
+        spelling: of a transformer's modules in the file. Among families that fit equally well, only
+            those with files in this spelling remain.
+        matrices: a transformer's modules under the names of the file, which may be its authors'
+            and then tell more than the canonical ones.
     """
     claimed = claimed_family(metadata)
     unet = [name for name in shapes if find_component(name) == "unet"]
@@ -94,7 +94,7 @@ def guess_families(
     if spelling is None:
         return ids
     read = tuple(f.id for f in recognition.families if is_read(f, spelling))
-    # A trainer may write what no program reads that was tried: that alone makes nothing certain.
+    # A trainer may write what no tried program reads: that alone makes nothing certain.
     certain = len(read) == 1 and is_usual(known_families()[read[0]], spelling)
     return read if len(read) > 1 or certain else ids
 
@@ -102,10 +102,10 @@ def guess_families(
 def choose_reading(
     matrices: Iterable[NamedMatrix], metadata: Mapping[str, str], expected: str | None
 ) -> Family | None:
-    """The family by whose names an adapter is read; None where no family knows them.
+    """Returns the family by whose names an adapter is read; None if unknown.
 
-    Where several families have the names, they mostly mean the same modules; the family of the base
-    and the metadata decide for those that do not.
+    Where several families have the names, they mostly mean the same modules; where they do not, the
+    family of the base and the metadata decide.
 
     Args:
         matrices: the modules of its transformer as the file names them.
@@ -121,7 +121,7 @@ def choose_reading(
 
 
 def claimed_family(metadata: Mapping[str, str]) -> str | None:
-    """The family that the metadata claims: by the base's hash, its version or its architecture."""
+    """Returns the family that the metadata claims by hash, version or architecture."""
     known = known_base(metadata)
     if known:
         return known[1]
@@ -130,7 +130,7 @@ def claimed_family(metadata: Mapping[str, str]) -> str | None:
 
 
 def _find_claim(metadata: Mapping[str, str]) -> str | None:
-    """The key of `_claims` that the metadata begins with."""
+    """Returns the key of `_claims` that the metadata begins with."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").lower()
         # The longest beginning: "flux2" is not "flux".
@@ -142,22 +142,21 @@ def _find_claim(metadata: Mapping[str, str]) -> str | None:
 
 @cache
 def _claims() -> dict[str, str]:
-    """How versions and architectures begin in metadata -> family."""
+    """Returns how versions and architectures begin in metadata -> family."""
     return {start: family.id for family in known_families().values() for start in family.claims}
 
 
 def claimed_version(metadata: Mapping[str, str]) -> str | None:
-    """What the metadata calls the model within its family: "FLUX.1 Kontext", "Wan 2.2"."""
+    """Returns the metadata's name of the model: "FLUX.1 Kontext", "Wan 2.2"."""
     start = _find_claim(metadata)
     family = known_families()[_claims()[start]] if start else None
     return family.claims[start] if family and start else None
 
 
 def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-    """The ids of the published sizes in which all modules of a transformer have their shapes.
+    """Returns the ids of the published sizes that fit all modules of a transformer.
 
-    Args:
-        shapes: canonical module name -> out × in, 0 where it is not known.
+    `shapes` is canonical module name -> out × in, 0 where it is not known.
     """
     return recognise_families(
         NamedMatrix(name, True, shape)
@@ -167,7 +166,7 @@ def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
 
 
 def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """(file name, family) of the base model whose full hash the metadata gives, if it is known."""
+    """Returns (file name, family) of a known base model by its full hash."""
     return _KNOWN_FILES.get(metadata.get("ss_new_sd_model_hash", "").lower())
 
 
@@ -184,7 +183,7 @@ def _unet_family(unet: list[str], context: int | None) -> str | None:
 
 
 def _sdxl_family(unet: list[str]) -> str:
-    """SDXL, KOALA, or one of the other two pruned students, by the depth of the lowest block."""
+    """Tells SDXL and its pruned students apart by the depth of the lowest block."""
     if _is_koala(unet):
         return "koala"
     lowest = [name for name in unet if name.startswith("down_blocks.2.attentions.")]
@@ -195,7 +194,10 @@ def _sdxl_family(unet: list[str]) -> str:
 
 
 def _is_koala(unet: list[str]) -> bool:
-    """KOALA has one attention in a down block and two in an up block, SDXL two and three."""
+    """Recognises KOALA: one attention in a down block, two in an up block.
+
+    SDXL has two and three.
+    """
     places = [name.split(".")[:4] for name in unet if ".attentions." in name]
     down = {(block, layer) for side, block, _, layer in places if side == "down_blocks"}
     up = {layer for side, _, _, layer in places if side == "up_blocks"}
@@ -203,7 +205,7 @@ def _is_koala(unet: list[str]) -> bool:
 
 
 def _is_pruned_sd1(unet: list[str]) -> bool:
-    """The BK-SDM students have one layer in every down block, SD1.5 has two."""
+    """Recognises the BK-SDM students: one layer in every down block, SD1.5 has two."""
     down = [name for name in unet if name.startswith("down_blocks.")]
     attentions = {name.split(".")[3] for name in down if ".attentions." in name}
     return attentions == {"0"} and not any(n.startswith("mid_block.attentions.") for n in unet)

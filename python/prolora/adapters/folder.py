@@ -13,11 +13,7 @@ ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, *PICKLES)
 
 
 def choose_files(names: Container[str]) -> list[str]:
-    """The files that are read as the adapter of a folder, the weights last; none if it has none.
-
-    Args:
-        names: of the files in it.
-    """
+    """Returns the files of a folder's adapter, the weights last; empty without any."""
     if PEFT_CONFIG in names:
         return [PEFT_CONFIG, PEFT_WEIGHTS] if PEFT_WEIGHTS in names else []
     return [DIFFUSERS_WEIGHTS] if DIFFUSERS_WEIGHTS in names else []

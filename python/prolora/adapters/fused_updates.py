@@ -1,7 +1,8 @@
-"""Updates of the authors' fused weights <-> updates of their parts, which are their rows.
+"""Updates of the authors' fused weights <-> updates of their parts.
 
-Parts are what prolora moves, so that a result does not depend on how a file or a base was laid out.
-Which modules a fused weight consists of: `architectures.families`.
+The parts are rows of the fused weight. prolora moves parts, so that a result does not depend on how
+a file or a base was laid out. `architectures.families` says which modules a fused weight consists
+of.
 """
 
 from __future__ import annotations
@@ -14,37 +15,18 @@ from torch import Tensor
 from ..architectures.family import AuthorsWeight
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch
-
-
-def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
-    """The height of every part of a weight of `height` rows.
-
-    Raises:
-        ShapeMismatch: the parts do not come out even.
-    """
-    unit, rest = divmod(height, sum(whole.shares))
-    if rest or not unit or (whole.swap == "always" and height % 2):
-        raise ShapeMismatch(
-            f"{where}: {height} rows are not those of {' + '.join(whole.parts)}, "
-            f"{':'.join(map(str, whole.shares))}"
-        )
-    return [share * unit for share in whole.shares]
+from .naming import split_rows
 
 
 def split_update(whole: AuthorsWeight, update: LowRank, where: str) -> dict[str, LowRank]:
-    """The updates of the parts, exactly.
+    """Splits an update exactly into the updates of the parts.
 
     Columns of `up` that are zero in all rows of a part say nothing about it and are left out: this
     undoes the block-diagonal `up` of kohya's trainer. A part with no column left has no update,
-    unless none has any.
-
-    Args:
-        whole: what the update is of.
-        update: up [m, r] and down [r, n], as the file lays it out.
-        where: for messages.
+    unless all parts are empty. `update` is as the file lays it out.
 
     Raises:
-        ShapeMismatch: the rows are not those of the parts.
+        ShapeMismatch: the rows do not fit the parts.
     """
     heights = split_rows(whole, update.shape[0], where)
     if len(whole.parts) == 1:
@@ -62,7 +44,7 @@ def split_update(whole: AuthorsWeight, update: LowRank, where: str) -> dict[str,
 
 
 def fused_height(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> int:
-    """The rows of `whole`, from those of some of its parts.
+    """Returns the rows of `whole`, computed from some of its parts.
 
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
@@ -79,7 +61,7 @@ def fused_height(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> int:
 
 
 def fused_rank(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> int:
-    """The rank that `fuse_updates` comes to."""
+    """Returns the rank of `fuse_updates`' result."""
     updates = list(parts.values())
     if len(whole.parts) == 1 or _share_down(updates):
         return updates[0].rank
@@ -92,10 +74,10 @@ def _share_down(updates: list[LowRank]) -> bool:
 
 
 def fuse_updates(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> LowRank:
-    """The update of the original weight, from those of its parts; a part without one gets zeros.
+    """Returns the update of the fused weight; a part without one gets zeros.
 
     Where all parts have one `down`, it is kept and the rank with it. Otherwise `up` is
-    block-diagonal and the rank is the sum of theirs.
+    block-diagonal and the rank is the sum of the parts' ranks.
 
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
@@ -123,10 +105,10 @@ def fuse_updates(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> LowRank:
 def unfuse_update(
     whole: AuthorsWeight, update: LowRank, modules: Iterable[str]
 ) -> dict[str, LowRank]:
-    """Some parts of an update of the original weight, as `fuse_updates` puts them together again.
+    """Splits an update of the fused weight so that `fuse_updates` restores it.
 
-    All keep the whole `down`, so that its rank stays what it is; `split_update` leaves out what a
-    part does not use.
+    All parts keep the whole `down`, so that its rank stays what it is; `split_update` leaves out
+    what a part does not use.
     """
     if len(whole.parts) == 1:
         return {whole.parts[0]: _swap_update(whole, update)}
@@ -137,13 +119,13 @@ def unfuse_update(
 
 
 def _swap_update(whole: AuthorsWeight, update: LowRank) -> LowRank:
-    """An update with the halves of its rows swapped, if the authors' weight has them so."""
+    """Swaps the halves of an update's rows if the authors' weight has them so."""
     return (
         LowRank(swap_halves(update.up), update.down) if whole.is_swapped(update.shape) else update
     )
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """The lower half of the rows above the upper half."""
+    """Puts the lower half of the rows above the upper half."""
     upper, lower = tensor.chunk(2)
     return torch.cat([lower, upper])

@@ -28,7 +28,9 @@ _MOST_LISTED = 12
 
 
 def locate_adapter(lora: str | os.PathLike[str]) -> Path:
-    """Where a LoRA lies: here, or in the hub's cache if it is an id and nothing here is called so.
+    """Returns the local path of a LoRA, or its path in the hub's cache.
+
+    It is looked up on the hub if it is an id and no local file has that name.
 
     Raises:
         UnsupportedFormat: as `fetch_adapter`.
@@ -38,7 +40,7 @@ def locate_adapter(lora: str | os.PathLike[str]) -> Path:
 
 
 def look_for_adapter(lora: str | os.PathLike[str]) -> Path:
-    """`locate_adapter` for those who only look: what is not found is where its name says."""
+    """Tries `locate_adapter`; if it fails, returns the name as a path."""
     try:
         return locate_adapter(lora)
     except ProLoRAError:
@@ -46,15 +48,15 @@ def look_for_adapter(lora: str | os.PathLike[str]) -> Path:
 
 
 def fetch_adapter(id_: HubId) -> Path:
-    """The local file or folder of a LoRA, downloaded unless the hub's cache has it.
+    """Returns the local path of a LoRA, downloaded unless the cache has it.
 
-    Of a repository, or of the folder that the id names, it is what PEFT saves there, what diffusers
-    saves, or the only .safetensors file. What an id stands for is asked for once in a process: so
-    what is hashed is what is read, whatever is uploaded meanwhile.
+    In a repository, or in the folder that the id names, it is what PEFT saves there, what diffusers
+    saves, or the only .safetensors file. An id is asked for once in a process: so what is hashed is
+    what is read, whatever is uploaded meanwhile.
 
     Raises:
         MissingFile: `huggingface_hub` is not installed, or the hub does not give it.
-        UnsupportedFormat: there is no LoRA, or several and none is named.
+        UnsupportedFormat: no LoRA, or several and the id names none of them.
     """
     path = _fetch_once(id_)
     if not os.path.exists(path):  # the hub's cache was emptied since
@@ -81,11 +83,7 @@ def _fetch_once(id_: HubId) -> Path:
 
 
 def _choose_hub_files(names: list[str], id_: HubId) -> list[str]:
-    """The files of a repository that are the LoRA.
-
-    Args:
-        names: of all its files.
-        id_: what was asked for.
+    """Returns the LoRA's files among all names in a repository.
 
     Raises:
         UnsupportedFormat: as `fetch_adapter`.
@@ -113,13 +111,10 @@ def _choose_hub_files(names: list[str], id_: HubId) -> list[str]:
 
 
 def fetch_adapters(address: str) -> list[Path]:
-    """The local folders of a repository's adapters, or of those of a collection of repositories.
+    """Returns the local folders of all adapters in a repository or a collection.
 
     Only .safetensors files and the configurations of adapters are fetched, unless the hub's cache
-    has them.
-
-    Args:
-        address: an id as `parse_hub_id` takes it, or `hf://collections/org/slug`.
+    has them. `address` is an id as `parse_hub_id` takes it, or `hf://collections/org/slug`.
 
     Raises:
         MissingFile: `huggingface_hub` is not installed, or the hub does not give it.

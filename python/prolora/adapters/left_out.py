@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from .algorithms import forms
 from .keys import tensor_keys
-from .unread import UnreadAdapter
+from .lora import Lora
 
 UNKNOWN_UPDATE = "an update of a module that prolora does not know"
 """Why it stays behind; it may be all that is left of one whose name was damaged."""
@@ -17,9 +17,9 @@ Size = tuple[int, int, int]
 
 
 def leave_out_foreign(
-    unknown: Iterable[str], left_out: dict[str, str], source: UnreadAdapter
+    unknown: Iterable[str], left_out: dict[str, str], source: Lora
 ) -> dict[str, Size]:
-    """Names what is not understood among much that is; (out, in, rank) of what is an update."""
+    """Records the unknown tensors of a file; returns (out, in, rank) of updates."""
     updates: dict[str, dict[str, str]] = {}
     for key in unknown:
         path_and_role = tensor_keys.split_role(key)
@@ -35,16 +35,14 @@ def leave_out_foreign(
 
 
 def find_unknown_updates(left_out: Mapping[str, str]) -> list[str]:
-    """Those of the tensors left out that may be what is left of an update."""
+    """Returns the left-out tensors that may be the rest of an update."""
     return [name for name, why in left_out.items() if why == UNKNOWN_UPDATE]
 
 
-def measure_update(keys: Mapping[str, str], source: UnreadAdapter) -> Size | None:
-    """(out, in, rank) of an update by the shapes of its tensors; None if these do not tell.
+def measure_update(keys: Mapping[str, str], source: Lora) -> Size | None:
+    """Returns (out, in, rank) of an update from its shapes, None if unclear.
 
-    Args:
-        keys: role -> key.
-        source: the adapter.
+    `keys` is role -> key.
     """
     shapes = {role: source.headers[key].shape for role, key in keys.items()}
     if forms.find_missing_role(shapes.keys()) is None and (form := forms.derive_form(shapes)):
@@ -54,12 +52,10 @@ def measure_update(keys: Mapping[str, str], source: UnreadAdapter) -> Size | Non
     return None
 
 
-def find_volumes(slots: Mapping[str, Mapping[str, str]], source: UnreadAdapter) -> list[str]:
-    """The modules with an update of a convolution over time.
+def find_volumes(slots: Mapping[str, Mapping[str, str]], source: Lora) -> list[str]:
+    """Returns the modules with an update of a convolution over time.
 
-    Args:
-        slots: module -> role -> key.
-        source: the adapter.
+    `slots` is module -> role -> key.
     """
     return [
         name
@@ -71,11 +67,9 @@ def find_volumes(slots: Mapping[str, Mapping[str, str]], source: UnreadAdapter) 
 def find_neighbours(
     keys: Collection[str], updates: Mapping[str, Iterable[str]]
 ) -> dict[str, tuple[str, str]]:
-    """Key -> (module, suffix) of every tensor that stands beside an update and is no part of it.
+    """Returns key -> (module, suffix) of tensors beside an update, not part of it.
 
-    Args:
-        keys: of tensors that are not read.
-        updates: module -> the keys of what is read of it.
+    `keys` are the tensors that are not read; `updates` is module -> the keys that are read.
     """
     if not keys:
         return {}

@@ -8,33 +8,32 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from ..architectures.family import SPELLINGS, Family, Spelling
+from ..architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ..architectures.ldm import ADM, is_adm
 from ..architectures.modules import find_block, is_in_adm
 from ..architectures.recognition import NamedMatrix
+from ..errors import ShapeMismatch
 from .algorithms import forms
 from .family import choose_reading
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
-from .unread import UnreadAdapter
+from .lora import Lora
 
 _ADM_ATTENTION = re.compile(r"(?:(?:in|out)put_blocks[._]\d+[._]\d+|middle_block[._]\d+)[._]qkv$")
 
 
 class BaseNames(NamedTuple):
-    """What is known of the base model that an adapter belongs to.
+    """What is known of the base model that an adapter belongs to."""
 
-    Attributes:
-        family: id of its family, None if it is not known.
-        modules: its canonical module names; empty if they are not known.
+    family: str | None = None  # None if it is not known
+    modules: Collection[str] = ()  # its canonical module names; empty if they are not known
+
+
+def list_matrices(source: Lora) -> list[NamedMatrix]:
+    """Lists possible modules of a transformer, with the shapes of their updates.
+
+    The names are the file's.
     """
-
-    family: str | None = None
-    modules: Collection[str] = ()
-
-
-def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
-    """What can be modules of a transformer, as the file names them, with the shapes of updates."""
     keys: dict[tuple[str, bool], dict[str, str]] = {}
     for key in source.headers:
         path = tensor_keys.find_path(key)
@@ -45,8 +44,8 @@ def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
     return [NamedMatrix(*name, _measure_matrix(roles, source)) for name, roles in keys.items()]
 
 
-def _measure_matrix(keys: Mapping[str, str], source: UnreadAdapter) -> tuple[int, int]:
-    """Out × in of the update that some tensors are; 0 where they do not tell."""
+def _measure_matrix(keys: Mapping[str, str], source: Lora) -> tuple[int, int]:
+    """Returns out × in of the update in some tensors; 0 where unclear."""
     shapes = {role: source.headers[key].shape for role, key in keys.items() if role}
     form = None
     if {"up", "down", "diff"}.isdisjoint(shapes) and forms.find_missing_role(shapes.keys()) is None:
@@ -60,12 +59,12 @@ def _measure_matrix(keys: Mapping[str, str], source: UnreadAdapter) -> tuple[int
 
 
 def choose_names(
-    source: UnreadAdapter, matrices: Iterable[NamedMatrix], base: BaseNames | None
+    source: Lora, matrices: Iterable[NamedMatrix], base: BaseNames | None
 ) -> Family | None:
-    """By whose names the modules of a UNet or transformer are read; None where nobody knows them.
+    """Returns the family whose names the modules are read by, or None.
 
     LDM's numbers mean modules of an ADM network where the base is one, and where no base is known
-    and attention has the name it has there.
+    and attention has its name there.
     """
     if base and base.modules:
         numbered = any(is_in_adm(name) and find_block(name) for name in base.modules)
@@ -78,10 +77,10 @@ def choose_names(
 
 
 def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
-    """How most modules of a transformer are spelled; None where there are none.
+    """Returns how most modules of a transformer are spelled, None without any.
 
-    A module that has one name with everybody says nothing of whose names a file has. Where all are
-    of that kind, the file has the names of the format that its prefix is of.
+    A module with one name everywhere does not tell whose names a file has. Where all are of that
+    kind, the file has the names of its prefix's format.
     """
     spelled = [module for module in modules if module.spelling]
     counts = Counter(module.spelling for module in spelled if not module.alike)
@@ -89,3 +88,18 @@ def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
         return max(counts, key=lambda one: counts[one])
     first = next((module.spelling for module in spelled), None)
     return next((one for one in SPELLINGS.values() if first and one[::2] == first[::2]), first)
+
+
+def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
+    """Returns the height of every part of a weight of `height` rows.
+
+    Raises:
+        ShapeMismatch: the rows do not divide evenly.
+    """
+    unit, rest = divmod(height, sum(whole.shares))
+    if rest or not unit or (whole.swap == "always" and height % 2):
+        raise ShapeMismatch(
+            f"{where}: {height} rows are not those of {' + '.join(whole.parts)}, "
+            f"{':'.join(map(str, whole.shares))}"
+        )
+    return [share * unit for share in whole.shares]

@@ -20,9 +20,9 @@ from .algorithms import forms
 from .algorithms.forms import Form
 from .contents import parse_contents, read_scale
 from .keys import module_names, tensor_keys
+from .lora import Lora
 from .naming import choose_names, list_matrices
 from .slots import Contents
-from .unread import UnreadAdapter
 
 NOT_UNDERSTOOD = "not understood"
 
@@ -166,7 +166,7 @@ class Overview:
         return places
 
 
-def survey_keys(source: UnreadAdapter) -> Overview:
+def survey_keys(source: Lora) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
     overview = Overview()
     overview.matrices = list_matrices(source)
@@ -201,7 +201,7 @@ def _use_contents(contents: Contents, overview: Overview) -> None:
     }
 
 
-def _guess_forms(source: UnreadAdapter, overview: Overview) -> None:
+def _guess_forms(source: Lora, overview: Overview) -> None:
     """The shapes of a refused file, where they go together."""
     for name, roles in overview.roles.items():
         shapes = {role: source.headers[key].shape for role, key in roles.items()}

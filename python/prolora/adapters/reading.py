@@ -14,14 +14,15 @@ from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
+from ..files.dtypes import find_torch_dtype
 from . import fused_updates, vectors
 from .adapter import Adapter
 from .algorithms import dora_oft_glora, forms, products
 from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
+from .lora import Lora, LoraSource, read_finite
 from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
-from .unread import AdapterSource, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ ReadWeight = Callable[[str], Tensor]
 
 @in_full_precision
 def read_adapter(
-    source: AdapterSource,
+    source: LoraSource | Lora,
     *,
     metadata: Mapping[str, str] | None = None,
     read_weight: ReadWeight | None = None,
@@ -45,15 +46,15 @@ def read_adapter(
     Kinds: LoRA, LoCon (Tucker core or not), LoHa, LoKr, full differences; with the base weights at
     hand also DoRA of any of these, GLoRA and diag-OFT, whose update is merged − W. Spellings:
     kohya's, diffusers', PEFT's and ComfyUI's, each with the names of diffusers or of the model's
-    authors (for FLUX also those of XLabs and OneTrainer); fused matrices come out as their parts.
-    A module of a family that is not known goes by the name it has in the file.
+    authors (for FLUX also XLabs' and OneTrainer's); fused matrices come out as their parts. A
+    module of an unknown family keeps its name in the file.
 
     The scale is exact and folded into `up`: α/r of an `.alpha` tensor, a `.scale` tensor in its
-    place, or α/r (rsLoRA: α/√r) of PEFT's configuration with its patterns, in adapter_config.json
+    stead, or α/r (rsLoRA: α/√r) of PEFT's configuration with its patterns, in adapter_config.json
     or in the header of a diffusers file; 1 where the file says nothing. Updates of high rank are
     cut by the rule in `truncation`, and `Adapter.kept_energy` says what that kept. Differences of
     biases and normalisation layers are in `Adapter.vectors`. Packed embeddings and the like are
-    named in `Adapter.left_out`, and so are updates that an unknown tensor stands beside.
+    named in `Adapter.left_out`, and so are updates beside an unknown tensor.
 
     Args:
         source: a .safetensors file, a PEFT folder, an id on the hub, a state dict, or (state dict,
@@ -68,14 +69,14 @@ def read_adapter(
         Updates in file order: up [out, r], down [r, in·kh·kw], float32 on the CPU.
 
     Raises:
-        UnsupportedFormat: a kind of adapter that is not read; a key that is not understood; a file
-            that is damaged; an update that depends on base weights that are not there (in a text
-            encoder that the base does not hold, it is left out and named instead).
+        UnsupportedFormat: a kind of adapter that is not read; a key that is not understood; a
+            damaged file; an update that depends on missing base weights (for a text encoder that
+            the base does not hold, it is left out and named instead).
         ShapeMismatch: tensors that do not go together or do not fit the base weight, or a rank
             other than the configuration's.
         NonFiniteWeights: NaN or Inf in a tensor or an update.
     """
-    opened = open_adapter(source, metadata)
+    opened = Lora.open(source, metadata)
     contents = parse_contents(opened, base)
     adapter = _start_adapter(contents, opened)
     for piece in _read_slots(opened, contents, read_weight):
@@ -98,19 +99,22 @@ def read_adapter(
     return adapter
 
 
-def read_pieces(source: AdapterSource, base: BaseNames | None = None) -> Iterator[Adapter]:
-    """What `read_adapter` reads, one module or fused weight at a time to save memory."""
-    opened = open_adapter(source)
+def read_pieces(source: LoraSource | Lora, base: BaseNames | None = None) -> Iterator[Adapter]:
+    """Yields what `read_adapter` reads, one module at a time to save memory.
+
+    A fused weight counts as one.
+    """
+    opened = Lora.open(source)
     return _read_slots(opened, parse_contents(opened, base), None)
 
 
 def _read_slots(
-    opened: UnreadAdapter, contents: Contents, read_weight: ReadWeight | None
+    opened: Lora, contents: Contents, read_weight: ReadWeight | None
 ) -> Iterator[Adapter]:
-    """An adapter for every slot, and one for the vectors."""
+    """Yields an adapter for every slot, and one for the vectors."""
     if read_weight is None:
         _check_independent(contents, opened)
-    # Everything that can be refused from the header was; scales before the large tensors.
+    # The header was checked before; scales come before the large tensors.
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     for slot in contents.slots:
         piece = Adapter({})
@@ -125,17 +129,17 @@ def _read_slots(
 
 
 def outline_adapter(
-    source: AdapterSource | UnreadAdapter,
+    source: LoraSource | Lora,
     shapes: Mapping[str, Shape],
     family: str | None = None,
     *,
     headers_only: bool = False,
 ) -> Adapter:
-    """An adapter as far as a plan needs it: no base weight is read, and nothing is factored.
+    """Reads an adapter for a plan: without base weights, and nothing is factored.
 
     LoRAs and LoCons are read in full. An update of any other kind is a stand-in of its shape, of
-    the rank the file states (1 where it states none), and of the norm of ΔW: NaN where that takes
-    the base's weights.
+    the rank the file states (1 without one), and of the norm of ΔW: NaN where that takes the base's
+    weights.
 
     Args:
         source: as for `read_adapter`.
@@ -147,7 +151,7 @@ def outline_adapter(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read_adapter` does, as far as it
             gets.
     """
-    opened = open_adapter(source)
+    opened = Lora.open(source)
     contents = parse_contents(opened, BaseNames(family, shapes))
     if headers_only:
         adapter = _start_adapter(contents, opened)
@@ -173,8 +177,8 @@ def outline_adapter(
     return adapter
 
 
-def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
-    """Refuses an update that depends on weights of the base where no base is given."""
+def _check_independent(contents: Contents, source: Lora) -> None:
+    """Refuses an update that depends on base weights without a base."""
     for slot in contents.slots:
         if forms.needs_base(slot.keys.keys()):
             why = forms.needs_base_reason(slot.keys.keys())
@@ -184,8 +188,8 @@ def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
             )
 
 
-def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
-    """An adapter that knows its format, spelling and dtype, and has no updates yet."""
+def _start_adapter(contents: Contents, source: Lora) -> Adapter:
+    """Makes an adapter with format, spelling and dtype, and no updates yet."""
     modules = [slot.module for slot in contents.slots]
     modules += [vector.module for vector in contents.vectors]
     # The text encoders of a file may be spelled in another format than the rest.
@@ -196,13 +200,14 @@ def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
         for role, key in slot.keys.items()
         if role not in forms.NUMBERS | forms.MAGNITUDES
     } or {source.headers[slot.key].dtype for slot in contents.vectors}
+    (dtype,) = dtypes if len(dtypes) == 1 else {"F32"}
     return Adapter(
         {},
         format=first.format if source.config is None else "peft",
         spelling="sgm" if any(module.sgm for module in modules) else "diffusers",
         family=contents.family,
         style=most_common_spelling(modules),
-        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        dtype=find_torch_dtype(dtype),
         metadata=source.metadata,
         left_out=dict(contents.left_out),
         unread=dict(contents.unread),
@@ -214,10 +219,10 @@ def _add_update(
     adapter: Adapter,
     slot: Slot,
     scale: float,
-    source: UnreadAdapter,
+    source: Lora,
     read_weight: ReadWeight | None,
 ) -> None:
-    """Works out one slot and puts its module, or all parts of a fused weight, into the adapter."""
+    """Adds one slot's module, or all parts of a fused weight, to the adapter."""
     where = f"{source.where}: {slot.module.name}"
     tensors = {role: read_finite(source, key) for role, key in slot.keys.items()}
     kernel = slot.kernel
@@ -267,17 +272,12 @@ def _add_stand_in(
     adapter: Adapter,
     slot: Slot,
     shapes: Mapping[str, Shape],
-    source: UnreadAdapter,
+    source: Lora,
     norms: Tensor,
 ) -> None:
-    """A slot's modules with updates of the right shape, of which the norms of rows alone are right.
+    """Adds stand-ins of the right shape and row norms for a slot's modules.
 
-    Args:
-        adapter: takes them.
-        slot: of the modules.
-        shapes: of the base's weights.
-        source: the file.
-        norms: of the rows, one for each or one for all; NaN where they are not known.
+    `norms` has one norm for each row or one for all; NaN where they are not known.
     """
     where = f"{source.where}: {slot.module.name}"
     inputs, kernel = slot.form.inputs, slot.kernel
@@ -303,8 +303,8 @@ def _add_stand_in(
     _store_parts(adapter, slot, LowRank(up, down), kernel, 1.0, where)
 
 
-def _scale_update(update: LowRank, scale: float, slot: Slot, source: UnreadAdapter) -> LowRank:
-    """The scale in `up`."""
+def _scale_update(update: LowRank, scale: float, slot: Slot, source: Lora) -> LowRank:
+    """Multiplies `up` by the scale."""
     if scale == 1.0:
         return update
     up = update.up.mul_(scale)
@@ -315,7 +315,7 @@ def _scale_update(update: LowRank, scale: float, slot: Slot, source: UnreadAdapt
 
 
 def _leave_out(adapter: Adapter, slot: Slot) -> None:
-    """Names an update that depends on a text encoder the base does not hold."""
+    """Records an update that depends on a missing text encoder of the base."""
     why = forms.needs_base_reason(slot.keys.keys())
     adapter.left_out[slot.module.name] = (
         f"its update is {why}, and this base holds no such text encoder"
@@ -324,7 +324,7 @@ def _leave_out(adapter: Adapter, slot: Slot) -> None:
 
 
 def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | None:
-    """What the base has for every module of a slot.
+    """Gets what the base has for every module of a slot.
 
     None for a module of a text encoder that the base does not hold: many bases come without.
     """
@@ -343,7 +343,7 @@ def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | 
 
 
 def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
-    """Refuses an update that does not fit the weight, or parts that do not fit each other."""
+    """Refuses an update that does not fit the weight, or unequal parts."""
     if any(len(shape) < 2 for shape in shapes):
         raise ShapeMismatch(f"{where}: the weight it depends on is {list(shapes[0])}, no matrix")
     out, inputs = sum(shape[0] for shape in shapes), math.prod(shapes[0][1:])
@@ -356,7 +356,10 @@ def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
 
 
 def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tensor | None:
-    """The weight the update is added to, float64, in the file's row order; see `_look_up_base`."""
+    """Returns the weight the update is added to, float64, in file row order.
+
+    None as for `_look_up_base`.
+    """
     assert read_weight is not None  # _check_independent
     parts = _look_up_base(slot, read_weight, where)
     if parts is None:

@@ -14,7 +14,7 @@ from .formats.peft_config import PeftScaling
 from .keys import tensor_keys
 from .keys.module_names import ModulePath
 from .left_out import Size, find_neighbours, find_volumes, leave_out_foreign, measure_update
-from .unread import UnreadAdapter
+from .lora import Lora
 from .vectors import VectorSlot
 
 # Of a textual-inversion embedding: the names that A1111, kohya and SDXL's trainers write.
@@ -24,19 +24,13 @@ _CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
 
 @dataclass
 class Slot:
-    """The tensors of one module, or of one weight that several modules are rows of.
+    """The tensors of one module, or of one fused weight."""
 
-    Attributes:
-        module: what the keys' common path means.
-        keys: role -> key in the file.
-        form: kind, shape and rank, known once the shapes are checked.
-        peft: the configuration that gives the scale, if there is one.
-    """
-
-    module: ModulePath
-    keys: dict[str, str] = field(default_factory=dict)
+    module: ModulePath  # what the keys' common path means
+    keys: dict[str, str] = field(default_factory=dict)  # role -> key in the file
+    # Kind, shape and rank, known once the shapes are checked
     form: Form = field(default_factory=lambda: Form("lora", 0, 0, 0))
-    peft: PeftScaling | None = None
+    peft: PeftScaling | None = None  # the configuration that gives the scale, if any
 
     @property
     def kind(self) -> str:
@@ -46,7 +40,7 @@ class Slot:
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
-        """(kh, kw) of a convolution, by its shape or, where factors are flat, by its name."""
+        """(kh, kw) of a convolution, by shape or, for flat factors, by name."""
         if self.form.kernel is None and self.form.algorithm in ("loha", "lokr"):
             is_3x3 = _CONVOLUTION_NAME.search(self.module.name) and self.form.inputs % 9 == 0
             return (3, 3) if is_3x3 else None
@@ -55,26 +49,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Contents:
-    """An adapter file by its header.
+    """An adapter file by its header."""
 
-    Attributes:
-        slots: one for each update.
-        vectors: one for each bias and each tensor of a normalisation layer.
-        left_out: tensors that are neither -> the reason.
-        family: id of the family whose names the modules have, None where several have them.
-        unread: path of an update that is left out -> its (out, in, rank).
-        refused: modules that are left out because a tensor beside them is not read.
-    """
-
-    slots: list[Slot]
-    vectors: list[VectorSlot]
-    left_out: dict[str, str]
+    slots: list[Slot]  # one for each update
+    vectors: list[VectorSlot]  # one for each bias and each tensor of a normalisation layer
+    left_out: dict[str, str]  # tensors that are neither -> the reason
+    # Id of the family whose names the modules have, None where several have them
     family: str | None = None
+    # Path of an update that is left out -> its (out, in, rank)
     unread: dict[str, Size] = field(default_factory=dict)
+    # Modules that are left out because a tensor beside them is not read
     refused: set[str] = field(default_factory=set)
 
 
-def group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
+def group_keys(source: Lora, family: Family | None) -> Contents:
     """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
@@ -112,11 +100,11 @@ def group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
     return _leave_out(contents, unknown, source)
 
 
-def _leave_out(contents: Contents, unknown: list[str], source: UnreadAdapter) -> Contents:
-    """The contents without what is not moved, which is named.
+def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents:
+    """Leaves out and names what is not moved.
 
     A tensor that is not read refuses the update that it stands beside: it may change what that
-    does. One that stands beside none is left out, if there is not too much of it.
+    does. One that stands alone is left out, if there is not too much of it.
     """
     slots = {slot.module.name: slot for slot in contents.slots}
     left_out = contents.left_out
@@ -137,13 +125,13 @@ def _leave_out(contents: Contents, unknown: list[str], source: UnreadAdapter) ->
         size = measure_update(slots[name].keys, source)
         if size:
             unread[name] = size
-        if size or name not in refused:  # what is incomplete is a reason to refuse the file
+        if size or name not in refused:  # an incomplete update refuses the file
             left_out[name] = reasons[name]
             del slots[name]
     vector_slots = []
     for vector in contents.vectors:
         name = vector.module.name
-        if name in refused or (vector.scaled and name in reasons):  # by a scale that is not known
+        if name in refused or (vector.scaled and name in reasons):  # scaled by an unknown factor
             left_out[vector.key] = reasons[name]
         else:
             vector_slots.append(vector)
@@ -158,7 +146,7 @@ def _leave_out(contents: Contents, unknown: list[str], source: UnreadAdapter) ->
 def _find_neighbours(
     contents: Contents, unknown: list[str], slots: Mapping[str, Slot]
 ) -> dict[str, tuple[str, str]]:
-    """Key -> (module, suffix) of what stands beside an update and is not read there.
+    """Returns key -> (module, suffix) of unread tensors beside an update.
 
     A `scale` beside factors is understood, and becomes one of their roles.
     """
@@ -175,15 +163,15 @@ def _find_neighbours(
     return neighbours | find_neighbours([vector.key for vector in vectors], own)
 
 
-def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:
-    """What to tell the user about an adapter type that is not read."""
+def explain_refusal(source: Lora, key: str, algorithm: str) -> str:
+    """Explains to the user why an adapter type is not read."""
     return (
         f"{source.where}: {key} makes this {tensor_keys.REASONS[algorithm]}, which prolora does "
         f"not read. {tensor_keys.REMEDIES[algorithm]}"
     )
 
 
-def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
+def _refuse_unknown(unknown: list[str], source: Lora) -> None:
     """Says what the first keys that are not understood look like."""
     first = unknown[0]
     if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
@@ -202,7 +190,7 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
     raise UnsupportedFormat(f"{source.where}: {count} not understood: {listed}{more}. {hint}")
 
 
-def _refuse_embedding(source: UnreadAdapter) -> UnsupportedFormat:
+def _refuse_embedding(source: Lora) -> UnsupportedFormat:
     return UnsupportedFormat(
         f"{source.where}: a textual-inversion embedding, not a LoRA; it cannot be moved"
     )

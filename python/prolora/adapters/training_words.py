@@ -21,31 +21,22 @@ _LARGEST = 10**9  # of a count
 
 @dataclass(frozen=True)
 class CaptionedFolder:
-    """A folder of training images.
+    """A folder of training images."""
 
-    Attributes:
-        images: how many have captions, at least.
-        tags: tag -> in how many of them it is, most frequent first.
-    """
-
-    images: int
-    tags: Mapping[str, int]
+    images: int  # how many have captions, at least
+    tags: Mapping[str, int]  # tag -> number of its images, most frequent first
 
 
 @dataclass(frozen=True)
 class TrainingWords:
-    """What the header of a LoRA says of its training's texts.
+    """What a LoRA's header says of its training's texts."""
 
-    Attributes:
-        trigger: the phrase that the author names; empty without one.
-        folders: of images with captions, those for regularisation left out.
-    """
-
-    trigger: str = ""
+    trigger: str = ""  # the phrase that the author names; empty without one
+    # Images with captions, without folders for regularisation
     folders: tuple[CaptionedFolder, ...] = ()
 
     def list_tags(self, most: int) -> list[str]:
-        """The most frequent tags of all folders together."""
+        """Lists the most frequent tags of all folders together."""
         counts: Counter[str] = Counter()
         for folder in self.folders:
             counts.update(folder.tags)
@@ -82,10 +73,9 @@ def read_training_words(metadata: Mapping[str, str]) -> TrainingWords:
 
 
 def combine_tags(headers: Mapping[str, Mapping[str, str]]) -> str:
-    """`ss_tag_frequency` of a LoRA that is made of several; "" where none of them has it.
+    """Combines `ss_tag_frequency` of several LoRAs; "" if none has it.
 
-    Args:
-        headers: name of a LoRA -> its metadata. A folder that two of them have is kept for both.
+    `headers` is name of a LoRA -> its metadata. A folder that two of them have is kept for both.
     """
     folders: dict[str, dict[str, int]] = {}
     for name, metadata in headers.items():
@@ -98,7 +88,7 @@ def combine_tags(headers: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def clean_text(text: str) -> str:
-    """One line of printable text of at most LONGEST characters."""
+    """Reduces text to one printable line of at most LONGEST characters."""
     kept = (
         " " if kind in ("Cc", "Zl", "Zp") else character
         for character in text[: 4 * LONGEST]
@@ -127,6 +117,6 @@ def _read_counts(counts: Any) -> Iterator[tuple[str, int]]:
 
 
 def _as_count(value: Any) -> int:
-    """A count up to _LARGEST; 0 for anything that is none."""
+    """Returns a count up to _LARGEST; 0 for anything else."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return min(value, _LARGEST) if whole and value > 0 else 0

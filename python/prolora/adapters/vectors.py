@@ -9,32 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..architectures.family import Family
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from . import fused_updates
+from ..files.dtypes import is_floating, spell_dtype
 from .keys.module_names import ModulePath
-from .unread import UnreadAdapter, read_finite
+from .lora import Lora, read_finite
+from .naming import split_rows
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass
 class VectorSlot:
-    """A vector in a file.
+    """A vector in a file."""
 
-    Attributes:
-        module: what the key's path means.
-        tensor: "bias" or "weight".
-        key: the key.
-        scaled: the scale of the module's update is in front of it.
-    """
-
-    module: ModulePath
-    tensor: str
+    module: ModulePath  # what the key's path means
+    tensor: str  # "bias" or "weight"
     key: str
-    scaled: bool
+    scaled: bool  # the scale of the module's update is in front of it
 
     @property
     def name(self) -> str:
@@ -42,17 +38,18 @@ class VectorSlot:
         return f"{self.module.name}.{self.tensor}"
 
 
-def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
-    """Refuses a tensor that is no vector, or does not fit the weight that its key names.
+def check_vector(slot: VectorSlot, source: Lora) -> None:
+    """Refuses a tensor that does not fit the vector its key names.
 
     Raises:
         ShapeMismatch: the shape is another.
         UnsupportedFormat: it is not stored as floating point.
     """
     header = source.headers[slot.key]
-    if not header.dtype.is_floating_point:
+    if not is_floating(header.dtype):
         raise UnsupportedFormat(
-            f"{source.where}: {slot.key} is stored as {header.dtype}, not as floating point"
+            f"{source.where}: {slot.key} is stored as {spell_dtype(header.dtype)}, not as "
+            "floating point"
         )
     if len(header.shape) != 1 or header.shape[0] == 0:
         raise ShapeMismatch(
@@ -64,15 +61,17 @@ def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
                 f"{source.where}: the halves of {slot.key} may be in another order than diffusers "
                 "has them, and a vector does not tell; leave the tensor out"
             )
-        fused_updates.split_rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
+        split_rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
 
 
-def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[str, Tensor]:
-    """The vectors of a slot by name, float32: several only where a weight is fused.
+def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tensor]:
+    """Reads the vectors of a slot by name, float32: several for a fused weight.
 
     Raises:
         NonFiniteWeights: NaN or Inf, or an overflow in the scale.
     """
+    from .fused_updates import swap_halves
+
     vector = read_finite(source, slot.key)
     if slot.scaled and scale != 1:
         vector *= scale
@@ -82,8 +81,8 @@ def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[s
     if matrix is None:
         return {slot.name: vector}
     if matrix.swap == "always":
-        vector = fused_updates.swap_halves(vector)
-    parts = vector.split(fused_updates.split_rows(matrix, len(vector), source.where))
+        vector = swap_halves(vector)
+    parts = vector.split(split_rows(matrix, len(vector), source.where))
     nonzero = {
         f"{name}.{slot.tensor}": part.clone()
         for name, part in zip(matrix.parts, parts, strict=True)
@@ -93,22 +92,21 @@ def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[s
 
 
 def find_vector_module(name: str) -> str:
-    """The module a vector belongs to."""
+    """Returns the module a vector belongs to."""
     return name.rpartition(".")[0]
 
 
 def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[str, Tensor]:
-    """The vectors as a file holds them: biases of fused weights where it has the authors' names.
+    """Fuses biases for a file with the authors' names.
 
-    A part without a bias of its own gets zeros.
-
-    Args:
-        vectors: name -> vector.
-        authors: the family whose authors' names the file has; None where it has diffusers'.
+    A part without a bias of its own gets zeros. `authors` is the family whose authors' names the
+    file has; None where it has diffusers'.
 
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
     """
+    from .fused_updates import swap_halves
+
     out: dict[str, Tensor] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")
@@ -127,14 +125,12 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
         if sum(heights) != len(whole):
             raise ShapeMismatch(f"{name}: does not fit the other parts of {matrix.name}")
         top = sum(heights[: matrix.parts.index(module)])
-        whole[top : top + len(vector)] = (
-            fused_updates.swap_halves(vector) if matrix.swap == "always" else vector
-        )
+        whole[top : top + len(vector)] = swap_halves(vector) if matrix.swap == "always" else vector
     return out
 
 
 def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
-    """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it; in the names' order."""
+    """Returns vector -> its key's suffix, as LyCORIS and ComfyUI read it."""
     every = dict.fromkeys(names)
     suffixes = {}
     for name in every:
@@ -145,7 +141,7 @@ def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
 
 
 def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """The vector in the dtype of a file.
+    """Casts the vector to the dtype of a file.
 
     Raises:
         NonFiniteWeights: it is not finite, or overflows in `dtype`.
@@ -162,9 +158,11 @@ def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def vectors_match(back: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two vectors are equal to within the rounding of `dtype`."""
+    """Compares two vectors to within the rounding of `dtype`."""
     if back.shape != wanted.shape:
         return False
+    import torch
+
     limit = torch.finfo(dtype).eps
     difference = (back.double() - wanted.double()).norm()
     return bool(difference <= limit * wanted.double().norm())

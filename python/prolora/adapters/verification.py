@@ -1,4 +1,4 @@
-"""What was written, read back as any user would and compared with what was meant."""
+"""Outputs, read back as any user would and compared with the adapter."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..errors import OutputError, ProLoRAError
 from . import vectors
 from .adapter import Adapter
 from .formats import groups
+from .lora import StrPath
 from .naming import BaseNames
 from .reading import read_pieces
-from .unread import StrPath
 
 
 def verify_output(
@@ -34,7 +34,7 @@ def verify_output(
         adapter: what it was made of.
         format: its format.
         dtype: of its factors.
-        where: what messages call it.
+        where: its name in messages.
 
     Raises:
         OutputError: an update or vector is missing, or is off by more than the rounding of `dtype`.
@@ -49,7 +49,7 @@ def verify_output(
                     foreign |= _nonzero_updates(piece, {name})
                 elif not _updates_match(update, wanted, dtype, shared.get(name, 0.0)):
                     raise _difference(where, name)
-            # Without the factors, which may be large: only their names count from here on.
+            # Drops the factors, which may be large: only their names count from here on.
             back.updates.update(dict.fromkeys(piece.updates, _NOTHING))
             back.kernels.update(piece.kernels)
             back.vectors.update(piece.vectors)
@@ -90,17 +90,20 @@ def _compare_vectors(
 
 
 def _nonzero_vectors(vectors_by_name: Mapping[str, Tensor]) -> set[str]:
-    """The vectors that are not all zeros: a part of a fused bias may be."""
+    """Returns the vectors that are not all zeros: a part of a fused bias may be."""
     return {name for name, vector in vectors_by_name.items() if vector.any()}
 
 
 def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
-    """The modules whose update is not zero: rows of zeros in a fused weight are no update."""
+    """Returns the modules whose update is not zero.
+
+    Rows of zeros in a fused weight are no update.
+    """
     return {name for name in modules if adapter.updates[name].norm() > 0}
 
 
 def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
-    """Module -> ‖up‖·‖down‖ of the factors that it shares with others in the file."""
+    """Returns module -> ‖up‖·‖down‖ of factors that it shares in the file."""
     sizes: dict[str, float] = {}
     for group in groups.group_modules(adapter, format):
         if len(group.parts) > 1:
@@ -112,20 +115,16 @@ def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
 
 
 def _product_tolerance(dtype: torch.dtype) -> float:
-    """What rounding both factors can cost, of ‖up‖·‖down‖."""
+    """Returns what rounding both factors can cost, as a share of ‖up‖·‖down‖."""
     # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
     return max(4 * torch.finfo(dtype).eps, 1e-6)
 
 
 def _updates_match(back: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -> bool:
-    """‖ΔW_back − ΔW‖_F within what rounding both factors to `dtype` can cost.
+    """Compares ‖ΔW_back − ΔW‖_F with what rounding to `dtype` can cost.
 
-    Args:
-        back: as it reads back.
-        wanted: as it was meant.
-        dtype: of the factors in the file.
-        shared: ‖up‖·‖down‖ of the factors there, where they are more than this update's: a small
-            part of a fused weight is rounded as the whole is.
+    `shared` is ‖up‖·‖down‖ of the factors in the file, where they hold more than this update: a
+    small part of a fused weight is rounded as the whole is.
     """
     if back.shape != wanted.shape:
         return False
@@ -140,6 +139,6 @@ def _updates_match(back: LowRank, wanted: LowRank, dtype: torch.dtype, shared: f
 
 
 def _factors_match(back: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    """‖back − wanted‖_F against ‖wanted‖_F; false where either overflows float32."""
+    """Compares ‖back − wanted‖_F with ‖wanted‖_F; False if either overflows float32."""
     size = wanted.norm()
     return bool(size.isfinite() and (back - wanted).norm() <= tolerance * size)

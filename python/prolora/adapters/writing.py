@@ -11,16 +11,14 @@ from torch import Tensor
 
 from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
-from ..files.hashing import hash_file, hash_text
-from ..files.ownership import CONFIG_KEY, MARK_KEY, make_mark
-from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import check_writable, fill_safetensors, replace_output, safetensors_size
+from ..files.store import put
+from ..files.writing import fill_safetensors, safetensors_size
 from .adapter import Adapter
 from .folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
 from .formats import metadata as headers
 from .formats.peft_config import METADATA_KEY
-from .unread import StrPath
+from .lora import StrPath
 from .verification import verify_output
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,6 +31,7 @@ def write_adapter(
     *,
     format: str = "auto",
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a LoRA whose scale is 1 for every loader: alpha = rank, or no alpha at all.
 
@@ -45,29 +44,33 @@ def write_adapter(
         format: "auto" (as the adapter came in, if a program reads that), "kohya", "diffusers",
             "peft" or "comfy"; or the program that shall read it, one of `known_loaders()`.
         dtype: of the factors, None for the adapter's own; float8 is read but written as float16.
+        overwrite: replace what has that name.
 
     Raises:
         UnsupportedFormat: the format has no name for a module, or is unknown itself.
         ShapeMismatch: an update that fits no linear layer or convolution.
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
+        OutputExists: something has that name.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
-    _check_destination(Path(path), chosen)
     adapter = _move_to_cpu(adapter)
     tensors = encoding.encode_adapter(adapter, chosen, stored)
     header = _file_metadata(adapter, chosen)
     if chosen == "kohya":
         header.update(headers.compute_hashes(tensors, header))
-    with replace_output(path, folder=chosen == "peft") as output:
+
+    def write(output: Path) -> None:
         if chosen == "peft":
             fill_safetensors(output / PEFT_WEIGHTS, tensors, header, path)
             (output / PEFT_CONFIG).write_bytes(_config_text(adapter).encode())
         else:
             fill_safetensors(output, tensors, header, path)
         verify_output(output, adapter, chosen, stored, path)
+
+    put(path, write, overwrite=overwrite, folder=chosen == "peft")
 
 
 @in_full_precision
@@ -141,14 +144,11 @@ def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _file_metadata(adapter: Adapter, format: str) -> dict[str, str]:
-    """The file's metadata, all but kohya's hashes and the digits of its mark."""
+    """The file's metadata, all but kohya's hashes."""
     header = headers.clean_metadata(adapter.metadata, format, encoding.file_ranks(adapter, format))
     table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
     if table is not None:
         header[METADATA_KEY] = json.dumps(table)
-    if format == "peft":
-        header[CONFIG_KEY] = hash_text(_config_text(adapter))
-    header[MARK_KEY] = make_mark("LoRA")
     return header
 
 
@@ -167,15 +167,6 @@ def _config_text(adapter: Adapter) -> str:
     return json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True) + "\n"
 
 
-def has_own_config(folder: Path) -> bool:
-    """Whether the configuration in a PEFT folder is the one that its weights were written with."""
-    try:
-        header = SafetensorsFile(folder / PEFT_WEIGHTS).metadata
-        return header.get(CONFIG_KEY) == hash_file(folder / PEFT_CONFIG)
-    except UnsupportedFormat:
-        return False
-
-
 def check_format(adapter: Adapter, format: str) -> str:
     """The format that "auto" stands for, or the one asked for, if it can hold the adapter.
 
@@ -192,16 +183,3 @@ def check_format(adapter: Adapter, format: str) -> str:
     groups.file_paths(adapter, chosen)
     encoding.vector_paths(adapter, chosen)
     return chosen
-
-
-def _check_destination(path: Path, format: str) -> None:
-    """Refuses a path that cannot become the output."""
-    if format != "peft":
-        check_writable(path)
-    elif path.is_dir():
-        check_writable(path / PEFT_CONFIG)
-        check_writable(path / PEFT_WEIGHTS)
-    else:
-        check_writable(path)
-        if path.exists():
-            raise OutputError(f"{path}: is a file; a PEFT adapter is a folder")

@@ -31,9 +31,9 @@ class Base:
     Only weights of two or more axes are listed; names are diffusers' without `.weight`.
 
     Attributes:
-        name: what messages and reports call it: the file's or folder's own name.
+        name: its name in messages and reports: the file's or folder's own.
         weights: module -> weight, in the order of the files.
-        path: the file or folder it was opened from, None if it came from memory.
+        path: the file or folder it was opened from, None for a base from memory.
         files: the files it is read from.
         stored: every key of the checkpoint -> what it holds, under its own name.
     """
@@ -96,7 +96,7 @@ class Base:
         return None if found is None else found.id
 
     def read(self, module: str) -> Tensor:
-        """The weight of `module` in its storage dtype; do not write into it.
+        """Returns the weight of `module` in its storage dtype; do not write into it.
 
         Raises:
             KeyError: no such module.
@@ -105,12 +105,12 @@ class Base:
         return self.weights[module].read()
 
     def tensor_name(self, module: str) -> str:
-        """Where a module's weight lies, as "file.safetensors:key", for messages."""
+        """Returns where a module's weight lies, "file.safetensors:key", for messages."""
         return self.weights[module].name
 
 
 def stack_weights(weights: Sequence[Tensor]) -> Tensor:
-    """Weights of one shape as a stack [b, ...], in float32 or better if they are not of one dtype.
+    """Stacks weights of one shape [b, ...]; mixed dtypes become float32 or better.
 
     Checkpoints with some layers in float8 are common, and torch promotes no float8.
     """
@@ -121,22 +121,20 @@ def stack_weights(weights: Sequence[Tensor]) -> Tensor:
 
 
 def list_quantised(*bases: Base) -> dict[str, str]:
-    """Name -> how its weights are quantised, of those of some bases whose weights are."""
+    """Returns name -> how its weights are quantised, for quantised bases."""
     return {base.name: base.quantised_as for base in bases if base.quantised_as}
 
 
 def find_unreadable(base: Base, modules: Iterable[str]) -> str | None:
-    """The first of some modules whose numbers are not read; None if all are."""
+    """Returns the first module whose numbers are not read; None if all are."""
     held = ((name, base.weights[name]) for name in modules)
     return next((name for name, weight in held if is_unreadable(weight)), None)
 
 
 def check_readable(base: Base, modules: Iterable[str]) -> None:
-    """Refuses the first weight whose numbers are not read, before time is spent on any other.
+    """Refuses the first needed module whose numbers are not read.
 
-    Args:
-        base: where the weights are.
-        modules: which will be needed.
+    Before time is spent on any other.
 
     Raises:
         UnsupportedFormat: names the tensor, and how it is quantised.
@@ -148,16 +146,12 @@ def check_readable(base: Base, modules: Iterable[str]) -> None:
 def check_finite(base: Base, modules: Iterable[str]) -> None:
     """Reads every weight once and refuses the first that holds NaN or Inf.
 
-    Args:
-        base: where the weights are.
-        modules: which to look at.
-
     Raises:
         NonFiniteWeights: names the tensor and the file, and says where the value is.
     """
     for module in modules:
         weight = base.read(module)
-        # The sum of finite values can overflow, but a finite sum has finite terms: one pass that
+        # A finite sum has finite terms, though a sum of finite values can overflow: one pass that
         # allocates nothing decides almost every weight.
         if not _sum_is_finite(weight):
             _refuse_non_finite(base, module, weight)
@@ -171,7 +165,7 @@ def _sum_is_finite(weight: Tensor) -> bool:
 
 
 def _refuse_non_finite(base: Base, module: str, weight: Tensor) -> None:
-    """Raises if any value is not finite, saying how many and where the first one is."""
+    """Refuses values that are not finite: how many, and where the first is."""
     bad = torch.nonzero(~torch.isfinite(weight.float() if weight.dtype.itemsize == 1 else weight))
     if not len(bad):
         return

@@ -27,7 +27,7 @@ _CONTEXT = re.compile(
 
 
 def classify_model(base: Base) -> str:
-    """`"UNet"`, `"transformer"` or `"model"` where it shows neither's blocks."""
+    """Returns `"UNet"`, `"transformer"`, or `"model"` without either's blocks."""
     roots = {module.split(".", 1)[0] for module in base.shapes}
     if roots & _UNET_BLOCKS:
         return "UNet"
@@ -36,7 +36,7 @@ def classify_model(base: Base) -> str:
 
 
 def describe_base(base: Base) -> str:
-    """One line: family, kind, blocks by stack, widths, and what text features it reads."""
+    """Describes a base in one line: family, kind, blocks, widths, text features."""
     kind = classify_model(base)
     if any(is_in_adm(name) and find_block(name) for name in base.shapes):
         return _describe_adm(base)
@@ -61,7 +61,7 @@ def describe_base(base: Base) -> str:
 
 
 def _describe_adm(base: Base) -> str:
-    """The same of an ADM network: ResBlocks and attention, of which it may have none."""
+    """Describes an ADM network in one line: ResBlocks and attention, if any."""
     blocks = sum(name.endswith(".in_layers.2") for name in base.shapes)
     attention = [shape[1] for name, shape in base.shapes.items() if name.endswith(".qkv")]
     widths = f" of width {_join_numbers(set(attention))}" if attention else ""
@@ -72,7 +72,7 @@ def _describe_adm(base: Base) -> str:
 
 
 def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:
-    """The shapes of the modules that LoRAs are commonly trained on, as out × in."""
+    """Returns the out × in shapes of modules that LoRAs are commonly trained on."""
     return {matrix_shape(shape) for module, shape in base.shapes.items() if is_adaptable(module)}
 
 

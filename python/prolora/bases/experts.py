@@ -1,4 +1,4 @@
-"""Models of two experts, one for high noise and one for low noise, as Wan 2.2 is.
+"""Models of two experts, for high and low noise: Wan 2.2.
 
 A LoRA of such a model is two files, one for each expert, or one file for both.
 """
@@ -40,23 +40,16 @@ _SUFFIXES = (".safetensors", ".gguf")
 
 @dataclass(frozen=True, eq=False)
 class ExpertPair:
-    """A source and a target that a LoRA is moved between.
+    """A source and a target that a LoRA is moved between."""
 
-    Attributes:
-        expert: `HIGH` or `LOW`; "" where neither is a model of two experts.
-        source: the base, or its expert.
-        target: the base, or its expert.
-        serves_any: whether a LoRA whose name tells no expert is moved between them.
-    """
-
-    expert: str
-    source: Base
-    target: Base
-    serves_any: bool = True
+    expert: str  # `HIGH` or `LOW`; "" where neither is a model of two experts
+    source: Base  # the base, or its expert
+    target: Base  # the base, or its expert
+    serves_any: bool = True  # also moves LoRAs whose names tell no expert
 
 
 def find_expert(name: str) -> str | None:
-    """The expert that a file or folder is for, by its name: `HIGH`, `LOW` or None."""
+    """Returns the expert in a file's or folder's name: `HIGH`, `LOW` or None."""
     stem = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
     spaced = _CAMEL.sub("_", stem)
     for pattern in (_WITH_NOISE, _IN_CAPITALS, _LAST_WORD):
@@ -71,8 +64,8 @@ def open_experts(source: ExpertsLike | Experts) -> Experts:
 
     Args:
         source: whatever `open_base` takes; the folder of a pipeline with two transformers, or such
-            a pipeline; or (high noise, low noise), each as `open_base` takes it. Files and folders
-            say by their names which they are, whatever the order. What this function returned is
+            a pipeline; or (high noise, low noise), each as `open_base` takes it. The names of files
+            and folders tell the experts apart, whatever the order. What this function returned is
             returned.
 
     Returns:
@@ -103,7 +96,7 @@ def open_experts(source: ExpertsLike | Experts) -> Experts:
 
 
 def _open_listed(sources: Sequence[BaseLike]) -> Experts:
-    """One base, or two that are experts of one model."""
+    """Opens one base, or two that are experts of one model."""
     if len(sources) == 1:
         return open_experts(sources[0])
     if len(sources) != 2:
@@ -124,7 +117,7 @@ def _open_listed(sources: Sequence[BaseLike]) -> Experts:
 
 
 def _find_expert_of_path(source: BaseLike) -> str | None:
-    """The expert by the name of a file or folder, else by that of the folder it lies in."""
+    """Returns the expert by the name of a file or folder, else its parent's."""
     if isinstance(source, Base):
         return find_expert(source.name)
     if not isinstance(source, str | os.PathLike):
@@ -137,19 +130,13 @@ def _find_expert_of_path(source: BaseLike) -> str | None:
 
 
 def _name_source(source: BaseLike) -> str:
-    """For messages."""
     if isinstance(source, Base):
         return source.name
     return os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__
 
 
 def pair_experts(sources: Experts, targets: Experts) -> list[ExpertPair]:
-    """Which expert of the source belongs to which of the target; a base without serves both.
-
-    Args:
-        sources: as `open_experts` gives them.
-        targets: likewise.
-    """
+    """Pairs the experts of source and target; a base without experts serves both."""
     return [
         ExpertPair(
             expert,
@@ -162,7 +149,7 @@ def pair_experts(sources: Experts, targets: Experts) -> list[ExpertPair]:
 
 
 def choose_pairs(lora: Path, pairs: Sequence[ExpertPair]) -> list[tuple[ExpertPair, str]]:
-    """Between which bases a LoRA is moved, and what its results' names get appended.
+    """Returns the bases a LoRA is moved between, with suffixes for its results' names.
 
     A LoRA whose name tells an expert is moved to that expert alone; any other to both.
 

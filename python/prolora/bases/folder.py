@@ -1,4 +1,4 @@
-"""Which files hold a model: a single one, or those of a diffusers folder."""
+"""The files of a model: a single one, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_no
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _SHARD = re.compile(r"-\d+-of-\d+")
-# Which variant is taken where a folder has several: the complete weights, else the halved ones,
+# The order of variants where a folder has several: the complete weights, else the halved ones,
 # since nothing is lost for a projection. The doubles of a training run come last: `ema` and
 # `non_ema` are not what a LoRA was trained on (the plain file is).
 _PREFERENCE = ("", "fp16", "bf16", "fp32")
@@ -29,17 +29,11 @@ _LAST = ("non_ema", "ema")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to read the model in a folder.
+    """One way to read the model in a folder."""
 
-    Attributes:
-        name: of a file, or of the index of its shards.
-        variant: "" for the plain one, else as "fp16".
-        sharded: whether it is an index.
-    """
-
-    name: str
-    variant: str
-    sharded: bool
+    name: str  # of a file, or of the index of its shards
+    variant: str  # "" for the plain one, else as "fp16"
+    sharded: bool  # it is an index
 
     @property
     def order(self) -> tuple[int, str, bool]:
@@ -52,7 +46,7 @@ class Candidate:
 
 
 def find_model_folder(path: Path, subfolder: str | None) -> Path:
-    """The folder with the weights: `path` itself or the part of the pipeline in it.
+    """Returns the folder with the weights: `path` or a part of its pipeline.
 
     Raises:
         UnsupportedFormat: no such part, both a UNet and a transformer, or two experts.
@@ -71,7 +65,7 @@ def find_model_folder(path: Path, subfolder: str | None) -> Path:
 
 
 def find_expert_folders(path: Path) -> list[Path]:
-    """The folders of a model's two experts, the one for high noise first; empty if it has none."""
+    """Returns the folders of a model's two experts, high noise first, if any."""
     for names in EXPERT_FOLDERS:
         folders = [path / name for name in names]
         if all(folder.is_dir() for folder in folders):
@@ -80,7 +74,7 @@ def find_expert_folders(path: Path) -> list[Path]:
 
 
 def explain_experts(where: object, experts: list[str]) -> str:
-    """Why a model of two experts is no single base."""
+    """Explains why a model of two experts is no single base."""
     return (
         f"{where}: has two experts, {experts[0]} for high noise and {experts[1]} for low noise; "
         "name one of them. `transfer_many()` moves a LoRA to both"
@@ -88,7 +82,7 @@ def explain_experts(where: object, experts: list[str]) -> str:
 
 
 def open_folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
-    """({key: weight}, files) of the model in `folder`.
+    """Returns ({key: weight}, files) of the model in `folder`.
 
     Raises:
         UnsupportedFormat: no safetensors weights, several that cannot be told apart, or shards that
@@ -105,7 +99,7 @@ def open_folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Pat
 
 
 def choose_candidate(names: Iterable[str]) -> Candidate | None:
-    """The file or index to read, of the names in a model's folder; None if none is diffusers'."""
+    """Returns the file or index to read in a model's folder, None without diffusers' names."""
     names = list(names)
     for stem in _STEMS:
         candidates = [file for name in names if (file := _parse_candidate(name, stem))]
@@ -129,7 +123,7 @@ def _parse_candidate(name: str, stem: str) -> Candidate | None:
 def _open_only_checkpoint(
     folder: Path, files: list[Path]
 ) -> tuple[dict[str, StoredWeight], list[Path]]:
-    """A folder without diffusers' file names: its only checkpoint, if there is just one."""
+    """Opens the only checkpoint of a folder without diffusers' file names."""
     tensors = [file for file in files if file.suffix in (".safetensors", ".gguf")]
     tensors = tensors or [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
     if len(tensors) == 1 and not _SHARD.search(tensors[0].name):
@@ -147,13 +141,13 @@ def _open_single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
 
 
 def open_file_weights(path: Path) -> dict[str, StoredWeight]:
-    """The keys of a single file, read by what it begins with.
+    """Returns the keys of a single file; its first bytes tell its format.
 
     Raises:
         UnsupportedFormat: neither safetensors nor GGUF, or damaged.
     """
     try:
-        # Not without asking: opening a pipe would wait for its other end.
+        # Asks first, since opening a pipe would wait for its other end.
         with open(path, "rb") if path.is_file() else io.BytesIO() as opened:
             is_gguf = opened.read(len(MAGIC)) == MAGIC
     except OSError:
@@ -163,7 +157,7 @@ def open_file_weights(path: Path) -> dict[str, StoredWeight]:
 
 
 def _open_shards(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
-    """The weights the index lists; a shard may hold others, which are not part of the model."""
+    """Returns the weights the index lists; other tensors of a shard are ignored."""
     shards: dict[str, SafetensorsFile] = {}
     weights: dict[str, StoredWeight] = {}
     for key, name in read_weight_map(index).items():
@@ -181,7 +175,7 @@ def _open_shards(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """{key: shard} of an index whose shards all lie beside it.
+    """Returns {key: shard} of an index; all shards must lie beside it.
 
     Raises:
         UnsupportedFormat: it is not an index, or names a file elsewhere.

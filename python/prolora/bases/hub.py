@@ -13,14 +13,11 @@ _FILES = (".safetensors", ".gguf")
 
 
 def fetch_model(id_: HubId, subfolder: str | None = None) -> Path:
-    """The local file or folder of a model, downloaded unless the hub's cache has it.
+    """Returns the local path of a model, downloaded unless the cache has it.
 
     Only weights of the UNet or transformer are fetched, in one variant. With the environment
-    variable HF_HUB_OFFLINE set, only the cache is looked at.
-
-    Args:
-        id_: the model.
-        subfolder: the part of the pipeline, if not `unet` or `transformer`.
+    variable HF_HUB_OFFLINE set, only the cache is looked at. `subfolder` is the part of the
+    pipeline, if not `unet` or `transformer`.
 
     Raises:
         MissingFile: `huggingface_hub` is not installed, or the hub does not give the files.
@@ -63,7 +60,7 @@ def _download_model(hub: Any, id_: HubId, path: str) -> Path:
 
 
 def _find_model_folder(names: list[str], path: str, id_: HubId) -> str:
-    """The folder with the weights, "" for the root."""
+    """Returns the folder with the weights, "" for the root."""
     if path:
         return path
     folders = {name.partition("/")[0] for name in names if "/" in name}

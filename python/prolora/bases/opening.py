@@ -33,15 +33,14 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
         source: one of
             a diffusers folder, of a whole pipeline or of its UNet or transformer alone. Where it
                 has several variants the plain file is taken, else fp16, bf16, fp32, any other. Text
-            encoders beside it are opened too, where they are safetensors. The folder of one expert
-            where a pipeline has two (see `open_experts`);
-            a single-file checkpoint: safetensors or GGUF. Its names are LDM's and SGM's, those of
-                ADM networks (guided diffusion, consistency models), diffusers' or those of the
-                authors of a known family, with or without a prefix. A transformer of any other
-                family, or a network without attention that takes in the time step, keeps the names
-                it has;
+                encoders beside it are opened too, where they are safetensors. The folder of one
+                expert where a pipeline has two (see `open_experts`);
+            a single-file checkpoint: safetensors or GGUF. Its names may be LDM's and SGM's, an ADM
+                network's (guided diffusion, consistency models), diffusers' or the authors' of a
+                known family, with or without a prefix. A transformer of any other family, or a
+                network without attention that takes in the time step, keeps its names;
             a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
-            `huggingface_hub` is installed; only the files needed are fetched;
+                `huggingface_hub` is installed; only the files needed are fetched;
             a mapping {name: tensor} or a module, whose tensors are used as they are;
             a `Base`, which is returned.
         subfolder: the part of the pipeline folder, if not `unet` or `transformer`.
@@ -73,7 +72,7 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
 
 
 def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters of a model itself, without what torch.compile and PEFT have put around it.
+    """Returns a model's own parameters, without torch.compile's and PEFT's wrappers.
 
     Raises:
         UnsupportedFormat: an adapter was merged into the weights, which are not the base's then.
@@ -99,7 +98,7 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
-    """A file or a folder, here or on the hub."""
+    """Opens a file or a folder, local or on the hub."""
     path = Path(source)
     name = path.resolve().name
     if not os.path.exists(path):
@@ -126,7 +125,7 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
-    """The text encoders of a pipeline folder; one that cannot be read is left out.
+    """Opens the text encoders of a pipeline folder, except unreadable ones.
 
     A transfer needs them only to compare, and many folders hold them as pickles alone.
     """
@@ -149,7 +148,7 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
 
 
 def _list_metadata(weights: Mapping[str, Weight]) -> list[Mapping[str, str]]:
-    """The metadata of every header."""
+    """Returns the metadata of every header."""
     files = {w.file.path: w.file for w in weights.values() if isinstance(w, StoredWeight)}
     return [file.metadata for file in files.values() if isinstance(file, SafetensorsFile)]
 

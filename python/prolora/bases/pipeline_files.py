@@ -25,7 +25,7 @@ FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 MOST_FEW_STEPS = 10
 """Models that draw in at most so many steps were distilled to it."""
 
-_GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"  # of UNets that learnt their guidance
+_GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"  # in UNets that learnt their guidance
 _MOST_BYTES = 1 << 20  # real ones have a few thousand
 _MOST = 1 << 20  # no width, size or number of layers is larger
 _COUNTS = (
@@ -38,17 +38,11 @@ _NUMBERS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 @dataclass(frozen=True)
 class PipelineIndex:
-    """A model_index.json.
+    """A model_index.json."""
 
-    Attributes:
-        class_name: of the pipeline, as diffusers calls it.
-        parts: name -> (library, class), of those that the pipeline has.
-        content: all of the file.
-    """
-
-    class_name: str
-    parts: Mapping[str, tuple[str, str]]
-    content: Mapping[str, Any]
+    class_name: str  # of the pipeline, as diffusers calls it
+    parts: Mapping[str, tuple[str, str]]  # name -> (library, class) of the pipeline's parts
+    content: Mapping[str, Any]  # all of the file
 
     @property
     def denoiser(self) -> str | None:
@@ -57,7 +51,7 @@ class PipelineIndex:
 
 
 def is_pipeline(folder: str | Path | None) -> bool:
-    """Whether a path is the folder of a whole diffusers pipeline."""
+    """Returns whether a path is the folder of a whole diffusers pipeline."""
     return folder is not None and (Path(folder) / PIPELINE_INDEX).is_file()
 
 
@@ -87,14 +81,10 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
 
 
 def draws_in_few_steps(base: Base, steps: int | None = None) -> bool:
-    """Returns whether a model draws in few steps, as told by `steps` or by its own files.
+    """Returns whether a model draws in few steps, by `steps` or its files.
 
-    Files tell by the scheduler of a pipeline folder, or by an embedding of the guidance scale. Of
-    most single files nobody can know; they count as models of many steps.
-
-    Args:
-        base: opened.
-        steps: in which people draw with it; None asks the files.
+    Files tell by the scheduler of a pipeline folder, or by an embedding of the guidance scale. Most
+    single files say nothing; they count as models of many steps.
     """
     if steps is not None:
         return steps <= MOST_FEW_STEPS
@@ -110,7 +100,7 @@ def draws_in_few_steps(base: Base, steps: int | None = None) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    """Whether a value could name a part, a library or a class."""
+    """Returns whether a value could name a part, a library or a class."""
     if not isinstance(value, str) or not value.isascii() or len(value) > 100:
         return False
     return all(word.isidentifier() for word in value.split("."))
@@ -138,7 +128,7 @@ def read_component_config(folder: Path) -> dict[str, Any]:
 
 
 def _flatten(values: list[Any]) -> list[Any]:
-    """The items of lists in lists, two levels down: layers of blocks of blocks."""
+    """Flattens lists in lists, two levels down: layers of blocks of blocks."""
     for _ in range(2):
         values = [i for v in values for i in (v if isinstance(v, list) else [v])]
     return values
@@ -157,6 +147,6 @@ def _is_finite(value: object) -> bool:
 
 
 def _shorten(value: object) -> str:
-    """A value as messages show it."""
+    """Shortens a value for messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -16,7 +16,7 @@ from ..errors import UnsupportedFormat, input_error
 from ..files.hashing import flatten_bytes, hash_file, hash_parts, hash_text
 from ..files.jsontext import read_json_object
 from ..version import __version__
-from .identity import sample_file
+from .identity import digest_file
 from .pipeline_files import PIPELINE_INDEX, UNUSED_PARTS, read_pipeline_index
 
 Facts = dict[str, dict[str, str]]
@@ -43,11 +43,14 @@ def describe_versions() -> Facts:
     return {"versions": versions}
 
 
-def describe_pipeline_folder(folder: Path) -> Facts:
+def describe_pipeline_folder(folder: Path, memory: Path | None = None) -> Facts:
     """Every file that loading a pipeline folder may read.
 
-    Configurations count by setting, weights by samples of 16 MiB a file (as `compute_identity` has
-    it), all others by their hash.
+    Configurations count by setting, all others by a digest of the whole file.
+
+    Args:
+        folder: of the pipeline.
+        memory: as `digest_file` takes it.
 
     Raises:
         UnsupportedFormat: no pipeline folder, or a file of it cannot be read.
@@ -63,13 +66,13 @@ def describe_pipeline_folder(folder: Path) -> Facts:
             raise input_error(folder / part, error) from error
         for file in files:
             if file.suffix not in _UNREAD and not file.name.startswith("."):
-                facts[f"{part}/{file.name}"] = _describe_file(file)
+                facts[f"{part}/{file.name}"] = _describe_file(file, memory)
     return facts
 
 
-def _describe_file(file: Path) -> dict[str, str]:
+def _describe_file(file: Path, memory: Path | None) -> dict[str, str]:
     if file.suffix == ".safetensors":
-        return {_CONTENT: sample_file(file)}
+        return {_CONTENT: digest_file(file, memory)}
     if file.name.endswith("config.json") and file.stat().st_size <= _MOST_BYTES:
         return _list_settings(read_json_object(file))
     return {_CONTENT: hash_file(file)}

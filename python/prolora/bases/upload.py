@@ -1,6 +1,7 @@
-"""Stacks of weights on their way to a GPU, read and copied while it works on the one before.
+"""Stacks of weights on their way to a GPU, read ahead.
 
-On the CPU nothing is copied and nothing is read ahead.
+A stack is read and copied while the GPU works on the one before. On the CPU nothing is copied and
+nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ Out = TypeVar("Out")
 
 
 class Copies(Protocol):
-    """Copies of tensors to a device, which other work need not wait for."""
+    """Copies of tensors to a device, beside other work."""
 
     def start(self, tensors: Sequence[Tensor]) -> Any:
         """Begins to copy; the result belongs to `finish`."""
 
     def finish(self, copies: Any) -> list[Tensor]:
-        """The tensors on the device; work that is queued from now on waits for the copies."""
+        """Returns the tensors on the device; work queued from now on waits for them."""
 
 
 class GpuCopies:
@@ -42,7 +43,7 @@ class GpuCopies:
             return there, self.stream.record_event()
 
     def finish(self, copies: tuple[list[Tensor], torch.cuda.Event]) -> list[Tensor]:
-        """The tensors on the device, for the caller's stream."""
+        """Returns the tensors on the device, for the caller's stream."""
         there, copied = copies
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
@@ -62,10 +63,10 @@ def work_ahead(
     copies: Copies,
     submit: Callable[[Callable[[], Any]], Callable[[], Any]],
 ) -> Iterator[Out]:
-    """Works on stacks in turn, each of which is read and copied while the one before is worked on.
+    """Works on stacks in turn, and reads and copies the next one meanwhile.
 
-    At most two are alive: that which `work` has, and the next one. What a reader raises comes where
-    its result would.
+    At most two are alive: the one that `work` has, and the next one. What a reader raises comes
+    where its result would.
 
     Args:
         readers: called in turn.
@@ -97,12 +98,9 @@ def work_in_turn(
     work: Callable[[Item, list[Tensor]], Out],
     device: torch.device,
 ) -> Iterator[Out]:
-    """Works on stacks in turn; on a GPU with `work_ahead`, elsewhere one after the other.
+    """Works on stacks in turn; on a GPU with `work_ahead`.
 
-    Args:
-        readers: called in turn.
-        work: gets what a reader gave, the weights on the device.
-        device: where.
+    `work` gets what a reader gave, the weights on the device.
     """
     if device.type == "cuda":
         with ThreadPoolExecutor(1, "prolora-read") as pool:

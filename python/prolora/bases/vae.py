@@ -26,7 +26,7 @@ MIN_COSINE = 0.9
 
 
 def explain_vae_difference(source: Path, target: Path) -> str | None:
-    """Why the latents of two pipeline folders are not the same quantity, from their configurations.
+    """Says why the latents of two pipeline folders differ, from their configurations.
 
     A latent means something only to the VAE it belongs to: where the VAEs differ, one model's
     latents are noise to the other, and no question can be asked of both. None where nothing speaks
@@ -50,7 +50,7 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
 
 
 def can_fit(source: Path | None, target: Path | None) -> bool:
-    """Whether a LoRA could be fitted between two bases, as far as files tell.
+    """Returns whether files allow a fit between two bases.
 
     Both must be whole pipelines whose denoisers have linear layers in blocks, with the same latents
     or with a way from latents to images and back. Whether the result would be any good is known
@@ -67,7 +67,7 @@ def can_fit(source: Path | None, target: Path | None) -> bool:
 
 
 def _has_fitted_blocks(folder: Path) -> bool:
-    """Whether a pipeline's UNet or transformer has linear layers in blocks."""
+    """Returns whether a pipeline's UNet or transformer has linear layers in blocks."""
     part = next((part for part in MODELS if (folder / part).is_dir()), None)
     if part is None:
         return False
@@ -80,7 +80,9 @@ def _has_fitted_blocks(folder: Path) -> bool:
 
 
 def check_images_cross(source: Path, target: Path) -> None:
-    """Refuses pipelines with different latents between which no image could cross, from files.
+    """Refuses pipelines with different latents between which no image could cross.
+
+    Files alone decide.
 
     Raises:
         UnsupportedFormat: one has no VAE and denoises no pixels, or a VAE without an encoder.
@@ -99,7 +101,7 @@ def check_images_cross(source: Path, target: Path) -> None:
 
 
 def _read_denoiser_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a pipeline's UNet or transformer; empty without one."""
+    """Reads the configuration of a pipeline's UNet or transformer; empty without one."""
     for part in MODELS:
         if (folder / part / "config.json").is_file():
             return read_component_config(folder / part)
@@ -107,7 +109,7 @@ def _read_denoiser_config(folder: Path) -> dict[str, Any]:
 
 
 def explain_different_latents(source: Path, target: Path) -> str | None:
-    """Why the latents of two pipeline folders are different spaces; None where they are one.
+    """Says why the latents of two pipeline folders differ; None for one space.
 
     Raises:
         UnsupportedFormat: a VAE without readable safetensors.
@@ -124,7 +126,7 @@ def explain_different_latents(source: Path, target: Path) -> str | None:
 
 
 def check_latents(source: Path, target: Path) -> None:
-    """Refuses pipelines whose latents are different spaces, where a LoRA cannot be measured.
+    """Refuses pipelines with different latents, since no LoRA can be measured there.
 
     Raises:
         UnrelatedBases: the configurations of the VAEs differ, or the weights of their encoders.
@@ -139,7 +141,7 @@ def check_latents(source: Path, target: Path) -> None:
 
 
 def _read_configuration(folder: Path) -> dict[str, Any] | None:
-    """What fixes a latent space; None for pipelines without a VAE."""
+    """Reads what fixes a latent space; None for pipelines without a VAE."""
     if not (folder / "vae").is_dir():
         return None
     configuration = read_component_config(folder / "vae")
@@ -151,7 +153,7 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
 
 
 def _compare_encoders(source: Path, target: Path) -> float:
-    """⟨a, b⟩/(‖a‖‖b‖) over the matrices and kernels of two encoders; 0 where none fit."""
+    """Returns ⟨a, b⟩/(‖a‖‖b‖) over two encoders' matrices; 0 if none fit."""
     ours, theirs = (open_folder_weights(folder)[0] for folder in (source, target))
     dot = norm_a = norm_b = 0.0
     for key, weight in ours.items():

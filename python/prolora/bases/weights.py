@@ -15,18 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Origin:
-    """What a weight is read from: equal origins have equal values.
+    """What a weight is read from: equal origins have equal values."""
 
-    Attributes:
-        text: files with their states, key, and what is done to what is read.
-        changed: when the youngest of the files was last changed, in ns since 1970.
-    """
-
-    text: str
-    changed: int
+    text: str  # files with their states, key, and what is done to what is read
+    changed: int  # when the youngest of the files was last changed, in ns since 1970
 
     def then(self, what: str) -> Origin:
-        """The origin of what a computation makes of it."""
+        """Returns the origin of a computation's result."""
         return Origin(f"{self.text} {what}", self.changed)
 
 
@@ -50,7 +45,7 @@ class Weight(Protocol):
         """As stored, or float32 where stored numbers mean something only after a computation."""
 
     def read(self) -> Tensor:
-        """The tensor [*shape]."""
+        """Reads the tensor [*shape]."""
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of it; nothing else is read."""
@@ -77,14 +72,14 @@ class TensorFile(Protocol):
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Inode, size and times, the times last: equal as long as nobody has written to it."""
+        """Inode, size and times, the times last: equal until the file is written."""
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """Key -> what the header says."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that key."""
+        """Reads the tensor of a key."""
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of it."""
@@ -100,7 +95,7 @@ class StoredWeight:
     @property
     def origin(self) -> Origin:
         """The file as it was when it was opened, and the key."""
-        # Without the number of the file system, which is another after every start of a machine.
+        # Without the file system's number, which changes at every start of a machine.
         state = " ".join(map(str, self.file.state[1:]))
         path = os.path.abspath(self.file.path)
         return Origin(f"{path} {state} {self.key}", max(self.file.state[-2:]))
@@ -121,11 +116,11 @@ class StoredWeight:
         return self.file.tensors[self.key].dtype
 
     def read(self) -> Tensor:
-        """The tensor, read from the file every time."""
+        """Reads the tensor from the file, every time."""
         return self.file.read(self.key)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Some rows, read from the file every time."""
+        """Reads some rows from the file, every time."""
         return self.file.read_rows(self.key, start, stop)
 
 
@@ -152,11 +147,11 @@ class LoadedWeight:
         return self.tensor.dtype
 
     def read(self) -> Tensor:
-        """The caller's own tensor, not a copy."""
+        """Returns the caller's own tensor, not a copy."""
         return self.tensor
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """A view of the caller's own tensor."""
+        """Returns a view of the caller's own tensor."""
         return self.tensor[start:stop]
 
 
@@ -190,20 +185,18 @@ class RowsWeight:
         return self.matrix.dtype
 
     def read(self) -> Tensor:
-        """These rows alone."""
+        """Reads these rows alone."""
         return self.matrix.read_rows(self.start, self.stop)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Some of them."""
+        """Reads some of these rows."""
         return self.matrix.read_rows(self.start + start, self.start + stop)
 
 
 def join_origins(weights: Sequence[Weight], how: str) -> Origin | None:
-    """The origin of what is made of several weights; None if one of them is in memory.
+    """Joins the origins of several weights; None if one is in memory.
 
-    Args:
-        weights: what it is made of.
-        how: a word for what stands between them.
+    `how` is a word between them.
     """
     origins = [weight.origin for weight in weights]
     known = [origin for origin in origins if origin is not None]
@@ -214,7 +207,7 @@ def join_origins(weights: Sequence[Weight], how: str) -> Origin | None:
 
 
 class DerivedWeight(ABC):
-    """A weight that is made of what is stored, whose name and dtype are its own."""
+    """A weight computed from stored ones, with its own name and dtype."""
 
     stored: Weight
 
@@ -230,7 +223,7 @@ class DerivedWeight(ABC):
 
     @abstractmethod
     def read(self) -> Tensor:
-        """All numbers [*shape]."""
+        """Computes all numbers [*shape]."""
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Rows of what `read` gives."""
@@ -239,14 +232,10 @@ class DerivedWeight(ABC):
 
 @dataclass(frozen=True)
 class ConvertedWeight(DerivedWeight):
-    """A weight stored with its halves in the other order, or transposed.
+    """A weight stored with its halves in the other order, or transposed."""
 
-    Attributes:
-        stored: as the file has it.
-        transposed: it is stored [in, out]; otherwise its upper and lower half are exchanged.
-    """
-
-    stored: Weight
+    stored: Weight  # as the file has it
+    # Stored as [in, out]; otherwise its upper and lower half are exchanged
     transposed: bool = False
 
     @property
@@ -261,7 +250,7 @@ class ConvertedWeight(DerivedWeight):
         return self.stored.shape[::-1] if self.transposed else self.stored.shape
 
     def read(self) -> Tensor:
-        """The weight in the order that canonical names stand for."""
+        """Reads the weight in the canonical order."""
         if self.transposed:
             return self.stored.read().mT.contiguous()
         half = self.shape[0] // 2

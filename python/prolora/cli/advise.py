@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,8 +18,7 @@ from ..core.rank_rule import Rank
 from ..core.verdict import AUTO
 from ..errors import name_options
 from ..files.hub import spell_path
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
+from ..files.store import put_text
 from ..probe.settings import FitSettings
 from ..workflow.advice import SAMPLED, Advice
 from ..workflow.advice import advise as find_advice
@@ -148,7 +148,7 @@ def advise(
         match: Match = asked.match
         if asked.save_match is not None:
             match = resolve_match(match, source, target, **how)
-            save_match(asked.save_match, source, target, match)
+            save_match(asked.save_match, source, target, match, asked.overwrite)
             asked.match = str(asked.save_match)
         options = AdviceOptions(
             match=match, overlap=rank, measure=sampled if samples.measure else False, **how
@@ -156,7 +156,7 @@ def advise(
         advice = find_advice(source, target, lora, options)
     command = write_command(lora, bases, advice, asked.match)
     if asked.report is not None:
-        write_report(asked.report, advice, command)
+        write_report(asked.report, advice, command, asked.overwrite)
     if asked.as_json:
         answer.give(advice.to_dict() | {"command": command})
         return
@@ -174,13 +174,14 @@ def advise(
         out.print_line(command, style="bold")
 
 
-def write_report(path: Path, advice: Advice, command: str) -> None:
+def write_report(path: Path, advice: Advice, command: str, overwrite: bool) -> None:
     """Everything, as a page or as JSON."""
     if is_page_path(path):
         page = advice.to_html({"made by": read_command(), "command": command})
-        write_text_atomically(path, name_options(page, write_flag))
+        text = name_options(page, write_flag)
     else:
-        write_text_atomically(path, mark_json("report", advice.to_dict() | {"command": command}))
+        text = json.dumps(advice.to_dict() | {"command": command}, indent=1) + "\n"
+    put_text(path, text, overwrite=overwrite)
 
 
 def write_command(lora: Path | None, bases: Bases, advice: Advice, match: str = AUTO) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..core.methods import MethodChoice
 from ..version import __version__
 from ..workflow import inspection
-from . import basis, fleet, inspect_table
+from . import basis, inspect_table
 from . import check as checking
 from . import doctor as doctor_facts
 from .advise import advise
@@ -27,6 +27,7 @@ from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epil
 from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
+from .migrate import MigrateCommand, migrate
 from .options import JsonOption, OverwriteOption, path_argument, path_option
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
@@ -102,19 +103,13 @@ app.command(
 )(merge)
 app.add_typer(basis.app, name="basis")
 app.command(
+    cls=MigrateCommand,
     epilog=write_epilog(
-        "prolora plan loras/ --source sdxl/ --target ssd-1b/ -o plan.jsonl",
-        "prolora plan loras/ --source sdxl/ --source flux/ --target new/ --target newer/",
-    )
-)(fleet.plan)
-app.command(
-    epilog=write_epilog(
-        "prolora migrate plan.jsonl -o moved/",
-        "prolora migrate plan.jsonl -o moved/ --shard 2/8",
+        "prolora migrate loras/ --source sdxl/ --target ssd-1b/ --target new/ -o moved/",
+        "prolora migrate loras/ --source sdxl/ --target ssd-1b/ -o moved/ --shard 2/8",
         codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.INCOMPLETE),
-    )
-)(fleet.migrate)
-app.command(epilog=write_epilog("prolora status moved/"))(fleet.status)
+    ),
+)(migrate)
 
 
 def print_version(asked: bool) -> None:

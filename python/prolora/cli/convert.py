@@ -35,4 +35,4 @@ def convert(
             report = replace(convert_lora(lora, model, options).report, dry_run=True)
         else:
             report = convert_file(lora, cast(Path, output.output), model, options)
-    tell_made_lora(lora, report, output)
+    tell_made_lora(lora, report, output, converting.overwrite)

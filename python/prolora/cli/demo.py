@@ -24,12 +24,10 @@ from ..adapters.adapter import Adapter
 from ..bases import open_base
 from ..core.methods import MethodChoice
 from ..errors import InvalidOption, ProLoRAError, name_options
-from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import write_bytes_atomically, write_text_atomically
+from ..files.store import check_free, put_bytes, put_text
 from ..probe import FitSettings, Samplers, fit_to_models
 from ..workflow.by_fitting.pipeline import describe_fit
-from ..workflow.output_paths import check_beside
 from ..workflow.page.document import Picture
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
@@ -132,9 +130,8 @@ def run_demo(
         output / f"{lora}-on-{target}{suffix}"
         for suffix in (".safetensors", ".json", ".png", ".html")
     )
-    kinds: tuple[Kind, ...] = ("LoRA", "report", "picture", "report")
-    for path, kind in zip((moved, record, picture, page), kinds, strict=True):
-        check_beside(path, kind, overwrite=overwrite)
+    for path in (moved, record, picture, page):
+        check_free(path, overwrite=overwrite)
 
     if target == APART and method == "auto":
         ends = Samplers(sampler_of(base, models, lora), sampler_of(other, models, lora))
@@ -157,10 +154,12 @@ def run_demo(
     ]
     images = sample_rows(rows, tokens, seed, progress)
     names, columns = [name for _, name, _ in rows], [prompt.split()[0] for prompt in prompts]
-    draw_samples(names, columns, images, say_below(report, target), picture)
-    shown = Picture(picture.read_bytes(), describe_samples(names, prompts))
+    drawn = draw_samples(names, columns, images, say_below(report, target))
+    put_bytes(picture, drawn, overwrite=overwrite)
+    shown = Picture(drawn, describe_samples(names, prompts))
     facts = {"LoRA": file.name, "written to": moved.name}
-    write_text_atomically(page, name_options(report.to_html(facts, [shown]), write_flag))
+    text = name_options(report.to_html(facts, [shown]), write_flag)
+    put_text(page, text, overwrite=overwrite)
     return report, [moved, record, picture, page]
 
 
@@ -350,9 +349,7 @@ def predict_velocity(transformer: nn.Module, x: Tensor, time: Tensor, tokens: Te
     return F.pixel_shuffle(out.mT.reshape(len(x), -1, side, side), PATCH)
 
 
-def draw_samples(
-    names: list[str], columns: list[str], images: Tensor, below: str, path: Path
-) -> None:
+def draw_samples(names: list[str], columns: list[str], images: Tensor, below: str) -> bytes:
     """A PNG with a captioned row of images [rows, columns, 3, h, w] for each name.
 
     The sentence below has the lines that it needs.
@@ -385,7 +382,7 @@ def draw_samples(
         pen.text((8, end + line * i + line // 2), text, fill="black", font_size=15, anchor="lm")
     drawn = io.BytesIO()
     sheet.save(drawn, "png", optimize=True)
-    write_bytes_atomically(path, sign_png(drawn.getvalue()))
+    return drawn.getvalue()
 
 
 def wrap_text(text: str, fits: Callable[[str], bool]) -> list[str]:

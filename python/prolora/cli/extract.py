@@ -34,4 +34,4 @@ def extract(
             report = plan_extraction(old, new, options)
         else:
             report = extract_file(old, new, cast(Path, output.output), options)
-    tell_made_lora(Path(tuned), report, output)
+    tell_made_lora(Path(tuned), report, output, extracting.overwrite)

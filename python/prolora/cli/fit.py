@@ -103,7 +103,8 @@ def fit_loras(
             if len(loras) > 1:
                 options = replace(options, shown_prompts=0)
             return fit_many(loras, source, target, path, options)
-        return [Outcome(loras[0], path, fit_file(loras[0], source, target, path, options))]
+        report = fit_file(loras[0], source, target, path, options)
+        return [Outcome(loras[0], path, report, kept=report.dry_run)]
 
 
 def announce_first(progress: Progress, shown: bool) -> Progress:

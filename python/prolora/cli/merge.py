@@ -68,4 +68,4 @@ def merge(
             report = replace(done.report, dry_run=True)
         else:
             report = merge_file(loras, cast(Path, output.output), target, sources, options)
-    tell_made_lora(loras[0], report, output)
+    tell_made_lora(loras[0], report, output, merging.overwrite)

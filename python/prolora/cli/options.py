@@ -170,13 +170,13 @@ FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
 
 
-COMMANDS = {"transfer_many": "transfer", "plan_migration": "plan"}
+COMMANDS = {"transfer_many": "transfer"}
 """Functions that are commands of another name."""
 
 OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *("source target cache device max_memory measure overlap engine shard workers".split()),
-    *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
+    *("source target cache device max_memory measure overlap ray shard".split()),
+    *("target_steps target_guidance lora_steps lora_guidance".split()),
     "strengths",
 }
 """What messages may name, and a command has a flag for."""
@@ -348,15 +348,6 @@ class Resources:
             log.warning("nothing is kept for the next LoRA: %s", error)
             return None
         return folder
-
-
-@dataclass
-class FleetResources(Resources):
-    """Those of each worker, which may be many and need not be on this machine."""
-
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
-    ] = "cpu"
 
 
 _HELP_ALL = "prolora.help_all"

@@ -1,7 +1,8 @@
-"""Files that the commands write beside the LoRA: they replace nothing but their like."""
+"""Files that the commands write beside the LoRA."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -13,9 +14,8 @@ from ..bases import Base
 from ..bases.experts import ExpertPair
 from ..comparison.module_map import Match, find_partners
 from ..errors import OutputError
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
-from ..workflow.output_paths import check_beside, fold_path, name_output
+from ..files.store import check_free, put_text
+from ..workflow.output_paths import fold_path, name_output
 
 # Ends of other kinds of LoRA files, which people write out of habit.
 _OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")
@@ -44,7 +44,7 @@ def check_report(
     taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
     if _resolve_path(report) in map(_resolve_path, taken):
         raise OutputError(f"{report}: the report would replace the LoRA; give it another name")
-    check_beside(report, "report", [*loras, *bases], overwrite)
+    check_free(report, [*loras, *bases], overwrite=overwrite)
 
 
 def list_outputs(
@@ -93,14 +93,16 @@ def check_match_file(path: Path, inputs: Iterable[Path], overwrite: bool) -> Non
     inputs = list(inputs)
     if _resolve_path(path) in map(_resolve_path, inputs):
         raise OutputError(f"{path}: the map would replace another file of this run")
-    check_beside(path, "map", inputs, overwrite)
+    check_free(path, inputs, overwrite=overwrite)
 
 
-def save_match(path: Path, source: Base, target: Base, match: Match) -> None:
+def save_match(
+    path: Path, source: Base, target: Base, match: Match, overwrite: bool = False
+) -> None:
     """Writes {target module: source module}, which --match takes, in the target's order."""
     table, _ = find_partners(source, target, match)
     ordered = {name: table[name] for name in target.shapes if name in table}
-    write_text_atomically(path, mark_json("map", ordered))
+    put_text(path, json.dumps(ordered, indent=1) + "\n", overwrite=overwrite)
 
 
 def _resolve_path(path: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,7 @@ from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
+from ..files.store import put_text
 from ..workflow.batch import transfer_many
 from ..workflow.card import check_card, write_card
 from ..workflow.dry_run import plan_report
@@ -158,7 +158,7 @@ def tell_outcomes(
         outcomes: of all LoRAs.
         output: what is shown and written.
         card: where the card goes.
-        overwrite: replace a card that prolora did not write.
+        overwrite: replace a report and a card that are there.
         cache: the folder to name, where one was used.
     """
     if output.show_tables:
@@ -168,7 +168,7 @@ def tell_outcomes(
     elif len(outcomes) > 1:
         for line in failure_lines(outcomes):
             err.print_line(line, style="red")
-    write_outcomes(outcomes, output)
+    write_outcomes(outcomes, output, overwrite)
     if card is not None:
         write_card(card, outcomes, overwrite)
     if output.show_tables:
@@ -178,11 +178,13 @@ def tell_outcomes(
     check_outcomes(outcomes)
 
 
-def tell_made_lora(made_of: Path, report: Report, output: FileOutput) -> None:
+def tell_made_lora(
+    made_of: Path, report: Report, output: FileOutput, overwrite: bool = False
+) -> None:
     """`tell_outcomes` of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
     outcome = Outcome(made_of, out, report, planned=output.dry_run)
-    tell_outcomes([outcome], output, None, False, None)
+    tell_outcomes([outcome], output, None, overwrite, None)
 
 
 def plan_all(
@@ -246,11 +248,11 @@ def move_loras(
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
             report = transfer_file(loras[0], pair.source, pair.target, out, options)
-            outcomes.append(Outcome(loras[0], out, report))
+            outcomes.append(Outcome(loras[0], out, report, kept=report.dry_run))
     return outcomes
 
 
-def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
+def write_outcomes(outcomes: list[Outcome], output: FileOutput, overwrite: bool) -> None:
     """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     if output.as_json or output.report == STDOUT:
@@ -259,9 +261,9 @@ def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
         return
     if is_page_path(output.report):
         page = name_options(render_outcomes(outcomes, {"command": read_command()}), write_flag)
-        write_text_atomically(output.report, page)
     else:
-        write_text_atomically(output.report, mark_json("report", *records))
+        page = json.dumps(records[0] if len(records) == 1 else records, indent=1) + "\n"
+    put_text(output.report, page, overwrite=overwrite)
 
 
 def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
@@ -301,6 +303,8 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
     report = outcomes[0].report
     if report is not None:
         show_report(report, output.explain, output.modules)
+        if outcomes[0].kept:
+            out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
             readers = tell_readers(inspect(outcomes[0].out), output.explain)

@@ -7,16 +7,14 @@ from torch import Tensor
 
 
 def monotone_assignment(scores: Tensor) -> list[tuple[int, int]]:
-    """Pairs (i, j), both strictly increasing, whose scores sum to the largest possible total.
+    """Finds pairs (i, j), both strictly increasing, with the largest total score.
 
     Dynamic programming: with D[i, j] the best total of the first i rows and j columns,
 
         D[i, j] = max(D[i−1, j], D[i, j−1], D[i−1, j−1] + scores[i−1, j−1]).
 
-    A pair whose score is not positive is never made, so rows and columns may stay alone.
-
-    Args:
-        scores: [rows, columns], any float dtype, no NaN.
+    A pair without a positive score is never made, so rows and columns may stay alone. `scores` is
+    [rows, columns], any float dtype, no NaN.
     """
     table = scores.double().cpu()
     rows, columns = table.shape

@@ -1,10 +1,10 @@
-"""Which transformer block was made from which, found by the weights alone, whatever their names.
+"""Transformer blocks of two bases, matched by their weights alone.
 
 Blocks of the same kind and shapes are compared by how much the leading singular subspaces of their
 attention matrices overlap, beyond what chance gives. Training drifts and pruning renumbers, but
 neither changes the order of the blocks: the assignment is one-to-one and monotone, among the blocks
-of a place (one stack of blocks) and among the places. Inserted blocks stay without a partner; what
-feeds them is a choice of the caller's.
+of one stack and among the stacks. Inserted blocks stay without a partner; the caller chooses what
+feeds them.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def match_blocks(
     """Finds the source's block for every transformer block of the target.
 
     The modules around a stack of blocks (`proj_in`, `proj_out`) follow its blocks. Modules outside
-    all blocks are paired by equal name and shape, there is one of each. Convolutions are left
+    all blocks are paired by equal name and shape, since each exists once. Convolutions are left
     alone: nothing here says where they went.
 
     Args:
         source: the base with the blocks to look among.
         target: the base whose blocks are asked for.
         cache: keeps subspaces; None keeps nothing.
-        device: where to compute. Default: a GPU where there is one, and else the CPU.
+        device: where to compute. Default: a GPU if present, else the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).
@@ -103,26 +103,28 @@ def _match_groups(
     decisions: list[BlockDecision] = []
     partners: dict[str, str] = {}
     dropped: list[str] = []
-    places: dict[str, str] = {}
-    for ours, theirs in groups:
-        scores, deviations = _score_blocks(source, ours, target, theirs, subspaces)
+    stack_partners: dict[str, str] = {}
+    for sources, targets in groups:
+        scores, deviations = _score_blocks(source, sources, target, targets, subspaces)
         related = torch.where(
             (scores >= MIN_SCORE) & (deviations >= MIN_DEVIATIONS), scores, torch.zeros_like(scores)
         )
-        pairs, stacks = _assign_blocks(related, ours, theirs)
-        _refuse_rivals(pairs, related, (source, ours), (target, theirs))
-        places |= stacks
+        pairs, stacks = _assign_blocks(related, sources, targets)
+        _refuse_rivals(pairs, related, (source, sources), (target, targets))
+        stack_partners |= stacks
         taken = set(pairs.values())
-        dropped += [block.name for i, block in enumerate(ours) if i not in taken]
-        for j, block in enumerate(theirs):
-            decision = _record_decision(block, pairs.get(j), scores[:, j], deviations[:, j], ours)
+        dropped += [block.name for i, block in enumerate(sources) if i not in taken]
+        for j, block in enumerate(targets):
+            decision = _record_decision(
+                block, pairs.get(j), scores[:, j], deviations[:, j], sources
+            )
             best = int(scores[:, j].argmax())
             if j not in pairs and float(related[best, j]) > 0:
-                decision = replace(decision, resembles=ours[best].name)
+                decision = replace(decision, resembles=sources[best].name)
             decisions.append(decision)
             if decision.source is not None:
                 partners[decision.target] = decision.source
-    table = dict(_pair_modules(source, target, partners, places))
+    table = dict(_pair_modules(source, target, partners, stack_partners))
     order = {block.name: i for i, block in enumerate(list_blocks(target))}
     decisions.sort(key=lambda decision: order[decision.target])
     return Matching(table, tuple(decisions), tuple(dropped))
@@ -138,11 +140,11 @@ def resolve_match(
     max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Match:
-    """The match with the blocks recognised, where only weights tell which belong together.
+    """Recognises the blocks for a match that only weights can decide.
 
     That is "similarity", and "auto" where names do not tell; every other match stays as it is.
-    Whatever makes a plan calls this first, since a plan reads no weights. Arguments and errors are
-    those of `match_blocks`.
+    Whatever makes a plan calls this first, since a plan reads no weights. Arguments and errors as
+    for `match_blocks`.
     """
     if isinstance(match, str) and (
         match == "similarity" or (match == AUTO_MATCH and not do_names_tell(source, target))
@@ -158,41 +160,41 @@ def resolve_match(
     return match
 
 
-def _choose_evidence(ours: Block, theirs: Block) -> list[str]:
-    """The modules that are compared: attention, or whatever both have.
+def _choose_evidence(source: Block, target: Block) -> list[str]:
+    """Returns the modules to compare: attention, or whatever both have.
 
     Not all of them where matrices are large: the more dimensions, the less two subspaces overlap by
     chance, and the more a singular value decomposition costs.
     """
-    names = [name for name in sorted(theirs.shapes) if name in ours.shapes]
+    names = [name for name in sorted(target.shapes) if name in source.shapes]
     chosen: list[str] = []
     dimensions = 0
     for name in [name for name in names if is_attention(name)] or names:
         if dimensions >= ENOUGH_DIMENSIONS:
             break
         chosen.append(name)
-        dimensions += min(theirs.shapes[name])
+        dimensions += min(target.shapes[name])
     return chosen
 
 
 def _choose_rank(shape: tuple[int, int]) -> int:
-    """How many columns of the subspaces of a weight [m, n] are compared."""
+    """Returns how many columns of a weight's subspaces are compared."""
     return max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
 
 
 def _find_room(groups: list[BlockGroup], limit: int | None, device: DeviceLike) -> Room:
-    """How much can be factorised at a time beside the bases of a module of all blocks.
+    """Returns how much can be factorised beside one module's bases of all blocks.
 
     Raises:
         TooLittleMemory: not even one weight.
     """
     shapes: set[tuple[int, int]] = set()
     held = 0
-    for ours, theirs in groups:
-        for module in _choose_evidence(ours[0], theirs[0]):
-            shape = ours[0].shapes[module]
+    for sources, targets in groups:
+        for module in _choose_evidence(sources[0], targets[0]):
+            shape = sources[0].shapes[module]
             shapes.add(shape)
-            held = max(held, (len(ours) + len(theirs)) * 4 * sum(shape) * _choose_rank(shape))
+            held = max(held, (len(sources) + len(targets)) * 4 * sum(shape) * _choose_rank(shape))
     memory = Memory(limit, max(map(_choose_rank, shapes)), device)
     memory.check(shapes, "bases", held)
     return memory.room(held)
@@ -203,8 +205,8 @@ def _report_steps(
 ) -> Callable[[list[str]], None]:
     """Adds up the weights that are factorised, for the caller's callback."""
     total = sum(
-        len(_choose_evidence(ours[0], theirs[0])) * (len(ours) + len(theirs))
-        for ours, theirs in groups
+        len(_choose_evidence(sources[0], targets[0])) * (len(sources) + len(targets))
+        for sources, targets in groups
     )
     done = 0
 
@@ -219,22 +221,15 @@ def _report_steps(
 
 @dataclass(frozen=True)
 class _Subspaces:
-    """Leading subspaces of weights, one module name over many blocks at a time.
-
-    Attributes:
-        cache: keeps them.
-        device: where to compute; None means the CPU.
-        room: how many are computed at a time.
-        report: called with the names of the weights that were factorised.
-    """
+    """Leading subspaces of weights, one module over many blocks at once."""
 
     cache: BasisCache
-    device: DeviceLike
-    room: Room
-    report: Callable[[list[str]], None]
+    device: DeviceLike  # None means the CPU
+    room: Room  # how many are computed at a time
+    report: Callable[[list[str]], None]  # called with the names of the weights that were factorised
 
     def of(self, base: Base, blocks: list[Block], module: str) -> Basis:
-        """The bases of one module of every block, stacked [blocks, m, n]."""
+        """Returns the bases of one module of every block, stacked [blocks, m, n]."""
         shape = blocks[0].shapes[module]
         names = [f"{block.name}.{module}" for block in blocks]
         size = self.room.stack(shape, "bases")
@@ -251,14 +246,14 @@ class _Subspaces:
 
 
 def _score_blocks(
-    source: Base, ours: list[Block], target: Base, theirs: list[Block], subspaces: _Subspaces
+    source: Base, sources: list[Block], target: Base, targets: list[Block], subspaces: _Subspaces
 ) -> tuple[Tensor, Tensor]:
-    """(scores, deviations) [our blocks, their blocks], see `BlockDecision`."""
-    modules = _choose_evidence(ours[0], theirs[0])
-    above = torch.zeros(len(ours), len(theirs), dtype=torch.float64)
+    """Returns (scores, deviations) [source blocks, target blocks], see `BlockDecision`."""
+    modules = _choose_evidence(sources[0], targets[0])
+    above = torch.zeros(len(sources), len(targets), dtype=torch.float64)
     excess, variance = torch.zeros_like(above), torch.zeros_like(above)
     for module in modules:
-        a, b = subspaces.of(source, ours, module), subspaces.of(target, theirs, module)
+        a, b = subspaces.of(source, sources, module), subspaces.of(target, targets, module)
         for left, right in ((a.U, b.U), (a.V, b.V)):
             phi, chance, spread = _measure_overlaps(left, a.rank, right, b.rank)
             above += (phi - chance) / (1 - chance).clamp_min(1e-12) / (2 * len(modules))
@@ -270,16 +265,11 @@ def _score_blocks(
 def _measure_overlaps(
     left: Tensor, left_rank: Tensor, right: Tensor, right_rank: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Φ, its mean and its variance between unrelated subspaces), all [a, b], on the CPU.
+    """Returns (Φ, its mean and its variance between unrelated subspaces), all [a, b].
 
-    For random subspaces of p and q out of d dimensions, ‖XᵀY‖² has mean pq/d and variance
-    2pq(d−p)(d−q)/(d²(d−1)(d+2)).
-
-    Args:
-        left: [a, d, k] orthonormal columns.
-        left_rank: [a], columns in use.
-        right: [b, d, k'] orthonormal columns.
-        right_rank: [b].
+    On the CPU. For random subspaces of p and q out of d dimensions, ‖XᵀY‖² has mean pq/d and
+    variance 2pq(d−p)(d−q)/(d²(d−1)(d+2)). `left` is [a, d, k] and `right` [b, d, k'], orthonormal
+    columns; `left_rank` [a] and `right_rank` [b] are the columns in use.
     """
     d = left.shape[1]
     work = working_dtype(left.dtype, right.dtype)
@@ -297,26 +287,29 @@ def _measure_overlaps(
 
 
 def _assign_blocks(
-    scores: Tensor, ours: list[Block], theirs: list[Block]
+    scores: Tensor, sources: list[Block], targets: list[Block]
 ) -> tuple[dict[int, int], dict[str, str]]:
-    """({their block: our block} by index, {their place: our place}), monotone on both levels."""
-    ours_in, theirs_in = _group_by_stack(ours), _group_by_stack(theirs)
+    """Assigns blocks and stacks, monotone on both levels.
+
+    Returns {target block: source block} by index, and {target stack: source stack}.
+    """
+    sources_in, targets_in = _group_by_stack(sources), _group_by_stack(targets)
     inner = {
-        (a, b): monotone_assignment(scores[ours_in[a]][:, theirs_in[b]])
-        for a in ours_in
-        for b in theirs_in
+        (a, b): monotone_assignment(scores[sources_in[a]][:, targets_in[b]])
+        for a in sources_in
+        for b in targets_in
     }
-    totals = torch.zeros(len(ours_in), len(theirs_in), dtype=torch.float64)
-    for x, a in enumerate(ours_in):
-        for y, b in enumerate(theirs_in):
-            block = scores[ours_in[a]][:, theirs_in[b]]
+    totals = torch.zeros(len(sources_in), len(targets_in), dtype=torch.float64)
+    for x, a in enumerate(sources_in):
+        for y, b in enumerate(targets_in):
+            block = scores[sources_in[a]][:, targets_in[b]]
             totals[x, y] = sum(float(block[i, j]) for i, j in inner[a, b])
     pairs: dict[int, int] = {}
     stacks: dict[str, str] = {}
     for x, y in monotone_assignment(totals):
-        a, b = list(ours_in)[x], list(theirs_in)[y]
+        a, b = list(sources_in)[x], list(targets_in)[y]
         stacks[b] = a
-        pairs |= {theirs_in[b][j]: ours_in[a][i] for i, j in inner[a, b]}
+        pairs |= {targets_in[b][j]: sources_in[a][i] for i, j in inner[a, b]}
     return pairs, stacks
 
 
@@ -326,60 +319,54 @@ def _refuse_rivals(
     source: tuple[Base, list[Block]],
     target: tuple[Base, list[Block]],
 ) -> None:
-    """Refuses blocks of the target of which a neighbour resembles the same block nearly as well.
+    """Refuses target blocks that resemble the same source block nearly alike.
 
-    Args:
-        pairs: {their block: our block} by index.
-        related: [our blocks, their blocks] scores, 0 where two blocks are not related.
-        source: the base and its blocks.
-        target: the base and its blocks.
-
-    Raises:
-        UnsupportedFormat: names both.
+    `pairs` is {target block: source block} by index; `related` has the scores [source blocks,
+    target blocks], 0 where two blocks are not related.
     """
-    (one, ours), (other, theirs) = source, target
-    free = [j for j in range(len(theirs)) if j not in pairs]
+    (one, sources), (other, targets) = source, target
+    free = [j for j in range(len(targets)) if j not in pairs]
     for index, origin in pairs.items():
         for j in free:
-            # Between the two lie blocks of the same stack without a partner, if any.
+            # Between the two lie only blocks of the same stack without a partner.
             between = range(min(index, j) + 1, max(index, j))
-            beside = theirs[j].place == theirs[index].place and not pairs.keys() & set(between)
+            beside = targets[j].stack == targets[index].stack and not pairs.keys() & set(between)
             if beside and related[origin, j] > CLEARLY_LESS * related[origin, index]:
                 raise UnsupportedFormat(
-                    f"{theirs[index].name} and {theirs[j].name} of {other.name} resemble "
-                    f"{ours[origin].name} of {one.name} nearly alike, as inserted copies do, and "
-                    "their leading directions do not tell which of them it was: give a map with "
-                    f"`match=FILE`; or {RUN_INSTEAD}"
+                    f"{targets[index].name} and {targets[j].name} of {other.name} resemble "
+                    f"{sources[origin].name} of {one.name} nearly alike, as inserted copies do, "
+                    "and their leading directions do not tell which of them it was: give a map "
+                    f"with `match=FILE`; or {RUN_INSTEAD}"
                 )
 
 
 def _group_by_stack(blocks: list[Block]) -> dict[str, list[int]]:
-    """Place -> indices of its blocks, in order."""
-    return group_by(range(len(blocks)), lambda i: blocks[i].place)
+    """Returns stack -> indices of its blocks, in order."""
+    return group_by(range(len(blocks)), lambda i: blocks[i].stack)
 
 
 def _record_decision(
-    block: Block, chosen: int | None, scores: Tensor, deviations: Tensor, ours: list[Block]
+    block: Block, chosen: int | None, scores: Tensor, deviations: Tensor, sources: list[Block]
 ) -> BlockDecision:
-    """What was chosen for a block, and the best of the others."""
-    ranked = sorted(range(len(ours)), key=lambda i: -float(scores[i]))
+    """Records what was chosen for a block, and the best of the others."""
+    ranked = sorted(range(len(sources)), key=lambda i: -float(scores[i]))
     best = ranked[0] if chosen is None else chosen
     others = [i for i in ranked if i != best]
     return BlockDecision(
         target=block.name,
-        source=None if chosen is None else ours[chosen].name,
+        source=None if chosen is None else sources[chosen].name,
         score=float(scores[best]),
         deviations=float(deviations[best]),
-        runner_up=ours[others[0]].name if others else None,
+        runner_up=sources[others[0]].name if others else None,
         runner_up_score=float(scores[others[0]]) if others else math.nan,
     )
 
 
 def _pair_modules(
-    source: Base, target: Base, partners: Mapping[str, str], places: Mapping[str, str]
+    source: Base, target: Base, partners: Mapping[str, str], stack_partners: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """(target module, source module): inside matched blocks, around them, outside all."""
-    stacks = {b.rpartition(".")[0]: a.rpartition(".")[0] for b, a in places.items()}
+    """Yields (target module, source module): inside matched blocks, around them, outside all."""
+    stacks = {b.rpartition(".")[0]: a.rpartition(".")[0] for b, a in stack_partners.items()}
     for module in target.shapes:
         block = find_block(module)
         stack = ".".join(module.split(".")[:-1])

@@ -1,4 +1,4 @@
-"""Which module of the source belongs to which of the target, over all modules of two bases.
+"""The source module for each target module, over two whole bases.
 
 By name and block rules, by a map, or by the result of `block_matching`; no weight is read here.
 """
@@ -17,7 +17,6 @@ from ..bases import Base, find_correspondence
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
-from ..files.ownership import WRITTEN_BY
 
 # Bytes of a map file, and letters of a name in one: 100,000 modules have 16 MB.
 _MAP_BYTES, _LONGEST_NAME = 16 << 20, 1024
@@ -25,27 +24,19 @@ _MAP_BYTES, _LONGEST_NAME = 16 << 20, 1024
 
 @dataclass(frozen=True)
 class BlockDecision:
-    """Where one block of the target came from, and what else it could have been.
+    """The origin of one target block, and the alternatives."""
 
-    Attributes:
-        target: the target's block.
-        source: the block that feeds it; None if none overlaps beyond chance, or all that do feed
-            others.
-        score: mean above-chance overlap of the two over modules and sides: 0 as unrelated, 1 as
-            equal; of the best candidate where source is None.
-        deviations: how many standard deviations the overlap lies beyond chance.
-        runner_up: the source's block with the next best score; None if there is no other.
-        runner_up_score: its score, NaN if there is none.
-        resembles: where source is None, the source's block that it overlaps most beyond chance,
-            which feeds another one: it is a copy or a mixture of it.
-    """
-
-    target: str
+    target: str  # the target's block
+    # The block that feeds it; None if none overlaps beyond chance, or all that do feed others
     source: str | None
+    # Mean above-chance overlap of the two over modules and sides: 0 as unrelated, 1 as equal; the
+    # best candidate's where source is None.
     score: float
-    deviations: float
-    runner_up: str | None
-    runner_up_score: float
+    deviations: float  # how many standard deviations the overlap lies beyond chance
+    runner_up: str | None  # the source's block with the next best score; None without another
+    runner_up_score: float  # its score, NaN without one
+    # Where source is None, the source's block that it overlaps most beyond chance, which feeds
+    # another one: it is a copy or a mixture of it.
     resembles: str | None = None
 
     @property
@@ -54,23 +45,17 @@ class BlockDecision:
         return self.score - self.runner_up_score
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, the margin too."""
+        """Returns all fields and the margin."""
         return asdict(self) | {"margin": self.margin}
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Partners from `block_matching.match_blocks`; accepted wherever a `Match` is.
+    """Partners from `block_matching.match_blocks`; accepted wherever a `Match` is."""
 
-    Attributes:
-        table: target module -> source module.
-        decisions: one for every block of the target, in its order.
-        dropped: the source's blocks that feed none.
-    """
-
-    table: Mapping[str, str]
-    decisions: tuple[BlockDecision, ...]
-    dropped: tuple[str, ...]
+    table: Mapping[str, str]  # target module -> source module
+    decisions: tuple[BlockDecision, ...]  # one for every block of the target, in its order
+    dropped: tuple[str, ...]  # the source's blocks that feed none
 
     @property
     def rule(self) -> str:
@@ -93,7 +78,7 @@ class Matching:
 
 
 def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str]) -> list[str]:
-    """What was found by similarity, as sentences; none where nothing was matched so."""
+    """Describes what was found by similarity, as sentences, if anything was."""
     if not decisions:
         return []
     recognised = sum(decision.source is not None for decision in decisions)
@@ -112,16 +97,11 @@ def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str
 
 @dataclass(frozen=True)
 class Renumbering:
-    """Partners by name, corrected by `renumbered_blocks.recognise_blocks`.
+    """Partners by name, corrected by `renumbered_blocks.recognise_blocks`."""
 
-    Attributes:
-        table: target module -> source module.
-        by_name: the rule that was corrected.
-        blocks: target's block -> the source's block that it was made from, where names differ.
-    """
-
-    table: Mapping[str, str]
-    by_name: str
+    table: Mapping[str, str]  # target module -> source module
+    by_name: str  # the rule that was corrected
+    # Target's block -> the source's block that it was made from, where names differ
     blocks: Mapping[str, str]
 
     @property
@@ -131,7 +111,7 @@ class Renumbering:
 
 
 def describe_renumbered(blocks: Mapping[str, str]) -> list[str]:
-    """What was found of renumbered blocks, as sentences; none where there are none."""
+    """Describes renumbered blocks as sentences, if any were found."""
     if not blocks:
         return []
     target, source = next(iter(blocks.items()))
@@ -160,7 +140,10 @@ class NamesDoNotTell(UnsupportedFormat):
 
 
 def do_names_tell(source: Base, target: Base) -> bool:
-    """Whether names say which blocks belong together, or that none do."""
+    """Returns whether names say which blocks belong together.
+
+    Two bases without any partners count too.
+    """
     try:
         _partners_by_name(source, target)
     except NamesDoNotTell:
@@ -173,11 +156,11 @@ def do_names_tell(source: Base, target: Base) -> bool:
 def find_partners(
     source: Base, target: Base, match: Match = AUTO_MATCH
 ) -> tuple[dict[str, str], str]:
-    """{target module: source module} over all modules that have a partner, and the rule's name.
+    """Returns {target module: source module} for all partners, and the rule's name.
 
     Raises:
-        UnsupportedFormat: a match that is not understood, or two architectures of which no blocks
-            correspond.
+        UnsupportedFormat: a match that is not understood, or two architectures without
+            corresponding blocks.
     """
     if isinstance(match, Matching | Renumbering):
         return dict(match.table), match.rule
@@ -201,56 +184,56 @@ def find_partners(
 
 
 def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
-    """Equal names, or the block rule of two known layouts, read in either direction."""
-    ours, theirs = source.layout, target.layout
-    if ours is None or theirs is None or ours == theirs:
+    """Pairs equal names, or the blocks of two known layouts in either direction."""
+    source_layout, target_layout = source.layout, target.layout
+    if source_layout is None or target_layout is None or source_layout == target_layout:
         same = {name: name for name in target.shapes if name in source.shapes}
         if not same:
             _refuse_unrelated(source, target)
-        if ours is None or theirs is None:
+        if source_layout is None or target_layout is None:
             _refuse_other_depth(source, target)
         return same, "same name"
-    rule = find_correspondence(ours, theirs)
+    rule = find_correspondence(source_layout, target_layout)
     if rule is not None:
         pairs = (
             (name, start) for name in target.shapes if (start := rule.source_of(name)) is not None
         )
     else:
-        rule = find_correspondence(theirs, ours)
+        rule = find_correspondence(target_layout, source_layout)
         if rule is None:
             if source.family is None or source.family != target.family:
                 _refuse_unrelated(source, target)
             _refuse_other_depth(source, target)
             same = {name: name for name in target.shapes if name in source.shapes}
-            return same, f"same name, as {ours} and {theirs} have the same blocks"
+            return same, f"same name, as {source_layout} and {target_layout} have the same blocks"
         pairs = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
     partners = {t: s for t, s in pairs if t in target.shapes and s in source.shapes}
     partners |= {
         name: name for name in target.shapes if is_in_text_encoder(name) and name in source.shapes
     }
-    return partners, f"{ours} to {theirs}: {rule.evidence.rstrip('.')}"
+    return partners, f"{source_layout} to {target_layout}: {rule.evidence.rstrip('.')}"
 
 
 def _refuse_other_depth(source: Base, target: Base) -> None:
-    """Refuses to pair blocks of equal number where a stack has more of them in one of two bases.
+    """Refuses to pair blocks by number if a stack has more in one base.
 
     Blocks are inserted and dropped anywhere, so that numbers say nothing then. A UNet's stacks are
     short and lie in stages, where names say more.
     """
     if "UNet" in (classify_model(source), classify_model(target)):
         return
-    ours, theirs = _list_block_numbers(source), _list_block_numbers(target)
-    for stack in ours.keys() & theirs.keys():
-        if ours[stack] != theirs[stack]:
+    sources, targets = _list_block_numbers(source), _list_block_numbers(target)
+    for stack in sources.keys() & targets.keys():
+        if sources[stack] != targets[stack]:
             raise NamesDoNotTell(
-                f"{stack} has {len(ours[stack])} blocks in {source.name} and {len(theirs[stack])} "
-                f'in {target.name}, so names cannot tell which block is which; match "similarity" '
-                "recognises them by their weights"
+                f"{stack} has {len(sources[stack])} blocks in {source.name} and "
+                f"{len(targets[stack])} in {target.name}, so names cannot tell which block "
+                'is which; match "similarity" recognises them by their weights'
             )
 
 
 def _list_block_numbers(base: Base) -> dict[str, set[str]]:
-    """Stack -> the numbers of its blocks that hold something to train."""
+    """Returns stack -> the numbers of its blocks that hold something to train."""
     numbers: dict[str, set[str]] = {}
     for module in base.shapes:
         block = find_block(module)
@@ -260,7 +243,7 @@ def _list_block_numbers(base: Base) -> dict[str, set[str]]:
 
 
 def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
-    """Two bases of which nothing is known that belongs together: by kind, by width, or at all."""
+    """Refuses two bases without known partners: by kind, by width, or at all."""
     what = f"{source.name} is {describe_base(source)}, {target.name} is {describe_base(target)}"
     shared = list_adaptable_shapes(source) & list_adaptable_shapes(target)
     if classify_model(source) != classify_model(target) or not shared:
@@ -293,7 +276,6 @@ def read_map(path: Path) -> dict[str, str]:
             f'match takes "auto", "name", "similarity" or a JSON file {{target module: source '
             f"module}}; {path} is neither ({error})"
         ) from error
-    table.pop(WRITTEN_BY, None)
     for target, source in table.items():
         if not isinstance(source, str) or max(len(source), len(target)) > _LONGEST_NAME:
             raise UnsupportedFormat(

@@ -34,7 +34,7 @@ class _NumberedBlock(NamedTuple):
     number: str
 
     def module(self, local: str) -> str:
-        """A module of the block."""
+        """Returns the full name of a module of the block."""
         return f"{self.stack}.{self.number}.{local}"
 
 
@@ -48,11 +48,11 @@ class _Kind(NamedTuple):
 def recognise_blocks(
     match: Match, source: Base, target: Base, cosines: Mapping[str, float] | None = None
 ) -> Match:
-    """Equal names, with another source for the target's blocks that hold another one's weights.
+    """Replaces a namesake by the block with the target block's weights.
 
-    A block whose weight has nothing in common with that of its namesake gets the source's block
-    whose weight points the same way, if there is one. All else stays as it was; so does every match
-    but "auto".
+    A block whose weight has nothing in common with its namesake's gets the source's block whose
+    weight points the same way, if there is one. All else stays as it was; so does every match but
+    "auto".
 
     Args:
         match: how modules are paired.
@@ -104,9 +104,9 @@ def _find_block(module: str) -> _NumberedBlock | None:
 def _choose_witnesses(
     table: Mapping[str, str], source: Base, target: Base
 ) -> tuple[dict[_NumberedBlock, _NumberedBlock], dict[_NumberedBlock, str]]:
-    """Target block -> its namesake, and -> the module to compare.
+    """Returns target block -> its namesake, and -> the module to compare.
 
-    That is the smallest attention weight; the smallest of all where there is none.
+    That is the smallest attention weight, or the smallest of all without attention.
     """
     partners: dict[_NumberedBlock, _NumberedBlock] = {}
     witnesses: dict[_NumberedBlock, tuple[bool, int, str]] = {}
@@ -125,7 +125,10 @@ def _choose_witnesses(
 
 
 def _sample_weight(base: Base, module: str) -> Tensor:
-    """Some rows of a weight as one vector of length 1; NaN where they are zero or not finite."""
+    """Returns rows of a weight as a vector of length 1.
+
+    It is NaN where they are zero or not finite.
+    """
     weight = base.read(module)
     weight = weight.reshape(matrix_shape(base.shapes[module]))
     rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)].to(torch.float32).flatten()
@@ -139,13 +142,9 @@ def _find_origins(
     source: Base,
     target: Base,
 ) -> dict[_NumberedBlock, _NumberedBlock]:
-    """Target block -> the source's block whose weight points the same way, where there is one.
+    """Finds source blocks whose weights point the same way as the strangers'.
 
-    Args:
-        strangers: the blocks to place.
-        witnesses: block -> which weight that is.
-        source: where they may come from.
-        target: where they are.
+    `witnesses` names the weight to compare for each block.
     """
     kinds: dict[_Kind, list[_NumberedBlock]] = {}
     for block in strangers:
@@ -161,9 +160,9 @@ def _find_origins(
             and module == place.module(kind.local)
             and matrix_shape(shape) == kind.shape
         ]
-        theirs = torch.stack([_sample_weight(source, b.module(kind.local)) for b in candidates])
-        ours = torch.stack([_sample_weight(target, b.module(kind.local)) for b in blocks])
-        cosines = ours @ theirs.mT
+        sources = torch.stack([_sample_weight(source, b.module(kind.local)) for b in candidates])
+        targets = torch.stack([_sample_weight(target, b.module(kind.local)) for b in blocks])
+        cosines = targets @ sources.mT
         best, places = cosines.nan_to_num(0.0).max(-1)
         for block, cosine, place in zip(blocks, best.tolist(), places.tolist(), strict=True):
             if cosine >= MIN_COSINE:

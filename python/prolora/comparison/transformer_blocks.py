@@ -1,4 +1,4 @@
-"""The transformer blocks of a base model, in order, and those of two that may belong together."""
+"""Transformer blocks of a base in order, and comparable blocks of two."""
 
 from __future__ import annotations
 
@@ -18,22 +18,17 @@ _PARTS = ("to_q", "to_k", "to_v", "to_out", "add_q", "add_k", "add_v", "to_add_o
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block.
+    """One transformer block."""
 
-    Attributes:
-        place: the stack it is in, `down_blocks.2.attentions.0.transformer_blocks`.
-        index: its number there.
-        shapes: module name inside the block -> out × in.
-    """
-
-    place: str
-    index: int
+    stack: str  # the stack it is in, `down_blocks.2.attentions.0.transformer_blocks`
+    index: int  # its number there
+    # Module name inside the block -> out × in
     shapes: Mapping[str, tuple[int, int]] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """What its modules' names begin with."""
-        return f"{self.place}.{self.index}"
+        return f"{self.stack}.{self.index}"
 
 
 BlockGroup = tuple[list[Block], list[Block]]
@@ -41,7 +36,7 @@ BlockGroup = tuple[list[Block], list[Block]]
 
 
 def list_blocks(base: Base) -> list[Block]:
-    """The transformer blocks of a base, in the order in which a forward pass meets them."""
+    """Lists the transformer blocks of a base in the order of a forward pass."""
     modules: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
     for module, shape in base.shapes.items():
         block = find_block(module)
@@ -53,9 +48,10 @@ def list_blocks(base: Base) -> list[Block]:
 
 
 def split_module(module: str) -> tuple[str, str, str]:
-    """(place, depth, kind); a UNet's place is the attention that holds a stack of blocks.
+    """Splits a module's name into (stack, depth, kind).
 
-    The depth is the number of the block, or `AROUND`; the kind is the name inside the block.
+    In a UNet the stack is the attention around a stack of blocks. The depth is the number of the
+    block, or `AROUND`; the kind is the name inside the block.
     """
     block = find_block(module)
     if block is not None:
@@ -73,18 +69,18 @@ def column_order(name: str) -> tuple[object, ...]:
 
 
 def group_blocks(source: Base, target: Base) -> list[BlockGroup]:
-    """Blocks of both bases that may belong together: the same kind, modules and shapes."""
-    ours, theirs = list_blocks(source), list_blocks(target)
-    shared = {name for block in ours for name in block.shapes}
-    shared &= {name for block in theirs for name in block.shapes}
+    """Groups blocks of both bases with the same kind, modules and shapes."""
+    sources, targets = list_blocks(source), list_blocks(target)
+    shared = {name for block in sources for name in block.shapes}
+    shared &= {name for block in targets for name in block.shapes}
 
     def signature(block: Block) -> tuple[object, ...]:
-        kind = block.place.rpartition(".")[2]
+        kind = block.stack.rpartition(".")[2]
         shapes = [(name, shape) for name, shape in block.shapes.items() if name in shared]
         return kind, tuple(sorted(shapes))
 
     groups: dict[tuple[object, ...], tuple[list[Block], list[Block]]] = {}
-    for side, list_ in enumerate((ours, theirs)):
+    for side, list_ in enumerate((sources, targets)):
         for block in list_:
             groups.setdefault(signature(block), ([], []))[side].append(block)
     return [pair for (_, shapes), pair in groups.items() if shapes and all(pair)]

@@ -1,9 +1,9 @@
-"""Principal angles between the subspaces of a stack, as one stack or matrix by matrix.
+"""Principal angles between the subspaces of a stack.
 
 On the CPU the matrices share out the threads, and LAPACK makes them orthonormal by reflections. A
 stack on a GPU goes as one through products, Cholesky factors and batched solvers: the number of
-calls does not depend on how many matrices it holds, and the host waits once, at the end, to learn
-which matrices these could not do. Those few are done by reflections, one after the other.
+calls does not depend on the number of matrices, and the host waits once, at the end, to learn which
+matrices failed. Those few are done by reflections, one after the other.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .svd.stacks import count_together, decides_freely
 
 # Rows count as orthonormal if one more Cholesky step makes them so: its error is this, squared.
 NEARLY_ORTHONORMAL = 1e-6
-# After the shifted step, a row of which the others leave less than this has no direction of its own
+# After the shifted step, a row that the others reduce to less than this has no direction of its own
 # but rounding: 3e-9 or so, where 1e-14 of its length would be 1e-7.
 INDEPENDENT = 1e-7
 
 
 def column_angles(x: Tensor, y: Tensor) -> Tensor:
-    """Principal angles between column spaces, ascending.
+    """Returns the principal angles between column spaces, ascending.
 
     Args:
         x: [b, m, p], float64, full column rank.
@@ -56,7 +56,7 @@ def column_angles(x: Tensor, y: Tensor) -> Tensor:
 
 
 def angles_by_reflections(x: Tensor, y: Tensor) -> Tensor:
-    """`column_angles` by Householder reflections and LAPACK's or cuSOLVER's SVD."""
+    """Computes `column_angles` by Householder reflections and LAPACK's or cuSOLVER's SVD."""
     x, y = torch.linalg.qr(x)[0], torch.linalg.qr(y)[0]
     inner = x.mT @ y
     cosines = torch.linalg.svdvals(inner)
@@ -65,10 +65,10 @@ def angles_by_reflections(x: Tensor, y: Tensor) -> Tensor:
 
 
 def angles_by_cholesky(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`column_angles` of a stack without a look at any number, p ≤ m.
+    """Computes `column_angles` of a stack without reading numbers on the host, p ≤ m.
 
     Returns:
-        The angles [b, q], and bool [b], whether those of a matrix are right.
+        The angles [b, q], and bool [b], True for the matrices whose angles are right.
     """
     x, known = orthonormal_rows(x.mT)
     y, too = orthonormal_rows(y.mT)
@@ -89,13 +89,13 @@ def join_angles(cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows with the span of `rows` [b, p, m], p ≤ m, float64.
+    """Returns orthonormal rows with the span of `rows` [b, p, m], p ≤ m, float64.
 
     Shifted Cholesky QR (Fukaya et al. 2020, doi:10.1137/18M1218212): the shift lets the first
-    factor exist at any condition number, and leaves one that two more factors take out.
+    factor exist at any condition number, and two more factors remove what it left.
 
     Returns:
-        The rows [b, p, m], and bool [b], whether they are orthonormal and the span that of `rows`:
+        The rows [b, p, m], and bool [b], True where they are orthonormal with the span of `rows`:
         not where rows depend on each other to 1e-13 or so.
     """
     exponents = torch.frexp(rows.abs().amax(2, keepdim=True))[1]
@@ -118,10 +118,10 @@ def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(rows: Tensor) -> Tensor:
-    """Singular values [b, q] of a stack [b, q, m], q ≤ m, of norm 1 or less, descending.
+    """Returns the singular values [b, q] of a stack [b, q, m], descending.
 
-    Their errors are a few eps, whatever their size: none is the root of an eigenvalue. NaN for a
-    matrix that a solver failed on.
+    q ≤ m, and the matrices have norm 1 or less. Errors are a few eps, whatever the value: none is
+    the root of an eigenvalue. NaN for a matrix that a solver failed on.
     """
     q, m = rows.shape[1:]
     if m > q:
@@ -135,11 +135,12 @@ def singular_values(rows: Tensor) -> Tensor:
 
 
 def lower_factor(rows: Tensor) -> Tensor:
-    """L [b, q, q], lower, with the singular values of rows = L Q [b, q, m] of norm 1 or less.
+    """Returns lower L [b, q, q] with the singular values of rows = L Q.
 
-    Cholesky QR with a shift s in each of its steps, so that no step can fail: what depends on other
-    rows leaves zeros in Q and no more than s² in L. A row that has become orthonormal gets the
-    length √(1 + s) from the shift of the last step, and all are scaled by that.
+    `rows` [b, q, m] have norm 1 or less. Cholesky QR with a shift s in each of its steps, so that
+    no step can fail: what depends on other rows leaves zeros in Q and no more than s² in L. A row
+    that has become orthonormal gets the length √(1 + s) from the shift of the last step, and all
+    are scaled by that.
     """
     shift = 2 * EPS * rows.shape[1]
     factors: list[Tensor] = []
@@ -154,12 +155,12 @@ def lower_factor(rows: Tensor) -> Tensor:
 
 
 def orthonormal_angles(x: Tensor, y: Tensor) -> Tensor:
-    """Principal angles [min(p, q)], ascending, between orthonormal x [m, p] and y [m, q].
+    """Returns the principal angles [min(p, q)] between orthonormal x and y, ascending.
 
-    The sines are the singular values of the part of Y outside of X: of Y − X(XᵀY), or, where less
-    than half of the space is outside, of its coordinates there, which are fewer. That part has
-    float32's relative accuracy; only its Gram matrix and the eigenvalues need float64, because they
-    square the sines.
+    x is [m, p], y [m, q]. The sines are the singular values of the part of Y outside of X: of Y −
+    X(XᵀY), or, where less than half of the space is outside, of its coordinates there, which are
+    fewer. That part has float32's relative accuracy; only its Gram matrix and the eigenvalues need
+    float64, because they square the sines.
     """
     if x.shape[-1] < y.shape[-1]:
         x, y = y, x
@@ -177,7 +178,7 @@ def orthonormal_angles(x: Tensor, y: Tensor) -> Tensor:
 
 
 def stacked_angles(x: Tensor, y: Tensor, used_x: Tensor, used_y: Tensor) -> Tensor:
-    """`orthonormal_angles` of a stack, without a look at any number.
+    """Computes `orthonormal_angles` of a stack without reading numbers on the host.
 
     Args:
         x: [b, m, p], orthonormal columns, followed by columns of zeros.
@@ -186,7 +187,7 @@ def stacked_angles(x: Tensor, y: Tensor, used_x: Tensor, used_y: Tensor) -> Tens
         used_y: as used_x.
 
     Returns:
-        Radians [b, min(p, q)], ascending. Of a matrix the first min(used_x, used_y) count. NaN
+        Radians [b, min(p, q)], ascending; the first min(used_x, used_y) of a matrix are valid. NaN
         where a solver failed.
     """
     if x.shape[2] < y.shape[2]:
@@ -195,7 +196,7 @@ def stacked_angles(x: Tensor, y: Tensor, used_x: Tensor, used_y: Tensor) -> Tens
     outside = torch.baddbmm(y, x, x.mT @ y, alpha=-1)
     gram = lower_gram(outside.mT)
     places = torch.arange(q, device=y.device)
-    # What is no direction has a square above all others, so that it comes last.
+    # Padding gets a square above all others, so that it comes last.
     gram.diagonal(dim1=1, dim2=2).add_(2.0 * (places >= used_y[:, None]))
     if q <= MAX_SVD_COLUMNS:
         squares = small_singular_values(mirror_lower(gram)).flip(-1)
@@ -208,9 +209,10 @@ def stacked_angles(x: Tensor, y: Tensor, used_x: Tensor, used_y: Tensor) -> Tens
 
 
 def leading_quantiles(values: Tensor, counts: Tensor, shares: Tensor) -> Tensor:
-    """Quantiles [b, s] of the first `counts` [b] of each row of values [b, q], ascending.
+    """Interpolates quantiles [b, s] of the first `counts` [b] values of each row.
 
-    As torch.quantile's, by linear interpolation; those of an empty row mean nothing.
+    `values` [b, q] ascend. Linear, as torch.quantile; the quantiles of an empty row are
+    meaningless.
     """
     places = shares * (counts - 1).clamp_min(0)[:, None]  # [b, s]
     below, above = (values.gather(1, x.long()) for x in (places.floor(), places.ceil()))

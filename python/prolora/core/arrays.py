@@ -1,4 +1,4 @@
-"""Arrays of other libraries in and out, through DLPack and without a copy where they allow it."""
+"""Arrays of other libraries, exchanged through DLPack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import UnsupportedTensor
 
 
 class SupportsDLPack(Protocol):
-    """An array that other libraries can read in place, as numpy's and cupy's."""
+    """An array that other libraries can read in place: numpy's, cupy's."""
 
     def __dlpack__(self, *args: Any, **options: Any) -> Any:
         """Hands out the memory."""
@@ -28,17 +28,17 @@ MatrixLike = Tensor | SupportsDLPack
 
 
 def to_tensor(array: MatrixLike, name: str = "the array") -> Tensor:
-    """A tensor over the same memory: torch tensors as they are, numpy, cupy, jax through DLPack.
+    """Returns a tensor over an array's memory: numpy, cupy, jax through DLPack.
 
-    Arrays of numpy that are read-only, run backwards or are stored in the other byte order are
-    copied: a torch tensor cannot be any of that.
+    Torch tensors come back as they are. Arrays of numpy that are read-only, run backwards or are
+    stored in the other byte order are copied: a torch tensor cannot be any of that.
 
     Args:
         array: anything with `__dlpack__`.
         name: for the error.
 
     Raises:
-        UnsupportedTensor: it is no array, or of a dtype that torch does not have.
+        UnsupportedTensor: not an array, or a dtype that torch does not have.
     """
     if isinstance(array, Tensor):
         return array
@@ -55,7 +55,7 @@ def to_tensor(array: MatrixLike, name: str = "the array") -> Tensor:
 
 
 def _copy_if_foreign(array: Any) -> Any:
-    """The array, or a copy of one whose memory DLPack cannot describe."""
+    """Copies an array only if DLPack cannot describe its memory."""
     if not getattr(getattr(array, "dtype", None), "isnative", True):
         return array.astype(array.dtype.newbyteorder("="))
     read_only = not getattr(getattr(array, "flags", None), "writeable", True)
@@ -65,7 +65,7 @@ def _copy_if_foreign(array: Any) -> Any:
 
 
 def to_kind_of(tensor: Tensor, template: Any) -> Any:
-    """The tensor as the kind of array that `template` is."""
+    """Converts the tensor to the kind of array that `template` is."""
     if isinstance(template, Tensor):
         return tensor
     library = sys.modules[type(template).__module__.partition(".")[0]]
@@ -73,7 +73,7 @@ def to_kind_of(tensor: Tensor, template: Any) -> Any:
 
 
 def to_plain_number(value: Any) -> Any:
-    """A number of numpy as the number of Python that it stands for; anything else as it is.
+    """Turns a number of numpy into a number of Python; other values stay.
 
     numpy's print otherwise (`np.int64(8)`), and numpy's float64 is a float of another name.
     """
@@ -85,6 +85,6 @@ def to_plain_number(value: Any) -> Any:
 
 
 def make_fields_plain(options: Any) -> None:
-    """Puts `to_plain_number` of each field of a frozen dataclass into its place."""
+    """Replaces each field of a frozen dataclass by its `to_plain_number`."""
     for field in fields(options):
         object.__setattr__(options, field.name, to_plain_number(getattr(options, field.name)))

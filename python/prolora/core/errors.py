@@ -9,20 +9,20 @@ class ProLoRAError(ValueError):
     """Base class of everything prolora refuses.
 
     Attributes:
-        code: what the kind of error is called, the same in every version.
-        command: a command line that helps, with which the message ends; "" where there is none.
+        code: the name of this kind of error, the same in every version.
+        command: a command line that helps, at the end of the message; "" for none.
     """
 
     code: ClassVar[str] = "refused"
     command: str = ""
 
     def to_dict(self) -> dict[str, str]:
-        """The error ready for JSON: its type, its code and the message."""
+        """Returns the error ready for JSON: its type, its code and the message."""
         return {"type": type(self).__name__, "code": self.code, "message": str(self)}
 
 
 class ShapeMismatch(ProLoRAError):
-    """A tensor whose shape does not fit the module it is meant for."""
+    """A tensor whose shape does not fit its module."""
 
     code = "shape-mismatch"
 
@@ -34,7 +34,7 @@ class UnsupportedTensor(ProLoRAError, TypeError):
 
 
 class UnsupportedDevice(ProLoRAError, RuntimeError):
-    """A device that prolora does not compute on, or that this machine does not have."""
+    """A device that prolora does not support or this machine lacks."""
 
     code = "unsupported-device"
 
@@ -52,12 +52,12 @@ class KernelFailure(ProLoRAError, RuntimeError):
 
 
 class NonFiniteWeights(ProLoRAError):
-    """NaN or Inf in a weight or an update, or in what a model makes of them."""
+    """NaN or Inf in a weight, an update, or a model's output."""
 
     code = "non-finite-weights"
 
 
 class UnrelatedBases(ProLoRAError):
-    """The two bases share too little for any update to keep its meaning."""
+    """Two bases too different for any update to keep its meaning."""
 
     code = "unrelated-bases"

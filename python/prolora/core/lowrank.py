@@ -1,4 +1,4 @@
-"""A matrix (or a stack) kept as the product of two thin factors."""
+"""A matrix or a stack as the product of two thin factors."""
 
 from __future__ import annotations
 
@@ -64,23 +64,28 @@ class LowRank:
 
     @in_full_precision
     def dense(self) -> Tensor:
-        """The product [..., m, n] in the factors' dtype, formed in float32 or better."""
+        """Returns the product [..., m, n] in the factors' dtype, formed in float32 or better."""
         work = working_dtype(self.dtype)
         return (self.up.to(work) @ self.down.to(work)).to(self.dtype)
 
     @in_full_precision
     def norm(self) -> Tensor:
-        """‖up·down‖_F [...], in float64, from r×r Gram matrices: tr((upᵀup)(down·downᵀ))."""
+        """Returns ‖up·down‖_F [...], in float64.
+
+        It comes from r×r Gram matrices: tr((upᵀup)(down·downᵀ)).
+        """
         up, down = self.up.double(), self.down.double()
         gram = (up.mT @ up) * (down @ down.mT)
         return gram.sum((-2, -1)).clamp_min(0).sqrt()
 
     def to(self, where: torch.dtype | torch.device | str) -> LowRank:
-        """Both factors cast to a dtype or moved to a device."""
+        """Casts both factors to a dtype or moves them to a device."""
         return LowRank(self.up.to(where), self.down.to(where))
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> LowRank:
-        """The closest product of lower rank (Eckart–Young), with balanced factors U√S and √S·Vᵀ.
+        """Returns the closest product of lower rank (Eckart–Young).
+
+        Its factors are balanced: U√S and √S·Vᵀ.
 
         Args:
             rank: keep at most this many singular values.

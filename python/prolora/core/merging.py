@@ -20,17 +20,17 @@ from .recompression import product_svd
 # Columns whose singular value is below this share of the first are rounding.
 _ZERO = 1e-6
 _RIDGE = 1e-9
-_SHORT = 1e-6  # of what each update asks for, where it may miss it
+_SHORT = 1e-6  # share of what an update asks for that it may miss
 
 
 def sum_updates(parts: Sequence[LowRank]) -> LowRank:
-    """Σ ΔW_k, exactly: the factors side by side.
+    """Adds updates exactly, Σ ΔW_k: the factors side by side.
 
     Args:
         parts: updates of one weight [m, n], at least one.
 
     Returns:
-        Factors of as many columns as all parts have; no more than min(m, n), where they would be.
+        Factors of as many columns as all parts have, cut to min(m, n).
 
     Raises:
         ShapeMismatch: the updates differ in shape.
@@ -46,13 +46,13 @@ def sum_updates(parts: Sequence[LowRank]) -> LowRank:
 
 
 def subtract_updates(update: LowRank, other: LowRank) -> LowRank:
-    """ΔW − ΔW' [..., m, n], exactly: factors of as many columns as both have together."""
+    """Returns ΔW − ΔW' [..., m, n], exactly, with the columns of both."""
     up = torch.cat([update.up, -other.up], -1)
     return LowRank(up, torch.cat([update.down, other.down], -2))
 
 
 def merge_updates(parts: Sequence[LowRank], method: str = "sum") -> LowRank:
-    """One update of several of one weight [m, n].
+    """Merges several updates of one weight [m, n] into one.
 
     Args:
         parts: the updates, at least one.
@@ -68,13 +68,10 @@ def merge_updates(parts: Sequence[LowRank], method: str = "sum") -> LowRank:
 
 
 def merge_vectors(parts: Sequence[Tensor], method: str = "sum") -> Tensor:
-    """One difference of several of one bias or norm [n], each taken as a matrix of one column.
+    """Merges several differences of one bias or norm [n] into one.
 
-    Its factors are its own, not those of the matrix beside it: what one LoRA alone does is kept.
-
-    Args:
-        parts: the differences, at least one.
-        method: as `merge_updates` takes it.
+    `method` is `merge_updates`'. Each counts as a matrix of one column with factors of its own, not
+    the factors of the matrix beside it: what one LoRA alone does is kept.
     """
     factors = [1.0] * len(parts)
     if method == "balanced":
@@ -85,14 +82,11 @@ def merge_vectors(parts: Sequence[Tensor], method: str = "sum") -> Tensor:
 
 
 def balance_updates(parts: Sequence[LowRank]) -> list[float]:
-    """A factor 0 … 1 on each update, so that what several do alike is done once.
+    """Returns a factor 0 … 1 for each update, so that shared effects count once.
 
-    The smallest update M = Σ a_k ΔW_k that does at least as much along each of them as that one
-    alone: min ‖M‖ with ⟨M, ΔW_k⟩ ≥ ‖ΔW_k‖². Updates that are orthogonal keep 1, n equal ones get
-    1/n. Those that work against each other keep 1 too: a negative product counts as 0.
-
-    Args:
-        parts: updates of one weight, at least one.
+    The smallest update M = Σ a_k ΔW_k that does at least as much along each update as it does
+    alone: min ‖M‖ with ⟨M, ΔW_k⟩ ≥ ‖ΔW_k‖². Orthogonal updates keep 1, n equal ones get 1/n.
+    Updates that work against each other keep 1 too: a negative product counts as 0.
     """
     gram = torch.tensor([[inner_product(a, b) for b in parts] for a in parts], dtype=torch.float64)
     gram = gram.clamp_min(0)
@@ -102,12 +96,12 @@ def balance_updates(parts: Sequence[LowRank]) -> list[float]:
     active = list(alive)
     for _ in range(4 * len(alive)):  # each turn drops one, or takes one back
         some = gram[active][:, active]
-        # So little that equal updates share alike, and no other notices.
+        # So little that only equal updates feel it: they share alike.
         ridge = _RIDGE * torch.diag(wanted[active])
         found = torch.linalg.solve(some + ridge, wanted[active] * (1 + _RIDGE))
         factors[active] = found.clamp(0, 1)
         if found.min() < 0:
-            # What the others do anyway: the one that asks for least.
+            # The others already do what this update asks for.
             del active[int(found.argmin())]
             continue
         factors[[i for i in alive if i not in active]] = 0
@@ -120,22 +114,16 @@ def balance_updates(parts: Sequence[LowRank]) -> list[float]:
 
 @dataclass(frozen=True)
 class UpdateOverlap:
-    """How updates of one weight relate.
+    """How updates of one weight relate."""
 
-    Attributes:
-        products: ⟨ΔW_i, ΔW_j⟩ [k, k], float64.
-        left: Φ [k, k] of what they write: ‖U_iᵀU_j‖²/min(r_i, r_j); 0 where one is zero.
-        right: Φ [k, k] of what they read.
-    """
-
-    products: Tensor
-    left: Tensor
-    right: Tensor
+    products: Tensor  # ⟨ΔW_i, ΔW_j⟩ [k, k], float64
+    left: Tensor  # Φ [k, k] of what they write: ‖U_iᵀU_j‖²/min(r_i, r_j); 0 if one is zero
+    right: Tensor  # Φ [k, k] of what they read
 
 
 @in_full_precision
 def measure_overlap(parts: Sequence[LowRank]) -> UpdateOverlap:
-    """Inner products of updates of one weight, and the overlap of their subspaces.
+    """Returns the inner products of updates of one weight and the overlap of their subspaces.
 
     Raises:
         ShapeMismatch: the updates differ in shape.
@@ -149,20 +137,20 @@ def measure_overlap(parts: Sequence[LowRank]) -> UpdateOverlap:
 
 
 def inner_product(a: LowRank, b: LowRank) -> float:
-    """⟨ΔW_a, ΔW_b⟩ in float64, from small Gram matrices."""
+    """Returns ⟨ΔW_a, ΔW_b⟩ in float64, from small Gram matrices."""
     left, right = a.up.double().mT @ b.up.double(), a.down.double() @ b.down.double().mT
     return (left * right).sum().item()
 
 
 def _singular_bases(part: LowRank) -> tuple[Tensor, Tensor]:
-    """U and V of an update, without columns that are rounding."""
+    """Returns U and V of an update, without columns that are rounding."""
     u, s, v = product_svd(part.up.double(), part.down.double())
     kept = int((s > _ZERO * s[:1]).sum())
     return u[:, :kept], v[:, :kept]
 
 
 def _compare_bases(bases: Sequence[Tensor]) -> Tensor:
-    """Φ [k, k] of orthonormal columns."""
+    """Returns Φ [k, k] of orthonormal columns."""
     return torch.stack(
         [
             torch.stack(

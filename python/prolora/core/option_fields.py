@@ -1,4 +1,4 @@
-"""Fields of an options object that carry what is told of them to people."""
+"""Fields of an options object with their texts for people."""
 
 from __future__ import annotations
 
@@ -8,52 +8,38 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shown:
-    """How an option is told to people.
+    """How an option is shown to people."""
 
-    Attributes:
-        help: what it does and what it takes, in the words of the command line, of Python and of
-            whatever shows a form.
-        panel: the group that it belongs to; "" keeps it off the command line.
-        metavar: what stands for its value; "" leaves that to its type.
-        basic: whether the first page of the command line's help has it.
-        decides: whether the result depends on it. What says only where to compute, or what to
-            refuse, does not.
-        words: the values that it takes, where these are words.
-    """
-
-    help: str
-    panel: str = ""
-    metavar: str = ""
-    basic: bool = False
+    help: str  # what it does and takes, for the command line, Python and forms
+    panel: str = ""  # its group; "" keeps it off the command line
+    metavar: str = ""  # the name of its value; "" leaves that to its type
+    basic: bool = False  # is it on the first page of the command line's help?
+    # Does the result depend on it? False for what only says where to compute or what to refuse.
     decides: bool = True
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()  # the values that it takes, where these are words
 
 
 def option(default: Any, help: str, /, **shown: Any) -> Any:
-    """A field of an options object, with what is told of it (see `Shown`)."""
+    """Makes a field of an options object with its texts (see `Shown`)."""
     return field(default=default, metadata={"shown": Shown(help, **shown)})
 
 
 def find_shown(kind: type, name: str) -> Shown:
-    """What is told of an option of an options object."""
+    """Returns the texts of an option of an options object."""
     by_name = {known.name: known for known in fields(kind)}
     return read_shown(by_name[name])
 
 
 def read_shown(known: Field[Any]) -> Shown:
-    """What is told of a field that `option` made."""
+    """Returns the texts of a field that `option` made."""
     shown: Shown = known.metadata["shown"]
     return shown
 
 
 def take_option(kind: type, name: str, default: Any = MISSING, **changed: Any) -> Any:
-    """A field as another options object has it.
+    """Copies a field of another options object, perhaps with another default.
 
-    Args:
-        kind: the other object.
-        name: of the field.
-        default: another one.
-        **changed: fields of `Shown` that differ.
+    `changed` are the fields of `Shown` that differ.
     """
     known = next(known for known in fields(kind) if known.name == name)
     default = known.default if default is MISSING else default

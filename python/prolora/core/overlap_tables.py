@@ -1,4 +1,4 @@
-"""Overlap Φ of nested subspaces at every number of columns, from one pass over the bases."""
+"""Overlap Φ of nested subspaces at every number of columns."""
 
 from __future__ import annotations
 
@@ -16,22 +16,19 @@ from .precision import in_full_precision, working_dtype
 
 @dataclass(frozen=True)
 class OverlapTable:
-    """What the leading columns of U_s [..., m, ks] and U_t [..., m, kt] share, for all numbers.
+    """What the leading columns of U_s and U_t share, for all numbers.
 
-    Sweeps over the rank or over the threshold read sums that exist already.
-
-    Attributes:
-        blocks: [..., ⌈ks/64⌉, ⌈kt/64⌉], float64: Σ(U_sᵀU_t)² over blocks of 64 × 64.
-        shells: [..., min(ks, kt)], float64: the same sum over entries (i, j) with max(i, j) = k.
-        columns: ks and kt.
+    U_s is [..., m, ks], U_t [..., m, kt]. Sweeps over the rank or over the threshold read sums that
+    exist already.
     """
 
-    blocks: Tensor
+    blocks: Tensor  # [..., ⌈ks/64⌉, ⌈kt/64⌉], float64: Σ(U_sᵀU_t)² over blocks of 64 × 64
+    # [..., min(ks, kt)], float64: the same sum over entries (i, j) with max(i, j) = k
     shells: Tensor
-    columns: tuple[int, int]
+    columns: tuple[int, int]  # ks and kt
 
     def shared(self, source: int, target: int | None = None) -> Tensor:
-        """‖U_sᵀU_t‖_F² [...] of the leading `source` and `target` columns.
+        """Returns ‖U_sᵀU_t‖_F² [...] of the leading `source` and `target` columns.
 
         Args:
             source: leading columns of U_s.
@@ -56,30 +53,30 @@ class OverlapTable:
         return self.blocks[..., :rows, :cols].sum((-2, -1))
 
     def pair(self, i: int, source: int, target: int) -> OverlapTable:
-        """The table of pair i of a stack, whose bases have so many columns, and then zeros."""
+        """Returns the table of pair i of a stack, without its columns of zeros."""
         rows, cols = -(-source // BLOCK), -(-target // BLOCK)
         blocks, shells = self.blocks[i, :rows, :cols], self.shells[i, : min(source, target)]
         return OverlapTable(blocks, shells, (source, target))
 
     def cpu(self) -> OverlapTable:
-        """The same on the CPU."""
+        """Copies the table to the CPU."""
         return OverlapTable(self.blocks.cpu(), self.shells.cpu(), self.columns)
 
     def at(self, source: int, target: int | None = None) -> Tensor:
-        """Φ [...] of the leading columns: `shared` over the smaller of the two numbers."""
+        """Returns Φ [...] of the leading columns: `shared` over the smaller number."""
         return self.shared(source, target) / max(
             1, min(source, source if target is None else target)
         )
 
     def curve(self) -> Tensor:
-        """Φ [..., min(ks, kt)] of the leading k columns of both, for k = 1, 2 and so on."""
+        """Returns Φ [..., min(ks, kt)] of the leading k columns, for all k."""
         counts = torch.arange(1, self.shells.shape[-1] + 1, device=self.shells.device)
         return self.shells.cumsum(-1) / counts
 
 
 @in_full_precision
 def overlap_tables(source: Sequence[Tensor], target: Sequence[Tensor]) -> list[OverlapTable]:
-    """The tables of many pairs of bases, of any shapes, in one call.
+    """Returns the tables of many pairs of bases, of any shapes, in one call.
 
     Args:
         source: U_s [..., m, ks] of each group, columns by descending singular value.
@@ -97,7 +94,7 @@ def overlap_tables(source: Sequence[Tensor], target: Sequence[Tensor]) -> list[O
 
 
 def basis_tables(source: Basis, target: Basis) -> tuple[OverlapTable, OverlapTable]:
-    """The tables of the left and of the right subspaces of two bases of one shape."""
+    """Returns the tables of two bases of one shape, left and right."""
     work = working_dtype(source.U.dtype, target.U.dtype)
     sides = [[basis.U.to(work), basis.V.to(work)] for basis in (source, target)]
     left, right = overlap_tables(*sides)

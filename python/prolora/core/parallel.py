@@ -14,11 +14,11 @@ Out = TypeVar("Out")
 
 
 def map_on_threads(job: Callable[[In], Out], items: list[In]) -> list[Out]:
-    """[job(item) for item in items], on as many threads as torch has been given.
+    """Computes [job(item) for item in items] on torch's number of threads.
 
     LAPACK's threads spend much of their time waiting for each other at the sizes of diffusion
-    weights; whole matrices in parallel do not. torch releases the GIL inside its operators. Which
-    thread takes an item changes nothing in its result.
+    weights; whole matrices in parallel do not. torch releases the GIL inside its operators. A
+    result does not depend on its thread.
 
     Items that hold tensors on a GPU go one after the other, in the caller's stream: another thread
     would start in the default stream, before what the caller has queued is done, and several at
@@ -45,7 +45,7 @@ def map_on_threads(job: Callable[[In], Out], items: list[In]) -> list[Out]:
 
 
 def _is_on_cpu(item: Any) -> bool:
-    """Whether every tensor in an item, or in a sequence of them, is on the CPU."""
+    """Returns whether all tensors in an item or a sequence are on the CPU."""
     if isinstance(item, Tensor):
         return item.device.type == "cpu"
     if isinstance(item, tuple | list):

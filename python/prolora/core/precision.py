@@ -19,12 +19,15 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 where any operand is float64, else float32; torch promotes no float8 itself."""
+    """Returns float64 if any operand is float64, else float32.
+
+    torch itself promotes no float8.
+    """
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or Inf; takes float8 too, which `torch.isfinite` does not.
+    """Returns whether no value is NaN or Inf; takes float8, unlike `torch.isfinite`.
 
     A finite sum has finite terms: one pass that allocates nothing decides almost every tensor. The
     sum of finite values can overflow, and then every value is looked at.
@@ -37,7 +40,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def in_full_precision(function: AnyFunction) -> AnyFunction:
-    """The function, deaf to the caller's settings for arithmetic (see `full_precision`)."""
+    """Shields a function from the caller's settings for arithmetic (see `full_precision`)."""
 
     @wraps(function)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -67,20 +70,15 @@ def full_precision() -> Iterator[None]:
 
 
 class _Setting(NamedTuple):
-    """A setting of torch that costs float32 arithmetic some of its 24 bits.
+    """A setting of torch that costs float32 some of its 24 bits."""
 
-    Attributes:
-        read: gives its value; raises RuntimeError where torch finds that it contradicts another.
-        write: sets it.
-        exact: the value that keeps all bits.
-    """
-
+    # Raises RuntimeError where torch finds that it contradicts another
     read: Callable[[], str | bool]
     write: Callable[[Any], None]
-    exact: str | bool
+    exact: str | bool  # the value that keeps all bits
 
     def look(self) -> str | bool | None:
-        """Its value, None where torch calls it contradictory."""
+        """Returns its value, None where torch calls it contradictory."""
         try:
             return self.read()
         except RuntimeError:
@@ -93,7 +91,7 @@ class _Setting(NamedTuple):
 
 
 def _list_settings() -> list[_Setting]:
-    """The settings for products of matrices and for convolutions, as far as this torch has them.
+    """Returns this torch's settings for products of matrices and for convolutions.
 
     torch 2.9 has one for each library and operation beside the old ones for all, and checks in some
     places that they agree: so all are pinned, the old ones first, which set the new ones.
@@ -120,14 +118,14 @@ def _list_settings() -> list[_Setting]:
 
 
 class _ArithmeticPrecision:
-    """The process-wide precision of float32 arithmetic, counted over the threads that pin it."""
+    """Process-wide precision of float32, counted over the threads that pin it."""
 
     def __init__(self) -> None:
         self.reset()
         self._settings = _list_settings()
 
     def reset(self) -> None:
-        """Forgets who has pinned it: in a forked child nobody has."""
+        """Forgets all threads that pin it: a forked child has none."""
         self._lock, self._users = threading.Lock(), 0
         self._before: list[str | bool | None] = []
 

@@ -62,25 +62,19 @@ class ProjectionInfo:
 
 @dataclass(frozen=True)
 class Grams:
-    """Inner products of the rows of one factor, before and after a method moved them, in float64.
+    """Inner products of a factor's rows before and after a move, float64.
 
     Both the account and the recompression need them.
-
-    Attributes:
-        x: XXᵀ [..., r, r] of the factor as it came.
-        rows: the parts that a method made of it, [..., r, m] each.
-        parts: YYᵀ of each part Y.
-        cross: YXᵀ of each.
     """
 
-    x: Tensor
-    rows: Parts
-    parts: Parts
-    cross: Parts
+    x: Tensor  # XXᵀ [..., r, r] of the factor as it came
+    rows: Parts  # the parts that a method made of it, [..., r, m] each
+    parts: Parts  # YYᵀ of each part Y
+    cross: Parts  # YXᵀ of each
 
     @classmethod
     def of(cls, side: Side, moved: Parts) -> Grams:
-        """The inner products of one side."""
+        """Computes the inner products of one side."""
         x = side.x.double()
         rows = tuple(part.double() for part in moved)
         return cls(x @ x.mT, rows, tuple(y @ y.mT for y in rows), tuple(y @ x.mT for y in rows))
@@ -92,13 +86,14 @@ def measure_projection(
     bases: tuple[Basis, Basis],
     similar: Similarity | None = None,
 ) -> ProjectionInfo:
-    """What was kept and lost, from r×r Gram matrices: ‖XᵀY‖² = tr((XXᵀ)(YYᵀ)).
+    """Measures what was kept and lost, from r×r Gram matrices.
 
-    Distances are differences of large numbers and need float64; shares of the energy do not.
+    ‖XᵀY‖² = tr((XXᵀ)(YYᵀ)). Distances are differences of large numbers and need float64; shares of
+    the energy do not.
 
     Args:
         sides: the rows of both factors, left and right.
-        grams: of those rows and of what a method made of them.
+        grams: of these rows and of what a method made of them.
         bases: of the source and of the target.
         similar: their overlap, where it is known already.
     """
@@ -135,7 +130,10 @@ def measure_projection(
 
 
 def _inner_product(left: Tensor, right: Tensor) -> Tensor:
-    """⟨L, R⟩ [...] of two Gram matrices [..., r, r], which is never negative but for rounding."""
+    """Returns ⟨L, R⟩ [...] of two Gram matrices [..., r, r].
+
+    It is negative only by rounding.
+    """
     return (left * right).sum((-2, -1)).clamp_min(0)
 
 

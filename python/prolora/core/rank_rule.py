@@ -14,7 +14,7 @@ Rank = int | float
 
 
 def read_rank(rank: Any) -> Rank:
-    """The rank as a number of Python; numpy's integers and floats are taken too.
+    """Returns the rank as a number of Python; takes numpy's numbers too.
 
     Raises:
         ValueError: it is neither an int ≥ 1 nor a float in (0, 1).
@@ -29,7 +29,7 @@ def read_rank(rank: Any) -> Rank:
 
 
 def columns_holding(s: Tensor, energy: float) -> Tensor:
-    """The fewest leading values of s [..., d] that hold the share `energy` of Σs²: int64 [...]."""
+    """Counts the leading values of s [..., d] that hold a share of Σs²: int64 [...]."""
     cumulative = s.double().square().cumsum(-1)
     wanted = energy * cumulative[..., -1:]
     # The slack keeps energy=1 from asking for one column more than rounding can deliver.
@@ -38,11 +38,9 @@ def columns_holding(s: Tensor, energy: float) -> Tensor:
 
 
 def count_columns(s: Tensor, rank: Rank) -> Tensor:
-    """The number of leading values of s [..., d], descending, that the rule asks for: int64 [...].
+    """Counts the leading values of s [..., d] that the rule asks for: int64 [...].
 
-    Args:
-        s: singular values.
-        rank: columns, at most d of them, or the share of energy that they hold.
+    `s` descends. `rank` is at most d columns, or the share of energy that they hold.
     """
     if isinstance(rank, float):
         return columns_holding(s, rank)

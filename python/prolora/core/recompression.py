@@ -1,4 +1,4 @@
-"""Products of thin factors brought to the fewest columns, without forming the product."""
+"""Products of thin factors, recompressed without forming the product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from .validation import refuse_tangents
 
 
 def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of small matrices core [..., p, q] -> U [..., p, d], S [..., d], V [..., q, d].
+    """Decomposes small matrices core [..., p, q] -> U, S, V.
+
+    They are [..., p, d], [..., d] and [..., q, d].
 
     Raises:
         SolverFailure: the solver converged neither in this dtype nor in float64.
@@ -38,7 +40,7 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _thin_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V of core [..., p, q], q ≤ p."""
+    """Returns U, S and V of core [..., p, q], q ≤ p."""
     if core.shape[-1] <= MAX_SVD_COLUMNS:
         return small_svd(core)
     if core.dtype == torch.float32 and not decides_freely(core):
@@ -48,7 +50,7 @@ def _thin_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd_by_gram(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_thin_svd` of a stack in float32, by eigenvectors of coreᵀcore in float64.
+    """Computes `_thin_svd` of a float32 stack by float64 eigenvectors of coreᵀcore.
 
     What squaring loses lies below float32's rounding of the largest singular value: values of at
     most q·eps of it come back as 0, with a zero column in U, as `small_svd` gives them. Matrices
@@ -74,10 +76,11 @@ def _svd_by_gram(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @in_full_precision
 def product_energies(up: Tensor, down: Tensor) -> Tensor:
-    """σ² [..., r] of up @ down in float64, descending; no vectors, and so a third of the time.
+    """Computes σ² [..., r] of up @ down in float64, descending.
 
-    They are the eigenvalues of Hᵀ(down·downᵀ)H with HHᵀ = upᵀup, which are r×r. Errors are those of
-    float64 in ‖up‖²‖down‖²: what squaring loses of a small σ is nothing of the energy.
+    Without vectors it takes a third of the time. The values are the eigenvalues of Hᵀ(down·downᵀ)H
+    with HHᵀ = upᵀup, which are r×r. Errors are float64's in ‖up‖²‖down‖²: what squaring loses of a
+    small σ is nothing of the energy.
 
     Args:
         up: [..., m, r].
@@ -99,28 +102,20 @@ def product_energies(up: Tensor, down: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ProductSvd:
-    """The thin SVD of a product, not yet multiplied out: (Lᵀ u) diag(s) (Rᵀ v)ᵀ.
+    """The thin SVD of a product, not multiplied out: (Lᵀ u) diag(s) (Rᵀ v)ᵀ."""
 
-    Attributes:
-        left: L [..., d, m], rows.
-        u: [..., d, c]; Lᵀ u has orthonormal columns.
-        s: [..., c], descending.
-        v: [..., d', c].
-        right: R [..., d', n], rows; Rᵀ v has orthonormal columns.
-    """
-
-    left: Tensor
-    u: Tensor
-    s: Tensor
-    v: Tensor
-    right: Tensor
+    left: Tensor  # L [..., d, m], rows
+    u: Tensor  # [..., d, c]; Lᵀ u has orthonormal columns
+    s: Tensor  # [..., c], descending
+    v: Tensor  # [..., d', c]
+    right: Tensor  # R [..., d', n], rows; Rᵀ v has orthonormal columns
 
 
 def orthonormalise_factor(panel: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows Q [..., d, m] and L [..., r, d] of panel = L Q [..., r, m], d ≤ min(r, m).
+    """Splits panel [..., r, m] = L Q into orthonormal rows Q and L.
 
-    float32 by `panel_qr`, whatever it cannot do by Householder reflections. Rows that the others
-    span leave zeros in Q.
+    Q is [..., d, m], L [..., r, d], d ≤ min(r, m). float32 goes through `panel_qr`, whatever that
+    cannot do through Householder reflections. Rows that the others span leave zeros in Q.
     """
     r, m = panel.shape[-2:]
     if panel.dtype == torch.float32 and r <= min(m, MAX_PANEL_ROWS):
@@ -136,7 +131,7 @@ def orthonormalise_factor(panel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factor_product(up: Tensor, down: Tensor) -> ProductSvd:
-    """SVD of up @ down: orthonormal rows of both factors, then the SVD of the small core.
+    """Decomposes up @ down: orthonormal rows of both factors, then a small core.
 
     Values alone: where singular values meet, their vectors have no gradient.
 
@@ -153,12 +148,12 @@ def factor_product(up: Tensor, down: Tensor) -> ProductSvd:
 def factor_product_by_grams(
     up: Tensor, down: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32
 ) -> ProductSvd:
-    """`factor_product` where XXᵀ of the factors' rows is known: no factor is made orthonormal.
+    """Computes `factor_product` from the known XXᵀ of the factors' rows.
 
-    With XXᵀ = LLᵀ the rows of L⁻¹X are orthonormal, and L⁻¹ goes into the small matrices. float64
-    carries that as long as no row lies within `_TOO_CLOSE` of the span of those above it, relative
-    to its length; such matrices, and all with more rows than columns, take the way of
-    `factor_product`.
+    No factor is made orthonormal: with XXᵀ = LLᵀ the rows of L⁻¹X are, and L⁻¹ goes into the small
+    matrices. float64 carries that as long as no row lies within `_TOO_CLOSE` of the span of the
+    rows above it, relative to its length; such matrices, and all with more rows than columns, go
+    through `factor_product`.
 
     Args:
         up: upᵀ as rows [b, r, m], float64.
@@ -189,7 +184,10 @@ _TOO_CLOSE = 1e-4
 
 
 def _cholesky_factors(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factors of gram [b, r, r], and which are too bad to be used: those are 1."""
+    """Returns Cholesky factors of gram [b, r, r], and flags of unusable ones.
+
+    An unusable factor becomes the identity.
+    """
     lower, info = torch.linalg.cholesky_ex(gram)
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     close = lower.diagonal(dim1=-2, dim2=-1) < _TOO_CLOSE * lengths
@@ -201,7 +199,7 @@ def _cholesky_factors(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 @in_full_precision
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of up @ down.
+    """Computes the thin SVD of up @ down.
 
     Args:
         up: [..., m, r].
@@ -218,10 +216,10 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def merge_products(
     parts: list[ProductSvd], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Balanced factors of a sum of parts whose columns, and whose rows, are orthogonal.
+    """Returns balanced factors of a sum of parts with orthogonal columns and rows.
 
     The two halves of ProLoRA are such parts (docs/method.md §1: range and complement of the same
-    target basis), so the SVD of the sum is the union of theirs, and twice the width is never
+    target basis), so the SVD of the sum is the union of their SVDs, and twice the width is never
     factorised.
 
     Args:
@@ -257,7 +255,7 @@ def balance_factors(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def recompress_factors(
     up: Tensor, down: Tensor, rank: int | None = None, energy: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Best factors of up @ down at a lower rank (Eckart–Young), in the factors' dtype.
+    """Returns the best factors of up @ down at a lower rank (Eckart–Young).
 
     Args:
         up: [..., m, r].
@@ -266,7 +264,7 @@ def recompress_factors(
         energy: the fewest columns that hold this share of Σσ² for every matrix of the stack.
 
     Returns:
-        Balanced factors [..., m, d] and [..., d, n].
+        Balanced factors [..., m, d] and [..., d, n], in the dtype of the given ones.
 
     Raises:
         ValueError: rank < 1, or energy outside (0, 1].

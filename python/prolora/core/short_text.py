@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """[m, n] as "64×48", a stack [b, m, n] as "3 of 64×48"."""
+    """Writes [m, n] as "64×48", a stack [b, m, n] as "3 of 64×48"."""
     matrix = "×".join(str(size) for size in shape[-2:])
     if len(shape) <= 2:
         return matrix
@@ -17,13 +17,13 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 def format_storage(tensor: Tensor) -> str:
-    """The dtype, and the device where it is not the CPU: "float32" or "float16 on cuda:0"."""
+    """Writes dtype and device, unless CPU: "float32" or "float16 on cuda:0"."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return dtype if tensor.device.type == "cpu" else f"{dtype} on {tensor.device}"
 
 
 def format_range(values: Tensor, form: str = "") -> str:
-    """One number, or the smallest and the largest of several: "8" or "5 to 8"."""
+    """Writes one number, or the smallest and the largest: "8" or "5 to 8"."""
     if values.is_meta or not values.numel():
         return "?"
     low, high = (format(x.item(), form) for x in torch.aminmax(values.detach()))

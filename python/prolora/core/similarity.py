@@ -29,10 +29,11 @@ ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, repr=False)
 class Similarity:
-    """Overlap Φ of the leading subspaces of two weights, 0 … 1, for one pair or a stack of pairs.
+    """Overlap Φ, 0 … 1, of the leading subspaces of two weights.
 
-    Φ = ‖U_sᵀU_t‖_F² / min(k_s, k_t): 1 where one subspace contains the other. Two unrelated bases
-    reach the chance level max(k_s, k_t)/dimension, and two bases of the whole space always reach 1.
+    For one pair or a stack of pairs. Φ = ‖U_sᵀU_t‖_F² / min(k_s, k_t): 1 where one subspace
+    contains the other. Two unrelated bases reach the chance level max(k_s, k_t)/dimension, and two
+    bases of the whole space always reach 1.
 
     Attributes:
         left: [...], of the left subspaces (what the module writes).
@@ -75,7 +76,7 @@ def _above_chance(phi: Tensor, chance: Tensor) -> Tensor:
 def basis_similarity(
     source: Basis, target: Basis, tables: tuple[OverlapTable, OverlapTable] | None = None
 ) -> Similarity:
-    """`similarity` of two bases that exist already, and perhaps their `basis_tables`."""
+    """Computes `similarity` of two existing bases, perhaps from their `basis_tables`."""
     if source.shape != target.shape:
         raise ShapeMismatch(
             f"source {list(source.shape)} and target {list(target.shape)} differ: subspaces of "
@@ -95,7 +96,7 @@ def basis_similarity(
 
 
 def similarity(W_src: MatrixLike | Basis, W_tgt: MatrixLike | Basis, *, rank: Rank) -> Similarity:
-    """Subspace similarity Φ of two weights (or stacks), with chance levels.
+    """Measures the subspace similarity Φ of two weights (or stacks), with chance levels.
 
     Args:
         W_src: [..., m, n] weight, or its Basis.
@@ -130,7 +131,7 @@ def principal_angles(X: Array, Y: MatrixLike) -> Array: ...
 @refuse_vmap("principal_angles")
 @in_full_precision
 def principal_angles(X: Any, Y: Any) -> Any:
-    """Principal angles between the column spaces of X and Y, ascending, in radians.
+    """Measures the principal angles between two column spaces, ascending, in radians.
 
     Cosines cannot tell angles below √eps from zero, so angles under 45° come from sines: the
     singular values of Y − X(XᵀY) (Björck & Golub 1973). Everything runs in float64.
@@ -174,9 +175,9 @@ def principal_angles(X: Any, Y: Any) -> Any:
 def angle_quantiles(
     source: Basis, target: Basis, shares: Sequence[float] = ANGLE_SHARES
 ) -> tuple[Tensor, Tensor]:
-    """Quantiles of the principal angles between the bases of a stack, left and right.
+    """Returns quantiles of the principal angles between two stacks of bases.
 
-    The angles are those of `principal_angles` by an eighth to a half of the work, since bases are
+    The angles are `principal_angles`' by an eighth to a half of the work, since bases are
     orthonormal (`orthonormal_angles`). With bases in float32 they err by about 1e-7, and by 1e-4
     next to a right angle; with bases in 16 bits (`bases.cache.basis_file`) by 1e-5 and 1e-3.
 
@@ -186,7 +187,7 @@ def angle_quantiles(
         shares: between 0 (the smallest angle) and 1 (the largest).
 
     Returns:
-        Radians, float64, [b, len(shares)] each; NaN where a basis has no column.
+        Radians left and right, float64, [b, len(shares)] each; NaN where a basis has no column.
     """
     work = working_dtype(source.U.dtype, target.U.dtype)
     wanted = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
@@ -208,7 +209,7 @@ def angle_quantiles(
 def _quantiles_in_turn(
     source: Basis, target: Basis, places: list[int], wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`angle_quantiles` of some matrices, one by one."""
+    """Computes `angle_quantiles` of some matrices, one by one."""
     work = working_dtype(source.U.dtype, target.U.dtype)
     pairs = [(source[i], target[i]) for i in places]
     sides = [(s.U, t.U) for s, t in pairs] + [(s.V, t.V) for s, t in pairs]

@@ -17,11 +17,11 @@ DeviceLike = torch.device | str | None
 
 
 def check_device(device: DeviceLike) -> torch.device:
-    """The device to compute on, the CPU for None.
+    """Returns the device to compute on, the CPU for None.
 
     Raises:
-        UnsupportedDevice: torch knows no such device, prolora does not compute on it, or this
-            machine has none.
+        UnsupportedDevice: torch does not know it, prolora does not compute on it, or this machine
+            has none.
     """
     try:
         wanted = torch.device("cpu" if device is None else device)
@@ -39,7 +39,7 @@ def check_device(device: DeviceLike) -> torch.device:
 
 
 def resolve_device(device: DeviceLike) -> str:
-    """The device that a job computes on, checked: for "auto" and None a GPU where there is one.
+    """Returns the checked device: for "auto" and None a GPU if present.
 
     Raises:
         UnsupportedDevice: as `check_device`.
@@ -50,7 +50,7 @@ def resolve_device(device: DeviceLike) -> str:
 
 
 def check_layout(name: str, tensor: Tensor) -> None:
-    """Refuses tensors that are no plain real matrices in memory.
+    """Refuses tensors that are not plain real matrices in memory.
 
     Raises:
         UnsupportedTensor: nested, sparse, quantised or complex; says which tensor it is.
@@ -99,7 +99,7 @@ def refuse_gradients(what: str, name: str, tensor: Tensor) -> None:
 
 
 def refuse_tangents(what: str, *tensors: Tensor) -> None:
-    """Refuses tensors that carry a forward-mode derivative which would be lost.
+    """Refuses tensors with a forward-mode derivative, which would be lost.
 
     Raises:
         NotImplementedError: `what` has no derivative here.
@@ -110,10 +110,10 @@ def refuse_tangents(what: str, *tensors: Tensor) -> None:
 
 @contextmanager
 def refuse_vmap(function: str) -> Iterator[None]:
-    """As a decorator: says of a function that looks at numbers why vmap, which hides them, fails.
+    """Decorates a function that looks at numbers: says why vmap fails.
 
     Raises:
-        UnsupportedTensor: torch.func.vmap is at work.
+        UnsupportedTensor: torch.func.vmap, which hides the numbers, is at work.
     """
     try:
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import OutputError, output_error
 from .atomic import replace_file
-from .writing import write_text_atomically
+from .store import put_text
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ManagedFolder:
         place = self.find_place(name)
         if os.path.lexists(place) and not self.marker.is_in(self.path):
             raise OutputError(f"{place}: exists, and prolora did not write it; name another folder")
-        write_text_atomically(place, text)
+        put_text(place, text, overwrite=True)
 
 
 def is_component(name: str) -> bool:

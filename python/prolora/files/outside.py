@@ -25,10 +25,10 @@ MOST_TEXT = 64 << 20
 
 
 def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BufferedReader:
-    """A file opened for reading; pipes and devices, at which a program would wait, are refused.
+    """Opens a file for reading; refuses pipes and devices, which would block.
 
     Args:
-        path: the file; a link stands for what it points to.
+        path: the file; a link stands for its destination.
         limit: most bytes; None sets no bound.
 
     Raises:
@@ -36,7 +36,7 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Buff
     """
     where = os.fspath(path)
     try:
-        # Without O_NONBLOCK a pipe would wait here for somebody who writes to it.
+        # Without O_NONBLOCK a pipe would wait here for a writer.
         number = os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     except (OSError, ValueError) as error:
         raise input_error(where, error) from error
@@ -53,7 +53,7 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Buff
 
 
 def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
-    """The text of a file that people write by hand: a list, prompts.
+    """Reads the text of a file that people write by hand: a list, prompts.
 
     Raises:
         UnsupportedFormat: as `open_regular`, or it is no text.
@@ -70,12 +70,12 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def read_fields(kind: type[Kind], content: object, where: str, **given: object) -> Kind:
-    """A dataclass from a JSON object, each of whose entries must be of the kind that it claims.
+    """Reads a dataclass from a JSON object and checks its entries' types.
 
     Args:
         kind: the dataclass; its fields are texts, numbers, choices, and mappings of texts.
         content: what JSON gave.
-        where: what messages call it.
+        where: its name in messages.
         **given: fields that have been read already.
 
     Raises:
@@ -100,12 +100,15 @@ def read_fields(kind: type[Kind], content: object, where: str, **given: object) 
 
 @lru_cache
 def _find_hints(kind: Hashable) -> dict[str, Any]:
-    """The types of a dataclass's fields; evaluating them takes longer than reading a line."""
+    """Returns the types of a dataclass's fields.
+
+    Evaluating them takes longer than reading a line.
+    """
     return get_type_hints(kind)
 
 
 def _is_of(value: object, hint: Any) -> bool:
-    """Whether a value is what a field of this type may hold."""
+    """Returns whether a field of this type may hold a value."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return isinstance(value, str) and value in inner
@@ -134,7 +137,10 @@ def _is_moderate(number: Any) -> bool:
 
 
 def is_path_text(text: str) -> bool:
-    """Whether the system takes a text as a path: not empty, no null byte, no half character."""
+    """Returns whether the system takes a text as a path.
+
+    Not an empty one, nor one with a null byte or half a character.
+    """
     try:
         return b"\0" not in os.fsencode(text) and bool(text)
     except UnicodeEncodeError:

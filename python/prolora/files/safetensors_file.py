@@ -12,51 +12,34 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import UnsupportedFormat, input_error
+from .dtypes import SIZES, find_torch_dtype
 from .jsontext import LFS_POINTER
 from .state import FileState, check_unchanged
 
-StrPath = str | os.PathLike[str]
-Tensors = Mapping[str, Tensor]
-Metadata = Mapping[str, str]
+if TYPE_CHECKING:  # headers are read without torch, which takes seconds to import
+    import torch
+    from torch import Tensor
 
-# Both are checked before anything of that size is allocated. The safetensors library calls longer
-# headers than the first no safetensors file. The second is what is read here: text made to harm
+StrPath = str | os.PathLike[str]
+
+# Both are checked before anything of that size is allocated. To the safetensors library, longer
+# headers than the first are no safetensors file. The second is the limit here: text made to harm
 # takes 25 times its length once it is parsed, and a header of 100,000 tensors has 15 MB.
 _LONGEST_HEADER = 100_000_000
 _HEADER_LIMIT = 32 << 20
 # Characters of a tensor's name; those of real files have 200 at most. Messages quote names.
 _LONGEST_NAME = 4096
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-# rar, 7z, gzip and xz, which people download; a zip file is looked into.
+# rar, 7z, gzip and xz, which people download; a zip file is opened.
 _ARCHIVES = (b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"\xfd7zXZ")
 # Bytes in which a zip file names its first entry.
 _NAME_BYTES = 512
@@ -72,34 +55,44 @@ _CONVERT_PICKLE = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a header; `start` and `stop` are bytes counted from the end of the header."""
+    """An entry of a header: dtype by its name there, bytes counted from the header's end."""
 
-    dtype: torch.dtype
+    stored: str
     shape: tuple[int, ...]
     start: int
     stop: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Torch's."""
+        return find_torch_dtype(self.stored)
+
 
 class SafetensorsFile:
-    """A safetensors file whose header was read and checked; tensors are read one at a time.
+    """A safetensors file with a checked header; tensors are read singly.
 
     Attributes:
         path: the file.
-        metadata: the header's `__metadata__`, {} if there is none.
+        metadata: the header's `__metadata__`, {} without one.
         tensors: name -> `TensorInfo`, in header order.
         data_start: the byte at which the tensors begin.
         state: of the file, when its header was read.
     """
 
-    def __init__(self, path: StrPath) -> None:
+    def __init__(self, path: StrPath, *, keep_open: bool = False) -> None:
         """Reads the header.
+
+        Args:
+            path: the file.
+            keep_open: reads everything through one open file, until `close`.
 
         Raises:
             UnsupportedFormat: the file is missing, unreadable, cut off, not a safetensors file, or
                 its header contradicts itself.
         """
         self.path = Path(path)
-        with self._open() as file:
+        self._lock, self._kept = threading.Lock(), self._open() if keep_open else None
+        with self._use() as file:
             try:
                 status = os.fstat(file.fileno())
                 raw = _read_header(file, self.path, status.st_size)
@@ -111,14 +104,14 @@ class SafetensorsFile:
         _check_extent(self.tensors, self.path, status.st_size - self.data_start)
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, in its storage dtype, on the CPU, in memory of its own.
+        """Reads the tensor `name` in its storage dtype, into CPU memory of its own.
 
         Raises:
             KeyError: no such tensor.
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        return self._read(name, info.dtype, info.shape, info.start)
+        return self._read(name, info.stored, info.shape, info.start)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of `name`; nothing else is read.
@@ -131,22 +124,38 @@ class SafetensorsFile:
         info = self.tensors[name]
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise IndexError(f"{self.path}: rows {start}:{stop} of {name}, which is {info.shape}")
-        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+        row_bytes = math.prod(info.shape[1:]) * SIZES[info.stored]
         shape = (stop - start, *info.shape[1:])
-        return self._read(name, info.dtype, shape, info.start + start * row_bytes)
+        return self._read(name, info.stored, shape, info.start + start * row_bytes)
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every tensor, as views of one buffer that is read at once.
+        """Reads every tensor at once, as views of one buffer.
 
         Raises:
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
         size = max((info.stop for info in self.tensors.values()), default=0)
-        buffer = self._read("its data", torch.uint8, (size,), 0)
+        buffer = self._read("its data", "U8", (size,), 0)
         return {name: _cut_tensor(buffer, info) for name, info in self.tensors.items()}
 
+    def close(self) -> None:
+        """Closes the file, where it was kept open; later reads open it again."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    @contextmanager
+    def _use(self) -> Iterator[FileIO]:
+        """Yields the open file, to one thread at a time where it is kept open."""
+        if self._kept is None:
+            with self._open() as file:
+                yield file
+        else:
+            with self._lock:
+                yield self._kept
+
     def _open(self) -> FileIO:
-        """The open file, unbuffered: reads go straight into the tensor's own memory."""
+        """Opens the file unbuffered: reads go straight into the tensor's own memory."""
         try:
             if stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe or a device would block
                 return open(self.path, "rb", buffering=0)
@@ -154,21 +163,23 @@ class SafetensorsFile:
             raise input_error(self.path, error) from error
         raise UnsupportedFormat(f"{self.path}: not a file; a .safetensors file is needed")
 
-    def _read(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
-        """`shape` elements of `dtype` from byte `start` of the data."""
-        size = math.prod(shape) * dtype.itemsize
+    def _read(self, name: str, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
+        """Reads `shape` elements of `dtype` from byte `start` of the data."""
+        import torch
+
+        numbers, size = find_torch_dtype(dtype), math.prod(shape) * SIZES[dtype]
         if size == 0:
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            return torch.empty(shape, dtype=numbers, device="cpu")
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        with self._open() as file:
+        with self._use() as file:
             read_stored(file, self, name, self.data_start + start, buffer)
-        return view_numbers(buffer, dtype).reshape(shape)
+        return view_numbers(buffer, numbers).reshape(shape)
 
 
 def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
-    """One tensor out of the data of a file [bytes]; a copy where it is not aligned."""
+    """Cuts one tensor out of a file's data [bytes]; copies it if not aligned."""
     flat = buffer[info.start : info.stop]
-    if info.start % info.dtype.itemsize:
+    if info.start % SIZES[info.stored]:
         flat = flat.clone()
     return view_numbers(flat, info.dtype).view(info.shape)
 
@@ -183,7 +194,7 @@ class _OpenedFile(Protocol):
 def read_stored(
     file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: Tensor
 ) -> None:
-    """Fills a buffer [bytes] with those of a tensor, which begin at `start` of the open file.
+    """Fills a buffer [bytes] with a tensor that begins at `start`.
 
     Raises:
         UnsupportedFormat: the file was changed since `opened`, ends inside or cannot be read.
@@ -199,9 +210,9 @@ def read_stored(
 
 
 def view_numbers(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as the numbers that they are."""
+    """Views bytes as numbers of a dtype."""
     # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
-    return buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
+    return buffer.ne(0) if str(dtype) == "torch.bool" else buffer.view(dtype)
 
 
 def fill_buffer(file: FileIO | BufferedReader, view: memoryview) -> bool:
@@ -215,7 +226,7 @@ def fill_buffer(file: FileIO | BufferedReader, view: memoryview) -> bool:
 
 
 def _read_header(file: FileIO, path: Path, size: int) -> bytes:
-    """The JSON text of the header, its length checked before it is read."""
+    """Reads the JSON text of the header, its length checked first."""
     head = file.read(9)
     length = int.from_bytes(head[:8], "little")
     # Only the whole start tells: a header of 128 bytes begins with the 0x80 of a pickle.
@@ -239,12 +250,7 @@ def _read_header(file: FileIO, path: Path, size: int) -> bytes:
 
 
 def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
-    """Says what a file is that does not start like a safetensors file.
-
-    Args:
-        head: its beginning.
-        path: of the file.
-    """
+    """Says what a file with another beginning (`head`) is."""
     # PyTorch's pickles are zip files whose first entry is the pickle.
     is_zip, is_torch = head.startswith(b"PK"), b"/data.pkl" in head
     if head.startswith(_ARCHIVES) or (is_zip and not is_torch):
@@ -278,7 +284,7 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
 
 
 def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:
-    """The error of a pickle, with the command that converts it."""
+    """Makes the error of a pickle, with the command that converts it."""
     converted = path.with_suffix(".safetensors")
     if converted == path:  # a pickle that was merely renamed
         converted = path.with_suffix(".converted.safetensors")
@@ -292,14 +298,17 @@ def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:
 
 
 def _quote(word: str) -> str:
-    """A word of a command line: in double quotes, which cmd.exe knows, too, where they suffice."""
+    """Quotes a word of a command line, in double quotes where they suffice.
+
+    cmd.exe knows these, too.
+    """
     if re.fullmatch(r"[\w./:\\+@%-]+", word) and (os.name == "nt" or "\\" not in word):
         return word
     return shlex.quote(word) if re.search(r'["$`\\!]', word) and os.name != "nt" else f'"{word}"'
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; two entries of one name would hide one of them."""
+    """Makes a JSON object; refuses two entries of one name."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -307,7 +316,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """(metadata, tensors) of a header's JSON text."""
+    """Parses a header's JSON text into (metadata, tensors)."""
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates)
         if b"\\u" in raw:  # an escape can spell half a character, which nothing can print or save
@@ -321,16 +330,16 @@ def _parse_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, Ten
 
 
 def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
-    """One tensor of a header, its size checked against its dtype and shape."""
+    """Parses one tensor of a header; checks its size against dtype and shape."""
     if len(name) > _LONGEST_NAME:
         raise UnsupportedFormat(
             f"{path}: {name[:80]!r}… is a name of {len(name)} characters, more than any real one"
         )
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise UnsupportedFormat(f"{path}: {name} has the unknown dtype {entry['dtype']!r:.40}")
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise UnsupportedFormat(f"{path}: {name} has the unknown dtype {dtype!r:.40}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape, 16) or not _are_sizes(offsets, 2) or len(offsets) != 2:
         raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
@@ -338,23 +347,28 @@ def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
     # Beside a 0, torch still multiplies the other sizes: 0 x 2^40 x 2^40 overflows its strides.
     if math.prod(max(size, 1) for size in shape) >= 2**48:
         raise UnsupportedFormat(f"{path}: {name} has an impossible shape")
-    if stop - start != math.prod(shape) * dtype.itemsize:
+    if stop - start != math.prod(shape) * SIZES[dtype]:
         raise UnsupportedFormat(
-            f"{path}: {name}: bytes {start} to {stop} do not fit {entry['dtype']} of shape "
-            f"{shape!r:.80}"
+            f"{path}: {name}: bytes {start} to {stop} do not fit {dtype} of shape {shape!r:.80}"
         )
     return TensorInfo(dtype, tuple(shape), start, stop)
 
 
 def _are_sizes(values: object, most: int) -> bool:
-    """A list of at most `most` whole numbers; 2^48 is beyond any file (True is no number here)."""
+    """Recognises a list of at most `most` whole numbers below 2^48.
+
+    No file is larger; True is no number here.
+    """
     if not isinstance(values, list) or len(values) > most:
         return False
     return all(type(v) is int and 0 <= v < 2**48 for v in values)
 
 
 def _check_extent(tensors: dict[str, TensorInfo], path: Path, size: int) -> None:
-    """The tensors must tile the `size` bytes after the header: no overlap, no hole, no excess."""
+    """Checks that the tensors tile the `size` bytes after the header.
+
+    No overlap, no hole, no excess.
+    """
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:

@@ -26,7 +26,8 @@ from ..files.atomic import TEMPORARY_NAME
 from ..files.hashing import hash_parts, hash_text
 from ..files.jsontext import read_json_object
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import write_safetensors, write_text_atomically
+from ..files.store import put_text
+from ..files.writing import write_safetensors
 from ..version import __version__
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class Checkpoints:
         marks = {_KEY: key, _SUM: hash_texts(hash_tensors(tensors), note), _NOTE: note}
         try:
             self._list_inputs()
-            write_safetensors(path, dict(tensors), marks)
+            write_safetensors(path, dict(tensors), marks, overwrite=True)
         except OutputError as error:
             if not self.is_optional:
                 raise
@@ -243,7 +244,7 @@ class Checkpoints:
             except OSError as error:
                 raise output_error(self.folder, error, "cannot be created") from error
             text = json.dumps({_MADE_FROM: self.inputs}, indent=1)
-            write_text_atomically(self.folder / INPUTS_FILE, text)
+            put_text(self.folder / INPUTS_FILE, text, overwrite=True)
             self._listed = True
 
     def recall_updates(

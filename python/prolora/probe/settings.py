@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Literal, TypeVar, get_args
 
 from ..bases.base import Progress
+from ..bases.pipeline_files import MOST_FEW_STEPS
 from ..core.arrays import make_fields_plain
 from ..core.option_fields import option
 from ..errors import InvalidOption, UnsupportedFormat
@@ -24,12 +25,12 @@ AUTO: Precision = "auto"
 FLOAT32: Precision = "float32"
 BFLOAT16: Precision = "bfloat16"
 FEW_STEPS = 4
-"""Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
+"""Steps of targets whose files say that they draw in few, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
 SAMPLING, FITTING = "Sampling", "Fit"
 
-# What the fitted updates depend on, beside the questions; and what the samples do.
+# Settings that the fitted updates depend on, beside the questions; and the samples.
 _OF_FIT = (
     "rank",
     "start",
@@ -57,7 +58,7 @@ Settings = TypeVar("Settings", bound="FitSettings")
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What is sampled of the running models, and how a LoRA is fitted to them (docs/fit.md)."""
+    """What a fit samples of the running models, and its method (docs/fit.md)."""
 
     prompts: tuple[str, ...] = option(
         (),
@@ -90,15 +91,15 @@ class FitSettings:
     target_steps: int | None = option(
         None,
         "Steps of the target's own sampler, where it is a few-step model. Default: as for the "
-        "source, or 4 for the schedulers of few-step models.",
+        "source, or 4 where its files say that it draws in few.",
         panel=SAMPLING,
         metavar="N",
     )
     target_guidance: float | None = option(
         None,
         "Guidance scale of the target's own sampler; 1 for a target that is run without. Default: "
-        "as for the source. A source with guidance and a target without, as few-step students are "
-        "run, are asked accordingly.",
+        "as for the source, or 1 where the target draws in few steps and takes no scale. A source "
+        "with guidance and a target without are asked accordingly.",
         panel=SAMPLING,
         metavar="SCALE",
         basic=True,
@@ -247,7 +248,7 @@ class FitSettings:
         return self.lora_steps is not None or self.lora_guidance is not None
 
     def with_lora(self: Settings) -> Settings:
-        """The settings of the sampling of the source with the LoRA."""
+        """Returns the settings of the sampling of the source with the LoRA."""
         steps, guidance = self.lora_steps, self.lora_guidance
         return replace(
             self,
@@ -255,8 +256,31 @@ class FitSettings:
             guidance=self.guidance if guidance is None else guidance,
         )
 
+    def for_target(self: Settings, few: bool, embeds_guidance: bool) -> Settings:
+        """Returns the settings of the target's own sampler.
+
+        Args:
+            few: whether its files say that it draws in few steps.
+            embeds_guidance: whether it takes its guidance scale as an input.
+        """
+        asked, guidance = self.target_steps, self.target_guidance
+        if guidance is None:
+            guidance = self.guidance
+            student = few or (asked is not None and asked <= MOST_FEW_STEPS)
+            if guidance is None and student and not embeds_guidance:
+                guidance = 1.0
+        return replace(
+            self,
+            steps=asked or (min(FEW_STEPS, self.steps) if few else self.steps),
+            guidance=guidance,
+            target_steps=None,
+            target_guidance=None,
+            lora_steps=None,
+            lora_guidance=None,
+        )
+
     def sized(self: Settings, recorded: int) -> Settings:
-        """The settings with numbers instead of None, so that fit and verdict take a bounded time.
+        """Replaces None by numbers, so that fit and verdict take a bounded time.
 
         One sample costs one forward pass when it is recorded, three as a probe (source, source with
         LoRA, target), five in a step (a backward pass costs about two) and about seven in the
@@ -278,21 +302,24 @@ class FitSettings:
         )
 
     def describe_fit(self) -> str:
-        """The settings that fitted updates depend on, as a text; the samples have another."""
+        """Returns the settings that fitted updates depend on, as a text.
+
+        The samples have another.
+        """
         return repr({name: getattr(self, name) for name in _OF_FIT})
 
     def describe_samples(self) -> dict[str, object]:
-        """The settings that what is sampled depends on, once a side's own are settled."""
+        """Returns the settings that samples depend on, once a side's own are settled."""
         return {name: getattr(self, name) for name in _OF_SAMPLES}
 
     def share_memory(self, parts: int) -> int | None:
-        """One of so many equal parts of `max_memory`; None without a bound."""
+        """Divides `max_memory` into equal parts; None without a bound."""
         limit = self.memory_limit
         return None if limit is None else limit // parts
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
-    """The lines of a text file, without empty ones.
+    """Reads the lines of a text file, without empty ones.
 
     Raises:
         InvalidOption: the file cannot be read, or has no prompts.
@@ -308,7 +335,7 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
+    """Returns whether a value is a finite number."""
     return isinstance(value, float | int) and math.isfinite(value)
 
 

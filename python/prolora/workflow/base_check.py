@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 
 from ..adapters.adapter import Adapter
 from ..adapters.family import guess_families, guess_family
+from ..adapters.lora import Lora
 from ..adapters.overview import survey_keys
 from ..adapters.reading import outline_adapter
-from ..adapters.unread import open_adapter
 from ..architectures.families import known_families
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
@@ -22,9 +22,8 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.identity import (
     EMPTY_SHORT_HASH,
-    compute_identity,
-    compute_sha256,
     compute_short_hash,
+    have_equal_files,
     is_identical,
 )
 from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
@@ -72,7 +71,7 @@ def check_bases(
     check_moved_before(lora, source, options, cache)
     header = read_header(lora)
     where = begin_message(lora)
-    if not may_be_one and are_one_base(source, target, cache):
+    if not may_be_one and are_one_base(source, target):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
             "where the LoRA works as it is; choose another target, or take `again=True` to move it "
@@ -154,7 +153,7 @@ def is_stated_base(
     """
     full, short = (_read_digits(header, *key) for key in zip(HASH_KEYS, (64, 8), strict=True))
     if full:
-        return is_identical(base, f"sha256:{full}", short, cache)
+        return is_identical(base, f"sha256:{full}", short, cache.folder if cache else None)
     if short in ("", EMPTY_SHORT_HASH) or len(base.files) != 1:
         return None
     return compute_short_hash(base) == short
@@ -166,7 +165,7 @@ def is_named_base(header: Mapping[str, str], *names: str) -> bool:
     return any(fold_base_name(name) in stated for name in names)
 
 
-def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) -> bool:
+def are_one_base(source: Base, target: Base) -> bool:
     """Whether two bases are one model: the same files, copies of them, or the same object."""
     if source is target:
         return True
@@ -175,14 +174,7 @@ def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) ->
     ours, theirs = ({file.resolve() for file in base.files} for base in (source, target))
     if ours <= theirs or theirs <= ours:  # a pipeline's folder, and that of its model alone
         return True
-    sizes = [sorted(file.stat().st_size for file in base.files) for base in (source, target)]
-    if sizes[0] != sizes[1]:
-        return False
-    # Samples differ almost always where files do, and are read in no time.
-    for compute in (compute_identity, compute_sha256):
-        if compute(source, cache) != compute(target, cache):
-            return False
-    return True
+    return have_equal_files(source, target)
 
 
 def _describe_lora(lora: LoraLike) -> str | None:
@@ -198,7 +190,7 @@ def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
     if isinstance(lora, Adapter):
         sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
         return guess_families(sizes, lora.metadata), list(lora.updates)
-    opened = open_adapter(lora)
+    opened = Lora.open(lora)
     overview = survey_keys(opened)
     families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
     return families, overview.canonical

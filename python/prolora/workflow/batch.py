@@ -22,6 +22,7 @@ from ..bases.experts import (
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from ..files.hub import keep_path
+from ..files.store import digest
 from .best import UNMOVED, BestWay, tell_fitted, tell_refused
 from .by_weights.ledger import LORA_FAILURES
 from .dry_run import plan_report
@@ -61,14 +62,13 @@ def transfer_many(
 ) -> list[Outcome]:
     """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
 
-    A result that is there already, complete, and says in its header that it was made of this very
-    LoRA, of these bases and in this way is left alone: a run that was cut off goes on where it was.
-    A LoRA whose place holds a file that prolora did not write is refused. With `overwrite` either
-    is made again. The folder is made if it does not exist.
+    A result that exists, and says in its header that it was made of this very LoRA, of these bases
+    and in this way, is kept: a run that was cut off goes on where it was. A LoRA whose place holds
+    anything else is refused. With `overwrite` either is made again. The folder is made if it does
+    not exist.
 
-    Without `cache` what is learnt of the
-    bases is kept for this call only; `progress` is called as progress(done, total,
-    "LoRAs: module").
+    Without `cache` what is learnt of the bases is kept for this call only; `progress` is called as
+    progress(done, total, "LoRAs: module").
 
     A model of two experts (Wan 2.2) is given as the folder of its pipeline, or as (high noise, low
     noise). A LoRA whose name has "high_noise" or "low_noise" in it, "HIGH" or "LOW" in capitals, or
@@ -82,9 +82,8 @@ def transfer_many(
         folder: where the results go.
         options: how to move them.
         naming: gives results other names: it is called with each LoRA and twelve digits that differ
-            wherever the LoRA, a base, an option or the version does, and returns a path below the
-            folder without the suffix. Results with the digits in their names never take each
-            other's place.
+            wherever the LoRA, the size or time of a base, an option or the version does, and
+            returns a path below the folder without the suffix.
         **changes: options by name, in place of those.
 
     Returns:
@@ -126,9 +125,8 @@ def _move_by_weights(
         ]
         if naming is not None:
             for task, (_, pair, appended) in zip(tasks, moves, strict=True):
-                recipe = partial(Recipe.of, task.lora, pair.source, pair.target, options)
                 tail = name_output(task.lora, format, appended, stem="")
-                task.attempt(partial(_rename, task, recipe, opened, Path(folder), naming, tail))
+                task.attempt(partial(_rename, task, pair, options, Path(folder), naming, tail))
         live = [task for task in tasks if task.outcome is None]
         check_distinct([task.lora for task in live], [task.out for task in live])
         make_folders({Path(folder), *(task.out.parent for task in tasks)})
@@ -143,16 +141,11 @@ def _move_by_weights(
 
 
 def _rename(
-    task: Task,
-    make_recipe: Callable[[], Recipe],
-    cache: BasisCache,
-    folder: Path,
-    naming: Naming,
-    tail: str,
+    task: Task, pair: ExpertPair, options: TransferOptions, folder: Path, naming: Naming, tail: str
 ) -> None:
     """Gives a result the name that a caller wants it to have."""
-    task.recipe = make_recipe()
-    task.out = folder / f"{naming(task.lora, task.recipe.digest(cache))}{tail}"
+    task.recipe = Recipe.of(task.lora, pair.source, pair.target, options)
+    task.out = folder / f"{naming(task.lora, digest(task.recipe.made_of)[:12])}{tail}"
 
 
 def _move_best(
@@ -221,7 +214,7 @@ def _is_fitted(lora: Path, way: BestWay, folder: Path) -> bool:
     try:
         recipe = Recipe.of(lora, way.source, way.target, way.by_fit)
         out = folder / name_output(lora, way.by_fit.format or "auto")
-        return recipe.is_made(out, BasisCache(way.by_fit.cache))
+        return recipe.is_made(out)
     except ProLoRAError:  # moving it says why
         return False
 

@@ -1,8 +1,8 @@
 """Method "best": by weights, and by a fit to the running models where weights say too little.
 
-A fit replaces what the weights give only where modules of the LoRA have no place on the target, or
-where weights move nothing: bases that were trained apart or are built differently, and latents that
-differ. Everywhere else fits were at times worse than the copy (docs/evidence.md).
+A fit replaces what the weights give only where modules of the LoRA have no place on the target,
+where weights move nothing (bases trained apart or built differently, latents that differ), or where
+the target draws in few steps. Elsewhere fits were at times worse than the copy (docs/evidence.md).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, vae
 from ..errors import LowCoverage, ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
-from .by_fitting.plan import fitted_modules, foresee_work
+from .by_fitting.plan import explain_need, foresee_work
 from .by_fitting.rows import outline_report
-from .by_weights.base_pair import MakeNotes, move_lora
+from .by_weights.base_pair import Notes, move_lora
 from .fit_options import FitOptions
 from .options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .report import Report
@@ -70,11 +69,11 @@ class BestWay:
         Raises:
             ProLoRAError: neither way moves it; see `prolora.transfer` and `prolora.fit`.
         """
-        notes: dict[type, MakeNotes] = {}
+        notes: dict[type, Notes] = {}
         if for_file and isinstance(lora, str | PathLike):
             for options in (self.by_weights, self.by_fit):
                 made = Recipe.of(Path(lora), self.source, self.target, options)
-                notes[type(options)] = made.describe
+                notes[type(options)] = made.describe()
         moved = self._try_weights(lora, notes.get(TransferOptions))
         need = self.explain_need(moved.report if isinstance(moved, Transfer) else moved)
         if need:
@@ -107,9 +106,7 @@ class BestWay:
             raise found
         return replace(self.tell_weights(found), dry_run=True)
 
-    def _try_weights(
-        self, lora: LoraLike, notes: MakeNotes | None = None
-    ) -> Transfer | ProLoRAError:
+    def _try_weights(self, lora: LoraLike, notes: Notes | None = None) -> Transfer | ProLoRAError:
         """What weights alone make of a LoRA, or why they do not."""
         if self.latents is not None:
             return UnrelatedBases(self.latents)
@@ -119,28 +116,12 @@ class BestWay:
             return error
 
     def explain_need(self, found: Report | ProLoRAError) -> str:
-        """Why a fit is called for; "" where the result by weights stands, or no model can run.
-
-        Args:
-            found: what became of the LoRA by weights.
-        """
+        """Returns why a fit is called for; "" where weights serve, or no model can run."""
         if not self.runs:
             return ""
-        if isinstance(found, UnrelatedBases):
-            return self.latents or "the weights of the two models have nothing in common"
-        if isinstance(found, ProLoRAError):
-            return "the two models are built differently"
-        lost = [
-            row.source
-            for row in found.modules
-            if row.status != "mapped"
-            and row.source not in found.unread
-            and not is_in_text_encoder(row.source)
-        ]
-        lost = sorted(fitted_modules(lost, self.source))
-        if not lost:
-            return ""
-        return f"{len(lost)} of the LoRA's modules have no place on {self.target.name}"
+        if isinstance(found, UnrelatedBases) and self.latents is not None:
+            return self.latents
+        return explain_need(found, self.source, self.target, self.by_fit.target_steps)
 
     def tell_weights(self, report: Report) -> Report:
         """A report of a move by weights, with why no fit was made."""
@@ -149,9 +130,10 @@ class BestWay:
         else:
             images = foresee_work(self.source, self.target, self.by_fit).as_images
             why = (
-                f"No fit was made: all of the LoRA has a place on {self.target.name}, and there "
-                "fits were at times worse than this on test models. One would take about as long "
-                f"as drawing {images:,} images with {self.source.name}."
+                f"No fit was made: all of the LoRA has a place on {self.target.name}, which draws "
+                "in many steps as far as its files tell (`target_steps` says otherwise); fits were "
+                "at times worse there on test models. One would take about as long as drawing "
+                f"{images:,} images with {self.source.name}."
             )
         return replace(report, asked=BEST, why=why)
 

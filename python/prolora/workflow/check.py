@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..adapters.family import guess_families, guess_sizes
+from ..adapters.lora import Lora, LoraSource
 from ..adapters.naming import list_matrices
 from ..adapters.overview import survey_keys
 from ..adapters.reading import outline_adapter
-from ..adapters.unread import AdapterSource, UnreadAdapter, open_adapter
 from ..architectures.families import find_title
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base, load_layout
@@ -113,7 +113,7 @@ class BaseCheck:
         }
 
 
-def check(lora: AdapterSource, base: ExpertsLike) -> BaseCheck:
+def check(lora: LoraSource, base: ExpertsLike) -> BaseCheck:
     """Says whether a LoRA is for a base; reads headers, never a weight.
 
     It goes by names and shapes: fine-tunes of one model take each other's LoRAs, and this call does
@@ -129,7 +129,7 @@ def check(lora: AdapterSource, base: ExpertsLike) -> BaseCheck:
     Raises:
         UnsupportedFormat: one of them cannot be read, or is no LoRA or no base.
     """
-    opened, model = open_adapter(lora), open_checked(base)
+    opened, model = Lora.open(lora), open_checked(base)
     rows, shapes = _place_modules(opened, model)
     is_unet = any(find_component(name) == "unet" for name in shapes)
     matrices = () if is_unet else list_matrices(opened)
@@ -157,7 +157,7 @@ def open_checked(base: ExpertsLike) -> Base:
 
 
 def _place_modules(
-    opened: UnreadAdapter, base: Base
+    opened: Lora, base: Base
 ) -> tuple[list[ModuleReport], dict[str, tuple[int, int]]]:
     """The rows of a LoRA's modules, and their shapes out × in without kernels."""
     try:

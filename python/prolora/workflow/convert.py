@@ -12,7 +12,7 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents
-from ..adapters.unread import open_adapter
+from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
 from ..errors import UnsupportedFormat
@@ -90,7 +90,7 @@ def convert_file(
         What was kept and lost.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something has that name.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `convert` raises.
     """
@@ -156,7 +156,7 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
         if misfit := explain_misfit(lora, base):
             raise misfit
         return adapters.read_adapter(lora, read_weight=base.read, base=names)
-    opened = open_adapter(lora)
+    opened = Lora.open(lora)
     for slot in parse_contents(opened).slots:
         if forms.needs_base(slot.keys.keys()):
             raise UnsupportedFormat(

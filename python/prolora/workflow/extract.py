@@ -103,7 +103,7 @@ def extract_file(
         What was kept and lost.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something has that name.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `extract` raises.
     """

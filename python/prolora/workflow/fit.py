@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bases import Base, BaseLike, open_base
-from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
@@ -103,17 +102,21 @@ def fit_file(
         **changes: options by name, in place of those.
 
     Returns:
-        What was done, and how well.
+        What was done, and how well. A result that exists, and was made of the same LoRA, bases,
+        options and version, is kept: the report is that of a dry run then.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something has that name.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `fit` raises.
     """
     options = settle_options(options, changes).for_file()
     file, bases = keep_path(lora), (open_base(source), open_base(target))
+    recipe = Recipe.of(file, *bases, options)
+    if not options.overwrite and recipe.is_made(Path(out)):
+        return plan_fit(file, *bases, options)
     check_output(out, list_inputs(file, *bases), options.overwrite)
-    return _fit_into(Path(out), Recipe.of(file, *bases, options), options)
+    return _fit_into(Path(out), recipe, options)
 
 
 @takes_options
@@ -197,7 +200,7 @@ def _fit_into(
     out: Path, recipe: Recipe, options: FitOptions, common: CommonParts | None = None
 ) -> Report:
     inputs = recipe.lora, recipe.source, recipe.target
-    return save_result(fit_to_pipelines(*inputs, options, recipe.describe, common), out, options)
+    return save_result(fit_to_pipelines(*inputs, options, recipe.describe(), common), out, options)
 
 
 def _attempt(
@@ -208,7 +211,7 @@ def _attempt(
 
     def fit_unless_made() -> Report | None:
         recipe = Recipe.of(lora, source, target, options)
-        if task.is_made(recipe, BasisCache(options.cache)):
+        if task.is_made(recipe):
             return None
         check_output(out, list_inputs(lora, source, target), options.overwrite)
         return _fit_into(out, recipe, options, common)

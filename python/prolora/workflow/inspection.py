@@ -21,6 +21,7 @@ from ..adapters.folder import ADAPTER_FILES
 from ..adapters.formats.moves import Move, read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import module_names, tensor_keys
+from ..adapters.lora import Lora
 from ..adapters.naming import most_common_spelling
 from ..adapters.overview import (
     NOT_UNDERSTOOD,
@@ -30,11 +31,11 @@ from ..adapters.overview import (
     survey_keys,
 )
 from ..adapters.training_words import read_training_words
-from ..adapters.unread import UnreadAdapter, open_adapter
 from ..architectures.modules import find_block, find_component, local_name
 from ..bases import Base, open_base
 from ..bases.folder import find_expert_folders
 from ..errors import ProLoRAError
+from ..files.dtypes import spell_dtype
 from .base_check import is_language_model
 
 _TOP_TAGS = 10
@@ -162,13 +163,11 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     ending = Path(path).suffix.lower()
     if folder or ending in (".gguf", ".onnx"):
         return _describe_base(open_base(path), str(path), "diffusers" if folder else ending[1:])
-    opened = open_adapter(path)
+    opened = Lora.open(path)
     overview = survey_keys(opened)
     common: dict[str, Any] = {
         "path": str(path),
-        "dtypes": count_values(
-            str(h.dtype).removeprefix("torch.") for h in opened.headers.values()
-        ),
+        "dtypes": count_values(spell_dtype(h.dtype) for h in opened.headers.values()),
         "tensors": len(opened.headers),
         "size": opened.path.stat().st_size if opened.path else 0,
         "family_claimed": claimed_family(opened.metadata),
@@ -185,9 +184,7 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     return _describe_other(opened, common)
 
 
-def _describe_adapter(
-    opened: UnreadAdapter, overview: Overview, common: dict[str, Any]
-) -> Description:
+def _describe_adapter(opened: Lora, overview: Overview, common: dict[str, Any]) -> Description:
     kinds, ranks = overview.algorithms, overview.ranks
     first = next(iter(overview.modules.values()), None) or next(
         (module for module, _ in overview.vectors), None
@@ -250,7 +247,7 @@ def _layer_type(name: str) -> str:
     return _BLOCKS.sub("", local_name(name)) or name
 
 
-def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Description:
+def _describe_other(source: Lora, common: dict[str, Any]) -> Description:
     """A base checkpoint, or a file that is neither a LoRA nor a base."""
     try:
         base = open_base(source.path if source.path is not None else "")
@@ -262,7 +259,7 @@ def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Descriptio
     return replace(_describe_base(base, str(source.path), form), **common)
 
 
-def _has_canonical_names(source: UnreadAdapter, base: Base) -> bool:
+def _has_canonical_names(source: Lora, base: Base) -> bool:
     """Whether a file spells the modules of its base as diffusers does."""
     keys = source.headers.keys()
     prefixes = ("", "unet.", "transformer.")
@@ -273,9 +270,7 @@ def _has_canonical_names(source: UnreadAdapter, base: Base) -> bool:
     return all(any(key in keys for key in spellings) for spellings in spelled)
 
 
-def _describe_unread_base(
-    source: UnreadAdapter, reason: str, common: dict[str, Any]
-) -> Description:
+def _describe_unread_base(source: Lora, reason: str, common: dict[str, Any]) -> Description:
     """A checkpoint that `transfer` would refuse, as far as its keys tell."""
     names = [
         module_names.parse_module_path(key.removesuffix(".weight").removeprefix(_LDM_PREFIX))
@@ -313,7 +308,7 @@ def _describe_base(base: Base, path: str, form: str) -> Description:
     )
 
 
-def _unknown_reason(source: UnreadAdapter) -> str:
+def _unknown_reason(source: Lora) -> str:
     if not source.headers:
         return "it holds no tensors"
     first = ", ".join(list(source.headers)[:3])

@@ -19,7 +19,7 @@ from ..adapters.formats.moves import read_moves, read_provenance
 from ..adapters.hub import locate_adapter
 from ..adapters.training_words import read_training_words
 from ..bases import Base, BaseLike, open_base
-from ..bases.identity import compute_identity, compute_short_hash
+from ..bases.identity import compute_hint, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
@@ -122,7 +122,7 @@ def merge_file(
         What was kept and lost of each.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something has that name.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `merge` raises.
     """
@@ -432,7 +432,7 @@ class _Merge:
         if target is None:
             return combined | prefix_notes(notes)
         bases = dict.fromkeys(fact.moved_from for fact in self.facts if fact.moved_from)
-        notes |= {"target": target.name, "target_hash": compute_identity(target) or ""}
+        notes |= {"target": target.name, "target_hash": compute_hint(target)}
         notes["source"] = ", ".join(bases) or target.name
         rewritten = rewrite_metadata(
             combined,

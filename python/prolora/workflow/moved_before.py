@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import Move, describe_moves, read_moves
-from ..adapters.unread import open_adapter
+from ..adapters.lora import Lora
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import is_identical
@@ -92,7 +92,7 @@ def read_header(lora: LoraLike) -> Mapping[str, str]:
         return lora.metadata
     if isinstance(lora, Mapping):
         return {}
-    opened = open_adapter(lora)
+    opened = Lora.open(lora)
     named = (opened.config or {}).get(NAMED_BASE)
     return {NAMED_BASE: named} | opened.metadata if isinstance(named, str) else opened.metadata
 
@@ -108,7 +108,8 @@ def _explain_other_base(
         short_hash: eight digits of the recorded target's file, where the header has them.
         cache: remembers the hashes of files.
     """
-    same = is_identical(source, last.target_hash, short_hash, cache)
+    memory = cache.folder if cache else None
+    same = is_identical(source, last.target_hash, short_hash, memory)
     if same:
         return None
     named = fold_base_name(source.name)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.unread import AdapterSource
+from ..adapters.lora import Lora, LoraSource
 from ..bases.base import Progress
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..core.arrays import make_fields_plain
@@ -38,7 +38,7 @@ from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-LoraLike = AdapterSource | Adapter
+LoraLike: TypeAlias = "LoraSource | Lora | Adapter"
 """A .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
 `peft.LoraConfig`) or an `Adapter`."""
 

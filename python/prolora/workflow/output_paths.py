@@ -8,48 +8,29 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
+from ..adapters.folder import PEFT_CONFIG
 from ..adapters.hub import look_for_adapter
-from ..adapters.writing import has_own_config
 from ..errors import OutputError
 from ..files.hub import WEIGHT_FILES, find_hub_id, is_broken_id, spell_path
-from ..files.ownership import Kind, check_replaceable, foreign_file
-from ..files.writing import check_writable
+from ..files.store import check_free
 
 StrPath = str | PathLike[str]
 
 
 def check_output(path: StrPath, inputs: Iterable[StrPath], overwrite: bool = False) -> None:
-    """Refuses an output that cannot be written, or that is an input or a folder around one.
-
-    A PEFT folder may exist, and keeps what is not prolora's. It is exchanged as a whole, so no
-    model may lie in it.
+    """Refuses an output that exists, cannot be written, or is an input or a folder around one.
 
     Args:
         path: a file or a PEFT folder.
         inputs: files or folders that must not be overwritten.
-        overwrite: replace what prolora did not write.
+        overwrite: replace what is there.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something is there.
         OutputError: says why.
     """
     check_name(path)
-    folder, inputs = Path(path), list(inputs)
-    if not os.path.isdir(folder):
-        check_writable(folder, inputs)
-        check_replaceable(folder, "LoRA", overwrite)
-        return
-    own = Path(os.path.realpath(folder))
-    for source in (Path(os.path.realpath(source)) for source in inputs):
-        if own == source or own in source.parents:
-            raise OutputError(
-                f"{path}: holds the input {source}; name a folder that is for the adapter only"
-            )
-    check_writable(folder / PEFT_WEIGHTS, inputs)
-    check_replaceable(folder / PEFT_WEIGHTS, "LoRA", overwrite)
-    if os.path.isfile(folder / PEFT_CONFIG) and not (overwrite or has_own_config(folder)):
-        raise foreign_file(folder / PEFT_CONFIG, "configuration")
+    check_free(path, inputs, overwrite=overwrite, folder=os.path.isdir(path))
 
 
 def check_name(path: StrPath) -> None:
@@ -135,25 +116,6 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
 def _fold_name(name: str) -> str:
     """What volumes that ignore case and Unicode forms compare."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def check_beside(
-    path: StrPath, kind: Kind, inputs: Iterable[StrPath] = (), overwrite: bool = False
-) -> None:
-    """Refuses the path of a report, a picture or another file that goes with a result.
-
-    Args:
-        path: a file.
-        kind: of the file; only its like is replaced.
-        inputs: files or folders that must not be overwritten.
-        overwrite: replace what prolora did not write.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write.
-        OutputError: it cannot be written.
-    """
-    check_writable(path, inputs)
-    check_replaceable(path, kind, overwrite)
 
 
 def is_page_path(path: StrPath) -> bool:

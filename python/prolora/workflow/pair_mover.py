@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adapters.unread import open_adapter
+from ..adapters.lora import Lora
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
@@ -57,10 +57,10 @@ class Task:
             if self.outcome:
                 self.outcome = replace(self.outcome, seconds=self.seconds)
 
-    def is_made(self, recipe: Recipe, cache: BasisCache) -> bool:
+    def is_made(self, recipe: Recipe) -> bool:
         """Whether the result is there already; that is the outcome then."""
         self.recipe = recipe
-        if recipe.options.overwrite or not recipe.is_made(self.out, cache):
+        if recipe.options.overwrite or not recipe.is_made(self.out):
             return False
         self.outcome = Outcome(self.lora, self.out, kept=True, behind=recipe.list_unread())
         return True
@@ -107,8 +107,8 @@ class PairMover:
         pair = BasePair(source, target, replace(asked, match=match, progress=None), cache)
         return cls(pair, asked)
 
-    def _look_up(self, task: Task, cache: BasisCache) -> None:
-        task.is_made(task.recipe or self.make_recipe(task), cache)
+    def _look_up(self, task: Task) -> None:
+        task.is_made(task.recipe or self.make_recipe(task))
 
     def make_recipe(self, task: Task) -> Recipe:
         """What determines the result; reads the whole LoRA, for its hash.
@@ -129,7 +129,7 @@ class PairMover:
             loras: all LoRAs of the caller, for progress; none of them is overwritten.
         """
         for task in tasks:
-            task.attempt(partial(self._look_up, task, cache))
+            task.attempt(partial(self._look_up, task))
         yield from [task for task in tasks if task.outcome]
         left = [task for task in tasks if task.outcome is None]
         groups = list(_group_tasks(left, self.pair.memory))
@@ -181,7 +181,7 @@ class PairMover:
         return pair.plan(task.lora)
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
-        done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
+        done = pair.finish(ledger, task.recipe.describe() if task.recipe else None)
         if self.hold_back and self.hold_back(done, task.out):
             return done.report
         return save_result(done, task.out, self.asked)
@@ -190,7 +190,7 @@ class PairMover:
 def _estimate_bytes(lora: Path) -> int:
     """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
     try:
-        headers = open_adapter(lora).headers.values()
+        headers = Lora.open(lora).headers.values()
     except LORA_FAILURES:
         return 0
     return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)

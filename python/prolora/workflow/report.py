@@ -22,8 +22,7 @@ from ..core.verdict import (
     describe_strangers,
 )
 from ..files.jsontext import replace_nonfinite
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
+from ..files.store import put_text
 from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
@@ -56,7 +55,7 @@ from .module_report import (
 )
 from .moved_before import tell_moved_before
 from .options import FIT
-from .output_paths import check_beside, is_page_path
+from .output_paths import is_page_path
 from .page.document import (
     MODULES,
     Fold,
@@ -482,18 +481,16 @@ class Report:
         return {name: text for name, text in facts.items() if text}
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes the report to a file, whole or not at all; what prolora wrote there is replaced.
+        """Writes the report to a file, whole or not at all; what exists is refused.
 
         Args:
             path: the file; `to_html` if its name ends in .html or .htm, otherwise `to_dict` as
-                JSON, with an entry by which the file is known again.
-            overwrite: also replace what prolora did not write.
+                JSON.
+            overwrite: replace what has that name.
 
         Raises:
-            ForeignFile: a file is there that prolora did not write.
+            OutputExists: something has that name.
             OutputError: the path cannot be written.
         """
-        check_beside(path, "report", overwrite=overwrite)
-        write_text_atomically(
-            path, self.to_html() if is_page_path(path) else mark_json("report", self.to_dict())
-        )
+        text = self.to_html() if is_page_path(path) else json.dumps(self.to_dict(), indent=1) + "\n"
+        put_text(path, text, overwrite=overwrite)

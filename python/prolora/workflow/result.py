@@ -64,11 +64,10 @@ class Transfer:
                 program that reads the file: "comfyui", "a1111", "forge", "invokeai", …. None means
                 as it was asked for when the result was made.
             dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None likewise.
-            overwrite: replace a file that prolora did not write. A result of prolora that nobody
-                has changed since is replaced in any case.
+            overwrite: replace what has that name.
 
         Raises:
-            ForeignFile: a file is there that prolora did not write.
+            OutputExists: something has that name.
             OutputError: the path cannot be written, or is one of the inputs.
             NonFiniteWeights: a factor overflows in dtype.
             UnsupportedFormat: the format has no name for a module.
@@ -79,6 +78,7 @@ class Transfer:
             path,
             format=format or self.format,
             dtype=read_dtype(dtype or self.dtype),
+            overwrite=overwrite,
         )
 
     def state_dict(

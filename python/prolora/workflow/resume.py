@@ -11,32 +11,30 @@ from typing import Any
 
 from ..adapters import outline_adapter
 from ..adapters.contents import parse_contents
-from ..adapters.folder import ADAPTER_FILES, PEFT_WEIGHTS
+from ..adapters.folder import ADAPTER_FILES
 from ..adapters.hub import locate_adapter
 from ..adapters.left_out import find_unknown_updates
-from ..adapters.unread import open_adapter
-from ..adapters.writing import has_own_config
+from ..adapters.lora import Lora
 from ..bases import Base
-from ..bases.cache.basis_cache import BasisCache
-from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
 from ..core.option_fields import read_shown
 from ..errors import ProLoRAError, input_error
-from ..files.hashing import hash_parts, hash_text, read_blocks
-from ..files.ownership import is_own
+from ..files.hashing import hash_parts, read_blocks
 from ..version import __version__
 from .by_weights.rows import list_missed
 from .fit_options import FitOptions
 from .options import TransferOptions
 
-# Entries of a result's header.
-_LORA_HASH, _RECIPE = "prolora.lora_hash", "prolora.recipe"
-_FORM = ("format", "dtype")  # stand at the end, as in results of earlier versions
+BaseName = str | list[list[str | int]]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What determines a result: equal for equal inputs, options and version, and else different.
+
+    A result at a path of the caller's names its bases by their files' sizes and times, so that a
+    plain transfer reads no base for it: where a base was touched, the result is not known again.
+    A result whose name is made of its recipe names them by the digests of all their bytes.
 
     Attributes:
         lora: a file or folder.
@@ -44,6 +42,7 @@ class Recipe:
         target: the base it moves to.
         options: as they were asked for.
         lora_hash: "sha256:…" of the LoRA.
+        bases: how the header names source and target.
     """
 
     lora: Path
@@ -51,66 +50,68 @@ class Recipe:
     target: Base
     options: TransferOptions | FitOptions
     lora_hash: str
+    bases: tuple[BaseName, ...]
 
     @classmethod
     def of(
-        cls, lora: Path, source: Base, target: Base, options: TransferOptions | FitOptions
+        cls,
+        lora: Path,
+        source: Base,
+        target: Base,
+        options: TransferOptions | FitOptions,
+        digests: tuple[str, ...] | None = None,
     ) -> Recipe:
-        """The recipe of a LoRA that is not yet read: a file that changes later has another one.
+        """Returns the recipe of a LoRA that is not yet read.
+
+        Args:
+            lora: a file or folder.
+            source: the base it was trained on.
+            target: the base it moves to.
+            options: as they were asked for.
+            digests: of the bases, where a name is made of the recipe.
 
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        open_adapter(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
-        return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}")
+        Lora.open(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
+        names: tuple[BaseName, ...] = digests or (_list_states(source), _list_states(target))
+        return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}", names)
 
-    def describe(self, cache: BasisCache) -> dict[str, str]:
-        """The two entries of a result's header.
-
-        Args:
-            cache: remembers the hashes of files.
-        """
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result is made of, as JSON can hold it; the options are those that count."""
         chosen = {
             field.name: _jsonable(getattr(self.options, field.name))
             for field in fields(self.options)
-            if read_shown(field).decides and field.name not in _FORM
+            if read_shown(field).decides and getattr(self.options, field.name) != field.default
         }
-        bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
-        form = (self.options.format, str(self.options.dtype))
-        text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)
-        return {"lora_hash": self.lora_hash, "recipe": f"sha256:{hash_text(text)}"}
+        return {"options": chosen, "source": self.bases[0], "target": self.bases[1]}
 
-    def digest(self, cache: BasisCache) -> str:
-        """Twelve digits that tell the result from all others.
+    @property
+    def made_of(self) -> list[Any]:
+        """All that the bytes of a result follow from."""
+        return [__version__, self.lora_hash, self.facts]
 
-        Args:
-            cache: remembers the hashes of files.
-        """
-        return _shorten(*self.describe(cache).values())
+    def describe(self) -> dict[str, str]:
+        """Returns the two entries of a result's header."""
+        return {"lora_hash": self.lora_hash, "recipe": json.dumps(self.facts, sort_keys=True)}
 
-    def is_made(self, out: Path, cache: BasisCache) -> bool:
-        """Whether `out` is a result of this recipe as it was written: by its header and its mark.
-
-        The bases are hashed only where the result was made of this very LoRA. Bases in memory have
-        no hash by which they could be known again.
-        """
+    def is_made(self, out: Path) -> bool:
+        """Returns whether `out` is a result of this recipe, by its header."""
         if not (self.source.files and self.target.files):
-            return False
+            return False  # bases in memory cannot be known again
         try:
-            result = open_adapter(out)
-            parse_contents(result)  # in a folder, weights and configuration go together
-            metadata = result.metadata
-        except ProLoRAError:
+            with Lora.open(out) as result:
+                parse_contents(result)
+                metadata = result.metadata
+            told = json.loads(metadata.get("prolora.recipe", ""))
+        except (ProLoRAError, ValueError, RecursionError):
             return False
-        if metadata.get(_LORA_HASH) != self.lora_hash:
-            return False
-        if metadata.get(_RECIPE) != self.describe(cache)["recipe"]:
-            return False
-        # Who trained it on, or changed a key, may have kept the header.
-        return is_intact(out)
+        made = metadata.get("prolora.lora_hash"), metadata.get("prolora.version")
+        return made == (self.lora_hash, __version__) and told == json.loads(json.dumps(self.facts))
 
     def list_unread(self) -> tuple[str, ...]:
-        """Updates of the LoRA that stay behind because they cannot be read, as its header tells.
+        """Returns the updates of the LoRA that stay behind because they cannot be read.
 
         Raises:
             ProLoRAError: the LoRA cannot be read.
@@ -121,34 +122,10 @@ class Recipe:
         return (*list_missed(outline, self.options.text_encoder), *unknown)
 
 
-def _shorten(lora_hash: str, recipe: str) -> str:
-    """The digits that stand for a recipe in a result's name."""
-    return hash_parts([lora_hash, recipe])[:12]
-
-
-def is_intact(out: Path) -> bool:
-    """Whether a result is as it was written, every byte of it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if out.is_dir():
-        return is_own(out / PEFT_WEIGHTS, "LoRA") and has_own_config(out)
-    return is_own(out, "LoRA")
-
-
-def explain_damage(out: Path) -> str:
-    """Why a result that has the digits of its recipe in its name is not what it was; "" if it is.
-
-    Nothing but the result is read, every byte of it.
-    """
-    try:
-        metadata = open_adapter(out).metadata
-        if _shorten(metadata.get(_LORA_HASH, ""), metadata.get(_RECIPE, "")) not in out.name:
-            return "it is made of something else than its name says"
-        return "" if is_intact(out) else "its bytes are not those that were written"
-    except (ProLoRAError, OSError) as error:
-        return str(error)
+def _list_states(base: Base) -> list[list[str | int]]:
+    """The name, size and time of each file of a base."""
+    states = [(file.name, file.stat()) for file in sorted(base.files)]
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
 def _jsonable(value: Any) -> Any:

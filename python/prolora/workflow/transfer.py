@@ -10,6 +10,7 @@ from ..bases import BaseLike, open_base
 from ..files.hub import keep_path
 from .best import BestWay
 from .by_weights.base_pair import list_inputs, move_lora
+from .dry_run import plan_report
 from .options import (
     BEST,
     DEFAULT_OPTIONS,
@@ -92,21 +93,27 @@ def transfer_file(
         **changes: options by name, in place of those.
 
     Returns:
-        What was kept and lost.
+        What was kept and lost. A result that exists, and was made of the same LoRA, bases, options
+        and version, is kept: the report is that of a dry run then.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something has that name.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `transfer` raises.
     """
     options = settle_options(options, changes).for_file()
     file, bases = keep_path(lora), (open_base(source), open_base(target))
+    way = BestWay.of(*bases, options) if options.method == BEST else None
+    recipes = [
+        Recipe.of(file, *bases, how) for how in ([way.by_weights, way.by_fit] if way else [options])
+    ]
+    if not options.overwrite and any(recipe.is_made(Path(out)) for recipe in recipes):
+        return plan_report(file, *bases, options)
     check_output(out, list_inputs(file, *bases), options.overwrite)
-    if options.method == BEST:
-        done = BestWay.of(*bases, options).move(file, for_file=True)
+    if way:
+        done = way.move(file, for_file=True)
     else:
-        recipe = Recipe.of(file, *bases, options)
-        done = move_lora(file, *bases, options, recipe.describe)
+        done = move_lora(file, *bases, options, recipes[0].describe())
     if options.progress:
         moved = len(done.adapter.updates)
         options.progress(moved, moved, f"writing {Path(out).name}")

@@ -1,6 +1,7 @@
-"""DoRA, OFT and GLoRA: updates that depend on the weight they are added to, ΔW = merged − W.
+"""DoRA, OFT and GLoRA: updates that depend on the base weight.
 
-DoRA rescales the merged weight to learned magnitudes, OFT rotates the weight, GLoRA multiplies it.
+ΔW = merged − W. DoRA rescales the merged weight to learned magnitudes, OFT rotates the weight,
+GLoRA multiplies it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Tensors = Mapping[str, Tensor]
 
 
 def dora_update(weight: Tensor, delta: Tensor, tensors: Tensors, where: str) -> Tensor:
-    """ΔW = m·V/‖V‖ − W with V = W + δ, the norms along the axis that m belongs to.
+    """Computes ΔW = m·V/‖V‖ − W with V = W + δ.
+
+    The norms run along the axis that m belongs to.
 
     Args:
         weight: W [out, in] or [out, in, kh, kw].
@@ -28,7 +31,7 @@ def dora_update(weight: Tensor, delta: Tensor, tensors: Tensors, where: str) -> 
         where: for messages.
 
     Raises:
-        ShapeMismatch: m belongs to neither axis, or it cannot be told to which.
+        ShapeMismatch: m fits neither axis, or both.
     """
     weight = weight.double()
     merged = weight + delta
@@ -42,13 +45,13 @@ def dora_update(weight: Tensor, delta: Tensor, tensors: Tensors, where: str) -> 
 
 
 def magnitude_axis(tensors: Tensors, shape: tuple[int, ...], where: str) -> tuple[Tensor, int]:
-    """The magnitudes of a DoRA and the axis they belong to: 0 (output) or 1 (input).
+    """Returns a DoRA's magnitudes and their axis: 0 (output) or 1 (input).
 
     LyCORIS and OneTrainer write [out, 1] or [1, in] (with more ones on convolutions), old files
     mostly the latter; PEFT and ai-toolkit write [out], PEFT on convolutions [1, out, 1, 1].
 
     Raises:
-        ShapeMismatch: the shape is none of these.
+        ShapeMismatch: another shape.
     """
     out, inputs = shape[:2]
     magnitudes = tensors["magnitude"] if "magnitude" in tensors else tensors["dora_scale"]
@@ -67,10 +70,10 @@ def magnitude_axis(tensors: Tensors, shape: tuple[int, ...], where: str) -> tupl
 
 
 def oft_update(weight: Tensor, tensors: Tensors) -> Tensor:
-    """ΔW = s·(RᵀW) − W, R block-diagonal with the Cayley transforms (I + Q)(I − Q)⁻¹.
+    """Computes ΔW = s·(RᵀW) − W with block-diagonal R.
 
-    Q is the skew part of a block; `alpha` here bounds its norm (the constraint, per row of W), and
-    s is the optional rescaling of rows.
+    Its blocks are the Cayley transforms (I + Q)(I − Q)⁻¹. Q is the skew part of a block; `alpha`
+    here bounds its norm (the constraint, per row of W), and s is the optional rescaling of rows.
     """
     blocks = tensors["oft_blocks"].double()
     count, size, _ = blocks.shape
@@ -91,9 +94,9 @@ def oft_update(weight: Tensor, tensors: Tensors) -> Tensor:
 
 
 def glora_update(weight: Tensor, tensors: Tensors) -> LowRank:
-    """ΔW = W·a1·a2 + b1·b2 without its scale: a product of factors once W is known.
+    """Computes ΔW = W·a1·a2 + b1·b2 without its scale, as a product.
 
-    On a convolution a1 and a2 act on the input channels, alike at every place of the kernel.
+    On a convolution a1 and a2 act on the input channels, alike at every position of the kernel.
     """
     size = weight.shape[2:].numel()
     a1, a2 = (tensors[role].double().flatten(1) for role in ("a1", "a2"))
@@ -110,7 +113,7 @@ def glora_update(weight: Tensor, tensors: Tensors) -> LowRank:
 def merged_update(
     algorithm: str, weight: Tensor, tensors: Tensors, scale: float, where: str
 ) -> TruncatedUpdate:
-    """The update of a module whose ΔW depends on W, scale included.
+    """Computes the update of a module whose ΔW depends on W, scale included.
 
     Args:
         algorithm: as in `forms.ALGORITHM_NAMES`; with DoRA's magnitudes among the

@@ -1,4 +1,4 @@
-"""The kinds of update that adapter files hold: their tensors, shapes, ranks and scales.
+"""Kinds of update in adapter files: their tensors, shapes, ranks and scales.
 
 Everything here follows from shapes alone, so that a file can be judged by its header. What the
 tensors multiply to is in `products` and, where the base weights come in, in `dora_oft_glora`.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
-# Larger than any side of a weight LoRAs are trained on; what is beyond it is not a weight matrix.
+# Larger than any side of a weight LoRAs are trained on; beyond it lies no weight matrix.
 # A few small factors of a damaged file could otherwise ask for terabytes.
 MAX_SIDE = 1 << 18
 
@@ -62,25 +62,17 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Form:
-    """What the shapes of a module's tensors say.
+    """What the shapes of a module's tensors say."""
 
-    Attributes:
-        algorithm: a key of `ALGORITHM_NAMES`.
-        out: rows of ΔW.
-        inputs: columns of ΔW as a matrix, in·kh·kw; 0 where only the base weight knows.
-        rank: the rank the file states, which alpha is divided by; 0 for none.
-        kernel: (kh, kw) of a convolution, (k,) of one along a line.
-    """
-
-    algorithm: str
-    out: int
-    inputs: int
-    rank: int
-    kernel: Shape | None = None
+    algorithm: str  # a key of `ALGORITHM_NAMES`
+    out: int  # rows of ΔW
+    inputs: int  # columns of ΔW as a matrix, in·kh·kw; 0 where only the base weight knows
+    rank: int  # the rank the file states, which alpha is divided by; 0 for none
+    kernel: Shape | None = None  # (kh, kw) of a convolution, (k,) of one along a line
 
 
 def kind_of_roles(roles: Set[str]) -> str:
-    """Which kind of update tensors of these roles make; "lora" if nothing says otherwise."""
+    """Returns the kind of update that tensors of these roles make, "lora" by default."""
     for role in sorted(roles):
         for start, family in (
             ("hada_", "loha"),
@@ -99,7 +91,7 @@ def kind_of_roles(roles: Set[str]) -> str:
 
 
 def find_missing_role(roles: Set[str]) -> str | None:
-    """A role that is needed and not there, None if nothing is missing."""
+    """Returns a needed role that is missing, None if all are present."""
     family = kind_of_roles(roles)
     gone = sorted(_ROLES[family][0] - roles)
     if family == "lokr" and not gone:
@@ -114,7 +106,7 @@ def find_missing_role(roles: Set[str]) -> str | None:
 
 
 def find_surplus_role(roles: Set[str]) -> str | None:
-    """A role that does not go with the others, None if all do."""
+    """Returns a role that does not go with the others, None if all do."""
     family = kind_of_roles(roles)
     extra = roles - _ROLES[family][0] - _ROLES[family][1]
     if roles >= MAGNITUDES:
@@ -128,7 +120,7 @@ def find_surplus_role(roles: Set[str]) -> str | None:
 
 
 def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
-    """The form of an update from the shapes of its tensors by role; None if they do not fit."""
+    """Derives an update's form from shapes by role; None if they do not fit."""
     if any(size == 0 for shape in shapes.values() for size in shape):
         return None
     form = _FORMS[kind_of_roles(shapes.keys())](shapes)
@@ -174,7 +166,10 @@ def _loha_form(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 def _lokr_form(shapes: Mapping[str, Shape]) -> Form | None:
-    """Rank and scale: alpha counts only where a half is factored, and the inner size is then r."""
+    """Derives rank and shapes of a LoKr.
+
+    Alpha counts only where a half is factored, and the inner size is then r.
+    """
     w1 = _whole_or_product(shapes, "lokr_w1")
     w2 = _whole_or_product(shapes, "lokr_w2")
     if w1 is None or w2 is None or len(w1) != 2:
@@ -188,7 +183,7 @@ def _lokr_form(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 def _whole_or_product(shapes: Mapping[str, Shape], half: str) -> Shape | None:
-    """The shape of one half of a LoKr: [m, n] or [m, n, kh, kw]."""
+    """Returns the shape of one half of a LoKr: [m, n] or [m, n, kh, kw]."""
     if half in shapes:
         return shapes[half] if len(shapes[half]) in (2, 4) else None
     a, b, core = shapes[f"{half}_a"], shapes[f"{half}_b"], shapes.get("lokr_t2")
@@ -209,7 +204,10 @@ def _difference_form(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 def _glora_form(shapes: Mapping[str, Shape]) -> Form | None:
-    """ΔW = W·a1·a2 + b1·b2; on a convolution a1 and a2 act on its input channels."""
+    """Derives GLoRA's form, ΔW = W·a1·a2 + b1·b2.
+
+    On a convolution a1 and a2 act on its input channels.
+    """
     a1, a2, b1, b2 = (shapes[role] for role in ("a1", "a2", "b1", "b2"))
     if any(len(shape) not in (2, 4) for shape in (a1, a2, b1, b2)):
         return None
@@ -241,21 +239,21 @@ _FORMS: dict[str, Callable[[Mapping[str, Shape]], Form | None]] = {
 
 
 def needs_base(roles: Set[str]) -> bool:
-    """Whether ΔW depends on the weight it is added to."""
+    """Returns whether ΔW depends on the base weight."""
     return bool(roles & {*MAGNITUDES, "oft_blocks", "a1"})
 
 
 def takes_scale(roles: Set[str]) -> bool:
-    """Whether a tensor `scale` beside these stands for α/r with every program that reads it.
+    """Returns whether a tensor `scale` beside these means α/r to every program.
 
-    Beside factors alone: of other kinds some programs ignore it, and of a DoRA they multiply the
-    whole update by it.
+    Beside factors alone it does: for other kinds some programs ignore it, and for a DoRA they
+    multiply the whole update by it.
     """
     return {"down", "up"} <= roles and kind_of_roles(roles) == "lora" and not needs_base(roles)
 
 
 def needs_base_reason(roles: Set[str]) -> str:
-    """Why, in words that finish "its update is …"."""
+    """Explains why, in words that finish "its update is …"."""
     if roles & MAGNITUDES:
         return "rescaled to learned magnitudes (DoRA), which takes the base model's own weight"
     if "oft_blocks" in roles:

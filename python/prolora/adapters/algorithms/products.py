@@ -1,6 +1,6 @@
-"""What the tensors of each kind of update multiply to: ΔW as a product, before any scale.
+"""ΔW of each kind of update as a product, before any scale.
 
-The equations are those LyCORIS trains with (its forward pass), float64 throughout.
+The equations are LyCORIS' (its forward pass in training), float64 throughout.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Tensors = Mapping[str, Tensor]
 
 
 def factor_update(algorithm: str, tensors: Tensors) -> TruncatedUpdate:
-    """ΔW of a module, without its scale.
+    """Returns ΔW of a module as a product, without its scale.
 
     Args:
         algorithm: "lora", "locon", "tucker", "loha", "lokr" or "full".
         tensors: role -> tensor, shapes as checked by `algorithms.derive_form`.
     """
     if algorithm == "loha":
-        # r₁·r₂ columns, which is no saving where a side of ΔW is shorter.
+        # r₁·r₂ columns save nothing where a side of ΔW is shorter.
         first, second = (_hadamard_half(tensors, i) for i in (1, 2))
         shortest = min(first[0].shape[0], first[1].shape[1])
         if first[0].shape[1] * second[0].shape[1] >= shortest:
@@ -38,7 +38,7 @@ def factor_update(algorithm: str, tensors: Tensors) -> TruncatedUpdate:
 
 
 def dense_update(algorithm: str, tensors: Tensors) -> Tensor:
-    """ΔW [m, n] in full, float64, without its scale; arguments as for `factor_update`."""
+    """Returns ΔW [m, n] in full, float64, without its scale."""
     if algorithm == "lokr":
         return torch.kron(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
     if algorithm == "full":
@@ -51,7 +51,7 @@ def dense_update(algorithm: str, tensors: Tensors) -> Tensor:
 
 
 def measure_rows(algorithm: str, tensors: Tensors) -> Tensor:
-    """Norms of the rows of ΔW [m], float64, without its scale; arguments as for `factor_update`."""
+    """Measures the norms of the rows of ΔW [m], float64, without its scale."""
     if algorithm == "lokr":
         first, second = _kronecker_half(tensors, "lokr_w1"), _second_half(tensors)
         return torch.kron(first.square().sum(1), second.square().sum(1)).sqrt()
@@ -59,7 +59,7 @@ def measure_rows(algorithm: str, tensors: Tensors) -> Tensor:
 
 
 def lora_product(tensors: Tensors) -> LowRank:
-    """ΔW = up·down; with a Tucker core up·(mid ×₂ down), of the same rank."""
+    """Returns up·down, or with a Tucker core up·(mid ×₂ down) of the same rank."""
     up, down = tensors["up"].flatten(1), tensors["down"]
     if "mid" not in tensors:
         return LowRank(up, down.flatten(1))
@@ -69,14 +69,14 @@ def lora_product(tensors: Tensors) -> LowRank:
 
 
 def _khatri_rao(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> LowRank:
-    """(up₁·down₁) ∘ (up₂·down₂) as one product of r₁·r₂ columns."""
+    """Returns (up₁·down₁) ∘ (up₂·down₂) as one product of r₁·r₂ columns."""
     up = torch.einsum("mi,mj->mij", first[0], second[0]).flatten(1)
     down = torch.einsum("in,jn->ijn", first[1], second[1]).flatten(0, 1)
     return LowRank(up, down)
 
 
 def _hadamard_half(tensors: Tensors, number: int) -> tuple[Tensor, Tensor]:
-    """One factor of the elementwise product, as up [m, r] and down [r, n]."""
+    """Returns one factor of the elementwise product, as up [m, r] and down [r, n]."""
     a, b = (tensors[f"hada_w{number}_{side}"].double() for side in "ab")
     core = tensors.get(f"hada_t{number}")
     if core is None:
@@ -91,7 +91,10 @@ def _kronecker_half(tensors: Tensors, half: str) -> Tensor:
 
 
 def _second_half(tensors: Tensors) -> Tensor:
-    """w₂ as a matrix [c, d·kh·kw]; the columns of kron(w₁, w₂) have the order of ΔW's."""
+    """Returns w₂ as a matrix [c, d·kh·kw].
+
+    The columns of kron(w₁, w₂) have the order of ΔW's.
+    """
     core = tensors.get("lokr_t2")
     if core is None:
         return _kronecker_half(tensors, "lokr_w2").flatten(1)

@@ -1,4 +1,4 @@
-"""Updates of high rank as a LoRA: exact where their rank allows, else a truncated SVD.
+"""Updates of high rank as a LoRA: exact, or a truncated SVD.
 
 The rule, in one place: an update of numerical rank `MAX_RANK` or less is kept exactly, whatever the
 number of columns it comes with. A larger one keeps the fewest singular values that hold `ENERGY` of
@@ -23,24 +23,19 @@ ENERGY = 0.999
 
 # Singular values below this share of the largest are rounding errors of float32 factors.
 _ROUNDING = 1e-9
-# ‖rest‖/‖ΔW‖ of what a matrix stored in float32 has beside its rank.
+# ‖rest‖/‖ΔW‖ that rounding to float32 adds beside a matrix's rank.
 _NEGLIGIBLE = 1e-6
 
 
 class TruncatedUpdate(NamedTuple):
-    """An update as a product, and how much of it that is.
+    """An update as a product, and the share that it keeps."""
 
-    Attributes:
-        update: up [m, r], down [r, n].
-        kept: ‖update‖²/‖ΔW‖²; 1 where nothing was cut.
-    """
-
-    update: LowRank
-    kept: float = 1.0
+    update: LowRank  # up [m, r], down [r, n]
+    kept: float = 1.0  # ‖update‖²/‖ΔW‖²; 1 where nothing was cut
 
 
 def truncate_dense(delta: Tensor) -> TruncatedUpdate:
-    """ΔW [m, n] as a product of balanced factors."""
+    """Factors ΔW [m, n] into a product of balanced factors."""
     delta = delta.double()
     size = delta.square().sum().item()
     if min(delta.shape) <= MAX_RANK:
@@ -62,11 +57,9 @@ def truncate_dense(delta: Tensor) -> TruncatedUpdate:
 
 
 def _factor_exactly(delta: Tensor, u: Tensor) -> LowRank | None:
-    """ΔW [m, n] from its columns in span(u), in float64; None if more than rounding is left.
+    """Factors float64 ΔW [m, n] in span(u); None if more than rounding is left.
 
-    Args:
-        delta: float64.
-        u: [m, k], near the leading left singular vectors.
+    u [m, k] lies near the leading left singular vectors.
     """
     frame = torch.linalg.qr(u.double()).Q
     core = frame.mT @ delta
@@ -79,7 +72,7 @@ def _factor_exactly(delta: Tensor, u: Tensor) -> LowRank | None:
 
 
 def truncate_product(update: LowRank) -> TruncatedUpdate:
-    """A product that may be wider than it needs to be, cut to the rule of this file."""
+    """Cuts a product that may be too wide to the rule of this file."""
     if update.rank <= MAX_RANK:
         return TruncatedUpdate(update)
     if update.rank >= min(update.shape):
@@ -95,10 +88,10 @@ def truncate_product(update: LowRank) -> TruncatedUpdate:
 
 
 def truncate_kronecker(w1: Tensor, w2: Tensor) -> TruncatedUpdate:
-    """kron(w1, w2) of [a, b] and [c, d] as a product, from the SVDs of the two.
+    """Returns kron(w1, w2) of [a, b] and [c, d] as a product.
 
-    The singular values are all products σᵢ(w1)·σⱼ(w2), so the largest are found without forming
-    the [ac, bd] matrix.
+    It comes from the SVDs of the two: the singular values are all products σᵢ(w1)·σⱼ(w2), so the
+    largest are found without forming the [ac, bd] matrix.
     """
     (u1, s1, v1), (u2, s2, v2) = (_thin_svd(w) for w in (w1, w2))
     products = torch.outer(s1, s2).flatten()
@@ -123,13 +116,13 @@ def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _count_all_columns(s: Tensor) -> int:
-    """The fewest leading singular values that leave no more than rounding."""
+    """Counts the leading singular values that leave no more than rounding."""
     rest = s.square().flip(0).cumsum(0).sqrt().flip(0)
     return max(1, int((rest > _NEGLIGIBLE * rest[0]).sum()))
 
 
 def _count_columns(s: Tensor, size: float) -> int:
-    """How many of the leading singular values the rule keeps of Σσ² = `size`."""
+    """Counts the leading singular values that the rule keeps of Σσ² = `size`."""
     if s.square().sum().item() < ENERGY * size:
         return min(MAX_RANK, len(s))
     share = ENERGY * size / s.square().sum().item() if size else 1.0

@@ -1,4 +1,4 @@
-"""`Adapter` -> the tensors and configuration of each format; nothing touches the disk here."""
+"""Tensors and configuration of an `Adapter` in each format; no disk access."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.
 
 
 def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of an adapter file, by key.
+    """Returns the tensors of an adapter file, by key.
 
     Args:
         adapter: what to write.
@@ -51,7 +51,7 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
 
 
 def outline_tensors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`encode_adapter` without the numbers of the updates: their factors are on the meta device."""
+    """Computes `encode_adapter` without numbers: factors are on the meta device."""
 
     def factors(group: Group, _: int) -> LowRank:
         m, n = group.shape
@@ -66,7 +66,7 @@ def outline_tensors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[s
 def _encode_groups(
     adapter: Adapter, format: str, dtype: torch.dtype, factors: Callable[[Group, int], LowRank]
 ) -> dict[str, Tensor]:
-    """The tensors by key; `factors` makes those of a group, given the alpha of the file."""
+    """Returns the tensors by key; `factors` makes a group's, given the file's alpha."""
     tensors: dict[str, Tensor] = {}
     groups = group_modules(adapter, format)
     alpha = common_rank(group.rank for group in groups)
@@ -88,7 +88,7 @@ def _has_alpha(format: str) -> bool:
 
 
 def _encode_vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of biases and normalisation layers."""
+    """Returns the tensors of biases and normalisation layers."""
     whole = vectors.fuse_vectors(adapter.vectors, find_authors(adapter, format))
     roles = vectors.vector_suffixes(whole)
     if format in ("diffusers", "peft"):
@@ -103,10 +103,10 @@ def _encode_vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[s
 
 
 def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
-    """Module (fused weights under their own name) -> path in the keys of its vectors.
+    """Returns module (fused weights under their own name) -> path in its vectors' keys.
 
     Raises:
-        UnsupportedFormat: the format cannot hold one of them: diffusers and PEFT know none but the
+        UnsupportedFormat: the format cannot hold one of them: diffusers and PEFT hold only the
             bias of a module that has an update too.
     """
     homeless = [name for name in adapter.vectors if not _has_lora_bias(adapter, name)]
@@ -122,12 +122,12 @@ def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
 
 
 def _has_lora_bias(adapter: Adapter, vector: str) -> bool:
-    """Whether the vector can be the bias of its module's second factor."""
+    """Returns whether the vector can be the bias of its module's second factor."""
     return vector.endswith(".bias") and vectors.find_vector_module(vector) in adapter.updates
 
 
 def file_ranks(adapter: Adapter, format: str) -> set[int]:
-    """The ranks in a file of that format; a fused weight has the sum of its parts' ranks.
+    """Returns the ranks in a file; a fused weight has the sum of its parts' ranks.
 
     Raises:
         UnsupportedFormat: the format has no name for a module.
@@ -136,7 +136,7 @@ def file_ranks(adapter: Adapter, format: str) -> set[int]:
 
 
 def common_rank(ranks: Iterable[int]) -> int:
-    """The rank most modules have: the one alpha of a file that has alphas.
+    """Returns the rank most modules have: the one alpha of a file with alphas.
 
     Alpha is the rank wherever all ranks are equal. Where they differ, one alpha for all modules is
     the only choice that every loader scales correctly: diffusers loses the alphas of attention
@@ -148,7 +148,7 @@ def common_rank(ranks: Iterable[int]) -> int:
 
 
 def _cast_factors(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
-    """The factors in `dtype`, balanced by a power of two if the dtype cannot hold them as is."""
+    """Casts factors to `dtype`, balanced by a power of two if it overflows."""
     if len(update.shape) != 2:
         raise ShapeMismatch(f"{name}: an update {list(update.shape)} is not one matrix")
     cast = update.to(dtype)
@@ -176,7 +176,7 @@ def _cast_factors(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
 
 
 def _survives_cast(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
-    """Whether both factors survive the cast to within the rounding of the dtype."""
+    """Returns whether both factors survive the cast to within the dtype's rounding."""
     limit = _ROUNDING.get(dtype, 2.0**-20)
     return all(
         is_finite(stored)
@@ -188,7 +188,10 @@ def _survives_cast(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
 def _shape_factors(
     name: str, update: LowRank, kernel: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
-    """Factors as files keep them: up [out, r], down [r, in], or [out, r, 1, 1], [r, in, kh, kw]."""
+    """Reshapes factors for a file: up [out, r], down [r, in].
+
+    For a convolution: [out, r, 1, 1] and [r, in, kh, kw].
+    """
     up, down = update.up.contiguous(), update.down.contiguous()
     if kernel is None:
         return up, down
@@ -198,13 +201,13 @@ def _shape_factors(
 
 
 def _alpha_tensor(value: int, dtype: torch.dtype) -> Tensor:
-    """Alpha as a 0-d tensor, in the factors' dtype if that can hold it."""
+    """Makes alpha a 0-d tensor, in the factors' dtype if that can hold it."""
     alpha = torch.tensor(float(value), dtype=dtype)
     return alpha if alpha.item() == value else torch.tensor(float(value))
 
 
 def peft_config(adapter: Adapter, *, component: str | None = None) -> dict[str, Any]:
-    """The LoraConfig under which PEFT scales every module by exactly 1.
+    """Builds the LoraConfig under which PEFT scales every module by exactly 1.
 
     Args:
         adapter: factors with the scale folded in.
@@ -233,7 +236,7 @@ def peft_config(adapter: Adapter, *, component: str | None = None) -> dict[str, 
 
 
 def _config_name(name: str) -> str:
-    """The name PEFT knows a module by, in every version of transformers.
+    """Returns PEFT's name of a module, for every version of transformers.
 
     CLIP lost its outer `text_model.` in transformers 5; PEFT matches the end of a name, so the
     shorter name fits both.
@@ -242,7 +245,7 @@ def _config_name(name: str) -> str:
 
 
 def _anchor_patterns(pattern: dict[str, int], ranks: dict[str, int], common: int) -> dict[str, int]:
-    """The pattern, in the `^…` form where a plain name would also catch longer ones.
+    """Anchors the pattern (`^…`) where a plain name would also catch longer ones.
 
     `proj_out` also fits `single_transformer_blocks.0.proj_out`: PEFT reads the keys as regular
     expressions for the end of a name.
@@ -254,7 +257,7 @@ def _anchor_patterns(pattern: dict[str, int], ranks: dict[str, int], common: int
 
 
 def diffusers_metadata(adapter: Adapter) -> dict[str, Any] | None:
-    """What a diffusers file must say about its ranks, or None if they are all the same.
+    """Returns what a diffusers file must say about unequal ranks, else None.
 
     Older versions of diffusers take one alpha for modules of different ranks and so scale most of
     them wrongly, unless the header has a configuration; then every component needs one.

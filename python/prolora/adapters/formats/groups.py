@@ -1,4 +1,4 @@
-"""Where each update of an adapter goes in a file, and which of them share a pair of factors."""
+"""Paths of updates in a file, and updates that share factors."""
 
 from __future__ import annotations
 
@@ -22,19 +22,14 @@ from . import programs
 
 @dataclass(frozen=True)
 class Group:
-    """The modules that share one pair of factors in a file: several in fused weights only.
+    """Modules that share one pair of factors: several in fused weights only.
 
     Put together one at a time: a fused `up` is block-diagonal and mostly zeros.
-
-    Attributes:
-        path: the module's name in the keys of the file.
-        parts: module -> its update.
-        matrix: the authors' weight that they are rows of, if it is one.
     """
 
-    path: str
-    parts: dict[str, LowRank]
-    matrix: AuthorsWeight | None
+    path: str  # the module's name in the keys of the file
+    parts: dict[str, LowRank]  # module -> its update
+    matrix: AuthorsWeight | None  # the authors' weight with these modules as rows, if any
 
     @property
     def modules(self) -> list[str]:
@@ -55,11 +50,11 @@ class Group:
         return (fused_updates.fused_height(self.matrix, self.parts) if self.matrix else m), n
 
     def update(self) -> LowRank:
-        """The factors in the file."""
+        """Builds the factors in the file."""
         return fused_updates.fuse_updates(self.matrix, self.parts) if self.matrix else self._first
 
     def split(self, update: LowRank) -> dict[str, LowRank]:
-        """Module -> its part of other factors of the same shape."""
+        """Splits other factors of the same shape into module -> its part."""
         if self.matrix:
             return fused_updates.unfuse_update(self.matrix, update, self.parts)
         return {self.modules[0]: update}
@@ -71,15 +66,10 @@ class Group:
 
 @dataclass(frozen=True)
 class FileSpelling:
-    """How a file spells the modules of a transformer.
-
-    Attributes:
-        spelling: prefix, whose names, dots or underscores.
-        family: whose modules they are; None for a family that is not known.
-    """
+    """How a file spells the modules of a transformer."""
 
     spelling: Spelling
-    family: Family | None
+    family: Family | None  # None for an unknown family
 
     @property
     def authors(self) -> Family | None:
@@ -88,7 +78,7 @@ class FileSpelling:
 
 
 def group_modules(adapter: Adapter, format: str) -> list[Group]:
-    """What a file of that format consists of."""
+    """Returns the groups in a file of that format."""
     paths = file_paths(adapter, format)
     members = group_by(paths, paths.__getitem__)
     authors = find_authors(adapter, format)
@@ -103,13 +93,13 @@ def group_modules(adapter: Adapter, format: str) -> list[Group]:
 
 
 def find_authors(adapter: Adapter, format: str) -> Family | None:
-    """The family whose fused weights a file of that format has; None where it has none."""
+    """Returns the family whose fused weights a file has, None without any."""
     spelling = find_spelling(adapter, format)
     return spelling.authors if spelling else None
 
 
 def find_spelling(adapter: Adapter, format: str) -> FileSpelling | None:
-    """How a file of that format spells the transformer of an adapter; None if it has none.
+    """Returns how a file spells an adapter's transformer; None without one.
 
     The spelling that the adapter came in is kept if a program reads it for this family.
 
@@ -136,7 +126,7 @@ def find_spelling(adapter: Adapter, format: str) -> FileSpelling | None:
 
 
 def _spell_family(families: tuple[Family, ...], names: list[str], format: str) -> FileSpelling:
-    """The names of a format, if they are the same in all families that the modules can be of."""
+    """Returns a format's spelling if all possible families agree on it."""
     spelled = [FileSpelling(f.spellings[format], f) for f in families if format in f.spellings]
     if not spelled:
         formats = " or ".join(f"`format='{known}'`" for known in families[0].spellings)
@@ -158,7 +148,7 @@ def _spell_family(families: tuple[Family, ...], names: list[str], format: str) -
 
 
 def _spell_described(adapter: Adapter, format: str) -> Spelling:
-    """The spelling of modules of a family that is not known: the one that the adapter came in.
+    """Returns the spelling of an unknown family: the one of the adapter's file.
 
     Diffusers' and PEFT's formats have the names of the model itself and need no table. In the other
     two, names are ComfyUI's, which only a file that came in one of them has.
@@ -177,10 +167,10 @@ def _spell_described(adapter: Adapter, format: str) -> Spelling:
 
 
 def _transformer_names(adapter: Adapter) -> list[str]:
-    """The modules of a transformer or ADM network that an adapter has updates or vectors of.
+    """Lists an adapter's modules of a transformer or ADM network, with vectors.
 
     Some transformers have a `time_embedding` or `conv_in` too: beside blocks of a transformer,
-    those are none of a UNet.
+    these do not belong to a UNet.
     """
     modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
     names = sorted(name for name in modules if find_component(name) not in TEXT_ENCODERS)
@@ -189,7 +179,7 @@ def _transformer_names(adapter: Adapter) -> list[str]:
 
 
 def _possible_families(adapter: Adapter, names: list[str]) -> tuple[Family, ...]:
-    """The families that modules of a transformer can be of."""
+    """Returns the families that the modules of a transformer can belong to."""
     family = known_families().get(adapter.family or "")
     if family is not None and not family.unet:
         return (family,)
@@ -204,7 +194,7 @@ def _possible_families(adapter: Adapter, names: list[str]) -> tuple[Family, ...]
 
 
 def find_families(adapter: Adapter) -> tuple[str, ...]:
-    """The ids of the families that an adapter can be of."""
+    """Returns the ids of the families that an adapter can belong to."""
     names = _transformer_names(adapter)
     if names:
         return tuple(family.id for family in _possible_families(adapter, names))
@@ -213,11 +203,10 @@ def find_families(adapter: Adapter) -> tuple[str, ...]:
 
 
 def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
-    """The adapter in the spelling to write, and its format.
+    """Returns the adapter in the spelling to write, and its format.
 
-    A program that is named may want a spelling that none of our formats has by itself. "auto" is
-    what the adapter came in, unless no program reads that of a family that others do: then what
-    most programs read.
+    A named program may need a spelling that none of our formats has by itself. "auto" is what the
+    adapter came in; if no program reads that for this family, it is what most programs read.
 
     Raises:
         UnsupportedFormat: the program reads no format of ours for this family.
@@ -236,7 +225,7 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
 
 
 def _replace_unread(adapter: Adapter, modules: set[str]) -> tuple[str, Spelling | None] | None:
-    """What most programs read, if none reads the format that an adapter came in; else None."""
+    """Returns what most programs read if none reads the adapter's format, else None."""
     families = [known_families()[id_] for id_ in find_families(adapter)]
     if not families or adapter.format == "peft":  # a folder, where the others are files
         return None
@@ -249,14 +238,11 @@ def _replace_unread(adapter: Adapter, modules: set[str]) -> tuple[str, Spelling 
 
 
 def respell_adapter(adapter: Adapter, format: str) -> Adapter:
-    """The adapter in the spelling that a format asked for by name has.
+    """Returns the adapter in the spelling of a format that was asked for.
 
     "kohya" means kohya's own names: a FLUX LoRA of OneTrainer, whose kohya format has diffusers'
-    names, keeps those for "auto" only. kohya's scripts know none of them.
-
-    Args:
-        adapter: what to write.
-        format: as it was asked for: "auto" or a format.
+    names, keeps those for "auto" only. kohya's scripts do not know them. `format` is as asked for:
+    "auto" or a format.
     """
     names = _transformer_names(adapter)
     if format not in SPELLINGS or not names or adapter.style is None:
@@ -265,7 +251,7 @@ def respell_adapter(adapter: Adapter, format: str) -> Adapter:
 
 
 def file_paths(adapter: Adapter, format: str) -> dict[str, str]:
-    """Canonical name -> module path in the keys of `format`; parts of a fused weight share one.
+    """Returns canonical name -> module path; parts of a fused weight share one.
 
     Raises:
         UnsupportedFormat: the format has no name for a module.
@@ -277,7 +263,7 @@ def file_paths(adapter: Adapter, format: str) -> dict[str, str]:
 
 
 def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
-    """The paths of some modules of an adapter, also of those it only has vectors of."""
+    """Returns the paths of an adapter's modules, also of modules with vectors only."""
     spelling = _kohya_spelling(adapter)
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
@@ -319,9 +305,9 @@ def _check_one_component(modules: list[str]) -> None:
 
 
 def _kohya_spelling(adapter: Adapter) -> str:
-    """The spelling of a UNet's modules: the adapter's, with two exceptions.
+    """Returns the spelling of a UNet's modules: the adapter's, with two exceptions.
 
-    UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains those under them,
+    UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains them under these,
     and diffusers crashes on their two-digit SGM blocks. The SDXL family gets the names of the
     original checkpoint, as kohya writes them: A1111 finds no embedding and no upsampler under
     diffusers' names, and says nothing.
@@ -338,7 +324,7 @@ def _guess_family(adapter: Adapter) -> str | None:
 
 
 def _has_several_text_encoders(adapter: Adapter) -> bool:
-    """Whether the model is of the SDXL or FLUX family, whose text encoders kohya numbers."""
+    """Recognises the SDXL and FLUX families, whose text encoders kohya numbers."""
     return any(
         find_component(name) in ("text_encoder_2", "text_encoder_3", "transformer")
         or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
@@ -347,7 +333,7 @@ def _has_several_text_encoders(adapter: Adapter) -> bool:
 
 
 def _text_width(adapter: Adapter) -> int | None:
-    """The width of the first text encoder."""
+    """Returns the width of the first text encoder."""
     return next(
         (
             update.down.shape[-1]

@@ -1,4 +1,4 @@
-"""Header metadata of LoRA files: what a transfer must change, and kohya's hashes."""
+"""Header metadata of LoRA files: changes by a transfer, and kohya's hashes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import safetensors.torch
 from torch import Tensor
 
 from ...files.hashing import hash_parts, view_bytes
-from ...files.ownership import CONFIG_KEY, MARK_KEY
 from ...files.writing import encode_header, order_tensors
 from ..training_words import combine_tags
 from .model_ids import SPECIFICATION, find_ids
 from .moves import PREFIX
 from .peft_config import METADATA_KEY
 
-# The bytes of a file that kohya's older hash is of.
+# The bytes of a file that kohya's older hash covers.
 _WINDOW = 0x100000, 0x110000
 
 _LISTED = ("modelspec.trigger_phrase", "modelspec.tags", "modelspec.author")
@@ -30,8 +29,6 @@ _OF_THE_FILE = (
     "sshs_legacy_hash",
     SPECIFIED_HASH,
     METADATA_KEY,
-    MARK_KEY,
-    CONFIG_KEY,
 )
 
 
@@ -43,7 +40,7 @@ def rewrite_metadata(
     target_short_hash: str | None = None,
     provenance: Mapping[str, str],
 ) -> dict[str, str]:
-    """The metadata of a LoRA after its move to another base model.
+    """Returns the metadata of a LoRA after its move to another base model.
 
     Trigger words, tags and training parameters are kept. What names the old base model is replaced,
     or removed where the new value is not known; what describes the old file is removed.
@@ -66,7 +63,7 @@ def rewrite_metadata(
     _replace_entry(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
     kept["ss_sd_model_name"] = target_name
     _replace_entry(kept, "ss_sd_model_hash", target_short_hash)
-    _replace_entry(kept, "ss_new_sd_model_hash", None)
+    kept.pop("ss_new_sd_model_hash", None)  # the digest of a whole base, which nothing here reads
 
     lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"
     kept["modelspec.merged_from"] = f"{lora}, {target_name}"
@@ -80,13 +77,10 @@ def rewrite_metadata(
 
 
 def combine_metadata(headers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """The metadata of a LoRA that several were merged into.
+    """Combines the headers (name of a LoRA -> metadata) of merged LoRAs.
 
-    What all of them say is kept, of earlier moves the base alone. Trigger words, tags and authors
+    Entries that all have are kept, of earlier moves the base alone. Trigger words, tags and authors
     of all are listed.
-
-    Args:
-        headers: name of a LoRA -> its metadata, in order.
     """
     first, *others = headers.values()
     combined = {
@@ -109,9 +103,9 @@ def combine_metadata(headers: Mapping[str, Mapping[str, str]]) -> dict[str, str]
 
 
 def _describe_architecture(metadata: dict[str, str], architecture: str | None) -> None:
-    """Sets or removes the entry by which managers sort, and what depends on it.
+    """Sets or removes the entry by which managers sort, and its dependants.
 
-    No date is added: the same call writes the same bytes. That of the LoRA, if it has one, stays.
+    No date is added: the same call writes the same bytes. A date of the LoRA stays.
     """
     if architecture != metadata.get("modelspec.architecture"):
         metadata.pop("modelspec.prediction_type", None)
@@ -128,7 +122,7 @@ def _replace_entry(metadata: dict[str, str], key: str, value: str | None) -> Non
 
 
 def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict[str, str]:
-    """The metadata of a new file, without what was true of the old one only.
+    """Returns the metadata of a new file, without what described only the old one.
 
     Args:
         metadata: as read or `rewrite_metadata`.
@@ -140,7 +134,7 @@ def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) ->
         is_flux = kept.get("ss_base_model_version", "").startswith("flux1")
         kept.setdefault("ss_network_module", "networks.lora_flux" if is_flux else "networks.lora")
     if kept.get("ss_network_module", "").startswith("lycoris"):
-        # Whatever it was, what is written is a plain LoRA.
+        # A plain LoRA is written, whatever the original was.
         kept["ss_network_module"] = "networks.lora"
         kept.pop("ss_network_args", None)
     if format == "kohya" or "ss_network_dim" in kept:
@@ -152,15 +146,15 @@ def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) ->
 
 
 def blank_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Entries as long as those of `compute_hashes`, for any tensors."""
+    """Returns entries as long as `compute_hashes`', for any tensors."""
     blank = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
     return blank | ({SPECIFIED_HASH: "0x" + "0" * 64} if _is_specified(metadata) else {})
 
 
 def compute_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes in the header of a kohya file: kohya's two, and that of `modelspec`.
+    """Returns the hashes in a kohya file's header: kohya's two and `modelspec`'s.
 
-    The last is of all bytes after the header, in files that say which architecture they are for.
+    The last covers all bytes after the header, in files that state their architecture.
     """
     hashes = kohya_hashes(tensors, metadata)
     if _is_specified(metadata):
@@ -173,7 +167,7 @@ def _is_specified(metadata: Mapping[str, str]) -> bool:
 
 
 def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The two hashes by which user interfaces of the A1111 family know a LoRA.
+    """Returns the two hashes by which A1111's relatives know a LoRA.
 
     Both are taken of the file as it would be with only the `ss_*` metadata, so that editing a title
     changes neither. The first covers everything after the header, the second 64 KiB at 1 MiB.
@@ -193,7 +187,7 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def _hash_pieces(start: int, pieces: Iterable[memoryview]) -> dict[str, str]:
-    """The two hashes of a file that comes in pieces, whose tensors begin at byte `start`."""
+    """Hashes a file in pieces; its tensors begin at byte `start`."""
     whole, window, at = hashlib.sha256(), hashlib.sha256(), 0
     for piece in pieces:
         whole.update(piece[max(0, start - at) :])

@@ -1,4 +1,4 @@
-"""What trainers call a model in the headers of its LoRAs, by which managers sort them."""
+"""Trainers' names of a model in headers, by which managers sort."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ SPECIFICATION = "1.0.1"
 
 
 class ModelIds(NamedTuple):
-    """The ids of a model; None where no trainer was found to write one.
+    """The ids of a model; None where no trainer was found to write one."""
 
-    Attributes:
-        version: kohya's `ss_base_model_version`.
-        architecture: `modelspec.architecture`, without the "/lora" of an adapter.
-    """
-
-    version: str | None = None
-    architecture: str | None = None
+    version: str | None = None  # kohya's `ss_base_model_version`
+    architecture: str | None = None  # `modelspec.architecture`, without the "/lora" of an adapter
 
 
 _SD1 = ModelIds("sd_v1", "stable-diffusion-v1")
@@ -71,7 +66,7 @@ _SIZES = {
 
 
 def find_ids(layout: str | None) -> ModelIds:
-    """The ids of a layout (an id of `architectures.layouts`); both None where it has none."""
+    """Returns the ids of a layout (an id of `architectures.layouts`), None if unknown."""
     if layout is None:
         return ModelIds()
     of_sizes = (ids for start, ids in _SIZES.items() if layout.startswith(start))

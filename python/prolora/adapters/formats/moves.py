@@ -1,4 +1,4 @@
-"""What the header of a LoRA file says of the moves that made it: from which base to which."""
+"""The moves that a LoRA's header records: from which base to which."""
 
 from __future__ import annotations
 
@@ -16,26 +16,18 @@ _LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Move:
-    """One move of a LoRA from a base to another; a field is "" where the header does not tell.
+    """One move of a LoRA between two bases; "" where the header is silent."""
 
-    Attributes:
-        source: the name of the base that it was moved from.
-        target: the name of the base that it was moved to.
-        source_hash: which files the source was, as `bases.identity.compute_identity` gives it.
-        target_hash: which files the target was.
-        method: how it was moved.
-        version: of the prolora that moved it.
-    """
-
-    source: str = ""
-    target: str = ""
+    source: str = ""  # name of the base that it was moved from
+    target: str = ""  # name of the base that it was moved to
+    # Which files the source was, as `bases.identity` tells it
     source_hash: str = ""
-    target_hash: str = ""
-    method: str = ""
-    version: str = ""
+    target_hash: str = ""  # which files the target was
+    method: str = ""  # how it was moved
+    version: str = ""  # of the prolora that moved it
 
     def is_continued_by(self, other: Move) -> bool:
-        """Whether another move starts at the base that this one ended at."""
+        """Returns whether another move starts at this one's target."""
         if self.target_hash and other.source_hash:
             return self.target_hash == other.source_hash
         return self.target == other.source
@@ -45,11 +37,10 @@ _FIELDS = tuple(field.name for field in fields(Move))
 
 
 def read_moves(metadata: Mapping[str, str]) -> tuple[Move, ...]:
-    """The moves that made a file, oldest first; empty where prolora did not move it.
+    """Reads the moves that made a file, oldest first; empty without any.
 
-    Args:
-        metadata: of the file's header. Anybody may have written it: what is not understood is
-            taken as absent, and so is a list of moves of more than a megabyte.
+    Anyone may have written the header: what is not understood counts as absent, and so does a list
+    of moves of more than a megabyte.
     """
     last = Move(**{name: metadata.get(PREFIX + name, "") for name in _FIELDS})
     if not last.target:
@@ -68,14 +59,14 @@ def read_moves(metadata: Mapping[str, str]) -> tuple[Move, ...]:
 
 
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a header says of how prolora made the file, without the prefix of its keys."""
+    """Reads how prolora made a file, without the prefix of the keys."""
     return {
         key.removeprefix(PREFIX): text for key, text in metadata.items() if key.startswith(PREFIX)
     }
 
 
 def write_moves(moves: Sequence[Move]) -> dict[str, str]:
-    """The entry, without its prefix, that keeps moves in the header of the next result."""
+    """Returns the entry, without its prefix, that keeps moves in the next header."""
     if not moves:
         return {}
     listed = [{key: text for key, text in asdict(move).items() if text} for move in moves]
@@ -83,7 +74,10 @@ def write_moves(moves: Sequence[Move]) -> dict[str, str]:
 
 
 def describe_moves(moves: Sequence[Move]) -> str:
-    """The way of a LoRA in words: "from A to B to C", with "then from X" where it was broken."""
+    """Describes a LoRA's way in words: "from A to B to C".
+
+    "then from X" marks a gap.
+    """
     text = ""
     for before, move in zip((None, *moves), moves, strict=False):
         if before is None:

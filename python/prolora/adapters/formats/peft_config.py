@@ -1,4 +1,4 @@
-"""The factor in front of up·down that PEFT's configuration asks for."""
+"""The scale in front of up·down in PEFT's configuration."""
 
 from __future__ import annotations
 
@@ -42,36 +42,26 @@ _NUMBER_LIMIT = 2**53
 
 @dataclass(frozen=True)
 class PeftScaling:
-    """What a PEFT configuration says about ranks and scales.
+    """What a PEFT configuration says about ranks and scales."""
 
-    Attributes:
-        rank_default: `r`.
-        alpha_default: `lora_alpha`.
-        ranks: `rank_pattern`.
-        alphas: `alpha_pattern`.
-        rslora: scale by 1/√r in place of 1/r.
-        dora: every module has magnitudes too.
-        method: "lora", "loha" or "lokr".
-    """
-
-    rank_default: float
-    alpha_default: float
-    ranks: PatternTable
-    alphas: PatternTable
-    rslora: bool
-    dora: bool = False
-    method: str = "lora"
+    rank_default: float  # `r`
+    alpha_default: float  # `lora_alpha`
+    ranks: PatternTable  # `rank_pattern`
+    alphas: PatternTable  # `alpha_pattern`
+    rslora: bool  # scale by 1/√r in place of 1/r
+    dora: bool = False  # every module has magnitudes too
+    method: str = "lora"  # "lora", "loha" or "lokr"
 
     def rank(self, name: str) -> int:
-        """The rank of module `name` (its name within the component)."""
+        """Returns the rank of a module by its name within the component."""
         return int(self.ranks.get(name, self.rank_default))
 
     def alpha(self, name: str) -> float:
-        """The alpha of module `name`."""
+        """Returns the alpha of a module by its name within the component."""
         return self.alphas.get(name, self.alpha_default)
 
     def scale(self, name: str) -> float:
-        """α/r, or α/√r for rsLoRA."""
+        """Returns α/r, or α/√r for rsLoRA."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.rslora else rank)
 
@@ -84,8 +74,8 @@ def scaling_from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
         where: file and component, for messages.
 
     Raises:
-        UnsupportedFormat: the configuration is of another method, or asks for more than the
-            scaled factors and DoRA's magnitudes.
+        UnsupportedFormat: another method's configuration, or one that asks for more than the scaled
+            factors and DoRA's magnitudes.
     """
     method = config.get("peft_type") or "LORA"
     if not isinstance(method, str) or method not in _ALPHA_OPTIONS:
@@ -125,7 +115,7 @@ def scaling_from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
 def scalings_from_metadata(
     metadata: Mapping[str, str], prefixes: set[str], where: str
 ) -> dict[str, PeftScaling]:
-    """The scales a diffusers file keeps in its header, by component prefix ("unet.", "", …).
+    """Reads the scales in a diffusers file's header, by component prefix ("unet.", "", …).
 
     Components without an entry of their own are left out.
 

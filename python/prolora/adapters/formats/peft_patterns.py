@@ -1,4 +1,4 @@
-r"""PEFT's rank_pattern and alpha_pattern: numbers for the modules whose names fit a pattern.
+r"""PEFT's rank_pattern and alpha_pattern: numbers for matching module names.
 
 PEFT runs every key of these tables as a regular expression, and some of those never end. No foreign
 expression is run here. What people write is read (words, dots, `.*`, `\d+`, `[0-9]`, `(a|b)`, `^`
@@ -17,7 +17,7 @@ _PLAIN = r"[^\\^$*+?{}\[\]|().]"
 _ATOM = re.compile(rf"(\[\^?(?:\w-\w|[\w.])+\]|\\[dw]|\\[^\w]|\.|{_PLAIN})([*+]?)")
 _CHOICE = re.compile(rf"(?<!\\)\((?:\?:)?((?:{_PLAIN}|[.|]|\\[^\w])*)\)(?![*+?{{])")
 
-# More than models have modules, than names have characters, and than people write by hand.
+# More than any model's modules, any name's characters, and anything that people write by hand.
 _MOST_PATTERNS = 16_384
 _LONGEST = 1_000
 _MOST_WILDCARDS = 64
@@ -27,11 +27,7 @@ class PatternTable:
     """The table of one option: the first pattern that fits a name wins."""
 
     def __init__(self, table: Mapping[str, float], what: str) -> None:
-        """Reads the patterns.
-
-        Args:
-            table: pattern -> number.
-            what: file and option, for messages.
+        """Reads pattern -> number; `what` names file and option for messages.
 
         Raises:
             UnsupportedFormat: too many patterns, or one that is not read.
@@ -60,7 +56,7 @@ class PatternTable:
                 self._patterns.setdefault(pattern.tail, []).append((place, pattern))
 
     def get(self, name: str, default: float) -> float:
-        """The number for module `name`."""
+        """Returns the number for module `name`."""
         places = [
             next((place for place, pattern in patterns if pattern.fits(name)), len(self._values))
             for tail, patterns in self._patterns.items()
@@ -75,7 +71,7 @@ class PatternTable:
 
 
 def _list_variants(text: str) -> list[str]:
-    """The pattern for every choice among its `(a|b)`.
+    """Returns the pattern for every choice among its `(a|b)`.
 
     Raises:
         ValueError: too long, or too many.
@@ -92,7 +88,7 @@ def _list_variants(text: str) -> list[str]:
 
 
 class _NamePattern:
-    """One pattern without choices, against the end of a name that begins anywhere behind a dot.
+    """One pattern without choices, against dotted ends of a name.
 
     Where no atom repeats, the atoms are compared one by one. Otherwise bit i of a state says that
     the first i atoms fit what was read; an atom that repeats is passed without a character.
@@ -119,7 +115,7 @@ class _NamePattern:
         self._masks: dict[str, int] = {}
 
     def _find_tail(self) -> str:
-        """What every name that fits ends with."""
+        """Returns the common end of all names that fit."""
         tail = ""
         for i, atom in reversed(list(enumerate(self._atoms))):
             if self._repeated >> i & 1 or not _is_letter(atom):
@@ -128,7 +124,7 @@ class _NamePattern:
         return tail
 
     def fits(self, name: str) -> bool:
-        """Whether PEFT would take the number of this pattern for a module with its tail."""
+        """Returns whether PEFT would apply this pattern to a module with its tail."""
         if self.is_fixed:
             first = len(name) - len(self._atoms)
             begins = first >= 0 and self._may_begin(name, first)
@@ -150,13 +146,13 @@ class _NamePattern:
         return at == 0 or self._begins == "anywhere"
 
     def _pass(self, state: int) -> int:
-        """The state with atoms that repeat passed."""
+        """Returns the state with repeating atoms passed."""
         while (more := state | (state & self._repeated) << 1) != state:
             state = more
         return state
 
     def _mask(self, letter: str) -> int:
-        """The atoms that a character fits."""
+        """Returns the atoms that a character fits."""
         if letter not in self._masks:
             self._masks[letter] = sum(
                 (re.fullmatch(atom, letter) is not None) << i for i, atom in enumerate(self._atoms)
@@ -165,5 +161,5 @@ class _NamePattern:
 
 
 def _is_letter(atom: str) -> bool:
-    """Whether an atom is one character that means itself."""
+    """Returns whether an atom is one character that means itself."""
     return atom != "." and (len(atom) == 1 or (atom[0] == "\\" and not atom[1].isalnum()))

@@ -1,4 +1,4 @@
-"""Which programs read a LoRA file, and which of our formats a program reads best."""
+"""Programs that read LoRA files, and their best formats."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ _FURTHER = (
 
 
 class Readers(NamedTuple):
-    """What programs read of a LoRA file, by their titles; those without such a model in none.
+    """Titles of programs by how much they read of a LoRA file.
 
-    Attributes:
-        whole: read all of it.
-        part: read some of it, and say little or nothing of the rest.
-        none: have such models and read nothing of this file.
-        untried: of those that read it, the programs whose part in its text encoders is not known.
+    A program without such a model is in none of them.
     """
 
-    whole: tuple[str, ...] = ()
-    part: tuple[str, ...] = ()
-    none: tuple[str, ...] = ()
-    untried: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()  # read all of it
+    part: tuple[str, ...] = ()  # read some of it, and say little or nothing about the rest
+    none: tuple[str, ...] = ()  # have such models and read nothing of this file
+    untried: tuple[str, ...] = ()  # of the readers: programs not tried with its text encoders
 
     def __str__(self) -> str:
-        """In words: who reads all of the file, who a part, who nothing."""
+        """In words: who reads all of the file, a part or nothing."""
         parts = [
             f"read by {', '.join(self.whole)}" if self.whole else "",
             f"in part by {', '.join(self.part)}" if self.part else "",
@@ -49,13 +45,13 @@ def find_readers(
     spelling: Spelling | None,
     modules: Collection[str] = (),
 ) -> Readers:
-    """How much each program reads of a LoRA file, as far as they were tried.
+    """Returns how much each tried program reads of a LoRA file.
 
     Args:
-        families: ids of those that the LoRA can be of.
+        families: ids of the families that the LoRA can belong to.
         format: of the file.
         spelling: of a transformer's modules in it; None for a UNet.
-        modules: canonical names of those that the file updates.
+        modules: canonical names of the modules that the file updates.
     """
     known = _known(families)
     rows = [(one, loaders.name_row(one, format, spelling), modules) for one in known]
@@ -75,17 +71,14 @@ def find_readers(
 def choose_format(
     families: Iterable[str], program: str, modules: Collection[str] = ()
 ) -> tuple[str, Spelling | None]:
-    """The format of ours that a program reads best for a family, and how it spells the modules.
+    """Returns the format and spelling that a program reads best for a family.
 
-    Of those that it reads equally well, the one that most programs read whole.
+    Among equals, the one that most programs read whole. A spelling of None is the format's own.
 
     Args:
-        families: ids of those that the LoRA can be of.
+        families: ids of the families that the LoRA can belong to.
         program: a key of `known_loaders()`.
-        modules: canonical names of those that the file updates.
-
-    Returns:
-        The spelling is None where it is the format's own.
+        modules: canonical names of the modules that the file updates.
 
     Raises:
         UnsupportedFormat: it reads none of our formats for the family, or nothing is known of it.
@@ -121,12 +114,9 @@ def choose_format(
 def rank_formats(
     families: Collection[Family], modules: Collection[str], program: str | None = None
 ) -> list[tuple[str, Spelling | None]]:
-    """Our formats that a program reads (None: any program), best first.
+    """Lists our formats that a program reads (None: any program), best first.
 
-    Args:
-        families: those that the LoRA can be of.
-        modules: canonical names of those that the file updates.
-        program: a key of `known_loaders()`.
+    `modules` are the canonical names of the modules that the file updates.
     """
     first = next(iter(families))
     choices: list[tuple[str, Spelling | None]] = [(format, None) for format in first.spellings]

@@ -1,7 +1,8 @@
-"""Underscored kohya names -> dotted names, by a vocabulary of the words that hold underscores.
+"""Underscored kohya names -> dotted names, by the words with underscores.
 
-kohya writes `down_blocks.0.attentions.0.proj_in` as `down_blocks_0_attentions_0_proj_in`. Knowing
-which words contain underscores themselves is enough to undo it, with no base model at hand.
+kohya writes `down_blocks.0.attentions.0.proj_in` as `down_blocks_0_attentions_0_proj_in`. A
+vocabulary of the words that contain underscores themselves is enough to undo it, with no base model
+at hand.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _LONGEST = max(map(len, _WORDS))
 
 
 def restore_dots(underscored: str) -> str | None:
-    """`down_blocks_0_conv_in` -> `down_blocks.0.conv_in`; None where a word is not known.
+    """Turns `down_blocks_0_conv_in` into `down_blocks.0.conv_in`; None for unknown words.
 
-    At every place the longest known word wins, so `conv_in` is never read as `conv.in`.
+    The longest known word always wins, so `conv_in` is never read as `conv.in`.
     """
     tokens = tuple(underscored.split("_"))
     words: list[str] = []
@@ -48,7 +49,7 @@ def restore_dots(underscored: str) -> str | None:
 
 
 def _word_length(tokens: tuple[str, ...], at: int) -> int:
-    """How many tokens from `at` on make one word; 0 if none do."""
+    """Counts the tokens from `at` on that make one word; 0 if none do."""
     for length in range(min(_LONGEST, len(tokens) - at), 0, -1):
         if tokens[at : at + length] in _WORDS:
             return length

@@ -1,4 +1,4 @@
-"""Canonical module names <-> the module paths that LoRA files use in their keys.
+"""Canonical module names <-> the module paths in keys of LoRA files.
 
 Canonical is diffusers: `down_blocks.0.attentions.0.proj_in`, with `text_encoder.`,
 `text_encoder_2.` or `text_encoder_3.` in front for text encoders; no prefix for the UNet or
@@ -23,14 +23,14 @@ from ...architectures.modules import (
 )
 from .kohya_words import restore_dots
 
-# A module of a model that is not known: something in a list of blocks.
+# A module of an unknown model: something in a list of blocks.
 _IN_A_LIST = re.compile(r"(?:^|\.)[A-Za-z]\w*\.\d+\.[A-Za-z][\w.\-]*")
 # A UNet's blocks have no modules but those that arithmetic finds.
 _UNET_BLOCKS = (
     *("down_blocks", "up_blocks", "mid_block"),
     *("input_blocks", "output_blocks", "middle_block"),
 )
-# What a training script wraps such a network in.
+# A training script's wrapper around such a network.
 _WRAPPED = re.compile(
     r"(?:(?:model|network|module|net|unet|diffusion_model)\.)*(?P<name>(?:[a-z]+_[a-z]+|out)(?:\..+)?)"
 )
@@ -60,59 +60,43 @@ _CLIP_PROJECTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_ou
 
 
 class ModulePath(NamedTuple):
-    """What a module path in a file means.
+    """What a module path in a file means."""
 
-    Attributes:
-        name: the canonical module name.
-        format: the family that writes such paths: "kohya", "diffusers", "peft" or "comfy".
-        prefix: what stands before the component's own module name, e.g. "unet."; the key under
-            which diffusers files keep the scale of that component.
-        local: the module name within its component.
-        sgm: the path is spelled as in the original checkpoint (SGM's UNets, the authors of a
-            transformer).
-        matrix: the authors' weight that the path means. Where several modules are its rows, `name`
-            is its own name and not a canonical one.
-        spelling: how a module of a transformer is spelled; None for all others.
-        described: no family that is known has this module: `name` is what stands in the file.
-        alike: the family's authors and diffusers have the same name for it.
-    """
-
-    name: str
-    format: str
+    name: str  # the canonical module name
+    format: str  # the format with such paths: "kohya", "diffusers", "peft" or "comfy"
+    # Stands before the component's own module name, e.g. "unet."; the key under which diffusers
+    # files keep the scale of that component.
     prefix: str
-    local: str
+    local: str  # the module name within its component
+    # Spelled as in the original checkpoint (SGM's UNets, a transformer's authors)
     sgm: bool = False
+    # The authors' weight that the path means. Where several modules are its rows, `name` is its own
+    # name and not a canonical one.
     matrix: AuthorsWeight | None = None
+    # How a module of a transformer is spelled; None for all others
     spelling: Spelling | None = None
-    described: bool = False
-    alike: bool = False
+    described: bool = False  # no known family has this module: `name` is the file's own
+    alike: bool = False  # the family's authors and diffusers have the same name for it
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The canonical modules: one, but for a fused weight."""
+        """The canonical modules: one, or several for a fused weight."""
         return self.matrix.parts if self.matrix else (self.name,)
 
 
 class _Path(NamedTuple):
-    """A path in a file, cut behind its prefix.
+    """A path in a file, cut behind its prefix."""
 
-    Attributes:
-        prefix: as it stands in the file.
-        rest: the module's name behind it.
-        format: as in `ModulePath`.
-        component: what diffusers files keep the scale of this component under.
-        dotted: whether the name has dots.
-    """
-
-    prefix: str
-    rest: str
-    format: str
+    prefix: str  # as it stands in the file
+    rest: str  # the module's name behind it
+    format: str  # as in `ModulePath`
+    # The key under which diffusers files keep the scale of this component
     component: str = "transformer."
-    dotted: bool = True
+    dotted: bool = True  # the name has dots
 
 
 def parse_module_path(path: str, family: Family | None = None) -> ModulePath | None:
-    """What the module path of a key means, or None if it is not understood.
+    """Returns what the module path of a key means, or None if unknown.
 
     Args:
         path: without the suffix that says which factor it is.
@@ -131,11 +115,7 @@ def parse_module_path(path: str, family: Family | None = None) -> ModulePath | N
 
 
 def find_transformer_name(path: str) -> tuple[str, bool] | None:
-    """(name, whether it has dots) of what can be a module of a transformer; None for all others.
-
-    Args:
-        path: as for `parse_module_path`.
-    """
+    """Returns (name, has dots) for a possible module of a transformer, else None."""
     cut = _cut_prefix(path)
     if cut is None or cut.component == "unet." or _parse_text(path) or _find_in_unet(cut):
         return None
@@ -160,7 +140,7 @@ _DOTTED_STARTS = (
 
 
 def _cut_prefix(path: str) -> _Path | None:
-    """The path of a module of a UNet or transformer behind its prefix; None for text encoders."""
+    """Cuts the prefix off a UNet's or transformer's path; None for text encoders."""
     if path.startswith(("lora_te", "text_encoders.")):
         return None
     for start in _KOHYA_STARTS:
@@ -181,7 +161,7 @@ def _cut_prefix(path: str) -> _Path | None:
 
 
 def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
-    """A module of a transformer by the table of its family."""
+    """Finds a module of a transformer in the table of its family."""
     rest = _PROCESSOR.sub("", cut.rest) if cut.dotted else cut.rest
     name = family.find_module(rest, dotted=cut.dotted)
     format = cut.format
@@ -205,7 +185,7 @@ def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
 
 
 def _describe(cut: _Path) -> ModulePath | None:
-    """A module that no known family has, under the name it has in the file."""
+    """Takes a module that no known family has, under the file's name."""
     if cut.component == "unet." or cut.rest.startswith(_UNET_BLOCKS):
         return None
     if cut.dotted:
@@ -223,7 +203,7 @@ def _describe(cut: _Path) -> ModulePath | None:
 # Every module is named by two keys or three, and a file is gone through more than once.
 @lru_cache(1 << 13)
 def _find_in_unet(cut: _Path) -> ModulePath | None:
-    """A module of a UNet, in diffusers' names or in those of the original checkpoint."""
+    """Finds a module of a UNet, by diffusers' or the original checkpoint's names."""
     words = cut.rest if cut.dotted else restore_dots(cut.rest)
     if not words or cut.prefix in ("lora_transformer_", "transformer."):
         return None
@@ -242,7 +222,7 @@ def _find_in_unet(cut: _Path) -> ModulePath | None:
 
 
 def _find_in_adm(cut: _Path) -> ModulePath | None:
-    """A module of an ADM network, under its own name."""
+    """Finds a module of an ADM network, under its own name."""
     words = cut.rest if cut.dotted else restore_dots(cut.rest)
     match = _WRAPPED.fullmatch(words) if words else None
     if match is None or not is_in_adm(match["name"]):
@@ -255,7 +235,7 @@ def _find_in_adm(cut: _Path) -> ModulePath | None:
 
 
 def _parse_text(path: str) -> ModulePath | None:
-    """A module of a text encoder, in any spelling."""
+    """Reads the path of a text encoder's module, in any spelling."""
     if match := _KOHYA_TEXT.fullmatch(path):
         words = restore_dots(match[3]) if match[2] == "_" else match[3]
         return _from_kohya_text(match[1], words) if words else None
@@ -268,7 +248,10 @@ def _parse_text(path: str) -> ModulePath | None:
 
 
 def _from_kohya_text(number: str, words: str) -> ModulePath | None:
-    """A module of a text encoder; OneTrainer counts FLUX's T5 as the second, kohya as the third."""
+    """Finds a text encoder's module by kohya's or OneTrainer's number.
+
+    OneTrainer counts FLUX's T5 as the second, kohya as the third.
+    """
     is_t5 = _T5.fullmatch(words) is not None
     if not is_t5 and words.split(".")[0] not in ("text_model", "text_projection"):
         return None
@@ -280,7 +263,7 @@ def _from_kohya_text(number: str, words: str) -> ModulePath | None:
 
 
 def _from_dotted_text(path: str) -> ModulePath | None:
-    """A module of a text encoder behind diffusers', OneTrainer's or PEFT's prefix."""
+    """Finds a text encoder's module behind diffusers', OneTrainer's or PEFT's prefix."""
     format, outer = "diffusers", ""
     if path.startswith("base_model.model."):
         format, outer = "peft", "base_model.model."
@@ -292,7 +275,7 @@ def _from_dotted_text(path: str) -> ModulePath | None:
         if is_t5 != (root == "t5") or not (is_t5 or rest.startswith("text_")):
             return None
         encoder = _ONETRAINER_TEXT[root]
-        # Not "diffusers": its T5 is the third, and `contents` makes it the second where it is that.
+        # Not "diffusers": its T5 is the third here; where it is the second, `contents` corrects it.
         return ModulePath(f"{encoder}.{rest}", "kohya", f"{encoder}.", rest)
     if root in TEXT_ENCODERS and rest:
         local = _clip_local(rest)
@@ -304,15 +287,15 @@ def _from_dotted_text(path: str) -> ModulePath | None:
 
 
 def _unet_local(name: str) -> str:
-    """`…attn1.to_out` of an attention processor is the linear layer `…attn1.to_out.0`."""
+    """Maps `…attn1.to_out` of an attention processor to its linear layer `…attn1.to_out.0`."""
     return f"{name}.0" if name.endswith(".to_out") else name
 
 
 def _clip_local(name: str) -> str:
-    """A module of CLIP as its checkpoints call it.
+    """Renames a module of CLIP as CLIP's checkpoints call it.
 
     transformers 5 dropped the outer `text_model.` of its own modules; diffusers before 0.18 named
-    the projections of text encoders as those of a UNet.
+    the projections of text encoders like a UNet's.
     """
     if name.startswith("encoder.layers."):
         name = f"text_model.{name}"
@@ -323,14 +306,14 @@ def _clip_local(name: str) -> str:
 
 
 def is_t5(name: str) -> bool:
-    """Whether a canonical name is a module of a T5 text encoder."""
+    """Returns whether a canonical name is a module of a T5 text encoder."""
     return find_component(name) in TEXT_ENCODERS and _T5.fullmatch(local_name(name)) is not None
 
 
 def to_kohya(
     name: str, *, spelling: str = "diffusers", siblings: Iterable[str] = (), sdxl: bool = False
 ) -> str | None:
-    """The kohya path of a module of a UNet or text encoder, or None if kohya has no name for it.
+    """Returns the kohya path of a UNet's or text encoder's module, else None.
 
     Args:
         name: canonical.
@@ -350,12 +333,12 @@ def to_kohya(
 
 
 def to_diffusers(name: str) -> str:
-    """The diffusers path of a module: `unet.…`, `transformer.…`, `text_encoder.…`."""
+    """Returns the diffusers path of a module: `unet.…`, `transformer.…`, `text_encoder.…`."""
     return f"{find_component(name)}.{local_name(name)}"
 
 
 def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -> str | None:
-    """The path of a module of a UNet or text encoder in ComfyUI's spelling; None if it has none.
+    """Returns ComfyUI's path of a UNet's or text encoder's module, else None.
 
     Args:
         name: canonical.
@@ -374,12 +357,12 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
 
 
 def spell_module(name: str, spelling: Spelling, family: Family | None) -> str | None:
-    """The path of a transformer's module in a spelling; None where the authors have no name for it.
+    """Returns a transformer module's path in a spelling; None without an authors' name.
 
     Args:
         name: canonical, or the authors' name of a fused weight.
         spelling: prefix, whose names, dots or underscores.
-        family: whose module it is; None for one that is not known, which has one name only.
+        family: whose module it is; None for an unknown one, which has one name only.
     """
     local = name
     if spelling.names == "authors" and family is not None:

@@ -1,4 +1,4 @@
-"""Tensor keys of LoRA files: which module and role, what is left out, and what is refused."""
+"""Tensor keys of LoRA files: module and role, left out, or refused."""
 
 from __future__ import annotations
 
@@ -48,50 +48,34 @@ _VECTOR = re.compile(
 
 @dataclass(frozen=True)
 class FactorKey:
-    """A key that is understood: one tensor of one module's update.
-
-    Attributes:
-        module: whose.
-        role: "down", "up", "mid", "alpha", "dora_scale", "magnitude" or LyCORIS' own suffix.
-    """
+    """A key that is understood: one tensor of one module's update."""
 
     module: module_names.ModulePath
-    role: str
+    role: str  # "down", "up", "mid", "alpha", "dora_scale", "magnitude" or LyCORIS' own suffix
 
 
 @dataclass(frozen=True)
 class VectorKey:
-    """A key of what is added to a bias, or to the weight of a normalisation layer.
-
-    Attributes:
-        module: whose.
-        tensor: "bias" or "weight".
-        scaled: the scale of the module's update is in front of it.
-    """
+    """A key of a difference to a bias or a normalisation weight."""
 
     module: module_names.ModulePath
-    tensor: str
-    scaled: bool = False
+    tensor: str  # "bias" or "weight"
+    scaled: bool = False  # the scale of the module's update is in front of it
 
 
 @dataclass(frozen=True)
 class LeftOutKey:
-    """A key of something prolora does not move, and that is no reason to refuse the rest."""
+    """A key that prolora does not move, without refusing the rest."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class RefusedKey:
-    """A key of an adapter type that is not read.
+    """A key of an adapter type that is not read."""
 
-    Attributes:
-        algorithm: short name of the adapter type.
-        path: the module path in front of the telling suffix.
-    """
-
-    algorithm: str
-    path: str
+    algorithm: str  # short name of the adapter type
+    path: str  # the module path in front of the telling suffix
 
 
 FOREIGN_VECTOR = "a trained bias or normalisation layer of a module that prolora does not know"
@@ -150,7 +134,7 @@ REMEDIES = {
 }
 
 
-# Files of other kinds, by what a key of theirs looks like.
+# Files of other kinds, by a typical key.
 _OTHER_KINDS = [
     (
         re.compile(r"^lllite_"),
@@ -169,7 +153,7 @@ _OTHER_KINDS = [
 
 
 def explain_other_kind(keys: Iterable[str]) -> str | None:
-    """One sentence on what kind of file has such keys; None if that is not known."""
+    """Says in one sentence what kind of file has such keys, else None."""
     for key in keys:
         for pattern, reason in _OTHER_KINDS:
             if pattern.search(key):
@@ -180,11 +164,11 @@ def explain_other_kind(keys: Iterable[str]) -> str | None:
 def parse_key(
     key: str, shape: tuple[int, ...] = (), family: Family | None = None
 ) -> FactorKey | VectorKey | LeftOutKey | RefusedKey | None:
-    """What a key says; None if it is not understood.
+    """Returns what a key says; None if it is not understood.
 
     Args:
         key: of a tensor.
-        shape: of the tensor; it tells the difference of a vector from that of a matrix.
+        shape: of the tensor; it tells the difference of a vector from the difference of a matrix.
         family: whose names the modules of a transformer have, if that is known.
     """
     for pattern, algorithm in _REFUSED:
@@ -206,7 +190,7 @@ def parse_key(
 
 
 def split_role(key: str) -> tuple[str, str] | None:
-    """(module path, role) of a key that ends like a tensor of an update, of whatever module."""
+    """Splits a key of an update into (module path, role), whatever the module."""
     if match := _PART.fullmatch(key):
         role = match["plain"] or match["glora"]
         return match["path"], role or ("mid" if match["lora_mid"] else "magnitude")
@@ -214,7 +198,7 @@ def split_role(key: str) -> tuple[str, str] | None:
 
 
 def find_path(key: str) -> str | None:
-    """The module path of a key that ends like a tensor of an update, or like one of a vector's."""
+    """Returns the module path of a key of an update or a vector."""
     if match := _VECTOR.fullmatch(key):
         return match["path"]
     path_and_role = split_role(key)
@@ -222,7 +206,7 @@ def find_path(key: str) -> str | None:
 
 
 def split_factor(key: str) -> tuple[str, str] | None:
-    """(module path, "down" or "up") of a key that ends like a factor of a LoRA."""
+    """Splits a key of a LoRA's factor into (module path, "down" or "up")."""
     if match := _XLABS.fullmatch(key):
         return match["path"], match["role"]
     match = _FACTOR.fullmatch(key)
@@ -241,7 +225,7 @@ _BASE_ROOTS = (
 
 
 def is_base_weight(key: str) -> bool:
-    """Whether the key is a plain weight of a base model."""
+    """Returns whether the key is a plain weight of a base model."""
     if not key.endswith((".weight", ".bias")) or split_role(key):
         return False
     return (

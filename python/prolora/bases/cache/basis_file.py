@@ -36,16 +36,12 @@ ERROR_SLACK = 1.01
 
 @dataclass(frozen=True)
 class StoredBasis:
-    """The basis of one weight [m, n], as it lies in its file.
+    """The basis of one weight [m, n], as its file stores it."""
 
-    Attributes:
-        tensors: "U" [m, k], "S" [k], "V" [n, k]; where they are whole numbers, "U.scale" and
-            "V.scale" [k].
-        facts: the numbers known of it (`core.basis.FACTS`), its `rung`, its `name`, and where it
-            was first needed (`base`, `module`, `rule`).
-    """
-
+    # "U" [m, k], "S" [k], "V" [n, k]; for whole numbers also "U.scale" and "V.scale" [k]
     tensors: Mapping[str, Tensor]
+    # The numbers known of it (`core.basis.FACTS`), its `rung`, its `name`, and where it was first
+    # needed (`base`, `module`, `rule`).
     facts: Mapping[str, Any]
 
     @property
@@ -69,7 +65,7 @@ class StoredBasis:
         return not self.tensors["U"].is_floating_point()
 
     def fill(self, name: str, out: Tensor) -> None:
-        """Writes U or V into out [m or n, K ≥ k], zeros behind its columns."""
+        """Writes U or V into out [m or n, K ≥ k]; further columns become 0."""
         stored, k = self.tensors[name], self.columns
         out[:, k:] = 0
         out[:, :k] = stored
@@ -78,7 +74,7 @@ class StoredBasis:
 
 
 def compress_basis(basis: Basis, tol: float) -> tuple[dict[str, Tensor], float]:
-    """The tensors of a basis of one matrix as they are stored, and its bound as they are read."""
+    """Returns a basis of one matrix as stored tensors, and its new bound."""
     bound = float(basis.bound)
     plain = {name: getattr(basis, name).detach().cpu().contiguous() for name in ("U", "S", "V")}
     if basis.U.dtype != torch.float32:
@@ -97,7 +93,10 @@ def compress_basis(basis: Basis, tol: float) -> tuple[dict[str, Tensor], float]:
 
 
 def bound_norm(x: Tensor) -> float:
-    """An upper bound on ‖x‖₂ of x [m, k], within a factor k^⅛ of it: ‖(xᵀx)²‖_F^¼."""
+    """Returns an upper bound on ‖x‖₂ of x [m, k]: ‖(xᵀx)²‖_F^¼.
+
+    It is within a factor k^⅛ of the norm.
+    """
     largest = float(x.abs().amax()) if x.numel() else 0.0
     if largest == 0:
         return 0.0
@@ -119,12 +118,10 @@ def write_basis(path: Path, stored: StoredBasis) -> None:
 
 
 def make_stored_basis(basis: Basis, tol: float, about: Mapping[str, str]) -> StoredBasis:
-    """A basis of one weight [m, n] as a file keeps it, whether or not one is written.
+    """Converts the basis of one weight [m, n] to its file's form.
 
-    Args:
-        basis: of one weight.
-        tol: the tolerance its bound must meet.
-        about: what else is known of it; "name" among it.
+    `tol` is the tolerance its bound must meet; `about` is what else is known of it, its "name"
+    included.
     """
     tensors, bound = compress_basis(basis, tol)
     facts: dict[str, Any] = {part: getattr(basis, part).item() for part in FACTS}
@@ -133,12 +130,12 @@ def make_stored_basis(basis: Basis, tol: float, about: Mapping[str, str]) -> Sto
 
 
 def read_basis(path: Path) -> StoredBasis:
-    """A basis whose numbers are those that were written.
+    """Reads a basis and checks its numbers against their checksum.
 
     The file is read, not mapped: what was checked stays what it was, whatever happens to the file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file is missing.
         UnsupportedFormat: it is damaged, or no basis.
         OSError: it cannot be read.
     """
@@ -155,7 +152,10 @@ def read_basis(path: Path) -> StoredBasis:
 
 
 def read_basis_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The facts of a file, and dtypes and shapes, from the header alone; raises as `read_basis`."""
+    """Reads facts, dtypes and shapes from the header alone.
+
+    Raises as `read_basis`.
+    """
     with _translate_errors(path):
         file = SafetensorsFile(path)
         sizes = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
@@ -164,7 +164,7 @@ def read_basis_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextmanager
 def _translate_errors(path: Path) -> Iterator[None]:
-    """Everything that is wrong with a file as UnsupportedFormat, unless it is not there."""
+    """Turns all faults of a file but its absence into UnsupportedFormat."""
     try:
         yield
     except (ProLoRAError, ValueError, KeyError, TypeError) as error:
@@ -189,7 +189,10 @@ def _read_facts(file: SafetensorsFile) -> dict[str, Any]:
 
 
 def _check_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Refuses a file whose tensors are no U [m, k], S [k] and V [n, k], with scales [k] or not."""
+    """Refuses a file without U [m, k], S [k] and V [n, k].
+
+    Whole numbers need scales [k] as well.
+    """
     if not {"U", "S", "V"} <= tensors.keys() or not {*FACTS, "rung", "name"} <= facts.keys():
         raise UnsupportedFormat("it is not a basis")
     k, compact = tensors["S"].shape, not tensors["U"].is_floating_point()

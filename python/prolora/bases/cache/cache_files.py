@@ -18,7 +18,7 @@ from ...files.atomic import replace_file
 
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` that then takes its name, replacing what has it.
+    """Lets `write` fill a file beside `path`, then gives it that name.
 
     Raises:
         OSError: the disk is full, the folder is not writable, …; nothing is left behind.
@@ -29,10 +29,9 @@ def publish_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def compute_checksum(tensors: Iterable[Tensor]) -> int:
-    """CRC-32 of all bytes, one tensor after the other: against accidents, not against forgery.
+    """Computes CRC-32 of all bytes: against accidents, not against forgery.
 
-    Args:
-        tensors: of any dtype, contiguous, on the CPU.
+    The tensors have any dtype, and are contiguous and on the CPU.
     """
     total = 0
     for tensor in tensors:

@@ -12,7 +12,7 @@ from ...errors import MissingFile
 from ...files.outside import open_regular
 from .cache_files import publish_file
 
-# More entries than any pair of models has weights; what comes beyond pushes the oldest out.
+# More entries than any pair of models has weights; further ones push the oldest out.
 MOST_ENTRIES = 20_000
 
 MOST_BYTES = 64 << 20
@@ -35,7 +35,7 @@ class JsonTable:
         self._new: dict[str, Any] = {}
 
     def get(self, key: str) -> Any | None:
-        """The entry, or None."""
+        """Returns the entry, or None."""
         return self._new.get(key, self._known.get(key))
 
     def put(self, key: str, value: Any) -> None:
@@ -49,7 +49,7 @@ class JsonTable:
         return bool(self._new)
 
     def save(self) -> None:
-        """Writes what is new, together with what others have written meanwhile.
+        """Writes the new entries, together with what others have written meanwhile.
 
         Raises:
             OSError: it cannot be written.
@@ -76,10 +76,10 @@ class JsonTable:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The entries of a table's file.
+    """Reads the entries of a table's file.
 
     Raises:
-        MissingFile: it is not there.
+        MissingFile: the file is missing.
         UnsupportedFormat: it cannot be read, or is no file.
         ValueError: it is not what was written.
     """

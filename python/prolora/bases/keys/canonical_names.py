@@ -1,4 +1,4 @@
-"""Which module every key of a checkpoint belongs to, and which checkpoints are refused."""
+"""The module of every key of a checkpoint, and the checkpoints refused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .family_names import find_family_names
 from .other_models import explain_no_blocks, explain_other_model
 from .text_encoders import name_encoder_vectors, split_encoders
 
-# What a diffusion model's keys start with where one file holds several models.
+# The start of a diffusion model's keys where one file holds several models.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # The same where the names of diffusers follow; without them it is a part of a model of that name.
 _DIFFUSERS_PREFIXES = ("unet.", "transformer.")
-# What all keys of a file may start with, and what says nothing then.
+# A common start of all keys of a file, without a meaning.
 _WRAPPERS = ("model.", "net.", "transformer.", "unet.", "network.", "module.")
 _LDM = ("input_blocks.", "middle_block.", "output_blocks.")
 _LDM_DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op\.weight")
@@ -32,7 +32,7 @@ _ADAPTER = re.compile(
     r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
     r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
 )
-# What keys of biases and of weights of normalisation layers end in.
+# The ends of keys of biases and of weights of normalisation layers.
 _VECTORS = ("bias", "weight", "scale")
 _FLOATS = {
     torch.float64,
@@ -51,11 +51,11 @@ def name_weights(
     metadata: Iterable[Metadata] = (),
     strict: bool = True,
 ) -> dict[str, Weight]:
-    """Canonical module name -> weight, for all weights of two or more axes.
+    """Returns canonical module name -> weight, for weights of two or more axes.
 
     Args:
         weights: all keys of the checkpoint.
-        where: what messages call it.
+        where: its name in messages.
         metadata: of the headers, which may say how layers are quantised.
         strict: also refuse a file that holds no diffusion model.
 
@@ -79,12 +79,10 @@ def name_weights(
 
 
 def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Biases and norms of a checkpoint by "module.bias" and "module.weight".
+    """Renames a checkpoint's biases and norms "module.bias" and "module.weight".
 
-    A vector of a module that is not known goes by its own key, so that it can be named.
-
-    Args:
-        weights: all keys of a checkpoint that `name_weights` takes.
+    A vector of an unknown module goes by its own key, so that it can be named. `weights` has all
+    keys of a checkpoint that `name_weights` takes.
     """
     model = _select_model(split_encoders(weights, "")[1])
     names = _KeySpelling(model)
@@ -99,7 +97,7 @@ def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The diffusion model's weights among those of a file, without the prefixes that all have."""
+    """Selects the diffusion model's weights in a file and strips common prefixes."""
     for prefix in _PREFIXES:
         if model := _take_prefix(weights, prefix):
             return _unwrap(model)  # `model.diffusion_model.net.`, Anima's
@@ -110,7 +108,7 @@ def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def _unwrap(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The weights without a prefix that says nothing, where all matrices have it.
+    """Strips a prefix without meaning if all matrices have it.
 
     The head for words of a language model does not count: HiDream-O1 has one that nothing runs.
     """
@@ -122,7 +120,7 @@ def _unwrap(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def _take_prefix(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
-    """The weights with this prefix, without it."""
+    """Selects the weights with a prefix and strips it."""
     return {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
 
 
@@ -145,14 +143,14 @@ class _KeySpelling:
         self._plain = unet or numbered or _has_prefix(model, _DIFFUSERS)
 
     def explain_unknown(self, keys: Collection[str]) -> str | None:
-        """What the keys are, if they are not those of a diffusion model, for a sentence."""
+        """Says what keys are that do not belong to a diffusion model."""
         if self._plain:
             return None
         reason = explain_other_model(keys)
         return reason if reason or self._in_blocks else explain_no_blocks(keys)
 
     def views(self, key: str, weight: Weight, where: str) -> dict[str, Weight]:
-        """The modules that a key's weight holds; {} for a key of something else.
+        """Returns the modules that a key's weight holds; {} for foreign keys.
 
         Raises:
             UnsupportedFormat: a key inside a block that is not understood: a missing update would
@@ -174,7 +172,7 @@ class _KeySpelling:
         return {path: weight}
 
     def vector_views(self, path: str, vector: Weight) -> dict[str, Weight]:
-        """The modules that a vector belongs to, each with its rows; {} where that is not known."""
+        """Returns the modules of a vector, each with its rows; {} if unknown."""
         if self._authors is not None:
             return self._authors.split_vector(path, vector)
         module = ldm_to_diffusers(path, self._layers) if self._ldm else path
@@ -184,7 +182,7 @@ class _KeySpelling:
 def _name_modules(
     model: Mapping[str, Weight], names: _KeySpelling, where: str
 ) -> dict[str, Weight]:
-    """The weights of `model` under their module names."""
+    """Returns the weights of `model` under their module names."""
     named: dict[str, Weight] = {}
     for key, weight in model.items():
         if len(weight.shape) < 2:
@@ -204,7 +202,10 @@ def _name_modules(
 
 
 def _count_ldm_layers(keys: Iterable[str]) -> int:
-    """Layers per block: the first downsampler follows those of the first block (BK-SDM has 1)."""
+    """Counts layers per block: the first downsampler ends the first block.
+
+    BK-SDM has 1.
+    """
     matches = (_LDM_DOWNSAMPLER.fullmatch(key) for key in keys)
     return max(1, min((int(match[1]) - 1 for match in matches if match), default=2))
 

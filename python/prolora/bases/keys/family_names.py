@@ -1,4 +1,4 @@
-"""Which family's names the keys of a checkpoint are, and which modules they hold.
+"""The family whose names a checkpoint's keys are, and their modules.
 
 Authors stack the projections that read the same features (q, k, v, and sometimes the feed-forward
 too) into one matrix; diffusers keeps them separate. Every module here is a view of its rows, so a
@@ -23,30 +23,22 @@ from ...core.grouping import group_by
 from ...errors import ShapeMismatch
 from ..weights import ConvertedWeight, RowsWeight, Weight
 
-# Of a hostile file with a hundred thousand kinds of modules no more are looked at.
+# Of a hostile file's hundred thousand kinds of modules, only this many are looked at.
 _MOST_KINDS = 4096
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
 class FamilyNames:
-    """The names of one family, in one of its two spellings.
-
-    Attributes:
-        family: whose names they are.
-        by_authors: they are the authors' (or ComfyUI's) and not diffusers'.
-    """
+    """The names of one family, in one of its two spellings."""
 
     family: Family
-    by_authors: bool
+    by_authors: bool  # the authors' (or ComfyUI's) names and not diffusers'
 
     def split_weight(self, path: str, weight: Weight, where: str) -> dict[str, Weight] | None:
-        """Diffusers' modules that a module of the authors holds, None if it is not known.
+        """Returns diffusers' modules in a module of the authors, None if unknown.
 
-        Args:
-            path: the authors' name, without prefix and `.weight`.
-            weight: [m, n] of the fused module.
-            where: what messages call the checkpoint.
+        `path` is the authors' name, without prefix and `.weight`; `weight` is [m, n].
 
         Raises:
             ShapeMismatch: a fused matrix that cannot be cut as its name says.
@@ -72,7 +64,7 @@ class FamilyNames:
         weight: Weight,
         where: str,
     ) -> dict[str, Weight]:
-        """The modules of a fused matrix [m, n], each with its share of the rows."""
+        """Splits a fused matrix [m, n] into its modules, each with its rows."""
         rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
         unit, rest = divmod(rows, sum(shares))
         published = [matrix_shape(shape) for shape in self.family.find_shapes(parts[0])]
@@ -90,7 +82,7 @@ class FamilyNames:
         }
 
     def split_vector(self, path: str, vector: Weight) -> dict[str, Weight]:
-        """Diffusers' modules -> their rows of a vector of the authors; {} if it is not known."""
+        """Returns diffusers' modules -> their rows of an authors' vector; {} if unknown."""
         stored = self.family.find_weight(path)
         if stored is None or stored.swap == "if two":
             return {}
@@ -107,7 +99,7 @@ class FamilyNames:
         }
 
     def has_block(self, path: str) -> bool:
-        """Whether a module lies in a stack of blocks in which the family knows all modules."""
+        """Returns whether a module lies in a stack that the family knows completely."""
         block = find_block(path)
         return block is not None and block.stack in self._stacks
 
@@ -120,13 +112,10 @@ class FamilyNames:
 
 
 def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | None:
-    """Whose names some modules have, None if they are no known family's.
+    """Returns whose names some modules (without prefix) have, None if unknown.
 
     Where several families fit, all read the modules alike, or the first is as good as any other:
-    then `find_family` tells none.
-
-    Args:
-        shapes: module, without prefix -> shape of its weight.
+    then `find_family` returns None.
     """
     kinds = _select_kinds(shapes)
     recognition = _recognise(kinds)
@@ -141,13 +130,10 @@ def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | No
 
 
 def find_family(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
-    """The family of a transformer, None if none or several are possible.
+    """Returns the family of a transformer, None if several or none fit.
 
-    A family is told by the names of all matrices: those of a published size of it, no more and no
-    less, whatever the number of blocks and their shapes. Where several have them, shapes decide.
-
-    Args:
-        shapes: canonical module -> shape of its weight.
+    The names of all matrices decide: the names of a published size, no more and no less, whatever
+    the number of blocks and their shapes. Where several families have them, shapes decide.
     """
     ours = _list_patterns(shapes)
     fitting = [
@@ -162,19 +148,22 @@ def find_family(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
 
 
 def _list_patterns(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
-    """The names of all matrices that every file has, with N in place of every number."""
+    """Returns the names of the matrices that every file has, numbers as N."""
     matrices = (name for name, shape in shapes.items() if len(shape) == 2)
     return frozenset(_NUMBER.sub(".N", name) for name in matrices if not name.startswith(BESIDE))
 
 
 @cache
 def _list_layout_patterns(id_: str) -> frozenset[str]:
-    """The same of a published size."""
+    """Returns `_list_patterns` of a published size."""
     return _list_patterns(load_layout(id_).shapes)
 
 
 def _recognise(kinds: list[NamedMatrix]) -> Recognition:
-    """The families that know all modules, or else all in blocks: others may stand beside them."""
+    """Returns the families that know all modules, or at least all in blocks.
+
+    Other modules may stand beside the blocks.
+    """
     recognition = recognise_families(kinds)
     if recognition.families:
         return recognition
@@ -182,7 +171,10 @@ def _recognise(kinds: list[NamedMatrix]) -> Recognition:
 
 
 def _select_kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[NamedMatrix]:
-    """The first and last module of every kind: equal names but for their numbers, and shapes."""
+    """Selects the first and last module of every kind.
+
+    A kind has equal names but for their numbers, and equal shapes.
+    """
     kinds = group_by(shapes, lambda name: (_NUMBER.sub(".N", name), shapes[name]))
     chosen: Iterable[tuple[str, tuple[int, ...]]] = (
         (name, shape)

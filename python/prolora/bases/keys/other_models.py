@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from ...architectures.modules import find_block, is_attention
 
-# Parts of names -> what has them, the most telling first.
+# Kinds of model and parts of their names, the most telling first.
 _OTHER_MODELS = (
     (
         "a training state",
@@ -53,10 +53,9 @@ _BLOCK_LIST = re.compile(r"(?:^|\.)(?:[^.]*blocks|layers)\.\d+\.")
 
 
 def explain_other_model(keys: Collection[str]) -> str | None:
-    """What a file is that holds no diffusion model, for a sentence; None if it may hold one.
+    """Says what a file without a diffusion model is; None if it may hold one.
 
-    Args:
-        keys: all keys of the file, without a prefix that all have.
+    `keys` are all keys of the file, without a common prefix.
     """
     in_vae = [key for key in keys if _VAE.search(key)]
     if 2 * len(in_vae) > len(keys):
@@ -70,12 +69,10 @@ def explain_other_model(keys: Collection[str]) -> str | None:
 
 
 def explain_no_blocks(keys: Collection[str]) -> str | None:
-    """Why a file holds no diffusion model at all, for a sentence; None if it may hold one.
+    """Says why a file holds no diffusion model; None if it may hold one.
 
-    A network without blocks or attention may be one too, if it takes in the time step.
-
-    Args:
-        keys: all keys of the file, without a prefix that all have.
+    A network without blocks or attention may be one too, if it takes in the time step. `keys` are
+    all keys of the file, without a common prefix.
     """
     if any(_TIME.search(key) for key in keys):
         return None

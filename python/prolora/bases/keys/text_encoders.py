@@ -1,4 +1,4 @@
-"""Text encoders that lie in the same checkpoint as the model they speak to.
+"""Text encoders that lie in the same checkpoint as their model.
 
 Canonical names are transformers' with `text_encoder.`, `text_encoder_2.` or `text_encoder_3.` in
 front, the names LoRA files are read into. OpenCLIP keeps q, k and v in one matrix and its last
@@ -14,7 +14,7 @@ from ...architectures.modules import TEXT_ENCODER_PREFIXES
 from ...errors import ShapeMismatch
 from ..weights import ConvertedWeight, RowsWeight, Weight
 
-# What a single file calls an encoder -> its canonical prefix, and whether the names are OpenCLIP's.
+# A single file's prefix of an encoder, its canonical prefix, and whether the names are OpenCLIP's.
 # SDXL's are `conditioner.embedders`, those of SD1.x and 2.x `cond_stage_model`.
 _STORED = (
     ("cond_stage_model.transformer.", "text_encoder.", False),
@@ -44,11 +44,7 @@ _HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 def split_encoders(
     weights: Mapping[str, Weight], where: str
 ) -> tuple[dict[str, Weight], dict[str, Weight]]:
-    """({canonical module: weight} of the text encoders, the other keys as they are).
-
-    Args:
-        weights: all keys of a checkpoint.
-        where: what messages call it.
+    """Returns ({canonical module: weight} of the text encoders, the other keys).
 
     Raises:
         ShapeMismatch: a fused matrix that cannot be cut in three.
@@ -74,12 +70,9 @@ def split_encoders(
 
 
 def name_encoder_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Biases and norms of text encoders by "module.bias" and "module.weight".
+    """Renames the text encoders' biases and norms "module.bias" and "module.weight".
 
     OpenCLIP's, which are fused in other ways, go by their own keys.
-
-    Args:
-        weights: all keys of a checkpoint.
     """
     stored = [*_STORED, (_T5, _find_t5_prefix(weights), False)]
     named: dict[str, Weight] = {}
@@ -100,7 +93,7 @@ def _add_text_model(module: str) -> str:
 
 
 def _find_t5_prefix(keys: Iterable[str]) -> str:
-    """SD3 has two CLIPs before T5, FLUX one, PixArt none."""
+    """Returns T5's prefix: SD3 has two CLIPs before it, FLUX one, PixArt none."""
     starts = ("text_encoders.clip_l.", "text_encoders.clip_g.")
     return TEXT_ENCODER_PREFIXES[
         len({start for key in keys for start in starts if key.startswith(start)})
@@ -108,7 +101,7 @@ def _find_t5_prefix(keys: Iterable[str]) -> str:
 
 
 def _convert_open_clip(local: str, weight: Weight, where: str) -> dict[str, Weight]:
-    """The modules that one tensor of OpenCLIP holds."""
+    """Returns the modules that one tensor of OpenCLIP holds."""
     if local in _OPEN_CLIP:
         return {_OPEN_CLIP[local]: weight}
     if local == "text_projection":  # features @ text_projection

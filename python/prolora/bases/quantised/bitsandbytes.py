@@ -31,20 +31,15 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 @dataclass(frozen=True)
 class FourBitWeight(QuantisedWeight):
-    """Codes of four bits, two in a byte; blocks of them in reading order share a scale.
+    """Codes of four bits, two a byte; blocks in reading order share a scale."""
 
-    Attributes:
-        table: what the codes stand for.
-        block: how many share a scale.
-        nested: (block, offset) of the scales where these are quantised, too.
-    """
-
-    table: tuple[float, ...] = ()
-    block: int = 64
+    table: tuple[float, ...] = ()  # the numbers that the codes stand for
+    block: int = 64  # how many share a scale
+    # (block, offset) of the scales where these are quantised, too
     nested: tuple[int, float] | None = None
 
     def load_scales(self) -> tuple[Tensor, ...]:
-        """The largest absolute value of each block."""
+        """Reads the largest absolute value of each block."""
         if self.nested is None:
             return (self.read_scale(self.scales[0]).flatten(),)
         size, offset = self.nested
@@ -54,7 +49,7 @@ class FourBitWeight(QuantisedWeight):
         return (look_up(codes, table).mul_(largest[blocks]).add_(offset),)
 
     def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
-        """Whole blocks are decoded, and what lies outside the rows is cut off."""
+        """Decodes whole blocks and cuts off what lies outside the rows."""
         columns = math.prod(self.shape[1:])
         first, last = start * columns, stop * columns
         one, end = first // self.block, -(-last // self.block)
@@ -93,7 +88,7 @@ def join_bitsandbytes(parts: CheckpointParts) -> None:
 
 
 def _join_four_bits(parts: CheckpointParts, name: str, kind: str, note: dict[str, object]) -> None:
-    """One weight of nf4 or fp4, its note already read."""
+    """Joins one weight of nf4 or fp4, its note already read."""
     stored = parts.need(name, "its quant_state")
     shape, block = read_sizes(note.get("shape")), note.get("blocksize")
     if shape is None or not isinstance(block, int) or block not in _BLOCK_SIZES:
@@ -103,7 +98,7 @@ def _join_four_bits(parts: CheckpointParts, name: str, kind: str, note: dict[str
         )
     count = math.prod(shape)
     stored = parts.check(name, (torch.uint8,), (-(-count // 2),))
-    if stored.shape[:1] != (-(-count // 2),):  # as one row, whose numbers cannot be read in parts
+    if stored.shape[:1] != (-(-count // 2),):  # as one row, which cannot be read in parts
         raise parts.refuse(f"{name} is {list(stored.shape)}, not a byte a row; download it again")
     blocks, nested = -(-count // block), None
     part = f"{name}.".__add__
@@ -129,7 +124,7 @@ def _join_four_bits(parts: CheckpointParts, name: str, kind: str, note: dict[str
 
 
 def _check_table(parts: CheckpointParts, key: str, kind: str) -> None:
-    """Refuses a file with another table than the one of its kind, which bitsandbytes reads by."""
+    """Refuses a table other than the one of its kind, which bitsandbytes reads by."""
     table = parts.check(key, FLOATS, (16,)).read().to(torch.float32).flatten()
     if not bool(((table - torch.tensor(_TABLES[kind])).abs() <= _FP4_SLACK).all()):
         raise parts.refuse(f"{key} is not the table of {kind}; the checkpoint is damaged")

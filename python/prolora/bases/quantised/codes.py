@@ -1,4 +1,4 @@
-"""What codes of less than a byte stand for, and how scales are laid out for matrix units."""
+"""Numbers behind codes of less than a byte, and tiled scales."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 
 
 def unpack_nibbles(packed: Tensor, *, high_first: bool) -> Tensor:
-    """Bytes [..., n] as codes 0 to 15 [..., 2n]."""
+    """Unpacks bytes [..., n] to codes 0 to 15 [..., 2n]."""
     packed = packed.view(torch.uint8)
     low, high = packed & 15, packed >> 4
     return torch.stack((high, low) if high_first else (low, high), -1).flatten(-2)
@@ -25,22 +25,25 @@ def read_floats(codes: Tensor) -> Tensor:
 
 
 def read_signed(packed: Tensor) -> Tensor:
-    """Two numbers -8 to 7 of a byte, in two's complement, the lower half first."""
+    """Unpacks two numbers -8 to 7 of a byte, in two's complement.
+
+    The lower half comes first.
+    """
     return (unpack_nibbles(packed, high_first=False) ^ 8).to(torch.float32).sub_(8)
 
 
 def read_unsigned(packed: Tensor) -> Tensor:
-    """Two numbers 0 to 15 of a byte, the lower half first."""
+    """Unpacks two numbers 0 to 15 of a byte, the lower half first."""
     return unpack_nibbles(packed, high_first=False).to(torch.float32)
 
 
 def read_e2m1_swapped(packed: Tensor) -> Tensor:
-    """Two floats of a byte, the upper half first."""
+    """Unpacks two floats of a byte, the upper half first."""
     return look_up(unpack_nibbles(packed, high_first=True), E2M1)
 
 
 def look_up(codes: Tensor, table: Tensor) -> Tensor:
-    """The entries of a table [k] that codes stand for, of the shape of the codes."""
+    """Maps codes to the entries of a table [k], in the codes' shape."""
     return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
@@ -56,17 +59,17 @@ def unblock_scales(blocked: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def count_blocked_scales(rows: int, columns: int) -> int:
-    """How many numbers `unblock_scales` takes: those of whole tiles."""
+    """Counts the numbers that `unblock_scales` takes: whole tiles."""
     return -(-rows // 128) * -(-columns // 4) * 512
 
 
 def read_powers(codes: Tensor) -> Tensor:
-    """Bytes e as 2^(e - 127), and 0 as 0: the exponents of float32."""
+    """Reads bytes e as 2^(e - 127), and 0 as 0: the exponents of float32."""
     return (codes.view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
 
 
 def rotate_back(weight: Tensor, size: int) -> Tensor:
-    """Undoes a rotation of the columns [m, n], `size` at a time, by the regular Hadamard matrix.
+    """Undoes a rotation of `size` columns of [m, n] by a Hadamard matrix.
 
     H is the Kronecker power of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]/2,
     which is symmetric and its own inverse.

@@ -33,7 +33,7 @@ QUANTISATION_KEY = "_quantization_metadata"
 _NOTE = ".comfy_quant"
 _MARKER = "scaled_fp8"
 _SCALES = (".scale_weight", ".weight_scale")
-# What an activation is scaled by; the weight does not depend on it.
+# Scales of activations; the weight does not depend on them.
 _OF_ACTIVATIONS = (".scale_input", ".input_scale")
 _FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _BYTES = (torch.uint8, torch.int8)
@@ -44,18 +44,16 @@ Note = Mapping[str, object]
 
 @dataclass(frozen=True)
 class TiledScaleWeight(ScaledWeight):
-    """NVFP4 and MXFP8: a scale for some columns of a row, in the order of matrix units.
+    """NVFP4 and MXFP8: a scale for some columns of a row, in tiles."""
 
-    Attributes:
-        stored_rows: rows that are stored; the shape may have fewer.
-        powers: the scales are exponents of 2.
-    """
-
-    stored_rows: int = 0
-    powers: bool = False
+    stored_rows: int = 0  # rows that are stored; the shape may have fewer
+    powers: bool = False  # the scales are exponents of 2
 
     def load_scales(self) -> tuple[Tensor, ...]:
-        """The scales of the blocks; of NVFP4 times that of the weight, and those of the inputs."""
+        """Reads the scales of the blocks, and of the inputs.
+
+        NVFP4's are multiplied by the scale of the weight.
+        """
         blocks, *rest = self.scales
         codes = blocks.read().view(torch.uint8)
         numbers = read_powers(codes) if self.powers else codes.view(torch.float8_e4m3fn).float()
@@ -69,23 +67,22 @@ class TiledScaleWeight(ScaledWeight):
         return scale, torch.empty(0), torch.empty(0), inputs
 
     def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
-        """The codes times the scale of their block, and of their input."""
+        """Multiplies the codes by the scale of their block, and of their input."""
         numbers, inputs = super().decode(start, stop, scales), scales[3]
         return numbers.flatten(1).mul_(inputs) if len(inputs) else numbers
 
 
 @dataclass(frozen=True)
 class RotatedWeight(ScaledWeight):
-    """ConvRot: int8 or int4 with a scale for each row, of a matrix whose columns were rotated.
+    """ConvRot: int8 or int4 codes of a matrix with rotated columns.
 
-    Attributes:
-        size: columns that are rotated together.
+    Each row has a scale.
     """
 
-    size: int = 256
+    size: int = 256  # columns that are rotated together
 
     def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
-        """The codes times the scale of their row, rotated back."""
+        """Multiplies the codes by the scale of their row, and rotates them back."""
         return rotate_back(super().decode(start, stop, scales).flatten(1), self.size)
 
 
@@ -94,7 +91,7 @@ class ZeroPointWeight(ScaledWeight):
     """AWQ: W = (q - 8) · scale + shift; these are stored [n/columns, m]."""
 
     def load_scales(self) -> tuple[Tensor, ...]:
-        """Scale, zero and shift of each tile."""
+        """Reads scale, zero and shift of each tile."""
         tiles = self.shape[1] // self.tile[1], self.shape[0]
         scale, shift = (self.read_scale(part).reshape(tiles).mT for part in self.scales)
         return scale, torch.full_like(scale, 8), shift
@@ -121,7 +118,7 @@ def join_comfy(parts: CheckpointParts) -> None:
 
 
 def _find_notes(parts: CheckpointParts) -> dict[str, Note]:
-    """Module (as the keys spell it) -> what its note says, of every layer that has one."""
+    """Returns module (as the keys spell it) -> what its note says."""
     notes: dict[str, Note] = {}
     for metadata in parts.metadata:
         if QUANTISATION_KEY not in metadata:
@@ -142,7 +139,7 @@ def _find_notes(parts: CheckpointParts) -> dict[str, Note]:
 
 
 def _join_layer(parts: CheckpointParts, module: str, note: Note) -> None:
-    """One layer with a note."""
+    """Joins one layer with a note."""
     format_ = note.get("format")
     if isinstance(format_, str) and format_ in _FLOAT8:
         if not any(parts.get(module + scale) for scale in _SCALES):
@@ -202,7 +199,7 @@ def _join_mxfp8(parts: CheckpointParts, module: str, note: Note) -> None:
 
 
 def _join_int8(parts: CheckpointParts, module: str, note: Note) -> None:
-    """int8 with one scale or one for each row; rotated, if the note says so."""
+    """Joins int8 with one scale or one for each row, rotated or not."""
     key, scale_key = f"{module}.weight", f"{module}.weight_scale"
     stored = parts.check_codes(key, (torch.int8,))
     scale = parts.need(scale_key, key)
@@ -220,7 +217,7 @@ def _join_int8(parts: CheckpointParts, module: str, note: Note) -> None:
 
 
 def _join_int4(parts: CheckpointParts, module: str, note: Note) -> None:
-    """Rotated int4 with a scale for each row."""
+    """Joins rotated int4 with a scale for each row."""
     key, scale_key = f"{module}.weight", f"{module}.weight_scale"
     stored = _check_codes(parts, key, _BYTES, 1)
     rows, columns = stored.shape[0], 2 * stored.shape[1]
@@ -233,13 +230,13 @@ def _join_int4(parts: CheckpointParts, module: str, note: Note) -> None:
 
 
 def _read_settings(note: Note) -> Note:
-    """What a note says, with what stands below `params` in it."""
+    """Flattens a note: entries below `params` join the others."""
     more = note.get("params")
     return {**more, **note} if isinstance(more, dict) else note
 
 
 def _join_awq(parts: CheckpointParts, module: str, note: Note) -> None:
-    """int4 with scales and zeros."""
+    """Joins int4 with scales and zeros."""
     key = f"{module}.weight"
     stored = _check_codes(parts, key, _BYTES, 1)
     rows, columns = stored.shape[0], 2 * stored.shape[1]
@@ -251,7 +248,7 @@ def _join_awq(parts: CheckpointParts, module: str, note: Note) -> None:
 
 
 def _join_w4a8(parts: CheckpointParts, module: str, note: Note) -> None:
-    """A format whose shape is known from its scales, and whose numbers are not read."""
+    """Joins a format with known shapes, whose numbers are not read."""
     key = f"{module}.weight"
     stored = _check_codes(parts, key, _BYTES, 1)
     scale = parts.need(f"{key}_s_rel", key)
@@ -274,7 +271,10 @@ _FORMATS: dict[str, Callable[[CheckpointParts, str, Note], None]] = {
 
 
 def _join_older(parts: CheckpointParts, key: str) -> None:
-    """A weight and its scale, where no note says more: one number, or one for each row."""
+    """Joins a weight and its scale without a note.
+
+    The scale is one number, or one for each row.
+    """
     module = key.rpartition(".")[0]
     if parts.get(f"{module}.weight") is None:
         raise parts.refuse(f"{key} scales {module}.weight, which is not there")
@@ -286,7 +286,7 @@ def _join_older(parts: CheckpointParts, key: str) -> None:
             f"{key} is {scale.dtype} {list(scale.shape)}; only one scale for the whole weight or "
             "one for each of its rows is read: use the fp16 or bf16 version"
         )
-    # The older notation multiplies whatever it finds; the newer one is for float8 alone.
+    # The older notation scales any dtype; the newer one is for float8 alone.
     old = key.endswith(_SCALES[0]) and stored.dtype.is_floating_point
     if stored.dtype not in _FLOAT8.values() and not old:
         raise parts.refuse(
@@ -300,7 +300,7 @@ def _join_older(parts: CheckpointParts, key: str) -> None:
 def _check_codes(
     parts: CheckpointParts, key: str, dtypes: tuple[torch.dtype, ...], multiple: int
 ) -> Weight:
-    """A matrix of codes, whose numbers of rows and columns are multiples of one number."""
+    """Returns a matrix of codes; rows and columns must be multiples of `multiple`."""
     stored = parts.check_codes(key, dtypes, 2)
     columns = stored.shape[1] * (2 if stored.dtype in _BYTES else 1)
     if stored.shape[0] % multiple or columns % multiple:
@@ -325,14 +325,14 @@ def _check_blocked(
 
 
 def _cut_rows(parts: CheckpointParts, module: str, rows: int, multiple: int) -> int:
-    """The rows without those that were added to reach a multiple; the bias has none of these."""
+    """Returns the rows without padding to a multiple, as the bias tells."""
     outputs = parts.count_outputs(module)
     padded = outputs is not None and -(-outputs // multiple) * multiple == rows
     return outputs if padded and outputs is not None else rows
 
 
 def _check_rotation(parts: CheckpointParts, key: str, settings: Note, columns: int) -> int:
-    """How many columns are rotated together: a power of 4."""
+    """Returns how many columns are rotated together: a power of 4."""
     size = _read_size(parts, key, settings, "convrot_groupsize", 256, columns)
     if size < 4 or size > _LARGEST_ROTATION or 4 ** (size.bit_length() // 2) != size:
         raise parts.refuse(f"{key}: {size} columns rotated together are not a power of 4")
@@ -342,7 +342,7 @@ def _check_rotation(parts: CheckpointParts, key: str, settings: Note, columns: i
 def _read_size(
     parts: CheckpointParts, key: str, settings: Note, name: str, default: int, columns: int
 ) -> int:
-    """A number of columns that its note names, which divides all columns."""
+    """Reads a number of columns from a note; it must divide all columns."""
     size = settings.get(name, default)
     if type(size) is not int or size < 1 or columns % size:
         raise parts.refuse(f"{key}: its note has {name} {size!r:.40} for {columns} columns")

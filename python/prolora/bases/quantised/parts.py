@@ -1,4 +1,4 @@
-"""The keys of a checkpoint, while those of one quantised weight are put together."""
+"""A checkpoint's keys, while parts of quantised weights are joined."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Metadata = Mapping[str, str]
 
 
 def read_sizes(value: object) -> tuple[int, ...] | None:
-    """A list of sizes of axes in a note; None if it is something else."""
+    """Reads a list of sizes of axes in a note; None for anything else."""
     if not isinstance(value, list) or not 0 < len(value) <= _MOST_AXES:
         return None
     whole = all(type(n) is int and 0 < n < _LARGEST_SIZE for n in value)
@@ -33,24 +33,18 @@ def read_sizes(value: object) -> tuple[int, ...] | None:
 
 
 def _strip_prefix(name: str) -> str:
-    """A module without what stands before the names of a model in a file of several."""
+    """Strips the prefix of a model from a file of several."""
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     return name.removeprefix(prefix)
 
 
 @dataclass
 class CheckpointParts:
-    """Weights and parts of weights by key; what belongs together is made one.
+    """Weights and parts of weights by key; what belongs together is joined."""
 
-    Attributes:
-        weights: all keys of the checkpoint.
-        metadata: of the header of each of its files.
-        where: what messages call the checkpoint.
-    """
-
-    weights: Mapping[str, Weight]
-    metadata: tuple[Metadata, ...]
-    where: str
+    weights: Mapping[str, Weight]  # all keys of the checkpoint
+    metadata: tuple[Metadata, ...]  # of the header of each of its files
+    where: str  # its name in messages
     _joined: dict[str, Mapping[str, Weight]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
@@ -58,18 +52,14 @@ class CheckpointParts:
         return (key for key in self.weights if key not in self._joined)
 
     def get(self, key: str) -> Weight | None:
-        """What a key holds, if it belongs to nothing yet."""
+        """Returns what a key holds, unless it is joined already."""
         return None if key in self._joined else self.weights.get(key)
 
     def need(self, key: str, what: str) -> Weight:
-        """What a key holds.
-
-        Args:
-            key: of a part.
-            what: that needs it.
+        """Returns what a key holds, which `what` needs.
 
         Raises:
-            UnsupportedFormat: there is no such key.
+            UnsupportedFormat: the key is missing.
         """
         part = self.get(key)
         if part is None:
@@ -77,7 +67,7 @@ class CheckpointParts:
         return part
 
     def join(self, keys: Iterable[str], name: str, weight: Weight) -> None:
-        """Puts one weight in the place of the first of some keys; the others go."""
+        """Replaces some keys by one weight."""
         place = list(dict.fromkeys(key for key in keys if key in self.weights))
         self._joined |= {key: {} for key in place}
         self._joined[place[0]] = {name: weight}
@@ -87,7 +77,7 @@ class CheckpointParts:
         self._joined[key] = {}
 
     def list_weights(self) -> dict[str, Weight]:
-        """The weights, in the order of the file.
+        """Returns the weights, in the order of the file.
 
         Raises:
             UnsupportedFormat: a weight is stored both as codes and as it is.
@@ -101,7 +91,7 @@ class CheckpointParts:
         return listed
 
     def read_note(self, key: str) -> dict[str, object]:
-        """The JSON text that a tensor of bytes holds.
+        """Reads the JSON text in a tensor of bytes.
 
         Raises:
             UnsupportedFormat: it holds none.
@@ -123,22 +113,22 @@ class CheckpointParts:
         return found
 
     def count_outputs(self, module: str) -> int | None:
-        """The rows of a module's weight as its bias tells them; None without a bias."""
+        """Returns the rows of a module's weight by its bias; None without one."""
         bias = self.weights.get(f"{module}.bias")
         return bias.shape[0] or None if bias is not None and len(bias.shape) == 1 else None
 
     def guess_shape(
         self, module: str, numbers: Collection[int], rows: int | None = None
     ) -> tuple[int, ...] | None:
-        """The shape of a weight whose codes do not tell it: that of its family's published sizes.
+        """Guesses the shape of coded weights by the family's published sizes.
 
         Args:
-            module: of which `<module>.weight` holds codes.
+            module: `<module>.weight` holds the codes.
             numbers: how many numbers it can have.
             rows: how many rows, where that is known.
 
         Returns:
-            The one shape that fits; None where there is none, or several families or sizes differ.
+            The one shape that fits; None where several differ or none fits.
         """
         found = set()
         for family in self._families:
@@ -161,15 +151,15 @@ class CheckpointParts:
     def check_codes(
         self, key: str, dtypes: Collection[torch.dtype] = (), axes: int | None = None
     ) -> Weight:
-        """The codes of a weight: of one of some types, and with rows, columns and all.
+        """Returns the codes of a weight, with rows and columns, of an allowed dtype.
 
         Args:
             key: of the codes.
-            dtypes: those they may have; none for any.
+            dtypes: allowed dtypes; empty for any.
             axes: how many they must have; None for any number of them.
 
         Raises:
-            UnsupportedFormat: there is no such key, or it says what is there instead.
+            UnsupportedFormat: the key is missing, or says what is stored instead.
         """
         stored = self.need(key, "a quantised weight")
         fits = (not dtypes or stored.dtype in dtypes) and axes in (None, len(stored.shape))
@@ -182,12 +172,9 @@ class CheckpointParts:
         return stored
 
     def check(self, key: str, dtypes: Iterable[torch.dtype], shape: tuple[int, ...]) -> Weight:
-        """A part, if it is there and of the dtype and shape that the others ask for.
+        """Returns a part with the dtype and shape that the others need.
 
-        Args:
-            key: of the part.
-            dtypes: those it may have.
-            shape: the one it must have; sizes of 1 may be left out.
+        Sizes of 1 may be left out of `shape`.
 
         Raises:
             UnsupportedFormat: says what it is instead.
@@ -202,5 +189,5 @@ class CheckpointParts:
         return part
 
     def refuse(self, why: str) -> UnsupportedFormat:
-        """The error that says what is wrong with the checkpoint."""
+        """Makes the error that says what is wrong with the checkpoint."""
         return UnsupportedFormat(f"{self.where}: {why}")

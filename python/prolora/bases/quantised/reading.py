@@ -31,12 +31,9 @@ _REFUSED = (
 def join_quantised(
     weights: Mapping[str, Weight], metadata: Iterable[Metadata], where: str
 ) -> dict[str, Weight]:
-    """The weights with the parts of every quantised one made one, in the order of the file.
+    """Joins the parts of every quantised weight, in the order of the file.
 
-    Args:
-        weights: all keys of a checkpoint.
-        metadata: of the headers of its files.
-        where: what messages call the checkpoint.
+    `metadata` comes from the headers of the checkpoint's files.
 
     Raises:
         UnsupportedFormat: a kind of quantisation whose shapes are not known, or parts that are

@@ -1,4 +1,4 @@
-"""A weight that is stored as codes with scales, and one whose arithmetic is not known."""
+"""Weights stored as codes with scales, or with unknown arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..weights import (
 )
 from .codes import read_floats
 
-# Numbers that are decoded at a time: 16 MiB of float32, and a few times that beside the result.
+# Numbers decoded at a time: 16 MiB of float32, and a few times that beside the result.
 _CHUNK = 1 << 22
 
 
@@ -34,19 +34,12 @@ _PARTS = ("stored", "scales")
 
 @dataclass(frozen=True)
 class QuantisedWeight(DerivedWeight):
-    """Codes and scales that stand for float32 numbers; they are decoded some rows at a time.
+    """Codes and scales of float32 numbers, decoded some rows at a time."""
 
-    Attributes:
-        kind: how it is quantised, for people.
-        stored: the codes.
-        scales: whatever else its numbers follow from.
-        shape: rows first, as it is read.
-    """
-
-    kind: str
-    stored: Weight
-    scales: tuple[Weight, ...]
-    shape: tuple[int, ...]
+    kind: str  # how it is quantised, for people
+    stored: Weight  # the codes
+    scales: tuple[Weight, ...]  # whatever else its numbers follow from
+    shape: tuple[int, ...]  # rows first, as it is read
 
     @property
     def origin(self) -> Origin | None:
@@ -63,11 +56,11 @@ class QuantisedWeight(DerivedWeight):
         return torch.float32
 
     def read(self) -> Tensor:
-        """All numbers [*shape]."""
+        """Reads all numbers [*shape]."""
         return self.read_rows(0, self.shape[0])
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop); of the codes no more than these are read.
+        """Reads rows [start, stop), and no other codes.
 
         Raises:
             UnsupportedFormat: a scale is not finite, or cannot be one.
@@ -83,18 +76,16 @@ class QuantisedWeight(DerivedWeight):
 
     @abstractmethod
     def load_scales(self) -> tuple[Tensor, ...]:
-        """The scales in the form that `decode` takes them."""
+        """Reads the scales in the form that `decode` takes."""
 
     @abstractmethod
     def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
         """Rows [start, stop) as float32, of any shape with as many numbers."""
 
     def read_scale(self, scale: Weight, *, zero: bool = True) -> Tensor:
-        """One of the scales as float32, refused if it is not finite.
+        """Reads a scale as float32; refuses one that is not finite.
 
-        Args:
-            scale: which.
-            zero: whether it may be zero, as that of a block of zeros is.
+        `zero` allows zeros, which a block of zeros has.
 
         Raises:
             UnsupportedFormat: names both the scale and the weight.
@@ -109,7 +100,7 @@ class QuantisedWeight(DerivedWeight):
             raise self.refuse_scale(scale, "not finite" if zero else "zero or not finite")
 
     def refuse_scale(self, scale: Weight, what: str) -> UnsupportedFormat:
-        """The error that says what is wrong with a scale."""
+        """Makes the error that says what is wrong with a scale."""
         return UnsupportedFormat(
             f"{scale.name}: the scale of {self.stored.name} is {what}; the checkpoint is damaged"
         )
@@ -117,29 +108,26 @@ class QuantisedWeight(DerivedWeight):
 
 @dataclass(frozen=True)
 class ScaledWeight(QuantisedWeight):
-    """The weight is (q - zero) · scale + shift; tiles of the matrix q [m, n] share these three.
+    """A weight (q - zero) · scale + shift; tiles share the three.
 
-    Attributes:
-        tile: rows and columns of a tile.
-        unpack: what makes numbers of the stored rows.
-        divisor: what the scales are stored in multiples of.
+    q is a matrix [m, n].
     """
 
-    tile: tuple[int, int] = (1, 1)
-    unpack: Callable[[Tensor], Tensor] = read_floats
-    divisor: float = 1.0
+    tile: tuple[int, int] = (1, 1)  # rows and columns of a tile
+    unpack: Callable[[Tensor], Tensor] = read_floats  # makes numbers of the stored rows
+    divisor: float = 1.0  # the scales are stored in multiples of it
 
     def load_scales(self) -> tuple[Tensor, ...]:
-        """Scale, zero and shift of each tile [m/rows, n/columns]; empty where there is none."""
+        """Reads scale, zero and shift of each tile [m/rows, n/columns]; absent ones are empty."""
         scale = self.read_scale(self.scales[0], zero=self.scales[0].shape not in ((), (1,)))
         return self.lay_out(scale / self.divisor), torch.empty(0), torch.empty(0)
 
     def lay_out(self, parts: Tensor) -> Tensor:
-        """Numbers for each tile, in the order of the file, as the matrix that they are."""
+        """Arranges numbers for each tile, in the order of the file, as a matrix."""
         return parts.reshape(-(-self.shape[0] // self.tile[0]), -1)
 
     def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
-        """The numbers, tile by tile [rows, n/columns, columns]."""
+        """Decodes the numbers, tile by tile [rows, n/columns, columns]."""
         numbers: Tensor = self.unpack(self.stored.read_rows(start, stop).reshape(stop - start, -1))
         numbers = numbers.unflatten(1, (-1, self.tile[1]))
         tiles = torch.arange(start, stop) // self.tile[0]
@@ -151,14 +139,7 @@ class ScaledWeight(QuantisedWeight):
 
 
 def scale_rows(kind: str, stored: Weight, scale: Weight, divisor: float = 1.0) -> ScaledWeight:
-    """The weight of codes q [m, ...] with one scale, or one for each row.
-
-    Args:
-        kind: how it is quantised.
-        stored: the codes.
-        scale: of one number, or of m.
-        divisor: what the scale is stored in multiples of.
-    """
+    """Builds the weight of codes q [m, ...] with one scale, or m."""
     rows = 1 if math.prod(scale.shape) == stored.shape[0] else stored.shape[0]
     tile = rows, math.prod(stored.shape[1:])
     return ScaledWeight(kind, stored, (scale,), stored.shape, tile, divisor=divisor)
@@ -166,17 +147,11 @@ def scale_rows(kind: str, stored: Weight, scale: Weight, divisor: float = 1.0) -
 
 @dataclass(frozen=True)
 class UnreadableWeight(DerivedWeight):
-    """A weight of which the name and the shape are known, and not what its codes stand for.
+    """A weight with known name and shape, and codes of unknown meaning."""
 
-    Attributes:
-        kind: how it is quantised, for people.
-        stored: the codes.
-        shape: of the numbers.
-    """
-
-    kind: str
-    stored: Weight
-    shape: tuple[int, ...]
+    kind: str  # how it is quantised, for people
+    stored: Weight  # the codes
+    shape: tuple[int, ...]  # of the numbers
 
     @property
     def origin(self) -> Origin | None:
@@ -190,7 +165,7 @@ class UnreadableWeight(DerivedWeight):
         return torch.float32
 
     def read(self) -> Tensor:
-        """Raises, always.
+        """Refuses, always.
 
         Raises:
             UnsupportedFormat: says how the weight is quantised.
@@ -202,12 +177,12 @@ class UnreadableWeight(DerivedWeight):
 
 
 def is_unreadable(weight: Weight) -> bool:
-    """Whether a weight's numbers are not read."""
+    """Returns whether a weight's numbers are not read."""
     return isinstance(_look_inside(weight), UnreadableWeight)
 
 
 def find_kind(weight: Weight) -> str | None:
-    """How a weight is quantised; None if it is stored as the numbers that it stands for."""
+    """Returns how a weight is quantised; None if it stores its own numbers."""
     weight = _look_inside(weight)
     if isinstance(weight, QuantisedWeight | UnreadableWeight):
         return weight.kind
@@ -217,7 +192,7 @@ def find_kind(weight: Weight) -> str | None:
 
 
 def _look_inside(weight: Weight) -> Weight:
-    """What a view is a view of; the weight itself if it is none."""
+    """Returns what a view is a view of, else the weight itself."""
     while isinstance(weight, RowsWeight | ConvertedWeight):
         weight = weight.matrix if isinstance(weight, RowsWeight) else weight.stored
     return weight

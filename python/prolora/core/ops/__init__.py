@@ -1,11 +1,11 @@
-"""The ops that have kernels of their own, as torch operators, one file an op.
+"""Operators of torch with kernels of their own, one file each.
 
-krylov_block           a block of a Krylov iteration, from weights in their stored 16 bits
-overlap_table          block sums and shells of (UsᵀUt)², for all layers and sides in one call
-panel_qr               orthonormal rows of thin panels
-project_pair           rows through the subspaces of two bases, range and complement at once
-small_singular_values  the singular values of a stack of small matrices
-small_svd              thin SVD of a stack of small matrices
+    krylov_block           a block of a Krylov iteration, from weights in their stored 16 bits
+    overlap_table          block sums and shells of (UsᵀUt)², for all layers and sides in one call
+    panel_qr               orthonormal rows of thin panels
+    project_pair           rows through the subspaces of two bases, range and complement at once
+    small_singular_values  the singular values of a stack of small matrices
+    small_svd              thin SVD of a stack of small matrices
 
 All but the first take float32 or float64, contiguous or not. They run on any device, and under
 FakeTensor and torch.compile. `torch_twin` says in torch what each computes; `native` decides which

@@ -34,7 +34,10 @@ def run_krylov_block(
     width: int,
     cuda: bool,
 ) -> Tensor:
-    """W [b, d, n], contiguous or the transpose of what is -> float64 [b]; writes the other two."""
+    """Runs the kernel on W [b, d, n], contiguous or transposed -> float64 [b].
+
+    It writes `rows` and `projected`.
+    """
     b, d, n = w.shape
     room = rows.shape[1]
     transposed = not w.is_contiguous()
@@ -104,15 +107,15 @@ torch.library.register_fake("prolora::krylov_block", _krylov_block_fake)
 
 
 def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
-    """The next block of an orthonormal basis of span{Y, GY, G²Y, …}, G = wwᵀ; nothing waits.
+    """Extends an orthonormal basis of span{Y, GY, G²Y, …}, G = wwᵀ, by a block.
 
     The last `width` of the rows in use are multiplied by G, without a float32 copy of w; what the
-    basis holds of that is taken out twice, its coefficients are rows of the projection of G, and
-    the rest as orthonormal rows is the next block, where there is room for it. A direction that
-    adds nothing is a zero row.
+    basis holds of the product is removed twice, its coefficients become rows of the projection of
+    G, and the rest as orthonormal rows is the next block, where there is room for it. A direction
+    that adds nothing is a zero row. Nothing waits for the device.
 
     Args:
-        w: [b, d, n], float16 or bfloat16, contiguous or the transpose of what is.
+        w: [b, d, n], float16 or bfloat16, contiguous or the transpose of a contiguous tensor.
         rows: [b, room, d], float32, contiguous. The first `size` are the basis; the `width` behind
             them are written.
         projected: [b, room, room], float32, contiguous; its rows `size` − `width` to `size` are
@@ -124,7 +127,7 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
         float64 [b], ‖·‖_F of what G adds to the basis.
 
     Raises:
-        TypeError: other dtypes, two devices, or a layout that is neither.
+        TypeError: other dtypes, two devices, or another layout.
         ShapeMismatch: shapes or sizes that do not agree.
     """
     for name, x in (("w", w), ("rows", rows), ("projected", projected)):

@@ -51,21 +51,15 @@ UNMEASURED = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs an op on a device.
+    """What runs an op on a device."""
 
-    Attributes:
-        kernels: the extension, or None for the torch twin.
-        why: one clause, where it is the torch twin.
-        tensor_cores: whether the kernels multiply float32 on the device's tensor cores.
-    """
-
-    kernels: ModuleType | None
-    why: str = ""
-    tensor_cores: bool = False
+    kernels: ModuleType | None  # the extension, or None for the torch twin
+    why: str = ""  # one clause: the reason for the torch twin
+    tensor_cores: bool = False  # do the kernels multiply float32 on the device's tensor cores?
 
 
 def load_extension() -> Choice:
-    """The extension, or why there is none.
+    """Imports the extension, or says why it is missing.
 
     Raises:
         ImportError: PROLORA_NATIVE=ON, and it is missing or of another version.
@@ -92,14 +86,14 @@ EXTENSION = load_extension()
 
 
 def kernels_fit(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether kernels compiled for `architectures` run on a card.
+    """Returns whether kernels compiled for `architectures` run on a card.
 
     Args:
         capability: compute capability of the card, (major, minor).
         architectures: as CMake lists them, such as "75-real 80 90a-real 120": machine code runs on
             cards of the same major and at least the same minor number, intermediate code (all but
-            -real) on that and every later one; those with a letter on that card only ("a"), or
-            within its major number ("f").
+            -real) on that and every later one; with a letter, on that card only ("a"), or within
+            its major number ("f").
     """
     for digits, letter, kind in re.findall(r"(\d+)([af]?)(-real|-virtual)?", architectures):
         built = divmod(int(digits), 10)
@@ -118,7 +112,7 @@ def kernels_fit(capability: tuple[int, int], architectures: str) -> bool:
 
 @functools.cache
 def _cuda_choices() -> tuple[tuple[Choice, ...], str]:
-    """What runs the ops on each CUDA device, and why there is no device."""
+    """Returns what runs the ops on each CUDA device, and why there is no device."""
     kernels = EXTENSION.kernels
     if kernels is None:
         return (), f"no compiled extension: {EXTENSION.why}"
@@ -136,7 +130,7 @@ def _cuda_choices() -> tuple[tuple[Choice, ...], str]:
 
 
 def cuda_status() -> tuple[int, str]:
-    """The number of GPUs that prolora's own kernels run on; if it is 0, one clause that says why.
+    """Counts the GPUs that run prolora's own kernels; for 0, says why.
 
     A GPU that torch alone can use is not counted, and works all the same: torch does the work.
     """
@@ -157,7 +151,7 @@ def require_cuda() -> None:
 
 
 def require_device(device: torch.device | str) -> None:
-    """Checks that a device can do everything that a transfer needs.
+    """Checks that a device can do everything a transfer needs.
 
     Raises:
         RuntimeError: torch cannot use it, or it has no float64.
@@ -176,7 +170,7 @@ def require_device(device: torch.device | str) -> None:
 
 @functools.cache
 def serving(device: torch.device) -> Choice:
-    """What serves a device; says so in the log, once."""
+    """Returns the choice for a device; logs it once."""
     if device.type == "cpu":
         choice = EXTENSION
     elif device.type != "cuda":
@@ -190,17 +184,17 @@ def serving(device: torch.device) -> Choice:
     if choice.kernels is not None:
         logger.info("%s: the compiled extension runs", device)
     else:
-        # On a GPU somebody waits for the kernels; a CPU has little to lose.
+        # Only a warning for a GPU: on a CPU the loss is small.
         level = logging.INFO if device.type == "cpu" else logging.WARNING
         logger.log(level, "%s: torch does the work of the kernels (%s)", device, choice.why)
     return choice
 
 
 def choose(op: str, device: torch.device) -> Choice:
-    """What runs an op on a device.
+    """Returns what runs an op on a device.
 
     Raises:
-        ProLoRAError: PROLORA_KERNELS names something that is no op.
+        ProLoRAError: PROLORA_KERNELS names an unknown op.
     """
     asked = is_asked(op)
     choice = serving(device)
@@ -223,10 +217,10 @@ def _warn_unheeded(op: str, device: torch.device, why: str) -> None:
 
 
 def is_asked(op: str) -> bool:
-    """Whether PROLORA_KERNELS, names of ops with commas between them, names this one.
+    """Returns whether PROLORA_KERNELS (ops with commas between them) names this op.
 
     Raises:
-        ProLoRAError: it names something that is no op.
+        ProLoRAError: it names an unknown op.
     """
     words = os.environ.get("PROLORA_KERNELS", "").split(",")
     names = [word.strip() for word in words if word.strip()]
@@ -237,12 +231,12 @@ def is_asked(op: str) -> bool:
 
 
 def kernels_for(op: str, device: torch.device) -> ModuleType | None:
-    """The extension, where it runs an op on a device; None for the torch twin."""
+    """Returns the extension if it runs an op on a device; None for the torch twin."""
     return choose(op, device).kernels
 
 
 def describe_installation() -> dict[str, str | int]:
-    """What there is of the extension, and what runs each op on the CPU and on a GPU, to print."""
+    """Lists the parts of the extension and what runs each op, to print."""
     kernels = EXTENSION.kernels
     count, why = cuda_status()
     facts: dict[str, str | int] = {
@@ -275,10 +269,10 @@ def run_kernel(
         kernels: has `run`.
         op: its name.
         tensors: contiguous, on one device, in the order of the op's struct in csrc/ops.h.
-        sizes: what follows them there.
+        sizes: follow the tensors there.
         cuda: whether to run the kernel; the tensors' device says where the memory is, and differs
             from it in the emulator only.
-        float64: the precision; None means that of the first tensor.
+        float64: the precision; None means the first tensor's.
 
     Raises:
         KernelFailure: it did not run; PROLORA_NATIVE=OFF leaves the work to torch.

@@ -40,5 +40,5 @@ def check_operands(op: str, **tensors: Tensor) -> None:
 
 
 def flatten_stack(x: Tensor) -> Tensor:
-    """[..., m, n] -> [b, m, n]."""
+    """Reshapes [..., m, n] to [b, m, n]."""
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])

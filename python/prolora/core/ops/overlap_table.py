@@ -39,7 +39,10 @@ def _starts(sizes: Iterable[int]) -> list[int]:
 def run_overlap_table(
     kernels: ModuleType, us: Sequence[Tensor], ut: Sequence[Tensor], cuda: bool
 ) -> tuple[Tensor, Tensor]:
-    """us[g]: [b, m, ks], ut[g]: [b, m, kt] -> table and shells of all groups, float64, flat."""
+    """Runs the kernel for all groups: us[g] [b, m, ks], ut[g] [b, m, kt].
+
+    Table and shells come back flat, in float64.
+    """
     us, ut = [x.contiguous() for x in us], [x.contiguous() for x in ut]
     sizes = [group_sizes(s, t) for s, t in zip(us, ut, strict=True)]
     blocks, strips, shells = (_starts(column) for column in zip(*sizes, strict=True))
@@ -78,10 +81,10 @@ torch.library.register_fake("prolora::overlap_table", _overlap_table_fake)
 
 
 def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """How much the leading a columns of us and b of ut share, for all a and b in one pass.
+    """Sums how much the leading a columns of us and b of ut share.
 
-    With C = usᵀut the overlap at (a, b) is the sum of C² over its first a rows and b columns. All
-    groups run in one launch.
+    With C = usᵀut the overlap at (a, b) is the sum of C² over its first a rows and b columns; one
+    pass gives it for all a and b. All groups run in one launch.
 
     Args:
         us: a group each: [b, m, ks] (or [m, ks]), orthonormal columns, sorted by singular value.

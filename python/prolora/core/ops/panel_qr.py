@@ -20,7 +20,10 @@ library.define("panel_qr(Tensor panel, Tensor? scale=None) -> (Tensor, Tensor, T
 def run_panel_qr(
     kernels: ModuleType, panel: Tensor, scale: Tensor | None, cuda: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of panel [b, r, m], scale float64 [b] -> q [b, r, m], l [b, r, r], rank int64 [b]."""
+    """Runs the kernel on panel [b, r, m] with scale float64 [b].
+
+    It returns q [b, r, m], l [b, r, r] and rank int64 [b].
+    """
     panel = panel.contiguous()
     b, r, m = panel.shape
     # The address of a tensor without elements is 0.
@@ -53,18 +56,20 @@ torch.library.register_fake("prolora::panel_qr", _panel_qr_fake)
 
 
 def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal rows of thin panels: panel = l q, by Cholesky QR, without waiting for a device.
+    """Makes rows of thin panels orthonormal by Cholesky QR: panel = l q.
+
+    Nothing waits for the device.
 
     Args:
         panel: [..., r, m], float32, r ≤ m, r ≤ 128, r·m < 2³¹.
-        scale: float64 [...]; what is left of a row must be longer than 1e-6 of it. For rows that
+        scale: float64 [...]; the rest of a row must be longer than 1e-6 of it. For rows that
             are themselves the rounding of something longer.
 
     Returns:
         q [..., r, m], orthonormal rows; l [..., r, r], lower; rank int64 [...], the rows in use: a
-        row that lies in the span of those above it, to 8 eps of its length or 1e-6 of `scale`, is
-        dropped: a zero row of q, a zero column of l. Rank -1: the other two are NaN, because the
-        panel holds NaN or Inf or rows too close to each other for Cholesky. Not differentiable.
+        row in the span of the rows above it, to 8 eps of its length or 1e-6 of `scale`, is dropped:
+        a zero row of q, a zero column of l. Rank -1: the other two are NaN, because the panel holds
+        NaN or Inf or rows too close to each other for Cholesky. Not differentiable.
 
     Raises:
         TypeError: a dtype other than float32, or a scale other than float64 on the same device.

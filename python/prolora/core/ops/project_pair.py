@@ -17,7 +17,10 @@ library.define("project_pair(Tensor us, Tensor ut, Tensor x) -> (Tensor, Tensor)
 def run_project_pair(
     kernels: ModuleType, us: Tensor, ut: Tensor, x: Tensor, cuda: bool
 ) -> tuple[Tensor, Tensor]:
-    """us: [b, m, ks], ut: [b, m, kt], x: [b, r, m] -> split, moved: [b, 2r, m]."""
+    """Runs the kernel: us [b, m, ks], ut [b, m, kt], x [b, r, m].
+
+    `split` and `moved` are [b, 2r, m].
+    """
     us, ut, x = us.contiguous(), ut.contiguous(), x.contiguous()
     b, r, m = x.shape
     ks, kt = us.shape[2], ut.shape[2]
@@ -67,9 +70,9 @@ torch.library.register_autograd(
 
 
 def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows x through two subspaces: range to range, complement to complement.
+    """Projects rows x through two subspaces: range to range, complement to complement.
 
-    Complements are projected twice: the second time takes out what cancellation left in them.
+    Complements are projected twice: the second time removes what cancellation left in them.
 
     Args:
         us: [..., m, ks], orthonormal columns; zero columns are padding and change nothing.
@@ -78,8 +81,8 @@ def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         split [..., 2r, m]: x usᵀ-inside above x outside, which add up to x; and moved [..., 2r, m]:
-        the first inside ut above the second outside ut. Differentiable in x; the bases are taken
-        as given.
+        the first inside ut above the second outside ut. Differentiable in x; the bases are
+        constants.
 
     Raises:
         TypeError: a dtype other than float32 and float64, or two dtypes or devices.

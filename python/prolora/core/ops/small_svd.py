@@ -26,7 +26,10 @@ library.define("small_singular_values(Tensor a) -> Tensor")
 
 
 def run_small_svd(kernels: ModuleType, a: Tensor, cuda: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """a: [b, m, n] -> u: [b, m, n], s: [b, n], v: [b, n, n]."""
+    """Runs the kernel on a [b, m, n].
+
+    It returns u [b, m, n], s [b, n] and v [b, n, n].
+    """
     a = a.contiguous()
     b, m, n = a.shape
     u, s, v = torch.empty_like(a), a.new_empty(b, n), a.new_empty(b, n, n)
@@ -36,7 +39,7 @@ def run_small_svd(kernels: ModuleType, a: Tensor, cuda: bool) -> tuple[Tensor, T
 
 
 def run_small_singular_values(kernels: ModuleType, a: Tensor, cuda: bool) -> Tensor:
-    """a: [b, m, n] -> s: [b, n]."""
+    """Runs the kernel on a [b, m, n] -> s [b, n]."""
     a = a.contiguous()
     b, m, n = a.shape
     s, scratch = a.new_empty(b, n), _new_scratch(kernels, a, False, cuda)
@@ -84,11 +87,11 @@ torch.library.register_fake("prolora::small_singular_values", _small_singular_va
 
 
 def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of a stack of small matrices, a = u diag(s) vᵀ.
+    """Computes the thin SVD of a stack of small matrices, a = u diag(s) vᵀ.
 
-    The extension takes one-sided Jacobi, the torch twin LAPACK or cuSOLVER. Singular values of at
+    The extension uses one-sided Jacobi, the torch twin LAPACK or cuSOLVER. Singular values of at
     most n·eps·s_1 are rounding noise: they come back as exactly 0, with a zero column in u; v is
-    orthonormal always. A matrix with NaN or Inf gives NaN everywhere. Not differentiable: the
+    always orthonormal. A matrix with NaN or Inf gives NaN everywhere. Not differentiable: the
     gradient of an SVD is undefined where singular values meet. For m much larger than n, take a QR
     first and give its R.
 
@@ -109,9 +112,9 @@ def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def small_singular_values(a: Tensor) -> Tensor:
-    """The singular values of a stack of small matrices, without vectors.
+    """Computes the singular values of a stack of small matrices, without vectors.
 
-    They are those of `small_svd` at less than half the work and memory: values of at most n·eps·s_1
+    The values are `small_svd`'s at less than half the work and memory: values of at most n·eps·s_1
     are exactly 0, and a matrix with NaN or Inf gives NaN.
 
     Args:
@@ -130,7 +133,7 @@ def small_singular_values(a: Tensor) -> Tensor:
 
 
 def _check_matrix(op: str, of_torch: str, a: Tensor) -> int:
-    """The columns of a, which must be at most its rows and 128."""
+    """Returns the columns of a; refuses more than its rows or 128."""
     check_operands(op, a=a)
     m, n = a.shape[-2:]
     if n > m or n > MAX_SVD_COLUMNS:

@@ -23,10 +23,10 @@ PRODUCT = 2 << 20
 # squared norm it had: what is left may then be mostly rounding.
 CANCELLED = 1e-2
 
-# panel_qr drops a row of which the rows above it leave this share of its length or less, or this
+# panel_qr drops a row that the rows above it reduce to this share of its length or less, or this
 # share of the scale that is given.
 DEPENDENT = 1e-6
-TINY, HUGE = 1e-290, 1e200  # as a squared length: of no row, and more than of any
+TINY, HUGE = 1e-290, 1e200  # squared lengths below and above all rows'
 DROPPED = 8 * 2.0**-23
 # By this share the diagonal is raised to find such rows: above the rounding of float64.
 SHIFT = 1e-14
@@ -34,12 +34,12 @@ EXPONENT_BITS = 0x7F800000  # of float32
 
 
 def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
-    """The next block of a basis, and how long the image of the last one is outside of it.
+    """Computes the next block of a basis, and the last image's length outside it.
 
     Args:
         w: [b, d, n], any dtype.
         rows: [b, room, d], the first `size` in use; the next `width` are written.
-        projected: [b, room, room], of which rows `size` − `width` to `size` are written.
+        projected: [b, room, room]; its rows `size` − `width` to `size` are written.
         size: of the basis.
         width: of a block.
 
@@ -59,9 +59,9 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
 
 
 def subtract_basis(image: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [b, c, d] without what a basis [b, size, d] holds of them, and that: [b, c, size].
+    """Removes from rows [b, c, d] what a basis [b, size, d] holds of them.
 
-    Classical Gram-Schmidt, twice.
+    Classical Gram-Schmidt, twice. Also returns what was removed, [b, c, size].
     """
     first = image @ known.mT
     image = torch.baddbmm(image, first, known, alpha=-1)
@@ -70,7 +70,9 @@ def subtract_basis(image: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of C², C = UsᵀUt, over blocks of 64 × 64 and over the entries with max(i, j) = k.
+    """Sums C², C = UsᵀUt, over blocks of 64 × 64 and over shells.
+
+    A shell is the entries with max(i, j) = k.
 
     Args:
         us: a group each [b, m, ks].
@@ -95,7 +97,10 @@ def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, T
 
 
 def block_indicator(u: Tensor) -> Tensor:
-    """u: [b, m, k] -> [k, ⌈k/64⌉], 1 where a column lies in a block: sums as a product."""
+    """Maps u [b, m, k] to [k, ⌈k/64⌉]: 1 where a column lies in a block.
+
+    Block sums become a product.
+    """
     columns = u.shape[2]
     block_of = torch.arange(columns, device=u.device) // BLOCK
     blocks = torch.arange(-(-columns // BLOCK), device=u.device)
@@ -103,7 +108,7 @@ def block_indicator(u: Tensor) -> Tensor:
 
 
 def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows inside us above outside us, and these inside ut above outside ut.
+    """Projects rows: inside and outside us, and these inside and outside ut.
 
     Args:
         us: [b, m, ks], orthonormal columns.
@@ -129,7 +134,7 @@ def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cancelled_matrices(rest: Tensor, rows: Tensor) -> Tensor:
-    """The indices of the matrices [b, r, m] of which a row lost nearly all of its length."""
+    """Finds the matrices [b, r, m] with a row that lost nearly all its length."""
     left = torch.linalg.vector_norm(rest, dim=2).square()  # [b, r]
     had = torch.linalg.vector_norm(rows, dim=2).square()
     indices: Tensor = (left < CANCELLED * had).any(1).nonzero().flatten()
@@ -137,7 +142,7 @@ def cancelled_matrices(rest: Tensor, rows: Tensor) -> Tensor:
 
 
 def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal rows by Cholesky QR, twice; nothing waits for the device.
+    """Makes rows orthonormal by Cholesky QR, twice; nothing waits for the device.
 
     The first Gram matrix is in float64, which carries a condition of 1e6. The substitution keeps
     panel = l q to the rounding of each row whatever the condition; the second pass, in float32,
@@ -145,7 +150,7 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
 
     Args:
         panel: [b, r, m], float32, r ≤ m.
-        scale: float64 [b]; a row of which DEPENDENT · scale or less is left is dropped as well.
+        scale: float64 [b]; a row that shrinks to DEPENDENT · scale or less is dropped as well.
 
     Returns:
         q [b, r, m], l [b, r, r], rank int64 [b]. NaN and rank -1: NaN, Inf, a length beyond the
@@ -161,7 +166,7 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
         smallest = (unit[:, :, 0] * (DEPENDENT * scale[:, None])).square_().clamp_min_(TINY)
     dropped, limit = find_dependent(gram, smallest)  # [b, r]
     squares = gram.diagonal(dim1=1, dim2=2) + dropped
-    # Behind a diagonal this large a row no longer counts; it is still made of those before it.
+    # Behind a diagonal this large a row no longer counts; earlier rows still explain it.
     gram.diagonal(dim1=1, dim2=2).masked_fill_(dropped, HUGE)
     factor = torch.linalg.cholesky_ex(gram)[0]
     factor.diagonal(dim1=1, dim2=2).masked_fill_(dropped, 1)
@@ -184,9 +189,10 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def row_products(panel: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of the rows times a power of two each, float64 [b, r, r], and these [b, r, 1].
+    """Multiplies the rows with each other, each scaled by a power of two.
 
-    The power is 0 for a row whose length float32 cannot hold.
+    The products are float64 [b, r, r], the powers [b, r, 1]. A power is 0 for a row whose length
+    float32 cannot hold.
     """
     wide = panel.double()  # where the squares of float32 are far from the ends of the range
     gram = wide @ wide.mT
@@ -195,18 +201,21 @@ def row_products(panel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def near_reciprocal(size: Tensor) -> Tensor:
-    """The power of two that brings a size to [1, 2); subnormal numbers stay below."""
+    """Returns the power of two that brings a size to [1, 2).
+
+    Subnormal numbers stay below.
+    """
     power = size.clamp_min(torch.finfo(torch.float32).tiny).view(torch.int32)
     return power.bitwise_and(EXPONENT_BITS).view(torch.float32).reciprocal_()
 
 
 def find_dependent(gram: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Which rows those before them explain, bool [b, r]; and what may be left of a row, squared.
+    """Finds rows that the rows before them explain, bool [b, r].
 
-    A factorisation that drops rows one after the other waits for each. Here all pivots come from
-    one Cholesky factorisation with a little more on the diagonal, so that it gets to the end. A
-    row to be dropped counts for those behind it, which matters to a row along what is left of it
-    alone; `panel_qr` looks afterwards whether there was one.
+    Also returns what may be left of a row, squared. A factorisation that drops rows one after the
+    other waits for each. Here all pivots come from one Cholesky factorisation with a little more on
+    the diagonal, so that it gets to the end. A row to be dropped counts for the rows behind it,
+    which matters only to a row along what is left of it; `panel_qr` looks for such rows afterwards.
 
     Args:
         gram: products of the rows, float64 [b, r, r].
@@ -222,7 +231,7 @@ def find_dependent(gram: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tens
 
 
 def substitute_rows(factor: Tensor, panel: Tensor, unit: Tensor, dropped: Tensor) -> Tensor:
-    """factor⁻¹ (unit · panel) [b, r, m], with zeros where a row is dropped [b, r].
+    """Solves factor⁻¹ (unit · panel) [b, r, m], with zeros for dropped rows.
 
     Args:
         factor: lower [b, r, r], with no entry below the diagonal in the column of a dropped row.
@@ -240,7 +249,7 @@ def substitute_rows(factor: Tensor, panel: Tensor, unit: Tensor, dropped: Tensor
 
 
 def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.linalg.svd, the stack shared out over the threads of the CPU.
+    """Runs torch.linalg.svd, the stack shared out over the threads of the CPU.
 
     torch takes one matrix after the other, and at these sizes LAPACK has no use for a second
     thread.
@@ -257,7 +266,7 @@ def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def small_singular_values(a: Tensor) -> Tensor:
-    """torch.linalg.svdvals, the stack shared out over the threads of the CPU.
+    """Runs torch.linalg.svdvals, the stack shared out over the threads of the CPU.
 
     Args:
         a: [b, m, n], n ≤ m.
@@ -269,13 +278,13 @@ def small_singular_values(a: Tensor) -> Tensor:
 
 
 def share_of_threads(a: Tensor) -> list[Tensor]:
-    """A stack in as many parts as the CPU has threads for; on a GPU in one."""
+    """Splits a stack into one part for each CPU thread; on a GPU into one."""
     workers = torch.get_num_threads() if a.device.type == "cpu" else 1
     return list(a.tensor_split(max(1, min(len(a), workers))))
 
 
 def svd_of_stack(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same on one thread: noise among s is 0, NaN and Inf give NaN."""
+    """Decomposes on one thread: noise among s is 0, NaN and Inf give NaN."""
     n = a.shape[2]
     finite = a.isfinite().all(2).all(1)[:, None, None]  # [b, 1, 1]
     u, s, vt = torch.linalg.svd(torch.where(finite, a, 0), full_matrices=False)
@@ -286,7 +295,7 @@ def svd_of_stack(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def values_of_stack(a: Tensor) -> Tensor:
-    """The singular values on one thread: noise is 0, NaN and Inf give NaN."""
+    """Returns the singular values on one thread: noise is 0, NaN and Inf give NaN."""
     n = a.shape[2]
     finite = a.isfinite().all(2).all(1)[:, None]  # [b, 1]
     s = torch.linalg.svdvals(torch.where(finite[:, None], a, 0))

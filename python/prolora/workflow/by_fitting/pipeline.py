@@ -9,7 +9,7 @@ from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
 from ...architectures.modules import is_in_text_encoder
-from ...bases import Base
+from ...bases import Base, vae
 from ...bases.cache.basis_cache import BasisCache
 from ...core.lowrank import LowRank
 from ...core.methods import MethodChoice
@@ -23,7 +23,7 @@ from ..by_weights.assembly import build_metadata, list_kernels
 from ..by_weights.base_pair import (
     BasePair,
     Depth,
-    MakeNotes,
+    Notes,
     list_inputs,
     prefix_notes,
     read_lora,
@@ -36,12 +36,18 @@ from ..options import FIT, LoraLike
 from ..report import Report
 from ..result import Transfer
 from .common_parts import CommonParts
-from .plan import FitJob, check_fittable, outline_fit, plan_modules
+from .plan import FitJob, check_fittable, explain_need, outline_fit, plan_modules
 from .rows import build_fit_report, list_modules, outline_report
 from .running import fit_models, plan_memory_of_card
 
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
+
+SERVES = (
+    "Moving by weights serves here: all of the LoRA has a place on {target}, and `transfer` takes "
+    "seconds. On test models fits were at times worse there; this one is written only if held-out "
+    "samples say that it is better."
+)
 
 
 def fit_to_pipelines(
@@ -49,7 +55,7 @@ def fit_to_pipelines(
     source: Base,
     target: Base,
     options: FitOptions,
-    notes: MakeNotes | None = None,
+    notes: Notes | None = None,
     common: CommonParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
@@ -79,6 +85,8 @@ def fit_to_pipelines(
     rival = move_rival(job)
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
+    if rival is not None and not _explain_fit(job, rival):
+        job = replace(job, serves=SERVES.format(target=target.name))
     with common.one_fit():
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
@@ -87,10 +95,11 @@ def fit_to_pipelines(
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
-            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
-            return Transfer(moved, replace(scaled, grid=grid), files, *written)
-    fitted, fit_report = _finish_fit(job, blank, updates, report, _read_notes(notes))
-    return Transfer(fitted, replace(fit_report, grid=grid), files, *written)
+            noted = prefix_notes(notes or {})
+            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, noted)
+            return Transfer(moved, replace(scaled, grid=grid, why=job.serves), files, *written)
+    fitted, fit_report = _finish_fit(job, blank, updates, report, prefix_notes(notes or {}))
+    return Transfer(fitted, replace(fit_report, grid=grid, why=job.serves), files, *written)
 
 
 def prepare_fit(
@@ -142,30 +151,37 @@ def _outline_result(job: FitJob) -> Adapter:
     return replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
 
 
-def _read_notes(notes: MakeNotes | None) -> dict[str, str]:
-    return {} if notes is None else prefix_notes(notes(BasisCache(None)))
-
-
 @dataclass(frozen=True)
 class Rival:
     """What moving by weights alone makes of the LoRA: the result, and how that was decided."""
 
     done: Transfer
     ledger: Ledger
+    refusal: UnrelatedBases | None = None  # of `auto`, in whose place a copy stands
+
+
+def _explain_fit(job: FitJob, rival: Rival) -> str:
+    """Returns why a fit is called for; "" where its rival serves."""
+    source, target = job.source, job.target
+    assert source.path is not None and target.path is not None
+    found = rival.refusal or rival.done.report
+    different = vae.explain_different_latents(source.path, target.path)
+    return different or explain_need(found, source, target, job.options.target_steps)
 
 
 def move_rival(job: FitJob) -> Rival | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
+    refusal = None
     with BasisCache(job.options.cache).saving() as cache:
         for method in methods:
             options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
             try:
                 pair = BasePair(job.source, job.target, options, cache)
                 (ledger,) = pair.move([pair.plan(job.adapter)])
-                return Rival(pair.finish(ledger, hashed=False), ledger)
-            except UnrelatedBases:
-                continue
+                return Rival(pair.finish(ledger, hashed=False), ledger, refusal)
+            except UnrelatedBases as error:
+                refusal = error
             except ProLoRAError:
                 return None
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,19 +13,19 @@ from ...adapters.adapter import Adapter
 from ...architectures.modules import is_in_text_encoder, may_be_fitted
 from ...bases import Base, vae
 from ...bases.pipeline_files import (
-    FEW_STEP_SCHEDULERS,
     PIPELINE_INDEX,
+    draws_in_few_steps,
     is_pipeline,
     read_pipeline_index,
 )
 from ...core.lowrank import LowRank
-from ...errors import UnsupportedFormat
+from ...errors import ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ...files.jsontext import read_json_object
 from ...probe.modules import NO_KIND, choose_fitted
-from ...probe.settings import FEW_STEPS
 from ...probe.workload import Workload
 from ..fit_options import FitOptions, PassedOn
 from ..plan import ModulePlan, check_fits_source, place_text_encoders
+from ..report import Report
 
 if TYPE_CHECKING:
     from ...probe.pipelines import CardPlan
@@ -55,6 +55,7 @@ class FitJob:
     target: Base
     options: FitOptions
     card: CardPlan | None = None
+    serves: str = ""  # why moving by weights would do, said before a model runs
 
 
 def check_fittable(source: Base, target: Base) -> None:
@@ -148,6 +149,35 @@ def fitted_modules(names: Iterable[str], source: Base) -> set[str]:
     return {name for name in names if may_be_fitted(source.shapes.get(name, ()))}
 
 
+def explain_need(
+    found: Report | ProLoRAError, source: Base, target: Base, target_steps: int | None
+) -> str:
+    """Returns why a fit is called for; "" where moving by weights serves.
+
+    Args:
+        found: what became of the LoRA by weights.
+        source: the base that it was trained on.
+        target: the base that it goes to.
+        target_steps: in which the target is said to draw.
+    """
+    if isinstance(found, UnrelatedBases):
+        return "the weights of the two models have nothing in common"
+    if isinstance(found, ProLoRAError):
+        return "the two models are built differently"
+    denoiser = [
+        row
+        for row in found.modules
+        if row.source not in found.unread and not is_in_text_encoder(row.source)
+    ]
+    lost = fitted_modules((row.source for row in denoiser if row.status != "mapped"), source)
+    if lost:
+        return f"{len(lost)} of the LoRA's modules have no place on {target.name}"
+    moved = fitted_modules((row.source for row in denoiser), source)
+    if moved and draws_in_few_steps(target, target_steps) and not draws_in_few_steps(source):
+        return f"{target.name} draws in few steps, where a LoRA that was only moved fades"
+    return ""
+
+
 def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
     """Returns target module -> shape, of all that may get an update."""
     ours, theirs = (
@@ -164,24 +194,22 @@ def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tu
 def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
     """What a fit will ask of both models at most, from settings and configurations alone."""
     assert source.path is not None and target.path is not None
-    scheduler = _read_settings(target.path / "scheduler" / "scheduler_config.json")
-    few = scheduler.get("_class_name") in FEW_STEP_SCHEDULERS
-    steps = options.target_steps or (min(FEW_STEPS, options.steps) if few else options.steps)
-    guidance = options.target_guidance if options.target_guidance is not None else options.guidance
-    ours = _count_branches(source.path, options.guidance)
-    return Workload(options, steps, (ours, _count_branches(target.path, guidance)))
+    of_target = options.for_target(draws_in_few_steps(target), _embeds_guidance(target.path))
+    sides = (source.path, options.guidance), (target.path, of_target.guidance)
+    # Two predictions a step with guidance, unless the model has learnt it.
+    ours, theirs = (
+        2 if (guidance is None or guidance > 1) and not _embeds_guidance(folder) else 1
+        for folder, guidance in sides
+    )
+    return Workload(options, of_target.steps, (ours, theirs))
 
 
-def _count_branches(folder: Path, guidance: float | None) -> int:
-    """Predictions of a step of a sampler: two with guidance, unless the model has learnt it."""
+def _embeds_guidance(folder: Path) -> bool:
+    """Returns whether the model of a pipeline takes its guidance scale as an input."""
     part = read_pipeline_index(folder).denoiser
-    config = _read_settings(folder / part / "config.json") if part else {}
-    guided = (guidance is None or guidance > 1) and not config.get("guidance_embeds")
-    return 2 if guided else 1
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    return read_json_object(file) if file.is_file() else {}
+    file = folder / (part or "") / "config.json"
+    config = read_json_object(file) if file.is_file() else {}
+    return bool(config.get("guidance_embeds") or config.get("time_cond_proj_dim"))
 
 
 def outline_fit(

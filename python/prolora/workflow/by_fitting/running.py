@@ -182,7 +182,8 @@ def fit_models(
     foreseen = foresee_work(source, target, options)
     if options.progress:
         total = sum(map(sum, foreseen.predictions.values()))
-        options.progress(0, total, foreseen.sentence(source.name, target.name))
+        work = foreseen.sentence(source.name, target.name)
+        options.progress(0, total, f"{job.serves} {work}".strip())
         options.progress(0, total, OPENING)
     parts = LoraParts.of(job.adapter, source, target, options.text_encoder)
     moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}

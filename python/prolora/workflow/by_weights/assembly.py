@@ -11,11 +11,10 @@ from ...adapters.formats.metadata import rewrite_metadata
 from ...adapters.formats.moves import read_moves, write_moves
 from ...bases import Base
 from ...bases.base import list_quantised
-from ...bases.cache.basis_cache import BasisCache
-from ...bases.identity import compute_identity, compute_short_hash
+from ...bases.identity import compute_hint, compute_short_hash
 from ...bases.pipeline_files import draws_in_few_steps, is_pipeline
 from ...core.lowrank import LowRank
-from ...files.writing import replace_surrogates
+from ...files.store import replace_surrogates
 from ...version import __version__
 from ..block_weights import BlockWeights
 from ..module_report import ModuleReport
@@ -59,8 +58,8 @@ def list_kernels(modules: Iterable[str], target: Base) -> dict[str, tuple[int, .
     return {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
 
 
-def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str, str]:
-    """The header of the result: the LoRA's own, with the target's names and how it was made."""
+def build_metadata(ledger: Ledger) -> dict[str, str]:
+    """Returns the LoRA's own header with the target's names, and how the result was made."""
     source, target, options = ledger.source, ledger.target, ledger.options
     provenance = {
         "version": __version__,
@@ -74,10 +73,7 @@ def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str,
         "target": target.name,
         **write_moves(read_moves(ledger.adapter.metadata)),
     }
-    hashes = {
-        "source_hash": compute_identity(source, cache),
-        "target_hash": compute_identity(target, cache),
-    }
+    hashes = {"source_hash": compute_hint(source), "target_hash": compute_hint(target)}
     metadata = rewrite_metadata(
         ledger.adapter.metadata,
         target_name=target.name,

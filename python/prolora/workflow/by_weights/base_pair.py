@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -32,8 +32,9 @@ from .move_updates import move_all
 from .rows import check_coverage, outline_rows
 from .vectors import carry_vectors
 
-MakeNotes = Callable[[BasisCache], Mapping[str, str]]
-"""What the header of a result says of its making."""
+Notes = Mapping[str, str]
+"""What the header of a result says of its making. It is computed when nothing can be refused any
+more, as it may read all bytes of the bases."""
 
 Depth = Literal["updates", "outline", "header"]
 """How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
@@ -154,7 +155,7 @@ class BasePair:
         return again
 
     def finish(
-        self, ledger: Ledger, notes: MakeNotes | None = None, *, hashed: bool = True
+        self, ledger: Ledger, notes: Notes | None = None, *, hashed: bool = True
     ) -> Transfer:
         """The adapter of the target, and the report.
 
@@ -177,8 +178,8 @@ class BasePair:
         metadata = dict(ledger.adapter.metadata)
         if hashed:
             with ledger.clock("hash"):
-                metadata = build_metadata(ledger, self.cache)
-                metadata |= prefix_notes(notes(self.cache)) if notes else {}
+                metadata = build_metadata(ledger)
+                metadata |= prefix_notes(notes or {})
         moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
         moved = weigh_adapter(moved, ledger.block_factors)
         ledger.weigh_rows()
@@ -216,7 +217,7 @@ def move_lora(
     source: Base,
     target: Base,
     options: TransferOptions,
-    notes: MakeNotes | None = None,
+    notes: Notes | None = None,
     *,
     hashed: bool = True,
 ) -> Transfer:

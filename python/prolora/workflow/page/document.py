@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-from ...files.ownership import make_mark
 from ...version import __version__
 from ..place_map import PlaceMap
 from ..table import Cell, Column, Row, Table
@@ -268,7 +267,6 @@ def _write_document(title: str, body: Html) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="generator", content=f"prolora {__version__}"),
-        tag("meta", name="prolora", content=make_mark("report")),
         tag("meta", name="referrer", content="no-referrer"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{title} – prolora"),

@@ -1,0 +1,218 @@
+"""An open LoRA: headers and a reader of a file, folder or state dict."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from ..errors import NonFiniteWeights, UnsupportedFormat, input_error
+from ..files.dtypes import name_dtype
+from ..files.hub import spell_path
+from ..files.jsontext import parse_json_object, read_json_object
+from ..files.safetensors_file import SafetensorsFile
+from .folder import (
+    ADAPTER_FILES,
+    DIFFUSERS_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PICKLES,
+    choose_files,
+)
+from .hub import locate_adapter
+
+if TYPE_CHECKING:  # what a file is can be said without torch, which takes seconds to import
+    from torch import Tensor
+
+StrPath = str | os.PathLike[str]
+
+
+class PeftConfigLike(Protocol):
+    """A configuration of PEFT, as `peft.LoraConfig` is one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration's fields."""
+
+
+LoraSource: TypeAlias = (
+    "StrPath | Mapping[str, Tensor] | tuple[Mapping[str, Tensor], PeftConfigLike]"
+)
+"""A .safetensors file, a PEFT folder, an id on the Hugging Face Hub, a state dict, or (state dict,
+`peft.LoraConfig`)."""
+
+# Bytes; a pattern for every module of the largest models takes a tenth.
+_CONFIG_LIMIT = 4 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """Dtype, by its name in headers, and shape of an unread tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """An open LoRA: headers and metadata at once, tensors one by one.
+
+    As a context manager it closes its file at the end; an open file cannot be replaced on Windows.
+    """
+
+    where: str  # its name in messages
+    headers: dict[str, Header]  # key -> dtype and shape, in file order
+    read: Callable[[str], Tensor]  # key -> tensor
+    metadata: dict[str, str]  # header metadata of the file
+    config: dict[str, Any] | None = None  # adapter_config.json of a PEFT folder
+    path: Path | None = None  # the file of the weights, if any
+    close: Callable[[], None] = lambda: None  # closes the file; reading a tensor opens it again
+    # What was found in its keys, by what was known of the base
+    parsed: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, source: LoraSource | Lora, metadata: Mapping[str, str] | None = None) -> Lora:
+        """Opens a LoRA without reading a tensor.
+
+        Args:
+            source: a .safetensors file, a state dict, a PEFT folder or a folder that diffusers
+                saved a LoRA in; (state dict, `peft.LoraConfig`), as PEFT has the two in memory;
+                `org/name` or `hf://org/name[@revision][/path]` on the Hugging Face Hub, if no local
+                file has that name; an open LoRA is returned.
+            metadata: replaces the metadata of the file; a state dict has none of its own.
+
+        Raises:
+            UnsupportedFormat: not a readable LoRA, or the hub does not give it.
+        """
+        if isinstance(source, Lora):
+            return source
+        if isinstance(source, Mapping):
+            return _open_mapping(source, dict(metadata or {}))
+        if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping):
+            return _open_mapping(source[0], dict(metadata or {}), _read_config(source[1]))
+        if not isinstance(source, str | os.PathLike):
+            raise UnsupportedFormat(
+                "a LoRA is a file, a folder, a state dict or (state dict, peft.LoraConfig), not "
+                f"{type(source).__name__}"
+            )
+        path = Path(source)
+        try:
+            path = locate_adapter(source)
+            opened = _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
+        except OSError as error:  # a folder without permission, a name that is too long, …
+            raise input_error(path, error) from error
+        return opened if path == Path(source) else replace(opened, where=spell_path(source))
+
+    def __enter__(self) -> Lora:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        """Closes the file."""
+        self.close()
+
+
+def read_finite(source: Lora, key: str) -> Tensor:
+    """Reads a tensor as float32, in memory of its own.
+
+    Raises:
+        NonFiniteWeights: it holds NaN or Inf.
+    """
+    import torch
+
+    from ..core.precision import is_finite
+
+    tensor = source.read(key).to(torch.float32, copy=True)
+    if not is_finite(tensor):
+        raise NonFiniteWeights(
+            f"{source.where}: {key} holds NaN or Inf; the training diverged or the file is damaged"
+        )
+    return tensor
+
+
+def _read_config(config: PeftConfigLike) -> dict[str, Any]:
+    """Reads a configuration of PEFT as the JSON object that PEFT saves.
+
+    Raises:
+        UnsupportedFormat: it is something else.
+    """
+    kind = type(config).__name__
+    if not hasattr(config, "to_dict"):
+        raise UnsupportedFormat(f"a peft.LoraConfig stands beside a state dict, not {kind}")
+    try:
+        # Sets become lists, and what is neither JSON nor a set is of no LoRA that is read.
+        text = json.dumps(
+            config.to_dict(), default=lambda x: [*x] if isinstance(x, set) else str(x)
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnsupportedFormat(
+            f"a peft.LoraConfig stands beside a state dict; this {kind} has no fields as it has "
+            f"them ({error})"
+        ) from error
+    return parse_json_object(text, "the configuration")
+
+
+def _open_mapping(
+    tensors: Mapping[str, Tensor], metadata: dict[str, str], config: dict[str, Any] | None = None
+) -> Lora:
+    import torch
+
+    where = "the state dict"
+    headers = {}
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not torch.is_tensor(tensor):
+            raise UnsupportedFormat(
+                f"{where}: {key!r:.100} is {type(tensor).__name__}; names and torch tensors only"
+            )
+        if reason := _explain_unreadable(tensor):
+            raise UnsupportedFormat(f"{where}: {key} {reason}")
+        headers[key] = Header(name_dtype(tensor.dtype), tuple(tensor.shape))
+    return Lora(where, headers, lambda key: tensors[key].detach().cpu(), metadata, config)
+
+
+def _explain_unreadable(tensor: Tensor) -> str:
+    """Says why the numbers of a tensor cannot be read, "" if they can."""
+    if tensor.is_meta:
+        return "is on the meta device and holds no numbers; load the model's weights first"
+    if tensor.is_complex():
+        return f"is complex ({tensor.dtype}); a LoRA has real factors"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype}); give its dequantize()"
+    if tensor.is_nested:
+        return "is a nested tensor; give its parts one by one"
+    if str(tensor.layout) != "torch.strided":
+        return f"is sparse ({tensor.layout}); give its to_dense()"
+    return ""
+
+
+def _open_file(
+    path: Path, metadata: Mapping[str, str] | None, config: dict[str, Any] | None = None
+) -> Lora:
+    file = SafetensorsFile(path, keep_open=True)
+    headers = {key: Header(info.stored, info.shape) for key, info in file.tensors.items()}
+    kept = file.metadata if metadata is None else dict(metadata)
+    return Lora(str(path), headers, file.read, kept, config, path, file.close)
+
+
+def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Lora:
+    there = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if own := choose_files(there):
+        config = read_json_object(folder / own[0], _CONFIG_LIMIT) if own[1:] else None
+        return _open_file(folder / own[-1], metadata, config)
+    for name in PICKLES:
+        if name in there:
+            SafetensorsFile(folder / name)  # raises, with the command that converts it
+    if any((folder / name).is_file() for name in ("model_index.json", "config.json")):
+        raise UnsupportedFormat(f"{folder}: the folder of a model, not a LoRA; give the LoRA")
+    count = sum(1 for _ in folder.glob("*.safetensors"))
+    if count > 1:
+        raise UnsupportedFormat(
+            f"{folder}: a folder of {count} LoRAs; give its files ({folder / '*.safetensors'}) and "
+            "a folder for the results, or plan the move of a collection"
+        )
+    raise UnsupportedFormat(
+        f"{folder}: holds neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}; "
+        "name a .safetensors file"
+    )
