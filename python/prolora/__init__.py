@@ -39,7 +39,7 @@ from .version import __version__
 from .workflow.advice import Advice, advise
 from .workflow.advice_options import AdviceOptions
 from .workflow.batch import transfer_many
-from .workflow.check import BaseCheck, check
+from .workflow.check import Check, check
 from .workflow.convert import convert, convert_file
 from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
@@ -48,7 +48,6 @@ from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
-from .workflow.inspection import Description, inspect
 from .workflow.merge import merge, merge_file
 from .workflow.merge_options import MergeOptions
 from .workflow.options import TransferMethod, TransferOptions
@@ -66,12 +65,11 @@ __all__ = [
     "AdviceOptions",
     "AlreadyMoved",
     "Base",
-    "BaseCheck",
     "BaseLike",
     "Basis",
+    "Check",
     "Comparison",
     "ConvertOptions",
-    "Description",
     "ExpertsLike",
     "ExtractOptions",
     "FitOptions",
@@ -117,7 +115,6 @@ __all__ = [
     "fit",
     "fit_file",
     "fit_many",
-    "inspect",
     "load_moved_lora",
     "merge",
     "merge_file",

@@ -103,10 +103,6 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
         write_inputs,
         lambda box: ["migrate", box.inputs / "loras", *bases(box), "-o", box.out, "--cache=none"],
     ),
-    "basis": (
-        write_inputs,
-        lambda box: ["basis", box.inputs / "source", "--cache", box.out / "c", "-q"],
-    ),
     "fit with resume": (
         damage.write_pipelines,
         lambda box: [
@@ -189,8 +185,6 @@ def run_folders(box: Box, scale: float, seed: int) -> Row:
         for words in (
             ["migrate", box.inputs / "loras", *bases(box), "-o", box.out, "--cache=none"],
             [word for word in cached if word != "--cache=none"],
-            ["basis", "prune", "--cache", box.out / "c"],
-            ["basis", "prune", "--all", "--cache", box.out / "c"],
         ):
             box.begin(template)
             folder = box.out / name

@@ -221,8 +221,7 @@ def instead(name: str) -> Callable[[Box], Path]:
 
 def use_cache(box: Box) -> list[Words]:
     moved = move(box, "lora.safetensors", "--method", "prolora", "--rank", "4")
-    verify: Words = ["basis", "verify", "--cache", box.cache]
-    return [[*moved, "--cache", box.cache], verify, ["basis", "list", "--cache", box.cache]]
+    return [[*moved, "--cache", box.cache]]
 
 
 def carry_on(box: Box, loras: object = "") -> list[Words]:
@@ -241,16 +240,16 @@ def quick(box: Box, *more: object) -> Words:
 PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = {
     "LoRA": (
         place("in/lora.safetensors"),
-        lambda box: [quick(box), ["inspect", box.inputs / "lora.safetensors"]],
+        lambda box: [quick(box), ["check", box.inputs / "lora.safetensors"]],
     ),
     "LoRA, old suffix": (
         place("in/lora.ckpt"),
-        lambda box: [move(box, "lora.ckpt"), ["inspect", box.inputs / "lora.ckpt"]],
+        lambda box: [move(box, "lora.ckpt"), ["check", box.inputs / "lora.ckpt"]],
     ),
     "PEFT configuration": (
         place("in/peft/adapter_config.json"),
         lambda box: [
-            ["inspect", box.inputs / "peft"],
+            ["check", box.inputs / "peft"],
             ["transfer", box.inputs / "peft", *bases(box), "-o", box.out / "p"],
         ],
     ),
@@ -365,14 +364,14 @@ def list_named(box: Box) -> Iterator[tuple[str, Callable[[str], list[Words]]]]:
         tensors[f"{name}.lora_up.weight"] = tensors.pop(f"{KEY}.lora_up.weight")
         tensors[f"{name}.lora_down.weight"] = tensors.pop(f"{KEY}.lora_down.weight")
         save_file(tensors, lora)
-        return [quick(box), ["inspect", lora]]
+        return [quick(box), ["check", lora]]
 
     def write_metadata(name: str) -> list[Words]:
         keys = ("modelspec.title", "ss_output_name", "ss_sd_model_name", "modelspec.license")
         keys = (*keys, "modelspec.trigger_phrase", "prolora.target", name or "key")
         save_file(load_file(lora), lora, dict.fromkeys(keys, name))
         page = ("--report", box.out / "page.html", "--card")
-        return [["inspect", lora], quick(box, *page)]
+        return [["check", lora], quick(box, *page)]
 
     def name_file(name: str) -> list[Words]:
         other = box.inputs / "loras" / (name.replace("/", "_") + ".safetensors")
@@ -479,7 +478,7 @@ def run_patterns(box: Box, scale: float, seed: int) -> Row:
                 before = box.look()
                 out = box.out / ("p" if place == "folder" else "p.safetensors")
                 words = ["transfer", lora, *bases(box), "-o", out, "--cache=none"]
-                for command in (words, ["inspect", lora]):
+                for command in (words, ["check", lora]):
                     run = box.run(*command, seconds=6)
                     verdicts = judge_ending(box, run, before)
                     done = "done" if run.code == 0 else "refused"

@@ -220,7 +220,7 @@ def warm_up(box: Box) -> None:
         ("transfer", lora, *bases, "-o", out, "--report", box.out / "report.json", "--card"),
         ("transfer", lora, *bases, "-o", other, "--method", "prolora", "--cache=none"),
         ("migrate", lora, *bases, "-o", box.out / "moved", "--cache=none"),
-        ("inspect", lora),
+        ("check", lora),
     ):
         sys.argv = ["prolora", *map(str, words)]
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -281,7 +281,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         for path in tmp_path.iterdir()
         if path.name != "x"
         for path in path.rglob("*")
-        if path.is_file() and path.name != cache_folder.MARKER.name
+        if path.is_file()
     ]
 
 

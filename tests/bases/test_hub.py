@@ -103,7 +103,6 @@ def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
     for line in (
         ["transfer", str(lora), *where, "-o", str(out)],
         ["advise", *where],
-        ["basis", ids[0], "--rank", "4"],
     ):
         monkeypatch.setattr("sys.argv", ["prolora", *line])
         with pytest.raises(SystemExit) as stop:

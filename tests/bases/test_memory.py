@@ -13,7 +13,6 @@ from spectra import related, weights
 
 import prolora
 from prolora.bases import memory
-from prolora.bases.cache.build import survey_base
 from prolora.bases.memory import Memory, Room, resident_bytes
 from prolora.comparison.comparison import compare as compare_bases
 from prolora.errors import TooLittleMemory
@@ -174,7 +173,6 @@ def test_a_text_bounds_memory_wherever_a_number_does(tmp_path):
         for work in (
             lambda bound: prolora.transfer(lora, source, target, max_memory=bound),
             lambda bound: compare_bases(source, target, max_memory=bound),
-            lambda bound: survey_base(source, 4, max_memory=bound),
         ):
             with pytest.raises(TooLittleMemory, match=r"1\.0 MiB` is too little"):
                 work(bound)

@@ -41,7 +41,7 @@ def test_a_pipeline_folder_is_both_and_a_dry_run_shows_both(prolora, files, tmp_
     code, text, _ = prolora(*line, "--dry-run")
     assert code == 0 and "style_low" in text and "2 would move" in text
     assert not list(tmp_path.glob("style_*"))
-    code, text, _ = prolora("inspect", folder)
+    code, text, _ = prolora("check", folder)
     assert code == 0 and "transformer for high noise, transformer_2 for low noise" in text
 
 

@@ -89,7 +89,7 @@ def test_merge_moves_what_has_another_base_and_tells_what_of_each_is_kept(
     assert [part["strength"] for part in record["merge"]["parts"]] == [1.0, 0.25]
     code, text, _ = prolora("check", out, target)
     assert code == 0
-    code, text, _ = prolora("inspect", out)
+    code, text, _ = prolora("check", out)
     assert code == 0 and "target" in text
     code, _, err = prolora(*words, "-o", other)
     assert code == 2 and "other.safetensors" in err

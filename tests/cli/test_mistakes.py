@@ -260,9 +260,9 @@ MISTAKES = {
         ("advise", "--source", "old.pt", "--target", "target"),
         "old.pt: a pickle checkpoint in the old format; it can run code when it is loaded",
     ),
-    "nothing to look at": (("inspect",), "Missing argument 'FILE'"),
-    "a missing file to look at": (("inspect", "lorra.safetensors"), "Similar here: lora.safet"),
-    "a folder of LoRAs to look at": (("inspect", "loras"), "name one of them"),
+    "nothing to look at": (("check",), "Missing argument 'FILE'"),
+    "a missing file to look at": (("check", "lorra.safetensors"), "Similar here: lora.safet"),
+    "a folder of LoRAs to look at": (("check", "loras"), "name one of them"),
     "an overlap that is no rank": (
         ("advise", *BASES, "--overlap", "x"),
         "--overlap takes an integer or a share like 0.9",
@@ -282,8 +282,6 @@ MISTAKES = {
     ),
     "a demo of what is not shipped": (("demo", "--target", "sdxl"), "unknown demo target 'sdxl'"),
     "a LoRA that is not shipped": (("demo", "--lora", "x"), "unknown demo LoRA 'x': choose from"),
-    "subspaces of a LoRA": (("basis", "lora.safetensors"), "is a LoRA or a model with one"),
-    "an age that is none": (("basis", "prune", "--older-than", "soon"), "an age is a number of"),
 }
 
 
@@ -305,7 +303,7 @@ def test_a_mistake_is_answered_in_one_line_and_writes_nothing(prolora, room, wor
 @pytest.mark.parametrize("name", [pytest.param("old.pt", marks=pytest.mark.slow), "my old.ckpt"])
 def test_the_command_that_converts_a_pickle_can_be_copied(prolora, room, name):
     """It runs as it stands on its line; in double quotes, which cmd.exe knows too."""
-    _, _, error = prolora("inspect", name)
+    _, _, error = prolora("check", name)
     command = error.splitlines()[1]
     assert "'" not in command.partition('sys.argv[2])"')[2]
     subprocess.run(command, shell=True, check=True, env=os.environ, timeout=120)
@@ -314,7 +312,7 @@ def test_the_command_that_converts_a_pickle_can_be_copied(prolora, room, name):
 
 
 def test_a_name_cannot_forge_a_second_line(prolora, room):
-    _, _, error = prolora("inspect", "x\nError: all is well")
+    _, _, error = prolora("check", "x\nError: all is well")
     assert len(error.splitlines()) == 1 and r"x\nError: all is well" in error
 
 

@@ -35,9 +35,8 @@ def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch)
         (*move, "--dry-run", "--modules"),
         (*move, "--method", "prolora", "--cache=none", "-o", out, "--modules"),
         (*compare, "--modules", "--sweep", *cache),
-        ("inspect", lora),
-        ("inspect", source),
-        ("basis", source, "--cache=none"),
+        ("check", lora),
+        ("check", source),
         ("doctor",),
     ):
         code, text, _ = prolora(*line)
@@ -93,7 +92,6 @@ def test_a_narrow_terminal_loses_no_number(prolora, case, tmp_path, monkeypatch,
             tmp_path / "o.safetensors",
         ),
         ("advise", *bases, "--explain"),
-        ("basis", source, "--cache=none"),
     ):
         monkeypatch.setenv("COLUMNS", "80")
         full = [row.rstrip() for row in prolora(*line)[1].splitlines() if re.search(r"\d", row)]

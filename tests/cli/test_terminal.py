@@ -54,7 +54,7 @@ for line in json.loads(sys.argv[1]):
 def test_brackets_in_file_names_are_no_markup(prolora, case, tmp_path, name):
     lora, source, target = case
     named = lora.rename(tmp_path / f"{name}.safetensors")
-    code, text, _ = prolora("inspect", named)
+    code, text, _ = prolora("check", named)
     assert code == 0 and f"{name}.safetensors" in text
     bases = ("--source", source.rename(tmp_path / f"s {name}"), "--target", target)
     out = tmp_path / f"{name} out.safetensors"
@@ -79,7 +79,7 @@ def test_keys_are_neither_markup_nor_commands(prolora, case, tmp_path, tail):
     save_file(tensors, bad)
     bases = ("--source", source, "--target", target)
     for line in (
-        ("inspect", bad),
+        ("check", bad),
         ("transfer", bad, *bases, "-o", tmp_path / "out.safetensors"),
         ("transfer", bad, bad.rename(bad.with_name("b.safetensors")), *bases, "-o", tmp_path),
     ):
@@ -102,16 +102,13 @@ def test_control_characters_reach_no_terminal(prolora, tmp_path):
     cache = ("--cache", tmp_path / f"cache{name}")
     said = ""
     for line in (
-        ("inspect", lora),
-        ("inspect", source),
+        ("check", lora),
+        ("check", source),
         ("advise", *bases, *cache),
         ("transfer", lora, *bases, "-o", tmp_path / f"out{name}.safetensors", *cache),
         ("transfer", lora, *bases, "-o", lora, *cache),
         ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "o.safetensors", *cache),
-        ("basis", source, *cache),
-        ("basis", "list", *cache),
-        ("basis", "verify", *cache),
-        ("inspect", tmp_path / f"missing{name}"),
+        ("check", tmp_path / f"missing{name}"),
     ):
         code, out, err = prolora(*line)
         assert code in (0, 1, 2) and not CONTROLS.search(out + err), (line, out, err)
@@ -120,7 +117,7 @@ def test_control_characters_reach_no_terminal(prolora, tmp_path):
 
 
 def test_control_characters_of_a_wrong_command_line_are_not_obeyed(prolora):
-    for line in (("inspect", "a", f"b{ESCAPES}"), ("transfer", f"--{ESCAPES}"), (f"x{ESCAPES}",)):
+    for line in (("check", "a", f"--b{ESCAPES}"), ("transfer", f"--{ESCAPES}"), (f"x{ESCAPES}",)):
         code, out, err = prolora(*line)
         assert code == 2 and not out and "for help" in err and not CONTROLS.search(err), line
         assert r"\x1b[2J" in err
@@ -178,7 +175,7 @@ def test_a_file_name_that_is_no_unicode_is_shown(case, tmp_path):
         os.rename(lora, named)
     except OSError:
         pytest.skip("this file system takes Unicode names only")
-    run = run_process(("inspect", named), "utf-8")
+    run = run_process(("check", named), "utf-8")
     assert run.returncode == 0 and rb"caf\udce9.safetensors" in run.stdout
 
 

@@ -18,7 +18,6 @@ from prolora import (
     similarity,
     truncated_svd,
 )
-from prolora.bases.cache.build import survey_base
 from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
@@ -219,7 +218,7 @@ def one_card(monkeypatch):
 
 JOBS = (
     *(prolora.TransferOptions, prolora.FitOptions, prolora.AdviceOptions, prolora.ExtractOptions),
-    *(prolora.MergeOptions, prolora.EvaluationOptions),
+    prolora.MergeOptions,
 )
 
 
@@ -248,11 +247,10 @@ def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeyp
     base = prolora.open_base(
         {f"transformer_blocks.0.attn1.to_{x}.weight": torch.eye(8) for x in "qkv"}
     )
-    for place in ("bases.cache.build", "comparison.comparison"):
+    for place in ("comparison.comparison",):
         monkeypatch.setattr(f"prolora.{place}.Memory", note)
     monkeypatch.setattr("prolora.comparison.block_matching._find_room", note)
     calls = (
-        lambda **how: survey_base(base, 4, **how),
         lambda **how: compare_bases(base, base, **how),
         lambda **how: match_blocks(base, base, **how),
         lambda **how: resolve_match("similarity", base, base, **how),
@@ -270,7 +268,6 @@ def test_a_device_is_refused_before_anything_is_read(tmp_path):
         lambda device: prolora.transfer(missing, missing, missing, device=device),
         lambda device: prolora.transfer_many([missing], missing, missing, missing, device=device),
         lambda device: compare_bases(missing, missing, device=device),
-        lambda device: survey_base(missing, 4, device=device),
     )
     for device, words in (("foo", "no device is called 'foo'"), ("mps", "no float64")):
         for call in calls:

@@ -188,14 +188,14 @@ def test_every_rank_that_is_offered_works(pack, models):
     found = {}
     for rank in ranks:
         file = models / "loras" / move(pack, rank=rank, method="prolora")
-        found[rank] = prolora.inspect(file).rank_max
+        found[rank] = max(prolora.check(file).ranks)
     assert found["same"] == 4 and found["half"] == 2 and found["4"] == 4
     assert found["exact"] == found["128"] >= 4
 
 
 @pytest.mark.parametrize("program", ["ComfyUI", "as it came", "kohya", "diffusers"])
 def test_every_format_that_is_offered_works(pack, models, program):
-    assert prolora.inspect(models / "loras" / move(pack, format=program)).kind == "lora"
+    assert prolora.check(models / "loras" / move(pack, format=program)).kind == "lora"
 
 
 def test_the_output_fits_every_list_of_names_and_nothing_else(pack):
@@ -620,7 +620,7 @@ def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, f
     assert re.fullmatch(r"zz-moved/apart-v2\.0/one-best-[0-9a-f]{12}/one\.safetensors", name)
     assert len(report.splitlines()) <= 7 and "fitted a new LoRA of apart-v2.0" in report
     assert report.count("samples that the fit did not see") <= 1  # one figure for one thing
-    assert prolora.inspect(models / "loras" / name).kind == "lora"
+    assert prolora.check(models / "loras" / name).kind == "lora"
     assert (models / "loras" / name).with_suffix(".html").is_file()
     again = run(pack, "ProloraMoveLora", **best)[0]
     assert again[0] == name and again[1].startswith("✔ Already moved from first-v1.5 to apart-v2.0")

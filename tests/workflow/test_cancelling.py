@@ -4,7 +4,6 @@ import pytest
 from mini import write_case
 
 import prolora
-from prolora.bases.cache.build import survey_base
 from prolora.comparison.comparison import compare as compare_bases
 
 
@@ -59,6 +58,3 @@ def test_a_comparison_and_a_survey_stop(case, tmp_path):
     _, source, target = case
     with pytest.raises(Stopped):
         compare_bases(source, target, progress=stop_at(1))
-    with pytest.raises(Stopped):
-        survey_base(source, 4, cache=tmp_path / "cache", progress=stop_at(1))
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".tmp"]

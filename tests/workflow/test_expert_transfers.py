@@ -74,6 +74,6 @@ def test_a_folder_of_two_experts_is_no_target_of_one_file(tmp_path, target):
 
 
 def test_inspection_names_the_experts(target):
-    found = prolora.inspect(target)
+    found = prolora.check(target)
     assert (found.kind, found.experts) == ("base", ("transformer", "transformer_2"))
     assert found.to_dict()["experts"] == ("transformer", "transformer_2")

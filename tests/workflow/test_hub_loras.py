@@ -120,17 +120,17 @@ def test_a_repository_without_one_lora_is_refused_before_anything_is_fetched(
 ):
     publish(cloud, case[0], *files)
     with pytest.raises(prolora.UnsupportedFormat, match=re.escape(said)) as error:
-        prolora.inspect("org/style-v1.5")
+        prolora.check("org/style-v1.5")
     assert error.value.code == "unsupported-format" and not cloud.fetched
 
 
 def test_the_way_to_name_one_of_several_keeps_the_revision_and_works(cloud, case):
     publish(cloud, case[0], "b.safetensors", "a.safetensors")
     with pytest.raises(prolora.UnsupportedFormat) as error:
-        prolora.inspect("org/style-v1.5@v2")
+        prolora.check("org/style-v1.5@v2")
     named = str(error.value).rpartition(" ")[2]
     assert named == "hf://org/style-v1.5@v2/a.safetensors"
-    assert prolora.inspect(named).kind == "lora" and cloud.asked == "v2"
+    assert prolora.check(named).kind == "lora" and cloud.asked == "v2"
 
 
 def answer(kind):
@@ -175,7 +175,7 @@ def test_what_the_client_raises_is_an_error_with_a_code_for_loras_and_bases(
     cloud, make, code, said
 ):
     cloud.refusal = make()
-    for open_it in (prolora.inspect, prolora.open_base):
+    for open_it in (prolora.check, prolora.open_base):
         with pytest.raises(prolora.MissingFile, match=said) as error:
             open_it("org/name")
         assert error.value.code == code
@@ -185,16 +185,16 @@ def test_what_the_client_raises_is_an_error_with_a_code_for_loras_and_bases(
 def test_offline_the_cache_alone_is_looked_at(cloud, case):
     cloud.constants.HF_HUB_OFFLINE = True
     publish(cloud, case[0], SOLE)
-    assert prolora.inspect("org/style-v1.5").kind == "lora" and not cloud.fetched
+    assert prolora.check("org/style-v1.5").kind == "lora" and not cloud.fetched
     publish(cloud, case[0], PEFT_WEIGHTS, repo="org/half")
     with pytest.raises(prolora.HubUnavailable, match=f"org/half/{PEFT_CONFIG}: .* lacks it"):
-        prolora.inspect("org/half")
+        prolora.check("org/half")
 
 
 def test_without_the_client_the_message_says_how_to_get_it(cloud, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(prolora.MissingFile, match=re.escape('pip install "prolora[hub]"')):
-        prolora.inspect("org/name")
+        prolora.check("org/name")
 
 
 def test_what_is_here_is_never_asked_for_on_the_hub(cloud, case):
@@ -205,7 +205,7 @@ def test_what_is_here_is_never_asked_for_on_the_hub(cloud, case):
     prolora.transfer_file("org/style", source, target, "out.safetensors")
     for missing in ("org/other", "x.safetensors", "no/x.safetensors", "name"):
         with pytest.raises(prolora.MissingFile) as error:
-            prolora.inspect(missing)
+            prolora.check(missing)
         assert error.value.code == "missing-file" and "Hub" not in str(error.value)
 
 
@@ -213,8 +213,8 @@ def test_every_verb_takes_an_id(cloud, case):
     lora, source, target = case
     publish(cloud, lora, SOLE)
     id_ = "org/style-v1.5"
-    assert prolora.check(id_, source) and prolora.check(id_, source).lora == id_
-    assert prolora.inspect(id_).path == id_
+    assert prolora.check(id_, base=source) and prolora.check(id_, base=source).path == id_
+    assert prolora.check(id_).path == id_
     assert prolora.convert(id_, source).report.source == "style-v1.5"
     assert prolora.convert_file(id_, "c.safetensors").modules
     assert prolora.plan_report(id_, source, target).modules
@@ -260,8 +260,8 @@ def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case
             ["transfer", name, *bases, "-o", "moved.safetensors"],
             ["transfer", name, *bases, "--dry-run"],
             ["advise", name, *bases],
-            ["check", name, str(source)],
-            ["inspect", name],
+            ["check", name, "--base", str(source)],
+            ["check", name],
             ["convert", name, "-o", "converted.safetensors"],
         ):
             monkeypatch.setattr("sys.argv", ["prolora", *line])
@@ -318,8 +318,8 @@ def test_the_command_line_takes_ids_of_loras(cloud, case, monkeypatch, capsys):
         ["transfer", id_, *bases, "-o", "moved"],
         ["transfer", id_, *bases, "--dry-run", "--json"],
         ["advise", id_, *bases],
-        ["check", id_, str(source)],
-        ["inspect", id_],
+        ["check", id_, "--base", str(source)],
+        ["check", id_],
         ["convert", id_, "-o", "converted.safetensors"],
     ):
         monkeypatch.setattr("sys.argv", ["prolora", *line])
@@ -379,7 +379,7 @@ def test_the_real_client_fetches_what_peft_saved_and_finds_it_again_offline(
 import prolora
 for id_ in ids:
     try:
-        found = prolora.inspect(id_)
+        found = prolora.check(id_)
     except prolora.ProLoRAError as error:
         print(error.code, " ".join(str(error).split()))
     else:
@@ -408,7 +408,7 @@ def test_the_real_client_reads_a_cache_that_is_here(case, tmp_path):
 import prolora
 for id_ in ids:
     try:
-        print(prolora.inspect(id_).kind)
+        print(prolora.check(id_).kind)
     except prolora.ProLoRAError as error:
         print(error.code)
 """

@@ -145,7 +145,7 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
     merged = json.loads(header["prolora.merged"])
     assert [(part["name"], part["strength"]) for part in merged] == [("cat", 1.0), ("dog", 0.5)]
     assert merged[0]["trigger"] == "catto" and merged[0]["digest"].startswith("sha256:")
-    assert prolora.inspect(out).trigger_words[0] == "catto, doggo"
+    assert prolora.check(out).trigger_words[0] == "catto, doggo"
     assert [part.name for part in report.merge.parts] == ["cat", "dog"]
     again = prolora.merge_file(paths, out, strengths=(1, 0.5))  # its own result is replaced
     assert again.totals == report.totals
@@ -478,7 +478,7 @@ def test_loras_of_two_bases_are_merged_onto_a_third(tmp_path):
     assert skipped == set(shapes(3)) - set(shapes(2))  # the third block has no place
     header = SafetensorsFile(out).metadata
     assert header["prolora.target"] == "target" and header["ss_sd_model_name"] == "target"
-    assert prolora.inspect(out).moves[-1].target == "target"
+    assert prolora.check(out).moves[-1].target == "target"
     with pytest.raises(prolora.AlreadyMoved):
         prolora.transfer(out, source, target)
 

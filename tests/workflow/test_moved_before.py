@@ -172,8 +172,8 @@ def test_a_damaged_chain_is_no_reason_to_fail(text):
     assert moves[-1].target == "b" and describe_moves(moves).endswith("to b")
 
 
-def test_inspection_says_from_where_to_where_it_was_moved(files):
-    found = prolora.inspect(files[0])
+def test_a_check_says_from_where_to_where_it_was_moved(files):
+    found = prolora.check(files[0])
     assert [(move.source, move.target) for move in found.moves] == [
         ("a.safetensors", "b.safetensors")
     ]
@@ -223,7 +223,7 @@ def test_a_list_of_earlier_moves_that_nobody_made_costs_no_time(files, tmp_path)
 
 def test_a_check_tells_the_old_base_from_the_one_that_it_was_moved_to(files):
     moved, a, b, _ = files
-    old, new = prolora.check(moved, a), prolora.check(moved, b)
-    assert new and new.moved_to == ""
-    assert not old and old.moved_to == "b.safetensors" == old.to_dict()["moved_to"]
+    old, new = prolora.check(moved, base=a), prolora.check(moved, base=b)
+    assert new and new.fit.moved_to == ""
+    assert not old and old.fit.moved_to == "b.safetensors" == old.to_dict()["fit"]["moved_to"]
     assert str(old).startswith("⚠") and "have their place, but it was moved to b.safe" in str(old)

@@ -103,4 +103,4 @@ def test_a_base_says_how_it_is_quantised(tmp_path):
     assert prolora.open_base(mixed).quantised_as == "int8 (12 of 13 weights)"
     assert prolora.open_base(plain(source_weights())).quantised_as == ""
     write_safetensors(tmp_path / "x.safetensors", mixed, {})
-    assert prolora.inspect(tmp_path / "x.safetensors").quantised == "int8 (12 of 13 weights)"
+    assert prolora.check(tmp_path / "x.safetensors").quantised == "int8 (12 of 13 weights)"

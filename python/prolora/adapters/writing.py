@@ -1,4 +1,4 @@
-"""`Adapter` -> a file or folder that was read back and compared before it got its name."""
+"""Writing of LoRAs, read back and compared before they get names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_adapter(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a LoRA whose scale is 1 for every loader: alpha = rank, or no alpha at all.
+    """Writes a LoRA with scale 1 for every loader: alpha = rank, or no alpha.
 
     The output is built beside `path`, read back as any user would, compared with `adapter` module
     by module, and only then renamed.
@@ -77,7 +77,7 @@ def write_adapter(
 def encode_state_dict(
     adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of the file that `write_adapter` makes, by key, without a file.
+    """Returns the tensors of `write_adapter`'s file, by key, without a file.
 
     Like the file, they are read back and compared before they are given out. No loader needs more
     than them: the scale is 1 in all, whether the ranks differ or not. `format="diffusers"` is what
@@ -110,10 +110,9 @@ def encode_state_dict(
 def adapter_file_size(
     adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes of the file that `write_adapter` makes; of the two in a PEFT folder, together.
+    """Returns the bytes of `write_adapter`'s file, or of a PEFT folder's two.
 
-    Only shapes of updates count, not their numbers. Arguments and errors are those of
-    `write_adapter`.
+    Only shapes of updates count, not their numbers. Arguments and errors as for `write_adapter`.
     """
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     header = _file_metadata(adapter, chosen)
@@ -126,7 +125,7 @@ def adapter_file_size(
 def _settle_storage(
     adapter: Adapter, format: str, dtype: torch.dtype | None
 ) -> tuple[Adapter, str, torch.dtype]:
-    """The adapter in the spelling to write, its format, and the dtype of the factors."""
+    """Returns the adapter in the spelling to write, format and dtype."""
     adapter, format = groups.resolve_format(adapter, format)
     return adapter, check_format(adapter, format), _storage_dtype(adapter, dtype)
 
@@ -136,7 +135,7 @@ def _move_to_cpu(adapter: Adapter) -> Adapter:
 
 
 def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the factors in the file."""
+    """Returns the dtype of the factors in the file."""
     stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
     if stored not in _DTYPES:
         raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
@@ -144,7 +143,7 @@ def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _file_metadata(adapter: Adapter, format: str) -> dict[str, str]:
-    """The file's metadata, all but kohya's hashes."""
+    """Returns the file's metadata without kohya's hashes."""
     header = headers.clean_metadata(adapter.metadata, format, encoding.file_ranks(adapter, format))
     table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
     if table is not None:
@@ -153,7 +152,7 @@ def _file_metadata(adapter: Adapter, format: str) -> dict[str, str]:
 
 
 def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
-    """The keywords of the `peft.LoraConfig` that scales every module by 1.
+    """Returns the keywords of the `peft.LoraConfig` that scales every module by 1.
 
     Raises:
         UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
@@ -163,12 +162,12 @@ def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _config_text(adapter: Adapter) -> str:
-    """PEFT's adapter_config.json."""
+    """Writes PEFT's adapter_config.json as text."""
     return json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True) + "\n"
 
 
 def check_format(adapter: Adapter, format: str) -> str:
-    """The format that "auto" stands for, or the one asked for, if it can hold the adapter.
+    """Resolves "auto" and refuses a format that cannot hold the adapter.
 
     Raises:
         UnsupportedFormat: it is unknown, or has no name for a module or vector.

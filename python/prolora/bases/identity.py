@@ -1,7 +1,8 @@
-"""What tells a base from others: a digest over all its bytes, remembered by the state of its files.
+"""A base's identity: a digest over all its bytes.
 
-A plain transfer to a new place needs none: only what must not be taken for another base (results
-of a migration, what an extraction was made of, a LoRA that was moved before) reads bases for it.
+It is remembered by the state of its files. A plain transfer to a new path needs none: only what
+must not be taken for another base (results of a migration, what an extraction was made of, a LoRA
+that was moved before) reads bases for it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from ..files.state import flush_file, read_state
 from ..files.store import Store, put_text
 from . import Base
 
-# kohya's and A1111's short hash is of these bytes of a file.
+# kohya's and A1111's short hash covers these bytes of a file.
 _SHORT_START, _SHORT_SIZE = 0x100000, 0x10000
 EMPTY_SHORT_HASH = hash_text("")[:8]
 """The short hash of every file that ends before those bytes."""
-# Two writes within one tick of a file system's clock leave the same times: of a file that changed
+# Two writes within one tick of a file system's clock leave the same times: for a file that changed
 # so shortly before it was hashed (ns), the digest is not remembered.
 _SETTLING_TIME = 2_000_000_000
 _PROBES, _BLOCK, _HINT_BYTES = 16, 1 << 20, 1 << 12
@@ -30,11 +31,9 @@ _known: dict[tuple[str, tuple[int, ...]], str] = {}
 
 
 def digest_file(path: Path, memory: Path | None = None) -> str:
-    """Returns the SHA-256 of a whole file, which is read once for each state that it is in.
+    """Returns the SHA-256 of a file, read once for each of its states.
 
-    Args:
-        path: the file.
-        memory: a folder that remembers digests between runs; None: this process alone does.
+    `memory` is a folder that remembers digests between runs; with None only this process does.
 
     Raises:
         UnsupportedFormat: it cannot be read, or is changed meanwhile.
@@ -62,9 +61,7 @@ def digest_file(path: Path, memory: Path | None = None) -> str:
 def compute_identity(base: Base, memory: Path | None = None) -> str | None:
     """Returns "sha256:…" of one file, "files:…" of several, None for a base from memory.
 
-    Args:
-        base: opened from files or from memory.
-        memory: as `digest_file` takes it.
+    `memory` as for `digest_file`.
     """
     digests = sorted(digest_file(file, memory) for file in base.files)
     if len(digests) == 1:
@@ -99,14 +96,14 @@ def _probe(file: Path, size: int) -> Iterator[bytes]:
 def is_identical(
     base: Base, identity: str, short_hash: str | None = None, memory: Path | None = None
 ) -> bool | None:
-    """Returns whether a base is the one of that identity, whatever its files are called.
+    """Returns whether a base has that identity, whatever its files are called.
 
     Args:
         base: opened from files or from memory.
         identity: as `compute_identity` or `compute_hint` gave it; "" if that is not known.
         short_hash: as `compute_short_hash` gave it, if that is known: where it differs, the file is
             not read as a whole.
-        memory: as `digest_file` takes it.
+        memory: as for `digest_file`.
 
     Returns:
         None where the two cannot be compared.

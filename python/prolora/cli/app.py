@@ -15,8 +15,6 @@ from rich.table import Table
 
 from ..core.methods import MethodChoice
 from ..version import __version__
-from ..workflow import inspection
-from . import basis, inspect_table
 from . import check as checking
 from . import doctor as doctor_facts
 from .advise import advise
@@ -28,7 +26,7 @@ from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
 from .migrate import MigrateCommand, migrate
-from .options import JsonOption, OverwriteOption, path_argument, path_option
+from .options import JsonOption, OverwriteOption, path_option
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
 
@@ -76,8 +74,9 @@ app.command(
 )(advise)
 app.command(
     epilog=write_epilog(
-        "prolora check my-lora.safetensors sdxl/",
-        "prolora check loras/*.safetensors sd_xl_base_1.0.safetensors",
+        "prolora check my-lora.safetensors",
+        "prolora check my-lora.safetensors --base sdxl --for comfyui",
+        "prolora check loras/*.safetensors --base sd_xl_base_1.0.safetensors",
         codes=tuple(checking.MEANINGS),
         meanings=checking.MEANINGS,
     )
@@ -101,7 +100,6 @@ app.command(
         "-o both.safetensors --out-rank 32",
     ),
 )(merge)
-app.add_typer(basis.app, name="basis")
 app.command(
     cls=MigrateCommand,
     epilog=write_epilog(
@@ -129,22 +127,6 @@ def start(
     ] = False,
 ) -> None:
     """Move a LoRA to another base model, without training and without data."""
-
-
-@app.command(
-    epilog=write_epilog("prolora inspect my-lora.safetensors", "prolora inspect sdxl/ --json")
-)
-def inspect(
-    file: Annotated[Path, path_argument("A LoRA (or its hub id) or a base model.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a file is, from its header alone."""
-    description = inspection.inspect(file)
-    if as_json:
-        answer.give(description.to_dict())
-    else:
-        for part in inspect_table.description_parts(description):
-            out.print(part)
 
 
 @app.command(epilog=write_epilog("prolora demo", "prolora demo --lora concept --target far"))

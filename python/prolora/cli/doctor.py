@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..bases.cache.basis_cache import default_folder
-from ..bases.cache.maintenance import measure_cache
+from ..bases.cache.cache_folder import measure_cache
 from ..core.ops import native
 from ..core.svd import batched_eigh
 from ..files.sizes import format_size
@@ -93,7 +93,7 @@ def _find_version(package: str) -> str | None:
 def describe_cache(folder: Path) -> str:
     """Where the basis cache is, how large it is and how much more the disk takes."""
     try:
-        size = measure_cache(folder) if folder.is_dir() else 0
+        size = measure_cache(folder)
         parent = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(parent).free
     except OSError as error:

@@ -192,12 +192,6 @@ def write_flag(option: str, value: str | None = None) -> str | None:
     return flag if value in (None, "True") else f"{flag} {value}"
 
 
-RankOption = Annotated[
-    str,
-    typer.Option(
-        metavar="RANK", help="Columns of the subspaces (320), or the energy they hold (0.99)."
-    ),
-]
 MatchOption = Annotated[
     str,
     typer.Option(
@@ -224,14 +218,6 @@ ExplainOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
-CacheOption = Annotated[
-    Path | None,
-    path_option(
-        "Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
-        "user's cache folder.",
-        metavar="FOLDER",
-    ),
-]
 NO_CACHE = Path("none")
 """What stands for no folder in the place of one."""
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
+from ..bases.cache.cache_folder import measure_cache
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
+from ..files.sizes import format_size
 from ..files.store import put_text
 from ..workflow.batch import transfer_many
 from ..workflow.card import check_card, write_card
+from ..workflow.check import check
 from ..workflow.dry_run import plan_report
-from ..workflow.inspection import Description, inspect
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
@@ -26,7 +28,6 @@ from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_
 from ..workflow.report import Report
 from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer_file
-from .basis import show_cache
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
@@ -164,7 +165,8 @@ def tell_outcomes(
     if output.show_tables:
         show_outcomes(outcomes, output)
         if cache is not None and any(used_subspaces(outcome) for outcome in outcomes):
-            show_cache(cache)
+            size = format_size(measure_cache(cache))
+            out.print_line(f"cache: {size} in {cache} (--cache none keeps nothing)", style="dim")
     elif len(outcomes) > 1:
         for line in failure_lines(outcomes):
             err.print_line(line, style="red")
@@ -307,20 +309,19 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
             out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
-            readers = tell_readers(inspect(outcomes[0].out), output.explain)
+            readers = tell_readers(check(outcomes[0].out).readers, output.explain)
             if readers:
                 out.print_line(readers)
             if not (output.explain or output.modules):
                 out.print("--explain shows the numbers behind this.", style="dim")
 
 
-def tell_readers(written: Description, explain: bool) -> str:
+def tell_readers(readers: Readers, explain: bool) -> str:
     """Who reads a file whole, who in part, who not at all; many of the last are only counted."""
-    none = written.non_readers
+    none = readers.none
     if len(none) > MOST_NAMED and not explain:
-        none = [*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others"]
-    told = written.readers, written.part_readers, none, written.untried_readers
-    text = str(Readers(*map(tuple, told)))
+        none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")
+    text = str(readers._replace(none=none))
     return text[:1].upper() + text[1:]
 
 

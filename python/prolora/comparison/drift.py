@@ -23,7 +23,7 @@ def measure_affinities(
     cache: BasisCache | None = None,
     room: Room | None = None,
 ) -> list[Affinity]:
-    """The affinity of every pair; weights are read a few pairs at a time, each once.
+    """Measures the affinity of every pair; reads each weight once, a few at a time.
 
     A pair that the cache knows is not read at all: it was finite when it was looked at.
 
@@ -75,9 +75,9 @@ def _measure_pair(source: Base, target: Base, pair: tuple[str, str]) -> Affinity
         NonFiniteWeights: names the tensor and the file.
     """
     shape = matrix_shape(target.shapes[pair[1]])
-    ours, theirs = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
+    first, second = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
     try:
-        return Affinity.of(ours, theirs)
+        return Affinity.of(first, second)
     except NonFiniteWeights:
         check_finite(source, [pair[0]])  # says which tensor, and where in it
         check_finite(target, [pair[1]])

@@ -95,7 +95,7 @@ class ModuleComparison:
         return self.affinity.cosine
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON; of each point the columns of both and Φ left and right."""
+        """Returns all fields for JSON; each point as columns and Φ of both."""
         points = [
             (p.columns_source, p.columns_target, p.phi_left, p.phi_right) for p in self.points
         ]
@@ -104,7 +104,7 @@ class ModuleComparison:
 
 
 def average_field(modules: Iterable[ModuleComparison], field: str) -> float:
-    """The mean of a number over the modules where it is one; NaN if there is none."""
+    """Averages a field over the modules where it is a number, or NaN."""
     return mean_defined(float(getattr(module, field)) for module in modules)
 
 
@@ -114,20 +114,16 @@ def compare_stack(
     pairs: Sequence[tuple[str, str]],
     factorise: Factorise | None,
 ) -> list[ModuleComparison]:
-    """Drift and cosine of pairs of weights, and the overlap of their bases where one is asked.
+    """Measures drift, cosine and, with `factorise`, overlap of pairs of weights.
 
-    Args:
-        source: the base of the first of each pair.
-        target: the base of the second.
-        pairs: module names; the weights of all have one matrix shape.
-        factorise: gives the bases of both; None compares no subspaces.
+    All weights have one matrix shape; `pairs` are (source module, target module).
     """
     shape = matrix_shape(target.shapes[pairs[0][1]])
-    ours = [source.read(origin).reshape(shape) for origin, _ in pairs]
-    theirs = [target.read(module).reshape(shape) for _, module in pairs]
+    first = [source.read(origin).reshape(shape) for origin, _ in pairs]
+    second = [target.read(module).reshape(shape) for _, module in pairs]
     try:
         affinities = map_on_threads(
-            lambda weights: Affinity.of(*weights), list(zip(ours, theirs, strict=True))
+            lambda weights: Affinity.of(*weights), list(zip(first, second, strict=True))
         )
     except NonFiniteWeights:
         for origin, module in pairs:
@@ -140,12 +136,12 @@ def compare_stack(
     ]
     if factorise is None:
         return rows
-    numbers = _measure_overlaps(*factorise(pairs, (ours, theirs)))
+    numbers = _measure_overlaps(*factorise(pairs, (first, second)))
     return [replace(row, **overlap) for row, overlap in zip(rows, numbers, strict=True)]
 
 
 def _measure_overlaps(old: Basis, new: Basis) -> Iterator[dict[str, Any]]:
-    """The fields of `ModuleComparison` that tell of subspaces, for each pair of two stacks."""
+    """Yields the subspace fields of `ModuleComparison` for each pair of two stacks."""
     on_device = basis_tables(old, new)
     similar = basis_similarity(old, new, on_device)
     overlaps = torch.stack([getattr(similar, name).double() for name in _OVERLAPS.values()], 1)

@@ -1,4 +1,4 @@
-"""Files and folders that take their names once they are whole, and names made of contents.
+"""Outputs that take their names once complete, and names by content.
 
 There is one rule for all that is written: what exists is refused unless the caller says
 `overwrite`. Two processes that write one name never replace each other.
@@ -37,7 +37,7 @@ def digest(made_of: object) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder in which a name is the digest of what its content is made of."""
+    """A folder with names that are digests of what determines the content."""
 
     folder: Path
 
@@ -55,7 +55,7 @@ class Store:
         Args:
             kind: a folder below the store, "" for the store itself.
             made_of: whatever determines the content, as JSON can hold it.
-            title: what people call it, put before the digits; any text.
+            title: for people, put before the digits; any text.
             digits: of the digest.
             suffix: of a file; "" of a folder.
         """
@@ -74,13 +74,13 @@ class Store:
         refusal(path).unlink(missing_ok=True)
 
     def refuse(self, path: Path, error: Exception, **facts: str) -> None:
-        """Notes beside its place why something was not made."""
+        """Writes a note beside a path on why its content was not made."""
         told = {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
         put_text(refusal(path), json.dumps(facts | told, indent=1) + "\n", overwrite=True)
 
 
 def refusal(path: Path) -> Path:
-    """Returns the file that says why something of that name was not made."""
+    """Returns the file that says why a path was not made."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.failed.json")
 
 
@@ -92,10 +92,10 @@ def put(
     folder: bool = False,
     durable: bool = True,
 ) -> None:
-    """Writes a file or folder beside its place, and gives it its name once it is whole.
+    """Writes a file or folder under a temporary name, then renames it.
 
     Args:
-        path: of the output; a symbolic link stands for what it points to. A missing folder around
+        path: of the output; a symbolic link stands for its destination. A missing folder around
             it is made, and vanishes if the output is not written.
         write: fills an empty file or folder of another name, and may read it back.
         overwrite: replace a file of that name; in a folder, the files of the same names.
@@ -132,17 +132,17 @@ def put(
 
 
 def put_text(path: StrPath, text: str, *, overwrite: bool = False) -> None:
-    """Writes a text as UTF-8, whole or not at all; arguments and errors are those of `put`."""
+    """Writes a text as UTF-8, completely or not at all; arguments as for `put`."""
     put_bytes(path, replace_surrogates(text).encode(), overwrite=overwrite)
 
 
 def put_bytes(path: StrPath, content: bytes, *, overwrite: bool = False) -> None:
-    """Writes bytes, whole or not at all; arguments and errors are those of `put`."""
+    """Writes bytes, completely or not at all; arguments as for `put`."""
     put(path, lambda temporary: temporary.write_bytes(content), overwrite=overwrite)
 
 
 def replace_surrogates(text: str) -> str:
-    """Returns the text with "?" for each byte of a file name that is not UTF-8."""
+    """Replaces each byte of a file name that is not UTF-8 by "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -157,7 +157,7 @@ def check_free(
 
     Args:
         path: what will be written, in a folder that is made if it is missing; a symbolic link
-            stands for what it points to.
+            stands for its destination.
         inputs: files or folders that must not be overwritten.
         overwrite: what exists may be replaced.
         folder: it will be a folder; an empty one may exist.

@@ -22,7 +22,9 @@ Metadata = Mapping[str, str]
 def write_safetensors(
     path: StrPath, tensors: Tensors, metadata: Metadata, *, overwrite: bool = False
 ) -> None:
-    """Writes a file that was read back and compared bit by bit before it got its name.
+    """Writes a file, reads it back and compares it before naming it.
+
+    The comparison is bit by bit.
 
     Args:
         path: the file; untouched if anything fails.
@@ -37,13 +39,13 @@ def write_safetensors(
 
 
 def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: StrPath) -> None:
-    """Writes a file that has its temporary name, and compares what reads back bit by bit.
+    """Fills a file with a temporary name, and compares it bit by bit.
 
     Args:
         path: the file, as `put` gives it or in a folder of that.
         tensors: name -> tensor of any device and layout.
         metadata: the header's metadata.
-        where: what messages call it.
+        where: its name in messages.
 
     Raises:
         OutputError: it reads back differently.
@@ -69,23 +71,22 @@ def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
 
 
 def safetensors_size(tensors: Tensors, metadata: Metadata) -> int:
-    """Bytes of the file that `dump_safetensors` makes; the tensors may be on the meta device."""
+    """Returns the bytes of a `dump_safetensors` file; meta tensors are allowed."""
     ordered = order_tensors(tensors)
     data = sum(tensor.numel() * tensor.dtype.itemsize for tensor in ordered.values())
     return len(encode_header(ordered, metadata)) + data
 
 
 def order_tensors(tensors: Tensors) -> Tensors:
-    """Wide dtypes first, which keeps every tensor aligned for readers that map the file."""
+    """Sorts wide dtypes first: every tensor stays aligned for readers that map files."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def encode_header(tensors: Tensors, metadata: Metadata) -> bytes:
-    """What a safetensors file begins with: the length of its header, and the header.
+    """Encodes the beginning of a safetensors file: header length and header.
 
-    Args:
-        tensors: name -> tensor, in the order in which their bytes follow; on any device.
-        metadata: left out of the header if it is empty.
+    `tensors` come in the order in which their bytes follow, on any device; empty metadata is left
+    out.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0

@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..adapters.adapter import Adapter
+from ..adapters.contents import parse_contents
 from ..adapters.family import guess_families, guess_family
 from ..adapters.lora import Lora
-from ..adapters.overview import survey_keys
+from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
+from ..adapters.slots import measure_modules
 from ..architectures.families import known_families
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
@@ -26,7 +28,7 @@ from ..bases.identity import (
     have_equal_files,
     is_identical,
 )
-from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
+from ..errors import ProLoRAError, ShapeMismatch, UnsupportedFormat, WrongBase
 from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_header
 from .options import LoraLike, TransferOptions, begin_message
 from .plan import OTHER_MODEL, check_fits_source
@@ -191,9 +193,12 @@ def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
         sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
         return guess_families(sizes, lora.metadata), list(lora.updates)
     opened = Lora.open(lora)
-    overview = survey_keys(opened)
-    families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
-    return families, overview.canonical
+    try:
+        sizes = measure_modules(parse_contents(opened).slots)
+    except ProLoRAError:  # whoever reads it says why
+        return (), []
+    families = guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
+    return families, list(sizes)
 
 
 def is_language_model(modules: Iterable[str]) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..comparison.expectation import CLASSES, Mark, classify
+from ..comparison.expectation import CLASSES, classify
+from ..comparison.expectation import Mark as Mark
 from ..core.verdict import Verdict
 
 AMOUNTS = (

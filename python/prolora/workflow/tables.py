@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-from ..adapters.overview import ComponentOverview
 from ..comparison.comparison import Comparison
 from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
@@ -307,27 +305,3 @@ def tabulate_measured(measurement: Measurement) -> Table:
 def _write_share(share: float) -> str:
     """A share; a harm beyond −1 needs no number, and its column has no room for one."""
     return "< −1" if share < -1 else f"{share:.2f}"
-
-
-def tabulate_components(components: Mapping[str, ComponentOverview]) -> Table:
-    """What a file holds for each part of a pipeline."""
-    columns = [Column("component"), Column("n", "d")]
-    columns += [Column(name) for name in ("algorithm", "rank", "alpha", "scale")]
-    rows = []
-    for name, part in components.items():
-        counts: tuple[Mapping[Any, int], ...] = (
-            *(part.algorithms, part.ranks, part.alphas, part.scales),
-        )
-        rows.append(Row((name, part.updates, *map(write_counts, counts))))
-    return make_table("", columns, rows)
-
-
-def write_counts(values: Mapping[Any, int], most: int = 4) -> str:
-    """`16 ×600, 8 ×122`, the most frequent first; one value needs no count."""
-    if not values:
-        return NOTHING
-    if len(values) == 1:
-        return str(next(iter(values)))
-    ordered = sorted(values.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{value} ×{number}" for value, number in ordered[:most])
-    return f"{shown}, {len(ordered) - most} more" if len(ordered) > most else shown

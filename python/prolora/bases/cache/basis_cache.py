@@ -45,7 +45,7 @@ from .basis_names import (
     hash_weights,
     short_hash,
 )
-from .cache_folder import create_versioned_folder, versioned_folder
+from .cache_folder import trim_cache, versioned_folder
 from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
@@ -94,7 +94,7 @@ class BasisCache:
         # Of this run alone; the bases are held, so that no other gets their id.
         self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
         self._flushed: set[Path | None] = set()
-        self._failed = self._created = False
+        self._failed = False
         if self.folder is None:
             return
         try:
@@ -178,7 +178,7 @@ class BasisCache:
         Args:
             weights: of one matrix shape.
             rank: as in `of`.
-            base: whose weights they are, for `prolora basis list`; None for nobody's.
+            base: whose weights they are; None for nobody's.
             modules: which of its weights.
         """
         shape = (weights[0].shape[0], weights[0].shape[1])
@@ -290,10 +290,12 @@ class BasisCache:
             self.save()
 
     def save(self) -> None:
-        """Writes the index and the tables."""
+        """Writes the index and the tables; what is beyond the size of the cache goes."""
         for notes in self._notes.values():
             if notes.changed:
                 self._try(notes.save)
+        if self.kept and self.folder is not None:
+            trim_cache(self.folder)
 
     def _index(self, base: Base) -> JsonTable:
         """The table of contents of a base's weights; asked for before any of them is read."""
@@ -357,9 +359,6 @@ class BasisCache:
         if self._failed or self.folder is None:
             return
         try:
-            if not self._created:
-                create_versioned_folder(self.folder)
-                self._created = True
             write()
         except OSError as error:
             self._failed = True
