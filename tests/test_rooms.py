@@ -266,9 +266,15 @@ WORDED = {
     "files/state.py",
     "files/store.py",
     "files/writing.py",
+    "errors.py",
     "probe/fitting",
     "probe/pipelines",
     "probe/recording",
+    "workflow/convert.py",
+    "workflow/extract.py",
+    "workflow/fleet",
+    "workflow/merge.py",
+    "workflow/plan.py",
 }
 
 

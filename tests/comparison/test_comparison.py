@@ -280,7 +280,7 @@ def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
     code, text, _ = run(*line, *asked, "--report", page)
     assert code == 0 and "differ by 10.0%" in text and "Same lineage" in text
     assert "down_blocks.1" in text and "0←0 1←1" in text
-    assert run(*line, *asked, "--report", page)[0] == 0  # one of ours is replaced
+    assert run(*line, *asked, "--report", page)[0] == 2  # what exists is refused
     code, text, _ = run(*line, "--json")
     told = json.loads(text)["comparison"]
     assert code == 0 and told["verdict"]["related"] and told["means"]["above_left"] is None

@@ -1,4 +1,4 @@
-"""A LoRA in another format, precision, rank or kind, for the base that it has."""
+"""A LoRA in another format, precision, rank or kind."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def convert(
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict or an `Adapter`.
         base: the base that it was trained on. Needed where an update depends on its weights (DoRA,
-            GLoRA, OFT), and where names with underscores are those of no known family.
+            GLoRA, OFT), and where names with underscores belong to no known family.
         options: how to convert it.
-        **changes: options by name, in place of those.
+        **changes: options by name, in place of these.
 
     Returns:
         The LoRA in memory, and the report: what of each update is in it.
@@ -143,7 +143,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
-    """The LoRA's updates, each a plain LoRA.
+    """Reads the LoRA's updates, each as a plain LoRA.
 
     Raises:
         UnsupportedFormat: an update depends on a base that is not given.
@@ -168,7 +168,7 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
 
 
 def _describe_rows(before: Adapter, after: Adapter, form: OutputForm) -> Iterable[ModuleReport]:
-    """The row of every update."""
+    """Yields the row of every update."""
     for name, update in before.updates.items():
         written = after.updates[name].to(form.dtype or after.dtype)
         kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)

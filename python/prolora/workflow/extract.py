@@ -121,7 +121,7 @@ def plan_extraction(
     options: ExtractOptions = DEFAULT_EXTRACTION,
     **changes: Unpack[ExtractChanges],
 ) -> Report:
-    """What `extract` would extract, from headers alone; arguments and errors are those of it."""
+    """Plans what `extract` would extract, from headers alone; arguments as there."""
     pair = _Difference(open_base(base), open_base(tuned), settle_options(options, changes))
     pair.check()
     return pair.report(dry_run=True)
@@ -152,25 +152,15 @@ def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False)
 
 @dataclass
 class _Difference:
-    """Two bases and what was found between them.
+    """Two bases and what was found between them."""
 
-    Attributes:
-        base: the one that the LoRA is for.
-        tuned: the other.
-        options: how it is extracted.
-        rows: module -> its row of the report.
-        updates: module -> its update.
-        vectors: name -> difference.
-        left_out: vector -> why it is not in the result.
-    """
-
-    base: Base
-    tuned: Base
-    options: ExtractOptions
-    rows: dict[str, ModuleReport] = field(default_factory=dict)
-    updates: dict[str, LowRank] = field(default_factory=dict)
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    base: Base  # the one that the LoRA is for
+    tuned: Base  # the other
+    options: ExtractOptions  # how it is extracted
+    rows: dict[str, ModuleReport] = field(default_factory=dict)  # module -> its row of the report
+    updates: dict[str, LowRank] = field(default_factory=dict)  # module -> its update
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # name -> difference
+    left_out: dict[str, str] = field(default_factory=dict)  # vector -> why it is not in the result
 
     @property
     def form(self) -> OutputForm:
@@ -219,7 +209,7 @@ class _Difference:
         return Memory(self.options.memory_limit, columns, self.options.device)
 
     def _count_result_bytes(self) -> int:
-        """Of the factors of all modules."""
+        """Counts the bytes of all modules' factors."""
         return sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
 
     def _most_columns(self, shape: tuple[int, int]) -> int:
@@ -230,7 +220,7 @@ class _Difference:
         return min(*shape, LARGEST_RANK if isinstance(rank, str) else rank)
 
     def _check_bases(self) -> None:
-        """Refuses bases that are one model, or of which a module has no equal in the other."""
+        """Refuses equal bases, and bases with unequal modules."""
         base, tuned = self.base, self.tuned
         if are_one_base(base, tuned):
             raise WrongBase(
@@ -274,7 +264,7 @@ class _Difference:
             yield from (members[i : i + count] for i in range(0, len(members), count))
 
     def _extract_stack(self, rows: list[ModuleReport]) -> list[ModuleReport]:
-        """The rows of modules of one shape, filled; their updates are kept."""
+        """Fills the rows of modules of one shape, and keeps their updates."""
         names = [row.source for row in rows]
         difference, sizes = self._subtract(names)
         norms = _measure_norms(difference)
@@ -303,7 +293,7 @@ class _Difference:
         return filled
 
     def _subtract(self, names: list[str]) -> tuple[Tensor, list[float]]:
-        """W_tuned − W_base of modules as a stack [b, m, n], and ‖W_base‖ of each."""
+        """Returns W_tuned − W_base as a stack [b, m, n], and each ‖W_base‖."""
         device = self.options.device or "cpu"
         stacks = [stack_weights([b.read(n) for n in names]) for b in (self.tuned, self.base)]
         dtype = working_dtype(*(stack.dtype for stack in stacks))
@@ -335,7 +325,7 @@ class _Difference:
                 self.vectors[name] = vector.float()
 
     def _refuse_vector(self, name: str, vector: Tensor) -> str:
-        """Why the format cannot hold a vector; "" if it can."""
+        """Says why the format cannot hold a vector; "" if it can."""
         module, _, tensor = name.rpartition(".")
         if tensor not in ("bias", "weight"):
             return "no format has a key for it"
@@ -348,7 +338,7 @@ class _Difference:
         return ""
 
     def outline(self, updates: dict[str, LowRank]) -> Adapter:
-        """The LoRA of some updates, without vectors and header."""
+        """Outlines the LoRA of some updates, without vectors and header."""
         base = self.base
         shapes = {name: base.shapes[name] for name in updates}
         kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
@@ -366,7 +356,7 @@ class _Difference:
         return "comfy" if "comfy" in family.spellings else next(iter(family.spellings))
 
     def describe(self) -> dict[str, str]:
-        """The header: for which base the LoRA is, and how it was made; reads all of both bases."""
+        """Writes the header: base and making of the LoRA; reads both bases."""
         base, tuned = self.base, self.tuned
         notes = {
             "version": __version__,
@@ -387,7 +377,7 @@ class _Difference:
         return metadata
 
     def report(self, **known: object) -> Report:
-        """The report, of what is known by now."""
+        """Reports what is known by now."""
         rank = self.options.out_rank
         fields = {"modules": tuple(self.rows.values())} | known
         return Report(
@@ -403,7 +393,10 @@ class _Difference:
 
 
 def _measure_norms(stack: Tensor) -> list[float]:
-    """‖·‖ of each matrix [b, m, n]; in float64 from row to row alone, which is as good and fast."""
+    """Measures ‖·‖ of each matrix [b, m, n], in float64 across rows alone.
+
+    This is as good as float64 throughout, and fast.
+    """
     rows = torch.linalg.vector_norm(stack, dim=-1).double()
     norms: list[float] = torch.linalg.vector_norm(rows, dim=-1).tolist()
     return norms

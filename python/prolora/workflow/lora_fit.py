@@ -19,54 +19,34 @@ from .plan import ModulePlan
 
 @dataclass(frozen=True)
 class StackDrift:
-    """The drift of a part of the target by depth.
+    """The drift of a part of the target by depth."""
 
-    Attributes:
-        name: of the part: `transformer_blocks`, `down_blocks.1`.
-        drift: ‖W_t − W_s‖/‖W_s‖ of all its weights.
-        cosine: of all its weights.
-        blocks: its transformer blocks, by number, or by name below the part.
-        drifts: the drift of each block.
-        strangers: blocks (or modules outside of all) with weights that have nothing in common with
-            their partners.
-        energy: the share of the LoRA's energy that lies here; None without a LoRA.
-    """
-
-    name: str
-    drift: float
-    cosine: float
-    blocks: tuple[str, ...]
-    drifts: tuple[float, ...]
-    strangers: tuple[str, ...]
+    name: str  # of the part: `transformer_blocks`, `down_blocks.1`
+    drift: float  # ‖W_t − W_s‖/‖W_s‖ of all its weights
+    cosine: float  # of all its weights
+    blocks: tuple[str, ...]  # its transformer blocks, by number, or by name below the part
+    drifts: tuple[float, ...]  # the drift of each block
+    strangers: tuple[str, ...]  # blocks (or outside modules) with weights unlike their partners'
+    # The share of the LoRA's energy that lies here; None without a LoRA
     energy: float | None = None
 
 
 @dataclass(frozen=True)
 class LoraFit:
-    """Where a LoRA lies between two bases.
+    """Where a LoRA lies between two bases."""
 
-    Attributes:
-        name: of its file.
-        modules: how many it has.
-        paired: how many of them have a place on the target.
-        reasons: why others have none -> how many.
-        kept_energy: the share of ‖ΔW‖² in modules that have a place.
-        drift: root mean square of the modules' drift, weighted by the LoRA's energy.
-        stranger_energy: the share of ‖ΔW‖² in pairs of weights that have nothing in common.
-        moves: what prolora did to it before: from which base to which, oldest first.
-    """
-
-    name: str
-    modules: int
-    paired: int
-    reasons: Mapping[str, int]
-    kept_energy: float
-    drift: float
-    stranger_energy: float
+    name: str  # of its file
+    modules: int  # how many it has
+    paired: int  # how many of them have a counterpart on the target
+    reasons: Mapping[str, int]  # why others have none -> how many
+    kept_energy: float  # the share of ‖ΔW‖² in modules with a counterpart
+    drift: float  # root mean square of the modules' drift, weighted by the LoRA's energy
+    stranger_energy: float  # the share of ‖ΔW‖² in pairs of weights that have nothing in common
+    # What prolora did to it before: from which base to which, oldest first
     moves: tuple[Move, ...] = ()
 
     def sentence(self, bases_drift: float) -> str:
-        """In plain words; `bases_drift` is that of all modules."""
+        """Writes the fit in plain words; `bases_drift` covers all modules."""
         text = (
             f"{self.paired} of the LoRA's {self.modules} modules have a place on the target, with "
             f"{self.kept_energy:.0%} of its energy. Where its energy lies the bases differ by "
@@ -85,12 +65,9 @@ class LoraFit:
 def describe_stack(
     name: str, modules: Sequence[ModuleComparison], energies: Mapping[str, float] | None
 ) -> StackDrift:
-    """The drift of one part of the target.
+    """Describes the drift of one part of the target.
 
-    Args:
-        name: of the part.
-        modules: the pairs of weights in it.
-        energies: target module -> share of the LoRA's energy; None without a LoRA.
+    `energies` is target module -> share of the LoRA's energy; None without a LoRA.
     """
     blocks: dict[str, list[Affinity]] = {}
     strange: dict[str, None] = {}
@@ -115,7 +92,7 @@ def describe_stack(
 def measure_plan(
     plan: ModulePlan, comparison: Comparison, source: Base, target: Base
 ) -> dict[str, Affinity]:
-    """Target module -> affinity, of the LoRA's pairs; those that no comparison has are read."""
+    """Returns target module -> affinity of the LoRA's pairs; reads missing ones."""
     known = {module.target: module.affinity for module in comparison.modules}
     places = [(pair.source, pair.target) for pair in plan.pairs]
     missing = [p for p in places if p[1] not in known]
@@ -127,7 +104,7 @@ def measure_plan(
 def locate_lora(
     ledger: Ledger, affinities: Mapping[str, Affinity], name: str
 ) -> tuple[LoraFit, dict[str, float]]:
-    """Where a planned LoRA lies, and target module -> share of its energy."""
+    """Locates a planned LoRA; also returns target module -> share of energy."""
     plan, unread = ledger.plan, ledger.adapter.unread
     energies = {r.source: r.energy for r in ledger.rows.values() if r.source not in unread}
     total = sum(energies.values()) or 1.0

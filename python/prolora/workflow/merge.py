@@ -1,4 +1,4 @@
-"""Several LoRAs as one, each moved from its own base first where it has another."""
+"""Several LoRAs as one, each moved from its own base first."""
 
 from __future__ import annotations
 
@@ -136,35 +136,21 @@ def merge_file(
 
 @dataclass
 class _Merge:
-    """LoRAs on their way to be one.
+    """LoRAs on their way to be one."""
 
-    Attributes:
-        loras: as they were given.
-        target: the base of the result.
-        sources: the base of each LoRA.
-        origins: the base that each is moved from; None for one that is of the target already.
-        options: how they are merged.
-        names: what reports call each LoRA.
-        strengths: the factor on each.
-        parts: each LoRA, on the base of the result.
-        facts: what is known of each.
-        behind: the rows of modules that stay behind.
-        left_out: tensor -> why it is not in the result.
-        unread: modules whose update cannot be read.
-    """
-
-    loras: list[LoraLike]
-    target: Base | None
-    sources: list[Base | None]
-    options: MergeOptions
-    names: list[str]
-    strengths: list[float]
+    loras: list[LoraLike]  # as they were given
+    target: Base | None  # the base of the result
+    sources: list[Base | None]  # the base of each LoRA
+    options: MergeOptions  # how they are merged
+    names: list[str]  # of each LoRA in reports
+    strengths: list[float]  # the factor on each
+    # The base that each is moved from; None for one that is of the target already
     origins: list[Base | None] = field(default_factory=list)
-    parts: list[Adapter] = field(default_factory=list)
-    facts: list[MergedPart] = field(default_factory=list)
-    behind: list[ModuleReport] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
+    parts: list[Adapter] = field(default_factory=list)  # each LoRA, on the base of the result
+    facts: list[MergedPart] = field(default_factory=list)  # what is known of each
+    behind: list[ModuleReport] = field(default_factory=list)  # the rows of modules that stay behind
+    left_out: dict[str, str] = field(default_factory=dict)  # tensor -> why it is not in the result
+    unread: list[str] = field(default_factory=list)  # modules whose update cannot be read
 
     @classmethod
     def open(
@@ -220,7 +206,7 @@ class _Merge:
         return [*self._list_files(), *(file for base in bases for file in base.files)]
 
     def _list_files(self) -> list[Path]:
-        """Where the LoRAs lie that are not in memory."""
+        """Returns the paths of the LoRAs that are not in memory."""
         return [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
 
     @in_full_precision
@@ -252,7 +238,7 @@ class _Merge:
         return pack_result(fitted, merged, report, self.inputs, form)
 
     def _check_experts(self) -> None:
-        """Finds which LoRAs are moved, and refuses those of the other expert that are not."""
+        """Finds the LoRAs to move; refuses unmoved ones of the other expert."""
         target = self.target
         self.origins = [
             None if s is None or target is None or are_one_base(s, target) else s
@@ -339,7 +325,7 @@ class _Merge:
                     )
 
     def _outline(self) -> Adapter:
-        """The result with its vectors, and with zeros for updates."""
+        """Outlines the result: its vectors, and zeros for updates."""
         first, zero = self.parts[0], torch.zeros(())
         updates: dict[str, LowRank] = {}
         kernels: dict[str, tuple[int, ...]] = {}
@@ -365,7 +351,7 @@ class _Merge:
         )
 
     def _choose_family(self, updates: Mapping[str, LowRank]) -> str | None:
-        """The family by whose names the result is written: one that all modules can be of."""
+        """Returns the family of the result's names, common to all modules."""
         if self.target is not None and self.target.family:
             return self.target.family
         able, _ = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
@@ -381,7 +367,7 @@ class _Merge:
         return {name: merge_vectors(some, self.options.method) for name, some in found.items()}
 
     def _list_updates(self, module: str) -> dict[int, LowRank]:
-        """Index of each LoRA that has a module -> its update, strength included."""
+        """Returns index of each LoRA with a module -> its update, strength included."""
         return {
             i: LowRank(update.up * self.strengths[i], update.down)
             for i, part in enumerate(self.parts)
@@ -389,7 +375,7 @@ class _Merge:
         }
 
     def _merge_module(self, module: str, dtype: torch.dtype) -> tuple[LowRank, ModuleReport]:
-        """The update of a module, cut as asked, and its row."""
+        """Returns the merged update of a module, cut as asked, and its row."""
         parts = self._list_updates(module)
         whole = merge_updates([*parts.values()], self.options.method)
         cut = cut_rank(whole, self.options.out_rank, sum(part.rank for part in parts.values()))
@@ -397,7 +383,7 @@ class _Merge:
         return cut, describe_conversion(module, of, whole, cut.to(dtype), 1.0)
 
     def _measure(self, merged: Adapter, dtype: torch.dtype) -> MergeReport:
-        """What of each LoRA is in the result, and how they overlap."""
+        """Measures what of each LoRA is in the result, and their overlap."""
         energies, kept = [fact.energy for fact in self.facts], [0.0] * len(self.parts)
         overlaps: list[ModuleOverlap] = []
         for module, update in merged.updates.items():
@@ -414,10 +400,9 @@ class _Merge:
         return MergeReport(tuple(told), tuple(overlaps))
 
     def _describe(self, combined: dict[str, str]) -> dict[str, str]:
-        """The header: of what the LoRA was merged and how; reads all of the result's base.
+        """Writes the header: the merged LoRAs and how; reads all of the target.
 
-        Args:
-            combined: the headers of all as one.
+        `combined` are the headers of all as one.
         """
         target = self.target
         told = ("name", "strength", "blocks", "trigger", "moved_from", "digest")
@@ -445,7 +430,7 @@ class _Merge:
         return rewritten | {key: combined[key] for key in kept}
 
     def _report(self, rows: Sequence[ModuleReport], merge: MergeReport, result: Adapter) -> Report:
-        """The report, of what is known by now."""
+        """Reports what is known by now."""
         left_out = dict(self.left_out)
         kept_energy: dict[str, float] = {}
         for name, part in zip(self.names, self.parts, strict=True):
@@ -475,5 +460,8 @@ class _Merge:
 
 
 def _stored_dtype(part: Adapter) -> torch.dtype:
-    """Of a LoRA's factors; of eight bits, which are not written, the sixteen that hold them."""
+    """Returns a LoRA's dtype; for eight bits the sixteen that hold them.
+
+    Eight bits are not written.
+    """
     return part.dtype if part.dtype.itemsize > 1 else torch.float16

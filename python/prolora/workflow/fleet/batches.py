@@ -40,12 +40,12 @@ class Migrated:
 
 @dataclass(frozen=True)
 class Batch:
-    """LoRAs between one pair of bases, given as paths that every machine has."""
+    """LoRAs between one pair of bases, as paths on every machine."""
 
     source: str
     target: str
     expert: str
-    loras: tuple[tuple[str, str], ...]  # each with what its result's name gets appended
+    loras: tuple[tuple[str, str], ...]  # each with the suffix of its result's name
 
     @property
     def label(self) -> str:
@@ -78,7 +78,7 @@ def plan_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
 
 
 def _find_pair(batch: Batch) -> tuple[Any, Any]:
-    """The two bases of a batch, opened."""
+    """Opens the two bases of a batch."""
     pairs = pair_experts(open_experts(batch.source), open_experts(batch.target))
     pair = next(pair for pair in pairs if pair.expert == batch.expert)
     return pair.source, pair.target
@@ -89,7 +89,7 @@ _opened: dict[str, tuple[PairMover, BasisCache]] = {}
 
 
 def _open_mover(batch: Batch, job: Job) -> tuple[PairMover, BasisCache, tuple[str, ...]]:
-    """The bases with all that was learnt of them, and their digests as they are now."""
+    """Opens a batch's bases with all that is known, and their current digests."""
     source, target = _find_pair(batch)
     cache = BasisCache(job.options.cache)
     digests = tuple(compute_identity(base, cache.folder) or "" for base in (source, target))
@@ -101,7 +101,7 @@ def _open_mover(batch: Batch, job: Job) -> tuple[PairMover, BasisCache, tuple[st
 
 
 def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
-    """Moves the LoRAs of a batch; what has its name is done.
+    """Moves the LoRAs of a batch; existing results are done.
 
     Raises:
         ProLoRAError: a base cannot be opened, or no result can be written.
@@ -144,7 +144,7 @@ def _name_task(
 
 
 def _tell(batch: Batch, job: Job, outcome: Outcome) -> Migrated:
-    """What became of a LoRA that was moved.
+    """Reports what became of a LoRA that was moved.
 
     Raises:
         ProLoRAError: the system wrote nothing, and would not write the next either.

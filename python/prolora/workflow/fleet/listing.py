@@ -22,13 +22,13 @@ def list_loras(
 
     Args:
         collection: each is a .safetensors file; the folder of an adapter (PEFT's or diffusers'); a
-            folder, whose files and adapters are taken, those in folders below it too; a text file
+            folder, whose files and adapters are taken, also in folders below it; a text file
             with one of these in each line; `org/name`, `hf://org/name` or
-            `hf://collections/org/slug` on the hub, of which the adapters are fetched.
+            `hf://collections/org/slug` on the hub, whose adapters are fetched.
 
     Raises:
-        UnsupportedFormat: there is no such file or folder, the hub does not give it, or there is no
-            LoRA in all of them.
+        UnsupportedFormat: a missing file or folder, the hub does not give it, or no LoRA is in
+            all of them.
     """
     members = [collection] if isinstance(collection, str | os.PathLike) else list(collection)
     listed = dict.fromkeys(lora for member in members for lora in _list_member(member))
@@ -39,7 +39,7 @@ def list_loras(
 
 
 def _list_member(member: str | os.PathLike[str], around: str = "") -> Iterator[Path]:
-    """The LoRAs of one member; a relative path is below `around`."""
+    """Yields the LoRAs of one member; a relative path is below `around`."""
     text = os.fspath(member)
     path = Path(os.path.abspath(os.path.join(around, text)))
     is_there = os.path.exists(path) or bool(around and os.path.isdir(path.parent))
@@ -62,7 +62,7 @@ def _list_member(member: str | os.PathLike[str], around: str = "") -> Iterator[P
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The adapters in a folder and below it; the folder of an adapter is one."""
+    """Yields the adapters in a folder and below; an adapter's folder is one."""
     for place, folders, files in os.walk(folder):
         folders.sort()
         if any(name in files for name in ADAPTER_FILES):

@@ -108,7 +108,7 @@ def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
 
 
 def _take_shard(batches: list[Batch], shard: str | None) -> list[Batch]:
-    """The batches of one job of several."""
+    """Returns the batches of one job of several."""
     if shard is None:
         return batches
     number, _, count = shard.partition("/")
@@ -120,7 +120,7 @@ def _take_shard(batches: list[Batch], shard: str | None) -> list[Batch]:
 def assign_loras(
     loras: list[Path], sources: list[str], targets: list[str], job: Job
 ) -> tuple[list[Batch], list[Migrated]]:
-    """Returns the batches of a collection, and what became of LoRAs that belong to no source."""
+    """Returns the batches of a collection, and the outcomes of LoRAs without source."""
     opened: dict[str, Experts] = {path: open_experts(path) for path in {*sources, *targets}}
     finder = SourceFinder(
         {path: opened[path] for path in sources}, job.options, BasisCache(job.options.cache)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class LostWorker(ProLoRAError):
-    """A LoRA whose process ends, or hangs, each time that it is tried."""
+    """A LoRA whose process ends or hangs on each try."""
 
     code = "lost-worker"
 
@@ -78,7 +78,7 @@ def run_on_ray(address: str, batches: Sequence[Batch], job: Job) -> Iterator[Mig
 
 
 def _work(batch: Batch, job: Job, mark: str) -> Iterator[Any]:
-    """What a process of Ray does: it says where it is, then what became of each LoRA."""
+    """Moves a batch in a process of Ray: yields its node, then each outcome."""
     import ray
 
     node = f"{socket.gethostname()}, a node of the Ray cluster,"
@@ -144,7 +144,7 @@ def _kill(ray: Any, answers: Any, task: _Running) -> None:
 
 @contextmanager
 def _connect(address: str) -> Iterator[Any]:
-    """Ray, connected; one that was started here ends with the body.
+    """Connects to Ray; a Ray started here ends with the body.
 
     Raises:
         ProLoRAError: it is missing or does not answer.
@@ -169,7 +169,7 @@ def _connect(address: str) -> Iterator[Any]:
 
 @contextmanager
 def _mark(folder: Path) -> Iterator[Path]:
-    """A file that every node must see in the folder of the results."""
+    """Makes a file that every node must see in the folder of the results."""
     mark = folder / f".prolora-{secrets.token_hex(8)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""To which of several bases a LoRA belongs, told by headers as `check` does."""
+"""The base that a LoRA belongs to, told by headers alone."""
 
 from __future__ import annotations
 
@@ -20,17 +20,11 @@ from ..options import TransferOptions
 
 @dataclass
 class SourceFinder:
-    """Several bases, among which that of a LoRA is found.
+    """Several bases, and a search for the one of a LoRA."""
 
-    Attributes:
-        sources: path -> base.
-        options: of the transfer.
-        cache: remembers the hashes of files.
-    """
-
-    sources: Mapping[str, Experts]
-    options: TransferOptions
-    cache: BasisCache
+    sources: Mapping[str, Experts]  # path -> base
+    options: TransferOptions  # of the transfer
+    cache: BasisCache  # remembers the hashes of files
     _misfits: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def find(self, lora: Path) -> str:
@@ -43,7 +37,7 @@ class SourceFinder:
         """
         bases = {path: next(iter(experts.values())) for path, experts in self.sources.items()}
         if len(bases) == 1:
-            return next(iter(bases))  # whether it fits is told where it moves
+            return next(iter(bases))  # the move itself says whether it fits
         header = read_header(lora)
         fitting = self._list_moved_to(lora, self._list_fitting(lora, bases))
         tests = (
@@ -62,10 +56,10 @@ class SourceFinder:
         return next(iter(fitting))
 
     def _list_fitting(self, lora: Path, bases: Mapping[str, Base]) -> dict[str, Base]:
-        """The bases that have all modules of a LoRA in its shapes.
+        """Returns the bases that have all modules of a LoRA in its shapes.
 
         Raises:
-            UnsupportedFormat: there is none.
+            UnsupportedFormat: no base fits.
         """
         signature = _sign_header(Lora.open(lora))
         reasons = {}
@@ -79,7 +73,7 @@ class SourceFinder:
         return {path: base for path, base in bases.items() if not reasons[path]}
 
     def _list_moved_to(self, lora: Path, bases: Mapping[str, Base]) -> dict[str, Base]:
-        """The bases that a LoRA which was moved before may belong to.
+        """Returns the bases to which prolora may have moved a LoRA.
 
         Raises:
             AlreadyMoved: it belongs to none of them.
@@ -97,7 +91,7 @@ class SourceFinder:
 
 
 def _sign_header(opened: Lora) -> str:
-    """Equal for LoRAs with equal keys, shapes and configuration, of one claimed family."""
+    """Signs a header: equal for equal keys, shapes, configuration and claimed family."""
     parts = [
         [[key, *header.shape] for key, header in opened.headers.items()],
         opened.config,
