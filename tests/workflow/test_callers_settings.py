@@ -38,7 +38,6 @@ def test_the_callers_default_device_changes_no_bit_of_a_result(tmp_path):
     lora, source, target = write_case(tmp_path)
     options = [
         {"method": "copy"},
-        {"method": "damped"},
         {"method": "prolora", "out_rank": "50%"},
         {"match": "similarity", "out_rank": "20kB"},
     ]

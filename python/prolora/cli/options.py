@@ -183,7 +183,7 @@ OPTIONS = {
 
 
 def write_flag(option: str, value: str | None = None) -> str | None:
-    """An option of Python as the command line has it, `--look lora`; a function as its command."""
+    """An option of Python as the command line has it, `--match name`; a function as its command."""
     if value == "()":
         return f"`prolora {COMMANDS.get(option, option)}`"
     if option not in OPTIONS:

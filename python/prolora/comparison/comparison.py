@@ -18,16 +18,12 @@ from ..bases.memory import Memory, Room, Work
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..core.basis import Basis
 from ..core.grouping import group_by
-from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import DeviceLike, resolve_device
 from ..core.verdict import (
-    AUTO,
     DEFAULT_THRESHOLD,
-    METHOD_REASONS,
     STRANGE_COSINE,
-    Decision,
     Verdict,
     describe_strangers,
     judge_pairs,
@@ -121,16 +117,6 @@ class Comparison:
         """The overlap of all pairs against the number of columns; empty where not asked for."""
         return sweep_columns([module.points for module in self.modules if module.points])
 
-    @property
-    def advice(self) -> Decision:
-        """What `transfer` would settle on by itself."""
-        return self.verdict.decide()
-
-    @property
-    def copying_is_best(self) -> bool:
-        """Whether nothing known does better than the LoRA as it is."""
-        return self.verdict.go and find_method(self.advice.method).needs is Needs.NOTHING
-
     def places(self) -> dict[str, list[ModuleComparison]]:
         """The pairs by part of the model, in the target's order."""
         return group_by(self.modules, lambda module: module.place)
@@ -155,7 +141,7 @@ class Comparison:
         strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE_COSINE]
         if strangers and self.verdict.related:
             sentences.append(describe_strangers(strangers))
-        sentences += [self._copying(), self._coverage()]
+        sentences.append(self._coverage())
         return sentences + describe_decisions(self.decisions, self.dropped_blocks)
 
     def _lineage(self) -> str:
@@ -169,21 +155,6 @@ class Comparison:
         return (
             f"No common lineage: the paired weights do not point the same way (cosine "
             f"{cosine:.2f}; related models have nearly 1)."
-        )
-
-    def _copying(self) -> str:
-        """Whether the LoRA as it is can be beaten."""
-        if not self.verdict.go:
-            return "Copying does not work here, and no method that knows weights alone does better."
-        if self.copying_is_best:
-            return (
-                f"Nothing measured so far beats copying on such a pair: {METHOD_REASONS['copy']}."
-            )
-        strength = self.verdict.strength
-        return (
-            f"`method='{AUTO}'` chooses '{self.advice.method}': "
-            f"{METHOD_REASONS[self.advice.method]}. "
-            f"An unchanged copy does best at a strength of about {strength:.2g}."
         )
 
     def _coverage(self) -> str:
@@ -201,20 +172,12 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON (NaN as None)."""
         numbers = ("phi_left", "phi_right", "above_left", "above_right", "drift")
-        verdict, advice = self.verdict, self.advice
         fields: dict[str, Any] = asdict(self) | {
             "modules": [module.to_dict() for module in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "sweep": [asdict(row) for row in self.sweep],
             "means": {name: self.mean(name) for name in numbers},
-            "verdict": asdict(verdict)
-            | {"go": verdict.go, "related": verdict.related, "kappa": verdict.kappa},
-            "advice": {
-                "method": advice.method if verdict.related else None,
-                "copying_is_best": self.copying_is_best,
-                "copy_strength": verdict.strength,
-                "damping": advice.damping,
-            },
+            "verdict": asdict(self.verdict) | {"related": self.verdict.related},
             "summary": self.sentences(),
         }
         found: dict[str, Any] = replace_nonfinite(fields)
@@ -270,7 +233,7 @@ def compare(
             progress=progress,
         )
         memory = Memory(limit, rank, device)
-        needs: Work = "affinity" if rank is None else Needs.BASES
+        needs: Work = "affinity" if rank is None else "bases"
         table, rule = find_partners(source, target, match)
         memory.check(_list_sizes(source, target, table), needs)
         recognised = recognise_blocks(match, source, target)

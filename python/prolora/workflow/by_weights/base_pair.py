@@ -18,7 +18,6 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
 from ...comparison.block_matching import resolve_match
 from ...comparison.module_map import Match
-from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ..base_check import check_bases
 from ..block_weights import weigh_adapter
@@ -194,7 +193,6 @@ class BasePair:
             vectors,
             asked=ledger.asked or options.method,
             verdict=verdict,
-            damping=options.kappa if ledger.method.needs is Needs.WEIGHTS else None,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},
         )
