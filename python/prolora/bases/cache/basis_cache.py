@@ -226,7 +226,7 @@ class BasisCache:
         return digest if isinstance(digest, str) else None
 
     def place(self, base: Base, module: str) -> str | None:
-        """Returns a name of a weight by the state of its file, which takes no reading.
+        """Returns a weight's name by the state of its file, without reading.
 
         None where that is not settled: the file changed just now, or the weight is in no file.
         """
@@ -294,7 +294,7 @@ class BasisCache:
         return self._table("index", str(base.path))
 
     def _flush(self, base: Base) -> None:
-        """Has changes of a base's files set their times, once."""
+        """Makes changes of a base's files set their times, once."""
         if base.path not in self._flushed:
             for file in base.files:
                 flush_file(file)
