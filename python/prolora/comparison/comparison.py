@@ -53,14 +53,11 @@ OVERLAP_RANK: Rank = 0.9
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a LoRA of the source would find a weight of its shape on the target.
+    """How much of a source's LoRA would fit weights of the target."""
 
-    Attributes:
-        attention: (modules with a place, modules) of a LoRA on all attention weights.
-        adaptable: the same for a LoRA on all weights that LoRAs are commonly trained on.
-    """
-
+    # (modules with a counterpart, modules) of a LoRA on all attention weights
     attention: tuple[int, int]
+    # The same for a LoRA on all weights that LoRAs are commonly trained on
     adaptable: tuple[int, int]
 
     @classmethod
@@ -104,7 +101,7 @@ class Comparison:
     renumbered: Mapping[str, str] = field(default_factory=dict)
 
     def mean(self, field: str) -> float:
-        """The mean of a number of `ModuleComparison` over the pairs where it is defined."""
+        """Averages a field of `ModuleComparison` over the pairs where it is defined."""
         return average_field(self.modules, field)
 
     @cached_property
@@ -118,11 +115,11 @@ class Comparison:
         return sweep_columns([module.points for module in self.modules if module.points])
 
     def places(self) -> dict[str, list[ModuleComparison]]:
-        """The pairs by part of the model, in the target's order."""
+        """Groups the pairs by part of the model, in the target's order."""
         return group_by(self.modules, lambda module: module.place)
 
     def sentences(self) -> list[str]:
-        """The answer in plain words, with the numbers behind it."""
+        """Writes the answer in plain words, with the numbers behind it."""
         sentences = [self.verdict.sentence(), self._lineage()]
         overlaps = {
             name: overlap
@@ -145,7 +142,7 @@ class Comparison:
         return sentences + describe_decisions(self.decisions, self.dropped_blocks)
 
     def _lineage(self) -> str:
-        """Whether the two come from each other."""
+        """Says whether the two come from each other."""
         cosine, drift = round(self.verdict.cosine, 2) + 0.0, self.verdict.drift  # no "-0.00"
         if self.verdict.related:
             return (
@@ -158,7 +155,7 @@ class Comparison:
         )
 
     def _coverage(self) -> str:
-        """What a LoRA can expect."""
+        """Says what a LoRA can expect."""
         (a, all_a), (b, all_b) = self.coverage.attention, self.coverage.adaptable
         lost = f"{self.without_partner} modules have no partner on the target"
         if self.other_shape:
@@ -170,7 +167,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON (NaN as None)."""
+        """Returns everything, ready for JSON (NaN as None)."""
         numbers = ("phi_left", "phi_right", "above_left", "above_right", "drift")
         fields: dict[str, Any] = asdict(self) | {
             "modules": [module.to_dict() for module in self.modules],
@@ -205,7 +202,7 @@ def compare(
             verdict needs each weight read once and no singular value decomposition.
         match: how modules are paired, as in `transfer`.
         cache: keeps subspaces, the same folder as `transfer`'s; None keeps nothing.
-        device: where to compute. Default: a GPU where there is one, and else the CPU.
+        device: where to compute. Default: a GPU if present, else the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).
@@ -268,7 +265,7 @@ def compare(
 
 
 def _list_sizes(source: Base, target: Base, table: Mapping[str, str]) -> set[tuple[int, int]]:
-    """The matrix shapes of the pairs whose weights have one shape."""
+    """Lists the matrix shapes of the pairs whose weights have one shape."""
     return {
         matrix_shape(target.shapes[t])
         for t, s in table.items()
@@ -279,11 +276,11 @@ def _list_sizes(source: Base, target: Base, table: Mapping[str, str]) -> set[tup
 def _list_equal_shapes(
     source: Base, target: Base, match: Match, partners: Mapping[str, str]
 ) -> dict[str, str]:
-    """{target module: source module} of the pairs whose weights have one shape.
+    """Returns {target module: source module} of pairs with equal weight shapes.
 
     Raises:
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
-        UnsupportedFormat: there is no such pair, or a weight of one is quantised in a way whose
+        UnsupportedFormat: no such pair, or a weight of one is quantised in a way whose
             numbers are not read.
     """
     equal = {
@@ -301,13 +298,9 @@ def _list_equal_shapes(
 def _iterate_stacks(
     source: Base, target: Base, equal: Mapping[str, str], room: Room
 ) -> Iterator[list[tuple[str, str]]]:
-    """The pairs (source module, target module) in stacks of one shape and dtype that memory holds.
+    """Yields (source module, target module) pairs in stacks that memory holds.
 
-    Args:
-        source: a base.
-        target: another.
-        equal: target module -> source module of equal shape.
-        room: bounds the stacks.
+    A stack has one shape and dtype; `equal` is target module -> source module of equal shape.
     """
     groups: dict[tuple[object, ...], list[tuple[str, str]]] = {}
     for module, origin in equal.items():
@@ -328,17 +321,17 @@ def _factorise(
     pairs: Sequence[tuple[str, str]],
     weights: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> tuple[Basis, Basis]:
-    """The bases of the weights of pairs of modules, as those of two stacks."""
+    """Returns the bases of the weights of pairs of modules, as two stacks."""
     requests = [
         partial(cache.look_up_weights, some, rank, base, modules)
         for base, modules, some in zip(bases, zip(*pairs, strict=True), weights, strict=True)
     ]
-    ours, theirs = cache.in_turn(requests, rank, device)
-    return ours, theirs
+    first, second = cache.in_turn(requests, rank, device)
+    return first, second
 
 
 def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
-    """Why there is nothing to compare, and what may work instead."""
+    """Explains why there is nothing to compare, and what may work instead."""
     way = ""
     if can_fit(source.path, target.path):
         way = f"; {RUN_INSTEAD}"
