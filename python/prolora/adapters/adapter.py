@@ -14,7 +14,7 @@ from ..core.lowrank import LowRank
 
 @dataclass(frozen=True, eq=False)
 class StoredUpdate:
-    """The tensors of a file behind one update, a fused weight's or a vector."""
+    """A file's tensors behind one update, fused weight or vector."""
 
     parts: Mapping[str, LowRank | Tensor]  # module or vector -> what was made of them
     keys: Mapping[str, str]  # what stands behind a key's module path -> the key
@@ -54,8 +54,8 @@ class Adapter:
             else of a file is ever left out.
         unread: module among `left_out` that has an update -> its (out, in, rank).
         refused: modules among `unread` whose update has a tensor beside it that is not read.
-        stored: the tensors behind updates that are to be written as they are stored, as long as
-            nobody changes them; empty unless asked for.
+        stored: the tensors behind updates that are to be written as they are stored, unless they
+            are changed; empty unless asked for.
     """
 
     updates: dict[str, LowRank]

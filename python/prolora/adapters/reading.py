@@ -268,7 +268,7 @@ def _store_parts(
     kept: float,
     where: str,
 ) -> dict[str, LowRank]:
-    """Puts an update into the adapter, that of a fused weight part by part, and returns these."""
+    """Puts an update into the adapter part by part, and returns the parts."""
     matrix = slot.module.matrix
     parts = (
         fused_updates.split_update(matrix, update, where) if matrix else {slot.module.name: update}

@@ -273,7 +273,7 @@ def _write_patterns(numbers: Mapping[str, float], common: float) -> dict[str, fl
 def diffusers_metadata(
     adapter: Adapter, owners: Mapping[str, StoredUpdate] = MappingProxyType({})
 ) -> dict[str, Any] | None:
-    """What a diffusers file must say about ranks and scales, or None if it need not.
+    """Returns what a diffusers file must say about ranks and scales; None for nothing.
 
     Older versions of diffusers take one alpha for modules of different ranks and so scale most of
     them wrongly, unless the header has a configuration; then every component needs one. Stored

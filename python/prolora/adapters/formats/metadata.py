@@ -140,7 +140,7 @@ def clean_metadata(
 
 
 def _describe_ranks(kept: dict[str, str], format: str, ranks: set[int]) -> None:
-    """Has a header say that the file holds a plain LoRA of these ranks."""
+    """Describes a plain LoRA of these ranks."""
     if format == "kohya":
         is_flux = kept.get("ss_base_model_version", "").startswith("flux1")
         kept.setdefault("ss_network_module", "networks.lora_flux" if is_flux else "networks.lora")

@@ -1,4 +1,4 @@
-"""Updates that nobody changed, written as their file holds them under another module's names."""
+"""Unchanged updates, written as their file holds them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _first_tensor(part: LowRank | Tensor) -> Tensor:
 def _list_pieces(
     adapter: Adapter, format: str
 ) -> Iterator[tuple[str | None, Mapping[str, LowRank | Tensor], AuthorsWeight | None]]:
-    """Yields path, parts and fused weight of everything that has keys of its own in a file."""
+    """Yields path, parts and fused weight of all that has its own keys."""
     for group in group_modules(adapter, format):
         yield group.path, group.parts, group.matrix
     paths = vector_paths(adapter, format)
