@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -32,9 +32,8 @@ from .move_updates import move_all
 from .rows import check_coverage, outline_rows
 from .vectors import carry_vectors
 
-Notes = Mapping[str, str]
-"""What the header of a result says of its making. It is computed when nothing can be refused any
-more, as it may read all bytes of the bases."""
+Notes = Callable[[], Mapping[str, str]]
+"""What the header of a result says of its making; asked once the LoRA has been read."""
 
 Depth = Literal["updates", "outline", "header"]
 """How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
@@ -181,7 +180,7 @@ class BasePair:
         if hashed:
             with ledger.clock("hash"):
                 metadata = build_metadata(ledger)
-                metadata |= prefix_notes(notes or {})
+                metadata |= prefix_notes(notes() if notes else {})
         moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
         moved = weigh_adapter(moved, ledger.block_factors)
         ledger.weigh_rows()
