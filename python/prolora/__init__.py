@@ -7,7 +7,6 @@ from .bases import Base, BaseLike, open_base
 from .bases.experts import ExpertsLike, open_experts
 from .comparison.comparison import Comparison
 from .core.basis import Basis, truncated_svd
-from .core.damping import damped
 from .core.lowrank import LowRank
 from .core.methods import METHODS, Method, MethodChoice, MethodName
 from .core.ops.native import cuda_status, require_cuda
@@ -111,7 +110,6 @@ __all__ = [
     "convert",
     "convert_file",
     "cuda_status",
-    "damped",
     "extract",
     "extract_file",
     "fit",

@@ -28,12 +28,12 @@ def test_one_screen_says_what_to_do(prolora, tuned):
     line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, text, _ = prolora(*line)
     assert code == 0
-    assert text.startswith("✔ This should work") and "Most of the LoRA (" in text
+    assert text.startswith("⚠ This should work in part") and "Most of the LoRA (" in text
     assert len(text.splitlines()) < 10 and "drift" not in text
     last = text.rstrip().splitlines()[-1]
     assert last.startswith("prolora transfer ") and f"--target {target}" in last
     code, text, _ = prolora(*line, "--explain")
-    for part in ("down_blocks.1", "█", "Expected", "Same lineage", "8 of the LoRA's 12 modules"):
+    for part in ("down_blocks.1", "█", "Same lineage", "8 of the LoRA's 12 modules"):
         assert part in text
 
 
@@ -66,7 +66,7 @@ def test_json_has_everything(prolora, tuned):
     )
     advice = json.loads(text)
     assert code == 0 and advice["go"] and advice["lora"] is None and advice["measurement"] is None
-    assert advice["stacks"][0]["drifts"] and advice["expected"][0]["worlds"]
+    assert advice["stacks"][0]["drifts"] and advice["expected"]["name"] == "changed"
     assert advice["command"].startswith("prolora transfer LORA.safetensors")
 
 

@@ -16,7 +16,7 @@ def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, case, 
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
     line = ("transfer", lora, "--source", source, "--target", target, "-o", out)
     code, text, _ = prolora(*line, "--report", report)
-    assert code == 0 and text.startswith("✔ This should work")
+    assert code == 0 and text.startswith("⚠ This should work in part")
     for word in ("energy", "coverage", "module", "drift", "cosine", "Φ"):
         assert word not in text
     assert "8 of 12 modules moved" not in text and "the target has no such module" not in text

@@ -107,6 +107,6 @@ def test_notes_fill_the_lines_of_any_terminal(prolora, case, tmp_path, monkeypat
     for width in (50, 200):
         monkeypatch.setenv("COLUMNS", str(width))
         _, text, _ = prolora("advise", "--source", source, "--target", target, "--explain")
-        note = text[text.index("drift:") : text.index("Go: the two")]
+        note = text[text.index("drift:") : text.index("The two models are")]
         lines = note.splitlines()[:-1]
         assert all(width - 12 < len(line.rstrip()) <= width for line in lines), lines

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny_pipelines as tiny
 import torch
-from mini import BLOCK, source_weights, target_along_few, target_weights, write_case, write_folder
+from mini import BLOCK, source_weights, target_along_few, write_case, write_folder
 
 import prolora
 from prolora import InvalidOption, ShapeMismatch, UnsupportedFormat
@@ -30,7 +30,7 @@ def test_the_bases_alone_are_judged_and_a_transfer_follows(case, tmp_path):
     assert [stack.name for stack in advice.stacks()] == ["down_blocks.1"]
     assert len(advice.stacks()[0].drifts) == 2 and advice.stacks()[0].drift < 0.2
     assert (advice.verb, advice.options) == ("transfer", {})
-    assert {e.method for e in advice.expected} >= {"copy", "auto"}
+    assert advice.expected.name == "changed"
 
 
 def test_a_lora_is_placed_and_what_is_advised_runs(case, tmp_path):
@@ -43,7 +43,7 @@ def test_a_lora_is_placed_and_what_is_advised_runs(case, tmp_path):
     out = tmp_path / "moved.safetensors"
     report = prolora.transfer_file(lora, source, target, out, **advice.options)
     assert report.totals["mapped"] == 8
-    assert report.method == advice.decision.method
+    assert report.method == "copy"
 
 
 def test_a_lora_in_the_place_of_a_base_is_told_so(case):
@@ -53,19 +53,10 @@ def test_a_lora_in_the_place_of_a_base_is_told_so(case):
             prolora.advise(*ends)
 
 
-def test_what_was_never_measured_is_not_extrapolated(case, tmp_path):
-    _, source, _ = case
-    huge = {name: 40 * weight for name, weight in target_weights().items()}
-    advice = prolora.advise(source, write_folder(tmp_path / "huge", huge))
-    assert advice.expected == () and advice.to_dict()["expected"] == []
-    assert any("No pair of bases like this was measured" in s for s in advice.sentences())
-    assert "nobody measured" in advice.in_words().headline
-
-
 def test_equal_bases_need_no_expectation(case):
     _, source, _ = case
     advice = prolora.advise(source, source)
-    assert advice.expected == () and any("equal" in s for s in advice.sentences())
+    assert advice.expected.name == "same"
 
 
 def test_unrelated_bases_get_no_options_and_strangers_are_named(case, tmp_path):
@@ -73,9 +64,9 @@ def test_unrelated_bases_get_no_options_and_strangers_are_named(case, tmp_path):
     generator = torch.Generator().manual_seed(3)
     unrelated = {n: torch.randn(w.shape, generator=generator) for n, w in source_weights().items()}
     advice = prolora.advise(source, write_folder(tmp_path / "apart", unrelated), lora)
-    assert not advice.go and advice.decision is None and advice.verb == ""
+    assert not advice.go and advice.verb == ""
     assert len(advice.stacks()[0].strangers) == 3
-    assert any(s.startswith("No-go") for s in advice.sentences())
+    assert any("nothing in common" in s for s in advice.sentences())
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_read(case):

@@ -111,7 +111,7 @@ def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():
             moved = done.adapter.updates[BLOCK.format(new, name)]
             wanted = updates[BLOCK.format(new + 1, name)]
             torch.testing.assert_close(moved.dense(), wanted.dense())
-    assert done.report.verdict.go and done.report.verdict.drift == pytest.approx(0.1, rel=1e-2)
+    assert done.report.verdict.related and done.report.verdict.drift == pytest.approx(0.1, rel=1e-2)
 
 
 def test_methods_that_are_asked_for_and_dry_runs_keep_to_the_names():
@@ -135,7 +135,7 @@ def test_many_loras_are_moved_as_one_is_where_blocks_are_renumbered(tmp_path):
 
 def test_compare_judges_a_renumbered_student_as_auto_does():
     found = compare_bases(source_weights(), student(), rank=None)
-    assert found.verdict.go and len(found.renumbered) == 2
+    assert found.verdict.related and len(found.renumbered) == 2
     assert "2 blocks of the target hold the weights" in " ".join(found.sentences())
 
 
@@ -311,7 +311,7 @@ def test_a_bk_student_gets_the_updates_of_the_blocks_it_was_made_from():
         for name in (old, new)
     }
     done = prolora.transfer(Adapter(updates), source, target)
-    assert list(done.adapter.updates) == [new] and done.report.verdict.go
+    assert list(done.adapter.updates) == [new] and done.report.verdict.related
     moved, wanted = done.adapter.updates[new].dense(), updates[old].dense()
     assert (moved - wanted).norm() < 0.2 * wanted.norm()
     assert done.report.verdict.drift == pytest.approx(0.1, rel=1e-2)

@@ -106,12 +106,9 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("strength", math.nan),
         ("strength", 1e160),
         ("strength", [1.0]),
-        ("damping", "much"),
         ("out_rank", None),
         ("out_rank", True),
         ("out_rank", [8]),
-        ("damping", math.nan),
-        ("damping", -1.0),
         ("out_rank", math.nan),
         ("method", "magic"),
         ("vectors", "project"),
@@ -137,7 +134,6 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
         min_coverage=np.float32(0.5),
         threshold=np.float64(0.25),
         strength=np.float16(0.5),
-        damping=np.int32(2),
         out_rank=np.int64(4),
         max_memory=np.int64(1 << 40),
     )
@@ -146,7 +142,6 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
         min_coverage=0.5,
         threshold=0.25,
         strength=0.5,
-        damping=2,
         out_rank=4,
         max_memory=1 << 40,
     )

@@ -183,7 +183,7 @@ OPTIONS = {
 
 
 def write_flag(option: str, value: str | None = None) -> str | None:
-    """An option of Python as the command line has it, `--look lora`; a function as its command."""
+    """An option of Python as the command line has it, `--match name`; a function as its command."""
     if value == "()":
         return f"`prolora {COMMANDS.get(option, option)}`"
     if option not in OPTIONS:
@@ -364,7 +364,9 @@ class BriefCommand(TyperCommand):
     """
 
     told: ClassVar[type] = TransferOptions
-    beside: ClassVar[set[str]] = {"source", "target", "output", "report", "dry_run", "help_all"}
+    beside: ClassVar[set[str]] = set(
+        "source target output report dry_run ray shard help_all".split()
+    )
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help; the short one has the basic options alone, in a sentence each."""

@@ -18,16 +18,12 @@ from ..bases.memory import Memory, Room, Work
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..core.basis import Basis
 from ..core.grouping import group_by
-from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import DeviceLike, resolve_device
 from ..core.verdict import (
-    AUTO,
     DEFAULT_THRESHOLD,
-    METHOD_REASONS,
     STRANGE_COSINE,
-    Decision,
     Verdict,
     describe_strangers,
     judge_pairs,
@@ -57,14 +53,11 @@ OVERLAP_RANK: Rank = 0.9
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a LoRA of the source would find a weight of its shape on the target.
+    """How much of a source's LoRA would fit weights of the target."""
 
-    Attributes:
-        attention: (modules with a place, modules) of a LoRA on all attention weights.
-        adaptable: the same for a LoRA on all weights that LoRAs are commonly trained on.
-    """
-
+    # (modules with a counterpart, modules) of a LoRA on all attention weights
     attention: tuple[int, int]
+    # The same for a LoRA on all weights that LoRAs are commonly trained on
     adaptable: tuple[int, int]
 
     @classmethod
@@ -108,7 +101,7 @@ class Comparison:
     renumbered: Mapping[str, str] = field(default_factory=dict)
 
     def mean(self, field: str) -> float:
-        """The mean of a number of `ModuleComparison` over the pairs where it is defined."""
+        """Averages a field of `ModuleComparison` over the pairs where it is defined."""
         return average_field(self.modules, field)
 
     @cached_property
@@ -121,22 +114,12 @@ class Comparison:
         """The overlap of all pairs against the number of columns; empty where not asked for."""
         return sweep_columns([module.points for module in self.modules if module.points])
 
-    @property
-    def advice(self) -> Decision:
-        """What `transfer` would settle on by itself."""
-        return self.verdict.decide()
-
-    @property
-    def copying_is_best(self) -> bool:
-        """Whether nothing known does better than the LoRA as it is."""
-        return self.verdict.go and find_method(self.advice.method).needs is Needs.NOTHING
-
     def places(self) -> dict[str, list[ModuleComparison]]:
-        """The pairs by part of the model, in the target's order."""
+        """Groups the pairs by part of the model, in the target's order."""
         return group_by(self.modules, lambda module: module.place)
 
     def sentences(self) -> list[str]:
-        """The answer in plain words, with the numbers behind it."""
+        """Writes the answer in plain words, with the numbers behind it."""
         sentences = [self.verdict.sentence(), self._lineage()]
         overlaps = {
             name: overlap
@@ -155,11 +138,11 @@ class Comparison:
         strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE_COSINE]
         if strangers and self.verdict.related:
             sentences.append(describe_strangers(strangers))
-        sentences += [self._copying(), self._coverage()]
+        sentences.append(self._coverage())
         return sentences + describe_decisions(self.decisions, self.dropped_blocks)
 
     def _lineage(self) -> str:
-        """Whether the two come from each other."""
+        """Says whether the two come from each other."""
         cosine, drift = round(self.verdict.cosine, 2) + 0.0, self.verdict.drift  # no "-0.00"
         if self.verdict.related:
             return (
@@ -171,23 +154,8 @@ class Comparison:
             f"{cosine:.2f}; related models have nearly 1)."
         )
 
-    def _copying(self) -> str:
-        """Whether the LoRA as it is can be beaten."""
-        if not self.verdict.go:
-            return "Copying does not work here, and no method that knows weights alone does better."
-        if self.copying_is_best:
-            return (
-                f"Nothing measured so far beats copying on such a pair: {METHOD_REASONS['copy']}."
-            )
-        strength = self.verdict.strength
-        return (
-            f"`method='{AUTO}'` chooses '{self.advice.method}': "
-            f"{METHOD_REASONS[self.advice.method]}. "
-            f"An unchanged copy does best at a strength of about {strength:.2g}."
-        )
-
     def _coverage(self) -> str:
-        """What a LoRA can expect."""
+        """Says what a LoRA can expect."""
         (a, all_a), (b, all_b) = self.coverage.attention, self.coverage.adaptable
         lost = f"{self.without_partner} modules have no partner on the target"
         if self.other_shape:
@@ -199,22 +167,14 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON (NaN as None)."""
+        """Returns everything, ready for JSON (NaN as None)."""
         numbers = ("phi_left", "phi_right", "above_left", "above_right", "drift")
-        verdict, advice = self.verdict, self.advice
         fields: dict[str, Any] = asdict(self) | {
             "modules": [module.to_dict() for module in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "sweep": [asdict(row) for row in self.sweep],
             "means": {name: self.mean(name) for name in numbers},
-            "verdict": asdict(verdict)
-            | {"go": verdict.go, "related": verdict.related, "kappa": verdict.kappa},
-            "advice": {
-                "method": advice.method if verdict.related else None,
-                "copying_is_best": self.copying_is_best,
-                "copy_strength": verdict.strength,
-                "damping": advice.damping,
-            },
+            "verdict": asdict(self.verdict) | {"related": self.verdict.related},
             "summary": self.sentences(),
         }
         found: dict[str, Any] = replace_nonfinite(fields)
@@ -242,7 +202,7 @@ def compare(
             verdict needs each weight read once and no singular value decomposition.
         match: how modules are paired, as in `transfer`.
         cache: keeps subspaces, the same folder as `transfer`'s; None keeps nothing.
-        device: where to compute. Default: a GPU where there is one, and else the CPU.
+        device: where to compute. Default: a GPU if present, else the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).
@@ -270,7 +230,7 @@ def compare(
             progress=progress,
         )
         memory = Memory(limit, rank, device)
-        needs: Work = "affinity" if rank is None else Needs.BASES
+        needs: Work = "affinity" if rank is None else "bases"
         table, rule = find_partners(source, target, match)
         memory.check(_list_sizes(source, target, table), needs)
         recognised = recognise_blocks(match, source, target)
@@ -305,7 +265,7 @@ def compare(
 
 
 def _list_sizes(source: Base, target: Base, table: Mapping[str, str]) -> set[tuple[int, int]]:
-    """The matrix shapes of the pairs whose weights have one shape."""
+    """Lists the matrix shapes of the pairs whose weights have one shape."""
     return {
         matrix_shape(target.shapes[t])
         for t, s in table.items()
@@ -316,11 +276,11 @@ def _list_sizes(source: Base, target: Base, table: Mapping[str, str]) -> set[tup
 def _list_equal_shapes(
     source: Base, target: Base, match: Match, partners: Mapping[str, str]
 ) -> dict[str, str]:
-    """{target module: source module} of the pairs whose weights have one shape.
+    """Returns {target module: source module} of pairs with equal weight shapes.
 
     Raises:
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
-        UnsupportedFormat: there is no such pair, or a weight of one is quantised in a way whose
+        UnsupportedFormat: no such pair, or a weight of one is quantised in a way whose
             numbers are not read.
     """
     equal = {
@@ -338,13 +298,9 @@ def _list_equal_shapes(
 def _iterate_stacks(
     source: Base, target: Base, equal: Mapping[str, str], room: Room
 ) -> Iterator[list[tuple[str, str]]]:
-    """The pairs (source module, target module) in stacks of one shape and dtype that memory holds.
+    """Yields (source module, target module) pairs in stacks that memory holds.
 
-    Args:
-        source: a base.
-        target: another.
-        equal: target module -> source module of equal shape.
-        room: bounds the stacks.
+    A stack has one shape and dtype; `equal` is target module -> source module of equal shape.
     """
     groups: dict[tuple[object, ...], list[tuple[str, str]]] = {}
     for module, origin in equal.items():
@@ -365,17 +321,17 @@ def _factorise(
     pairs: Sequence[tuple[str, str]],
     weights: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> tuple[Basis, Basis]:
-    """The bases of the weights of pairs of modules, as those of two stacks."""
+    """Returns the bases of the weights of pairs of modules, as two stacks."""
     requests = [
         partial(cache.look_up_weights, some, rank, base, modules)
         for base, modules, some in zip(bases, zip(*pairs, strict=True), weights, strict=True)
     ]
-    ours, theirs = cache.in_turn(requests, rank, device)
-    return ours, theirs
+    first, second = cache.in_turn(requests, rank, device)
+    return first, second
 
 
 def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
-    """Why there is nothing to compare, and what may work instead."""
+    """Explains why there is nothing to compare, and what may work instead."""
     way = ""
     if can_fit(source.path, target.path):
         way = f"; {RUN_INSTEAD}"

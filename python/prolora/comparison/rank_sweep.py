@@ -44,7 +44,7 @@ class OverlapPoint:
         return min(((p - c) / (1 - c) for p, c in sides if c < 1), default=math.nan)
 
     def passes(self, threshold: float) -> bool:
-        """Whether both sides reach it, as the gate of `transfer` demands."""
+        """Returns whether both sides reach the threshold, as `transfer` demands."""
         return min(self.phi_left, self.phi_right) >= threshold
 
 
@@ -73,7 +73,7 @@ class SweepRow:
 
     @classmethod
     def of(cls, columns: int, pairs: Sequence[Sequence[OverlapPoint]]) -> SweepRow:
-        """The row of pairs, each with its `trace_curve`."""
+        """Makes the row of pairs, each with its `trace_curve`."""
         points = [_find_point(curve, columns) for curve in pairs]
         return cls(
             columns=columns,
@@ -93,7 +93,7 @@ def trace_curve(
     energies: tuple[Sequence[float], Sequence[float]],
     tables: tuple[OverlapTable, OverlapTable],
 ) -> tuple[OverlapPoint, ...]:
-    """The points of a pair: at 16, 32, 64 … columns, and whole.
+    """Returns the points of a pair: at 16, 32, 64 … columns, and whole.
 
     Args:
         shape: of both weights.
@@ -113,7 +113,7 @@ def trace_curve(
 
 
 def sweep_columns(pairs: Sequence[Sequence[OverlapPoint]]) -> list[SweepRow]:
-    """The rows of pairs, each with its `trace_curve`, up to the columns of the largest basis."""
+    """Makes the rows of pairs up to the largest basis's columns."""
     if not pairs:
         return []
     most = max(max(points[-1].columns_source, points[-1].columns_target) for points in pairs)
@@ -121,7 +121,7 @@ def sweep_columns(pairs: Sequence[Sequence[OverlapPoint]]) -> list[SweepRow]:
 
 
 def _column_steps(most: int) -> list[int]:
-    """16, 32, 64 … below `most`."""
+    """Returns 16, 32, 64 … below `most`."""
     counts = []
     columns = FEWEST_COLUMNS
     while columns < most:
@@ -131,12 +131,12 @@ def _column_steps(most: int) -> list[int]:
 
 
 def _find_point(points: Sequence[OverlapPoint], columns: int) -> OverlapPoint:
-    """That with so many columns; the last, which is whole, where there is none."""
+    """Returns the point with so many columns, else the last, which is whole."""
     return next((p for p in points[:-1] if p.columns_source == columns), points[-1])
 
 
 def energy_shares(basis: Basis) -> list[list[float]]:
-    """Of each matrix of a stack, the share of energy that its leading 1, 2, 3 … columns hold."""
+    """Returns the energy share of each matrix's leading 1, 2, 3 … columns."""
     squares = basis.S.double().square().cumsum(-1)
     shares = squares / squares[:, -1:].clamp_min(1e-300) * basis.energy[:, None]
     used = basis.rank.clamp_min(1).tolist()

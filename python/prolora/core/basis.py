@@ -26,7 +26,7 @@ from .svd.dense import dense_triplets, whole_triplets
 from .svd.solvers import attempt
 from .svd.stacks import count_together, decides_freely, take_places
 from .svd.triplets import Triplets, merge_triplets
-from .validation import check_operand, refuse_tangents, refuse_vmap
+from .validation import check_operand, refuse_vmap, without_gradient
 
 # The fields of a Basis: its factors, which a dtype is chosen for, and the facts about them.
 FACTORS = ("U", "S", "V")
@@ -155,7 +155,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     weight = to_tensor(W, "W")
     rank = read_rank(rank)
     check_operand("W", weight)
-    refuse_tangents("truncated_svd", weight)
+    weight = without_gradient("truncated_svd", "W", weight)
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])

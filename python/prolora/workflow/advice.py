@@ -10,11 +10,11 @@ from ..bases import Base, BaseLike, vae
 from ..bases.cache.basis_cache import BasisCache
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
-from ..comparison.expectation import Expectation, expect_shares, load_calibration
+from ..comparison.expectation import CLASSES, Mark, PairClass, classify
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.renumbered_blocks import recognise_blocks
 from ..core.precision import in_full_precision
-from ..core.verdict import Decision, Verdict, judge_pairs
+from ..core.verdict import Verdict, judge_pairs
 from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
 from ..probe.settings import FitSettings
@@ -26,13 +26,10 @@ from .by_fitting.plan import fitted_modules
 from .by_weights.base_pair import BasePair, read_lora
 from .in_words import (
     AMOUNTS,
-    NEXT_APART,
     ZERO,
     InWords,
-    Mark,
     judge,
     tell_place,
-    tell_plan,
 )
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import (
@@ -52,7 +49,6 @@ from .tables import (
     map_pairs,
     tabulate_comparison,
     tabulate_decisions,
-    tabulate_expected,
     tabulate_measured,
     tabulate_stacks,
     tabulate_sweep,
@@ -74,8 +70,7 @@ class Advice:
     Attributes:
         comparison: the two bases, module by module.
         verdict: go or no-go, over the LoRA's modules where there is one.
-        expected: the share of training on the target that each method is expected to give; empty
-            where no pair of bases like this was measured.
+        expected: what a copy gave on such models.
         lora: where the LoRA lies; None without one.
         measurement: what moved LoRAs reach on the running models; None where it was not asked for.
         fit_seconds: what a whole fit would take here, where the first steps of one were run.
@@ -85,18 +80,13 @@ class Advice:
 
     comparison: Comparison
     verdict: Verdict
-    expected: tuple[Expectation, ...]
+    expected: PairClass
     lora: LoraFit | None
     measurement: Measurement | None
     fit_seconds: float | None
     verb: Verb
     options: Mapping[str, Any]
     _energies: Mapping[str, float]
-
-    @property
-    def decision(self) -> Decision | None:
-        """The method and strength that follow from the weights; None where they forbid all."""
-        return self.verdict.decide() if self.verdict.related else None
 
     @property
     def measured(self) -> MeasuredStrength | None:
@@ -108,7 +98,7 @@ class Advice:
     @property
     def go(self) -> bool:
         """Whether moving is worth while: measured if it was, otherwise by the weights."""
-        return self.verdict.go if self.measured is None else self.measured.go
+        return self.verdict.related if self.measured is None else self.measured.go
 
     def stacks(self) -> list[StackDrift]:
         """Which blocks moved: the drift by depth, a row for each part of the target."""
@@ -135,8 +125,6 @@ class Advice:
             found.append(tabulate_sweep(compared))
         if self.measurement is not None:
             found.append(tabulate_measured(self.measurement))
-        elif self.expected:
-            found.append(tabulate_expected(self.expected))
         return found
 
     def in_words(self) -> InWords:
@@ -146,16 +134,11 @@ class Advice:
         placed = self.lora.kept_energy if self.lora else None
         if self.verdict.size == 0:
             return InWords("⚠", ZERO)
-        mark, headline = judge(self.verdict, placed, target)
-        lines = [] if placed is None else [tell_place(placed, None, target)]
-        if self.decision is not None and self.verdict.go:
-            lines.append(tell_plan(self.decision.method))
+        told = judge(self.verdict, placed, (source, target))
+        mark, headline, lines = told.mark, told.headline, [*told.lines]
+        lines += [] if placed is None else [tell_place(placed, None, target)]
         if self.measurement is not None:
             mark, headline, lines = self._tell_measured((mark, headline), source, target)
-        if not self.verb:
-            apart = not self.verdict.related
-            train = f"Next: train the LoRA on {target}."
-            lines.append(NEXT_APART.format(target=target) if apart else train)
         cautions = tell_moved_before(self.lora.moves if self.lora else ())
         return InWords(mark, headline, tuple(filter(None, lines)), (*cautions,))
 
@@ -185,7 +168,7 @@ class Advice:
                 ("✖" if mark == "✖" else "⚠"),
                 f"Expect little: it hardly arrives on {target}.",
             )
-        elif not self.verdict.go:
+        elif not self.verdict.related:
             mark, headline = "⚠", "This may work in part, whatever the weights say."
         return mark, headline, lines
 
@@ -197,57 +180,27 @@ class Advice:
             if self._differs():
                 sentences.append(f"Over the LoRA's modules: {self.verdict.sentence()}")
         if self.measurement is not None:
-            weakest = self.verdict.strength if self.verdict.related else 1.0
-            return sentences + describe_measurement(self.measurement, weakest)
-        sentences.append(self._expect())
-        if self.decision is not None:
-            strength = self.decision.strength
-            sentences.append(
-                f"By the weights: method '{self.decision.method}' at strength {strength:.2g}"
-                f"{'' if self.verdict.go else ', at your own risk'}. `measure=True` with a LoRA "
-                "runs the models and measures it."
-            )
+            return sentences + describe_measurement(self.measurement)
         return sentences
 
     def _differs(self) -> bool:
         """Whether the LoRA's modules lead to another verdict than all modules."""
         ours, all_of_it = self.verdict, self.comparison.verdict
-        return ours.go != all_of_it.go or ours.decide().method != all_of_it.decide().method
-
-    def _expect(self) -> str:
-        """What the calibration says, and how far it can be trusted."""
-        if self.verdict.drift == 0:
-            return "The paired weights are equal: the LoRA works as it is."
-        if not self.expected:
-            return (
-                "No pair of bases like this was measured, so nothing can be said of what a moved "
-                "LoRA will give."
-            )
-        first, checked = self.expected[0], load_calibration()["checked"].values()
-        kinds = "1 kind" if first.kinds == 1 else f"{first.kinds} kinds"
-        inside = " and ".join(f"{world['inside']:.0%}" for world in checked)
-        return (
-            f"Expected shares come from {kinds} of target like this one in the world "
-            f"of {' and '.join(first.worlds)} (small models); where each world was left out, the "
-            f"intervals of the other held {inside} of what was measured in it."
-        )
+        return ours.related != all_of_it.related
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        verdict, decision = self.verdict, self.decision
+        verdict = self.verdict
         fields: dict[str, Any] = {
             "source": self.comparison.source,
             "target": self.comparison.target,
             "match": self.comparison.match,
             "go": self.go,
             "comparison": self.comparison.to_dict(),
-            "verdict": asdict(verdict)
-            | {"go": verdict.go, "related": verdict.related, "kappa": verdict.kappa},
-            "decision": asdict(decision) if decision else None,
+            "verdict": asdict(verdict) | {"related": verdict.related},
             "stacks": [asdict(stack) for stack in self.stacks()],
             "renumbered": dict(self.comparison.renumbered),
-            "expected": [asdict(expectation) for expectation in self.expected],
-            "calibration": load_calibration()["made"] | load_calibration()["checked"],
+            "expected": asdict(self.expected),
             "lora": asdict(self.lora) if self.lora else None,
             "measurement": _measurement_dict(self.measurement),
             "fit_seconds": self.fit_seconds,
@@ -297,23 +250,15 @@ def _measurement_dict(measurement: Measurement | None) -> dict[str, Any] | None:
     return asdict(measurement) | {"candidates": candidates, "best": measurement.best}
 
 
-OWN_STRENGTH = 1.25
-"""Up to which strength a LoRA's own images ask for more on a target with another look."""
-
-
-def describe_measurement(measurement: Measurement, weakest: float = 1.0) -> list[str]:
+def describe_measurement(measurement: Measurement) -> list[str]:
     """What was measured, in plain words.
 
     Args:
         measurement: of all candidates.
-        weakest: the strength that suits the target's look, by the weights. The models' own
-            trajectories tell neither that nor what the LoRA's own images ask for.
     """
     best, name = measurement.candidates[measurement.best], measurement.best
     go = "Go" if best.go else "No-go"
     strengths = [*best.strength_interval, *(strength for strength, _ in best.by_origin.values())]
-    if weakest < 1:
-        strengths += [weakest, OWN_STRENGTH]
     low, high = min(strengths), max(strengths)
     trajectories = {"adapted": "the LoRA's own", "target": "the target's"}
     parts = " and ".join(
@@ -393,7 +338,7 @@ def advise(
                 candidates[FIT], seconds = begin_fit(models, rival, probe, pair)
             measurement = measure_lora(models, candidates, probe.images, options.progress)
     cut = fit is not None and fit.kept_energy < AMOUNTS[0][0]
-    expected = expect_shares(verdict, cut) if verdict.drift > 0 else ()
+    expected = CLASSES[classify(verdict, cut, few_steps=False)]
     chosen = choose_next(pair, options.match, verdict, measurement, probe, lost)
     return Advice(comparison, verdict, expected, fit, measurement, seconds, *chosen, energies)
 

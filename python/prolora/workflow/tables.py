@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from ..comparison.comparison import Comparison
-from ..comparison.expectation import WANTS, Expectation
 from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
@@ -36,8 +35,6 @@ _ANGLE = Column("angle", "")
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN_STRENGTHS = STRENGTHS[1:]
 """Those that 80 columns have room for."""
-
-WANTED = {"look": "in the target's look", "own": "the LoRA's own images"}
 
 
 def tabulate_moved(
@@ -286,22 +283,6 @@ def tabulate_stacks(title: str, stacks: Sequence[StackDrift], are_related: bool)
         bars = draw_bars(stack.drifts, largest)
         rows.append(Row((stack.name, stack.drift, bars, stack.cosine, *strange, stack.energy)))
     return make_table(title, columns, rows)
-
-
-def tabulate_expected(expected: Sequence[Expectation]) -> Table:
-    """What each method is expected to give."""
-    wants = [want for want in WANTS if any(e.want == want for e in expected)]
-    cells = {(e.method, e.want): f"{e.share:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in expected}
-    rows = [
-        Row((method, *(cells.get((method, want), NOTHING) for want in wants)))
-        for method in dict.fromkeys(e.method for e in expected)
-    ]
-    note = (
-        "The share of what a LoRA trained on the target gives: 1 is as good, 0 is useless, below 0 "
-        "is harm; in brackets where 80 % of the LoRAs lay that were measured on pairs like this."
-    )
-    columns = Column("method"), *(Column(WANTED[want], "") for want in wants)
-    return make_table("Expected", columns, rows, note)
 
 
 def tabulate_measured(measurement: Measurement) -> Table:
