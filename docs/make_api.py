@@ -50,9 +50,7 @@ GROUPS = {
         "Adapter",
     ],
     "Base models": [
-        "advise",
         "Advice",
-        "AdviceOptions",
         "Comparison",
         "Verdict",
         "open_base",

@@ -8,7 +8,6 @@ from pathlib import Path
 import prolora
 from prolora.errors import name_options
 
-AIMS = {"target's look": "target", "LoRA's own look": "lora"}
 RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
     str(rank): rank for rank in (4, 8, 16, 32, 64, 128)
 }
@@ -20,8 +19,6 @@ GENERIC_NAMES = ("diffusion_pytorch_model", "model", "unet", "transformer")
 _WIDGETS = {
     "source": "“trained on”",
     "target": "“use on”",
-    "look=lora": "the aim “LoRA's own look”",
-    "look=target": "the aim “target's look”",
     "method": "“method”",
     "method=best": "the method “best”",
     "out_rank": "“rank”",
@@ -146,11 +143,3 @@ def tell_in_one_line(name: str, report: prolora.Report | None, error: str | None
         return f"✔ {name}: moved before"
     share = report.totals["energy_mapped"] or 0.0
     return f"{report.in_words().mark} {name}: moved, {share:.0%} of it found a place"
-
-
-def tell_advice(advice: prolora.Advice) -> str:
-    """At most six lines on a LoRA, or on LoRAs of one base, before anything is moved."""
-    return "\n".join(
-        say(line.replace("A transfer would", "Move LoRA would"))
-        for line in str(advice.in_words()).split("\n")
-    )

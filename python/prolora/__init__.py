@@ -5,9 +5,7 @@ import torch  # noqa: F401  (before the extension, so that both use torch's Open
 from .adapters.adapter import Adapter
 from .bases import Base, BaseLike, open_base
 from .bases.experts import ExpertsLike, open_experts
-from .comparison.comparison import Comparison
 from .core.basis import Basis, truncated_svd
-from .core.damping import damped
 from .core.lowrank import LowRank
 from .core.methods import METHODS, Method, MethodChoice, MethodName
 from .core.ops.native import cuda_status, require_cuda
@@ -37,8 +35,6 @@ from .errors import (
 )
 from .probe.settings import FitSettings
 from .version import __version__
-from .workflow.advice import Advice, advise
-from .workflow.advice_options import AdviceOptions
 from .workflow.batch import transfer_many
 from .workflow.check import Check, check
 from .workflow.convert import convert, convert_file
@@ -62,14 +58,11 @@ __all__ = [
     "DEFAULT_RANK",
     "METHODS",
     "Adapter",
-    "Advice",
-    "AdviceOptions",
     "AlreadyMoved",
     "Base",
     "BaseLike",
     "Basis",
     "Check",
-    "Comparison",
     "ConvertOptions",
     "ExpertsLike",
     "ExtractOptions",
@@ -106,12 +99,10 @@ __all__ = [
     "Verdict",
     "WrongBase",
     "__version__",
-    "advise",
     "check",
     "convert",
     "convert_file",
     "cuda_status",
-    "damped",
     "extract",
     "extract_file",
     "fit",

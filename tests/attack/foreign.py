@@ -92,13 +92,6 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
             *("prolora", "--rank", "4", "-o", box.out / "m.safetensors", "--cache", box.out / "c"),
         ],
     ),
-    "advise": (
-        write_inputs,
-        lambda box: [
-            *("advise", *bases(box), "--cache=none"),
-            *("--report", box.out / "plot.html", "--save-match", box.out / "map.json"),
-        ],
-    ),
     "migrate": (
         write_inputs,
         lambda box: ["migrate", box.inputs / "loras", *bases(box), "-o", box.out, "--cache=none"],

@@ -259,7 +259,7 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     ),
     "source": (
         place("in/source/diffusion_pytorch_model.safetensors"),
-        lambda box: [quick(box), ["advise", *bases(box), "--cache=none"]],
+        lambda box: [quick(box), ["check", box.inputs / "lora.safetensors", *bases(box)]],
     ),
     "source, old suffix": (
         instead("diffusion_pytorch_model.bin"),

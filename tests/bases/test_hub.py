@@ -102,7 +102,7 @@ def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
     where = ["--source", ids[0], "--target", ids[1]]
     for line in (
         ["transfer", str(lora), *where, "-o", str(out)],
-        ["advise", *where],
+        ["check", str(lora), *where],
     ):
         monkeypatch.setattr("sys.argv", ["prolora", *line])
         with pytest.raises(SystemExit) as stop:

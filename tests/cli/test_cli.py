@@ -16,7 +16,7 @@ def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, case, 
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
     line = ("transfer", lora, "--source", source, "--target", target, "-o", out)
     code, text, _ = prolora(*line, "--report", report)
-    assert code == 0 and text.startswith("✔ This should work")
+    assert code == 0 and text.startswith("⚠ This should work in part")
     for word in ("energy", "coverage", "module", "drift", "cosine", "Φ"):
         assert word not in text
     assert "8 of 12 modules moved" not in text and "the target has no such module" not in text
@@ -274,18 +274,6 @@ def test_asking_for_cuda_without_a_gpu_says_why(prolora, case):
         "transfer", lora, "--source", source, "--target", target, "-o", "x", "--device", "cuda"
     )
     assert code == 2 and re.search(r"no usable CUDA device \(.+\)", text)
-
-
-def test_two_bases_are_compared_by_overlap_and_drift(prolora, case):
-    _, source, target = case
-    code, text, _ = prolora("advise", "--source", source, "--target", target, "--json")
-    found = json.loads(text)
-    found = found["comparison"]
-    assert code == 0 and len(found["modules"]) == 8 and found["without_partner"] == 4
-    assert found["means"]["drift"] == pytest.approx(0.1, rel=1e-3)
-    assert found["means"]["above_left"] is None  # nobody asked for it
-    code, text, _ = prolora("advise", "--source", source, "--target", target, "--overlap", 8)
-    assert code == 0 and "down_blocks.1" in text and "Φ l" in text
 
 
 def test_check_describes_a_lora(prolora, case):

@@ -8,7 +8,7 @@ from prolora.cli.exits import MEANINGS
 from prolora.version import __version__
 from prolora.workflow.options import METHOD_NAMES
 
-COMMANDS = ["transfer", "fit", "check", "advise", "demo", "doctor"]
+COMMANDS = ["transfer", "fit", "check", "demo", "doctor"]
 
 
 def flatten(text):
@@ -112,10 +112,7 @@ def test_modules_means_a_row_per_module_in_every_command(prolora, case, tmp_path
     lora, source, target = case
     bases = ("--source", source, "--target", target)
     module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    for line in (
-        ("advise", *bases),
-        ("transfer", lora, *bases, "-o", tmp_path / "out.safetensors"),
-    ):
+    for line in (("transfer", lora, *bases, "-o", tmp_path / "out.safetensors"),):
         plain = prolora(*line)[1]
         rows = prolora(*line, "--modules")[1]
         # A long name is folded over lines.

@@ -59,10 +59,9 @@ def test_brackets_in_file_names_are_no_markup(prolora, case, tmp_path, name):
     bases = ("--source", source.rename(tmp_path / f"s {name}"), "--target", target)
     out = tmp_path / f"{name} out.safetensors"
     code, text, _ = prolora("transfer", named, *bases, "-o", out)
-    assert code == 0 and out.is_file() and f"wrote {out}" in text and f"s {name}" in text
+    assert code == 0 and out.is_file() and f"wrote {out}" in text
     code, _, text = prolora("transfer", named, *bases, "-o", named)
     assert code == 2 and f"{name}.safetensors" in text
-    assert prolora("advise", *bases)[0] == 0
     folder = tmp_path / f"moved {name}"
     folder.mkdir()
     again = shutil.copy(named, tmp_path / f"{name} again.safetensors")
@@ -104,7 +103,7 @@ def test_control_characters_reach_no_terminal(prolora, tmp_path):
     for line in (
         ("check", lora),
         ("check", source),
-        ("advise", *bases, *cache),
+        ("check", lora, *bases),
         ("transfer", lora, *bases, "-o", tmp_path / f"out{name}.safetensors", *cache),
         ("transfer", lora, *bases, "-o", lora, *cache),
         ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "o.safetensors", *cache),
@@ -161,7 +160,7 @@ def test_no_encoding_of_the_output_stops_a_command(case, tmp_path, encoding):
     assert len(adapters.read_adapter(out).updates) == 8
     text = moved[1].decode(encoding)
     mark = "⚠" if encoding == "utf-8" else "Careful:"
-    assert text.startswith(f"{mark} This may work in part")
+    assert text.startswith(f"{mark} This should work in part")
     arrow, phi = ("→", "Φ l") if encoding == "utf-8" else ("->", "Phi l")
     assert f"source {arrow} target" in text and phi in text
     assert helped[0] == 0 and b"--method" in helped[1]
@@ -183,7 +182,7 @@ def test_printable_text_is_left_alone():
     for text in ("plain", "Ünïcodé ユニ 😀", BLOCK.format(0, "attn1.to_q"), "[x]\\[y]"):
         assert make_printable(text) == text
     assert make_printable("a\r\n\tb") == r"a\r\n\tb"
-    assert make_printable("κ ≥ 0 → Ж", "ascii") == "kappa >= 0 -> ?"
+    assert make_printable("Φ ≥ 0 → Ж", "ascii") == "Phi >= 0 -> ?"
 
 
 def test_a_plain_console_keeps_its_own_styles(monkeypatch, capsys):

@@ -41,11 +41,10 @@ def compute(shape):
     alike = similarity(*bases, rank=k)
     results = [x for b in bases for x in (b.U, b.S, b.V, b.bound, b.energy)]
     results += [alike.left, alike.above_right, principal_angles(bases[0].U[:, :5], bases[1].U)]
-    for method in ("prolora", "blocks", "lora-x", "copy"):
+    for method in ("prolora", "copy"):
         moved, info = project(delta, *bases, method=method, return_info=True)
         results += [moved.up, moved.down, info.copy_distance, info.norm_ratio]
     results.append(project(delta.dense(), source, target, rank=k))
-    results += vars(project(delta, source, target, method="damped", kappa=2.0)).values()
     results += [delta.dense(), delta.norm(), *vars(delta.truncate(2)).values()]
     results.append(product_energies(delta.up, delta.down))
     results += [table.curve() for table in basis_tables(*bases)]

@@ -23,7 +23,6 @@ from prolora import (
     UnrelatedBases,
     UnsupportedFormat,
     adapters,
-    advise,
     fit,
 )
 from prolora import transfer as prolora_transfer
@@ -253,19 +252,6 @@ def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broke
         config.write_text(json.dumps(changed))
     with pytest.raises(error, match=words):
         fit(room / "lora.safetensors", room / "source", target, SETTINGS, again=True)
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [({"scaling": 0.13025}, "scaling_factor 0.18215 against 0.13025"), ({"vae_seed": 8}, "apart")],
-)
-def test_other_latents_are_named_and_no_copy_is_measured_there(room, tmp_path, changed, words):
-    """Probing takes images across (test_crossing_latents); a copy cannot be asked anything."""
-    target = tiny.save(tmp_path / "target", **changed)
-    assert words in vae.explain_different_latents(room / "source", target)
-    assert vae.explain_different_latents(room / "source", room / "other") is None
-    with pytest.raises(UnrelatedBases, match=f"{words}.*a fit moves"):
-        advise(room / "source", target, room / "lora.safetensors", measure=True)
 
 
 def test_options_without_a_use_are_refused(room, tmp_path):

@@ -18,16 +18,15 @@ lora, source, target, out = Path("lora.safetensors"), "source", Path("target"), 
 
 # What people write.
 pair: prolora.LowRank = prolora.project((up, down), weight, weight, rank=0.99)
-dense: torch.Tensor = prolora.project(weight, weight, weight, method="blocks")
+dense: torch.Tensor = prolora.project(weight, weight, weight, method="prolora")
 moved, info = prolora.project(weight, weight, weight, return_info=True)
 share: torch.Tensor = info.energy
 basis: prolora.Basis = prolora.truncated_svd(array, 4)
 again: prolora.LowRank = prolora.project(prolora.LowRank(up, down), basis, basis)
 like: torch.Tensor = prolora.similarity(weight, array, rank=4).left
 angles: torch.Tensor = prolora.principal_angles(weight, array)
-weakened: prolora.LowRank = prolora.damped(pair, weight, weight, 0.5)
 done: prolora.Transfer = prolora.transfer(lora, source, target, method="copy", strength=0.8)
-options = prolora.TransferOptions(method="damped", damping=0.3, out_rank="50%")
+options = prolora.TransferOptions(method="copy", strength=0.3, out_rank="50%")
 method: prolora.TransferMethod = options.method
 done = prolora.transfer(lora, source, target, options, text_encoder="skip")
 report: prolora.Report = prolora.transfer_file(lora, source, target, out, options)
@@ -47,7 +46,6 @@ prolora.truncated_svd([1.0, 2.0], 4)  # mistake
 prolora.similarity(weight, None, rank=4)  # mistake
 prolora.truncated_svd(weight, "4")  # mistake
 wrong: torch.Tensor = prolora.project((up, down), weight, weight)  # mistake
-prolora.damped((up, down), weight, weight, 0.5)  # mistake
 prolora.transfer(lora, source, target, method="coppy")  # mistake
 prolora.transfer(lora, source, target, strenght=0.8)  # mistake
 prolora.transfer(lora, source, target, strength="strong")  # mistake
@@ -64,7 +62,7 @@ prolora.migrate([lora], "a", "b", "folder", metod="copy")  # mistake
 prolora.migrate([lora], "a", "b", "folder", shard=2)  # mistake
 prolora.fit(lora, source, target, prompts="a cat")  # mistake
 prolora.fit(lora, source, target, method="copy")  # mistake
-prolora.advise(source, target, measure="yes")  # mistake
+prolora.check(lora, base=source, program=3)  # mistake
 done.save(out, format="webui")  # mistake
 print(report.energy)  # mistake
 done.report.modules[0].status = "mapped"  # mistake

@@ -90,7 +90,7 @@ def test_the_right_way_round_and_the_override_pass(files, tmp_path):
     (outcome,) = prolora.transfer_many([of_a], b, a, tmp_path / "out")
     assert isinstance(outcome.error, prolora.WrongBase)
     with pytest.raises(prolora.WrongBase):
-        prolora.advise(b, a, of_a)
+        prolora.check(of_a, source=b, target=a)
 
 
 def test_a_migration_refuses_the_swap_for_that_lora_alone(files, tmp_path):

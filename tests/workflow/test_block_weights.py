@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mini import lora_tensors, source_weights, target_weights, write_case
+from mini import write_case
 from property_examples import examples
 from safetensors.torch import load_file
 
 import prolora
 from prolora import InvalidOption
-from prolora.adapters import read_adapter
 from prolora.architectures.depth import DepthTable
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
@@ -188,25 +187,6 @@ def test_a_wrong_number_of_factors_is_refused_before_weights_are_read(tmp_path, 
     monkeypatch.setattr("prolora.bases.Base.read", None)
     with pytest.raises(InvalidOption, match="5 numbers"):
         prolora.transfer(lora, source, target, blocks="1,1,1,1,1")
-
-
-def test_what_was_damped_is_told_in_the_notation_that_the_option_takes():
-    """A copy with the told factors has every block's part along the LoRA."""
-    lora, source = lora_tensors(), source_weights()
-    bases = [{f"{n}.weight": x for n, x in w.items()} for w in (source, target_weights(0.6))]
-    done = prolora.transfer(lora, *bases, method="damped", damping=3.0, strength=1)
-    text = done.report.profile_text
-    assert text in str(done.report) and done.report.profile
-    again = prolora.transfer(lora, *bases, method="copy", blocks=text)
-    read = dense(read_adapter(lora))
-    places = {name: place(name) for name in dense(done.adapter)}
-    for block in set(places.values()):
-        names = [name for name in places if places[name] == block]
-        whole = sum(float((read[n] ** 2).sum()) for n in names)
-        along = sum(float((dense(done.adapter)[n] * read[n]).sum()) for n in names) / whole
-        told = sum(float((dense(again.adapter)[n] * read[n]).sum()) for n in names) / whole
-        assert abs(along - told) < 0.006
-        assert along < 0.99
 
 
 def test_trained_biases_follow_their_block():

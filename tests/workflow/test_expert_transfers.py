@@ -17,14 +17,14 @@ def target(tmp_path):
 def test_one_lora_becomes_a_file_for_each_expert(tmp_path, target):
     lora = write_lora(tmp_path / "style.safetensors")
     source = write_file(tmp_path / "wan21.safetensors", expert(1))
-    outcomes = prolora.transfer_many([lora], source, target, tmp_path / "out", method="damped")
+    outcomes = prolora.transfer_many([lora], source, target, tmp_path / "out", method="prolora")
     assert [(outcome.out.name, outcome.status) for outcome in outcomes] == [
         ("style_high_noise.safetensors", "moved"),
         ("style_low_noise.safetensors", "moved"),
     ]
     for outcome, part in zip(outcomes, ("transformer", "transformer_2"), strict=True):
         alone = tmp_path / "alone.safetensors"
-        prolora.transfer_file(lora, source, target / part, alone, method="damped")
+        prolora.transfer_file(lora, source, target / part, alone, method="prolora")
         wanted, found = load_file(alone), load_file(outcome.out)
         assert wanted.keys() == found.keys()
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)

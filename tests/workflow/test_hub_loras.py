@@ -219,7 +219,7 @@ def test_every_verb_takes_an_id(cloud, case):
     assert prolora.convert_file(id_, "c.safetensors").modules
     assert prolora.plan_report(id_, source, target).modules
     assert prolora.transfer(id_, source, target).report.modules
-    assert prolora.advise(source, target, id_).lora
+    assert prolora.check(id_, source=source, target=target).move
     merged = prolora.merge([id_, lora], source)
     assert {part.name for part in merged.report.merge.parts} == {"style-v1.5", "lora"}
     assert prolora.merge_file([id_, lora], "m.safetensors", source).modules
@@ -259,7 +259,7 @@ def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case
         for line in (
             ["transfer", name, *bases, "-o", "moved.safetensors"],
             ["transfer", name, *bases, "--dry-run"],
-            ["advise", name, *bases],
+            ["check", name, *bases],
             ["check", name, "--base", str(source)],
             ["check", name],
             ["convert", name, "-o", "converted.safetensors"],
@@ -317,7 +317,7 @@ def test_the_command_line_takes_ids_of_loras(cloud, case, monkeypatch, capsys):
     for line in (
         ["transfer", id_, *bases, "-o", "moved"],
         ["transfer", id_, *bases, "--dry-run", "--json"],
-        ["advise", id_, *bases],
+        ["check", id_, *bases],
         ["check", id_, "--base", str(source)],
         ["check", id_],
         ["convert", id_, "-o", "converted.safetensors"],
@@ -329,10 +329,6 @@ def test_the_command_line_takes_ids_of_loras(cloud, case, monkeypatch, capsys):
         assert not stop.value.code, (line, said)
         if "--json" in line:
             assert json.loads(said)["lora"] == id_
-        if line[0] == "advise":
-            command = " ".join(said.split())
-            assert f"prolora transfer {id_} --source" in command
-            assert "-o style-v1.5-on-target.safetensors" in command
     assert (
         Path("moved/style-v1.5.safetensors").is_file() and Path("converted.safetensors").is_file()
     )

@@ -73,7 +73,7 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
     for option in OPTIONS:
         assert write_flag(option) in flags, option
     keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
-    for function in (prolora.advise, prolora.migrate, prolora.plan_migration):
+    for function in (prolora.check, prolora.migrate):
         keywords |= set(inspect.signature(function).parameters)
     for options in (prolora.FitOptions, prolora.MergeOptions):
         keywords |= {field.name for field in dataclasses.fields(options)}
@@ -84,10 +84,10 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
 @pytest.mark.parametrize(
     ("message", "flag"),
     [
-        ("`look='lora'` copies it", "--look lora copies it"),
+        ("`match='name'` pairs it", "--match name pairs it"),
         (
-            "&#x27;x&#x27;; `look=&#x27;lora&#x27;` copies it",
-            "&#x27;x&#x27;; --look lora copies it",
+            "&#x27;x&#x27;; `match=&#x27;name&#x27;` pairs it",
+            "&#x27;x&#x27;; --match name pairs it",
         ),
         ("take `again=True` to move it", "take --again to move it"),
         ("`min_coverage` must be", "--min-coverage must be"),
@@ -117,7 +117,6 @@ def test_a_node_names_widgets(words):
             "It fits; give it as `source` or `target`",
             "It fits; give it as “trained on” or “use on”",
         ),
-        ("It is weakened; `look='lora'` copies it", "aim “LoRA's own look” copies it"),
         ("Nothing written; `method='copy'` does it", "Nothing written; “method”: copy does it"),
         ("Too little; `max_memory` is too low", "Too little"),
     ):

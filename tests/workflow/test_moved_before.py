@@ -187,8 +187,8 @@ TOLD = "The LoRA was moved before, from a.safetensors to b.safetensors"
 def test_the_report_of_a_second_move_says_that_losses_add_up(files, tmp_path):
     moved, a, b, c = files
     report = prolora.transfer_file(moved, b, c, tmp_path / "out.safetensors")
-    planned, advice = prolora.plan_report(moved, b, c), prolora.advise(b, c, moved)
-    for words in (report.in_words(), planned.in_words(), advice.in_words()):
+    planned, checked = prolora.plan_report(moved, b, c), prolora.check(moved, source=b, target=c)
+    for words in (report.in_words(), planned.in_words(), checked.move):
         (told,) = (line for line in words.cautions if TOLD in line)
         assert "adds to what is lost now" in told
     first = prolora.transfer(tmp_path / "lora.safetensors", a, b)

@@ -14,7 +14,6 @@ from mini import write_case
 import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import find_shown
-from prolora.workflow.advice_options import AdviceChanges, AdviceOptions
 from prolora.workflow.convert_options import ConvertChanges, ConvertOptions
 from prolora.workflow.extract_options import ExtractChanges, ExtractOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
@@ -49,7 +48,6 @@ def test_help_shows_every_option_with_its_default(function, kind):
     [
         (TransferOptions, OptionChanges),
         (FitOptions, FitChanges),
-        (AdviceOptions, AdviceChanges),
         (ExtractOptions, ExtractChanges),
         (ConvertOptions, ConvertChanges),
         (MergeOptions, MergeChanges),
@@ -68,7 +66,6 @@ def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
         prolora.transfer(*write_case(tmp_path), metod="copy")
 
 
-FUNCTIONS += [(prolora.advise, AdviceOptions)]
 FUNCTIONS += [(prolora.load_moved_lora, TransferOptions)]
 
 
@@ -106,12 +103,9 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("strength", math.nan),
         ("strength", 1e160),
         ("strength", [1.0]),
-        ("damping", "much"),
         ("out_rank", None),
         ("out_rank", True),
         ("out_rank", [8]),
-        ("damping", math.nan),
-        ("damping", -1.0),
         ("out_rank", math.nan),
         ("method", "magic"),
         ("vectors", "project"),
@@ -137,7 +131,6 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
         min_coverage=np.float32(0.5),
         threshold=np.float64(0.25),
         strength=np.float16(0.5),
-        damping=np.int32(2),
         out_rank=np.int64(4),
         max_memory=np.int64(1 << 40),
     )
@@ -146,7 +139,6 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
         min_coverage=0.5,
         threshold=0.25,
         strength=0.5,
-        damping=2,
         out_rank=4,
         max_memory=1 << 40,
     )

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 import prolora
 from prolora import UnsupportedFormat
-from prolora.comparison.comparison import compare
 from prolora.files.writing import write_safetensors
 
 
@@ -66,7 +65,7 @@ def test_a_copy_needs_names_and_shapes_only(side, tmp_path):
     assert prolora.plan_report(lora, *places, method="copy").coverage == report.coverage
 
 
-@pytest.mark.parametrize("method", ["auto", "damped", "prolora"])
+@pytest.mark.parametrize("method", ["auto", "prolora"])
 def test_what_needs_weights_names_the_kind_before_any_is_read(method, monkeypatch):
     bases = plain(source_weights()), unreadable(target_weights())
     read = []
@@ -76,11 +75,12 @@ def test_what_needs_weights_names_the_kind_before_any_is_read(method, monkeypatc
     assert not read
 
 
-def test_comparing_and_extracting_name_the_kind():
+def test_a_verdict_and_an_extraction_name_the_kind():
     bases = plain(source_weights()), unreadable(source_weights())
-    for run in (compare, prolora.extract):
-        with pytest.raises(UnsupportedFormat, match="asym_w4a8_int8"):
-            run(*bases)
+    with pytest.raises(UnsupportedFormat, match="asym_w4a8_int8"):
+        prolora.extract(*bases)
+    with pytest.raises(UnsupportedFormat, match="asym_w4a8_int8"):
+        prolora.check(lora_tensors(), source=bases[0], target=bases[1])
 
 
 def test_a_quantised_base_is_told_and_nearly_as_good_as_the_plain_one():

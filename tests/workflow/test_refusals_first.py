@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.bases import identity, memory
-from prolora.core.methods import Needs
 from prolora.workflow import resume
 
 
@@ -180,7 +179,7 @@ def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
     limit = memory.SLACK + 100_000
     memory.Memory(limit).check([(24, 96)], "affinity")
     with pytest.raises(prolora.TooLittleMemory):
-        memory.Memory(limit).check([(24, 96)], Needs.BASES)
+        memory.Memory(limit).check([(24, 96)], "bases")
     with pytest.raises(prolora.TooLittleMemory):
         prolora.transfer(*case, method="prolora", max_memory=limit)
 

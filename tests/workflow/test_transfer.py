@@ -397,10 +397,9 @@ def test_a_diffusers_pipeline_loads_the_result_without_a_file(tmp_path):
     assert all(torch.equal(halves[key], tensor) for key, tensor in written.items())
 
 
-@pytest.mark.parametrize("method", ["copy", "damped"])
-def test_a_lora_is_copied_between_bases_of_zeros_which_have_no_drift(method):
+def test_a_lora_is_copied_between_bases_of_zeros():
     zeros = {name: torch.zeros(shape) for name, shape in shapes(3).items()}
-    done = prolora.transfer(lora_tensors(), zeros, zeros, method=method)
+    done = prolora.transfer(lora_tensors(), zeros, zeros, method="copy")
     before = prolora.adapters.read_adapter(lora_tensors())
     for name, update in before.updates.items():
         assert torch.equal(done.adapter.updates[name].dense(), update.dense())
@@ -415,19 +414,3 @@ def test_a_base_of_zeros_is_named_where_a_method_is_to_be_chosen(case, tmp_path,
     bases = (folder, target) if empty == "source" else (source, folder)
     with pytest.raises(prolora.UnrelatedBases, match=r"zeros: every weight that .* is zero"):
         prolora.transfer(lora, *bases)
-
-
-def test_the_report_of_damped_says_what_was_kept_of_each_module(case):
-    lora, source, target = case
-    before = prolora.adapters.read_adapter(lora).updates
-    done = prolora.transfer(lora, source, target, method="damped", damping=5.0, strength=0.5)
-    rows = done.report.rows("mapped")
-    assert len(rows) == len(done.adapter.updates)
-    for row in rows:
-        old, new = before[row.source].dense(), done.adapter.updates[row.target].dense()
-        ratio = float(new.norm() / old.norm())
-        assert 0.05 < ratio < 0.49
-        assert row.norm_ratio == pytest.approx(ratio, rel=1e-4)
-        assert row.surviving_energy == pytest.approx(ratio**2, rel=1e-4)
-        distance = float((new - old).norm() / old.norm())
-        assert row.copy_distance == pytest.approx(distance, rel=1e-4)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from ..core.methods import Needs
 from ..core.rank_rule import Rank
 from ..core.svd.stacks import stack_budget
 from ..core.validation import DeviceLike
@@ -20,9 +19,6 @@ from ..files.sizes import format_size
 
 # One stack of weights in float32, where nobody sets a bound.
 STACK_BYTES = 96 << 20
-# The same where a stack is hardly more than read. For larger tensors malloc asks the system every
-# time, and touching new memory for the first time would take as long as the products.
-LIGHT_STACK_BYTES = 24 << 20
 # LoRAs that are moved together, where nobody sets a bound: their factors before and after.
 LORA_BYTES = 4 << 30
 # What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
@@ -34,9 +30,9 @@ PER_COLUMN = 56
 # Python, torch and their buffers grow a little while they work.
 SLACK = 48 << 20
 
-Work = Needs | Literal["affinity", "comparison"]
-"""What is done with weights: what a method needs of them, or how far they are apart and how alike
-their subspaces are. Of an affinity or a comparison the weights of both bases are in memory."""
+Work = Literal["bases", "affinity", "comparison"]
+"""What is done with weights: they are factorised, or compared, or both. To be compared the weights
+of both bases are in memory."""
 
 
 def resident_bytes() -> int:
@@ -135,8 +131,7 @@ class Room:
             work: what is done with them.
         """
         if self.on_gpu is None:
-            size = LIGHT_STACK_BYTES if work is Needs.WEIGHTS else STACK_BYTES
-            count = max(1, size // (4 * shape[0] * shape[1]))
+            count = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
         else:
             count = max(1, self.on_gpu // max(1, _bytes_of_weight(shape, work, self.rank)))
         if self.free is not None:
@@ -163,7 +158,7 @@ class Room:
 def _bytes_of_stack(shape: tuple[int, int], work: Work, count: int, rank: Rank | None) -> int:
     """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
     size = count * _bytes_of_weight(shape, work, rank)
-    if work is Needs.BASES or work == "comparison":
+    if work != "affinity":
         size += min(count, torch.get_num_threads()) * _bytes_of_factorisation(shape, rank)
     return size
 
@@ -171,12 +166,8 @@ def _bytes_of_stack(shape: tuple[int, int], work: Work, count: int, rank: Rank |
 def _bytes_of_weight(shape: tuple[int, int], work: Work, rank: Rank | None) -> int:
     """Bytes that a weight [m, n] of a stack takes, with all that is kept of it meanwhile."""
     (m, n), d = shape, min(shape)
-    if work is Needs.NOTHING:
-        return 0
     if work == "affinity":
         return 2 * 4 * m * n
-    if work is Needs.WEIGHTS:
-        return 4 * 4 * m * n + 3 * 4 * d * d
     k = min(rank, d) if isinstance(rank, int) else d
     bases = 2 * 4 * (m + n) * k
     return (2 if work == "comparison" else 1) * 4 * m * n + bases

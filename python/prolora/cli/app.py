@@ -17,7 +17,6 @@ from ..core.methods import MethodChoice
 from ..version import __version__
 from . import check as checking
 from . import doctor as doctor_facts
-from .advise import advise
 from .console import answer, err, out, prepare_streams, progress_bar
 from .convert import convert
 from .demo import run_demo
@@ -67,16 +66,10 @@ app.command(
 )(fit)
 app.command(
     epilog=write_epilog(
-        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/",
-        "prolora advise --source sdxl/ --target ssd-1b/ --overlap 320 --report overlaps.html",
-        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
-    )
-)(advise)
-app.command(
-    epilog=write_epilog(
         "prolora check my-lora.safetensors",
         "prolora check my-lora.safetensors --base sdxl --for comfyui",
         "prolora check loras/*.safetensors --base sd_xl_base_1.0.safetensors",
+        "prolora check my-lora.safetensors --source sdxl/ --target ssd-1b/",
         codes=tuple(checking.MEANINGS),
         meanings=checking.MEANINGS,
     )

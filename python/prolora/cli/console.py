@@ -59,7 +59,6 @@ _SUBSTITUTES = {
     "²": "^2",
     "°": " deg",
     "Φ": "Phi",
-    "κ": "kappa",
     "σ": "sigma",
     "Σ": "sum ",
     "Δ": "Delta",

@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperOption
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..core.option_fields import find_shown, read_shown
+from ..core.option_fields import read_shown
 from ..core.validation import resolve_device
 from ..core.verdict import AUTO
 from ..errors import OutputError
@@ -183,7 +183,7 @@ OPTIONS = {
 
 
 def write_flag(option: str, value: str | None = None) -> str | None:
-    """An option of Python as the command line has it, `--look lora`; a function as its command."""
+    """An option of Python as the command line has it, `--match name`; a function as its command."""
     if value == "()":
         return f"`prolora {COMMANDS.get(option, option)}`"
     if option not in OPTIONS:
@@ -192,16 +192,6 @@ def write_flag(option: str, value: str | None = None) -> str | None:
     return flag if value in (None, "True") else f"{flag} {value}"
 
 
-MatchOption = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|name|similarity|FILE",
-        help=find_shown(TransferOptions, "match").help,
-    ),
-]
-SaveMatchOption = Annotated[
-    Path | None, path_option("Save which module was paired with which, as JSON that --match takes.")
-]
 OverwriteOption = Annotated[
     bool,
     typer.Option(

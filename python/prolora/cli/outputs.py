@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -10,11 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
-from ..bases import Base
 from ..bases.experts import ExpertPair
-from ..comparison.module_map import Match, find_partners
 from ..errors import OutputError
-from ..files.store import check_free, put_text
+from ..files.store import check_free
 from ..workflow.output_paths import fold_path, name_output
 
 # Ends of other kinds of LoRA files, which people write out of habit.
@@ -81,28 +78,6 @@ def check_lora_name(path: Path, is_folder: bool) -> None:
             f"{path}: programs read a LoRA from a file that ends in .safetensors: write "
             f"{name}.safetensors; or make a folder of that name first, to keep the LoRA's name"
         )
-
-
-def check_match_file(path: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuses the path of a map of modules before any work is done for it.
-
-    Raises:
-        OutputError: it cannot be written, or would replace an input, an output of this run, or a
-            file that prolora did not write.
-    """
-    inputs = list(inputs)
-    if _resolve_path(path) in map(_resolve_path, inputs):
-        raise OutputError(f"{path}: the map would replace another file of this run")
-    check_free(path, inputs, overwrite=overwrite)
-
-
-def save_match(
-    path: Path, source: Base, target: Base, match: Match, overwrite: bool = False
-) -> None:
-    """Writes {target module: source module}, which --match takes, in the target's order."""
-    table, _ = find_partners(source, target, match)
-    ordered = {name: table[name] for name in target.shapes if name in table}
-    put_text(path, json.dumps(ordered, indent=1) + "\n", overwrite=overwrite)
 
 
 def _resolve_path(path: Path) -> tuple[str, ...]:

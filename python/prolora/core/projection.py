@@ -17,10 +17,9 @@ from . import recompression
 from .affinity import Affinity
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
-from .damping import damped
 from .errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 from .lowrank import LowRank
-from .methods import Method, MethodChoice, Needs, Parts, Side, find_method
+from .methods import Method, MethodChoice, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, read_rank
@@ -50,7 +49,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> LowRank: ...
 
@@ -63,7 +61,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[LowRank, ProjectionInfo]: ...
 
@@ -76,7 +73,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> Array: ...
 
@@ -89,7 +85,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[Array, ProjectionInfo]: ...
 
@@ -103,7 +98,6 @@ def project(
     *,
     rank: Rank = DEFAULT_RANK,
     method: str = "prolora",
-    kappa: float | Tensor | None = None,
     return_info: bool = False,
 ) -> Any:
     """Moves the update of one weight to another weight of the same shape.
@@ -120,11 +114,8 @@ def project(
         W_tgt: the target weight, of delta's shape, or its Basis.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
             ignored for a Basis.
-        method: a name of `METHODS`, or "auto": "copy" or "damped" with its κ, as `transfer` decides
-            from all weights of two models and this from these two alone (of a stack, from all of
-            its matrices together). One weight says less than a model.
-        kappa: κ ≥ 0 of "damped" (see `damped`), one number or one for each matrix [b]; required
-            there, and refused for the other methods.
+        method: a name of `METHODS`, or "auto": "copy", and a refusal where the two weights (of a
+            stack, all of its matrices together) have nothing in common.
         return_info: also return a ProjectionInfo. It describes the update in the bases of both
             weights, so they are factorised for it, whatever the method needs.
 
@@ -138,16 +129,12 @@ def project(
         UnsupportedTensor, UnsupportedDevice: a tensor that is sparse, complex, without data, not of
             floating point, or on a device other than cpu and cuda.
         UnrelatedBases: method "auto", and the weights have nothing in common.
-        ValueError: an unknown method, a rank or a κ that makes no sense, or "damped" or "auto" with
-            a Basis.
+        ValueError: an unknown method, a rank that makes no sense, or "auto" with a Basis.
         NotImplementedError: a derivative with respect to a weight is asked for: one requires a
             gradient while torch records gradients. Those with respect to delta are right.
     """
     rank = read_rank(rank)
-    if method != AUTO:
-        _check_method(find_method(method), kappa)
-    elif kappa is not None:
-        raise ValueError("kappa is for method 'damped'; method 'auto' chooses it")
+    chosen = find_method("copy" if method == AUTO else method)
     if isinstance(delta, tuple | list):
         delta = _read_pair(delta)
     update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
@@ -155,8 +142,8 @@ def project(
     weights = _read_weights(W_src, W_tgt, update.shape)
     factors = update if isinstance(update, LowRank) else _identity_factors(update)
     if method == AUTO:
-        method, kappa = _decide(*weights)
-    up, down, info = _move(factors, find_method(method), weights, rank, kappa, return_info)
+        _check_related(*weights)
+    up, down, info = _move(factors, chosen, weights, rank, return_info)
     result: Any
     if isinstance(update, LowRank):
         result = _join_parts(up, down).to(update.dtype)
@@ -171,21 +158,14 @@ def _move(
     method: Method,
     weights: tuple[Tensor | Basis, Tensor | Basis],
     rank: Rank,
-    kappa: float | Tensor | None,
     measure: bool,
 ) -> tuple[Parts, Parts, ProjectionInfo | None]:
     """The parts of the moved update on each side, and its account where `measure` asks for it."""
-    moved = None
-    if method.needs is Needs.WEIGHTS and kappa is not None:
-        ours, theirs = (_need_weight(weight, method.name).to(delta.device) for weight in weights)
-        moved = damped(delta, ours, theirs, kappa)
-    elif method.needs is Needs.NOTHING:
-        moved = delta
-    if moved is not None and not measure:
-        return (moved.up.mT,), (moved.down,), None
+    if not (measure or method.needs_bases):
+        return (delta.up.mT,), (delta.down,), None
     source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights)
     sides = _split_sides(delta, source, target)
-    up, down = _split_update(sides, method) if moved is None else ((moved.up.mT,), (moved.down,))
+    up, down = (method.split(side) for side in sides)
     if not measure:
         return up, down, None
     grams = Grams.of(sides[0], up), Grams.of(sides[1], down)
@@ -202,12 +182,9 @@ def project_factors(
 
     Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases,
     2(m + n)k² flops, may be known already: `similar`.
-
-    Raises:
-        ValueError: a method that does not move an update by bases.
     """
     sides = _split_sides(delta, source, target)
-    up, down = _split_update(sides, find_method(method))
+    up, down = (find_method(method).split(side) for side in sides)
     grams = Grams.of(sides[0], up), Grams.of(sides[1], down)
     info = measure_projection(sides, grams, (source, target), similar)
     return Projected(up, down, *grams, info, delta.dtype)
@@ -220,12 +197,6 @@ def _split_sides(delta: LowRank, source: Basis, target: Basis) -> tuple[Side, Si
     left = Side.of(delta.up.to(work).mT, source.U, target.U)  # rows of m
     right = Side.of(delta.down.to(work), source.V, target.V)  # rows of n
     return left, right
-
-
-def _split_update(sides: tuple[Side, Side], method: Method) -> tuple[Parts, Parts]:
-    if method.split is None:
-        raise ValueError(f"method {method.name!r} does not move an update by bases")
-    return method.split(sides[0]), method.split(sides[1])
 
 
 @dataclass(frozen=True)
@@ -333,38 +304,19 @@ def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor
     return weight.flatten(1) if conv else weight
 
 
-def _decide(source: Tensor | Basis, target: Tensor | Basis) -> tuple[str, float | None]:
-    """The method that two weights [..., m, n] decide on, and its κ.
+def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
+    """Refuses weights [..., m, n] that have nothing in common.
 
     Raises:
-        UnrelatedBases: they have nothing in common.
+        UnrelatedBases: they have not.
+        ValueError: one is a Basis.
     """
-    ours, theirs = (_need_weight(weight, AUTO) for weight in (source, target))
-    pairs = zip(
-        *(w.reshape(-1, *w.shape[-2:]) for w in (ours, theirs.to(ours.device))), strict=True
-    )
-    verdict = judge_pairs(Affinity.of(*pair) for pair in pairs)
+    if isinstance(source, Basis) or isinstance(target, Basis):
+        raise ValueError(f"method {AUTO!r} needs the weights themselves, not their Basis")
+    sides = (w.reshape(-1, *w.shape[-2:]) for w in (source, target.to(source.device)))
+    verdict = judge_pairs(Affinity.of(*pair) for pair in zip(*sides, strict=True))
     if not verdict.related:
         raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")
-    decision = verdict.decide()
-    damps = find_method(decision.method).needs is Needs.WEIGHTS
-    return decision.method, decision.damping if damps else None
-
-
-def _need_weight(weight: Tensor | Basis, method: str) -> Tensor:
-    if isinstance(weight, Basis):
-        raise ValueError(f"method {method!r} needs the weights themselves, not their Basis")
-    return weight
-
-
-def _check_method(method: Method, kappa: float | Tensor | None) -> None:
-    """Refuses a method that `project` cannot run, and a κ that is missing or of no use."""
-    if method.needs is not Needs.WEIGHTS:
-        if kappa is not None:
-            raise ValueError(f"kappa is for method 'damped', not for {method.name!r}")
-        return
-    if kappa is None:
-        raise ValueError(f"method {method.name!r} needs kappa ≥ 0")
 
 
 def _read_pair(factors: tuple[Any, ...] | list[Any]) -> LowRank:

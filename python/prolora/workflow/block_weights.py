@@ -23,7 +23,6 @@ from ..architectures.modules import matrix_shape
 from ..bases import Base
 from ..core.lowrank import LowRank
 from ..errors import InvalidOption
-from .module_report import ModuleReport
 
 Blocks = str | Sequence[float] | Mapping[str, float]
 """Factors by block: a text in either form, the numbers, or {name: factor}."""
@@ -258,21 +257,3 @@ def weigh_adapter(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
         if (factor := factors.get(name.rpartition(".")[0], 1.0)) != 0
     }
     return replace(adapter, updates=updates, vectors=vectors)
-
-
-def measure_blocks(rows: Iterable[ModuleReport], table: DepthTable) -> dict[str, float]:
-    """Block -> the factor on the LoRA's own update that comes closest to what was written.
-
-    That is ⟨ΔW_t, ΔW_s⟩/‖ΔW_s‖² over the modules of a block. The blocks are those of the shortest
-    notation that has them all; a block without a module has 1, as nothing was taken from it.
-    """
-    sums: dict[str, tuple[float, float]] = {}
-    for row in rows:
-        place = table.find_place(row.target or row.source)
-        if place and row.energy > 0 and (row.status == "mapped" or row.reason == LEFT_OUT):
-            kept, whole = sums.get(place, (0.0, 0.0))
-            share = row.share_along if row.status == "mapped" else 0.0
-            sums[place] = kept + share * row.energy, whole + row.energy
-    notations = [places for places in table.notations if set(sums) <= set(places)]
-    places = notations[-1] if notations else tuple(sums)
-    return {p: round(sums[p][0] / sums[p][1], 3) if p in sums else 1.0 for p in places}

@@ -6,15 +6,12 @@ of the mathematics; the numbers behind them are the report's sentences and table
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from ..comparison.expectation import ALIKE, Expectation, classify, expect_shares
-from ..core.verdict import AUTO, FARTHEST, MIN_DAMPING, Verdict
-
-Mark = Literal["✔", "⚠", "✖"]
+from ..comparison.expectation import CLASSES, classify
+from ..comparison.expectation import Mark as Mark
+from ..core.verdict import Verdict
 
 AMOUNTS = (
     (0.995, "All"),
@@ -26,10 +23,6 @@ AMOUNTS = (
     (0.0, "Very little"),
 )
 """From which share on a part is called how."""
-
-MOST, HALF, FEW = "most", "about half", "little"
-EXPECTED = ((0.7, MOST), (0.3, HALF), (-math.inf, FEW))
-"""From which share on what is expected is called how."""
 
 FIT_NO_BETTER = (
     "A fit to the running models was no better on samples that it did not see, so this is the LoRA "
@@ -44,21 +37,6 @@ A_VECTOR = "a trained bias or normalisation layer"
 """How reasons begin for which such a tensor stays behind."""
 
 NOT_COMPARED = "The weights of the two models were not compared: whether it will work is not known."
-
-NEXT_APART = (
-    "Next: train the LoRA on {target}, or give both models as whole pipelines, so that a fit can "
-    "run them."
-)
-
-NEXT_DISTANT = (
-    "Next: where both models can run, try `fit()`, which brought far more of a LoRA on test models "
-    "that differ so much; where they cannot, try the copy at strength 1 and above."
-)
-
-FIT_OF_FEW_STEPS = (
-    " Where it is too weak, try `fit()`, which runs both models and brought more of a LoRA on some "
-    "test models that draw in few steps, as {target} seems to do."
-)
 
 EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
 """What reports and headers call the making of a LoRA that was not moved."""
@@ -89,54 +67,38 @@ class InWords:
 
 
 def judge(
-    verdict: Verdict | None, placed: float | None, target: str, method: str = AUTO
-) -> tuple[Mark, str]:
-    """A mark, and what to expect, in a sentence.
+    verdict: Verdict | None,
+    placed: float | None,
+    bases: tuple[str, str],
+    few_steps: bool | None = None,
+    promised: bool = True,
+) -> InWords:
+    """Says what to expect of a LoRA between two models, and at which strengths to try it.
 
     Args:
         verdict: on the two models; None where nobody looked at their weights.
         placed: the share of the LoRA that has a place on the target; None without a LoRA.
-        target: its name.
-        method: how the LoRA is moved.
+        bases: the names of source and target.
+        few_steps: whether the target draws in few steps; None where its files do not tell.
+        promised: whether the LoRA is copied at strength 1, of which something is known.
     """
-    if verdict is not None and not verdict.related:
-        return "✖", "Do not expect this to work: the two models have nothing in common."
-    expected = None if verdict is None else find_expected(verdict, placed, method)
-    if verdict is not None and not verdict.go:
-        told = f" ({_show_range(expected)} on small test models)" if expected else ""
-        return "⚠", f"Expect little{told}: {target} has learnt something else."
-    if placed is not None and placed < LITTLE:
-        return "⚠", f"Expect little: most of this LoRA belongs to parts that {target} lacks."
+    source, target = bases
     if verdict is None:
-        return "✔", "Done as asked; the two models were not compared."
-    if verdict.drift == 0:
-        return "✔", "Both models are the same where it counts: the LoRA works as it is."
-    if expected is None and verdict.drift > FARTHEST:
-        return "⚠", "It may work or not: nobody measured this on models that differ so much."
-    if expected is None:
-        return "✔", f"This should work: the two models' weights differ by {verdict.drift:.0%}."
-    word = next(word for least, word in EXPECTED if expected.share >= least)
-    told = (
-        f"xpect {word} ({expected.share:.0%}) of the effect of a LoRA that was trained on "
-        f"{target}; on small test models it was {_show_range(expected)}."
-    )
-    if word == MOST:
-        return "✔", f"This should work: e{told}"
-    return "⚠", f"This may work in part: e{told}" if word == HALF else f"E{told}"
-
-
-def _show_range(expected: Expectation) -> str:
-    """The interval of a share; harm counts as nothing, and more than all as all."""
-    low, high = (min(1.0, max(0.0, x)) for x in (expected.low, expected.high))
-    return f"{low:.0%} to {high:.0%}"
-
-
-def find_expected(verdict: Verdict, placed: float | None, method: str) -> Expectation | None:
-    """What a method is expected to give in the target's look; None for one nobody measured."""
-    name = AUTO if method == "damped" else method
+        return InWords("⚠", "Done as asked; the two models were not compared.")
     cut = placed is not None and placed < AMOUNTS[0][0]
-    shares = expect_shares(verdict, cut)
-    return next((x for x in shares if x.method == name and x.want == "look"), None)
+    found = CLASSES[classify(verdict, cut, bool(few_steps))]
+    mark, headline = found.mark, found.headline.format(source=source, target=target)
+    if placed is not None and placed < LITTLE and verdict.related:
+        headline = f"Expect little: most of this LoRA belongs to parts that {target} lacks."
+    if not promised:
+        return InWords(mark, headline)
+    advice = found.advice.format(target=target)
+    if few_steps is None and found.name in ("alike", "changed"):
+        advice += " If it draws in few steps, which a single file does not tell, up to 1.25."
+    seen = f"{max(0.0, found.low):.0%} to {found.high:.0%}"
+    harm = ", and some images got worse than without it" if found.low < 0 else ""
+    told = f"On small test models a copy brought {seen} of what training on the target gives{harm}."
+    return InWords(mark, headline, (advice, *([told] if found.low < 1 else [])))
 
 
 def name_amount(share: float) -> str:
@@ -174,69 +136,14 @@ def tell_vectors(over: int, left_out: Mapping[str, str]) -> str:
     return f"{what}; {over} of {over + behind} go over." if over + behind else ""
 
 
-def tell_method(
-    method: str, source: str, target: str, verdict: Verdict | None, strength: float = 1.0
-) -> str:
-    """What was done, and why, in a sentence."""
-    if method == "copy" and strength != 1:
-        return f"prolora copied the LoRA at strength {strength:.3g}."
-    if method == "damped":
-        return (
-            f"prolora weakened the LoRA where the two models differ and it would do something else "
-            f"than on {source}, so that images keep the look of {target}."
-        )
-    if method != "copy":
-        return f"prolora moved the LoRA by the method {method}, as asked."
-    if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
-        if classify(verdict, cut=False) != ALIKE:
-            return (
-                "prolora copied the LoRA unchanged: the two models' weights give no clear reason "
-                "to weaken it."
-            )
-        return (
-            f"prolora copied the LoRA unchanged: {target} looks like a continued training, a merge "
-            f"or a few-step version of {source}, which it already fits."
-        )
-    return "prolora copied the LoRA unchanged."
-
-
-def tell_plan(method: str) -> str:
-    """What a transfer would do."""
+def tell_method(method: str, strength: float = 1.0) -> str:
+    """Says what was done in a sentence; "" of a plain copy."""
     if method == "copy":
-        return "A transfer would copy the LoRA unchanged."
-    return "A transfer would weaken the LoRA where the two models differ."
-
-
-def tell_next(
-    method: str, verdict: Verdict | None, placed: float, target: str, few_steps: bool = False
-) -> str:
-    """What to do next.
-
-    Args:
-        method: how the LoRA was moved.
-        verdict: on the two models; None where nobody looked at their weights.
-        placed: the share of the LoRA that has a place on the target.
-        target: its name.
-        few_steps: whether it seems to draw in few steps, and a fit could run both models.
-    """
-    if verdict is not None and not verdict.related:
-        return NEXT_APART.format(target=target)
-    if verdict is not None and not verdict.go:
-        return f"Next: compare images with and without it; a LoRA trained on {target} does more."
-    if placed < AMOUNTS[0][0]:
-        return (
-            "Next: try it at strength 1. Where both models can run, `method='best'` fits what has "
-            "no place."
-        )
-    if verdict is not None and verdict.drift > FARTHEST:
-        return NEXT_DISTANT
-    fit = FIT_OF_FEW_STEPS.format(target=target) if few_steps else ""
-    if method == "damped":
-        return (
-            "Next: try it at strength 1. `look='lora'` keeps the look that the LoRA was made for "
-            f"instead.{fit}"
-        )
-    return f"Next: try it at strength 1, and less where it is too strong.{fit}"
+        return "" if strength == 1 else f"prolora copied the LoRA at strength {strength:.3g}."
+    return (
+        f"prolora moved the LoRA by the method {method}, as asked; on nearly all test models a "
+        "copy did better."
+    )
 
 
 def tell_made(

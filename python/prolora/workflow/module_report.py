@@ -166,7 +166,8 @@ class ModuleReport:
             return self
         # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with X at s = 1.
         kept = self.surviving_energy
-        distance = strength**2 * kept + 1 - 2 * strength * self.share_along
+        along = (kept + 1 - self.copy_distance**2) / 2
+        distance = strength**2 * kept + 1 - 2 * strength * along
         return replace(
             self,
             strength=strength * self.strength,
@@ -174,11 +175,6 @@ class ModuleReport:
             norm_ratio=abs(strength) * self.norm_ratio,
             copy_distance=math.sqrt(max(0.0, distance)),
         )
-
-    @property
-    def share_along(self) -> float:
-        """⟨ΔW_t, ΔW_s⟩/‖ΔW_s‖²: the factor on ΔW_s that comes closest to ΔW_t."""
-        return (self.surviving_energy + 1 - self.copy_distance**2) / 2
 
     def cut(self, whole: LowRank, smaller: LowRank) -> ModuleReport:
         """The row of an update that was cut from `whole` to `smaller`."""

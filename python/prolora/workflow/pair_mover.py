@@ -18,7 +18,6 @@ from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
-from ..core.methods import Needs
 from ..errors import ProLoRAError, explain_os_error
 from .by_weights.base_pair import BasePair
 from .by_weights.decision import label_stage
@@ -215,8 +214,7 @@ def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:
 @contextmanager
 def _keep_bases(cache: BasisCache, options: TransferOptions, groups: int) -> Iterator[BasisCache]:
     """The cache; where there is no folder, what is needed again goes to a temporary one."""
-    may_factorise = options.chosen is None or options.chosen.needs is Needs.BASES
-    if cache.folder is None and groups > 1 and may_factorise:
+    if cache.folder is None and groups > 1 and options.chosen.needs_bases:
         with tempfile.TemporaryDirectory(prefix="prolora-") as temporary:
             yield BasisCache(temporary)
     else:

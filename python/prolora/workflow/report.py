@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ..adapters.formats.moves import Move
+from ..comparison.expectation import Mark
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.means import weighted_mean
 from ..core.verdict import (
-    AUTO,
     STRANGE_COSINE,
     Verdict,
     describe_strangers,
@@ -31,6 +31,7 @@ from .in_words import (
     CONVERT,
     EXTRACT,
     FIT_NO_BETTER,
+    LITTLE,
     MERGE,
     NOT_COMPARED,
     READ_ZERO,
@@ -40,7 +41,6 @@ from .in_words import (
     tell_fit,
     tell_made,
     tell_method,
-    tell_next,
     tell_parts,
     tell_place,
     tell_vectors,
@@ -54,7 +54,7 @@ from .module_report import (
     split_modules,
 )
 from .moved_before import tell_moved_before
-from .options import BEST, FIT
+from .options import FIT
 from .output_paths import is_page_path
 from .page.document import (
     MODULES,
@@ -72,7 +72,6 @@ from .report_sentences import (
     tell_factors,
     tell_left_behind,
     tell_limits,
-    tell_profile,
     tell_tensors_left,
 )
 from .table import Table
@@ -105,14 +104,11 @@ class Report:
             for a LoRA; all others were read exactly.
         dry_run: True where nothing was moved. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
-        few_steps: whether the target seems to draw in few steps and the source does not, and a fit
-            could run both.
+        few_steps: whether the target draws in few steps and the source does not; None where
+            nothing tells.
         strength: the factor on every update.
         blocks: the factors by block that were asked for; "" without.
-        profile: block -> the factor on the LoRA's own update that comes closest to what was
-            written, in depth order; empty where nothing was measured.
         file_limit: bytes of the file that the updates were cut for; None where they were not.
-        damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run, and of a copy between
             bases whose numbers are not read.
         quantised: name of a base -> how its weights are quantised, and how many; none for a base
@@ -145,12 +141,10 @@ class Report:
     kept_energy: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
     asked: str | None = None
-    few_steps: bool = False
+    few_steps: bool | None = None
     strength: float = 1.0
     blocks: str = ""
-    profile: dict[str, float] = field(default_factory=dict)
     file_limit: int | None = None
-    damping: float | None = None
     verdict: Verdict | None = None
     quantised: dict[str, str] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
@@ -287,21 +281,16 @@ class Report:
         if kept is not None and placed > 0:
             kept *= mapped / placed
             kept /= self.strength**2 if self.method == "copy" else 1.0
-        told_of_fit = bool(self.probe or self.why)
+        promised = self.method == "copy" and self.strength == 1
+        told = judge(verdict, placed, (source, target), self.few_steps, promised)
         lines = (
+            *told.lines,
             tell_place(placed, kept, target),
             FIT_NO_BETTER if self.probe else "",
-            tell_method(self.method, source, target, verdict, self.strength),
+            tell_method(self.method, self.strength),
             self.why,
-            # Where something is said of fits, that is enough.
-            tell_next(self.method, verdict, placed, target, self.few_steps and not told_of_fit),
         )
-        # What `auto` gives is a row of its own: it copies where a copy does well.
-        chosen = AUTO if self.asked in (AUTO, BEST) else self.method
-        if self.asked not in (AUTO, BEST) and self.strength != 1:
-            chosen = ""  # of other strengths nothing is promised
-        mark, headline = judge(verdict, placed, target, chosen)
-        return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
+        return InWords(told.mark, told.headline, tuple(filter(None, lines)), self._cautions())
 
     def _tell_without_updates(self, target: str) -> InWords | None:
         """The verdict on a LoRA whose matrices do nothing; None of others, and where it is open."""
@@ -313,8 +302,8 @@ class Report:
             return None
         if self.unread or not (told := tell_vectors(self.vectors, self.left_out)):
             return InWords("⚠", READ_ZERO, (), self._cautions())
-        mark = judge(self.verdict, None, target)[0] if self.vectors else "⚠"
-        return InWords(mark, told, (), self._cautions())
+        found = judge(self.verdict, None, (self.source, target)) if self.vectors else None
+        return InWords(found.mark if found else "⚠", told, (), self._cautions())
 
     def _tell_outline(self, placed: float | None, target: str) -> InWords:
         """The verdict of a dry run; arguments as `tell_place` takes them."""
@@ -328,7 +317,11 @@ class Report:
             place = tell_parts(len(there), len(names), target)
         else:
             place = tell_vectors(self.vectors, self.left_out)
-        mark = judge(None, placed, target)[0] if names or self.vectors else "⚠"
+        if self.verdict is not None:
+            told = judge(self.verdict, placed, (self.source, target), self.few_steps)
+            return InWords(told.mark, told.headline, (*told.lines, place), self._cautions())
+        fits = bool(self.vectors) if placed is None else placed >= LITTLE
+        mark: Mark = "✔" if fits else "⚠"
         unknown = "" if self.work or self.why else NOT_COMPARED
         lines = tuple(filter(None, (place, unknown, self.why)))
         return InWords(mark, "A dry run: nothing was written.", lines, self._cautions())
@@ -357,11 +350,6 @@ class Report:
         sentences += tell_energy(self.totals, self.method, self.strength)
         return sentences + tell_limits(self.modules, self.totals, self.file_limit)
 
-    @property
-    def profile_text(self) -> str:
-        """What is left of each block, in the notation that `blocks` takes."""
-        return ",".join(f"{factor:.2g}" for factor in self.profile.values())
-
     def _sentences_of_file(self) -> list[str]:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
@@ -379,8 +367,6 @@ class Report:
             for name, what in self.quantised.items()
         ]
         sentences += tell_factors(self.blocks, self.modules)
-        if not self.dry_run:
-            sentences += tell_profile(self.profile, self.profile_text)
         if self.vectors:
             sentences.append(
                 f"{self.vectors} trained biases and normalisation tensors are carried over"
@@ -399,9 +385,6 @@ class Report:
         if self.verdict:
             sentences.append(self.verdict.sentence())
         sentences += describe_renumbered(self.renumbered) + self._caution_of_strangers()
-        if self.asked in (AUTO, BEST) and self.verdict:
-            reason = self.verdict.explain(self.method)
-            sentences.append(f"Method '{self.asked}' chose '{self.method}': {reason}.")
         return sentences
 
     def _caution_of_strangers(self) -> list[str]:
@@ -488,8 +471,6 @@ class Report:
             "method": f"{self.method}, asked for: {self.asked}" if self.asked else self.method,
             "strength": f"{self.strength:.4g}",
             "factors by block": self.blocks,
-            "what is left by block": self.profile_text,
-            "damping κ": "" if self.damping is None else f"{self.damping:.4g}",
             "rank of the subspaces": f"{self.rank_rule:g}",
             "threshold on Φ": f"{self.threshold:g}",
             "match": self.match,

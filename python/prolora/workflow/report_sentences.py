@@ -25,22 +25,6 @@ def tell_factors(blocks: str, modules: Sequence[ModuleReport]) -> list[str]:
     return [f"Factors by block, as asked: {blocks}{what}."] if blocks else []
 
 
-def tell_profile(profile: Mapping[str, float], notation: str) -> list[str]:
-    """What is left of each block, where it is not all of every one.
-
-    Args:
-        profile: block -> factor, in depth order.
-        notation: the factors as `blocks` takes them.
-    """
-    if not any(abs(factor - 1) > 0.005 for factor in profile.values()):
-        return []
-    first, last = (list(profile)[i] for i in (0, -1))
-    return [
-        f"What is left of the LoRA by block, {first} to {last}, as block weights that can "
-        f"be edited and given for a copy: {notation}."
-    ]
-
-
 def tell_left_behind(
     modules: Sequence[ModuleReport], unread: Sequence[str], left_out: Mapping[str, str]
 ) -> list[str]:
@@ -84,10 +68,10 @@ def tell_energy(totals: Mapping[str, Any], method: str, strength: float) -> list
         f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
     ]
     mixed = totals["energy_mixed"]
-    if mixed is not None and mixed > 0.01 and find_method(method).drops_mixed:
+    if mixed is not None and mixed > 0.01 and find_method(method).needs_bases:
         sentences.append(
             f"{mixed:.0%} lay in the mixed blocks, which '{method}' "
-            "drops; `method='blocks'` keeps them, `method='copy'` changes nothing."
+            "drops; `method='copy'` changes nothing."
         )
     return sentences
 

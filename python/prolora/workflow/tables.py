@@ -6,19 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from ..comparison.comparison import Comparison
-from ..comparison.expectation import WANTS, Expectation
-from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
-from ..comparison.rank_sweep import THRESHOLDS
 from ..core.grouping import group_by
 from ..probe.crossed import BandReport
-from ..probe.strength import STRENGTHS, Measurement
+from ..probe.strength import STRENGTHS
 from .group_means import average_measures, average_rows, find_overlap, group_rows
-from .lora_fit import StackDrift
 from .module_report import ModuleReport
 from .place_map import PlaceMap, Spot
-from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes, write_number
+from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes
 
 _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]], ...] = (
     (Column("kept", ".0%", has_bar=True), lambda rows: average_rows(rows, share_written)),
@@ -36,8 +31,6 @@ _ANGLE = Column("angle", "")
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN_STRENGTHS = STRENGTHS[1:]
 """Those that 80 columns have room for."""
-
-WANTED = {"look": "in the target's look", "own": "the LoRA's own images"}
 
 
 def tabulate_moved(
@@ -202,125 +195,3 @@ def _write_origins(stack: str, decisions: list[BlockDecision]) -> str:
         prefix = "" if origin in ("", stack) else origin.removesuffix(".transformer_blocks") + "."
         origins.append(f"{decision.target.rpartition('.')[2]}←{prefix}{index or 'none'}")
     return " ".join(origins)
-
-
-def tabulate_comparison(comparison: Comparison, every_module: bool) -> Table:
-    """Overlap and drift: a row for each part of the model, or for each module."""
-    groups = comparison.places()
-    if every_module:
-        groups = {module.target: [module] for module in comparison.modules}
-    numbers = ("Φ l", "Φ r", "chance", "above", "drift", "cosine")
-    columns = [Column("module" if every_module else "part"), Column("pairs", "d"), Column("k", "")]
-    columns += [Column(name, ".2f") for name in numbers]
-    rows = []
-    for i, (name, modules) in enumerate((*groups.items(), ("all", comparison.modules))):
-        k = write_extremes(module.columns_source for module in modules)
-        pairs, k = None if every_module else len(modules), NOTHING if k == "0" else k
-        part = name if every_module else name.replace("transformer_blocks", "blocks")
-        cells = (part, pairs, k, *_average_overlaps(modules))
-        anchor = f"m{i}" if every_module else ""
-        rows.append(Row(cells, "total" if name == "all" else "", anchor))
-    return make_table(f"{comparison.source} and {comparison.target}", columns, rows)
-
-
-def _average_overlaps(modules: Sequence[ModuleComparison]) -> list[float]:
-    """Φ left and right, chance, above, drift and cosine of a part of the model."""
-    names = ("phi_left", "phi_right", "above", "drift", "cosine", "chance_left", "chance_right")
-    left, right, above, drift, cosine, *chances = (average_field(modules, name) for name in names)
-    return [left, right, max(chances), above, drift, cosine]
-
-
-def map_pairs(comparison: Comparison) -> PlaceMap:
-    """Where two models are alike: the overlap of their subspaces, or else their cosine."""
-    known = any(module.columns_source for module in comparison.modules)
-    spots = []
-    for module in comparison.modules:
-        share = module.above if known else module.cosine
-        overlap = f"overlap {write_number(module.above)}, " if known else ""
-        numbers = f"drift {write_number(module.drift)}, cosine {write_number(module.cosine)}"
-        text = f"{module.target}: {overlap}{numbers}"
-        spots.append(Spot(module.target, None if math.isnan(share) else share, text=text))
-    what = "Overlap of the leading subspaces above chance" if known else "Cosine of the weights"
-    title = f"{what}, 0 % as unrelated, 100 % as equal"
-    return PlaceMap(spots, title, "the subspaces fill their space", "not compared")
-
-
-def tabulate_sweep(comparison: Comparison) -> Table:
-    """The overlap of all pairs against the number of columns."""
-    columns = [Column("k", ""), Column("whole", "d"), Column("held", ".0%")]
-    columns += [Column(name, ".2f") for name in ("Φ l", "Φ r", "chance", "above")]
-    columns += [Column(f"≥ {threshold:g}", "d") for threshold in THRESHOLDS]
-    rows = []
-    for row in comparison.sweep:
-        last = row is comparison.sweep[-1]
-        chance = max(row.chance_left, row.chance_right)
-        cells: tuple[Cell, ...] = (
-            *("all" if last else str(row.columns), row.whole, row.energy),
-            *(row.phi_left, row.phi_right, chance, row.above),
-            *row.passing.values(),
-        )
-        rows.append(Row(cells, "total" if last else ""))
-    title = f"Rank sweep over {len(comparison.modules)} pairs"
-    return make_table(title, columns, rows)
-
-
-def draw_bars(values: Sequence[float], largest: float) -> str:
-    """A bar for each value, in eighths of the largest."""
-    if not largest > 0:
-        return BARS[0] * len(values)
-    return "".join(BARS[min(7, int(8 * value / largest))] for value in values)
-
-
-def tabulate_stacks(title: str, stacks: Sequence[StackDrift], are_related: bool) -> Table:
-    """Which blocks drifted: a row for each stack of blocks."""
-    largest = max((drift for stack in stacks for drift in stack.drifts), default=0.0)
-    # Between unrelated models all weights are strangers.
-    told = are_related and any(stack.strangers for stack in stacks)
-    columns = [Column("part"), Column("drift", ".2f"), Column("by depth"), Column("cosine", ".2f")]
-    columns += [*([Column("strangers")] if told else []), Column("LoRA's energy", ".0%")]
-    rows = []
-    for stack in stacks:
-        names = [name.replace("transformer_blocks.", "") for name in stack.strangers]
-        more = f", and {len(names) - 4} more" if len(names) > 4 else ""
-        strange = [", ".join(names[:4]) + more] if told else []
-        bars = draw_bars(stack.drifts, largest)
-        rows.append(Row((stack.name, stack.drift, bars, stack.cosine, *strange, stack.energy)))
-    return make_table(title, columns, rows)
-
-
-def tabulate_expected(expected: Sequence[Expectation]) -> Table:
-    """What each method is expected to give."""
-    wants = [want for want in WANTS if any(e.want == want for e in expected)]
-    cells = {(e.method, e.want): f"{e.share:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in expected}
-    rows = [
-        Row((method, *(cells.get((method, want), NOTHING) for want in wants)))
-        for method in dict.fromkeys(e.method for e in expected)
-    ]
-    note = (
-        "The share of what a LoRA trained on the target gives: 1 is as good, 0 is useless, below 0 "
-        "is harm; in brackets where 80 % of the LoRAs lay that were measured on pairs like this."
-    )
-    columns = Column("method"), *(Column(WANTED[want], "") for want in wants)
-    return make_table("Expected", columns, rows, note)
-
-
-def tabulate_measured(measurement: Measurement) -> Table:
-    """What was measured: a row for each way to move the LoRA."""
-    rows = []
-    for name, way in measurement.candidates.items():
-        low, high = way.share_interval
-        shares = (_write_share(way.shares[strength]) for strength in SHOWN_STRENGTHS)
-        rows.append(Row((name, *shares, way.strength, f"{way.share:.2f} [{low:.2f}, {high:.2f}]")))
-    note = (
-        "The share of the wanted change of the prediction that is reached at each strength, in "
-        "brackets 80 % over trajectories; the wanted change is what the LoRA does to the source."
-    )
-    columns = [Column("method"), *(Column(f"{strength:g}", "") for strength in SHOWN_STRENGTHS)]
-    return make_table(
-        "Measured", [*columns, Column("best at", ".2f"), Column("share", "")], rows, note
-    )
-
-
-def _write_share(share: float) -> str:
-    """A share; a harm beyond −1 needs no number, and its column has no room for one."""
-    return "< −1" if share < -1 else f"{share:.2f}"

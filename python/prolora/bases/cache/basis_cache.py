@@ -234,6 +234,18 @@ class BasisCache:
         digest = self._index(base).get(short_hash(origin.text))
         return digest if isinstance(digest, str) else None
 
+    def place(self, base: Base, module: str) -> str | None:
+        """Returns a name of a weight by the state of its file, which takes no reading.
+
+        None where that is not settled: the file changed just now, or the weight is in no file.
+        """
+        if self.folder is None:
+            return self.digest(base, module)
+        self._flush(base)
+        origin = base.weights[module].origin
+        settled = origin and time.time_ns() - origin.changed > SETTLING_TIME
+        return short_hash(origin.text) if origin and settled else None
+
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str]:
         """The names of bases that were taken from here in this run."""
         return [basis_name(str(self.digest(base, module)), rank) for module in modules]
@@ -287,11 +299,15 @@ class BasisCache:
 
     def _index(self, base: Base) -> JsonTable:
         """The table of contents of a base's weights; asked for before any of them is read."""
+        self._flush(base)
+        return self._table("index", str(base.path))
+
+    def _flush(self, base: Base) -> None:
+        """Has changes of a base's files set their times, once."""
         if base.path not in self._flushed:
             for file in base.files:
                 flush_file(file)
             self._flushed.add(base.path)
-        return self._table("index", str(base.path))
 
     def _table(self, kind: str, of: str) -> JsonTable:
         name = f"{kind}-{short_hash(of)}.json"

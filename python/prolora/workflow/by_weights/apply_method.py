@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ...comparison.overlap import Alignment
 from ...core.basis import Basis
-from ...core.damping import Damper
 from ...core.lowrank import LowRank
-from ...core.merging import subtract_updates
 from ...core.projection import project_factors
 from ..module_report import Measures
 from ..plan import Pair
@@ -23,32 +21,6 @@ def copy_updates(ledger: Ledger) -> list[Moved]:
     """The updates as they are."""
     updates, what = ledger.adapter.updates, ledger.method.outcome
     return [Moved(pair, updates[pair.source], what) for pair in ledger.plan.pairs]
-
-
-def damp_updates(
-    ledgers: list[Ledger], stack: list[Pair], places: list[int], damper: Damper
-) -> list[Moved]:
-    """The updates weakened along the drift of the weights.
-
-    Args:
-        ledgers: LoRAs with one rank at these places.
-        stack: pairs of one shape m × n.
-        places: which of them.
-        damper: of the weights [b, m, n] of all pairs of the stack.
-    """
-    moved_updates: list[Moved] = []
-    for ledger in ledgers:  # each may have a κ of its own
-        delta = _stack_updates([ledger], [stack[i] for i in places])
-        delta = LowRank(delta.up.squeeze(1), delta.down.squeeze(1))
-        moved = damper.at(ledger.options.kappa)(delta, places)
-        compared = delta, moved, subtract_updates(moved, delta)
-        norms = zip(*(x.norm().tolist() for x in compared), strict=True)
-        for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
-            ratio = after / before if before > 0 else 1.0
-            numbers = (before**2, ratio**2, ratio, distance / before if before > 0 else 0.0)
-            update = LowRank(moved.up[i], moved.down[i])
-            moved_updates.append(Moved(stack[place], update, ledger.method.outcome, *numbers))
-    return moved_updates
 
 
 def project_updates(

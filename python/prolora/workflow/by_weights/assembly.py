@@ -9,16 +9,14 @@ from typing import Any
 from ...adapters.adapter import Adapter
 from ...adapters.formats.metadata import rewrite_metadata
 from ...adapters.formats.moves import read_moves, write_moves
-from ...architectures.modules import find_block, may_be_fitted
 from ...bases import Base
 from ...bases.base import list_quantised
 from ...bases.identity import compute_hint, compute_short_hash
-from ...bases.pipeline_files import draws_in_few_steps
-from ...bases.vae import can_fit
+from ...bases.pipeline_files import draws_in_few_steps, is_pipeline
 from ...core.lowrank import LowRank
 from ...files.store import replace_surrogates
 from ...version import __version__
-from ..block_weights import BlockWeights, list_base_blocks, measure_blocks
+from ..block_weights import BlockWeights
 from ..module_report import ModuleReport
 from ..report import Report
 from .ledger import Ledger
@@ -66,7 +64,7 @@ def build_metadata(ledger: Ledger) -> dict[str, str]:
     provenance = {
         "version": __version__,
         "method": options.method,
-        "strength": f"{options.factor:.4g}",
+        "strength": f"{options.strength:.4g}",
         "rank_rule": str(options.rank),
         "threshold": str(options.threshold),
         "match": ledger.plan.rule,
@@ -87,19 +85,12 @@ def build_metadata(ledger: Ledger) -> dict[str, str]:
     return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
 
 
-def _suits_student(ledger: Ledger) -> bool:
-    """Whether the target alone seems to draw in few steps, and a fit could bring more there.
-
-    That takes two models that can run and were compared, and a moved update in a block.
-    """
-    source, target = ledger.source, ledger.target
-    fitted = (name for name in ledger.moved if may_be_fitted(target.shapes.get(name, ())))
-    if ledger.verdict is None or not any(map(find_block, fitted)):
-        return False
-    ours, theirs = source.path, target.path
-    if ours is None or theirs is None or not draws_in_few_steps(target):
-        return False
-    return not draws_in_few_steps(source) and can_fit(ours, theirs)
+def _find_few_steps(ledger: Ledger) -> bool | None:
+    """Returns whether the target alone draws in few steps; None where nothing tells."""
+    target, steps = ledger.target, ledger.options.target_steps
+    if draws_in_few_steps(target, steps):
+        return not draws_in_few_steps(ledger.source)
+    return None if steps is None and not is_pipeline(target.path) else False
 
 
 def build_report(
@@ -114,7 +105,6 @@ def build_report(
         **known: further fields of `Report`.
     """
     adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
-    table = list_base_blocks(ledger.target)
     return Report(
         method=options.method,
         rank_rule=options.rank,
@@ -130,11 +120,10 @@ def build_report(
         left_out=list_tensors_left_out(adapter) | vectors.left_out,
         unread=list_missed(adapter, options.text_encoder),
         kept_energy=dict(adapter.kept_energy),
-        strength=options.factor,
+        strength=options.strength,
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
-        profile={} if known.get("dry_run") else measure_blocks(ledger.rows.values(), table),
         quantised=list_quantised(ledger.source, ledger.target),
         moves=read_moves(adapter.metadata),
-        few_steps=_suits_student(ledger),
+        few_steps=_find_few_steps(ledger),
         **known,
     )

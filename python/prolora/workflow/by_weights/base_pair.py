@@ -18,12 +18,12 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
 from ...comparison.block_matching import resolve_match
 from ...comparison.module_map import Match
-from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ..base_check import check_bases
 from ..block_weights import weigh_adapter
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
+from ..report import Report
 from ..result import Transfer, pack_result
 from .assembly import assemble_adapter, build_metadata, build_report, outline_result
 from .decision import Looked, decide_method, label_stage
@@ -145,6 +145,19 @@ class BasePair:
         move_all(left, self.source, self.target, self.cache, self.memory, progress)
         return ledgers
 
+    def preview(self, lora: LoraLike) -> Report:
+        """Compares weights and says what a transfer of a LoRA would give.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        ledger = self.plan(lora, "outline")
+        ledger = self._decide(ledger, Looked(self.source, self.cache, self.memory, 0))
+        ledger.weigh_rows()
+        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+        rows, vectors = ledger.rows.values(), carry_vectors(ledger)
+        return build_report(ledger, rows, vectors, verdict=verdict, dry_run=True)
+
     def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:
         """The ledger with its method decided; see `decide_method`."""
         better = decide_method(ledger, looked)
@@ -194,7 +207,6 @@ class BasePair:
             vectors,
             asked=ledger.asked or options.method,
             verdict=verdict,
-            damping=options.kappa if ledger.method.needs is Needs.WEIGHTS else None,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},
         )

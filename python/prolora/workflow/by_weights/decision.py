@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...architectures.modules import matrix_shape
 from ...bases import Base
@@ -14,8 +14,7 @@ from ...comparison.drift import measure_affinities
 from ...comparison.module_map import Match
 from ...comparison.renumbered_blocks import recognise_blocks
 from ...core.affinity import Affinity
-from ...core.methods import Needs
-from ...core.verdict import STRANGE_COSINE, STRANGER, Verdict, judge_pairs
+from ...core.verdict import AUTO, STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ...errors import UnrelatedBases
 from .ledger import Ledger, Moved
 
@@ -56,7 +55,7 @@ def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -
     """
     _measure_pairs(ledger, looked)
     options = ledger.options
-    if options.chosen is None:
+    if options.method == AUTO:
         cosines = {module: affinity.cosine for module, affinity in ledger.affinities.items()}
         by_names = not ledger.plan.decisions  # names told which block is which
         if by_names and not renumbered:
@@ -64,9 +63,7 @@ def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -
             if match is not options.match:
                 return match
         _leave_out_strangers(ledger, looked.source)
-    ledger.asked, ledger.options = options.method, options.decide(ledger.verdict)
-    shapes = {matrix_shape(pair.shape) for pair in ledger.plan.pairs}
-    looked.memory.check(shapes, ledger.method.needs, looked.results)
+    ledger.asked, ledger.options = options.method, replace(options, method=options.chosen.name)
     return None
 
 
@@ -74,13 +71,13 @@ def _measure_pairs(ledger: Ledger, looked: Looked) -> None:
     """Notes the affinities and the verdict; see `decide_method`."""
     pairs, options, memory = ledger.plan.pairs, ledger.options, looked.memory
     shapes = {matrix_shape(pair.shape) for pair in pairs}
-    if options.chosen is not None and options.chosen.needs is Needs.NOTHING:
+    if options.method == "copy":
         ours = find_unreadable(looked.source, [pair.source for pair in pairs])
         if ours or find_unreadable(ledger.target, [pair.target for pair in pairs]):
             return  # nothing to compare, and nothing is needed
     memory.check(shapes, "affinity", looked.results)
-    if options.chosen is not None:
-        memory.check(shapes, options.chosen.needs, looked.results)
+    if options.chosen.needs_bases:
+        memory.check(shapes, "bases", looked.results)
     with ledger.clock("check"):
         places = [(pair.source, pair.target) for pair in pairs]
         progress = label_stage("checking", options.progress)
@@ -129,8 +126,7 @@ def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     return (
         "these two models have nothing in common: they were trained apart. Nothing was written. "
         f"Next: {fit}, or train the LoRA on {target.name}; `method='copy'` would write a LoRA "
-        f"that does nothing useful there (drift {verdict.drift:.2g}, cosine {verdict.cosine:.2f}, "
-        f"spread {verdict.spread:.2f})"
+        f"that does nothing useful there (cosine of the weights {verdict.cosine:.2f})"
     )
 
 

@@ -13,7 +13,7 @@ from ...architectures.families import known_families
 from ...bases import Base
 from ...core.affinity import Affinity
 from ...core.lowrank import LowRank
-from ...core.methods import Method, find_method
+from ...core.methods import Method
 from ...core.precision import is_finite
 from ...core.verdict import STRANGE_COSINE, Verdict
 from ...errors import NonFiniteWeights, ProLoRAError
@@ -86,7 +86,7 @@ class Ledger:
         plan: where its modules go.
         source: the base it comes from, cut like the updates.
         target: the base it goes to.
-        options: how it is moved; once that is decided, with method, strength and damping.
+        options: how it is moved; once that is decided, with its method.
         lora: what was read, to be read anew where the names turn out to pair blocks wrongly.
         rows: pair, or module without one -> its row of the report. Every module is there from the
             plan on.
@@ -159,12 +159,12 @@ class Ledger:
     @property
     def method(self) -> Method:
         """The method, once that is decided."""
-        return find_method(self.options.method)
+        return self.options.chosen
 
     @property
     def result_bytes(self) -> int:
         """Bytes that the moved updates take in memory, at most."""
-        factor = 1 if self.options.chosen is None else self.options.chosen.rank_factor
+        factor = 2 if self.options.chosen.needs_bases else 1
         updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
         return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
 
@@ -206,9 +206,9 @@ class Ledger:
         if update is None:
             row = replace(row, target=None, status="skipped", rank_out=0)
         else:
-            row = row.at_strength(self.options.factor)
-            if self.options.factor != 1:
-                update = LowRank(update.up * self.options.factor, update.down)
+            row = row.at_strength(self.options.strength)
+            if self.options.strength != 1:
+                update = LowRank(update.up * self.options.strength, update.down)
             update = update.to("cpu")
             smaller = cut_rank(update, self.options.out_rank, row.rank_in)
             if smaller is not update:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from ...architectures.modules import matrix_shape
 from ...bases import Base
-from ...bases.base import Progress, stack_weights
+from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory, Room
-from ...bases.upload import work_in_turn
 from ...comparison.overlap import align_bases
-from ...core.damping import Damper
-from ...core.methods import Needs
 from ..plan import Pair
-from .apply_method import copy_updates, damp_updates, project_updates
+from .apply_method import copy_updates, project_updates
 from .ledger import LORA_FAILURES, Ledger, Moved, share_time
 
 
@@ -43,25 +36,18 @@ def move_all(
     """
     room = memory.room(sum(ledger.result_bytes for ledger in ledgers))
     for ledger in ledgers:
-        if ledger.method.needs is Needs.NOTHING:
+        if not ledger.method.needs_bases:
             ledger.add(partial(copy_updates, ledger))
     done = 0
     total = len({pair for ledger in ledgers for pair in ledger.plan.pairs})
-    damped, projected = (
-        [ledger for ledger in ledgers if ledger.method.needs is needs]
-        for needs in (Needs.WEIGHTS, Needs.BASES)
-    )
-    stacks = itertools.chain(
-        _damp_stacks(damped, source, target, room),
-        _project_stacks(projected, source, target, cache, room),
-    )
-    for stack in stacks:
+    projected = [ledger for ledger in ledgers if ledger.method.needs_bases]
+    for stack in _project_stacks(projected, source, target, cache, room):
         done += len(stack)
         if progress:
             progress(min(done, total), total, stack[-1].target)
 
 
-def _iterate_stacks(ledgers: Sequence[Ledger], room: Room, needs: Needs) -> Iterator[list[Pair]]:
+def _iterate_stacks(ledgers: Sequence[Ledger], room: Room) -> Iterator[list[Pair]]:
     """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
     shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
     for ledger in ledgers:
@@ -69,43 +55,9 @@ def _iterate_stacks(ledgers: Sequence[Ledger], room: Room, needs: Needs) -> Iter
             shapes.setdefault(shape, {}).update(dict.fromkeys(pairs))
     for shape, alike in shapes.items():
         pairs = list(alike)
-        size = room.stack(matrix_shape(shape), needs)
+        size = room.stack(matrix_shape(shape), "bases")
         for i in range(0, len(pairs), size):
             yield pairs[i : i + size]
-
-
-def _stack_weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Tensor:
-    """The weights of a stack [b, m, n], convolutions flattened."""
-    return stack_weights([base.read(name).reshape(shape) for name in modules])
-
-
-def _damp_stacks(
-    ledgers: Sequence[Ledger], source: Base, target: Base, room: Room
-) -> Iterator[list[Pair]]:
-    """Moves every pair, for every LoRA, by a method that needs the weights; gives each stack."""
-    if not ledgers:
-        return
-
-    def read(stack: list[Pair]) -> tuple[list[Pair], list[Tensor]]:
-        with share_time(ledgers, "read"):
-            ours = _stack_weights(source, [pair.source for pair in stack], stack[0].shape)
-            theirs = _stack_weights(target, [pair.target for pair in stack], stack[0].shape)
-        return stack, [ours, theirs]
-
-    def damp(stack: list[Pair], weights: list[Tensor]) -> list[Pair]:
-        with share_time(ledgers, "damp"):
-            ours, theirs = weights
-            names = [pair.source for pair in stack]
-            columns = sum(ledger.largest_rank(names) for ledger in ledgers)
-            damper = Damper(ours, theirs, columns=columns)
-            for ledger in ledgers:  # the factors of one κ serve all
-                if ledger.error is None:
-                    damper.at(ledger.options.kappa)
-            _move_in_turn(ledgers, stack, room, partial(damp_updates, damper=damper))
-        return stack
-
-    readers = (partial(read, stack) for stack in _iterate_stacks(ledgers, room, Needs.WEIGHTS))
-    yield from work_in_turn(readers, damp, torch.device(ledgers[0].options.device or "cpu"))
 
 
 def _project_stacks(
@@ -115,7 +67,7 @@ def _project_stacks(
     if not ledgers:
         return
     rank, device = ledgers[0].options.rank, ledgers[0].options.device
-    stacks = list(_iterate_stacks(ledgers, room, Needs.BASES))
+    stacks = list(_iterate_stacks(ledgers, room))
     modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
     bases = cache.in_turn(
         (

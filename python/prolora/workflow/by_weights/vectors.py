@@ -48,7 +48,7 @@ def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> Carri
         places, reason = _find_places(ledger, module, len(vector), moved)
         if not places:
             carried.left_out[name] = reason
-        strength = 1.0 if is_in_text_encoder(module) else ledger.options.factor
+        strength = 1.0 if is_in_text_encoder(module) else ledger.options.strength
         if places and all(ledger.block_factors.get(place) == 0 for place in places):
             carried.left_out[name] = f"{A_VECTOR}: {LEFT_OUT}"
             places = []
