@@ -155,14 +155,14 @@ import json, sys
 import prolora
 lora, source, target, first, second = sys.argv[1:]
 opened, ran = [], set()
-prolora.transfer_file(lora, source, target, first)
+prolora.transfer(lora, source, target, out=first)
 sys.addaudithook(lambda event, given: event == "open" and given and opened.append(str(given[0])))
 def note(frame, event, _):
     code = frame.f_code
     if event == "call" and "/prolora/" in code.co_filename and code.co_name[0] != "<":
         ran.add((code.co_filename, code.co_firstlineno))
 sys.setprofile(note)
-prolora.transfer_file(lora, source, target, second)
+prolora.transfer(lora, source, target, out=second)
 sys.setprofile(None)
 files = {file for file, _ in ran if "/families/" not in file}
 print(json.dumps([opened.count(lora), len(files), len(ran)]))

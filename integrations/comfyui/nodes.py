@@ -394,16 +394,14 @@ class Advise(_ProloraNode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
-        inputs = _take("trained_on", "use_on")
-        inputs["required"]["lora"] = _combo(host.list_loras(), "The LoRA to ask about.", "LoRA")
-        return inputs
+        return _take("trained_on", "use_on", "lora")
 
     def run(self, trained_on: str, use_on: str, lora: str) -> dict[str, Any]:
         """What to expect."""
         target = _find_target(use_on)
+        path = _find_lora(lora)
         source = host.find_base(_find_source(trained_on, lora))
-        told = jobs.advise(source, target, host.find_lora(lora), host.make_progress())
-        return _show(told, None)
+        return _show(jobs.advise(source, target, path, host.make_progress()), None)
 
 
 _NODES = {

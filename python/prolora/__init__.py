@@ -37,22 +37,21 @@ from .probe.settings import FitSettings
 from .version import __version__
 from .workflow.batch import transfer_many
 from .workflow.check import Check, check
-from .workflow.convert import convert, convert_file
+from .workflow.convert import convert
 from .workflow.convert_options import ConvertOptions
-from .workflow.dry_run import plan_report
-from .workflow.extract import extract, extract_file, plan_extraction
+from .workflow.extract import extract
 from .workflow.extract_options import ExtractOptions
-from .workflow.fit import fit, fit_file, fit_many, plan_fit
+from .workflow.fit import fit, fit_many
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
-from .workflow.merge import merge, merge_file
+from .workflow.merge import merge
 from .workflow.merge_options import MergeOptions
 from .workflow.options import TransferMethod, TransferOptions
 from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Report
 from .workflow.result import Transfer
-from .workflow.transfer import transfer, transfer_file
+from .workflow.transfer import transfer
 
 __all__ = [
     "DEFAULT_RANK",
@@ -101,28 +100,20 @@ __all__ = [
     "__version__",
     "check",
     "convert",
-    "convert_file",
     "cuda_status",
     "extract",
-    "extract_file",
     "fit",
-    "fit_file",
     "fit_many",
     "load_moved_lora",
     "merge",
-    "merge_file",
     "migrate",
     "open_base",
     "open_experts",
-    "plan_extraction",
-    "plan_fit",
-    "plan_report",
     "principal_angles",
     "project",
     "require_cuda",
     "similarity",
     "transfer",
-    "transfer_file",
     "transfer_many",
     "truncated_svd",
 ]

@@ -353,11 +353,11 @@ def test_a_transfer_with_a_warm_cache_writes_the_same_lora_and_reads_no_weight(
     outs = [
         tmp_path / name for name in ("plain.safetensors", "cold.safetensors", "warm.safetensors")
     ]
-    prolora.transfer_file(lora, source, target, outs[0], method="prolora")
-    prolora.transfer_file(lora, source, target, outs[1], cache=tmp_path / "cache", method="prolora")
+    prolora.transfer(lora, source, target, out=outs[0], method="prolora")
+    prolora.transfer(lora, source, target, out=outs[1], cache=tmp_path / "cache", method="prolora")
     no_svd(monkeypatch)
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
-    prolora.transfer_file(lora, source, target, outs[2], cache=tmp_path / "cache", method="prolora")
+    prolora.transfer(lora, source, target, out=outs[2], cache=tmp_path / "cache", method="prolora")
     assert outs[1].read_bytes() == outs[2].read_bytes()
     plain, warm = prolora.adapters.read_adapter(outs[0]), prolora.adapters.read_adapter(outs[2])
     for name, update in plain.updates.items():
@@ -369,7 +369,7 @@ def test_without_a_cache_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "default"))
     lora, source, target = write_case(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors", method="prolora")
+    prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors", method="prolora")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "out.safetensors"])
 
 
@@ -398,7 +398,7 @@ def test_a_transfer_opens_its_cache_once(tmp_path, monkeypatch):
     monkeypatch.setattr(BasisCache, "__init__", count)
     out = tmp_path / "out.safetensors"
     options = {"cache": tmp_path / "cache", "match": "similarity", "method": "prolora"}
-    prolora.transfer_file(lora, source, target, out, **options)
+    prolora.transfer(lora, source, target, out=out, **options)
     assert opened == [tmp_path / "cache"]
     opened.clear()
     prolora.transfer_many([lora], source, target, tmp_path / "moved", **options)

@@ -321,7 +321,7 @@ def test_an_unknown_method_is_answered_with_all_that_there_are_and_where_others_
     source, target, delta = case(8, 6, 2, 0)
     with pytest.raises(ValueError, match="'x': choose from auto, prolora, "):
         project(delta, source, target, method="x")
-    for name, door in (("best", "transfer_file"), ("fit", "fit_file")):
+    for name, door in (("best", "transfer"), ("fit", "fit")):
         with pytest.raises(ValueError, match=rf"{name!r}: choose from .*; .*`{door}\(\)`"):
             project(delta, source, target, method=name)
 

@@ -135,13 +135,13 @@ def test_what_is_chosen_first_is_nothing_and_says_what_to_choose(pack, models):
     folder = {"folder": "choose…", **BASES, **WIDGETS}
     with pytest.raises(ValueError, match="under “folder”"):
         run(pack, "ProloraMoveFolder", **folder)
-    with pytest.raises(ValueError, match="Choose a LoRA, or the model"):
+    with pytest.raises(ValueError, match="under “LoRA”"):
         run(
             pack,
             "ProloraAdvise",
             trained_on="from the LoRA",
             use_on="target.safetensors",
-            lora="(none)",
+            lora="choose…",
         )
     assert "choose another one" in refuse(pack, use_on="gone.safetensors")
     assert "choose another one" in refuse(pack, lora="gone.safetensors")

@@ -135,10 +135,10 @@ def test_where_weights_say_too_little_the_models_are_run(room, target, need):
 @pytest.mark.parametrize("target", ["pruned", "apart", "across"])
 def test_a_fit_that_was_chosen_is_the_one_that_fit_makes(room, tmp_path, target):
     out = tmp_path / "out.safetensors"
-    prolora.transfer_file(*ends(room, target), out, method="best")
+    prolora.transfer(*ends(room, target), out=out, method="best")
     bases = map(prolora.open_base, ends(room, target)[1:])
     way = BestWay.of(*bases, prolora.TransferOptions(method="best", format="auto"))
-    prolora.fit_file(*ends(room, target), tmp_path / "alone.safetensors", way.by_fit)
+    prolora.fit(*ends(room, target), tmp_path / "alone.safetensors", out=way.by_fit)
     ours, theirs = load_file(out), load_file(tmp_path / "alone.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
@@ -175,7 +175,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long(
 ):
     monkeypatch.setattr(pipelines, "open_pipeline", None)  # no model is loaded
     cache = tmp_path / "cache"
-    report = prolora.plan_report(*ends(room, target), method="best", cache=cache)
+    report = prolora.transfer(*ends(room, target), method="best", cache=cache, dry_run=True).report
     assert not cache.exists()
     assert report.dry_run and ("Both models would be run because" in report.why) is runs
     assert report.why in str(report.in_words())
@@ -200,7 +200,7 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
 def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch):
     lora, out = room / "lora.safetensors", tmp_path / "lora.safetensors"
     few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
-    prolora.fit_file(*ends(room, "pruned"), out, seed=5, **few)
+    prolora.fit(*ends(room, "pruned"), out=out, seed=5, **few)
     earlier = out.read_bytes()
     how = ([lora], *ends(room, "pruned")[1:], tmp_path)
 
@@ -233,7 +233,7 @@ def test_of_a_folder_what_weights_give_is_written_where_the_fit_is_refused(
     (done,) = prolora.transfer_many([lora], *bases, tmp_path, method="best")
     assert done.error is None and "A fit was tried" in done.report.why
     assert len(moves) == 1 and done.seconds > 5
-    prolora.transfer_file(lora, *bases, tmp_path / "usual.safetensors")
+    prolora.transfer(lora, *bases, out=tmp_path / "usual.safetensors")
     ours, usual = load_file(done.out), load_file(tmp_path / "usual.safetensors")
     assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
 
@@ -248,7 +248,7 @@ def test_what_weights_give_is_kept_where_the_fits_of_a_folder_end_in_an_error(
     lora, *bases = ends(room, "pruned")
     out = tmp_path / "out" / lora.name
     if there:
-        prolora.transfer_file(*ends(room, "pruned"), out, strength=0.5)
+        prolora.transfer(*ends(room, "pruned"), out=out, strength=0.5)
         earlier = out.read_bytes()
 
     def fail(*_: object) -> None:
@@ -260,7 +260,7 @@ def test_what_weights_give_is_kept_where_the_fits_of_a_folder_end_in_an_error(
     if there:
         assert out.read_bytes() == earlier
         return
-    prolora.transfer_file(lora, *bases, tmp_path / "usual.safetensors")
+    prolora.transfer(lora, *bases, out=tmp_path / "usual.safetensors")
     ours, usual = load_file(out), load_file(tmp_path / "usual.safetensors")
     assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
 
@@ -276,9 +276,9 @@ def test_what_a_fit_cannot_do_is_refused_by_each_job(room, tmp_path, changed):
     lora, *bases = ends(room, "pruned")
     for job in (
         lambda: prolora.transfer(lora, *bases, method="best", **changed),
-        lambda: prolora.transfer_file(lora, *bases, tmp_path / "x", method="best", **changed),
+        lambda: prolora.transfer(lora, *bases, out=tmp_path / "x", method="best", **changed).report,
         lambda: prolora.transfer_many([lora], *bases, tmp_path / "y", method="best", **changed),
-        lambda: prolora.plan_report(lora, *bases, method="best", **changed),
+        lambda: prolora.transfer(lora, *bases, method="best", **changed, dry_run=True).report,
     ):
         with pytest.raises(InvalidOption, match=f"`{next(iter(changed))}"):
             job()

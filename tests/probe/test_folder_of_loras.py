@@ -53,7 +53,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out.mkdir()
             for name in "abc" if target == "target" else "ac":
                 ends = folder / f"{name}.safetensors", folder / "source", folder / target
-                prolora.fit_file(*ends, out / f"{name}.safetensors", FEW)
+                prolora.fit(*ends, out / f"{name}.safetensors", out=FEW)
     return folder
 
 

@@ -79,13 +79,13 @@ def test_a_lora_with_the_hash_of_the_target_is_refused_as_swapped(files, tmp_pat
     with pytest.raises(prolora.WrongBase, match=r"of_a.*a\.safetensors.*b\.safetensors.*swap"):
         prolora.transfer(of_a, b, a)
     with pytest.raises(prolora.WrongBase, match="did you swap them"):
-        prolora.plan_report(of_a, b, a)
+        prolora.transfer(of_a, b, a, dry_run=True)
 
 
 def test_the_right_way_round_and_the_override_pass(files, tmp_path):
     lora, a, b = files
     of_a = say_base(lora, tmp_path / "of_a.safetensors", **kohya_hashes(a))
-    assert prolora.plan_report(of_a, a, b).totals["mapped"]
+    assert prolora.transfer(of_a, a, b, dry_run=True).report.totals["mapped"]
     assert prolora.transfer(of_a, b, a, again=True).report.totals["mapped"]
     (outcome,) = prolora.transfer_many([of_a], b, a, tmp_path / "out")
     assert isinstance(outcome.error, prolora.WrongBase)
@@ -107,7 +107,7 @@ def test_a_base_that_is_neither_is_taken_as_given_since_files_are_converted(file
     lora, a, b = files
     stated = {"ss_new_sd_model_hash": "1" * 64, "ss_sd_model_hash": "1" * 8}
     other = say_base(lora, tmp_path / "other.safetensors", **stated)
-    assert prolora.plan_report(other, a, b).totals["mapped"]
+    assert prolora.transfer(other, a, b, dry_run=True).report.totals["mapped"]
 
 
 @pytest.mark.parametrize("word", ["NOFILE", "IsADirectory", "None", "", "e3b0c442"])
@@ -124,9 +124,9 @@ def test_the_whole_hash_decides_where_two_files_share_the_short_one(files, tmp_p
     monkeypatch.setattr(identity, "_SHORT_SIZE", 0)
     stated = kohya_hashes(a) | {"ss_sd_model_hash": "e3b0c442"}
     of_a = say_base(lora, tmp_path / "of_a.safetensors", **stated)
-    assert prolora.plan_report(of_a, a, b).totals["mapped"]
+    assert prolora.transfer(of_a, a, b, dry_run=True).report.totals["mapped"]
     with pytest.raises(prolora.WrongBase):
-        prolora.plan_report(of_a, b, a)
+        prolora.transfer(of_a, b, a, dry_run=True)
 
 
 def test_no_base_is_read_as_a_whole_where_the_short_hash_of_the_target_differs(
@@ -135,17 +135,17 @@ def test_no_base_is_read_as_a_whole_where_the_short_hash_of_the_target_differs(
     lora, a, b = files
     of_a = say_base(lora, tmp_path / "of_a.safetensors", **kohya_hashes(a))
     monkeypatch.setattr(identity, "digest_file", lambda *x: pytest.fail("a base was hashed"))
-    assert prolora.plan_report(of_a, a, b).totals["mapped"]
+    assert prolora.transfer(of_a, a, b, dry_run=True).report.totals["mapped"]
 
 
 def test_the_name_of_the_target_is_only_said(files, tmp_path, caplog):
     lora, a, b = files
     named = say_base(lora, tmp_path / "named.safetensors", ss_sd_model_name="A_fp16.safetensors")
     with caplog.at_level(logging.WARNING):
-        assert prolora.plan_report(named, a, b).totals["mapped"]
+        assert prolora.transfer(named, a, b, dry_run=True).report.totals["mapped"]
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert prolora.plan_report(named, b, a).totals["mapped"]
+        assert prolora.transfer(named, b, a, dry_run=True).report.totals["mapped"]
     assert "the name of the target, a.safetensors" in caplog.text and "swapped" in caplog.text
 
 
@@ -160,7 +160,7 @@ def test_the_base_that_a_peft_folder_names_is_said_alike(files, tmp_path, caplog
     weights = tmp_path / "peft" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)  # without prolora's header
     with caplog.at_level(logging.WARNING):
-        prolora.plan_report(tmp_path / "peft", a, b)
+        prolora.transfer(tmp_path / "peft", a, b, dry_run=True)
     assert "the name of the target, b.safetensors" in caplog.text
 
 
@@ -174,8 +174,10 @@ def test_source_and_target_that_are_one_model_are_refused(files, tmp_path, unrea
         with pytest.raises(prolora.WrongBase, match=r"are the same model.*again"):
             prolora.transfer(lora, source, target)
         with pytest.raises(prolora.WrongBase, match="are the same model"):
-            prolora.plan_report(lora, source, target)
-        assert prolora.plan_report(lora, source, target, again=True).totals["mapped"]
+            prolora.transfer(lora, source, target, dry_run=True)
+        assert prolora.transfer(lora, source, target, again=True, dry_run=True).report.totals[
+            "mapped"
+        ]
 
 
 def test_a_pipeline_and_the_folder_of_its_model_are_one_base(tmp_path):
@@ -207,7 +209,7 @@ def test_a_lora_of_another_model_is_called_by_that_models_name(
 ):
     path = write_layout_lora(tmp_path / "lora.safetensors", lora, prefix)
     with pytest.raises((prolora.UnsupportedFormat, prolora.ShapeMismatch), match=said) as first:
-        prolora.plan_report(path, empty_base(source), empty_base(target))
+        prolora.transfer(path, empty_base(source), empty_base(target), dry_run=True)
     with pytest.raises(type(first.value)) as second:
         prolora.transfer(path, empty_base(source), empty_base(target))
     assert str(first.value) == str(second.value) and "--" not in str(first.value)
@@ -218,7 +220,9 @@ def test_a_lora_that_fits_the_target_alone_is_asked_about(tmp_path):
     path = write_layout_lora(tmp_path / "lora.safetensors", "sdxl", "unet.")
     for again in (False, True):
         with pytest.raises(prolora.WrongBase, match=r"XL\. .* It fits the target and not the sou"):
-            prolora.plan_report(path, empty_base("sd15"), empty_base("sdxl"), again=again)
+            prolora.transfer(
+                path, empty_base("sd15"), empty_base("sdxl"), again=again, dry_run=True
+            )
 
 
 def test_a_lora_of_a_language_model_is_called_one(tmp_path):
@@ -228,7 +232,7 @@ def test_a_lora_of_a_language_model_is_called_one(tmp_path):
         tensors[f"{key}.lora_A.weight"] = torch.zeros(2, 64)
         tensors[f"{key}.lora_B.weight"] = torch.zeros(64, 2)
     with pytest.raises(prolora.UnsupportedFormat, match=r"is for a language model\. The"):
-        prolora.plan_report(tensors, empty_base("sd15"), empty_base("sdxl"))
+        prolora.transfer(tensors, empty_base("sd15"), empty_base("sdxl"), dry_run=True)
 
 
 def test_a_dora_that_does_not_fit_is_refused_before_its_base_is_read(tmp_path, unread):

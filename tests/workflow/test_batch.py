@@ -51,9 +51,9 @@ def test_together_they_become_what_each_becomes_alone(folder, tmp_path, method):
     options = {"method": method, "threshold": 0}
     for outcome in prolora.transfer_many(loras, source, target, moved, **options):
         alone = tmp_path / "alone.safetensors"
-        report = prolora.transfer_file(
-            outcome.lora, source, target, alone, overwrite=True, **options
-        )
+        report = prolora.transfer(
+            outcome.lora, source, target, out=alone, overwrite=True, **options
+        ).report
         assert (
             outcome.status == "moved"
             and outcome.report.totals["mapped"] == (report.totals["mapped"])

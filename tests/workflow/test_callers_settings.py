@@ -15,7 +15,7 @@ def test_autocast_changes_no_bit_of_a_result(tmp_path, options, dtype):
     plain = prolora.transfer(*bases, **options)
     with torch.autocast("cpu", dtype):
         found = prolora.transfer(*bases, **options)
-        plan = prolora.plan_report(*bases, **options)
+        plan = prolora.transfer(*bases, **options, dry_run=True).report
         tensors = found.state_dict()
         (many,) = prolora.transfer_many([lora], source, target, tmp_path / "out", **options)
     wanted = plain.state_dict()
@@ -38,11 +38,11 @@ def test_the_callers_default_device_changes_no_bit_of_a_result(tmp_path):
         assert not prolora.check(lora).reason
         assert prolora.open_base(source).read(BLOCK.format(0, MODULES[0])).device.type == "cpu"
         for each, wanted in zip(options, plain, strict=True):
-            prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors", **each)
+            prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors", **each)
             found = load_file(tmp_path / "out.safetensors", device="cpu")
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert prolora.plan_report(lora, source, target).totals["mapped"]
+        assert prolora.transfer(lora, source, target, dry_run=True).report.totals["mapped"]
         assert prolora.check(lora, source=source, target=target).move
         plan = prolora.plan_migration([lora], source, target)
         prolora.migrate(plan, tmp_path / "migrated")

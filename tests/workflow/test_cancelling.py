@@ -34,12 +34,12 @@ def test_a_transfer_stops_and_writes_nothing(case, tmp_path, method, call):
     out.parent.mkdir()
     known = {"method": method, "progress": stop_at(call), "cache": tmp_path / "cache"}
     try:
-        prolora.transfer_file(*case, out, **known)
+        prolora.transfer(*case, out=out, **known)
     except Stopped:
         assert not list(out.parent.iterdir())
     else:
         assert call == 2 and method in ("copy", "auto")  # so short that it calls once
-    prolora.transfer_file(*case, out, method=method, cache=tmp_path / "cache")
+    prolora.transfer(*case, out=out, method=method, cache=tmp_path / "cache")
 
 
 def test_of_several_loras_those_that_are_done_stay(case, tmp_path):

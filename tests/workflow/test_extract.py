@@ -103,7 +103,7 @@ def test_a_file_takes_no_more_than_was_asked_for(tmp_path, monkeypatch, most, si
     monkeypatch.setattr("prolora.workflow.extract.LARGEST_RANK", most)
     base, tuned = make_base(), make_base(1)
     out = tmp_path / "out.safetensors"
-    report = prolora.extract_file(base, tuned, out, out_rank=f"{size}kB", dtype=dtype)
+    report = prolora.extract(base, tuned, out=out, out_rank=f"{size}kB", dtype=dtype).report
     assert out.stat().st_size <= 1000 * size == report.file_limit
     ranks = {row.rank_out for row in report.rows("mapped")}
     assert min(ranks) >= 1 and len(ranks) > 1
@@ -148,7 +148,7 @@ def test_comfyuis_formula_on_the_file_makes_the_tuned_base(tmp_path):
     bias = "mid_block.attentions.0.proj_in.bias"
     tuned[bias] = base[bias] - 0.75
     out = tmp_path / "x.safetensors"
-    prolora.extract_file(base, tuned, out, out_rank=4, dtype="float32", format="kohya")
+    prolora.extract(base, tuned, out=out, out_rank=4, dtype="float32", format="kohya")
     file = load_file(out)
     names = {f"lora_unet_{n.replace('.', '_')}": n for n in (*SHAPES, NORM)}
     names |= {
@@ -180,7 +180,7 @@ def test_a_transformers_lora_comes_out_for_comfyui(layout, tmp_path):
     for weights in (old, new) if "wan" in layout else ():
         weights["scale_shift_table"] = torch.randn(1, 2, 48)
         weights["blocks.0.scale_shift_table"] = torch.randn(1, 6, 48)
-    report = prolora.extract_file(old, new, tmp_path / "x.safetensors", out_rank=0.9)
+    report = prolora.extract(old, new, out=tmp_path / "x.safetensors", out_rank=0.9).report
     assert report.coverage == 1 and report.share_on_target >= 0.9
     parameters = [row.reason for row in report.rows("skipped") if "scale_shift" in row.source]
     assert parameters == ["no LoRA's layer: a parameter"] * 2 * ("wan" in layout)
@@ -249,7 +249,7 @@ def test_one_model_with_itself_is_refused_and_equal_weights_give_no_file(tmp_pat
     with pytest.raises(prolora.WrongBase, match="nothing to extract"):
         prolora.extract(opened, opened)
     with pytest.raises(prolora.OutputError, match="no module is left"):
-        prolora.extract_file(make_base(), make_base(), tmp_path / "x.safetensors")
+        prolora.extract(make_base(), make_base(), out=tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -290,11 +290,11 @@ def test_the_inputs_and_foreign_files_are_not_overwritten(tmp_path):
     save_file(make_base(1), new)
     for out in (old, new):
         with pytest.raises(prolora.OutputError):
-            prolora.extract_file(old, new, out)
+            prolora.extract(old, new, out=out)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"mine")
     with pytest.raises(prolora.OutputExists):
-        prolora.extract_file(old, new, other)
+        prolora.extract(old, new, out=other)
     assert other.read_bytes() == b"mine"
 
 
@@ -304,13 +304,13 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prolora.extract_file(make_base(), make_base(1), tmp_path / "x.safetensors", progress=stop)
+        prolora.extract(make_base(), make_base(1), out=tmp_path / "x.safetensors", progress=stop)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_reads_no_weight_and_names_every_module(monkeypatch):
     monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
-    report = prolora.plan_extraction(make_base(), make_base(1), out_rank=4)
+    report = prolora.extract(make_base(), make_base(1), out_rank=4, dry_run=True).report
     assert report.dry_run and len(report.rows("mapped")) == len(SHAPES)
 
 
@@ -324,7 +324,7 @@ def test_an_extracted_lora_is_for_its_base_and_moves_on(tmp_path):
     old, new, out = (tmp_path / f"{n}.safetensors" for n in ("old", "new", "x"))
     save_file(make_base(), old)
     save_file(make_base(1), new)
-    prolora.extract_file(old, new, out, out_rank=4)
+    prolora.extract(old, new, out=out, out_rank=4)
     assert prolora.check(out, base=old)
     third = tmp_path / "third.safetensors"
     save_file({k: v + 0.01 * torch.randn_like(v) for k, v in make_base().items()}, third)

@@ -248,7 +248,7 @@ def test_files_fit_alone_and_together_and_are_made_again_for_another_size(tmp_pa
     lora, source, target = write_case(tmp_path)
     options = {"method": method, "threshold": 0, "dtype": torch.float16, "format": "diffusers"}
     alone = tmp_path / "alone.safetensors"
-    prolora.transfer_file(lora, source, target, alone, out_rank="5900B", **options)
+    prolora.transfer(lora, source, target, out=alone, out_rank="5900B", **options)
     assert 5000 < alone.stat().st_size <= 5900
 
     def moved(size):

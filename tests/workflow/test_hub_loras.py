@@ -65,10 +65,10 @@ def same_tensors(one, other):
 def test_one_file_of_a_repository_is_the_lora(cloud, case, id_, files, taken):
     lora, source, target = case
     publish(cloud, lora, *files)
-    prolora.transfer_file(id_, source, target, "out.safetensors")
+    prolora.transfer(id_, source, target, out="out.safetensors")
     assert cloud.fetched == [taken]  # once, though it is opened and hashed several times
     assert cloud.asked == ("v2" if "@v2" in id_ else None)
-    prolora.transfer_file(lora, source, target, "plain.safetensors")
+    prolora.transfer(lora, source, target, out="plain.safetensors")
     assert same_tensors("out.safetensors", "plain.safetensors")
 
 
@@ -76,7 +76,7 @@ def test_of_what_peft_saves_the_configuration_counts_and_the_result_is_its_like(
     lora, source, target = case
     folder = cloud.folder / "org" / "peft"
     folder.parent.mkdir(parents=True)
-    prolora.convert_file(lora, folder, format="peft")
+    prolora.convert(lora, out=folder, format="peft")
     config = json.loads((folder / PEFT_CONFIG).read_text())
     (folder / PEFT_CONFIG).write_text(json.dumps(config | {"lora_alpha": 12.0}))
     (folder / "optimizer.safetensors").write_bytes(b"no LoRA")
@@ -202,7 +202,7 @@ def test_what_is_here_is_never_asked_for_on_the_hub(cloud, case):
     cloud.refusal = AssertionError("the hub was asked")
     Path("org").mkdir()
     shutil.copy(lora, "org/style")
-    prolora.transfer_file("org/style", source, target, "out.safetensors")
+    prolora.transfer("org/style", source, target, out="out.safetensors")
     for missing in ("org/other", "x.safetensors", "no/x.safetensors", "name"):
         with pytest.raises(prolora.MissingFile) as error:
             prolora.check(missing)
@@ -216,13 +216,13 @@ def test_every_verb_takes_an_id(cloud, case):
     assert prolora.check(id_, base=source) and prolora.check(id_, base=source).path == id_
     assert prolora.check(id_).path == id_
     assert prolora.convert(id_, source).report.source == "style-v1.5"
-    assert prolora.convert_file(id_, "c.safetensors").modules
-    assert prolora.plan_report(id_, source, target).modules
+    assert prolora.convert(id_, out="c.safetensors").report.modules
+    assert prolora.transfer(id_, source, target, dry_run=True).report.modules
     assert prolora.transfer(id_, source, target).report.modules
     assert prolora.check(id_, source=source, target=target).move
     merged = prolora.merge([id_, lora], source)
     assert {part.name for part in merged.report.merge.parts} == {"style-v1.5", "lora"}
-    assert prolora.merge_file([id_, lora], "m.safetensors", source).modules
+    assert prolora.merge([id_, lora], source, out="m.safetensors").report.modules
 
 
 def test_a_name_that_cannot_be_looked_at_or_is_no_id_fails_alone(cloud, case):
@@ -277,7 +277,7 @@ def test_what_is_written_as_a_path_is_not_asked_for_on_the_hub(cloud, case):
     for one in prolora.transfer_many(names, source, target, "out"):
         assert "Hub" not in str(one.error) and one.error.code == "missing-file"
     with pytest.raises(prolora.MissingFile, match="no such file") as error:
-        prolora.transfer_file("./org/style", source, target, "out.safetensors")
+        prolora.transfer("./org/style", source, target, out="out.safetensors")
     assert "Hub" not in str(error.value)
 
 
@@ -369,7 +369,7 @@ def test_the_real_client_fetches_what_peft_saved_and_finds_it_again_offline(
     hub_server, case, tmp_path
 ):
     address, repo, fetched = hub_server
-    prolora.convert_file(case[0], repo / "peft", format="peft")
+    prolora.convert(case[0], out=repo / "peft", format="peft")
     shutil.copy(case[0], repo / SOLE)
     program = """
 import prolora

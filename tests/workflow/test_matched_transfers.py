@@ -9,11 +9,10 @@ from safetensors.torch import load_file, save_file
 from spectra import related
 
 import prolora
-from prolora import LowCoverage, LowRank, UnrelatedBases, adapters, cli, open_base
+from prolora import LowCoverage, LowRank, UnrelatedBases, adapters, cli, open_base, transfer
 from prolora.adapters.adapter import Adapter
 from prolora.bases import load_layout
 from prolora.comparison import block_matching
-from prolora.workflow.dry_run import plan_report
 
 PLACE = BLOCK.format("{}", "").removesuffix(".")
 COPY = {"method": "copy", "strength": 1.0, "threshold": 0.0}
@@ -68,7 +67,7 @@ def test_what_is_weakened_or_left_out_as_asked_is_not_told_as_lost_for_want_of_a
     whole = prolora.transfer(lora_tensors(), source, target).report.in_words()
     part = prolora.transfer(lora_tensors(), source, target, blocks="*attn1*=0").report.in_words()
     assert part.headline == whole.headline and "All of the LoRA (100%) has a place" in str(part)
-    planned = prolora.plan_report(lora_tensors(), source, target).in_words()
+    planned = prolora.transfer(lora_tensors(), source, target, dry_run=True).report.in_words()
     assert "were not compared" in str(planned)
 
 
@@ -107,7 +106,7 @@ def test_methods_that_are_asked_for_and_dry_runs_keep_to_the_names():
     named = prolora.transfer(lora_tensors(), source, target, **COPY)
     assert not named.report.renumbered and named.report.match == "same name"
     assert named.report.verdict.cosine < 0.1
-    assert plan_report(lora_tensors(), source, target).match == "same name"
+    assert transfer(lora_tensors(), source, target, dry_run=True).report.match == "same name"
 
 
 def test_many_loras_are_moved_as_one_is_where_blocks_are_renumbered(tmp_path):
@@ -243,11 +242,11 @@ def test_nothing_is_written_where_no_block_is_recognised(tmp_path):
     apart = {n: torch.randn(w.shape, generator=generator) for n, w in target_weights().items()}
     for method in ("auto", "copy"):
         with pytest.raises(UnrelatedBases, match="No-go: no transformer block"):
-            prolora.transfer_file(
+            prolora.transfer(
                 lora,
                 source,
                 apart,
-                tmp_path / "out.safetensors",
+                out=tmp_path / "out.safetensors",
                 match="similarity",
                 method=method,
             )

@@ -86,7 +86,7 @@ def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_ran
     for path, (tensors, _) in zip(paths, made, strict=True):
         save_file(tensors, path)
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(paths, out, strengths=(1, 0.1), out_rank=out_rank)
+    report = prolora.merge(paths, out=out, strengths=(1, 0.1), out_rank=out_rank).report
     written, total = adapters.read_adapter(out), add([d for _, d in made], (1, 0.1))
     assert max(update.rank for update in written.updates.values()) <= 4
     lost = max(0.0, 1 - report.share_on_target) ** 0.5
@@ -133,7 +133,7 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
         }
         save_file(make_lora(2, i)[0], paths[-1], header)
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(paths, out, strengths=(1, 0.5))
+    report = prolora.merge(paths, out=out, strengths=(1, 0.5)).report
     header = SafetensorsFile(out).metadata
     assert header["modelspec.trigger_phrase"] == "catto, doggo"
     assert header["modelspec.merged_from"] == "cat, dog"
@@ -147,13 +147,13 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
     assert merged[0]["trigger"] == "catto" and merged[0]["digest"].startswith("sha256:")
     assert prolora.check(out).trigger_words[0] == "catto, doggo"
     assert [part.name for part in report.merge.parts] == ["cat", "dog"]
-    again = prolora.merge_file(paths, out, strengths=(1, 0.5))  # its own result is replaced
+    again = prolora.merge(paths, out=out, strengths=(1, 0.5)).report  # its own result is replaced
     assert again.totals == report.totals
     with pytest.raises(prolora.OutputError):
-        prolora.merge_file(paths, paths[1])
+        prolora.merge(paths, out=paths[1])
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
     with pytest.raises(prolora.OutputExists):
-        prolora.merge_file(paths, tmp_path / "mine.safetensors")
+        prolora.merge(paths, out=tmp_path / "mine.safetensors")
 
 
 def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
@@ -181,7 +181,7 @@ def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
     for path, tensors in zip(paths, loras, strict=True):
         save_file(tensors, path)
     out = tmp_path / "out.safetensors"
-    prolora.merge_file(paths, out, strengths=(1, -0.5), dtype="float32")
+    prolora.merge(paths, out=out, strengths=(1, -0.5), dtype="float32")
     back = adapters.read_adapter(out)
     wanted = add(dense, (1, -0.5))
     assert len(back.updates) == 2 and list(back.kernels.values()) == [(3, 3)]
@@ -234,9 +234,9 @@ def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
     out = tmp_path / "out.safetensors"
     half = {k: v.to(torch.bfloat16) for k, v in made[1].items()}
     save_file(half, tmp_path / "half.safetensors")
-    prolora.merge_file([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out)
+    prolora.merge([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out=out)
     assert {v.dtype for v in load_file(out).values()} == {torch.float32}  # holds both
-    prolora.merge_file([tmp_path / "small.safetensors"] * 2, out)
+    prolora.merge([tmp_path / "small.safetensors"] * 2, out=out)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
 
 
@@ -293,7 +293,7 @@ def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
         path.parent.mkdir(exist_ok=True, parents=True)
         save_file(make_lora(1, i)[0], path, {"modelspec.author": f"author {i}"})
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(paths, out)
+    report = prolora.merge(paths, out=out).report
     names = [part.name for part in report.merge.parts]
     assert names == ["x", "a/y", "b/y", "c/y", "y (3)", "a/y (2)"]
     metadata = SafetensorsFile(out).metadata
@@ -329,7 +329,7 @@ def test_loras_of_the_two_experts_of_one_model_are_refused(names, tmp_path):
     with pytest.raises(prolora.WrongBase, match=r"high noise.*low noise.*Wan"):
         prolora.merge(paths)
     with pytest.raises(prolora.WrongBase, match="expert"):
-        prolora.merge_file(paths, tmp_path / "out.safetensors")
+        prolora.merge(paths, out=tmp_path / "out.safetensors")
     prolora.merge([write_wan(tmp_path / "a_low_noise.safetensors"), paths[1]])
 
 
@@ -366,7 +366,7 @@ def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
     out = tmp_path / "out.safetensors"
     text = f"{stack}.0=0, {stack}.1=0.5;"
     for asked in (blocks, text):
-        report = prolora.merge_file(paths, out, blocks=asked, strengths=(2, 1))
+        report = prolora.merge(paths, out=out, blocks=asked, strengths=(2, 1)).report
         factors = {0: 0.0, 1: 0.5, 2: 1.0}
         first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
         assert error(adapters.read_adapter(out), add([first, made[1][1]], (2, 1))) < 1e-6
@@ -461,9 +461,9 @@ def test_loras_of_two_bases_are_merged_onto_a_third(tmp_path):
     save_file(third, tmp_path / "third.safetensors")
     loras = [lora, tmp_path / "second.safetensors", tmp_path / "third.safetensors"]
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(
-        loras, out, target, [source, other, None], strengths=(1, 1, 0.5), dtype="float32"
-    )
+    report = prolora.merge(
+        loras, target, [source, other, None], out=out, strengths=(1, 1, 0.5), dtype="float32"
+    ).report
     moved = [
         prolora.transfer(loras[0], source, target).adapter,
         prolora.transfer(loras[1], other, target).adapter,
@@ -536,7 +536,7 @@ def test_a_call_that_progress_ends_writes_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prolora.merge_file(paths, tmp_path / "out.safetensors", progress=stop)
+        prolora.merge(paths, out=tmp_path / "out.safetensors", progress=stop)
     assert {path.name for path in Path(tmp_path).iterdir()} == {"a.safetensors", "b.safetensors"}
     assert load_file(paths[0])
 
@@ -570,7 +570,7 @@ def test_diffusers_draws_the_same_with_the_merged_file_as_with_all_adapters(tmp_
     weaker = draw()
     pipe.unload_lora_weights()
     out = tmp_path / "both.safetensors"
-    prolora.merge_file(loras, out, strengths=(0.8, 0.5), dtype="float32")
+    prolora.merge(loras, out=out, strengths=(0.8, 0.5), dtype="float32")
     pipe.load_lora_weights(out)
     merged = draw()
     assert (merged - both).abs().max() < 1e-4
@@ -593,7 +593,7 @@ def test_an_update_that_cannot_be_read_is_told_as_one(tmp_path):
 def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path):
     lora, source, target = write_case(tmp_path)
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, source, target, moved)
+    prolora.transfer(lora, source, target, out=moved)
     with pytest.raises(prolora.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
         prolora.merge([moved, lora], source)
     assert prolora.merge([moved, lora], target, [None, source]).report.share_on_target < 1
@@ -611,7 +611,7 @@ def test_what_has_no_place_weighs_as_much_as_its_lora(tmp_path):
 
 def test_loras_that_cancel_are_told_to_change_nothing(tmp_path):
     lora, *_ = write_case(tmp_path)
-    said = prolora.merge_file([lora, lora], tmp_path / "out.safetensors", strengths=[1, -1])
+    said = prolora.merge([lora, lora], out=tmp_path / "out.safetensors", strengths=[1, -1]).report
     assert (tmp_path / "out.safetensors").is_file()
     assert "changes nothing" in said.in_words().headline and said.in_words().mark == "⚠"
 
@@ -621,7 +621,7 @@ def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, mo
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(merge, "read_plain", lambda *x: pytest.fail("a LoRA was read"))
     with pytest.raises(prolora.OutputError, match="is a folder; name the file"):
-        prolora.merge_file([lora, lora], tmp_path / "out")
+        prolora.merge([lora, lora], out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_two_outputs_that_are_links_to_one_file_are_refused(case, tmp_path):
 def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(prolora.OutputError, match="has an empty name"):
-        prolora.transfer_file(*case, "")
+        prolora.transfer(*case, out="")
     done = prolora.transfer(*case)
     with pytest.raises(prolora.OutputError, match="has an empty name"):
         done.save("")
@@ -83,7 +83,7 @@ def test_an_adapter_is_not_written_into_a_folder_that_holds_a_base(case, tmp_pat
     base = shutil.copytree(target, models / "target")
     before = sorted(models.rglob("*"))
     with pytest.raises(prolora.OutputError, match="for the adapter only"):
-        prolora.transfer_file(lora, source, base, models / inner, format="peft")
+        prolora.transfer(lora, source, base, out=models / inner, format="peft")
     assert sorted(models.rglob("*")) == before
 
 

@@ -20,14 +20,12 @@ from prolora.workflow.fit_options import FitChanges, FitOptions
 from prolora.workflow.merge_options import MergeChanges, MergeOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
-TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
-FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
+TRANSFERS = [prolora.transfer, prolora.transfer_many]
+FITS = [prolora.fit, prolora.fit_many]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
 FUNCTIONS += [(prolora.migrate, TransferOptions)]
-EXTRACTIONS = [prolora.extract, prolora.extract_file, prolora.plan_extraction]
-FUNCTIONS += [(f, ExtractOptions) for f in EXTRACTIONS]
-FUNCTIONS += [(f, ConvertOptions) for f in (prolora.convert, prolora.convert_file)]
-FUNCTIONS += [(f, MergeOptions) for f in (prolora.merge, prolora.merge_file)]
+FUNCTIONS += [(prolora.extract, ExtractOptions), (prolora.convert, ConvertOptions)]
+FUNCTIONS += [(prolora.merge, MergeOptions)]
 
 
 @pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
@@ -149,7 +147,7 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
     options = {"method": "prolora", "cache": tmp_path / "cache"}
     for name, number in (("a", np.float64(0.5)), ("b", 0.5)):
         out = tmp_path / name
-        prolora.transfer_file(lora, source, target, out, rank=number, threshold=number, **options)
+        prolora.transfer(lora, source, target, out=out, rank=number, threshold=number, **options)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     # One basis for each weight, by whichever number it was asked for.
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 16
@@ -162,7 +160,7 @@ def test_memory_and_dtypes_may_be_texts(tmp_path):
     with pytest.raises(prolora.TooLittleMemory):
         prolora.transfer(lora, source, target, max_memory="1MB")
     for name, dtype in (("a", "float16"), ("b", torch.float16)):
-        prolora.transfer_file(lora, source, target, tmp_path / name, dtype=dtype)
+        prolora.transfer(lora, source, target, out=tmp_path / name, dtype=dtype)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

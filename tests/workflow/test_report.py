@@ -34,7 +34,7 @@ def test_printing_a_report_gives_the_verdict_and_then_the_numbers(report):
 
 
 def test_the_time_of_writing_is_in_the_report_of_a_file(case, tmp_path):
-    report = prolora.transfer_file(*case, tmp_path / "out.safetensors")
+    report = prolora.transfer(*case, out=tmp_path / "out.safetensors").report
     assert report.seconds.keys() >= {"read", "match", "check", "hash", "fit", "write"}
 
 

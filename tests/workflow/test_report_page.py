@@ -196,7 +196,7 @@ def test_a_page_is_saved_by_its_name_and_replaces_reports_only(report, tmp_path)
 
 
 def test_the_report_of_a_transfer_knows_its_digests(tmp_path):
-    report = prolora.transfer_file(*write_case(tmp_path), tmp_path / "out.safetensors")
+    report = prolora.transfer(*write_case(tmp_path), out=tmp_path / "out.safetensors").report
     made = report.provenance
     assert made["version"] == prolora.__version__ and made["method"] == report.method
     for key in ("source_hash", "target_hash", "lora_hash", "recipe"):

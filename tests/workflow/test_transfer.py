@@ -21,8 +21,8 @@ from mini import (
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora import transfer
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.workflow.dry_run import plan_report
 
 BY_BASES = [name for name, method in prolora.METHODS.items() if method.split]
 
@@ -49,7 +49,7 @@ def test_the_written_file_holds_the_update_of_the_dense_formula(case, tmp_path, 
     lora, source, target = case
     out = tmp_path / ("out" if format == "peft" else "out.safetensors")
     chosen = {"method": method, "format": format, "threshold": 0, "rank": 0.9}
-    prolora.transfer_file(lora, source, target, out, **chosen)
+    prolora.transfer(lora, source, target, out=out, **chosen)
     back = prolora.adapters.read_adapter(out)
     assert set(back.updates) == set(shapes(2))
     for name, update in back.updates.items():
@@ -59,7 +59,7 @@ def test_the_written_file_holds_the_update_of_the_dense_formula(case, tmp_path, 
 
 def test_every_module_ends_as_mapped_or_skipped_with_the_reason(case, tmp_path):
     lora, source, target = case
-    report = prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors")
+    report = prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors").report
     assert {row.source for row in report.modules} == set(shapes(3))
     totals = report.totals
     assert (totals["mapped"], totals["skipped"], totals["refused"]) == (8, 4, 0)
@@ -106,13 +106,13 @@ def test_coverage_below_the_minimum_writes_nothing(case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"
     with pytest.raises(prolora.LowCoverage, match="8 of 12"):
-        prolora.transfer_file(lora, source, target, out, min_coverage=0.7, method="prolora")
+        prolora.transfer(lora, source, target, out=out, min_coverage=0.7, method="prolora")
     with pytest.raises(prolora.LowCoverage, match="after the threshold"):
-        prolora.transfer_file(
+        prolora.transfer(
             lora,
             source,
             target,
-            out,
+            out=out,
             min_coverage=0.6,
             threshold=0.9999,
             method="prolora",
@@ -125,7 +125,7 @@ def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypa
     lora, source, target = case
     done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
-    dry = plan_report(lora, source, target)
+    dry = transfer(lora, source, target, dry_run=True).report
     assert dry.totals.keys() == done.report.totals.keys()
     for key in ("mapped", "skipped", "refused", "coverage"):
         assert dry.totals[key] == done.report.totals[key]
@@ -183,7 +183,7 @@ def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
 def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"
-    prolora.transfer_file(lora, source, target, out, method="prolora")
+    prolora.transfer(lora, source, target, out=out, method="prolora")
     metadata = SafetensorsFile(out).metadata
     assert "trigger" in metadata["ss_tag_frequency"]
     assert metadata["ss_sd_model_name"] == "target"
@@ -267,7 +267,7 @@ def test_progress_counts_every_pair_and_an_exception_in_it_cancels(case, tmp_pat
 
     out = tmp_path / "out.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        prolora.transfer_file(lora, source, target, out, progress=stop)
+        prolora.transfer(lora, source, target, out=out, progress=stop)
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["lora.safetensors"]
 
 
@@ -353,7 +353,7 @@ def test_bad_input_is_refused_by_name_before_any_svd_and_leaves_no_file(
         lambda *a, **k: pytest.fail("an SVD ran"),
     )
     with pytest.raises(error, match=named):
-        prolora.transfer_file(lora, source, target, out)
+        prolora.transfer(lora, source, target, out=out)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 

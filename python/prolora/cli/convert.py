@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 from ..bases import open_base
 from ..workflow.convert import convert as convert_lora
-from ..workflow.convert import convert_file
 from ..workflow.convert_options import ConvertOptions
 from .console import progress_bar
 from .options import base_argument, expand_options, path_argument
@@ -34,5 +33,5 @@ def convert(
         if output.dry_run:
             report = replace(convert_lora(lora, model, options).report, dry_run=True)
         else:
-            report = convert_file(lora, cast(Path, output.output), model, options)
+            report = convert_lora(lora, model, options, out=output.output).report
     tell_made_lora(lora, report, output, converting.overwrite)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 from ..bases import open_base
-from ..workflow.extract import extract_file, plan_extraction
+from ..workflow.extract import extract as extract_lora
 from ..workflow.extract_options import ExtractOptions
 from .console import progress_bar
 from .options import base_argument, expand_options
@@ -30,8 +30,6 @@ def extract(
     check_outputs([Path(tuned)], output, extracting, [*old.files, *new.files])
     with progress_bar("extract", output.show_tables) as progress:
         options = replace(extracting, progress=progress)
-        if output.dry_run:
-            report = plan_extraction(old, new, options)
-        else:
-            report = extract_file(old, new, cast(Path, output.output), options)
+        out, dry_run = output.output, output.dry_run
+        report = extract_lora(old, new, options, out=out, dry_run=dry_run).report
     tell_made_lora(Path(tuned), report, output, extracting.overwrite)

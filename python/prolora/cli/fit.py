@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, cast
 from ..bases import Base
 from ..bases.base import Progress
 from ..errors import ProLoRAError
-from ..workflow.fit import fit_file, fit_many, plan_fit
+from ..workflow.fit import fit as fit_lora
+from ..workflow.fit import fit_many
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
 from ..workflow.output_paths import is_page_path
@@ -82,7 +83,7 @@ def plan_fits(
     for lora in loras:
         planned = Outcome(lora, lora, planned=True)
         try:
-            report = plan_fit(lora, source, target, options.for_file())
+            report = fit_lora(lora, source, target, options.for_file(), dry_run=True).report
             outcomes.append(replace(planned, report=report))
         except ProLoRAError as error:
             if len(loras) == 1:
@@ -103,7 +104,7 @@ def fit_loras(
             if len(loras) > 1:
                 options = replace(options, shown_prompts=0)
             return fit_many(loras, source, target, path, options)
-        report = fit_file(loras[0], source, target, path, options)
+        report = fit_lora(loras[0], source, target, options, out=path).report
         return [Outcome(loras[0], path, report, kept=report.dry_run)]
 
 

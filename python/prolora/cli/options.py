@@ -175,7 +175,7 @@ COMMANDS = {"transfer_many": "transfer"}
 
 OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *("source target cache device max_memory measure overlap ray shard".split()),
+    *("source target cache device max_memory ray shard".split()),
     *("target_steps target_guidance lora_steps lora_guidance".split()),
     "strengths",
 }

@@ -20,14 +20,13 @@ from ..files.store import put_text
 from ..workflow.batch import transfer_many
 from ..workflow.card import check_card, write_card
 from ..workflow.check import check
-from ..workflow.dry_run import plan_report
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_folder
 from ..workflow.report import Report
 from ..workflow.result import AnyOptions
-from ..workflow.transfer import transfer_file
+from ..workflow.transfer import transfer as transfer_lora
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
@@ -212,7 +211,7 @@ def plan_all(
             asked = replace(options, match=matches[pairs.index(pair)])
             outcome = Outcome(lora, append_to_name(lora, appended), planned=True)
             try:
-                report = plan_report(lora, pair.source, pair.target, asked)
+                report = transfer_lora(lora, pair.source, pair.target, asked, dry_run=True).report
                 outcomes.append(replace(outcome, report=report))
             except ProLoRAError as error:
                 if len(moves) == 1:
@@ -249,7 +248,7 @@ def move_loras(
             return transfer_many(loras, source, target, path, options)
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
-            report = transfer_file(loras[0], pair.source, pair.target, out, options)
+            report = transfer_lora(loras[0], pair.source, pair.target, options, out=out).report
             outcomes.append(Outcome(loras[0], out, report, kept=report.dry_run))
     return outcomes
 

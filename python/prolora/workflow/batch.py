@@ -202,7 +202,7 @@ def _is_taken(out: Path) -> bool:
 def _write_held(outcome: Outcome, done: Transfer, way: BestWay) -> Outcome:
     """The outcome of a result that was held back, and is written now."""
     try:
-        return replace(outcome, report=save_result(done, outcome.out, way.by_weights))
+        return replace(outcome, report=save_result(done, outcome.out, way.by_weights).report)
     except LORA_FAILURES as error:
         return replace(outcome, report=None, error=as_refusal(error))
 

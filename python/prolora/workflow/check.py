@@ -32,7 +32,6 @@ from ..architectures.loaders import known_loaders
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..bases import BaseLike, open_base
 from ..bases.base import Progress
-from ..bases.cache.basis_cache import CacheLike, open_cache
 from ..bases.experts import ExpertsLike
 from ..bases.folder import find_expert_folders
 from ..core.grouping import group_by
@@ -40,7 +39,7 @@ from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from ..files.dtypes import spell_dtype
 from .base_check import is_language_model, join_titles
 from .base_fit import BaseFit, fit_base, fit_family
-from .by_weights.base_pair import BasePair
+from .by_weights.base_pair import preview_move
 from .in_words import InWords, Mark
 from .options import TransferOptions
 
@@ -125,8 +124,8 @@ class Check:
         return max(marks, key="✔⚠✖".index, default="✔")
 
     def __bool__(self) -> bool:
-        """Whether nothing speaks against it."""
-        return self.mark == "✔"
+        """Whether nothing speaks against it; a move that works in part is worth a try."""
+        return self.mark == "✔" or (self.mark == "⚠" and self.move is not None)
 
     @property
     def headline(self) -> str:
@@ -207,7 +206,7 @@ def check(
     program: str | None = None,
     source: BaseLike | None = None,
     target: BaseLike | None = None,
-    cache: CacheLike = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Check:
     """Says what a file is, whether it is for a base or a program, and what a transfer would say.
@@ -254,13 +253,11 @@ def check(
     if base is not None:
         found = replace(found, fit=fit_base(opened, base))
     if source is not None and target is not None:
-        options = TransferOptions(cache=None, progress=progress)
-        with open_cache(cache) as kept:
-            pair = BasePair(open_base(source), open_base(target), options, kept)
-            try:
-                told = pair.preview(lora).in_words()
-            except UnrelatedBases as error:
-                told = InWords("✖", str(error))
+        options = TransferOptions(cache=cache, progress=progress)
+        try:
+            told = preview_move(lora, open_base(source), open_base(target), options).in_words()
+        except UnrelatedBases as error:
+            told = InWords("✖", str(error))
         found = replace(found, move=told)
     return found
 

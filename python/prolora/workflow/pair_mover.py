@@ -184,7 +184,7 @@ class PairMover:
         done = pair.finish(ledger, task.recipe.describe() if task.recipe else None)
         if self.hold_back and self.hold_back(done, task.out):
             return done.report
-        return save_result(done, task.out, self.asked)
+        return save_result(done, task.out, self.asked).report
 
 
 def _estimate_bytes(lora: Path) -> int:

@@ -317,7 +317,7 @@ class Report:
             place = tell_parts(len(there), len(names), target)
         else:
             place = tell_vectors(self.vectors, self.left_out)
-        if self.verdict is not None:
+        if self.verdict is not None and placed is not None:
             told = judge(self.verdict, placed, (self.source, target), self.few_steps)
             return InWords(told.mark, told.headline, (*told.lines, place), self._cautions())
         fits = bool(self.vectors) if placed is None else placed >= LITTLE

@@ -123,9 +123,14 @@ def pack_result(
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
 
-def save_result(done: Transfer, out: Path, options: AnyOptions) -> Report:
-    """Writes a result and returns its report, with the time that writing took."""
+def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
+    """Writes a result and returns it, with the time that writing took in its report."""
     started = time.perf_counter()
     done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
-    return replace(done.report, seconds=seconds)
+    return replace(done, report=replace(done.report, seconds=seconds))
+
+
+def pack_plan(report: Report) -> Transfer:
+    """Returns what a dry run gives: a report, and no update."""
+    return Transfer(Adapter({}), report)

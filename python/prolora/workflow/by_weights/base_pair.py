@@ -246,6 +246,17 @@ def move_lora(
         return pair.finish(ledger, notes, hashed=hashed)
 
 
+@in_full_precision
+def preview_move(lora: LoraLike, source: Base, target: Base, options: TransferOptions) -> Report:
+    """Compares weights and says what a transfer of one LoRA would give.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    with BasisCache(options.cache).saving() as cache:
+        return BasePair(source, target, options, cache).preview(lora)
+
+
 def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
     """Notes on how a file was made, under the names that they have in its header."""
     return {f"prolora.{key}": text for key, text in notes.items()}
