@@ -24,25 +24,15 @@ ALIKE_SPREAD = 0.45
 
 @dataclass(frozen=True)
 class PairClass:
-    """What to do with a LoRA between two models, and what copying it gave on such models.
-
-    Attributes:
-        name: of the class.
-        mark: ✔ most of a LoRA arrives, ⚠ part of it, ✖ nothing.
-        headline: the verdict; it may name `{source}` and `{target}`.
-        advice: which strengths to try.
-        low: a tenth of the measured LoRAs gave less of what training on the target gives.
-        share: the mean of them, a kind of target counting the same however many LoRAs it had.
-        high: a tenth of them gave more.
-    """
+    """A class of model pairs, with advice and measured results."""
 
     name: str
-    mark: Mark
-    headline: str
-    advice: str
-    low: float
-    share: float
-    high: float
+    mark: Mark  # ✔ most of a LoRA arrives, ⚠ part of it, ✖ nothing
+    headline: str  # the verdict; it may name `{source}` and `{target}`
+    advice: str  # which strengths to try
+    low: float  # a tenth of the measured LoRAs gave less of what training on the target gives
+    share: float  # the mean of them, a kind of target counting the same however many LoRAs it had
+    high: float  # a tenth of them gave more
 
 
 _FIT = "A new one, fitted with `method='best'` where both models can run, brings more."
@@ -122,10 +112,8 @@ CLASSES = {
 def classify(verdict: Verdict, cut: bool, few_steps: bool) -> str:
     """Returns the class of a pair of models.
 
-    Args:
-        verdict: by their weights.
-        cut: whether modules of the LoRA have no place on the target.
-        few_steps: whether the target draws in few steps, and the source does not.
+    `cut` says that modules of the LoRA have no counterpart on the target, `few_steps` that the
+    target draws in few steps, and the source does not.
     """
     if not verdict.related:
         return "apart"

@@ -54,26 +54,19 @@ class _SplitRows(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Side:
-    """One factor as rows x [..., r, m], split by two bases.
+    """One factor as rows x [..., r, m], split by two bases."""
 
-    Attributes:
-        x: the rows.
-        inside, outside: their parts in the range of the source's basis and in its complement.
-        within: the part of `inside` in the range of the target's basis.
-        without: the part of `outside` in the complement of the target's basis.
-    """
-
-    x: Tensor
-    inside: Tensor
-    outside: Tensor
-    within: Tensor
-    without: Tensor
+    x: Tensor  # the rows
+    inside: Tensor  # their part in the range of the source's basis
+    outside: Tensor  # their part in its complement
+    within: Tensor  # the part of `inside` in the range of the target's basis
+    without: Tensor  # the part of `outside` in the complement of the target's basis
 
     @classmethod
     def of(cls, x: Tensor, source: Tensor, target: Tensor) -> Side:
-        """Splits rows x [..., r, m] by U_s [..., m, k] and U_t [..., m, k'].
+        """Splits rows x [..., r, m] by U_s [..., m, k] and U_t.
 
-        Rows of several updates of a weight, [..., l, r, m], are split as one.
+        U_t is [..., m, k']. Rows of several updates of a weight, [..., l, r, m], are split as one.
         """
         several = x.ndim > source.ndim
         rows = x.flatten(-3, -2) if several else x
@@ -86,16 +79,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to move an update ΔW_s of rank r to another weight.
+    """One way to move an update to another weight.
 
     Attributes:
         name: as `project` and `transfer` take it.
         needs_bases: it looks at the leading singular subspaces of both weights, drops the mixed
             blocks (from the source's range to the complement and back), and gives a rank of 2r at
-            most. Otherwise it looks at the update alone, and keeps r.
+            most. Otherwise it looks at the update ΔW_s of rank r alone, and keeps r.
         summary: what it does, for tables and help, without a full stop.
         origin: where it comes from.
-        outcome: what a report's row says of a module that was moved by it.
+        outcome: a report's words for a module that was moved by it.
         split: the parts of one side's rows that make ΔW_t = Σ_i L_iᵀ R_i. The parts of a side are
             mutually orthogonal (range and complement of one target basis).
     """
@@ -136,10 +129,10 @@ _OF_FILES = {"best": "transfer", "fit": "fit"}
 
 
 def find_method(name: str) -> Method:
-    """The method of that name.
+    """Returns the method of that name.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: it is unknown; the message lists the names.
     """
     for method in METHODS.values():
         if method.name == name:

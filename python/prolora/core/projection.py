@@ -102,9 +102,9 @@ def project(
 ) -> Any:
     """Moves the update of one weight to another weight of the same shape.
 
-    With `method="prolora"` (arXiv 2506.04244, eq. 1-3):
-    ΔW_t = P_t P_s ΔW Q_s Q_t + P_t⊥ P_s⊥ ΔW Q_s⊥ Q_t⊥, where P = UUᵀ, Q = VVᵀ of the leading
-    singular subspaces and ⊥ their complements. `METHODS` describes the other methods.
+    With `method="prolora"` (arXiv 2506.04244, eq. 1-3): ΔW_t = P_t P_s ΔW Q_s Q_t + P_t⊥ P_s⊥ ΔW
+    Q_s⊥ Q_t⊥, where P = UUᵀ, Q = VVᵀ of the leading singular subspaces and ⊥ their complements.
+    `METHODS` describes the other methods.
 
     Args:
         delta: the update of the source, scale included: an array [m, n]; a stack [b, m, n]; a
@@ -131,7 +131,7 @@ def project(
         UnrelatedBases: method "auto", and the weights have nothing in common.
         ValueError: an unknown method, a rank that makes no sense, or "auto" with a Basis.
         NotImplementedError: a derivative with respect to a weight is asked for: one requires a
-            gradient while torch records gradients. Those with respect to delta are right.
+            gradient while torch records gradients. Derivatives with respect to delta are right.
     """
     rank = read_rank(rank)
     chosen = find_method("copy" if method == AUTO else method)
@@ -160,7 +160,7 @@ def _move(
     rank: Rank,
     measure: bool,
 ) -> tuple[Parts, Parts, ProjectionInfo | None]:
-    """The parts of the moved update on each side, and its account where `measure` asks for it."""
+    """Returns the parts of the moved update, with its account if `measure`."""
     if not (measure or method.needs_bases):
         return (delta.up.mT,), (delta.down,), None
     source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights)
@@ -176,12 +176,13 @@ def _move(
 def project_factors(
     delta: LowRank, source: Basis, target: Basis, method: str, similar: Similarity | None = None
 ) -> Projected:
-    """`project` for factors [..., m, r] and [..., r, n] and bases that exist, with its account.
+    """Runs `project` for factors and existing bases, with its account.
 
-    Several updates of every weight may go at once, [..., l, m, r] and [..., l, r, n].
+    The factors are [..., m, r] and [..., r, n]. Several updates of every weight may go at once,
+    [..., l, m, r] and [..., l, r, n].
 
-    Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases,
-    2(m + n)k² flops, may be known already: `similar`.
+    Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases, 2(m
+    + n)k² flops, may be known already: `similar`.
     """
     sides = _split_sides(delta, source, target)
     up, down = (find_method(method).split(side) for side in sides)
@@ -191,7 +192,7 @@ def project_factors(
 
 
 def _split_sides(delta: LowRank, source: Basis, target: Basis) -> tuple[Side, Side]:
-    """The rows of both factors, split by the bases of both weights."""
+    """Splits the rows of both factors by the bases of both weights."""
     work = working_dtype(delta.dtype)
     source, target = source.to(work).to(delta.device), target.to(work).to(delta.device)
     left = Side.of(delta.up.to(work).mT, source.U, target.U)  # rows of m
@@ -201,32 +202,27 @@ def _split_sides(delta: LowRank, source: Basis, target: Basis) -> tuple[Side, Si
 
 @dataclass(frozen=True)
 class Projected:
-    """Moved updates, as the parts that a method made of their factors, and their account.
+    """Moved updates as parts of their factors, with an account."""
 
-    Attributes:
-        up, down: the parts as rows, [..., r, m] and [..., r, n]; mutually orthogonal on each side.
-        left, right: their inner products.
-        info: what was kept and lost.
-        dtype: of the updates that came in.
-    """
-
-    up: Parts
-    down: Parts
-    left: Grams
-    right: Grams
-    info: ProjectionInfo
-    dtype: torch.dtype
+    up: Parts  # the parts as rows, [..., r, m]; mutually orthogonal
+    down: Parts  # the parts as rows, [..., r, n]; mutually orthogonal
+    left: Grams  # inner products of `up`
+    right: Grams  # inner products of `down`
+    info: ProjectionInfo  # what was kept and lost
+    dtype: torch.dtype  # of the updates that came in
 
     def joined(self) -> LowRank:
-        """The updates as they are, [..., m, R] and [..., R, n] with R = r times the parts."""
+        """Joins the parts to [..., m, R] and [..., R, n].
+
+        R is r times the number of parts.
+        """
         return _join_parts(self.up, self.down).to(self.dtype)
 
     @in_full_precision
     def recompressed(self) -> list[LowRank]:
-        """The updates of a stack, all its axes flattened, at the smallest exact rank.
+        """Returns the updates of a stack, flattened, at the smallest exact rank.
 
-        Returns:
-            One LowRank per matrix, singular values descending, balanced factors.
+        One LowRank per matrix, with descending singular values and balanced factors.
         """
         work = working_dtype(self.dtype)
         parts = []
@@ -247,18 +243,18 @@ class Projected:
 
 
 def _join_parts(up: Parts, down: Parts) -> LowRank:
-    """The parts side by side, [..., m, R] and [..., R, n] with R = r times the parts."""
+    """Joins parts side by side, [..., m, R] and [..., R, n]."""
     return LowRank(torch.cat(up, -2).mT, torch.cat(down, -2))
 
 
 def _multiply_parts(up: Parts, down: Parts) -> Tensor:
-    """The sum of the parts' products, [..., m, n]."""
+    """Sums the parts' products, [..., m, n]."""
     products = [u.mT @ d for u, d in zip(up, down, strict=True)]
     return sum(products[1:], products[0])
 
 
 def _identity_factors(update: Tensor) -> LowRank:
-    """A dense update as a pair of factors, one of them the identity, in the dtype to work in."""
+    """Factors a dense update with an identity, in the dtype to work in."""
     flat = update.flatten(1) if update.ndim == 4 else update
     x = flat.to(working_dtype(flat.dtype))
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -268,7 +264,7 @@ def _identity_factors(update: Tensor) -> LowRank:
 def _read_weights(
     W_src: Any, W_tgt: Any, shape: torch.Size
 ) -> tuple[Tensor | Basis, Tensor | Basis]:
-    """Both weights as matrices or stacks [..., m, n] of the update's shape."""
+    """Reads both weights as matrices or stacks [..., m, n] of the update's shape."""
     source, target = (
         w if isinstance(w, Basis) else to_tensor(w, name)
         for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
@@ -283,11 +279,11 @@ def _read_weights(
 
 
 def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor | Basis:
-    """The weight, a convolution flattened, where it has the update's shape."""
+    """Reads a weight, a convolution flattened, if it has the update's shape."""
     conv = len(shape) == 4
-    theirs = tuple(weight.shape)
-    if len(shape) == len(theirs) == 3 and shape[0] != theirs[0] and shape[1:] == theirs[1:]:
-        raise ShapeMismatch(f"{name}: {shape[0]} updates but {theirs[0]} weights; give as many")
+    given = tuple(weight.shape)
+    if len(shape) == len(given) == 3 and shape[0] != given[0] and shape[1:] == given[1:]:
+        raise ShapeMismatch(f"{name}: {shape[0]} updates but {given[0]} weights; give as many")
     if isinstance(weight, Basis):
         flat = torch.Size((shape[0], shape[1:].numel())) if conv else shape
         if weight.shape != flat:
@@ -308,7 +304,7 @@ def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
     """Refuses weights [..., m, n] that have nothing in common.
 
     Raises:
-        UnrelatedBases: they have not.
+        UnrelatedBases: they have nothing in common.
         ValueError: one is a Basis.
     """
     if isinstance(source, Basis) or isinstance(target, Basis):

@@ -1,4 +1,4 @@
-"""What the weights of two bases say of each other, before any image is made."""
+"""The relation of two bases by their weights, before any image."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Verdict:
 
 
 def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
-    """The verdict on a pair of bases, from the affinities of all pairs of weights.
+    """Judges a pair of bases by the affinities of all pairs of weights.
 
     Strangers among them say nothing of the others, and `auto` leaves them out: they do not count,
     unless they hold more than half of the source's energy. Where they are more than half of all
@@ -77,7 +77,7 @@ STRANGER = f"its weight and its partner's have nothing in common (cosine below {
 
 
 def describe_strangers(pairs: Sequence[tuple[str, str]]) -> str:
-    """The warning about pairs (source, target) whose weights have nothing in common."""
+    """Warns of pairs (source, target) whose weights have nothing in common."""
     source, target = pairs[0]
     return (
         f"Careful: the bases are related, but {len(pairs)} pairs have nothing in common (cosine "

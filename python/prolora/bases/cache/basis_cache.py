@@ -53,14 +53,14 @@ _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torc
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before it was hashed (ns) is not put into the index.
 SETTLING_TIME = 2_000_000_000
-# A basis that is used counts as used for so long (s), before the file's time is set again.
+# A use of a basis counts for so long (s), before the file's time is set again.
 TOUCH_INTERVAL = 86_400
 
 log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Where this platform keeps what may be deleted; PROLORA_CACHE names another folder."""
+    """Returns the platform's folder for deletable files, or PROLORA_CACHE's."""
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).expanduser()
     if sys.platform == "darwin":
@@ -73,7 +73,7 @@ def default_folder() -> Path:
 
 
 class BasisCache:
-    """A folder of bases, or none: then everything is computed and nothing is kept.
+    """A folder of bases, or none: then nothing is kept.
 
     Attributes:
         folder: made if it does not exist; None keeps nothing.
@@ -105,7 +105,7 @@ class BasisCache:
     def of(
         self, base: Base, modules: Sequence[str], rank: Rank, device: DeviceLike = None
     ) -> Basis:
-        """The bases of several weights of one matrix shape, as the basis of their stack [b, m, n].
+        """Returns the bases of weights of one matrix shape, stacked [b, m, n].
 
         Args:
             base: whose weights.
@@ -116,7 +116,7 @@ class BasisCache:
         return next(self.in_turn([partial(self.look_up, base, modules, rank)], rank, device))
 
     def bases(self, weights: Tensor, rank: Rank) -> Basis:
-        """The same for weights that are in memory and nobody's, a stack [b, m, n]."""
+        """Returns the bases of a stack [b, m, n] in memory without a base model."""
         request = partial(self.look_up_weights, list(weights), rank)
         return next(self.in_turn([request], rank))
 
@@ -126,12 +126,10 @@ class BasisCache:
         rank: Rank,
         device: DeviceLike = None,
     ) -> Iterator[Basis]:
-        """The bases of several stacks; on a GPU the next one is read while one is factorised.
+        """Yields the bases of several stacks; a GPU reads ahead.
 
-        Args:
-            requests: each calls `look_up` or `look_up_weights`.
-            rank: theirs.
-            device: as in `of`.
+        It reads the next stack while it factorises one. Each request calls `look_up` or
+        `look_up_weights` with the same rank.
         """
         place = torch.device(device or "cpu")
         return work_in_turn(requests, partial(self._answer, rank, place), place)
@@ -139,12 +137,9 @@ class BasisCache:
     def look_up(
         self, base: Base, modules: Sequence[str], rank: Rank
     ) -> tuple[BasisRequest, list[Tensor]]:
-        """What the folder holds of the bases of several weights, and the other weights, read.
+        """Looks bases up in the folder, and reads the weights without one.
 
-        Args:
-            base: whose weights.
-            modules: which; all of one matrix shape.
-            rank: as in `of`.
+        All modules have one matrix shape.
         """
         shape = matrix_shape(base.shapes[modules[0]])
 
@@ -173,13 +168,9 @@ class BasisCache:
         base: Base | None = None,
         modules: Sequence[str] | None = None,
     ) -> tuple[BasisRequest, list[Tensor]]:
-        """The same for weights [m, n] that are in memory.
+        """Looks up the bases of weights [m, n] in memory, of one shape.
 
-        Args:
-            weights: of one matrix shape.
-            rank: as in `of`.
-            base: whose weights they are; None for nobody's.
-            modules: which of its weights.
+        `base` and `modules` say whose weights they are, for their files.
         """
         shape = (weights[0].shape[0], weights[0].shape[1])
         if self.folder is None:
@@ -198,7 +189,7 @@ class BasisCache:
         base: str,
         modules: Sequence[str],
     ) -> BasisRequest:
-        """What the folder holds of bases of these names."""
+        """Looks up the bases of these names in the folder."""
         # In turn: threads that open files, each a moment, wait for each other's Python.
         stored = [self._read(name, shape) for name in names]
         missing = [i for i, basis in enumerate(stored) if basis is None]
@@ -208,7 +199,7 @@ class BasisCache:
     def _answer(
         self, rank: Rank, device: torch.device, request: BasisRequest, weights: list[Tensor]
     ) -> Basis:
-        """The stack of the bases; those that the folder lacks are computed and kept."""
+        """Returns the stack of the bases; computes and keeps missing ones."""
         if self.folder is None:
             return truncated_svd(weights[0], rank)
         stored, missing = list(request.stored), request.missing
@@ -219,7 +210,7 @@ class BasisCache:
         return self._stacked(stored, missing, request.shape, device)
 
     def digest(self, base: Base, module: str) -> str | None:
-        """The content hash of a weight, if it is known without reading the weight.
+        """Returns the content hash of a weight, if known without reading.
 
         Without a folder it need not outlive this run, and is a name that takes no reading.
         """
@@ -235,7 +226,7 @@ class BasisCache:
         return digest if isinstance(digest, str) else None
 
     def place(self, base: Base, module: str) -> str | None:
-        """Returns a name of a weight by the state of its file, which takes no reading.
+        """Returns a weight's name by the state of its file, without reading.
 
         None where that is not settled: the file changed just now, or the weight is in no file.
         """
@@ -247,7 +238,7 @@ class BasisCache:
         return short_hash(origin.text) if origin and settled else None
 
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str]:
-        """The names of bases that were taken from here in this run."""
+        """Returns the names of bases that were taken from here in this run."""
         return [basis_name(str(self.digest(base, module)), rank) for module in modules]
 
     def learn(self, base: Base, module: str, digest: str) -> None:
@@ -260,7 +251,7 @@ class BasisCache:
             self._index(base).put(short_hash(origin.text), digest)
 
     def file_hash(self, path: Path, kind: str, compute: Callable[[], str]) -> str:
-        """A hash of some kind of a file, computed where its state was not seen before."""
+        """Returns a hash of a file, computed once for each of its states."""
         if self.folder is None:
             return compute()
         state = read_state(path)
@@ -278,12 +269,12 @@ class BasisCache:
         return digest
 
     def pairs(self, source: Base, target: Base) -> JsonTable:
-        """The table of what is known of pairs of weights of two bases."""
+        """Returns the table of what is known of weight pairs of two bases."""
         return self._table("pairs", f"{source.path or source.name} {target.path or target.name}")
 
     @contextmanager
     def saving(self) -> Iterator[BasisCache]:
-        """Keeps what was learnt in the body, also where that fails."""
+        """Saves what was learnt in the body, even if that fails."""
         try:
             yield self
         finally:
@@ -298,12 +289,12 @@ class BasisCache:
             trim_cache(self.folder)
 
     def _index(self, base: Base) -> JsonTable:
-        """The table of contents of a base's weights; asked for before any of them is read."""
+        """Returns the table of contents of a base's weights, before any is read."""
         self._flush(base)
         return self._table("index", str(base.path))
 
     def _flush(self, base: Base) -> None:
-        """Has changes of a base's files set their times, once."""
+        """Makes changes of a base's files set their times, once."""
         if base.path not in self._flushed:
             for file in base.files:
                 flush_file(file)
@@ -317,12 +308,12 @@ class BasisCache:
         return self._notes[name]
 
     def path(self, name: str) -> Path:
-        """Where the basis of that name (`basis_name`) lies, or would lie."""
+        """Returns the path of the basis of that name (`basis_name`)."""
         assert self.folder is not None
         return versioned_folder(self.folder) / name[:2] / f"{name}.safetensors"
 
     def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
-        """The basis of that name, or None where there is none that can be trusted."""
+        """Reads the basis of that name; None if missing or damaged."""
         path = self.path(name)
         try:
             stored = basis_file.read_basis(path)
@@ -371,7 +362,7 @@ class BasisCache:
         shape: tuple[int, int],
         device: torch.device,
     ) -> Basis:
-        """Single bases as that of their stack."""
+        """Stacks single bases."""
         self.misses += len(missing)
         self.hits += len(stored) - len(missing)
         parts = [basis for basis in stored if basis is not None]
@@ -401,7 +392,7 @@ CacheLike = str | os.PathLike[str] | BasisCache | None
 
 @contextmanager
 def open_cache(cache: CacheLike) -> Iterator[BasisCache]:
-    """The cache, saved at the end unless it was open before.
+    """Yields the cache, saved at the end unless it was open before.
 
     Raises:
         OutputError: the folder cannot be made.

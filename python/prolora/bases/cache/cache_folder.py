@@ -1,7 +1,7 @@
-"""Files of a cache folder: names that are digests, and the oldest go first beyond a size.
+"""Files of a cache folder, named by digests; the oldest go first.
 
-v3/<2 hex digits>/<64>.safetensors are bases, v3/index-<32>.json and its like tables. Only files of
-exactly such names are counted or deleted, and no link is followed.
+v3/<2 hex digits>/<64>.safetensors are bases; v3/index-<32>.json and similar names are tables. Only
+files of exactly such names are counted or deleted, and no link is followed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure_cache(folder: Path) -> int:
 
 
 def trim_cache(folder: Path) -> None:
-    """Deletes what was not used for longest, until no more than the limit is left.
+    """Deletes the files unused for longest, down to the limit.
 
     Raises:
         InvalidOption: PROLORA_CACHE_SIZE is no size.
@@ -51,7 +51,7 @@ def trim_cache(folder: Path) -> None:
 
 
 def _list_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """When each file of a cache was last used, its bytes, and where it is."""
+    """Yields when each file of a cache was last used, its bytes, and its path."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):
