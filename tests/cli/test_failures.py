@@ -99,7 +99,7 @@ def test_a_share_is_a_number_from_0_to_1(prolora, line, tmp_path, option, value)
 
 def test_a_share_may_be_0_or_1(prolora, line, tmp_path):
     out = tmp_path / "out.safetensors"
-    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0", "-q")[0] == 0
+    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0")[0] == 0
 
 
 def test_the_report_replaces_no_lora_of_the_run(prolora, line, tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
 
 def test_the_report_replaces_nothing(prolora, line, tmp_path):
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    assert prolora(*line, "-o", out, "--report", report, "-q")[0] == 0
+    assert prolora(*line, "-o", out, "--report", report)[0] == 0
     assert json.loads(report.read_text())["totals"]["mapped"] == 8
     before = out.read_bytes()
     other = tmp_path / "other.safetensors"

@@ -216,10 +216,11 @@ MISTAKES = {
     ),
     "no LoRA": (("transfer", *BASES, *TO), "Missing argument 'LORA'"),
     "no source": (("transfer", "lora.safetensors", *BASES[2:], *TO), "Missing option '--source'"),
-    "bases without their options": (
-        ("transfer", "lora.safetensors", "source", "target", *TO),
-        "Missing option '--source': bases are given as --source BASE and --target BASE",
+    "one base for two": (
+        ("transfer", "lora.safetensors", "source", *TO),
+        "Missing option '--source': bases are given as --source BASE and --target BASE, or after",
     ),
+    "one model for two": (("extract", "source", *TO), "Missing argument 'BASE'"),
     "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
     "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
     "an empty output": ((*MOVE, "-o", ""), "the path is empty"),
@@ -319,5 +320,5 @@ def test_a_report_goes_to_standard_output_where_that_is_asked_for(prolora, room)
 )
 def test_a_missing_folder_of_the_output_is_made(prolora, room, loras):
     out = Path("new", "folder", *(["x.safetensors"] if len(loras) == 1 else []))
-    assert prolora("transfer", *loras, *BASES, "-o", out, "--method", "copy", "-q")[0] == 0
+    assert prolora("transfer", *loras, *BASES, "-o", out, "--method", "copy")[0] == 0
     assert len(list(Path("new", "folder").glob("*.safetensors"))) == len(loras)

@@ -95,7 +95,7 @@ def test_a_file_that_goes_with_a_result_replaces_none(
     monkeypatch.chdir(tmp_path)
     lora, source, target = case
     words = [{"LORA": lora, "FILE": name}.get(word, word) for word in words]
-    words = [*words, "--source", source, "--target", target, "-q"]
+    words = [*words, "--source", source, "--target", target]
     (tmp_path / name).write_bytes(FOREIGN)
     there = sorted(tmp_path.iterdir())
     code, _, error = prolora(*words)

@@ -150,7 +150,7 @@ def test_no_encoding_of_the_output_stops_a_command(case, tmp_path, encoding):
     bases = ("--source", source, "--target", target)
     moved, helped, wrong = run_in_turn(
         [
-            ("transfer", lora, *bases, "-o", out, "--method", "prolora", "--explain"),
+            ("transfer", lora, *bases, "-o", out, "--method", "prolora"),
             ("transfer", "--help"),
             ("transfer", lora, *bases, "-o", lora),
         ],

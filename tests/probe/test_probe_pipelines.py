@@ -123,7 +123,7 @@ def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
 def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     report = tmp_path / "report.json"
     result = run(
-        room, "twin", tmp_path / "out.safetensors", *FEW, "--again", "--report", str(report), "-q"
+        room, "twin", tmp_path / "out.safetensors", *FEW, "--again", "--report", str(report)
     )
     assert result.exit_code == 0, result.output
     written = json.loads(report.read_text())

@@ -210,8 +210,6 @@ def main() -> None:
         if type(error).__name__ != "NoArgsIsHelpError":
             # Typer passes on how the library below it calls a wrong choice.
             message = error.format_message().replace("Value error, ", "")
-            if getattr(getattr(error, "param", None), "name", "") in ("source", "target"):
-                message = explain_missing_base(error, message)
             print_error(message)
             command = error.ctx.command_path if error.ctx else "prolora"
             err.print_line(f"Try '{command} -h' for help.")
@@ -222,13 +220,6 @@ def main() -> None:
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
     sys.exit(code)
-
-
-def explain_missing_base(error: Any, message: str) -> str:
-    """A complaint about --source or --target; of a missing one, with how bases are given."""
-    if type(error).__name__ != "MissingParameter":
-        return message
-    return f"{message.rstrip('.')}: bases are given as --source BASE and --target BASE"
 
 
 def print_error(message: str, command: str = "") -> None:

@@ -43,10 +43,12 @@ class Pipelines(Bases):
     """The two pipelines."""
 
     source: Annotated[
-        str,
+        str | None,
         base_option("Folder of the diffusers pipeline the LoRA was trained on.", metavar="FOLDER"),
-    ]
-    target: Annotated[str, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")]
+    ] = None
+    target: Annotated[
+        str | None, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")
+    ] = None
 
 
 @expand_options
@@ -60,9 +62,9 @@ def fit(
     help_all: HelpAllOption = False,
 ) -> None:
     """Fit a LoRA to a running model, where weights alone do not move it."""
+    loras, source, target = bases.open(loras)
     check_output_given(output, loras)
     resources.check_device()
-    source, target = bases.open()
     card = check_outputs(loras, output, fitting, [*source.files, *target.files])
     options = replace(
         fitting,

@@ -82,9 +82,9 @@ def transfer(
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
+    loras, source, target = bases.open(loras)
     check_output_given(output, loras)
     resources.check_device()
-    source, target = bases.open()
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
     card = check_outputs(loras, output, moving, files, pair_experts(source, target))
     # A dry run makes no cache folder.
@@ -303,22 +303,22 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
         return
     report = outcomes[0].report
     if report is not None:
-        show_report(report, output.explain, output.modules)
+        show_report(report)
         if outcomes[0].kept:
             out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
-            readers = tell_readers(check(outcomes[0].out).readers, output.explain)
+            readers = tell_readers(check(outcomes[0].out).readers)
             if readers:
                 out.print_line(readers)
-            if not (output.explain or output.modules):
-                out.print("--explain shows the numbers behind this.", style="dim")
+            if output.report is None:
+                out.print("--report FILE.html has the numbers behind this.", style="dim")
 
 
-def tell_readers(readers: Readers, explain: bool) -> str:
+def tell_readers(readers: Readers) -> str:
     """Who reads a file whole, who in part, who not at all; many of the last are only counted."""
     none = readers.none
-    if len(none) > MOST_NAMED and not explain:
+    if len(none) > MOST_NAMED:
         none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")
     text = str(readers._replace(none=none))
     return text[:1].upper() + text[1:]
@@ -329,10 +329,10 @@ def used_subspaces(outcome: Outcome) -> bool:
     return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
-def show_report(report: Report, explain: bool = False, every_module: bool = False) -> None:
+def show_report(report: Report) -> None:
     """The verdict in words, and the numbers where they are asked for or are all that there is."""
     show_words(out, report.in_words())
-    if explain or every_module or report.dry_run:
-        show_tables(out, report.tables(every_module, every_module))
+    if report.dry_run:
+        show_tables(out, report.tables())
         for sentence in report.sentences():
             out.print(sentence)
