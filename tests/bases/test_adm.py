@@ -7,9 +7,10 @@ import torch
 from diagonal import pair_up
 from lora_files import save
 
-from prolora import UnsupportedFormat, check, open_base, transfer
+from prolora import check, open_base, transfer
 from prolora.architectures.modules import find_component, is_adaptable, is_attention
 from prolora.bases.describe import classify_model, describe_base
+from prolora.errors import UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 
 

@@ -204,7 +204,7 @@ def test_a_basis_of_another_shape_under_the_right_name_is_not_believed(stack, tm
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(prolora.OutputError, match="cache folder"):
+    with pytest.raises(prolora.errors.OutputError, match="cache folder"):
         BasisCache(tmp_path / "file" / "cache")
 
 

@@ -8,7 +8,8 @@ import pytest
 from checkpoints import sparse_file, sparse_shards
 from mini import write_case
 
-from prolora import UnsupportedFormat, cli, open_base
+from prolora import cli, open_base
+from prolora.errors import UnsupportedFormat
 from prolora.files import hub
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

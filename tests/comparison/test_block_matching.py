@@ -10,11 +10,11 @@ import torch
 from diagonal import pair_up
 from spectra import related
 
-from prolora import NonFiniteWeights, UnsupportedFormat, open_base
+from prolora import open_base
 from prolora.bases import memory
 from prolora.comparison import block_matching
 from prolora.comparison.block_matching import match_blocks, resolve_match
-from prolora.errors import InvalidOption, TooLittleMemory
+from prolora.errors import InvalidOption, NonFiniteWeights, TooLittleMemory, UnsupportedFormat
 from prolora.workflow.plan import find_partners, make_plan
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"

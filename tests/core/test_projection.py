@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 from property_examples import examples
 from spectra import related, weights
 
-from prolora import (
-    METHODS,
-    LowRank,
-    NonFiniteWeights,
-    ShapeMismatch,
-    UnrelatedBases,
-    project,
-    truncated_svd,
-)
+from prolora import METHODS, LowRank, project, truncated_svd
+from prolora.errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 METHOD = st.sampled_from(sorted(METHODS))

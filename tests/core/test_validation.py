@@ -6,20 +6,11 @@ import torch
 from spectra import related, weights
 
 import prolora
-from prolora import (
-    LowRank,
-    ProLoRAError,
-    ShapeMismatch,
-    SolverFailure,
-    UnsupportedDevice,
-    UnsupportedTensor,
-    principal_angles,
-    project,
-    similarity,
-    truncated_svd,
-)
+from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
 from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.core.validation import check_device, check_operand, resolve_device
+from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
+from prolora.workflow.extract_options import ExtractOptions
 from prolora.workflow.options import settle_options
 
 
@@ -216,7 +207,7 @@ def one_card(monkeypatch):
 
 
 JOBS = (
-    *(prolora.TransferOptions, prolora.FitOptions, prolora.ExtractOptions),
+    *(prolora.TransferOptions, prolora.FitOptions, ExtractOptions),
     prolora.MergeOptions,
 )
 

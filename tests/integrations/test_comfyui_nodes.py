@@ -226,7 +226,7 @@ def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, model
             said = words.explain(prolora.ProLoRAError(f"It is broken; take {named} instead."))
             assert said == "It is broken"
     moved = "this LoRA was already moved, but `source` is c; give b as `source`; or `again=True`"
-    assert words.explain(prolora.AlreadyMoved(moved)) == (
+    assert words.explain(prolora.errors.AlreadyMoved(moved)) == (
         "this LoRA was already moved, but “trained on” is c; give b as “trained on”"
     )
     missing = 'GGUF files need it: pip install "prolora[gguf]"; or use another file'

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 import prolora
-from prolora import InvalidOption, UnrelatedBases
+from prolora.errors import InvalidOption, UnrelatedBases
 from prolora.probe import pipelines
 from prolora.workflow import batch, best
 from prolora.workflow.best import BestWay
@@ -298,6 +298,6 @@ def test_two_loras_of_one_name_are_refused_though_one_was_fitted_before(
         lora.parent.mkdir()
         shutil.copy(room / "lora.safetensors", lora)
     monkeypatch.setattr(batch, "_is_fitted", lambda lora, *_: lora == loras[0])
-    with pytest.raises(prolora.OutputError):
+    with pytest.raises(prolora.errors.OutputError):
         prolora.transfer_many(loras, *ends(room, "pruned")[1:], tmp_path / "out", method="best")
     assert not (tmp_path / "out").exists()

@@ -16,19 +16,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prolora
-from prolora import (
-    FitOptions,
-    ProLoRAError,
-    ShapeMismatch,
-    UnrelatedBases,
-    UnsupportedFormat,
-    adapters,
-    fit,
-)
+from prolora import FitOptions, ProLoRAError, adapters, fit
 from prolora import transfer as prolora_transfer
 from prolora.bases import identity, vae
 from prolora.cli import app
-from prolora.errors import OutputError
+from prolora.errors import OutputError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from prolora.probe import pipelines
 from prolora.probe.pipelines import conversion, schedules
 from prolora.probe.pipelines.conditioning import split_call

@@ -14,8 +14,9 @@ from test_swapping import Card
 from typer.testing import CliRunner
 
 import prolora
-from prolora import FitOptions, InvalidOption, TooLittleMemory
+from prolora import FitOptions
 from prolora.cli import app
+from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.files.sizes import parse_size
 from prolora.probe import pipelines, swapping
 from prolora.probe.fitting import joint

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import prolora
+from prolora.workflow.options import TransferMethod
 
 up, down = torch.zeros(8, 2), torch.zeros(2, 8)
 weight, array = torch.zeros(8, 8), np.zeros((8, 8), dtype=np.float32)
@@ -27,7 +28,7 @@ like: torch.Tensor = prolora.similarity(weight, array, rank=4).left
 angles: torch.Tensor = prolora.principal_angles(weight, array)
 done: prolora.Transfer = prolora.transfer(lora, source, target, method="copy", strength=0.8)
 options = prolora.TransferOptions(method="copy", strength=0.3, out_rank="50%")
-method: prolora.TransferMethod = options.method
+method: TransferMethod = options.method
 done = prolora.transfer(lora, source, target, options, text_encoder="skip")
 report: prolora.Report = prolora.transfer(lora, source, target, options, out=out).report
 rows: list[str] = [row.source for row in report.modules if row.status == "mapped"]

@@ -9,11 +9,11 @@ from property_examples import examples
 from safetensors.torch import load_file
 
 import prolora
-from prolora import InvalidOption
 from prolora.architectures.depth import DepthTable
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
+from prolora.errors import InvalidOption
 from prolora.workflow.block_weights import LEFT_OUT, BlockWeights
 
 TWELVE = ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT0{i}" for i in range(6)))

@@ -143,7 +143,7 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
         found = prolora.check(base, base=base)
         assert (found.kind, found.mark) == ("base", "✖") and "a LoRA was asked" in found.headline
         return
-    with pytest.raises(prolora.UnsupportedFormat):
+    with pytest.raises(prolora.errors.UnsupportedFormat):
         prolora.check(lora, base=lora)
 
 
@@ -159,7 +159,7 @@ def test_a_family_may_stand_in_the_place_of_a_base(family):
 def test_a_check_says_what_a_program_does_with_a_file(program, mark):
     found = prolora.check(usual_lora("sdxl", "unet."), program=program)
     assert found.mark == mark and found.program in found.headline
-    with pytest.raises(prolora.InvalidOption, match="comfyui"):
+    with pytest.raises(prolora.errors.InvalidOption, match="comfyui"):
         prolora.check(usual_lora("sdxl", "unet."), program="paint")
 
 
@@ -197,11 +197,11 @@ def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
     assert (found.mark, found.headline) == (found.move.mark, found.move.headline)
     if apart:
         assert found.mark == "✖" and "nothing in common" in found.headline
-        with pytest.raises(prolora.UnrelatedBases):
+        with pytest.raises(prolora.errors.UnrelatedBases):
             prolora.transfer(mini_lora(), *bases.values())
     else:
         done = prolora.transfer(mini_lora(), *bases.values()).report.in_words()
         assert (done.mark, done.headline) == (found.mark, found.headline)
         assert done.lines[0] == found.move.lines[0]
-    with pytest.raises(prolora.InvalidOption, match="takes two models"):
+    with pytest.raises(prolora.errors.InvalidOption, match="takes two models"):
         prolora.check(mini_lora(), source=MINI / "source")

@@ -131,7 +131,7 @@ def test_people_read_what_is_lost_in_per_cent(kept, shown):
 def test_what_needs_its_base_is_refused_without_it_in_plain_words():
     tensors, _ = make_lora("dora", 2, 0)
     with pytest.raises(
-        prolora.UnsupportedFormat, match="give the base model that it was trained on"
+        prolora.errors.UnsupportedFormat, match="give the base model that it was trained on"
     ):
         prolora.convert(tensors)
 
@@ -139,7 +139,7 @@ def test_what_needs_its_base_is_refused_without_it_in_plain_words():
 def test_a_base_that_is_not_the_loras_is_refused():
     tensors, _ = make_lora("lora", 2, 0)
     other = {n: w for n, w in make_base().items() if "mid_block" not in n}
-    with pytest.raises(prolora.UnsupportedFormat, match="do not exist in the source base"):
+    with pytest.raises(prolora.errors.UnsupportedFormat, match="do not exist in the source base"):
         prolora.convert(tensors, other)
 
 
@@ -161,7 +161,7 @@ def test_the_header_is_kept_and_inputs_are_not_overwritten(tmp_path):
 
     header = SafetensorsFile(tmp_path / "out.safetensors").metadata
     assert header["ss_output_name"] == "mine" and header["modelspec.trigger_phrase"] == "zzz"
-    with pytest.raises(prolora.OutputError):
+    with pytest.raises(prolora.errors.OutputError):
         prolora.convert(lora, out=lora)
     assert set(load_file(lora)) == set(tensors)
 

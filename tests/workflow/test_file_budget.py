@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from mini import lora_tensors, source_weights, target_weights, write_case
 
 import prolora
-from prolora import LowRank, OutputError, adapters
+from prolora import LowRank, adapters
 from prolora.adapters import Adapter, fused_updates, group_modules
 from prolora.architectures.families import known_families
+from prolora.errors import OutputError
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow.by_weights.file_budget import OutputForm, describe_cuts
 from prolora.workflow.module_report import ModuleReport

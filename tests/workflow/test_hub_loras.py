@@ -119,14 +119,14 @@ def test_a_repository_without_one_lora_is_refused_before_anything_is_fetched(
     cloud, case, files, said
 ):
     publish(cloud, case[0], *files)
-    with pytest.raises(prolora.UnsupportedFormat, match=re.escape(said)) as error:
+    with pytest.raises(prolora.errors.UnsupportedFormat, match=re.escape(said)) as error:
         prolora.check("org/style-v1.5")
     assert error.value.code == "unsupported-format" and not cloud.fetched
 
 
 def test_the_way_to_name_one_of_several_keeps_the_revision_and_works(cloud, case):
     publish(cloud, case[0], "b.safetensors", "a.safetensors")
-    with pytest.raises(prolora.UnsupportedFormat) as error:
+    with pytest.raises(prolora.errors.UnsupportedFormat) as error:
         prolora.check("org/style-v1.5@v2")
     named = str(error.value).rpartition(" ")[2]
     assert named == "hf://org/style-v1.5@v2/a.safetensors"
@@ -176,7 +176,7 @@ def test_what_the_client_raises_is_an_error_with_a_code_for_loras_and_bases(
 ):
     cloud.refusal = make()
     for open_it in (prolora.check, prolora.open_base):
-        with pytest.raises(prolora.MissingFile, match=said) as error:
+        with pytest.raises(prolora.errors.MissingFile, match=said) as error:
             open_it("org/name")
         assert error.value.code == code
         assert str(error.value).startswith("org/name: no such file or folder, and the Hugging Face")
@@ -187,13 +187,13 @@ def test_offline_the_cache_alone_is_looked_at(cloud, case):
     publish(cloud, case[0], SOLE)
     assert prolora.check("org/style-v1.5").kind == "lora" and not cloud.fetched
     publish(cloud, case[0], PEFT_WEIGHTS, repo="org/half")
-    with pytest.raises(prolora.HubUnavailable, match=f"org/half/{PEFT_CONFIG}: .* lacks it"):
+    with pytest.raises(prolora.errors.HubUnavailable, match=f"org/half/{PEFT_CONFIG}: .* lacks it"):
         prolora.check("org/half")
 
 
 def test_without_the_client_the_message_says_how_to_get_it(cloud, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(prolora.MissingFile, match=re.escape('pip install "prolora[hub]"')):
+    with pytest.raises(prolora.errors.MissingFile, match=re.escape('pip install "prolora[hub]"')):
         prolora.check("org/name")
 
 
@@ -204,7 +204,7 @@ def test_what_is_here_is_never_asked_for_on_the_hub(cloud, case):
     shutil.copy(lora, "org/style")
     prolora.transfer("org/style", source, target, out="out.safetensors")
     for missing in ("org/other", "x.safetensors", "no/x.safetensors", "name"):
-        with pytest.raises(prolora.MissingFile) as error:
+        with pytest.raises(prolora.errors.MissingFile) as error:
             prolora.check(missing)
         assert error.value.code == "missing-file" and "Hub" not in str(error.value)
 
@@ -231,7 +231,7 @@ def test_a_name_that_cannot_be_looked_at_or_is_no_id_fails_alone(cloud, case):
     wrong = ["a" * 300 + "/b", "a" * 300 + ".safetensors", "hf://c", "hf://org/m@a b/d"]
     done = prolora.transfer_many(["a/one", *wrong], source, target, "out")
     assert [one.status for one in done] == ["moved", *["failed"] * len(wrong)]
-    assert all(isinstance(one.error, prolora.UnsupportedFormat) for one in done[1:])
+    assert all(isinstance(one.error, prolora.errors.UnsupportedFormat) for one in done[1:])
     for one in done[3:]:
         name = one.to_dict()["lora"]
         assert name in wrong and str(one.error).startswith(f"{name}: a hub id is hf://org/name")
@@ -266,7 +266,7 @@ def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case
         ):
             monkeypatch.setattr("sys.argv", ["prolora", *line])
             stop = CliRunner().invoke(cli.app, line)
-            assert isinstance(stop.exception, prolora.MissingFile), (line, stop.output)
+            assert isinstance(stop.exception, prolora.errors.MissingFile), (line, stop.output)
             assert "Hub" not in str(stop.exception)
 
 
@@ -276,7 +276,7 @@ def test_what_is_written_as_a_path_is_not_asked_for_on_the_hub(cloud, case):
     names = ["./org/a", "org/b/", "../org/c", "org/list.txt", "org/x.sft", "org/x.zip"]
     for one in prolora.transfer_many(names, source, target, "out"):
         assert "Hub" not in str(one.error) and one.error.code == "missing-file"
-    with pytest.raises(prolora.MissingFile, match="no such file") as error:
+    with pytest.raises(prolora.errors.MissingFile, match="no such file") as error:
         prolora.transfer("./org/style", source, target, out="out.safetensors")
     assert "Hub" not in str(error.value)
 

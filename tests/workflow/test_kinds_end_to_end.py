@@ -76,7 +76,7 @@ def test_a_dry_run_refuses_what_a_transfer_would(case):
     tensors[f"{stem}.dora_scale"] = torch.ones(7, 1)
     save_file(tensors, lora)
     for run in (partial(transfer, dry_run=True), transfer):
-        with pytest.raises(prolora.ShapeMismatch, match="DoRA magnitudes"):
+        with pytest.raises(prolora.errors.ShapeMismatch, match="DoRA magnitudes"):
             run(lora, source, target)
 
 
@@ -99,7 +99,7 @@ def test_updates_that_need_weights_the_base_lacks_are_skipped_modules(case, run)
     assert [(row.shape, row.rank_in) for row in rows] == [((6, 5), 2)] * 2
     assert all("no such text encoder" in row.reason for row in rows)
     assert "8 of 14 modules" in str(report)
-    with pytest.raises(prolora.LowCoverage, match="8 of 14 modules"):
+    with pytest.raises(prolora.errors.LowCoverage, match="8 of 14 modules"):
         prolora.transfer(lora, source, target, min_coverage=0.6)
 
 

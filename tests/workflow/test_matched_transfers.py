@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from spectra import related
 
 import prolora
-from prolora import LowCoverage, LowRank, UnrelatedBases, adapters, cli, open_base, transfer
+from prolora import LowRank, adapters, cli, errors, open_base, transfer
 from prolora.adapters.adapter import Adapter
 from prolora.bases import load_layout
 from prolora.comparison import block_matching
+from prolora.errors import LowCoverage, UnrelatedBases
 
 PLACE = BLOCK.format("{}", "").removesuffix(".")
 COPY = {"method": "copy", "strength": 1.0, "threshold": 0.0}
@@ -72,7 +73,7 @@ def test_what_is_weakened_or_left_out_as_asked_is_not_told_as_lost_for_want_of_a
 
 
 def test_options_that_are_no_object_of_options_are_refused_by_name():
-    with pytest.raises(prolora.InvalidOption, match="not dict; each option may also be given by"):
+    with pytest.raises(errors.InvalidOption, match="not dict; each option may also be given by"):
         prolora.transfer(lora_tensors(), {}, {}, options={"method": "copy"})
 
 

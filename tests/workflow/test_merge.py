@@ -12,7 +12,7 @@ from mini import BLOCK, MODULES, lora_tensors, shapes, source_weights, write_cas
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora import adapters
+from prolora import adapters, errors
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow import merge
 
@@ -149,10 +149,10 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
     assert [part.name for part in report.merge.parts] == ["cat", "dog"]
     again = prolora.merge(paths, out=out, strengths=(1, 0.5)).report  # its own result is replaced
     assert again.totals == report.totals
-    with pytest.raises(prolora.OutputError):
+    with pytest.raises(errors.OutputError):
         prolora.merge(paths, out=paths[1])
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
-    with pytest.raises(prolora.OutputExists):
+    with pytest.raises(errors.OutputExists):
         prolora.merge(paths, out=tmp_path / "mine.safetensors")
 
 
@@ -326,9 +326,9 @@ def write_wan(path, module="blocks.0.self_attn.q", width=5120):
 )
 def test_loras_of_the_two_experts_of_one_model_are_refused(names, tmp_path):
     paths = [write_wan(tmp_path / name) for name in names]
-    with pytest.raises(prolora.WrongBase, match=r"high noise.*low noise.*Wan"):
+    with pytest.raises(errors.WrongBase, match=r"high noise.*low noise.*Wan"):
         prolora.merge(paths)
-    with pytest.raises(prolora.WrongBase, match="expert"):
+    with pytest.raises(errors.WrongBase, match="expert"):
         prolora.merge(paths, out=tmp_path / "out.safetensors")
     prolora.merge([write_wan(tmp_path / "a_low_noise.safetensors"), paths[1]])
 
@@ -342,10 +342,10 @@ def test_a_lora_that_is_moved_to_the_target_first_may_be_for_the_other_expert(tm
     done = prolora.merge([ours, theirs], high, (None, low), out_rank=2)
     assert [part.moved_from for part in done.report.merge.parts] == ["", low.name]
     for sources in ((), (None, None), (None, high)):
-        with pytest.raises(prolora.WrongBase, match=r"x_HIGH.*x_LOW|wan_high.*x_LOW"):
+        with pytest.raises(errors.WrongBase, match=r"x_HIGH.*x_LOW|wan_high.*x_LOW"):
             prolora.merge([ours, theirs], high, sources)
     # Its own base is to be of its expert.
-    with pytest.raises(prolora.WrongBase, match=r"x_HIGH is for high noise and wan_low_noise"):
+    with pytest.raises(errors.WrongBase, match=r"x_HIGH is for high noise and wan_low_noise"):
         prolora.merge([ours, theirs], high, (low, low))
 
 
@@ -391,7 +391,7 @@ def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
     }
     for name, tensors in (("flux", flux), ("sdxl", sdxl)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
-    with pytest.raises(prolora.WrongBase, match=r"sdxl is for Stable Diffusion XL.*FLUX.*`target`"):
+    with pytest.raises(errors.WrongBase, match=r"sdxl is for Stable Diffusion XL.*FLUX.*`target`"):
         prolora.merge([tmp_path / "flux.safetensors", tmp_path / "sdxl.safetensors"])
 
 
@@ -408,14 +408,14 @@ def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
     )
     for pair in ([either, one], [either, other]):
         assert len(prolora.merge(pair).adapter.updates) == 2
-    with pytest.raises(prolora.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
+    with pytest.raises(errors.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
         prolora.merge([either, one, other])
 
 
 def test_modules_of_two_shapes_are_refused_by_name():
     one, _ = make_lora(1, 0)
     two = {k: torch.cat([v, v]) if "lora_up" in k else v for k, v in make_lora(1, 1)[0].items()}
-    with pytest.raises(prolora.ShapeMismatch, match="to_q is 48×24 in LoRA 2 and 24×24 in LoRA 1"):
+    with pytest.raises(errors.ShapeMismatch, match="to_q is 48×24 in LoRA 2 and 24×24 in LoRA 1"):
         prolora.merge([one, two])
 
 
@@ -423,7 +423,7 @@ def test_a_state_dict_with_its_configuration_is_one_lora():
     peft = pytest.importorskip("peft")
     tensors = {f"base_model.model.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
     pair = tensors, peft.LoraConfig(r=2, lora_alpha=6)
-    with pytest.raises(prolora.InvalidOption, match=r"LoraConfig\) is one LoRA.* list"):
+    with pytest.raises(errors.InvalidOption, match=r"LoraConfig\) is one LoRA.* list"):
         prolora.merge(pair)
     merged = prolora.merge([pair, pair], out_rank=2).adapter.updates["to_q"]
     assert torch.allclose(merged.dense(), torch.full((2, 2), 12.0))
@@ -446,7 +446,7 @@ def test_a_state_dict_with_its_configuration_is_one_lora():
     ],
 )
 def test_wrong_numbers_are_refused(count, changes, text):
-    with pytest.raises(prolora.InvalidOption, match=text):
+    with pytest.raises(errors.InvalidOption, match=text):
         prolora.merge([make_lora(1, 0)[0]] * count, **changes)
 
 
@@ -479,7 +479,7 @@ def test_loras_of_two_bases_are_merged_onto_a_third(tmp_path):
     header = SafetensorsFile(out).metadata
     assert header["prolora.target"] == "target" and header["ss_sd_model_name"] == "target"
     assert prolora.check(out).moves[-1].target == "target"
-    with pytest.raises(prolora.AlreadyMoved):
+    with pytest.raises(errors.AlreadyMoved):
         prolora.transfer(out, source, target)
 
 
@@ -500,7 +500,7 @@ def test_dora_needs_the_base_and_has_it_from_the_target(tmp_path):
         up, down = (tensors[f"{key}.lora_{side}.weight"].double() for side in ("up", "down"))
         merged = weight.double() + up @ down * 2 / 2
         wanted[name] = merged / merged.norm(dim=1, keepdim=True) * magnitude - weight.double()
-    with pytest.raises(prolora.UnsupportedFormat, match="give the base model"):
+    with pytest.raises(errors.UnsupportedFormat, match="give the base model"):
         prolora.merge([tensors, plain])
     base = {f"{n}.weight": w for n, w in source_weights().items()}
     done = prolora.merge([plain, tensors], base)
@@ -594,7 +594,7 @@ def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path
     lora, source, target = write_case(tmp_path)
     moved = tmp_path / "moved.safetensors"
     prolora.transfer(lora, source, target, out=moved)
-    with pytest.raises(prolora.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
+    with pytest.raises(errors.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
         prolora.merge([moved, lora], source)
     assert prolora.merge([moved, lora], target, [None, source]).report.share_on_target < 1
 
@@ -620,7 +620,7 @@ def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, mo
     lora, *_ = write_case(tmp_path)
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(merge, "read_plain", lambda *x: pytest.fail("a LoRA was read"))
-    with pytest.raises(prolora.OutputError, match="is a folder; name the file"):
+    with pytest.raises(errors.OutputError, match="is a folder; name the file"):
         prolora.merge([lora, lora], out=tmp_path / "out")
 
 
@@ -630,5 +630,5 @@ def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, mo
 )
 def test_a_number_where_a_list_belongs_is_refused(tmp_path, wrong):
     lora, *_ = write_case(tmp_path)
-    with pytest.raises(prolora.InvalidOption, match=next(iter(wrong))):
+    with pytest.raises(errors.InvalidOption, match=next(iter(wrong))):
         prolora.merge([lora, lora], **wrong)

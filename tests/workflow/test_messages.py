@@ -92,7 +92,6 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
         ("take `again=True` to move it", "take --again to move it"),
         ("`min_coverage` must be", "--min-coverage must be"),
         ("`max_memory=2 GiB` is too little", "--max-memory 2 GiB is too little"),
-        ("made by `plan_migration()`", "made by `prolora plan`"),
         ("`auto` and `no_such`", "`auto` and `no_such`"),
     ],
 )
@@ -102,7 +101,7 @@ def test_the_command_line_names_flags(message, flag):
 
 def test_an_error_names_what_each_reader_has(tmp_path, words):
     lora, source, _ = write_case(tmp_path)
-    with pytest.raises(prolora.WrongBase) as caught:
+    with pytest.raises(prolora.errors.WrongBase) as caught:
         prolora.transfer(lora, source, source)
     python, flags = str(caught.value), name_options(str(caught.value), write_flag)
     node = words.explain(caught.value)
@@ -124,7 +123,7 @@ def test_a_node_names_widgets(words):
 
 
 def test_a_file_for_several_models_says_how_each_command_takes_the_base():
-    with pytest.raises(prolora.UnsupportedFormat) as refused:
+    with pytest.raises(prolora.errors.UnsupportedFormat) as refused:
         programs.choose_format(("auraflow", "bk-sdm"), "comfyui")
     said = name_options(str(refused.value), write_flag)
     assert "`prolora convert` takes it as an argument after the LoRA" in said

@@ -58,14 +58,14 @@ def test_a_first_move_has_no_chain_in_its_header(files):
 def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, tmp_path):
     moved, a, _, c = files
     out = tmp_path / "out.safetensors"
-    with pytest.raises(prolora.AlreadyMoved) as refused:
+    with pytest.raises(prolora.errors.AlreadyMoved) as refused:
         prolora.transfer(moved, a, c, out=out)
     text = str(refused.value)
     assert "already moved from a.safetensors to b.safetensors" in text
     assert "the source is a.safetensors, the base that it was moved from" in text
     assert "give b.safetensors as the source, or take `again=True`" in text
     assert not out.exists()
-    with pytest.raises(prolora.AlreadyMoved, match="another model by name and hash"):
+    with pytest.raises(prolora.errors.AlreadyMoved, match="another model by name and hash"):
         prolora.transfer(moved, c, a)
 
 
@@ -79,15 +79,15 @@ def test_again_moves_it_all_the_same_and_the_chain_says_so(files, tmp_path):
 
 def test_every_door_refuses_it(files, tmp_path):
     moved, a, _, c = files
-    with pytest.raises(prolora.AlreadyMoved):
+    with pytest.raises(prolora.errors.AlreadyMoved):
         prolora.transfer(moved, a, c, dry_run=True)
     (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder")
-    assert isinstance(outcome.error, prolora.AlreadyMoved)
+    assert isinstance(outcome.error, prolora.errors.AlreadyMoved)
     (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder", again=True)
     assert outcome.status == "moved"
     assert prolora.transfer(moved, a, c, again=True, dry_run=True).report.totals["mapped"]
     done = prolora.transfer(moved, a, c, again=True)
-    with pytest.raises(prolora.AlreadyMoved, match=r"^this LoRA"):
+    with pytest.raises(prolora.errors.AlreadyMoved, match=r"^this LoRA"):
         prolora.transfer(done.adapter, a, c)
 
 
@@ -97,7 +97,7 @@ def test_it_is_refused_before_a_weight_is_read_or_a_base_is_hashed(files, monkey
     monkeypatch.setattr(identity, "_hash_whole", lambda *x: pytest.fail("a base was hashed"))
     monkeypatch.setattr(identity, "compute_short_hash", lambda base: "0" * 8)
     for options in ({}, {"match": "similarity"}):
-        with pytest.raises(prolora.AlreadyMoved):
+        with pytest.raises(prolora.errors.AlreadyMoved):
             prolora.transfer(moved, a, c, **options)
 
 
@@ -128,7 +128,7 @@ def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
     b = write_folder(tmp_path / "b" / "unet", target_weights())
     moved = tmp_path / "moved.safetensors"
     prolora.transfer(lora, a, b, out=moved, method="copy")
-    with pytest.raises(prolora.AlreadyMoved, match="another file"):
+    with pytest.raises(prolora.errors.AlreadyMoved, match="another file"):
         prolora.transfer(moved, a, b)
     assert prolora.transfer(moved, b, a, method="copy")
 
@@ -153,7 +153,7 @@ def test_a_base_of_several_files_is_told_by_samples_of_them(tmp_path):
     prolora.transfer(lora, a, b, out=moved, method="copy")
     assert SafetensorsFile(moved).metadata["prolora.target_hash"].startswith("sampled:")
     assert prolora.transfer(moved, copy_of_b, a, method="copy")
-    with pytest.raises(prolora.AlreadyMoved):
+    with pytest.raises(prolora.errors.AlreadyMoved):
         prolora.transfer(moved, a, b)
     # The UNet alone is one file: the hashes are of two kinds, and its name says nothing.
     assert prolora.transfer(moved, b / "unet", a, method="copy")

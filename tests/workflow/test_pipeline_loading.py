@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import prolora
-from prolora import InvalidOption, TransferOptions, UnsupportedFormat
+from prolora import TransferOptions
+from prolora.errors import InvalidOption, UnsupportedFormat
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")

@@ -60,7 +60,7 @@ def test_options_have_one_home(kind, changes):
 
 
 def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(prolora.InvalidOption, match="'metod'; did you mean method"):
+    with pytest.raises(prolora.errors.InvalidOption, match="'metod'; did you mean method"):
         prolora.transfer(*write_case(tmp_path), metod="copy")
 
 
@@ -73,13 +73,13 @@ def test_options_of_another_function_are_refused_with_the_right_ones(function, k
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     others = {of: taker for taker, of in FUNCTIONS if of is not kind}
     for other, taker in others.items():
-        with pytest.raises(prolora.InvalidOption) as refused:
+        with pytest.raises(prolora.errors.InvalidOption) as refused:
             function(*[None] * len(needed), options=other())
         told = str(refused.value)
         assert f"{function.__name__}() takes {kind.__name__}, not {other.__name__}" in told
         assert f"{taker.__name__}()" in told
     for wrong in ({"dtype": "float16"}, kind, None):
-        with pytest.raises(prolora.InvalidOption, match=f"takes {kind.__name__}"):
+        with pytest.raises(prolora.errors.InvalidOption, match=f"takes {kind.__name__}"):
             function(*[None] * len(needed), options=wrong)
 
 
@@ -116,9 +116,9 @@ def test_the_methods_are_those_of_the_table_and_auto():
 )
 def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
     case = write_case(tmp_path)
-    with pytest.raises(prolora.InvalidOption, match=name):
+    with pytest.raises(prolora.errors.InvalidOption, match=name):
         prolora.transfer(*case, **{name: value})
-    with pytest.raises(prolora.InvalidOption, match=name):
+    with pytest.raises(prolora.errors.InvalidOption, match=name):
         prolora.transfer_many(case[:1], *case[1:], tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
 
@@ -157,7 +157,7 @@ def test_memory_and_dtypes_may_be_texts(tmp_path):
     lora, source, target = write_case(tmp_path)
     assert TransferOptions(max_memory="2GiB").memory_limit == 2 << 30
     assert TransferOptions(max_memory=2e9).memory_limit == 2_000_000_000
-    with pytest.raises(prolora.TooLittleMemory):
+    with pytest.raises(prolora.errors.TooLittleMemory):
         prolora.transfer(lora, source, target, max_memory="1MB")
     for name, dtype in (("a", "float16"), ("b", torch.float16)):
         prolora.transfer(lora, source, target, out=tmp_path / name, dtype=dtype)

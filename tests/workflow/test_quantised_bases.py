@@ -8,7 +8,7 @@ from mini import lora_tensors, source_weights, target_weights
 from safetensors.torch import load_file
 
 import prolora
-from prolora import UnsupportedFormat
+from prolora.errors import UnsupportedFormat
 from prolora.files.writing import write_safetensors
 
 

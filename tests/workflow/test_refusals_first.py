@@ -12,6 +12,7 @@ from mini import lora_tensors, shapes, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora import errors
 from prolora.bases import identity, memory
 from prolora.workflow import resume
 
@@ -68,7 +69,7 @@ def test_a_bad_lora_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed,
 
 def test_low_coverage_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed):
     options = {"method": "prolora", "rank": 0.9, "min_coverage": 0.6, "threshold": 0.9999}
-    with pytest.raises(prolora.LowCoverage):
+    with pytest.raises(errors.LowCoverage):
         prolora.transfer(*case, out=tmp_path / "out.safetensors", **options)
 
 
@@ -78,21 +79,21 @@ def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_pa
     good, out = load_file(file), tmp_path / "out.safetensors"
     generator = torch.Generator().manual_seed(0)
     save_file({key: torch.randn(x.shape, generator=generator) for key, x in good.items()}, file)
-    with pytest.raises(prolora.UnrelatedBases):
+    with pytest.raises(errors.UnrelatedBases):
         prolora.transfer(lora, source, target, out=out)
     good[next(iter(good))][0, 0] = math.nan
     save_file(good, file)
-    with pytest.raises(prolora.NonFiniteWeights):
+    with pytest.raises(errors.NonFiniteWeights):
         prolora.transfer(lora, source, target, out=out, method="copy")
 
 
 @pytest.mark.parametrize(
     "options, error",
     [
-        ({"max_memory": 1 << 20}, prolora.TooLittleMemory),
-        ({"out_rank": "1kB"}, prolora.OutputError),
-        ({"out": "lora.safetensors/out.safetensors"}, prolora.OutputError),
-        ({"out": "source"}, prolora.OutputError),
+        ({"max_memory": 1 << 20}, errors.TooLittleMemory),
+        ({"out_rank": "1kB"}, errors.OutputError),
+        ({"out": "lora.safetensors/out.safetensors"}, errors.OutputError),
+        ({"out": "source"}, errors.OutputError),
     ],
     ids=["memory", "size", "no folder", "an input"],
 )
@@ -104,7 +105,7 @@ def test_what_has_no_room_is_refused_before_a_base_is_hashed(
         prolora.transfer(*case, out=out, **options)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a"), prolora.SolverFailure("a"), OSError("a")])
+@pytest.mark.parametrize("error", [RuntimeError("a"), errors.SolverFailure("a"), OSError("a")])
 def test_what_stops_a_move_is_raised_before_a_base_is_hashed(
     case, tmp_path, unhashed, monkeypatch, error
 ):
@@ -154,7 +155,7 @@ def no_weight(monkeypatch):
 def test_a_dry_run_refuses_the_coverage_that_a_transfer_refuses(case, no_weight):
     said = []
     for run in (partial(prolora.transfer, dry_run=True), prolora.transfer):
-        with pytest.raises(prolora.LowCoverage, match=r"8 of 12 .*coverage 0\.67") as refused:
+        with pytest.raises(errors.LowCoverage, match=r"8 of 12 .*coverage 0\.67") as refused:
             run(*case, min_coverage=0.7)
         said.append(str(refused.value))
     assert said[0] == said[1] and "--" not in said[0]
@@ -168,10 +169,10 @@ def test_where_no_module_has_a_place_dry_run_and_transfer_refuse(case, tmp_path,
     dropped = {key: x for key, x in load_file(lora).items() if "transformer_blocks_2" in key}
     save_file(dropped, lora)
     for run in (partial(prolora.transfer, dry_run=True), prolora.transfer):
-        with pytest.raises(prolora.ShapeMismatch, match=r"no module .* has a place on the target"):
+        with pytest.raises(errors.ShapeMismatch, match=r"no module .* has a place on the target"):
             run(lora, source, target)
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
-    assert isinstance(outcome.error, prolora.ShapeMismatch)
+    assert isinstance(outcome.error, errors.ShapeMismatch)
 
 
 def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
@@ -181,9 +182,9 @@ def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
     monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
     limit = memory.SLACK + 100_000
     memory.Memory(limit).check([(24, 96)], "affinity")
-    with pytest.raises(prolora.TooLittleMemory):
+    with pytest.raises(errors.TooLittleMemory):
         memory.Memory(limit).check([(24, 96)], "bases")
-    with pytest.raises(prolora.TooLittleMemory):
+    with pytest.raises(errors.TooLittleMemory):
         prolora.transfer(*case, method="prolora", max_memory=limit)
 
 
@@ -199,7 +200,7 @@ def test_a_file_of_100_gb_of_zeros_is_refused_by_its_header_before_it_is_hashed(
         file.truncate(100 << 30)
     lora = lora if folder else weights
     monkeypatch.setattr(resume, "read_blocks", lambda file: pytest.fail("the LoRA was hashed"))
-    with pytest.raises(prolora.UnsupportedFormat, match="zeros"):
+    with pytest.raises(errors.UnsupportedFormat, match="zeros"):
         prolora.transfer(lora, source, target, out=tmp_path / "moved.safetensors")
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
-    assert isinstance(outcome.error, prolora.UnsupportedFormat)
+    assert isinstance(outcome.error, errors.UnsupportedFormat)

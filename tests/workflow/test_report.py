@@ -72,7 +72,7 @@ def test_a_report_is_saved_as_its_json_and_replaces_an_older_one(report, tmp_pat
 def test_a_report_replaces_no_other_file(report, tmp_path, content):
     file = tmp_path / "file"
     file.write_bytes(content)
-    with pytest.raises(prolora.OutputError, match="is not a report as prolora wrote it"):
+    with pytest.raises(prolora.errors.OutputError, match="is not a report as prolora wrote it"):
         report.save(file)
     assert file.read_bytes() == content
     report.save(file, overwrite=True)

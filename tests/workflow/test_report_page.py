@@ -86,7 +86,7 @@ def make_pages(name):
     report = make_report(rows, **names, left_out={name: name}, dropped_blocks=(name,))
     path = Path(name.replace("/", "_").replace("\x00", ""))
     moved = Outcome(path, path, report)
-    failed = Outcome(path, path, error=prolora.OutputError(name))
+    failed = Outcome(path, path, error=prolora.errors.OutputError(name))
     return [
         report.to_html({name: name}, [Picture(b"", name)]),
         render_outcomes([moved, failed], {"command": name}),
@@ -190,7 +190,7 @@ def test_a_page_is_saved_by_its_name_and_replaces_reports_only(report, tmp_path)
     report.save(page)
     for other in ("<!DOCTYPE html>\n<html><p>mine</p></html>", "<p>", "\x89PNG"):
         page.write_text(other)
-        with pytest.raises(prolora.OutputError, match="is not a report as prolora wrote it"):
+        with pytest.raises(prolora.errors.OutputError, match="is not a report as prolora wrote it"):
             report.save(page)
         assert page.read_text() == other
 
