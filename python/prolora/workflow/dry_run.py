@@ -37,22 +37,21 @@ def plan_report(
     options: TransferOptions = DEFAULT_OPTIONS,
     **changes: Unpack[OptionChanges],
 ) -> Report:
-    """What `transfer` would map, skip and refuse: nothing is factored, and weights are hardly read.
+    """Plans what `transfer` would map, skip and refuse, nearly without weights.
 
-    Ranks are those that the file states, and energies follow from its tensors. The energy of what
-    is made with the weights of the base (DoRA, OFT, GLoRA) is not known, so that parts are counted
-    where the LoRA has such.
+    Nothing is factored. Ranks come from the file, and energies from its tensors. The energy of
+    updates made with the weights of the base (DoRA, OFT, GLoRA) is not known, so that parts are
+    counted where the LoRA has such.
 
     The similarity threshold needs weights, so modules that it would skip still count as mapped
-    here. Matching by similarity needs them too, and so does method "best": only then they are
-    read.
+    here. Matching by similarity needs them too, and so does method "best": only then they are read.
 
     Args:
         lora: as `transfer` takes it.
         source: the base that the LoRA was trained on, likewise.
         target: the base to move to, likewise.
         options: how it would be moved.
-        **changes: options by name, in place of those.
+        **changes: options by name, in place of these.
 
     Returns:
         A report with the keys of a real one, `dry_run` set.

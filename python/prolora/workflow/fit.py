@@ -176,14 +176,14 @@ def plan_fit(
     options: FitOptions = DEFAULT_FIT,
     **changes: Unpack[FitChanges],
 ) -> Report:
-    """What `fit` would fit, carry over, skip and refuse, from headers alone: no model runs.
+    """Plans what `fit` would do, from headers alone: no model runs.
 
     Args:
         lora: as `fit` takes it.
         source: likewise.
         target: likewise.
         options: how it would be fitted.
-        **changes: options by name, in place of those.
+        **changes: options by name, in place of these.
 
     Returns:
         A report with the keys of a real one, `dry_run` set.

@@ -84,10 +84,10 @@ class Transfer:
     def state_dict(
         self, format: FormatLike | None = None, *, dtype: DtypeLike | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of the file that `save` writes, without a file.
+        """Returns the tensors of the file that `save` writes, without a file.
 
-        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a
-        diffusers pipeline of the target.
+        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a diffusers
+        pipeline of the target.
 
         Args:
             format: as `save` takes it.
@@ -107,7 +107,7 @@ class Transfer:
         )
 
     def peft_config(self) -> dict[str, Any]:
-        """The keywords of a `peft.LoraConfig` that fits `state_dict("peft")`, with a scale of 1.
+        """Returns the keywords of a `peft.LoraConfig` for `state_dict("peft")`, scale 1.
 
         Raises:
             UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
@@ -118,7 +118,7 @@ class Transfer:
 def pack_result(
     fitted: Adapter, whole: Adapter, report: Report, inputs: list[Path], form: OutputForm
 ) -> Transfer:
-    """What was made, as it fits a form; the report says whether `whole` had to be cut for it."""
+    """Packs a result as it fits a form; reports whether it was cut."""
     told = replace(report, file_limit=None if fitted is whole else form.limit)
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 

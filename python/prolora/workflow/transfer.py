@@ -37,7 +37,7 @@ def transfer(
     options: TransferOptions = DEFAULT_OPTIONS,
     **changes: Unpack[OptionChanges],
 ) -> Transfer:
-    """Turns a LoRA of one base model into the LoRA of another, without training and without data.
+    """Moves a LoRA to another base model, without training and without data.
 
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
@@ -46,7 +46,7 @@ def transfer(
             name -> tensor, an nn.Module or an opened `Base`.
         target: the base to move to, in any of these forms.
         options: how to move it.
-        **changes: options by name, in place of those.
+        **changes: options by name, in place of these.
 
     Returns:
         The LoRA of the target in memory, with the report.

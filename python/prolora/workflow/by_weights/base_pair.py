@@ -43,23 +43,15 @@ base; or no tensor at all."""
 
 @dataclass
 class BasePair:
-    """Two bases, and what was learnt of them.
+    """Two bases, and what was learnt of them."""
 
-    Attributes:
-        source: the base that LoRAs were trained on.
-        target: the base that they move to.
-        options: how they move, as it was asked.
-        cache: what is known of the weights.
-        memory: what may be in memory at a time.
-        match: how modules are paired, with blocks recognised where only weights tell them; None as
-            long as nothing asked for it.
-    """
-
-    source: Base
-    target: Base
-    options: TransferOptions
-    cache: BasisCache
-    memory: Memory = field(init=False)
+    source: Base  # the base that LoRAs were trained on
+    target: Base  # the base that they move to
+    options: TransferOptions  # how they move, as it was asked
+    cache: BasisCache  # what is known of the weights
+    memory: Memory = field(init=False)  # what may be in memory at a time
+    # How modules are paired, with blocks recognised where only weights tell them; None until it is
+    # asked for.
     match: Match | None = None
 
     def __post_init__(self) -> None:
@@ -112,7 +104,7 @@ class BasePair:
         check_coverage(ledger.rows.values(), options.min_coverage)
         if (output := OutputForm.of(options)) != OutputForm():
             output.check(outline_result(ledger))
-        # Modules without a place are measured by now, and their factors need no memory later.
+        # Modules left behind are measured by now, and their factors need no memory later.
         placed = {pair.source for pair in plan.pairs} | set(plan.passed)
         updates = {name: x for name, x in adapter.updates.items() if name in placed}
         ledger.adapter = replace(adapter, updates=updates)
@@ -145,7 +137,7 @@ class BasePair:
         return ledgers
 
     def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:
-        """The ledger with its method decided; see `decide_method`."""
+        """Decides a ledger's method; see `decide_method`."""
         better = decide_method(ledger, looked)
         if better is None:
             return ledger
@@ -157,7 +149,7 @@ class BasePair:
     def finish(
         self, ledger: Ledger, notes: Notes | None = None, *, hashed: bool = True
     ) -> Transfer:
-        """The adapter of the target, and the report.
+        """Assembles the target's adapter, and the report.
 
         Args:
             ledger: of what was moved.
@@ -201,7 +193,7 @@ class BasePair:
 
 
 def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter:
-    """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
+    """Reads the LoRA; DoRA, OFT and GLoRA need their base for it."""
     if isinstance(lora, Adapter):
         return lora
     if depth == "updates":
@@ -233,11 +225,11 @@ def move_lora(
 
 
 def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
-    """Notes on how a file was made, under the names that they have in its header."""
+    """Gives notes on how a file was made their names in a header."""
     return {f"prolora.{key}": text for key, text in notes.items()}
 
 
 def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
-    """The files and folders that the LoRA and the bases are read from."""
+    """Lists the files and folders that the LoRA and the bases come from."""
     files = [locate_adapter(lora)] if isinstance(lora, str | PathLike) else []
     return [*files, *(path for base in bases for path in base.files)]
