@@ -194,14 +194,14 @@ def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
 def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
     lora, source, target = case
     done = prolora.transfer(lora, source, target)
-    for _ in range(2):
-        done.save(tmp_path / "peft", format="peft")
+    for overwrite in (False, True):
+        done.save(tmp_path / "peft", format="peft", overwrite=overwrite)
     again = prolora.transfer(tmp_path / "peft", target, target, again=True)
     assert set(again.adapter.updates) == set(shapes(2))
     with pytest.raises(prolora.OutputError):
-        again.save(tmp_path / "peft", format="peft")
+        again.save(tmp_path / "peft", format="peft", overwrite=True)
     with pytest.raises(prolora.OutputError, match=r"directory|folder"):
-        done.save(tmp_path / "peft", format="kohya")
+        done.save(tmp_path / "peft", format="kohya", overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["mapping", "module", "base"])

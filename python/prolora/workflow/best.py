@@ -62,7 +62,7 @@ class BestWay:
         if for_file and isinstance(lora, str | PathLike):
             for options in (self.by_weights, self.by_fit):
                 made = Recipe.of(Path(lora), self.source, self.target, options)
-                notes[type(options)] = made.describe()
+                notes[type(options)] = made.describe
         moved = self._try_weights(lora, notes.get(TransferOptions))
         need = self.explain_need(moved.report if isinstance(moved, Transfer) else moved)
         if need:

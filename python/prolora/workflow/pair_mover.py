@@ -176,7 +176,7 @@ class PairMover:
         return pair.plan(task.lora)
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
-        done = pair.finish(ledger, task.recipe.describe() if task.recipe else None)
+        done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
         if self.hold_back and self.hold_back(done, task.out):
             return done.report
         return save_result(done, task.out, self.asked)

@@ -102,6 +102,8 @@ class Report:
         unread: modules whose updates could not be read and stay behind; their rows say why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
+        as_stored: whether the file holds the stored tensors and scales of the LoRA as they are.
+        base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
         dry_run: True where nothing was moved. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
         few_steps: whether the target draws in few steps and the source does not; None where
@@ -139,6 +141,8 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     kept_energy: dict[str, float] = field(default_factory=dict)
+    as_stored: bool = False
+    base_dependent: int = 0
     dry_run: bool = False
     asked: str | None = None
     few_steps: bool | None = None
@@ -331,6 +335,12 @@ class Report:
         merged = self.merge.cautions() if self.merge else []
         cautions = tell_left_behind(self.modules, self.unread, self.left_out)
         cautions += tell_factors(self.blocks, self.modules)
+        if self.base_dependent:
+            cautions.append(
+                f"{self.base_dependent} updates are relative to the weights of {self.source} "
+                "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
+                f"{self.target} now."
+            )
         return (*cautions, *tell_moved_before(self.moves), *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
@@ -372,6 +382,8 @@ class Report:
                 f"{self.vectors} trained biases and normalisation tensors are carried over"
                 f"{'' if self.strength == 1 else f' at strength {self.strength:.2g}'}."
             )
+        if self.as_stored:
+            sentences.append("The file holds the LoRA's stored tensors and scales as they are.")
         if self.kept_energy:
             sentences.append(
                 f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "

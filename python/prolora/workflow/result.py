@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..files.store import replace_surrogates
 from .by_weights.file_budget import OutputForm
 from .convert_options import ConvertOptions
 from .extract_options import ExtractOptions
@@ -20,6 +21,9 @@ from .merge_options import MergeOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
 from .report import Report
+
+VERDICT = "prolora.verdict"
+"""The entry of a header that tells again what was told when the file was written."""
 
 AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
 """Of a job that writes a LoRA."""
@@ -124,8 +128,12 @@ def pack_result(
 
 
 def save_result(done: Transfer, out: Path, options: AnyOptions) -> Report:
-    """Writes a result and returns its report, with the time that writing took."""
+    """Writes a result with its verdict, and returns its report with the time of writing."""
     started = time.perf_counter()
+    if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
+        words = done.report.in_words()
+        told = {VERDICT: replace_surrogates(f"{words.mark} {words.headline}")}
+        done = replace(done, adapter=replace(done.adapter, metadata=done.adapter.metadata | told))
     done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done.report, seconds=seconds)

@@ -113,7 +113,7 @@ def transfer_file(
     if way:
         done = way.move(file, for_file=True)
     else:
-        done = move_lora(file, *bases, options, recipes[0].describe())
+        done = move_lora(file, *bases, options, recipes[0].describe)
     if options.progress:
         moved = len(done.adapter.updates)
         options.progress(moved, moved, f"writing {Path(out).name}")

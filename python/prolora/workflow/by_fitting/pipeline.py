@@ -91,14 +91,14 @@ def fit_to_pipelines(
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
     gate, files = report.gate, list_inputs(lora, source, target)
+    noted = prefix_notes(notes() if notes else {})
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
-            noted = prefix_notes(notes or {})
             moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, noted)
             return Transfer(moved, replace(scaled, grid=grid, why=job.serves), files, *written)
-    fitted, fit_report = _finish_fit(job, blank, updates, report, prefix_notes(notes or {}))
+    fitted, fit_report = _finish_fit(job, blank, updates, report, noted)
     return Transfer(fitted, replace(fit_report, grid=grid, why=job.serves), files, *written)
 
 

@@ -116,7 +116,6 @@ def build_report(
         vectors=len(vectors.vectors),
         left_out=list_tensors_left_out(adapter) | vectors.left_out,
         unread=list_missed(adapter, options.text_encoder),
-        kept_energy=dict(adapter.kept_energy),
         strength=options.strength,
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
         quantised=list_quantised(ledger.source, ledger.target),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -32,9 +32,8 @@ from .move_updates import move_all
 from .rows import check_coverage, outline_rows
 from .vectors import carry_vectors
 
-Notes = Mapping[str, str]
-"""What the header of a result says of its making. It is computed when nothing can be refused any
-more, as it may read all bytes of the bases."""
+Notes = Callable[[], Mapping[str, str]]
+"""What the header of a result says of its making; asked once the LoRA has been read."""
 
 Depth = Literal["updates", "outline", "header"]
 """How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
@@ -94,7 +93,7 @@ class BasePair:
         options, clock = self.options, Clock()
         with clock("read"):
             check_bases(lora, self.source, self.target, options, self.cache)
-            adapter = read_lora(lora, self.source, depth)
+            adapter = read_lora(lora, self.source, depth, keep_stored=True)
         with clock("match"):
             match = self.match_blocks() if match is None else match
             plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
@@ -107,7 +106,9 @@ class BasePair:
         # Modules left behind are measured by now, and their factors need no memory later.
         placed = {pair.source for pair in plan.pairs} | set(plan.passed)
         updates = {name: x for name, x in adapter.updates.items() if name in placed}
-        ledger.adapter = replace(adapter, updates=updates)
+        stored = [one for one in adapter.stored if not placed.isdisjoint(one.parts)]
+        stored += [one for one in adapter.stored if one.kind == "vector"]
+        ledger.adapter = replace(adapter, updates=updates, stored=stored)
         return ledger
 
     def move(self, ledgers: Iterable[Ledger], progress: Progress | None = None) -> list[Ledger]:
@@ -171,7 +172,7 @@ class BasePair:
         if hashed:
             with ledger.clock("hash"):
                 metadata = build_metadata(ledger)
-                metadata |= prefix_notes(notes or {})
+                metadata |= prefix_notes(notes() if notes else {})
         moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
         moved = weigh_adapter(moved, ledger.block_factors)
         ledger.weigh_rows()
@@ -179,12 +180,16 @@ class BasePair:
             form = OutputForm.of(options)
             fitted = form.fit(moved)
         verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+        kept = adapters.find_kept(fitted, form.format or "auto", form.dtype)
         report = build_report(
             ledger,
             describe_cuts(ledger.rows.values(), moved, fitted),
             vectors,
             asked=ledger.asked or options.method,
             verdict=verdict,
+            kept_energy={} if kept else dict(ledger.adapter.kept_energy),
+            as_stored=kept is not None,
+            base_dependent=kept.depend_on_base if kept else 0,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},
         )
@@ -192,13 +197,17 @@ class BasePair:
         return pack_result(fitted, moved, report, inputs, form)
 
 
-def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter:
+def read_lora(
+    lora: LoraLike, source: Base, depth: Depth = "updates", *, keep_stored: bool = False
+) -> Adapter:
     """Reads the LoRA; DoRA, OFT and GLoRA need their base for it."""
     if isinstance(lora, Adapter):
         return lora
     if depth == "updates":
         names = adapters.BaseNames(source.family, source.shapes)
-        return adapters.read_adapter(lora, read_weight=source.read, base=names)
+        return adapters.read_adapter(
+            lora, read_weight=source.read, base=names, keep_stored=keep_stored
+        )
     header = depth == "header"
     return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
 
