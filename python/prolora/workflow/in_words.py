@@ -42,7 +42,7 @@ EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
 """What reports and headers call the making of a LoRA that was not moved."""
 
 LITTLE = 0.4
-"""Of a LoRA of which less than this has a place, little is to be expected."""
+"""A LoRA that keeps less than this share on the target promises little."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def judge(
         placed: the share of the LoRA with a counterpart on the target; None without a LoRA.
         bases: the names of source and target.
         few_steps: whether the target draws in few steps; None where its files do not tell.
-        promised: whether the LoRA is copied at strength 1, of which something is known.
+        promised: whether the LoRA is copied at strength 1, the measured case.
     """
     source, target = bases
     if verdict is None:
