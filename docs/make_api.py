@@ -84,7 +84,7 @@ def render_page() -> str:
     package = griffe.load("prolora", search_paths=[str(ROOT / "python")], docstring_parser="google")
     _tell_options(package)
     exported = [str(name) for name in package.exports or [] if not str(name).startswith("_")]
-    errors = [name for name, one in package["errors"].members.items() if _is_error(one)]
+    errors = [name for name, one in package["errors"].classes.items() if _is_error(one)]
     groups = GROUPS | {"Errors": [name for name in exported if _is_error(package[name])]}
     named = {name for names in groups.values() for name in names}
     groups["Others"] = [name for name in exported if name not in named]

@@ -222,7 +222,7 @@ def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, model
     words = sys.modules["comfyui_prolora.words"]
     options = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
     for option in options - {"method", "format", "out_rank"}:
-        for named in (f"`{option}`", f"`{option}=True`", "`plan_migration()`", "--flag"):
+        for named in (f"`{option}`", f"`{option}=True`", "`transfer_many()`", "--flag"):
             said = words.explain(prolora.ProLoRAError(f"It is broken; take {named} instead."))
             assert said == "It is broken"
     moved = "this LoRA was already moved, but `source` is c; give b as `source`; or `again=True`"

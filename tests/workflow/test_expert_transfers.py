@@ -24,7 +24,7 @@ def test_one_lora_becomes_a_file_for_each_expert(tmp_path, target):
     ]
     for outcome, part in zip(outcomes, ("transformer", "transformer_2"), strict=True):
         alone = tmp_path / "alone.safetensors"
-        prolora.transfer(lora, source, target / part, out=alone, method="prolora")
+        prolora.transfer(lora, source, target / part, out=alone, method="prolora", overwrite=True)
         wanted, found = load_file(alone), load_file(outcome.out)
         assert wanted.keys() == found.keys()
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)

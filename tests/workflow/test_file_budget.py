@@ -245,7 +245,7 @@ def test_biases_alone_cannot_be_cut():
 
 
 @pytest.mark.parametrize("method", ["copy", "prolora"])
-def test_files_fit_alone_and_together_and_are_made_again_for_another_size(tmp_path, method):
+def test_files_fit_alone_and_together_and_are_not_those_of_another_size(tmp_path, method):
     lora, source, target = write_case(tmp_path)
     options = {"method": method, "threshold": 0, "dtype": torch.float16, "format": "diffusers"}
     alone = tmp_path / "alone.safetensors"
@@ -261,8 +261,7 @@ def test_files_fit_alone_and_together_and_are_made_again_for_another_size(tmp_pa
     first = moved("5900B")
     assert first.status == "moved" and 5000 < first.out.stat().st_size <= 5900
     assert first.report.file_limit == 5900
-    assert [moved(size).status for size in ("5900B", "5800B")] == ["already there", "moved"]
-    assert first.out.stat().st_size <= 5800
+    assert [moved(size).status for size in ("5900B", "5800B")] == ["already there", "failed"]
 
 
 def test_rows_that_a_part_does_not_use_do_not_widen_a_fused_weight():

@@ -147,7 +147,7 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
     assert merged[0]["trigger"] == "catto" and merged[0]["digest"].startswith("sha256:")
     assert prolora.check(out).trigger_words[0] == "catto, doggo"
     assert [part.name for part in report.merge.parts] == ["cat", "dog"]
-    again = prolora.merge(paths, out=out, strengths=(1, 0.5)).report  # its own result is replaced
+    again = prolora.merge(paths, out=out, strengths=(1, 0.5), overwrite=True).report
     assert again.totals == report.totals
     with pytest.raises(errors.OutputError):
         prolora.merge(paths, out=paths[1])
@@ -236,7 +236,7 @@ def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
     save_file(half, tmp_path / "half.safetensors")
     prolora.merge([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out=out)
     assert {v.dtype for v in load_file(out).values()} == {torch.float32}  # holds both
-    prolora.merge([tmp_path / "small.safetensors"] * 2, out=out)
+    prolora.merge([tmp_path / "small.safetensors"] * 2, out=out, overwrite=True)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
 
 
@@ -366,7 +366,9 @@ def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
     out = tmp_path / "out.safetensors"
     text = f"{stack}.0=0, {stack}.1=0.5;"
     for asked in (blocks, text):
-        report = prolora.merge(paths, out=out, blocks=asked, strengths=(2, 1)).report
+        report = prolora.merge(
+            paths, out=out, blocks=asked, strengths=(2, 1), overwrite=True
+        ).report
         factors = {0: 0.0, 1: 0.5, 2: 1.0}
         first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
         assert error(adapters.read_adapter(out), add([first, made[1][1]], (2, 1))) < 1e-6

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.errors import InvalidOption, MissingFile, OutputError
+from prolora.workflow.by_weights.base_pair import BasePair
 from prolora.workflow.fleet import migration, on_ray
 
 HOW = {"method": "copy"}
+RAY = "ray::", "raylet", "gcs_server"
 
 
 @pytest.fixture
@@ -166,11 +168,11 @@ def test_kills_and_two_drivers_lose_nothing(tmp_path):
     assert results(out) == results(tmp_path / "expected") and len(results(out)) == expected
 
 
-def processes_of_ray():
-    """Those whose command names Ray."""
+def processes_of(*words):
+    """Those whose command has one of the words in it."""
     found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
     lines = found.stdout.splitlines()
-    return {x.split()[0] for x in lines if "ray::" in x or "raylet" in x or "gcs_server" in x}
+    return {line.split()[0] for line in lines if any(word in line for word in words)}
 
 
 @pytest.mark.slow
@@ -178,16 +180,14 @@ def test_ray_moves_the_same_and_a_hung_or_killed_process_takes_nothing_along(tmp
     pytest.importorskip("ray", reason="Ray is not installed")
     collection = many(tmp_path, 6)
     run(collection, tmp_path / "expected")
-    before = processes_of_ray()
+    before = processes_of(*RAY)
     monkeypatch.setattr(on_ray, "TIME_LIMIT", 15.0)
     struck = []
 
     def strike(done, total, name):
         """Freezes one worker and kills another, after some results."""
         if done in (3, 6) and len(struck) < 2:
-            lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True)
-            works = [x.split()[0] for x in lines.stdout.splitlines() if "ray::" in x]
-            works = [x for x in works if x not in before and x not in struck]
+            works = [x for x in processes_of("ray::_work") if x not in struck]
             if works:
                 struck.append(works[0])
                 os.kill(int(works[0]), signal.SIGSTOP if len(struck) == 1 else signal.SIGKILL)
@@ -197,13 +197,29 @@ def test_ray_moves_the_same_and_a_hung_or_killed_process_takes_nothing_along(tmp
     assert len(struck) == 2 and counts["refused"] == 2
     assert results(tmp_path / "out") == results(tmp_path / "expected")
     for _ in range(100):
-        if not processes_of_ray() - before:
+        if not processes_of(*RAY) - before:
             break
         time.sleep(0.1)
-    assert not processes_of_ray() - before
+    assert not processes_of(*RAY) - before
 
 
 def test_a_missing_ray_is_named(collection, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(prolora.ProLoRAError, match=r"prolora\[ray\]"):
         run(collection, tmp_path / "out", ray="local")
+
+
+def test_a_lora_that_is_exchanged_while_it_moves_is_refused(collection, tmp_path, monkeypatch):
+    loras, source, (target, _) = collection
+    lora, plan = loras / "a.safetensors", BasePair.plan
+
+    def exchange(pair, taken, *rest):
+        save_file(some_tensors(3, 12), lora)
+        return plan(pair, taken, *rest)
+
+    monkeypatch.setattr(BasePair, "plan", exchange)
+    (moved,) = prolora.migrate(lora, source, target, tmp_path / "out", **HOW)
+    assert moved.status == "refused" and "was changed while it was in use" in moved.error
+    monkeypatch.undo()
+    (moved,) = prolora.migrate(lora, source, target, tmp_path / "out", **HOW)
+    assert moved.status == "moved" and not list((tmp_path / "out").rglob("*.failed.json"))

@@ -82,8 +82,8 @@ def test_an_adapter_is_not_written_into_a_folder_that_holds_a_base(case, tmp_pat
     models = tmp_path / "models"
     base = shutil.copytree(target, models / "target")
     before = sorted(models.rglob("*"))
-    with pytest.raises(prolora.errors.OutputError, match="for the adapter only"):
-        prolora.transfer(lora, source, base, out=models / inner, format="peft")
+    with pytest.raises(prolora.errors.OutputError, match="holds the input"):
+        prolora.transfer(lora, source, base, out=models / inner, format="peft", overwrite=True)
     assert sorted(models.rglob("*")) == before
 
 

@@ -21,7 +21,7 @@ from mini import (
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora import errors, transfer
+from prolora import errors
 from prolora.files.safetensors_file import SafetensorsFile
 
 BY_BASES = [name for name, method in prolora.METHODS.items() if method.split]
@@ -125,7 +125,7 @@ def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypa
     lora, source, target = case
     done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
-    dry = transfer(lora, source, target, dry_run=True).report
+    dry = prolora.transfer(lora, source, target, dry_run=True).report
     assert dry.totals.keys() == done.report.totals.keys()
     for key in ("mapped", "skipped", "refused", "coverage"):
         assert dry.totals[key] == done.report.totals[key]
@@ -194,14 +194,14 @@ def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
 def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
     lora, source, target = case
     done = prolora.transfer(lora, source, target)
-    for _ in range(2):
-        done.save(tmp_path / "peft", format="peft")
+    for overwrite in (False, True):
+        done.save(tmp_path / "peft", format="peft", overwrite=overwrite)
     again = prolora.transfer(tmp_path / "peft", target, target, again=True)
     assert set(again.adapter.updates) == set(shapes(2))
     with pytest.raises(errors.OutputError):
-        again.save(tmp_path / "peft", format="peft")
+        again.save(tmp_path / "peft", format="peft", overwrite=True)
     with pytest.raises(errors.OutputError, match=r"directory|folder"):
-        done.save(tmp_path / "peft", format="kohya")
+        done.save(tmp_path / "peft", format="kohya", overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["mapping", "module", "base"])

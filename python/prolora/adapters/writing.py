@@ -18,6 +18,7 @@ from .folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
 from .formats import metadata as headers
 from .formats.peft_config import METADATA_KEY
+from .formats.stored import KeptTensors, find_stored, verify_stored
 from .lora import StrPath
 from .verification import verify_output
 
@@ -34,6 +35,9 @@ def write_adapter(
     overwrite: bool = False,
 ) -> None:
     """Writes a LoRA with scale 1 for every loader: alpha = rank, or no alpha.
+
+    An adapter that was read with `keep_stored` and not changed is written as its file holds it,
+    where neither format nor dtype is asked for and the format has a place for all of it.
 
     The output is built beside `path`, read back as any user would, compared with `adapter` module
     by module, and only then renamed.
@@ -53,22 +57,26 @@ def write_adapter(
         OutputExists: something has that name.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
+    kept = find_kept(adapter, format, dtype)
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
     adapter = _move_to_cpu(adapter)
-    tensors = encoding.encode_adapter(adapter, chosen, stored)
-    header = _file_metadata(adapter, chosen)
+    tensors = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
+    header = _file_metadata(adapter, chosen, kept)
     if chosen == "kohya":
         header.update(headers.compute_hashes(tensors, header))
 
     def write(output: Path) -> None:
         if chosen == "peft":
             fill_safetensors(output / PEFT_WEIGHTS, tensors, header, path)
-            (output / PEFT_CONFIG).write_bytes(_config_text(adapter).encode())
+            (output / PEFT_CONFIG).write_bytes(_config_text(adapter, kept).encode())
         else:
             fill_safetensors(output, tensors, header, path)
-        verify_output(output, adapter, chosen, stored, path)
+        if kept:
+            verify_stored(output, tensors, kept, adapter, path)
+        else:
+            verify_output(output, adapter, chosen, stored, path)
 
     put(path, write, overwrite=overwrite, folder=chosen == "peft")
 
@@ -96,15 +104,36 @@ def encode_state_dict(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
         OutputError: no module is left in the adapter, or it reads back differently.
     """
+    kept = find_kept(adapter, format, dtype)
+    kept = None if kept and kept.need_config else kept
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     where = "the state dict"
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{where}: not made, because no module is left in the adapter")
     adapter = _move_to_cpu(adapter)
-    encoded = encoding.encode_adapter(adapter, chosen, stored)
+    encoded = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
     tensors = {key: tensor.detach().clone() for key, tensor in encoded.items()}
-    verify_output(tensors, adapter, chosen, stored, where)
+    if kept:
+        verify_stored(tensors, tensors, kept, adapter, where)
+    else:
+        verify_output(tensors, adapter, chosen, stored, where)
     return tensors
+
+
+def find_kept(
+    adapter: Adapter, format: str = "auto", dtype: torch.dtype | None = None
+) -> KeptTensors | None:
+    """Returns the stored tensors that are written as they are; None where factors are.
+
+    Args:
+        adapter: what is written.
+        format: as `write_adapter` takes it.
+        dtype: likewise.
+    """
+    if format != "auto" or dtype is not None or not adapter.stored:
+        return None
+    resolved, _ = groups.resolve_format(adapter, format)
+    return find_stored(adapter, check_format(adapter, format)) if resolved is adapter else None
 
 
 def adapter_file_size(
@@ -142,10 +171,15 @@ def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
     return stored
 
 
-def _file_metadata(adapter: Adapter, format: str) -> dict[str, str]:
+def _file_metadata(
+    adapter: Adapter, format: str, kept: KeptTensors | None = None
+) -> dict[str, str]:
     """Returns the file's metadata without kohya's hashes."""
-    header = headers.clean_metadata(adapter.metadata, format, encoding.file_ranks(adapter, format))
-    table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
+    header = headers.clean_metadata(
+        adapter.metadata, format, None if kept else encoding.file_ranks(adapter, format)
+    )
+    owners = kept.owners if kept else {}
+    table = encoding.diffusers_metadata(adapter, owners) if format == "diffusers" else None
     if table is not None:
         header[METADATA_KEY] = json.dumps(table)
     return header
@@ -161,9 +195,10 @@ def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
     return encoding.peft_config(adapter)
 
 
-def _config_text(adapter: Adapter) -> str:
+def _config_text(adapter: Adapter, kept: KeptTensors | None = None) -> str:
     """Writes PEFT's adapter_config.json as text."""
-    return json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True) + "\n"
+    config = encoding.peft_config(adapter, owners=kept.owners if kept else {})
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def check_format(adapter: Adapter, format: str) -> str:

@@ -77,12 +77,12 @@ def compute_short_hash(base: Base) -> str | None:
 
 
 def compute_hint(base: Base) -> str:
-    """Returns "hint:…", of a few pieces of every file; "" for a base from memory.
+    """Returns "hint:1:…", of a few pieces of every file; "" for a base from memory.
 
     Where it is equal, two bases need not be; a header has it to know a renamed base again.
     """
     parts = sorted(hash_parts(_probe(file, _HINT_BYTES)) for file in base.files)
-    return f"hint:{hash_parts(parts)[:16]}" if parts else ""
+    return f"hint:{len(parts)}:{hash_parts(parts)[:16]}" if parts else ""
 
 
 def _probe(file: Path, size: int) -> Iterator[bytes]:
@@ -108,7 +108,7 @@ def is_identical(
     Returns:
         None where the two cannot be compared.
     """
-    if identity.startswith("hint:") and base.files:
+    if identity.startswith(f"hint:{len(base.files)}:"):
         return compute_hint(base) == identity
     kind = "sha256:" if len(base.files) == 1 else "files:"
     if not base.files or not identity.startswith(kind):

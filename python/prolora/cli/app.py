@@ -24,8 +24,8 @@ from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epil
 from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
-from .migrate import MigrateCommand, migrate
-from .options import JsonOption, OverwriteOption, path_option
+from .migrate import migrate
+from .options import BriefCommand, JsonOption, OverwriteOption, path_option
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
 
@@ -94,7 +94,7 @@ app.command(
     ),
 )(merge)
 app.command(
-    cls=MigrateCommand,
+    cls=BriefCommand,
     epilog=write_epilog(
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ --target new/ -o moved/",
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ -o moved/ --shard 2/8",

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,6 @@ from ..workflow.options import TransferOptions
 from .console import answer, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
-    BriefCommand,
     HelpAllOption,
     JsonOption,
     Resources,
@@ -30,40 +29,21 @@ _SHOWN = 8
 """Reasons for refusals that are shown."""
 
 
-class MigrateCommand(BriefCommand):
-    """`prolora migrate`, whose short help has what only it takes."""
-
-    beside: ClassVar[set[str]] = {*BriefCommand.beside, "ray", "shard"}
-
-
 @dataclass
-class Collection:
-    """The bases of a migration."""
+class Work:
+    """The bases, where the results go, and who does the work."""
 
     source: Annotated[
         list[str],
-        base_option(
-            "Base model that the LoRAs were trained on: file, folder or hub id. With several "
-            "--source, each LoRA's header and keys tell which it belongs to."
-        ),
+        base_option("Base model of the LoRAs; of several, each LoRA's header tells which."),
     ]
     target: Annotated[list[str], base_option("Base model to move to; may be repeated.")]
-
-
-@dataclass
-class Work:
-    """Where the results go, and who does the work."""
-
-    panel: ClassVar[str] = "Output"
     output: Annotated[
         Path | None, path_option("Folder of the results.", "--output", "-o", metavar="FOLDER")
     ] = None
     ray: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Ray cluster that does the work; local starts one here.",
-        ),
+        typer.Option(metavar="ADDRESS", help="Ray cluster to work on; local starts one here."),
     ] = None
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only this part, as 2/8, for array jobs.")
@@ -82,9 +62,8 @@ def migrate(
             metavar="LORAS", help="LoRA files, folders, text files that list them, or hub ids."
         ),
     ],
-    bases: Collection,
-    moving: TransferOptions,
     work: Work,
+    moving: TransferOptions,
     resources: Resources,
     help_all: HelpAllOption = False,
 ) -> None:
@@ -95,7 +74,7 @@ def migrate(
     with progress_bar("migrate", not work.as_json) as progress:
         options = replace(moving, **resources.read(not work.dry_run), progress=progress)
         how = {"ray": work.ray, "shard": work.shard, "dry_run": work.dry_run}
-        found = run_migration(loras, bases.source, bases.target, work.output or "", options, **how)
+        found = run_migration(loras, work.source, work.target, work.output or "", options, **how)
     refused = [moved for moved in found if moved.status == "refused"]
     if work.as_json:
         answer.give([asdict(moved) for moved in found])

@@ -369,7 +369,9 @@ class BriefCommand(TyperCommand):
     """
 
     told: ClassVar[type] = TransferOptions
-    beside: ClassVar[set[str]] = {"source", "target", "output", "report", "dry_run", "help_all"}
+    beside: ClassVar[set[str]] = set(
+        "source target output report dry_run ray shard help_all".split()
+    )
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help; the short one has the basic options alone, in a sentence each."""

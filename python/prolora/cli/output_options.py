@@ -13,7 +13,7 @@ from .options import JsonOption, path_option
 
 @dataclass
 class FileOutput:
-    """What is written, and what is shown, where no card goes with it."""
+    """Options of what is written and shown, without a card."""
 
     panel: ClassVar[str] = "Output"
     card = False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
+from ..adapters.lora import Lora
 from ..bases.cache.cache_folder import measure_cache
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
@@ -25,7 +26,7 @@ from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_folder
 from ..workflow.report import Report
-from ..workflow.result import AnyOptions
+from ..workflow.result import VERDICT, AnyOptions
 from ..workflow.transfer import transfer as transfer_lora
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
@@ -302,10 +303,12 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
                     out.print_line(f"wrote {outcome.out}")
         return
     report = outcomes[0].report
-    if report is not None:
+    if outcomes[0].kept:
+        with Lora.open(outcomes[0].out) as kept:
+            out.print(kept.metadata.get(VERDICT, ""))
+        out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
+    elif report is not None:
         show_report(report)
-        if outcomes[0].kept:
-            out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
             readers = tell_readers(check(outcomes[0].out).readers)

@@ -1,4 +1,4 @@
-"""What a LoRA is, whether it is for a base, and what a transfer would say: `check`."""
+"""What a LoRA is, and whether it fits a base: `check`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Check:
-    """What a file is and, where bases were given, whether it is for them.
+    """What a file is and whether it is for the given bases.
 
     It is true where nothing speaks against using the file as asked.
     """
@@ -156,7 +156,7 @@ class Check:
         return "\n".join([f"{self.mark} {self.headline}", *facts])
 
     def facts(self) -> list[tuple[str, str]]:
-        """What is known of the file, as names and texts."""
+        """Returns what is known of the file, as names and texts."""
         said = (*self.move.lines, *self.move.cautions) if self.move else ()
         found = [("", line) for line in said]
         found += [("file", Path(self.path).name), ("kind", self._tell_kind())]
@@ -192,7 +192,7 @@ class Check:
         return ", ".join([_KINDS[self.kind], *filter(None, words)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Returns everything, ready for JSON."""
         told = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
         told["fit"] = self.fit and self.fit.to_dict()
         return told | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
@@ -306,7 +306,7 @@ def check_tensors(opened: Lora) -> Check:
 def _describe_contents(
     opened: Lora, contents: Contents, scales: Mapping[str, float], found: Check
 ) -> Check:
-    """What was found of a LoRA that is read."""
+    """Describes a LoRA that is read."""
     slots, shapes = contents.slots, measure_modules(contents.slots)
     paths = [slot.module for slot in slots] or [one.module for one in contents.vectors]
     spelling = most_common_spelling(slot.module for slot in slots)
@@ -315,7 +315,7 @@ def _describe_contents(
     families = guess_families(whole, opened.metadata, spelling, list_matrices(opened))
     kinds = count_values([slot.kind for slot in slots] or ["norm"])
     format = "peft" if opened.config is not None else paths[0].format
-    # What programs do with other kinds was not tried.
+    # Programs were not tried with other kinds.
     tried = not set(kinds) - {"lora", "locon"}
     language = not families and is_language_model(shapes)
     # Text encoders go last.
@@ -361,7 +361,10 @@ def _read_alpha(slot: Slot, opened: Lora) -> str:
 
 
 def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
-    """A file that is not read as a LoRA: a base, an adapter of another kind, or neither."""
+    """Describes a file that is not read as a LoRA.
+
+    A base, an adapter of another kind, or neither.
+    """
     kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
     if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
         try:

@@ -343,6 +343,9 @@ class _Difference:
             target_short_hash=compute_short_hash(base),
             provenance={key: text for key, text in notes.items() if text},
         )
+        whole = compute_identity(base) or ""
+        if whole.startswith("sha256:"):
+            metadata["ss_new_sd_model_hash"] = whole.removeprefix("sha256:")
         del metadata["modelspec.merged_from"]
         metadata["ss_training_comment"] = f"extracted from {tuned.name} by prolora"
         return metadata

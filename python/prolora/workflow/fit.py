@@ -160,7 +160,7 @@ def _fit_into(
     out: Path, recipe: Recipe, options: FitOptions, common: CommonParts | None = None
 ) -> Transfer:
     inputs = recipe.lora, recipe.source, recipe.target
-    return save_result(fit_to_pipelines(*inputs, options, recipe.describe(), common), out, options)
+    return save_result(fit_to_pipelines(*inputs, options, recipe.describe, common), out, options)
 
 
 def _attempt(

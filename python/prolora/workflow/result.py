@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..files.store import replace_surrogates
 from .by_weights.file_budget import OutputForm
 from .convert_options import ConvertOptions
 from .extract_options import ExtractOptions
@@ -20,6 +21,9 @@ from .merge_options import MergeOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
 from .report import Report
+
+VERDICT = "prolora.verdict"
+"""The entry of a header that tells again what was told when the file was written."""
 
 AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
 """Of a job that writes a LoRA."""
@@ -84,10 +88,10 @@ class Transfer:
     def state_dict(
         self, format: FormatLike | None = None, *, dtype: DtypeLike | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of the file that `save` writes, without a file.
+        """Returns the tensors of the file that `save` writes, without a file.
 
-        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a
-        diffusers pipeline of the target.
+        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a diffusers
+        pipeline of the target.
 
         Args:
             format: as `save` takes it.
@@ -107,7 +111,7 @@ class Transfer:
         )
 
     def peft_config(self) -> dict[str, Any]:
-        """The keywords of a `peft.LoraConfig` that fits `state_dict("peft")`, with a scale of 1.
+        """Returns the keywords of a `peft.LoraConfig` for `state_dict("peft")`, scale 1.
 
         Raises:
             UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
@@ -118,14 +122,18 @@ class Transfer:
 def pack_result(
     fitted: Adapter, whole: Adapter, report: Report, inputs: list[Path], form: OutputForm
 ) -> Transfer:
-    """What was made, as it fits a form; the report says whether `whole` had to be cut for it."""
+    """Packs a result as it fits a form; reports whether it was cut."""
     told = replace(report, file_limit=None if fitted is whole else form.limit)
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
 
 def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
-    """Writes a result and returns it, with the time that writing took in its report."""
+    """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
+    if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
+        words = done.report.in_words()
+        told = {VERDICT: replace_surrogates(f"{words.mark} {words.headline}")}
+        done = replace(done, adapter=replace(done.adapter, metadata=done.adapter.metadata | told))
     done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done, report=replace(done.report, seconds=seconds))

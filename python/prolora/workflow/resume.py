@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -18,14 +18,15 @@ from ..adapters.lora import Lora
 from ..bases import Base
 from ..comparison.module_map import Matching
 from ..core.option_fields import read_shown
-from ..errors import ProLoRAError, input_error
+from ..errors import ProLoRAError, UnsupportedFormat, input_error
 from ..files.hashing import hash_parts, read_blocks
 from ..version import __version__
 from .by_weights.rows import list_missed
 from .fit_options import FitOptions
 from .options import TransferOptions
 
-BaseName = str | list[list[str | int]]
+States = list[list[str | int]]
+BaseName = str | States
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Recipe:
         options: as they were asked for.
         lora_hash: "sha256:…" of the LoRA.
         bases: how the header names source and target.
+        seen: the states of the LoRA's files before they were hashed.
     """
 
     lora: Path
@@ -51,6 +53,7 @@ class Recipe:
     options: TransferOptions | FitOptions
     lora_hash: str
     bases: tuple[BaseName, ...]
+    seen: States
 
     @classmethod
     def of(
@@ -74,8 +77,12 @@ class Recipe:
             UnsupportedFormat: the LoRA cannot be read.
         """
         Lora.open(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
-        names: tuple[BaseName, ...] = digests or (_list_states(source), _list_states(target))
-        return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}", names)
+        seen = _list_states(list_files(lora))
+        names: tuple[BaseName, ...] = digests or (
+            _list_states(source.files),
+            _list_states(target.files),
+        )
+        return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}", names, seen)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -93,7 +100,13 @@ class Recipe:
         return [__version__, self.lora_hash, self.facts]
 
     def describe(self) -> dict[str, str]:
-        """Returns the two entries of a result's header."""
+        """Returns the two entries of a result's header.
+
+        Raises:
+            UnsupportedFormat: the LoRA was changed since it was hashed.
+        """
+        if _list_states(list_files(self.lora)) != self.seen:
+            raise UnsupportedFormat(f"{self.lora}: was changed while it was in use; run again")
         return {"lora_hash": self.lora_hash, "recipe": json.dumps(self.facts, sort_keys=True)}
 
     def is_made(self, out: Path) -> bool:
@@ -122,19 +135,19 @@ class Recipe:
         return (*list_missed(outline, self.options.text_encoder), *unknown)
 
 
-def _list_states(base: Base) -> list[list[str | int]]:
-    """The name, size and time of each file of a base."""
-    states = [(file.name, file.stat()) for file in sorted(base.files)]
+def _list_states(files: Iterable[Path]) -> States:
+    """Lists name, size and time of each file of a base."""
+    states = [(file.name, file.stat()) for file in sorted(files)]
     return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
 def _jsonable(value: Any) -> Any:
-    """An option as JSON can hold it."""
+    """Converts an option for JSON."""
     if isinstance(value, Matching):
         return "similarity"  # which the two bases determine
     if isinstance(value, Mapping):
         pairs = {str(key): _jsonable(item) for key, item in value.items()}
-        # Of block weights the last name that fits decides; of a map the order is nothing.
+        # In block weights the last name that fits decides; in a map the order means nothing.
         return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
         return hash_adapter(Path(value)) if Path(value).exists() else str(value)
@@ -142,14 +155,19 @@ def _jsonable(value: Any) -> Any:
 
 
 def hash_adapter(path: Path) -> str:
-    """SHA-256 of a LoRA's file, or of the files of its folder; it may be an id on the hub.
+    """Computes SHA-256 of a LoRA's file or folder, or of a hub id's.
 
     Raises:
-        UnsupportedFormat: one of them cannot be read.
+        UnsupportedFormat: it cannot be read.
     """
-    path = locate_adapter(path)
     try:
-        files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
-        return hash_parts(block for file in files if file.is_file() for block in read_blocks(file))
+        return hash_parts(block for file in list_files(path) for block in read_blocks(file))
     except (OSError, ValueError) as error:
         raise input_error(path, error) from error
+
+
+def list_files(lora: Path) -> list[Path]:
+    """Returns the files that a LoRA is read from; it may be an id on the hub."""
+    path = locate_adapter(lora)
+    files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
+    return [file for file in files if file.is_file()]

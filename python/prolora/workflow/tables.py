@@ -36,7 +36,7 @@ SHOWN_STRENGTHS = STRENGTHS[1:]
 def tabulate_moved(
     title: str, rows: Sequence[ModuleReport], every_module: bool, is_planned: bool
 ) -> Table:
-    """What moved: a row for each part of the model, or for each module.
+    """Tabulates what moved, by part of the model or module.
 
     Args:
         title: of the table.
@@ -61,7 +61,7 @@ def tabulate_moved(
 
 
 def _write_angle(rows: Sequence[ModuleReport]) -> str:
-    """The median and the largest principal angle in degrees."""
+    """Writes the median and the largest principal angle in degrees."""
     angle = average_measures(rows, lambda m: m.angle)
     largest = average_measures(rows, lambda m: m.largest_angle)
     if angle is None or largest is None:
@@ -70,7 +70,7 @@ def _write_angle(rows: Sequence[ModuleReport]) -> str:
 
 
 def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table:
-    """Every module of the LoRA in the order of the model, those too that did not move."""
+    """Tabulates every module of the LoRA in model order, moved or not."""
     total = sum(row.energy for row in modules)
     renamed = any(row.target not in (None, row.source) for row in modules)
     known = () if is_planned else _COLUMNS
@@ -92,12 +92,12 @@ def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table
 
 
 def write_shape(shape: Sequence[int]) -> str:
-    """`320×768`."""
+    """Writes a shape as `320×768`, or a dash."""
     return "×".join(map(str, shape)) or NOTHING
 
 
 def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
-    """Where in the model a LoRA was kept."""
+    """Maps where in the model a LoRA was kept."""
     spots = []
     for row in modules:
         share = None if is_planned else share_kept(row)
@@ -109,10 +109,10 @@ def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
 
 
 def share_kept(row: ModuleReport) -> float | None:
-    """The share of a module's energy that is on the target, strength and cut rank included.
+    """Returns the share of a module's energy that is on the target.
 
-    Above 1 where an update became larger; None where a fitted update has nothing to be compared
-    with.
+    Strength and cut rank included. Above 1 where an update became larger; None where a fitted
+    update has nothing to be compared with.
     """
     if row.status != "mapped":
         return 0.0
@@ -121,12 +121,12 @@ def share_kept(row: ModuleReport) -> float | None:
 
 
 def share_written(row: ModuleReport) -> float:
-    """‖ΔW_t‖²/‖ΔW_s‖² of what was written; NaN where there is nothing to compare with."""
+    """Returns ‖ΔW_t‖²/‖ΔW_s‖² of what was written, or NaN."""
     return row.surviving_energy * (1 - row.rank_cut_energy)
 
 
 def describe_module(row: ModuleReport, share: float | None) -> str:
-    """A module in a line: its name, what became of it and why."""
+    """Describes a module in a line: name, what became of it, why."""
     if row.status != "mapped":
         return f"{row.source}: {row.status}, {row.reason}"
     kept = "" if share is None else f" {share:.0%} kept,"
@@ -135,7 +135,7 @@ def describe_module(row: ModuleReport, share: float | None) -> str:
 
 
 def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:
-    """Why modules have no place on the target; None where all of them have one."""
+    """Tabulates why modules were left behind; None if all moved."""
     counts = Counter((row.status, row.reason) for row in modules if row.status != "mapped")
     columns = Column("why"), Column("status"), Column("n", "d")
     rows = [Row((why, status, count)) for (status, why), count in counts.most_common()]
@@ -143,7 +143,7 @@ def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:
 
 
 def tabulate_bands(bands: Iterable[BandReport]) -> Table:
-    """What crossed between two latent spaces: a row for each band of the change."""
+    """Tabulates what crossed between two latent spaces, by band."""
     columns = Column("band"), Column("of the wanted change", ".0%"), Column("reached", ".0%")
     rows = [Row((band.name, band.energy, band.reached)) for band in bands]
     return make_table("What crossed, on held-out probes", columns, rows)
@@ -152,7 +152,7 @@ def tabulate_bands(bands: Iterable[BandReport]) -> Table:
 def tabulate_decisions(
     decisions: Sequence[BlockDecision], unused: Sequence[str], every_block: bool
 ) -> Table:
-    """Where blocks came from: a row for each stack of blocks, or for each block."""
+    """Tabulates where blocks came from, by stack or by block."""
     title = f"Blocks matched by similarity; {len(unused)} of the source's are not used"
     score, margin = Column("score", ".2f"), Column("margin", ".2f")
     if every_block:
@@ -188,7 +188,7 @@ def tabulate_decisions(
 
 
 def _write_origins(stack: str, decisions: list[BlockDecision]) -> str:
-    """`0←0 1←3`, with the source's stack of blocks where it is another."""
+    """Writes `0←0 1←3`, with the source's stack if it differs."""
     origins = []
     for decision in decisions:
         origin, _, index = (decision.source or "").rpartition(".")

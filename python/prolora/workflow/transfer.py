@@ -11,7 +11,7 @@ from ..adapters import read_adapter
 from ..bases import Base, BaseLike, open_base
 from ..files.hub import keep_path
 from .best import BestWay
-from .by_weights.base_pair import list_inputs, move_lora, preview_move
+from .by_weights.base_pair import list_inputs, move_lora
 from .dry_run import plan_report
 from .fit_options import FitOptions
 from .options import (
@@ -42,7 +42,7 @@ def transfer(
     dry_run: bool = False,
     **changes: Unpack[OptionChanges],
 ) -> Transfer:
-    """Turns a LoRA of one base model into the LoRA of another, without training and without data.
+    """Moves a LoRA to another base model, without training and without data.
 
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
@@ -54,7 +54,7 @@ def transfer(
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
         dry_run: say what would be done, from headers alone; nothing is written.
-        **changes: options by name, in place of those.
+        **changes: options by name, in place of these.
 
     Returns:
         The LoRA of the target, with the report; after a dry run a report alone.
@@ -100,13 +100,12 @@ def _move_file(
     ways = [way.by_weights, way.by_fit] if way else [options]
     recipes = [Recipe.of(file, *bases, how) for how in ways]
     if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
-        told = plan_report(file, *bases, options) if way else preview_move(file, *bases, options)
-        return replace(pack_plan(told), adapter=read_adapter(out))
+        return replace(pack_plan(plan_report(file, *bases, options)), adapter=read_adapter(out))
     check_output(out, list_inputs(file, *bases), options.overwrite)
     if way:
         done = way.move(file, for_file=True)
     else:
-        done = move_lora(file, *bases, options, recipes[0].describe())
+        done = move_lora(file, *bases, options, recipes[0].describe)
     if options.progress:
         moved = len(done.adapter.updates)
         options.progress(moved, moved, f"writing {out.name}")

@@ -121,15 +121,26 @@ def _replace_entry(metadata: dict[str, str], key: str, value: str | None) -> Non
         metadata[key] = value
 
 
-def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict[str, str]:
+def clean_metadata(
+    metadata: Mapping[str, str], format: str, ranks: set[int] | None
+) -> dict[str, str]:
     """Returns the metadata of a new file, without what described only the old one.
 
     Args:
         metadata: as read or `rewrite_metadata`.
         format: of the new file.
-        ranks: all ranks in it.
+        ranks: all ranks in it; None where it holds the old tensors, as the header tells of them.
     """
     kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
+    if ranks is not None:
+        _describe_ranks(kept, format, ranks)
+    if format in ("diffusers", "peft"):
+        kept["format"] = "pt"  # transformers refuses a file without it
+    return kept
+
+
+def _describe_ranks(kept: dict[str, str], format: str, ranks: set[int]) -> None:
+    """Describes a plain LoRA of these ranks."""
     if format == "kohya":
         is_flux = kept.get("ss_base_model_version", "").startswith("flux1")
         kept.setdefault("ss_network_module", "networks.lora_flux" if is_flux else "networks.lora")
@@ -140,9 +151,6 @@ def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) ->
     if format == "kohya" or "ss_network_dim" in kept:
         dim = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
         kept["ss_network_dim"] = kept["ss_network_alpha"] = dim
-    if format in ("diffusers", "peft"):
-        kept["format"] = "pt"  # transformers refuses a file without it
-    return kept
 
 
 def blank_hashes(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -65,6 +65,15 @@ class Job:
     options: TransferOptions
     version: str = __version__
 
+    @property
+    def store(self) -> Store:
+        """The results, by the names of their targets."""
+        return Store(Path(self.folder))
+
+    def place_note(self, batch: Batch, lora: Path) -> Path:
+        """Returns the place whose note says why a LoRA was refused."""
+        return self.store.path(batch.label, str(lora), title=lora.stem, digits=_DIGITS)
+
 
 def plan_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
     """Says what would become of the LoRAs of a batch."""
@@ -101,22 +110,26 @@ def _open_mover(batch: Batch, job: Job) -> tuple[PairMover, BasisCache, tuple[st
 
 
 def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
-    """Moves the LoRAs of a batch; existing results are done.
-
-    Raises:
-        ProLoRAError: a base cannot be opened, or no result can be written.
-    """
+    """Moves the LoRAs of a batch; existing results are done."""
     with full_precision():
         mover, cache, digests = _open_mover(batch, job)
+        ends = mover.pair.source, mover.pair.target
         make_folders([Path(job.folder) / batch.label])
-        store = Store(Path(job.folder))
+
+        def name(task: Task, appended: str) -> None:
+            task.recipe = Recipe.of(task.lora, *ends, mover.asked, digests)
+            plain = name_output(task.lora, mover.asked.format or "auto", appended)
+            title, suffix, _ = plain.partition(".safetensors")
+            named = {"title": title, "suffix": suffix, "digits": _DIGITS}
+            task.out = job.store.path(batch.label, task.recipe.made_of, **named)
+
         tasks = []
         for lora, appended in batch.loras:
             task = Task(Path(lora), Path())
-            task.attempt(partial(_name_task, task, appended, batch, mover, digests, store))
+            task.attempt(partial(name, task, appended))
             if task.outcome and task.outcome.error:
                 yield note_refusal(batch, job, task.lora, task.outcome.error)
-            elif store.have(task.out):
+            elif job.store.have(task.out):
                 yield Migrated(lora, batch.label, "already there", str(task.out))
             else:
                 tasks.append(task)
@@ -126,48 +139,21 @@ def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
                 yield _tell(batch, job, task.outcome)
 
 
-def _name_task(
-    task: Task,
-    appended: str,
-    batch: Batch,
-    mover: PairMover,
-    digests: tuple[str, ...],
-    store: Store,
-) -> None:
-    """Gives a LoRA its recipe, and its result the name that follows from it."""
-    task.recipe = Recipe.of(task.lora, mover.pair.source, mover.pair.target, mover.asked, digests)
-    made_of = task.recipe.made_of
-    name = Path(name_output(task.lora, mover.asked.format or "auto", appended))
-    suffix = ".safetensors" if name.suffix == ".safetensors" else ""
-    title = name.name.removesuffix(suffix)
-    task.out = store.path(batch.label, made_of, title=title, digits=_DIGITS, suffix=suffix)
-
-
 def _tell(batch: Batch, job: Job, outcome: Outcome) -> Migrated:
-    """Reports what became of a LoRA that was moved.
-
-    Raises:
-        ProLoRAError: the system wrote nothing, and would not write the next either.
-    """
+    """Reports what became of a LoRA; raises what would stop the next one, too."""
     lora, error = outcome.lora, outcome.error
-    if isinstance(error, OutputExists):
-        error = None  # of two processes, the other was faster
-    if error is not None:
+    was_there = outcome.kept or isinstance(error, OutputExists)  # another process was faster
+    if error is not None and not was_there:
         if isinstance(error.__cause__, OSError) and lora.exists():
             raise error
         return note_refusal(batch, job, lora, error)
-    status: Any = "already there" if outcome.kept or outcome.error else "moved"
-    refusal(_place_note(batch, job, lora)).unlink(missing_ok=True)
+    refusal(job.place_note(batch, lora)).unlink(missing_ok=True)
+    status: Any = "already there" if was_there else "moved"
     return Migrated(str(lora), batch.label, status, str(outcome.out), unread=len(outcome.unread))
 
 
 def note_refusal(batch: Batch, job: Job, lora: Path, error: BaseException) -> Migrated:
     """Writes down why a LoRA was not moved; its next success removes the note."""
-    place = _place_note(batch, job, lora)
-    Store(Path(job.folder)).refuse(place, as_refusal(error), lora=str(lora))
+    place = job.place_note(batch, lora)
+    job.store.refuse(place, as_refusal(error), lora=str(lora))
     return Migrated(str(lora), batch.label, "refused", str(refusal(place)), str(error))
-
-
-def _place_note(batch: Batch, job: Job, lora: Path) -> Path:
-    store = Store(Path(job.folder))
-    return store.path(batch.label, str(lora), title=lora.stem, digits=_DIGITS)

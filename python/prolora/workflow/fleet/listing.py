@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...adapters.folder import ADAPTER_FILES
 from ...adapters.hub import fetch_adapters
-from ...errors import UnsupportedFormat
+from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.hub import find_hub_id, is_hub_address
 from ...files.outside import read_text
 
@@ -44,13 +44,19 @@ def _list_member(member: str | os.PathLike[str], around: str = "") -> Iterator[P
     path = Path(os.path.abspath(os.path.join(around, text)))
     is_there = os.path.exists(path) or bool(around and os.path.isdir(path.parent))
     if is_hub_address(text) or (not is_there and find_hub_id(text)):
-        for folder in fetch_adapters(text):
-            yield from _walk(folder)
+        try:
+            folders = fetch_adapters(text)
+        except ProLoRAError:
+            if not around:
+                raise
+            folders = [path]  # of a list, one line does not stop the others
+        for folder in folders:
+            yield from _walk(folder) if folder.is_dir() else [folder]
     elif path.is_dir():
         yield from _walk(path)
-    elif path.suffix.lower() == _WEIGHTS:
+    elif path.suffix.lower() == _WEIGHTS or around:
         yield path
-    elif path.suffix.lower() in (".txt", ".list") and not around:
+    elif path.suffix.lower() in (".txt", ".list"):
         for line in read_text(path, "utf-8-sig").splitlines():
             if line.strip() and not line.startswith("#"):
                 yield from _list_member(line.strip(), str(path.parent))

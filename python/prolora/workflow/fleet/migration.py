@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...adapters.family import claimed_family
+from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import Experts, choose_pairs, open_experts, pair_experts
-from ...errors import InvalidOption, ProLoRAError
+from ...errors import InvalidOption, ProLoRAError, UnsupportedFormat
+from ..base_check import explain_misfit, is_named_base, is_stated_base
+from ..moved_before import check_moved_before, read_header
 from ..options import (
     BEST,
     DEFAULT_OPTIONS,
@@ -28,7 +32,6 @@ from ..options import (
 from .batches import Batch, Job, Migrated, move_batch, note_refusal, plan_batch
 from .listing import list_loras
 from .on_ray import run_on_ray
-from .recognition import SourceFinder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -122,14 +125,12 @@ def assign_loras(
 ) -> tuple[list[Batch], list[Migrated]]:
     """Returns the batches of a collection, and the outcomes of LoRAs without source."""
     opened: dict[str, Experts] = {path: open_experts(path) for path in {*sources, *targets}}
-    finder = SourceFinder(
-        {path: opened[path] for path in sources}, job.options, BasisCache(job.options.cache)
-    )
+    own, cache = {path: opened[path] for path in sources}, BasisCache(job.options.cache)
     groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     refused = []
     for lora in loras:
         try:
-            source = finder.find(lora)
+            source = find_source(lora, own, job.options, cache)
             for target in targets:
                 pairs = pair_experts(opened[source], opened[target])
                 for pair, appended in choose_pairs(lora, pairs):
@@ -144,3 +145,54 @@ def assign_loras(
         for key, members in groups.items()
         for i in range(0, len(members), _BATCH)
     ], refused
+
+
+def find_source(
+    lora: Path, sources: Mapping[str, Experts], options: TransferOptions, cache: BasisCache
+) -> str:
+    """Returns the path of the base that a LoRA belongs to, by its header.
+
+    Raises:
+        UnsupportedFormat: it fits none, or several and nothing tells which.
+        AlreadyMoved: prolora moved it to a base that is none of them.
+    """
+    bases = {path: next(iter(experts.values())) for path, experts in sources.items()}
+    if len(bases) == 1:
+        return next(iter(bases))  # whether it fits is told where it moves
+    header = read_header(lora)
+    reasons = {path: explain_misfit(lora, base) for path, base in bases.items()}
+    if all(reasons.values()):
+        text = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+        raise UnsupportedFormat(f"{lora}: it fits none of the sources. {text}")
+    fitting = {path: base for path, base in bases.items() if not reasons[path]}
+    fitting = _keep_moved_to(lora, fitting, options, cache)
+    tests = (
+        lambda base: is_stated_base(header, base, cache),
+        lambda base: is_named_base(header, base.name),
+        lambda base: base.family is not None and base.family == claimed_family(header),
+    )
+    for test in tests:
+        if len(fitting) > 1:
+            fitting = {path: base for path, base in fitting.items() if test(base)} or fitting
+    if len(fitting) > 1:
+        raise UnsupportedFormat(
+            f"{lora}: it fits {', '.join(fitting)}, and its header does not tell which of them "
+            "it was trained on; move it with one `source`"
+        )
+    return next(iter(fitting))
+
+
+def _keep_moved_to(
+    lora: Path, bases: Mapping[str, Base], options: TransferOptions, cache: BasisCache
+) -> dict[str, Base]:
+    """Drops bases that an already moved LoRA does not belong to, unless all."""
+    fitting, refusal = {}, None
+    for path, base in bases.items():
+        try:
+            check_moved_before(lora, base, options, cache)
+            fitting[path] = base
+        except ProLoRAError as error:
+            refusal = error
+    if refusal is not None and not fitting:
+        raise refusal
+    return fitting

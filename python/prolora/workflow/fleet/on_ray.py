@@ -16,6 +16,7 @@ from typing import Any
 
 from ...errors import OutputError, ProLoRAError
 from ...files.sizes import parse_limit
+from ...files.store import put_bytes
 from ...version import __version__
 from .batches import Batch, Job, Migrated, move_batch, note_refusal
 
@@ -39,8 +40,8 @@ class _Running:
 
     batch: Batch
     left: set[str]
-    heard: float = 0.0
-    place: tuple[str, int] = ("", 0)  # node and process, once it runs
+    heard: float  # when it was given, or said something
+    place: tuple[str, int] | None = None  # node and process, once it runs
 
 
 def run_on_ray(address: str, batches: Sequence[Batch], job: Job) -> Iterator[Migrated]:
@@ -53,28 +54,36 @@ def run_on_ray(address: str, batches: Sequence[Batch], job: Job) -> Iterator[Mig
         OutputError: a node does not see the folder of the results, or cannot write there.
         ProLoRAError: Ray is missing or does not answer, or a node has another version.
     """
-    with _connect(address) as ray, _mark(Path(job.folder)) as mark:
+    with _connect(address) as ray, _put_mark(Path(job.folder)) as mark:
         needs: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES}
         if str(job.options.device).startswith("cuda"):
             needs["num_gpus"] = 1
         if limit := parse_limit(job.options.max_memory):
             needs["memory"] = limit
         work = ray.remote(num_returns="streaming", **needs)(_work)
-        waiting, running = deque(batches), {}
+        waiting, running, unstarted = deque(batches), {}, 0
         while waiting or running:
             cores = int(ray.cluster_resources().get("CPU", 1))
             while waiting and len(running) < max(1, cores):
                 batch = waiting.popleft()
                 left = {lora for lora, _ in batch.loras}
-                running[work.remote(batch, job, str(mark))] = _Running(batch, left)
+                given = _Running(batch, left, time.monotonic())
+                running[work.remote(batch, job, str(mark))] = given
             ready, _ = ray.wait(list(running), timeout=1.0, fetch_local=False)
             for answers in ready:
                 yield from _hear(ray, answers, running, waiting, job)
             for answers, task in list(running.items()):
-                if task.heard and time.monotonic() - task.heard > TIME_LIMIT:
-                    _kill(ray, answers, task)
+                if time.monotonic() - task.heard > TIME_LIMIT:
                     del running[answers]
-                    yield from _lose(task, waiting, job, f"did not get on for {TIME_LIMIT:g} s")
+                    ray.cancel(answers, force=True)
+                    if task.place is not None:
+                        _kill(ray, *task.place)
+                        yield from _lose(task, waiting, job, f"hung for {TIME_LIMIT:g} s")
+                    elif unstarted < RETRIES:
+                        unstarted += 1
+                        waiting.append(task.batch)
+                    else:
+                        raise ProLoRAError(f"no process of Ray has begun in {TIME_LIMIT:g} s")
 
 
 def _work(batch: Batch, job: Job, mark: str) -> Iterator[Any]:
@@ -106,6 +115,8 @@ def _hear(
             yield from _lose(task, waiting, job, "ended early")
     except ray.exceptions.RayTaskError as error:  # ours, which the next batch would meet too
         raise getattr(error, "cause", None) or error from None
+    except (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError) as error:
+        raise ProLoRAError(f"Ray itself ended on this machine: run again ({error})") from error
     except ray.exceptions.RayError as error:  # its process or its node ended
         del running[answers]
         yield from _lose(task, waiting, job, f"ended: {str(error).splitlines()[0]}")
@@ -130,13 +141,11 @@ def _lose(task: _Running, waiting: deque[Batch], job: Job, why: str) -> Iterator
         waiting.extend(replace(task.batch, loras=(member,)) for member in left)
 
 
-def _kill(ray: Any, answers: Any, task: _Running) -> None:
+def _kill(ray: Any, node: str, process: int) -> None:
     """Ends a process, also one that is frozen and hears nothing."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node, process = task.place
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.cancel(answers, force=True)
     with suppress(Exception):  # it has ended, or its node has
         end = ray.remote(num_cpus=0, scheduling_strategy=there)(os.kill)
         ray.get(end.remote(process, 9), timeout=30)
@@ -144,11 +153,7 @@ def _kill(ray: Any, answers: Any, task: _Running) -> None:
 
 @contextmanager
 def _connect(address: str) -> Iterator[Any]:
-    """Connects to Ray; a Ray started here ends with the body.
-
-    Raises:
-        ProLoRAError: it is missing or does not answer.
-    """
+    """Connects to Ray; a Ray started here ends with the body."""
     try:
         import ray
     except ImportError as error:
@@ -168,14 +173,11 @@ def _connect(address: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _mark(folder: Path) -> Iterator[Path]:
+def _put_mark(folder: Path) -> Iterator[Path]:
     """Makes a file that every node must see in the folder of the results."""
     mark = folder / f".prolora-{secrets.token_hex(8)}.tmp"
+    put_bytes(mark, b"")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
         yield mark
-    except OSError as error:
-        raise OutputError(f"{folder}: the results cannot be written: {error}") from error
     finally:
         mark.unlink(missing_ok=True)
