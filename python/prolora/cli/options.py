@@ -204,9 +204,7 @@ SaveMatchOption = Annotated[
 ]
 OverwriteOption = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", help="Also replace files that prolora did not write, or that were edited."
-    ),
+    typer.Option("--overwrite", help="Replace what exists, which is refused otherwise."),
 ]
 ModulesOption = Annotated[
     bool,
