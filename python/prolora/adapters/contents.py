@@ -70,7 +70,7 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
         style = most_common_spelling(slot.module for slot in contents.slots)
         family = guess_family(shapes, source.metadata, style, matrices)
     if family is None and reading and any(slot.module.matrix for slot in contents.slots):
-        family = reading.id  # the authors' names belong to this family, whatever its sizes
+        family = reading.id  # the authors' names are those of this family, whatever its sizes
     slots = _settle_t5(contents.slots, family)
     scalings = _peft_scalings(source, {slot.module.prefix for slot in slots})
     for slot in slots:

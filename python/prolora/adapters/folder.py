@@ -9,7 +9,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_lora_weights.bin")
 ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, *PICKLES)
-"""Files that make a folder an adapter's and not a base model's."""
+"""What a folder holds that is an adapter's and not a base model's."""
 
 
 def choose_files(names: Container[str]) -> list[str]:

@@ -19,7 +19,7 @@ NUMBER = "N"
 """Stands in a pattern of module names for the number of a block (or of an expert)."""
 
 MOST_NUMBERS, LONGEST_NAME = 12, 400
-"""Limits for a module's name; real ones have four numbers and 100 characters."""
+"""Of a module's name; real ones have four numbers and 100 characters."""
 
 
 class Fused(NamedTuple):
@@ -220,7 +220,7 @@ def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]],
     words = name[: LONGEST_NAME + 1].split(separator)
     places = [i for i, word in enumerate(words) if word.isascii() and word.isdecimal()]
     if NUMBER in words or len(name) > LONGEST_NAME or len(places) > MOST_NUMBERS:
-        return ()  # a pattern, or a made-up name: trials grow with the square of the numbers
+        return ()  # a pattern, or what somebody made up: trials grow with the square of the numbers
     trials = []
     for chosen in _choose_places(places):
         trial = list(words)

@@ -24,7 +24,7 @@ UNET_ROOTS = frozenset(
         "add_embedding",
     }
 )
-"""First words of the names of a UNet's modules."""
+"""What the names of a UNet's modules start with."""
 _WITHOUT_OTHER_BLOCKS = UNET_ROOTS | set(TEXT_ENCODERS)
 # Networks of the ADM kind (guided diffusion, consistency models): LDM's numbers, attention of their
 # own and any number of ResBlocks a level. Their names are canonical as they stand.

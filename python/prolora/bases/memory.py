@@ -31,7 +31,8 @@ PER_COLUMN = 56
 SLACK = 48 << 20
 
 Work = Literal["bases", "affinity", "comparison"]
-"""Work on weights: factorising, comparing, or both. A comparison holds both bases' weights."""
+"""What is done with weights: they are factorised, or compared, or both. To be compared the weights
+of both bases are in memory."""
 
 
 def resident_bytes() -> int:

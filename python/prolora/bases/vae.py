@@ -20,7 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "latents_std": None,
 }
 RUN_INSTEAD = "`fit()` runs the models instead, and may move the LoRA"
-"""The advice of errors where `can_fit` holds."""
+"""What errors say where `can_fit` holds."""
 MIN_COSINE = 0.9
 """Of two VAEs' encoders: fine-tunes and copies have 1, VAEs trained apart far less."""
 

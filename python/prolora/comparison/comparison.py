@@ -322,10 +322,7 @@ def _factorise(
     weights: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> tuple[Basis, Basis]:
     """Returns the bases of the weights of pairs of modules, as two stacks."""
-    requests = [
-        partial(cache.look_up_weights, some, rank, base, modules)
-        for base, modules, some in zip(bases, zip(*pairs, strict=True), weights, strict=True)
-    ]
+    requests = [partial(cache.look_up_weights, some, rank) for some in weights]
     first, second = cache.in_turn(requests, rank, device)
     return first, second
 

@@ -24,10 +24,10 @@ from .rank_sweep import OverlapPoint, energy_shares, trace_curve
 _NAN = math.nan
 
 Weights = tuple[Sequence[Tensor], Sequence[Tensor]]
-"""Weights [m, n] of the sources and of the targets of pairs."""
+"""Of pairs, the weights [m, n] of the sources and of the targets."""
 
 Factorise = Callable[[Sequence[tuple[str, str]], Weights], tuple[Basis, Basis]]
-"""Returns the bases of the weights of pairs of modules, as two stacks [b, m, n]."""
+"""Gives the bases of the weights of pairs of modules, as those of two stacks [b, m, n]."""
 
 # Field of `ModuleComparison` -> of `Similarity`.
 _OVERLAPS = {

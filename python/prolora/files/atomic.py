@@ -20,7 +20,7 @@ if sys.platform != "win32":
     import fcntl
 
 TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
-"""The form of temporary names."""
+"""What the temporary names look like."""
 
 
 @contextmanager

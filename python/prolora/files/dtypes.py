@@ -27,7 +27,7 @@ _TORCH = {
 }
 _NAMES = {name: dtype for dtype, name in _TORCH.items()}
 
-# The digits of a name are its bits; 8-bit floats name their exponent as well.
+# The digits of a name are its bits; those of 8-bit floats name their exponent as well.
 SIZES = {
     dtype: 1 if dtype == "BOOL" or dtype.startswith("F8") else int(dtype.lstrip("BFIU")) // 8
     for dtype in _TORCH

@@ -89,7 +89,7 @@ class GgufFile:
         info = self.tensors[name]
         if not 0 <= start <= stop <= info.shape[0]:
             raise IndexError(f"{self.path}: rows {start}:{stop} of {name}, which is {info.shape}")
-        if info.rows % info.shape[0]:  # stored rows run across the shape's rows
+        if info.rows % info.shape[0]:  # stored rows run across those of the shape
             return self.read(name)[start:stop]
         step = info.rows // info.shape[0]
         return self._read_stored(name, start * step, stop * step).reshape(-1, *info.shape[1:])

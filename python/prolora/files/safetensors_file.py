@@ -36,7 +36,7 @@ StrPath = str | os.PathLike[str]
 # takes 25 times its length once it is parsed, and a header of 100,000 tensors has 15 MB.
 _LONGEST_HEADER = 100_000_000
 _HEADER_LIMIT = 32 << 20
-# Characters of a tensor's name; real files have 200 at most. Messages quote names.
+# Characters of a tensor's name; those of real files have 200 at most. Messages quote names.
 _LONGEST_NAME = 4096
 
 # rar, 7z, gzip and xz, which people download; a zip file is opened.

@@ -37,7 +37,7 @@ SECONDS_BETWEEN_STATES = 180.0
 float32 that it writes."""
 
 MOST_WAITING = 0.05
-"""Share of a fit's time that it may wait for its states to be written."""
+"""Of the time that a fit may wait for its states to be written."""
 
 INPUTS_FILE = "prolora-inputs.json"
 """Marks a folder of kept results, and lists what they were made from."""
@@ -46,7 +46,7 @@ _MADE_FROM, _VERSIONS = "made_from", "versions"
 _REMEDY = "delete the folder, or give another one"
 _NAMED = 6  # changes that a message lists
 _OF_ONE_LORA = ("calls-adapted-", "latents-adapted-", "joint-", "fit-")
-"""Beginnings of the names of parts that serve no other LoRA."""
+"""What the names of parts begin with that serve no other LoRA."""
 _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
 
 

@@ -15,7 +15,7 @@ from .recording.wanted import WantedChange
 from .updates import run_beside
 
 BANDS = ("palette", "composition", "detail")
-"""A change's mean over all pixels; its means over blocks beside that; the rest."""
+"""A change's mean over all places; its means over blocks beside that; the rest."""
 BLOCKS = 4
 """Blocks along each side of an image."""
 

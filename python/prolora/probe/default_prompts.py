@@ -9,7 +9,7 @@ from ..adapters.training_words import CaptionedFolder, TrainingWords
 COUNT = 12
 """Prompts that are made."""
 MOST_TAGS = 12
-"""Most tags of a caption: a text encoder of 77 tokens reads about so many."""
+"""Of a caption: a text encoder of 77 tokens reads about so many."""
 COMMON = 0.8
 """Share of a folder's images that have a tag which counts as its trigger word."""
 DIVERSE = (

@@ -15,7 +15,7 @@ from .precision import HALVES
 from .updates import weight_of
 
 LARGEST = 1e15
-"""Largest weight: beyond it, squares and sums of results exceed float32."""
+"""Of all weights: what larger ones make has squares and sums beyond float32."""
 
 
 def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:

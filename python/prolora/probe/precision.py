@@ -13,7 +13,7 @@ from .settings import BFLOAT16, FLOAT32, Precision
 
 HALVES = (torch.float16, torch.bfloat16)
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules that autocast runs in 16 bits: their weights are needed as they are stored."""
+"""What autocast runs in 16 bits, so that its weights are needed as they are stored."""
 
 
 def _widen_halves(value: Any) -> Any:

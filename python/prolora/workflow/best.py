@@ -46,7 +46,7 @@ class BestWay:
             assert source.path is not None and target.path is not None
             latents = vae.explain_different_latents(source.path, target.path)
         fit = FitOptions(**{name: getattr(options, name) for name in OF_A_FIT_TOO})
-        if latents is not None:  # a fit by crossing images takes more of them (docs/evidence.md)
+        if latents is not None:  # images cross, of which a fit takes more (docs/evidence.md)
             fit = replace(fit, images=2 * fit.images)
         return cls(source, target, replace(options, method="auto"), fit, runs, latents)
 

@@ -15,7 +15,7 @@ from ..probe.settings import FITTING, FitSettings, Precision, Start
 from .options import BaseChanges, DtypeLike, FileChanges, FormatLike, TransferOptions, check_choice
 
 PassedOn = Literal["copy", "skip"]
-"""Choices for a LoRA's text-encoder part where the models are run."""
+"""What may become of a LoRA's text-encoder part where the models are run."""
 
 
 @dataclass(frozen=True, kw_only=True)

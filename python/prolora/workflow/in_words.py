@@ -39,7 +39,7 @@ A_VECTOR = "a trained bias or normalisation layer"
 NOT_COMPARED = "The weights of the two models were not compared: whether it will work is not known."
 
 EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
-"""Names in reports and headers for making a LoRA that was not moved."""
+"""What reports and headers call the making of a LoRA that was not moved."""
 
 LITTLE = 0.4
 """A LoRA that keeps less than this share on the target promises little."""

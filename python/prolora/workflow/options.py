@@ -80,7 +80,7 @@ OF_A_FIT_TOO = (
 )
 """Options that mean the same for a fit: the only ones that method "best" takes."""
 FIT = "fit"
-"""Name in reports and headers for a fit to running models."""
+"""What reports and headers call the making of a LoRA that was fitted to running models."""
 # Its square, times an energy, is in the report: a float must hold that.
 LARGEST_STRENGTH = 1e30
 

@@ -26,7 +26,7 @@ VERDICT = "prolora.verdict"
 """The entry of a header that tells again what was told when the file was written."""
 
 AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
-"""Options of a job that writes a LoRA."""
+"""Of a job that writes a LoRA."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,7 +14,7 @@ _FURTHER = (
     Spelling("diffusion_model.", "diffusers"),
     Spelling("", "diffusers"),
 )
-"""Spellings that a program may need beside those of our formats."""
+"""Spellings that no format of ours has by itself and a program may want."""
 
 
 class Readers(NamedTuple):

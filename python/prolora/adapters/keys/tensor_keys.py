@@ -39,7 +39,7 @@ _PART = re.compile(
     r"|(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?|magnitude)"
     r")"
 )
-# Differences of biases and normalisation layers; a LoRA's own bias has its scale.
+# Differences of biases and normalisation layers; those of a LoRA's own bias have its scale.
 _VECTOR = re.compile(
     r"(?P<path>.+?)\.(?:(?P<weight>w_norm)|(?P<bias>b_norm|diff_b)"
     r"|(?P<scaled>(?:lora_B|lora_up)(?:\.default)?\.bias))"

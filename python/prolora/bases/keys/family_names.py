@@ -125,7 +125,7 @@ def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | No
     known = [kind.name for kind in kinds if find_parts(family, kind)]
     by_authors = any(family.find_module(name) is None for name in known)
     if by_authors and any(find_block(n) and family.find_weight(n) is None for n in known):
-        return None  # blocks with names of both kinds belong to another family
+        return None  # blocks with names of both kinds are those of another family
     return FamilyNames(family, by_authors)
 
 

@@ -15,7 +15,7 @@ from ...errors import ShapeMismatch
 from ..weights import ConvertedWeight, RowsWeight, Weight
 
 # A single file's prefix of an encoder, its canonical prefix, and whether the names are OpenCLIP's.
-# SDXL's are `conditioner.embedders`, SD1.x's and 2.x's `cond_stage_model`.
+# SDXL's are `conditioner.embedders`, those of SD1.x and 2.x `cond_stage_model`.
 _STORED = (
     ("cond_stage_model.transformer.", "text_encoder.", False),
     ("cond_stage_model.model.", "text_encoder.", True),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of stored scales."""
+"""What scales are stored in."""
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """The numbers of four bits with two for the exponent (OCP Microscaling Formats, 5.3.3)."""

@@ -26,7 +26,7 @@ from ..errors import KernelFailure, ProLoRAError
 logger = logging.getLogger(__name__)
 
 INTERFACE = 4
-"""The interface expected of the extension: kInterface in csrc/ops.h."""
+"""What this file expects of the extension: kInterface in csrc/ops.h."""
 
 ON_CPU = {
     "krylov_block": "torch's products are faster on a CPU",

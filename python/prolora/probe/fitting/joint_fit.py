@@ -19,7 +19,7 @@ from .spectra import JointCurvature, LeadingSpectrum
 
 _REFRESH = 4  # steps between two estimates of the curvature
 ROUNDING = 1e-6
-"""Share of the wanted change: probes that miss no more miss nothing."""
+"""Of the wanted change: probes that miss no more miss nothing."""
 _FIRST, _LEAST = 0.1, 0.02
 """Lengths of the first trial and of any, in those at which all would be reached. Differences over
 less are lost in the rounding of a model that computes in 16 bits."""

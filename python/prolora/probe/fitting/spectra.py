@@ -24,10 +24,10 @@ _ROWS = 256  # rows of one call that are added to a wide factor
 _FADE = 0.9  # share of the factors that new probes leave: the weights move
 _NOISE = 1e-6  # share of the largest eigenvalue: smaller ones are rounding
 _ROUNDING = 1e-7
-"""Share of the largest module's Σ g gᵀ: smaller squares of gradients are rounding."""
+"""Of the largest module's Σ g gᵀ: squares of gradients that are little but rounding."""
 _LOADING_A, _LOADING_B = 1e-6, 1e-3  # shares of the mean diagonals of A·R·Aᵀ and Bᵀ·S·B
 CUT_DAMPING = 0.01
-"""Damping of both factors at a cut to lower rank, relative to their mean diagonal."""
+"""Of both factors at a cut to lower rank, relative to their mean diagonal."""
 
 
 class LeadingSpectrum:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _ALIKE = 1e-4
 """Predictions with and without the prompt that differ by less say nothing about a scale."""
 _TOLERANCE = 0.02
-"""Share of the guided prediction that may differ from a sum of both."""
+"""Of the guided prediction, which must be a sum of both."""
 
 
 def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTable) -> float | None:

@@ -17,7 +17,7 @@ from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
 from ..precision import HALVES
 
 TEXT_ENCODERS = "text_encoder"
-"""Beginnings of the names of a pipeline's text encoders."""
+"""What the names of a pipeline's text encoders begin with."""
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 
 

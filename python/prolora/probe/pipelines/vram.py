@@ -27,9 +27,9 @@ CONTEXT = 10**9
 TILE = 512
 """Pixels of a side of the tiles that VAEs are given, where whole images take too much."""
 _IMAGE_BYTES = 7000
-"""Bytes a pixel that a VAE decodes in float32: Qwen-Image's, and twice SDXL's."""
+"""Of a pixel that a VAE decodes in float32; what Qwen-Image's takes, and twice that of SDXL's."""
 _NUMBER_BYTES: Mapping[Precision, int] = {FLOAT32: 4, BFLOAT16: 3}
-"""Bytes a number kept for the backward pass; in 16 bits about half of them are float32."""
+"""Of a number that is kept for the backward pass; in 16 bits about half of them are float32."""
 _TEXT = 512  # tokens of a prompt, at most
 _OF_TEXT = re.compile(r"add_|context|txt")  # in names of modules that see the prompt alone
 _COPIES = 6  # of the factors: now, gradient, direction, two trial points; the last step is half

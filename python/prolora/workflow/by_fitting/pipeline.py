@@ -41,7 +41,7 @@ from .rows import build_fit_report, list_modules, outline_report
 from .running import fit_models, plan_memory_of_card
 
 _OF_TRANSFERS = ("rank_rule", "threshold")
-"""Header entries of a LoRA that was moved by weights, not of a fitted one."""
+"""What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
 
 SERVES = (
     "Moving by weights serves here: all of the LoRA has a place on {target}, and `transfer` takes "
