@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,38 +20,6 @@ if sys.platform != "win32":
 
 TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
 """What the temporary names look like."""
-
-
-@contextmanager
-def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yields an empty file that takes a path on success, else vanishes.
-
-    It lies beside the path. The old file stays until then; its mode is kept.
-
-    Args:
-        path: no symbolic link, and its folder exists.
-        durable: force the data to the disk before the name, so that no crash of the machine leaves
-            the name on an incomplete file.
-
-    Raises:
-        OSError: the disk is full, the folder cannot be written, …
-    """
-    temporary = _choose_temporary(path)
-    lock = None
-    try:
-        # Not `tempfile`, whose files are private to the user.
-        temporary.touch(0o666, exist_ok=False)
-        lock = _lock(temporary)
-        mode = (path if path.exists() else temporary).stat().st_mode
-        yield temporary
-        temporary.chmod(stat.S_IMODE(mode))
-        if durable:
-            _force_to_disk(temporary)
-        os.replace(temporary, path)
-    finally:
-        _unlock(lock)
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager
@@ -92,11 +59,6 @@ def _take_over(folder: Path, content: str) -> Iterator[tuple[Path, int]]:
 
 def _choose_temporary(path: Path) -> Path:
     return path.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
-
-
-def _force_to_disk(file: Path) -> None:
-    with open(file, "rb+") as opened:
-        os.fsync(opened.fileno())
 
 
 def _lock(path: Path) -> int | None:
