@@ -13,9 +13,8 @@ from spectra import weights
 
 import prolora
 from prolora.bases.cache import basis_cache as cache_module
-from prolora.bases.cache import basis_file, cache_folder
-from prolora.bases.cache.basis_cache import BasisCache, default_folder
-from prolora.bases.cache.basis_names import TOLERANCE
+from prolora.bases.cache import basis_file
+from prolora.bases.cache.basis_cache import TOLERANCE, BasisCache, default_folder
 from prolora.bases.cache.tables import JsonTable
 from prolora.comparison.block_matching import match_blocks
 
@@ -289,7 +288,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(stack, tmp_path, caplog):
     wanted = BasisCache(tmp_path / "a").bases(stack, 5)
     blocked = tmp_path / "b"
     blocked.mkdir()
-    (blocked / f"v{cache_folder.VERSION}").write_text("in the way, also of root")
+    (blocked / "bases").write_text("in the way, also of root")
     same(BasisCache(blocked).bases(stack, 5), wanted)
     assert caplog.text.count("bases are not kept") == 1
 
