@@ -105,7 +105,7 @@ def run_demo(
         method: as `transfer` takes it; "auto" fits the LoRA to "apart".
         prompts: of four words each; those of the LoRA if there are none.
         seed: of the noise.
-        overwrite: replace what prolora did not write.
+        overwrite: replace what exists.
         progress: called as progress(done, total, name).
 
     Returns:

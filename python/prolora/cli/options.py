@@ -194,9 +194,7 @@ def write_flag(option: str, value: str | None = None) -> str | None:
 
 OverwriteOption = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", help="Also replace files that prolora did not write, or that were edited."
-    ),
+    typer.Option("--overwrite", help="Replace what exists, which is refused otherwise."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 NO_CACHE = Path("none")

@@ -32,11 +32,11 @@ def check_report(
         outputs: the files and PEFT folders that this run writes.
         loras: the LoRAs to move.
         bases: files of the bases.
-        overwrite: replace what prolora did not write.
+        overwrite: replace what exists.
 
     Raises:
-        OutputError: the report cannot be written, or would replace an input, a LoRA of this run,
-            or a file that prolora did not write.
+        OutputError: the report cannot be written, or would replace an input or a LoRA of this run.
+        OutputExists: something has that name.
     """
     taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
     if _resolve_path(report) in map(_resolve_path, taken):
@@ -47,7 +47,7 @@ def check_report(
 def list_outputs(
     output: Path | None, loras: Iterable[Path], pairs: Sequence[ExpertPair], format: str
 ) -> list[Path]:
-    """Every path that the LoRAs may be written to; none in a dry run."""
+    """Lists every path for the LoRAs' outputs; empty in a dry run."""
     if output is None:
         return []
     ends = ["", *(f"_{pair.expert}" for pair in pairs if pair.expert)]
@@ -56,7 +56,7 @@ def list_outputs(
 
 
 def append_to_name(path: Path, appended: str) -> Path:
-    """A path with something at the end of its name, before the suffix of a LoRA's file."""
+    """Appends to a path's name, before the suffix of a LoRA's file."""
     if path.suffix != ".safetensors":
         return path.parent / f"{path.name}{appended}" if appended else path
     return path.with_name(f"{path.stem}{appended}{path.suffix}")
@@ -65,9 +65,7 @@ def append_to_name(path: Path, appended: str) -> Path:
 def check_lora_name(path: Path, is_folder: bool) -> None:
     """Refuses a name that programs would not take for a LoRA.
 
-    Args:
-        path: where one LoRA is written to.
-        is_folder: whether a folder is written there.
+    `path` is where one LoRA is written to.
 
     Raises:
         OutputError: a file's name does not end in .safetensors.
@@ -81,20 +79,23 @@ def check_lora_name(path: Path, is_folder: bool) -> None:
 
 
 def _resolve_path(path: Path) -> tuple[str, ...]:
-    """The same for all spellings of a path that some volume takes for one; links are followed."""
+    """Resolves a path so that all its spellings on any volume are equal.
+
+    Links are followed.
+    """
     return fold_path(Path(os.path.realpath(path)))
 
 
 def read_command() -> str:
-    """The command line as a shell takes it, for pages and cards, which people publish.
+    """Returns the command line as a shell takes it, for published pages.
 
-    In which folders files lie is nobody's business, and left out.
+    Folders of files are private and left out.
     """
     return shlex.join(["prolora", *map(_drop_folders, sys.argv[1:])])
 
 
 def _drop_folders(word: str) -> str:
-    """A word of a command line, without the folders of a path; a hub id is none."""
+    """Drops the folders of a path in a word; a hub id is no path."""
     option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
     is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
     return f"{option}{equals}{Path(path).name if is_path and Path(path).name else path}"

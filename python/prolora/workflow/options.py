@@ -195,9 +195,7 @@ class TransferOptions:
     )
     overwrite: bool = option(
         False,
-        "Replace a file that prolora did not write, or that was changed since; in a folder of "
-        "several LoRAs, also results that are there already. A single result of prolora that "
-        "nobody has changed is replaced in any case.",
+        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
         panel=OUTPUT,
         decides=False,
     )

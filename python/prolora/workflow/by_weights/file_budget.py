@@ -26,18 +26,11 @@ ADDED_HEADER = 2048
 
 @dataclass(frozen=True)
 class OutputForm:
-    """What the result of a transfer is to be written as.
+    """The form in which the result of a transfer is written."""
 
-    Attributes:
-        format: the format that it must fit; None asks for none.
-        dtype: of the factors; None keeps the LoRA's.
-        limit: bytes of the file; None sets no bound.
-        overwrite: replace a file that prolora did not write.
-    """
-
-    format: FormatLike | None = None
-    dtype: torch.dtype | None = None
-    limit: int | None = None
+    format: FormatLike | None = None  # the format that it must fit; None asks for none
+    dtype: torch.dtype | None = None  # of the factors; None keeps the LoRA's
+    limit: int | None = None  # bytes of the file; None sets no bound
     overwrite: bool = field(default=False, compare=False)  # changes nothing of the result
 
     @classmethod
