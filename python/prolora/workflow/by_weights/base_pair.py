@@ -227,7 +227,7 @@ def read_lora(
     return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
 
 
-def open_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
+def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
     """Opens a LoRA; what is in memory, or was opened by the caller, stays as it is."""
     return nullcontext(lora) if isinstance(lora, Lora | Adapter) else Lora.open(lora)
 
@@ -247,7 +247,7 @@ def move_lora(
     Raises:
         ProLoRAError: see `prolora.transfer`.
     """
-    with open_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
+    with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
         pair = BasePair(source, target, options, cache)
         (ledger,) = pair.move([pair.plan(opened)], options.progress)
         return pair.finish(ledger, notes, hashed=hashed)
