@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters import read_adapter
+from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, open_base
 from ..files.hub import keep_path
 from .best import BestWay
@@ -94,18 +95,18 @@ def _move_file(
         check_output(out, list_inputs(lora, *bases), options.overwrite)
         done = BestWay.of(*bases, options).move(lora) if options.method == BEST else None
         return save_result(done or move_lora(lora, *bases, options), out, options)
-    file = keep_path(lora)
     way = BestWay.of(*bases, options) if options.method == BEST else None
     ways: list[TransferOptions | FitOptions]
     ways = [way.by_weights, way.by_fit] if way else [options]
-    recipes = [Recipe.of(file, *bases, how) for how in ways]
-    if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
-        return replace(pack_plan(plan_report(file, *bases, options)), adapter=read_adapter(out))
-    check_output(out, list_inputs(file, *bases), options.overwrite)
-    if way:
-        done = way.move(file, for_file=True)
-    else:
-        done = move_lora(file, *bases, options, recipes[0].describe)
+    with Lora.open(keep_path(lora)) as file:
+        recipes = [Recipe.of(file, *bases, how) for how in ways]
+        if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
+            return replace(pack_plan(plan_report(file, *bases, options)), adapter=read_adapter(out))
+        check_output(out, list_inputs(file, *bases), options.overwrite)
+        if way:
+            done = way.move(file, for_file=True)
+        else:
+            done = move_lora(file, *bases, options, recipes[0].describe)
     if options.progress:
         moved = len(done.adapter.updates)
         options.progress(moved, moved, f"writing {out.name}")
