@@ -55,7 +55,7 @@ def transfer(
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
         dry_run: say what would be done, from headers alone; nothing is written.
-        **changes: options by name, in place of these.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA of the target, with the report; after a dry run a report alone.
