@@ -103,7 +103,7 @@ class Recipe:
 
     def is_made(self, out: Path) -> bool:
         """Returns whether `out` is a result of this recipe, by its header."""
-        if not (self.source.files and self.target.files):
+        if not (out.exists() and self.source.files and self.target.files):
             return False  # bases in memory cannot be known again
         try:
             with Lora.open(out) as result:
