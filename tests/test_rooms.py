@@ -240,15 +240,7 @@ WORDED = {
     "errors.py",
     "files",
     "probe",
-    "workflow/by_fitting",
-    "workflow/by_weights",
-    "workflow/convert.py",
-    "workflow/extract.py",
-    "workflow/fleet",
-    "workflow/merge.py",
-    "workflow/page",
-    "workflow/plan.py",
-    "workflow/report.py",
+    "workflow",
 }
 
 
