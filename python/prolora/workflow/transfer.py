@@ -107,7 +107,7 @@ def _move_file(
             done = way.move(file, for_file=True)
         else:
             done = move_lora(file, *bases, options, recipes[0].describe)
-    if options.progress:
-        moved = len(done.adapter.updates)
-        options.progress(moved, moved, f"writing {out.name}")
-    return save_result(done, out, options)
+        if options.progress:
+            moved = len(done.adapter.updates)
+            options.progress(moved, moved, f"writing {out.name}")
+        return save_result(done, out, options)
