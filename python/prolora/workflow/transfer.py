@@ -55,7 +55,7 @@ def transfer(
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
         dry_run: say what would be done, from headers alone; nothing is written.
-        **changes: options by name, in place of these.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA of the target, with the report; after a dry run a report alone.
@@ -107,7 +107,7 @@ def _move_file(
             done = way.move(file, for_file=True)
         else:
             done = move_lora(file, *bases, options, recipes[0].describe)
-    if options.progress:
-        moved = len(done.adapter.updates)
-        options.progress(moved, moved, f"writing {out.name}")
-    return save_result(done, out, options)
+        if options.progress:
+            moved = len(done.adapter.updates)
+            options.progress(moved, moved, f"writing {out.name}")
+        return save_result(done, out, options)
