@@ -10,7 +10,7 @@ import gpu_model
 import pytest
 import torch
 from gpu import __main__ as check
-from gpu import calls, correct, machine, ours, registers, render, results, why, worker
+from gpu import calls, correct, machine, ours, registers, render, results, why
 from gpu.counters import counting
 from gpu.stages import stage_of
 from gpu.steps import Bench, Step
@@ -89,39 +89,6 @@ def test_a_step_that_hangs_or_ends_its_process_costs_itself_alone(bench, monkeyp
     for name in ("first", "second", "third"):
         assert f"number {name}" in said
     assert "FAILED ours/hangs" in said and "FAILED ours/crashes" in said
-
-
-def test_a_worker_that_dies_before_its_first_step_fails_the_call(bench, monkeypatch, capsys):
-    monkeypatch.setattr(check, "WORKER", [sys.executable, "-S", "-c", "import nowhere_to_find"])
-    steps = [Step(name, 0.1, lambda bench: None) for name in ("first", "second")]
-    monkeypatch.setattr(calls, "list_steps", lambda bench: steps)
-    assert check.run_call(bench, time.time() + 30, bench.out / "none") == check.FAILED
-    assert "FAILED ours/first" in capsys.readouterr().out
-
-
-def test_a_call_without_time_for_a_step_is_incomplete(bench, monkeypatch):
-    monkeypatch.setattr(calls, "list_steps", lambda bench: [Step("a", 0.1, lambda bench: None)])
-    assert check.run_call(bench, time.time(), bench.out / "none") == check.INCOMPLETE
-
-
-def test_a_step_whose_tool_is_missing_is_not_done(bench, monkeypatch):
-    step = Step("a", 0.1, lambda bench: None, tool="no-such-tool")
-    monkeypatch.setattr(calls, "list_steps", lambda bench: [step])
-    monkeypatch.setattr(sys, "argv", ["", check.write_order(bench, ["a"], time.time() + 9)])
-    worker.main()
-    (line,) = results.read_lines([bench.results])
-    assert line["name"] == results.FINISHED and "no-such-tool is not installed" in line["error"]
-
-
-def test_the_log_of_a_build_that_failed_is_packed(tmp_path, monkeypatch):
-    def fail(bench):
-        (bench.logs / "build.txt").write_text("nvcc: no")
-        raise SystemExit("the build failed")
-
-    monkeypatch.setattr(check.build, "install", fail)
-    with pytest.raises(SystemExit):
-        check.main(["ours", "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "logs.tar.gz").exists()
 
 
 def test_a_call_ends_at_its_deadline(bench, monkeypatch, capsys):

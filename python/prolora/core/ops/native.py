@@ -196,8 +196,9 @@ def run_best(
     op: str,
     like: Tensor,
     sizes: Sequence[int],
-    ours: Callable[[ModuleType, bool], Out],
-    torchs: Callable[[], Out],
+    run: Callable[..., Out],
+    twin: Callable[..., Out],
+    operands: Sequence[Any],
     compared: Callable[[Out], Sequence[Tensor]],
 ) -> Out:
     """Runs an op by the extension or by its torch twin.
@@ -205,10 +206,10 @@ def run_best(
     CUDA's kernels have to win a trial of operands of these sizes first. `compared` makes of a
     result what is to be equal up to rounding.
     """
-    choice = choose(op, like.device)
+    choice, torchs = choose(op, like.device), partial(twin, *operands)
     if choice.kernels is None:
         return torchs()
-    mine = partial(ours, choice.kernels, choice.cuda)
+    mine = partial(run, choice.kernels, *operands, choice.cuda)
     if choice.cuda:
         far = FAR if like.dtype == torch.float64 else FAR_32
         both = (lambda: compared(mine())), (lambda: compared(torchs()))

@@ -39,18 +39,12 @@ def run_panel_qr(
 
 
 def _panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    return native.run_best(
-        "panel_qr",
-        panel,
-        panel.shape,
-        lambda kernels, cuda: run_panel_qr(kernels, panel, scale, cuda),
-        lambda: torch_twin.panel_qr(panel, scale),
-        _compare,
-    )
+    both = run_panel_qr, torch_twin.panel_qr
+    return native.run_best("panel_qr", panel, panel.shape, *both, (panel, scale), _compare)
 
 
 def _compare(result: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """What does not depend on the rounding of rows that lie close together."""
+    """Computes what does not depend on the rounding of rows that lie close together."""
     q, lower, rank = result
     return [lower @ q, q @ q.mT, rank.double()]
 

@@ -38,14 +38,8 @@ def _project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     # torch multiplies float64 on tensor cores where a GPU has them for it.
     if x.dtype == torch.float64:
         return torch_twin.project_pair(us, ut, x)
-    return native.run_best(
-        "project_pair",
-        x,
-        (*x.shape, us.shape[2], ut.shape[2]),
-        lambda kernels, cuda: run_project_pair(kernels, us, ut, x, cuda),
-        lambda: torch_twin.project_pair(us, ut, x),
-        list,
-    )
+    sizes, twin = (*x.shape, us.shape[2], ut.shape[2]), torch_twin.project_pair
+    return native.run_best("project_pair", x, sizes, run_project_pair, twin, (us, ut, x), list)
 
 
 def _project_pair_fake(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def _new_scratch(kernels: ModuleType, a: Tensor, vectors: bool, cuda: bool) -> T
 
 
 def _is_torchs(a: Tensor) -> bool:
-    """Whether the kernels cannot count the entries of a [b, m, n], or LAPACK is faster."""
+    """Returns whether LAPACK is faster for a [b, m, n], or it is too large."""
     slower = a.device.type == "cpu" and a.shape[2] > CPU_COLUMNS
     return slower or a.shape[1] * a.shape[2] > MAX_ENTRIES
 
@@ -62,27 +62,20 @@ def _is_torchs(a: Tensor) -> bool:
 def _small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if _is_torchs(a):
         return torch_twin.small_svd(a)
-    return native.run_best(
-        "small_svd",
-        a,
-        a.shape,
-        lambda kernels, cuda: run_small_svd(kernels, a, cuda),
-        lambda: torch_twin.small_svd(a),
-        lambda found: [(found[0] * found[1][:, None]) @ found[2].mT, found[1]],
-    )
+    both = run_small_svd, torch_twin.small_svd
+    return native.run_best("small_svd", a, a.shape, *both, (a,), _compare)
+
+
+def _compare(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    u, s, v = found
+    return [(u * s[:, None]) @ v.mT, s]
 
 
 def _small_singular_values(a: Tensor) -> Tensor:
     if _is_torchs(a):
         return torch_twin.small_singular_values(a)
-    return native.run_best(
-        "small_singular_values",
-        a,
-        a.shape,
-        lambda kernels, cuda: run_small_singular_values(kernels, a, cuda),
-        lambda: torch_twin.small_singular_values(a),
-        lambda found: [found],
-    )
+    both = run_small_singular_values, torch_twin.small_singular_values
+    return native.run_best("small_singular_values", a, a.shape, *both, (a,), lambda s: [s])
 
 
 def _small_svd_fake(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

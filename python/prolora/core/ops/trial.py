@@ -62,7 +62,7 @@ def prefers_kernel(
 
 
 def _try(ours: Way, torchs: Way, far: float, device: torch.device) -> tuple[bool, str]:
-    """Whether the kernel wins, and why."""
+    """Returns whether the kernel wins, and why."""
     try:
         for found, wanted in zip(ours(), torchs(), strict=True):
             error = torch.linalg.vector_norm((found - wanted).double())
@@ -88,7 +88,7 @@ def _take_time(way: Way, device: torch.device) -> float:
 
 
 def describe_card(device: torch.device) -> str:
-    """The card, its driver and torch; the file is kept for each version of the extension."""
+    """Describes the card, its driver and torch."""
     if device.type != "cuda":
         return f"{device.type}, torch {torch.__version__}"
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "")()
@@ -97,7 +97,7 @@ def describe_card(device: torch.device) -> str:
 
 
 def list_choices() -> dict[str, tuple[bool, str]]:
-    """What was chosen so far, from the file: whether the kernel, and why."""
+    """Reads what was chosen so far: whether the kernel, and why."""
     global _known
     if _known is None:
         try:
