@@ -71,12 +71,15 @@ class Moved:
 
     Attributes:
         path: of the result.
-        report: None if it could not be moved, or was moved before.
+        told: the verdict, as `prolora.Report.in_words` gives it; that of the first time for a LoRA
+            that was moved before.
+        share: of the LoRA that found a place; None if that is not known.
         error: why it could not be moved, in a sentence.
     """
 
     path: Path
-    report: prolora.Report | None = None
+    told: Any = None
+    share: float | None = None
     error: str | None = None
 
     @property
@@ -236,7 +239,7 @@ def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
         return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
     if outcome.report is not None:
         outcome.report.save(outcome.out.with_suffix(".html"), overwrite=True)
-    return Moved(outcome.out, outcome.report)
+    return Moved(outcome.out, outcome.words, outcome.share)
 
 
 def advise(source: Path, target: Path, lora: Path | None, progress: Progress) -> str:

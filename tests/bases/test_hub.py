@@ -108,7 +108,7 @@ def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main()
         said = capsys.readouterr().out
-        assert not stop.value.code and "org/one" in said
+        assert not stop.value.code and "org/two" in said
     assert out.exists() and set(cloud.fetched) == {f"unet/{FULL}"}
 
 

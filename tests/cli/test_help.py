@@ -114,7 +114,7 @@ def test_modules_means_a_row_per_module_in_every_command(prolora, case, tmp_path
     module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     for line in (
         ("advise", *bases),
-        ("transfer", lora, *bases, "-o", tmp_path / "out.safetensors"),
+        ("transfer", lora, *bases, "-o", tmp_path / "out.safetensors", "--overwrite"),
     ):
         plain = prolora(*line)[1]
         rows = prolora(*line, "--modules")[1]

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import UnsupportedFormat
 from ..files.hub import spell_path
-from .base import Base
+from .base import Base, tell_apart
 from .folder import find_expert_folders
 from .opening import BaseLike, open_base
 
@@ -140,8 +140,10 @@ def pair_experts(sources: Experts, targets: Experts) -> list[ExpertPair]:
     return [
         ExpertPair(
             expert,
-            sources.get(expert, next(iter(sources.values()))),
-            targets.get(expert, next(iter(targets.values()))),
+            *tell_apart(
+                sources.get(expert, next(iter(sources.values()))),
+                targets.get(expert, next(iter(targets.values()))),
+            ),
             serves_any=expert in targets,
         )
         for expert in (targets if len(targets) > 1 else sources)

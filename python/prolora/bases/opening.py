@@ -14,7 +14,7 @@ from ..architectures.modules import TEXT_ENCODERS
 from ..errors import MissingFile, UnsupportedFormat, describe_missing
 from ..files.hub import find_hub_id
 from ..files.safetensors_file import SafetensorsFile
-from .base import Base
+from .base import Base, tell_apart
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
 from .hub import fetch_model
 from .keys.canonical_names import name_weights
@@ -24,6 +24,9 @@ from .weights import LoadedWeight, StoredWeight, Weight
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
 
 log = logging.getLogger(__name__)
+
+_GENERIC = ("diffusion_pytorch_model", "model", "unet", "transformer")
+"""What files and folders of any model are called."""
 
 
 def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
@@ -71,6 +74,15 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
     )
 
 
+def open_pair(source: BaseLike, target: BaseLike) -> tuple[Base, Base]:
+    """Opens two base models; equal names get folders in front.
+
+    Raises:
+        ProLoRAError: see `open_base`.
+    """
+    return tell_apart(open_base(source), open_base(target))
+
+
 def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     """Returns a model's own parameters, without torch.compile's and PEFT's wrappers.
 
@@ -100,7 +112,7 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     """Opens a file or a folder, local or on the hub."""
     path = Path(source)
-    name = path.resolve().name
+    name = _name_path(path.resolve())
     if not os.path.exists(path):
         id_ = find_hub_id(source)
         if id_ is None:
@@ -122,6 +134,12 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
         metadata, files = _list_metadata(weights), [path]
     named = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
     return Base(name, named, path, files, weights)
+
+
+def _name_path(path: Path) -> str:
+    """Returns the last name of a path that tells of one model."""
+    told = (part.name for part in (path, *path.parents) if part.name.split(".")[0] not in _GENERIC)
+    return next(told, "") or path.name
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bases import Base, BaseLike, open_base
+from ..bases import Base, BaseLike, open_pair
 from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
@@ -76,7 +76,7 @@ def fit(
         OutputError: the folder of kept parts belongs to other inputs.
     """
     options = settle_options(options, changes)
-    return fit_to_pipelines(lora, open_base(source), open_base(target), options)
+    return fit_to_pipelines(lora, *open_pair(source, target), options)
 
 
 @takes_options
@@ -111,7 +111,7 @@ def fit_file(
         ProLoRAError: everything that `fit` raises.
     """
     options = settle_options(options, changes).for_file()
-    file, bases = keep_path(lora), (open_base(source), open_base(target))
+    file, bases = keep_path(lora), open_pair(source, target)
     recipe = Recipe.of(file, *bases, options)
     if not options.overwrite and recipe.is_made(Path(out)):
         return plan_fit(file, *bases, options)
@@ -155,7 +155,7 @@ def fit_many(
     options = settle_options(options, changes).for_file()
     paths = [keep_path(lora) for lora in loras]
     check_results_folder(folder, len(paths))
-    old, new = open_base(source), open_base(target)
+    old, new = open_pair(source, target)
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})
@@ -192,7 +192,7 @@ def plan_fit(
         ProLoRAError: what `fit` refuses before a model is loaded.
     """
     options = settle_options(options, changes)
-    job = prepare_fit(lora, open_base(source), open_base(target), options, "outline")
+    job = prepare_fit(lora, *open_pair(source, target), options, "outline")
     return outline_report(job.adapter, job.plan, job.source, job.target, options)
 
 

@@ -38,6 +38,7 @@ from .in_words import (
     ZERO,
     InWords,
     judge,
+    read_again,
     tell_fit,
     tell_made,
     tell_method,
@@ -104,6 +105,8 @@ class Report:
             for a LoRA; all others were read exactly.
         as_stored: whether the file holds the stored tensors and scales of the LoRA as they are.
         base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
+        doubts: what is doubtful of the bases that were given; said first.
+        before: the lines of the verdict of an earlier run, whose result was kept.
         dry_run: True where nothing was moved. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
         few_steps: whether the target draws in few steps and the source does not; None where
@@ -143,6 +146,8 @@ class Report:
     kept_energy: dict[str, float] = field(default_factory=dict)
     as_stored: bool = False
     base_dependent: int = 0
+    doubts: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     dry_run: bool = False
     asked: str | None = None
     few_steps: bool | None = None
@@ -256,7 +261,18 @@ class Report:
         return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
     def in_words(self) -> InWords:
-        """The verdict for people: what to expect, what was done, and what to do next."""
+        """Returns the verdict for people: what is doubtful, what to expect, what was done."""
+        if self.before:
+            return read_again(self.before)
+        told = self._judge()
+        if not self.doubts:
+            return told
+        first, *others = self.doubts
+        mark: Mark = "⚠" if told.mark == "✔" else told.mark
+        return InWords(mark, first, (told.headline, *others, *told.lines), told.cautions)
+
+    def _judge(self) -> InWords:
+        """Returns the verdict without doubts of the bases."""
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
         if self.was_made:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bases import BaseLike, open_base
+from ..bases import BaseLike, open_pair
 from ..files.hub import keep_path
 from .best import BestWay
 from .by_weights.base_pair import list_inputs, move_lora
@@ -23,7 +24,7 @@ from .options import (
 from .output_paths import check_output
 from .report import Report
 from .result import Transfer, save_result
-from .resume import Recipe
+from .resume import Recipe, read_verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +66,7 @@ def transfer(
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
-    bases = open_base(source), open_base(target)
+    bases = open_pair(source, target)
     if options.method == BEST:
         return BestWay.of(*bases, options).move(lora)
     return move_lora(lora, *bases, options)
@@ -94,7 +95,7 @@ def transfer_file(
 
     Returns:
         What was kept and lost. A result that exists, and was made of the same LoRA, bases, options
-        and version, is kept: the report is that of a dry run then.
+        and version, is kept: the report is that of a dry run then, with the verdict of the first.
 
     Raises:
         OutputExists: something has that name.
@@ -102,13 +103,14 @@ def transfer_file(
         ProLoRAError: everything that `transfer` raises.
     """
     options = settle_options(options, changes).for_file()
-    file, bases = keep_path(lora), (open_base(source), open_base(target))
+    file, bases = keep_path(lora), open_pair(source, target)
     way = BestWay.of(*bases, options) if options.method == BEST else None
     recipes = [
         Recipe.of(file, *bases, how) for how in ([way.by_weights, way.by_fit] if way else [options])
     ]
     if not options.overwrite and any(recipe.is_made(Path(out)) for recipe in recipes):
-        return plan_report(file, *bases, options)
+        planned = plan_report(file, *bases, way.by_weights if way else options)
+        return replace(planned, before=read_verdict(Path(out))[0])
     check_output(out, list_inputs(file, *bases), options.overwrite)
     if way:
         done = way.move(file, for_file=True)

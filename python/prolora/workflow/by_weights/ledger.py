@@ -97,6 +97,7 @@ class Ledger:
         block_factors: target module -> factor of its block, where that is not 1.
         clock: the time that was spent on this LoRA, with its share of what is done for several.
         error: why it was given up; others go on.
+        doubts: what is doubtful of the bases that were given.
     """
 
     adapter: Adapter
@@ -113,6 +114,7 @@ class Ledger:
     block_factors: dict[str, float] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     error: Exception | None = None
+    doubts: tuple[str, ...] = ()
 
     def find_block_factors(self, vectors: Iterable[str]) -> None:
         """Notes the factor of every target module whose block has one.
