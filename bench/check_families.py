@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from families import linear_shapes, write_hollow_base
 
-from prolora import UnsupportedFormat, check, open_base
+from prolora import check, open_base
 from prolora.adapters import Adapter
 from prolora.adapters.formats.encoding import FORMATS, outline_tensors
 from prolora.adapters.lora import Header, Lora
@@ -33,6 +33,7 @@ from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import find_block
 from prolora.core.lowrank import LowRank
+from prolora.errors import UnsupportedFormat
 from prolora.workflow.base_fit import BaseFit
 
 RANK = 16

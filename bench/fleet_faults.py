@@ -28,16 +28,23 @@ from sdxl_to_ssd1b import commit
 CODE = """
 import sys, prolora
 from prolora.workflow.fleet import migration, on_ray
-on_ray.TIME_LIMIT, migration._BATCH = 20.0, 8
+on_ray.TIME_LIMIT, migration._BATCH = 60.0, 8
 loras, source, folder, ray, *targets = sys.argv[1:]
 prolora.migrate(loras, source, targets, folder, ray=ray or None)
 """
 
 
-def list_processes(word: str) -> set[int]:
-    """The processes whose command has a word in it."""
+RAY = ("ray::", "raylet", "gcs_server")
+
+
+def list_processes(*words: str) -> set[int]:
+    """The processes whose command has one of the words in it."""
     found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    return {int(line.split()[0]) for line in found.stdout.splitlines() if word in line}
+    return {
+        int(line.split()[0])
+        for line in found.stdout.splitlines()
+        if any(word in line for word in words)
+    }
 
 
 def read_results(out: Path) -> dict[str, bytes]:
@@ -127,7 +134,7 @@ def main() -> None:
     figures: dict[str, Any] = {"moves": len(expected), "commit": commit()}
     figures["date"] = str(date.today())
     for name, case in CASES.items():
-        out, running = args.folder / "disturbed", list_processes("ray")
+        out, running = args.folder / "disturbed", list_processes(*RAY)
         shutil.rmtree(out, ignore_errors=True)
         started = time.monotonic()
         faults = case(args.folder, args.count, out)
@@ -138,7 +145,7 @@ def main() -> None:
             "seconds": round(seconds, 1),
             "lost": len(expected.keys() - found.keys()),
             "other bytes": sum(data != expected.get(name) for name, data in found.items()),
-            "processes left": len(list_processes("ray") - running),
+            "processes left": len(list_processes(*RAY) - running),
         }
         print(name, figures[name], flush=True)
     if args.out:

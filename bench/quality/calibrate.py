@@ -16,8 +16,8 @@ from typing import Any
 
 from results import recovered
 
-from prolora import Verdict
 from prolora.comparison.expectation import CLASSES, classify
+from prolora.core.verdict import Verdict
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 WORLDS = {

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from worlds import World, backbone
 
 import prolora
-from prolora import Basis, LowRank, Verdict
+from prolora import Basis, LowRank
 from prolora.adapters import Adapter
 from prolora.core.affinity import Affinity
 from prolora.core.methods import Side
-from prolora.core.verdict import judge_pairs
+from prolora.core.verdict import Verdict, judge_pairs
 
 Updates = dict[str, LowRank]
 
@@ -278,7 +278,7 @@ def run_transfer(case: Case, **options: Any) -> Updates:
     )
     try:
         return prolora.transfer(Adapter(dict(case.updates)), *bases, **options).adapter.updates
-    except prolora.UnrelatedBases:
+    except prolora.errors.UnrelatedBases:
         return {}
 
 

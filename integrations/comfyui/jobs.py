@@ -242,16 +242,16 @@ def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
     return Moved(outcome.out, outcome.words, outcome.share)
 
 
-def advise(source: Path, target: Path, lora: Path | None, progress: Progress) -> str:
-    """Go or no-go from the weights of two bases, and where a LoRA's modules would go.
+def advise(source: Path, target: Path, lora: Path, progress: Progress) -> str:
+    """What a LoRA of one base would give on another, by their weights.
 
     Raises:
         ValueError: the two cannot be compared; one sentence says why.
     """
     try:
-        advice = prolora.advise(
-            source, target, lora, cache=default_folder(), device="cpu", progress=progress
+        found = prolora.check(
+            lora, source=source, target=target, cache=default_folder(), progress=progress
         )
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
-    return words.tell_advice(advice)
+    return "\n".join(map(words.say, str(found.move).split("\n")))

@@ -11,7 +11,6 @@ from . import host, jobs, words
 
 CHOOSE = "choose…"
 FROM_LORA = "from the LoRA"
-NO_LORA = "(none)"
 ALL_LORAS = "(all)"
 
 _JOB = ("lora", "folder", "trained_on", "use_on", "method", "rank", "format")
@@ -396,19 +395,12 @@ class Advise(_ProloraNode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
-        inputs = _take("trained_on", "use_on")
-        names = [NO_LORA, *host.list_loras()]
-        inputs["required"]["lora"] = _combo(
-            names, "The LoRA to ask about. (none) asks about the two models alone.", "LoRA"
-        )
-        return inputs
+        return _take("trained_on", "use_on", "lora")
 
     def run(self, trained_on: str, use_on: str, lora: str) -> dict[str, Any]:
         """What to expect."""
         target = _find_target(use_on)
-        path = None if lora == NO_LORA else host.find_lora(lora)
-        if trained_on == FROM_LORA and path is None:
-            raise ValueError("Choose a LoRA, or the model that it was trained on.")
+        path = _find_lora(lora)
         source = host.find_base(_find_source(trained_on, lora))
         return _show(jobs.advise(source, target, path, host.make_progress()), None)
 

@@ -53,7 +53,7 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
         error: what prolora raised.
         in_fit: both models ran; else only their weights were compared.
     """
-    apart = isinstance(error, prolora.UnrelatedBases)
+    apart = isinstance(error, prolora.errors.UnrelatedBases)
     if apart and in_fit:
         return (
             "Running both models did not help: they behave too differently for this LoRA, as new "
@@ -64,7 +64,7 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
             "The models under “trained on” and “use on” have nothing in common: they were trained "
             f"apart, and no LoRA of one works on the other. {_BY_FIT}"
         )
-    if isinstance(error, prolora.ShapeMismatch) and "fits the target" in str(error):
+    if isinstance(error, prolora.errors.ShapeMismatch) and "fits the target" in str(error):
         return (
             "The models under “trained on” and “use on” are built differently: no part of this "
             f"LoRA has a place on the second. {_BY_FIT}"
@@ -145,8 +145,3 @@ def tell_in_one_line(name: str, told: Any, share: float | None, error: str | Non
     before = " before" if "(moved before)" in told.headline else ""
     place = "" if share is None else f", {share:.0%} of it found a place"
     return f"{told.mark} {name}: moved{before}{place}"
-
-
-def tell_advice(advice: prolora.Advice) -> str:
-    """At most six lines on a LoRA, or on LoRAs of one base, before anything is moved."""
-    return "\n".join(map(say, str(advice.in_words()).split("\n")))

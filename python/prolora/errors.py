@@ -138,7 +138,7 @@ def name_options(text: str, name: Callable[[str, str | None], str | None]) -> st
     """Renames the options in a message to the reader's names.
 
     Messages write options and functions as Python does, in backticks: `min_coverage`,
-    `match='name'`, `inspect()`. A command line replaces them by flags, and a node by its widgets.
+    `match='name'`, `check()`. A command line replaces them by flags, and a node by its widgets.
 
     Args:
         text: the message.

@@ -19,14 +19,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from prolora import adapters
+from prolora import adapters, transfer
 from prolora.adapters.keys.module_names import spell_module
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Spelling
 from prolora.architectures.layouts import load_layout
 from prolora.errors import ProLoRAError
 from prolora.workflow.check import check
-from prolora.workflow.dry_run import plan_report
 
 MODULE = "mid_block.attentions.0.proj_in"
 STEMS = (
@@ -343,7 +342,7 @@ def fuzz(count, seed, folder):
     actions = {
         "inspect": lambda: check(path),
         "read": lambda: adapters.read_adapter(path, read_weight=read_weight),
-        "dry run": lambda: plan_report(path, weights, weights),
+        "dry run": lambda: transfer(path, weights, weights, dry_run=True).report,
     }
     for number in range(count):
         random = Random(f"{seed}/{number}")

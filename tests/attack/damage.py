@@ -45,7 +45,7 @@ def write_lora(box: Box, verb: str, *more: object, lora: str = "lora.safetensors
     bases = ("--source", box.inputs / "source", "--target", box.inputs / "target")
     out = box.out / ("moved" if "peft" in lora else "moved.safetensors")
     report = ("--report", box.out / "report.json")
-    return [verb, box.inputs / lora, *bases, "-o", out, *report, "-q", *more]
+    return [verb, box.inputs / lora, *bases, "-o", out, *report, *more]
 
 
 def copy(box: Box, *more: object, lora: str = "lora.safetensors") -> Words:
@@ -304,7 +304,7 @@ def write_batch(box: Box) -> None:
 def move_batch(box: Box) -> list[Words]:
     loras = [box.inputs / f"{name}.safetensors" for name in ("a", "b", "c")]
     bases = ("--source", box.inputs / "source", "--target", box.inputs / "target")
-    return [["transfer", *loras, *bases, "-o", box.out, "-q", "--cache=none"]]
+    return [["transfer", *loras, *bases, "-o", box.out, "--cache=none"]]
 
 
 # --- what prolora wrote itself ---------------------------------------------------------------

@@ -55,7 +55,7 @@ def write_inputs(box: Box) -> None:
 
 
 def transfer(box: Box, *more: object) -> Words:
-    return ["transfer", box.inputs / "lora.safetensors", *bases(box), "--cache=none", "-q", *more]
+    return ["transfer", box.inputs / "lora.safetensors", *bases(box), "--cache=none", *more]
 
 
 COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
@@ -82,21 +82,14 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
         lambda box: [
             *("transfer", *sorted((box.inputs / "loras").iterdir()), *bases(box)),
             *("-o", box.out / "moved", "--report", box.out / "report.json", "--card"),
-            *("--cache=none", "-q"),
+            "--cache=none",
         ],
     ),
     "transfer, cache": (
         write_inputs,
         lambda box: [
-            *("transfer", box.inputs / "lora.safetensors", *bases(box), "-q", "--method"),
+            *("transfer", box.inputs / "lora.safetensors", *bases(box), "--method"),
             *("prolora", "--rank", "4", "-o", box.out / "m.safetensors", "--cache", box.out / "c"),
-        ],
-    ),
-    "advise": (
-        write_inputs,
-        lambda box: [
-            *("advise", *bases(box), "--cache=none"),
-            *("--report", box.out / "plot.html", "--save-match", box.out / "map.json"),
         ],
     ),
     "migrate": (
@@ -106,7 +99,7 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
     "fit with resume": (
         damage.write_pipelines,
         lambda box: [
-            *("fit", box.inputs / "lora.safetensors", *bases(box), "--cache=none", "-q"),
+            *("fit", box.inputs / "lora.safetensors", *bases(box), "--cache=none"),
             *(*damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"),
         ],
     ),

@@ -195,7 +195,7 @@ def write_everything(box: Box) -> None:
     for name in "ab":
         save_file(fleet_files.some_tensors(2, 12), loras / f"{name}.safetensors")
     box.must("migrate", loras / "a.safetensors", *carry_on(box)[0][2:])
-    box.must(*move(box), "-q", "--method", "prolora", "--rank", "4", "--cache", box.cache)
+    box.must(*move(box), "--method", "prolora", "--rank", "4", "--cache", box.cache)
     (box.out / "x.safetensors").unlink()
 
 
@@ -259,7 +259,7 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     ),
     "source": (
         place("in/source/diffusion_pytorch_model.safetensors"),
-        lambda box: [quick(box), ["advise", *bases(box), "--cache=none"]],
+        lambda box: [quick(box), ["check", box.inputs / "lora.safetensors", *bases(box)]],
     ),
     "source, old suffix": (
         instead("diffusion_pytorch_model.bin"),
@@ -335,7 +335,6 @@ NAMES = (
     ".",
     "a/../../b",
     "a\\..\\b",
-    "-q",
     "\x1b[31mred\x1b[0m",
     "a\nb",
     "a\rb",

@@ -89,7 +89,7 @@ def replace_folder(box: Box, method: str = "prolora") -> Words:
 
 def move_batch(box: Box) -> Words:
     loras = sorted((box.inputs / "loras").iterdir())
-    return ["transfer", *loras, *bases(box), "-o", box.out / "moved", "-q", "--cache", box.cache]
+    return ["transfer", *loras, *bases(box), "-o", box.out / "moved", "--cache", box.cache]
 
 
 def migrate(box: Box) -> Words:

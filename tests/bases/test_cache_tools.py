@@ -9,7 +9,7 @@ import prolora
 from prolora.bases.cache.basis_cache import BasisCache
 from prolora.bases.cache.cache_folder import LIMIT_VARIABLE, measure_cache, trim_cache
 
-HEX = "ab" + 62 * "0"
+HEX = 32 * "0"
 
 
 def fill(folder, base):
@@ -61,20 +61,20 @@ def test_a_run_that_keeps_something_trims_the_folder(filled, tmp_path, monkeypat
 @pytest.mark.parametrize("linked", [False, True])
 def test_files_of_others_and_links_stay(filled, tmp_path, monkeypatch, linked):
     folder, _, _ = filled
-    names = ["mine.safetensors", "v3/notes.txt", f"v3/ab/{HEX}.bin", f"elsewhere/{HEX}.safetensors"]
+    names = ["mine.safetensors", "bases/notes.txt", f"bases/{HEX}.bin", f"mine/{HEX}.safetensors"]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
     outside = tmp_path / "outside"
-    (outside / "ab").mkdir(parents=True)
-    (outside / "ab" / f"{HEX}.safetensors").write_text("mine")
+    outside.mkdir()
+    (outside / f"{HEX}.safetensors").write_text("mine")
     if linked:
-        (folder / "v4").symlink_to(outside)
-        (folder / "v3" / "ab" / f"{HEX}.safetensors").symlink_to(folder / "mine.safetensors")
+        (folder / "files").symlink_to(outside)
+        (folder / "bases" / f"{HEX}.safetensors").symlink_to(folder / "mine.safetensors")
     monkeypatch.setenv(LIMIT_VARIABLE, "1")
     trim_cache(folder)
     assert all((folder / name).read_text() == "mine" for name in names)
-    assert (outside / "ab" / f"{HEX}.safetensors").exists() and measure_cache(folder) == 0
+    assert (outside / f"{HEX}.safetensors").exists() and measure_cache(folder) == 0
 
 
 def test_a_size_that_is_none_is_refused(filled, monkeypatch):

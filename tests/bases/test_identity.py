@@ -181,7 +181,7 @@ def test_a_flipped_value_is_noticed_by_whatever_was_made_of_the_file(tmp_path, c
 
     def is_kept():
         try:
-            return prolora.transfer_file(lora, source, target, out, **options).dry_run
+            return prolora.transfer(lora, source, target, out=out, **options).report.dry_run
         except OutputExists:
             return False
 

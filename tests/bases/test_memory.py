@@ -14,7 +14,6 @@ from spectra import related, weights
 import prolora
 from prolora.bases import memory
 from prolora.bases.memory import Memory, Room, resident_bytes
-from prolora.comparison.comparison import compare as compare_bases
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import format_size, parse_limit, parse_size
 
@@ -76,9 +75,7 @@ def test_too_little_is_refused_before_any_work_and_says_how_much_it_takes(
     out = tmp_path / "out.safetensors"
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
     with pytest.raises(TooLittleMemory, match=r"needs .* [MG]iB"):
-        prolora.transfer_file(lora, source, target, out, method=method, max_memory=1 << 20)
-    with pytest.raises(TooLittleMemory, match=r"needs .* [MG]iB"):
-        compare_bases(source, target, max_memory=1 << 20)
+        prolora.transfer(lora, source, target, out=out, method=method, max_memory=1 << 20)
     assert not out.exists()
 
 
@@ -112,10 +109,10 @@ def peak():
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 prolora.open_base(paths[1]).layout  # the tables of layouts are read once
 bound = resident_bytes() + (40 << 20) + SLACK
-prolora.transfer_file(*paths, f"{{folder}}/a.safetensors", method="prolora", rank=64,
+prolora.transfer(*paths, out=f"{{folder}}/a.safetensors", method="prolora", rank=64,
                       threshold=0, max_memory=bound)
 within = peak()
-prolora.transfer_file(*paths, f"{{folder}}/b.safetensors", method="prolora", rank=64, threshold=0)
+prolora.transfer(*paths, out=f"{{folder}}/b.safetensors", method="prolora", rank=64, threshold=0)
 print(json.dumps([bound, within, peak()]))
 """
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -152,7 +149,7 @@ torch.set_num_threads(1)
 folder = Path({str(tmp_path)!r})
 options = {{"method": "prolora", "rank": 64, "threshold": 0, "again": True}}
 loras = sorted(folder.glob("lora*.safetensors"))
-prolora.transfer_file(loras[0], folder / "s", folder / "t", folder / "warm.safetensors",
+prolora.transfer(loras[0], folder / "s", folder / "t", out=folder / "warm.safetensors",
                       cache=folder / "c", **options)
 def peak():
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) << 10
@@ -170,9 +167,6 @@ print(json.dumps([bound, peak(), [outcome.status for outcome in done]]))
 def test_a_text_bounds_memory_wherever_a_number_does(tmp_path):
     lora, source, target = write_case(tmp_path)
     for bound in ("1MiB", 1 << 20):
-        for work in (
-            lambda bound: prolora.transfer(lora, source, target, max_memory=bound),
-            lambda bound: compare_bases(source, target, max_memory=bound),
-        ):
+        for work in (lambda bound: prolora.transfer(lora, source, target, max_memory=bound),):
             with pytest.raises(TooLittleMemory, match=r"1\.0 MiB` is too little"):
                 work(bound)

@@ -8,8 +8,9 @@ import torch
 from diagonal import pair_up
 from mini import shapes as mini_shapes
 
-from prolora import UnsupportedFormat, open_base
+from prolora import open_base
 from prolora.bases import check_finite
+from prolora.errors import UnsupportedFormat
 from prolora.files.writing import write_safetensors
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

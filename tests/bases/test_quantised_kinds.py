@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from mini import write_case
 from property_examples import examples
 
-from prolora import ProLoRAError, UnsupportedFormat, open_base
+from prolora import ProLoRAError, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
 from prolora.bases.quantised.reading import join_quantised
 from prolora.bases.quantised.weight import find_kind
 from prolora.bases.weights import LoadedWeight
+from prolora.errors import UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.writing import write_safetensors
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prolora import InvalidOption, ProLoRAError, UnrelatedBases, adapters, open_base
+from prolora import ProLoRAError, adapters, open_base
 from prolora.cli import demo
+from prolora.errors import InvalidOption, UnrelatedBases
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
 

@@ -64,5 +64,5 @@ def test_the_report_replaces_no_result_of_an_expert(prolora, files, tmp_path):
 
 def test_other_commands_say_that_a_folder_has_two_experts(prolora, tmp_path):
     folder = write_pipeline(tmp_path / "wan22")
-    code, _, errors = prolora("advise", "--source", folder, "--target", folder)
+    code, _, errors = prolora("extract", folder, folder, "-o", tmp_path / "x.safetensors")
     assert code == 2 and "name one of them" in errors

@@ -27,8 +27,7 @@ def line(case):
         ("transfer", LONG, "--source", "source", "--target", "target", *OUT),
         ("transfer", "lora.safetensors", "--source", LONG, "--target", "target", *OUT),
         ("transfer", "lora.safetensors", "--source", "source", "--target", "target", "-o", LONG),
-        ("advise", "--source", LONG, "--target", "target"),
-        ("advise", "--source", "source", "--target", "target", "--report", LONG),
+        ("check", "lora.safetensors", "--base", LONG),
         ("demo", "-o", LONG),
     ],
 )
@@ -100,7 +99,7 @@ def test_a_share_is_a_number_from_0_to_1(prolora, line, tmp_path, option, value)
 
 def test_a_share_may_be_0_or_1(prolora, line, tmp_path):
     out = tmp_path / "out.safetensors"
-    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0", "-q")[0] == 0
+    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0")[0] == 0
 
 
 def test_the_report_replaces_no_lora_of_the_run(prolora, line, tmp_path, monkeypatch):
@@ -129,7 +128,7 @@ def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
 
 def test_the_report_replaces_nothing(prolora, line, tmp_path):
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    assert prolora(*line, "-o", out, "--report", report, "-q")[0] == 0
+    assert prolora(*line, "-o", out, "--report", report)[0] == 0
     assert json.loads(report.read_text())["totals"]["mapped"] == 8
     before = out.read_bytes()
     other = tmp_path / "other.safetensors"
@@ -137,13 +136,6 @@ def test_the_report_replaces_nothing(prolora, line, tmp_path):
     assert code == 2 and "exists" in text and not other.exists()
     assert out.read_bytes() == before
     assert len(adapters.read_adapter(out).updates) == 8
-
-
-def test_a_report_of_an_advice_replaces_no_lora(prolora, case, tmp_path):
-    lora, source, target = case
-    before = lora.read_bytes()
-    code, _, text = prolora("advise", "--source", source, "--target", target, "--report", lora)
-    assert code == 2 and "exists" in text and lora.read_bytes() == before
 
 
 def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):
@@ -175,11 +167,9 @@ def test_an_interrupted_command_says_so_by_its_exit_code(prolora, monkeypatch):
 
 @pytest.mark.parametrize("device, words", [("abacus", "no device is called"), ("mps", "float64")])
 def test_a_device_that_is_none_is_refused_by_every_command(prolora, line, tmp_path, device, words):
-    bases = line[2:]
     for command in (
         (*line, "-o", tmp_path / "out.safetensors"),
         (*line, "--dry-run"),
-        ("advise", *bases),
     ):
         code, out, text = prolora(*command, "--device", device)
         assert code == 2 and not out and text.startswith("Error: ") and words in text
@@ -212,7 +202,6 @@ def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora,
         ("check", "nope.safetensors", "SOURCE"),
         ("merge", "nope.safetensors", "nope.safetensors", "-o", "both.safetensors"),
         ("check", "nope.safetensors"),
-        ("advise", "nope.safetensors", "--source", "SOURCE", "--target", "TARGET"),
         ("convert", "nope.safetensors", "-o", "other.safetensors"),
         ("extract", "nope.safetensors", "SOURCE", "-o", "other.safetensors"),
         ("migrate", "nope", "--source", "SOURCE", "--target", "TARGET", "-o", "moved"),

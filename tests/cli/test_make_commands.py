@@ -75,9 +75,9 @@ def test_merge_moves_what_has_another_base_and_tells_what_of_each_is_kept(
     assert code == 0 and "lora at strength 1: all of it is in the result, and another" in said, err
     assert "lora and other do the same in" not in said  # a quarter is not twice
     code, text, err = prolora(
-        *words, "-o", out, "--explain", "--method", "balanced", "--modules", "--overwrite"
+        *words, "-o", out, "--report", "-", "--method", "balanced", "--overwrite"
     )
-    assert code == 0 and "How the LoRAs overlap" in text and "cosine" in text, err
+    assert code == 0 and "cosine" in text, err
     bases = ("--target", target, "--source", source, "--source", source, "--cache", "none")
     report = tmp_path / "report.html"
     code, text, err = prolora(*words, *bases, "-o", out, "--report", report, "--overwrite")

@@ -202,10 +202,6 @@ MISTAKES = {
         (*MOVE, *TO, "--report", "out.safetensors"),
         "the report would replace the LoRA; give it another name",
     ),
-    "somebody's file for a map": (
-        ("advise", *BASES, "--save-match", "foreign.json"),
-        "foreign.json: exists, and is not replaced",
-    ),
     "a folder that cannot be an adapter": (
         (*MOVE, "-o", "words.txt", "--format", "peft"),
         "words.txt: exists, and is not replaced",
@@ -220,14 +216,15 @@ MISTAKES = {
     ),
     "no LoRA": (("transfer", *BASES, *TO), "Missing argument 'LORA'"),
     "no source": (("transfer", "lora.safetensors", *BASES[2:], *TO), "Missing option '--source'"),
-    "bases without their options": (
-        ("transfer", "lora.safetensors", "source", "target", *TO),
-        "Missing option '--source': bases are given as --source BASE and --target BASE",
+    "one base for two": (
+        ("transfer", "lora.safetensors", "source", *TO),
+        "Missing option '--source': bases are given as --source BASE and --target BASE, or after",
     ),
+    "one model for two": (("extract", "source", *TO), "Missing argument 'BASE'"),
     "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
     "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
     "an empty output": ((*MOVE, "-o", ""), "the path is empty"),
-    "an empty base": (("advise", "--source", "", *BASES[2:]), "the name of the base is empty"),
+    "an empty base": (("check", "lora.safetensors", "--base", ""), "the name of the base is empty"),
     "a method that is none": (
         (*MOVE, *TO, "--method", "prolroa"),
         "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
@@ -257,18 +254,14 @@ MISTAKES = {
         "two inputs would become lora.safetensors",
     ),
     "a pickle for a base": (
-        ("advise", "--source", "old.pt", "--target", "target"),
+        ("check", "lora.safetensors", "--base", "old.pt"),
         "old.pt: a pickle checkpoint in the old format; it can run code when it is loaded",
     ),
     "nothing to look at": (("check",), "Missing argument 'FILE'"),
     "a missing file to look at": (("check", "lorra.safetensors"), "Similar here: lora.safet"),
     "a folder of LoRAs to look at": (("check", "loras"), "name one of them"),
-    "an overlap that is no rank": (
-        ("advise", *BASES, "--overlap", "x"),
-        "--overlap takes an integer or a share like 0.9",
-    ),
-    "advice on a missing base": (
-        ("advise", "--source", "source", "--target", "targte"),
+    "a verdict on a missing base": (
+        ("check", "lora.safetensors", "--source", "source", "--target", "targte"),
         "targte: no such file, folder or model of the hub (org/name). Similar here: target",
     ),
     "a migration of nothing": (
@@ -327,5 +320,5 @@ def test_a_report_goes_to_standard_output_where_that_is_asked_for(prolora, room)
 )
 def test_a_missing_folder_of_the_output_is_made(prolora, room, loras):
     out = Path("new", "folder", *(["x.safetensors"] if len(loras) == 1 else []))
-    assert prolora("transfer", *loras, *BASES, "-o", out, "--method", "copy", "-q")[0] == 0
+    assert prolora("transfer", *loras, *BASES, "-o", out, "--method", "copy")[0] == 0
     assert len(list(Path("new", "folder").glob("*.safetensors"))) == len(loras)

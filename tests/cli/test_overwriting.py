@@ -88,8 +88,6 @@ def test_the_files_of_a_peft_folder_are_not_replaced(prolora, line, tmp_path):
         (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.json"),
         (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.html"),
         (("transfer", "LORA", "-o", "out.safetensors", "--card"), "README.md"),
-        (("advise", "--save-match", "FILE"), "map.json"),
-        (("advise", "--report", "FILE"), "advice.html"),
     ],
 )
 def test_a_file_that_goes_with_a_result_replaces_none(
@@ -98,7 +96,7 @@ def test_a_file_that_goes_with_a_result_replaces_none(
     monkeypatch.chdir(tmp_path)
     lora, source, target = case
     words = [{"LORA": lora, "FILE": name}.get(word, word) for word in words]
-    words = [*words, "--source", source, "--target", target, "-q"]
+    words = [*words, "--source", source, "--target", target]
     (tmp_path / name).write_bytes(FOREIGN)
     there = sorted(tmp_path.iterdir())
     code, _, error = prolora(*words)

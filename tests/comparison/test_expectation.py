@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from prolora import Verdict
 from prolora.comparison.expectation import CLASSES, classify
+from prolora.core.verdict import Verdict
 
 QUALITY = Path(__file__).parents[2] / "bench/quality"
 

@@ -72,7 +72,7 @@ def test_a_weight_that_is_not_finite_is_refused():
 def test_auto_refuses_unrelated_bases_and_a_method_by_name_does_not():
     source, target = named(source_weights()), named(unrelated())
     said = "these two models have nothing in common: they were trained apart. Nothing was written"
-    with pytest.raises(prolora.UnrelatedBases, match=said) as refused:
+    with pytest.raises(prolora.errors.UnrelatedBases, match=said) as refused:
         prolora.transfer(lora_tensors(), source, target)
     first, _, rest = str(refused.value).partition("Next: `fit()`")
     assert "copy" not in first and ", or train the LoRA on " in rest
@@ -144,5 +144,5 @@ def test_auto_refuses_where_most_modules_are_unrelated_beside_a_heavy_frozen_one
     heavy = next(iter(target))
     source[heavy] = source[heavy] * 30
     target[heavy] = source[heavy]
-    with pytest.raises(prolora.UnrelatedBases, match="nothing in common"):
+    with pytest.raises(prolora.errors.UnrelatedBases, match="nothing in common"):
         prolora.transfer(lora_tensors(), named(source), named(target))

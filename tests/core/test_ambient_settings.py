@@ -133,7 +133,7 @@ def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_
 
 def test_an_error_puts_the_settings_back():
     with float32_products("high"), torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(prolora.NonFiniteWeights):
+        with pytest.raises(prolora.errors.NonFiniteWeights):
             truncated_svd(torch.full((4, 4), torch.nan), 2)
         assert torch.is_autocast_enabled("cpu")
 

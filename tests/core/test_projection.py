@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 from property_examples import examples
 from spectra import related, weights
 
-from prolora import (
-    METHODS,
-    LowRank,
-    NonFiniteWeights,
-    ShapeMismatch,
-    UnrelatedBases,
-    project,
-    truncated_svd,
-)
+from prolora import METHODS, LowRank, project, truncated_svd
+from prolora.errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 METHOD = st.sampled_from(sorted(METHODS))
@@ -321,7 +314,7 @@ def test_an_unknown_method_is_answered_with_all_that_there_are_and_where_others_
     source, target, delta = case(8, 6, 2, 0)
     with pytest.raises(ValueError, match="'x': choose from auto, prolora, "):
         project(delta, source, target, method="x")
-    for name, door in (("best", "transfer_file"), ("fit", "fit_file")):
+    for name, door in (("best", "transfer"), ("fit", "fit")):
         with pytest.raises(ValueError, match=rf"{name!r}: choose from .*; .*`{door}\(\)`"):
             project(delta, source, target, method=name)
 

@@ -6,21 +6,11 @@ import torch
 from spectra import related, weights
 
 import prolora
-from prolora import (
-    LowRank,
-    ProLoRAError,
-    ShapeMismatch,
-    SolverFailure,
-    UnsupportedDevice,
-    UnsupportedTensor,
-    principal_angles,
-    project,
-    similarity,
-    truncated_svd,
-)
+from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
 from prolora.comparison.block_matching import match_blocks, resolve_match
-from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
+from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
+from prolora.workflow.extract_options import ExtractOptions
 from prolora.workflow.options import settle_options
 
 
@@ -217,7 +207,7 @@ def one_card(monkeypatch):
 
 
 JOBS = (
-    *(prolora.TransferOptions, prolora.FitOptions, prolora.AdviceOptions, prolora.ExtractOptions),
+    *(prolora.TransferOptions, prolora.FitOptions, ExtractOptions),
     prolora.MergeOptions,
 )
 
@@ -247,11 +237,8 @@ def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeyp
     base = prolora.open_base(
         {f"transformer_blocks.0.attn1.to_{x}.weight": torch.eye(8) for x in "qkv"}
     )
-    for place in ("comparison.comparison",):
-        monkeypatch.setattr(f"prolora.{place}.Memory", note)
     monkeypatch.setattr("prolora.comparison.block_matching._find_room", note)
     calls = (
-        lambda **how: compare_bases(base, base, **how),
         lambda **how: match_blocks(base, base, **how),
         lambda **how: resolve_match("similarity", base, base, **how),
     )
@@ -267,7 +254,6 @@ def test_a_device_is_refused_before_anything_is_read(tmp_path):
     calls = (
         lambda device: prolora.transfer(missing, missing, missing, device=device),
         lambda device: prolora.transfer_many([missing], missing, missing, missing, device=device),
-        lambda device: compare_bases(missing, missing, device=device),
     )
     for device, words in (("foo", "no device is called 'foo'"), ("mps", "no float64")):
         for call in calls:

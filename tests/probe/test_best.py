@@ -15,11 +15,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 import prolora
-from prolora import InvalidOption, UnrelatedBases
+from prolora.errors import InvalidOption, UnrelatedBases
 from prolora.probe import pipelines
-from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
 from prolora.workflow import batch, best
-from prolora.workflow.advice import choose_next
 from prolora.workflow.best import BestWay
 from prolora.workflow.options import OF_A_FIT_TOO
 from prolora.workflow.pair_mover import PairMover
@@ -137,10 +135,10 @@ def test_where_weights_say_too_little_the_models_are_run(room, target, need):
 @pytest.mark.parametrize("target", ["pruned", "apart", "across"])
 def test_a_fit_that_was_chosen_is_the_one_that_fit_makes(room, tmp_path, target):
     out = tmp_path / "out.safetensors"
-    prolora.transfer_file(*ends(room, target), out, method="best")
+    prolora.transfer(*ends(room, target), out=out, method="best")
     bases = map(prolora.open_base, ends(room, target)[1:])
     way = BestWay.of(*bases, prolora.TransferOptions(method="best", format="auto"))
-    prolora.fit_file(*ends(room, target), tmp_path / "alone.safetensors", way.by_fit)
+    prolora.fit(*ends(room, target), tmp_path / "alone.safetensors", out=way.by_fit)
     ours, theirs = load_file(out), load_file(tmp_path / "alone.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
@@ -177,7 +175,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long(
 ):
     monkeypatch.setattr(pipelines, "open_pipeline", None)  # no model is loaded
     cache = tmp_path / "cache"
-    report = prolora.plan_report(*ends(room, target), method="best", cache=cache)
+    report = prolora.transfer(*ends(room, target), method="best", cache=cache, dry_run=True).report
     assert not cache.exists()
     assert report.dry_run and ("Both models would be run because" in report.why) is runs
     assert report.why in str(report.in_words())
@@ -202,7 +200,7 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
 def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch):
     lora, out = room / "lora.safetensors", tmp_path / "lora.safetensors"
     few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
-    prolora.fit_file(*ends(room, "pruned"), out, seed=5, **few)
+    prolora.fit(*ends(room, "pruned"), out=out, seed=5, **few)
     earlier = out.read_bytes()
     how = ([lora], *ends(room, "pruned")[1:], tmp_path)
 
@@ -235,7 +233,7 @@ def test_of_a_folder_what_weights_give_is_written_where_the_fit_is_refused(
     (done,) = prolora.transfer_many([lora], *bases, tmp_path, method="best")
     assert done.error is None and "A fit was tried" in done.report.why
     assert len(moves) == 1 and done.seconds > 5
-    prolora.transfer_file(lora, *bases, tmp_path / "usual.safetensors")
+    prolora.transfer(lora, *bases, out=tmp_path / "usual.safetensors")
     ours, usual = load_file(done.out), load_file(tmp_path / "usual.safetensors")
     assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
 
@@ -250,7 +248,7 @@ def test_what_weights_give_is_kept_where_the_fits_of_a_folder_end_in_an_error(
     lora, *bases = ends(room, "pruned")
     out = tmp_path / "out" / lora.name
     if there:
-        prolora.transfer_file(*ends(room, "pruned"), out, strength=0.5)
+        prolora.transfer(*ends(room, "pruned"), out=out, strength=0.5)
         earlier = out.read_bytes()
 
     def fail(*_: object) -> None:
@@ -262,7 +260,7 @@ def test_what_weights_give_is_kept_where_the_fits_of_a_folder_end_in_an_error(
     if there:
         assert out.read_bytes() == earlier
         return
-    prolora.transfer_file(lora, *bases, tmp_path / "usual.safetensors")
+    prolora.transfer(lora, *bases, out=tmp_path / "usual.safetensors")
     ours, usual = load_file(out), load_file(tmp_path / "usual.safetensors")
     assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
 
@@ -278,9 +276,9 @@ def test_what_a_fit_cannot_do_is_refused_by_each_job(room, tmp_path, changed):
     lora, *bases = ends(room, "pruned")
     for job in (
         lambda: prolora.transfer(lora, *bases, method="best", **changed),
-        lambda: prolora.transfer_file(lora, *bases, tmp_path / "x", method="best", **changed),
+        lambda: prolora.transfer(lora, *bases, out=tmp_path / "x", method="best", **changed).report,
         lambda: prolora.transfer_many([lora], *bases, tmp_path / "y", method="best", **changed),
-        lambda: prolora.plan_report(lora, *bases, method="best", **changed),
+        lambda: prolora.transfer(lora, *bases, method="best", **changed, dry_run=True).report,
     ):
         with pytest.raises(InvalidOption, match=f"`{next(iter(changed))}"):
             job()
@@ -292,42 +290,6 @@ def test_every_option_of_a_transfer_is_one_of_a_fit_or_refused_with_the_best_met
     assert set(OF_A_FIT_TOO) <= shared & {known.name for known in fields(prolora.TransferOptions)}
 
 
-@pytest.mark.parametrize(
-    "target, tried",
-    [
-        ("tuned", False),
-        ("pruned", True),
-        pytest.param("apart", True, marks=pytest.mark.slow),
-    ],
-)
-def test_advice_that_measures_runs_the_first_steps_of_a_fit_where_it_may_be_better(
-    room, target, tried
-):
-    lora, *bases = ends(room, target)
-    few = prolora.FitSettings(("cat",), images=1, steps=2)
-    advice = prolora.advise(*bases, lora, measure=few)
-    found = advice.measurement.candidates
-    assert ("fit" in found) is tried and (advice.fit_seconds is not None) is tried
-    if tried:
-        assert advice.fit_seconds > 0
-        # A fit that follows what was measured is better than weights of models without knowledge.
-        assert found["fit"].share == max(way.share for way in found.values())
-        assert advice.measurement.best == "fit" and advice.verb == "fit"
-        assert "a fit of 8 steps reaches" in str(advice)
-
-
-def test_the_fit_that_is_advised_has_the_match_in_it(room):
-    way = MeasuredStrength(1.0, 0.7, (0.9, 1.1), (0.6, 0.8), dict.fromkeys(STRENGTHS, 0.7), {})
-    worse = replace(way, share=0.5)
-    measurement = Measurement({"copy": worse, "fit": way}, 0.1, 4, 24)
-    bases = prolora.open_base(room / "source"), prolora.open_base(room / "pruned")
-    verdict, sampled = prolora.Verdict(0.1, 0.99, 0.3), prolora.FitSettings(target_steps=4)
-    chosen = choose_next(bases, "similarity", verdict, measurement, sampled, True)
-    assert chosen == ("fit", {"target_steps": 4, "match": "similarity"})
-    without = choose_next(bases, "similarity", verdict, None, sampled, True)
-    assert without == ("transfer", {"method": "best", "match": "similarity"})
-
-
 def test_two_loras_of_one_name_are_refused_though_one_was_fitted_before(
     room, tmp_path, monkeypatch
 ):
@@ -336,6 +298,6 @@ def test_two_loras_of_one_name_are_refused_though_one_was_fitted_before(
         lora.parent.mkdir()
         shutil.copy(room / "lora.safetensors", lora)
     monkeypatch.setattr(batch, "_is_fitted", lambda lora, *_: lora == loras[0])
-    with pytest.raises(prolora.OutputError):
+    with pytest.raises(prolora.errors.OutputError):
         prolora.transfer_many(loras, *ends(room, "pruned")[1:], tmp_path / "out", method="best")
     assert not (tmp_path / "out").exists()

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prolora import FitOptions, LowRank, UnsupportedFormat, adapters, check, fit
+from prolora import FitOptions, LowRank, adapters, check, fit
 from prolora import transfer as prolora_transfer
 from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base, vae
 from prolora.cli import app
+from prolora.errors import UnsupportedFormat
 from prolora.probe import crossed, gate, pipelines
 from prolora.probe.checkpoint import Checkpoints
 from prolora.probe.pipelines import crossing, latents

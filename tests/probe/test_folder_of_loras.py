@@ -53,7 +53,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out.mkdir()
             for name in "abc" if target == "target" else "ac":
                 ends = folder / f"{name}.safetensors", folder / "source", folder / target
-                prolora.fit_file(*ends, out / f"{name}.safetensors", FEW)
+                prolora.fit(*ends, out / f"{name}.safetensors", out=FEW)
     return folder
 
 
@@ -79,7 +79,7 @@ def test_each_lora_of_a_folder_gets_what_it_gets_alone_for_fewer_predictions(
     monkeypatch.setattr(pipelines, "open_pipeline", lambda *a: opened.append(a[0]) or load(*a))
     names = "acb" if target == "target" else "ac"
     first, refused, second, *_ = fit_all(room, tmp_path / "out", f"a-{names[1:]}", target)
-    assert isinstance(refused.error, prolora.UnsupportedFormat)
+    assert isinstance(refused.error, prolora.errors.UnsupportedFormat)
     assert_as_alone(room, tmp_path / "out", names, target)
     assert opened == [room / "source", room / target]
     made = [done.report.probe.predictions for done in (first, second)]

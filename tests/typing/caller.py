@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import prolora
+from prolora.workflow.options import TransferMethod
 
 up, down = torch.zeros(8, 2), torch.zeros(2, 8)
 weight, array = torch.zeros(8, 8), np.zeros((8, 8), dtype=np.float32)
@@ -27,12 +28,14 @@ like: torch.Tensor = prolora.similarity(weight, array, rank=4).left
 angles: torch.Tensor = prolora.principal_angles(weight, array)
 done: prolora.Transfer = prolora.transfer(lora, source, target, method="copy", strength=0.8)
 options = prolora.TransferOptions(method="copy", strength=0.3, out_rank="50%")
-method: prolora.TransferMethod = options.method
+method: TransferMethod = options.method
 done = prolora.transfer(lora, source, target, options, text_encoder="skip")
-report: prolora.Report = prolora.transfer_file(lora, source, target, out, options)
+report: prolora.Report = prolora.transfer(lora, source, target, options, out=out).report
 rows: list[str] = [row.source for row in report.modules if row.status == "mapped"]
 outcomes: list[prolora.Outcome] = prolora.transfer_many([lora], source, target, "folder")
-planned: prolora.Report = prolora.plan_report(lora, source, target, match="similarity")
+planned: prolora.Report = prolora.transfer(
+    lora, source, target, match="similarity", dry_run=True
+).report
 fitted: prolora.Transfer = prolora.fit(lora, source, target, prompts=("a cat",), images=8)
 tensors: dict[str, torch.Tensor] = done.state_dict("diffusers")
 
@@ -55,14 +58,14 @@ prolora.transfer(lora, source, target, "copy")  # mistake
 prolora.transfer(3, source, target)  # mistake
 prolora.TransferOptions(metod="copy")  # mistake
 prolora.TransferOptions("copy")  # mistake
-prolora.transfer_file(lora, source, target, out, format="webui")  # mistake
+prolora.transfer(lora, source, target, out=out, format="webui")  # mistake
 prolora.transfer_many(lora, source, target, "folder")  # mistake
-prolora.plan_report(lora, source, target, min_coverage="0.5")  # mistake
+prolora.transfer(lora, source, target, min_coverage="0.5", dry_run=True)  # mistake
 prolora.migrate([lora], "a", "b", "folder", metod="copy")  # mistake
 prolora.migrate([lora], "a", "b", "folder", shard=2)  # mistake
 prolora.fit(lora, source, target, prompts="a cat")  # mistake
 prolora.fit(lora, source, target, method="copy")  # mistake
-prolora.advise(source, target, measure="yes")  # mistake
+prolora.check(lora, base=source, program=3)  # mistake
 done.save(out, format="webui")  # mistake
 print(report.energy)  # mistake
 done.report.modules[0].status = "mapped"  # mistake

@@ -51,9 +51,9 @@ def test_together_they_become_what_each_becomes_alone(folder, tmp_path, method):
     options = {"method": method, "threshold": 0}
     for outcome in prolora.transfer_many(loras, source, target, moved, **options):
         alone = tmp_path / "alone.safetensors"
-        report = prolora.transfer_file(
-            outcome.lora, source, target, alone, overwrite=True, **options
-        )
+        report = prolora.transfer(
+            outcome.lora, source, target, out=alone, overwrite=True, **options
+        ).report
         assert (
             outcome.status == "moved"
             and outcome.report.totals["mapped"] == (report.totals["mapped"])
@@ -95,7 +95,7 @@ def test_one_bad_lora_stops_no_other(folder):
     loras[0].write_bytes(b"nothing")
     outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
     assert [outcome.status for outcome in outcomes] == ["failed", "moved", "failed", "moved"]
-    assert isinstance(outcomes[2].error, prolora.NonFiniteWeights)
+    assert isinstance(outcomes[2].error, prolora.errors.NonFiniteWeights)
     assert sorted(path.name for path in moved.iterdir()) == ["a.safetensors", "c.safetensors"]
 
 
@@ -151,7 +151,7 @@ def test_results_that_the_caller_names_by_what_they_are_made_of_lie_side_by_side
     assert len({o.out for o in first[:3] + other[:3]}) == 6
     assert first[0].out.parent == moved / "a" and first[0].out.suffix == ".safetensors"
     assert [o.status for o in move()] == ["already there"] * 3 + ["failed"]
-    with pytest.raises(prolora.OutputError, match="overwrite each other"):
+    with pytest.raises(prolora.errors.OutputError, match="overwrite each other"):
         prolora.transfer_many(loras, source, target, moved, naming=lambda lora, digest: "one")
 
 
@@ -218,7 +218,7 @@ def test_inputs_are_never_written_to(folder):
     loras, source, target, _ = folder
     before = {path: path.read_bytes() for path in loras}
     outcomes = prolora.transfer_many(loras, source, target, loras[0].parent, overwrite=True)
-    assert all(isinstance(outcome.error, prolora.OutputError) for outcome in outcomes)
+    assert all(isinstance(outcome.error, prolora.errors.OutputError) for outcome in outcomes)
     assert {path: path.read_bytes() for path in loras} == before
 
 
@@ -314,7 +314,7 @@ def test_the_time_of_a_lora_that_failed_counts_the_step_that_failed():
 
     def fail():
         time.sleep(0.02)
-        raise prolora.UnsupportedFormat("no LoRA")
+        raise prolora.errors.UnsupportedFormat("no LoRA")
 
     assert task.attempt(fail) is None
     assert task.outcome.seconds == task.seconds >= 0.02

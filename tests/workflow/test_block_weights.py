@@ -9,11 +9,11 @@ from property_examples import examples
 from safetensors.torch import load_file
 
 import prolora
-from prolora import InvalidOption
 from prolora.architectures.depth import DepthTable
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
+from prolora.errors import InvalidOption
 from prolora.workflow.block_weights import LEFT_OUT, BlockWeights
 
 TWELVE = ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT0{i}" for i in range(6)))
@@ -170,15 +170,17 @@ def test_a_transfer_writes_its_blocks_at_their_factors(tmp_path):
 def test_a_block_of_factor_0_is_reported_as_left_out_on_purpose(tmp_path):
     lora, source, target = write_case(tmp_path)
     text = "down_blocks.1.attentions.0.transformer_blocks.1=0"
-    report = prolora.transfer_file(
-        lora, source, target, tmp_path / "out.safetensors", method="copy", blocks=text
-    )
+    report = prolora.transfer(
+        lora, source, target, out=tmp_path / "out.safetensors", method="copy", blocks=text
+    ).report
     gone = [row.source for row in report.modules if row.reason == LEFT_OUT]
     assert len(gone) == 4 and all(".transformer_blocks.1." in name for name in gone)
     assert "4 modules have the factor 0 and are left out as asked" in str(report)
     written = load_file(tmp_path / "out.safetensors")
     assert not any("transformer_blocks_1_" in key for key in written)
-    planned = prolora.plan_report(lora, source, target, method="copy", blocks=text)
+    planned = prolora.transfer(
+        lora, source, target, method="copy", blocks=text, dry_run=True
+    ).report
     assert [row.source for row in planned.modules if row.reason == LEFT_OUT] == gone
 
 

@@ -40,9 +40,9 @@ def bases(tmp_path):
 
 def moved(tmp_path, bases, tensors, **options):
     save_file(tensors, tmp_path / "in")
-    report = prolora.transfer_file(
-        tmp_path / "in", *bases, tmp_path / "out", overwrite=True, **options
-    )
+    report = prolora.transfer(
+        tmp_path / "in", *bases, out=tmp_path / "out", overwrite=True, **options
+    ).report
     return report, prolora.adapters.read_adapter(tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,13 +143,13 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
         found = prolora.check(base, base=base)
         assert (found.kind, found.mark) == ("base", "✖") and "a LoRA was asked" in found.headline
         return
-    with pytest.raises(prolora.UnsupportedFormat):
+    with pytest.raises(prolora.errors.UnsupportedFormat):
         prolora.check(lora, base=lora)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_a_family_may_stand_in_the_place_of_a_base(family):
-    found = prolora.check(usual_lora("sdxl", "unet."), base=family)
+    found = prolora.check(usual_lora("sdxl", "unet."), family=family)
     assert bool(found) == (family == "sdxl") and "Stable Diffusion XL" in found.headline
 
 
@@ -158,7 +159,7 @@ def test_a_family_may_stand_in_the_place_of_a_base(family):
 def test_a_check_says_what_a_program_does_with_a_file(program, mark):
     found = prolora.check(usual_lora("sdxl", "unet."), program=program)
     assert found.mark == mark and found.program in found.headline
-    with pytest.raises(prolora.InvalidOption, match="comfyui"):
+    with pytest.raises(prolora.errors.InvalidOption, match="comfyui"):
         prolora.check(usual_lora("sdxl", "unet."), program="paint")
 
 
@@ -171,3 +172,36 @@ def test_a_language_models_lora_is_not_promised_a_move(tmp_path):
     )
     found = check(path)
     assert found.reason and "language model" in found.reason
+
+
+MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
+
+
+def mini_lora():
+    shapes = prolora.open_base(MINI / "source").shapes
+    name = next(name for name in shapes if name.endswith("attn1.to_q"))
+    out, inputs = shapes[name][:2]
+    factors = {"lora_A": torch.ones(1, inputs), "lora_B": torch.full((out, 1), 1e-3)}
+    return {f"unet.{name}.{role}.weight": x for role, x in factors.items()}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
+    monkeypatch.undo()
+    target = prolora.open_base(MINI / "finetuned")
+    if apart:
+        torch.manual_seed(0)
+        target = {f"{n}.weight": torch.randn(shape) for n, shape in target.shapes.items()}
+    bases = {"source": MINI / "source", "target": target}
+    found = prolora.check(mini_lora(), **bases)
+    assert (found.mark, found.headline) == (found.move.mark, found.move.headline)
+    if apart:
+        assert found.mark == "✖" and "nothing in common" in found.headline
+        with pytest.raises(prolora.errors.UnrelatedBases):
+            prolora.transfer(mini_lora(), *bases.values())
+    else:
+        done = prolora.transfer(mini_lora(), *bases.values()).report.in_words()
+        assert (done.mark, done.headline) == (found.mark, found.headline)
+        assert done.lines[0] == found.move.lines[0]
+    with pytest.raises(prolora.errors.InvalidOption, match="takes two models"):
+        prolora.check(mini_lora(), source=MINI / "source")

@@ -61,7 +61,7 @@ def test_every_kind_stays_what_it_is(case, tmp_path, kind):
     lora, source, target = case
     tensors, out = make_kind(kind), tmp_path / "out.safetensors"
     save_file(tensors, lora, {"ss_network_alpha": "0.5", "ss_network_args": "{}"})
-    report = prolora.transfer_file(lora, source, target, out)
+    report = prolora.transfer(lora, source, target, out=out).report
     there = {key: x for key, x in tensors.items() if "transformer_blocks_2" not in key}
     check_bytes(load_file(out), there)
     assert report.as_stored and not report.kept_energy and report.vectors == 8
@@ -83,7 +83,7 @@ def test_what_was_asked_for_is_no_copy_of_bytes(case, tmp_path):
         )
     ):
         out = tmp_path / f"{i}.safetensors"
-        report = prolora.transfer_file(lora, source, target, out, **asked)
+        report = prolora.transfer(lora, source, target, out=out, **asked).report
         assert not report.as_stored, asked
         alphas = {float(x) for key, x in load_file(out).items() if key.endswith("alpha")}
         assert 0.5 not in alphas, asked
@@ -99,7 +99,7 @@ def test_renumbered_blocks_take_the_bytes_along(tmp_path):
         if "transformer_blocks.0" not in name
     }
     target, out = write_folder(tmp_path / "cut", moved), tmp_path / "out.safetensors"
-    report = prolora.transfer_file(lora, source, target, out, match="similarity")
+    report = prolora.transfer(lora, source, target, out=out, match="similarity").report
     assert report.as_stored
     found, tensors = load_file(out), lora_tensors()
     for key, tensor in found.items():
@@ -111,7 +111,7 @@ def test_renumbered_blocks_take_the_bytes_along(tmp_path):
 @pytest.mark.parametrize("lora", ["neon", "duotone", "concept"])
 def test_the_shipped_loras_are_copied_to_the_byte(tmp_path, lora):
     path, out = ICONS / "loras" / f"{lora}.safetensors", tmp_path / "out.safetensors"
-    prolora.transfer_file(path, ICONS / "source", ICONS / "far", out)
+    prolora.transfer(path, ICONS / "source", ICONS / "far", out=out)
     check_bytes(load_file(out), load_file(path))
 
 
@@ -132,7 +132,7 @@ def test_a_folder_of_peft_keeps_its_scale_in_its_configuration(case, tmp_path, d
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "rank_pattern": ranks}
     config |= {"use_rslora": True, "use_dora": dora}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    report = prolora.transfer_file(folder, source, target, out, format=None)
+    report = prolora.transfer(folder, source, target, out=out, format=None).report
     assert report.as_stored
     there = {key: x for key, x in tensors.items() if "transformer_blocks.2" not in key}
     check_bytes(load_file(out / "adapter_model.safetensors"), there)
@@ -170,7 +170,7 @@ def test_a_file_of_every_family_and_spelling_is_copied_to_the_byte(tmp_path, fam
         # An alpha that is not the rank, where the format has alphas.
         halved = {k: x / 2 if k.endswith(".alpha") else x for k, x in tensors.items()}
         save_file(halved, lora, {"ss_base_model_version": ""})
-        report = prolora.transfer_file(lora, *bases, out)
+        report = prolora.transfer(lora, *bases, out=out).report
         assert report.as_stored, format
         check_bytes(load_file(out), halved)
 
@@ -184,5 +184,5 @@ def test_a_byte_that_reads_back_differently_is_noticed(case, tmp_path, monkeypat
     fill = writing.fill_safetensors
     monkeypatch.setattr(writing, "fill_safetensors", spoil)
     with pytest.raises(OutputError, match="reads back differently"):
-        prolora.transfer_file(*case, tmp_path / "out.safetensors")
+        prolora.transfer(*case, out=tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

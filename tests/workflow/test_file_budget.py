@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from mini import lora_tensors, source_weights, target_weights, write_case
 
 import prolora
-from prolora import LowRank, OutputError, adapters
+from prolora import LowRank, adapters
 from prolora.adapters import Adapter, fused_updates, group_modules
 from prolora.architectures.families import known_families
+from prolora.errors import OutputError
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow.by_weights.file_budget import OutputForm, describe_cuts
 from prolora.workflow.module_report import ModuleReport
@@ -248,7 +249,7 @@ def test_files_fit_alone_and_together_and_are_not_those_of_another_size(tmp_path
     lora, source, target = write_case(tmp_path)
     options = {"method": method, "threshold": 0, "dtype": torch.float16, "format": "diffusers"}
     alone = tmp_path / "alone.safetensors"
-    prolora.transfer_file(lora, source, target, alone, out_rank="5900B", **options)
+    prolora.transfer(lora, source, target, out=alone, out_rank="5900B", **options)
     assert 5000 < alone.stat().st_size <= 5900
 
     def moved(size):

@@ -5,7 +5,7 @@ import re
 import pytest
 from reports import make_report, make_row
 
-from prolora import Verdict
+from prolora.core.verdict import Verdict
 from prolora.workflow.in_words import A_VECTOR, judge, name_amount, tell_fit
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")

@@ -73,7 +73,7 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
     for option in OPTIONS:
         assert write_flag(option) in flags, option
     keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
-    for function in (prolora.advise, prolora.migrate):
+    for function in (prolora.check, prolora.migrate):
         keywords |= set(inspect.signature(function).parameters)
     for options in (prolora.FitOptions, prolora.MergeOptions):
         keywords |= {field.name for field in dataclasses.fields(options)}
@@ -102,7 +102,7 @@ def test_the_command_line_names_flags(message, flag):
 
 def test_an_error_names_what_each_reader_has(tmp_path, words):
     lora, source, _ = write_case(tmp_path)
-    with pytest.raises(prolora.WrongBase) as caught:
+    with pytest.raises(prolora.errors.WrongBase) as caught:
         prolora.transfer(lora, source, source)
     python, flags = str(caught.value), name_options(str(caught.value), write_flag)
     node = words.explain(caught.value)
@@ -124,7 +124,7 @@ def test_a_node_names_widgets(words):
 
 
 def test_a_file_for_several_models_says_how_each_command_takes_the_base():
-    with pytest.raises(prolora.UnsupportedFormat) as refused:
+    with pytest.raises(prolora.errors.UnsupportedFormat) as refused:
         programs.choose_format(("auraflow", "bk-sdm"), "comfyui")
     said = name_options(str(refused.value), write_flag)
     assert "`prolora convert` takes it as an argument after the LoRA" in said

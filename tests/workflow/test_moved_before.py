@@ -8,6 +8,7 @@ from mini import source_weights, target_weights, write_case, write_folder
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora import errors
 from prolora.adapters.formats.moves import MOST_EARLIER, describe_moves, read_moves
 from prolora.bases import identity
 from prolora.files.safetensors_file import SafetensorsFile
@@ -26,12 +27,12 @@ def files(tmp_path):
     b = write_file(tmp_path / "b.safetensors", target_weights())
     c = write_file(tmp_path / "c.safetensors", target_weights(0.3))
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, a, b, moved, method="copy")
+    prolora.transfer(lora, a, b, out=moved, method="copy")
     return moved, a, b, c
 
 
 def move(lora, source, target, out, **options):
-    prolora.transfer_file(lora, source, target, out, method="copy", overwrite=True, **options)
+    prolora.transfer(lora, source, target, out=out, method="copy", overwrite=True, **options)
     return SafetensorsFile(out).metadata
 
 
@@ -57,14 +58,14 @@ def test_a_first_move_has_no_chain_in_its_header(files):
 def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, tmp_path):
     moved, a, _, c = files
     out = tmp_path / "out.safetensors"
-    with pytest.raises(prolora.AlreadyMoved) as refused:
-        prolora.transfer_file(moved, a, c, out)
+    with pytest.raises(errors.AlreadyMoved) as refused:
+        prolora.transfer(moved, a, c, out=out)
     text = str(refused.value)
     assert "already moved from a.safetensors to b.safetensors" in text
     assert "the source is a.safetensors, the base that it was moved from" in text
     assert "give b.safetensors as the source, or take `again=True`" in text
     assert not out.exists()
-    with pytest.raises(prolora.AlreadyMoved, match="another model by name and hash"):
+    with pytest.raises(errors.AlreadyMoved, match="another model by name and hash"):
         prolora.transfer(moved, c, a)
 
 
@@ -78,15 +79,15 @@ def test_again_moves_it_all_the_same_and_the_chain_says_so(files, tmp_path):
 
 def test_every_door_refuses_it(files, tmp_path):
     moved, a, _, c = files
-    with pytest.raises(prolora.AlreadyMoved):
-        prolora.plan_report(moved, a, c)
+    with pytest.raises(errors.AlreadyMoved):
+        prolora.transfer(moved, a, c, dry_run=True)
     (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder")
-    assert isinstance(outcome.error, prolora.AlreadyMoved)
+    assert isinstance(outcome.error, errors.AlreadyMoved)
     (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder", again=True)
     assert outcome.status == "moved"
-    assert prolora.plan_report(moved, a, c, again=True).totals["mapped"]
+    assert prolora.transfer(moved, a, c, again=True, dry_run=True).report.totals["mapped"]
     done = prolora.transfer(moved, a, c, again=True)
-    with pytest.raises(prolora.AlreadyMoved, match=r"^this LoRA"):
+    with pytest.raises(errors.AlreadyMoved, match=r"^this LoRA"):
         prolora.transfer(done.adapter, a, c)
 
 
@@ -96,7 +97,7 @@ def test_it_is_refused_before_a_weight_is_read_or_a_base_is_hashed(files, monkey
     monkeypatch.setattr(identity, "digest_file", lambda *x: pytest.fail("a base was hashed"))
     monkeypatch.setattr(identity, "compute_short_hash", lambda base: "0" * 8)
     for options in ({}, {"match": "similarity"}):
-        with pytest.raises(prolora.AlreadyMoved):
+        with pytest.raises(errors.AlreadyMoved):
             prolora.transfer(moved, a, c, **options)
 
 
@@ -111,7 +112,7 @@ def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path
     (tmp_path / "half").mkdir()
     half = tmp_path / "half" / "B_fp16.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(b).items()}, half)
-    report = prolora.transfer_file(moved, half, c, tmp_path / "out.safetensors")
+    report = prolora.transfer(moved, half, c, out=tmp_path / "out.safetensors").report
     (doubt,) = report.doubts
     assert "moved to b.safetensors; B_fp16.safetensors has that name and another hash" in doubt
     swapped = tmp_path / "half" / "b.safetensors"
@@ -124,8 +125,8 @@ def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
     a = write_folder(tmp_path / "a" / "m", source_weights())
     b = write_folder(tmp_path / "b" / "m", target_weights())
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, a, b, moved, method="copy")
-    with pytest.raises(prolora.AlreadyMoved, match="the source is a/m, another file"):
+    prolora.transfer(lora, a, b, out=moved, method="copy")
+    with pytest.raises(errors.AlreadyMoved, match="the source is a/m, another file"):
         prolora.transfer(moved, a, b)
     assert prolora.transfer(moved, b, a, method="copy")
 
@@ -147,10 +148,10 @@ def test_a_base_of_several_files_is_told_by_pieces_of_them(tmp_path):
         folders.append(pipeline)
     a, b, copy_of_b = folders
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, a, b, moved, method="copy")
+    prolora.transfer(lora, a, b, out=moved, method="copy")
     assert SafetensorsFile(moved).metadata["prolora.target_hash"].startswith("hint:")
     assert prolora.transfer(moved, copy_of_b, a, method="copy")
-    with pytest.raises(prolora.AlreadyMoved):
+    with pytest.raises(errors.AlreadyMoved):
         prolora.transfer(moved, a, b)
     # The UNet alone is one file: the hashes are of two kinds, and its name says nothing.
     assert prolora.transfer(moved, b / "unet", a, method="copy")
@@ -182,9 +183,10 @@ TOLD = "The LoRA was moved before, from a.safetensors to b.safetensors"
 
 def test_the_report_of_a_second_move_says_that_losses_add_up(files, tmp_path):
     moved, a, b, c = files
-    report = prolora.transfer_file(moved, b, c, tmp_path / "out.safetensors")
-    planned, advice = prolora.plan_report(moved, b, c), prolora.advise(b, c, moved)
-    for words in (report.in_words(), planned.in_words(), advice.in_words()):
+    report = prolora.transfer(moved, b, c, out=tmp_path / "out.safetensors").report
+    planned = prolora.transfer(moved, b, c, dry_run=True).report
+    checked = prolora.check(moved, source=b, target=c)
+    for words in (report.in_words(), planned.in_words(), checked.move):
         (told,) = (line for line in words.cautions if TOLD in line)
         assert "adds to what is lost now" in told
     first = prolora.transfer(tmp_path / "lora.safetensors", a, b)
@@ -195,7 +197,7 @@ def test_the_report_of_a_second_move_says_that_losses_add_up(files, tmp_path):
 def test_a_merge_on_one_base_is_no_move(files, tmp_path):
     _, a, b, _ = files
     merged = tmp_path / "merged.safetensors"
-    prolora.merge_file([tmp_path / "lora.safetensors"] * 2, merged, a)
+    prolora.merge([tmp_path / "lora.safetensors"] * 2, a, out=merged)
     report = prolora.transfer(merged, a, b, method="copy").report
     assert "moved before" not in str(report)
 

@@ -34,7 +34,7 @@ def test_printing_a_report_gives_the_verdict_and_then_the_numbers(report):
 
 
 def test_the_time_of_writing_is_in_the_report_of_a_file(case, tmp_path):
-    report = prolora.transfer_file(*case, tmp_path / "out.safetensors")
+    report = prolora.transfer(*case, out=tmp_path / "out.safetensors").report
     assert report.seconds.keys() >= {"read", "match", "check", "hash", "fit", "write"}
 
 
@@ -65,7 +65,7 @@ def test_a_report_is_saved_as_its_json(report, tmp_path):
 def test_a_report_replaces_nothing_unasked(report, tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"notes")
-    with pytest.raises(prolora.OutputError, match="exists"):
+    with pytest.raises(prolora.errors.OutputError, match="exists"):
         report.save(file)
     assert file.read_bytes() == b"notes"
     report.save(file, overwrite=True)

@@ -86,7 +86,7 @@ def make_pages(name):
     report = make_report(rows, **names, left_out={name: name}, dropped_blocks=(name,))
     path = Path(name.replace("/", "_").replace("\x00", ""))
     moved = Outcome(path, path, report)
-    failed = Outcome(path, path, error=prolora.OutputError(name))
+    failed = Outcome(path, path, error=prolora.errors.OutputError(name))
     return [
         report.to_html({name: name}, [Picture(b"", name)]),
         render_outcomes([moved, failed], {"command": name}),
@@ -183,12 +183,12 @@ def test_a_page_is_saved_by_its_name_and_replaces_nothing(report, tmp_path):
     assert page.read_text("utf-8")[:200] == report.to_html()[:200]
     report.save(json_file)
     assert json.loads(json_file.read_text())["totals"]["mapped"] == 12
-    with pytest.raises(prolora.OutputError, match="exists"):
+    with pytest.raises(prolora.errors.OutputError, match="exists"):
         report.save(page)
 
 
 def test_the_report_of_a_transfer_knows_its_digests(tmp_path):
-    report = prolora.transfer_file(*write_case(tmp_path), tmp_path / "out.safetensors")
+    report = prolora.transfer(*write_case(tmp_path), out=tmp_path / "out.safetensors").report
     made = report.provenance
     assert made["version"] == prolora.__version__ and made["method"] == report.method
     page = html.unescape(report.to_html())

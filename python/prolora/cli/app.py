@@ -17,7 +17,6 @@ from ..core.methods import MethodChoice
 from ..version import __version__
 from . import check as checking
 from . import doctor as doctor_facts
-from .advise import advise
 from .console import answer, err, out, prepare_streams, progress_bar
 from .convert import convert
 from .demo import run_demo
@@ -67,16 +66,10 @@ app.command(
 )(fit)
 app.command(
     epilog=write_epilog(
-        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/",
-        "prolora advise --source sdxl/ --target ssd-1b/ --overlap 320 --report overlaps.html",
-        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
-    )
-)(advise)
-app.command(
-    epilog=write_epilog(
         "prolora check my-lora.safetensors",
         "prolora check my-lora.safetensors --base sdxl --for comfyui",
         "prolora check loras/*.safetensors --base sd_xl_base_1.0.safetensors",
+        "prolora check my-lora.safetensors --source sdxl/ --target ssd-1b/",
         codes=tuple(checking.MEANINGS),
         meanings=checking.MEANINGS,
     )
@@ -217,8 +210,6 @@ def main() -> None:
         if type(error).__name__ != "NoArgsIsHelpError":
             # Typer passes on how the library below it calls a wrong choice.
             message = error.format_message().replace("Value error, ", "")
-            if getattr(getattr(error, "param", None), "name", "") in ("source", "target"):
-                message = explain_missing_base(error, message)
             print_error(message)
             command = error.ctx.command_path if error.ctx else "prolora"
             err.print_line(f"Try '{command} -h' for help.")
@@ -229,13 +220,6 @@ def main() -> None:
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
     sys.exit(code)
-
-
-def explain_missing_base(error: Any, message: str) -> str:
-    """A complaint about --source or --target; of a missing one, with how bases are given."""
-    if type(error).__name__ != "MissingParameter":
-        return message
-    return f"{message.rstrip('.')}: bases are given as --source BASE and --target BASE"
 
 
 def print_error(message: str, command: str = "") -> None:

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..architectures.families import known_families
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
 from ..workflow.check import check as check_file
-from .console import answer, out
+from .console import answer, out, progress_bar
 from .exits import ExitCode, describe_error
 from .options import JsonOption, base_option, path_argument
 from .tables import MARKS, draw_facts
@@ -30,6 +31,12 @@ def check(
     base: Annotated[
         str | None, base_option("Are they for this base (or family, as sdxl)?", metavar="BASE")
     ] = None,
+    source: Annotated[
+        str | None, base_option("Base that the LoRAs were trained on, with --target.")
+    ] = None,
+    target: Annotated[
+        str | None, base_option("What would a transfer to this base give? Compares weights.")
+    ] = None,
     program: Annotated[
         str | None,
         typer.Option("--for", metavar="PROGRAM", help="Are they for this program, as comfyui?"),
@@ -39,11 +46,17 @@ def check(
     """Say what a file is and whether it is for a base or a program, from headers alone."""
     records: list[dict[str, Any]] = []
     code = ExitCode.DONE
-    if base is None and len(files) > 1 and is_base(files[-1]):
-        base, files = str(files[-1]), files[:-1]
+    asked: dict[str, Any] = {"program": program, "source": source, "target": target}
+    if base is source is target is None:
+        files, bases = split_bases(files)
+        asked |= dict(zip(("source", "target"), bases, strict=True)) if bases[1:] else {}
+        base = bases[0] if len(bases) == 1 else None
+    is_family = base in known_families() and not Path(base or "").exists()
+    asked["family" if is_family else "base"] = base
     for file in files:
         try:
-            found = check_file(file, base=base, program=program)
+            with progress_bar("check", asked["target"] is not None and not as_json) as progress:
+                found = check_file(file, **asked, progress=progress)
         except InvalidOption:
             raise
         except ProLoRAError as error:
@@ -70,8 +83,15 @@ def check(
     raise typer.Exit(code)
 
 
-def is_base(file: Path) -> bool:
-    """Whether a file is a base model; one that cannot be read is none."""
+def split_bases(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Splits base models, two at most, off the end of a list of files."""
+    bases: list[str] = []
+    while len(files) > 1 and len(bases) < 2 and _is_base(files[-1]):
+        files, bases = files[:-1], [str(files[-1]), *bases]
+    return files, bases
+
+
+def _is_base(file: Path) -> bool:
     try:
         return check_file(file).kind == "base"
     except ProLoRAError:

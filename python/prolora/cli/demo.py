@@ -30,7 +30,7 @@ from ..probe import FitSettings, Samplers, fit_to_models
 from ..workflow.by_fitting.pipeline import describe_fit
 from ..workflow.page.document import Picture
 from ..workflow.report import Report
-from ..workflow.transfer import transfer, transfer_file
+from ..workflow.transfer import transfer
 from .options import write_flag
 
 STEPS, GUIDANCE = 16, 3.0
@@ -105,7 +105,7 @@ def run_demo(
         method: as `transfer` takes it; "auto" fits the LoRA to "apart".
         prompts: of four words each; those of the LoRA if there are none.
         seed: of the noise.
-        overwrite: replace what prolora did not write.
+        overwrite: replace what exists.
         progress: called as progress(done, total, name).
 
     Returns:
@@ -141,7 +141,7 @@ def run_demo(
         report = fitted.report
     else:
         # The pruned target lacks blocks in the middle, so that its numbers are not the source's.
-        report = transfer_file(file, source, goal, moved, method=method, overwrite=overwrite)
+        report = transfer(file, source, goal, out=moved, method=method, overwrite=overwrite).report
     report.save(record, overwrite=overwrite)
 
     copied = transfer(file, source, goal, method="copy").adapter

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, cast
 from ..bases import Base
 from ..bases.base import Progress
 from ..errors import ProLoRAError
-from ..workflow.fit import fit_file, fit_many, plan_fit
+from ..workflow.fit import fit as fit_lora
+from ..workflow.fit import fit_many
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
 from ..workflow.output_paths import is_page_path
@@ -42,10 +43,12 @@ class Pipelines(Bases):
     """The two pipelines."""
 
     source: Annotated[
-        str,
+        str | None,
         base_option("Folder of the diffusers pipeline the LoRA was trained on.", metavar="FOLDER"),
-    ]
-    target: Annotated[str, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")]
+    ] = None
+    target: Annotated[
+        str | None, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")
+    ] = None
 
 
 @expand_options
@@ -59,9 +62,9 @@ def fit(
     help_all: HelpAllOption = False,
 ) -> None:
     """Fit a LoRA to a running model, where weights alone do not move it."""
+    loras, source, target = bases.open(loras)
     check_output_given(output, loras)
     resources.check_device()
-    source, target = bases.open()
     card = check_outputs(loras, output, fitting, [*source.files, *target.files])
     options = replace(
         fitting,
@@ -82,7 +85,7 @@ def plan_fits(
     for lora in loras:
         planned = Outcome(lora, lora, planned=True)
         try:
-            report = plan_fit(lora, source, target, options.for_file())
+            report = fit_lora(lora, source, target, options.for_file(), dry_run=True).report
             outcomes.append(replace(planned, report=report))
         except ProLoRAError as error:
             if len(loras) == 1:
@@ -103,7 +106,7 @@ def fit_loras(
             if len(loras) > 1:
                 options = replace(options, shown_prompts=0)
             return fit_many(loras, source, target, path, options)
-        report = fit_file(loras[0], source, target, path, options)
+        report = fit_lora(loras[0], source, target, options, out=path).report
         return [Outcome(loras[0], path, report, kept=report.dry_run)]
 
 

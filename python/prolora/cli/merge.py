@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 from ..bases import Base, open_base
 from ..workflow.merge import merge as merge_loras
-from ..workflow.merge import merge_file
 from ..workflow.merge_options import MergeOptions
 from .console import progress_bar
 from .options import Resources, base_option, expand_options
@@ -67,5 +65,5 @@ def merge(
             done = merge_loras(loras, target, sources, options)
             report = replace(done.report, dry_run=True)
         else:
-            report = merge_file(loras, cast(Path, output.output), target, sources, options)
+            report = merge_loras(loras, target, sources, options, out=output.output).report
     tell_made_lora(loras[0], report, output, merging.overwrite)

@@ -19,11 +19,11 @@ from typer.core import TyperCommand, TyperOption
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..core.option_fields import find_shown, read_shown
+from ..core.option_fields import read_shown
 from ..core.validation import resolve_device
 from ..core.verdict import AUTO
-from ..errors import OutputError
-from ..files.hub import keep_path
+from ..errors import InvalidOption, OutputError
+from ..files.hub import keep_path, spell_path
 from ..files.sizes import parse_size
 from ..probe.settings import read_prompts
 from ..workflow.options import TransferOptions
@@ -175,7 +175,7 @@ COMMANDS = {"transfer_many": "transfer"}
 
 OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *("source target cache device max_memory measure overlap ray shard".split()),
+    *("source target cache device max_memory ray shard".split()),
     *("target_steps target_guidance lora_steps lora_guidance".split()),
     "strengths",
 }
@@ -192,34 +192,30 @@ def write_flag(option: str, value: str | None = None) -> str | None:
     return flag if value in (None, "True") else f"{flag} {value}"
 
 
-MatchOption = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|name|similarity|FILE",
-        help=find_shown(TransferOptions, "match").help,
-    ),
-]
-SaveMatchOption = Annotated[
-    Path | None, path_option("Save which module was paired with which, as JSON that --match takes.")
-]
 OverwriteOption = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", help="Also replace files that prolora did not write, or that were edited."
-    ),
-]
-ModulesOption = Annotated[
-    bool,
-    typer.Option("--modules", help="Show a table row per module (or block), not per stage."),
-]
-ExplainOption = Annotated[
-    bool,
-    typer.Option("--explain", help="Show the numbers too, and what each of them means."),
+    typer.Option("--overwrite", help="Replace what exists, which is refused otherwise."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
 NO_CACHE = Path("none")
 """What stands for no folder in the place of one."""
+
+
+def take_bases(words: list[Path], source: Any, target: Any) -> tuple[list[Path], tuple[Any, Any]]:
+    """Takes both bases as options or, without these, from the end of the arguments.
+
+    Raises:
+        InvalidOption: one is missing.
+    """
+    if not source and not target and len(words) > 2:
+        return words[:-2], (spell_path(words[-2]), spell_path(words[-1]))
+    for name, given in (("source", source), ("target", target)):
+        if not given:
+            raise InvalidOption(
+                f"Missing option '--{name}': bases are given as --source BASE and --target BASE, "
+                "or after the LoRAs"
+            )
+    return words, (source, target)
 
 
 @dataclass
@@ -227,13 +223,17 @@ class Bases:
     """The two base models."""
 
     source: Annotated[
-        str, base_option("Base model the LoRA was trained on: file, folder or hub id (org/name).")
-    ]
-    target: Annotated[str, base_option("Base model to move to: file, folder or hub id (org/name).")]
+        str | None,
+        base_option("Base model the LoRA was trained on: file, folder or hub id (org/name)."),
+    ] = None
+    target: Annotated[
+        str | None, base_option("Base model to move to: file, folder or hub id (org/name).")
+    ] = None
 
-    def open(self) -> tuple[Base, Base]:
-        """Opens both: (source, target)."""
-        return open_base(self.source), open_base(self.target)
+    def open(self, loras: list[Path]) -> tuple[list[Path], Base, Base]:
+        """Opens both and returns (LoRAs, source, target)."""
+        loras, (source, target) = take_bases(loras, self.source, self.target)
+        return loras, open_base(source), open_base(target)
 
 
 @dataclass
@@ -246,12 +246,15 @@ class ExpertBases:
             "Base model the LoRA was trained on: file, folder or hub id (org/name). For Wan "
             "2.2 give the pipeline folder, or repeat --source for both expert files."
         ),
-    ]
-    target: Annotated[list[str], base_option("Base model to move to, in any of these forms.")]
+    ] = dataclasses.field(default_factory=list)
+    target: Annotated[list[str], base_option("Base model to move to, in any of these forms.")] = (
+        dataclasses.field(default_factory=list)
+    )
 
-    def open(self) -> tuple[Experts, Experts]:
-        """Opens both: (source, target), each a base or two experts."""
-        return open_experts(self.source), open_experts(self.target)
+    def open(self, loras: list[Path]) -> tuple[list[Path], Experts, Experts]:
+        """Opens both and returns (LoRAs, source, target), each a base or two experts."""
+        loras, (source, target) = take_bases(loras, self.source, self.target)
+        return loras, open_experts(source), open_experts(target)
 
 
 @dataclass

@@ -21,14 +21,13 @@ from ..files.store import put_text
 from ..workflow.batch import transfer_many
 from ..workflow.card import check_card, write_card
 from ..workflow.check import check
-from ..workflow.dry_run import plan_report
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_folder
 from ..workflow.report import Report
 from ..workflow.result import AnyOptions
-from ..workflow.transfer import transfer_file
+from ..workflow.transfer import transfer as transfer_lora
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
@@ -84,9 +83,9 @@ def transfer(
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
+    loras, source, target = bases.open(loras)
     check_output_given(output, loras)
     resources.check_device()
-    source, target = bases.open()
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
     card = check_outputs(loras, output, moving, files, pair_experts(source, target))
     # A dry run makes no cache folder.
@@ -213,7 +212,7 @@ def plan_all(
             asked = replace(options, match=matches[pairs.index(pair)])
             outcome = Outcome(lora, append_to_name(lora, appended), planned=True)
             try:
-                report = plan_report(lora, pair.source, pair.target, asked)
+                report = transfer_lora(lora, pair.source, pair.target, asked, dry_run=True).report
                 outcomes.append(replace(outcome, report=report))
             except ProLoRAError as error:
                 if len(moves) == 1:
@@ -250,7 +249,7 @@ def move_loras(
             return transfer_many(loras, source, target, path, options)
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
-            report = transfer_file(loras[0], pair.source, pair.target, out, options)
+            report = transfer_lora(loras[0], pair.source, pair.target, options, out=out).report
             outcomes.append(Outcome(loras[0], out, report, kept=report.dry_run))
     return outcomes
 
@@ -310,20 +309,20 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
         show_words(out, outcomes[0].words)
         out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
     elif report is not None:
-        show_report(report, output.explain, output.modules)
+        show_report(report)
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
-            readers = tell_readers(check(outcomes[0].out).readers, output.explain)
+            readers = tell_readers(check(outcomes[0].out).readers)
             if readers:
                 out.print_line(readers)
-            if not (output.explain or output.modules):
-                out.print("--explain shows the numbers behind this.", style="dim")
+            if output.report is None:
+                out.print("--report FILE.html has the numbers behind this.", style="dim")
 
 
-def tell_readers(readers: Readers, explain: bool) -> str:
+def tell_readers(readers: Readers) -> str:
     """Who reads a file whole, who in part, who not at all; many of the last are only counted."""
     none = readers.none
-    if len(none) > MOST_NAMED and not explain:
+    if len(none) > MOST_NAMED:
         none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")
     text = str(readers._replace(none=none))
     return text[:1].upper() + text[1:]
@@ -334,10 +333,10 @@ def used_subspaces(outcome: Outcome) -> bool:
     return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
-def show_report(report: Report, explain: bool = False, every_module: bool = False) -> None:
+def show_report(report: Report) -> None:
     """The verdict in words, and the numbers where they are asked for or are all that there is."""
     show_words(out, report.in_words())
-    if explain or every_module or report.dry_run:
-        show_tables(out, report.tables(every_module, every_module))
+    if report.dry_run:
+        show_tables(out, report.tables())
         for sentence in report.sentences():
             out.print(sentence)

@@ -124,7 +124,7 @@ METHODS: Mapping[MethodName, Method] = MappingProxyType({method.name: method for
 """Every method by its name."""
 
 
-_OF_FILES = {"best": "transfer_file", "fit": "fit_file"}
+_OF_FILES = {"best": "transfer", "fit": "fit"}
 """What people ask for here that takes two models, and the function that does it."""
 
 

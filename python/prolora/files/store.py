@@ -28,6 +28,7 @@ TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
 
 # Seconds after the last write from which a temporary counts as left behind by a killed process.
 _STALE_SECONDS = 3600
+_swept: set[Path] = set()  # folders in which this process has looked for such
 
 
 def digest(made_of: object) -> str:
@@ -117,8 +118,10 @@ def put(
                     temporary.mkdir()
                 else:  # not by `tempfile`, whose files are private to the user
                     temporary.touch(0o666, exist_ok=False)
-                # By the clock that dates these files: that of a network drive may be hours ahead.
-                remove_stale(place.parent, temporary.stat().st_mtime - _STALE_SECONDS)
+                if place.parent not in _swept:
+                    _swept.add(place.parent)
+                    # By the clock of these files: that of a network drive may be hours ahead.
+                    remove_stale(place.parent, temporary.stat().st_mtime - _STALE_SECONDS)
                 write(temporary)
                 if durable:
                     _force_to_disk(temporary)

@@ -46,7 +46,7 @@ def check_bases(
     cache: BasisCache | None = None,
     may_be_one: bool = False,
 ) -> list[str]:
-    """Refuses a source that is not the LoRA's, and a target that is; returns what is doubtful.
+    """Refuses a wrong source for the LoRA, and a target that is its base; returns doubts.
 
     Args:
         lora: what is to be moved; of a file, the header alone is read.
@@ -93,12 +93,10 @@ def check_bases(
 def explain_misfit(
     lora: LoraLike, source: Base, target: Base | None = None
 ) -> UnsupportedFormat | ShapeMismatch | WrongBase | None:
-    """Why a LoRA is none of its source, by modules and shapes alone; None if it may be.
+    """Explains why a LoRA does not fit its source, None if it may.
 
-    Args:
-        lora: what is to be moved; of a file, the header alone is read.
-        source: the base it is said to belong to.
-        target: the base that it may belong to instead.
+    Modules and shapes alone decide; of a file, the header alone is read. `target` is the base that
+    it may belong to instead.
     """
     misfit = _find_misfit(lora, source)
     if misfit is None:
@@ -127,7 +125,10 @@ def explain_misfit(
 
 
 def _find_misfit(lora: LoraLike, base: Base) -> UnsupportedFormat | ShapeMismatch | None:
-    """Why a LoRA is none of a base, by modules and shapes alone; None if it may be."""
+    """Finds why a LoRA does not fit a base, by modules and shapes.
+
+    None if it may.
+    """
     try:
         adapter = (
             lora
@@ -144,16 +145,12 @@ def _find_misfit(lora: LoraLike, base: Base) -> UnsupportedFormat | ShapeMismatc
 def is_stated_base(
     header: Mapping[str, str], base: Base, cache: BasisCache | None = None
 ) -> bool | None:
-    """Whether a base is the file whose hash a LoRA's header gives; None where nothing tells.
+    """Returns whether a base is the one whose hash a LoRA's header gives.
 
     sd-scripts and what came from it write two hashes: `ss_new_sd_model_hash`, the SHA-256 of the
-    file, and `ss_sd_model_hash`, eight digits of that of 64 KiB, which fine-tunes may share. So the
-    first decides where there are both. A word in place of a hash says that there was no one file.
-
-    Args:
-        header: of the LoRA.
-        base: opened.
-        cache: remembers the hashes of files.
+    file, and `ss_sd_model_hash`, eight digits of the hash of 64 KiB, which fine-tunes may share. So
+    the first decides where there are both. A word in place of a hash says that there was no one
+    file. None where nothing tells.
     """
     full, short = (_read_digits(header, *key) for key in zip(HASH_KEYS, (64, 8), strict=True))
     if full:
@@ -164,13 +161,13 @@ def is_stated_base(
 
 
 def is_named_base(header: Mapping[str, str], *names: str) -> bool:
-    """Whether one of a base's names is that of the base in a LoRA's header."""
+    """Returns whether a LoRA's header names a base by one of its names."""
     stated = {fold_base_name(header[key]) for key in _NAME_KEYS if header.get(key)} - {""}
     return any(fold_base_name(name) in stated for name in names)
 
 
 def are_one_base(source: Base, target: Base) -> bool:
-    """Whether two bases are one model: the same files, copies of them, or the same object."""
+    """Returns whether two bases are one model: same files, copies, or object."""
     if source is target:
         return True
     if not source.files or not target.files:
@@ -182,7 +179,7 @@ def are_one_base(source: Base, target: Base) -> bool:
 
 
 def _describe_lora(lora: LoraLike) -> str | None:
-    """The title of the model that a LoRA is for, by its modules and shapes; None if unknown."""
+    """Returns the title of a LoRA's model by modules and shapes, if known."""
     families, names = guess_lora_families(lora)
     if families:
         return join_titles(known_families()[family].title for family in families)
@@ -190,21 +187,21 @@ def _describe_lora(lora: LoraLike) -> str | None:
 
 
 def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
-    """The families that a LoRA can be of, and its modules; of a file, the header alone is read."""
+    """Returns a LoRA's possible families and its modules, from the header alone."""
     if isinstance(lora, Adapter):
         sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
         return guess_families(sizes, lora.metadata), list(lora.updates)
     opened = Lora.open(lora)
     try:
         sizes = measure_modules(parse_contents(opened).slots)
-    except ProLoRAError:  # whoever reads it says why
+    except ProLoRAError:  # its reader says why
         return (), []
     families = guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
     return families, list(sizes)
 
 
 def is_language_model(modules: Iterable[str]) -> bool:
-    """Whether modules of no known family are those of a language model."""
+    """Recognises a language model by modules of no known family."""
     return any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in modules)
 
 
@@ -215,13 +212,13 @@ def join_titles(titles: Iterable[str]) -> str:
 
 
 def describe_kind(base: Base) -> str:
-    """The title of a base's family, or what it looks like."""
+    """Returns the title of a base's family, or what it looks like."""
     sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     family = base.family or guess_family(sizes, {})
     return known_families()[family].title if family else describe_base(base)
 
 
 def _read_digits(header: Mapping[str, str], key: str, count: int) -> str:
-    """A hash of so many hexadecimal digits, "" for anything else."""
+    """Returns a hash of so many hexadecimal digits, "" for anything else."""
     text = header.get(key, "").lower()
     return text if re.fullmatch(f"[0-9a-f]{{{count}}}", text) else ""

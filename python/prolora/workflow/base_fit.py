@@ -31,27 +31,20 @@ MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", 
 
 @dataclass(frozen=True)
 class BaseFit:
-    """Whether a LoRA is for a base, by names and shapes.
+    """Whether a LoRA is for a base, by names and shapes."""
 
-    Attributes:
-        base: the base's name.
-        answer: "fits": every module has its place, and the base is of a family that the LoRA can be
-            of, or of none that is known. "unclear": every module has a place, but as a whole they
-            are another family's, or prolora moved the LoRA from this base to another. "in part":
-            some have. "other": the LoRA is another model's.
-        lora_title: what the LoRA is for, in words; "" where nothing tells.
-        base_title: what the base is, in words.
-        also: other models that have all these modules in these sizes, in words; "" for none.
-        modules: a row for every module of the LoRA: "mapped" if it has a place, else the reason.
-        moved_to: the base that prolora moved it to from this one, by their names; "" for none.
-    """
-
-    base: str
+    base: str  # the base's name
+    # "fits": every module has a counterpart, and the base is of a family that the LoRA can be of,
+    # or of none that is known. "unclear": every module has a counterpart, but as a whole they are
+    # another family's, or prolora moved the LoRA from this base to another. "in part": some have.
+    # "other": the LoRA is another model's.
     answer: Answer
-    lora_title: str
-    base_title: str
-    also: str
+    lora_title: str  # what the LoRA is for, in words; "" where nothing tells
+    base_title: str  # what the base is, in words
+    also: str  # other models that have all these modules in these sizes, in words; "" for none
+    # A row for every module of the LoRA: "mapped" with a counterpart, else the reason
     modules: tuple[ModuleReport, ...]
+    # The base that prolora moved it to from this one, by their names; "" for none
     moved_to: str = ""
 
     @property
@@ -91,7 +84,7 @@ class BaseFit:
         return f"{start}: {counts}{first}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; of the modules, those without a place."""
+        """Returns everything, ready for JSON; only modules without a counterpart."""
         names, placed = split_modules(self.modules)
         return {
             "base": self.base,
@@ -109,7 +102,7 @@ class BaseFit:
 
 
 def fit_family(families: Collection[str], family: str) -> BaseFit:
-    """Says whether a LoRA that is for some families is for one of that name."""
+    """Says whether a LoRA for some families is for a named one."""
     answer: Answer = "fits" if family in families else "other" if families else "unclear"
     title = find_title(family)
     return BaseFit(title, answer, join_titles(map(find_title, families)), title, "", ())
@@ -151,11 +144,14 @@ def open_first(base: ExpertsLike) -> Base:
 def _place_modules(
     opened: Lora, base: Base
 ) -> tuple[list[ModuleReport], dict[str, tuple[int, int]]]:
-    """The rows of a LoRA's modules, and their shapes out × in without kernels."""
+    """Returns the rows of a LoRA's modules, and their shapes.
+
+    The shapes are out × in without kernels.
+    """
     try:
         adapter = outline_adapter(opened, base.shapes, base.family, headers_only=True)
     except (UnsupportedFormat, ShapeMismatch):
-        slots = parse_contents(opened).slots  # also as a LoRA of no base it may be unreadable
+        slots = parse_contents(opened).slots  # it may be unreadable without a base, too
         if not slots:
             raise
         sizes, plain = (measure_modules(slots, with_kernel=x) for x in (True, False))
@@ -176,7 +172,7 @@ def _drop_kernel(size: tuple[int, int], kernel: tuple[int, ...] | None) -> tuple
 
 
 def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:
-    """Why a module has no place on a base; None if it has one."""
+    """Explains why a module has no counterpart on a base; None if it has."""
     encoder = find_component(name)
     if encoder in TEXT_ENCODERS and not any(m.startswith(f"{encoder}.") for m in base.shapes):
         # Many files of a model come without its text encoders.

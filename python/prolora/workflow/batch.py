@@ -60,12 +60,12 @@ def transfer_many(
     naming: Naming | None = None,
     **changes: Unpack[OptionChanges],
 ) -> list[Outcome]:
-    """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
+    """Moves LoRAs into a folder, under their own names.
 
-    A result that exists, and says in its header that it was made of this very LoRA, of these bases
-    and in this way, is kept: a run that was cut off goes on where it was. A LoRA whose place holds
-    anything else is refused. With `overwrite` either is made again. The folder is made if it does
-    not exist.
+    The suffix follows the format. A result that exists, and says in its header that it was made of
+    this very LoRA, of these bases and in this way, is kept: a run that was cut off goes on where it
+    was. A LoRA whose result's path holds anything else is refused. With `overwrite` either is made
+    again. The folder is made if it does not exist.
 
     Without `cache` what is learnt of the bases is kept for this call only; `progress` is called as
     progress(done, total, "LoRAs: module").
@@ -84,7 +84,7 @@ def transfer_many(
         naming: gives results other names: it is called with each LoRA and twelve digits that differ
             wherever the LoRA, the size or time of a base, an option or the version does, and
             returns a path below the folder without the suffix.
-        **changes: options by name, in place of those.
+        **changes: options by name, in place of these.
 
     Returns:
         An outcome for each LoRA and each expert that it is moved to, in order. A LoRA that is
@@ -151,14 +151,14 @@ def _rename(
 def _move_best(
     loras: list[Path], old: Experts, new: Experts, folder: Path, options: TransferOptions
 ) -> list[Outcome]:
-    """Moves all by weights, which looks at each weight once, and fits those that call for it.
+    """Moves all by weights together, and fits those that need it.
 
-    A fit that is there already stays, and one that was refused is tried again. What weights give is
-    written before the models run, whatever ends that; but where something was there before, which
-    is not lost meanwhile, only if it is the result.
+    An existing fit stays, and a refused one is tried again. What weights give is written before the
+    models run, whatever ends that; but where something existed before, which is not lost meanwhile,
+    only if it is the result.
     """
     outs = [folder / name_output(lora, options.format or "auto") for lora in loras]
-    check_distinct(loras, outs)  # of all at once: a fit may be there, and the other LoRA not
+    check_distinct(loras, outs)  # all at once: a fit may exist, and the other LoRA not
     pairs = pair_experts(old, new)
     way = BestWay.of(pairs[0].source, pairs[0].target, options)
     fitted = [lora for lora in loras if way.runs and _is_fitted(lora, way, folder)]
@@ -195,20 +195,20 @@ def _move_best(
 
 
 def _is_taken(out: Path) -> bool:
-    """Whether a LoRA is where a result goes, a file or in the folder of an adapter."""
+    """Returns whether a result's path holds a LoRA: file or adapter folder."""
     return (out / PEFT_WEIGHTS if out.is_dir() else out).exists()
 
 
 def _write_held(outcome: Outcome, done: Transfer, way: BestWay) -> Outcome:
-    """The outcome of a result that was held back, and is written now."""
+    """Writes a result that was held back, and returns its outcome."""
     try:
-        return replace(outcome, report=save_result(done, outcome.out, way.by_weights))
+        return replace(outcome, report=save_result(done, outcome.out, way.by_weights).report)
     except LORA_FAILURES as error:
         return replace(outcome, report=None, error=as_refusal(error))
 
 
 def _is_fitted(lora: Path, way: BestWay, folder: Path) -> bool:
-    """Whether an earlier run has fitted this LoRA in this way."""
+    """Returns whether an earlier run has fitted this LoRA in this way."""
     if way.by_fit.overwrite:
         return False
     try:
@@ -220,7 +220,7 @@ def _is_fitted(lora: Path, way: BestWay, folder: Path) -> bool:
 
 
 def _explain_need(outcome: Outcome, way: BestWay) -> str:
-    """Why a LoRA of several is to be fitted; "" where it is not."""
+    """Explains why a LoRA of several needs a fit; "" if it does not."""
     if outcome.error is not None:
         return way.explain_need(outcome.error) if isinstance(outcome.error, UNMOVED) else ""
     report = outcome.report
@@ -230,7 +230,7 @@ def _explain_need(outcome: Outcome, way: BestWay) -> str:
 
 
 def _choose(fit: Outcome | None, moved: Outcome, need: str, way: BestWay) -> Outcome:
-    """The outcome of the fit, or of the move by weights where none was made or it was refused."""
+    """Chooses the fit's outcome, or the move's if the fit failed."""
     if fit is not None and (fit.error is None or moved.error is not None):
         report = fit.report and tell_fitted(fit.report, need)
         return replace(fit, report=report, seconds=moved.seconds + fit.seconds)

@@ -1,4 +1,4 @@
-"""A model card for the Hugging Face Hub, made of a fixed list of what a header says."""
+"""A model card for the Hugging Face Hub, from selected header entries."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _render_card(written: Sequence[Outcome]) -> str:
 def _describe_data(
     written: Sequence[Outcome], headers: Sequence[dict[str, str]], moves: Sequence[Move]
 ) -> Any:
-    """The metadata that the Hub reads: these keys, and no other of a header."""
+    """Returns the metadata for the Hub: these header keys and no other."""
     licences, words = ({header.get(key, "") for header in headers} for key in (_LICENCE, _WORDS))
     licence, word = ("" if len(x) > 1 else max(x) for x in (licences, words))
     known: dict[str, Any] = {"license": licence} if _LICENCE_ID.fullmatch(licence) else {}
@@ -111,6 +111,6 @@ def _import_hub() -> Any:
 
 
 def _escape(text: str) -> str:
-    """A text as Markdown that says just that, in a line."""
+    """Escapes a text as one line of literal Markdown."""
     line = " ".join(replace_controls(text).split())
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)

@@ -1,4 +1,4 @@
-"""What a LoRA is, whether it is for a base, and what a transfer would say: `check`."""
+"""What a LoRA is, and whether it fits a base: `check`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ from ..adapters.training_words import read_training_words
 from ..architectures.families import find_title, known_families
 from ..architectures.loaders import known_loaders
 from ..architectures.modules import TEXT_ENCODERS, find_component
-from ..bases import open_base
+from ..bases import BaseLike, open_base
+from ..bases.base import Progress
+from ..bases.experts import ExpertsLike
 from ..bases.folder import find_expert_folders
 from ..core.grouping import group_by
-from ..errors import InvalidOption, ProLoRAError
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from ..files.dtypes import spell_dtype
 from .base_check import is_language_model, join_titles
 from .base_fit import BaseFit, fit_base, fit_family
-from .in_words import Mark
+from .by_weights.base_pair import preview_move
+from .in_words import InWords, Mark
+from .options import TransferOptions
 
 Kind = Literal["lora", "base", "unknown"]
 _TOP_TAGS = 10
@@ -64,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Check:
-    """What a file is and, where bases were given, whether it is for them.
+    """What a file is and whether it is for the given bases.
 
     It is true where nothing speaks against using the file as asked.
     """
@@ -96,6 +100,7 @@ class Check:
     moves: tuple[Move, ...] = ()  # what prolora did to it before, oldest first
     program: str = ""  # title of the program that was asked about
     fit: BaseFit | None = None  # whether it is for the base that was given
+    move: InWords | None = None  # what a transfer between two bases would say
 
     @property
     def family(self) -> str | None:
@@ -112,21 +117,23 @@ class Check:
         """✔ it can be used as asked, ⚠ perhaps or in part, ✖ it cannot."""
         if self.reason or self.kind == "unknown":
             return "✖"
-        marks = [self.fit.mark] if self.fit else []
+        marks = [told.mark for told in (self.fit, self.move) if told]
         if self.program and self.kind == "lora" and self.families:
             whole, part = self.readers.whole, self.readers.part
             marks.append("✔" if self.program in whole else "⚠" if self.program in part else "✖")
         return max(marks, key="✔⚠✖".index, default="✔")
 
     def __bool__(self) -> bool:
-        """Whether nothing speaks against it."""
-        return self.mark == "✔"
+        """Whether nothing speaks against it; a move that works in part is worth a try."""
+        return self.mark == "✔" or (self.mark == "⚠" and self.move is not None)
 
     @property
     def headline(self) -> str:
         """The verdict in a line."""
         if self.reason:
             return f"{_KINDS[self.kind]}: {self.reason.removeprefix(f'{self.path}: ')}"
+        if self.move is not None:
+            return self.move.headline
         if self.fit is not None:
             return self.fit.sentence
         if self.program and self.kind == "lora":
@@ -145,12 +152,14 @@ class Check:
 
     def __str__(self) -> str:
         """The mark and the verdict, then the facts, a line each."""
-        facts = [f"{name}: {text}" for name, text in self.facts()]
+        facts = [f"{name}: {text}" if name else text for name, text in self.facts()]
         return "\n".join([f"{self.mark} {self.headline}", *facts])
 
     def facts(self) -> list[tuple[str, str]]:
-        """What is known of the file, as names and texts."""
-        found = [("file", Path(self.path).name), ("kind", self._tell_kind())]
+        """Returns what is known of the file, as names and texts."""
+        said = (*self.move.lines, *self.move.cautions) if self.move else ()
+        found = [("", line) for line in said]
+        found += [("file", Path(self.path).name), ("kind", self._tell_kind())]
         found += [(part, str(numbers)) for part, numbers in self.parts.items()]
         if len(self.families) > 1:
             titles = join_titles(map(find_title, self.families))
@@ -183,7 +192,7 @@ class Check:
         return ", ".join([_KINDS[self.kind], *filter(None, words)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Returns everything, ready for JSON."""
         told = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
         told["fit"] = self.fit and self.fit.to_dict()
         return told | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
@@ -192,40 +201,65 @@ class Check:
 def check(
     lora: LoraSource,
     *,
-    base: Any = None,
+    base: ExpertsLike | None = None,
+    family: str | None = None,
     program: str | None = None,
+    source: BaseLike | None = None,
+    target: BaseLike | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> Check:
-    """Says what a file is and whether it is for a base; reads headers and alphas, never a weight.
+    """Says what a file is, whether it is for a base or a program, and what a transfer would say.
 
-    It goes by names and shapes: fine-tunes of one model take each other's LoRAs, and this call does
-    not tell them apart.
+    Headers and alphas are read; with `source` and `target`, their weights are compared, too. By
+    names and shapes, fine-tunes of one model take each other's LoRAs, and are not told apart.
 
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict; a base model is
             described, too.
-        base: as `transfer` takes its bases, or the id of a family ("sdxl"); of a pipeline with two
-            experts the first.
-        program: a program that should read it ("comfyui", "diffusers", "a1111", …).
+        base: as `transfer` takes its bases; of a pipeline with two experts the first.
+        family: the id of a family ("sdxl"), in the place of a base.
+        program: a program that should read it ("comfyui", "diffusers", "forge", …).
+        source: the base that the LoRA was trained on, if `target` is given.
+        target: the base that it may move to.
+        cache: folder that keeps what is learnt of the two; None keeps nothing.
+        progress: called as progress(done, total, name).
 
     Returns:
         The answer, which is true where nothing speaks against it.
 
     Raises:
-        UnsupportedFormat: a file cannot be read at all, or the base is none.
-        InvalidOption: no such program.
+        InvalidOption: an unknown program or family, or one base of two.
+        UnsupportedFormat: a file cannot be read at all, or a base is none.
+        ProLoRAError: what `transfer` refuses, but for models that have nothing in common.
     """
-    if program is not None and program not in known_loaders():
-        raise InvalidOption(f"`program` is one of {', '.join(known_loaders())}, not {program!r}")
+    for name, value, known in (
+        ("program", program, known_loaders()),
+        ("family", family, known_families()),
+    ):
+        if value is not None and value not in known:
+            raise InvalidOption(f"`{name}` is one of {', '.join(known)}, not {value!r}")
+    if (source is None) != (target is None):
+        raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
     opened = open_lora(lora)
     found = check_model(lora) if opened is None else check_tensors(opened)
     found = replace(found, program=known_loaders()[program].title if program else "")
-    if base is None:
+    if base is family is source is None:
         return found
     if opened is None or found.kind != "lora":
         return replace(found, reason=found.reason or "a LoRA was asked about")
-    if isinstance(base, str) and base in known_families() and not os.path.exists(base):
-        return replace(found, fit=fit_family(found.families, base))
-    return replace(found, fit=fit_base(opened, base))
+    if family is not None:
+        found = replace(found, fit=fit_family(found.families, family))
+    if base is not None:
+        found = replace(found, fit=fit_base(opened, base))
+    if source is not None and target is not None:
+        options = TransferOptions(cache=cache, progress=progress)
+        try:
+            told = preview_move(lora, open_base(source), open_base(target), options).in_words()
+        except UnrelatedBases as error:
+            told = InWords("✖", str(error))
+        found = replace(found, move=told)
+    return found
 
 
 def open_lora(lora: LoraSource) -> Lora | None:
@@ -272,7 +306,7 @@ def check_tensors(opened: Lora) -> Check:
 def _describe_contents(
     opened: Lora, contents: Contents, scales: Mapping[str, float], found: Check
 ) -> Check:
-    """What was found of a LoRA that is read."""
+    """Describes a LoRA that is read."""
     slots, shapes = contents.slots, measure_modules(contents.slots)
     paths = [slot.module for slot in slots] or [one.module for one in contents.vectors]
     spelling = most_common_spelling(slot.module for slot in slots)
@@ -281,7 +315,7 @@ def _describe_contents(
     families = guess_families(whole, opened.metadata, spelling, list_matrices(opened))
     kinds = count_values([slot.kind for slot in slots] or ["norm"])
     format = "peft" if opened.config is not None else paths[0].format
-    # What programs do with other kinds was not tried.
+    # Programs were not tried with other kinds.
     tried = not set(kinds) - {"lora", "locon"}
     language = not families and is_language_model(shapes)
     # Text encoders go last.
@@ -327,7 +361,10 @@ def _read_alpha(slot: Slot, opened: Lora) -> str:
 
 
 def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
-    """A file that is not read as a LoRA: a base, an adapter of another kind, or neither."""
+    """Describes a file that is not read as a LoRA.
+
+    A base, an adapter of another kind, or neither.
+    """
     kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
     if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
         try:

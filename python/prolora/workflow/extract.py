@@ -41,7 +41,7 @@ from .module_report import ModuleReport
 from .options import FormatLike, settle_options, takes_options
 from .output_paths import check_output
 from .report import Report
-from .result import Transfer, pack_result, save_result
+from .result import Transfer, pack_plan, pack_result, save_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,6 +56,9 @@ def extract(
     base: BaseLike,
     tuned: BaseLike,
     options: ExtractOptions = DEFAULT_EXTRACTION,
+    *,
+    out: str | PathLike[str] | None = None,
+    dry_run: bool = False,
     **changes: Unpack[ExtractChanges],
 ) -> Transfer:
     """Extracts the LoRA that makes one base of another: a fine-tune's, or a few-step sibling's.
@@ -66,6 +69,8 @@ def extract(
         base: the base that the LoRA is to be used with, as `transfer` takes its bases.
         tuned: the same model after training, likewise.
         options: how to extract it.
+        out: a file to write, or a folder for format "peft"; checked before any work.
+        dry_run: report what would be extracted, from headers alone.
         **changes: options by name, in place of those.
 
     Returns:
@@ -77,54 +82,20 @@ def extract(
         UnsupportedFormat: one of them cannot be read, or `format` cannot hold the LoRA.
         NonFiniteWeights: NaN or Inf in a weight, named.
         TooLittleMemory: max_memory is below what the largest weight needs.
-        OutputError: out_rank is a size that one column a module exceeds.
-    """
-    return _run(open_base(base), open_base(tuned), settle_options(options, changes))
-
-
-@takes_options
-def extract_file(
-    base: BaseLike,
-    tuned: BaseLike,
-    out: str | PathLike[str],
-    options: ExtractOptions = DEFAULT_EXTRACTION,
-    **changes: Unpack[ExtractChanges],
-) -> Report:
-    """Extracts a LoRA into a file: `extract`, then `Transfer.save`.
-
-    Args:
-        base: as `extract` takes it.
-        tuned: likewise.
-        out: the file to write, or a folder for format "peft".
-        options: how to extract it.
-        **changes: options by name, in place of those.
-
-    Returns:
-        What was kept and lost.
-
-    Raises:
-        OutputExists: something has that name.
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: everything that `extract` raises.
+        OutputExists: something has the name of `out`.
+        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
+            module exceeds.
     """
     options = settle_options(options, changes)
     old, new = open_base(base), open_base(tuned)
+    if dry_run:
+        pair = _Difference(old, new, options)
+        pair.check()
+        return pack_plan(pair.report(dry_run=True))
+    if out is None:
+        return _run(old, new, options)
     check_output(out, [*old.files, *new.files], options.overwrite)
-    done = _run(old, new, options, hashed=True)
-    return save_result(done, Path(out), options)
-
-
-@takes_options
-def plan_extraction(
-    base: BaseLike,
-    tuned: BaseLike,
-    options: ExtractOptions = DEFAULT_EXTRACTION,
-    **changes: Unpack[ExtractChanges],
-) -> Report:
-    """Plans what `extract` would extract, from headers alone; arguments as there."""
-    pair = _Difference(open_base(base), open_base(tuned), settle_options(options, changes))
-    pair.check()
-    return pair.report(dry_run=True)
+    return save_result(_run(old, new, options, hashed=True), Path(out), options)
 
 
 @in_full_precision

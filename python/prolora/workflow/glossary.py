@@ -41,7 +41,7 @@ GLOSSARY = {
 
 
 def write_page() -> str:
-    """docs/glossary.md: a row for each term."""
+    """Writes docs/glossary.md: a row for each term."""
     rows = [f"| {name} | {text} |" for name, text in GLOSSARY.items()]
     head = (
         "# Glossary\n\nWhat the terms in tables, reports and pages mean. The verdict itself needs "

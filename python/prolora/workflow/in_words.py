@@ -46,24 +46,17 @@ VERDICT = "prolora.verdict"
 """The entry of a header that tells again what was told when the file was written."""
 
 LITTLE = 0.4
-"""Of a LoRA of which less than this has a place, little is to be expected."""
+"""A LoRA that keeps less than this share on the target promises little."""
 
 
 @dataclass(frozen=True)
 class InWords:
-    """A verdict in words.
+    """A verdict in words."""
 
-    Attributes:
-        mark: ✔ it should work, ⚠ do not expect much, ✖ it does not work.
-        headline: the verdict in a sentence.
-        lines: what to expect, what was done and why, and what to do next.
-        cautions: what was lost, or needs a look.
-    """
-
-    mark: Mark
-    headline: str
-    lines: tuple[str, ...] = ()
-    cautions: tuple[str, ...] = ()
+    mark: Mark  # ✔ it should work, ⚠ do not expect much, ✖ it does not work
+    headline: str  # the verdict in a sentence
+    lines: tuple[str, ...] = ()  # what to expect, what was done and why, and what to do next
+    cautions: tuple[str, ...] = ()  # what was lost, or needs a look
 
     def __str__(self) -> str:
         """All of it, a sentence a line."""
@@ -84,14 +77,14 @@ def judge(
     few_steps: bool | None = None,
     promised: bool = True,
 ) -> InWords:
-    """Says what to expect of a LoRA between two models, and at which strengths to try it.
+    """Says what to expect of a LoRA between two models, and which strengths.
 
     Args:
-        verdict: on the two models; None where nobody looked at their weights.
-        placed: the share of the LoRA that has a place on the target; None without a LoRA.
+        verdict: on the two models; None if their weights were not compared.
+        placed: the share of the LoRA with a counterpart on the target; None without a LoRA.
         bases: the names of source and target.
         few_steps: whether the target draws in few steps; None where its files do not tell.
-        promised: whether the LoRA is copied at strength 1, of which something is known.
+        promised: whether the LoRA is copied at strength 1, the measured case.
     """
     source, target = bases
     if verdict is None:
@@ -113,12 +106,12 @@ def judge(
 
 
 def name_amount(share: float) -> str:
-    """A share as people say it: most, about half, a small part."""
+    """Writes a share in words: most, about half, a small part."""
     return next((word for least, word in AMOUNTS if share >= least), AMOUNTS[-1][1])
 
 
 def tell_place(placed: float, kept: float | None, target: str) -> str:
-    """How much of a LoRA has a place on the target, and how much of that was kept."""
+    """Tells how much of a LoRA fits the target, and how much was kept."""
     text = f"{name_amount(placed)} of the LoRA ({placed:.0%}) has a place on {target}"
     if kept is None:
         return f"{text}."
@@ -127,7 +120,10 @@ def tell_place(placed: float, kept: float | None, target: str) -> str:
 
 
 def tell_parts(placed: int, parts: int, target: str) -> str:
-    """How many parts of a LoRA have a place on the target, where nobody knows what each does."""
+    """Tells how many parts of a LoRA fit the target.
+
+    For LoRAs with parts of unknown size.
+    """
     share = placed / parts if parts else 0.0
     return (
         f"{placed} of the LoRA's {parts} parts ({share:.0%}) have a place on {target}; how much "
@@ -136,11 +132,10 @@ def tell_parts(placed: int, parts: int, target: str) -> str:
 
 
 def tell_vectors(over: int, left_out: Mapping[str, str]) -> str:
-    """How much goes over of a LoRA that updates no matrix; "" where it has no such tensor.
+    """Tells how much of a LoRA without matrices goes over; "" without vectors.
 
-    Args:
-        over: number of its biases and tensors of normalisation layers on the target.
-        left_out: tensor that stays behind -> why.
+    `over` is the number of its biases and tensors of normalisation layers on the target; `left_out`
+    is tensor that stays behind -> why.
     """
     behind = sum(reason.startswith(A_VECTOR) for reason in left_out.values())
     what = "This LoRA is trained biases and normalisation layers alone"
@@ -165,12 +160,12 @@ def tell_made(
     cautions: tuple[str, ...],
     parts: Sequence[str] = (),
 ) -> InWords:
-    """The verdict on a LoRA that was extracted, converted or merged.
+    """Returns the verdict on a LoRA that was extracted, converted or merged.
 
     Args:
         method: `EXTRACT`, `CONVERT` or `MERGE`.
         source: name of the base that it is for, or of what was converted or merged.
-        target: name of the tuned model; of use for an extracted one alone.
+        target: name of the tuned model, for an extracted LoRA alone.
         kept: the share of the difference, or of the LoRA's energy, that it holds; None where
             nothing was written.
         cautions: what was lost, or needs a look.
@@ -195,14 +190,14 @@ def tell_fit(
     why: str,
     cautions: tuple[str, ...],
 ) -> InWords:
-    """The verdict on a LoRA that was fitted to a running model.
+    """Returns the verdict on a LoRA that was fitted to a running model.
 
     Args:
         source: name of the model that the LoRA was trained on.
         target: name of the model that it was fitted to.
         share: of the LoRA's effect that it reaches on samples that the fit did not see.
-        is_refused: those samples speak against it, and it was written all the same.
-        why: why the models were run, where that was not what was asked for; or "".
+        is_refused: these samples speak against it, and it was written all the same.
+        why: why the models were run, where that was not asked for; or "".
         cautions: what was lost, or needs a look.
     """
     lines = [f"prolora ran both models and fitted a new LoRA of {target}."]

@@ -64,6 +64,8 @@ def merge(
     target: BaseLike | None = None,
     sources: Sources = (),
     options: MergeOptions = DEFAULT_MERGE,
+    *,
+    out: str | PathLike[str] | None = None,
     **changes: Unpack[MergeChanges],
 ) -> Transfer:
     """Merges LoRAs into one.
@@ -79,6 +81,7 @@ def merge(
         sources: the base of each LoRA, in their order, or none of them; None for one that was
             trained on `target`.
         options: how to merge them.
+        out: a file to write, or a folder for format "peft"; checked before any work.
         **changes: options by name, in place of those.
 
     Returns:
@@ -92,41 +95,15 @@ def merge(
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
         NonFiniteWeights: NaN or Inf, named.
-        OutputError: out_rank is a size that one column a module exceeds.
+        OutputExists: something has the name of `out`.
+        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
+            module exceeds.
         ProLoRAError: what `transfer` raises, of a LoRA that is moved.
     """
-    job = _Merge.open(loras, target, sources, settle_options(options, changes))
-    return job.run(hashed=False)
-
-
-@takes_options
-def merge_file(
-    loras: Sequence[str | PathLike[str]],
-    out: str | PathLike[str],
-    target: BaseLike | None = None,
-    sources: Sources = (),
-    options: MergeOptions = DEFAULT_MERGE,
-    **changes: Unpack[MergeChanges],
-) -> Report:
-    """Merges LoRAs from files into a file: `merge`, then `Transfer.save`.
-
-    Args:
-        loras: two or more .safetensors files, PEFT folders and ids on the hub.
-        out: the file to write, or a folder for format "peft".
-        target: as `merge` takes it.
-        sources: likewise.
-        options: how to merge them.
-        **changes: options by name, in place of those.
-
-    Returns:
-        What was kept and lost of each.
-
-    Raises:
-        OutputExists: something has that name.
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: everything that `merge` raises.
-    """
-    options = settle_options(options, changes).for_file()
+    options = settle_options(options, changes)
+    if out is None:
+        return _Merge.open(loras, target, sources, options).run(hashed=False)
+    options = options.for_file()
     job = _Merge.open(loras, target, sources, options)
     if Path(out).is_dir() and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")

@@ -195,9 +195,7 @@ class TransferOptions:
     )
     overwrite: bool = option(
         False,
-        "Replace a file that prolora did not write, or that was changed since; in a folder of "
-        "several LoRAs, also results that are there already. A single result of prolora that "
-        "nobody has changed is replaced in any case.",
+        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
         panel=OUTPUT,
         decides=False,
     )
@@ -264,7 +262,7 @@ class TransferOptions:
             self._check_best()
 
     def _check_best(self) -> None:
-        """Refuses what a fit, which method "best" may make, cannot do.
+        """Refuses what a fit by method "best" cannot do.
 
         Raises:
             InvalidOption: names the option.
@@ -280,7 +278,7 @@ class TransferOptions:
             raise InvalidOption("`text_encoder` must be copy or skip with `method='best'`")
 
     def for_file(self) -> TransferOptions:
-        """The same for a result that is written: the format is the LoRA's own if none is asked."""
+        """Returns the options for a file: by default the LoRA's own format."""
         return self if self.format is not None else replace(self, format="auto")
 
     @property
@@ -343,7 +341,7 @@ Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
-    """The options with changes made by keyword, and the device chosen where none is asked for.
+    """Applies changes by keyword, and chooses a device if none is asked.
 
     Args:
         options: as they were given.
@@ -352,7 +350,7 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
             options are made, as the default ones are while the package is imported.
 
     Raises:
-        InvalidOption: an option that there is not, or a value that it does not take.
+        InvalidOption: an unknown option, or a value that it does not take.
     """
     known = {taken.name for taken in fields(options)}
     for name in changes:
@@ -414,10 +412,10 @@ _TAKERS: dict[str, list[str]] = {}
 
 
 def _check_kind(given: object, kind: type, function: str) -> None:
-    """Refuses options that are not those of a function.
+    """Refuses options of another function.
 
     Raises:
-        InvalidOption: names those that it takes, and the functions that take the others.
+        InvalidOption: names the options it takes, and the functions that take the others.
     """
     if isinstance(given, kind):
         return
@@ -446,7 +444,7 @@ def _check_share(name: str, value: float) -> None:
 
 
 def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
-    """The dtype that a name stands for.
+    """Returns the dtype of a name.
 
     Raises:
         InvalidOption: it is no dtype and no name of one.
@@ -459,12 +457,12 @@ def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
 
 
 def name_lora(lora: LoraLike | None) -> str:
-    """The name of its file or folder, and what is said of a LoRA in memory."""
+    """Returns the name of a LoRA's file or folder, "the LoRA" in memory."""
     return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 
 def begin_message(lora: LoraLike) -> str:
-    """The beginning of a message about a LoRA: where it lies, nothing of one in memory."""
+    """Begins a message about a LoRA with its path, if it has one."""
     return f"{spell_path(lora)}: " if isinstance(lora, str | PathLike) else ""
 
 

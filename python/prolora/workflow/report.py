@@ -1,4 +1,4 @@
-"""What a transfer kept and what it lost, module by module and in total."""
+"""What a transfer kept and lost, by module and in total."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class Report:
         return "\n".join([str(self.in_words()), "", *self.sentences()])
 
     def rows(self, status: str) -> list[ModuleReport]:
-        """The rows with that status."""
+        """Returns the rows with that status."""
         return [row for row in self.modules if row.status == status]
 
     @property
@@ -213,7 +213,7 @@ class Report:
         return measure_totals(self.modules, self.dry_run)
 
     def strangers(self) -> list[ModuleReport]:
-        """Mapped modules whose weights have nothing in common with those they were paired with.
+        """Returns mapped modules with weights that have nothing in common with their partners'.
 
         In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
         """
@@ -234,13 +234,13 @@ class Report:
         return None if mean is None else total * mean
 
     def reasons(self) -> dict[tuple[str, str], int]:
-        """How often each (status, reason) occurs among modules that are not mapped."""
+        """Counts each (status, reason) among modules that are not mapped."""
         return dict(
             Counter((row.status, row.reason) for row in self.modules if row.status != "mapped")
         )
 
     def tables(self, every_module: bool = False, every_block: bool = False) -> list[Table]:
-        """Where blocks came from, what moved by part of the model, and what did not move.
+        """Tabulates where blocks came from, and what moved or did not.
 
         Args:
             every_module: a row for each module, and not for each part.
@@ -261,7 +261,7 @@ class Report:
         return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
     def in_words(self) -> InWords:
-        """Returns the verdict for people: what is doubtful, what to expect, what was done."""
+        """Returns the verdict for people: doubts, expectation, what was done."""
         if self.before:
             return read_again(self.before)
         told = self._judge()
@@ -313,7 +313,10 @@ class Report:
         return InWords(told.mark, told.headline, tuple(filter(None, lines)), self._cautions())
 
     def _tell_without_updates(self, target: str) -> InWords | None:
-        """The verdict on a LoRA whose matrices do nothing; None of others, and where it is open."""
+        """Returns the verdict on a LoRA whose matrices do nothing, if certain.
+
+        None for others.
+        """
         if any(row.energy != 0 for row in self.modules):
             return None
         if self.rows("mapped") and not (self.unread or self.vectors or self.left_out):
@@ -326,7 +329,7 @@ class Report:
         return InWords(found.mark if found else "⚠", told, (), self._cautions())
 
     def _tell_outline(self, placed: float | None, target: str) -> InWords:
-        """The verdict of a dry run; arguments as `tell_place` takes them."""
+        """Returns the verdict of a dry run; arguments as for `tell_place`."""
         names, there = split_modules(self.modules)
         there |= {row.source for row in self.modules if row.reason == LEFT_OUT}
         if placed is not None:
@@ -337,6 +340,9 @@ class Report:
             place = tell_parts(len(there), len(names), target)
         else:
             place = tell_vectors(self.vectors, self.left_out)
+        if self.verdict is not None and placed is not None:
+            told = judge(self.verdict, placed, (self.source, target), self.few_steps)
+            return InWords(told.mark, told.headline, (*told.lines, place), self._cautions())
         fits = bool(self.vectors) if placed is None else placed >= LITTLE
         mark: Mark = "✔" if fits else "⚠"
         unknown = "" if self.work or self.why else NOT_COMPARED
@@ -344,7 +350,7 @@ class Report:
         return InWords(mark, "A dry run: nothing was written.", lines, self._cautions())
 
     def _cautions(self) -> tuple[str, ...]:
-        """What was lost, or needs a look."""
+        """Lists what was lost, or needs a look."""
         merged = self.merge.cautions() if self.merge else []
         cautions = tell_left_behind(self.modules, self.unread, self.left_out)
         cautions += tell_factors(self.blocks, self.modules)
@@ -357,7 +363,7 @@ class Report:
         return (*cautions, *tell_moved_before(self.moves), *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
-        """What was done in numbers, the copy baseline included."""
+        """Tells what was done in numbers, with the copy baseline."""
         sentences = self._sentences_of_file() + ([self.work] if self.work else [])
         if self.probe is not None:
             sentences += self.probe.sentences()
@@ -374,7 +380,7 @@ class Report:
         return sentences + tell_limits(self.modules, self.totals, self.file_limit)
 
     def _sentences_of_file(self) -> list[str]:
-        """How many modules and tensors of the LoRA found a place, and how it was read."""
+        """Tells how many modules and tensors were placed, and how the file was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
         moved = "would move" if self.dry_run else "moved"
         between = f" from {self.source} to {self.target}"
@@ -405,7 +411,7 @@ class Report:
         return sentences + tell_left_behind(self.modules, self.unread, self.left_out)
 
     def _sentences_of_bases(self) -> list[str]:
-        """The verdict on the two bases, and what followed from it."""
+        """Tells the verdict on the two bases, and what followed from it."""
         sentences = []
         if self.verdict:
             sentences.append(self.verdict.sentence())
@@ -413,21 +419,21 @@ class Report:
         return sentences
 
     def _caution_of_strangers(self) -> list[str]:
-        """That modules were paired whose weights have nothing in common."""
+        """Warns of paired modules with unrelated weights."""
         pairs = [(row.source, str(row.target)) for row in self.strangers()]
         is_odd = bool(pairs) and self.verdict is not None and self.verdict.related
         return [describe_strangers(pairs)] if is_odd else []
 
     def to_records(self) -> list[dict[str, Any]]:
-        """A flat dict for every row, as `pandas.DataFrame` takes them.
+        """Returns a flat dict for every row, as `pandas.DataFrame` takes them.
 
-        Every record has the same keys: the fields of `ModuleReport` but for `measures`, and those
-        of `Measures`, which are None where nothing was projected. What is not known is None.
+        Every record has the same keys: the fields of `ModuleReport` without `measures`, and the
+        fields of `Measures`, which are None where nothing was projected. What is not known is None.
         """
         return [row.to_record() for row in self.modules]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; NaN becomes None."""
+        """Returns everything, ready for JSON; NaN becomes None."""
         fields = asdict(replace(self, grid=None)) | {
             "modules": [row.to_dict() for row in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
@@ -439,29 +445,29 @@ class Report:
         return replace_nonfinite(fields)  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """Writes `to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
     def to_html(
         self, facts: Mapping[str, str] | None = None, pictures: Sequence[Picture] = ()
     ) -> str:
-        """The report as one HTML page that needs no other file and no network.
+        """Renders the report as one HTML page without other files or network.
 
         It has the verdict, a heat map of what was kept by block and kind of module, a table of
         every module, and how the result was made.
 
         Args:
-            facts: more of how it was made, by what each is called: the LoRA's file, the command.
+            facts: more of how it was made, by name: the LoRA's file, the command.
             pictures: shown below the verdict.
         """
         return render_page(self._to_page(facts or {}, pictures))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the sentences, a small map, and a table of the model's parts."""
+        """Renders for a notebook: sentences, a small map, and a table."""
         return render_summary(self._to_page({}, ()))
 
     def _to_page(self, facts: Mapping[str, str], pictures: Sequence[Picture]) -> Page:
-        """What a page tells of the report."""
+        """Builds the page of the report."""
         words = self.in_words()
         sections = [Section(table.title, [table]) for table in self.tables(every_block=True)]
         if self.left_out:
@@ -484,7 +490,7 @@ class Report:
         )
 
     def facts(self) -> dict[str, str]:
-        """How the result was made, by what each fact is called: bases, digests, options."""
+        """Returns how the result was made: bases, digests, options, by name."""
         origin, seconds = self.provenance, sum(self.seconds.values())
         facts = {
             "source base": self.source,

@@ -87,10 +87,10 @@ class Transfer:
     def state_dict(
         self, format: FormatLike | None = None, *, dtype: DtypeLike | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of the file that `save` writes, without a file.
+        """Returns the tensors of the file that `save` writes, without a file.
 
-        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a
-        diffusers pipeline of the target.
+        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a diffusers
+        pipeline of the target.
 
         Args:
             format: as `save` takes it.
@@ -110,7 +110,7 @@ class Transfer:
         )
 
     def peft_config(self) -> dict[str, Any]:
-        """The keywords of a `peft.LoraConfig` that fits `state_dict("peft")`, with a scale of 1.
+        """Returns the keywords of a `peft.LoraConfig` for `state_dict("peft")`, scale 1.
 
         Raises:
             UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
@@ -121,7 +121,7 @@ class Transfer:
 def pack_result(
     fitted: Adapter, whole: Adapter, report: Report, inputs: list[Path], form: OutputForm
 ) -> Transfer:
-    """What was made, as it fits a form; the report says whether `whole` had to be cut for it."""
+    """Packs a result as it fits a form; reports whether it was cut."""
     told = replace(report, file_limit=None if fitted is whole else form.limit)
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
@@ -134,11 +134,16 @@ def note_verdict(done: Transfer) -> Adapter:
     return replace(done.adapter, metadata=done.adapter.metadata | note)
 
 
-def save_result(done: Transfer, out: Path, options: AnyOptions) -> Report:
-    """Writes a result with its verdict, and returns its report with the time of writing."""
+def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
+    """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
     if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
         done = replace(done, adapter=note_verdict(done))
     done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
-    return replace(done.report, seconds=seconds)
+    return replace(done, report=replace(done.report, seconds=seconds))
+
+
+def pack_plan(report: Report) -> Transfer:
+    """Returns what a dry run gives: a report, and no update."""
+    return Transfer(Adapter({}), report)

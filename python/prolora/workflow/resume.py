@@ -154,18 +154,18 @@ def read_verdict(out: Path) -> tuple[tuple[str, ...], float | None]:
 
 
 def _list_states(files: Iterable[Path]) -> States:
-    """The name, size and time of each file."""
+    """Lists name, size and time of each file of a base."""
     states = [(file.name, file.stat()) for file in sorted(files)]
     return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
 def _jsonable(value: Any) -> Any:
-    """An option as JSON can hold it."""
+    """Converts an option for JSON."""
     if isinstance(value, Matching):
         return "similarity"  # which the two bases determine
     if isinstance(value, Mapping):
         pairs = {str(key): _jsonable(item) for key, item in value.items()}
-        # Of block weights the last name that fits decides; of a map the order is nothing.
+        # In block weights the last name that fits decides; in a map the order means nothing.
         return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
         return hash_adapter(Path(value)) if Path(value).exists() else str(value)
@@ -173,10 +173,10 @@ def _jsonable(value: Any) -> Any:
 
 
 def hash_adapter(path: Path) -> str:
-    """SHA-256 of a LoRA's file, or of the files of its folder; it may be an id on the hub.
+    """Computes SHA-256 of a LoRA's file or folder, or of a hub id's.
 
     Raises:
-        UnsupportedFormat: one of them cannot be read.
+        UnsupportedFormat: it cannot be read.
     """
     try:
         return hash_parts(block for file in list_files(path) for block in read_blocks(file))

@@ -18,8 +18,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,26 +30,25 @@ from torch import Tensor
 
 from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
+from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
 from ...core.validation import DeviceLike
-from ...errors import UnsupportedFormat, output_error
-from ...files.state import flush_file, read_state
+from ...errors import OutputError, UnsupportedFormat, output_error
+from ...files.hashing import hash_parts
+from ...files.state import flush_file
+from ...files.store import Store, digest
 from ..base import Base, stack_weights
 from ..upload import Reader, work_in_turn
 from . import basis_file
 from .basis_file import StoredBasis
-from .basis_names import (
-    TOLERANCE,
-    BasisRequest,
-    basis_name,
-    describe_basis,
-    hash_weights,
-    short_hash,
-)
-from .cache_folder import trim_cache, versioned_folder
+from .cache_folder import trim_cache
 from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
+# Part of what a basis is made of: raise it when an algorithm's results change, or its file.
+VERSION = 3
+# The tolerance of bases, `truncated_svd`'s default.
+TOLERANCE = 1e-3
 _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before it was hashed (ns) is not put into the index.
@@ -72,15 +72,29 @@ def default_folder() -> Path:
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "prolora"
 
 
-class BasisCache:
-    """A folder of bases, or none: then nothing is kept.
+@dataclass(frozen=True)
+class BasisRequest:
+    """The bases of a stack of weights, as the folder holds them."""
 
-    Attributes:
-        folder: made if it does not exist; None keeps nothing.
-        hits: bases taken from the folder so far.
-        misses: bases computed so far.
-        kept: bytes written so far.
-    """
+    shape: tuple[int, int]  # of every weight, m × n
+    # The basis of each weight, or None; empty without a folder
+    stored: Sequence[StoredBasis | None]
+    missing: Sequence[int]  # indices of the weights that must be computed
+    names: Sequence[str] = ()  # of the bases
+
+
+def hash_weights(weights: Sequence[Tensor]) -> list[str]:
+    """Computes SHA-256 of each weight [m, n] as stored: dtype, shape and bytes."""
+    return map_on_threads(lambda w: hash_parts([f"{w.dtype} {list(w.shape)} ", w]), weights)
+
+
+def name_basis(weight: str, rank: Rank) -> str:
+    """Returns the name of a basis, made of a weight's hash, rule, tolerance and version."""
+    return digest([weight, repr(rank), TOLERANCE, VERSION])[:32]
+
+
+class BasisCache:
+    """A folder of bases, or none: then nothing is kept."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         """Opens the folder.
@@ -89,7 +103,7 @@ class BasisCache:
             OutputError: it cannot be made.
         """
         self.folder = None if folder is None else Path(folder)
-        self.hits = self.misses = self.kept = 0
+        self.hits = self.misses = self.kept = 0  # bases found, bases computed, bytes written
         self._notes: dict[str, JsonTable] = {}
         # Of this run alone; the bases are held, so that no other gets their id.
         self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
@@ -105,14 +119,7 @@ class BasisCache:
     def of(
         self, base: Base, modules: Sequence[str], rank: Rank, device: DeviceLike = None
     ) -> Basis:
-        """Returns the bases of weights of one matrix shape, stacked [b, m, n].
-
-        Args:
-            base: whose weights.
-            modules: which; one that is in the folder is not even read.
-            rank: columns or share of energy, see `truncated_svd`.
-            device: where to compute and where the result is; None means the CPU.
-        """
+        """Returns the bases of weights of one matrix shape, stacked [b, m, n]."""
         return next(self.in_turn([partial(self.look_up, base, modules, rank)], rank, device))
 
     def bases(self, weights: Tensor, rank: Rank) -> Basis:
@@ -126,11 +133,7 @@ class BasisCache:
         rank: Rank,
         device: DeviceLike = None,
     ) -> Iterator[Basis]:
-        """Yields the bases of several stacks; a GPU reads ahead.
-
-        It reads the next stack while it factorises one. Each request calls `look_up` or
-        `look_up_weights` with the same rank.
-        """
+        """Yields the bases of several stacks; a GPU reads ahead while it factorises."""
         place = torch.device(device or "cpu")
         return work_in_turn(requests, partial(self._answer, rank, place), place)
 
@@ -150,51 +153,33 @@ class BasisCache:
         if self.folder is None:
             return BasisRequest(shape, [], every), [stack_weights(read(every))]
         digests = [self.digest(base, module) for module in modules]
-        unknown = [i for i, digest in enumerate(digests) if digest is None]
+        unknown = [i for i, known in enumerate(digests) if known is None]
         tensors = read(unknown)
-        for i, digest in zip(unknown, hash_weights(tensors), strict=True):
-            digests[i] = digest
-            self.learn(base, modules[i], digest)
-        names = [basis_name(str(digest), rank) for digest in digests]
-        request = self._request(names, shape, rank, base.name, modules)
+        for i, known in zip(unknown, hash_weights(tensors), strict=True):
+            digests[i] = known
+            self.learn(base, modules[i], known)
+        request = self._request([name_basis(str(known), rank) for known in digests], shape)
         if request.missing != unknown:
             tensors = read(request.missing)
         return request, [stack_weights(tensors)] if tensors else []
 
     def look_up_weights(
-        self,
-        weights: Sequence[Tensor],
-        rank: Rank,
-        base: Base | None = None,
-        modules: Sequence[str] | None = None,
+        self, weights: Sequence[Tensor], rank: Rank
     ) -> tuple[BasisRequest, list[Tensor]]:
-        """Looks up the bases of weights [m, n] in memory, of one shape.
-
-        `base` and `modules` say whose weights they are, for their files.
-        """
+        """Looks up the bases of weights [m, n] in memory, of one shape."""
         shape = (weights[0].shape[0], weights[0].shape[1])
         if self.folder is None:
             return BasisRequest(shape, [], list(range(len(weights)))), [stack_weights(weights)]
-        names = [basis_name(digest, rank) for digest in hash_weights(weights)]
-        whose = "" if base is None else base.name
-        request = self._request(names, shape, rank, whose, modules or [""] * len(weights))
+        request = self._request([name_basis(known, rank) for known in hash_weights(weights)], shape)
         missing = [weights[i] for i in request.missing]
         return request, [stack_weights(missing)] if missing else []
 
-    def _request(
-        self,
-        names: list[str],
-        shape: tuple[int, int],
-        rank: Rank,
-        base: str,
-        modules: Sequence[str],
-    ) -> BasisRequest:
+    def _request(self, names: list[str], shape: tuple[int, int]) -> BasisRequest:
         """Looks up the bases of these names in the folder."""
         # In turn: threads that open files, each a moment, wait for each other's Python.
         stored = [self._read(name, shape) for name in names]
         missing = [i for i, basis in enumerate(stored) if basis is None]
-        descriptions = [describe_basis(names[i], rank, base, modules[i]) for i in missing]
-        return BasisRequest(shape, stored, missing, descriptions)
+        return BasisRequest(shape, stored, missing, names)
 
     def _answer(
         self, rank: Rank, device: torch.device, request: BasisRequest, weights: list[Tensor]
@@ -204,7 +189,8 @@ class BasisCache:
             return truncated_svd(weights[0], rank)
         stored, missing = list(request.stored), request.missing
         if missing:
-            computed = self._compute(rank, request.descriptions, weights[0])
+            names = [request.names[i] for i in missing]
+            computed = self._compute(rank, names, weights[0])
             for i, basis in zip(missing, computed, strict=True):
                 stored[i] = basis
         return self._stacked(stored, missing, request.shape, device)
@@ -222,8 +208,8 @@ class BasisCache:
         origin = base.weights[module].origin
         if origin is None:
             return None
-        digest = self._index(base).get(short_hash(origin.text))
-        return digest if isinstance(digest, str) else None
+        known = self._index(base).get(_shorten(origin.text))
+        return known if isinstance(known, str) else None
 
     def place(self, base: Base, module: str) -> str | None:
         """Returns a weight's name by the state of its file, without reading.
@@ -235,38 +221,20 @@ class BasisCache:
         self._flush(base)
         origin = base.weights[module].origin
         settled = origin and time.time_ns() - origin.changed > SETTLING_TIME
-        return short_hash(origin.text) if origin and settled else None
+        return _shorten(origin.text) if origin and settled else None
 
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str]:
         """Returns the names of bases that were taken from here in this run."""
-        return [basis_name(str(self.digest(base, module)), rank) for module in modules]
+        return [name_basis(str(self.digest(base, module)), rank) for module in modules]
 
-    def learn(self, base: Base, module: str, digest: str) -> None:
+    def learn(self, base: Base, module: str, known: str) -> None:
         """Remembers the content hash of a weight that was read just now."""
         if self.folder is None:
             return
-        self._digests[id(base), module] = (base, digest)
+        self._digests[id(base), module] = (base, known)
         origin = base.weights[module].origin
         if origin and time.time_ns() - origin.changed > SETTLING_TIME:
-            self._index(base).put(short_hash(origin.text), digest)
-
-    def file_hash(self, path: Path, kind: str, compute: Callable[[], str]) -> str:
-        """Returns a hash of a file, computed once for each of its states."""
-        if self.folder is None:
-            return compute()
-        state = read_state(path)
-        notes, key = (
-            self._table("files", ""),
-            short_hash(f"{kind} {os.path.abspath(path)} {state}"),
-        )
-        known = notes.get(key)
-        if isinstance(known, str):
-            return known
-        settled = time.time_ns() - max(state.modified, state.changed) > SETTLING_TIME
-        digest = compute()
-        if settled:
-            notes.put(key, digest)
-        return digest
+            self._index(base).put(_shorten(origin.text), known)
 
     def pairs(self, source: Base, target: Base) -> JsonTable:
         """Returns the table of what is known of weight pairs of two bases."""
@@ -301,20 +269,21 @@ class BasisCache:
             self._flushed.add(base.path)
 
     def _table(self, kind: str, of: str) -> JsonTable:
-        name = f"{kind}-{short_hash(of)}.json"
+        name = f"{kind} {of}"
         if name not in self._notes:
-            path = self.folder and versioned_folder(self.folder) / name
+            path = self.folder and Store(self.folder).path(
+                "tables", [name, VERSION], suffix=".json"
+            )
             self._notes[name] = JsonTable(path)
         return self._notes[name]
 
-    def path(self, name: str) -> Path:
-        """Returns the path of the basis of that name (`basis_name`)."""
+    def _path(self, name: str) -> Path:
         assert self.folder is not None
-        return versioned_folder(self.folder) / name[:2] / f"{name}.safetensors"
+        return self.folder / "bases" / f"{name}.safetensors"
 
     def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
         """Reads the basis of that name; None if missing or damaged."""
-        path = self.path(name)
+        path = self._path(name)
         try:
             stored = basis_file.read_basis(path)
             if stored.facts.get("name") != name or stored.shape != shape:
@@ -328,20 +297,17 @@ class BasisCache:
             return None
         return stored
 
-    def _compute(
-        self, rank: Rank, descriptions: Sequence[dict[str, str]], weights: Tensor
-    ) -> list[StoredBasis]:
+    def _compute(self, rank: Rank, names: Sequence[str], weights: Tensor) -> list[StoredBasis]:
         """Bases of a stack [c, m, n], as they are kept: warm or cold, the result is the same."""
         computed = truncated_svd(weights, rank, tol=TOLERANCE).to("cpu")
         bases = []
-        for i, description in enumerate(descriptions):
-            stored = basis_file.make_stored_basis(computed[i], TOLERANCE, description)
-            self._try(partial(self._write, stored))
+        for i, name in enumerate(names):
+            stored = basis_file.make_stored_basis(computed[i], TOLERANCE, {"name": name})
+            self._try(partial(self._write, self._path(name), stored))
             bases.append(stored)
         return bases
 
-    def _write(self, stored: StoredBasis) -> None:
-        path = self.path(str(stored.facts["name"]))
+    def _write(self, path: Path, stored: StoredBasis) -> None:
         basis_file.write_basis(path, stored)
         self.kept += path.stat().st_size
 
@@ -351,7 +317,7 @@ class BasisCache:
             return
         try:
             write()
-        except OSError as error:
+        except (OutputError, OSError) as error:
             self._failed = True
             log.warning("%s: bases are not kept: %s", self.folder, error)
 
@@ -402,3 +368,7 @@ def open_cache(cache: CacheLike) -> Iterator[BasisCache]:
     else:
         with BasisCache(cache).saving() as opened:
             yield opened
+
+
+def _shorten(text: str) -> str:
+    return digest(text)[:32]

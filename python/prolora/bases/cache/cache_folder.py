@@ -1,7 +1,7 @@
-"""Files of a cache folder, named by digests; the oldest go first.
+"""The size of a cache folder: what was unused for longest goes first.
 
-v3/<2 hex digits>/<64>.safetensors are bases; v3/index-<32>.json and similar names are tables. Only
-files of exactly such names are counted or deleted, and no link is followed.
+bases/, tables/ and files/ hold what is named by digests. Only files of exactly such names are
+counted or deleted, and no link is followed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,10 @@ from pathlib import Path
 
 from ...files.sizes import parse_size
 
-# Part of every name of a basis: raise it when an algorithm's results change, or what a file holds.
-VERSION = 3
 LIMIT_VARIABLE = "PROLORA_CACHE_SIZE"
 DEFAULT_LIMIT = "32GiB"  # the bases of some ten models of SDXL's size
 
-_FOLDER = re.compile(r"v[1-9][0-9]{0,8}|[0-9a-f]{2}")
-_FILE = re.compile(r"[0-9a-f]{64}\.safetensors|(?:index|pairs|files)-[0-9a-f]{32}\.json")
-
-
-def versioned_folder(folder: Path) -> Path:
-    """Returns where files of this version lie in a cache folder."""
-    return folder / f"v{VERSION}"
+_FILE = re.compile(r"[0-9a-f]{32}\.(?:safetensors|json|txt)")
 
 
 def measure_cache(folder: Path) -> int:
@@ -52,11 +44,11 @@ def trim_cache(folder: Path) -> None:
 
 def _list_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
     """Yields when each file of a cache was last used, its bytes, and its path."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
-                if entry.is_dir(follow_symlinks=False) and _FOLDER.fullmatch(entry.name):
-                    yield from _list_files(Path(entry))
-                elif entry.is_file(follow_symlinks=False) and _FILE.fullmatch(entry.name):
+    for kind in ("bases", "tables", "files"):
+        if (folder / kind).is_symlink():
+            continue
+        with suppress(OSError), os.scandir(folder / kind) as entries:
+            for entry in entries:
+                if _FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    status = entry.stat(follow_symlinks=False)
                     yield status.st_mtime, status.st_size, Path(entry)

@@ -1,6 +1,6 @@
-"""One method applied to a stack of updates, with the row of the report for each of them.
+"""One method applied to a stack of updates, with rows.
 
-Here a pair is skipped whose weights overlap less than the threshold on Φ.
+A pair is skipped here if its weights overlap less than the threshold on Φ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .ledger import Ledger, Moved
 
 
 def copy_updates(ledger: Ledger) -> list[Moved]:
-    """The updates as they are."""
+    """Returns the updates unchanged."""
     updates, what = ledger.adapter.updates, ledger.method.outcome
     return [Moved(pair, updates[pair.source], what) for pair in ledger.plan.pairs]
 
@@ -31,12 +31,12 @@ def project_updates(
     target: Basis,
     aligned: Alignment,
 ) -> list[Moved]:
-    """The updates projected and recompressed; pairs with Φ below the threshold are skipped.
+    """Projects and recompresses updates; skips pairs with Φ below the threshold.
 
     Args:
-        ledgers: LoRAs with one rank at these places.
+        ledgers: LoRAs with one rank at these indices.
         stack: pairs of one shape.
-        places: which of them.
+        places: indices of some of them.
         source: bases of the source's weights, one for every pair of the stack.
         target: bases of the target's weights.
         aligned: what the two have in common.
@@ -69,7 +69,7 @@ def project_updates(
 
 
 def _explain_overlap(measures: Measures, threshold: float) -> str:
-    """Why a pair is skipped whose weights overlap too little; empty where they do not."""
+    """Explains why a pair with too little overlap is skipped; "" for others."""
     if not min(measures.phi_left, measures.phi_right) < threshold:
         return ""
     side = "left" if measures.phi_left <= measures.phi_right else "right"
@@ -77,7 +77,10 @@ def _explain_overlap(measures: Measures, threshold: float) -> str:
 
 
 def _stack_updates(ledgers: list[Ledger], pairs: list[Pair]) -> LowRank:
-    """The source's updates of several LoRAs, [b, l, m, r] and [b, l, r, n]."""
+    """Stacks the source's updates of several LoRAs.
+
+    They are [b, l, m, r] and [b, l, r, n].
+    """
     updates = [ledger.adapter.updates[pair.source] for pair in pairs for ledger in ledgers]
     device = ledgers[0].options.device
 

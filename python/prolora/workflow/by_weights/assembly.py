@@ -25,7 +25,7 @@ from .vectors import CarriedVectors, carry_vectors
 
 
 def outline_result(ledger: Ledger) -> Adapter:
-    """What the adapter of the target will consist of, before anything is moved."""
+    """Outlines the target's adapter before anything is moved."""
     adapter, plan = ledger.adapter, ledger.plan
     updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
     updates |= {name: adapter.updates[name] for name in plan.passed}
@@ -40,7 +40,7 @@ def assemble_adapter(
     target: Base,
     metadata: dict[str, str],
 ) -> Adapter:
-    """The adapter of the target: its modules, its kernels, its metadata."""
+    """Assembles the target's adapter: modules, kernels, metadata."""
     return replace(
         adapter,
         updates=updates,
@@ -53,7 +53,7 @@ def assemble_adapter(
 
 
 def list_kernels(modules: Iterable[str], target: Base) -> dict[str, tuple[int, ...]]:
-    """Module -> (kh, kw), or (k,), of those that are convolutions of the target."""
+    """Returns module -> (kh, kw), or (k,), of the target's convolutions."""
     shapes = {name: target.shapes.get(name, ()) for name in modules}
     return {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
 
@@ -81,7 +81,7 @@ def build_metadata(ledger: Ledger) -> dict[str, str]:
         target_short_hash=compute_short_hash(target),
         provenance=provenance | {key: value for key, value in hashes.items() if value},
     )
-    # Names of files need not be text, which a header must be.
+    # A header must be text; names of files need not be.
     return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
 
 
@@ -96,13 +96,10 @@ def _find_few_steps(ledger: Ledger) -> bool | None:
 def build_report(
     ledger: Ledger, modules: Iterable[ModuleReport], vectors: CarriedVectors, **known: Any
 ) -> Report:
-    """The report of a transfer by weights.
+    """Builds the report of a transfer by weights.
 
-    Args:
-        ledger: of the LoRA.
-        modules: a row for every module of the LoRA, and one for each further target.
-        vectors: what became of biases and normalisation layers.
-        **known: further fields of `Report`.
+    `modules` has a row for every module of the LoRA, and one for each further target; `known` are
+    further fields of `Report`.
     """
     adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
     return Report(

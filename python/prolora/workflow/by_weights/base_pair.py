@@ -23,6 +23,7 @@ from ..base_check import check_bases
 from ..block_weights import weigh_adapter
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
+from ..report import Report
 from ..result import Transfer, pack_result
 from .assembly import assemble_adapter, build_metadata, build_report, outline_result
 from .decision import Looked, decide_method, label_stage
@@ -42,23 +43,15 @@ base; or no tensor at all."""
 
 @dataclass
 class BasePair:
-    """Two bases, and what was learnt of them.
+    """Two bases, and what was learnt of them."""
 
-    Attributes:
-        source: the base that LoRAs were trained on.
-        target: the base that they move to.
-        options: how they move, as it was asked.
-        cache: what is known of the weights.
-        memory: what may be in memory at a time.
-        match: how modules are paired, with blocks recognised where only weights tell them; None as
-            long as nothing asked for it.
-    """
-
-    source: Base
-    target: Base
-    options: TransferOptions
-    cache: BasisCache
-    memory: Memory = field(init=False)
+    source: Base  # the base that LoRAs were trained on
+    target: Base  # the base that they move to
+    options: TransferOptions  # how they move, as it was asked
+    cache: BasisCache  # what is known of the weights
+    memory: Memory = field(init=False)  # what may be in memory at a time
+    # How modules are paired, with blocks recognised where only weights tell them; None until it is
+    # asked for.
     match: Match | None = None
 
     def __post_init__(self) -> None:
@@ -112,7 +105,7 @@ class BasePair:
         check_coverage(ledger.rows.values(), options.min_coverage)
         if (output := OutputForm.of(options)) != OutputForm():
             output.check(outline_result(ledger))
-        # Modules without a place are measured by now, and their factors need no memory later.
+        # Modules left behind are measured by now, and their factors need no memory later.
         placed = {pair.source for pair in plan.pairs} | set(plan.passed)
         updates = {name: x for name, x in adapter.updates.items() if name in placed}
         stored = [one for one in adapter.stored if not placed.isdisjoint(one.parts)]
@@ -146,8 +139,21 @@ class BasePair:
         move_all(left, self.source, self.target, self.cache, self.memory, progress)
         return ledgers
 
+    def preview(self, lora: LoraLike) -> Report:
+        """Compares weights and says what a transfer of a LoRA would give.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        ledger = self.plan(lora, "outline")
+        ledger = self._decide(ledger, Looked(self.source, self.cache, self.memory, 0))
+        ledger.weigh_rows()
+        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+        rows, vectors = ledger.rows.values(), carry_vectors(ledger)
+        return build_report(ledger, rows, vectors, verdict=verdict, dry_run=True)
+
     def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:
-        """The ledger with its method decided; see `decide_method`."""
+        """Decides a ledger's method; see `decide_method`."""
         better = decide_method(ledger, looked)
         if better is None:
             return ledger
@@ -159,7 +165,7 @@ class BasePair:
     def finish(
         self, ledger: Ledger, notes: Notes | None = None, *, hashed: bool = True
     ) -> Transfer:
-        """The adapter of the target, and the report.
+        """Assembles the target's adapter, and the report.
 
         Args:
             ledger: of what was moved.
@@ -209,7 +215,7 @@ class BasePair:
 def read_lora(
     lora: LoraLike, source: Base, depth: Depth = "updates", *, keep_stored: bool = False
 ) -> Adapter:
-    """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
+    """Reads the LoRA; DoRA, OFT and GLoRA need their base for it."""
     if isinstance(lora, Adapter):
         return lora
     if depth == "updates":
@@ -242,12 +248,23 @@ def move_lora(
         return pair.finish(ledger, notes, hashed=hashed)
 
 
+@in_full_precision
+def preview_move(lora: LoraLike, source: Base, target: Base, options: TransferOptions) -> Report:
+    """Compares weights and says what a transfer of one LoRA would give.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    with BasisCache(options.cache).saving() as cache:
+        return BasePair(source, target, options, cache).preview(lora)
+
+
 def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
-    """Notes on how a file was made, under the names that they have in its header."""
+    """Gives notes on how a file was made their names in a header."""
     return {f"prolora.{key}": text for key, text in notes.items()}
 
 
 def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
-    """The files and folders that the LoRA and the bases are read from."""
+    """Lists the files and folders that the LoRA and the bases come from."""
     files = [locate_adapter(lora)] if isinstance(lora, str | PathLike) else []
     return [*files, *(path for base in bases for path in base.files)]

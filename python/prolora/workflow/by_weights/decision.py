@@ -74,7 +74,7 @@ def _measure_pairs(ledger: Ledger, looked: Looked) -> None:
     if options.method == "copy":
         ours = find_unreadable(looked.source, [pair.source for pair in pairs])
         if ours or find_unreadable(ledger.target, [pair.target for pair in pairs]):
-            return  # nothing to compare, and nothing is needed
+            return  # there is nothing to compare
     memory.check(shapes, "affinity", looked.results)
     if options.chosen.needs_bases:
         memory.check(shapes, "bases", looked.results)
@@ -113,14 +113,14 @@ def _leave_out_strangers(ledger: Ledger, source: Base) -> None:
 
 
 def label_stage(what: str, progress: Progress | None) -> Progress | None:
-    """The caller's callback; every name that it is told has in front what is done, or to what."""
+    """Wraps the caller's callback, so that each name begins with the stage."""
     if progress is None:
         return None
     return lambda done, total, name: progress(done, total, f"{what} {name}")
 
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
-    """Why `auto` writes nothing, and what may work instead."""
+    """Explains why `auto` writes nothing, and what may work instead."""
     fits = can_fit(source.path, target.path)
     fit = RUN_INSTEAD if fits else "`fit()` where both models can run as whole pipelines"
     return (
@@ -131,7 +131,7 @@ def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
 
 
 def _explain_zeros(base: Base) -> str:
-    """Why `auto` writes nothing between bases without values."""
+    """Explains why `auto` writes nothing between bases without values."""
     return (
         f"{base.path or base.name}: every weight that the LoRA updates is zero, as in a "
         "placeholder or a damaged file, so there is nothing to choose a method by; give the real "

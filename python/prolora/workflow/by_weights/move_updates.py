@@ -1,4 +1,4 @@
-"""Every update from its source module to its target, a stack of equal shapes at a time."""
+"""Every update moved to its target module, by stacks of shapes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,11 @@ def move_all(
     memory: Memory,
     progress: Progress | None = None,
 ) -> None:
-    """Moves every update of every LoRA; each pair of weights is looked at once for all of them.
+    """Moves every update of every LoRA; looks at each pair of weights once.
 
-    Args:
-        ledgers: LoRAs between the same two bases, with equal options but for what `auto` decided.
-        source: where they come from.
-        target: where they go.
-        cache: of the subspaces.
-        memory: bounds how much is worked on at a time.
-        progress: called as progress(done, total, target module).
+    The LoRAs are between the same two bases, with equal options but for what `auto` decided.
+    `memory` bounds how much is worked on at a time; progress is called as progress(done, total,
+    target module).
     """
     room = memory.room(sum(ledger.result_bytes for ledger in ledgers))
     for ledger in ledgers:
@@ -48,7 +44,7 @@ def move_all(
 
 
 def _iterate_stacks(ledgers: Sequence[Ledger], room: Room) -> Iterator[list[Pair]]:
-    """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
+    """Yields the pairs of all LoRAs in stacks of one shape that memory allows."""
     shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
     for ledger in ledgers:
         for shape, pairs in ledger.plan.groups().items():
@@ -94,11 +90,11 @@ def _project_stacks(
 def _move_in_turn(
     ledgers: Sequence[Ledger], stack: list[Pair], room: Room, step: Callable[..., list[Moved]]
 ) -> None:
-    """Calls step(ledgers, stack, places) for LoRAs of one rank at the same places of a stack.
+    """Calls a step for LoRAs of one rank at the same indices of a stack.
 
-    A step returns the results of the first LoRA at all places, then those of the second and so on.
-    Steps run one after the other: torch's own threads share a stack better than threads that share
-    Python.
+    As step(ledgers, stack, places). A step returns the results of the first LoRA at all indices,
+    then of the second and so on. Steps run one after the other: torch's own threads share a stack
+    better than threads that share Python.
     """
     for together, places in _group_equal_ranks(
         ledgers, stack, room.columns(matrix_shape(stack[0].shape))
@@ -117,9 +113,9 @@ def _move_in_turn(
 def _group_equal_ranks(
     ledgers: Sequence[Ledger], stack: list[Pair], columns: int
 ) -> list[tuple[list[Ledger], list[int]]]:
-    """LoRAs that have updates of equal rank at the same places of a stack, and those places.
+    """Groups LoRAs with equal ranks at the same indices of a stack.
 
-    A group has as many LoRAs and places as keep its factors within `columns` columns, and at least
+    A group has as many LoRAs and indices as keep its factors within `columns` columns, and at least
     one of each.
     """
     groups: dict[tuple[int, ...], list[Ledger]] = {}
