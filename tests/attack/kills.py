@@ -219,7 +219,7 @@ def is_whole(name: str, data: bytes) -> bool:
         elif name.endswith(".html"):
             return data.rstrip().endswith(b"</html>")
         elif name.endswith(".md"):
-            return data.endswith(b"```\n")
+            return b"SHA-256" in data and data.endswith(b"\n")
         else:
             return True
         return all(isinstance(json.loads(line), dict | list) for line in lines)

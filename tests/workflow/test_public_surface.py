@@ -13,7 +13,7 @@ from mini import write_case
 
 import prolora
 from prolora.core.methods import METHODS
-from prolora.core.option_fields import find_shown
+from prolora.core.option_fields import read_shown
 from prolora.workflow.convert_options import ConvertChanges, ConvertOptions
 from prolora.workflow.extract_options import ExtractChanges, ExtractOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
@@ -56,7 +56,7 @@ def test_options_have_one_home(kind, changes):
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
     assert fields == {k: v.__forward_arg__ for k, v in changes.__annotations__.items()}
     for name in fields:
-        assert find_shown(kind, name).help
+        assert read_shown(kind.__dataclass_fields__[name]).help
 
 
 def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):

@@ -80,7 +80,7 @@ def fit(
 def plan_fits(
     loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
 ) -> list[Outcome]:
-    """What would become of each LoRA; one of several that is refused does not stop the others."""
+    """Plans each fit; one of several that is refused does not stop the others."""
     outcomes = []
     for lora in loras:
         planned = Outcome(lora, lora, planned=True)
@@ -97,7 +97,7 @@ def plan_fits(
 def fit_loras(
     loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
 ) -> list[Outcome]:
-    """Fits one LoRA into a file, or all of them into a folder, one after the other."""
+    """Fits one LoRA into a file, or several into a folder, one after the other."""
     path = cast(Path, output.output)
     with progress_bar("fit", output.show_tables, timed=False) as progress:
         options = replace(options, progress=announce_first(progress, output.show_tables))
@@ -111,7 +111,10 @@ def fit_loras(
 
 
 def announce_first(progress: Progress, shown: bool) -> Progress:
-    """A callback that prints the first name that it is told: what the fit is about to do."""
+    """Wraps a callback so that the first name it is told is printed, too.
+
+    It says what the fit is about to do.
+    """
     announced: list[str] = []
 
     def update(done: int, total: int, name: str) -> None:

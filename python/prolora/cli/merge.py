@@ -16,7 +16,7 @@ from .transfer import LoraArguments, check_output_given, check_outputs, tell_mad
 
 @dataclass
 class MergedBases:
-    """The base of the result, and those of LoRAs that have to be moved first."""
+    """The bases of the result and of LoRAs to move first."""
 
     target: Annotated[
         str | None,

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,7 @@ def migrate(
     resources.check_device()
     with progress_bar("migrate", not work.as_json) as progress:
         options = replace(moving, **resources.read(not work.dry_run), progress=progress)
-        how = {"ray": work.ray, "shard": work.shard, "dry_run": work.dry_run}
+        how: Any = {"ray": work.ray, "shard": work.shard, "dry_run": work.dry_run}
         found = run_migration(loras, work.source, work.target, work.output or "", options, **how)
     refused = [moved for moved in found if moved.status == "refused"]
     if work.as_json:

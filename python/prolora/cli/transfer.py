@@ -44,7 +44,7 @@ from .outputs import append_to_name, check_lora_name, check_report, list_outputs
 from .tables import draw_table, failure_lines, show_tables, show_words
 
 STDOUT = Path("-")
-"""What stands for standard output in the place of a file."""
+"""The path that stands for standard output."""
 MOST_NAMED = 4
 """Programs that read nothing of a file, in a line for people who did not ask for all."""
 
@@ -54,7 +54,7 @@ LoraArguments = Annotated[
 
 
 class TransferCommand(BriefCommand):
-    """`prolora transfer`, which says where the options of a fit are taken."""
+    """`prolora transfer`, which refuses the options of a fit."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the command line.
@@ -97,11 +97,11 @@ def transfer(
 
 
 def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
-    """Refuses a command that would write and does not say where, before anything is read.
+    """Refuses a command that would write but has no -o.
 
     Args:
         output: where to write.
-        loras: of which each gets a file; none where one file is made of all.
+        loras: each gets a file; empty if one file is made of all.
 
     Raises:
         OutputError: -o is missing, or names a file for several LoRAs.
@@ -153,13 +153,13 @@ def tell_outcomes(
     overwrite: bool,
     cache: Path | None,
 ) -> None:
-    """Shows what was done, writes report and card, and raises what was not done as asked.
+    """Shows what was done, writes report and card, and raises what failed.
 
     Args:
         outcomes: of all LoRAs.
         output: what is shown and written.
         card: where the card goes.
-        overwrite: replace a report and a card that are there.
+        overwrite: replace an existing report and card.
         cache: the folder to name, where one was used.
     """
     if output.show_tables:
@@ -183,7 +183,7 @@ def tell_outcomes(
 def tell_made_lora(
     made_of: Path, report: Report, output: FileOutput, overwrite: bool = False
 ) -> None:
-    """`tell_outcomes` of one LoRA that was made without being moved."""
+    """Tells the outcome of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
     outcome = Outcome(made_of, out, report, planned=output.dry_run)
     tell_outcomes([outcome], output, None, overwrite, None)
@@ -196,7 +196,7 @@ def plan_all(
     output: OutputOptions,
     options: TransferOptions,
 ) -> list[Outcome]:
-    """What would become of each LoRA; blocks are matched once for all.
+    """Plans each transfer; blocks are matched once for all.
 
     One of several that is refused does not stop the others.
     """
@@ -222,7 +222,7 @@ def plan_all(
 
 
 def match_bases(pair: ExpertPair, options: TransferOptions) -> Match:
-    """The match that the options ask for, with blocks matched where that needs weights."""
+    """Returns the match that the options ask for; some read weights."""
     return resolve_match(
         options.match,
         pair.source,
@@ -241,7 +241,7 @@ def move_loras(
     output: OutputOptions,
     options: TransferOptions,
 ) -> list[Outcome]:
-    """Moves one LoRA into a file (or one for each expert), or all of them into a folder."""
+    """Moves one LoRA into files, one per expert, or several into a folder."""
     path, outcomes = cast(Path, output.output), []
     with progress_bar("transfer", output.show_tables) as progress:
         options = replace(options, progress=progress)
@@ -255,7 +255,7 @@ def move_loras(
 
 
 def write_outcomes(outcomes: list[Outcome], output: FileOutput, overwrite: bool) -> None:
-    """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
+    """Prints the outcomes as JSON, and writes the JSON or page of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     if output.as_json or output.report == STDOUT:
         answer.give(records[0] if len(records) == 1 else records)
@@ -269,7 +269,7 @@ def write_outcomes(outcomes: list[Outcome], output: FileOutput, overwrite: bool)
 
 
 def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
-    """Whether a result is a PEFT folder."""
+    """Returns whether a result is a PEFT folder."""
     came_so = any(map(is_peft_folder, loras))
     return format == "peft" or (came_so and format in (None, "auto"))
 
@@ -292,7 +292,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
 
 
 def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
-    """The whole report of one LoRA, or a line for each of several."""
+    """Shows the whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
         out.print_table(draw_table(tabulate_outcomes(outcomes)))
         for line in failure_lines(outcomes):
@@ -320,7 +320,7 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
 
 
 def tell_readers(readers: Readers) -> str:
-    """Who reads a file whole, who in part, who not at all; many of the last are only counted."""
+    """Tells who reads a file whole, in part, or not at all; many of the last are only counted."""
     none = readers.none
     if len(none) > MOST_NAMED:
         none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")
@@ -329,12 +329,12 @@ def tell_readers(readers: Readers) -> str:
 
 
 def used_subspaces(outcome: Outcome) -> bool:
-    """Whether a LoRA was moved by a method that looks into the basis cache."""
+    """Returns whether a LoRA was moved by a method that looks into the basis cache."""
     return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
 def show_report(report: Report) -> None:
-    """The verdict in words, and the numbers where they are asked for or are all that there is."""
+    """Shows the verdict in words, and the numbers of a dry run."""
     show_words(out, report.in_words())
     if report.dry_run:
         show_tables(out, report.tables())

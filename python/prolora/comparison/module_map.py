@@ -6,7 +6,7 @@ By name and block rules, by a map, or by the result of `block_matching`; no weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -75,24 +75,6 @@ class Matching:
             f"beyond chance (the best by {best:.2f}, where 1 is equal). These bases were trained "
             'apart, or the target drifted too far to tell; match "name" pairs equal names'
         )
-
-
-def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str]) -> list[str]:
-    """Describes what was found by similarity, as sentences, if anything was."""
-    if not decisions:
-        return []
-    recognised = sum(decision.source is not None for decision in decisions)
-    sentences = [
-        f"{recognised} of {len(decisions)} blocks of the target were recognised; "
-        f"{len(dropped)} blocks of the source are not used."
-    ]
-    alike = [decision for decision in decisions if decision.resembles]
-    if alike:
-        sentences.append(
-            f"{len(alike)} of the others resemble a block that feeds another one, as inserted "
-            "copies do; they get no update."
-        )
-    return sentences
 
 
 @dataclass(frozen=True)

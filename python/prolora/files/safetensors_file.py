@@ -138,6 +138,18 @@ class SafetensorsFile:
         buffer = self._read("its data", "U8", (size,), 0)
         return {name: _cut_tensor(buffer, info) for name, info in self.tensors.items()}
 
+    def read_blocks(self) -> Iterator[bytes]:
+        """Yields all bytes of the file, header included.
+
+        Raises:
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        with self._use() as file:
+            check_unchanged(self.path, self.state, file.fileno())
+            file.seek(0)
+            while block := file.read(1 << 20):
+                yield block
+
     def close(self) -> None:
         """Closes the file, where it was kept open; later reads open it again."""
         if self._kept is not None:

@@ -22,11 +22,10 @@ from ..bases.pipeline_identity import (
 )
 from ..core.lowrank import LowRank
 from ..errors import OutputError, UnsupportedFormat, output_error
-from ..files.atomic import TEMPORARY_NAME
 from ..files.hashing import hash_parts, hash_text
 from ..files.jsontext import read_json_object
 from ..files.safetensors_file import SafetensorsFile
-from ..files.store import put_text
+from ..files.store import TEMPORARY_NAME, put_text
 from ..files.writing import write_safetensors
 from ..version import __version__
 

@@ -8,9 +8,8 @@ the target draws in few steps. Elsewhere fits were at times worse than the copy 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
 
+from ..adapters.lora import Lora
 from ..bases import Base, vae
 from ..errors import LowCoverage, ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
@@ -59,9 +58,9 @@ class BestWay:
             ProLoRAError: neither way moves it; see `prolora.transfer` and `prolora.fit`.
         """
         notes: dict[type, Notes] = {}
-        if for_file and isinstance(lora, str | PathLike):
+        if for_file and isinstance(lora, Lora):
             for options in (self.by_weights, self.by_fit):
-                made = Recipe.of(Path(lora), self.source, self.target, options)
+                made = Recipe.of(lora, self.source, self.target, options)
                 notes[type(options)] = made.describe
         moved = self._try_weights(lora, notes.get(TransferOptions))
         need = self.explain_need(moved.report if isinstance(moved, Transfer) else moved)

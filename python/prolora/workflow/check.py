@@ -209,9 +209,10 @@ def check(
     cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Check:
-    """Says what a file is, whether it is for a base or a program, and what a transfer would say.
+    """Says what a file is, and whether it is for a base or a program.
 
-    Headers and alphas are read; with `source` and `target`, their weights are compared, too. By
+    Headers and alphas are read; with `source` and `target` their weights are compared, too, and the
+    result says what a transfer would. By
     names and shapes, fine-tunes of one model take each other's LoRAs, and are not told apart.
 
     Args:

@@ -10,7 +10,7 @@ from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
 from .best import BestWay
 from .by_weights.assembly import build_report
-from .by_weights.base_pair import BasePair
+from .by_weights.base_pair import BasePair, use_lora
 from .by_weights.vectors import carry_vectors
 from .options import BEST, LoraLike, TransferOptions
 from .report import Report
@@ -36,7 +36,7 @@ def plan_report(
     options = options if known else replace(options, cache=None)
     if options.method == BEST:
         return BestWay.of(old, new, options).plan(lora)
-    with BasisCache(options.cache).saving() as cache:
-        ledger = BasePair(old, new, options, cache).plan(lora, "outline")
+    with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
+        ledger = BasePair(old, new, options, cache).plan(opened, "outline")
     ledger.weigh_rows()
     return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)

@@ -17,6 +17,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import read_moves, read_provenance
 from ..adapters.hub import locate_adapter
+from ..adapters.lora import Lora
 from ..adapters.training_words import read_training_words
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_hint, compute_short_hash
@@ -48,7 +49,6 @@ from .out_rank import cut_rank
 from .output_paths import check_output
 from .report import Report
 from .result import Transfer, pack_result, save_result
-from .resume import hash_adapter
 from .tables import write_shape
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def merge(
             trained on `target`.
         options: how to merge them.
         out: a file to write, or a folder for format "peft"; checked before any work.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA in memory, and the report: what of each LoRA is in it, and where they overlap.
@@ -258,7 +258,7 @@ class _Merge:
         self.parts.append(adapter)
         moves = read_moves(adapter.metadata)
         stated = moves[-1].target if moves else adapter.metadata.get("ss_sd_model_name", "")
-        digest = hash_adapter(Path(lora)) if isinstance(lora, str | PathLike) else ""
+        digest = Lora.open(lora).digest if isinstance(lora, str | PathLike) else ""
         fact = MergedPart(
             name,
             self.strengths[i],

@@ -458,11 +458,15 @@ def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
 
 def name_lora(lora: LoraLike | None) -> str:
     """Returns the name of a LoRA's file or folder, "the LoRA" in memory."""
+    if isinstance(lora, Lora) and lora.path:
+        return Path(lora.where).name
     return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 
 def begin_message(lora: LoraLike) -> str:
     """Begins a message about a LoRA with its path, if it has one."""
+    if isinstance(lora, Lora) and lora.path:
+        return f"{lora.where}: "
     return f"{spell_path(lora)}: " if isinstance(lora, str | PathLike) else ""
 
 

@@ -176,7 +176,9 @@ class PairMover:
 
     def _plan(self, pair: BasePair, task: Task, inputs: list[Path]) -> Ledger:
         check_output(task.out, inputs, self.asked.overwrite)
-        return pair.plan(task.lora)
+        # What was hashed is what is read: an open LoRA refuses a file that was changed since.
+        with task.recipe.lora if task.recipe else Lora.open(task.lora) as lora:
+            return pair.plan(lora)
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
@@ -188,10 +190,10 @@ class PairMover:
 def _estimate_bytes(lora: Path) -> int:
     """Estimates a LoRA's memory on its way; 0 for unreadable ones."""
     try:
-        headers = Lora.open(lora).headers.values()
+        with Lora.open(lora) as opened:
+            return BYTES_A_NUMBER * sum(math.prod(x.shape) for x in opened.headers.values())
     except LORA_FAILURES:
         return 0
-    return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)
 
 
 def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:

@@ -342,7 +342,8 @@ class Report:
             place = tell_vectors(self.vectors, self.left_out)
         if self.verdict is not None and placed is not None:
             told = judge(self.verdict, placed, (self.source, target), self.few_steps)
-            return InWords(told.mark, told.headline, (*told.lines, place), self._cautions())
+            said = tuple(filter(None, (*told.lines, place, self.why)))
+            return InWords(told.mark, told.headline, said, self._cautions())
         fits = bool(self.vectors) if placed is None else placed >= LITTLE
         mark: Mark = "✔" if fits else "⚠"
         unknown = "" if self.work or self.why else NOT_COMPARED

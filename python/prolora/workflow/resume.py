@@ -11,15 +11,13 @@ from typing import Any
 
 from ..adapters import outline_adapter
 from ..adapters.contents import parse_contents
-from ..adapters.folder import ADAPTER_FILES
-from ..adapters.hub import locate_adapter
 from ..adapters.left_out import find_unknown_updates
 from ..adapters.lora import Lora
 from ..bases import Base
 from ..comparison.module_map import Matching
 from ..core.option_fields import read_shown
-from ..errors import ProLoRAError, UnsupportedFormat, input_error
-from ..files.hashing import hash_parts, read_blocks
+from ..errors import ProLoRAError
+from ..files.hashing import hash_file
 from ..version import __version__
 from .by_weights.rows import list_missed
 from .fit_options import FitOptions
@@ -45,21 +43,19 @@ class Recipe:
         options: as they were asked for.
         lora_hash: "sha256:…" of the LoRA.
         bases: how the header names source and target.
-        seen: the states of the LoRA's files before they were hashed.
     """
 
-    lora: Path
+    lora: Lora
     source: Base
     target: Base
     options: TransferOptions | FitOptions
     lora_hash: str
     bases: tuple[BaseName, ...]
-    seen: States
 
     @classmethod
     def of(
         cls,
-        lora: Path,
+        lora: Lora | Path,
         source: Base,
         target: Base,
         options: TransferOptions | FitOptions,
@@ -68,7 +64,7 @@ class Recipe:
         """Returns the recipe of a LoRA that is not yet read.
 
         Args:
-            lora: a file or folder.
+            lora: a file or folder; what is open already stays so.
             source: the base it was trained on.
             target: the base it moves to.
             options: as they were asked for.
@@ -77,13 +73,15 @@ class Recipe:
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        Lora.open(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
-        seen = _list_states(list_files(lora))
+        opened = Lora.open(lora)
+        lora_hash = f"sha256:{opened.digest}"
+        if opened is not lora:
+            opened.close()
         names: tuple[BaseName, ...] = digests or (
             _list_states(source.files),
             _list_states(target.files),
         )
-        return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}", names, seen)
+        return cls(opened, source, target, options, lora_hash, names)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -101,18 +99,12 @@ class Recipe:
         return [__version__, self.lora_hash, self.facts]
 
     def describe(self) -> dict[str, str]:
-        """Returns the two entries of a result's header.
-
-        Raises:
-            UnsupportedFormat: the LoRA was changed since it was hashed.
-        """
-        if _list_states(list_files(self.lora)) != self.seen:
-            raise UnsupportedFormat(f"{self.lora}: was changed while it was in use; run again")
+        """Returns the two entries of a result's header."""
         return {"lora_hash": self.lora_hash, "recipe": json.dumps(self.facts, sort_keys=True)}
 
     def is_made(self, out: Path) -> bool:
         """Returns whether `out` is a result of this recipe, by its header."""
-        if not (self.source.files and self.target.files):
+        if not (out.exists() and self.source.files and self.target.files):
             return False  # bases in memory cannot be known again
         try:
             with Lora.open(out) as result:
@@ -168,24 +160,5 @@ def _jsonable(value: Any) -> Any:
         # In block weights the last name that fits decides; in a map the order means nothing.
         return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
-        return hash_adapter(Path(value)) if Path(value).exists() else str(value)
+        return hash_file(Path(value)) if Path(value).exists() else str(value)
     return value if isinstance(value, str | int | float | None) else repr(value)
-
-
-def hash_adapter(path: Path) -> str:
-    """Computes SHA-256 of a LoRA's file or folder, or of a hub id's.
-
-    Raises:
-        UnsupportedFormat: it cannot be read.
-    """
-    try:
-        return hash_parts(block for file in list_files(path) for block in read_blocks(file))
-    except (OSError, ValueError) as error:
-        raise input_error(path, error) from error
-
-
-def list_files(lora: Path) -> list[Path]:
-    """Returns the files that a LoRA is read from; it may be an id on the hub."""
-    path = locate_adapter(lora)
-    files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
-    return [file for file in files if file.is_file()]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from ..comparison.module_map import BlockDecision
 from ..core.grouping import group_by
 from ..probe.crossed import BandReport
-from ..probe.strength import STRENGTHS
 from .group_means import average_measures, average_rows, find_overlap, group_rows
 from .module_report import ModuleReport
 from .place_map import PlaceMap, Spot
@@ -28,9 +27,6 @@ _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]],
 """The numbers of modules that moved."""
 
 _ANGLE = Column("angle", "")
-BARS = "▁▂▃▄▅▆▇█"
-SHOWN_STRENGTHS = STRENGTHS[1:]
-"""Those that 80 columns have room for."""
 
 
 def tabulate_moved(

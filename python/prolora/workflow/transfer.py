@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters import read_adapter
+from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, open_pair
 from ..files.hub import keep_path
 from .best import BestWay
@@ -54,7 +55,7 @@ def transfer(
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
         dry_run: say what would be done, from headers alone; nothing is written.
-        **changes: options by name, in place of these.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA of the target, with the report; after a dry run a report alone.
@@ -94,20 +95,20 @@ def _move_file(
         check_output(out, list_inputs(lora, *bases), options.overwrite)
         done = BestWay.of(*bases, options).move(lora) if options.method == BEST else None
         return save_result(done or move_lora(lora, *bases, options), out, options)
-    file = keep_path(lora)
     way = BestWay.of(*bases, options) if options.method == BEST else None
     ways: list[TransferOptions | FitOptions]
     ways = [way.by_weights, way.by_fit] if way else [options]
-    recipes = [Recipe.of(file, *bases, how) for how in ways]
-    if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
-        planned = plan_report(file, *bases, way.by_weights if way else options)
-        return Transfer(read_adapter(out), replace(planned, before=read_verdict(out)[0]))
-    check_output(out, list_inputs(file, *bases), options.overwrite)
-    if way:
-        done = way.move(file, for_file=True)
-    else:
-        done = move_lora(file, *bases, options, recipes[0].describe)
-    if options.progress:
-        moved = len(done.adapter.updates)
-        options.progress(moved, moved, f"writing {out.name}")
-    return save_result(done, out, options)
+    with Lora.open(keep_path(lora)) as file:
+        recipes = [Recipe.of(file, *bases, how) for how in ways]
+        if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
+            planned = plan_report(file, *bases, way.by_weights if way else options)
+            return Transfer(read_adapter(out), replace(planned, before=read_verdict(out)[0]))
+        check_output(out, list_inputs(file, *bases), options.overwrite)
+        if way:
+            done = way.move(file, for_file=True)
+        else:
+            done = move_lora(file, *bases, options, recipes[0].describe)
+        if options.progress:
+            moved = len(done.adapter.updates)
+            options.progress(moved, moved, f"writing {out.name}")
+        return save_result(done, out, options)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ...bases import Base
+from ...bases.cache.basis_cache import default_folder
 from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.validation import DeviceLike
 from ...errors import OutputError, UnrelatedBases
-from ...files.atomic import temporary_folder
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Checkpoints, Inputs
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SIDES = ("source", "target")
+PARTS = ".prolora-parts"
+"""The folder of parts that were not asked for, beside the results until all are made."""
 
 
 class CommonParts:
@@ -52,8 +55,10 @@ class CommonParts:
             return
         assert source.path is not None and target.path is not None
         folder, paths = self.folder, (source.path, target.path)
+        known = default_folder()  # remembers digests, where there is a cache at all
+        memory = known if known.is_dir() else None
         files = {
-            f"the {side}: files": describe_pipeline_folder(path)
+            f"the {side}: files": describe_pipeline_folder(path, memory)
             for side, path in zip(SIDES, paths, strict=True)
         }
         self._open_folder(lambda: check_inputs(folder, files))
@@ -149,11 +154,11 @@ def share_parts(
         folder: of the results, which holds a temporary one if none was asked for.
         several: whether there is more than one LoRA.
     """
-    from ...probe.checkpoint import INPUTS_FILE
-
     with contextlib.ExitStack() as stack:
         kept = resume
         if resume is None and several:
             with contextlib.suppress(OSError):
-                kept = stack.enter_context(temporary_folder(folder, INPUTS_FILE))
+                parts = folder / PARTS  # what a killed run has left there goes on
+                parts.mkdir(exist_ok=True)
+                stack.callback(shutil.rmtree, kept := parts, ignore_errors=True)
         yield CommonParts(kept, is_temporary=kept is not resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
-from ...adapters.hub import locate_adapter
+from ...adapters.lora import Lora
 from ...bases import Base
 from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
@@ -227,6 +228,11 @@ def read_lora(
     return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
 
 
+def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
+    """Opens a LoRA; what is in memory, or was opened by the caller, stays as it is."""
+    return nullcontext(lora) if isinstance(lora, Lora | Adapter) else Lora.open(lora)
+
+
 @in_full_precision
 def move_lora(
     lora: LoraLike,
@@ -242,9 +248,9 @@ def move_lora(
     Raises:
         ProLoRAError: see `prolora.transfer`.
     """
-    with BasisCache(options.cache).saving() as cache:
+    with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
         pair = BasePair(source, target, options, cache)
-        (ledger,) = pair.move([pair.plan(lora)], options.progress)
+        (ledger,) = pair.move([pair.plan(opened)], options.progress)
         return pair.finish(ledger, notes, hashed=hashed)
 
 
@@ -266,5 +272,7 @@ def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
 
 def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
     """Lists the files and folders that the LoRA and the bases come from."""
-    files = [locate_adapter(lora)] if isinstance(lora, str | PathLike) else []
-    return [*files, *(path for base in bases for path in base.files)]
+    if isinstance(lora, str | PathLike):
+        lora = Lora.open(lora)
+    there = [lora.location] if isinstance(lora, Lora) and lora.location else []
+    return [*there, *(path for base in bases for path in base.files)]

@@ -144,11 +144,6 @@ class Ledger:
         updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
         return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
 
-    def largest_rank(self, modules: Sequence[str]) -> int:
-        """Returns the largest rank in these source modules, 0 without updates."""
-        updates = (self.adapter.updates.get(name) for name in modules)
-        return max((update.rank for update in updates if update is not None), default=0)
-
     def add(self, make: Callable[[], Sequence[Moved]]) -> None:
         """Makes results and enters them; an error ends this LoRA.
 

@@ -120,8 +120,9 @@ def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
             task.recipe = Recipe.of(task.lora, *ends, mover.asked, digests)
             plain = name_output(task.lora, mover.asked.format or "auto", appended)
             title, suffix, _ = plain.partition(".safetensors")
-            named = {"title": title, "suffix": suffix, "digits": _DIGITS}
-            task.out = job.store.path(batch.label, task.recipe.made_of, **named)
+            task.out = job.store.path(
+                batch.label, task.recipe.made_of, title=title, suffix=suffix, digits=_DIGITS
+            )
 
         tasks = []
         for lora, appended in batch.loras:

@@ -69,7 +69,7 @@ def migrate(
         ray: address of a Ray cluster that does the work, or "local" for one on this machine.
         shard: only this part of the work, as "2/8", for the jobs of an array.
         dry_run: say what would move, and write nothing.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         What became of each LoRA on its way to each target, in no order.

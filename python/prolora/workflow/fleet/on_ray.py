@@ -61,7 +61,8 @@ def run_on_ray(address: str, batches: Sequence[Batch], job: Job) -> Iterator[Mig
         if limit := parse_limit(job.options.max_memory):
             needs["memory"] = limit
         work = ray.remote(num_returns="streaming", **needs)(_work)
-        waiting, running, unstarted = deque(batches), {}, 0
+        running: dict[Any, _Running] = {}
+        waiting, unstarted = deque(batches), 0
         while waiting or running:
             cores = int(ray.cluster_resources().get("CPU", 1))
             while waiting and len(running) < max(1, cores):
