@@ -71,9 +71,8 @@ class Moved:
 
     Attributes:
         path: of the result.
-        told: the verdict, as `prolora.Report.in_words` gives it; that of the first time for a LoRA
-            that was moved before.
-        share: of the LoRA that found a place; None if that is not known.
+        told: the verdict; of a LoRA that was moved before, that of the first time.
+        share: of the LoRA that found a place, where known.
         error: why it could not be moved, in a sentence.
     """
 

@@ -371,8 +371,7 @@ class MoveFolder(_ProloraNode):
         for source, loras in by_source.items():
             results = _move(loras, source, use_on, settings)
             for name, moved in zip(loras, results, strict=True):
-                told = moved.told, moved.share, moved.error
-                lines[name] = words.tell_in_one_line(name, *told)
+                lines[name] = words.tell_in_one_line(name, moved.told, moved.share, moved.error)
                 done += [moved.path] if moved.error is None else []
         asked = {"folder": folder, "trained_on": trained_on, "use_on": use_on, **settings}
         host.remember_results(_name_job(asked), done)

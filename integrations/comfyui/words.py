@@ -69,10 +69,9 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
             "The models under “trained on” and “use on” are built differently: no part of this "
             f"LoRA has a place on the second. {_BY_FIT}"
         )
-    if " is for " in str(error) and "The source you gave" in str(error):
-        kind = re.sub(r" \(.*", "", str(error), flags=re.DOTALL).rpartition("This LoRA is")
-        told = f"{kind[1]}{kind[2]}".replace("The source you gave, ", "“trained on” is ", 1)
-        return f"{told.replace(', is ', ': ', 1)} Choose the model that the LoRA was trained on."
+    if wrong := re.search(r"This LoRA is for [^(]*The source you gave, [^(]*", str(error)):
+        told = re.sub("The source you gave, (.*), is ", r"“trained on” is \1: ", wrong[0])
+        return f"{told.rstrip()} Choose the model that the LoRA was trained on."
     return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
 
 
@@ -122,13 +121,8 @@ def tell_report(told: Any, name: str, way: str, next_step: str) -> str:
     kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
     moved = " ".join([f"Moved {way}.", *kept[:1]])
     lines = [f"{told.mark} {told.headline}", moved, *kept[1:]]
-    return "\n".join(
-        [
-            *map(say, lines),
-            f"File: loras/{name}",
-            f"{next_step} The button opens the whole report.",
-        ]
-    )
+    where = f"File: loras/{name}", f"{next_step} The button opens the whole report."
+    return "\n".join([*map(say, lines), *where])
 
 
 def tell_in_one_line(name: str, told: Any, share: float | None, error: str | None) -> str:
@@ -136,8 +130,8 @@ def tell_in_one_line(name: str, told: Any, share: float | None, error: str | Non
 
     Args:
         name: of the LoRA in ComfyUI's list.
-        told: the verdict; None if it was not moved.
-        share: of it that found a place; None if that is not known.
+        told: the verdict, where it was moved.
+        share: of it that found a place.
         error: why it cannot be moved.
     """
     if error is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -107,18 +107,6 @@ class Base:
     def tensor_name(self, module: str) -> str:
         """Returns where a module's weight lies, "file.safetensors:key", for messages."""
         return self.weights[module].name
-
-
-def tell_apart(source: Base, target: Base) -> tuple[Base, Base]:
-    """Returns two bases whose names differ: equal ones get folders in front."""
-    if source.name != target.name or source.path is None or target.path is None:
-        return source, target
-    paths = source.path.parts, target.path.parts
-    for depth in range(2, 1 + max(map(len, paths))):
-        first, second = ("/".join(parts[-depth:]) for parts in paths)
-        if first != second:
-            return replace(source, name=first), replace(target, name=second)
-    return source, target  # one path
 
 
 def stack_weights(weights: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ..architectures.modules import TEXT_ENCODERS
 from ..errors import MissingFile, UnsupportedFormat, describe_missing
 from ..files.hub import find_hub_id
 from ..files.safetensors_file import SafetensorsFile
-from .base import Base, tell_apart
+from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
 from .hub import fetch_model
 from .keys.canonical_names import name_weights
@@ -25,8 +26,7 @@ BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Bas
 
 log = logging.getLogger(__name__)
 
-_GENERIC = ("diffusion_pytorch_model", "model", "unet", "transformer")
-"""What files and folders of any model are called."""
+_GENERIC = ("diffusion_pytorch_model", "model", "unet", "transformer")  # of any model
 
 
 def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
@@ -75,12 +75,14 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
 
 
 def open_pair(source: BaseLike, target: BaseLike) -> tuple[Base, Base]:
-    """Opens two base models; equal names get folders in front.
-
-    Raises:
-        ProLoRAError: see `open_base`.
-    """
-    return tell_apart(open_base(source), open_base(target))
+    """Opens two base models; equal names get folders in front."""
+    first, second = open_base(source), open_base(target)
+    if first.name == second.name and first.path != second.path:
+        one, two = (base.path.parts if base.path else () for base in (first, second))
+        shared = len(os.path.commonprefix([one, two]))  # noqa: RUF071 (of parts)
+        first = replace(first, name="/".join(one[shared:]) or first.name)
+        second = replace(second, name="/".join(two[shared:]) or second.name)
+    return first, second
 
 
 def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -111,8 +113,10 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     """Opens a file or a folder, local or on the hub."""
-    path = Path(source)
-    name = _name_path(path.resolve())
+    path, named = Path(source), Path(source).resolve()
+    while named.name.split(".")[0] in _GENERIC:
+        named = named.parent
+    name = named.name or path.name
     if not os.path.exists(path):
         id_ = find_hub_id(source)
         if id_ is None:
@@ -132,14 +136,8 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     else:
         weights.update(open_file_weights(path))
         metadata, files = _list_metadata(weights), [path]
-    named = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
-    return Base(name, named, path, files, weights)
-
-
-def _name_path(path: Path) -> str:
-    """Returns the last name of a path that tells of one model."""
-    told = (part.name for part in (path, *path.parents) if part.name.split(".")[0] not in _GENERIC)
-    return next(told, "") or path.name
+    found = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
+    return Base(name, found, path, files, weights)
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:

@@ -70,6 +70,12 @@ def read_again(lines: Sequence[str]) -> InWords:
     return InWords(mark, f"{first.removeprefix(mark).strip()} (moved before)", (*others,))
 
 
+def say_first(doubts: Sequence[str], told: InWords) -> InWords:
+    """Returns a verdict with doubts of the bases before it."""
+    mark: Mark = "⚠" if told.mark == "✔" else told.mark
+    return InWords(mark, doubts[0], (told.headline, *doubts[1:], *told.lines), told.cautions)
+
+
 def judge(
     verdict: Verdict | None,
     placed: float | None,

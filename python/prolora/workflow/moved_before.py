@@ -103,7 +103,7 @@ def read_header(lora: LoraLike) -> Mapping[str, str]:
 def _explain_other_base(
     last: Move, source: Base, short_hash: str | None, cache: BasisCache | None
 ) -> tuple[str | None, str]:
-    """Explains why a base is not the LoRA's last one, or what is doubtful of it.
+    """Explains why a base is not the LoRA's last one, or doubts it.
 
     The first is None if it may be that base.
     """

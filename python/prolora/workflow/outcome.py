@@ -26,8 +26,8 @@ class Outcome:
         report: None if it failed, or was there already.
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
-        before: where it was there already, the lines of its verdict.
-        before_share: and the share of the LoRA that found a place; None where that is not known.
+        before: the verdict of what was kept.
+        before_share: its share.
         behind: updates of the LoRA that could not be read, where there is no report to say so.
         planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def words(self) -> InWords:
-        """The verdict, that of an earlier run where its result was kept, or the error."""
+        """The verdict, or the error."""
         if self.error:
             return InWords("✖", str(self.error))
         if self.report is None:
@@ -62,7 +62,7 @@ class Outcome:
 
     @property
     def share(self) -> float | None:
-        """The share of the LoRA that found a place."""
+        """What found a place, 0 … 1."""
         return self.report.totals["energy_mapped"] if self.report else self.before_share
 
     @property

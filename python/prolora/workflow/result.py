@@ -126,19 +126,14 @@ def pack_result(
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
 
-def note_verdict(done: Transfer) -> Adapter:
-    """Returns the adapter with its verdict in the header."""
-    words = str(done.report.in_words()).split("\n")
-    told = json.dumps({"words": words, "share": done.report.totals["energy_mapped"]})
-    note = {VERDICT: replace_surrogates(told)}
-    return replace(done.adapter, metadata=done.adapter.metadata | note)
-
-
 def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
     """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
     if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
-        done = replace(done, adapter=note_verdict(done))
+        words, share = str(done.report.in_words()), done.report.totals["energy_mapped"]
+        told = json.dumps({"words": words.split("\n"), "share": share})
+        metadata = done.adapter.metadata | {VERDICT: replace_surrogates(told)}
+        done = replace(done, adapter=replace(done.adapter, metadata=metadata))
     done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done, report=replace(done.report, seconds=seconds))

@@ -129,11 +129,7 @@ class Recipe:
 
 
 def read_verdict(out: Path) -> tuple[tuple[str, ...], float | None]:
-    """Reads the lines of a result's verdict, and the share of the LoRA that found a place.
-
-    Returns:
-        Of an older result, or one that somebody else wrote, no lines and no share.
-    """
+    """Reads a result's verdict and share; nothing of other files."""
     try:
         with Lora.open(out) as result:
             told = json.loads(result.metadata.get(VERDICT, "{}"))
