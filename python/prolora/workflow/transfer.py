@@ -24,7 +24,7 @@ from .options import (
     settle_options,
     takes_options,
 )
-from .output_paths import check_output
+from .output_paths import check_name, check_output
 from .result import Transfer, pack_plan, save_result
 from .resume import Recipe
 
@@ -80,6 +80,7 @@ def transfer(
     if dry_run:
         return pack_plan(plan_report(lora, *bases, options))
     if out is not None:
+        check_name(out)
         return _move_file(lora, *bases, Path(out), options.for_file())
     if options.method == BEST:
         return BestWay.of(*bases, options).move(lora)
