@@ -198,7 +198,7 @@ OverwriteOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 NO_CACHE = Path("none")
-"""What stands for no folder in the place of one."""
+"""The word for no folder."""
 
 
 def take_bases(words: list[Path], source: Any, target: Any) -> tuple[list[Path], tuple[Any, Any]]:

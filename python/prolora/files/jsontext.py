@@ -14,7 +14,7 @@ LFS_START = b"version https://git-lfs"
 LFS_POINTER = (
     "a pointer of Git LFS, not the file itself; fetch it with git lfs pull, or download it again"
 )
-"""What a repository that was cloned without Git LFS has in the place of a large file."""
+"""What stands for a large file in a repository cloned without Git LFS."""
 
 # Bytes; parsed, hostile text takes 25 times as many.
 SIZE_LIMIT = 32 << 20

@@ -82,17 +82,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What is sampled.
+    """What is sampled."""
 
-    Attributes:
-        runs: of the samplers, for each of ORIGINS; the intervals are over them.
-        moments: of each run at which the models are compared, evenly spread.
-        seed: of the first run.
-    """
-
-    runs: int = 6
-    moments: int = 6
-    seed: int = 0
+    runs: int = 6  # of the samplers, for each of ORIGINS; the intervals are over them
+    moments: int = 6  # of each run at which the models are compared, evenly spread
+    seed: int = 0  # of the first run
 
     def __post_init__(self) -> None:
         """Checks the values.

@@ -147,7 +147,7 @@ def is_stated_base(
 
     sd-scripts and what came from it write two hashes: `ss_new_sd_model_hash`, the SHA-256 of the
     file, and `ss_sd_model_hash`, eight digits of the hash of 64 KiB, which fine-tunes may share. So
-    the first decides where there are both. A word in place of a hash says that there was no one
+    the first decides where there are both. A word instead of a hash says that there was no one
     file. None where nothing tells.
     """
     full, short = (_read_digits(header, *key) for key in zip(HASH_KEYS, (64, 8), strict=True))

@@ -84,7 +84,7 @@ def transfer_many(
         naming: gives results other names: it is called with each LoRA and twelve digits that differ
             wherever the LoRA, the size or time of a base, an option or the version does, and
             returns a path below the folder without the suffix.
-        **changes: options by name, in place of these.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         An outcome for each LoRA and each expert that it is moved to, in order. A LoRA that is

@@ -56,7 +56,7 @@ def convert(
             GLoRA, OFT), and where names with underscores belong to no known family.
         options: how to convert it.
         out: a file to write, or a folder for format "peft"; checked before any work.
-        **changes: options by name, in place of these.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA, and the report: what of each update is in it.

@@ -71,7 +71,7 @@ def extract(
         options: how to extract it.
         out: a file to write, or a folder for format "peft"; checked before any work.
         dry_run: report what would be extracted, from headers alone.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA in memory, and the report: the share of energy kept in each module and in all.

@@ -64,7 +64,7 @@ def fit(
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
         dry_run: report what would be done, from headers alone: no model runs.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA of the target, with the report; after a dry run a report alone.
@@ -131,7 +131,7 @@ def fit_many(
         target: likewise.
         folder: where the results go.
         options: what is sampled, and how it is fitted.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         An outcome for each LoRA, in order. One that is refused does not stop the others.

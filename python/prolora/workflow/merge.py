@@ -82,7 +82,7 @@ def merge(
             trained on `target`.
         options: how to merge them.
         out: a file to write, or a folder for format "peft"; checked before any work.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA in memory, and the report: what of each LoRA is in it, and where they overlap.

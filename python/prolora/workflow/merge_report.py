@@ -14,8 +14,8 @@ from .moved_before import fold_base_name
 from .table import Column, Row, Table, make_table
 
 LOSING, SAME = 0.5, 1.05
-"""A LoRA of which less than the first is in the result mostly loses; of one of which more than the
-second is in it, others do a part too."""
+"""Shares of a LoRA in the result: below the first it mostly loses; above the second others
+do a part of it, too."""
 _TOLD = 0.005  # of a LoRA that has no place
 CANCELS, DOUBLES = 0.6, 1.5
 """Where ‖ΣΔW‖² is below or above these parts of Σ‖ΔW‖², LoRAs cancel or do one thing twice."""

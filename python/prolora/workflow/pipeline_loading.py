@@ -46,7 +46,7 @@ def load_moved_lora(
         options: how to move it.
         adapter_name: as `pipe.set_adapters` will call it; None leaves the name to diffusers.
         adapter_weight: its weight.
-        **changes: options by name, in place of these.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         What was kept and lost.

@@ -24,7 +24,7 @@ from .options import (
     settle_options,
     takes_options,
 )
-from .output_paths import check_output
+from .output_paths import check_name, check_output
 from .result import Transfer, pack_plan, save_result
 from .resume import Recipe
 
@@ -55,7 +55,7 @@ def transfer(
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
         dry_run: say what would be done, from headers alone; nothing is written.
-        **changes: options by name, in place of these.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA of the target, with the report; after a dry run a report alone.
@@ -80,6 +80,7 @@ def transfer(
     if dry_run:
         return pack_plan(plan_report(lora, *bases, options))
     if out is not None:
+        check_name(out)
         return _move_file(lora, *bases, Path(out), options.for_file())
     if options.method == BEST:
         return BestWay.of(*bases, options).move(lora)

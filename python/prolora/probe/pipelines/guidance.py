@@ -147,10 +147,10 @@ def guide_source(
 
     The tables have the conditioning of each.
     """
-    ours, theirs = tables
-    if not ours.guided or theirs.guided or lacks_negative_prompt(pipelines[1], settings[1]):
+    source, target = tables
+    if not source.guided or target.guided or lacks_negative_prompt(pipelines[1], settings[1]):
         return None
-    scale = observe_guidance(pipelines[0], settings[0], ours)
+    scale = observe_guidance(pipelines[0], settings[0], source)
     if scale is None:
         log.warning(
             "%s: what its guidance makes of the predictions with and without the prompt is not a "
@@ -162,4 +162,4 @@ def guide_source(
     adapted = True
     if settings[0].lora_guidance is not None:
         adapted = pipelines[0].tabulate_prompts(settings[0].with_lora()).guided
-    return Guidance(scale, _PromptDropper(ours), _PromptKeeper(ours), adapted)
+    return Guidance(scale, _PromptDropper(source), _PromptKeeper(source), adapted)

@@ -59,9 +59,9 @@ class LatentLayout:
             return image[:, :, None]
         return _pack_patches(image) if self.kind == PACKED else image
 
-    def translate(self, latent: Tensor, theirs: LatentLayout) -> Tensor:
+    def translate(self, latent: Tensor, other: LatentLayout) -> Tensor:
         """Moves a latent to another layout, unless both are equal."""
-        return latent if theirs == self else theirs.pack(self.unpack(latent))
+        return latent if other == self else other.pack(self.unpack(latent))
 
 
 def _pack_patches(image: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ def check_shapes(
     Raises:
         ProLoRAError: names the shapes.
     """
-    ours, theirs = (
+    source, target = (
         tuple((layout.unpack(latent) if layouts[0] != layouts[1] else latent).shape[1:])
         for layout, latent in zip(layouts, shapes, strict=True)
     )
-    if ours != theirs:
+    if source != target:
         raise ProLoRAError(
-            f"{names[0]} denoises {list(ours)} numbers and {names[1]} {list(theirs)}: they cannot "
-            "be asked the same question"
+            f"{names[0]} denoises {list(source)} numbers and {names[1]} {list(target)}: they "
+            "cannot be asked the same question"
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SIDES = ("source", "target")
 PARTS = ".prolora-parts"
-"""The folder of parts that nobody asked for, beside the results until all are made."""
+"""The folder of parts that were not asked for, beside the results until all are made."""
 
 
 class CommonParts:

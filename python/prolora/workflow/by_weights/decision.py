@@ -21,19 +21,12 @@ from .ledger import Ledger, Moved
 
 @dataclass(frozen=True)
 class Looked:
-    """With what weights are looked at.
+    """With what weights are looked at."""
 
-    Attributes:
-        source: the base that LoRAs were trained on, cut to the target's widths.
-        cache: what is known of the weights.
-        memory: the bound.
-        results: bytes that this LoRA and those before it will take.
-    """
-
-    source: Base
-    cache: BasisCache
-    memory: Memory
-    results: int
+    source: Base  # the base that LoRAs were trained on, cut to the target's widths
+    cache: BasisCache  # what is known of the weights
+    memory: Memory  # the bound
+    results: int  # bytes that this LoRA and those before it will take
 
 
 def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -> Match | None:
