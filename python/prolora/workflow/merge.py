@@ -279,7 +279,8 @@ class _Merge:
         wrong: ProLoRAError | None = explain_misfit(lora, target)
         if wrong is None:
             try:
-                return check_moved_before(lora, target, self.options.for_moving())
+                check_moved_before(lora, target, self.options.for_moving())
+                return
             except AlreadyMoved as error:
                 wrong = error
         why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
