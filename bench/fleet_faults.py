@@ -28,7 +28,7 @@ from sdxl_to_ssd1b import commit
 CODE = """
 import sys, prolora
 from prolora.workflow.fleet import migration, on_ray
-on_ray.TIME_LIMIT, migration._BATCH = 60.0, 8
+on_ray.TIME_LIMIT, migration._BATCH = 120.0, 8
 loras, source, folder, ray, *targets = sys.argv[1:]
 prolora.migrate(loras, source, targets, folder, ray=ray or None)
 """
