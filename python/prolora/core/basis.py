@@ -130,8 +130,8 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
 
     What one rung cannot prove to `tol`, or fails to compute, the next one computes. The bound
     rests on residuals and orthonormality as measured on what is returned. On the CPU the matrices
-    of a stack share out the threads; a GPU takes them together, as many as its memory holds, and
-    waits for the host a few times, however many there are.
+    of a stack share out the threads; a GPU takes them together, and
+    waits for the host a few times.
 
     Args:
         W: [m, n] or a stack [..., m, n], any float dtype.

@@ -101,8 +101,6 @@ def test_a_card_without_kernels_says_why_and_falls_back_to_torch_once_logged(mac
 def test_without_a_device_the_reason_is_the_runtimes(machine, why):
     machine([], why)
     assert native.cuda_status() == (0, why)
-    with pytest.raises(RuntimeError, match=why):
-        native.require_cuda()
     assert native.choose("small_svd", torch.device("cuda:0")) == Choice(None, why)
 
 
@@ -136,8 +134,6 @@ def test_a_device_that_torch_cannot_use_is_refused_at_once(machine):
 def test_a_card_that_torch_can_use_is_accepted_without_kernels(machine):
     machine([(7, 0)])
     native.require_device("cuda")
-    with pytest.raises(RuntimeError, match=r"7\.0"):
-        native.require_cuda()
 
 
 def test_every_op_is_told_with_what_runs_it(machine):

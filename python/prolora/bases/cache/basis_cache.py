@@ -47,9 +47,8 @@ from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
-VERSION = 3
-# The tolerance of bases, `truncated_svd`'s default.
-TOLERANCE = 1e-3
+VERSION = 4
+TOLERANCE = 1e-3  # of bases, `truncated_svd`'s default
 _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before it was hashed (ns) is not put into the index.

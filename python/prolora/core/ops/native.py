@@ -137,13 +137,6 @@ def cuda_status() -> tuple[int, str]:
     return count, why
 
 
-def require_cuda() -> None:
-    """Raises RuntimeError, with the reason, where prolora's kernels can use no GPU."""
-    count, why = cuda_status()
-    if count == 0:
-        raise RuntimeError(f"prolora: no usable CUDA device ({why})")
-
-
 def require_device(device: torch.device | str) -> None:
     """Checks that a device can do everything a transfer needs.
 

@@ -69,15 +69,15 @@ def _try(ours: Way, torchs: Way, far: float, device: torch.device) -> tuple[bool
             allowed = far * torch.linalg.vector_norm(wanted.double())
             if not bool(error <= allowed):  # NaN too
                 return False, f"off by {float(error):.1e}, more than {float(allowed):.1e}"
-        pairs = [(_take_time(ours, device), _take_time(torchs, device)) for _ in range(REPEATS)]
+        pairs = [(take_time(ours, device), take_time(torchs, device)) for _ in range(REPEATS)]
     except (KernelFailure, torch.OutOfMemoryError) as error:
         return False, f"it fails: {error}"
     mine, theirs = (min(times) for times in zip(*pairs, strict=True))
     return mine <= CLEARLY_FASTER * theirs, f"{mine:.1e} s over {theirs:.1e} s"
 
 
-def _take_time(way: Way, device: torch.device) -> float:
-    """Seconds of a call, until the device has finished."""
+def take_time(way: Callable[[], object], device: torch.device) -> float:
+    """Measures the seconds of a call, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

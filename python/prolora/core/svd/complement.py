@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cut import Cut, make_even_cut
 from .factors import assemble_factors
-from .products import FormedGram, NegatedGram
+from .products import FormedGram
 from .refinement import Ritz, refine_span
 from .triplets import Triplets
 
@@ -30,7 +30,8 @@ def complement_triplets(
     values, turned = -values.flip(1), vectors.flip(1)
     near, far = turned[:, : left_out.near], turned[:, left_out.near :]
     ritz = Ritz(near, far, values, None, torch.zeros_like(norm))
-    found, repair, angle = refine_span(NegatedGram(gram), norm, ritz, left_out, sum(w.shape[-2:]))
+    negated = FormedGram(-gram.precise)
+    found, repair, angle = refine_span(negated, norm, ritz, left_out, sum(w.shape[-2:]))
     tail, theta = repair.kept, found.theta[:, : d - k]
     # Those next to the cut have been turned with those behind it.
     beside = found.x[:, d - k : left_out.near].float().flip(1)

@@ -86,7 +86,7 @@ def _solve_in_single(
     head = None
     if decides_freely(w) and len(w) == 1 and bool(norm[0] > 0):
         head = find_head(gram, float(norm[0].square()), d, STEEP / d**2)
-    if head is None or not len(head.theta):
+    if head is None:
         values, vectors = descending_eigh(gram.single)
         return values.double(), vectors.mT, values[:, :1].double(), None
     top = 2 * head.theta[-1]

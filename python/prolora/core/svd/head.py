@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..precision import EPS, EPS32
 from .products import AnyGram
-from .solvers import attempt
 
 WIDTH = 16
 # Blocks after which the spectrum is judged, and how many are spent on its head at most: so many,
@@ -31,21 +30,16 @@ LEANING = 1e-12
 class LeadingPairs:
     """Leading eigenpairs (x, θ) of one G [d, d]."""
 
-    rows: Tensor  # x [q, d], float64, orthonormal; q may be 0
+    rows: Tensor  # x [q, d], float64, orthonormal
     theta: Tensor  # [q], descending
 
 
-def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:
-    """The converged leading pairs of one matrix, none where its spectrum is not steep.
+def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs | None:
+    """Finds the converged leading pairs of one matrix; None where its spectrum is not steep.
 
     gram: products with G [1, d, d]; trace: of G; d: its size; steep: a first eigenvalue above so
     many times the mean one behind the head calls for one.
     """
-    found = attempt(lambda: _iterate(gram, trace, d, steep))
-    return LeadingPairs(*_none(d)) if found is None else found
-
-
-def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:
     generator = torch.Generator("cpu").manual_seed(0)
     block = torch.randn(WIDTH, d, generator=generator, dtype=torch.float64, device="cpu")
     most = min(max(MOST_BLOCKS, d // ROWS_A_BLOCK), d // (4 * WIDTH)) * WIDTH
@@ -63,7 +57,7 @@ def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:
             theta, vectors = values.flip(0), vectors.flip(1)
             rest = max(trace - float(theta.sum()), 0.0) / (d - size)
             if not float(theta[0]) > steep * rest:
-                return LeadingPairs(*_none(d))
+                return None
         if size < most:
             block = _orthonormal_rows(image - (image @ known.mT) @ known)
             again = block @ known.mT
@@ -72,14 +66,9 @@ def _iterate(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs:
     left = torch.linalg.vector_norm(image) * torch.linalg.vector_norm(vectors[-WIDTH:], dim=0)
     good = (left <= CONVERGED * theta) & (theta > d * EPS * theta[0])
     q = int(good.long().cumprod(0).sum())
-    return LeadingPairs(vectors[:, :q].mT @ basis, theta[:q])
+    return LeadingPairs(vectors[:, :q].mT @ basis, theta[:q]) if q else None
 
 
 def _orthonormal_rows(rows: Tensor) -> Tensor:
     basis: Tensor = torch.linalg.qr(rows.mT)[0].mT
     return basis
-
-
-def _none(d: int) -> tuple[Tensor, Tensor]:
-    empty = torch.empty(0, d, dtype=torch.float64, device="cpu")
-    return empty, empty[:, 0]

@@ -25,7 +25,7 @@ from ..ops.krylov_block import STORED
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .head import LeadingPairs, find_head
-from .products import AnyGram, FormedGram, ImpliedGram, LoweredGram, lower_gram, mirror_lower
+from .products import AnyGram, FormedGram, ImpliedGram, lower_gram, mirror_lower
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
 from .stacks import decides_freely, float64_cost, take_places
@@ -104,7 +104,7 @@ class Schedule:
 class Outliers:
     """The values of one matrix that hide the others from float32, and the matrix without them."""
 
-    gram: LoweredGram  # products with G of the whole matrix, in float32 with that of `rest`
+    gram: AnyGram  # products with G of the whole matrix, in float32 with that of `rest`
     w: Tensor  # the whole matrix, [1, d, n]
     rest: Tensor  # w without `head`
     head: LeadingPairs  # the leading eigenpairs of G
@@ -150,7 +150,7 @@ def krylov_triplets(
                 outliers = _take_outliers(basis, k)
             if outliers is not None:
                 basis = _start_basis(outliers.rest, norm, k, seed, None)
-                outliers.gram.rest = basis.gram
+                outliers.gram.single = basis.gram.single
                 continue
         if basis.size >= schedule.due:
             look = _look_at(basis, k if outliers is None else k - len(outliers.head.theta))
@@ -246,14 +246,12 @@ def _take_outliers(basis: BlockBasis, k: int) -> Outliers | None:
     """The outliers of one matrix, fewer than k; None where they do not converge at once."""
     w, norm = basis.w, float(basis.norm[0])
     head = find_head(basis.gram, norm**2, w.shape[1], OUTLIER)
-    rows = head.rows[: k - 1]
-    if not len(rows):
+    if head is None or k == 1:
         return None
+    rows = head.rows[: k - 1]
     wide = w[0].double()
     rest = torch.addmm(wide, rows.mT, rows @ wide, alpha=-1).float()[None]
-    return Outliers(
-        LoweredGram(basis.gram, basis.gram), w, rest, LeadingPairs(rows, head.theta[: k - 1])
-    )
+    return Outliers(basis.gram, w, rest, LeadingPairs(rows, head.theta[: k - 1]))
 
 
 def _look_at(basis: BlockBasis, k: int) -> Look:

@@ -66,38 +66,6 @@ class ImpliedGram:
         return ImpliedGram(take_places(self.single, places))
 
 
-@dataclass
-class LoweredGram:
-    """Products with G, of which float32 sees only what is left without a head."""
-
-    whole: FormedGram | ImpliedGram  # products with G
-    # Products with what is left; the same for rows orthogonal to the head.
-    rest: FormedGram | ImpliedGram
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The rows of x [b, c, d], float64, times G."""
-        return self.whole(x)
-
-    def rough(self, x: Tensor) -> Tensor:
-        """The same in float32, for rows orthogonal to the head."""
-        return self.rest.rough(x)
-
-
-@dataclass
-class NegatedGram:
-    """Products with −G of a stack: its leading eigenvectors are the trailing ones of G."""
-
-    gram: FormedGram  # products with G
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The rows of x [b, c, d], float64, times −G."""
-        return self.gram(x).neg_()
-
-    def rough(self, x: Tensor) -> Tensor:
-        """The same in float32."""
-        return self.gram.rough(x).neg_()
-
-
 def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:
     """The product of a large w [..., m, n], perhaps a transposed view, and a narrow x [..., n, c].
 
@@ -140,5 +108,5 @@ def _row_blocks(d: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-AnyGram = FormedGram | ImpliedGram | LoweredGram | NegatedGram
+AnyGram = FormedGram | ImpliedGram
 """What gives products with the Gram matrices of a stack."""
