@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from families import linear_shapes, write_hollow_base
 
-from prolora import BaseCheck, UnsupportedFormat, check, open_base
+from prolora import check, open_base
 from prolora.adapters import Adapter
 from prolora.adapters.formats.encoding import FORMATS, outline_tensors
 from prolora.adapters.lora import Header, Lora
@@ -33,6 +33,8 @@ from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import find_block
 from prolora.core.lowrank import LowRank
+from prolora.errors import UnsupportedFormat
+from prolora.workflow.base_fit import BaseFit
 
 RANK = 16
 
@@ -66,7 +68,7 @@ def outline_lora(family: str, layout: str, format: str, whole: bool) -> Lora:
     return Lora(f"{layout} as {format}", headers, lambda key: torch.zeros(()), {})
 
 
-def judge(own: bool, answer: BaseCheck) -> str:
+def judge(own: bool, answer: BaseFit) -> str:
     """What an answer is worth."""
     if answer.also and not own:
         return "fits several"
@@ -103,12 +105,12 @@ def main() -> None:
                     if other != layout and sizes[other] == family:
                         continue  # another size, which is neither its own base nor a foreign one
                     start = time.process_time()
-                    answer = check(lora, base)
+                    answer = check(lora, base=base).fit
                     seconds.append(time.process_time() - start)
                     verdict = judge(other == layout, answer)
                     counts["own" if other == layout else "other"][verdict] += 1
                     if verdict != "right":
-                        odd.setdefault(f"{layout} on {other}: {answer}", []).append(format)
+                        odd.setdefault(f"{layout} on {other}: {answer.sentence}", []).append(format)
     facts = {
         "whole": arguments.whole,
         "families": len(set(sizes.values())),

@@ -51,7 +51,7 @@ _START = "start, used = time.perf_counter(), time.process_time()\n"
 _OURS = f"""{_BEGIN}
 import prolora
 {_START}
-prolora.extract_file(base, tuned, out, out_rank=int(rank), dtype="float32", overwrite=True)
+prolora.extract(base, tuned, out=out, out_rank=int(rank), dtype="float32", overwrite=True)
 {_END}"""
 _THEIRS = f"""{_BEGIN}
 import runpy, tqdm

@@ -40,9 +40,9 @@ lora, source, target, options = json.loads(sys.argv[1])
 import prolora
 start = time.perf_counter()
 if options.pop("dry", False):
-    report = prolora.plan_report(lora, source, target)
+    report = prolora.transfer(lora, source, target, dry_run=True).report
 else:
-    report = prolora.transfer_file(lora, source, target, lora + ".moved", **options)
+    report = prolora.transfer(lora, source, target, out=lora + ".moved", **options).report
 seconds = time.perf_counter() - start
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({

@@ -1,13 +1,10 @@
-"""A collection of small LoRAs onto three bases: what a plan costs, LoRAs a second, and memory.
+"""A collection of small LoRAs onto three bases: LoRAs a second, and memory.
 
-    python bench/fleet.py FOLDER [--counts 200,2000] [--engine local] [--workers 1]
-                          [--out bench/results/fleet.json]
+    python bench/fleet.py FOLDER [--counts 200,2000] [--ray local] [--out bench/results/fleet.json]
 
 FOLDER receives a generated base, three fine-tunes of it and as many LoRAs as the largest count
-(some 30 kB each), and keeps them. Planning and migrating run in a process of their own, so that
-peaks (VmHWM) are theirs; the calibration of the estimates is part of the plan's time. What `--out`
-holds of other engines and counts stays there. With an engine that has workers, the peak is that of
-the driver alone.
+(some 30 kB each), and keeps them. Each migration runs in a process of its own, so that its peak
+(VmHWM) and its CPU seconds are its own; those of Ray's processes are not counted.
 """
 
 from __future__ import annotations
@@ -87,51 +84,26 @@ def list_some(folder: Path, count: int) -> Path:
     return path
 
 
-def make_plan(folder: Path, count: int) -> dict[str, Any]:
-    """Plans the first LoRAs, and saves the plan."""
-    source, targets = folder / "source", sorted(folder.glob("target-*"))
-    started, before = time.perf_counter(), time.process_time()
-    plan = prolora.plan_migration([list_some(folder, count)], source, targets)
-    seconds, busy = time.perf_counter() - started, time.process_time() - before
-    plan.save(folder / f"plan-{count}.jsonl")
-    estimate = sum(entry.seconds for entry in plan.entries)
-    return {
-        "seconds": seconds,
-        "CPU seconds": busy,
-        "moves": len(plan.entries),
-        "seconds estimated": estimate,
-    }
-
-
-def run_plan(folder: Path, count: int, engine: str, workers: int) -> dict[str, Any]:
-    """Does the plan with an engine, then does it again, which finds nothing left."""
-    out = folder / f"moved-{count}-{engine}-{workers}"
+def run(folder: Path, count: int, ray: str | None) -> dict[str, Any]:
+    """Moves the first LoRAs, then does it again, which finds nothing left."""
+    out = folder / f"moved-{count}-{ray or 'here'}"
     shutil.rmtree(out, ignore_errors=True)
-    options: dict[str, Any] = {"workers": workers} if engine != "local" else {}
-    plan = folder / f"plan-{count}.jsonl"
+    loras, targets = list_some(folder, count), sorted(folder.glob("target-*"))
     seconds, busy = [], []
-    for _ in range(2):
+    for status in ("moved", "already there"):
         started, before = time.perf_counter(), time.process_time()
-        summary = prolora.migrate(plan, out, engine=engine, **options)  # type: ignore[arg-type]
+        found = prolora.migrate(loras, folder / "source", targets, out, ray=ray)
         seconds.append(time.perf_counter() - started)
         busy.append(time.process_time() - before)
-    done = summary.count("done")
+        assert {moved.status for moved in found} == {status} and len(found) == TARGETS * count
     return {
-        "done": done,
+        "moves": len(found),
         "seconds": seconds[0],
-        "CPU seconds of this process": busy[0],
-        "LoRAs a second": done / seconds[0],
+        "CPU seconds": busy[0],
         "seconds of the second run": seconds[1],
+        "CPU seconds of the second run": busy[1],
+        "peak GiB": peak_gib(),
     }
-
-
-def measure(part: str, folder: Path, count: int, engine: str, workers: int) -> dict[str, Any]:
-    """A part in a process of its own, with its peak."""
-    command = [sys.executable, __file__, str(folder), "--part", part, "--counts", str(count)]
-    command += ["--engine", engine, "--workers", str(workers)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def main() -> None:
@@ -139,18 +111,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--counts", default="200,2000")
-    parser.add_argument("--engine", default="local")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--ray")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--part", choices=("plan", "run"))
+    parser.add_argument("--here", action="store_true")
     args = parser.parse_args()
     counts = [int(text) for text in args.counts.split(",")]
-    if args.part:
-        if args.part == "plan":
-            figures = make_plan(args.folder, counts[0])
-        else:
-            figures = run_plan(args.folder, counts[0], args.engine, args.workers)
-        print(json.dumps(figures | {"peak GiB": peak_gib()}))
+    if args.here:
+        print(json.dumps(run(args.folder, counts[0], args.ray)))
         return
     write_bases(args.folder)
     write_loras(args.folder / "loras", max(counts))
@@ -158,16 +125,14 @@ def main() -> None:
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())
     results["what"] = f"LoRAs of rank {RANK}, {len(shapes())} modules, onto {TARGETS} bases"
-    results["machine"] = {
-        "cpu": cpu(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    results["machine"] = {"cpu": cpu(), "torch": torch.__version__}
     for count in counts:
-        rest = (args.folder, count, args.engine, args.workers)
-        results[f"plan of {count}"] = measure("plan", *rest)
-        name = f"{args.engine}, {args.workers} workers, {count} LoRAs"
-        results[name] = measure("run", *rest) | {"commit": commit(), "date": str(date.today())}
+        words = [sys.executable, __file__, str(args.folder), "--here", "--counts", str(count)]
+        words += ["--ray", args.ray] if args.ray else []
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+        figures = json.loads(done.stdout.splitlines()[-1])
+        name = f"{args.ray or 'one process'}, {count} LoRAs"
+        results[name] = figures | {"commit": commit(), "date": str(date.today())}
         print(json.dumps(results, indent=1))
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")

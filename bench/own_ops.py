@@ -81,8 +81,7 @@ def list_calls() -> dict[str, Callable[[], Any]]:
         ),
         "`similarity`, k = d/8": lambda: prolora.similarity(w, other, rank=96),
         "`project`, k = d/8": lambda: prolora.project(delta, w, other, rank=96),
-        "`damped`": lambda: prolora.damped(delta, w, other, 2.0),
-        "`transfer`, damped, 64 to 256 wide": move("damped"),
+        "`transfer`, copy, 64 to 256 wide": move("copy"),
         "`transfer`, prolora, 64 to 256 wide": move("prolora"),
     }
 

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from prolora import open_base
 from prolora.architectures.layouts import load_layout
-from prolora.files.safetensors_file import DTYPES
+from prolora.files.dtypes import name_dtype
 
 LAYOUT = "qwen-image"
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Part = tuple[torch.dtype, tuple[int, ...]] | Tensor
 """What a hole of the file stands for, or a tensor."""
 Parts = dict[str, Part]
@@ -42,7 +41,11 @@ def write_file(path: Path, parts: Parts, metadata: dict[str, str]) -> None:
     for key, part in parts.items():
         dtype, shape = (part.dtype, tuple(part.shape)) if isinstance(part, Tensor) else part
         size = math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [end, end + size]}
+        header[key] = {
+            "dtype": name_dtype(dtype),
+            "shape": shape,
+            "data_offsets": [end, end + size],
+        }
         if isinstance(part, Tensor):
             written.append((end, part))
         end += size

@@ -34,14 +34,14 @@ from prolora.workflow.plan import make_plan
 def ours(folder: Path, rank: int | float) -> dict[str, Any]:
     """The whole job through the public file-to-file call."""
     started = time.perf_counter()
-    report = prolora.transfer_file(
+    report = prolora.transfer(
         folder / "lora.safetensors",
         folder / "sdxl",
         folder / "ssd-1b",
-        folder / "out.safetensors",
+        out=folder / "out.safetensors",
         rank=rank,
         method="prolora",
-    )
+    ).report
     seconds = time.perf_counter() - started
     columns = [row.measures.columns_source for row in report.rows("mapped") if row.measures]
     return {
@@ -57,9 +57,10 @@ def ours(folder: Path, rank: int | float) -> dict[str, Any]:
 
 def automatic(folder: Path) -> dict[str, Any]:
     """The default: both bases looked at, then copied or damped, without any decomposition."""
-    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b", "out.safetensors")]
+    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
+    out = folder / "out.safetensors"
     started = time.perf_counter()
-    report = prolora.transfer_file(*paths)
+    report = prolora.transfer(*paths, out=out).report
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
@@ -72,10 +73,11 @@ def automatic(folder: Path) -> dict[str, Any]:
 def second(folder: Path, rank: int | float) -> dict[str, Any]:
     """The same LoRA again, with the subspaces kept from the first time."""
     options = {"method": "prolora", "rank": rank, "cache": folder / f"cache-{rank}"}
-    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b", "out.safetensors")]
-    prolora.transfer_file(*paths, **options)
+    paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
+    out = folder / "out.safetensors"
+    prolora.transfer(*paths, out=out, **options)
     started = time.perf_counter()
-    report = prolora.transfer_file(*paths, **options)
+    report = prolora.transfer(*paths, out=out, **options).report
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in options["cache"].rglob("*.safetensors"))
     return {

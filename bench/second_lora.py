@@ -64,8 +64,15 @@ def timed(what: Callable[[], Any]) -> tuple[float, Any]:
 def one(folder: Path, rank: int | float, **options: Any) -> dict[str, Any]:
     """One transfer."""
     seconds, report = timed(
-        lambda: prolora.transfer_file(
-            *paths(folder), method="prolora", rank=rank, cache=folder / f"cache-{rank}", **options
+        lambda: (
+            prolora.transfer(
+                *paths(folder)[:3],
+                out=paths(folder)[3],
+                method="prolora",
+                rank=rank,
+                cache=folder / f"cache-{rank}",
+                **options,
+            ).report
         )
     )
     bounds = [row.measures.bound for row in report.rows("mapped") if row.measures]

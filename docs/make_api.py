@@ -32,39 +32,26 @@ Everything that `import prolora` gives, in the words of its docstrings.
 GROUPS = {
     "LoRA files": [
         "transfer",
-        "transfer_file",
         "transfer_many",
-        "plan_report",
         "Transfer",
         "Report",
         "Outcome",
         "TransferOptions",
         "fit",
-        "fit_file",
         "fit_many",
-        "plan_fit",
         "FitOptions",
-        "FitSettings",
-        "inspect",
-        "Description",
+        "check",
+        "Check",
+        "Lora",
         "Adapter",
     ],
     "Base models": [
-        "advise",
-        "Advice",
-        "AdviceOptions",
-        "Comparison",
-        "Verdict",
         "open_base",
         "open_experts",
         "Base",
-        "BaseLike",
-        "ExpertsLike",
     ],
     "Tensors": [
         "project",
-        "ProjectionInfo",
-        "damped",
         "LowRank",
         "truncated_svd",
         "Basis",
@@ -74,10 +61,8 @@ GROUPS = {
         "DEFAULT_RANK",
         "METHODS",
         "Method",
-        "MethodName",
     ],
     "Errors": [],
-    "This installation": ["cuda_status", "require_cuda"],
 }
 SETTINGS: Any = {
     **griffe2md.default_config,
@@ -99,8 +84,8 @@ def render_page() -> str:
     package = griffe.load("prolora", search_paths=[str(ROOT / "python")], docstring_parser="google")
     _tell_options(package)
     exported = [str(name) for name in package.exports or [] if not str(name).startswith("_")]
-    errors = [name for name in exported if _is_error(package[name])]
-    groups = GROUPS | {"Errors": errors}
+    errors = [name for name, one in package["errors"].classes.items() if _is_error(one)]
+    groups = GROUPS | {"Errors": [name for name in exported if _is_error(package[name])]}
     named = {name for names in groups.values() for name in names}
     groups["Others"] = [name for name in exported if name not in named]
     parts = [INTRODUCTION]
@@ -108,14 +93,16 @@ def render_page() -> str:
         present = [name for name in names if name in exported]
         if present:
             parts += [f"## {title}\n", *(_render_object(package[name], name) for name in present)]
+    parts.append("### In `prolora.errors`\n")
+    parts += [_render_object(package["errors"][name], name) for name in errors if name not in named]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _tell_options(package: Any) -> None:
     """Gives the fields of options objects the help that `option(default, help, …)` tells."""
     told: dict[str, dict[str, tuple[str, str]]] = {}
-    for title in ("TransferOptions", "FitSettings", "FitOptions"):
-        kind = _resolve(package[title])
+    for path in ("TransferOptions", "probe.settings.FitSettings", "FitOptions"):
+        kind, title = _resolve(package[path]), path.rpartition(".")[2]
         told[title] = fields = {}
         for name, member in kind.attributes.items():
             call = ast.parse(str(member.value or "None"), mode="eval").body

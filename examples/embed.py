@@ -15,7 +15,7 @@ W_source = torch.randn(320, 256) / 16
 W_target = W_source + 0.1 * torch.randn(320, 256) / 16  # a fine-tune
 up, down = torch.randn(320, 8), torch.randn(8, 256)
 
-# What suits these two weights: a copy, or the update weakened along what the target has learnt.
+# A copy, where these two weights have something in common; and else a refusal.
 suited = prolora.project((up, down), W_source, W_target, method="auto")
 print(f"auto: rank {suited.rank}, norm {float(suited.norm()):.1f}")
 
@@ -30,7 +30,7 @@ print(
 # Many updates, one pair of weights: compute the bases once.
 bases = [prolora.truncated_svd(weight, 64) for weight in (W_source, W_target)]
 print(f"subspaces exact to sin Θ ≤ {max(float(basis.bound) for basis in bases):.0e}")
-for method in ("prolora", "blocks", "copy"):
+for method in ("prolora", "copy"):
     result = prolora.project((up, down), *bases, method=method)
     print(f"{method:>9}: norm {float(result.norm()):.1f}")
 

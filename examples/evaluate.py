@@ -186,7 +186,7 @@ def evaluate(
     pipe = open_pipeline(target)
     rows["target"] = draw(pipe, **asked)
     copy = out / "copy.safetensors"
-    prolora.transfer_file(lora, source, target, copy, method="copy")
+    prolora.transfer(lora, source, target, out=copy, method="copy")
     for path in (copy, *moved):
         for strength in strengths:
             rows[f"{path.stem} × {strength:g}"] = draw_with(pipe, path, strength, **asked)

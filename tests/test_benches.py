@@ -27,7 +27,6 @@ def test_the_peak_of_a_child_is_its_own():
 @pytest.mark.parametrize(
     "name",
     [
-        "damping_cost",
         "sdxl_to_ssd1b",
         "second_lora",
         "timing",

@@ -35,7 +35,7 @@ def test_every_error_has_a_code_of_its_own_and_the_page_lists_it():
 
 
 def test_an_outcome_has_the_code_of_its_error(tmp_path):
-    missing = prolora.MissingFile("no such file")
+    missing = prolora.errors.MissingFile("no such file")
     told = prolora.Outcome(tmp_path, tmp_path, error=missing).to_dict()
     assert told["error"] == {
         "type": "MissingFile",

@@ -100,32 +100,32 @@ def environment() -> dict[str, str]:
 # How large the project is at most: lines, words, options, and what one transfer takes. A change
 # that makes one of these smaller lowers its limit; none is ever raised.
 LIMITS = {
-    "product lines": 57500,
-    "product code lines": 32600,
-    "longest file": 533,
-    "adapters/": 5800,
-    "architectures/": 2800,
-    "bases/": 5900,
-    "cli/": 3642,
-    "comparison/": 2542,
-    "core/": 7250,
-    "files/": 2850,
-    "probe/": 8950,
-    "workflow/": 17968,
+    "product lines": 44800,
+    "product code lines": 26000,
+    "longest file": 515,
+    "adapters/": 5600,
+    "architectures/": 2661,
+    "bases/": 4450,
+    "cli/": 2540,
+    "comparison/": 1263,
+    "core/": 6800,
+    "files/": 1720,
+    "probe/": 8560,
+    "workflow/": 11050,
     "csrc": 3800,
-    "ComfyUI pack": 1309,
-    "test lines": 49010,
-    "bench lines": 20700,
-    "words of api.md": 18500,
-    "words of docs": 62600,
-    "words of README": 1302,
-    "options": 231,
-    "most options of a command": 40,
-    "commands": 19,
-    "exports": 85,
-    "times a LoRA is opened": 59,
-    "files of a second transfer": 98,
-    "functions of a second transfer": 424,
+    "ComfyUI pack": 1282,
+    "test lines": 43000,
+    "bench lines": 15000,
+    "words of api.md": 11300,
+    "words of docs": 35600,
+    "words of README": 1263,
+    "options": 140,
+    "most options of a command": 36,
+    "commands": 9,
+    "exports": 34,
+    "times a LoRA is opened": 1,
+    "files of a second transfer": 95,
+    "functions of a second transfer": 414,
 }
 
 
@@ -155,14 +155,14 @@ import json, sys
 import prolora
 lora, source, target, first, second = sys.argv[1:]
 opened, ran = [], set()
-prolora.transfer_file(lora, source, target, first)
+prolora.transfer(lora, source, target, out=first)
 sys.addaudithook(lambda event, given: event == "open" and given and opened.append(str(given[0])))
 def note(frame, event, _):
     code = frame.f_code
     if event == "call" and "/prolora/" in code.co_filename and code.co_name[0] != "<":
         ran.add((code.co_filename, code.co_firstlineno))
 sys.setprofile(note)
-prolora.transfer_file(lora, source, target, second)
+prolora.transfer(lora, source, target, out=second)
 sys.setprofile(None)
 files = {file for file, _ in ran if "/families/" not in file}
 print(json.dumps([opened.count(lora), len(files), len(ran)]))
@@ -233,18 +233,15 @@ def test_docstrings_say_more_than_the_name(trees):
 
 # Folders and files in the plain words that CONTRIBUTING.md asks for; the rest follow, one by one.
 WORDED = {
+    "adapters",
     "architectures",
+    "bases",
+    "comparison",
     "core/ops",
-    "adapters/keys",
-    "adapters/formats",
-    "adapters/algorithms",
-    "bases/keys",
-    "bases/quantised",
-    "comparison/assignment.py",
-    "comparison/block_matching.py",
-    "comparison/module_map.py",
-    "comparison/renumbered_blocks.py",
-    "comparison/transformer_blocks.py",
+    "errors.py",
+    "files",
+    "probe",
+    "workflow",
 }
 
 

@@ -95,14 +95,14 @@ def transfer_whole(bench: Bench) -> None:
         for rank in (128, 0.9):
             for attempt in ("first", "again") if rank == 128 else ("first",):
                 begun = time.perf_counter()
-                report = prolora.transfer_file(
+                report = prolora.transfer(
                     *paths,
-                    root / "out.safetensors",
+                    out=root / "out.safetensors",
                     rank=min(rank, 8) if bench.dry else rank,
                     method="prolora",
                     device=bench.device,
                     cache=root / f"cache-{rank}-{attempt}",
-                )
+                ).report
                 case = f"560 modules, rank {rank}, {attempt} in this process"
                 seconds = time.perf_counter() - begun
                 bench.record("transfer_file", seconds, "s", case)

@@ -1,7 +1,8 @@
 """What the study compares: every way of moving a LoRA, as {target module: update}.
 
-The projections are those of the library. This file has what only the study needs: restored norms,
-CASA's arbitration, and the updates of dropped blocks summed onto their neighbours.
+`prolora` and the copy are those of the library. This file has what only the study needs: the
+paper's other projections, restored norms, CASA's arbitration, and the updates of dropped blocks
+summed onto their neighbours.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from worlds import World, backbone
 
 import prolora
-from prolora import Basis, LowRank, Verdict
+from prolora import Basis, LowRank
 from prolora.adapters import Adapter
 from prolora.core.affinity import Affinity
-from prolora.core.verdict import judge_affinity, judge_pairs
+from prolora.core.methods import Side
+from prolora.core.verdict import Verdict, judge_pairs
 
 Updates = dict[str, LowRank]
 
@@ -112,16 +114,35 @@ def copy_updates(case: Case) -> Updates:
     return case.updates
 
 
+SPLITS: dict[str, Callable[[Side], Tensor]] = {
+    # The paper's ablation: without the complement.
+    "subspace": lambda side: side.within,
+    # LoRA-X, eq. 3: what lies in the target's range.
+    "lora-x": lambda side: side.within + (side.outside - side.without),
+    # With the mixed blocks mapped as well: Σ_ab (P_t^a P_s^a) ΔW (Q_s^b Q_t^b) = L ΔW R.
+    "blocks": lambda side: side.within + side.without,
+}
+"""Method -> what it makes of the rows of one factor."""
+
+
+def project_otherwise(method: str, update: LowRank, source: Basis, target: Basis) -> LowRank:
+    """ΔW_t = L(up) R(down) by one of SPLITS."""
+    left = SPLITS[method](Side.of(update.up.mT, source.U, target.U))
+    return LowRank(left.mT, SPLITS[method](Side.of(update.down, source.V, target.V)))
+
+
 def make_projection(
     method: str, rule: float | str, threshold: float = 0.0, norm_restored: bool = False
 ) -> Callable[[Case], Updates]:
-    """A projection of the library at a rank rule; modules below the threshold get nothing."""
+    """A projection at a rank rule; modules below the threshold get nothing."""
 
     def run(case: Case) -> Updates:
         moved = {}
         for name, source, target in case.bases(rule):
             update = case.updates[name]
-            result, info = prolora.project(update, source, target, method=method, return_info=True)
+            result, info = prolora.project(update, source, target, return_info=True)
+            if method in SPLITS:
+                result = project_otherwise(method, update, source, target)
             phi = torch.minimum(info.similarity.left, info.similarity.right)
             if phi < threshold:
                 continue
@@ -257,7 +278,7 @@ def run_transfer(case: Case, **options: Any) -> Updates:
     )
     try:
         return prolora.transfer(Adapter(dict(case.updates)), *bases, **options).adapter.updates
-    except prolora.UnrelatedBases:
+    except prolora.errors.UnrelatedBases:
         return {}
 
 
@@ -265,17 +286,6 @@ def judge_bases(case: Case) -> Verdict:
     """What the weights of the pair say."""
     pairs = [(case.source[name], case.target[name]) for name in case.target]
     return judge_pairs(Affinity.of(*pair) for pair in pairs)
-
-
-def copy_by_module(case: Case) -> Updates:
-    """A copy in which each module has the strength that its drift asks for."""
-    return {
-        name: LowRank(
-            update.up * judge_affinity(Affinity.of(case.source[name], case.target[name])).strength,
-            update.down,
-        )
-        for name, update in case.updates.items()
-    }
 
 
 def scale_updates(updates: Updates, strength: float) -> Updates:
@@ -308,13 +318,4 @@ RUNS: dict[str, tuple[float, ...]] = {
 # Results of the study; separate, so that a new rule is scored without the methods above.
 CHOSEN: dict[str, Callable[[Case], Updates]] = {
     "auto": functools.partial(run_transfer, method="auto"),
-    "copy, automatic strength": functools.partial(run_transfer, method="copy", strength="auto"),
-    "copy, strength by module": copy_by_module,
-    "blocks, automatic strength": functools.partial(
-        run_transfer, method="blocks", strength="auto", threshold=0
-    ),
-    **{
-        f"damped, κ {kappa}": functools.partial(run_transfer, method="damped", damping=kappa)
-        for kappa in (1, 2, 4, 8, 16, 32)
-    },
 }

@@ -1,7 +1,7 @@
-"""Tables and plots of docs/evidence.md: ``python bench/quality/evidence.py [--work DIR]``.
+"""Tables of docs/evidence.md: ``python bench/quality/evidence.py [--work DIR]``.
 
 With --work the scores there are collected into bench/results/quality.json first. The tables are
-written between the marks of docs/evidence.md, the plots into docs/images.
+written between the marks of the pages.
 """
 
 from __future__ import annotations
@@ -11,34 +11,16 @@ import json
 import re
 from pathlib import Path
 
-import figures
+from before_after import before_after_table, samples_table
 from results import Table, collect
 from tables import format_cell, format_table
-from two_worlds import baselines_table, decisions_table, kinds_table, targets_table
+from two_worlds import baselines_table
 from worlds import NAMES
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 RELATED = ("near", "far", "pruned", "continued")
 KINDS = (*RELATED, "independent")
-METHODS = {
-    "copy, strength 1": "copy @ 1",
-    "**auto**": "auto",
-    "copy, automatic strength": "copy, automatic strength",
-    "copy, strength by module": "copy, strength by module",
-    "`damped`, κ = 1": "damped, κ 1",
-    "`damped`, κ = 4": "damped, κ 4",
-    "`damped`, κ = 16": "damped, κ 16",
-    "`blocks`": "blocks 0.9 @ 1",
-    "`blocks`, automatic strength": "blocks, automatic strength",
-    "`prolora`": "prolora 0.9 @ 1",
-    "`prolora`, strength 1.5": "prolora 0.9 @ 1.5",
-    "`prolora`, norm restored": "prolora 0.9 norm restored @ 1",
-    "`subspace`": "subspace 0.9 @ 1",
-    "`lora-x`": "lora-x 0.9 @ 1",
-    "CASA (rank 4r)": "casa @ 1",
-    "copy + dropped blocks' updates": "summed @ 1",
-}
 
 
 def results_of(world: str) -> Path:
@@ -53,10 +35,10 @@ def read_results(world: str) -> Table:
 
 
 def readme_table(table: Table) -> str:
-    shown = ("copy, strength 1", "**auto**", "`blocks`", "`prolora`", "`lora-x`")
+    shown = {"copy": "copy @ 1", "copy at 0.6": "copy @ 0.6", "`prolora`": "prolora 0.99 @ 1"}
     rows = [
-        [name, *(format_cell(table.where(kind=k).share(METHODS[name])) for k in KINDS)]
-        for name in shown
+        [name, *(format_cell(table.where(kind=k).share(label)) for k in KINDS)]
+        for name, label in shown.items()
     ]
     return format_table(["", *KINDS], rows)
 
@@ -81,15 +63,15 @@ def main() -> None:
         results.write_text(json.dumps(collect(options.work, kept), indent=0) + "\n")
     worlds = {name: read_results(name) for name in NAMES if results_of(name).exists()}
     everything = worlds[NAMES[0]]
-    print(kinds_table(worlds))
-    filled = {"readme": readme_table(everything)}
-    filled |= {"kinds": kinds_table(worlds), "targets": targets_table(worlds)}
-    filled |= {"decisions": decisions_table(worlds)}
+    tables: dict[str, str] = {
+        "readme": readme_table(everything),
+        "before after": before_after_table(worlds),
+        "samples": samples_table(everything),
+    }
     if "icons" in worlds:
-        filled["baselines"] = baselines_table(worlds["icons"])
+        tables["baselines"] = baselines_table(worlds["icons"])
     for page in PAGES:
-        page.write_text(fill_page(page.read_text(), filled))
-    figures.draw(everything, ROOT / "docs/images")
+        page.write_text(fill_page(page.read_text(), tables))
 
 
 if __name__ == "__main__":

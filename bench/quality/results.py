@@ -48,7 +48,7 @@ def collect(work: Path, kept: dict[str, Any]) -> dict[str, Any]:
                 own = losses["own"]["losses"] | chosen.get("own", {}).get("losses", {})
                 row["own"] = losses["own"] | {"losses": own}
             if named := parts["named"].get(adapter):
-                row["named"] = {"losses": named["losses"], "go": named["verdict"]["go"]}
+                row["named"] = {"losses": named["losses"], "related": named["verdict"]["related"]}
             if adapter in parts["ceiling"]:
                 row["losses"]["ceiling"] = parts["ceiling"][adapter]
             row["verdict"] = chosen.get("verdict")

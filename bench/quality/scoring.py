@@ -116,11 +116,8 @@ def chosen_rows(
             if own is not None:
                 theirs[label] = held_out(target, own, adapter, updates)
         verdict = judge_bases(case)
-        facts = asdict(verdict) | {
-            "go": verdict.go,
-            "strength": verdict.strength,
-        }
-        table[adapter] = {"losses": losses, "verdict": facts | {"kappa": verdict.kappa}}
+        facts = asdict(verdict) | {"related": verdict.related}
+        table[adapter] = {"losses": losses, "verdict": facts}
         table[adapter] |= {"own": {"losses": theirs}} if own else {}
     return table
 

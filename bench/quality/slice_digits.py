@@ -33,11 +33,9 @@ BUDGET = {
 ADAPTER = "slanted"
 # Best first: each recovers at least MARGIN more of the gap than the next.
 ORDER = {
-    "far": ("auto", "prolora 0.9 @ 1", "subspace 0.9 @ 1"),
+    "far": ("prolora 0.9 @ 1", "subspace 0.9 @ 1"),
     "pruned": ("auto", "prolora 0.9 @ 1", "subspace 0.9 @ 1"),
 }
-LEVEL = 0.08
-"""How far `auto` may stay below the copy at its best fixed strength."""
 MARGIN = 0.02
 PROBED = 0.3
 """What probing recovers at least of an unrelated base, in a fifth of its usual budget."""
@@ -75,7 +73,7 @@ def recovered(
         with apply_updates(target, updates):
             losses["probe"] = judged.held_out(target)
     shares = {label: (row["none"] - loss) / gap for label, loss in losses.items()}
-    return shares, chosen["verdict"]["go"], decision
+    return shares, chosen["verdict"]["related"], decision
 
 
 def faults(kind: str, shares: dict[str, float], go: bool, decision: str) -> list[str]:
@@ -95,9 +93,8 @@ def faults(kind: str, shares: dict[str, float], go: bool, decision: str) -> list
     if kind == "far" and decision not in ("refuse", "copy") and lost > MARGIN:
         faults_seen.append(f"probing calls a far fine-tune a {decision}, {lost:.2f} below the copy")
     faults_seen += misplaced(shares, itertools.pairwise(ORDER[kind]), MARGIN)
-    best = max(share for label, share in shares.items() if label.startswith("copy @"))
-    if shares["auto"] < best - LEVEL:
-        faults_seen.append(f"auto ({shares['auto']:.2f}) below the best copy ({best:.2f})")
+    if abs(shares["auto"] - shares["copy @ 1"]) > 1e-3:
+        faults_seen.append(f"auto ({shares['auto']:.2f}) is not the copy")
     return faults_seen
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ from scoring import (
 from torch import nn
 from worlds import NAMES, World, backbone, load_world
 
-from prolora.comparison.comparison import compare as compare_bases
+from prolora.bases import open_base
+from prolora.comparison.drift import measure_affinities
+from prolora.core.verdict import judge_pairs
 
 SEEDS = (0, 1, 2)
 ARCHS = ("unet", "flux")
@@ -185,12 +188,14 @@ def score_samples(folder: Folder, kind: str, seed: int, out: Path) -> None:
 
 
 def score_relation(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    """How alike the two bases are, as `prolora advise` measures it; or why it cannot say."""
+    """How alike the two bases are; or why it cannot say."""
     source, target = folder.load_source(kind, seed), folder.load_model(kind, seed)
     pairs = pair_modules(folder.world, folder.arch, kind, source, target)
     if pairs:
-        compared = compare_bases(backbone(source), backbone(target), match=pairs)
-        comparison = compared.to_dict()
+        ours, theirs = (open_base(backbone(model)) for model in (source, target))
+        places = [(origin, module) for module, origin in pairs.items()]
+        found = judge_pairs(measure_affinities(ours, theirs, places))
+        comparison = {"means": asdict(found)}
     else:
         comparison = {"refused": "no module of equal shape"}
     out.write_text(json.dumps(comparison, indent=1))

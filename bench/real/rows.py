@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from contenders import (
-    CHOSEN,
     STRENGTHS,
     Case,
     Updates,
@@ -48,7 +47,6 @@ METHODS: dict[str, Callable[[Case], Updates]] = {
     "casa, arbitration alone": functools.partial(arbitrate, gives_drift_back=False),
     "extracted": extract_difference,
 }
-DAMPED = {label: method for label, method in CHOSEN.items() if label.startswith("damped")}
 FITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "fit": nullcontext,
     "adamw": adamw_in_place,
@@ -119,7 +117,7 @@ def score_methods(
     return {
         "losses": {label: exam.loss(answer) for label, answer in answers.items()},
         "samples": {label: exam.distances(answers[label]) for label in SAMPLED},
-        "verdict": vars(verdict) | {"go": verdict.go},
+        "verdict": vars(verdict),
     }
 
 

@@ -24,7 +24,6 @@ METHODS = (
     "none",
     "copy @ 1",
     "best fixed copy",
-    "auto",
     "prolora 0.9",
     "lora-x 0.9",
     "blocks 0.9",
@@ -86,7 +85,7 @@ def adapters_table(rows: list[Row]) -> str:
     kinds = list(dict.fromkeys(row["adapter"] for row in rows))
     ideas = [{row["idea"] for row in rows if row["adapter"] == kind} for kind in kinds]
     rows = [row for row in rows if row["seed"] == 0 and row["idea"] in set.intersection(*ideas)]
-    methods = ("copy @ 1", "auto", "prolora 0.9", "lora-x 0.9", "casa", "delta sampling")
+    methods = ("copy @ 1", "prolora 0.9", "lora-x 0.9", "casa", "delta sampling")
     lines = []
     for kind in kinds:
         part = [row for row in rows if row["adapter"] == kind]
@@ -115,7 +114,7 @@ def is_learnt(row: Row) -> bool:
 
 def samples_table(rows: list[Row]) -> str:
     """Distances of samples from the target's own with the idea done to them."""
-    methods = ("none", "copy @ 1", "auto", "prolora 0.9", "fit", "delta sampling", "oracle")
+    methods = ("none", "copy @ 1", "prolora 0.9", "fit", "delta sampling", "oracle")
     statistics = ("log slopes", "heights", "log spectrum")
     lines = []
     for method in methods:
@@ -136,11 +135,11 @@ def constants_table(rows: list[Row]) -> str:
         part = [row for row in rows if row["direction"] == name]
         if not part:
             continue
-        expected = check_expected([(row["shares"]["auto"], row["verdict"]) for row in part])
+        expected = check_expected(
+            [(row["shares"]["copy @ 1"], row["verdict"]) for row in part], name == "forward"
+        )
         facts = part[0]["verdict"]
         ratios = [row["verdict"]["drift"] / row["verdict"]["size"] for row in part]
-        dampings = [label for label in part[0]["shares"] if label.startswith("damped")]
-        best = max(dampings, key=lambda label: total(part, label), default="")
         lines.append(
             [
                 title,
@@ -148,13 +147,11 @@ def constants_table(rows: list[Row]) -> str:
                 f"{facts['drift']:.3f}, {facts['spread']:.2f}",
                 f"{min(ratios):.2f} … {max(ratios):.2f}",
                 *(mean_share(part, label) for label in ("copy @ 1", best_fixed(part))),
-                mean_share(part, best) if best else "–",
-                mean_share(part, "auto"),
                 *expected,
             ]
         )
     head = ["move", "LoRAs", "drift, spread", "drift / size of the LoRA", "copy at 1"]
-    head += ["best fixed copy", "best damping", "auto", "auto, expected", "inside"]
+    head += ["best fixed copy", "expected", "inside"]
     return format_table(head, lines)
 
 
@@ -163,10 +160,10 @@ def total(rows: list[Row], label: str) -> float:
 
 
 def mean_share(rows: list[Row], label: str) -> str:
-    """The mean, and at which strength or κ."""
+    """The mean, and at which strength."""
     at = label.split(" ")[-1]
     mean = f"{total(rows, label) / len(rows):.2f}"
-    return f"{mean} @ {at}" if label.startswith(("copy", "damped")) and at != "1" else mean
+    return f"{mean} @ {at}" if label.startswith("copy") and at != "1" else mean
 
 
 def main() -> None:

@@ -96,7 +96,6 @@ def make_plain(text: str) -> str:
 class Settings:
     """How LoRAs are moved, as the widgets say it; the first choice of each is the usual one."""
 
-    aim: str = next(iter(words.AIMS))
     method: str = AUTO
     rank: str = next(iter(words.RANKS))
     format: str = next(iter(FORMATS))
@@ -104,7 +103,6 @@ class Settings:
     def options(self) -> dict[str, Any]:
         """Options of `prolora.transfer_many`."""
         return {
-            "look": words.AIMS[self.aim],
             "method": self.method,
             "out_rank": words.RANKS[self.rank],
             "format": FORMATS[self.format],
@@ -114,7 +112,6 @@ class Settings:
         """The unusual settings, as a name holds them."""
         usual = Settings()
         told = [
-            self.aim if self.aim != usual.aim else "",
             self.method if self.method != usual.method else "",
             f"rank {self.rank}" if self.rank != usual.rank else "",
             self.format if self.format != usual.format else "",
@@ -238,20 +235,20 @@ def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
     if outcome.error is not None:
         return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
     if outcome.report is not None:
-        outcome.report.save(outcome.out.with_suffix(".html"))
+        outcome.report.save(outcome.out.with_suffix(".html"), overwrite=True)
     return Moved(outcome.out, outcome.report)
 
 
-def advise(source: Path, target: Path, lora: Path | None, progress: Progress) -> str:
-    """Go or no-go from the weights of two bases, and where a LoRA's modules would go.
+def advise(source: Path, target: Path, lora: Path, progress: Progress) -> str:
+    """What a LoRA of one base would give on another, by their weights.
 
     Raises:
         ValueError: the two cannot be compared; one sentence says why.
     """
     try:
-        advice = prolora.advise(
-            source, target, lora, cache=default_folder(), device="cpu", progress=progress
+        found = prolora.check(
+            lora, source=source, target=target, cache=default_folder(), progress=progress
         )
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
-    return words.tell_advice(advice)
+    return "\n".join(map(words.say, str(found.move).split("\n")))

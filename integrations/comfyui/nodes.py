@@ -11,10 +11,9 @@ from . import host, jobs, words
 
 CHOOSE = "choose…"
 FROM_LORA = "from the LoRA"
-NO_LORA = "(none)"
 ALL_LORAS = "(all)"
 
-_JOB = ("lora", "folder", "trained_on", "use_on", "aim", "method", "rank", "format")
+_JOB = ("lora", "folder", "trained_on", "use_on", "method", "rank", "format")
 """The inputs that say what is written."""
 _HIDDEN = {"graph": "PROMPT", "node": "UNIQUE_ID"}
 _STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
@@ -58,16 +57,12 @@ def _list_inputs() -> dict[str, Any]:
             "trained on",
         ),
         "use_on": _combo([CHOOSE, *bases], "The model that you want to use it on.", "use on"),
-        "aim": _combo(
-            list(words.AIMS),
-            "Keep the look of the model that you use, or the look that the LoRA was made for.",
-        ),
         "method": _combo(
             jobs.METHODS,
-            "auto looks into the files of both models and decides. best also runs both models "
-            "where their files tell too little, for minutes to hours; both must be whole "
-            "pipelines, which are folders in models/diffusers. copy leaves the LoRA as it is. The "
-            "others are for experiments.",
+            "auto copies the LoRA, and refuses where the files of both models have nothing in "
+            "common. best also runs both models where their files tell too little, for minutes to "
+            "hours; both must be whole pipelines, which are folders in models/diffusers. copy "
+            "never refuses; prolora is for experiments.",
             folded=True,
         ),
         "rank": _combo(
@@ -209,7 +204,7 @@ class MoveLora(_ProloraNode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
-        return _take("lora", "trained_on", "use_on", "aim", "method", "rank", "format")
+        return _take("lora", "trained_on", "use_on", "method", "rank", "format")
 
     def run(self, lora: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
         """The name of the result in ComfyUI's list, and the report."""
@@ -237,7 +232,7 @@ class LoadMovedLora(_ProloraNode):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
         inputs = _take(
-            *("lora", "trained_on", "use_on", "aim"),
+            *("lora", "trained_on", "use_on"),
             model=("MODEL", {"tooltip": "The model under “use on”, loaded."}),
         )
         clip = ("CLIP", {"tooltip": "The text encoder of the model, for LoRAs that change it too."})
@@ -290,7 +285,7 @@ class BeforeAndAfter(_ProloraNode):
         link = {"rawLink": True, "lazy": True}
         text = {"multiline": True, "dynamicPrompts": True}
         inputs = _take(
-            *("lora", "trained_on", "use_on", "aim"),
+            *("lora", "trained_on", "use_on"),
             model=("MODEL", {"tooltip": "The model under “use on”, loaded."} | link),
             clip=("CLIP", {"tooltip": "The text encoder of the loaded model."} | link),
             vae=("VAE", {"tooltip": "The VAE of the loaded model."} | link),
@@ -310,7 +305,6 @@ class BeforeAndAfter(_ProloraNode):
         lora: str,
         trained_on: str,
         use_on: str,
-        aim: str,
         method: str,
         strength: float,
         graph: dict[str, Any] | None = None,
@@ -319,7 +313,7 @@ class BeforeAndAfter(_ProloraNode):
     ) -> dict[str, Any]:
         """The three pictures in a row, and the report."""
         step = "The pictures: without the LoRA, copied, moved; the same seed."
-        settings = {"aim": aim, "method": method}
+        settings = {"method": method}
         moved, name, report = _move_one(lora, trained_on, use_on, settings, step)
         report = _warn(graph or {}, node, use_on) + report
         drawing, pictures = host.draw_side_by_side((None, lora, name), strength, drawn)
@@ -342,7 +336,7 @@ class MoveFolder(_ProloraNode):
         """What ComfyUI asks for, each time that it lists the nodes."""
         folders = [CHOOSE, ALL_LORAS, *host.list_lora_folders()]
         return _take(
-            *("trained_on", "use_on", "aim", "method", "rank", "format"),
+            *("trained_on", "use_on", "method", "rank", "format"),
             folder=_combo(
                 folders,
                 "A folder of your LoRAs, without the folders inside it. (all) takes every LoRA.",
@@ -400,19 +394,12 @@ class Advise(_ProloraNode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
-        inputs = _take("trained_on", "use_on")
-        names = [NO_LORA, *host.list_loras()]
-        inputs["required"]["lora"] = _combo(
-            names, "The LoRA to ask about. (none) asks about the two models alone.", "LoRA"
-        )
-        return inputs
+        return _take("trained_on", "use_on", "lora")
 
     def run(self, trained_on: str, use_on: str, lora: str) -> dict[str, Any]:
         """What to expect."""
         target = _find_target(use_on)
-        path = None if lora == NO_LORA else host.find_lora(lora)
-        if trained_on == FROM_LORA and path is None:
-            raise ValueError("Choose a LoRA, or the model that it was trained on.")
+        path = _find_lora(lora)
         source = host.find_base(_find_source(trained_on, lora))
         return _show(jobs.advise(source, target, path, host.make_progress()), None)
 

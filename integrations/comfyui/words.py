@@ -8,7 +8,6 @@ from pathlib import Path
 import prolora
 from prolora.errors import name_options
 
-AIMS = {"target's look": "target", "LoRA's own look": "lora"}
 RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
     str(rank): rank for rank in (4, 8, 16, 32, 64, 128)
 }
@@ -20,8 +19,6 @@ GENERIC_NAMES = ("diffusion_pytorch_model", "model", "unet", "transformer")
 _WIDGETS = {
     "source": "“trained on”",
     "target": "“use on”",
-    "look=lora": "the aim “LoRA's own look”",
-    "look=target": "the aim “target's look”",
     "method": "“method”",
     "method=best": "the method “best”",
     "out_rank": "“rank”",
@@ -55,7 +52,7 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
         error: what prolora raised.
         in_fit: both models ran; else only their weights were compared.
     """
-    apart = isinstance(error, prolora.UnrelatedBases)
+    apart = isinstance(error, prolora.errors.UnrelatedBases)
     if apart and in_fit:
         return (
             "Running both models did not help: they behave too differently for this LoRA, as new "
@@ -66,7 +63,7 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
             "The models under “trained on” and “use on” have nothing in common: they were trained "
             f"apart, and no LoRA of one works on the other. {_BY_FIT}"
         )
-    if isinstance(error, prolora.ShapeMismatch) and "fits the target" in str(error):
+    if isinstance(error, prolora.errors.ShapeMismatch) and "fits the target" in str(error):
         return (
             "The models under “trained on” and “use on” are built differently: no part of this "
             f"LoRA has a place on the second. {_BY_FIT}"
@@ -146,11 +143,3 @@ def tell_in_one_line(name: str, report: prolora.Report | None, error: str | None
         return f"✔ {name}: moved before"
     share = report.totals["energy_mapped"] or 0.0
     return f"{report.in_words().mark} {name}: moved, {share:.0%} of it found a place"
-
-
-def tell_advice(advice: prolora.Advice) -> str:
-    """At most six lines on a LoRA, or on LoRAs of one base, before anything is moved."""
-    return "\n".join(
-        say(line.replace("A transfer would", "Move LoRA would"))
-        for line in str(advice.in_words()).split("\n")
-    )

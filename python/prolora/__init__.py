@@ -1,148 +1,134 @@
-"""Move a LoRA to another base model, without training and without data."""
+"""Move a LoRA to another base model, without training and without data.
 
-import torch  # noqa: F401  (before the extension, so that both use torch's OpenMP runtime)
+Names are loaded when they are asked for: importing the package imports no torch.
+"""
 
-from .adapters.adapter import Adapter
-from .bases import Base, BaseLike, open_base
-from .bases.experts import ExpertsLike, open_experts
-from .comparison.comparison import Comparison
-from .core.basis import Basis, truncated_svd
-from .core.damping import damped
-from .core.lowrank import LowRank
-from .core.methods import METHODS, Method, MethodChoice, MethodName
-from .core.ops.native import cuda_status, require_cuda
-from .core.projection import DEFAULT_RANK, project
-from .core.projection_info import ProjectionInfo
-from .core.similarity import Similarity, principal_angles, similarity
-from .core.verdict import Verdict
-from .errors import (
-    AlreadyMoved,
-    ForeignFile,
-    HubUnavailable,
-    InvalidOption,
-    KernelFailure,
-    LowCoverage,
-    MissingFile,
-    NonFiniteWeights,
-    OutputError,
-    ProLoRAError,
-    ShapeMismatch,
-    SolverFailure,
-    TooLittleMemory,
-    UnrelatedBases,
-    UnsupportedDevice,
-    UnsupportedFormat,
-    UnsupportedTensor,
-    WrongBase,
-)
-from .probe.settings import FitSettings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
-from .workflow.advice import Advice, advise
-from .workflow.advice_options import AdviceOptions
-from .workflow.batch import transfer_many
-from .workflow.check import BaseCheck, check
-from .workflow.convert import convert, convert_file
-from .workflow.convert_options import ConvertOptions
-from .workflow.dry_run import plan_report
-from .workflow.extract import extract, extract_file, plan_extraction
-from .workflow.extract_options import ExtractOptions
-from .workflow.fit import fit, fit_file, fit_many, plan_fit
-from .workflow.fit_options import FitOptions
-from .workflow.fleet.migration import migrate
-from .workflow.fleet.plan import Plan
-from .workflow.fleet.planning import plan_migration
-from .workflow.fleet.run_options import MigrationOptions
-from .workflow.fleet.status import read_status
-from .workflow.inspection import Description, inspect
-from .workflow.merge import merge, merge_file
-from .workflow.merge_options import MergeOptions
-from .workflow.options import TransferMethod, TransferOptions
-from .workflow.outcome import Outcome
-from .workflow.pipeline_loading import load_moved_lora
-from .workflow.report import Report
-from .workflow.result import Transfer
-from .workflow.transfer import transfer, transfer_file
+
+if TYPE_CHECKING:
+    from .adapters.adapter import Adapter as Adapter
+    from .adapters.lora import Lora as Lora
+    from .bases import Base as Base
+    from .bases import open_base as open_base
+    from .bases.experts import open_experts as open_experts
+    from .core.basis import Basis as Basis
+    from .core.basis import truncated_svd as truncated_svd
+    from .core.lowrank import LowRank as LowRank
+    from .core.methods import METHODS as METHODS
+    from .core.methods import Method as Method
+    from .core.projection import DEFAULT_RANK as DEFAULT_RANK
+    from .core.projection import project as project
+    from .core.similarity import Similarity as Similarity
+    from .core.similarity import principal_angles as principal_angles
+    from .core.similarity import similarity as similarity
+    from .errors import ProLoRAError as ProLoRAError
+    from .workflow.batch import transfer_many as transfer_many
+    from .workflow.check import Check as Check
+    from .workflow.check import check as check
+    from .workflow.convert import convert as convert
+    from .workflow.extract import extract as extract
+    from .workflow.fit import fit as fit
+    from .workflow.fit import fit_many as fit_many
+    from .workflow.fit_options import FitOptions as FitOptions
+    from .workflow.fleet.migration import migrate as migrate
+    from .workflow.merge import merge as merge
+    from .workflow.merge_options import MergeOptions as MergeOptions
+    from .workflow.options import TransferOptions as TransferOptions
+    from .workflow.outcome import Outcome as Outcome
+    from .workflow.pipeline_loading import load_moved_lora as load_moved_lora
+    from .workflow.report import Report as Report
+    from .workflow.result import Transfer as Transfer
+    from .workflow.transfer import transfer as transfer
+
+_HOMES = {
+    "DEFAULT_RANK": "core.projection",
+    "METHODS": "core.methods",
+    "Adapter": "adapters.adapter",
+    "Base": "bases",
+    "Basis": "core.basis",
+    "Check": "workflow.check",
+    "FitOptions": "workflow.fit_options",
+    "Lora": "adapters.lora",
+    "LowRank": "core.lowrank",
+    "MergeOptions": "workflow.merge_options",
+    "Method": "core.methods",
+    "Outcome": "workflow.outcome",
+    "ProLoRAError": "errors",
+    "Report": "workflow.report",
+    "Similarity": "core.similarity",
+    "Transfer": "workflow.result",
+    "TransferOptions": "workflow.options",
+    "check": "workflow.check",
+    "convert": "workflow.convert",
+    "extract": "workflow.extract",
+    "fit": "workflow.fit",
+    "fit_many": "workflow.fit",
+    "load_moved_lora": "workflow.pipeline_loading",
+    "merge": "workflow.merge",
+    "migrate": "workflow.fleet.migration",
+    "open_base": "bases",
+    "open_experts": "bases.experts",
+    "principal_angles": "core.similarity",
+    "project": "core.projection",
+    "similarity": "core.similarity",
+    "transfer": "workflow.transfer",
+    "transfer_many": "workflow.batch",
+    "truncated_svd": "core.basis",
+}
+_ROOMS = ("adapters", "architectures", "bases", "comparison", "core", "errors", "files", "probe")
 
 __all__ = [
     "DEFAULT_RANK",
     "METHODS",
     "Adapter",
-    "Advice",
-    "AdviceOptions",
-    "AlreadyMoved",
     "Base",
-    "BaseCheck",
-    "BaseLike",
     "Basis",
-    "Comparison",
-    "ConvertOptions",
-    "Description",
-    "ExpertsLike",
-    "ExtractOptions",
+    "Check",
     "FitOptions",
-    "FitSettings",
-    "ForeignFile",
-    "HubUnavailable",
-    "InvalidOption",
-    "KernelFailure",
-    "LowCoverage",
+    "Lora",
     "LowRank",
     "MergeOptions",
     "Method",
-    "MethodChoice",
-    "MethodName",
-    "MigrationOptions",
-    "MissingFile",
-    "NonFiniteWeights",
     "Outcome",
-    "OutputError",
-    "Plan",
     "ProLoRAError",
-    "ProjectionInfo",
     "Report",
-    "ShapeMismatch",
     "Similarity",
-    "SolverFailure",
-    "TooLittleMemory",
     "Transfer",
-    "TransferMethod",
     "TransferOptions",
-    "UnrelatedBases",
-    "UnsupportedDevice",
-    "UnsupportedFormat",
-    "UnsupportedTensor",
-    "Verdict",
-    "WrongBase",
     "__version__",
-    "advise",
     "check",
     "convert",
-    "convert_file",
-    "cuda_status",
-    "damped",
     "extract",
-    "extract_file",
     "fit",
-    "fit_file",
     "fit_many",
-    "inspect",
     "load_moved_lora",
     "merge",
-    "merge_file",
     "migrate",
     "open_base",
     "open_experts",
-    "plan_extraction",
-    "plan_fit",
-    "plan_migration",
-    "plan_report",
     "principal_angles",
     "project",
-    "read_status",
-    "require_cuda",
     "similarity",
     "transfer",
-    "transfer_file",
     "transfer_many",
     "truncated_svd",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name or a room of the package."""
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return [*__all__, *_ROOMS]

@@ -1,4 +1,4 @@
-"""What prolora refuses, as exceptions: each message names the tensor or file and the way out."""
+"""What prolora refuses, as exceptions that name the cause and remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from .core.errors import (
 
 __all__ = [
     "AlreadyMoved",
-    "ForeignFile",
     "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
@@ -30,6 +29,7 @@ __all__ = [
     "MissingFile",
     "NonFiniteWeights",
     "OutputError",
+    "OutputExists",
     "ProLoRAError",
     "ShapeMismatch",
     "SolverFailure",
@@ -48,61 +48,61 @@ __all__ = [
 
 
 class UnsupportedFormat(ProLoRAError):
-    """A file, key or adapter type that prolora cannot read exactly, or will not guess at."""
+    """A file, key or adapter type that prolora cannot read exactly."""
 
     code = "unsupported-format"
 
 
 class MissingFile(UnsupportedFormat):
-    """An input that is not there."""
+    """A missing input."""
 
     code = "missing-file"
 
 
 class HubUnavailable(MissingFile):
-    """An input that the Hugging Face Hub may have, and does not give: no network, or no access."""
+    """An input that the Hub did not give: no network or access."""
 
     code = "hub-unavailable"
 
 
 class LowCoverage(ProLoRAError):
-    """Fewer modules (or less energy) could be transferred than the caller asked for."""
+    """Fewer modules, or less energy, than the caller asked for."""
 
     code = "low-coverage"
 
 
 class WrongBase(ProLoRAError):
-    """A source that is not the base of the LoRA, or is the target itself."""
+    """A source that is not the LoRA's base, or is the target."""
 
     code = "wrong-base"
 
 
 class AlreadyMoved(WrongBase):
-    """A LoRA that prolora moved before, and a source base that is not the one it was moved to."""
+    """A LoRA that prolora moved to another base than this source."""
 
     code = "already-moved"
 
 
 class OutputError(ProLoRAError):
-    """The output cannot be written where the caller wants it, or would overwrite an input."""
+    """An output that cannot be written, or would overwrite an input."""
 
     code = "output-error"
 
 
-class ForeignFile(OutputError):
-    """A file stands where the output goes, and prolora did not write it as it is."""
+class OutputExists(OutputError):
+    """An existing output, which only the caller may have replaced."""
 
-    code = "foreign-file"
+    code = "output-exists"
 
 
 class TooLittleMemory(ProLoRAError):
-    """A bound on memory below what a single matrix needs."""
+    """A bound on memory below the needs of a single matrix."""
 
     code = "too-little-memory"
 
 
 class InvalidOption(ProLoRAError):
-    """An option has a value that it does not take."""
+    """A value that an option does not take."""
 
     code = "invalid-option"
 
@@ -135,15 +135,14 @@ _NAMED = re.compile(
 
 
 def name_options(text: str, name: Callable[[str, str | None], str | None]) -> str:
-    """A message with its options called what its reader calls them.
+    """Renames the options in a message to the reader's names.
 
     Messages write options and functions as Python does, in backticks: `min_coverage`,
-    `look='lora'`, `inspect()`. Those of Python are ready so; a command line puts flags in their
-    place, and a node its widgets.
+    `match='name'`, `check()`. A command line replaces them by flags, and a node by its widgets.
 
     Args:
         text: the message.
-        name: (option, its value or None) -> what stands for it, where the value of a function is
+        name: (option, its value or None) -> its replacement, where the value of a function is
             "()"; None leaves it as it is.
     """
 
@@ -154,10 +153,9 @@ def name_options(text: str, name: Callable[[str, str | None], str | None]) -> st
 
 
 def explain_os_error(error: OSError | ValueError) -> str:
-    """What the operating system says of a file, and what to do about it where that is known.
+    """Explains a file error of the operating system, with a known remedy.
 
-    Args:
-        error: as `open` and its like raise it; a ValueError is that of a path with a null byte.
+    A ValueError comes from a path with a null byte.
     """
     if not isinstance(error, OSError):
         return str(error)
@@ -169,7 +167,7 @@ def explain_os_error(error: OSError | ValueError) -> str:
 def input_error(
     path: str | os.PathLike[str], error: OSError | ValueError, what: str = "cannot be read"
 ) -> UnsupportedFormat:
-    """The error of an input that the operating system does not give, naming path and way out."""
+    """Makes the error of an unreadable input, with path and remedy."""
     if isinstance(error, FileNotFoundError):
         return MissingFile(describe_missing(path))
     return UnsupportedFormat(f"{os.fspath(path)}: {what}: {explain_os_error(error)}")
@@ -180,11 +178,9 @@ _LONGEST_NAME = 255
 
 
 def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
-    """What to say of an input that is not there: what it may be, and what is called alike there.
+    """Describes a missing input: what it may be, and similar names there.
 
-    Args:
-        path: of the input.
-        wanted: what it should have been.
+    `wanted` is what it should have been.
     """
     # A `Path` made of an address has lost a slash.
     text = re.sub(r"^(\w{2,}):/(?=[^/])", r"\1://", os.fspath(path))
@@ -209,5 +205,5 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
 def output_error(
     path: str | os.PathLike[str], error: OSError | ValueError, what: str = "cannot be written"
 ) -> OutputError:
-    """The error of an output that the operating system does not take, naming path and way out."""
+    """Makes the error of an unwritable output, with path and remedy."""
     return OutputError(f"{os.fspath(path)}: {what}: {explain_os_error(error)}")

@@ -327,7 +327,7 @@ def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatc
     before = path.read_bytes()
     monkeypatch.setattr(verification, "read_pieces", lambda *_: iter([adapter_of({})]))
     with pytest.raises(OutputError, match="other modules"):
-        adapters.write_adapter(adapter_of(LINEAR), path)
+        adapters.write_adapter(adapter_of(LINEAR), path, overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -335,7 +335,7 @@ def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatc
 def test_a_peft_folder_can_be_written_again(tmp_path):
     for rank in (4, MIXED):
         adapter = adapter_of(LINEAR, rank)
-        adapters.write_adapter(adapter, tmp_path / "out", format="peft")
+        adapters.write_adapter(adapter, tmp_path / "out", format="peft", overwrite=True)
         same_updates(adapter, dense(adapters.read_adapter(tmp_path / "out")))
     assert len(list((tmp_path / "out").iterdir())) == 2
     assert len(list(tmp_path.iterdir())) == 1
@@ -350,7 +350,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     ]:
         with pytest.raises(OutputError):
             adapters.write_adapter(adapter_of(LINEAR), path, format=format)
-    with pytest.raises(OutputError, match="is a file"):
+    with pytest.raises(OutputError, match="a file stands there"):
         path = kohya_file(tmp_path / "file")
         adapters.write_adapter(adapter_of(LINEAR), path, format="peft")
 

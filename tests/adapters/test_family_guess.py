@@ -10,7 +10,7 @@ from prolora.adapters import Adapter, encode_state_dict, read_adapter
 from prolora.adapters.family import guess_families
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
-from prolora.workflow.inspection import inspect
+from prolora.workflow.check import check
 
 
 def write_lora(path, layout, family, format, keep):
@@ -21,7 +21,7 @@ def write_lora(path, layout, family, format, keep):
         if len(shape) == 2 and keep(name)
     }
     save_file(encode_state_dict(Adapter(updates, family=family), format=format), path)
-    return inspect(path)
+    return check(path)
 
 
 def in_block(name):
@@ -30,16 +30,16 @@ def in_block(name):
 
 def test_all_blocks_of_flux_are_not_those_of_hunyuan_video(tmp_path):
     told = write_lora(tmp_path / "lora.safetensors", "flux1-dev", "flux", "kohya", in_block)
-    assert told.families == ["flux"]
+    assert told.families == ("flux",)
 
 
 def test_a_lora_without_modulation_is_for_flux_or_chroma_and_not_for_hunyuan_video(tmp_path):
     adapted = set(load_layout("flux1-dev").adapted)
     lora = tmp_path / "lora.safetensors"
     told = write_lora(lora, "flux1-dev", "flux", "kohya", adapted.__contains__)
-    assert told.families == ["chroma", "flux"]
-    assert "Forge" in told.readers  # which has both
-    assert "InvokeAI" not in told.part_readers + told.non_readers  # which reads FLUX.1 whole
+    assert told.families == ("chroma", "flux")
+    assert "Forge" in told.readers.whole  # which has both
+    assert "InvokeAI" not in told.readers.part + told.readers.none  # which reads FLUX.1 whole
 
 
 def test_some_blocks_fit_every_family_that_has_them(tmp_path):
@@ -64,7 +64,7 @@ def test_a_lokr_has_the_shape_of_its_product(tmp_path):
         f"{name}.alpha": torch.tensor(4.0),
     }
     save_file(tensors, tmp_path / "lora.safetensors")
-    assert inspect(tmp_path / "lora.safetensors").families == ["flux2"]
+    assert check(tmp_path / "lora.safetensors").families == ("flux2",)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_modules_that_everybody_calls_the_same_leave_the_file_in_comfyuis_format
     lora = tmp_path / "lora.safetensors"
     told = write_lora(lora, layout, family, "comfy", keep)
     assert told.family == family
-    assert {"ComfyUI", "diffusers"} <= {*told.readers, *told.part_readers}
-    assert "ComfyUI" in told.readers
+    assert {"ComfyUI", "diffusers"} <= {*told.readers.whole, *told.readers.part}
+    assert "ComfyUI" in told.readers.whole
 
 
 def test_names_of_diffusers_behind_comfyuis_prefix_stay_diffusers(tmp_path):
@@ -95,7 +95,7 @@ def test_names_of_diffusers_behind_comfyuis_prefix_stay_diffusers(tmp_path):
         "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_B.weight": torch.zeros(2048, 1),
     }
     save_file(tensors, tmp_path / "lora.safetensors")
-    assert "ComfyUI" not in inspect(tmp_path / "lora.safetensors").readers
+    assert "ComfyUI" not in check(tmp_path / "lora.safetensors").readers.whole
 
 
 def test_the_prefix_of_diffsynths_pipelines_is_cut_off(tmp_path):
@@ -105,24 +105,24 @@ def test_the_prefix_of_diffsynths_pipelines_is_cut_off(tmp_path):
         for end, shape in (("A", (1, 5120)), ("B", (5120, 1)))
     }
     save_file(tensors, tmp_path / "lora.safetensors")
-    told = inspect(tmp_path / "lora.safetensors")
-    assert told.family == "wan" and told.supported
+    told = check(tmp_path / "lora.safetensors")
+    assert told.family == "wan" and (not told.reason)
     moved = encode_state_dict(read_adapter(tensors), format="comfy")
     assert "diffusion_model.blocks.3.self_attn.q.lora_A.weight" in moved
 
 
-def test_inspect_tells_programs_to_programs(tmp_path):
+def test_a_check_tells_programs_to_programs(tmp_path):
     lora = tmp_path / "lora.safetensors"
     told = write_lora(lora, "qwen-image", "qwen-image", "kohya", lambda n: ".attn.to_q" in n)
-    facts = json.loads(json.dumps(told.__dict__, default=str))
-    assert "LightX2V" in facts["non_readers"] and "ComfyUI" in facts["readers"]
+    readers = json.loads(json.dumps(told.to_dict()))["readers"]
+    assert "LightX2V" in readers["none"] and "ComfyUI" in readers["whole"]
 
 
 def test_ten_and_twenty_blocks_of_flux_are_longcat_images(tmp_path):
     lora = tmp_path / "lora.safetensors"
     told = write_lora(lora, "longcat-image", "longcat-image", "comfy", in_block)
-    assert told.families == ["longcat-image"]
-    assert {"ComfyUI", "stable-diffusion.cpp"} <= set(told.readers)
+    assert told.families == ("longcat-image",)
+    assert {"ComfyUI", "stable-diffusion.cpp"} <= set(told.readers.whole)
 
 
 def test_what_one_program_reads_makes_no_family_certain(tmp_path):
@@ -133,19 +133,19 @@ def test_what_one_program_reads_makes_no_family_certain(tmp_path):
         for end, shape in (("down", (1, 3072)), ("up", (3072, 1)))
     }
     save_file(tensors, tmp_path / "lora.safetensors")
-    told = inspect(tmp_path / "lora.safetensors")
+    told = check(tmp_path / "lora.safetensors")
     assert told.family is None and {"flux", "qwen-image"} <= set(told.families)
     claim = {"modelspec.architecture": "qwen-image/lora"}
     save_file(tensors, tmp_path / "lora.safetensors", claim)
-    assert inspect(tmp_path / "lora.safetensors").families == ["qwen-image"]
+    assert check(tmp_path / "lora.safetensors").families == ("qwen-image",)
 
 
 def test_nobody_is_said_to_read_a_kind_that_was_not_tried(tmp_path):
     key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     factors = {"w1": torch.ones(4, 4), "w2": torch.ones(160, 512)}
     save_file({f"{key}.lokr_{x}": t for x, t in factors.items()}, tmp_path / "lokr.safetensors")
-    told = inspect(tmp_path / "lokr.safetensors")
-    assert told.family == "sdxl" and told.readers == told.part_readers == told.non_readers == []
+    told = check(tmp_path / "lokr.safetensors")
+    assert told.family == "sdxl" and told.readers == ((), (), (), ())
 
 
 def write_spelled(path, layout, spell):
@@ -158,7 +158,7 @@ def write_spelled(path, layout, spell):
             tensors[stem + up] = torch.zeros(linear[name][0], 1)
             tensors[stem + down] = torch.zeros(1, linear[name][1])
     save_file(tensors, path)
-    return inspect(path)
+    return check(path)
 
 
 def dotted(prefix):
@@ -185,14 +185,14 @@ def underscored(prefix):
 )
 def test_trainers_spellings_of_hidream_o1_and_omnigen2_are_told(layout, spell, tmp_path):
     told = write_spelled(tmp_path / "lora.safetensors", layout, spell)
-    assert told.families == [layout]
-    assert told.supported and set(told.modules) == {"transformer"}
+    assert told.families == (layout,)
+    assert (not told.reason) and set(told.modules) == {"transformer"}
 
 
 def test_musubis_hidream_o1_keeps_its_spelling_and_comfyuis_gets_no_prefix(tmp_path):
     lora = tmp_path / "lora.safetensors"
     told = write_spelled(lora, "hidream-o1", underscored("lora_unet_model_"))
-    assert "musubi-tuner" in told.readers and "ComfyUI" in told.non_readers
+    assert "musubi-tuner" in told.readers.whole and "ComfyUI" in told.readers.none
     adapter = read_adapter(lora)
     kept = encode_state_dict(adapter, format="auto")
     assert all(key.startswith("lora_unet_model_") for key in kept)
@@ -203,9 +203,9 @@ def test_musubis_hidream_o1_keeps_its_spelling_and_comfyuis_gets_no_prefix(tmp_p
 def test_blocks_of_chroma_are_also_those_of_its_radiance(tmp_path):
     lora = tmp_path / "lora.safetensors"
     told = write_lora(lora, "chroma-radiance", "chroma", "comfy", in_block)
-    assert "chroma" in told.families and "ComfyUI" in told.readers
+    assert "chroma" in told.families and "ComfyUI" in told.readers.whole
     told = write_lora(lora, "chroma-radiance", "chroma", "comfy", lambda name: "nerf" in name)
-    assert told.families == ["chroma"] and "Forge" in told.non_readers
+    assert told.families == ("chroma",) and "Forge" in told.readers.none
 
 
 @pytest.mark.parametrize("layout", ["cogvideox-2b", "cogvideox1.5-5b"])

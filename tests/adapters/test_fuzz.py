@@ -19,14 +19,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from prolora import adapters
+from prolora import adapters, transfer
 from prolora.adapters.keys.module_names import spell_module
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Spelling
 from prolora.architectures.layouts import load_layout
 from prolora.errors import ProLoRAError
-from prolora.workflow.dry_run import plan_report
-from prolora.workflow.inspection import inspect
+from prolora.workflow.check import check
 
 MODULE = "mid_block.attentions.0.proj_in"
 STEMS = (
@@ -341,9 +340,9 @@ def fuzz(count, seed, folder):
 
     path = folder / "lora.safetensors"
     actions = {
-        "inspect": lambda: inspect(path),
+        "inspect": lambda: check(path),
         "read": lambda: adapters.read_adapter(path, read_weight=read_weight),
-        "dry run": lambda: plan_report(path, weights, weights),
+        "dry run": lambda: transfer(path, weights, weights, dry_run=True).report,
     }
     for number in range(count):
         random = Random(f"{seed}/{number}")
@@ -399,7 +398,7 @@ def test_sound_files_of_every_kind_and_spelling_are_described(tmp_path):
     for number in range(200):
         path = tmp_path / "lora.safetensors"
         path.write_bytes(whole_file(Random(number)))
-        readable += inspect(path).supported
+        readable += not check(path).reason
     assert readable > 60
 
 

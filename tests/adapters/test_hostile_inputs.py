@@ -37,7 +37,7 @@ def test_a_number_beyond_floating_point_is_refused(
     )
     with pytest.raises(UnsupportedFormat, match="is a number of"):
         read_adapter(path)
-    assert not prolora.inspect(path).supported
+    assert prolora.check(path).reason
 
 
 def test_a_path_that_the_system_does_not_take_is_refused(
@@ -62,7 +62,7 @@ def test_a_name_of_200_000_line_breaks_is_refused_at_once(end: str, tmp_path: Pa
     with pytest.raises(UnsupportedFormat, match=r"a name of 2000\d\d characters") as refused:
         SafetensorsFile(path)
     with pytest.raises(UnsupportedFormat):
-        prolora.inspect(path)
+        prolora.check(path)
     assert time.monotonic() - start < 5
     assert len(str(refused.value)) < 1000
 
@@ -94,7 +94,7 @@ def test_files_of_other_kinds_are_named(key: str, kind: str, tmp_path: Path) -> 
     path = save(tmp_path / "x.safetensors", {key: torch.ones(4, 2, 2)})
     with pytest.raises(UnsupportedFormat, match=kind):
         read_adapter(path)
-    assert kind in prolora.inspect(path).reason
+    assert kind in prolora.check(path).reason
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:

@@ -175,12 +175,13 @@ def test_a_configuration_that_is_too_large_is_refused_before_it_is_parsed(tmp_pa
 def test_a_folder_with_an_endless_pattern_is_described_and_stops_no_other(tmp_path):
     good = peft_folder(tmp_path / "good")
     bad = peft_folder(tmp_path / "bad", rank_pattern={ENDLESS: 4})
-    found = prolora.inspect(bad)
-    assert not found.supported and "rank_pattern" in found.reason
+    found = prolora.check(bad)
+    assert found.reason and "rank_pattern" in found.reason
     base = {"mid_block.attentions.0.proj_in.weight": torch.randn(32, 32)}
     file = save(tmp_path / "base.safetensors", base)
-    plan = prolora.plan_migration([bad, good], file, file, method="copy")
-    assert {Path(entry.lora).name: "rank_pattern" in entry.refused for entry in plan.entries} == {
+    how = {"method": "copy", "again": True, "dry_run": True}
+    found = prolora.migrate([bad, good], file, file, tmp_path / "moved", **how)
+    assert {Path(moved.lora).name: "rank_pattern" in moved.error for moved in found} == {
         "bad": True,
         "good": False,
     }

@@ -16,7 +16,7 @@ from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, known_loaders, name_row
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
-from prolora.workflow.inspection import inspect
+from prolora.workflow.check import check
 from prolora.workflow.options import ProgramName
 
 ROOT = Path(__file__).parents[2]
@@ -93,11 +93,11 @@ def test_where_several_families_are_possible_only_what_all_share_counts():
     assert "InvokeAI" not in find_readers(["flux", "chroma"], "diffusers", style, [MODULE]).whole
 
 
-def test_inspect_says_who_reads_a_file_whole_and_who_not_at_all(tmp_path):
+def test_a_check_says_who_reads_a_file_whole_and_who_not_at_all(tmp_path):
     write_adapter(adapter_for("qwen-image"), tmp_path / "lora", format="kohya")
-    description = inspect(tmp_path / "lora")
-    assert {"ComfyUI", "musubi-tuner", "diffusers"} <= set(description.readers)
-    assert {"DiffSynth-Studio", "LightX2V"} <= set(description.non_readers)
+    description = check(tmp_path / "lora")
+    assert {"ComfyUI", "musubi-tuner", "diffusers"} <= set(description.readers.whole)
+    assert {"DiffSynth-Studio", "LightX2V"} <= set(description.readers.none)
     tensors = load_file(tmp_path / "lora")
     assert all(key.startswith("lora_unet_transformer_blocks_0") for key in tensors)
 

@@ -184,17 +184,17 @@ def test_text_encoders_beside_a_folder_are_found_and_pickles_are_left_out(tmp_pa
 
 
 @pytest.mark.parametrize("id_", ["sdxl", "flux1-dev", "sd3-medium", "pixart-sigma"])
-def test_inspect_tells_the_architecture_in_every_form(id_, tmp_path):
+def test_a_check_tells_the_architecture_in_every_form(id_, tmp_path):
     """What it says is what a transfer would open."""
     plain = sparse_file(tmp_path / "plain.safetensors", single_file(id_))
     for path in (plain, sparse_gguf(tmp_path / "x.gguf", single_file(id_))):
-        found = prolora.inspect(path)
-        assert (found.kind, found.family, found.supported) == ("base", id_, True)
+        found = prolora.check(path)
+        assert (found.kind, found.sizes, found.reason) == ("base", (id_,), "")
         assert sum(found.modules.values()) == len(shapes_of(id_))
-    assert found.format == "gguf" and prolora.inspect(plain).format == "single-file"
+    assert found.format == "gguf" and prolora.check(plain).format == "single-file"
 
 
-def test_inspect_says_why_a_base_cannot_be_opened(tmp_path):
+def test_a_check_says_why_a_base_cannot_be_opened(tmp_path):
     stored = {"double_blocks.0.img_attn.qkv.weight": (25, 8), "img_in.weight": (8, 4)}
-    found = prolora.inspect(sparse_file(tmp_path / "x.safetensors", stored))
-    assert found.kind == "base" and not found.supported and "qkv" in found.reason
+    found = prolora.check(sparse_file(tmp_path / "x.safetensors", stored))
+    assert found.kind == "base" and found.reason and "qkv" in found.reason

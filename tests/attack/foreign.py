@@ -31,11 +31,6 @@ def write_page(path: Path) -> None:
     path.write_text("<!doctype html><html><title>prolora</title><p>moved by prolora</p></html>\n")
 
 
-def write_readme(path: Path) -> None:
-    """A README that quotes the mark of a card."""
-    path.write_text("# Mine\n\nCards begin with `<!-- written by prolora 0.1.0 -->`.\n")
-
-
 FOREIGN: dict[str, Callable[[Path], object]] = {
     "text": lambda path: path.write_text("mine\n"),
     "JSON": lambda path: path.write_text('{"mine": [1, 2], "summary": "", "modules": []}\n'),
@@ -43,34 +38,24 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "JSON lines": lambda path: path.write_text('{"mine": 1}\n{"mine": 2}\n'),
     "LoRA": write_lora,
     "page": write_page,
-    "README": write_readme,
 }
 """What may lie where a result goes; every kind under every name."""
 
 
-def edit_text(path: Path) -> None:
-    """What the user of a file of prolora's adds to it."""
-    path.write_text(path.read_text() + "\nA paragraph of my own.\n")
-
-
 _DIGEST = re.compile(r"[0-9a-f]{12,}[^/]*$")
-
-EDITABLE = (".md",)
-"""Files that are for people to go on writing in."""
 
 
 def write_inputs(box: Box) -> None:
-    """A LoRA, bases, three LoRAs in a folder, a plan of them."""
+    """A LoRA, bases, three LoRAs in a folder."""
     damage.write_case(box)
     loras = box.inputs / "loras"
     loras.mkdir()
     for name in "abc":
         save_file(fleet_files.some_tensors(2, 12), loras / f"{name}.safetensors")
-    box.must("plan", loras, *bases(box), "-o", box.inputs / "plan.jsonl", "-q")
 
 
 def transfer(box: Box, *more: object) -> Words:
-    return ["transfer", box.inputs / "lora.safetensors", *bases(box), "--cache=none", "-q", *more]
+    return ["transfer", box.inputs / "lora.safetensors", *bases(box), "--cache=none", *more]
 
 
 COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
@@ -97,41 +82,24 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
         lambda box: [
             *("transfer", *sorted((box.inputs / "loras").iterdir()), *bases(box)),
             *("-o", box.out / "moved", "--report", box.out / "report.json", "--card"),
-            *("--cache=none", "-q"),
+            "--cache=none",
         ],
     ),
     "transfer, cache": (
         write_inputs,
         lambda box: [
-            *("transfer", box.inputs / "lora.safetensors", *bases(box), "-q", "--method"),
+            *("transfer", box.inputs / "lora.safetensors", *bases(box), "--method"),
             *("prolora", "--rank", "4", "-o", box.out / "m.safetensors", "--cache", box.out / "c"),
         ],
     ),
-    "advise": (
-        write_inputs,
-        lambda box: [
-            *("advise", *bases(box), "--cache=none"),
-            *("--report", box.out / "plot.html", "--save-match", box.out / "map.json"),
-        ],
-    ),
-    "plan": (
-        write_inputs,
-        lambda box: ["plan", box.inputs / "loras", *bases(box), "-o", box.out / "p.jsonl", "-q"],
-    ),
     "migrate": (
         write_inputs,
-        lambda box: [
-            *("migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--cache=none"),
-        ],
-    ),
-    "basis": (
-        write_inputs,
-        lambda box: ["basis", box.inputs / "source", "--cache", box.out / "c", "-q"],
+        lambda box: ["migrate", box.inputs / "loras", *bases(box), "-o", box.out, "--cache=none"],
     ),
     "fit with resume": (
         damage.write_pipelines,
         lambda box: [
-            *("fit", box.inputs / "lora.safetensors", *bases(box), "--cache=none", "-q"),
+            *("fit", box.inputs / "lora.safetensors", *bases(box), "--cache=none"),
             *(*damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"),
         ],
     ),
@@ -152,19 +120,13 @@ def run_command(name: str, box: Box, scale: float, seed: int) -> Row:
     row.facts["files that it writes"] = len(names)
     slow = 0.15 if "fit" in name or name == "demo" else 1.0
     for target in names:
-        for kind in [*FOREIGN, "edited"]:
-            if kind == "edited" and not target.endswith(EDITABLE):
-                continue
-            if kind != "edited" and choose(seed, target, kind).random() >= scale * slow:
+        for kind in FOREIGN:
+            if choose(seed, target, kind).random() >= scale * slow:
                 continue
             box.begin(template)
             path = box.out / target
             path.parent.mkdir(parents=True, exist_ok=True)
-            if kind == "edited":
-                box.must(*make(box))
-                edit_text(path)
-            else:
-                FOREIGN[kind](path)
+            FOREIGN[kind](path)
             plant_others(box, [path])
             judge_foreign(box, row, make(box), f"{kind} as {target}")
     return row
@@ -193,8 +155,7 @@ def plant_others(box: Box, there: Sequence[Path]) -> None:
 
 def judge_foreign(box: Box, row: Row, words: Words, how: str) -> None:
     """Runs a command; all that was there before must be there as it was."""
-    files = {path: digest(path.read_bytes()) for path in box.out.rglob("*") if path.is_file()}
-    mine = {p: d for p, d in files.items() if is_foreign(p, how, box)}
+    mine = {path: digest(path.read_bytes()) for path in box.out.rglob("*") if path.is_file()}
     before = box.look()
     run = box.run(*words)
     verdicts = judge_ending(box, run, before)
@@ -206,35 +167,21 @@ def judge_foreign(box: Box, row: Row, words: Words, how: str) -> None:
     row.add(verdicts or ["done" if run.code == 0 else "refused"], how, run)
 
 
-def is_foreign(path: Path, how: str, box: Box) -> bool:
-    """Whether prolora did not write a file: all but what an edited run left beside its README."""
-    if not how.startswith("edited"):
-        return True
-    relative = path.relative_to(box.out).as_posix()
-    return how.endswith(f" {relative}") or "trained" in relative or "notes.txt" in relative
-
-
 def run_folders(box: Box, scale: float, seed: int) -> Row:
     """Folders of projects that happen to have names that prolora uses."""
     row = Row("foreign", "folders with our names")
     box.begin()
     write_inputs(box)
     template = box.keep()
-    for name in ("plans", "journal", "loras", "loras/target", "moved", "c", "c/v3", "cache"):
+    for name in ("target", "moved", "c", "c/v3", "cache"):
         cached = transfer(box, "-o", box.out / "moved.safetensors", "--cache", box.out / "c")
         for words in (
-            ["migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--cache=none"],
+            ["migrate", box.inputs / "loras", *bases(box), "-o", box.out, "--cache=none"],
             [word for word in cached if word != "--cache=none"],
-            ["basis", "prune", "--cache", box.out / "c"],
-            ["basis", "prune", "--all", "--cache", box.out / "c"],
         ):
             box.begin(template)
             folder = box.out / name
             folder.mkdir(parents=True)
-            (folder / "plan.jsonl").write_text('{"mine": 1}\n')
-            (folder / "0123456789abcdef.jsonl").write_text('{"mine": 1}\n')
-            for file in ("summary.json", "summary.html", "failed.jsonl"):
-                (box.out / file).write_text('{"mine": 1}\n')
             plant_others(box, [folder / "x"])
             judge_foreign(box, row, words, f"{words[0]} over {name}/")
     return row

@@ -188,16 +188,14 @@ def move(box: Box, name: str = "lora.safetensors", *more: object, verb: str = "t
 
 
 def write_everything(box: Box) -> None:
-    """A LoRA, a PEFT folder, two bases, a collection with its plan half done, a filled cache."""
+    """A LoRA, a PEFT folder, two bases, a collection of which one half is done, a filled cache."""
     damage.write_peft(box)
     loras = box.inputs / "loras"
     loras.mkdir()
     for name in "ab":
         save_file(fleet_files.some_tensors(2, 12), loras / f"{name}.safetensors")
-    plan = box.inputs / "plan.jsonl"
-    box.must("plan", loras, *bases(box), "-o", plan, "-q")
-    box.must("migrate", plan, "-o", box.out / "m", "-q", "--cache=none", "--shard", "1/2")
-    box.must(*move(box), "-q", "--method", "prolora", "--rank", "4", "--cache", box.cache)
+    box.must("migrate", loras / "a.safetensors", *carry_on(box)[0][2:])
+    box.must(*move(box), "--method", "prolora", "--rank", "4", "--cache", box.cache)
     (box.out / "x.safetensors").unlink()
 
 
@@ -223,13 +221,12 @@ def instead(name: str) -> Callable[[Box], Path]:
 
 def use_cache(box: Box) -> list[Words]:
     moved = move(box, "lora.safetensors", "--method", "prolora", "--rank", "4")
-    verify: Words = ["basis", "verify", "--cache", box.cache]
-    return [[*moved, "--cache", box.cache], verify, ["basis", "list", "--cache", box.cache]]
+    return [[*moved, "--cache", box.cache]]
 
 
-def carry_on(box: Box) -> list[Words]:
-    migrate: Words = ["migrate", box.inputs / "plan.jsonl", "-o", box.out / "m", "--cache=none"]
-    return [["status", box.out / "m"], migrate]
+def carry_on(box: Box, loras: object = "") -> list[Words]:
+    words = [*bases(box), "-o", box.out / "m", "--cache=none"]
+    return [["migrate", loras or box.inputs / "loras", *words]]
 
 
 def probe(box: Box) -> list[Words]:
@@ -243,16 +240,16 @@ def quick(box: Box, *more: object) -> Words:
 PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = {
     "LoRA": (
         place("in/lora.safetensors"),
-        lambda box: [quick(box), ["inspect", box.inputs / "lora.safetensors"]],
+        lambda box: [quick(box), ["check", box.inputs / "lora.safetensors"]],
     ),
     "LoRA, old suffix": (
         place("in/lora.ckpt"),
-        lambda box: [move(box, "lora.ckpt"), ["inspect", box.inputs / "lora.ckpt"]],
+        lambda box: [move(box, "lora.ckpt"), ["check", box.inputs / "lora.ckpt"]],
     ),
     "PEFT configuration": (
         place("in/peft/adapter_config.json"),
         lambda box: [
-            ["inspect", box.inputs / "peft"],
+            ["check", box.inputs / "peft"],
             ["transfer", box.inputs / "peft", *bases(box), "-o", box.out / "p"],
         ],
     ),
@@ -262,7 +259,7 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     ),
     "source": (
         place("in/source/diffusion_pytorch_model.safetensors"),
-        lambda box: [quick(box), ["advise", *bases(box), "--cache=none"]],
+        lambda box: [quick(box), ["check", box.inputs / "lora.safetensors", *bases(box)]],
     ),
     "source, old suffix": (
         instead("diffusion_pytorch_model.bin"),
@@ -292,21 +289,11 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     "model_index.json": (place("in/source/model_index.json"), probe),
     "list of LoRAs": (
         place("in/list.txt"),
-        lambda box: [["plan", box.inputs / "list.txt", *bases(box), "-o", box.out / "p.jsonl"]],
+        lambda box: carry_on(box, box.inputs / "list.txt"),
     ),
-    "LoRA of a collection": (
-        place("in/loras/c.safetensors"),
-        lambda box: [["plan", box.inputs / "loras", *bases(box), "-o", box.out / "p.jsonl"]],
-    ),
-    "plan": (
-        place("in/plan.jsonl"),
-        lambda box: [["migrate", box.inputs / "plan.jsonl", "-o", box.out / "n", "--cache=none"]],
-    ),
-    "kept plan": (place("out/m/plans/*.jsonl"), carry_on),
-    "claims": (place("out/m/plans/*.claims"), carry_on),
-    "journal": (place("out/m/journal/*.jsonl"), carry_on),
-    "result of a collection": (place("out/m/loras/target/*.safetensors"), carry_on),
-    "summary": (place("out/m/summary.json"), carry_on),
+    "LoRA of a collection": (place("in/loras/c.safetensors"), carry_on),
+    "result of a collection": (place("out/m/target/*.safetensors"), carry_on),
+    "note of a migration": (place("out/m/target/*.failed.json"), carry_on),
     "output": (place("out/x.safetensors"), lambda box: [quick(box)]),
     "report": (
         place("out/report.json"),
@@ -348,7 +335,6 @@ NAMES = (
     ".",
     "a/../../b",
     "a\\..\\b",
-    "-q",
     "\x1b[31mred\x1b[0m",
     "a\nb",
     "a\rb",
@@ -377,46 +363,28 @@ def list_named(box: Box) -> Iterator[tuple[str, Callable[[str], list[Words]]]]:
         tensors[f"{name}.lora_up.weight"] = tensors.pop(f"{KEY}.lora_up.weight")
         tensors[f"{name}.lora_down.weight"] = tensors.pop(f"{KEY}.lora_down.weight")
         save_file(tensors, lora)
-        return [quick(box), ["inspect", lora]]
+        return [quick(box), ["check", lora]]
 
     def write_metadata(name: str) -> list[Words]:
         keys = ("modelspec.title", "ss_output_name", "ss_sd_model_name", "modelspec.license")
         keys = (*keys, "modelspec.trigger_phrase", "prolora.target", name or "key")
         save_file(load_file(lora), lora, dict.fromkeys(keys, name))
         page = ("--report", box.out / "page.html", "--card")
-        return [["inspect", lora], quick(box, *page)]
+        return [["check", lora], quick(box, *page)]
 
     def name_file(name: str) -> list[Words]:
         other = box.inputs / "loras" / (name.replace("/", "_") + ".safetensors")
         lora.rename(other)
         loras = [box.inputs / "loras" / "a.safetensors", other]
         words: Words = ["transfer", *loras, *bases(box), "-o", box.out / "many", "--cache=none"]
-        return [[*words, "--card"], ["plan", other.parent, *bases(box), "-o", box.out / "p.jsonl"]]
+        return [[*words, "--card"], *carry_on(box)]
 
     def name_base(name: str) -> list[Words]:
         other = source.with_name(name.replace("/", "_") or "base")
         source.rename(other)
         words: Words = ["--source", other, "--target", box.inputs / "target", "--cache=none"]
-        plan: Words = ["plan", lora, *words[:4], "-o", box.out / "p.jsonl"]
         move: Words = ["transfer", lora, *words, "-o", box.out / "y.safetensors", "--card"]
-        return [move, plan, ["migrate", box.out / "p.jsonl", "-o", box.out / "q", "--cache=none"]]
-
-    def name_label(name: str) -> list[Words]:
-        plan = box.inputs / "plan.jsonl"
-        lines = [json.loads(line) for line in plan.read_text().splitlines()]
-        lines[0]["bases"][name] = lines[0]["bases"].pop("target")
-        for line in lines[1:]:
-            line["target"] = name
-        plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return [["migrate", plan, "-o", box.out / "n", "--cache=none"], ["status", box.out / "n"]]
-
-    def append_to_results(name: str) -> list[Words]:
-        plan = box.inputs / "plan.jsonl"
-        lines = [json.loads(line) for line in plan.read_text().splitlines()]
-        for line in lines[1:]:
-            line["appended"] = name
-        plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return [["migrate", plan, "-o", box.out / "n", "--cache=none"]]
+        return [move, ["migrate", lora, *words, "-o", box.out / "q"]]
 
     def name_shard(name: str) -> list[Words]:
         index = source / "diffusion_pytorch_model.safetensors.index.json"
@@ -424,21 +392,11 @@ def list_named(box: Box) -> Iterator[tuple[str, Callable[[str], list[Words]]]]:
         (source / "diffusion_pytorch_model.safetensors").rename(source / "shard.safetensors")
         return [quick(box)]
 
-    def name_result(name: str) -> list[Words]:
-        journal = next((box.out / "m" / "journal").glob("*.jsonl"))
-        lines = [json.loads(line) for line in journal.read_text().splitlines()]
-        lines = [line | ({"out": name} if "out" in line else {}) for line in lines]
-        journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return carry_on(box)
-
     yield "tensor", rename_tensor
     yield "metadata", write_metadata
     yield "file of a LoRA", name_file
     yield "folder of a base", name_base
-    yield "label in a plan", name_label
-    yield "end of a name in a plan", append_to_results
     yield "shard in an index", name_shard
-    yield "result in a journal", name_result
 
 
 def run_names(box: Box, scale: float, seed: int) -> Row:
@@ -519,7 +477,7 @@ def run_patterns(box: Box, scale: float, seed: int) -> Row:
                 before = box.look()
                 out = box.out / ("p" if place == "folder" else "p.safetensors")
                 words = ["transfer", lora, *bases(box), "-o", out, "--cache=none"]
-                for command in (words, ["inspect", lora]):
+                for command in (words, ["check", lora]):
                     run = box.run(*command, seconds=6)
                     verdicts = judge_ending(box, run, before)
                     done = "done" if run.code == 0 else "refused"

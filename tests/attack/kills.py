@@ -64,41 +64,36 @@ def write_loras(box: Box) -> None:
 def write_old(box: Box) -> None:
     """A LoRA, and what it became an earlier time by another method."""
     damage.write_case(box)
-    box.must(*replace_result(box, "subspace"))
+    box.must(*replace_result(box, "copy"))
 
 
 def write_old_folder(box: Box) -> None:
     """The same as a PEFT folder, with a file of the user's."""
     damage.write_case(box)
-    box.must(*replace_folder(box, "subspace"))
+    box.must(*replace_folder(box, "copy"))
     write_lora(box.out / "moved" / "mine.safetensors")
 
 
-def write_plan(box: Box) -> None:
-    """A plan of the eight LoRAs and two targets."""
-    damage.write_plan(box)
-
-
 def replace_result(box: Box, method: str = "prolora") -> Words:
-    words = damage.transfer(box, "--method", method, "--rank", "4", "--card")
+    words = damage.transfer(box, "--method", method, "--rank", "4", "--card", "--overwrite")
     return [*words, "--cache", box.cache]
 
 
 def replace_folder(box: Box, method: str = "prolora") -> Words:
-    words = damage.transfer(box, "--method", method, "--rank", "4", "--format", "peft")
+    words = damage.transfer(
+        box, "--method", method, "--rank", "4", "--format", "peft", "--overwrite"
+    )
     words[words.index("-o") + 1] = box.out / "moved"
     return [*words, "--cache", box.cache]
 
 
 def move_batch(box: Box) -> Words:
     loras = sorted((box.inputs / "loras").iterdir())
-    out = ("-o", box.out / "moved", "--report", box.out / "report.json", "--card")
-    return ["transfer", *loras, *bases(box), *out, "-q", "--cache", box.cache]
+    return ["transfer", *loras, *bases(box), "-o", box.out / "moved", "--cache", box.cache]
 
 
 def migrate(box: Box) -> Words:
-    plan = box.inputs / "plan.jsonl"
-    return ["migrate", plan, "-o", box.out, "-q", "--cache", box.cache]
+    return [*damage.migrate(box)[0][:-1], "--cache", box.cache]
 
 
 SCENARIOS = (
@@ -106,7 +101,7 @@ SCENARIOS = (
     Scenario("transfer over an older result", write_old, replace_result, 120),
     Scenario("transfer into a PEFT folder", write_old_folder, replace_folder, 120),
     Scenario("transfer of eight", write_loras, move_batch, 80, 0.5),
-    Scenario("migrate", write_plan, migrate, 80, 0.5),
+    Scenario("migrate", damage.write_collection, migrate, 80, 0.5),
     Scenario("fit with resume", damage.write_pipelines, lambda box: damage.fit(box)[0], 16, 0.4),
 )
 _LONGEST = 4
@@ -150,7 +145,7 @@ def run_scenario(scenario: Scenario, box: Box, scale: float, seed: int) -> Row:
         if "partial" in ending_verdicts and list_temporaries(box) <= left:
             ending_verdicts.remove("partial")
         verdicts += ending_verdicts + judge_end(box, new)
-        if run.code not in (0, 2 if scenario.name == "migrate" else 0):  # its plan has refused ones
+        if run.code not in (0, 2 if scenario.name == "migrate" else 0):  # of which one is no LoRA
             verdicts.append("lost")
         signals["resumed"] += was_resumed(box.out / "report.json")
         row.add(verdicts or ["equal"], f"{number}: {', '.join(told)}", run)
@@ -182,7 +177,7 @@ def kill(box: Box, words: Words, ending: signal.Signals, lasts: float, random: R
 
 
 def read_kept(out: Path) -> dict[str, bytes]:
-    """What must be the same bits after every run: results, and the plan that is kept."""
+    """What must be the same bits after every run: results."""
     files = read_bytes(out)
     results = [name for name in files if name.endswith(".safetensors") and ".prolora-" not in name]
     return {name: files[name] for name in results}
@@ -217,18 +212,14 @@ def judge_kill(box: Box, old: dict[str, bytes], new: dict[str, bytes]) -> list[s
 
 
 def is_whole(name: str, data: bytes) -> bool:
-    """Whether a text of prolora is complete; the last line of a journal may be cut off."""
+    """Whether a text of prolora is complete."""
     try:
-        if name.startswith("journal/"):
-            lines = data.decode().split("\n")[:-1]
-        elif name.endswith(".jsonl"):
-            lines = data.decode().splitlines()
-        elif name.endswith(".json"):
+        if name.endswith(".json"):
             lines = [data.decode()]
         elif name.endswith(".html"):
             return data.rstrip().endswith(b"</html>")
         elif name.endswith(".md"):
-            return data.endswith(b"```\n")
+            return b"SHA-256" in data and data.endswith(b"\n")
         else:
             return True
         return all(isinstance(json.loads(line), dict | list) for line in lines)
@@ -246,9 +237,6 @@ def judge_end(box: Box, new: dict[str, bytes]) -> list[str]:
     texts = {n: data for n, data in read_bytes(box.out).items() if ".prolora-" not in n}
     if any(not is_whole(name, data) for name, data in texts.items()):
         verdicts.append("partial")
-    moved = count_moves(box.out)
-    if any(number > 1 for number in moved.values()):
-        verdicts.append("twice")
     return verdicts
 
 
@@ -259,20 +247,6 @@ def was_resumed(report: Path) -> bool:
     except (OSError, ValueError, TypeError, KeyError):
         return False
     return bool(probe and probe.get("resumed"))
-
-
-def count_moves(out: Path) -> Counter[str]:
-    """Move -> how often the journals of a migration say that it was done, and not found done."""
-    moves: Counter[str] = Counter()
-    for path in out.glob("journal/*.jsonl"):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record.get("status") == "done" and not record.get("kept"):
-                moves[record["key"]] += 1
-    return moves
 
 
 def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:

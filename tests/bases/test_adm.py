@@ -7,9 +7,10 @@ import torch
 from diagonal import pair_up
 from lora_files import save
 
-from prolora import UnsupportedFormat, inspect, open_base, transfer, transfer_file
+from prolora import check, open_base, transfer
 from prolora.architectures.modules import find_component, is_adaptable, is_attention
 from prolora.bases.describe import classify_model, describe_base
+from prolora.errors import UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 
 
@@ -149,10 +150,12 @@ def test_a_lora_moves_with_every_module_and_keeps_its_spelling(network, spelling
     lora = write_lora(tmp_path / "lora.safetensors", wanted, spelling)
     source = fill(shapes, "model.")
     target = {key: value + 0.01 * torch.randn(value.shape) for key, value in source.items()}
-    report = transfer_file(lora, source, target, tmp_path / "moved.safetensors", method="copy")
+    report = transfer(
+        lora, source, target, out=tmp_path / "moved.safetensors", method="copy"
+    ).report
     assert report.totals["mapped"] == len(wanted) and not report.left_out and not report.unread
-    described = inspect(tmp_path / "moved.safetensors")
-    assert described.supported
+    described = check(tmp_path / "moved.safetensors")
+    assert not described.reason
     if any(name.endswith(".qkv") for name in wanted):  # without a base, attention alone tells
         assert described.modules == {"unet": len(wanted)}
     out = tmp_path / "moved.safetensors"

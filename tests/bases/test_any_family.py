@@ -4,8 +4,9 @@ import pytest
 import torch
 from checkpoints import sparse_file, sparse_gguf
 
-from prolora import UnsupportedFormat, open_base
+from prolora import open_base
 from prolora.bases.describe import classify_model, describe_base
+from prolora.errors import UnsupportedFormat
 
 PREFIXES = [
     "model.diffusion_model.",

@@ -10,8 +10,8 @@ import pytest
 import torch
 from checkpoints import gguf_header, gguf_string
 
-from prolora import UnsupportedFormat, open_base
-from prolora.errors import ProLoRAError
+from prolora import open_base
+from prolora.errors import ProLoRAError, UnsupportedFormat
 from prolora.files import gguf_file
 from prolora.files.gguf_file import GgufFile
 from prolora.files.safetensors_file import SafetensorsFile

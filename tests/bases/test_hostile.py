@@ -9,8 +9,8 @@ import time
 import pytest
 from checkpoints import sparse_file, sparse_shards
 
-from prolora import UnsupportedFormat, open_base
-from prolora.errors import ProLoRAError
+from prolora import open_base
+from prolora.errors import ProLoRAError, UnsupportedFormat
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 KEYS = {f"{Q}.weight": (4, 4), "conv_in.weight": (4, 4, 3, 3)}

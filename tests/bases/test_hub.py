@@ -8,7 +8,8 @@ import pytest
 from checkpoints import sparse_file, sparse_shards
 from mini import write_case
 
-from prolora import UnsupportedFormat, cli, open_base
+from prolora import cli, open_base
+from prolora.errors import UnsupportedFormat
 from prolora.files import hub
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -102,14 +103,13 @@ def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
     where = ["--source", ids[0], "--target", ids[1]]
     for line in (
         ["transfer", str(lora), *where, "-o", str(out)],
-        ["advise", *where],
-        ["basis", ids[0], "--rank", "4"],
+        ["check", str(lora), *where],
     ):
         monkeypatch.setattr("sys.argv", ["prolora", *line])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         said = capsys.readouterr().out
-        assert not stop.value.code and "org/one" in said
+        assert not stop.value.code and "org/two" in said
     assert out.exists() and set(cloud.fetched) == {f"unet/{FULL}"}
 
 

@@ -19,7 +19,7 @@ import prolora
 for id_ in ids:
     try:
         base = prolora.open_base(id_)
-    except prolora.UnsupportedFormat as error:
+    except prolora.errors.UnsupportedFormat as error:
         print("refused:", " ".join(str(error).split()))
     else:
         print(base.name, len(base.shapes), base.read(list(base.shapes)[0]).shape)

@@ -1,19 +1,24 @@
 """Which file a base is: by its content, whatever a change to it leaves as it was."""
 
 import hashlib
+import json
 import mmap
 import os
+import random
+import shutil
 
 import pytest
 import torch
-from mini import source_weights
+from mini import source_weights, write_case
 from safetensors.torch import save_file
 
+import prolora
 from prolora.bases import identity, open_base
 from prolora.bases.cache import basis_cache
 from prolora.bases.cache.basis_cache import BasisCache
-from prolora.bases.identity import compute_identity, compute_sha256
-from prolora.errors import UnsupportedFormat
+from prolora.bases.identity import compute_identity, digest_file, have_equal_files
+from prolora.errors import OutputExists, UnsupportedFormat, WrongBase
+from prolora.files.safetensors_file import SafetensorsFile
 
 NAME = next(iter(source_weights()))
 
@@ -45,10 +50,10 @@ def mapped(tmp_path):
 
 def test_a_file_that_is_changed_through_shared_memory_is_hashed_again(mapped):
     path, memory = mapped
-    first = compute_sha256(open_base(path))
+    first = digest_file(open_base(path).files[0])
     assert first == sha256(path)
     memory[-3] ^= 1
-    assert compute_sha256(open_base(path)) == sha256(path) != first
+    assert digest_file(open_base(path).files[0]) == sha256(path) != first
 
 
 def test_the_index_forgets_a_file_that_is_changed_through_shared_memory(mapped, monkeypatch):
@@ -64,9 +69,9 @@ def test_the_index_forgets_a_file_that_is_changed_through_shared_memory(mapped, 
 
 def test_a_file_of_equal_path_size_and_time_is_hashed_again(tmp_path):
     path = write_base(tmp_path / "base.safetensors", 1)
-    first = compute_sha256(open_base(path))
+    first = digest_file(open_base(path).files[0])
     write_base(path, 2)
-    assert compute_sha256(open_base(path)) == sha256(path) != first
+    assert digest_file(open_base(path).files[0]) == sha256(path) != first
 
 
 @pytest.fixture
@@ -84,13 +89,12 @@ def hashed(monkeypatch):
 
 def keep_hash(path, folder):
     """As a new process does, which knows no hash but those of the folder."""
-    identity._hash_whole.cache_clear()
-    with BasisCache(folder).saving() as cache:
-        return compute_sha256(open_base(path), cache)
+    identity._known.clear()
+    return digest_file(path, folder)
 
 
 def test_a_hash_that_a_cache_keeps_is_that_of_the_file_as_it_is_now(tmp_path, hashed, monkeypatch):
-    monkeypatch.setattr(basis_cache, "SETTLING_TIME", -(10**18))
+    monkeypatch.setattr(identity, "_SETTLING_TIME", -(10**18))
     path = write_base(tmp_path / "base.safetensors", 1)
     first = keep_hash(path, tmp_path / "cache")
     assert keep_hash(path, tmp_path / "cache") == first == sha256(path) and hashed == [path]
@@ -111,11 +115,11 @@ def test_a_base_stays_what_it_is_when_the_working_folder_changes(tmp_path, monke
     paths = [write_base(tmp_path / name / "base.safetensors", i) for i, name in enumerate("ab")]
     monkeypatch.chdir(tmp_path / "a")
     base = open_base("base.safetensors")
-    hashes = [compute_sha256(base)]
+    hashes = [digest_file(base.files[0])]
     monkeypatch.chdir(tmp_path / "b")
     assert torch.equal(base.read(NAME), torch.zeros(64, 64))
     assert compute_identity(base) == f"sha256:{hashes[0]}"
-    hashes.append(compute_sha256(open_base("base.safetensors")))
+    hashes.append(digest_file(open_base("base.safetensors").files[0]))
     assert hashes == [sha256(path) for path in paths]
 
 
@@ -129,4 +133,79 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(tmp_path, monkeypatch
 
     monkeypatch.setattr(identity, "hash_file", slow)
     with pytest.raises(UnsupportedFormat, match="was changed while it was in use"):
-        compute_sha256(base)
+        digest_file(base.files[0])
+
+
+def write_shards(folder):
+    """A base of two files."""
+    folder.mkdir()
+    names, index = list(source_weights().items()), {}
+    for i in range(2):
+        file = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        part = {f"{name}.weight": tensor for name, tensor in names[i::2]}
+        save_file(part, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    return folder
+
+
+def test_one_value_of_any_tensor_of_any_shard_makes_another_base(tmp_path):
+    """No sample can miss it, and no copy is taken for another base."""
+    source, copied = write_shards(tmp_path / "source"), tmp_path / "copy"
+    shutil.copytree(source, copied)
+    base, other = open_base(source), open_base(copied)
+    assert compute_identity(base) == compute_identity(other) and have_equal_files(base, other)
+    for file in sorted(copied.glob("*.safetensors")):
+        whole, opened = file.read_bytes(), SafetensorsFile(file)
+        for name, info in opened.tensors.items():
+            flip(file, opened.data_start + random.randrange(info.start, info.stop))
+            assert compute_identity(open_base(copied)) != compute_identity(base), name
+            assert not have_equal_files(base, open_base(copied)), name
+            file.write_bytes(whole)
+    assert compute_identity(open_base(copied)) == compute_identity(base)
+
+
+def test_a_flipped_value_is_noticed_by_whatever_was_made_of_the_file(tmp_path, caplog):
+    """A result that exists, an extraction and the cache; a migration has a test of its own."""
+    lora, _, target = write_case(tmp_path)
+    source, out, cache = (
+        write_shards(tmp_path / "shards"),
+        tmp_path / "o.safetensors",
+        tmp_path / "c",
+    )
+    copied = tmp_path / "copied"
+    shutil.copytree(source, copied)
+    options = {"method": "prolora", "threshold": 0, "cache": cache}
+
+    def is_kept():
+        try:
+            return prolora.transfer(lora, source, target, out=out, **options).report.dry_run
+        except OutputExists:
+            return False
+
+    assert not is_kept() and is_kept()
+    with pytest.raises(WrongBase, match="same"):
+        prolora.extract(source, copied)
+    for file in (*sorted(source.glob("*.safetensors")), lora):
+        whole, opened = file.read_bytes(), SafetensorsFile(file)
+        for name, info in opened.tensors.items():
+            flip(file, opened.data_start + random.randrange(info.start, info.stop))
+            assert not is_kept(), name
+            if file != lora:
+                prolora.extract(source, copied, out_rank=1)
+                module = name.removesuffix(".weight")
+                with BasisCache(cache).saving() as known:
+                    known.of(open_base(source), [module], 0.99)
+                    assert known.misses == 1, name
+            file.write_bytes(whole)
+
+
+def flip(file, place):
+    """Changes one bit of a file."""
+    with open(file, "r+b") as opened:
+        opened.seek(place)
+        value = opened.read(1)[0]
+        opened.seek(place)
+        opened.write(bytes([value ^ 1]))

@@ -34,7 +34,7 @@ def tensors(value: float = 1.0) -> dict[str, Tensor]:
 def write(path: Path, content: dict[str, Tensor], **metadata: str) -> Path:
     """A safetensors file, its folder made where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, content, metadata)
+    write_safetensors(path, content, metadata, overwrite=True)
     return path
 
 

@@ -9,10 +9,11 @@ from checkpoints import authors_name, clip, open_clip
 from mini import shapes as unet_shapes
 
 import prolora
-from prolora import LowRank, ShapeMismatch, UnsupportedFormat
+from prolora import LowRank
 from prolora.adapters.adapter import Adapter
 from prolora.architectures import layouts
 from prolora.bases import open_base
+from prolora.errors import ShapeMismatch, UnsupportedFormat
 from prolora.files.writing import write_safetensors
 
 

@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from property_examples import examples
 
-from prolora import UnsupportedFormat
 from prolora.bases import Base, pipeline_files, vae
-from prolora.errors import ProLoRAError
+from prolora.errors import ProLoRAError, UnsupportedFormat
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",

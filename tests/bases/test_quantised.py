@@ -8,8 +8,9 @@ import torch
 from diagonal import pair_up
 from mini import shapes as mini_shapes
 
-from prolora import UnsupportedFormat, open_base
+from prolora import open_base
 from prolora.bases import check_finite
+from prolora.errors import UnsupportedFormat
 from prolora.files.writing import write_safetensors
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -59,7 +60,7 @@ def checkpoint(dtype, notation, rows=False, prefix=""):
 def test_scaled_float8_is_the_product_in_every_notation(dtype, notation, rows, prefix, tmp_path):
     """One scale, or one for each row; and close to what was quantised, which q alone is not."""
     stored, metadata, meant = checkpoint(dtype, notation, rows, prefix)
-    write_safetensors(tmp_path / "x.safetensors", stored, metadata)
+    write_safetensors(tmp_path / "x.safetensors", stored, metadata, overwrite=True)
     base = open_base(tmp_path / "x.safetensors")
     assert set(base.shapes) == set(meant) and set(base.dtypes.values()) == {torch.float32}
     for name, tensor in weights().items():
@@ -75,7 +76,7 @@ def test_rows_of_a_fused_scaled_matrix_take_their_own_scales(tmp_path):
         q, scale = quantised(whole, torch.float8_e4m3fn, rows)
         key = "double_blocks.0.img_attn.qkv"
         stored = {f"{key}.weight": q, f"{key}.scale_weight": scale}
-        write_safetensors(tmp_path / "x.safetensors", stored, {})
+        write_safetensors(tmp_path / "x.safetensors", stored, {}, overwrite=True)
         base = open_base(tmp_path / "x.safetensors")
         meant = (q.float() * scale).chunk(3)
         for leaf, part in zip("qkv", meant, strict=True):

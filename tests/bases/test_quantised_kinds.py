@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from mini import write_case
 from property_examples import examples
 
-from prolora import ProLoRAError, UnsupportedFormat, open_base
+from prolora import ProLoRAError, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
 from prolora.bases.quantised.reading import join_quantised
 from prolora.bases.quantised.weight import find_kind
 from prolora.bases.weights import LoadedWeight
+from prolora.errors import UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.writing import write_safetensors
 
@@ -47,7 +48,7 @@ def layer(kind):
 
 def write_layer(kind, path, **changes):
     parts, metadata, meant = layer(kind)
-    write_safetensors(path, parts | changes, metadata)
+    write_safetensors(path, parts | changes, metadata, overwrite=True)
     return meant
 
 
@@ -112,7 +113,7 @@ def test_a_part_that_is_missing_cut_off_or_of_another_type_is_refused_by_name(ki
             else:
                 continue
             path = tmp_path / "x.safetensors"
-            write_safetensors(path, changed, metadata)
+            write_safetensors(path, changed, metadata, overwrite=True)
             with pytest.raises(UnsupportedFormat) as refused:
                 open_base(path)
             assert Q in str(refused.value), (key, what)
@@ -132,7 +133,9 @@ def test_a_scale_that_is_not_finite_is_refused_when_the_weight_is_read(kind, tmp
     for key in scales:
         changed = parts[key].clone()
         changed.view(-1)[0] = float("nan")
-        write_safetensors(tmp_path / "x.safetensors", parts | {key: changed}, metadata)
+        write_safetensors(
+            tmp_path / "x.safetensors", parts | {key: changed}, metadata, overwrite=True
+        )
         base = open_base(tmp_path / "x.safetensors")
         with pytest.raises(UnsupportedFormat, match="not finite") as refused:
             base.read(Q)
@@ -165,7 +168,7 @@ def test_no_note_ends_in_anything_but_a_weight_or_a_refusal(kind, data, tmp_path
     note |= data.draw(st.dictionaries(names, values, max_size=3))
     parts[key] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
     path = tmp_path_factory.mktemp("x") / "x.safetensors"
-    write_safetensors(path, parts, metadata)
+    write_safetensors(path, parts, metadata, overwrite=True)
     try:
         base = open_base(path)
         base.read(Q)
@@ -206,7 +209,7 @@ def test_no_part_ends_in_anything_but_a_weight_or_a_refusal_by_name(kind, data, 
         if not parts:
             return
     path = tmp_path_factory.mktemp("x") / "x.safetensors"
-    write_safetensors(path, parts, metadata)
+    write_safetensors(path, parts, metadata, overwrite=True)
     try:
         for weight in open_base(path).weights.values():
             assert weight.read().shape == weight.shape

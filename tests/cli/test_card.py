@@ -67,11 +67,11 @@ def test_several_loras_have_one_card_in_their_folder(prolora, line, tmp_path):
         "## other.safetensors",
     ]
     assert "Licence: Our own terms: ask" in read.text
-    # Where nothing is new the card stays; what was there already stays in it.
+    # Where nothing is new there is no card; what was there already is in one.
     file, again = tmp_path / "moved" / "README.md", (*line, other, "-o", tmp_path / "moved")
-    before = file.read_text("utf-8")
-    assert prolora(*again)[0] == 0
-    assert file.read_text("utf-8") == before
+    assert prolora(*again)[0] == 2  # for the card's sake
+    file.unlink()
+    assert prolora(*again)[0] == 0 and not file.exists()
     (tmp_path / "moved" / "other.safetensors").unlink()
     assert prolora(*again)[0] == 0
     text = read_card(file).text
@@ -79,8 +79,8 @@ def test_several_loras_have_one_card_in_their_folder(prolora, line, tmp_path):
 
 
 def test_the_card_of_a_peft_folder_lies_in_it(prolora, line, tmp_path):
-    for _ in range(2):  # a card of prolora's is replaced
-        assert prolora(*line, "-o", tmp_path / "peft", "--format", "peft")[0] == 0
+    for more in ((), ("--overwrite",)):
+        assert prolora(*line, "-o", tmp_path / "peft", "--format", "peft", *more)[0] == 0
         assert read_card(tmp_path / "peft" / "README.md").data.library_name == "peft"
     assert not (tmp_path / "README.md").exists()
 
@@ -89,6 +89,6 @@ def test_a_readme_of_somebody_else_is_not_replaced(prolora, line, tmp_path):
     readme, out = tmp_path / "README.md", tmp_path / "moved.safetensors"
     readme.write_text("# mine")
     code, _, error = prolora(*line, "-o", out)
-    assert code == 2 and "is not a card as prolora wrote it" in error
+    assert code == 2 and "README.md: exists" in error
     assert readme.read_text() == "# mine" and not out.exists()
     assert prolora(*line, "-o", out, "--dry-run")[0] == 0  # writes no card

@@ -21,7 +21,18 @@ def files(case, tmp_path):
 def test_a_lora_that_fits_ends_in_0_and_a_line(prolora, files):
     lora, _, base = files
     code, out, err = prolora("check", lora, base)
-    assert (code, err) == (0, "") and out.startswith("✔ for this base: ") and out.count("\n") == 1
+    assert (code, err) == (0, "") and out.startswith("✔ for this base: ")
+    assert prolora("check", lora, "--base", base) == (code, out, err)
+
+
+def test_a_file_alone_is_said_to_be_what_it_is(prolora, files):
+    lora, _, base = files
+    code, out, _ = prolora("check", lora)
+    assert code == 0 and "rank 4" in out and "kohya" in out
+    code, out, _ = prolora("check", base)
+    assert code == 0 and "base model" in out
+    code, out, _ = prolora("check", lora, "--for", "forge", "--json")
+    assert code in (0, 3) and json.loads(out)["program"] == "Forge"
 
 
 def test_a_lora_that_fits_in_part_ends_in_3(prolora, files):
@@ -43,13 +54,13 @@ def test_json_is_a_record_or_a_list_of_them(prolora, files):
     lora, other, base = files
     code, out, _ = prolora("check", lora, base, "--json")
     record = json.loads(out)
-    assert code == 0 and record["answer"] == "fits" and record["coverage"] == 1
+    assert code == 0 and record["fit"]["answer"] == "fits" and record["fit"]["coverage"] == 1
     code, out, _ = prolora("check", lora, other, base, "--json")
-    assert code == 3 and [r["answer"] for r in json.loads(out)] == ["fits", "in part"]
+    assert code == 3 and [r["fit"]["answer"] for r in json.loads(out)] == ["fits", "in part"]
 
 
 def test_a_base_that_is_not_there_ends_in_2(prolora, files):
-    code, out, err = prolora("check", files[0], "no/such/base")
+    code, out, err = prolora("check", files[0], "--base", "no/such/base")
     assert code == 2 and not out and "no such" in err
 
 
@@ -58,8 +69,8 @@ def test_help_says_what_the_exit_codes_mean(prolora):
     assert "3 a LoRA is for another model" in " ".join(out.split())
 
 
-def test_a_base_among_the_loras_is_told_where_bases_stand(prolora, files):
+def test_a_base_among_the_loras_is_no_lora(prolora, files):
     lora, _, base = files
-    code, out, _ = prolora("check", lora, base, base)
-    said = "not a LoRA; give the LoRA; the last argument is the base, and each one before it a LoRA"
-    assert code == 2 and said in " ".join(out.split()) and f"{lora.name}: ✔" in out
+    code, out, _ = prolora("check", base, lora, "--base", base)
+    assert code == 2 and "a LoRA was asked about" in out and f"{lora.name}: ✔" in out
+    assert "1 of 2 files are as asked" in out

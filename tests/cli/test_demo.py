@@ -2,14 +2,14 @@
 
 import functools
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from prolora import ProLoRAError, UnrelatedBases, adapters, open_base
+from prolora import ProLoRAError, adapters, open_base
 from prolora.cli import demo
+from prolora.errors import UnrelatedBases
 from prolora.probe.pipelines import open_pipeline
 from prolora.probe.precision import in_float32
 
@@ -38,10 +38,9 @@ def test_the_demo_writes_the_lora_and_a_page_with_images(
 def test_the_command_that_the_demo_prints_makes_the_same_lora(
     prolora, tmp_path, monkeypatch, target
 ):
-    fit = demo.fit_file
-    few = {"probes": 24, "held_out": 8, "fit_steps": 2, "force": True}
-    monkeypatch.setattr(demo, "fit_file", functools.partial(fit, **few))
-    monkeypatch.setattr("prolora.cli.fit.fit_file", functools.partial(_with_few, fit, few))
+    few = functools.partial(demo.fit, probes=24, held_out=8, fit_steps=2, force=True)
+    monkeypatch.setattr(demo, "fit", few)
+    monkeypatch.setattr("prolora.cli.fit.fit_lora", few)
     monkeypatch.setattr(demo, "STEPS", 3)
     monkeypatch.setattr(demo, "IMAGES", 3)
     one = demo.Demo.find("neon", target, tmp_path)
@@ -49,19 +48,16 @@ def test_the_command_that_the_demo_prints_makes_the_same_lora(
     assert report.was_fitted == (target == "apart")
     made = one.moved.read_bytes()
     one.moved.unlink()
+    one.page.unlink()
     code, _, text = prolora(*shlex.split(one.command)[1:])
     assert code == 0, text
     assert one.moved.read_bytes() == made
 
 
-def _with_few(fit, few, lora, source, target, out, options):
-    return fit(lora, source, target, out, replace(options, **few))
-
-
 def test_weights_alone_move_nothing_to_the_member_that_was_trained_apart(tmp_path):
     one = demo.Demo.find("neon", "apart", tmp_path)
     with pytest.raises(UnrelatedBases):
-        demo.transfer_file(one.lora, one.source, one.target, one.moved)
+        demo.transfer(one.lora, one.source, one.target)
 
 
 @pytest.mark.parametrize("target", ["apart", "pruned", "far", "few-step"])

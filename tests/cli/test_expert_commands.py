@@ -41,7 +41,7 @@ def test_a_pipeline_folder_is_both_and_a_dry_run_shows_both(prolora, files, tmp_
     code, text, _ = prolora(*line, "--dry-run")
     assert code == 0 and "style_low" in text and "2 would move" in text
     assert not list(tmp_path.glob("style_*"))
-    code, text, _ = prolora("inspect", folder)
+    code, text, _ = prolora("check", folder)
     assert code == 0 and "transformer for high noise, transformer_2 for low noise" in text
 
 
@@ -64,5 +64,5 @@ def test_the_report_replaces_no_result_of_an_expert(prolora, files, tmp_path):
 
 def test_other_commands_say_that_a_folder_has_two_experts(prolora, tmp_path):
     folder = write_pipeline(tmp_path / "wan22")
-    code, _, errors = prolora("advise", "--source", folder, "--target", folder)
+    code, _, errors = prolora("extract", folder, folder, "-o", tmp_path / "x.safetensors")
     assert code == 2 and "name one of them" in errors

@@ -23,15 +23,11 @@ def line(case):
 @pytest.mark.parametrize(
     "words",
     [
-        ("inspect", LONG),
+        ("check", LONG),
         ("transfer", LONG, "--source", "source", "--target", "target", *OUT),
         ("transfer", "lora.safetensors", "--source", LONG, "--target", "target", *OUT),
         ("transfer", "lora.safetensors", "--source", "source", "--target", "target", "-o", LONG),
-        ("advise", "--source", LONG, "--target", "target"),
-        ("advise", "--source", "source", "--target", "target", "--report", LONG),
-        ("basis", LONG),
-        ("basis", "source", "--cache", LONG),
-        ("basis", "verify", LONG),
+        ("check", "lora.safetensors", "--base", LONG),
         ("demo", "-o", LONG),
     ],
 )
@@ -56,11 +52,11 @@ def test_a_name_that_is_too_long_is_no_traceback(prolora, case, monkeypatch, tmp
     ],
 )
 def test_every_error_of_the_system_is_one_line(prolora, monkeypatch, error, code, said):
-    def fail(path):
+    def fail(path, **_):
         raise error
 
-    monkeypatch.setattr("prolora.workflow.inspection.inspect", fail)
-    found, out, err = prolora("inspect", "x")
+    monkeypatch.setattr("prolora.cli.check.check_file", fail)
+    found, out, err = prolora("check", "x")
     assert found == code and said in err and not out and len(err.splitlines()) == 1
 
 
@@ -79,7 +75,7 @@ def test_a_folder_that_must_not_be_read_is_no_traceback(prolora, case, tmp_path,
     monkeypatch.setattr("os.scandir", refuse)
     monkeypatch.setattr("os.listdir", refuse)
     monkeypatch.setattr("builtins.open", refuse_open)
-    code, _, text = prolora("inspect", source)
+    code, _, text = prolora("check", source)
     assert code in (1, 2) and "Permission denied" in text
 
 
@@ -103,7 +99,7 @@ def test_a_share_is_a_number_from_0_to_1(prolora, line, tmp_path, option, value)
 
 def test_a_share_may_be_0_or_1(prolora, line, tmp_path):
     out = tmp_path / "out.safetensors"
-    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0", "-q")[0] == 0
+    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0")[0] == 0
 
 
 def test_the_report_replaces_no_lora_of_the_run(prolora, line, tmp_path, monkeypatch):
@@ -130,63 +126,50 @@ def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
     assert code == 2 and "would replace the LoRA" in text and not out.exists()
 
 
-def test_the_report_replaces_reports_and_nothing_else(prolora, line, tmp_path):
+def test_the_report_replaces_nothing(prolora, line, tmp_path):
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    for _ in range(2):
-        assert prolora(*line, "-o", out, "--report", report, "-q")[0] == 0
+    assert prolora(*line, "-o", out, "--report", report)[0] == 0
     assert json.loads(report.read_text())["totals"]["mapped"] == 8
     before = out.read_bytes()
     other = tmp_path / "other.safetensors"
     code, _, text = prolora(*line, "-o", other, "--report", out)
-    assert code == 2 and "is not a report as prolora wrote it" in text and not other.exists()
+    assert code == 2 and "exists" in text and not other.exists()
     assert out.read_bytes() == before
     assert len(adapters.read_adapter(out).updates) == 8
 
 
-def test_a_report_of_an_advice_replaces_no_lora(prolora, case, tmp_path):
-    lora, source, target = case
-    before = lora.read_bytes()
-    code, _, text = prolora("advise", "--source", source, "--target", target, "--report", lora)
-    assert (
-        code == 2 and "is not a report as prolora wrote it" in text and lora.read_bytes() == before
-    )
-
-
 def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):
-    def fail(path):
+    def fail(path, **_):
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr("prolora.workflow.inspection.inspect", fail)
-    code, _, text = prolora("inspect", "x")
+    monkeypatch.setattr("prolora.cli.check.check_file", fail)
+    code, _, text = prolora("check", "x")
     assert code == 1 and text.startswith("Error: the system gave no more memory")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    def fail(path):
+    def fail(path, **_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("prolora.workflow.inspection.inspect", fail)
-    monkeypatch.setattr("sys.argv", ["prolora", "inspect", "x"])
+    monkeypatch.setattr("prolora.cli.check.check_file", fail)
+    monkeypatch.setattr("sys.argv", ["prolora", "check", "x"])
     with pytest.raises(KeyError):
         cli.main()
 
 
 def test_an_interrupted_command_says_so_by_its_exit_code(prolora, monkeypatch):
-    def interrupt(path):
+    def interrupt(path, **_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prolora.workflow.inspection.inspect", interrupt)
-    assert prolora("inspect", "x")[0] == 130
+    monkeypatch.setattr("prolora.cli.check.check_file", interrupt)
+    assert prolora("check", "x")[0] == 130
 
 
 @pytest.mark.parametrize("device, words", [("abacus", "no device is called"), ("mps", "float64")])
 def test_a_device_that_is_none_is_refused_by_every_command(prolora, line, tmp_path, device, words):
-    bases = line[2:]
     for command in (
         (*line, "-o", tmp_path / "out.safetensors"),
         (*line, "--dry-run"),
-        ("advise", *bases),
-        ("basis", bases[1], "--cache", tmp_path / "cache"),
     ):
         code, out, text = prolora(*command, "--device", device)
         assert code == 2 and not out and text.startswith("Error: ") and words in text
@@ -195,22 +178,6 @@ def test_a_device_that_is_none_is_refused_by_every_command(prolora, line, tmp_pa
         "source",
         "target",
     ]
-
-
-@pytest.mark.parametrize("command", ["list", "verify", "prune"])
-def test_a_cache_that_cannot_be_listed_is_no_empty_cache(prolora, tmp_path, monkeypatch, command):
-    (tmp_path / "file").write_text("")
-    code, out, err = prolora("basis", command, "--cache", tmp_path / "file")
-    assert code == 1 and not out and "Not a directory" in err
-
-    def refuse(path="."):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr("os.listdir", refuse)
-    code, out, err = prolora("basis", command, "--cache", tmp_path)
-    assert code == 1 and not out and f"{tmp_path}: Permission denied" in err
-    monkeypatch.undo()
-    assert prolora("basis", command, "--cache", tmp_path / "missing")[0] == 0
 
 
 def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora, case, tmp_path):
@@ -234,12 +201,10 @@ def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora,
         ("transfer", "nope.safetensors", "--source", "SOURCE", "--target", "TARGET", "--dry-run"),
         ("check", "nope.safetensors", "SOURCE"),
         ("merge", "nope.safetensors", "nope.safetensors", "-o", "both.safetensors"),
-        ("inspect", "nope.safetensors"),
-        ("advise", "nope.safetensors", "--source", "SOURCE", "--target", "TARGET"),
-        ("basis", "nope.safetensors"),
+        ("check", "nope.safetensors"),
         ("convert", "nope.safetensors", "-o", "other.safetensors"),
         ("extract", "nope.safetensors", "SOURCE", "-o", "other.safetensors"),
-        ("migrate", "nope.safetensors", "-o", "moved"),
+        ("migrate", "nope", "--source", "SOURCE", "--target", "TARGET", "-o", "moved"),
     ],
     ids=lambda words: words[0],
 )
@@ -260,7 +225,7 @@ def test_a_program_is_told_of_a_refusal_once(prolora, line, tmp_path):
     moved.mkdir()
     (moved / "lora.safetensors").write_text("of somebody else")
     code, text, _ = prolora(*line, "-o", moved, "--json")
-    assert code == 2 and json.loads(text)["error"]["code"] == "foreign-file"
+    assert code == 2 and json.loads(text)["error"]["code"] == "output-exists"
     assert json.loads(text)["status"] == "failed"
     code, text, _ = prolora(*line, "--prompt", "cat", "-o", moved, "--json")
     assert code == 2 and json.loads(text)["error"]["code"] == "invalid-option"

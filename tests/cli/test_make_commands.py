@@ -35,7 +35,7 @@ def test_extract_between_a_base_and_its_like(prolora, case, out, tmp_path):
     assert code == 0 and "It holds 100.00% of the energy of the difference" in text, err
     assert all(key.startswith("unet.") for key in load_file(out))
     assert "<html" in report.read_text("utf-8")[:200].lower()
-    code, text, _ = prolora(*words, "-o", out, "--json")
+    code, text, _ = prolora(*words, "-o", out, "--json", "--overwrite")
     record = json.loads(text)
     assert code == 0 and record["totals"]["mapped"] == len(source_weights())
     code, text, _ = prolora("check", out, base)
@@ -74,20 +74,22 @@ def test_merge_moves_what_has_another_base_and_tells_what_of_each_is_kept(
     said = " ".join(text.split())
     assert code == 0 and "lora at strength 1: all of it is in the result, and another" in said, err
     assert "lora and other do the same in" not in said  # a quarter is not twice
-    code, text, err = prolora(*words, "-o", out, "--explain", "--method", "balanced", "--modules")
-    assert code == 0 and "How the LoRAs overlap" in text and "cosine" in text, err
+    code, text, err = prolora(
+        *words, "-o", out, "--report", "-", "--method", "balanced", "--overwrite"
+    )
+    assert code == 0 and "cosine" in text, err
     bases = ("--target", target, "--source", source, "--source", source, "--cache", "none")
     report = tmp_path / "report.html"
-    code, text, err = prolora(*words, *bases, "-o", out, "--report", report)
+    code, text, err = prolora(*words, *bases, "-o", out, "--report", report, "--overwrite")
     assert code == 0 and "at strength 1, moved from source" in " ".join(text.split()), err
     assert "<html" in report.read_text("utf-8")[:200].lower()
-    code, text, _ = prolora(*words, *bases, "-o", out, "--json")
+    code, text, _ = prolora(*words, *bases, "-o", out, "--json", "--overwrite")
     record = json.loads(text)
     assert code == 0 and record["totals"]["mapped"] == len(shapes(2))
     assert [part["strength"] for part in record["merge"]["parts"]] == [1.0, 0.25]
     code, text, _ = prolora("check", out, target)
     assert code == 0
-    code, text, _ = prolora("inspect", out)
+    code, text, _ = prolora("check", out)
     assert code == 0 and "target" in text
     code, _, err = prolora(*words, "-o", other)
     assert code == 2 and "other.safetensors" in err

@@ -193,22 +193,18 @@ MISTAKES = {
         (*MOVE, "-o", "mine.safetensors"),
         "choose another name, or allow it with --overwrite",
     ),
-    "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists and is not a card as prolora"),
+    "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists"),
     "somebody's file for a report": (
         (*MOVE, *TO, "--report", "foreign.json"),
-        "foreign.json: exists and is not a report as prolora wrote it",
+        "foreign.json: exists, and is not replaced",
     ),
     "the output for a report": (
         (*MOVE, *TO, "--report", "out.safetensors"),
         "the report would replace the LoRA; give it another name",
     ),
-    "somebody's file for a map": (
-        ("advise", *BASES, "--save-match", "foreign.json"),
-        "foreign.json: exists and is not a map as prolora wrote it",
-    ),
     "a folder that cannot be an adapter": (
         (*MOVE, "-o", "words.txt", "--format", "peft"),
-        "words.txt: exists and is not a LoRA as prolora wrote it",
+        "words.txt: exists, and is not replaced",
     ),
     "a file for several LoRAs": (
         ("transfer", "loras/a.safetensors", "loras/b.safetensors", *BASES, "-o", "x.safetensors"),
@@ -220,14 +216,15 @@ MISTAKES = {
     ),
     "no LoRA": (("transfer", *BASES, *TO), "Missing argument 'LORA'"),
     "no source": (("transfer", "lora.safetensors", *BASES[2:], *TO), "Missing option '--source'"),
-    "bases without their options": (
-        ("transfer", "lora.safetensors", "source", "target", *TO),
-        "Missing option '--source': bases are given as --source BASE and --target BASE",
+    "one base for two": (
+        ("transfer", "lora.safetensors", "source", *TO),
+        "Missing option '--source': bases are given as --source BASE and --target BASE, or after",
     ),
+    "one model for two": (("extract", "source", *TO), "Missing argument 'BASE'"),
     "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
     "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
     "an empty output": ((*MOVE, "-o", ""), "the path is empty"),
-    "an empty base": (("advise", "--source", "", *BASES[2:]), "the name of the base is empty"),
+    "an empty base": (("check", "lora.safetensors", "--base", ""), "the name of the base is empty"),
     "a method that is none": (
         (*MOVE, *TO, "--method", "prolroa"),
         "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
@@ -257,32 +254,27 @@ MISTAKES = {
         "two inputs would become lora.safetensors",
     ),
     "a pickle for a base": (
-        ("advise", "--source", "old.pt", "--target", "target"),
+        ("check", "lora.safetensors", "--base", "old.pt"),
         "old.pt: a pickle checkpoint in the old format; it can run code when it is loaded",
     ),
-    "nothing to look at": (("inspect",), "Missing argument 'FILE'"),
-    "a missing file to look at": (("inspect", "lorra.safetensors"), "Similar here: lora.safet"),
-    "a folder of LoRAs to look at": (("inspect", "loras"), "name one of them"),
-    "an overlap that is no rank": (
-        ("advise", *BASES, "--overlap", "x"),
-        "--overlap takes an integer or a share like 0.9",
-    ),
-    "advice on a missing base": (
-        ("advise", "--source", "source", "--target", "targte"),
+    "nothing to look at": (("check",), "Missing argument 'FILE'"),
+    "a missing file to look at": (("check", "lorra.safetensors"), "Similar here: lora.safet"),
+    "a folder of LoRAs to look at": (("check", "loras"), "name one of them"),
+    "a verdict on a missing base": (
+        ("check", "lora.safetensors", "--source", "source", "--target", "targte"),
         "targte: no such file, folder or model of the hub (org/name). Similar here: target",
     ),
-    "a plan of nothing": (("plan", "nothing", *BASES), "nothing: is no .safetensors file"),
-    "somebody's file for a plan": (
-        ("plan", "loras", *BASES, "-o", "foreign.json"),
-        "foreign.json: exists and is not a plan as prolora wrote it",
+    "a migration of nothing": (
+        ("migrate", "nothing", *BASES, "-o", "moved"),
+        "nothing: is no .safetensors file",
     ),
-    "a missing plan": (("migrate", "plan.jsonl", "-o", "moved"), "plan.jsonl: no such file"),
-    "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is not a plan"),
-    "the state of nothing": (("status", "loras"), "no migration was run into this folder"),
+    "a migration to nowhere": (("migrate", "loras", *BASES), "-o FOLDER is missing"),
+    "a shard that is none": (
+        ("migrate", "loras", *BASES, "-o", "moved", "--shard", "3/2"),
+        "shard is a part of the work, as 2/8, not '3/2'",
+    ),
     "a demo of what is not shipped": (("demo", "--target", "sdxl"), "unknown demo target 'sdxl'"),
     "a LoRA that is not shipped": (("demo", "--lora", "x"), "unknown demo LoRA 'x': choose from"),
-    "subspaces of a LoRA": (("basis", "lora.safetensors"), "is a LoRA or a model with one"),
-    "an age that is none": (("basis", "prune", "--older-than", "soon"), "an age is a number of"),
 }
 
 
@@ -304,7 +296,7 @@ def test_a_mistake_is_answered_in_one_line_and_writes_nothing(prolora, room, wor
 @pytest.mark.parametrize("name", [pytest.param("old.pt", marks=pytest.mark.slow), "my old.ckpt"])
 def test_the_command_that_converts_a_pickle_can_be_copied(prolora, room, name):
     """It runs as it stands on its line; in double quotes, which cmd.exe knows too."""
-    _, _, error = prolora("inspect", name)
+    _, _, error = prolora("check", name)
     command = error.splitlines()[1]
     assert "'" not in command.partition('sys.argv[2])"')[2]
     subprocess.run(command, shell=True, check=True, env=os.environ, timeout=120)
@@ -313,7 +305,7 @@ def test_the_command_that_converts_a_pickle_can_be_copied(prolora, room, name):
 
 
 def test_a_name_cannot_forge_a_second_line(prolora, room):
-    _, _, error = prolora("inspect", "x\nError: all is well")
+    _, _, error = prolora("check", "x\nError: all is well")
     assert len(error.splitlines()) == 1 and r"x\nError: all is well" in error
 
 
@@ -328,5 +320,5 @@ def test_a_report_goes_to_standard_output_where_that_is_asked_for(prolora, room)
 )
 def test_a_missing_folder_of_the_output_is_made(prolora, room, loras):
     out = Path("new", "folder", *(["x.safetensors"] if len(loras) == 1 else []))
-    assert prolora("transfer", *loras, *BASES, "-o", out, "--method", "copy", "-q")[0] == 0
+    assert prolora("transfer", *loras, *BASES, "-o", out, "--method", "copy")[0] == 0
     assert len(list(Path("new", "folder").glob("*.safetensors"))) == len(loras)

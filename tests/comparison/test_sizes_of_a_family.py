@@ -5,12 +5,13 @@ from checkpoints import sparse_file
 from family_files import name_key
 from small_models import authors_weights, small_weights
 
-from prolora import UnsupportedFormat, open_base
+from prolora import open_base
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import find_block
 from prolora.bases.describe import describe_base
 from prolora.comparison.block_matching import match_blocks
 from prolora.comparison.module_map import find_partners
+from prolora.errors import UnsupportedFormat
 
 
 def open_size(folder, id_):

@@ -41,11 +41,10 @@ def compute(shape):
     alike = similarity(*bases, rank=k)
     results = [x for b in bases for x in (b.U, b.S, b.V, b.bound, b.energy)]
     results += [alike.left, alike.above_right, principal_angles(bases[0].U[:, :5], bases[1].U)]
-    for method in ("prolora", "blocks", "lora-x", "copy"):
+    for method in ("prolora", "copy"):
         moved, info = project(delta, *bases, method=method, return_info=True)
         results += [moved.up, moved.down, info.copy_distance, info.norm_ratio]
     results.append(project(delta.dense(), source, target, rank=k))
-    results += vars(project(delta, source, target, method="damped", kappa=2.0)).values()
     results += [delta.dense(), delta.norm(), *vars(delta.truncate(2)).values()]
     results.append(product_energies(delta.up, delta.down))
     results += [table.curve() for table in basis_tables(*bases)]
@@ -134,7 +133,7 @@ def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_
 
 def test_an_error_puts_the_settings_back():
     with float32_products("high"), torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(prolora.NonFiniteWeights):
+        with pytest.raises(prolora.errors.NonFiniteWeights):
             truncated_svd(torch.full((4, 4), torch.nan), 2)
         assert torch.is_autocast_enabled("cpu")
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from property_examples import examples
 from spectra import orthonormal, planted, power_law, sine, weights
 
-from prolora import NonFiniteWeights, ShapeMismatch, truncated_svd
+from prolora import truncated_svd
+from prolora.errors import NonFiniteWeights, ShapeMismatch
 
 ZOO = {
     "i^-0.5": power_law(48, 0.5),

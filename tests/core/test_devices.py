@@ -98,7 +98,7 @@ def test_a_stack_of_several_chunks_is_the_stack_of_its_members(device, rank, mon
     check_equal_subspaces(truncated_svd(weight.to(device), rank), whole.to("cpu"))
 
 
-@pytest.mark.parametrize("method", ["prolora", "blocks"])
+@pytest.mark.parametrize("method", ["prolora"])
 def test_updates_are_projected_as_on_the_cpu(device, method):
     source = stack(3, 48, 64)
     target = related(source, 0.2, seed=9)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from property_examples import examples
 
-from prolora import LowRank, ShapeMismatch
+from prolora import LowRank
 from prolora.core.recompression import product_energies
+from prolora.errors import ShapeMismatch
 
 
 def random_update(m, n, r, seed=0, batch=()):

@@ -9,9 +9,10 @@ import reference
 import torch
 from spectra import orthonormal, related, weights
 
-from prolora import NonFiniteWeights, ShapeMismatch, principal_angles, similarity, truncated_svd
+from prolora import principal_angles, similarity, truncated_svd
 from prolora.core.similarity import ANGLE_SHARES, angle_quantiles
 from prolora.core.svd import stacks
+from prolora.errors import NonFiniteWeights, ShapeMismatch
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "whole stacks"])

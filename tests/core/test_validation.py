@@ -6,25 +6,11 @@ import torch
 from spectra import related, weights
 
 import prolora
-from prolora import (
-    LowRank,
-    ProLoRAError,
-    ShapeMismatch,
-    SolverFailure,
-    UnsupportedDevice,
-    UnsupportedTensor,
-    damped,
-    principal_angles,
-    project,
-    similarity,
-    truncated_svd,
-)
-from prolora.bases.cache.build import survey_base
-from prolora.cli.options import FleetResources, Resources
+from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
 from prolora.comparison.block_matching import match_blocks, resolve_match
-from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
-from prolora.workflow.fleet.plan import Plan
+from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
+from prolora.workflow.extract_options import ExtractOptions
 from prolora.workflow.options import settle_options
 
 
@@ -100,7 +86,6 @@ def test_a_tensor_of_another_kind_is_refused_by_name(kind):
         (lambda: similarity(source, bad, rank=3), "W_tgt"),
         (lambda: principal_angles(bad, target), "X"),
         (lambda: principal_angles(source, bad), "Y"),
-        (lambda: damped(LowRank(source, target.mT), bad, source, 1.0), "source"),
     ):
         with pytest.raises(UnsupportedTensor, match=f"{name}.* is .*{words}") as error:
             call()
@@ -124,14 +109,12 @@ def test_a_pair_has_two_factors():
 def test_no_function_that_looks_at_numbers_runs_under_vmap():
     """And says so itself, with the way out."""
     delta, source, target = (torch.stack([x, x]) for x in case())
-    update = LowRank(source[0], torch.eye(7, dtype=source.dtype))
     for call, name in (
         (lambda w: project(w, source[0], target[0], rank=3), "project"),
         (lambda w: project(delta[0], w, target[0], rank=3), "project"),
         (lambda w: truncated_svd(w, 3).S, "truncated_svd"),
         (lambda w: similarity(w, target[0], rank=3).left, "truncated_svd"),
         (lambda w: principal_angles(w, target[0]), "principal_angles"),
-        (lambda w: damped(update, w, source[0], 1.0).up, "damped"),
     ):
         words = rf"{name} cannot run under torch.func.vmap.*stacks.*\[b, m, n\]"
         with pytest.raises(UnsupportedTensor, match=words):
@@ -224,8 +207,8 @@ def one_card(monkeypatch):
 
 
 JOBS = (
-    *(prolora.TransferOptions, prolora.FitOptions, prolora.AdviceOptions, prolora.ExtractOptions),
-    *(prolora.MergeOptions, prolora.EvaluationOptions),
+    *(prolora.TransferOptions, prolora.FitOptions, ExtractOptions),
+    prolora.MergeOptions,
 )
 
 
@@ -254,12 +237,8 @@ def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeyp
     base = prolora.open_base(
         {f"transformer_blocks.0.attn1.to_{x}.weight": torch.eye(8) for x in "qkv"}
     )
-    for place in ("bases.cache.build", "comparison.comparison"):
-        monkeypatch.setattr(f"prolora.{place}.Memory", note)
     monkeypatch.setattr("prolora.comparison.block_matching._find_room", note)
     calls = (
-        lambda **how: survey_base(base, 4, **how),
-        lambda **how: compare_bases(base, base, **how),
         lambda **how: match_blocks(base, base, **how),
         lambda **how: resolve_match("similarity", base, base, **how),
     )
@@ -270,26 +249,11 @@ def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeyp
     assert seen == ["cuda", "cpu"] * len(calls)
 
 
-def test_workers_of_a_plan_keep_to_the_cpu_unless_told_otherwise(one_card):
-    plan = Plan((), {})
-    assert plan.make_options().device == plan.make_options(device=None).device == "cpu"
-    assert plan.make_options(device="cuda").device == "cuda"
-
-
-def test_the_command_line_takes_a_gpu_for_a_job_here_and_none_for_workers(one_card):
-    ours, theirs = Resources(), FleetResources()
-    ours.check_device()
-    theirs.check_device()
-    assert (ours.device, theirs.device) == ("cuda", "cpu")
-
-
 def test_a_device_is_refused_before_anything_is_read(tmp_path):
     missing = tmp_path / "lora.safetensors"
     calls = (
         lambda device: prolora.transfer(missing, missing, missing, device=device),
         lambda device: prolora.transfer_many([missing], missing, missing, missing, device=device),
-        lambda device: compare_bases(missing, missing, device=device),
-        lambda device: survey_base(missing, 4, device=device),
     )
     for device, words in (("foo", "no device is called 'foo'"), ("mps", "no float64")):
         for call in calls:
@@ -300,12 +264,12 @@ def test_a_device_is_refused_before_anything_is_read(tmp_path):
 # --- Derivatives: right, or refused.
 
 
-@pytest.mark.parametrize("method", ["prolora", "subspace", "lora-x", "copy", "blocks", "damped"])
+@pytest.mark.parametrize("method", ["prolora", "copy"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_forward_derivative_is_that_of_differences(method, dense):
     delta, source, target = case(12, 10)
     up, down = delta[:, :3].clone(), delta[:3].clone()
-    options = {"method": method} | ({"kappa": 2.0} if method == "damped" else {"rank": 4})
+    options = {"method": method, "rank": 4}
 
     def moved(up, down):
         if dense:
@@ -345,16 +309,13 @@ def test_a_derivative_by_a_weight_is_refused_instead_of_zero(which):
         return project(delta, *pair, **options)
 
     tangent = (torch.ones_like(bases[which]),)
-    for options in ({"rank": 3}, {"method": "damped", "kappa": 1.0}):
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(lambda w, o=options: by_weight(w, **o), (bases[which],), tangent)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda w: by_weight(w, rank=3), (bases[which],), tangent)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize(
-    "options", [{"rank": 3}, {"method": "damped", "kappa": 1.0}], ids=["prolora", "damped"]
-)
-def test_a_gradient_by_a_weight_is_refused_instead_of_absent(which, options):
+def test_a_gradient_by_a_weight_is_refused_instead_of_absent(which):
+    options = {"rank": 3}
     delta, *bases = case()
     delta.requires_grad_()
     name = ("W_src", "W_tgt")[which]
@@ -371,13 +332,6 @@ def test_a_gradient_by_a_weight_is_refused_instead_of_absent(which, options):
     assert torch.equal(plain, moved)
     (gradient,) = torch.autograd.grad(moved.square().sum(), delta)
     assert gradient.norm() > 0
-
-
-def test_a_gradient_of_damped_by_a_weight_is_refused():
-    _, source, target = case()
-    update = LowRank(source, target.mT)
-    with pytest.raises(NotImplementedError, match=r"damped has no gradient.*target"):
-        damped(update, source @ target.mT, (source @ target.mT).requires_grad_(), 1.0)
 
 
 def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():

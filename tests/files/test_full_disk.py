@@ -14,7 +14,8 @@ import prolora
 from prolora import adapters
 from prolora.bases.cache.basis_cache import BasisCache
 from prolora.errors import OutputError
-from prolora.files.writing import write_safetensors, write_text_atomically
+from prolora.files.store import put_text
+from prolora.files.writing import write_safetensors
 
 ROOM = 64 << 10
 
@@ -43,13 +44,13 @@ def fill(disk: Path) -> None:
 def test_an_output_that_does_not_fit_leaves_the_old_one(disk: Path) -> None:
     path, text = disk / "x.safetensors", disk / "x.json"
     write_safetensors(path, {"a": torch.ones(4)}, {})
-    write_text_atomically(text, "{}")
+    put_text(text, "{}")
     before = path.read_bytes()
     with pytest.raises(OutputError, match="No space left"):
-        write_safetensors(path, {"a": torch.zeros(ROOM)}, {})
+        write_safetensors(path, {"a": torch.zeros(ROOM)}, {}, overwrite=True)
     fill(disk)
     with pytest.raises(OutputError, match="No space left"):
-        write_text_atomically(text, "x" * 5000)
+        put_text(text, "x" * 5000, overwrite=True)
     assert path.read_bytes() == before and text.read_text() == "{}"
     assert sorted(os.listdir(disk)) == ["ballast", "x.json", "x.safetensors"]
 

@@ -258,7 +258,7 @@ def test_a_file_replaced_while_open_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": torch.ones(4)}, {})
     file = SafetensorsFile(path)
-    write_safetensors(path, {"a": torch.zeros(4)}, {})
+    write_safetensors(path, {"a": torch.zeros(4)}, {}, overwrite=True)
     with pytest.raises(UnsupportedFormat, match="changed while it was in use"):
         file.read("a")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from prolora.errors import OutputError
 from prolora.files import dtypes, writing
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.files.writing import check_writable, write_safetensors, write_text_atomically
+from prolora.files.store import check_free, put, put_text
+from prolora.files.writing import write_safetensors
 
 EVERY_DTYPE = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
 
@@ -89,10 +90,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     monkeypatch.setattr(writing if step == "dump_safetensors" else os, step, fail)
     expected = OutputError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
-        write_safetensors(path, {"a": torch.zeros(4)}, {})
+        write_safetensors(path, {"a": torch.zeros(4)}, {}, overwrite=True)
     if step != "dump_safetensors":
         with pytest.raises(expected):
-            write_text_atomically(path, "text")
+            put_text(path, "text", overwrite=True)
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == before
@@ -120,7 +121,7 @@ def test_a_written_file_has_the_mode_any_new_file_has(tmp_path: Path) -> None:
     write_safetensors(path, {}, {})
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     path.chmod(0o640)
-    write_safetensors(path, {"a": torch.ones(1)}, {})
+    write_safetensors(path, {"a": torch.ones(1)}, {}, overwrite=True)
     assert path.stat().st_mode & 0o777 == 0o640
 
 
@@ -129,7 +130,7 @@ def test_writing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "x.json"
     link.symlink_to(tmp_path / "disk" / "real.json")
-    write_text_atomically(link, "{}")
+    put_text(link, "{}")
     assert link.is_symlink()
     assert (tmp_path / "disk" / "real.json").read_text() == "{}"
 
@@ -147,11 +148,11 @@ def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path: Path) -> No
         *map(tmp_path.joinpath, ["soft", "hard"]),
     ):
         with pytest.raises(OutputError, match="overwrite the input"):
-            check_writable(output, [tmp_path / "absent", source])
+            check_free(output, [tmp_path / "absent", source], overwrite=True)
     with pytest.raises(OutputError, match="overwrite the input"):
-        check_writable(source, [source.parent])
-    check_writable(tmp_path / "new", [source, source.parent])
-    check_writable(source.parent / "new", [source.parent])
+        check_free(source, [source.parent], overwrite=True)
+    check_free(tmp_path / "new", [source, source.parent])
+    check_free(source.parent / "new", [source.parent])
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -168,25 +169,25 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: P
         tmp_path / "loop",
     ):
         with pytest.raises(OutputError):
-            check_writable(path)
+            check_free(path)
         with pytest.raises(OutputError):
-            write_text_atomically(path, "text")
+            put_text(path, "text")
     assert Path(os.devnull).is_char_device()
 
 
 def test_a_missing_folder_is_made_and_vanishes_where_nothing_was_written(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "x"
-    check_writable(path)
+    check_free(path)
     assert not path.parent.exists()
-    with pytest.raises(ZeroDivisionError), writing.replace_output(path):
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        put(path, lambda _: 1 / 0)
     assert not list(tmp_path.iterdir())
-    write_text_atomically(path, "text")
+    put_text(path, "text")
     assert path.read_text() == "text"
 
 
 def test_no_folder_is_made_behind_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "no" / "such" / "file")
     with pytest.raises(OutputError, match="link into a folder that does not exist"):
-        check_writable(tmp_path / "link")
-    check_writable(tmp_path / "new" / "file")  # but one is made around a plain path
+        check_free(tmp_path / "link")
+    check_free(tmp_path / "new" / "file")  # but one is made around a plain path

@@ -16,7 +16,8 @@ from fitting import fit_models
 from safetensors.torch import load_file, save_file
 from test_probe import lora, permuted, run, source
 
-from prolora import FitOptions, NonFiniteWeights, OutputError, ProLoRAError, fit
+from prolora import FitOptions, ProLoRAError, fit
+from prolora.errors import NonFiniteWeights, OutputError
 from prolora.probe import pipelines
 from prolora.probe.recording.spill import SpillStore
 

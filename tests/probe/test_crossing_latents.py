@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prolora import FitOptions, LowRank, UnsupportedFormat, adapters, fit, inspect
+from prolora import FitOptions, LowRank, adapters, check, fit
 from prolora import transfer as prolora_transfer
 from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base, vae
 from prolora.cli import app
+from prolora.errors import UnsupportedFormat
 from prolora.probe import crossed, gate, pipelines
 from prolora.probe.checkpoint import Checkpoints
 from prolora.probe.pipelines import crossing, latents
@@ -195,7 +196,7 @@ def test_a_lora_crosses_to_a_file_of_the_target(room, tmp_path, monkeypatch, pai
     assert "6 images crossed as pixels" in sentences
     assert "of the composition" in sentences
     assert "What crossed" in Path("report.html").read_text()
-    assert inspect(out).trigger_words[:2] == ["sks cat", "neon"]
+    assert check(out).trigger_words[:2] == ("sks cat", "neon")
     if "--resume" in more:
         monkeypatch.setattr(
             pipelines.CrossingRecorder, "_sample", lambda *_: pytest.fail("sampled")
@@ -210,7 +211,7 @@ def test_a_lora_moved_by_weights_keeps_its_words(room, tmp_path):
     lora, other = room / "sd.safetensors", room / "sd, another VAE"
     for format in ("kohya", "diffusers"):
         prolora_transfer(lora, room / "sd", other, method="copy").save(out, format=format)
-        assert inspect(out).trigger_words == ["sks cat", "neon", "night"]
+        assert check(out).trigger_words == ("sks cat", "neon", "night")
 
 
 class LinearVAE(nn.Module):

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.errors import OutputError
-from prolora.files.atomic import TEMPORARY_NAME
 from prolora.probe import checkpoint, pipelines
 
 FEW = prolora.FitOptions(("cat", "dog"), images=2, steps=4, fit_steps=2, force=True)
@@ -53,7 +52,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out.mkdir()
             for name in "abc" if target == "target" else "ac":
                 ends = folder / f"{name}.safetensors", folder / "source", folder / target
-                prolora.fit_file(*ends, out / f"{name}.safetensors", FEW)
+                prolora.fit(*ends, out / f"{name}.safetensors", out=FEW)
     return folder
 
 
@@ -79,7 +78,7 @@ def test_each_lora_of_a_folder_gets_what_it_gets_alone_for_fewer_predictions(
     monkeypatch.setattr(pipelines, "open_pipeline", lambda *a: opened.append(a[0]) or load(*a))
     names = "acb" if target == "target" else "ac"
     first, refused, second, *_ = fit_all(room, tmp_path / "out", f"a-{names[1:]}", target)
-    assert isinstance(refused.error, prolora.UnsupportedFormat)
+    assert isinstance(refused.error, prolora.errors.UnsupportedFormat)
     assert_as_alone(room, tmp_path / "out", names, target)
     assert opened == [room / "source", room / target]
     made = [done.report.probe.predictions for done in (first, second)]
@@ -99,19 +98,19 @@ def test_a_run_that_is_killed_in_the_second_lora_goes_on_and_leaves_nothing_behi
         os._exit(0)
     while not (out / "a.safetensors").exists():
         time.sleep(0.01)
-    while not any(out.glob(".prolora-*.tmp/calls-adapted-*")):
+    while not any(out.glob(".prolora-parts/calls-adapted-*")):
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    (left,) = (entry for entry in out.iterdir() if TEMPORARY_NAME.fullmatch(entry.name))
-    assert (left / checkpoint.INPUTS_FILE).exists() and not (out / "b.safetensors").exists()
+    assert (out / ".prolora-parts" / checkpoint.INPUTS_FILE).exists()
+    assert not (out / "b.safetensors").exists()
     first, second, _ = fit_all(room, out)
     assert first.kept and second.status == "moved"
     assert_as_alone(room, out)
 
 
 def test_what_a_killed_run_between_other_models_left_is_not_used(room, tmp_path):
-    left = tmp_path / "out" / f".prolora-{'0' * 16}.tmp"
+    left = tmp_path / "out" / ".prolora-parts"
     left.mkdir(parents=True)
     (left / checkpoint.INPUTS_FILE).write_text('{"made_from": {"the source: files": {}}}')
     (left / "calls-source-0.safetensors").write_bytes(b"of other models")
@@ -122,7 +121,7 @@ def test_what_a_killed_run_between_other_models_left_is_not_used(room, tmp_path)
 def test_ctrl_c_leaves_nothing_behind(room, tmp_path):
     def stop(done: int, total: int, name: str) -> None:
         if "LoRA 2" in name:
-            assert any(out.glob(".prolora-*.tmp/*"))
+            assert any(out.glob(".prolora-parts/*"))
             raise KeyboardInterrupt
 
     out = tmp_path / "out"
@@ -136,7 +135,7 @@ def test_what_the_next_lora_cannot_use_goes_when_a_lora_is_done(room, tmp_path):
 
     def look(done: int, total: int, name: str) -> None:
         if "LoRA 2" in name and not kept:
-            files = out.glob(".prolora-*.tmp/*.safetensors")
+            files = out.glob(".prolora-parts/*.safetensors")
             kept.append({file.name.rpartition("-")[0] for file in files})
 
     out = tmp_path / "out"
@@ -151,11 +150,11 @@ def test_a_disk_without_room_for_it_costs_predictions_and_no_lora(
 ):
     write, written = checkpoint.write_safetensors, []
 
-    def fill_up(path: Path, *args: object) -> None:
+    def fill_up(path: Path, *args: object, **more: object) -> None:
         written.append(path)
         if fails == "at once" or len(written) > 4:
             raise OutputError(f"{path}: {os.strerror(errno.ENOSPC)}")
-        write(path, *args)
+        write(path, *args, **more)
 
     monkeypatch.setattr(checkpoint, "write_safetensors", fill_up)
     assert [done.status for done in fit_all(room, tmp_path / "out", "ac")] == ["moved", "moved"]

@@ -13,8 +13,9 @@ from fitting import fit_models
 from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
 from torch import Tensor, nn
 
-from prolora import FitOptions, InvalidOption, LowRank, fit, probe
+from prolora import FitOptions, LowRank, fit, probe
 from prolora.adapters.adapter import Adapter
+from prolora.errors import InvalidOption
 from prolora.probe import pipelines
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.pipelines.flow_convention import watch_steps

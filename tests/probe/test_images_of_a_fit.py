@@ -166,7 +166,7 @@ def test_a_png_holds_the_pixels_that_were_given(shape):
 
 def test_the_number_of_prompts_that_are_shown_is_checked():
     for wrong in (-1, 1.5, True):
-        with pytest.raises(prolora.InvalidOption, match="shown_prompts"):
+        with pytest.raises(prolora.errors.InvalidOption, match="shown_prompts"):
             prolora.FitOptions(shown_prompts=wrong)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_probe import lora, permuted, run, source
 from torch import nn
 
-from prolora import FitOptions, LowRank, OutputError, fit, probe
+from prolora import FitOptions, LowRank, fit, probe
+from prolora.errors import OutputError
 from prolora.probe import pipelines
 
 __all__ = ["lora", "source"]  # fixtures

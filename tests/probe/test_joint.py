@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
-from prolora import LowRank, ShapeMismatch, probe
+from prolora import LowRank, probe
+from prolora.errors import ShapeMismatch
 from prolora.probe import gate
 from prolora.probe.energies import measure_disagreement
 from prolora.probe.fitting import refinement

@@ -12,7 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from fitting import fit_models
 from torch import Tensor
 
-from prolora import FitOptions, UnsupportedFormat
+from prolora import FitOptions
+from prolora.errors import UnsupportedFormat
 from prolora.probe import pipelines
 from prolora.probe.pipelines import conversion, flow_convention, schedules
 from prolora.probe.pipelines.schedules import NoiseSchedule, Times

@@ -9,7 +9,8 @@ import torch
 from fitting import fit_models
 from torch import Tensor, nn
 
-from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
+from prolora import LowRank, ProLoRAError, probe
+from prolora.errors import UnrelatedBases
 from prolora.probe.recording.trajectories import predict_call, record_calls
 from prolora.probe.updates import run_beside
 

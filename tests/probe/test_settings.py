@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import prolora
-from prolora import FitOptions, FitSettings, LowRank, probe
+from prolora import FitOptions, LowRank, probe
 from prolora.errors import InvalidOption
-from prolora.probe.settings import read_prompts
+from prolora.probe.settings import FitSettings, read_prompts
 
 
 def test_no_text_of_a_fit_names_an_option_of_the_command_line():

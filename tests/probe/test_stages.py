@@ -16,8 +16,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import prolora
-from prolora import FitOptions, TooLittleMemory
+from prolora import FitOptions
 from prolora.cli import app
+from prolora.errors import TooLittleMemory
 from prolora.probe import pipelines
 from prolora.probe.fitting import joint
 from prolora.probe.pipelines import stages
@@ -121,7 +122,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named_before_a_model_is_loaded(
     """Without it the LoRA moved by weights would be missing: another fit, and nobody told."""
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
-    with pytest.raises(prolora.OutputError, match="the cache folder cannot be made"):
+    with pytest.raises(prolora.errors.OutputError, match="the cache folder cannot be made"):
         prolora.fit(
             room / "lora.safetensors",
             room / "source",

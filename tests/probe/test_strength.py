@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from prolora import InvalidOption, LowRank
+from prolora import LowRank
+from prolora.errors import InvalidOption
 from prolora.probe import Trajectories, measure_strengths
 from prolora.probe.recording.trajectories import Call
 from prolora.probe.strength import STRENGTHS, choose_moments, fit_vertex

@@ -209,36 +209,6 @@ def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room,
         assert not torch.allclose(entry, conditioning(room, {}), atol=1e-2)
 
 
-def test_a_measurement_asks_both_models_with_what_both_text_encoders_hold(room, twin, seen):
-    prolora.advise(room / "source", twin, room / "lora.safetensors", measure=SETTINGS)
-    assert {name for name, _ in seen} == {"source", "twin"}
-    for _, entry in seen:
-        torch.testing.assert_close(entry, conditioning(room, parts_of(room)[1]))
-
-
-def test_a_measurement_asks_the_source_as_diffusers_runs_the_file(room, seen, monkeypatch):
-    theirs = pipelines.open_pipeline(room / "source")
-    theirs.pipe.load_lora_weights(room / "lora.safetensors")
-    given = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
-    noise = torch.Generator().manual_seed(0)
-    wanted = theirs.pipe("cat", **given, generator=noise, output_type="latent").images
-    drawn = []
-    sample = pipelines.Pipeline.sample_latents
-
-    def record(self, *given):
-        drawn.append(sample(self, *given))
-        return drawn[-1]
-
-    monkeypatch.setattr(pipelines.Pipeline, "sample_latents", record)
-    ends = room / "source", room / "target", room / "lora.safetensors"
-    prolora.advise(*ends, measure=replace(SETTINGS, images=1))
-    assert any(torch.allclose(x.images, wanted, atol=1e-3) for x in drawn if len(x.images))
-    of_source = [entry for name, entry in seen if name == "source"]
-    beside = conditioning(room, parts_of(room)[1])
-    assert any(torch.allclose(entry, beside, atol=1e-4) for entry in of_source)
-    assert not all(torch.allclose(entry, beside, atol=1e-2) for entry in of_source)
-
-
 @pytest.mark.parametrize("target", ["target", pytest.param("source", marks=pytest.mark.slow)])
 def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
     room, target, tmp_path

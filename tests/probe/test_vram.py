@@ -14,8 +14,9 @@ from test_swapping import Card
 from typer.testing import CliRunner
 
 import prolora
-from prolora import FitOptions, InvalidOption, TooLittleMemory
+from prolora import FitOptions
 from prolora.cli import app
+from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.files.sizes import parse_size
 from prolora.probe import pipelines, swapping
 from prolora.probe.fitting import joint
@@ -157,7 +158,7 @@ def test_a_bound_on_the_card_is_refused_before_a_model_is_loaded(room, as_card, 
     with pytest.raises(TooLittleMemory, match=r"one block of each model .* needs \d"):
         prolora.fit(*given, FEW, max_vram=1000, device="cpu")
     with pytest.raises(TooLittleMemory):
-        prolora.plan_fit(*given, FEW, max_vram=1000, device="cpu")
+        prolora.fit(*given, FEW, max_vram=1000, device="cpu", dry_run=True)
 
 
 def test_a_bound_on_the_card_means_nothing_on_the_cpu(room, monkeypatch):

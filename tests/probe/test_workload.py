@@ -173,18 +173,27 @@ def test_a_dry_run_says_what_would_be_asked_without_loading_a_model(room, monkey
     told = " ".join(result.output.split())
     assert "144 images are sampled, 96 of them by sd15" in told
     assert "at most about 7,488 predictions of sd15" in told
-    fewer = prolora.plan_fit(
-        room / "lora.safetensors", room / "sd15", room / "tuned", images=2, guidance=1.0
-    )
+    fewer = prolora.fit(
+        room / "lora.safetensors",
+        room / "sd15",
+        room / "tuned",
+        images=2,
+        guidance=1.0,
+        dry_run=True,
+    ).report
     assert "12 images are sampled, 8 of them by sd15" in fewer.work
     assert fewer.to_dict()["work"] == fewer.work
 
 
 def test_a_planned_fit_says_that_its_lora_was_moved_before(room, tmp_path):
     moved, ends = tmp_path / "moved.safetensors", (room / "sd15", room / "tuned")
-    prolora.transfer_file(room / "lora.safetensors", *ends, moved, method="copy")
-    assert "moved before" not in str(prolora.plan_fit(room / "lora.safetensors", *ends))
-    assert "moved before, from sd15 to tuned" in str(prolora.plan_fit(moved, *reversed(ends)))
+    prolora.transfer(room / "lora.safetensors", *ends, out=moved, method="copy")
+    assert "moved before" not in str(
+        prolora.fit(room / "lora.safetensors", *ends, dry_run=True).report
+    )
+    assert "moved before, from sd15 to tuned" in str(
+        prolora.fit(moved, *reversed(ends), dry_run=True).report
+    )
 
 
 @pytest.mark.slow

@@ -74,28 +74,7 @@ def project_dense(
     u, v = leading_vectors(W_tgt, k_tgt)
     inside_left, inside_right = range_projector(u), range_projector(v)
     outside_left, outside_right = complement_projector(u), complement_projector(v)
-    if method == "lora-x":
-        return inside_left @ delta @ inside_right
     part = split_blocks(delta, W_src, k_src)
     within = inside_left @ part["range"] @ inside_right
-    if method == "subspace":
-        return within
     without = outside_left @ part["null"] @ outside_right
-    if method == "prolora":
-        return within + without
-    if method == "blocks":
-        crossed = inside_left @ part["range_null"] @ outside_right
-        return within + without + crossed + outside_left @ part["null_range"] @ inside_right
-    raise ValueError(method)
-
-
-def damp_dense(delta: Tensor, W_src: Tensor, W_tgt: Tensor, kappa: float) -> Tensor:
-    """(I + κ_l DDᵀ)⁻¹ ΔW (I + κ_r DᵀD)⁻¹ [m, n] with D = W_t − W_s, see `damping`."""
-    source = W_src.double()
-    drift = W_tgt.double() - source
-    m, n = drift.shape
-    rate = kappa / source.square().sum()
-    left = torch.eye(m, dtype=torch.float64) + rate * m * drift @ drift.mT
-    right = torch.eye(n, dtype=torch.float64) + rate * n * drift.mT @ drift
-    result: Tensor = torch.linalg.inv(left) @ delta.double() @ torch.linalg.inv(right)
-    return result
+    return within + without

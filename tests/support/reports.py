@@ -6,7 +6,8 @@ import math
 from html.parser import HTMLParser
 from typing import Any
 
-from prolora import Report, Verdict
+from prolora import Report
+from prolora.core.verdict import Verdict
 from prolora.workflow.module_report import Measures, ModuleReport
 
 KINDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")

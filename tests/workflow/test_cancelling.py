@@ -4,8 +4,6 @@ import pytest
 from mini import write_case
 
 import prolora
-from prolora.bases.cache.build import survey_base
-from prolora.comparison.comparison import compare as compare_bases
 
 
 class Stopped(Exception):
@@ -29,19 +27,19 @@ def stop_at(call):
     return progress
 
 
-@pytest.mark.parametrize("method", ["auto", "damped", "prolora", "copy"])
+@pytest.mark.parametrize("method", ["auto", "prolora", "copy"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_transfer_stops_and_writes_nothing(case, tmp_path, method, call):
     out = tmp_path / "out" / "moved.safetensors"
     out.parent.mkdir()
     known = {"method": method, "progress": stop_at(call), "cache": tmp_path / "cache"}
     try:
-        prolora.transfer_file(*case, out, **known)
+        prolora.transfer(*case, out=out, **known)
     except Stopped:
         assert not list(out.parent.iterdir())
     else:
         assert call == 2 and method in ("copy", "auto")  # so short that it calls once
-    prolora.transfer_file(*case, out, method=method, cache=tmp_path / "cache")
+    prolora.transfer(*case, out=out, method=method, cache=tmp_path / "cache")
 
 
 def test_of_several_loras_those_that_are_done_stay(case, tmp_path):
@@ -56,9 +54,6 @@ def test_of_several_loras_those_that_are_done_stay(case, tmp_path):
 
 
 def test_a_comparison_and_a_survey_stop(case, tmp_path):
-    _, source, target = case
+    lora, source, target = case
     with pytest.raises(Stopped):
-        compare_bases(source, target, progress=stop_at(1))
-    with pytest.raises(Stopped):
-        survey_base(source, 4, cache=tmp_path / "cache", progress=stop_at(1))
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".tmp"]
+        prolora.check(lora, source=source, target=target, progress=stop_at(1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora.architectures.layouts import load_layout
-from prolora.workflow.inspection import inspect
+from prolora.workflow.check import check
 
 
 def hollow_base(folder, layout):
@@ -37,11 +38,11 @@ def unread(monkeypatch):
 
 
 def test_a_lora_fits_its_own_base(tmp_path):
-    answer = prolora.check(usual_lora("sdxl", "unet."), hollow_base(tmp_path, "sdxl"))
-    assert answer and answer.answer == "fits" and answer.coverage == 1
-    assert str(answer) == "✔ for this base: 700 of 700 modules have their place"
+    answer = prolora.check(usual_lora("sdxl", "unet."), base=hollow_base(tmp_path, "sdxl"))
+    assert answer and answer.fit.answer == "fits" and answer.fit.coverage == 1
+    assert str(answer).startswith("✔ for this base: 700 of 700 modules have their place\n")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        answer.answer = "other"
+        answer.reason = "other"
 
 
 @pytest.mark.parametrize(
@@ -62,10 +63,10 @@ def test_a_lora_fits_its_own_base(tmp_path):
 )
 def test_a_lora_of_another_model_is_said_to_be_one(tmp_path, lora, base, text):
     prefix = "transformer." if "wan" in lora else "unet."
-    answer = prolora.check(usual_lora(lora, prefix), hollow_base(tmp_path, base))
-    assert not answer and answer.answer == "other"
+    answer = prolora.check(usual_lora(lora, prefix), base=hollow_base(tmp_path, base))
+    assert not answer and answer.fit.answer == "other"
 
-    assert re.fullmatch(text, str(answer)), str(answer)
+    assert re.fullmatch(text, f"{answer.mark} {answer.headline}"), str(answer)
 
 
 def test_modules_without_a_place_are_counted_and_the_first_is_named(tmp_path):
@@ -75,33 +76,33 @@ def test_modules_without_a_place_are_counted_and_the_first_is_named(tmp_path):
         torch.zeros(1, 640),
         torch.zeros(640, 1),
     )
-    answer = prolora.check(lora, hollow_base(tmp_path, "sdxl"))
-    assert (answer.answer, answer.mark) == ("in part", "⚠")
-    assert "700 of 701 modules" in answer.sentence and "transformer_blocks.9.attn1.to_q" in str(
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    assert (answer.fit.answer, answer.mark) == ("in part", "⚠")
+    assert "700 of 701 modules" in answer.headline and "transformer_blocks.9.attn1.to_q" in str(
         answer
     )
-    assert 0.99 < answer.coverage < 1
+    assert 0.99 < answer.fit.coverage < 1
 
 
 def test_a_module_of_another_width_has_no_place(tmp_path):
     lora = usual_lora("sdxl", "unet.")
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     lora[f"{key}.lora_B.weight"] = torch.zeros(1279, 1)
-    answer = prolora.check(lora, hollow_base(tmp_path, "sdxl"))
-    assert answer.answer == "in part" and "1279×1280" in str(answer)
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    assert answer.fit.answer == "in part" and "1279×1280" in str(answer)
 
 
 def test_few_modules_that_both_have_but_that_look_like_anothers_are_unclear(tmp_path):
     lora = {k: v for k, v in usual_lora("sdxl", "unet.").items() if ".down_blocks.1." in k}
-    answer = prolora.check(lora, hollow_base(tmp_path, "ssd-1b"))
-    assert (answer.answer, answer.mark) == ("unclear", "⚠") and not answer
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "ssd-1b"))
+    assert (answer.fit.answer, answer.mark) == ("unclear", "⚠") and not answer
 
 
 def test_modules_that_several_families_have_are_said_to_be_theirs_too(tmp_path):
     lora = {k: v for k, v in usual_lora("flux1-dev", "transformer.").items() if "_blocks.0." in k}
     for layout, also in (("flux1-dev", "Chroma"), ("chroma", "FLUX.1")):
-        answer = prolora.check(lora, hollow_base(tmp_path, layout))
-        assert answer and also in answer.also and answer.also in answer.sentence
+        answer = prolora.check(lora, base=hollow_base(tmp_path, layout))
+        assert answer and also in answer.fit.also and answer.fit.also in answer.headline
 
 
 def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path):
@@ -110,8 +111,8 @@ def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path)
         key = f"{encoder}.text_model.encoder.layers.0.self_attn.q_proj"
         lora[f"{key}.lora_A.weight"] = torch.zeros(1, 768)
         lora[f"{key}.lora_B.weight"] = torch.zeros(768, 1)
-    answer = prolora.check(lora, hollow_base(tmp_path, "sd15"))
-    missing = answer.to_dict()["without_place"]
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
+    missing = answer.to_dict()["fit"]["without_place"]
     assert list(missing) == ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"]
     assert "fewer than 2 text encoders" in str(answer)
 
@@ -120,17 +121,17 @@ def test_an_update_that_needs_its_base_is_placed_without_it(tmp_path):
     lora = usual_lora("sdxl", "unet.")
     ups = [k for k in lora if k.endswith("lora_B.weight")]
     lora |= {k.replace("lora_B.weight", "dora_scale"): torch.ones(len(lora[k]), 1) for k in ups}
-    assert prolora.check(lora, hollow_base(tmp_path, "sdxl"))
-    other = prolora.check(lora, hollow_base(tmp_path, "sd15"))
-    assert other.answer == "other" and "Stable Diffusion XL" in str(other)
+    assert prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    other = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
+    assert other.fit.answer == "other" and "Stable Diffusion XL" in str(other)
 
 
 def test_an_update_beside_an_unknown_tensor_counts_as_one_without_a_place(tmp_path):
     lora = usual_lora("sdxl", "unet.")
     key = next(k for k in lora if k.endswith("lora_B.weight"))
     lora[key.replace("lora_B.weight", "lora_gate")] = torch.ones(3)
-    answer = prolora.check(lora, hollow_base(tmp_path, "sdxl"))
-    assert answer.answer == "in part" and "699 of 700" in str(answer)
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    assert answer.fit.answer == "in part" and "699 of 700" in str(answer)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -138,8 +139,28 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
     base = hollow_base(tmp_path, "sd15")
     lora = tmp_path / "lora.safetensors"
     save_file({k: v.contiguous() for k, v in usual_lora("sd15", "unet.").items()}, lora)
-    with pytest.raises(prolora.UnsupportedFormat):
-        prolora.check(*((base, base) if swapped else (lora, lora)))
+    if swapped:
+        found = prolora.check(base, base=base)
+        assert (found.kind, found.mark) == ("base", "✖") and "a LoRA was asked" in found.headline
+        return
+    with pytest.raises(prolora.errors.UnsupportedFormat):
+        prolora.check(lora, base=lora)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_a_family_may_stand_in_the_place_of_a_base(family):
+    found = prolora.check(usual_lora("sdxl", "unet."), family=family)
+    assert bool(found) == (family == "sdxl") and "Stable Diffusion XL" in found.headline
+
+
+@pytest.mark.parametrize(
+    ("program", "mark"), [("diffusers", "✔"), ("comfyui", "⚠"), ("forge", "✖")]
+)
+def test_a_check_says_what_a_program_does_with_a_file(program, mark):
+    found = prolora.check(usual_lora("sdxl", "unet."), program=program)
+    assert found.mark == mark and found.program in found.headline
+    with pytest.raises(prolora.errors.InvalidOption, match="comfyui"):
+        prolora.check(usual_lora("sdxl", "unet."), program="paint")
 
 
 def test_a_language_models_lora_is_not_promised_a_move(tmp_path):
@@ -149,5 +170,38 @@ def test_a_language_models_lora_is_not_promised_a_move(tmp_path):
         {f"{key}.lora_A.weight": torch.zeros(2, 64), f"{key}.lora_B.weight": torch.zeros(64, 2)},
         path,
     )
-    found = inspect(path)
-    assert not found.supported and "language model" in found.reason
+    found = check(path)
+    assert found.reason and "language model" in found.reason
+
+
+MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
+
+
+def mini_lora():
+    shapes = prolora.open_base(MINI / "source").shapes
+    name = next(name for name in shapes if name.endswith("attn1.to_q"))
+    out, inputs = shapes[name][:2]
+    factors = {"lora_A": torch.ones(1, inputs), "lora_B": torch.full((out, 1), 1e-3)}
+    return {f"unet.{name}.{role}.weight": x for role, x in factors.items()}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
+    monkeypatch.undo()
+    target = prolora.open_base(MINI / "finetuned")
+    if apart:
+        torch.manual_seed(0)
+        target = {f"{n}.weight": torch.randn(shape) for n, shape in target.shapes.items()}
+    bases = {"source": MINI / "source", "target": target}
+    found = prolora.check(mini_lora(), **bases)
+    assert (found.mark, found.headline) == (found.move.mark, found.move.headline)
+    if apart:
+        assert found.mark == "✖" and "nothing in common" in found.headline
+        with pytest.raises(prolora.errors.UnrelatedBases):
+            prolora.transfer(mini_lora(), *bases.values())
+    else:
+        done = prolora.transfer(mini_lora(), *bases.values()).report.in_words()
+        assert (done.mark, done.headline) == (found.mark, found.headline)
+        assert done.lines[0] == found.move.lines[0]
+    with pytest.raises(prolora.errors.InvalidOption, match="takes two models"):
+        prolora.check(mini_lora(), source=MINI / "source")

@@ -98,9 +98,9 @@ def test_the_residual_that_is_told_is_the_dense_one(kind, out_rank, dtype, tmp_p
     lora, base, out = (tmp_path / f"{n}.safetensors" for n in ("lora", "base", "out"))
     save_file(tensors, lora)
     save_file(make_base(), base)
-    report = prolora.convert_file(
-        lora, out, base if kind == "dora" else None, out_rank=out_rank, dtype=dtype
-    )
+    report = prolora.convert(
+        lora, base if kind == "dora" else None, out=out, out_rank=out_rank, dtype=dtype
+    ).report
     true = residual(adapters.read_adapter(out), dense)
     assert true > 0.01  # something was cut
     assert told(report) == pytest.approx(true, rel=2e-3)
@@ -113,7 +113,7 @@ def test_rounding_counts_as_a_residual(tmp_path):
     tensors, dense = make_lora("lora", 4, 1)
     save_file(tensors, tmp_path / "lora.safetensors")
     out = tmp_path / "out.safetensors"
-    report = prolora.convert_file(tmp_path / "lora.safetensors", out, dtype="bfloat16")
+    report = prolora.convert(tmp_path / "lora.safetensors", out=out, dtype="bfloat16").report
     true = residual(adapters.read_adapter(out), dense)
     assert 1e-4 < true < 1e-2
     assert told(report) == pytest.approx(true, rel=0.2)
@@ -131,7 +131,7 @@ def test_people_read_what_is_lost_in_per_cent(kept, shown):
 def test_what_needs_its_base_is_refused_without_it_in_plain_words():
     tensors, _ = make_lora("dora", 2, 0)
     with pytest.raises(
-        prolora.UnsupportedFormat, match="give the base model that it was trained on"
+        prolora.errors.UnsupportedFormat, match="give the base model that it was trained on"
     ):
         prolora.convert(tensors)
 
@@ -139,7 +139,7 @@ def test_what_needs_its_base_is_refused_without_it_in_plain_words():
 def test_a_base_that_is_not_the_loras_is_refused():
     tensors, _ = make_lora("lora", 2, 0)
     other = {n: w for n, w in make_base().items() if "mid_block" not in n}
-    with pytest.raises(prolora.UnsupportedFormat, match="do not exist in the source base"):
+    with pytest.raises(prolora.errors.UnsupportedFormat, match="do not exist in the source base"):
         prolora.convert(tensors, other)
 
 
@@ -156,13 +156,13 @@ def test_the_header_is_kept_and_inputs_are_not_overwritten(tmp_path):
     tensors, _ = make_lora("lora", 2, 0)
     lora = tmp_path / "lora.safetensors"
     save_file(tensors, lora, {"ss_output_name": "mine", "modelspec.trigger_phrase": "zzz"})
-    prolora.convert_file(lora, tmp_path / "out.safetensors", dtype="float16")
+    prolora.convert(lora, out=tmp_path / "out.safetensors", dtype="float16")
     from prolora.files.safetensors_file import SafetensorsFile
 
     header = SafetensorsFile(tmp_path / "out.safetensors").metadata
     assert header["ss_output_name"] == "mine" and header["modelspec.trigger_phrase"] == "zzz"
-    with pytest.raises(prolora.OutputError):
-        prolora.convert_file(lora, lora)
+    with pytest.raises(prolora.errors.OutputError):
+        prolora.convert(lora, out=lora)
     assert set(load_file(lora)) == set(tensors)
 
 
@@ -196,13 +196,14 @@ def test_a_result_is_written_as_it_was_asked_for(tmp_path):
     tensors = adapters.encode_state_dict(adapters.read_adapter(came), format="diffusers")
     done = prolora.convert(tensors, format="kohya", dtype="float16")
     for made in (done, prolora.merge([tensors, tensors], format="kohya", dtype="float16")):
-        made.save(tmp_path / "out.safetensors")
+        made.save(tmp_path / "out.safetensors", overwrite=True)
         written = load_file(tmp_path / "out.safetensors")
         assert all(key.startswith("lora_unet_") for key in written)
         assert {x.dtype for x in written.values()} == {torch.float16}
         assert made.state_dict().keys() == written.keys()
     # What is asked of `save` counts more.
-    done.save(tmp_path / "out.safetensors", format="diffusers", dtype="float32")
+    out = tmp_path / "out.safetensors"
+    done.save(out, format="diffusers", dtype="float32", overwrite=True)
     written = load_file(tmp_path / "out.safetensors")
     assert all(
         not key.startswith("lora_unet_") and x.dtype == torch.float32 for key, x in written.items()

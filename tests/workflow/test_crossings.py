@@ -22,6 +22,7 @@ from family_loras import is_early, measure_difference
 from small_models import authors_weights, small_shapes, small_weights
 
 import prolora
+from prolora import errors
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
 from prolora.core.lowrank import LowRank
 
@@ -138,7 +139,7 @@ def test_a_lora_crosses_with_all_modules_that_the_target_has(family, source, tar
     ("family", "source", "target", "names"), [case for case in CASES if case not in FITTING]
 )
 def test_no_lora_crosses_between_models_of_other_widths(family, source, target, names, method):
-    with pytest.raises(prolora.ShapeMismatch, match="no module of this LoRA fits the target"):
+    with pytest.raises(errors.ShapeMismatch, match="no module of this LoRA fits the target"):
         cross(family, source, target, method, names)
 
 

@@ -64,14 +64,14 @@ def test_a_lora_moves_by_equal_names_and_keeps_the_spelling_it_came_in(
     for seed, (name, drift) in enumerate((("old", 0.0), ("new", 0.05))):
         weights = {prefix + key: tensor for key, tensor in base(0, drift).items()}
         save_file(weights, tmp_path / f"{name}.safetensors", {"n": str(seed)})
-    report = prolora.transfer_file(
+    report = prolora.transfer(
         tmp_path / "lora.safetensors",
         tmp_path / "old.safetensors",
         tmp_path / "new.safetensors",
-        tmp_path / "out.safetensors",
+        out=tmp_path / "out.safetensors",
         method=method,
         rank=4,
-    )
+    ).report
     assert report.coverage == 1
     moved = load_file(tmp_path / "out.safetensors")
     assert moved.keys() == tensors.keys()

@@ -80,7 +80,7 @@ def test_a_lora_in_every_spelling_moves_between_bases_in_every_form(tmp_path, fa
             assert copied.report.coverage == 1
     for format in FAMILIES[family].spellings:  # what was copied last stands for all
         if format != "peft":
-            copied.save(tmp_path / "out", format=format, dtype="float32")
+            copied.save(tmp_path / "out", format=format, dtype="float32", overwrite=True)
 
 
 # SD3 fuses matrices and swaps halves, Wan has other names alone: the kinds that there are.

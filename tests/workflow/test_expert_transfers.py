@@ -17,14 +17,14 @@ def target(tmp_path):
 def test_one_lora_becomes_a_file_for_each_expert(tmp_path, target):
     lora = write_lora(tmp_path / "style.safetensors")
     source = write_file(tmp_path / "wan21.safetensors", expert(1))
-    outcomes = prolora.transfer_many([lora], source, target, tmp_path / "out", method="damped")
+    outcomes = prolora.transfer_many([lora], source, target, tmp_path / "out", method="prolora")
     assert [(outcome.out.name, outcome.status) for outcome in outcomes] == [
         ("style_high_noise.safetensors", "moved"),
         ("style_low_noise.safetensors", "moved"),
     ]
     for outcome, part in zip(outcomes, ("transformer", "transformer_2"), strict=True):
         alone = tmp_path / "alone.safetensors"
-        prolora.transfer_file(lora, source, target / part, alone, method="damped")
+        prolora.transfer(lora, source, target / part, out=alone, method="prolora", overwrite=True)
         wanted, found = load_file(alone), load_file(outcome.out)
         assert wanted.keys() == found.keys()
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)
@@ -62,18 +62,18 @@ def test_results_that_would_be_one_file_are_refused(tmp_path, target):
     one = write_lora(tmp_path / "style.safetensors")
     two = write_lora(tmp_path / "style_low_noise.safetensors")
     source = write_file(tmp_path / "wan21.safetensors", expert(1))
-    with pytest.raises(prolora.OutputError, match="two inputs would become style_low_noise"):
+    with pytest.raises(prolora.errors.OutputError, match="two inputs would become style_low_noise"):
         prolora.transfer_many([one, two], source, target, tmp_path / "out")
 
 
 def test_a_folder_of_two_experts_is_no_target_of_one_file(tmp_path, target):
     lora = write_lora(tmp_path / "style.safetensors")
     source = write_file(tmp_path / "wan21.safetensors", expert(1))
-    with pytest.raises(prolora.UnsupportedFormat, match="has two experts"):
-        prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors")
+    with pytest.raises(prolora.errors.UnsupportedFormat, match="has two experts"):
+        prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors")
 
 
 def test_inspection_names_the_experts(target):
-    found = prolora.inspect(target)
+    found = prolora.check(target)
     assert (found.kind, found.experts) == ("base", ("transformer", "transformer_2"))
     assert found.to_dict()["experts"] == ("transformer", "transformer_2")

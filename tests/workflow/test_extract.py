@@ -103,7 +103,7 @@ def test_a_file_takes_no_more_than_was_asked_for(tmp_path, monkeypatch, most, si
     monkeypatch.setattr("prolora.workflow.extract.LARGEST_RANK", most)
     base, tuned = make_base(), make_base(1)
     out = tmp_path / "out.safetensors"
-    report = prolora.extract_file(base, tuned, out, out_rank=f"{size}kB", dtype=dtype)
+    report = prolora.extract(base, tuned, out=out, out_rank=f"{size}kB", dtype=dtype).report
     assert out.stat().st_size <= 1000 * size == report.file_limit
     ranks = {row.rank_out for row in report.rows("mapped")}
     assert min(ranks) >= 1 and len(ranks) > 1
@@ -113,7 +113,7 @@ def test_a_file_takes_no_more_than_was_asked_for(tmp_path, monkeypatch, most, si
         lost += float((dense - update.up.double() @ update.down.double()).norm() ** 2)
         total += float(dense.norm() ** 2)
     assert 1 - report.share_on_target == pytest.approx(lost / total, rel=1e-3)
-    with pytest.raises(prolora.OutputError, match="too few"):
+    with pytest.raises(prolora.errors.OutputError, match="too few"):
         prolora.extract(base, tuned, out_rank="1kB")
 
 
@@ -148,7 +148,7 @@ def test_comfyuis_formula_on_the_file_makes_the_tuned_base(tmp_path):
     bias = "mid_block.attentions.0.proj_in.bias"
     tuned[bias] = base[bias] - 0.75
     out = tmp_path / "x.safetensors"
-    prolora.extract_file(base, tuned, out, out_rank=4, dtype="float32", format="kohya")
+    prolora.extract(base, tuned, out=out, out_rank=4, dtype="float32", format="kohya")
     file = load_file(out)
     names = {f"lora_unet_{n.replace('.', '_')}": n for n in (*SHAPES, NORM)}
     names |= {
@@ -180,7 +180,7 @@ def test_a_transformers_lora_comes_out_for_comfyui(layout, tmp_path):
     for weights in (old, new) if "wan" in layout else ():
         weights["scale_shift_table"] = torch.randn(1, 2, 48)
         weights["blocks.0.scale_shift_table"] = torch.randn(1, 6, 48)
-    report = prolora.extract_file(old, new, tmp_path / "x.safetensors", out_rank=0.9)
+    report = prolora.extract(old, new, out=tmp_path / "x.safetensors", out_rank=0.9).report
     assert report.coverage == 1 and report.share_on_target >= 0.9
     parameters = [row.reason for row in report.rows("skipped") if "scale_shift" in row.source]
     assert parameters == ["no LoRA's layer: a parameter"] * 2 * ("wan" in layout)
@@ -236,26 +236,26 @@ def test_bases_of_other_shapes_are_refused_with_the_first_module():
     base, tuned = make_base(), make_base(1)
     first = next(iter(LINEAR))
     wider = tuned | {f"{first}.weight": torch.zeros(16, 17)}
-    with pytest.raises(prolora.ShapeMismatch, match=first):
+    with pytest.raises(prolora.errors.ShapeMismatch, match=first):
         prolora.extract(base, wider)
     del wider[f"{first}.weight"]
     for pair in ((base, wider), (wider, base)):
-        with pytest.raises(prolora.ShapeMismatch, match=f"{first}.*has no such module"):
+        with pytest.raises(prolora.errors.ShapeMismatch, match=f"{first}.*has no such module"):
             prolora.extract(*pair)
 
 
 def test_one_model_with_itself_is_refused_and_equal_weights_give_no_file(tmp_path):
     opened = prolora.open_base(make_base())
-    with pytest.raises(prolora.WrongBase, match="nothing to extract"):
+    with pytest.raises(prolora.errors.WrongBase, match="nothing to extract"):
         prolora.extract(opened, opened)
-    with pytest.raises(prolora.OutputError, match="no module is left"):
-        prolora.extract_file(make_base(), make_base(), tmp_path / "x.safetensors")
+    with pytest.raises(prolora.errors.OutputError, match="no module is left"):
+        prolora.extract(make_base(), make_base(), out=tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rank", ["exact", "50%", 0, 1.5, "many"])
 def test_a_rank_that_an_extraction_cannot_use_is_refused(rank):
-    with pytest.raises(prolora.InvalidOption, match="out_rank"):
+    with pytest.raises(prolora.errors.InvalidOption, match="out_rank"):
         prolora.extract({}, {}, out_rank=rank)
 
 
@@ -263,15 +263,15 @@ def test_weights_that_are_not_finite_are_refused_by_name():
     tuned = make_base(1)
     first = next(iter(LINEAR))
     tuned[f"{first}.weight"][0, 0] = torch.nan
-    with pytest.raises(prolora.NonFiniteWeights, match=first):
+    with pytest.raises(prolora.errors.NonFiniteWeights, match=first):
         prolora.extract(make_base(), tuned)
-    with pytest.raises(prolora.NonFiniteWeights, match=first):
+    with pytest.raises(prolora.errors.NonFiniteWeights, match=first):
         prolora.extract(tuned, make_base())
     for value in (torch.nan, torch.inf):
         tuned = make_base(1)
         tuned[f"{first}.bias"][0] = value
         for bases in ((make_base(), tuned), (tuned, make_base())):
-            with pytest.raises(prolora.NonFiniteWeights, match=f"{first}.bias"):
+            with pytest.raises(prolora.errors.NonFiniteWeights, match=f"{first}.bias"):
                 prolora.extract(*bases)
 
 
@@ -289,12 +289,12 @@ def test_the_inputs_and_foreign_files_are_not_overwritten(tmp_path):
     save_file(make_base(), old)
     save_file(make_base(1), new)
     for out in (old, new):
-        with pytest.raises(prolora.OutputError):
-            prolora.extract_file(old, new, out)
+        with pytest.raises(prolora.errors.OutputError):
+            prolora.extract(old, new, out=out)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"mine")
-    with pytest.raises(prolora.ForeignFile):
-        prolora.extract_file(old, new, other)
+    with pytest.raises(prolora.errors.OutputExists):
+        prolora.extract(old, new, out=other)
     assert other.read_bytes() == b"mine"
 
 
@@ -304,19 +304,19 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prolora.extract_file(make_base(), make_base(1), tmp_path / "x.safetensors", progress=stop)
+        prolora.extract(make_base(), make_base(1), out=tmp_path / "x.safetensors", progress=stop)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_reads_no_weight_and_names_every_module(monkeypatch):
     monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
-    report = prolora.plan_extraction(make_base(), make_base(1), out_rank=4)
+    report = prolora.extract(make_base(), make_base(1), out_rank=4, dry_run=True).report
     assert report.dry_run and len(report.rows("mapped")) == len(SHAPES)
 
 
 def test_too_little_memory_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
-    with pytest.raises(prolora.TooLittleMemory):
+    with pytest.raises(prolora.errors.TooLittleMemory):
         prolora.extract(make_base(), make_base(1), max_memory="1MB")
 
 
@@ -324,13 +324,13 @@ def test_an_extracted_lora_is_for_its_base_and_moves_on(tmp_path):
     old, new, out = (tmp_path / f"{n}.safetensors" for n in ("old", "new", "x"))
     save_file(make_base(), old)
     save_file(make_base(1), new)
-    prolora.extract_file(old, new, out, out_rank=4)
-    assert prolora.check(out, old)
+    prolora.extract(old, new, out=out, out_rank=4)
+    assert prolora.check(out, base=old)
     third = tmp_path / "third.safetensors"
     save_file({k: v + 0.01 * torch.randn_like(v) for k, v in make_base().items()}, third)
     moved = prolora.transfer(out, old, third, method="copy")
     assert moved.report.coverage == 1
-    with pytest.raises(prolora.WrongBase):
+    with pytest.raises(prolora.errors.WrongBase):
         prolora.transfer(out, new, old, method="copy")  # by the hash in its header
 
 

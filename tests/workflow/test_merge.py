@@ -12,7 +12,7 @@ from mini import BLOCK, MODULES, lora_tensors, shapes, source_weights, write_cas
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora import adapters
+from prolora import adapters, errors
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow import merge
 
@@ -86,7 +86,7 @@ def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_ran
     for path, (tensors, _) in zip(paths, made, strict=True):
         save_file(tensors, path)
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(paths, out, strengths=(1, 0.1), out_rank=out_rank)
+    report = prolora.merge(paths, out=out, strengths=(1, 0.1), out_rank=out_rank).report
     written, total = adapters.read_adapter(out), add([d for _, d in made], (1, 0.1))
     assert max(update.rank for update in written.updates.values()) <= 4
     lost = max(0.0, 1 - report.share_on_target) ** 0.5
@@ -133,7 +133,7 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
         }
         save_file(make_lora(2, i)[0], paths[-1], header)
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(paths, out, strengths=(1, 0.5))
+    report = prolora.merge(paths, out=out, strengths=(1, 0.5)).report
     header = SafetensorsFile(out).metadata
     assert header["modelspec.trigger_phrase"] == "catto, doggo"
     assert header["modelspec.merged_from"] == "cat, dog"
@@ -145,15 +145,15 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
     merged = json.loads(header["prolora.merged"])
     assert [(part["name"], part["strength"]) for part in merged] == [("cat", 1.0), ("dog", 0.5)]
     assert merged[0]["trigger"] == "catto" and merged[0]["digest"].startswith("sha256:")
-    assert prolora.inspect(out).trigger_words[0] == "catto, doggo"
+    assert prolora.check(out).trigger_words[0] == "catto, doggo"
     assert [part.name for part in report.merge.parts] == ["cat", "dog"]
-    again = prolora.merge_file(paths, out, strengths=(1, 0.5))  # its own result is replaced
+    again = prolora.merge(paths, out=out, strengths=(1, 0.5), overwrite=True).report
     assert again.totals == report.totals
-    with pytest.raises(prolora.OutputError):
-        prolora.merge_file(paths, paths[1])
+    with pytest.raises(errors.OutputError):
+        prolora.merge(paths, out=paths[1])
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
-    with pytest.raises(prolora.ForeignFile):
-        prolora.merge_file(paths, tmp_path / "mine.safetensors")
+    with pytest.raises(errors.OutputExists):
+        prolora.merge(paths, out=tmp_path / "mine.safetensors")
 
 
 def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
@@ -181,7 +181,7 @@ def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
     for path, tensors in zip(paths, loras, strict=True):
         save_file(tensors, path)
     out = tmp_path / "out.safetensors"
-    prolora.merge_file(paths, out, strengths=(1, -0.5), dtype="float32")
+    prolora.merge(paths, out=out, strengths=(1, -0.5), dtype="float32")
     back = adapters.read_adapter(out)
     wanted = add(dense, (1, -0.5))
     assert len(back.updates) == 2 and list(back.kernels.values()) == [(3, 3)]
@@ -234,9 +234,9 @@ def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
     out = tmp_path / "out.safetensors"
     half = {k: v.to(torch.bfloat16) for k, v in made[1].items()}
     save_file(half, tmp_path / "half.safetensors")
-    prolora.merge_file([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out)
+    prolora.merge([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out=out)
     assert {v.dtype for v in load_file(out).values()} == {torch.float32}  # holds both
-    prolora.merge_file([tmp_path / "small.safetensors"] * 2, out)
+    prolora.merge([tmp_path / "small.safetensors"] * 2, out=out, overwrite=True)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
 
 
@@ -293,7 +293,7 @@ def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
         path.parent.mkdir(exist_ok=True, parents=True)
         save_file(make_lora(1, i)[0], path, {"modelspec.author": f"author {i}"})
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(paths, out)
+    report = prolora.merge(paths, out=out).report
     names = [part.name for part in report.merge.parts]
     assert names == ["x", "a/y", "b/y", "c/y", "y (3)", "a/y (2)"]
     metadata = SafetensorsFile(out).metadata
@@ -326,10 +326,10 @@ def write_wan(path, module="blocks.0.self_attn.q", width=5120):
 )
 def test_loras_of_the_two_experts_of_one_model_are_refused(names, tmp_path):
     paths = [write_wan(tmp_path / name) for name in names]
-    with pytest.raises(prolora.WrongBase, match=r"high noise.*low noise.*Wan"):
+    with pytest.raises(errors.WrongBase, match=r"high noise.*low noise.*Wan"):
         prolora.merge(paths)
-    with pytest.raises(prolora.WrongBase, match="expert"):
-        prolora.merge_file(paths, tmp_path / "out.safetensors")
+    with pytest.raises(errors.WrongBase, match="expert"):
+        prolora.merge(paths, out=tmp_path / "out.safetensors")
     prolora.merge([write_wan(tmp_path / "a_low_noise.safetensors"), paths[1]])
 
 
@@ -342,10 +342,10 @@ def test_a_lora_that_is_moved_to_the_target_first_may_be_for_the_other_expert(tm
     done = prolora.merge([ours, theirs], high, (None, low), out_rank=2)
     assert [part.moved_from for part in done.report.merge.parts] == ["", low.name]
     for sources in ((), (None, None), (None, high)):
-        with pytest.raises(prolora.WrongBase, match=r"x_HIGH.*x_LOW|wan_high.*x_LOW"):
+        with pytest.raises(errors.WrongBase, match=r"x_HIGH.*x_LOW|wan_high.*x_LOW"):
             prolora.merge([ours, theirs], high, sources)
     # Its own base is to be of its expert.
-    with pytest.raises(prolora.WrongBase, match=r"x_HIGH is for high noise and wan_low_noise"):
+    with pytest.raises(errors.WrongBase, match=r"x_HIGH is for high noise and wan_low_noise"):
         prolora.merge([ours, theirs], high, (low, low))
 
 
@@ -366,7 +366,9 @@ def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
     out = tmp_path / "out.safetensors"
     text = f"{stack}.0=0, {stack}.1=0.5;"
     for asked in (blocks, text):
-        report = prolora.merge_file(paths, out, blocks=asked, strengths=(2, 1))
+        report = prolora.merge(
+            paths, out=out, blocks=asked, strengths=(2, 1), overwrite=True
+        ).report
         factors = {0: 0.0, 1: 0.5, 2: 1.0}
         first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
         assert error(adapters.read_adapter(out), add([first, made[1][1]], (2, 1))) < 1e-6
@@ -391,7 +393,7 @@ def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
     }
     for name, tensors in (("flux", flux), ("sdxl", sdxl)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
-    with pytest.raises(prolora.WrongBase, match=r"sdxl is for Stable Diffusion XL.*FLUX.*`target`"):
+    with pytest.raises(errors.WrongBase, match=r"sdxl is for Stable Diffusion XL.*FLUX.*`target`"):
         prolora.merge([tmp_path / "flux.safetensors", tmp_path / "sdxl.safetensors"])
 
 
@@ -408,14 +410,14 @@ def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
     )
     for pair in ([either, one], [either, other]):
         assert len(prolora.merge(pair).adapter.updates) == 2
-    with pytest.raises(prolora.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
+    with pytest.raises(errors.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
         prolora.merge([either, one, other])
 
 
 def test_modules_of_two_shapes_are_refused_by_name():
     one, _ = make_lora(1, 0)
     two = {k: torch.cat([v, v]) if "lora_up" in k else v for k, v in make_lora(1, 1)[0].items()}
-    with pytest.raises(prolora.ShapeMismatch, match="to_q is 48×24 in LoRA 2 and 24×24 in LoRA 1"):
+    with pytest.raises(errors.ShapeMismatch, match="to_q is 48×24 in LoRA 2 and 24×24 in LoRA 1"):
         prolora.merge([one, two])
 
 
@@ -423,7 +425,7 @@ def test_a_state_dict_with_its_configuration_is_one_lora():
     peft = pytest.importorskip("peft")
     tensors = {f"base_model.model.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
     pair = tensors, peft.LoraConfig(r=2, lora_alpha=6)
-    with pytest.raises(prolora.InvalidOption, match=r"LoraConfig\) is one LoRA.* list"):
+    with pytest.raises(errors.InvalidOption, match=r"LoraConfig\) is one LoRA.* list"):
         prolora.merge(pair)
     merged = prolora.merge([pair, pair], out_rank=2).adapter.updates["to_q"]
     assert torch.allclose(merged.dense(), torch.full((2, 2), 12.0))
@@ -446,7 +448,7 @@ def test_a_state_dict_with_its_configuration_is_one_lora():
     ],
 )
 def test_wrong_numbers_are_refused(count, changes, text):
-    with pytest.raises(prolora.InvalidOption, match=text):
+    with pytest.raises(errors.InvalidOption, match=text):
         prolora.merge([make_lora(1, 0)[0]] * count, **changes)
 
 
@@ -461,9 +463,9 @@ def test_loras_of_two_bases_are_merged_onto_a_third(tmp_path):
     save_file(third, tmp_path / "third.safetensors")
     loras = [lora, tmp_path / "second.safetensors", tmp_path / "third.safetensors"]
     out = tmp_path / "out.safetensors"
-    report = prolora.merge_file(
-        loras, out, target, [source, other, None], strengths=(1, 1, 0.5), dtype="float32"
-    )
+    report = prolora.merge(
+        loras, target, [source, other, None], out=out, strengths=(1, 1, 0.5), dtype="float32"
+    ).report
     moved = [
         prolora.transfer(loras[0], source, target).adapter,
         prolora.transfer(loras[1], other, target).adapter,
@@ -478,8 +480,8 @@ def test_loras_of_two_bases_are_merged_onto_a_third(tmp_path):
     assert skipped == set(shapes(3)) - set(shapes(2))  # the third block has no place
     header = SafetensorsFile(out).metadata
     assert header["prolora.target"] == "target" and header["ss_sd_model_name"] == "target"
-    assert prolora.inspect(out).moves[-1].target == "target"
-    with pytest.raises(prolora.AlreadyMoved):
+    assert prolora.check(out).moves[-1].target == "target"
+    with pytest.raises(errors.AlreadyMoved):
         prolora.transfer(out, source, target)
 
 
@@ -500,7 +502,7 @@ def test_dora_needs_the_base_and_has_it_from_the_target(tmp_path):
         up, down = (tensors[f"{key}.lora_{side}.weight"].double() for side in ("up", "down"))
         merged = weight.double() + up @ down * 2 / 2
         wanted[name] = merged / merged.norm(dim=1, keepdim=True) * magnitude - weight.double()
-    with pytest.raises(prolora.UnsupportedFormat, match="give the base model"):
+    with pytest.raises(errors.UnsupportedFormat, match="give the base model"):
         prolora.merge([tensors, plain])
     base = {f"{n}.weight": w for n, w in source_weights().items()}
     done = prolora.merge([plain, tensors], base)
@@ -536,7 +538,7 @@ def test_a_call_that_progress_ends_writes_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prolora.merge_file(paths, tmp_path / "out.safetensors", progress=stop)
+        prolora.merge(paths, out=tmp_path / "out.safetensors", progress=stop)
     assert {path.name for path in Path(tmp_path).iterdir()} == {"a.safetensors", "b.safetensors"}
     assert load_file(paths[0])
 
@@ -570,7 +572,7 @@ def test_diffusers_draws_the_same_with_the_merged_file_as_with_all_adapters(tmp_
     weaker = draw()
     pipe.unload_lora_weights()
     out = tmp_path / "both.safetensors"
-    prolora.merge_file(loras, out, strengths=(0.8, 0.5), dtype="float32")
+    prolora.merge(loras, out=out, strengths=(0.8, 0.5), dtype="float32")
     pipe.load_lora_weights(out)
     merged = draw()
     assert (merged - both).abs().max() < 1e-4
@@ -593,8 +595,8 @@ def test_an_update_that_cannot_be_read_is_told_as_one(tmp_path):
 def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path):
     lora, source, target = write_case(tmp_path)
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, source, target, moved)
-    with pytest.raises(prolora.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
+    prolora.transfer(lora, source, target, out=moved)
+    with pytest.raises(errors.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
         prolora.merge([moved, lora], source)
     assert prolora.merge([moved, lora], target, [None, source]).report.share_on_target < 1
 
@@ -611,7 +613,7 @@ def test_what_has_no_place_weighs_as_much_as_its_lora(tmp_path):
 
 def test_loras_that_cancel_are_told_to_change_nothing(tmp_path):
     lora, *_ = write_case(tmp_path)
-    said = prolora.merge_file([lora, lora], tmp_path / "out.safetensors", strengths=[1, -1])
+    said = prolora.merge([lora, lora], out=tmp_path / "out.safetensors", strengths=[1, -1]).report
     assert (tmp_path / "out.safetensors").is_file()
     assert "changes nothing" in said.in_words().headline and said.in_words().mark == "⚠"
 
@@ -620,8 +622,8 @@ def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, mo
     lora, *_ = write_case(tmp_path)
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(merge, "read_plain", lambda *x: pytest.fail("a LoRA was read"))
-    with pytest.raises(prolora.OutputError, match="is a folder; name the file"):
-        prolora.merge_file([lora, lora], tmp_path / "out")
+    with pytest.raises(errors.OutputError, match="is a folder; name the file"):
+        prolora.merge([lora, lora], out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -630,5 +632,5 @@ def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, mo
 )
 def test_a_number_where_a_list_belongs_is_refused(tmp_path, wrong):
     lora, *_ = write_case(tmp_path)
-    with pytest.raises(prolora.InvalidOption, match=next(iter(wrong))):
+    with pytest.raises(errors.InvalidOption, match=next(iter(wrong))):
         prolora.merge([lora, lora], **wrong)

@@ -73,26 +73,26 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
     for option in OPTIONS:
         assert write_flag(option) in flags, option
     keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
-    for function in (prolora.advise, prolora.migrate, prolora.plan_migration):
+    for function in (prolora.check, prolora.migrate):
         keywords |= set(inspect.signature(function).parameters)
     for options in (prolora.FitOptions, prolora.MergeOptions):
         keywords |= {field.name for field in dataclasses.fields(options)}
     told = {name for name, value in named if value != "()" and (value or name in OPTIONS)}
-    assert told <= keywords | {"engine", "shard"}
+    assert told <= keywords
 
 
 @pytest.mark.parametrize(
     ("message", "flag"),
     [
-        ("`look='lora'` copies it", "--look lora copies it"),
+        ("`match='name'` pairs it", "--match name pairs it"),
         (
-            "&#x27;x&#x27;; `look=&#x27;lora&#x27;` copies it",
-            "&#x27;x&#x27;; --look lora copies it",
+            "&#x27;x&#x27;; `match=&#x27;name&#x27;` pairs it",
+            "&#x27;x&#x27;; --match name pairs it",
         ),
         ("take `again=True` to move it", "take --again to move it"),
         ("`min_coverage` must be", "--min-coverage must be"),
         ("`max_memory=2 GiB` is too little", "--max-memory 2 GiB is too little"),
-        ("made by `plan_migration()`", "made by `prolora plan`"),
+        ("made by `transfer_many()`", "made by `prolora transfer`"),
         ("`auto` and `no_such`", "`auto` and `no_such`"),
     ],
 )
@@ -102,7 +102,7 @@ def test_the_command_line_names_flags(message, flag):
 
 def test_an_error_names_what_each_reader_has(tmp_path, words):
     lora, source, _ = write_case(tmp_path)
-    with pytest.raises(prolora.WrongBase) as caught:
+    with pytest.raises(prolora.errors.WrongBase) as caught:
         prolora.transfer(lora, source, source)
     python, flags = str(caught.value), name_options(str(caught.value), write_flag)
     node = words.explain(caught.value)
@@ -117,7 +117,6 @@ def test_a_node_names_widgets(words):
             "It fits; give it as `source` or `target`",
             "It fits; give it as “trained on” or “use on”",
         ),
-        ("It is weakened; `look='lora'` copies it", "aim “LoRA's own look” copies it"),
         ("Nothing written; `method='copy'` does it", "Nothing written; “method”: copy does it"),
         ("Too little; `max_memory` is too low", "Too little"),
     ):
@@ -125,7 +124,7 @@ def test_a_node_names_widgets(words):
 
 
 def test_a_file_for_several_models_says_how_each_command_takes_the_base():
-    with pytest.raises(prolora.UnsupportedFormat) as refused:
+    with pytest.raises(prolora.errors.UnsupportedFormat) as refused:
         programs.choose_format(("auraflow", "bk-sdm"), "comfyui")
     said = name_options(str(refused.value), write_flag)
     assert "`prolora convert` takes it as an argument after the LoRA" in said

@@ -17,7 +17,7 @@ def mix_dtypes(weights, dtypes):
     return mixed, {key: weight.float() for key, weight in mixed.items()}
 
 
-@pytest.mark.parametrize(("dtypes", "method"), pair_up(MIXTURES, ["prolora", "damped"]))
+@pytest.mark.parametrize(("dtypes", "method"), pair_up(MIXTURES, ["prolora", "auto"]))
 @pytest.mark.parametrize("kept", [False, True])
 def test_layers_of_several_dtypes_are_moved_as_their_values(tmp_path, dtypes, method, kept):
     lora, _, _ = write_case(tmp_path)

@@ -9,6 +9,7 @@ from mini import source_weights, target_weights, write_case, write_folder
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora import errors
 from prolora.adapters.formats.moves import MOST_EARLIER, describe_moves, read_moves
 from prolora.bases import identity
 from prolora.files.safetensors_file import SafetensorsFile
@@ -27,12 +28,12 @@ def files(tmp_path):
     b = write_file(tmp_path / "b.safetensors", target_weights())
     c = write_file(tmp_path / "c.safetensors", target_weights(0.3))
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, a, b, moved, method="copy")
+    prolora.transfer(lora, a, b, out=moved, method="copy")
     return moved, a, b, c
 
 
 def move(lora, source, target, out, **options):
-    prolora.transfer_file(lora, source, target, out, method="copy", **options)
+    prolora.transfer(lora, source, target, out=out, method="copy", overwrite=True, **options)
     return SafetensorsFile(out).metadata
 
 
@@ -42,7 +43,7 @@ def test_moving_on_from_the_base_it_was_moved_to_keeps_the_chain(files, tmp_path
     assert (metadata["prolora.source"], metadata["prolora.target"]) == (b.name, c.name)
     first, last = read_moves(metadata)
     assert (first.source, first.target) == ("a.safetensors", "b.safetensors")
-    assert first.target_hash == last.source_hash and first.target_hash.startswith("sha256:")
+    assert first.target_hash == last.source_hash and first.target_hash.startswith("hint:")
     third = move(tmp_path / "twice.safetensors", c, b, tmp_path / "thrice.safetensors")
     moves = read_moves(third)
     assert len(moves) == 3
@@ -58,14 +59,14 @@ def test_a_first_move_has_no_chain_in_its_header(files):
 def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, tmp_path):
     moved, a, _, c = files
     out = tmp_path / "out.safetensors"
-    with pytest.raises(prolora.AlreadyMoved) as refused:
-        prolora.transfer_file(moved, a, c, out)
+    with pytest.raises(errors.AlreadyMoved) as refused:
+        prolora.transfer(moved, a, c, out=out)
     text = str(refused.value)
     assert "already moved from a.safetensors to b.safetensors" in text
     assert "the source is a.safetensors, the base that it was moved from" in text
     assert "give b.safetensors as the source, or take `again=True`" in text
     assert not out.exists()
-    with pytest.raises(prolora.AlreadyMoved, match="another model by name and hash"):
+    with pytest.raises(errors.AlreadyMoved, match="another model by name and hash"):
         prolora.transfer(moved, c, a)
 
 
@@ -79,25 +80,25 @@ def test_again_moves_it_all_the_same_and_the_chain_says_so(files, tmp_path):
 
 def test_every_door_refuses_it(files, tmp_path):
     moved, a, _, c = files
-    with pytest.raises(prolora.AlreadyMoved):
-        prolora.plan_report(moved, a, c)
+    with pytest.raises(errors.AlreadyMoved):
+        prolora.transfer(moved, a, c, dry_run=True)
     (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder")
-    assert isinstance(outcome.error, prolora.AlreadyMoved)
+    assert isinstance(outcome.error, errors.AlreadyMoved)
     (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder", again=True)
     assert outcome.status == "moved"
-    assert prolora.plan_report(moved, a, c, again=True).totals["mapped"]
+    assert prolora.transfer(moved, a, c, again=True, dry_run=True).report.totals["mapped"]
     done = prolora.transfer(moved, a, c, again=True)
-    with pytest.raises(prolora.AlreadyMoved, match=r"^this LoRA"):
+    with pytest.raises(errors.AlreadyMoved, match=r"^this LoRA"):
         prolora.transfer(done.adapter, a, c)
 
 
 def test_it_is_refused_before_a_weight_is_read_or_a_base_is_hashed(files, monkeypatch):
     moved, a, _, c = files
     monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
-    monkeypatch.setattr(identity, "_hash_whole", lambda *x: pytest.fail("a base was hashed"))
+    monkeypatch.setattr(identity, "digest_file", lambda *x: pytest.fail("a base was hashed"))
     monkeypatch.setattr(identity, "compute_short_hash", lambda base: "0" * 8)
     for options in ({}, {"match": "similarity"}):
-        with pytest.raises(prolora.AlreadyMoved):
+        with pytest.raises(errors.AlreadyMoved):
             prolora.transfer(moved, a, c, **options)
 
 
@@ -127,13 +128,13 @@ def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
     a = write_folder(tmp_path / "a" / "unet", source_weights())
     b = write_folder(tmp_path / "b" / "unet", target_weights())
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, a, b, moved, method="copy")
-    with pytest.raises(prolora.AlreadyMoved, match="another file"):
+    prolora.transfer(lora, a, b, out=moved, method="copy")
+    with pytest.raises(errors.AlreadyMoved, match="another file"):
         prolora.transfer(moved, a, b)
     assert prolora.transfer(moved, b, a, method="copy")
 
 
-def test_a_base_of_several_files_is_told_by_samples_of_them(tmp_path):
+def test_a_base_of_several_files_is_told_by_pieces_of_them(tmp_path):
     lora, _, _ = write_case(tmp_path)
     folders = []
     for name, tensors in (
@@ -150,10 +151,10 @@ def test_a_base_of_several_files_is_told_by_samples_of_them(tmp_path):
         folders.append(pipeline)
     a, b, copy_of_b = folders
     moved = tmp_path / "moved.safetensors"
-    prolora.transfer_file(lora, a, b, moved, method="copy")
-    assert SafetensorsFile(moved).metadata["prolora.target_hash"].startswith("sampled:")
+    prolora.transfer(lora, a, b, out=moved, method="copy")
+    assert SafetensorsFile(moved).metadata["prolora.target_hash"].startswith("hint:")
     assert prolora.transfer(moved, copy_of_b, a, method="copy")
-    with pytest.raises(prolora.AlreadyMoved):
+    with pytest.raises(errors.AlreadyMoved):
         prolora.transfer(moved, a, b)
     # The UNet alone is one file: the hashes are of two kinds, and its name says nothing.
     assert prolora.transfer(moved, b / "unet", a, method="copy")
@@ -172,8 +173,8 @@ def test_a_damaged_chain_is_no_reason_to_fail(text):
     assert moves[-1].target == "b" and describe_moves(moves).endswith("to b")
 
 
-def test_inspection_says_from_where_to_where_it_was_moved(files):
-    found = prolora.inspect(files[0])
+def test_a_check_says_from_where_to_where_it_was_moved(files):
+    found = prolora.check(files[0])
     assert [(move.source, move.target) for move in found.moves] == [
         ("a.safetensors", "b.safetensors")
     ]
@@ -186,20 +187,21 @@ TOLD = "The LoRA was moved before, from a.safetensors to b.safetensors"
 
 def test_the_report_of_a_second_move_says_that_losses_add_up(files, tmp_path):
     moved, a, b, c = files
-    report = prolora.transfer_file(moved, b, c, tmp_path / "out.safetensors")
-    planned, advice = prolora.plan_report(moved, b, c), prolora.advise(b, c, moved)
-    for words in (report.in_words(), planned.in_words(), advice.in_words()):
+    report = prolora.transfer(moved, b, c, out=tmp_path / "out.safetensors").report
+    planned = prolora.transfer(moved, b, c, dry_run=True).report
+    checked = prolora.check(moved, source=b, target=c)
+    for words in (report.in_words(), planned.in_words(), checked.move):
         (told,) = (line for line in words.cautions if TOLD in line)
         assert "adds to what is lost now" in told
     first = prolora.transfer(tmp_path / "lora.safetensors", a, b)
     assert "moved before" not in str(first.report)
-    assert report.to_dict()["moves"][0]["target_hash"].startswith("sha256:")
+    assert report.to_dict()["moves"][0]["target_hash"].startswith("hint:")
 
 
 def test_a_merge_on_one_base_is_no_move(files, tmp_path):
     _, a, b, _ = files
     merged = tmp_path / "merged.safetensors"
-    prolora.merge_file([tmp_path / "lora.safetensors"] * 2, merged, a)
+    prolora.merge([tmp_path / "lora.safetensors"] * 2, a, out=merged)
     report = prolora.transfer(merged, a, b, method="copy").report
     assert "moved before" not in str(report)
 
@@ -223,7 +225,7 @@ def test_a_list_of_earlier_moves_that_nobody_made_costs_no_time(files, tmp_path)
 
 def test_a_check_tells_the_old_base_from_the_one_that_it_was_moved_to(files):
     moved, a, b, _ = files
-    old, new = prolora.check(moved, a), prolora.check(moved, b)
-    assert new and new.moved_to == ""
-    assert not old and old.moved_to == "b.safetensors" == old.to_dict()["moved_to"]
+    old, new = prolora.check(moved, base=a), prolora.check(moved, base=b)
+    assert new and new.fit.moved_to == ""
+    assert not old and old.fit.moved_to == "b.safetensors" == old.to_dict()["fit"]["moved_to"]
     assert str(old).startswith("⚠") and "have their place, but it was moved to b.safe" in str(old)

@@ -34,7 +34,7 @@ def test_a_link_onto_another_input_of_the_call_is_not_written_through(case, tmp_
     (moved / first.name).symlink_to(second)
     outcomes = prolora.transfer_many([first, second], source, target, moved)
     assert [outcome.status for outcome in outcomes] == ["failed", "moved"]
-    assert isinstance(outcomes[0].error, prolora.OutputError)
+    assert isinstance(outcomes[0].error, prolora.errors.OutputError)
     assert "second.safetensors" in str(outcomes[0].error)
     assert second.read_bytes() == before
 
@@ -50,7 +50,7 @@ def test_a_link_onto_another_input_of_the_call_is_not_written_through(case, tmp_
 )
 def test_names_that_some_volumes_take_for_one_are_refused(case, tmp_path, names):
     lora, source, target = case
-    with pytest.raises(prolora.OutputError, match="overwrite each other"):
+    with pytest.raises(prolora.errors.OutputError, match="overwrite each other"):
         prolora.transfer_many(twins(lora, *names), source, target, tmp_path / "moved")
     assert not (tmp_path / "moved").exists()
 
@@ -61,18 +61,18 @@ def test_two_outputs_that_are_links_to_one_file_are_refused(case, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     (moved / "a.safetensors").symlink_to(moved / "b.safetensors")
-    with pytest.raises(prolora.OutputError, match="overwrite each other"):
+    with pytest.raises(prolora.errors.OutputError, match="overwrite each other"):
         prolora.transfer_many(loras, source, target, moved)
 
 
 def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(prolora.OutputError, match="has an empty name"):
-        prolora.transfer_file(*case, "")
+    with pytest.raises(prolora.errors.OutputError, match="has an empty name"):
+        prolora.transfer(*case, out="")
     done = prolora.transfer(*case)
-    with pytest.raises(prolora.OutputError, match="has an empty name"):
+    with pytest.raises(prolora.errors.OutputError, match="has an empty name"):
         done.save("")
-    with pytest.raises(prolora.OutputError, match="has an empty name"):
+    with pytest.raises(prolora.errors.OutputError, match="has an empty name"):
         prolora.transfer_many(case[:1], *case[1:], "")
 
 
@@ -82,8 +82,8 @@ def test_an_adapter_is_not_written_into_a_folder_that_holds_a_base(case, tmp_pat
     models = tmp_path / "models"
     base = shutil.copytree(target, models / "target")
     before = sorted(models.rglob("*"))
-    with pytest.raises(prolora.OutputError, match="for the adapter only"):
-        prolora.transfer_file(lora, source, base, models / inner, format="peft")
+    with pytest.raises(prolora.errors.OutputError, match="holds the input"):
+        prolora.transfer(lora, source, base, out=models / inner, format="peft", overwrite=True)
     assert sorted(models.rglob("*")) == before
 
 
@@ -96,6 +96,6 @@ def test_several_loras_take_a_folder_named_as_a_file_only_where_it_is_there(case
         folder.mkdir()
         prolora.transfer_many(two, source, target, folder, method="copy")
         return
-    with pytest.raises(prolora.OutputError, match="several LoRAs need a folder"):
+    with pytest.raises(prolora.errors.OutputError, match="several LoRAs need a folder"):
         prolora.transfer_many(two, "no/such", target, folder)
     assert not folder.exists()

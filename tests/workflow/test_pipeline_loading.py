@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import prolora
-from prolora import InvalidOption, TransferOptions, UnsupportedFormat
+from prolora import TransferOptions
+from prolora.errors import InvalidOption, UnsupportedFormat
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -40,11 +41,11 @@ def test_the_images_are_those_of_the_written_file(case, tmp_path):
     assert report.coverage == 1 and pipe.get_active_adapters() == ["style"]
     loaded = draw(pipe)
     pipe.unload_lora_weights()
-    prolora.transfer_file(
+    prolora.transfer(
         lora,
         source,
         tmp_path / "t",
-        tmp_path / "o.safetensors",
+        out=tmp_path / "o.safetensors",
         method="copy",
         format="diffusers",
         again=True,

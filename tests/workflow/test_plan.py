@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import prolora
-from prolora import LowRank, ShapeMismatch, UnsupportedFormat, open_base
+from prolora import LowRank, open_base
 from prolora.adapters.adapter import Adapter
 from prolora.architectures.modules import matrix_shape
 from prolora.bases import load_layout
+from prolora.errors import ShapeMismatch, UnsupportedFormat
 from prolora.workflow.plan import find_partners, make_plan
 
 

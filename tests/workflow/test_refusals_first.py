@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from mini import lora_tensors, shapes, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora import errors
 from prolora.bases import identity, memory
-from prolora.core.methods import Needs
 from prolora.workflow import resume
 
 
@@ -61,15 +62,15 @@ def test_a_bad_lora_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed,
     lora, source, target = case
     spoil(lora, what)
     with pytest.raises(prolora.ProLoRAError):
-        prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors")
+        prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors")
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
     assert outcome.status == "failed"
 
 
 def test_low_coverage_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed):
     options = {"method": "prolora", "rank": 0.9, "min_coverage": 0.6, "threshold": 0.9999}
-    with pytest.raises(prolora.LowCoverage):
-        prolora.transfer_file(*case, tmp_path / "out.safetensors", **options)
+    with pytest.raises(errors.LowCoverage):
+        prolora.transfer(*case, out=tmp_path / "out.safetensors", **options)
 
 
 def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_path, unhashed):
@@ -78,21 +79,21 @@ def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_pa
     good, out = load_file(file), tmp_path / "out.safetensors"
     generator = torch.Generator().manual_seed(0)
     save_file({key: torch.randn(x.shape, generator=generator) for key, x in good.items()}, file)
-    with pytest.raises(prolora.UnrelatedBases):
-        prolora.transfer_file(lora, source, target, out)
+    with pytest.raises(errors.UnrelatedBases):
+        prolora.transfer(lora, source, target, out=out)
     good[next(iter(good))][0, 0] = math.nan
     save_file(good, file)
-    with pytest.raises(prolora.NonFiniteWeights):
-        prolora.transfer_file(lora, source, target, out, method="copy")
+    with pytest.raises(errors.NonFiniteWeights):
+        prolora.transfer(lora, source, target, out=out, method="copy")
 
 
 @pytest.mark.parametrize(
     "options, error",
     [
-        ({"max_memory": 1 << 20}, prolora.TooLittleMemory),
-        ({"out_rank": "1kB"}, prolora.OutputError),
-        ({"out": "lora.safetensors/out.safetensors"}, prolora.OutputError),
-        ({"out": "source"}, prolora.OutputError),
+        ({"max_memory": 1 << 20}, errors.TooLittleMemory),
+        ({"out_rank": "1kB"}, errors.OutputError),
+        ({"out": "lora.safetensors/out.safetensors"}, errors.OutputError),
+        ({"out": "source"}, errors.OutputError),
     ],
     ids=["memory", "size", "no folder", "an input"],
 )
@@ -101,10 +102,10 @@ def test_what_has_no_room_is_refused_before_a_base_is_hashed(
 ):
     out = tmp_path / options.pop("out", "out.safetensors")
     with pytest.raises(error):
-        prolora.transfer_file(*case, out, **options)
+        prolora.transfer(*case, out=out, **options)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a"), prolora.SolverFailure("a"), OSError("a")])
+@pytest.mark.parametrize("error", [RuntimeError("a"), errors.SolverFailure("a"), OSError("a")])
 def test_what_stops_a_move_is_raised_before_a_base_is_hashed(
     case, tmp_path, unhashed, monkeypatch, error
 ):
@@ -113,12 +114,12 @@ def test_what_stops_a_move_is_raised_before_a_base_is_hashed(
 
     monkeypatch.setattr(sys.modules["prolora.workflow.by_weights.ledger"], "cut_rank", fail)
     with pytest.raises(type(error), match="a"):
-        prolora.transfer_file(*case, tmp_path / "out.safetensors")
+        prolora.transfer(*case, out=tmp_path / "out.safetensors")
 
 
 def test_the_bases_are_hashed_for_a_result(case, tmp_path, unhashed):
     with pytest.raises(pytest.fail.Exception, match="hashed"):
-        prolora.transfer_file(*case, tmp_path / "out.safetensors")
+        prolora.transfer(*case, out=tmp_path / "out.safetensors")
 
 
 def test_a_result_of_another_lora_is_told_without_hashing_a_base(case, tmp_path, monkeypatch):
@@ -139,7 +140,7 @@ def test_a_base_folder_whose_name_is_no_text_can_be_used(case, tmp_path):
     except OSError:
         pytest.skip("this file system takes UTF-8 names alone")
     out = tmp_path / "out.safetensors"
-    report = prolora.transfer_file(lora, source, odd, out)
+    report = prolora.transfer(lora, source, odd, out=out).report
     report.save(tmp_path / "report.json")
     assert set(prolora.adapters.read_adapter(out).updates) == set(shapes(2))
     (outcome,) = prolora.transfer_many([lora], source, odd, tmp_path / "moved")
@@ -153,23 +154,25 @@ def no_weight(monkeypatch):
 
 def test_a_dry_run_refuses_the_coverage_that_a_transfer_refuses(case, no_weight):
     said = []
-    for run in (prolora.plan_report, prolora.transfer):
-        with pytest.raises(prolora.LowCoverage, match=r"8 of 12 .*coverage 0\.67") as refused:
+    for run in (partial(prolora.transfer, dry_run=True), prolora.transfer):
+        with pytest.raises(errors.LowCoverage, match=r"8 of 12 .*coverage 0\.67") as refused:
             run(*case, min_coverage=0.7)
         said.append(str(refused.value))
     assert said[0] == said[1] and "--" not in said[0]
-    assert prolora.plan_report(*case, min_coverage=0.6).coverage == pytest.approx(8 / 12)
+    assert prolora.transfer(*case, min_coverage=0.6, dry_run=True).report.coverage == pytest.approx(
+        8 / 12
+    )
 
 
 def test_where_no_module_has_a_place_dry_run_and_transfer_refuse(case, tmp_path, no_weight):
     lora, source, target = case
     dropped = {key: x for key, x in load_file(lora).items() if "transformer_blocks_2" in key}
     save_file(dropped, lora)
-    for run in (prolora.plan_report, prolora.transfer):
-        with pytest.raises(prolora.ShapeMismatch, match=r"no module .* has a place on the target"):
+    for run in (partial(prolora.transfer, dry_run=True), prolora.transfer):
+        with pytest.raises(errors.ShapeMismatch, match=r"no module .* has a place on the target"):
             run(lora, source, target)
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
-    assert isinstance(outcome.error, prolora.ShapeMismatch)
+    assert isinstance(outcome.error, errors.ShapeMismatch)
 
 
 def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
@@ -179,9 +182,9 @@ def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
     monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
     limit = memory.SLACK + 100_000
     memory.Memory(limit).check([(24, 96)], "affinity")
-    with pytest.raises(prolora.TooLittleMemory):
-        memory.Memory(limit).check([(24, 96)], Needs.BASES)
-    with pytest.raises(prolora.TooLittleMemory):
+    with pytest.raises(errors.TooLittleMemory):
+        memory.Memory(limit).check([(24, 96)], "bases")
+    with pytest.raises(errors.TooLittleMemory):
         prolora.transfer(*case, method="prolora", max_memory=limit)
 
 
@@ -197,7 +200,7 @@ def test_a_file_of_100_gb_of_zeros_is_refused_by_its_header_before_it_is_hashed(
         file.truncate(100 << 30)
     lora = lora if folder else weights
     monkeypatch.setattr(resume, "read_blocks", lambda file: pytest.fail("the LoRA was hashed"))
-    with pytest.raises(prolora.UnsupportedFormat, match="zeros"):
-        prolora.transfer_file(lora, source, target, out=tmp_path / "moved.safetensors")
+    with pytest.raises(errors.UnsupportedFormat, match="zeros"):
+        prolora.transfer(lora, source, target, out=tmp_path / "moved.safetensors")
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
-    assert isinstance(outcome.error, prolora.UnsupportedFormat)
+    assert isinstance(outcome.error, errors.UnsupportedFormat)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .writing import check_format as check_format
     from .writing import describe_peft_config as describe_peft_config
     from .writing import encode_state_dict as encode_state_dict
+    from .writing import find_kept as find_kept
     from .writing import write_adapter as write_adapter
 
 # Loaded when asked for: headers are read without torch.
@@ -29,7 +30,7 @@ _HOMES = {
     "reading": ["outline_adapter", "read_adapter"],
     "writing": [
         *("adapter_file_size", "check_format", "describe_peft_config"),
-        *("encode_state_dict", "write_adapter"),
+        *("encode_state_dict", "find_kept", "write_adapter"),
     ],
 }
 

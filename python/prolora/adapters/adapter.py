@@ -8,8 +8,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..architectures.family import Spelling
+from ..architectures.family import AuthorsWeight, Spelling
 from ..core.lowrank import LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class StoredUpdate:
+    """A file's tensors behind one update, fused weight or vector."""
+
+    parts: Mapping[str, LowRank | Tensor]  # module or vector -> what was made of them
+    keys: Mapping[str, str]  # what stands behind a key's module path -> the key
+    read: Callable[[str], Tensor]  # key -> tensor, as it is stored
+    kind: str = "vector"  # or the kind of update
+    rank: int = 0  # that the file states
+    scale: float = 1.0
+    configured: bool = False  # a configuration beside the tensors has the scale
+    matrix: AuthorsWeight | None = None  # that `parts` are rows of
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class Adapter:
             else of a file is ever left out.
         unread: module among `left_out` that has an update -> its (out, in, rank).
         refused: modules among `unread` whose update has a tensor beside it that is not read.
+        stored: the tensors behind updates that are to be written as they are stored, unless they
+            are changed; empty unless asked for.
     """
 
     updates: dict[str, LowRank]
@@ -56,6 +72,7 @@ class Adapter:
     left_out: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    stored: list[StoredUpdate] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def from_state_dict(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -67,8 +69,8 @@ class Lora:
     read: Callable[[str], Tensor]  # key -> tensor
     metadata: dict[str, str]  # header metadata of the file
     config: dict[str, Any] | None = None  # adapter_config.json of a PEFT folder
-    path: Path | None = None  # the file of the weights, if any
-    close: Callable[[], None] = lambda: None  # closes the file; reading a tensor opens it again
+    file: SafetensorsFile | None = None  # of the weights, if they are in one
+    location: Path | None = None  # that file, or the folder that was given
     # What was found in its keys, by what was known of the base
     parsed: dict[Any, Any] = field(default_factory=dict)
 
@@ -104,6 +106,28 @@ class Lora:
         except OSError as error:  # a folder without permission, a name that is too long, …
             raise input_error(path, error) from error
         return opened if path == Path(source) else replace(opened, where=spell_path(source))
+
+    @property
+    def path(self) -> Path | None:
+        """The file of the weights, if they are in one."""
+        return self.file.path if self.file else None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file and of PEFT's configuration beside it; "" of a state dict."""
+        if self.file is None:
+            return ""
+        found = hashlib.sha256()
+        if self.config is not None:
+            found.update(json.dumps(self.config, sort_keys=True).encode())
+        for block in self.file.read_blocks():
+            found.update(block)
+        return found.hexdigest()
+
+    def close(self) -> None:
+        """Closes the file; reading a tensor opens it again."""
+        if self.file:
+            self.file.close()
 
     def __enter__(self) -> Lora:
         """Returns itself."""
@@ -193,14 +217,14 @@ def _open_file(
     file = SafetensorsFile(path, keep_open=True)
     headers = {key: Header(info.stored, info.shape) for key, info in file.tensors.items()}
     kept = file.metadata if metadata is None else dict(metadata)
-    return Lora(str(path), headers, file.read, kept, config, path, file.close)
+    return Lora(str(path), headers, file.read, kept, config, file, path)
 
 
 def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Lora:
     there = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     if own := choose_files(there):
         config = read_json_object(folder / own[0], _CONFIG_LIMIT) if own[1:] else None
-        return _open_file(folder / own[-1], metadata, config)
+        return replace(_open_file(folder / own[-1], metadata, config), location=folder)
     for name in PICKLES:
         if name in there:
             SafetensorsFile(folder / name)  # raises, with the command that converts it

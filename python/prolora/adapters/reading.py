@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -16,10 +16,11 @@ from ..core.precision import in_full_precision, is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..files.dtypes import find_torch_dtype
 from . import fused_updates, vectors
-from .adapter import Adapter
+from .adapter import Adapter, StoredUpdate
 from .algorithms import dora_oft_glora, forms, products
 from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
+from .keys.tensor_keys import find_path
 from .lora import Lora, LoraSource, read_finite
 from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
@@ -40,6 +41,7 @@ def read_adapter(
     metadata: Mapping[str, str] | None = None,
     read_weight: ReadWeight | None = None,
     base: BaseNames | None = None,
+    keep_stored: bool = False,
 ) -> Adapter:
     """Reads an adapter of any known kind and spelling.
 
@@ -64,6 +66,7 @@ def read_adapter(
             depends on it.
         base: what is known of that base model; it decides where names alone leave several
             families, and gives names with underscores their dots back where no family is known.
+        keep_stored: whether what is written is to hold the stored tensors of unchanged updates.
 
     Returns:
         Updates in file order: up [out, r], down [r, in·kh·kw], float32 on the CPU.
@@ -90,6 +93,8 @@ def read_adapter(
             (adapter.unread, piece.unread),
         ):
             mine.update(more)  # type: ignore[arg-type]
+        if keep_stored:
+            adapter.stored.extend(piece.stored)
     if adapter.left_out:
         first = next(iter(adapter.left_out.items()))
         log.warning("%s: %d tensors left out: %s: %s", opened.where, len(adapter.left_out), *first)
@@ -122,9 +127,11 @@ def _read_slots(
         yield piece
     piece = Adapter({})
     for vector in contents.vectors:
-        piece.vectors.update(
-            vectors.read_vector(vector, scales.get(vector.module.name, 1.0), opened)
-        )
+        scale = scales.get(vector.module.name, 1.0)
+        parts = vectors.read_vector(vector, scale, opened)
+        piece.vectors.update(parts)
+        if vector.module.matrix is None:
+            piece.stored.append(StoredUpdate(parts, _cut_paths([vector.key]), opened.read))
     yield piece
 
 
@@ -242,7 +249,15 @@ def _add_update(
     update = LowRank(truncated.update.up.float(), truncated.update.down.float())
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
-    _store_parts(adapter, slot, update, kernel, truncated.kept, where)
+    parts = _store_parts(adapter, slot, update, kernel, truncated.kept, where)
+    matrix, configured = slot.module.matrix, slot.peft is not None
+    facts = slot.kind, slot.form.rank, scale, configured, matrix
+    adapter.stored.append(StoredUpdate(parts, _cut_paths(slot.keys.values()), source.read, *facts))
+
+
+def _cut_paths(keys: Iterable[str]) -> dict[str, str]:
+    """Returns what stands behind the module path of each key -> the key."""
+    return {key.removeprefix(find_path(key) or key): key for key in keys}
 
 
 def _store_parts(
@@ -252,8 +267,8 @@ def _store_parts(
     kernel: Shape | None,
     kept: float,
     where: str,
-) -> None:
-    """Puts an update into the adapter, that of a fused weight part by part."""
+) -> dict[str, LowRank]:
+    """Puts an update into the adapter part by part, and returns the parts."""
     matrix = slot.module.matrix
     parts = (
         fused_updates.split_update(matrix, update, where) if matrix else {slot.module.name: update}
@@ -266,6 +281,7 @@ def _store_parts(
             adapter.algorithms[name] = slot.kind
         if kept < 1:
             adapter.kept_energy[name] = kept
+    return parts
 
 
 def _add_stand_in(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..architectures.family import Family
+from ..architectures.recognition import share_rows
 from ..errors import UnsupportedFormat
 from .algorithms import forms
 from .algorithms.forms import Form
@@ -60,6 +62,24 @@ class Contents:
     unread: dict[str, Size] = field(default_factory=dict)
     # Modules that are left out because a tensor beside them is not read
     refused: set[str] = field(default_factory=set)
+
+
+def measure_modules(
+    slots: Iterable[Slot], *, with_kernel: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Returns module -> out × in of its update; fused ones are taken apart.
+
+    Args:
+        slots: of a file that is read.
+        with_kernel: count in·kh·kw of a convolution, and not in.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    for slot in slots:
+        kernel = 1 if with_kernel else math.prod(slot.form.kernel or (1,))
+        size = slot.form.out, slot.form.inputs // kernel
+        matrix = slot.module.matrix
+        shapes |= share_rows(matrix, size) if matrix else {slot.module.name: size}
+    return shapes
 
 
 def group_keys(source: Lora, family: Family | None) -> Contents:

@@ -1,4 +1,4 @@
-"""`Adapter` -> a file or folder that was read back and compared before it got its name."""
+"""Writing of LoRAs, read back and compared before they get names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
-from ..files.hashing import hash_file, hash_text
-from ..files.ownership import CONFIG_KEY, MARK_KEY, make_mark
-from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import check_writable, fill_safetensors, replace_output, safetensors_size
+from ..files.store import put
+from ..files.writing import fill_safetensors, safetensors_size
 from .adapter import Adapter
 from .folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
 from .formats import metadata as headers
 from .formats.peft_config import METADATA_KEY
+from .formats.stored import KeptTensors, find_stored, verify_stored
 from .lora import StrPath
 from .verification import verify_output
 
@@ -33,8 +32,12 @@ def write_adapter(
     *,
     format: str = "auto",
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a LoRA whose scale is 1 for every loader: alpha = rank, or no alpha at all.
+    """Writes a LoRA with scale 1 for every loader: alpha = rank, or no alpha.
+
+    An adapter that was read with `keep_stored` and not changed is written as its file holds it,
+    where neither format nor dtype is asked for and the format has a place for all of it.
 
     The output is built beside `path`, read back as any user would, compared with `adapter` module
     by module, and only then renamed.
@@ -45,36 +48,44 @@ def write_adapter(
         format: "auto" (as the adapter came in, if a program reads that), "kohya", "diffusers",
             "peft" or "comfy"; or the program that shall read it, one of `known_loaders()`.
         dtype: of the factors, None for the adapter's own; float8 is read but written as float16.
+        overwrite: replace what has that name.
 
     Raises:
         UnsupportedFormat: the format has no name for a module, or is unknown itself.
         ShapeMismatch: an update that fits no linear layer or convolution.
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
+        OutputExists: something has that name.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
+    kept = find_kept(adapter, format, dtype)
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
-    _check_destination(Path(path), chosen)
     adapter = _move_to_cpu(adapter)
-    tensors = encoding.encode_adapter(adapter, chosen, stored)
-    header = _file_metadata(adapter, chosen)
+    tensors = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
+    header = _file_metadata(adapter, chosen, kept)
     if chosen == "kohya":
         header.update(headers.compute_hashes(tensors, header))
-    with replace_output(path, folder=chosen == "peft") as output:
+
+    def write(output: Path) -> None:
         if chosen == "peft":
             fill_safetensors(output / PEFT_WEIGHTS, tensors, header, path)
-            (output / PEFT_CONFIG).write_bytes(_config_text(adapter).encode())
+            (output / PEFT_CONFIG).write_bytes(_config_text(adapter, kept).encode())
         else:
             fill_safetensors(output, tensors, header, path)
-        verify_output(output, adapter, chosen, stored, path)
+        if kept:
+            verify_stored(output, tensors, kept, adapter, path)
+        else:
+            verify_output(output, adapter, chosen, stored, path)
+
+    put(path, write, overwrite=overwrite, folder=chosen == "peft")
 
 
 @in_full_precision
 def encode_state_dict(
     adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of the file that `write_adapter` makes, by key, without a file.
+    """Returns the tensors of `write_adapter`'s file, by key, without a file.
 
     Like the file, they are read back and compared before they are given out. No loader needs more
     than them: the scale is 1 in all, whether the ranks differ or not. `format="diffusers"` is what
@@ -93,24 +104,44 @@ def encode_state_dict(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
         OutputError: no module is left in the adapter, or it reads back differently.
     """
+    kept = find_kept(adapter, format, dtype)
+    kept = None if kept and kept.need_config else kept
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     where = "the state dict"
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{where}: not made, because no module is left in the adapter")
     adapter = _move_to_cpu(adapter)
-    encoded = encoding.encode_adapter(adapter, chosen, stored)
+    encoded = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
     tensors = {key: tensor.detach().clone() for key, tensor in encoded.items()}
-    verify_output(tensors, adapter, chosen, stored, where)
+    if kept:
+        verify_stored(tensors, tensors, kept, adapter, where)
+    else:
+        verify_output(tensors, adapter, chosen, stored, where)
     return tensors
+
+
+def find_kept(
+    adapter: Adapter, format: str = "auto", dtype: torch.dtype | None = None
+) -> KeptTensors | None:
+    """Returns the stored tensors that are written as they are; None where factors are.
+
+    Args:
+        adapter: what is written.
+        format: as `write_adapter` takes it.
+        dtype: likewise.
+    """
+    if format != "auto" or dtype is not None or not adapter.stored:
+        return None
+    resolved, _ = groups.resolve_format(adapter, format)
+    return find_stored(adapter, check_format(adapter, format)) if resolved is adapter else None
 
 
 def adapter_file_size(
     adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes of the file that `write_adapter` makes; of the two in a PEFT folder, together.
+    """Returns the bytes of `write_adapter`'s file, or of a PEFT folder's two.
 
-    Only shapes of updates count, not their numbers. Arguments and errors are those of
-    `write_adapter`.
+    Only shapes of updates count, not their numbers. Arguments and errors as for `write_adapter`.
     """
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     header = _file_metadata(adapter, chosen)
@@ -123,7 +154,7 @@ def adapter_file_size(
 def _settle_storage(
     adapter: Adapter, format: str, dtype: torch.dtype | None
 ) -> tuple[Adapter, str, torch.dtype]:
-    """The adapter in the spelling to write, its format, and the dtype of the factors."""
+    """Returns the adapter in the spelling to write, format and dtype."""
     adapter, format = groups.resolve_format(adapter, format)
     return adapter, check_format(adapter, format), _storage_dtype(adapter, dtype)
 
@@ -133,27 +164,29 @@ def _move_to_cpu(adapter: Adapter) -> Adapter:
 
 
 def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the factors in the file."""
+    """Returns the dtype of the factors in the file."""
     stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
     if stored not in _DTYPES:
         raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
     return stored
 
 
-def _file_metadata(adapter: Adapter, format: str) -> dict[str, str]:
-    """The file's metadata, all but kohya's hashes and the digits of its mark."""
-    header = headers.clean_metadata(adapter.metadata, format, encoding.file_ranks(adapter, format))
-    table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
+def _file_metadata(
+    adapter: Adapter, format: str, kept: KeptTensors | None = None
+) -> dict[str, str]:
+    """Returns the file's metadata without kohya's hashes."""
+    header = headers.clean_metadata(
+        adapter.metadata, format, None if kept else encoding.file_ranks(adapter, format)
+    )
+    owners = kept.owners if kept else {}
+    table = encoding.diffusers_metadata(adapter, owners) if format == "diffusers" else None
     if table is not None:
         header[METADATA_KEY] = json.dumps(table)
-    if format == "peft":
-        header[CONFIG_KEY] = hash_text(_config_text(adapter))
-    header[MARK_KEY] = make_mark("LoRA")
     return header
 
 
 def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
-    """The keywords of the `peft.LoraConfig` that scales every module by 1.
+    """Returns the keywords of the `peft.LoraConfig` that scales every module by 1.
 
     Raises:
         UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
@@ -162,22 +195,14 @@ def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
     return encoding.peft_config(adapter)
 
 
-def _config_text(adapter: Adapter) -> str:
-    """PEFT's adapter_config.json."""
-    return json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True) + "\n"
-
-
-def has_own_config(folder: Path) -> bool:
-    """Whether the configuration in a PEFT folder is the one that its weights were written with."""
-    try:
-        header = SafetensorsFile(folder / PEFT_WEIGHTS).metadata
-        return header.get(CONFIG_KEY) == hash_file(folder / PEFT_CONFIG)
-    except UnsupportedFormat:
-        return False
+def _config_text(adapter: Adapter, kept: KeptTensors | None = None) -> str:
+    """Writes PEFT's adapter_config.json as text."""
+    config = encoding.peft_config(adapter, owners=kept.owners if kept else {})
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def check_format(adapter: Adapter, format: str) -> str:
-    """The format that "auto" stands for, or the one asked for, if it can hold the adapter.
+    """Resolves "auto" and refuses a format that cannot hold the adapter.
 
     Raises:
         UnsupportedFormat: it is unknown, or has no name for a module or vector.
@@ -192,16 +217,3 @@ def check_format(adapter: Adapter, format: str) -> str:
     groups.file_paths(adapter, chosen)
     encoding.vector_paths(adapter, chosen)
     return chosen
-
-
-def _check_destination(path: Path, format: str) -> None:
-    """Refuses a path that cannot become the output."""
-    if format != "peft":
-        check_writable(path)
-    elif path.is_dir():
-        check_writable(path / PEFT_CONFIG)
-        check_writable(path / PEFT_WEIGHTS)
-    else:
-        check_writable(path)
-        if path.exists():
-            raise OutputError(f"{path}: is a file; a PEFT adapter is a folder")

@@ -11,19 +11,15 @@ from typing import Literal
 
 import torch
 
-from ..core.methods import Needs
 from ..core.rank_rule import Rank
 from ..core.svd.stacks import stack_budget
 from ..core.validation import DeviceLike
 from ..errors import TooLittleMemory
 from ..files.sizes import format_size
 
-# One stack of weights in float32, where nobody sets a bound.
+# One stack of weights in float32, without a bound.
 STACK_BYTES = 96 << 20
-# The same where a stack is hardly more than read. For larger tensors malloc asks the system every
-# time, and touching new memory for the first time would take as long as the products.
-LIGHT_STACK_BYTES = 24 << 20
-# LoRAs that are moved together, where nobody sets a bound: their factors before and after.
+# LoRAs that are moved together, without a bound: their factors before and after.
 LORA_BYTES = 4 << 30
 # What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
 # for each of mn entries, of d² (Gram matrix), of (m + n)k (basis) and of k². Above what was
@@ -34,13 +30,16 @@ PER_COLUMN = 56
 # Python, torch and their buffers grow a little while they work.
 SLACK = 48 << 20
 
-Work = Needs | Literal["affinity", "comparison"]
-"""What is done with weights: what a method needs of them, or how far they are apart and how alike
-their subspaces are. Of an affinity or a comparison the weights of both bases are in memory."""
+Work = Literal["bases", "affinity", "comparison"]
+"""What is done with weights: they are factorised, or compared, or both. To be compared the weights
+of both bases are in memory."""
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are in memory now; its peak so far where only that is known."""
+    """Returns the bytes of this process in memory, or its peak so far.
+
+    The peak is taken where only that is known.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -60,24 +59,18 @@ class Memory:
 
     On a GPU it bounds what is there instead: stacks are as large as keeps the GPU busy
     (`core.svd.stacks.stack_budget`), but within the bound.
-
-    Attributes:
-        limit: bytes; None where there is no bound.
-        rank: of the subspaces; a share of energy may be all columns, and so may None.
-        device: where the weights are worked on; None means the CPU.
     """
 
-    limit: int | None = None
+    limit: int | None = None  # bytes; None without a bound
+    # Of the subspaces; a share of energy may be all columns, and so may None
     rank: Rank | None = None
-    device: DeviceLike = None
+    device: DeviceLike = None  # where the weights are worked on; None means the CPU
 
     def check(self, shapes: Iterable[tuple[int, int]], work: Work, results: int = 0) -> None:
-        """Refuses a bound below what one weight of each shape needs, before anything is done.
+        """Refuses a bound below what one weight of each shape needs.
 
-        Args:
-            shapes: of the weights, out × in.
-            work: what is done with them.
-            results: bytes that the results will take.
+        Before anything is done. The shapes are out × in; `results` are the bytes that the results
+        will take.
 
         Raises:
             TooLittleMemory: says how much is needed.
@@ -94,11 +87,7 @@ class Memory:
             )
 
     def room(self, results: int = 0) -> Room:
-        """What is left now for the weights that are worked on at a time.
-
-        Args:
-            results: bytes that the results will take meanwhile.
-        """
+        """Returns what is left now for weights, beside results of `results` bytes."""
         place = torch.device(self.device or "cpu")
         on_gpu = stack_budget(place) if place.type == "cuda" else None
         if self.limit is None:
@@ -107,7 +96,7 @@ class Memory:
 
     @property
     def lora_bytes(self) -> int:
-        """Bytes that LoRAs which are moved together may take."""
+        """Bytes for LoRAs that are moved together."""
         if self.limit is None:
             return LORA_BYTES
         return min(LORA_BYTES, max(0, self.limit - resident_bytes() - SLACK) // 3)
@@ -115,28 +104,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Room:
-    """How much is worked on at a time.
+    """How much is worked on at a time."""
 
-    Attributes:
-        free: bytes; None where there is no bound.
-        rank: as in `Memory`.
-        on_gpu: bytes for a stack on a GPU, where the work is done there.
-    """
-
-    free: int | None = None
-    rank: Rank | None = None
-    on_gpu: int | None = None
+    free: int | None = None  # bytes; None without a bound
+    rank: Rank | None = None  # as in `Memory`
+    on_gpu: int | None = None  # bytes for a stack on a GPU, where the work is done there
 
     def stack(self, shape: tuple[int, int], work: Work) -> int:
-        """How many weights [m, n] to work on at a time, at least one.
-
-        Args:
-            shape: of a weight.
-            work: what is done with them.
-        """
+        """Returns how many weights [m, n] to work on at a time, at least one."""
         if self.on_gpu is None:
-            size = LIGHT_STACK_BYTES if work is Needs.WEIGHTS else STACK_BYTES
-            count = max(1, size // (4 * shape[0] * shape[1]))
+            count = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
         else:
             count = max(1, self.on_gpu // max(1, _bytes_of_weight(shape, work, self.rank)))
         if self.free is not None:
@@ -145,9 +122,10 @@ class Room:
         return count
 
     def columns(self, shape: tuple[int, int]) -> int:
-        """How many columns of factors to project at a time, those of all weights [m, n] together.
+        """Returns how many columns of factors to project at a time.
 
-        Within a bound they fit where the factorisation of a weight was before.
+        The columns of all weights [m, n] count together. Within a bound they fit where the
+        factorisation of a weight was before.
         """
         size = STACK_BYTES if self.on_gpu is None else self.on_gpu
         if self.free is not None:
@@ -155,35 +133,31 @@ class Room:
         return max(1, size // (PER_COLUMN * sum(shape)))
 
     def pairs(self, shape: tuple[int, int]) -> int:
-        """How many pairs of weights [m, n] to compare at a time."""
+        """Returns how many pairs of weights [m, n] to compare at a time."""
         threads = torch.get_num_threads()
         return threads if self.free is None else min(threads, self.stack(shape, "affinity"))
 
 
 def _bytes_of_stack(shape: tuple[int, int], work: Work, count: int, rank: Rank | None) -> int:
-    """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
+    """Returns the bytes of a stack of `count` weights [m, n] and their work."""
     size = count * _bytes_of_weight(shape, work, rank)
-    if work is Needs.BASES or work == "comparison":
+    if work != "affinity":
         size += min(count, torch.get_num_threads()) * _bytes_of_factorisation(shape, rank)
     return size
 
 
 def _bytes_of_weight(shape: tuple[int, int], work: Work, rank: Rank | None) -> int:
-    """Bytes that a weight [m, n] of a stack takes, with all that is kept of it meanwhile."""
+    """Returns the bytes of a stack's weight [m, n] and its by-products."""
     (m, n), d = shape, min(shape)
-    if work is Needs.NOTHING:
-        return 0
     if work == "affinity":
         return 2 * 4 * m * n
-    if work is Needs.WEIGHTS:
-        return 4 * 4 * m * n + 3 * 4 * d * d
     k = min(rank, d) if isinstance(rank, int) else d
     bases = 2 * 4 * (m + n) * k
     return (2 if work == "comparison" else 1) * 4 * m * n + bases
 
 
 def _bytes_of_factorisation(shape: tuple[int, int], rank: Rank | None) -> int:
-    """Bytes that one takes beside the weight [m, n]."""
+    """Returns the bytes of a factorisation beside the weight [m, n]."""
     (m, n), d = shape, min(shape)
     k = min(rank, d) if isinstance(rank, int) else d
     return PER_ENTRY * m * n + PER_GRAM * d * d + PER_BASIS * (m + n) * k + PER_CORE * k * k

@@ -1,4 +1,7 @@
-"""What the output of a pipeline or model depends on, by name, so that a change can be named."""
+"""Named facts that the output of a pipeline or model depends on.
+
+The names let a change be named.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from ..errors import UnsupportedFormat, input_error
 from ..files.hashing import flatten_bytes, hash_file, hash_parts, hash_text
 from ..files.jsontext import read_json_object
 from ..version import __version__
-from .identity import sample_file
+from .identity import digest_file
 from .pipeline_files import PIPELINE_INDEX, UNUSED_PARTS, read_pipeline_index
 
 Facts = dict[str, dict[str, str]]
 """A part (a file, a module, the versions) -> name of a setting -> its value as a text."""
 
-_CONTENT = "content"  # the only setting of what is known by a hash alone
+_CONTENT = "content"  # the only setting of a file that is known by a hash alone
 _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers")
 # No library reads these from a pipeline's folder when it is told to take safetensors only.
 _UNREAD = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5", ".md", ".png", ".jpg")
@@ -33,7 +36,7 @@ _NAMED = 4  # changes that a message lists
 
 
 def describe_versions() -> Facts:
-    """The versions of all packages that run a pipeline."""
+    """Returns the versions of all packages that run a pipeline."""
     versions = {"prolora": __version__}
     for name in _PACKAGES:
         try:  # whether a build is for a GPU does not count
@@ -43,11 +46,11 @@ def describe_versions() -> Facts:
     return {"versions": versions}
 
 
-def describe_pipeline_folder(folder: Path) -> Facts:
-    """Every file that loading a pipeline folder may read.
+def describe_pipeline_folder(folder: Path, memory: Path | None = None) -> Facts:
+    """Describes every file that loading a pipeline folder may read.
 
-    Configurations count by setting, weights by samples of 16 MiB a file (as `compute_identity` has
-    it), all others by their hash.
+    Configurations count by setting, all others by a digest of the whole file; `memory` as for
+    `digest_file`.
 
     Raises:
         UnsupportedFormat: no pipeline folder, or a file of it cannot be read.
@@ -58,25 +61,25 @@ def describe_pipeline_folder(folder: Path) -> Facts:
         try:
             files = sorted(file for file in (folder / part).iterdir() if file.is_file())
         except FileNotFoundError:
-            continue  # whoever loads it says so
+            continue  # its loader reports this
         except OSError as error:
             raise input_error(folder / part, error) from error
         for file in files:
             if file.suffix not in _UNREAD and not file.name.startswith("."):
-                facts[f"{part}/{file.name}"] = _describe_file(file)
+                facts[f"{part}/{file.name}"] = _describe_file(file, memory)
     return facts
 
 
-def _describe_file(file: Path) -> dict[str, str]:
+def _describe_file(file: Path, memory: Path | None) -> dict[str, str]:
     if file.suffix == ".safetensors":
-        return {_CONTENT: sample_file(file)}
+        return {_CONTENT: digest_file(file, memory)}
     if file.name.endswith("config.json") and file.stat().st_size <= _MOST_BYTES:
         return _list_settings(read_json_object(file))
     return {_CONTENT: hash_file(file)}
 
 
 def describe_live_module(model: nn.Module) -> Facts:
-    """A model in memory: its configuration, the class and constants of every module, all weights.
+    """Describes a model in memory: configuration, classes, constants, all weights.
 
     The constants are what a module holds as plain numbers, texts and tuples of them under public
     names, such as a number of heads or an epsilon.
@@ -96,7 +99,7 @@ def describe_live_module(model: nn.Module) -> Facts:
 
 
 def describe_parts(pipe: Any, without: nn.Module) -> Facts:
-    """The parts of a diffusers pipeline in memory beside its denoiser `without`."""
+    """Describes a diffusers pipeline's parts in memory beside its denoiser `without`."""
     facts: Facts = {
         "pipeline": {"class": _name_class(pipe), **_list_settings(_as_mapping(pipe.config))}
     }
@@ -111,12 +114,12 @@ def describe_parts(pipe: Any, without: nn.Module) -> Facts:
 
 
 def digest_facts(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of facts, in hexadecimal."""
+    """Computes SHA-256 of facts, in hexadecimal."""
     return hash_text(json.dumps(facts, sort_keys=True))
 
 
 def list_changes(before: Facts, after: Facts) -> list[str]:
-    """What differs, as "unet/config.json changed: attention_head_dim 8 → 16"."""
+    """Lists what differs: "unet/config.json changed: attention_head_dim 8 → 16"."""
     changes = [f"{part} is gone" for part in before if part not in after]
     changes += [f"{part} is new" for part in after if part not in before]
     for part, settings in after.items():
@@ -127,7 +130,7 @@ def list_changes(before: Facts, after: Facts) -> list[str]:
 
 
 def _name_settings(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """The settings that differ, with values where they are short; "" where there is only a hash."""
+    """Lists the settings that differ, with short values; "" for a hash."""
     names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
     if names == [_CONTENT]:
         return ""
@@ -144,7 +147,7 @@ def _name_settings(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 
 
 def _list_settings(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Setting -> value as JSON, those of nested objects under dotted names."""
+    """Returns setting -> value as JSON; nested objects get dotted names."""
     try:
         return dict(_walk(settings, ""))
     except RecursionError as error:
@@ -166,7 +169,10 @@ def _write_value(value: Any) -> str:
 
 
 def _name_value(value: Any) -> Any:
-    """A value that JSON has no word for; never an address in memory, which changes each time."""
+    """Writes a value without a JSON form, never as an address in memory.
+
+    An address changes each time.
+    """
     if isinstance(value, torch.dtype | torch.device | Path):
         return str(value)
     if isinstance(value, set | frozenset):
@@ -177,12 +183,12 @@ def _name_value(value: Any) -> Any:
 
 
 def _as_mapping(part: Any) -> Mapping[str, Any]:
-    """What a configuration, a scheduler or a tokenizer says of itself."""
+    """Returns the settings of a configuration, a scheduler or a tokenizer."""
     to_dict: Callable[[], dict[str, Any]] | None = getattr(part, "to_dict", None)
     if isinstance(part, Mapping):
         return part
     if hasattr(part, "get_vocab"):
-        # The whole tokenizer as its library writes it, where that can be had.
+        # The whole tokenizer as its library writes it, if it can.
         backend = getattr(part, "backend_tokenizer", None)
         words = sorted(part.get_vocab().items())
         text = _write_value(words) if backend is None else backend.to_str()

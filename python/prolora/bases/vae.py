@@ -32,18 +32,18 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
     latents are noise to the other, and no question can be asked of both. None where nothing speaks
     against it; `check_latents` looks at the weights as well.
     """
-    ours, theirs = (_read_configuration(folder) for folder in (source, target))
-    if ours is None and theirs is None:
+    left, right = (_read_configuration(folder) for folder in (source, target))
+    if left is None and right is None:
         return None  # both denoise pixels
-    if ours is None or theirs is None:
+    if left is None or right is None:
         return "one of them denoises pixels and the other a VAE's latents"
-    different = [key for key in ours if ours[key] != theirs[key]]
+    different = [key for key in left if left[key] != right[key]]
     if not different:
         return None
     facts = ", ".join(
         key
-        if isinstance(ours[key] or theirs[key], list)
-        else f"{key} {ours[key]} against {theirs[key]}"
+        if isinstance(left[key] or right[key], list)
+        else f"{key} {left[key]} against {right[key]}"
         for key in different
     )
     return f"their VAEs differ ({facts}), so a latent of one means nothing to the other"
@@ -154,10 +154,10 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
 
 def _compare_encoders(source: Path, target: Path) -> float:
     """Returns ⟨a, b⟩/(‖a‖‖b‖) over two encoders' matrices; 0 if none fit."""
-    ours, theirs = (open_folder_weights(folder)[0] for folder in (source, target))
+    left, right = (open_folder_weights(folder)[0] for folder in (source, target))
     dot = norm_a = norm_b = 0.0
-    for key, weight in ours.items():
-        other = theirs.get(key)
+    for key, weight in left.items():
+        other = right.get(key)
         if not key.startswith("encoder.") or len(weight.shape) < 2:
             continue
         if other is None or other.shape != weight.shape:

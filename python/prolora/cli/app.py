@@ -14,11 +14,8 @@ import typer
 from rich.table import Table
 
 from ..version import __version__
-from ..workflow import inspection
-from . import basis, fleet, inspect_table
 from . import check as checking
 from . import doctor as doctor_facts
-from .advise import advise
 from .console import answer, err, out, prepare_streams, progress_bar
 from .convert import convert
 from .demo import APART, Demo
@@ -26,7 +23,8 @@ from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epil
 from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
-from .options import JsonOption, OverwriteOption, path_argument, path_option
+from .migrate import migrate
+from .options import BriefCommand, JsonOption, OverwriteOption, path_option
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
 
@@ -67,15 +65,10 @@ app.command(
 )(fit)
 app.command(
     epilog=write_epilog(
-        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/",
-        "prolora advise --source sdxl/ --target ssd-1b/ --overlap 320 --report overlaps.html",
-        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
-    )
-)(advise)
-app.command(
-    epilog=write_epilog(
-        "prolora check my-lora.safetensors sdxl/",
-        "prolora check loras/*.safetensors sd_xl_base_1.0.safetensors",
+        "prolora check my-lora.safetensors",
+        "prolora check my-lora.safetensors --base sdxl --for comfyui",
+        "prolora check loras/*.safetensors --base sd_xl_base_1.0.safetensors",
+        "prolora check my-lora.safetensors --source sdxl/ --target ssd-1b/",
         codes=tuple(checking.MEANINGS),
         meanings=checking.MEANINGS,
     )
@@ -99,21 +92,14 @@ app.command(
         "-o both.safetensors --out-rank 32",
     ),
 )(merge)
-app.add_typer(basis.app, name="basis")
 app.command(
+    cls=BriefCommand,
     epilog=write_epilog(
-        "prolora plan loras/ --source sdxl/ --target ssd-1b/ -o plan.jsonl",
-        "prolora plan loras/ --source sdxl/ --source flux/ --target new/ --target newer/",
-    )
-)(fleet.plan)
-app.command(
-    epilog=write_epilog(
-        "prolora migrate plan.jsonl -o moved/",
-        "prolora migrate plan.jsonl -o moved/ --shard 2/8",
+        "prolora migrate loras/ --source sdxl/ --target ssd-1b/ --target new/ -o moved/",
+        "prolora migrate loras/ --source sdxl/ --target ssd-1b/ -o moved/ --shard 2/8",
         codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.INCOMPLETE),
-    )
-)(fleet.migrate)
-app.command(epilog=write_epilog("prolora status moved/"))(fleet.status)
+    ),
+)(migrate)
 
 
 def print_version(asked: bool) -> None:
@@ -133,22 +119,6 @@ def start(
     ] = False,
 ) -> None:
     """Move a LoRA to another base model, without training and without data."""
-
-
-@app.command(
-    epilog=write_epilog("prolora inspect my-lora.safetensors", "prolora inspect sdxl/ --json")
-)
-def inspect(
-    file: Annotated[Path, path_argument("A LoRA (or its hub id) or a base model.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a file is, from its header alone."""
-    description = inspection.inspect(file)
-    if as_json:
-        answer.give(description.to_dict())
-    else:
-        for part in inspect_table.description_parts(description):
-            out.print(part)
 
 
 @app.command(epilog=write_epilog("prolora demo", "prolora demo --lora concept --target far"))
@@ -217,8 +187,6 @@ def main() -> None:
         if type(error).__name__ != "NoArgsIsHelpError":
             # Typer passes on how the library below it calls a wrong choice.
             message = error.format_message().replace("Value error, ", "")
-            if getattr(getattr(error, "param", None), "name", "") in ("source", "target"):
-                message = explain_missing_base(error, message)
             print_error(message)
             command = error.ctx.command_path if error.ctx else "prolora"
             err.print_line(f"Try '{command} -h' for help.")
@@ -229,13 +197,6 @@ def main() -> None:
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
     sys.exit(code)
-
-
-def explain_missing_base(error: Any, message: str) -> str:
-    """A complaint about --source or --target; of a missing one, with how bases are given."""
-    if type(error).__name__ != "MissingParameter":
-        return message
-    return f"{message.rstrip('.')}: bases are given as --source BASE and --target BASE"
 
 
 def print_error(message: str, command: str = "") -> None:

@@ -1,61 +1,98 @@
-"""`prolora check`: whether LoRAs are for a base, a line each."""
+"""`prolora check`: what files are, and whether they are for a base or a program."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import ProLoRAError
+from ..architectures.families import known_families
+from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
-from ..workflow.check import check as check_lora
-from ..workflow.check import open_checked
-from .console import answer, out
+from ..workflow.check import check as check_file
+from .console import answer, out, progress_bar
 from .exits import ExitCode, describe_error
-from .options import JsonOption, base_argument
-from .tables import MARKS
-from .transfer import LoraArguments
+from .options import JsonOption, base_option, path_argument
+from .tables import MARKS, draw_facts
 
 MEANINGS = {
-    ExitCode.DONE: "every LoRA is for the base",
+    ExitCode.DONE: "nothing speaks against using the files as asked",
     ExitCode.REFUSED: "a file cannot be read",
-    ExitCode.LOW_COVERAGE: "a LoRA is for another model, or has modules that the base lacks",
+    ExitCode.LOW_COVERAGE: "a LoRA is for another model or program, or has modules without a place",
 }
 
 
 def check(
-    loras: LoraArguments,
-    base: Annotated[str, base_argument("Base model: file, folder, hub id.")],
+    files: Annotated[
+        list[Path],
+        path_argument("LoRAs or base models, or hub ids; a base after LoRAs is --base."),
+    ],
+    base: Annotated[
+        str | None, base_option("Are they for this base (or family, as sdxl)?", metavar="BASE")
+    ] = None,
+    source: Annotated[
+        str | None, base_option("Base that the LoRAs were trained on, with --target.")
+    ] = None,
+    target: Annotated[
+        str | None, base_option("What would a transfer to this base give? Compares weights.")
+    ] = None,
+    program: Annotated[
+        str | None,
+        typer.Option("--for", metavar="PROGRAM", help="Are they for this program, as comfyui?"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether a LoRA is for a base model, from headers alone."""
-    model, records, code = open_checked(base), [], ExitCode.DONE
-    for lora in loras:
-        start = f"{lora.name}: " if len(loras) > 1 else ""
+    """Say what a file is and whether it is for a base or a program, from headers alone."""
+    records: list[dict[str, Any]] = []
+    code = ExitCode.DONE
+    asked: dict[str, Any] = {"program": program, "source": source, "target": target}
+    if base is source is target is None:
+        files, bases = split_bases(files)
+        asked |= dict(zip(("source", "target"), bases, strict=True)) if bases[1:] else {}
+        base = bases[0] if len(bases) == 1 else None
+    is_family = base in known_families() and not Path(base or "").exists()
+    asked["family" if is_family else "base"] = base
+    for file in files:
         try:
-            found = check_lora(lora, model)
+            with progress_bar("check", asked["target"] is not None and not as_json) as progress:
+                found = check_file(file, **asked, progress=progress)
+        except InvalidOption:
+            raise
         except ProLoRAError as error:
-            if len(loras) == 1:
+            if len(files) == 1:
                 raise
-            code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
-            text += explain_order(lora)
-            records.append({"lora": spell_path(lora), "error": error.to_dict()})
+            records.append({"path": spell_path(file), "error": error.to_dict()})
+            text, style, code = describe_error(error)[0], MARKS["✖"], ExitCode.REFUSED
         else:
-            code = code if found or code else ExitCode.LOW_COVERAGE
             records.append(found.to_dict())
-            text, style = str(found), MARKS[found.mark]
+            text, style = f"{found.mark} {found.headline}", MARKS[found.mark]
+            if found.reason:
+                code = ExitCode.REFUSED
+            code = code if found or code else ExitCode.LOW_COVERAGE
         if not as_json:
+            start = f"{file.name}: " if len(files) > 1 else ""
             out.print_line(f"{start}{text}", style=style)
+            if len(files) == 1:
+                out.print(draw_facts(found.facts()))
     if as_json:
         answer.give(records[0] if len(records) == 1 else records)
+    elif len(files) > 1:
+        good = sum(record.get("ok") is True for record in records)
+        out.print_line(f"{good} of {len(files)} files are as asked")
     raise typer.Exit(code)
 
 
-def explain_order(lora: Path) -> str:
-    """The end of a message about what was given as a LoRA, where it is a base."""
+def split_bases(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Splits base models, two at most, off the end of a list of files."""
+    bases: list[str] = []
+    while len(files) > 1 and len(bases) < 2 and _is_base(files[-1]):
+        files, bases = files[:-1], [str(files[-1]), *bases]
+    return files, bases
+
+
+def _is_base(file: Path) -> bool:
     try:
-        is_base = lora.exists() and bool(open_checked(str(lora)).shapes)
+        return check_file(file).kind == "base"
     except ProLoRAError:
-        is_base = False
-    return "; the last argument is the base, and each one before it a LoRA" if is_base else ""
+        return False

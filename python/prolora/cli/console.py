@@ -59,7 +59,6 @@ _SUBSTITUTES = {
     "²": "^2",
     "°": " deg",
     "Φ": "Phi",
-    "κ": "kappa",
     "σ": "sigma",
     "Σ": "sum ",
     "Δ": "Delta",
@@ -69,7 +68,7 @@ _SUBSTITUTES = {
 
 
 def make_printable(text: str, encoding: str = "utf-8") -> str:
-    r"""The text with control characters spelled out (`\x1b`), in what `encoding` can hold."""
+    r"""Spells out control characters (`\x1b`) and what `encoding` cannot hold."""
     plain = _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
     try:
         plain.encode(encoding)
@@ -89,7 +88,7 @@ class PlainConsole(Console):
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """What rich makes of a string, wherever it stands."""
+        """Renders a string of rich with printable characters and flags."""
         named = name_options(text, write_flag)
         return super().render_str(make_printable(named, self.encoding), **options)
 
@@ -135,7 +134,7 @@ class JsonAnswer:
 
     def give_error(self, error: BaseException) -> None:
         """Prints why a command failed, if it was asked for JSON and has printed none."""
-        # The words themselves: the command line may be what is refused.
+        # Reads the words themselves, since the command line may be what is refused.
         words = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
         if isinstance(error, ProLoRAError) and "--json" in words and not self._given:
             self.give({"error": error.to_dict()})
@@ -148,7 +147,7 @@ class PlainFormatter(logging.Formatter):
     """Log lines without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's text, line by line."""
+        """Formats the record's text, line by line."""
         text = name_options(super().format(record), write_flag)
         return "\n".join(map(make_printable, text.split("\n")))
 
@@ -170,7 +169,9 @@ def prepare_streams() -> None:
 def progress_bar(
     title: str, shown: bool = True, timed: bool = True
 ) -> Iterator[Callable[[int, int, str], None]]:
-    """A callback progress(done, total, name) that draws a bar on stderr, where that is a terminal.
+    """Yields progress(done, total, name), which draws a bar on a terminal.
+
+    The bar is drawn on stderr.
 
     Args:
         title: what is being done, in one word.
@@ -189,7 +190,7 @@ def progress_bar(
         task = bar.add_task(title, total=None, name="")
 
         def update(done: int, total: int, name: str) -> None:
-            # What title, bar, count and time leave of a line.
+            # The rest of a line beside title, bar, count and time.
             room = max(12, err.width - len(title) - len(f"{done}/{total}") - (40 if timed else 31))
             end = make_printable(name, err.encoding)[-room:]
             bar.update(task, completed=done, total=total, name=end)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 from ..bases import open_base
 from ..workflow.convert import convert as convert_lora
-from ..workflow.convert import convert_file
 from ..workflow.convert_options import ConvertOptions
 from .console import progress_bar
-from .options import base_argument, expand_options, path_argument
+from .options import base_argument, base_option, expand_options, path_argument
 from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
@@ -21,12 +20,14 @@ def convert(
     lora: Annotated[Path, path_argument("LoRA file, PEFT folder or hub id.", metavar="LORA")],
     converting: ConvertOptions,
     output: FileOutput,
+    place: Annotated[str | None, base_argument("As --base.")] = None,
     base: Annotated[
-        str | None, base_argument("Base model it was trained on; needed for DoRA, GLoRA and OFT.")
+        str | None, base_option("Base model it was trained on; needed for DoRA, GLoRA and OFT.")
     ] = None,
 ) -> None:
     """Write a LoRA in another format, precision, rank or kind, for the base that it has."""
     check_output_given(output)
+    base = base or place
     model = None if base is None else open_base(base)
     check_outputs([lora], output, converting, model.files if model else [])
     with progress_bar("convert", output.show_tables) as progress:
@@ -34,5 +35,5 @@ def convert(
         if output.dry_run:
             report = replace(convert_lora(lora, model, options).report, dry_run=True)
         else:
-            report = convert_file(lora, cast(Path, output.output), model, options)
-    tell_made_lora(lora, report, output)
+            report = convert_lora(lora, model, options, out=output.output).report
+    tell_made_lora(lora, report, output, converting.overwrite)

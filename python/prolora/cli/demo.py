@@ -1,4 +1,4 @@
-"""The demo: a shipped LoRA moves between two shipped models, and a page shows what it does.
+"""The demo: a shipped LoRA on another shipped model, and a page of images.
 
 The models are those of examples/icon_family: real diffusion transformers with FLUX's module names,
 trained on coloured icons of 24 × 24 pixels. Needs the `demo` extra (diffusers).
@@ -14,13 +14,12 @@ from pathlib import Path
 from ..adapters import read_adapter
 from ..bases.base import Progress
 from ..errors import ProLoRAError, name_options
-from ..files.writing import write_text_atomically
+from ..files.store import check_free, put_text
 from ..probe.settings import FitSettings, read_prompts
 from ..workflow.by_fitting.showing import ImageGrid
-from ..workflow.fit import fit_file
-from ..workflow.output_paths import check_beside
+from ..workflow.fit import fit
 from ..workflow.report import Report
-from ..workflow.transfer import transfer_file
+from ..workflow.transfer import transfer
 from .fit import SHOWN
 from .options import write_flag
 
@@ -60,18 +59,18 @@ class Demo:
 
     @property
     def page(self) -> Path:
-        """The page of the report."""
+        """Returns the path of the page."""
         return self.moved.with_suffix(".html")
 
     @property
     def prompts(self) -> Path:
-        """The prompts that are drawn."""
+        """Returns the file of the prompts."""
         of_concept = self.lora.stem == "concept"
         return self.lora.parents[1] / ("butterflies.txt" if of_concept else "prompts.txt")
 
     @property
     def command(self) -> str:
-        """What does the same by hand, but for the images of a move by weights."""
+        """Returns the command that makes the same LoRA."""
         words = ["prolora", "fit" if self.target.name == APART else "transfer", str(self.lora)]
         words += ["--source", str(self.source), "--target", str(self.target)]
         if self.target.name == APART:
@@ -85,24 +84,27 @@ class Demo:
         Raises:
             ProLoRAError: something else is there, or the `demo` extra is missing.
         """
-        check_beside(self.moved, "LoRA", overwrite=overwrite)
-        check_beside(self.page, "report", overwrite=overwrite)
-        ends = self.lora, self.source, self.target, self.moved
+        for path in (self.moved, self.page):
+            check_free(path, overwrite=overwrite)
+        ends = self.lora, self.source, self.target
         prompts = read_prompts(self.prompts)
         if self.target.name == APART:
-            report = fit_file(
+            report = fit(
                 *ends,
+                out=self.moved,
                 prompts=prompts,
                 images=IMAGES,
                 steps=STEPS,
                 shown_prompts=SHOWN,
                 overwrite=overwrite,
                 progress=progress,
-            )
+            ).report
         else:
-            report = self._draw(transfer_file(*ends, overwrite=overwrite), prompts, progress)
+            report = transfer(*ends, out=self.moved, overwrite=overwrite).report
+            report = self._draw(report, prompts, progress)
         facts = {"LoRA": self.lora.name, "written to": self.moved.name, "by": self.command}
-        write_text_atomically(self.page, name_options(report.to_html(facts), write_flag))
+        text = name_options(report.to_html(facts), write_flag)
+        put_text(self.page, text, overwrite=overwrite)
         return report
 
     def _draw(self, report: Report, prompts: tuple[str, ...], progress: Progress | None) -> Report:
@@ -124,7 +126,7 @@ class Demo:
 
 
 def find_models() -> Path:
-    """The folder of the shipped models: in an installed package, else in the source tree."""
+    """Returns the folder of the shipped models."""
     package = Path(__file__).resolve().parents[1]
     for folder in (
         package / "icon_family/weights",

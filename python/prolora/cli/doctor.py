@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..bases.cache.basis_cache import default_folder
-from ..bases.cache.maintenance import measure_cache
+from ..bases.cache.cache_folder import measure_cache
 from ..core.ops import native
 from ..core.svd import batched_eigh
 from ..files.sizes import format_size
@@ -26,18 +26,13 @@ _REQUIREMENT = re.compile(r"([\w.-]+).*extra\s*==\s*[\"']([\w-]+)[\"']")
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of prolora.
+    """An optional part of prolora."""
 
-    Attributes:
-        name: as pip takes it.
-        packages: package -> its version, None where it is missing.
-    """
-
-    name: str
-    packages: dict[str, str | None]
+    name: str  # as pip takes it
+    packages: dict[str, str | None]  # package -> its version, None where it is missing
 
     def describe(self) -> str:
-        """Whether it works; if not, how to install it."""
+        """Says whether it works; if not, how to install it."""
         missing = [package for package, version in self.packages.items() if version is None]
         if missing:
             return f"no {', '.join(missing)} (pip install 'prolora[{self.name}]')"
@@ -58,7 +53,7 @@ def describe_kernels() -> dict[str, str | int | bool]:
 
 
 def describe_surroundings() -> dict[str, str | int]:
-    """Memory, cache and extras."""
+    """Describes memory, cache and extras."""
     facts: dict[str, str | int] = {"memory": _describe_memory()}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -70,7 +65,7 @@ def describe_surroundings() -> dict[str, str | int]:
 
 
 def list_extras() -> list[Extra]:
-    """The extras for users, from prolora's own metadata; none where it was not installed by pip."""
+    """Lists the extras for users, from prolora's own metadata, if installed."""
     try:
         requirements = metadata.requires("prolora") or []
     except metadata.PackageNotFoundError:
@@ -91,9 +86,9 @@ def _find_version(package: str) -> str | None:
 
 
 def describe_cache(folder: Path) -> str:
-    """Where the basis cache is, how large it is and how much more the disk takes."""
+    """Describes the basis cache: path, size, free space on its disk."""
     try:
-        size = measure_cache(folder) if folder.is_dir() else 0
+        size = measure_cache(folder)
         parent = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(parent).free
     except OSError as error:
@@ -104,7 +99,7 @@ def describe_cache(folder: Path) -> str:
 
 
 def _describe_memory() -> str:
-    """Total and free memory of the machine, as far as the system says."""
+    """Describes total and free memory, as far as the system says."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total = page * os.sysconf("SC_PHYS_PAGES")

@@ -35,7 +35,7 @@ MEANINGS = {
 
 
 class IncompleteResult(ProLoRAError):
-    """All was written, but updates of a LoRA could not be read and stayed behind."""
+    """A complete output with unreadable updates of a LoRA left behind."""
 
     code = "incomplete-result"
 
@@ -49,7 +49,10 @@ def write_epilog(
     codes: tuple[ExitCode, ...] = (),
     meanings: Mapping[ExitCode, str] = MEANINGS,
 ) -> str:
-    """The end of a command's help: examples, and what its exit codes mean, in rich's markup."""
+    """Writes the end of a command's help: examples and exit codes.
+
+    In rich's markup.
+    """
     title = "Example" if len(examples) == 1 else "Examples"
     paragraphs = [f"[bold]{title}[/bold]", *examples]
     if codes:
@@ -59,7 +62,7 @@ def write_epilog(
 
 
 def find_exit_code(error: BaseException) -> ExitCode:
-    """The exit code of a command that ended in one of `HANDLED`."""
+    """Returns the exit code of a command that ended in one of `HANDLED`."""
     if isinstance(error, LowCoverage):
         return ExitCode.LOW_COVERAGE
     if isinstance(error, IncompleteResult):
@@ -70,7 +73,7 @@ def find_exit_code(error: BaseException) -> ExitCode:
 
 
 def describe_error(error: BaseException) -> tuple[str, str]:
-    """What an error says to people, and a command line that helps, to be copied; "" for none."""
+    """Describes an error to people, with a helpful command line or ""."""
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         advice = "the system gave no more memory; --max-memory 2GiB keeps prolora within a bound"
         if "CUDA" in str(error):
@@ -79,12 +82,12 @@ def describe_error(error: BaseException) -> tuple[str, str]:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}", ""
     command = error.command if isinstance(error, ProLoRAError) else ""
-    # Not `str(error)` alone, whose line break would be spelled out.
+    # `str(error)` alone has a line break, which would be spelled out.
     return str(error).removesuffix(command).rstrip() or type(error).__name__, command
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory, for which it raises a RuntimeError."""
+    """Recognises torch's RuntimeError of missing memory."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (
         "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, cast
 from ..bases import Base
 from ..bases.base import Progress
 from ..errors import ProLoRAError
-from ..workflow.fit import fit_file, fit_many, plan_fit
+from ..workflow.fit import fit as fit_lora
+from ..workflow.fit import fit_many
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
 from ..workflow.output_paths import is_page_path
@@ -42,10 +43,12 @@ class Pipelines(Bases):
     """The two pipelines."""
 
     source: Annotated[
-        str,
+        str | None,
         base_option("Folder of the diffusers pipeline the LoRA was trained on.", metavar="FOLDER"),
-    ]
-    target: Annotated[str, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")]
+    ] = None
+    target: Annotated[
+        str | None, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")
+    ] = None
 
 
 @expand_options
@@ -59,9 +62,9 @@ def fit(
     help_all: HelpAllOption = False,
 ) -> None:
     """Fit a LoRA to a running model, where weights alone do not move it."""
+    loras, source, target = bases.open(loras)
     check_output_given(output, loras)
     resources.check_device()
-    source, target = bases.open()
     card = check_outputs(loras, output, fitting, [*source.files, *target.files])
     options = replace(
         fitting,
@@ -77,12 +80,12 @@ def fit(
 def plan_fits(
     loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
 ) -> list[Outcome]:
-    """What would become of each LoRA; one of several that is refused does not stop the others."""
+    """Plans each fit; one of several that is refused does not stop the others."""
     outcomes = []
     for lora in loras:
         planned = Outcome(lora, lora, planned=True)
         try:
-            report = plan_fit(lora, source, target, options.for_file())
+            report = fit_lora(lora, source, target, options.for_file(), dry_run=True).report
             outcomes.append(replace(planned, report=report))
         except ProLoRAError as error:
             if len(loras) == 1:
@@ -94,7 +97,7 @@ def plan_fits(
 def fit_loras(
     loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
 ) -> list[Outcome]:
-    """Fits one LoRA into a file, or all of them into a folder, one after the other."""
+    """Fits one LoRA into a file, or several into a folder, one after the other."""
     path = cast(Path, output.output)
     with progress_bar("fit", output.show_tables, timed=False) as progress:
         options = replace(options, progress=announce_first(progress, output.show_tables))
@@ -103,11 +106,15 @@ def fit_loras(
             if len(loras) > 1:
                 options = replace(options, shown_prompts=0)
             return fit_many(loras, source, target, path, options)
-        return [Outcome(loras[0], path, fit_file(loras[0], source, target, path, options))]
+        report = fit_lora(loras[0], source, target, options, out=path).report
+        return [Outcome(loras[0], path, report, kept=report.dry_run)]
 
 
 def announce_first(progress: Progress, shown: bool) -> Progress:
-    """A callback that prints the first name that it is told: what the fit is about to do."""
+    """Wraps a callback so that the first name it is told is printed, too.
+
+    It says what the fit is about to do.
+    """
     announced: list[str] = []
 
     def update(done: int, total: int, name: str) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 from ..bases import Base, open_base
 from ..workflow.merge import merge as merge_loras
-from ..workflow.merge import merge_file
 from ..workflow.merge_options import MergeOptions
 from .console import progress_bar
 from .options import Resources, base_option, expand_options
@@ -18,7 +16,7 @@ from .transfer import LoraArguments, check_output_given, check_outputs, tell_mad
 
 @dataclass
 class MergedBases:
-    """The base of the result, and those of LoRAs that have to be moved first."""
+    """The bases of the result and of LoRAs to move first."""
 
     target: Annotated[
         str | None,
@@ -67,5 +65,5 @@ def merge(
             done = merge_loras(loras, target, sources, options)
             report = replace(done.report, dry_run=True)
         else:
-            report = merge_file(loras, cast(Path, output.output), target, sources, options)
-    tell_made_lora(loras[0], report, output)
+            report = merge_loras(loras, target, sources, options, out=output.output).report
+    tell_made_lora(loras[0], report, output, merging.overwrite)

@@ -19,11 +19,11 @@ from typer.core import TyperCommand, TyperOption
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..core.option_fields import find_shown, read_shown
+from ..core.option_fields import read_shown
 from ..core.validation import resolve_device
 from ..core.verdict import AUTO
-from ..errors import OutputError
-from ..files.hub import keep_path
+from ..errors import InvalidOption, OutputError
+from ..files.hub import keep_path, spell_path
 from ..files.sizes import parse_size
 from ..probe.settings import read_prompts
 from ..workflow.options import TransferOptions
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
-    """The parameter of an option that an options object tells; none if it has no panel."""
+    """Derives the parameter of an option that an options object tells; none without a panel."""
     shown = read_shown(field)
     if not shown.panel:
         return []
@@ -63,47 +63,47 @@ def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.
 
 
 def parse_path(text: str | Path) -> Path:
-    """A path; '' is refused, since it would mean the current folder."""
+    """Reads a path; '' is refused, since it would mean the current folder."""
     if not str(text):
         raise typer.BadParameter("the path is empty")
     return Path(text)
 
 
 def parse_input(text: str | Path) -> Path:
-    """A path or an id on the hub; what is typed as a path, as `./a/b`, stays one."""
+    """Reads a path or an id on the hub; what is typed as a path, as `./a/b`, stays one."""
     parse_path(text)
     return keep_path(text)
 
 
 def parse_base(text: str) -> str:
-    """A base as text, since it may be an id on the hub; '' is refused."""
+    """Returns a base as text, since it may be an id on the hub; '' is refused."""
     if not text:
         raise typer.BadParameter("the name of the base is empty")
     return text
 
 
 def base_option(help: str, metavar: str = "BASE") -> Any:
-    """An option that takes a base model."""
+    """Makes an option that takes a base model."""
     return typer.Option(parser=parse_base, metavar=metavar, help=help)
 
 
 def base_argument(help: str, metavar: str = "BASE") -> Any:
-    """An argument that is a base model."""
+    """Makes an argument that is a base model."""
     return typer.Argument(parser=parse_base, metavar=metavar, help=help)
 
 
 def path_option(help: str, *flags: str, metavar: str = "FILE") -> Any:
-    """An option that takes a path; its flags, where they are others than its name."""
+    """Makes an option that takes a path; `flags` are those that differ from its name."""
     return typer.Option(*flags, parser=parse_path, metavar=metavar, help=help)
 
 
 def path_argument(help: str, metavar: str = "FILE") -> Any:
-    """An argument that is a path, or an id on the hub where its command takes those."""
+    """Makes an argument that is a path, or an id on the hub."""
     return typer.Argument(parser=parse_input, metavar=metavar, help=help)
 
 
 def parse_share(text: str | float) -> float:
-    """A number from 0 to 1; NaN, which no comparison would ever find too low, is none."""
+    """Reads a number from 0 to 1; NaN, which no comparison would ever find too low, is refused."""
     try:
         share = float(text)
     except ValueError:
@@ -114,7 +114,7 @@ def parse_share(text: str | float) -> float:
 
 
 def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
-    """'320' as an int, '0.9' as a share of energy; an error names the flag."""
+    """Reads '320' as an int, '0.9' as a share of energy; an error names the flag."""
     if not isinstance(text, str):  # a default
         return text
     try:
@@ -128,7 +128,7 @@ def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
 
 
 def parse_out_rank(text: str | float) -> int | float | str:
-    """'16' as an int, '0.95' as a share; 'exact', '50%' and '100MB' stay text."""
+    """Reads '16' as an int, '0.95' as a share; 'exact', '50%' and '100MB' stay text."""
     try:
         return parse_rank(text)
     except ValueError:
@@ -136,7 +136,7 @@ def parse_out_rank(text: str | float) -> int | float | str:
 
 
 def parse_strength(text: str | float) -> float | str | None:
-    """'0.8' as a number, 'auto' as it is, nothing as None: what the method calls for."""
+    """Reads '0.8' as a number, 'auto' as it is, nothing as None: what the method calls for."""
     if text in ("", AUTO):
         return text or None
     try:
@@ -146,7 +146,7 @@ def parse_strength(text: str | float) -> float | str | None:
 
 
 def parse_strengths(text: str | None) -> tuple[float, ...] | None:
-    """'1,0.6' as two numbers."""
+    """Reads '1,0.6' as two numbers."""
     if not isinstance(text, str):  # a default
         return text
     try:
@@ -170,20 +170,20 @@ FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
 
 
-COMMANDS = {"transfer_many": "transfer", "plan_migration": "plan"}
+COMMANDS = {"transfer_many": "transfer"}
 """Functions that are commands of another name."""
 
 OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *("source target cache device max_memory measure overlap engine shard workers".split()),
-    *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
+    *("source target cache device max_memory ray shard".split()),
+    *("target_steps target_guidance lora_steps lora_guidance".split()),
     "strengths",
 }
 """What messages may name, and a command has a flag for."""
 
 
 def write_flag(option: str, value: str | None = None) -> str | None:
-    """An option of Python as the command line has it, `--look lora`; a function as its command."""
+    """Writes an option of Python as a flag, `--match name`; a function as its command."""
     if value == "()":
         return f"`prolora {COMMANDS.get(option, option)}`"
     if option not in OPTIONS:
@@ -192,48 +192,30 @@ def write_flag(option: str, value: str | None = None) -> str | None:
     return flag if value in (None, "True") else f"{flag} {value}"
 
 
-RankOption = Annotated[
-    str,
-    typer.Option(
-        metavar="RANK", help="Columns of the subspaces (320), or the energy they hold (0.99)."
-    ),
-]
-MatchOption = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|name|similarity|FILE",
-        help=find_shown(TransferOptions, "match").help,
-    ),
-]
-SaveMatchOption = Annotated[
-    Path | None, path_option("Save which module was paired with which, as JSON that --match takes.")
-]
 OverwriteOption = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", help="Also replace files that prolora did not write, or that were edited."
-    ),
-]
-ModulesOption = Annotated[
-    bool,
-    typer.Option("--modules", help="Show a table row per module (or block), not per stage."),
-]
-ExplainOption = Annotated[
-    bool,
-    typer.Option("--explain", help="Show the numbers too, and what each of them means."),
+    typer.Option("--overwrite", help="Replace what exists, which is refused otherwise."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
-CacheOption = Annotated[
-    Path | None,
-    path_option(
-        "Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
-        "user's cache folder.",
-        metavar="FOLDER",
-    ),
-]
 NO_CACHE = Path("none")
-"""What stands for no folder in the place of one."""
+"""The word for no folder."""
+
+
+def take_bases(words: list[Path], source: Any, target: Any) -> tuple[list[Path], tuple[Any, Any]]:
+    """Takes both bases as options or, without these, from the end of the arguments.
+
+    Raises:
+        InvalidOption: one is missing.
+    """
+    if not source and not target and len(words) > 2:
+        return words[:-2], (spell_path(words[-2]), spell_path(words[-1]))
+    for name, given in (("source", source), ("target", target)):
+        if not given:
+            raise InvalidOption(
+                f"Missing option '--{name}': bases are given as --source BASE and --target BASE, "
+                "or after the LoRAs"
+            )
+    return words, (source, target)
 
 
 @dataclass
@@ -241,18 +223,22 @@ class Bases:
     """The two base models."""
 
     source: Annotated[
-        str, base_option("Base model the LoRA was trained on: file, folder or hub id (org/name).")
-    ]
-    target: Annotated[str, base_option("Base model to move to: file, folder or hub id (org/name).")]
+        str | None,
+        base_option("Base model the LoRA was trained on: file, folder or hub id (org/name)."),
+    ] = None
+    target: Annotated[
+        str | None, base_option("Base model to move to: file, folder or hub id (org/name).")
+    ] = None
 
-    def open(self) -> tuple[Base, Base]:
-        """Opens both: (source, target)."""
-        return open_base(self.source), open_base(self.target)
+    def open(self, loras: list[Path]) -> tuple[list[Path], Base, Base]:
+        """Opens both and returns (LoRAs, source, target)."""
+        loras, (source, target) = take_bases(loras, self.source, self.target)
+        return loras, open_base(source), open_base(target)
 
 
 @dataclass
 class ExpertBases:
-    """The two base models, each of which may have two experts."""
+    """The two base models, perhaps with two experts each."""
 
     source: Annotated[
         list[str],
@@ -260,12 +246,15 @@ class ExpertBases:
             "Base model the LoRA was trained on: file, folder or hub id (org/name). For Wan "
             "2.2 give the pipeline folder, or repeat --source for both expert files."
         ),
-    ]
-    target: Annotated[list[str], base_option("Base model to move to, in any of these forms.")]
+    ] = dataclasses.field(default_factory=list)
+    target: Annotated[list[str], base_option("Base model to move to, in any of these forms.")] = (
+        dataclasses.field(default_factory=list)
+    )
 
-    def open(self) -> tuple[Experts, Experts]:
-        """Opens both: (source, target), each a base or two experts."""
-        return open_experts(self.source), open_experts(self.target)
+    def open(self, loras: list[Path]) -> tuple[list[Path], Experts, Experts]:
+        """Opens both and returns (LoRAs, source, target), each a base or two experts."""
+        loras, (source, target) = take_bases(loras, self.source, self.target)
+        return loras, open_experts(source), open_experts(target)
 
 
 @dataclass
@@ -282,7 +271,7 @@ class Prompts:
     )
 
     def read(self) -> tuple[str, ...]:
-        """All of them, in order.
+        """Reads all of them, in order.
 
         Raises:
             InvalidOption: the file cannot be read, or has none.
@@ -330,13 +319,13 @@ class Resources:
         self.device = resolve_device(self.device)
 
     def read(self, takes_default: bool = True) -> dict[str, Any]:
-        """As jobs take them; the default cache folder is none where it is not taken."""
+        """Returns them as jobs take them; a default cache only with `takes_default`."""
         limit = parse_size(self.max_memory) if self.max_memory else None
         cache = self.find_cache(takes_default)
         return {"cache": cache, "device": self.device, "max_memory": limit}
 
     def find_cache(self, takes_default: bool = True) -> Path | None:
-        """The cache folder asked for, or the default where it can be made; or None."""
+        """Finds the cache folder asked for, or the default if it can be made; or None."""
         if self.cache == NO_CACHE:
             return None
         if self.cache is not None or not takes_default:
@@ -348,15 +337,6 @@ class Resources:
             log.warning("nothing is kept for the next LoRA: %s", error)
             return None
         return folder
-
-
-@dataclass
-class FleetResources(Resources):
-    """Those of each worker, which may be many and need not be on this machine."""
-
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
-    ] = "cpu"
 
 
 _HELP_ALL = "prolora.help_all"
@@ -379,15 +359,13 @@ HelpAllOption = Annotated[
 
 
 class BriefCommand(TyperCommand):
-    """A command whose help shows what most people need; `--help-all` shows the rest.
+    """A command whose help shows what most people need; `--help-all` shows the rest."""
 
-    Attributes:
-        told: the options object of the command, which says what of it most people need.
-        beside: what they need of its other options.
-    """
-
-    told: ClassVar[type] = TransferOptions
-    beside: ClassVar[set[str]] = {"source", "target", "output", "report", "dry_run", "help_all"}
+    told: ClassVar[type] = TransferOptions  # the options object of the command
+    # What most people need of its other options
+    beside: ClassVar[set[str]] = set(
+        "source target output report dry_run ray shard help_all".split()
+    )
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help; the short one has the basic options alone, in a sentence each."""
@@ -407,7 +385,7 @@ class BriefCommand(TyperCommand):
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with a parameter for each field of the dataclasses that `command` takes.
+    """Gives a command a parameter for each field of the dataclasses it takes.
 
     typer makes an option of each parameter. A dataclass's `panel` heads its options in the help.
     """
@@ -436,7 +414,7 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _list_parameters(kind: Any) -> list[inspect.Parameter]:
-    """The fields of a dataclass as keyword parameters."""
+    """Lists the fields of a dataclass as keyword parameters."""
     hints = typing.get_type_hints(kind, include_extras=True)
     parameters = []
     for field in dataclasses.fields(kind):

@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from .options import ExplainOption, JsonOption, ModulesOption, QuietOption, path_option
+from .options import JsonOption, path_option
 
 
 @dataclass
 class FileOutput:
-    """What is written, and what is shown, where no card goes with it."""
+    """Options of what is written and shown, without a card."""
 
     panel: ClassVar[str] = "Output"
     card = False
@@ -36,15 +36,12 @@ class FileOutput:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
     ] = False
-    explain: ExplainOption = False
-    modules: ModulesOption = False
     as_json: JsonOption = False
-    quiet: QuietOption = False
 
     @property
     def show_tables(self) -> bool:
         """Whether people read along."""
-        return not (self.as_json or self.quiet or self.report == Path("-"))
+        return not (self.as_json or self.report == Path("-"))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Files that the commands write beside the LoRA: they replace nothing but their like."""
+"""Files that the commands write beside the LoRA."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
-from ..bases import Base
 from ..bases.experts import ExpertPair
-from ..comparison.module_map import Match, find_partners
 from ..errors import OutputError
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
-from ..workflow.output_paths import check_beside, fold_path, name_output
+from ..files.store import check_free
+from ..workflow.output_paths import fold_path, name_output
 
 # Ends of other kinds of LoRA files, which people write out of habit.
 _OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")
@@ -35,22 +32,22 @@ def check_report(
         outputs: the files and PEFT folders that this run writes.
         loras: the LoRAs to move.
         bases: files of the bases.
-        overwrite: replace what prolora did not write.
+        overwrite: replace what exists.
 
     Raises:
-        OutputError: the report cannot be written, or would replace an input, a LoRA of this run,
-            or a file that prolora did not write.
+        OutputError: the report cannot be written, or would replace an input or a LoRA of this run.
+        OutputExists: something has that name.
     """
     taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
     if _resolve_path(report) in map(_resolve_path, taken):
         raise OutputError(f"{report}: the report would replace the LoRA; give it another name")
-    check_beside(report, "report", [*loras, *bases], overwrite)
+    check_free(report, [*loras, *bases], overwrite=overwrite)
 
 
 def list_outputs(
     output: Path | None, loras: Iterable[Path], pairs: Sequence[ExpertPair], format: str
 ) -> list[Path]:
-    """Every path that the LoRAs may be written to; none in a dry run."""
+    """Lists every path for the LoRAs' outputs; empty in a dry run."""
     if output is None:
         return []
     ends = ["", *(f"_{pair.expert}" for pair in pairs if pair.expert)]
@@ -59,7 +56,7 @@ def list_outputs(
 
 
 def append_to_name(path: Path, appended: str) -> Path:
-    """A path with something at the end of its name, before the suffix of a LoRA's file."""
+    """Appends to a path's name, before the suffix of a LoRA's file."""
     if path.suffix != ".safetensors":
         return path.parent / f"{path.name}{appended}" if appended else path
     return path.with_name(f"{path.stem}{appended}{path.suffix}")
@@ -68,9 +65,7 @@ def append_to_name(path: Path, appended: str) -> Path:
 def check_lora_name(path: Path, is_folder: bool) -> None:
     """Refuses a name that programs would not take for a LoRA.
 
-    Args:
-        path: where one LoRA is written to.
-        is_folder: whether a folder is written there.
+    `path` is where one LoRA is written to.
 
     Raises:
         OutputError: a file's name does not end in .safetensors.
@@ -83,41 +78,24 @@ def check_lora_name(path: Path, is_folder: bool) -> None:
         )
 
 
-def check_match_file(path: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuses the path of a map of modules before any work is done for it.
-
-    Raises:
-        OutputError: it cannot be written, or would replace an input, an output of this run, or a
-            file that prolora did not write.
-    """
-    inputs = list(inputs)
-    if _resolve_path(path) in map(_resolve_path, inputs):
-        raise OutputError(f"{path}: the map would replace another file of this run")
-    check_beside(path, "map", inputs, overwrite)
-
-
-def save_match(path: Path, source: Base, target: Base, match: Match) -> None:
-    """Writes {target module: source module}, which --match takes, in the target's order."""
-    table, _ = find_partners(source, target, match)
-    ordered = {name: table[name] for name in target.shapes if name in table}
-    write_text_atomically(path, mark_json("map", ordered))
-
-
 def _resolve_path(path: Path) -> tuple[str, ...]:
-    """The same for all spellings of a path that some volume takes for one; links are followed."""
+    """Resolves a path so that all its spellings on any volume are equal.
+
+    Links are followed.
+    """
     return fold_path(Path(os.path.realpath(path)))
 
 
 def read_command() -> str:
-    """The command line as a shell takes it, for pages and cards, which people publish.
+    """Returns the command line as a shell takes it, for published pages.
 
-    In which folders files lie is nobody's business, and left out.
+    Folders of files are private and left out.
     """
     return shlex.join(["prolora", *map(_drop_folders, sys.argv[1:])])
 
 
 def _drop_folders(word: str) -> str:
-    """A word of a command line, without the folders of a path; a hub id is none."""
+    """Drops the folders of a path in a word; a hub id is no path."""
     option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
     is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
     return f"{option}{equals}{Path(path).name if is_path and Path(path).name else path}"

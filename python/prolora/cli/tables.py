@@ -19,7 +19,7 @@ TONES = {"total": "bold", "warn": "yellow", "faint": "dim", "": None}
 
 
 def draw_table(table: Table) -> RichTable:
-    """A table in the house style: narrow enough for 80 columns."""
+    """Draws a table in the house style, for 80 columns."""
     drawn = RichTable(
         title=table.title or None,
         title_justify="left",
@@ -41,7 +41,7 @@ def draw_table(table: Table) -> RichTable:
 
 
 def draw_facts(facts: Iterable[tuple[str, str]]) -> RichTable:
-    """Names and what is said of each, one a line."""
+    """Draws names with texts, one a line."""
     drawn = RichTable.grid(padding=(0, 2, 0, 0))
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column(overflow="fold")
@@ -71,7 +71,7 @@ def show_words(console: PlainConsole, words: InWords) -> None:
 
 
 def failure_lines(outcomes: list[Outcome]) -> list[str]:
-    """Why LoRAs were not moved, a line each."""
+    """Lists why LoRAs were not moved, a line each."""
     lines = []
     for outcome in outcomes:
         if outcome.error:

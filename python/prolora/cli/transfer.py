@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
+from ..adapters.lora import Lora
+from ..bases.cache.cache_folder import measure_cache
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
+from ..files.sizes import format_size
+from ..files.store import put_text
 from ..workflow.batch import transfer_many
 from ..workflow.card import check_card, write_card
-from ..workflow.dry_run import plan_report
-from ..workflow.inspection import Description, inspect
+from ..workflow.check import check
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_folder
 from ..workflow.report import Report
-from ..workflow.result import AnyOptions
-from ..workflow.transfer import transfer_file
-from .basis import show_cache
+from ..workflow.result import VERDICT, AnyOptions
+from ..workflow.transfer import transfer as transfer_lora
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
@@ -43,7 +44,7 @@ from .outputs import append_to_name, check_lora_name, check_report, list_outputs
 from .tables import draw_table, failure_lines, show_tables, show_words
 
 STDOUT = Path("-")
-"""What stands for standard output in the place of a file."""
+"""The path that stands for standard output."""
 MOST_NAMED = 4
 """Programs that read nothing of a file, in a line for people who did not ask for all."""
 
@@ -53,7 +54,7 @@ LoraArguments = Annotated[
 
 
 class TransferCommand(BriefCommand):
-    """`prolora transfer`, which says where the options of a fit are taken."""
+    """`prolora transfer`, which refuses the options of a fit."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the command line.
@@ -82,9 +83,9 @@ def transfer(
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
+    loras, source, target = bases.open(loras)
     check_output_given(output, loras)
     resources.check_device()
-    source, target = bases.open()
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
     card = check_outputs(loras, output, moving, files, pair_experts(source, target))
     # A dry run makes no cache folder.
@@ -96,11 +97,11 @@ def transfer(
 
 
 def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
-    """Refuses a command that would write and does not say where, before anything is read.
+    """Refuses a command that would write but has no -o.
 
     Args:
         output: where to write.
-        loras: of which each gets a file; none where one file is made of all.
+        loras: each gets a file; empty if one file is made of all.
 
     Raises:
         OutputError: -o is missing, or names a file for several LoRAs.
@@ -152,23 +153,24 @@ def tell_outcomes(
     overwrite: bool,
     cache: Path | None,
 ) -> None:
-    """Shows what was done, writes report and card, and raises what was not done as asked.
+    """Shows what was done, writes report and card, and raises what failed.
 
     Args:
         outcomes: of all LoRAs.
         output: what is shown and written.
         card: where the card goes.
-        overwrite: replace a card that prolora did not write.
+        overwrite: replace an existing report and card.
         cache: the folder to name, where one was used.
     """
     if output.show_tables:
         show_outcomes(outcomes, output)
         if cache is not None and any(used_subspaces(outcome) for outcome in outcomes):
-            show_cache(cache)
+            size = format_size(measure_cache(cache))
+            out.print_line(f"cache: {size} in {cache} (--cache none keeps nothing)", style="dim")
     elif len(outcomes) > 1:
         for line in failure_lines(outcomes):
             err.print_line(line, style="red")
-    write_outcomes(outcomes, output)
+    write_outcomes(outcomes, output, overwrite)
     if card is not None:
         write_card(card, outcomes, overwrite)
     if output.show_tables:
@@ -178,11 +180,13 @@ def tell_outcomes(
     check_outcomes(outcomes)
 
 
-def tell_made_lora(made_of: Path, report: Report, output: FileOutput) -> None:
-    """`tell_outcomes` of one LoRA that was made without being moved."""
+def tell_made_lora(
+    made_of: Path, report: Report, output: FileOutput, overwrite: bool = False
+) -> None:
+    """Tells the outcome of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
     outcome = Outcome(made_of, out, report, planned=output.dry_run)
-    tell_outcomes([outcome], output, None, False, None)
+    tell_outcomes([outcome], output, None, overwrite, None)
 
 
 def plan_all(
@@ -192,7 +196,7 @@ def plan_all(
     output: OutputOptions,
     options: TransferOptions,
 ) -> list[Outcome]:
-    """What would become of each LoRA; blocks are matched once for all.
+    """Plans each transfer; blocks are matched once for all.
 
     One of several that is refused does not stop the others.
     """
@@ -208,7 +212,7 @@ def plan_all(
             asked = replace(options, match=matches[pairs.index(pair)])
             outcome = Outcome(lora, append_to_name(lora, appended), planned=True)
             try:
-                report = plan_report(lora, pair.source, pair.target, asked)
+                report = transfer_lora(lora, pair.source, pair.target, asked, dry_run=True).report
                 outcomes.append(replace(outcome, report=report))
             except ProLoRAError as error:
                 if len(moves) == 1:
@@ -218,7 +222,7 @@ def plan_all(
 
 
 def match_bases(pair: ExpertPair, options: TransferOptions) -> Match:
-    """The match that the options ask for, with blocks matched where that needs weights."""
+    """Returns the match that the options ask for; some read weights."""
     return resolve_match(
         options.match,
         pair.source,
@@ -237,7 +241,7 @@ def move_loras(
     output: OutputOptions,
     options: TransferOptions,
 ) -> list[Outcome]:
-    """Moves one LoRA into a file (or one for each expert), or all of them into a folder."""
+    """Moves one LoRA into files, one per expert, or several into a folder."""
     path, outcomes = cast(Path, output.output), []
     with progress_bar("transfer", output.show_tables) as progress:
         options = replace(options, progress=progress)
@@ -245,13 +249,13 @@ def move_loras(
             return transfer_many(loras, source, target, path, options)
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
-            report = transfer_file(loras[0], pair.source, pair.target, out, options)
-            outcomes.append(Outcome(loras[0], out, report))
+            report = transfer_lora(loras[0], pair.source, pair.target, options, out=out).report
+            outcomes.append(Outcome(loras[0], out, report, kept=report.dry_run))
     return outcomes
 
 
-def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
-    """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
+def write_outcomes(outcomes: list[Outcome], output: FileOutput, overwrite: bool) -> None:
+    """Prints the outcomes as JSON, and writes the JSON or page of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     if output.as_json or output.report == STDOUT:
         answer.give(records[0] if len(records) == 1 else records)
@@ -259,13 +263,13 @@ def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
         return
     if is_page_path(output.report):
         page = name_options(render_outcomes(outcomes, {"command": read_command()}), write_flag)
-        write_text_atomically(output.report, page)
     else:
-        write_text_atomically(output.report, mark_json("report", *records))
+        page = json.dumps(records[0] if len(records) == 1 else records, indent=1) + "\n"
+    put_text(output.report, page, overwrite=overwrite)
 
 
 def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
-    """Whether a result is a PEFT folder."""
+    """Returns whether a result is a PEFT folder."""
     came_so = any(map(is_peft_folder, loras))
     return format == "peft" or (came_so and format in (None, "auto"))
 
@@ -288,7 +292,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
 
 
 def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
-    """The whole report of one LoRA, or a line for each of several."""
+    """Shows the whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
         out.print_table(draw_table(tabulate_outcomes(outcomes)))
         for line in failure_lines(outcomes):
@@ -299,36 +303,39 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
                     out.print_line(f"wrote {outcome.out}")
         return
     report = outcomes[0].report
-    if report is not None:
-        show_report(report, output.explain, output.modules)
+    if outcomes[0].kept:
+        with Lora.open(outcomes[0].out) as kept:
+            out.print(kept.metadata.get(VERDICT, ""))
+        out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
+    elif report is not None:
+        show_report(report)
         if not report.dry_run:
             out.print_line(f"wrote {outcomes[0].out}")
-            readers = tell_readers(inspect(outcomes[0].out), output.explain)
+            readers = tell_readers(check(outcomes[0].out).readers)
             if readers:
                 out.print_line(readers)
-            if not (output.explain or output.modules):
-                out.print("--explain shows the numbers behind this.", style="dim")
+            if output.report is None:
+                out.print("--report FILE.html has the numbers behind this.", style="dim")
 
 
-def tell_readers(written: Description, explain: bool) -> str:
-    """Who reads a file whole, who in part, who not at all; many of the last are only counted."""
-    none = written.non_readers
-    if len(none) > MOST_NAMED and not explain:
-        none = [*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others"]
-    told = written.readers, written.part_readers, none, written.untried_readers
-    text = str(Readers(*map(tuple, told)))
+def tell_readers(readers: Readers) -> str:
+    """Tells who reads a file whole, in part, or not at all; many of the last are only counted."""
+    none = readers.none
+    if len(none) > MOST_NAMED:
+        none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")
+    text = str(readers._replace(none=none))
     return text[:1].upper() + text[1:]
 
 
 def used_subspaces(outcome: Outcome) -> bool:
-    """Whether a LoRA was moved by a method that looks into the basis cache."""
+    """Returns whether a LoRA was moved by a method that looks into the basis cache."""
     return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
-def show_report(report: Report, explain: bool = False, every_module: bool = False) -> None:
-    """The verdict in words, and the numbers where they are asked for or are all that there is."""
+def show_report(report: Report) -> None:
+    """Shows the verdict in words, and the numbers of a dry run."""
     show_words(out, report.in_words())
-    if explain or every_module or report.dry_run:
-        show_tables(out, report.tables(every_module, every_module))
+    if report.dry_run:
+        show_tables(out, report.tables())
         for sentence in report.sentences():
             out.print(sentence)

@@ -25,7 +25,6 @@ from ..bases.memory import Memory, Room
 from ..bases.vae import RUN_INSTEAD
 from ..core.basis import Basis, stack_bases
 from ..core.grouping import group_by
-from ..core.methods import Needs
 from ..core.precision import in_full_precision, working_dtype
 from ..core.validation import DeviceLike, resolve_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
@@ -197,7 +196,7 @@ def _find_room(groups: list[BlockGroup], limit: int | None, device: DeviceLike) 
             shapes.add(shape)
             held = max(held, (len(sources) + len(targets)) * 4 * sum(shape) * _choose_rank(shape))
     memory = Memory(limit, max(map(_choose_rank, shapes)), device)
-    memory.check(shapes, Needs.BASES, held)
+    memory.check(shapes, "bases", held)
     return memory.room(held)
 
 
@@ -233,7 +232,7 @@ class _Subspaces:
         """Returns the bases of one module of every block, stacked [blocks, m, n]."""
         shape = blocks[0].shapes[module]
         names = [f"{block.name}.{module}" for block in blocks]
-        size = self.room.stack(shape, Needs.BASES)
+        size = self.room.stack(shape, "bases")
         bases: list[Basis] = []
         for some in (names[i : i + size] for i in range(0, len(names), size)):
             try:

@@ -9,8 +9,6 @@ from ..architectures.modules import matrix_shape
 from ..bases import Base, check_finite, check_readable
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.cache.basis_names import hash_weight
-from ..bases.cache.tables import JsonTable
 from ..bases.memory import Room
 from ..core.affinity import RANDOM_VECTORS, Affinity
 from ..core.parallel import map_on_threads
@@ -25,7 +23,7 @@ def measure_affinities(
     cache: BasisCache | None = None,
     room: Room | None = None,
 ) -> list[Affinity]:
-    """The affinity of every pair; weights are read a few pairs at a time, each once.
+    """Measures the affinity of every pair; reads each weight once, a few at a time.
 
     A pair that the cache knows is not read at all: it was finite when it was looked at.
 
@@ -34,7 +32,7 @@ def measure_affinities(
         target: the base it goes to.
         pairs: (source module, target module) of equal matrix shape.
         progress: called as progress(done, total, target module).
-        cache: remembers the affinities of weights by their content.
+        cache: remembers the affinities of weights by the state of their files.
         room: bounds how many pairs are in memory at a time.
 
     Raises:
@@ -45,53 +43,42 @@ def measure_affinities(
     check_readable(target, [pair[1] for pair in pairs])
     cache = cache or BasisCache(None)
     notes = cache.pairs(source, target)
-    affinities = [_look_up_affinity(source, target, pair, cache, notes) for pair in pairs]
+    keys = [_name_pair(source, target, pair, cache) for pair in pairs]
+    known = [notes.get(key) if key else None for key in keys]
+    affinities = [Affinity(*numbers) if isinstance(numbers, list) else None for numbers in known]
     missing = [i for i, affinity in enumerate(affinities) if affinity is None]
     total, start, room = len(missing), 0, room or Room()
     while start < total:
         shape = matrix_shape(target.shapes[pairs[missing[start]][1]])
         part = missing[start : start + room.pairs(shape)]
-        jobs = [(source, target, pairs[i], cache.folder is not None) for i in part]
-        seen = map_on_threads(lambda job: _measure_pair(*job), jobs)
-        for i, (affinity, *digests) in zip(part, seen, strict=True):
+        seen = map_on_threads(lambda i: _measure_pair(source, target, pairs[i]), part)
+        for i, affinity in zip(part, seen, strict=True):
             affinities[i] = affinity
-            for base, module, digest in zip((source, target), pairs[i], digests, strict=True):
-                cache.learn(base, module, digest)
-            names = [cache.digest(*at) for at in zip((source, target), pairs[i], strict=True)]
-            notes.put(_affinity_key(*map(str, names)), list(astuple(affinity)))
+            if (key := keys[i]) is not None:
+                notes.put(key, list(astuple(affinity)))
         start += len(part)
         if progress:
             progress(start, total, pairs[part[-1]][1])
     return [affinity for affinity in affinities if affinity is not None]
 
 
-def _look_up_affinity(
-    source: Base, target: Base, pair: tuple[str, str], cache: BasisCache, notes: JsonTable
-) -> Affinity | None:
-    """What was measured of a pair before."""
-    digests = [cache.digest(*at) for at in zip((source, target), pair, strict=True)]
-    if None in digests:
-        return None
-    numbers = notes.get(_affinity_key(*map(str, digests)))
-    return Affinity(*numbers) if isinstance(numbers, list) else None
+def _name_pair(source: Base, target: Base, pair: tuple[str, str], cache: BasisCache) -> str | None:
+    """Returns the key of a pair in the table of pairs; None where nothing can be remembered."""
+    places = [cache.place(*at) for at in zip((source, target), pair, strict=True)]
+    return None if None in places else f"affinity {RANDOM_VECTORS} {places[0]} {places[1]}"
 
 
-def _affinity_key(source: str, target: str) -> str:
-    return f"affinity {RANDOM_VECTORS} {source} {target}"
+def _measure_pair(source: Base, target: Base, pair: tuple[str, str]) -> Affinity:
+    """Returns the affinity of a pair.
 
-
-def _measure_pair(
-    source: Base, target: Base, pair: tuple[str, str], hashed: bool
-) -> tuple[Affinity, str, str]:
-    """The affinity of a pair, and the content hashes of the two, if they are asked for."""
+    Raises:
+        NonFiniteWeights: names the tensor and the file.
+    """
     shape = matrix_shape(target.shapes[pair[1]])
-    ours, theirs = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
+    first, second = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
     try:
-        affinity = Affinity.of(ours, theirs)
+        return Affinity.of(first, second)
     except NonFiniteWeights:
         check_finite(source, [pair[0]])  # says which tensor, and where in it
         check_finite(target, [pair[1]])
         raise
-    if not hashed:
-        return affinity, "", ""
-    return affinity, hash_weight(ours), hash_weight(theirs)

@@ -1,104 +1,130 @@
-"""What share of training on the target each method is expected to give, from measured pairs.
-
-The study in bench/quality trained LoRAs on pairs of small bases and measured what every method
-recovers. Pairs fall into a few classes, by what their weights show; the interval of a class holds
-80 % of what was measured there, and is widened by what one world of the study missed in another.
-"""
+"""The classes of a pair of models: by which numbers, what to do, and what copies gave there."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import Any
+from typing import Literal
 
-from ..core.verdict import FARTHEST, Verdict
+from ..core.verdict import Verdict
 
-FILE = "calibration.json"
-"""Made by bench/quality/calibrate.py, in this folder."""
+Mark = Literal["✔", "⚠", "✖"]
+
+FARTHEST = 0.5
+"""Related models whose weights differ by more are distant."""
 
 ALIKE_RATIO = 0.4
-"""Bases whose drift is a smaller part of the LoRA's own size are alike, whatever it looks like."""
+"""Models that differ by less than this part of the LoRA's own size are alike."""
 
-ALIKE_DRIFT = 0.06
-"""The same of bases that are judged without a LoRA: 0.4 times the usual size of measured ones."""
+ALIKE_DIFFERENCE = 0.06
+"""The same without a LoRA: 0.4 times the usual size of measured ones."""
 
 ALIKE_SPREAD = 0.45
-"""From this spread on, too; targets of another look were seen up to 0.43."""
-
-MEASURED_DRIFT = 1.3
-"""Of related bases that differ by more none was measured, nor any that are no go."""
-
-WANTS = ("look", "own")
-"""What is asked of a moved LoRA: its effect in the target's look, or its own images."""
-
-APART, DISTANT, CUT, ALIKE, CHANGED = "apart", "distant", "cut", "alike", "changed"
-"""Trained apart; apart from one start, or distilled for long; without some of the LoRA's blocks;
-trained on, merged or distilled; with a look of its own."""
+"""From this spread on, too, as longer training leaves it; other looks were seen up to 0.43."""
 
 
 @dataclass(frozen=True)
-class Expectation:
-    """The expected share of what training on the target would give, for one method.
+class PairClass:
+    """A class of model pairs, with advice and measured results."""
 
-    Attributes:
-        method: what is done.
-        want: "look": the LoRA's effect in the target's look; "own": the LoRA's own images.
-        share: the mean over measured pairs of this class; 1 is as good as training on the target,
-            0 is useless, below 0 is harm.
-        low: a tenth of the shares of a world that was not measured are expected below it.
-        high: a tenth of them are expected above it.
-        kinds: how many kinds of target were measured in this class.
-        worlds: in which worlds.
-    """
-
-    method: str
-    want: str
-    share: float
-    low: float
-    high: float
-    kinds: int
-    worlds: tuple[str, ...]
+    name: str
+    mark: Mark  # ✔ most of a LoRA arrives, ⚠ part of it, ✖ nothing
+    headline: str  # the verdict; it may name `{source}` and `{target}`
+    advice: str  # which strengths to try
+    low: float  # a tenth of the measured LoRAs gave less of what training on the target gives
+    share: float  # the mean of them, a kind of target counting the same however many LoRAs it had
+    high: float  # a tenth of them gave more
 
 
-def classify(verdict: Verdict, cut: bool) -> str:
-    """The class of a pair of bases.
+_FIT = "A new one, fitted with `method='best'` where both models can run, brings more."
 
-    Args:
-        verdict: by their weights.
-        cut: whether modules of the LoRA have no place on the target.
+CLASSES = {
+    row.name: row
+    for row in (
+        PairClass(
+            "same",
+            "✔",
+            "Both models are the same where it counts: the LoRA works as it is.",
+            "Load it at strength 1.",
+            1.0,
+            1.0,
+            1.0,
+        ),
+        PairClass(
+            "alike",
+            "✔",
+            "This should work: {target} is {source} with a little training or merging.",
+            "Load it at strength 1.",
+            0.83,
+            0.93,
+            0.99,
+        ),
+        PairClass(
+            "changed",
+            "⚠",
+            "This may work in part: {target} has learnt more than {source}.",
+            "Load it at strength 1, and try 0.5 and 0.8 beside it: lower keeps the look of "
+            "{target}, 1 shows the LoRA's.",
+            -0.18,
+            0.44,
+            0.99,
+        ),
+        PairClass(
+            "cut",
+            "⚠",
+            "This should work in part: {target} lacks parts that the LoRA changes.",
+            f"Load it at strength 1. {_FIT}",
+            0.54,
+            0.76,
+            0.93,
+        ),
+        PairClass(
+            "few-step",
+            "⚠",
+            "This may work in part: {target} draws in few steps.",
+            f"Load it at strength 1 to 1.25. {_FIT}",
+            0.48,
+            0.7,
+            0.92,
+        ),
+        PairClass(
+            "distant",
+            "⚠",
+            "Expect half of it at best: {source} and {target} are far apart.",
+            "Load it at strength 1. A new one, made with `fit()` where both models can run, brings "
+            "far more.",
+            0.23,
+            0.46,
+            0.7,
+        ),
+        PairClass(
+            "apart",
+            "✖",
+            "Do not expect this to work: the two models have nothing in common.",
+            "Fit one with `method='best'` where both models can run, or train it on {target}.",
+            -0.15,
+            0.0,
+            0.32,
+        ),
+    )
+}
+
+
+def classify(verdict: Verdict, cut: bool, few_steps: bool) -> str:
+    """Returns the class of a pair of models.
+
+    `cut` says that modules of the LoRA have no counterpart on the target, `few_steps` that the
+    target draws in few steps, and the source does not.
     """
     if not verdict.related:
-        return APART
+        return "apart"
     if verdict.drift > FARTHEST:
-        return DISTANT
+        return "distant"
     if cut:
-        return CUT
-    limit = ALIKE_RATIO * verdict.size if verdict.size else ALIKE_DRIFT
-    return ALIKE if verdict.drift < limit or verdict.spread >= ALIKE_SPREAD else CHANGED
-
-
-@cache
-def load_calibration() -> Mapping[str, Any]:
-    """The calibration that prolora ships: "made", "checked" and "expected"."""
-    text = resources.files(__package__).joinpath(FILE).read_text("utf-8")
-    stored: Mapping[str, Any] = json.loads(text)
-    return stored
-
-
-def expect_shares(verdict: Verdict, cut: bool = False) -> tuple[Expectation, ...]:
-    """What every measured method is expected to give on a pair of bases, by method and want.
-
-    Args:
-        verdict: by their weights.
-        cut: whether modules of the LoRA have no place on the target.
-
-    Returns:
-        Empty where no pair like this was measured.
-    """
-    if verdict.related and not (verdict.go and verdict.drift <= MEASURED_DRIFT):
-        return ()
-    entries = load_calibration()["expected"][classify(verdict, cut)]
-    return tuple(Expectation(**entry | {"worlds": tuple(entry["worlds"])}) for entry in entries)
+        return "cut"
+    if verdict.drift == 0:
+        return "same"
+    if few_steps:
+        return "few-step"
+    limit = ALIKE_RATIO * verdict.size if verdict.size else ALIKE_DIFFERENCE
+    alike = verdict.drift < limit or verdict.spread >= ALIKE_SPREAD
+    return "alike" if alike else "changed"

@@ -6,7 +6,7 @@ By name and block rules, by a map, or by the result of `block_matching`; no weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,6 @@ from ..bases import Base, find_correspondence
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
-from ..files.ownership import WRITTEN_BY
 
 # Bytes of a map file, and letters of a name in one: 100,000 modules have 16 MB.
 _MAP_BYTES, _LONGEST_NAME = 16 << 20, 1024
@@ -76,24 +75,6 @@ class Matching:
             f"beyond chance (the best by {best:.2f}, where 1 is equal). These bases were trained "
             'apart, or the target drifted too far to tell; match "name" pairs equal names'
         )
-
-
-def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str]) -> list[str]:
-    """Describes what was found by similarity, as sentences, if anything was."""
-    if not decisions:
-        return []
-    recognised = sum(decision.source is not None for decision in decisions)
-    sentences = [
-        f"{recognised} of {len(decisions)} blocks of the target were recognised; "
-        f"{len(dropped)} blocks of the source are not used."
-    ]
-    alike = [decision for decision in decisions if decision.resembles]
-    if alike:
-        sentences.append(
-            f"{len(alike)} of the others resemble a block that feeds another one, as inserted "
-            "copies do; they get no update."
-        )
-    return sentences
 
 
 @dataclass(frozen=True)
@@ -277,7 +258,6 @@ def read_map(path: Path) -> dict[str, str]:
             f'match takes "auto", "name", "similarity" or a JSON file {{target module: source '
             f"module}}; {path} is neither ({error})"
         ) from error
-    table.pop(WRITTEN_BY, None)
     for target, source in table.items():
         if not isinstance(source, str) or max(len(source), len(target)) > _LONGEST_NAME:
             raise UnsupportedFormat(

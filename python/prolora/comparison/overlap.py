@@ -1,4 +1,4 @@
-"""What the bases of two weights have in common, computed once for each pair of weights.
+"""The overlap of two weights' bases, computed once for each pair.
 
 It is the same for every LoRA, and so it is kept beside the bases.
 """
@@ -15,27 +15,23 @@ from ..bases.cache.tables import JsonTable
 from ..core.basis import Basis
 from ..core.similarity import ANGLE_SHARES, Similarity, angle_quantiles, basis_similarity
 
-# What a note of a pair begins with; another word where it holds other numbers.
+# The start of a pair's note; another word where it holds other numbers.
 KEY_PREFIX = "alignment"
 OVERLAPS, ANGLES = 4, len(ANGLE_SHARES)
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the bases of a stack of pairs lie to each other.
+    """The alignment of the bases of a stack of pairs."""
 
-    Attributes:
-        similar: Φ with its chance level, [b] each.
-        angles_left, angles_right: of each pair the principal angles in radians, at the shares
-            ANGLE_SHARES of their number, smallest first.
-    """
-
-    similar: Similarity
+    similar: Similarity  # Φ with its chance level, [b] each
+    # Principal angles of each pair in radians, at the shares ANGLE_SHARES of their number, smallest
+    # first
     angles_left: list[tuple[float, ...]]
     angles_right: list[tuple[float, ...]]
 
     def take(self, places: Sequence[int]) -> Alignment:
-        """Some pairs of the stack."""
+        """Selects some pairs of the stack."""
         chosen = list(places)
         return Alignment(
             Similarity(*(x[chosen] for x in _similarity_columns(self.similar))),
@@ -45,26 +41,26 @@ class Alignment:
 
 
 def align_bases(
-    names: Sequence[tuple[str, str]], ours: Basis, theirs: Basis, notes: JsonTable
+    names: Sequence[tuple[str, str]], source: Basis, target: Basis, notes: JsonTable
 ) -> Alignment:
-    """The alignment of a stack of pairs; only what the notes do not hold is computed.
+    """Returns the alignment of a stack of pairs; computes only what notes lack.
 
     Args:
         names: of each pair the names of its two bases (`BasisCache.names`).
-        ours: the source's bases, [b, m, n].
-        theirs: the target's.
+        source: the source's bases, [b, m, n].
+        target: the target's.
         notes: the table of the two base models (`BasisCache.pairs`); what is computed goes there.
     """
     keys = [" ".join((KEY_PREFIX, *pair)) for pair in names]
     known = [_check_row(notes.get(key)) for key in keys]
     missing = [i for i, row in enumerate(known) if row is None]
     if missing:
-        computed = _compute_rows(ours.take(missing), theirs.take(missing))
+        computed = _compute_rows(source.take(missing), target.take(missing))
         for i, row in zip(missing, computed, strict=True):
             notes.put(keys[i], row)
             known[i] = row
     rows = [row for row in known if row is not None]
-    columns = torch.tensor(rows, dtype=torch.float64, device=ours.U.device)[:, :OVERLAPS]
+    columns = torch.tensor(rows, dtype=torch.float64, device=source.U.device)[:, :OVERLAPS]
     return Alignment(
         Similarity(*columns.unbind(1)),
         [tuple(row[OVERLAPS : OVERLAPS + ANGLES]) for row in rows],
@@ -72,12 +68,12 @@ def align_bases(
     )
 
 
-def _compute_rows(ours: Basis, theirs: Basis) -> list[list[float]]:
-    """The numbers of each pair of a stack: the overlaps, then the angles left and right."""
+def _compute_rows(source: Basis, target: Basis) -> list[list[float]]:
+    """Computes each pair's numbers: the overlaps, then the angles left and right."""
     similar = torch.stack(
-        [x.double() for x in _similarity_columns(basis_similarity(ours, theirs))], 1
+        [x.double() for x in _similarity_columns(basis_similarity(source, target))], 1
     )
-    return torch.cat([similar, *angle_quantiles(ours, theirs)], 1).tolist()
+    return torch.cat([similar, *angle_quantiles(source, target)], 1).tolist()
 
 
 def _similarity_columns(similar: Similarity) -> tuple[torch.Tensor, ...]:
@@ -85,7 +81,7 @@ def _similarity_columns(similar: Similarity) -> tuple[torch.Tensor, ...]:
 
 
 def _check_row(note: Any) -> list[float] | None:
-    """The numbers of a note, or None where it is not what `_compute_rows` makes."""
+    """Returns the numbers of a note, or None if it is malformed."""
     if not isinstance(note, list) or len(note) != OVERLAPS + 2 * ANGLES:
         return None
     return note if all(isinstance(number, float) for number in note) else None

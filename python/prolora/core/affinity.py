@@ -23,21 +23,13 @@ RANDOM_VECTORS = 32
 
 @dataclass(frozen=True)
 class Affinity:
-    """Norms and products of a pair of weights, or their sums over many pairs.
+    """Norms and products of a pair of weights, or sums of them."""
 
-    Attributes:
-        source: ‖W_s‖²_F.
-        target: ‖W_t‖²_F.
-        product: ⟨W_s, W_t⟩ = tr(W_sᵀ W_t).
-        difference: ‖D‖²_F of the drift D = W_t − W_s.
-        spread_difference: ‖D‖²_F times the spread of D, see `spread`.
-    """
-
-    source: float
-    target: float
-    product: float
-    difference: float
-    spread_difference: float
+    source: float  # ‖W_s‖²_F
+    target: float  # ‖W_t‖²_F
+    product: float  # ⟨W_s, W_t⟩ = tr(W_sᵀ W_t)
+    difference: float  # ‖D‖²_F of the drift D = W_t − W_s
+    spread_difference: float  # ‖D‖²_F times the spread of D, see `spread`
 
     @property
     def drift(self) -> float:
@@ -61,7 +53,7 @@ class Affinity:
 
     @classmethod
     def of(cls, source: Tensor, target: Tensor) -> Affinity:
-        """Two weights [m, n], of any float dtype; summed in float32 or better.
+        """Compares two weights [m, n] of any float dtype, in float32 or better.
 
         Raises:
             NonFiniteWeights: NaN or Inf in either.
@@ -75,7 +67,7 @@ class Affinity:
         largest = max(_largest_entry(source), _largest_entry(target))
         if largest == 0:
             return cls(0.0, 0.0, 0.0, 0.0, 0.0)
-        # A far one is taken out, so that squares of large finite weights stay finite.
+        # A far exponent is taken out, so that squares of large finite weights stay finite.
         scale = 1.0 if 1 / FAR < largest < FAR else largest
         # Σσ⁴ = ‖DᵀD‖² is the mean of ‖DᵀDz‖² over random z: products instead of a Gram matrix.
         generator = torch.Generator().manual_seed(m * n)
@@ -97,14 +89,14 @@ class Affinity:
 
     @classmethod
     def total(cls, parts: Iterable[Affinity]) -> Affinity:
-        """The sums over several pairs: drift and cosine of all of them taken as one vector."""
+        """Sums several pairs: drift and cosine of all as one vector."""
         rows = [astuple(part) for part in parts]
         columns = zip(*rows, strict=True) if rows else ([0.0] for _ in fields(cls))
         return cls(*(math.fsum(column) for column in columns))
 
 
 def _largest_entry(x: Tensor) -> float:
-    """The largest magnitude in x, of any float dtype.
+    """Returns the largest magnitude in x, of any float dtype.
 
     Raises:
         NonFiniteWeights: it is not finite.
@@ -118,7 +110,10 @@ def _largest_entry(x: Tensor) -> float:
 
 
 def _relative_rank(energy: float, quartic: float, m: int, n: int) -> float:
-    """Effective rank of a drift [m, n] over that of noise; energy Σσ², quartic Σσ⁴."""
+    """Divides a drift's effective rank by noise's; energy Σσ², quartic Σσ⁴.
+
+    The drift is [m, n].
+    """
     if energy == 0:
         return 1.0
     return min(1.0, energy**2 / max(quartic, 1e-300) / (m * n / (m + n + 1)))

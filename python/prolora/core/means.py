@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-
-
-def mean_defined(values: Iterable[float]) -> float:
-    """Returns the mean of the values that are not NaN, or NaN."""
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
 
 
 def weighted_mean(pairs: Iterable[tuple[float, float | None]]) -> float | None:

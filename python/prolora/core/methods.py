@@ -1,14 +1,9 @@
-"""What each method is: what it needs, what becomes of the rank, and how it moves an update.
-
-`project` and `transfer` read this table, and compare no names of methods. A new method is a row
-here and its name in the two types below; `split` is what it does, if it acts on subspaces.
-"""
+"""The methods that move an update by weights: what each needs, and how it moves the factors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -17,24 +12,13 @@ from torch import Tensor
 
 from .ops.project_pair import project_pair
 
-MethodName = Literal["prolora", "subspace", "lora-x", "copy", "blocks", "damped"]
+MethodName = Literal["prolora", "copy"]
 """The methods of the table."""
 
 MethodChoice = Literal["auto", MethodName]
-"""What `project` and `transfer` take as their method; "auto" chooses one of `METHODS`."""
+"""What `project` and `transfer` take as their method; "auto" copies, or refuses."""
 
 Parts = tuple[Tensor, ...]
-
-
-class Needs(Enum):
-    """What a method looks at, besides the update."""
-
-    NOTHING = "nothing"
-    """The update alone."""
-    WEIGHTS = "weights"
-    """Both weights as they are, without an SVD."""
-    BASES = "bases"
-    """The leading singular subspaces of both weights."""
 
 
 class _SplitRows(torch.autograd.Function):
@@ -70,26 +54,19 @@ class _SplitRows(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Side:
-    """One factor as rows x [..., r, m], split by two bases.
+    """One factor as rows x [..., r, m], split by two bases."""
 
-    Attributes:
-        x: the rows.
-        inside, outside: their parts in the range of the source's basis and in its complement.
-        within: the part of `inside` in the range of the target's basis.
-        without: the part of `outside` in the complement of the target's basis.
-    """
-
-    x: Tensor
-    inside: Tensor
-    outside: Tensor
-    within: Tensor
-    without: Tensor
+    x: Tensor  # the rows
+    inside: Tensor  # their part in the range of the source's basis
+    outside: Tensor  # their part in its complement
+    within: Tensor  # the part of `inside` in the range of the target's basis
+    without: Tensor  # the part of `outside` in the complement of the target's basis
 
     @classmethod
     def of(cls, x: Tensor, source: Tensor, target: Tensor) -> Side:
-        """Splits rows x [..., r, m] by U_s [..., m, k] and U_t [..., m, k'].
+        """Splits rows x [..., r, m] by U_s [..., m, k] and U_t.
 
-        Rows of several updates of a weight, [..., l, r, m], are split as one.
+        U_t is [..., m, k']. Rows of several updates of a weight, [..., l, r, m], are split as one.
         """
         several = x.ndim > source.ndim
         rows = x.flatten(-3, -2) if several else x
@@ -102,97 +79,44 @@ class Side:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to move an update ΔW_s of rank r to another weight.
+    """One way to move an update to another weight.
 
     Attributes:
         name: as `project` and `transfer` take it.
-        needs: what it looks at.
-        keeps_rank: ΔW_t has at most rank r; at most 2r where False.
-        drops_mixed: it drops the mixed blocks, from the source's range to the complement and back.
+        needs_bases: it looks at the leading singular subspaces of both weights, drops the mixed
+            blocks (from the source's range to the complement and back), and gives a rank of 2r at
+            most. Otherwise it looks at the update ΔW_s of rank r alone, and keeps r.
         summary: what it does, for tables and help, without a full stop.
         origin: where it comes from.
-        outcome: what a report's row says of a module that was moved by it.
-        split: the parts of one side's rows that make ΔW_t = Σ_i L_iᵀ R_i, for methods that
-            factor over the two sides; None for the others. The parts of a side are mutually
-            orthogonal (range and complement of one target basis).
+        outcome: a report's words for a module that was moved by it.
+        split: the parts of one side's rows that make ΔW_t = Σ_i L_iᵀ R_i. The parts of a side are
+            mutually orthogonal (range and complement of one target basis).
     """
 
     name: MethodName
-    needs: Needs
-    keeps_rank: bool
-    drops_mixed: bool
+    needs_bases: bool
     summary: str
     origin: str
     outcome: str
-    split: Callable[[Side], Parts] | None = None
-
-    @property
-    def rank_factor(self) -> int:
-        """ΔW_t has at most this many times the rank of ΔW_s: 1 or 2."""
-        return 1 if self.keeps_rank else 2
+    split: Callable[[Side], Parts]
 
 
 _ROWS = (
     Method(
         name="prolora",
-        needs=Needs.BASES,
-        keeps_rank=False,
-        drops_mixed=True,
+        needs_bases=True,
         summary="maps range to range and complement to complement",
         origin="the paper, arXiv 2506.04244",
         outcome="projected (prolora)",
         split=lambda side: (side.within, side.without),
     ),
     Method(
-        name="subspace",
-        needs=Needs.BASES,
-        keeps_rank=True,
-        drops_mixed=True,
-        summary="prolora without the complement",
-        origin="the paper's ablation",
-        outcome="projected (subspace)",
-        split=lambda side: (side.within,),
-    ),
-    Method(
-        name="lora-x",
-        needs=Needs.BASES,
-        keeps_rank=True,
-        drops_mixed=False,
-        summary="keeps what lies in the target's range",
-        origin="LoRA-X, eq. 3",
-        outcome="projected (lora-x)",
-        # Of what was inside the source's range and of what was outside.
-        split=lambda side: (side.within + (side.outside - side.without),),
-    ),
-    Method(
         name="copy",
-        needs=Needs.NOTHING,
-        keeps_rank=True,
-        drops_mixed=False,
+        needs_bases=False,
         summary="leaves the update as it is",
         origin="the baseline",
         outcome="copied",
         split=lambda side: (side.x,),
-    ),
-    Method(
-        name="blocks",
-        needs=Needs.BASES,
-        keeps_rank=True,
-        drops_mixed=False,
-        summary="prolora with the mixed blocks mapped as well",
-        origin="our extension",
-        outcome="projected (blocks)",
-        # The four blocks factor: Σ_ab (P_t^a P_s^a) ΔW (Q_s^b Q_t^b) = L ΔW R.
-        split=lambda side: (side.within + side.without,),
-    ),
-    Method(
-        name="damped",
-        needs=Needs.WEIGHTS,
-        keeps_rank=True,
-        drops_mixed=False,
-        summary="weakens the update along the drift of the weights",
-        origin="our extension",
-        outcome="damped",
     ),
 )
 
@@ -200,15 +124,15 @@ METHODS: Mapping[MethodName, Method] = MappingProxyType({method.name: method for
 """Every method by its name."""
 
 
-_OF_FILES = {"best": "transfer_file", "fit": "fit_file"}
+_OF_FILES = {"best": "transfer", "fit": "fit"}
 """What people ask for here that takes two models, and the function that does it."""
 
 
 def find_method(name: str) -> Method:
-    """The method of that name.
+    """Returns the method of that name.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: it is unknown; the message lists the names.
     """
     for method in METHODS.values():
         if method.name == name:

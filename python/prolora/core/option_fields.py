@@ -24,12 +24,6 @@ def option(default: Any, help: str, /, **shown: Any) -> Any:
     return field(default=default, metadata={"shown": Shown(help, **shown)})
 
 
-def find_shown(kind: type, name: str) -> Shown:
-    """Returns the texts of an option of an options object."""
-    by_name = {known.name: known for known in fields(kind)}
-    return read_shown(by_name[name])
-
-
 def read_shown(known: Field[Any]) -> Shown:
     """Returns the texts of a field that `option` made."""
     shown: Shown = known.metadata["shown"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def map_on_threads(job: Callable[[In], Out], items: list[In]) -> list[Out]:
+def map_on_threads(job: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
     """Computes [job(item) for item in items] on torch's number of threads.
 
     LAPACK's threads spend much of their time waiting for each other at the sizes of diffusion

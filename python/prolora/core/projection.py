@@ -17,10 +17,9 @@ from . import recompression
 from .affinity import Affinity
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
-from .damping import damped
 from .errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 from .lowrank import LowRank
-from .methods import Method, MethodChoice, Needs, Parts, Side, find_method
+from .methods import Method, MethodChoice, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, read_rank
@@ -50,7 +49,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> LowRank: ...
 
@@ -63,7 +61,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[LowRank, ProjectionInfo]: ...
 
@@ -76,7 +73,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> Array: ...
 
@@ -89,7 +85,6 @@ def project(
     *,
     rank: Rank = ...,
     method: MethodChoice = ...,
-    kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[Array, ProjectionInfo]: ...
 
@@ -103,14 +98,13 @@ def project(
     *,
     rank: Rank = DEFAULT_RANK,
     method: str = "prolora",
-    kappa: float | Tensor | None = None,
     return_info: bool = False,
 ) -> Any:
     """Moves the update of one weight to another weight of the same shape.
 
-    With `method="prolora"` (arXiv 2506.04244, eq. 1-3):
-    ΔW_t = P_t P_s ΔW Q_s Q_t + P_t⊥ P_s⊥ ΔW Q_s⊥ Q_t⊥, where P = UUᵀ, Q = VVᵀ of the leading
-    singular subspaces and ⊥ their complements. `METHODS` describes the other methods.
+    With `method="prolora"` (arXiv 2506.04244, eq. 1-3): ΔW_t = P_t P_s ΔW Q_s Q_t + P_t⊥ P_s⊥ ΔW
+    Q_s⊥ Q_t⊥, where P = UUᵀ, Q = VVᵀ of the leading singular subspaces and ⊥ their complements.
+    `METHODS` describes the other methods.
 
     Args:
         delta: the update of the source, scale included: an array [m, n]; a stack [b, m, n]; a
@@ -120,11 +114,8 @@ def project(
         W_tgt: the target weight, of delta's shape, or its Basis.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
             ignored for a Basis.
-        method: a name of `METHODS`, or "auto": "copy" or "damped" with its κ, as `transfer` decides
-            from all weights of two models and this from these two alone (of a stack, from all of
-            its matrices together). One weight says less than a model.
-        kappa: κ ≥ 0 of "damped" (see `damped`), one number or one for each matrix [b]; required
-            there, and refused for the other methods.
+        method: a name of `METHODS`, or "auto": "copy", and a refusal where the two weights (of a
+            stack, all of its matrices together) have nothing in common.
         return_info: also return a ProjectionInfo. It describes the update in the bases of both
             weights, so they are factorised for it, whatever the method needs.
 
@@ -138,16 +129,12 @@ def project(
         UnsupportedTensor, UnsupportedDevice: a tensor that is sparse, complex, without data, not of
             floating point, or on a device other than cpu and cuda.
         UnrelatedBases: method "auto", and the weights have nothing in common.
-        ValueError: an unknown method, a rank or a κ that makes no sense, or "damped" or "auto" with
-            a Basis.
+        ValueError: an unknown method, a rank that makes no sense, or "auto" with a Basis.
         NotImplementedError: a derivative with respect to a weight is asked for: one requires a
-            gradient while torch records gradients. Those with respect to delta are right.
+            gradient while torch records gradients. Derivatives with respect to delta are right.
     """
     rank = read_rank(rank)
-    if method != AUTO:
-        _check_method(find_method(method), kappa)
-    elif kappa is not None:
-        raise ValueError("kappa is for method 'damped'; method 'auto' chooses it")
+    chosen = find_method("copy" if method == AUTO else method)
     if isinstance(delta, tuple | list):
         delta = _read_pair(delta)
     update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
@@ -155,8 +142,8 @@ def project(
     weights = _read_weights(W_src, W_tgt, update.shape)
     factors = update if isinstance(update, LowRank) else _identity_factors(update)
     if method == AUTO:
-        method, kappa = _decide(*weights)
-    up, down, info = _move(factors, find_method(method), weights, rank, kappa, return_info)
+        _check_related(*weights)
+    up, down, info = _move(factors, chosen, weights, rank, return_info)
     result: Any
     if isinstance(update, LowRank):
         result = _join_parts(up, down).to(update.dtype)
@@ -171,21 +158,14 @@ def _move(
     method: Method,
     weights: tuple[Tensor | Basis, Tensor | Basis],
     rank: Rank,
-    kappa: float | Tensor | None,
     measure: bool,
 ) -> tuple[Parts, Parts, ProjectionInfo | None]:
-    """The parts of the moved update on each side, and its account where `measure` asks for it."""
-    moved = None
-    if method.needs is Needs.WEIGHTS and kappa is not None:
-        ours, theirs = (_need_weight(weight, method.name).to(delta.device) for weight in weights)
-        moved = damped(delta, ours, theirs, kappa)
-    elif method.needs is Needs.NOTHING:
-        moved = delta
-    if moved is not None and not measure:
-        return (moved.up.mT,), (moved.down,), None
+    """Returns the parts of the moved update, with its account if `measure`."""
+    if not (measure or method.needs_bases):
+        return (delta.up.mT,), (delta.down,), None
     source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights)
     sides = _split_sides(delta, source, target)
-    up, down = _split_update(sides, method) if moved is None else ((moved.up.mT,), (moved.down,))
+    up, down = (method.split(side) for side in sides)
     if not measure:
         return up, down, None
     grams = Grams.of(sides[0], up), Grams.of(sides[1], down)
@@ -196,25 +176,23 @@ def _move(
 def project_factors(
     delta: LowRank, source: Basis, target: Basis, method: str, similar: Similarity | None = None
 ) -> Projected:
-    """`project` for factors [..., m, r] and [..., r, n] and bases that exist, with its account.
+    """Runs `project` for factors and existing bases, with its account.
 
-    Several updates of every weight may go at once, [..., l, m, r] and [..., l, r, n].
+    The factors are [..., m, r] and [..., r, n]. Several updates of every weight may go at once,
+    [..., l, m, r] and [..., l, r, n].
 
-    Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases,
-    2(m + n)k² flops, may be known already: `similar`.
-
-    Raises:
-        ValueError: a method that does not move an update by bases.
+    Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases, 2(m
+    + n)k² flops, may be known already: `similar`.
     """
     sides = _split_sides(delta, source, target)
-    up, down = _split_update(sides, find_method(method))
+    up, down = (find_method(method).split(side) for side in sides)
     grams = Grams.of(sides[0], up), Grams.of(sides[1], down)
     info = measure_projection(sides, grams, (source, target), similar)
     return Projected(up, down, *grams, info, delta.dtype)
 
 
 def _split_sides(delta: LowRank, source: Basis, target: Basis) -> tuple[Side, Side]:
-    """The rows of both factors, split by the bases of both weights."""
+    """Splits the rows of both factors by the bases of both weights."""
     work = working_dtype(delta.dtype)
     source, target = source.to(work).to(delta.device), target.to(work).to(delta.device)
     left = Side.of(delta.up.to(work).mT, source.U, target.U)  # rows of m
@@ -222,40 +200,29 @@ def _split_sides(delta: LowRank, source: Basis, target: Basis) -> tuple[Side, Si
     return left, right
 
 
-def _split_update(sides: tuple[Side, Side], method: Method) -> tuple[Parts, Parts]:
-    if method.split is None:
-        raise ValueError(f"method {method.name!r} does not move an update by bases")
-    return method.split(sides[0]), method.split(sides[1])
-
-
 @dataclass(frozen=True)
 class Projected:
-    """Moved updates, as the parts that a method made of their factors, and their account.
+    """Moved updates as parts of their factors, with an account."""
 
-    Attributes:
-        up, down: the parts as rows, [..., r, m] and [..., r, n]; mutually orthogonal on each side.
-        left, right: their inner products.
-        info: what was kept and lost.
-        dtype: of the updates that came in.
-    """
-
-    up: Parts
-    down: Parts
-    left: Grams
-    right: Grams
-    info: ProjectionInfo
-    dtype: torch.dtype
+    up: Parts  # the parts as rows, [..., r, m]; mutually orthogonal
+    down: Parts  # the parts as rows, [..., r, n]; mutually orthogonal
+    left: Grams  # inner products of `up`
+    right: Grams  # inner products of `down`
+    info: ProjectionInfo  # what was kept and lost
+    dtype: torch.dtype  # of the updates that came in
 
     def joined(self) -> LowRank:
-        """The updates as they are, [..., m, R] and [..., R, n] with R = r times the parts."""
+        """Joins the parts to [..., m, R] and [..., R, n].
+
+        R is r times the number of parts.
+        """
         return _join_parts(self.up, self.down).to(self.dtype)
 
     @in_full_precision
     def recompressed(self) -> list[LowRank]:
-        """The updates of a stack, all its axes flattened, at the smallest exact rank.
+        """Returns the updates of a stack, flattened, at the smallest exact rank.
 
-        Returns:
-            One LowRank per matrix, singular values descending, balanced factors.
+        One LowRank per matrix, with descending singular values and balanced factors.
         """
         work = working_dtype(self.dtype)
         parts = []
@@ -276,18 +243,18 @@ class Projected:
 
 
 def _join_parts(up: Parts, down: Parts) -> LowRank:
-    """The parts side by side, [..., m, R] and [..., R, n] with R = r times the parts."""
+    """Joins parts side by side, [..., m, R] and [..., R, n]."""
     return LowRank(torch.cat(up, -2).mT, torch.cat(down, -2))
 
 
 def _multiply_parts(up: Parts, down: Parts) -> Tensor:
-    """The sum of the parts' products, [..., m, n]."""
+    """Sums the parts' products, [..., m, n]."""
     products = [u.mT @ d for u, d in zip(up, down, strict=True)]
     return sum(products[1:], products[0])
 
 
 def _identity_factors(update: Tensor) -> LowRank:
-    """A dense update as a pair of factors, one of them the identity, in the dtype to work in."""
+    """Factors a dense update with an identity, in the dtype to work in."""
     flat = update.flatten(1) if update.ndim == 4 else update
     x = flat.to(working_dtype(flat.dtype))
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -297,7 +264,7 @@ def _identity_factors(update: Tensor) -> LowRank:
 def _read_weights(
     W_src: Any, W_tgt: Any, shape: torch.Size
 ) -> tuple[Tensor | Basis, Tensor | Basis]:
-    """Both weights as matrices or stacks [..., m, n] of the update's shape."""
+    """Reads both weights as matrices or stacks [..., m, n] of the update's shape."""
     source, target = (
         w if isinstance(w, Basis) else to_tensor(w, name)
         for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
@@ -312,11 +279,11 @@ def _read_weights(
 
 
 def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor | Basis:
-    """The weight, a convolution flattened, where it has the update's shape."""
+    """Reads a weight, a convolution flattened, if it has the update's shape."""
     conv = len(shape) == 4
-    theirs = tuple(weight.shape)
-    if len(shape) == len(theirs) == 3 and shape[0] != theirs[0] and shape[1:] == theirs[1:]:
-        raise ShapeMismatch(f"{name}: {shape[0]} updates but {theirs[0]} weights; give as many")
+    given = tuple(weight.shape)
+    if len(shape) == len(given) == 3 and shape[0] != given[0] and shape[1:] == given[1:]:
+        raise ShapeMismatch(f"{name}: {shape[0]} updates but {given[0]} weights; give as many")
     if isinstance(weight, Basis):
         flat = torch.Size((shape[0], shape[1:].numel())) if conv else shape
         if weight.shape != flat:
@@ -333,38 +300,19 @@ def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor
     return weight.flatten(1) if conv else weight
 
 
-def _decide(source: Tensor | Basis, target: Tensor | Basis) -> tuple[str, float | None]:
-    """The method that two weights [..., m, n] decide on, and its κ.
+def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
+    """Refuses weights [..., m, n] that have nothing in common.
 
     Raises:
         UnrelatedBases: they have nothing in common.
+        ValueError: one is a Basis.
     """
-    ours, theirs = (_need_weight(weight, AUTO) for weight in (source, target))
-    pairs = zip(
-        *(w.reshape(-1, *w.shape[-2:]) for w in (ours, theirs.to(ours.device))), strict=True
-    )
-    verdict = judge_pairs(Affinity.of(*pair) for pair in pairs)
+    if isinstance(source, Basis) or isinstance(target, Basis):
+        raise ValueError(f"method {AUTO!r} needs the weights themselves, not their Basis")
+    sides = (w.reshape(-1, *w.shape[-2:]) for w in (source, target.to(source.device)))
+    verdict = judge_pairs(Affinity.of(*pair) for pair in zip(*sides, strict=True))
     if not verdict.related:
         raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")
-    decision = verdict.decide()
-    damps = find_method(decision.method).needs is Needs.WEIGHTS
-    return decision.method, decision.damping if damps else None
-
-
-def _need_weight(weight: Tensor | Basis, method: str) -> Tensor:
-    if isinstance(weight, Basis):
-        raise ValueError(f"method {method!r} needs the weights themselves, not their Basis")
-    return weight
-
-
-def _check_method(method: Method, kappa: float | Tensor | None) -> None:
-    """Refuses a method that `project` cannot run, and a κ that is missing or of no use."""
-    if method.needs is not Needs.WEIGHTS:
-        if kappa is not None:
-            raise ValueError(f"kappa is for method 'damped', not for {method.name!r}")
-        return
-    if kappa is None:
-        raise ValueError(f"method {method.name!r} needs kappa ≥ 0")
 
 
 def _read_pair(factors: tuple[Any, ...] | list[Any]) -> LowRank:

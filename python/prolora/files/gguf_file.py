@@ -22,9 +22,9 @@ from .safetensors_file import read_stored
 from .state import FileState
 
 MAGIC = b"GGUF"
-# Beyond these a file is not believed: headers of image models have a few hundred kB.
+# A file beyond these is refused: headers of image models have a few hundred kB.
 _HEADER_LIMIT, _COUNT_LIMIT, _ALIGNMENT_LIMIT = 64 << 20, 1 << 20, 1 << 20
-_MOST_AXES = 5  # GGML has four; files of video models have convolutions of five all the same
+_MOST_AXES = 5  # GGML has four, but files of video models have convolutions of five
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
@@ -55,7 +55,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A GGUF file with a checked header, whose tensors are read one at a time."""
+    """A GGUF file with a checked header; tensors are read singly."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Reads the header.
@@ -75,7 +75,7 @@ class GgufFile:
             raise input_error(path, error) from error
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, in memory of its own.
+        """Reads the tensor `name`, in memory of its own.
 
         Raises:
             KeyError: no such tensor.
@@ -107,7 +107,7 @@ class GgufFile:
 
 @cache
 def load_gguf() -> Any:
-    """The `gguf` package.
+    """Imports the `gguf` package.
 
     Raises:
         UnsupportedFormat: it is not installed.
@@ -123,7 +123,7 @@ def load_gguf() -> Any:
 
 
 def _dequantise(raw: Tensor, code: int) -> Tensor:
-    """Stored rows [r, bytes] as float32 [r, columns]."""
+    """Turns stored rows [r, bytes] into float32 [r, columns]."""
     package = load_gguf()
     with np.errstate(all="ignore"):  # a damaged scale is found by the check for NaN and Inf
         numbers = package.quants.dequantize(raw.numpy(), package.GGMLQuantizationType(code))
@@ -143,7 +143,7 @@ def _find_block(code: int) -> tuple[int, int] | None:
 
 
 class _HeaderReader:
-    """The beginning of a file, read piece by piece and never beyond a limit."""
+    """The beginning of a file, read in pieces and within a limit."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self.path, self.position = file, path, 0
@@ -179,7 +179,7 @@ class _HeaderReader:
             raise self.refuse("a name that is not UTF-8") from error
 
     def value(self) -> Any:
-        """The next value of the metadata: number, string or list."""
+        """Reads the next value of the metadata: number, string or list."""
         (code,), length = self.numbers("I"), 1
         if is_list := code == _ARRAY:
             (code,), length = self.numbers("I"), self.count("values in a list")

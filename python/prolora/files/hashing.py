@@ -16,11 +16,9 @@ _BLOCK_BYTES = 1 << 20
 
 
 def hash_parts(parts: Iterable[str | bytes | memoryview | Tensor]) -> str:
-    """SHA-256, in hexadecimal, of some parts one after the other.
+    """Computes SHA-256, in hexadecimal, of some parts one after the other.
 
-    Args:
-        parts: texts count as UTF-8; tensors of any device and layout as their bytes, without dtype
-            and shape.
+    Texts count as UTF-8; tensors of any device and layout as their bytes, without dtype and shape.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -32,17 +30,14 @@ def hash_parts(parts: Iterable[str | bytes | memoryview | Tensor]) -> str:
 
 
 def hash_text(text: str) -> str:
-    """SHA-256 of a text as UTF-8, in hexadecimal."""
+    """Computes SHA-256 of a text as UTF-8, in hexadecimal."""
     return hash_parts([text])
 
 
 def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:
-    """SHA-256 of a file, or of its bytes from `start` on, in hexadecimal.
+    """Computes SHA-256 of a file's bytes from `start` on, in hexadecimal.
 
-    Args:
-        path: the file.
-        start: first byte.
-        size: how many bytes at most; None for all that follow.
+    `size` is the most bytes; None for all that follow.
 
     Raises:
         UnsupportedFormat: the file cannot be read.
@@ -51,7 +46,10 @@ def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:
 
 
 def read_blocks(path: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file in pieces of 1 MiB; arguments and errors are those of `hash_file`."""
+    """Yields the bytes of a file in pieces of 1 MiB.
+
+    Arguments and errors as for `hash_file`.
+    """
     left = size
     try:
         with open(path, "rb") as file:
@@ -67,12 +65,12 @@ def read_blocks(path: Path, start: int = 0, size: int | None = None) -> Iterator
 
 
 def view_bytes(tensor: Tensor) -> Any:
-    """The bytes of a tensor as a buffer, copied only from another device or layout."""
+    """Returns a tensor's bytes as a buffer, copied only from another device or layout."""
     return flatten_bytes(tensor).numpy().data
 
 
 def flatten_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor [n] in the machine's memory, as `view_bytes` has them."""
+    """Returns a tensor's bytes as a tensor [n] on the CPU."""
     values = tensor.detach().cpu().contiguous()
-    # One value that was expanded counts as contiguous, and has the stride 0.
+    # An expanded single value counts as contiguous, and has the stride 0.
     return values.as_strided((values.numel(),), (1,)).view(torch.uint8)

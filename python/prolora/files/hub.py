@@ -32,17 +32,11 @@ _ABSENT = {
 
 @dataclass(frozen=True)
 class HubId:
-    """A model on the hub.
+    """A model on the hub."""
 
-    Attributes:
-        repo: "org/name".
-        revision: branch, tag or commit; None for the default branch.
-        path: a file or folder in it, "" for the whole.
-    """
-
-    repo: str
-    revision: str | None = None
-    path: str = ""
+    repo: str  # "org/name"
+    revision: str | None = None  # branch, tag or commit; None for the default branch
+    path: str = ""  # a file or folder in it, "" for the whole
 
     @property
     def name(self) -> str:
@@ -50,14 +44,14 @@ class HubId:
         return "/".join(filter(None, (self.repo, self.path)))
 
     def spell(self, path: str) -> str:
-        """The address of a file or folder of the same repository."""
+        """Returns the address of a file or folder of the same repository."""
         return f"hf://{self.repo}{f'@{self.revision}' if self.revision else ''}/{path}"
 
 
 def parse_hub_id(source: str) -> HubId | None:
     """Reads `org/name[@revision]` and `hf://org/name[@revision][/path]`, None for anything else.
 
-    A name that looks like a file, or that lies in a folder that exists here, is a path.
+    A name that looks like a file, or that lies in an existing folder, is a path.
 
     Raises:
         UnsupportedFormat: it begins with `hf://` and goes on otherwise.
@@ -79,7 +73,7 @@ def parse_hub_id(source: str) -> HubId | None:
 
 
 def find_hub_id(source: str | os.PathLike[str]) -> HubId | None:
-    """The id that a path is; None where something lies there, or it is none.
+    """Returns a path's hub id; None for existing paths and for other texts.
 
     Raises:
         UnsupportedFormat: as `parse_hub_id`.
@@ -88,7 +82,7 @@ def find_hub_id(source: str | os.PathLike[str]) -> HubId | None:
 
 
 def is_broken_id(source: str | os.PathLike[str]) -> bool:
-    """Whether it begins with `hf://` and is not an id; its reader says how one is written."""
+    """Recognises `hf://` without a valid id; its reader explains the form."""
     try:
         find_hub_id(source)
     except UnsupportedFormat:
@@ -97,12 +91,12 @@ def is_broken_id(source: str | os.PathLike[str]) -> bool:
 
 
 def _write_slashes(path: str | os.PathLike[str]) -> str:
-    """A path as text; a `Path` has the slashes of an id also where Windows writes backslashes."""
+    """Returns a path as text, with an id's slashes on Windows too."""
     return path.as_posix() if isinstance(path, PurePath) else os.fspath(path)
 
 
 def spell_path(path: str | os.PathLike[str]) -> str:
-    """A path as text; an id gets back the slashes that a `Path` of it has lost or turned."""
+    """Returns a path as text; restores the slashes that an id lost in a `Path`."""
     text = _write_slashes(path)
     if scheme := _SCHEME.match(text):
         return f"hf://{text[scheme.end() :]}"
@@ -110,27 +104,24 @@ def spell_path(path: str | os.PathLike[str]) -> str:
 
 
 def keep_path(source: str | os.PathLike[str]) -> Path:
-    """A `Path`; a text marked as one, as `./a/b` or `a/b/`, does not become an id by it."""
+    """Makes a `Path` of a text, so that `./a/b` does not become an id."""
     path = Path(source)
     is_marked = isinstance(source, str) and not (_ID.fullmatch(source) or os.path.exists(source))
     return Path(os.path.abspath(path)) if is_marked and _ID.fullmatch(path.as_posix()) else path
 
 
 def is_hub_address(text: str) -> bool:
-    """Whether a text begins with `hf://`."""
+    """Returns whether a text begins with `hf://`."""
     return _SCHEME.match(text) is not None
 
 
 @contextmanager
 def ask_hub(name: str) -> Iterator[Any]:
-    """The hub's client, whose errors become those of prolora.
-
-    Args:
-        name: of what is asked for.
+    """Yields the hub's client, and turns its errors into prolora's.
 
     Raises:
-        MissingFile: `huggingface_hub` is not installed, or the hub does not have it.
-        HubUnavailable: the hub has it perhaps, and does not give it.
+        MissingFile: `huggingface_hub` is not installed, or the hub does not have `name`.
+        HubUnavailable: the hub may have it, and does not give it.
     """
     try:
         import huggingface_hub
@@ -144,20 +135,23 @@ def ask_hub(name: str) -> Iterator[Any]:
         yield huggingface_hub
     except ProLoRAError:
         raise
-    # Which errors the hub's client raises depends on its version and on that of its HTTP library.
+    # The hub client's errors depend on its version and on its HTTP library's.
     except Exception as error:
         raise _explain_hub(name, error, bool(constants.HF_HUB_OFFLINE)) from error
 
 
 def not_cached(name: str) -> HubUnavailable:
-    """The error of what the cache of this machine lacks, where the hub may not be asked."""
+    """Makes the error of a file missing in the cache while offline."""
     return HubUnavailable(
         f"{name}: {_START} is not asked (HF_HUB_OFFLINE is set); its cache on this machine lacks it"
     )
 
 
 def _explain_hub(name: str, error: Exception, is_offline: bool) -> MissingFile:
-    """An error of the hub's client, which goes by names: its classes depend on its version."""
+    """Translates an error of the hub's client by its class name.
+
+    The classes depend on the client's version.
+    """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     start = f"{name}: {_START}"
     if is_offline and _UNCACHED in kinds:
@@ -180,13 +174,13 @@ def _explain_hub(name: str, error: Exception, is_offline: bool) -> MissingFile:
 
 
 def list_hub_files(hub: Any, id_: HubId) -> tuple[list[str], str]:
-    """The files of a repository, and the commit that has them."""
+    """Returns the files of a repository, and the commit that has them."""
     info = hub.HfApi().model_info(id_.repo, revision=id_.revision)
     return [sibling.rfilename for sibling in info.siblings], info.sha
 
 
 def find_snapshot(hub: Any, id_: HubId) -> Path:
-    """What the cache on this machine has of a repository."""
+    """Returns the local cache's folder of a repository."""
     return Path(hub.snapshot_download(id_.repo, revision=id_.revision, local_files_only=True))
 
 

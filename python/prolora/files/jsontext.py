@@ -14,14 +14,14 @@ LFS_START = b"version https://git-lfs"
 LFS_POINTER = (
     "a pointer of Git LFS, not the file itself; fetch it with git lfs pull, or download it again"
 )
-"""What a repository that was cloned without Git LFS has in the place of a large file."""
+"""What stands for a large file in a repository cloned without Git LFS."""
 
-# Bytes; parsed, a text made to harm takes 25 times as many.
+# Bytes; parsed, hostile text takes 25 times as many.
 SIZE_LIMIT = 32 << 20
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """NaN and infinities as None, all the way down: JSON has no words for them."""
+    """Replaces NaN and infinities by None, all the way down, for JSON."""
     if isinstance(value, dict):
         return {key: replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,34 +1,22 @@
-"""What comes from outside: regular files of a bounded size, and fields of the kinds they claim."""
+"""What comes from outside: regular files of a bounded size."""
 
 from __future__ import annotations
 
-import math
 import os
 import stat
-import types
-from collections.abc import Hashable, Mapping
-from dataclasses import MISSING, fields
-from functools import lru_cache
 from io import BufferedReader
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import UnsupportedFormat, input_error
-
-Kind = TypeVar("Kind")
-
-# Beyond what any count, size or time of ours can be.
-_LARGEST = 2**63
-
 
 MOST_TEXT = 64 << 20
 """Bytes of a list or of prompts: a million lines."""
 
 
 def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BufferedReader:
-    """A file opened for reading; pipes and devices, at which a program would wait, are refused.
+    """Opens a file for reading; refuses pipes and devices, which would block.
 
     Args:
-        path: the file; a link stands for what it points to.
+        path: the file; a link stands for its destination.
         limit: most bytes; None sets no bound.
 
     Raises:
@@ -36,7 +24,7 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Buff
     """
     where = os.fspath(path)
     try:
-        # Without O_NONBLOCK a pipe would wait here for somebody who writes to it.
+        # Without O_NONBLOCK a pipe would wait here for a writer.
         number = os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     except (OSError, ValueError) as error:
         raise input_error(where, error) from error
@@ -53,7 +41,7 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Buff
 
 
 def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
-    """The text of a file that people write by hand: a list, prompts.
+    """Reads the text of a file that people write by hand: a list, prompts.
 
     Raises:
         UnsupportedFormat: as `open_regular`, or it is no text.
@@ -67,75 +55,3 @@ def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
 
 
 _BINARY = getattr(os, "O_BINARY", 0)
-
-
-def read_fields(kind: type[Kind], content: object, where: str, **given: object) -> Kind:
-    """A dataclass from a JSON object, each of whose entries must be of the kind that it claims.
-
-    Args:
-        kind: the dataclass; its fields are texts, numbers, choices, and mappings of texts.
-        content: what JSON gave.
-        where: what messages call it.
-        **given: fields that have been read already.
-
-    Raises:
-        UnsupportedFormat: it is no object, lacks a field, has an unknown one, or one of another
-            kind.
-    """
-    if not isinstance(content, Mapping):
-        raise UnsupportedFormat(f"{where}: is damaged: an object is needed, not {content!r:.40}")
-    hints = _find_hints(cast(Hashable, kind))
-    for name in content:
-        if name not in hints or name in given:
-            raise UnsupportedFormat(f"{where}: is damaged: {name!r:.40} is unknown")
-    for field in fields(kind):  # type: ignore[arg-type]
-        needed = field.default is MISSING and field.default_factory is MISSING
-        if needed and field.name not in content and field.name not in given:
-            raise UnsupportedFormat(f"{where}: is damaged: {field.name} is missing")
-    for name, value in content.items():
-        if not _is_of(value, hints[name]):
-            raise UnsupportedFormat(f"{where}: is damaged: {name} cannot be {value!r:.40}")
-    return kind(**content, **given)
-
-
-@lru_cache
-def _find_hints(kind: Hashable) -> dict[str, Any]:
-    """The types of a dataclass's fields; evaluating them takes longer than reading a line."""
-    return get_type_hints(kind)
-
-
-def _is_of(value: object, hint: Any) -> bool:
-    """Whether a value is what a field of this type may hold."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in inner
-    if origin in (Union, types.UnionType):
-        return any(_is_of(value, one) for one in inner)
-    if hint is type(None):
-        return value is None
-    if hint is str:
-        return isinstance(value, str)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return type(value) is int and abs(value) < _LARGEST
-    if hint is float:
-        return type(value) in (int, float) and _is_moderate(value)
-    if origin is dict:
-        key, part = inner
-        return isinstance(value, dict) and all(
-            _is_of(k, key) and _is_of(v, part) for k, v in value.items()
-        )
-    return hint is Any
-
-
-def _is_moderate(number: Any) -> bool:
-    return abs(number) < _LARGEST if isinstance(number, int) else math.isfinite(number)
-
-
-def is_path_text(text: str) -> bool:
-    """Whether the system takes a text as a path: not empty, no null byte, no half character."""
-    try:
-        return b"\0" not in os.fsencode(text) and bool(text)
-    except UnicodeEncodeError:
-        return False

@@ -31,15 +31,15 @@ if TYPE_CHECKING:  # headers are read without torch, which takes seconds to impo
 
 StrPath = str | os.PathLike[str]
 
-# Both are checked before anything of that size is allocated. The safetensors library calls longer
-# headers than the first no safetensors file. The second is what is read here: text made to harm
+# Both are checked before anything of that size is allocated. To the safetensors library, longer
+# headers than the first are no safetensors file. The second is the limit here: text made to harm
 # takes 25 times its length once it is parsed, and a header of 100,000 tensors has 15 MB.
 _LONGEST_HEADER = 100_000_000
 _HEADER_LIMIT = 32 << 20
 # Characters of a tensor's name; those of real files have 200 at most. Messages quote names.
 _LONGEST_NAME = 4096
 
-# rar, 7z, gzip and xz, which people download; a zip file is looked into.
+# rar, 7z, gzip and xz, which people download; a zip file is opened.
 _ARCHIVES = (b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"\xfd7zXZ")
 # Bytes in which a zip file names its first entry.
 _NAME_BYTES = 512
@@ -69,11 +69,11 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """A safetensors file whose header was read and checked; tensors are read one at a time.
+    """A safetensors file with a checked header; tensors are read singly.
 
     Attributes:
         path: the file.
-        metadata: the header's `__metadata__`, {} if there is none.
+        metadata: the header's `__metadata__`, {} without one.
         tensors: name -> `TensorInfo`, in header order.
         data_start: the byte at which the tensors begin.
         state: of the file, when its header was read.
@@ -104,7 +104,7 @@ class SafetensorsFile:
         _check_extent(self.tensors, self.path, status.st_size - self.data_start)
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, in its storage dtype, on the CPU, in memory of its own.
+        """Reads the tensor `name` in its storage dtype, into CPU memory of its own.
 
         Raises:
             KeyError: no such tensor.
@@ -129,7 +129,7 @@ class SafetensorsFile:
         return self._read(name, info.stored, shape, info.start + start * row_bytes)
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every tensor, as views of one buffer that is read at once.
+        """Reads every tensor at once, as views of one buffer.
 
         Raises:
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
@@ -137,6 +137,18 @@ class SafetensorsFile:
         size = max((info.stop for info in self.tensors.values()), default=0)
         buffer = self._read("its data", "U8", (size,), 0)
         return {name: _cut_tensor(buffer, info) for name, info in self.tensors.items()}
+
+    def read_blocks(self) -> Iterator[bytes]:
+        """Yields all bytes of the file, header included.
+
+        Raises:
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        with self._use() as file:
+            check_unchanged(self.path, self.state, file.fileno())
+            file.seek(0)
+            while block := file.read(1 << 20):
+                yield block
 
     def close(self) -> None:
         """Closes the file, where it was kept open; later reads open it again."""
@@ -155,7 +167,7 @@ class SafetensorsFile:
                 yield self._kept
 
     def _open(self) -> FileIO:
-        """The open file, unbuffered: reads go straight into the tensor's own memory."""
+        """Opens the file unbuffered: reads go straight into the tensor's own memory."""
         try:
             if stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe or a device would block
                 return open(self.path, "rb", buffering=0)
@@ -177,7 +189,7 @@ class SafetensorsFile:
 
 
 def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
-    """One tensor out of the data of a file [bytes]; a copy where it is not aligned."""
+    """Cuts one tensor out of a file's data [bytes]; copies it if not aligned."""
     flat = buffer[info.start : info.stop]
     if info.start % SIZES[info.stored]:
         flat = flat.clone()
@@ -194,7 +206,7 @@ class _OpenedFile(Protocol):
 def read_stored(
     file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: Tensor
 ) -> None:
-    """Fills a buffer [bytes] with those of a tensor, which begin at `start` of the open file.
+    """Fills a buffer [bytes] with a tensor that begins at `start`.
 
     Raises:
         UnsupportedFormat: the file was changed since `opened`, ends inside or cannot be read.
@@ -210,7 +222,7 @@ def read_stored(
 
 
 def view_numbers(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as the numbers that they are."""
+    """Views bytes as numbers of a dtype."""
     # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
     return buffer.ne(0) if str(dtype) == "torch.bool" else buffer.view(dtype)
 
@@ -226,7 +238,7 @@ def fill_buffer(file: FileIO | BufferedReader, view: memoryview) -> bool:
 
 
 def _read_header(file: FileIO, path: Path, size: int) -> bytes:
-    """The JSON text of the header, its length checked before it is read."""
+    """Reads the JSON text of the header, its length checked first."""
     head = file.read(9)
     length = int.from_bytes(head[:8], "little")
     # Only the whole start tells: a header of 128 bytes begins with the 0x80 of a pickle.
@@ -250,12 +262,7 @@ def _read_header(file: FileIO, path: Path, size: int) -> bytes:
 
 
 def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
-    """Says what a file is that does not start like a safetensors file.
-
-    Args:
-        head: its beginning.
-        path: of the file.
-    """
+    """Says what a file with another beginning (`head`) is."""
     # PyTorch's pickles are zip files whose first entry is the pickle.
     is_zip, is_torch = head.startswith(b"PK"), b"/data.pkl" in head
     if head.startswith(_ARCHIVES) or (is_zip and not is_torch):
@@ -289,7 +296,7 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
 
 
 def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:
-    """The error of a pickle, with the command that converts it."""
+    """Makes the error of a pickle, with the command that converts it."""
     converted = path.with_suffix(".safetensors")
     if converted == path:  # a pickle that was merely renamed
         converted = path.with_suffix(".converted.safetensors")
@@ -303,14 +310,17 @@ def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:
 
 
 def _quote(word: str) -> str:
-    """A word of a command line: in double quotes, which cmd.exe knows, too, where they suffice."""
+    """Quotes a word of a command line, in double quotes where they suffice.
+
+    cmd.exe knows these, too.
+    """
     if re.fullmatch(r"[\w./:\\+@%-]+", word) and (os.name == "nt" or "\\" not in word):
         return word
     return shlex.quote(word) if re.search(r'["$`\\!]', word) and os.name != "nt" else f'"{word}"'
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; two entries of one name would hide one of them."""
+    """Makes a JSON object; refuses two entries of one name."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -318,7 +328,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """(metadata, tensors) of a header's JSON text."""
+    """Parses a header's JSON text into (metadata, tensors)."""
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates)
         if b"\\u" in raw:  # an escape can spell half a character, which nothing can print or save
@@ -332,7 +342,7 @@ def _parse_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, Ten
 
 
 def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
-    """One tensor of a header, its size checked against its dtype and shape."""
+    """Parses one tensor of a header; checks its size against dtype and shape."""
     if len(name) > _LONGEST_NAME:
         raise UnsupportedFormat(
             f"{path}: {name[:80]!r}… is a name of {len(name)} characters, more than any real one"
@@ -357,14 +367,20 @@ def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
 
 
 def _are_sizes(values: object, most: int) -> bool:
-    """A list of at most `most` whole numbers; 2^48 is beyond any file (True is no number here)."""
+    """Recognises a list of at most `most` whole numbers below 2^48.
+
+    No file is larger; True is no number here.
+    """
     if not isinstance(values, list) or len(values) > most:
         return False
     return all(type(v) is int and 0 <= v < 2**48 for v in values)
 
 
 def _check_extent(tensors: dict[str, TensorInfo], path: Path, size: int) -> None:
-    """The tensors must tile the `size` bytes after the header: no overlap, no hole, no excess."""
+    """Checks that the tensors tile the `size` bytes after the header.
+
+    No overlap, no hole, no excess.
+    """
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:

@@ -20,10 +20,10 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes: "2GiB", "500MB", "1.5g", "1000000".
+    """Reads a number of bytes: "2GiB", "500MB", "1.5g", "1000000".
 
     Raises:
-        ValueError: it is no such text, or less than a byte.
+        ValueError: another text, or less than a byte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?\s*", text.lower(), re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
@@ -33,10 +33,10 @@ def parse_size(text: str) -> int:
 
 
 def parse_limit(value: float | str | None, name: str = "max_memory") -> int | None:
-    """A bound on memory in bytes: a number, a text that `parse_size` takes, or None for no bound.
+    """Reads a bound on memory in bytes: a number, a text, or None.
 
     Args:
-        value: as it was given.
+        value: as it was given; texts as for `parse_size`.
         name: of the option.
 
     Raises:
@@ -54,7 +54,7 @@ def parse_limit(value: float | str | None, name: str = "max_memory") -> int | No
 
 
 def format_size(size: float) -> str:
-    """Bytes for people: "1.5 KiB"."""
+    """Writes bytes for people: "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             break

@@ -1,4 +1,4 @@
-"""The state of a file, by which a change while it is in use is noticed."""
+"""The state of a file, which shows changes while in use."""
 
 from __future__ import annotations
 
@@ -11,40 +11,33 @@ from ..errors import UnsupportedFormat, input_error
 
 
 class FileState(NamedTuple):
-    """What changes when a file is replaced or rewritten.
+    """What changes when a file is replaced or rewritten."""
 
-    Attributes:
-        device: number of the file system.
-        inode: number of the file in it.
-        size: bytes.
-        modified: time of the last change of content, in nanoseconds since 1970.
-        changed: time of the last change of any kind; no tool can set it. It also moves with a new
-            name, link or mode, so that it tells nothing about the content alone.
-    """
-
-    device: int
-    inode: int
-    size: int
-    modified: int
+    device: int  # number of the file system
+    inode: int  # number of the file in it
+    size: int  # bytes
+    modified: int  # time of the last change of content, in nanoseconds since 1970
+    # Time of the last change of any kind; no tool can set it. It also moves with a new name, link
+    # or mode, so that it tells nothing about the content alone.
     changed: int
 
     @classmethod
     def from_status(cls, status: os.stat_result) -> FileState:
-        """The state in what `os.stat` or `os.fstat` gives."""
+        """Returns the state in a result of `os.stat` or `os.fstat`."""
         return cls(
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
 
     def has_content_of(self, other: FileState) -> bool:
-        """Whether nobody has replaced or rewritten the file between the two states."""
+        """Returns whether the file was neither replaced nor rewritten between two states."""
         return self[:4] == other[:4]
 
 
 def read_state(path: Path) -> FileState:
-    """The state of a file; links are followed.
+    """Reads the state of a file; links are followed.
 
     Raises:
-        UnsupportedFormat: there is no such file, or it cannot be reached.
+        UnsupportedFormat: the file is missing or cannot be reached.
     """
     try:
         return FileState.from_status(os.stat(path))
@@ -53,22 +46,17 @@ def read_state(path: Path) -> FileState:
 
 
 def check_unchanged(path: Path, opened: FileState, file_number: int) -> None:
-    """Refuses a file that is not in the state any more in which its header was read.
-
-    Args:
-        path: for the message.
-        opened: its state then.
-        file_number: of the open file.
+    """Refuses an open file that has changed since its header was read.
 
     Raises:
-        UnsupportedFormat: somebody has replaced or rewritten it.
+        UnsupportedFormat: it was replaced or rewritten.
     """
     if not FileState.from_status(os.fstat(file_number)).has_content_of(opened):
         raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")
 
 
 def flush_file(path: Path) -> None:
-    """Has the system write what programs have changed in a file through memory shared with it.
+    """Makes the system write what programs changed in a file through shared memory.
 
     Such a change sets the file's times only if the page was written to the disk since the last one.
     After this call the next change sets them, so that what is read now can be remembered by the

@@ -1,4 +1,4 @@
-"""Results of an interrupted probing in a folder, used again only where they match."""
+"""Results of an interrupted probing, used again only where they match."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..bases.pipeline_identity import (
 )
 from ..core.lowrank import LowRank
 from ..errors import OutputError, UnsupportedFormat, output_error
-from ..files.atomic import TEMPORARY_NAME
 from ..files.hashing import hash_parts, hash_text
 from ..files.jsontext import read_json_object
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import write_safetensors, write_text_atomically
+from ..files.store import TEMPORARY_NAME, put_text
+from ..files.writing import write_safetensors
 from ..version import __version__
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,12 @@ _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.not
 
 
 def hash_texts(*parts: str) -> str:
-    """SHA-256 of texts, in hexadecimal."""
+    """Computes SHA-256 of texts, in hexadecimal."""
     return hash_text(json.dumps([__version__, *parts]))
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors, their names, shapes and dtypes."""
+    """Computes SHA-256 of tensors with names, shapes and dtypes."""
     return hash_parts(
         part
         for name, tensor in sorted(tensors.items())
@@ -64,7 +64,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_updates(updates: Mapping[str, LowRank]) -> str:
-    """SHA-256 of updates."""
+    """Computes SHA-256 of updates by module."""
     return hash_tensors(_name_factors(updates))
 
 
@@ -78,14 +78,10 @@ Inputs = Mapping[str, Facts]
 
 
 def check_inputs(folder: Path, inputs: Inputs) -> bool:
-    """Whether a folder holds results that were made from these inputs, and those alone.
+    """Returns whether a folder holds results of these inputs, and only these.
 
-    Args:
-        folder: need not exist.
-        inputs: all of them, or the ones that are known so far.
-
-    Returns:
-        False where it does not exist yet, or is empty.
+    The folder need not exist: then, and when empty, the answer is False. `inputs` may be the ones
+    that are known so far.
 
     Raises:
         OutputError: it holds other things, or results of other inputs; the message names both.
@@ -136,10 +132,11 @@ def _are_inputs(value: Any) -> TypeGuard[dict[str, Facts]]:
 
 
 class Checkpoints:
-    """Named results in a folder, each under a key, the hash of what it depends on.
+    """Named results in a folder, each with a key.
 
-    A result is used again only if its key and the checksum of its content match; anything else is
-    computed again. The folder lists the inputs that all of its results share: models, versions.
+    The key is the hash of what the result depends on. A result is used again only if its key and
+    the checksum of its content match; anything else is computed again. The folder lists the inputs
+    that all of its results share: models, versions.
     """
 
     def __init__(
@@ -152,9 +149,9 @@ class Checkpoints:
 
         Args:
             folder: new, empty, or with results of the same inputs.
-            inputs: called where there is a folder: everything that all results depend on.
-            is_optional: whether nobody waits for what is kept: where it cannot be written, a
-                warning says so and nothing is kept any more.
+            inputs: called for a folder: everything that all results depend on.
+            is_optional: the results may be lost: where the folder cannot be written, a warning
+                says so and nothing is kept any more.
 
         Raises:
             OutputError: see `check_inputs`.
@@ -169,7 +166,7 @@ class Checkpoints:
         self._digest = digest_facts(self.inputs)
 
     def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
-        """The tensors and the note under a name and key; None where there are none."""
+        """Returns the tensors and the note under a name and key, if any."""
         path = self._path(name, key)
         if path is None or not os.path.lexists(path):
             return None
@@ -200,7 +197,7 @@ class Checkpoints:
         marks = {_KEY: key, _SUM: hash_texts(hash_tensors(tensors), note), _NOTE: note}
         try:
             self._list_inputs()
-            write_safetensors(path, dict(tensors), marks)
+            write_safetensors(path, dict(tensors), marks, overwrite=True)
         except OutputError as error:
             if not self.is_optional:
                 raise
@@ -221,10 +218,10 @@ class Checkpoints:
         self._used.clear()
 
     def _path(self, name: str, key: str) -> Path | None:
-        """Where a result is kept.
+        """Returns the path of a result.
 
         Raises:
-            OutputError: somebody has put something else there.
+            OutputError: something else has that name.
         """
         if self.folder is None:
             return None
@@ -243,7 +240,7 @@ class Checkpoints:
             except OSError as error:
                 raise output_error(self.folder, error, "cannot be created") from error
             text = json.dumps({_MADE_FROM: self.inputs}, indent=1)
-            write_text_atomically(self.folder / INPUTS_FILE, text)
+            put_text(self.folder / INPUTS_FILE, text, overwrite=True)
             self._listed = True
 
     def recall_updates(
@@ -266,7 +263,7 @@ class Checkpoints:
             self.store(name, key, _name_factors(updates), json.dumps(facts))
 
     def state_file(self, name: str, key: str) -> StateFile | None:
-        """Where the state of a long fit is kept; None without a folder."""
+        """Returns where the state of a long fit is kept; None without a folder."""
         return None if self.folder is None else StateFile(self, name, key)
 
 
@@ -277,14 +274,9 @@ def open_checkpoints(
     more: Inputs,
     is_optional: bool = False,
 ) -> Checkpoints:
-    """Where the results of a probing of two models are kept.
+    """Opens the folder of results of a probing of two models.
 
-    Args:
-        folder: None keeps nothing.
-        source: the source model.
-        target: the target model.
-        more: inputs beside the two models.
-        is_optional: see `Checkpoints`.
+    `more` are inputs beside the two models; `is_optional` as for `Checkpoints`.
 
     Raises:
         OutputError: see `check_inputs`.
@@ -302,7 +294,7 @@ def open_checkpoints(
 
 
 class StateFile:
-    """The state of a long fit, stored every few minutes in one file.
+    """The state of a long fit, stored every few minutes.
 
     The fit waits for it: a copy to be written beside it would take as much memory again.
     """
@@ -313,7 +305,10 @@ class StateFile:
         self.last, self.took = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        """Whether SECONDS_BETWEEN_STATES have passed, and enough for what the last one took."""
+        """Returns whether it is time to store again.
+
+        SECONDS_BETWEEN_STATES must have passed, and enough for what the last one took.
+        """
         passed = time.monotonic() - self.last
         return passed >= max(SECONDS_BETWEEN_STATES, self.took / MOST_WAITING)
 
@@ -325,7 +320,7 @@ class StateFile:
         self.took = self.last - began
 
     def recall(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state that was stored last."""
+        """Returns the state that was stored last."""
         stored = self.checkpoints.recall(self.name, self.key)
         return None if stored is None else (stored[0], json.loads(stored[1]))
 

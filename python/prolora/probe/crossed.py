@@ -22,34 +22,23 @@ BLOCKS = 4
 
 @dataclass(frozen=True)
 class BandReport:
-    """One band of the wanted change.
+    """One band of the wanted change."""
 
-    Attributes:
-        name: "palette", "composition" or "detail".
-        energy: its share of the energy of the wanted change.
-        reached: 1 − ‖achieved − wanted‖²/‖wanted‖² within it.
-    """
-
-    name: str
-    energy: float
-    reached: float
+    name: str  # "palette", "composition" or "detail"
+    energy: float  # its share of the energy of the wanted change
+    reached: float  # 1 − ‖achieved − wanted‖²/‖wanted‖² within it
 
 
 @dataclass
 class CrossedImages:
-    """The images that crossed, and what the VAEs that they crossed to kept of them.
+    """The images that crossed, and what the VAEs kept of them."""
 
-    Attributes:
-        images: how many there are.
-        lost: side -> Σ‖decode(encode(x)) − x‖² of the images x that its VAE was given.
-        variance: side -> Σ‖x − mean of x‖² of the same images.
-        shared: whether both models denoise the same latents, so that nothing had to cross.
-    """
-
-    images: int = 0
+    images: int = 0  # how many there are
+    # Side -> Σ‖decode(encode(x)) − x‖² of the images x given to its VAE
     lost: dict[str, float] = field(default_factory=dict)
+    # Side -> Σ‖x − mean of x‖² of the same images
     variance: dict[str, float] = field(default_factory=dict)
-    shared: bool = False
+    shared: bool = False  # both models denoise the same latents, so that nothing had to cross
     _counts: dict[str, int] = field(default_factory=dict)
 
     def count(self, side: str) -> int:
@@ -59,7 +48,7 @@ class CrossedImages:
         return self._counts[side]
 
     def add_round_trip(self, side: str, pixels: Tensor, returned: Tensor) -> None:
-        """Adds pixels [n, 3, h, w] and what the side's VAE makes of them and back."""
+        """Adds pixels [n, 3, h, w] and their way through the side's VAE and back."""
         pixels = pixels.cpu().double()
         lost = float((returned.cpu() - pixels).square().sum())
         spread = pixels - pixels.mean((2, 3), keepdim=True)
@@ -74,30 +63,25 @@ class CrossedImages:
         }
 
     def report(self, bands: tuple[BandReport, ...]) -> CrossedReport:
-        """What crossed, with the bands of the change."""
+        """Reports what crossed, with the bands of the change."""
         return CrossedReport(self.images, self.round_trip, bands, self.shared)
 
 
 @dataclass(frozen=True)
 class CrossedReport:
-    """What crossed between two latent spaces.
+    """What crossed between two latent spaces."""
 
-    Attributes:
-        images: number of sampled images that the other model was asked about.
-        round_trip: "source" and "target" -> ‖decode(encode(x)) − x‖²/‖x − mean‖² of images x that
-            the side's VAE was given; a side that denoises pixels is not in it.
-        bands: of the wanted change of x₀ on the held-out probes.
-        shared: whether both models denoise the same latents; they were asked about the same images
-            with the same noise.
-    """
-
-    images: int
+    images: int  # number of sampled images that the other model was asked about
+    # "source" and "target" -> ‖decode(encode(x)) − x‖²/‖x − mean‖² of images x given to the side's
+    # VAE; without a side that denoises pixels
     round_trip: dict[str, float]
-    bands: tuple[BandReport, ...] = ()
+    bands: tuple[BandReport, ...] = ()  # of the wanted change of x₀ on the held-out probes
+    # Both models denoise the same latents; they were asked about the same images with the same
+    # noise.
     shared: bool = False
 
     def sentences(self) -> list[str]:
-        """The result in plain sentences."""
+        """Writes the result in plain sentences."""
         line = (
             f"Both models were asked about {self.images} sampled images, with the same noise"
             if self.shared
@@ -122,7 +106,7 @@ class CrossedReport:
 
 
 def split_bands(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An image [n, c, h, w] as the sum of its three orthogonal BANDS."""
+    """Splits an image [n, c, h, w] into the sum of its three orthogonal BANDS."""
     mean = image.mean((2, 3), keepdim=True).expand_as(image)
     rows, columns = (_block_means(side).to(image) for side in image.shape[2:])
     coarse = rows @ image @ columns
@@ -130,7 +114,7 @@ def split_bands(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _block_means(side: int) -> Tensor:
-    """The projection [side, side] onto vectors that are constant on each of BLOCKS blocks."""
+    """Returns the projection [side, side] onto vectors constant on each of BLOCKS blocks."""
     block = torch.arange(side) * min(BLOCKS, side) // side
     same = (block[:, None] == block[None]).double()
     return same / same.sum(1, keepdim=True)
@@ -144,7 +128,7 @@ def measure_bands(
     held_out: Sequence[WantedChange],
     translation: Translation,
 ) -> tuple[BandReport, ...]:
-    """The share of each band that updates reach; empty where a change has no image.
+    """Measures the share of each band that updates reach; empty without an image.
 
     Args:
         target: the target without updates.

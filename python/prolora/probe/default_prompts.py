@@ -1,4 +1,4 @@
-"""The prompts that models are asked with where the user gives none: made from the LoRA's header."""
+"""Prompts made from the LoRA's header, for users who give none."""
 
 from __future__ import annotations
 
@@ -30,14 +30,11 @@ DIVERSE = (
 
 
 def derive_prompts(words: TrainingWords) -> tuple[str, ...]:
-    """Captions as the LoRA was trained with, and everyday scenes with and without its trigger.
+    """Returns captions as in the training, and everyday scenes with and without trigger.
 
     Of every four, two are captions drawn from the frequencies of the tags, one is a scene with the
     trigger and one without it, so that the fit sees what the LoRA does where it is not called.
     Without tags all are scenes, three in four with the trigger; without either, plain ones.
-
-    Args:
-        words: of the LoRA's header.
     """
     drawn = random.Random(0)
     trigger = words.trigger or _common_tag(words)
@@ -51,7 +48,7 @@ def derive_prompts(words: TrainingWords) -> tuple[str, ...]:
 
 
 def _common_tag(words: TrainingWords) -> str:
-    """The most frequent tag of the largest folder, where most of its images have it."""
+    """Returns the largest folder's most frequent tag if most images have it."""
     if not words.folders:
         return ""
     folder = max(words.folders, key=lambda folder: folder.images)
@@ -60,7 +57,7 @@ def _common_tag(words: TrainingWords) -> str:
 
 
 def _draw_caption(words: TrainingWords, drawn: random.Random) -> str:
-    """Tags of one folder, each as often as the folder's images have it, after the trigger."""
+    """Draws tags of one folder at their frequency in it, after the trigger."""
     sizes = [folder.images for folder in words.folders]
     folder: CaptionedFolder = drawn.choices(words.folders, sizes)[0]
     tags = [tag for tag, n in folder.tags.items() if drawn.random() < n / folder.images]

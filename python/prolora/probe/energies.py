@@ -1,4 +1,4 @@
-"""Energies of predictions, sample by sample, and how far two bases are apart by them."""
+"""Energies of predictions by sample, and the distance of two bases."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from .recording.wanted import WantedChange
 
 
 def energy_of(part: Tensor) -> Tensor:
-    """‖part‖² of every sample: [n, …] -> [n], in float64 on the CPU."""
+    """Computes ‖part‖² of every sample: [n, …] -> [n], in float64 on the CPU."""
     return part.detach().double().flatten(1).square().sum(1).cpu()
 
 
 def share_by_origin(probes: Sequence[WantedChange], missing: Sequence[Tensor]) -> dict[str, float]:
-    """1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² by origin, and over all.
+    """Computes 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² by origin, and over all.
 
-    Args:
-        probes: batches of one origin each.
-        missing: ‖achieved − wanted change‖² of every sample of every batch.
+    `probes` are batches of one origin each; `missing` is ‖achieved − wanted change‖² of every
+    sample of every batch.
     """
     shares = {}
     for origin in (*dict.fromkeys(wanted.call.origin for wanted in probes), "all"):
@@ -35,7 +34,7 @@ def share_by_origin(probes: Sequence[WantedChange], missing: Sequence[Tensor]) -
 
 
 def measure_disagreement(probes: Sequence[WantedChange]) -> dict[str, float]:
-    """How far the bases' own predictions are apart, by origin and over all.
+    """Measures how far the bases' own predictions are apart, by origin and overall.
 
     It is the mean over samples of ‖v_t − v_s‖² over the mean of ‖r_t‖² and ‖r_s‖², r what is left
     of a prediction v without its component along the latent. So it does not depend on the LoRA.
@@ -52,7 +51,7 @@ def measure_disagreement(probes: Sequence[WantedChange]) -> dict[str, float]:
 
 
 def latent_of(call: Call) -> Tensor | None:
-    """The latents of a call: its first tensor with two axes or more."""
+    """Returns the latents of a call: its first tensor with two axes or more."""
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 1:
             return value
@@ -60,15 +59,15 @@ def latent_of(call: Call) -> Tensor | None:
 
 
 def _disagree_by_sample(wanted: WantedChange) -> Tensor:
-    """‖v_t − v_s‖² over the mean energy of what the two predict beside the latent [n]."""
+    """Divides ‖v_t − v_s‖² by the two predictions' mean energy beside the latent [n]."""
     latent = latent_of(wanted.call)
-    theirs, ours = wanted.plain, wanted.plain - wanted.base_difference
-    energies = [_energy_beside(prediction, latent) for prediction in (theirs, ours)]
+    own, other = wanted.plain, wanted.plain - wanted.base_difference
+    energies = [_energy_beside(prediction, latent) for prediction in (own, other)]
     return energy_of(wanted.base_difference) / ((energies[0] + energies[1]) / 2).clamp_min(1e-30)
 
 
 def _energy_beside(prediction: Tensor, latent: Tensor | None) -> Tensor:
-    """Energy of a prediction without its component along the latent, where their shapes agree."""
+    """Returns a prediction's energy without its component along a latent of its shape."""
     if latent is None or latent.shape != prediction.shape:
         return energy_of(prediction)
     x = latent.detach().double().flatten(1).cpu()

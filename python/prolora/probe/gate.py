@@ -1,4 +1,4 @@
-"""Whether a probed LoRA should be used, measured on trajectories that the fit did not see."""
+"""The verdict on a probed LoRA, from trajectories outside the fit."""
 
 from __future__ import annotations
 
@@ -44,17 +44,14 @@ SURE = 1.645
 
 @dataclass(frozen=True)
 class Gain:
-    """How much more of the wanted change a fit reaches than the copy.
+    """How much more of the wanted change a fit reaches.
 
-    Attributes:
-        share: of the wanted change.
-        error: its standard error over the held-out trajectories; infinite for a single one.
-        trajectories: how many there are.
+    More than the copy, or than no update.
     """
 
-    share: float
-    error: float
-    trajectories: int
+    share: float  # of the wanted change
+    error: float  # its standard error over the held-out trajectories; infinite for a single one
+    trajectories: int  # how many there are
 
     @property
     def lowest(self) -> float:
@@ -64,33 +61,26 @@ class Gain:
 
 @dataclass(frozen=True)
 class Gate:
-    """The verdict of the held-out probes.
+    """The verdict of the held-out probes."""
 
-    Attributes:
-        decision: "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied
-            LoRA) on the same probes, or "refuse".
-        strength: the factor of every update: the one of STRENGTHS with the largest share, where
-            that is surely better than 1, or RAISED.
-        share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
-            the one of STRENGTHS. 1 is perfect, 0 as good as no LoRA.
-        disagreement: origin -> how far the bases' own predictions are apart, whatever the LoRA is;
-            see `measure_disagreement`. 0 is the same base; two unrelated functions have about 2.
-        reason: one sentence.
-        copy_share: the same as `share`, for the rival at its best strength; None where its modules
-            or shapes are not the target's.
-        copy_strength: the one of STRENGTHS that is best for the rival.
-        gain: of the fit over the rival; None where there is no rival.
-        effect: of the fit over no update, where the models were asked about images; else None.
-    """
-
+    # "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied LoRA) on
+    # the same probes, or "refuse"
     decision: str
+    # The factor of every update: the one of STRENGTHS with the largest share, where that is surely
+    # better than 1, or RAISED.
     strength: float
+    # Origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at the one of
+    # STRENGTHS. 1 is perfect, 0 as good as no LoRA.
     share: dict[str, float]
+    # Origin -> how far the bases' own predictions are apart, whatever the LoRA is; see
+    # `measure_disagreement`. 0 is the same base; two unrelated functions have about 2.
     disagreement: dict[str, float]
-    reason: str
+    reason: str  # one sentence
+    # `share` of the rival at its best strength; None where it does not fit the target
     copy_share: dict[str, float] | None = None
-    copy_strength: float = 1.0
-    gain: Gain | None = None
+    copy_strength: float = 1.0  # the one of STRENGTHS that is best for the rival
+    gain: Gain | None = None  # of the fit over the rival; None without a rival
+    # Of the fit over no update, where the models were asked about images; else None
     effect: Gain | None = None
 
     @property
@@ -162,15 +152,9 @@ def decide_gate(
     gain: Gain | None,
     least: float,
 ) -> tuple[str, str]:
-    """The decision and its reason.
+    """Returns the decision and its reason; arguments are fields of `Gate`.
 
-    Args:
-        strength: see `Gate`.
-        share: see `Gate`.
-        disagreement: see `Gate`.
-        copy_share: see `Gate`.
-        gain: see `Gate`.
-        least: the gain over the copy that must surely be exceeded.
+    `least` is the gain over the copy that must surely be exceeded.
     """
     # The target's own trajectories and the LoRA's both count: a fit that serves only one of them
     # would change images that the LoRA does not concern, or miss those that it does.
@@ -204,19 +188,11 @@ def decide_on_images(
     disagreement: Mapping[str, float] | None,
     least: float = 0.0,
 ) -> tuple[str, str]:
-    """The decision and its reason where the models were asked about images.
+    """Returns the decision and its reason where the models were asked about images.
 
-    What counts is that the change was reached on images that the fit did not see.
-
-    Args:
-        strength: see `Gate`.
-        share: see `Gate`.
-        effect: see `Gate`.
-        copy_share: see `Gate`.
-        gain: see `Gate`.
-        disagreement: see `Gate`; None where each model saw noise of its own, which makes most of
-            what their predictions differ by.
-        least: see `decide_gate`.
+    What counts is that the change was reached on images that the fit did not see. Arguments are
+    fields of `Gate`; `disagreement` is None where each model saw noise of its own, which makes most
+    of what their predictions differ by; `least` as for `decide_gate`.
     """
     differ = 0.0 if disagreement is None else disagreement["all"]
     copied = copy_share["all"] if copy_share else -math.inf
@@ -238,7 +214,7 @@ def _refuse_images(
     copied: float,
     disagreement: Mapping[str, float] | None,
 ) -> str | None:
-    """Why a fit that was asked about images is refused; None where nothing speaks against it."""
+    """Says why a fit that was asked about images is refused, if it is."""
     if effect.share == 0 and effect.error == 0:
         return "the LoRA changes nothing that the models' predictions show"
     differ = max(disagreement[o] for o in ("adapted", "target")) if disagreement else 0.0
@@ -273,7 +249,7 @@ def _explain_disagreement(difference: float) -> str:
 
 
 def least_gain(disagreement: float, start: str) -> float:
-    """The gain over the copy that a fit must exceed, as a share of the wanted change.
+    """Returns the share of the wanted change that a fit must gain over the copy.
 
     Where the bases disagree, the wanted change is itself wrong by about DOUBT·disagreement of its
     energy. A fit from zero follows that error, and the copy does not; so the fit seems better by
@@ -286,7 +262,7 @@ def least_gain(disagreement: float, start: str) -> float:
 def _explain_copy(
     fitted: float, copied: float, gain: Gain, disagreement: float, least: float
 ) -> str:
-    """Why the fit is not taken."""
+    """Explains why the fit is not taken."""
     if gain.share == 0:
         return (
             f"the LoRA moved by weights alone reaches {copied:.0%} of the wanted change on "
@@ -306,12 +282,12 @@ def _explain_copy(
 
 
 def fits_target(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
-    """Whether the target has every module of the updates, with weights of their shapes."""
+    """Returns whether the target has weights of fitting shapes for all updates."""
     return len(fitting_updates(target, updates)) == len(updates)
 
 
 def fitting_updates(target: nn.Module, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Those of the updates whose module the target has, with a weight of their shape."""
+    """Returns the updates that fit a weight of the target."""
     modules = dict(target.named_modules())
     fitting = {}
     for name, update in updates.items():
@@ -328,7 +304,7 @@ def measure_missing(
     strength: float,
     read: Callable[[Any], Tensor],
 ) -> list[Tensor]:
-    """‖achieved − wanted change‖² of every sample [n], batch by batch."""
+    """Measures ‖achieved − wanted change‖² of every sample [n], batch by batch."""
     with run_beside(target, updates, strength):
         return [energy_of(predict_call(target, w.call, read) - w.plain - w.change) for w in probes]
 
@@ -340,7 +316,7 @@ def _best_strength(
     doubt: float,
     read: Callable[[Any], Tensor],
 ) -> tuple[float, list[Tensor]]:
-    """The one of STRENGTHS with the largest share over all probes, and what is missing there.
+    """Returns the one of STRENGTHS with the largest share, and what it misses.
 
     It is 1 unless a weaker one reaches more by `doubt`, a share of the wanted change.
     """
@@ -360,7 +336,10 @@ def _best_strength(
 def _measure_gain(
     held_out: Sequence[WantedChange], missing: list[Tensor], copy_missing: list[Tensor]
 ) -> Gain:
-    """The gain over the copy as a ratio of sums over trajectories, and its standard error."""
+    """Measures the gain over the copy and its standard error over trajectories.
+
+    The gain is a ratio of sums.
+    """
     calls = [wanted.call for wanted in held_out]
     better = sum_by_trajectory(calls, [b - a for a, b in zip(missing, copy_missing, strict=True)])
     total = sum_by_trajectory(calls, [energy_of(wanted.change) for wanted in held_out])

@@ -1,4 +1,4 @@
-"""Forward hooks for the length of a `with` block, and what a module is called with first."""
+"""Forward hooks within a `with` block, and a module's first call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class FirstCallReached(Exception):
-    """Ends a forward pass, or a whole pipeline, at the first call of the module in question."""
+    """Ends a forward pass, or a pipeline, at a module's first call."""
 
 
 @contextlib.contextmanager
@@ -28,14 +28,10 @@ def keep_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 def capture_first_call(
     module: nn.Module, run: Callable[[], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of the first call of a module while `run` runs; `run` ends there.
+    """Captures the arguments of a module's first call; `run` ends there.
 
-    Args:
-        module: the module; its forward is not run.
-        run: calls the module, directly or not. It must let `FirstCallReached` pass.
-
-    Returns:
-        Positional and keyword arguments; None where `run` ended without a call.
+    The module's forward is not run. `run` must let `FirstCallReached` pass. Returns positional and
+    keyword arguments; None where `run` ended without a call.
     """
     captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

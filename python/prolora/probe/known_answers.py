@@ -1,4 +1,4 @@
-"""What both models said without a LoRA, kept for the next LoRA between the same two."""
+"""Both models' answers without a LoRA, kept for the next LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OF_LORA = ("adapted", PAIR)
 
 
 class KnownAnswers:
-    """Predictions of both models by what they were asked, in a folder of kept results."""
+    """Predictions of both models by question, in a folder of kept results."""
 
     def __init__(self, checkpoints: Checkpoints, key: str, limit: int | None) -> None:
         """Takes the folder.
@@ -34,7 +34,7 @@ class KnownAnswers:
         self._fresh = False
 
     def ask(self, asked: tuple[Call, ...], predict: Callable[[], Tensor]) -> Tensor:
-        """The answer to a question; a known one where the very same was asked before."""
+        """Returns the answer to a question, the known one for the very same."""
         name = "-".join(_hash_call(call) for call in asked)
         if name in self.answers:
             device = next(t.device for t in encode_calls(asked[-1:])[0] if t.is_floating_point())
@@ -61,33 +61,28 @@ def _hash_call(call: Call) -> str:
 
 @dataclass(frozen=True)
 class RememberingTranslation(Translation):
-    """A translation that asks the models without a LoRA only what they were not asked before.
-
-    Attributes:
-        inner: the translation.
-        answers: that are known.
-    """
+    """A translation that asks models without a LoRA only new questions."""
 
     inner: Translation = field(kw_only=True)
     answers: KnownAnswers = field(kw_only=True)
 
     @classmethod
     def of(cls, inner: Translation, answers: KnownAnswers) -> Translation:
-        """The translation with a memory; itself where nothing is kept."""
+        """Adds a memory to a translation, unless nothing is kept."""
         if answers.checkpoints.folder is None:
             return inner
         known = {part.name: getattr(inner, part.name) for part in fields(Translation)}
         return cls(**known, inner=inner, answers=answers)
 
     def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
-        """See `Translation.of_source`."""
+        """Remembers `Translation.of_source`."""
         if adapted or question.origin in OF_LORA:
             return self.inner.of_source(model, question, adapted)
-        asked = question.source, question.target  # what it means to the target depends on both
+        asked = question.source, question.target  # its meaning to the target depends on both
         return self.answers.ask(asked, lambda: self.inner.of_source(model, question))
 
     def of_target(self, model: nn.Module, question: Question) -> Tensor:
-        """See `Translation.of_target`."""
+        """Remembers `Translation.of_target`."""
         if question.origin in OF_LORA:
             return self.inner.of_target(model, question)
         return self.answers.ask((question.target,), lambda: self.inner.of_target(model, question))
@@ -98,9 +93,9 @@ class RememberingTranslation(Translation):
         return self.inner.same_noise
 
     def of_clean(self, call: Call) -> Tensor:
-        """See `Translation.of_clean`."""
+        """Passes on to the inner `Translation.of_clean`."""
         return self.inner.of_clean(call)
 
     def image_of_change(self, call: Call, change: Tensor) -> Tensor | None:
-        """See `Translation.image_of_change`."""
+        """Passes on to the inner `Translation.image_of_change`."""
         return self.inner.image_of_change(call, change)

@@ -22,7 +22,7 @@ def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None
     """Refuses what probing cannot handle, before anything is sampled.
 
     Raises:
-        ProLoRAError: no updates, a dtype other than those of HALVES and float32, or no such module.
+        ProLoRAError: no updates, a dtype other than HALVES and float32, or no such module.
         NonFiniteWeights: see `check_weights`.
     """
     if not adapter.updates:
@@ -74,7 +74,10 @@ def _check_tensor(tensor: Tensor, name: str, largest: float = LARGEST) -> None:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients of parameters, until the end of the block."""
+    """Puts a model into evaluation mode without gradients of parameters.
+
+    Until the end of the block.
+    """
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:

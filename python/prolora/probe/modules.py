@@ -1,4 +1,4 @@
-"""Modules that a fit changes: those of the LoRA's roles and kinds that a forward pass calls."""
+"""Modules that a fit changes: called ones of the LoRA's roles and kinds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NEVER_CALLED = "the source never calls it, so that it changes nothing there"
 
 
 def find_called(model: nn.Module, call: Call) -> dict[str, tuple[int, ...]]:
-    """Returns the modules that a fit can change and a forward pass calls, with their shapes."""
+    """Returns the modules with shapes that a fit can change and a pass calls."""
     called = set[str]()
     modules = {name: module for name, module in model.named_modules() if can_be_fitted(module)}
     hooks = (
@@ -89,7 +89,7 @@ def choose_fitted(lora: Iterable[str], source: Shapes, target: Shapes) -> list[s
 
 
 def have_like_blocks(source: Shapes, target: Shapes) -> bool:
-    """True if all names inside some block of one model are in a block of the other."""
+    """Returns True if some block's names all lie in a block of the other."""
     ours, theirs = (
         {frozenset(block) for block in group_by_block(side).values()} for side in (source, target)
     )
@@ -111,7 +111,7 @@ def group_by_block(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 class Role(NamedTuple):
-    """A module's name inside its block, or its whole name outside of all."""
+    """A module's name inside its block, or its whole name outside."""
 
     local: str
     inside: bool

@@ -17,7 +17,7 @@ _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _widen_halves(value: Any) -> Any:
-    """Half-precision tensors as float32, in nested containers too."""
+    """Turns half-precision tensors into float32, in nested containers too."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in HALVES else value
     if isinstance(value, dict):
@@ -79,17 +79,16 @@ class _AutocastModel:
 
 @contextmanager
 def in_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """The model takes and returns float32, and computes in float32 or by autocast in bfloat16.
+    """Runs the model on float32, computed in float32 or by autocast in bfloat16.
 
-    In float32, the weights stay in half precision, and those of each layer are float32 while it
-    runs. So the results are those of `model.float()`, in half the memory. Weights in float32 are
-    not touched.
+    In float32, the weights stay in half precision, and each layer's are float32 while it runs. So
+    the results are `model.float()`'s, in half the memory. Weights in float32 are not touched.
 
-    In bfloat16, products and convolutions run in 16 bits, those of updates beside the weights too,
+    In bfloat16, products and convolutions run in 16 bits, those in updates beside the weights too,
     and all else as in float32: times and noise levels are not rounded. Weights in float16 are
     rounded on the way. float16 itself is not offered: sums of gradients over an image pass its
-    largest number, 65504. On the icons bfloat16 reaches 0.01 less (docs/results.md), so that
-    "auto" is float32 where no bound on a card's memory asks for more room.
+    largest number, 65504. On the icons bfloat16 reaches 0.01 less (docs/results.md), so that "auto"
+    is float32 where no bound on a card's memory asks for more room.
     """
     narrow = precision == BFLOAT16
     with ExitStack() as hooks:
@@ -112,7 +111,7 @@ def in_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model in float32, also within `in_precision` of another.
+    """Runs the model in float32, also within `in_precision` of another.
 
     It is for what compares predictions more closely than 16 bits tell them apart.
     """

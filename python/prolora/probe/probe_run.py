@@ -18,32 +18,20 @@ from .workload import WorkMeter
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """One probing.
+    """One probing."""
 
-    Attributes:
-        source: the source model, without its LoRA.
-        target: the target model, without updates.
-        adapter: the LoRA of the source.
-        translation: turns calls and predictions of one model into those of the other.
-        rival: updates of the target that the fit is compared with, and may start from.
-        settings: of the fit, with all numbers set.
-        checkpoints: where fitted updates are kept.
-        key: hash of the models, the LoRA and the samplers; part of the keys of what is kept.
-        report: filled in by the stages.
-        meter: is told how far they are.
-        release: called once everything was asked; from then on the target alone runs.
-        most: largest number of samples in a batch of the fit; None: as in the samplers' calls.
-    """
-
-    source: nn.Module
-    target: nn.Module
-    adapter: Adapter
-    translation: Translation
+    source: nn.Module  # the source model, without its LoRA
+    target: nn.Module  # the target model, without updates
+    adapter: Adapter  # the LoRA of the source
+    translation: Translation  # turns the source's calls and predictions into the target's
+    # Updates of the target that the fit is compared with, and may start from
     rival: Mapping[str, LowRank]
-    settings: FitSettings
-    checkpoints: Checkpoints
-    key: str
-    report: ProbeReport
-    meter: WorkMeter
+    settings: FitSettings  # of the fit, with all numbers set
+    checkpoints: Checkpoints  # where fitted updates are kept
+    key: str  # hash of the models, the LoRA and the samplers; part of the keys of what is kept
+    report: ProbeReport  # filled in by the stages
+    meter: WorkMeter  # is told how far they are
+    # Called once everything was asked; from then on the target alone runs
     release: Callable[[], None] | None = None
+    # Largest number of samples in a batch of the fit; None: as in the samplers' calls
     most: int | None = None

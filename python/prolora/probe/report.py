@@ -13,58 +13,42 @@ from .crossed import CrossedReport
 
 @dataclass
 class ProbeReport:
-    """What one probing did, and how well.
+    """What one probing did, and how well."""
 
-    Attributes:
-        probes: calls of the models that were recorded for the fit.
-        held_out: calls that were recorded for the verdict.
-        rank: of the updates, as asked for.
-        samples: number of samples of the fit, and of the verdict.
-        modules: number of modules of the target that got an update.
-        start: "copy" where the fit starts from the copied updates (copies outside the
-            blocks do not change), else "zero".
-        trust: share of the way from the start to the fit that was gone, less than 1 where
-            the bases disagree; 0 where no fit was made.
-        start_reason: why that start.
-        steps: share of the wanted change that was reached before every step, on the
-            probes of that step.
-        left_out: module of the LoRA -> why it was not moved.
-        gate: the verdict of the held-out probes.
-        resumed: 1 where the fit was read back from the folder of an earlier probing.
-        seconds: wall time by stage.
-        predictions: stage -> samples that the source and that the target predicted.
-        log_snr: the lowest and highest log-SNR at which both models were asked, where they predict
-            different quantities or have different latents (pipelines only); None without a bound.
-        crossed: what crossed between models with different latents; None where they share them.
-        guidance: that the source was asked with, since the target is run without; 1 is none.
-        guided_lora: whether the source with the LoRA was asked with that, too.
-        not_drawn: why the page has no images, where they were asked for.
-        derived_prompts: those that were made from the LoRA's header, where none were given.
-    """
-
-    probes: int
-    held_out: int
-    rank: float
-    samples: tuple[int, int] = (0, 0)
-    modules: int = 0
+    probes: int  # calls of the models that were recorded for the fit
+    held_out: int  # calls that were recorded for the verdict
+    rank: float  # of the updates, as asked for
+    samples: tuple[int, int] = (0, 0)  # number of samples of the fit, and of the verdict
+    modules: int = 0  # number of modules of the target that got an update
+    # "copy" where the fit starts from the copied updates (copies outside the blocks do not change),
+    # else "zero"
     start: str = "zero"
+    # Share of the way from the start to the fit that was gone, less than 1 where the bases
+    # disagree; 0 where no fit was made.
     trust: float = 1.0
-    start_reason: str = ""
+    start_reason: str = ""  # why that start
+    # Share of the wanted change that was reached before every step, on its probes
     steps: list[float] = field(default_factory=list)
+    # Module of the LoRA -> why it was not moved
     left_out: dict[str, str] = field(default_factory=dict)
-    gate: gate.Gate | None = None
-    resumed: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    gate: gate.Gate | None = None  # the verdict of the held-out probes
+    resumed: int = 0  # 1 where the fit was read back from the folder of an earlier probing
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
+    # Stage -> samples that the source and that the target predicted
     predictions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # The lowest and highest log-SNR at which both models were asked, where they predict different
+    # quantities or have different latents (pipelines only); None without a bound.
     log_snr: tuple[float, float] | None = None
+    # What crossed between models with different latents; None where they share them
     crossed: CrossedReport | None = None
+    # That the source was asked with, since the target is run without; 1 is none
     guidance: float = 1.0
-    guided_lora: bool = True
-    derived_prompts: tuple[str, ...] = ()
-    not_drawn: str = ""
+    guided_lora: bool = True  # was the source with the LoRA asked with that, too?
+    derived_prompts: tuple[str, ...] = ()  # made from the LoRA's header, where none were given
+    not_drawn: str = ""  # why the page has no images, where they were asked for
 
     def sentences(self) -> list[str]:
-        """The result in plain sentences."""
+        """Writes the result in plain sentences."""
         lines = [self._describe_fit()]
         if self.log_snr:
             low, high = self.log_snr
@@ -107,7 +91,7 @@ class ProbeReport:
         return lines
 
     def _describe_fit(self) -> str:
-        """What was fitted, and from where."""
+        """Describes what was fitted, and from where."""
         drawn = f"{_count(self.samples[0], 'sample')} of {_count(self.probes, 'model call')}"
         if not self.trust:
             return f"The copied updates are kept, and nothing is fitted: {self.start_reason}."
@@ -122,7 +106,7 @@ class ProbeReport:
         return f"{line}."
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and the sentences ("summary"), ready for JSON."""
+        """Returns all fields and the sentences ("summary"), ready for JSON."""
         return replace_nonfinite(asdict(self) | {"summary": self.sentences()})  # type: ignore[no-any-return]
 
 

@@ -51,15 +51,10 @@ SAME_QUESTIONS = Translation()
 
 @dataclass(frozen=True)
 class ProbeTransfer:
-    """The result of a probing.
+    """The result of a probing."""
 
-    Attributes:
-        adapter: the LoRA of the target, its strength applied.
-        report: what was done, and how well.
-    """
-
-    adapter: Adapter
-    report: ProbeReport
+    adapter: Adapter  # the LoRA of the target, its strength applied
+    report: ProbeReport  # what was done, and how well
 
     def save(
         self, path: str | PathLike[str], *, format: str = "auto", dtype: torch.dtype | None = None
@@ -70,20 +65,15 @@ class ProbeTransfer:
 
 @dataclass(frozen=True)
 class Samplers:
-    """How models at hand are sampled, each by a function that is given a seed.
+    """How models are sampled, each by a function of a seed."""
 
-    Attributes:
-        source: runs the source's sampler from noise.
-        target: the same for the target.
-        adapted: runs the source while the LoRA runs in it, where the LoRA is sampled in
-            another way than the source (few steps, no guidance, a trigger word); None: as `source`.
-        described: what the samplers do, as a text; needed where results are kept for another run,
-            because two functions cannot be compared.
-    """
-
-    source: Sample
-    target: Sample
+    source: Sample  # runs the source's sampler from noise
+    target: Sample  # the same for the target
+    # Runs the source while the LoRA runs in it, where the LoRA is sampled in another way than the
+    # source (few steps, no guidance, a trigger word); None: as `source`.
     adapted: Sample | None = None
+    # What the samplers do, as a text; needed where results are kept for another run, because two
+    # functions cannot be compared.
     described: str = ""
 
 
@@ -100,8 +90,8 @@ def fit_to_models(
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
-    Both models run on trajectories that they sample themselves from noise, so no data is needed.
-    At every probe the target should predict v_t + (v_s with LoRA − v_s). Linear layers and
+    Both models run on trajectories that they sample themselves from noise, so no data is needed. At
+    every probe the target should predict v_t + (v_s with LoRA − v_s). Linear layers and
     convolutions of images that it calls are fitted to that at once, in a few Gauss–Newton steps on
     the factors of the LoRA. `prolora.fit` does it between two pipeline folders.
 
@@ -118,7 +108,7 @@ def fit_to_models(
         translation: asks both models the same question, where they take different inputs or
             predict different quantities; and the guidance that the source is asked with.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
-            start from; None: those of the LoRA itself whose modules the target has.
+            start from; None: the LoRA's own updates of modules that the target has.
 
     Raises:
         InvalidOption: results are to be kept, and nothing says what the samplers do; or an option
@@ -176,15 +166,11 @@ def fit_from_recorder(
     meter: WorkMeter | None = None,
     most: int | None = None,
 ) -> ProbeTransfer:
-    """`fit_to_models` with the questions of a recorder: for models that share no recorded calls.
+    """Runs `fit_to_models` on a recorder's questions: for unlike models.
 
-    Args:
-        recorder: of both models and the LoRA.
-        rival: see `fit_to_models`.
-        settings: of the fit.
-        release: called once everything was sampled and asked; from then on the target alone runs.
-        meter: is told of every image by whoever samples.
-        most: largest number of samples in a batch of the fit; None: as in the samplers' calls.
+    They share no recorded calls. `release` is called once everything was sampled and asked; from
+    then on the target alone runs. The sampler tells `meter` every image. `most` is the largest
+    number of samples in a batch of the fit; None: as in the samplers' calls.
 
     Raises:
         ProLoRAError: see `fit_to_models`.
@@ -202,7 +188,7 @@ def _run_models(
     meter: WorkMeter | None = None,
     most: int | None = None,
 ) -> ProbeTransfer:
-    """The fit and the verdict with both models at rest and in the precision of the settings."""
+    """Runs fit and verdict with both models frozen, in the settings' precision."""
     source, target, bits = recorder.source, recorder.target, settings.precision
     meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
     if settings.rank is None:
@@ -252,9 +238,9 @@ def _begin_run(
     release: Callable[[], None] | None,
     most: int | None,
 ) -> ProbeRun:
-    """What all stages share, once the questions are recorded; arguments as for the whole fit."""
+    """Builds what all stages share, once the questions are recorded."""
     guidance = recorder.translation.guidance
-    # What the samplers do, which the recorder's key is of, does not say how the source is asked.
+    # The recorder's key says what the samplers do, not how the source is asked.
     asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key
     bare = hash_texts(recorder.keys["source"], asked)
@@ -285,7 +271,7 @@ def _begin_run(
 def _record_both(
     recorder: Recorder | CrossingRecorder, settings: FitSettings
 ) -> tuple[Sequence[Question], Sequence[Question]]:
-    """What is asked for the fit, and for the verdict."""
+    """Records what is asked for the fit, and for the verdict."""
     limit = settings.share_memory(4)
     questions = spill_questions(recorder.record_questions(settings.seed), limit)
     judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
@@ -293,7 +279,7 @@ def _record_both(
 
 
 class _KeptChanges(LazySequence[WantedChange]):
-    """What the target should do at held-out questions, in the machine's memory or in files."""
+    """The target's wanted changes at held-out questions, in memory or files."""
 
     def __init__(self, questions: Sequence[Question], limit: int | None) -> None:
         self.questions, self.store, self.size = questions, SpillStore(limit), 0
@@ -310,7 +296,10 @@ class _KeptChanges(LazySequence[WantedChange]):
 
 
 def _ask_held_out(run: ProbeRun, held_out: Sequence[Question]) -> Sequence[WantedChange]:
-    """The wanted changes of the verdict, asked before the fit, which needs no source any more."""
+    """Asks for the wanted changes of the verdict before the fit.
+
+    The fit needs no source any more.
+    """
     kept = _KeptChanges(held_out, run.settings.share_memory(4))
     models = run.source, run.target, run.adapter.updates
     for wanted in wanted_changes(*models, held_out, run.translation):
@@ -324,7 +313,7 @@ def _judge(
     wanted: Sequence[WantedChange],
     crossed: CrossedImages | None,
 ) -> Gate:
-    """The verdict of the held-out probes; the report gets what crossed, where images did."""
+    """Returns the verdict of the held-out probes; reports what crossed."""
     translation, target = run.translation, run.target
     start, few = run.report.start, run.settings.has_few_step_lora
     known = (run.rival, start, crossed is not None, few)
@@ -398,7 +387,7 @@ def _draw_samples(
 
 
 def _alternate(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
-    """The questions of both in turn; what is left of the longer one comes last."""
+    """Alternates the questions of both; the rest of the longer one comes last."""
     both = itertools.zip_longest(first, second)
     return [question for pair in both for question in pair if question is not None]
 

@@ -30,7 +30,7 @@ MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
 SAMPLING, FITTING = "Sampling", "Fit"
 
-# What the fitted updates depend on, beside the questions; and what the samples do.
+# Settings that the fitted updates depend on, beside the questions; and the samples.
 _OF_FIT = (
     "rank",
     "start",
@@ -58,7 +58,7 @@ Settings = TypeVar("Settings", bound="FitSettings")
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What is sampled of the running models, and how a LoRA is fitted to them (docs/fit.md)."""
+    """What a fit samples of the running models, and its method (docs/fit.md)."""
 
     prompts: tuple[str, ...] = option(
         (),
@@ -248,7 +248,7 @@ class FitSettings:
         return self.lora_steps is not None or self.lora_guidance is not None
 
     def with_lora(self: Settings) -> Settings:
-        """The settings of the sampling of the source with the LoRA."""
+        """Returns the settings of the sampling of the source with the LoRA."""
         steps, guidance = self.lora_steps, self.lora_guidance
         return replace(
             self,
@@ -280,7 +280,7 @@ class FitSettings:
         )
 
     def sized(self: Settings, recorded: int) -> Settings:
-        """The settings with numbers instead of None, so that fit and verdict take a bounded time.
+        """Replaces None by numbers, so that fit and verdict take a bounded time.
 
         One sample costs one forward pass when it is recorded, three as a probe (source, source with
         LoRA, target), five in a step (a backward pass costs about two) and about seven in the
@@ -302,21 +302,24 @@ class FitSettings:
         )
 
     def describe_fit(self) -> str:
-        """The settings that fitted updates depend on, as a text; the samples have another."""
+        """Returns the settings that fitted updates depend on, as a text.
+
+        The samples have another.
+        """
         return repr({name: getattr(self, name) for name in _OF_FIT})
 
     def describe_samples(self) -> dict[str, object]:
-        """The settings that what is sampled depends on, once a side's own are settled."""
+        """Returns the settings that samples depend on, once a side's own are settled."""
         return {name: getattr(self, name) for name in _OF_SAMPLES}
 
     def share_memory(self, parts: int) -> int | None:
-        """One of so many equal parts of `max_memory`; None without a bound."""
+        """Divides `max_memory` into equal parts; None without a bound."""
         limit = self.memory_limit
         return None if limit is None else limit // parts
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
-    """The lines of a text file, without empty ones.
+    """Reads the lines of a text file, without empty ones.
 
     Raises:
         InvalidOption: the file cannot be read, or has no prompts.
@@ -332,7 +335,7 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
+    """Returns whether a value is a finite number."""
     return isinstance(value, float | int) and math.isfinite(value)
 
 

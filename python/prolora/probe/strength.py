@@ -42,25 +42,19 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class MeasuredStrength:
-    """What one moved LoRA reaches, by strength.
+    """What one moved LoRA reaches, by strength."""
 
-    Attributes:
-        strength: the factor with the largest share: the vertex of the parabola through the best
-            of STRENGTHS and its neighbours.
-        share: the share of the wanted change there, 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the
-            changes of the prediction: 1 is perfect, 0 as good as no LoRA.
-        strength_interval: 80 % interval of `strength` over trajectories.
-        share_interval: 80 % interval of `share` over trajectories.
-        shares: the share at each of STRENGTHS.
-        by_origin: "adapted" (trajectories of the source with its LoRA) and "target" -> the best
-            strength and its share on these alone.
-    """
-
+    # The factor with the largest share: the vertex of the parabola through the best of STRENGTHS
+    # and its neighbours.
     strength: float
+    # The share of the wanted change there, 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the changes of
+    # the prediction: 1 is perfect, 0 as good as no LoRA.
     share: float
-    strength_interval: Interval
-    share_interval: Interval
-    shares: Mapping[float, float]
+    strength_interval: Interval  # 80 % interval of `strength` over trajectories
+    share_interval: Interval  # 80 % interval of `share` over trajectories
+    shares: Mapping[float, float]  # the share at each of STRENGTHS
+    # "adapted" (trajectories of the source with its LoRA) and "target" -> the best strength and its
+    # share on these alone
     by_origin: Mapping[str, tuple[float, float]]
 
     @property
@@ -71,20 +65,14 @@ class MeasuredStrength:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a LoRA between two running models.
+    """What was measured of a LoRA between two running models."""
 
-    Attributes:
-        candidates: name of a way to move the LoRA -> what it reaches.
-        disagreement: Σ‖v_target − v_source‖²/Σ‖wanted‖²: how much more the bases differ from each
-            other than the LoRA changes the source.
-        trajectories: how many were sampled, of both origins together.
-        calls: at how many moments the models were compared.
-    """
-
-    candidates: Mapping[str, MeasuredStrength]
+    candidates: Mapping[str, MeasuredStrength]  # name of a way to move the LoRA -> what it reaches
+    # Σ‖v_target − v_source‖²/Σ‖wanted‖²: how much more the bases differ from each other than the
+    # LoRA changes the source
     disagreement: float
-    trajectories: int
-    calls: int
+    trajectories: int  # how many were sampled, of both origins together
+    calls: int  # at how many moments the models were compared
 
     @property
     def best(self) -> str:
@@ -94,17 +82,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What is sampled.
+    """What is sampled."""
 
-    Attributes:
-        runs: of the samplers, for each of ORIGINS; the intervals are over them.
-        moments: of each run at which the models are compared, evenly spread.
-        seed: of the first run.
-    """
-
-    runs: int = 6
-    moments: int = 6
-    seed: int = 0
+    runs: int = 6  # of the samplers, for each of ORIGINS; the intervals are over them
+    moments: int = 6  # of each run at which the models are compared, evenly spread
+    seed: int = 0  # of the first run
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -132,18 +114,12 @@ class _Steps:
 
 @dataclass
 class _Errors:
-    """Sums over the calls of each trajectory.
+    """Sums over the calls of each trajectory."""
 
-    Attributes:
-        origins: of every trajectory.
-        wanted: [t] Σ‖wanted‖².
-        difference: [t] Σ‖v_target − v_source‖².
-        missing: candidate -> [t, 1 + strengths] Σ‖achieved − wanted‖², at strength 0 first.
-    """
-
-    origins: list[str]
-    wanted: Tensor
-    difference: Tensor
+    origins: list[str]  # of every trajectory
+    wanted: Tensor  # [t] Σ‖wanted‖²
+    difference: Tensor  # [t] Σ‖v_target − v_source‖²
+    # Candidate -> [t, 1 + strengths] Σ‖achieved − wanted‖², at strength 0 first
     missing: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -221,13 +197,16 @@ def measure_strengths(
 
 
 def choose_moments(calls: Sequence[Call], count: int) -> list[Call]:
-    """At most `count` of a trajectory's calls, in the middle of equal parts of it."""
+    """Chooses at most `count` calls of a trajectory, evenly spread.
+
+    They lie in the middle of equal parts of it.
+    """
     count = min(count, len(calls))
     return [calls[int((i + 0.5) * len(calls) / count)] for i in range(count)]
 
 
 def _sum_by_run(values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-    """The sums [t] of squared norms over the calls of each trajectory."""
+    """Sums squared norms over the calls of each trajectory [t]."""
     squares = torch.stack([value.double().square().sum().cpu() for value in values])
     return torch.stack([part.sum() for part in squares.split(list(lengths))])
 
@@ -249,7 +228,7 @@ def _sum_missing(
     questions: Sequence[Sequence[Question]],
     translation: Translation,
 ) -> Tensor:
-    """Σ‖achieved − wanted‖² [t] of updates at a strength."""
+    """Sums ‖achieved − wanted‖² [t] of updates at a strength."""
     with run_beside(target, updates, strength):
         missing = [
             predict_call(target, w.call, translation.read) - w.plain - w.change for w in wanted
@@ -258,14 +237,14 @@ def _sum_missing(
 
 
 def _summarise(errors: _Errors, calls: int) -> Measurement:
-    """Best strengths and shares of all candidates."""
+    """Summarises best strengths and shares of all candidates."""
     measured = {name: _find_best(errors, missing) for name, missing in errors.missing.items()}
     disagreement = errors.difference.sum() / errors.wanted.sum().clamp_min(1e-30)
     return Measurement(measured, float(disagreement), len(errors.origins), calls)
 
 
 def _find_best(errors: _Errors, missing: Tensor) -> MeasuredStrength:
-    """The best strength of one candidate; missing: [t, 1 + strengths]."""
+    """Finds the best strength of a candidate; `missing` is [t, 1 + strengths]."""
 
     def best(rows: Tensor) -> tuple[float, float]:
         return fit_vertex(missing[rows].sum(0), float(errors.wanted[rows].sum()))
@@ -303,7 +282,7 @@ def _resample(origins: Sequence[str]) -> Iterator[Tensor]:
 
 
 def fit_vertex(missing: Tensor, wanted: float) -> tuple[float, float]:
-    """The strength with the least error, and the share there.
+    """Returns the strength with the least error, and the share there.
 
     The error is nearly a parabola of the strength: the vertex of the one through the best strength
     and its two neighbours is taken, or the best strength itself where that has no vertex between

@@ -1,4 +1,7 @@
-"""Blocks of a model that stay in the machine's memory and come to the card one at a time."""
+"""Blocks of a model that visit the card one at a time.
+
+They rest in the machine's memory.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ _PLACE = "prolora_computes_on"
 
 
 def place_of(weight: Tensor) -> torch.device:
-    """The device that a weight computes on, which may be another than the one where it rests."""
+    """Returns the device that a weight computes on, wherever it rests."""
     place: torch.device = getattr(weight, _PLACE, weight.device)
     return place
 
 
 def name_blocks(model: nn.Module) -> list[str]:
-    """The names of a model's transformer blocks, in the order of their registration.
+    """Lists a model's transformer blocks in the order of their registration.
 
-    A block is what `find_block` calls one by the names of the model's linear modules: an item of
+    `find_block` finds them by the names of the model's linear modules: an item of
     `transformer_blocks` in a UNet, of an outermost list (`blocks`, `layers`, `context_refiner`, …)
     in any other model.
     """
@@ -32,14 +35,14 @@ def name_blocks(model: nn.Module) -> list[str]:
 
 
 class BlockSwapping:
-    """A model on a card, with those of its blocks in the machine's memory that do not fit there.
+    """A model on a card; blocks beyond its room stay in memory.
 
     A block that is away comes before it runs and goes afterwards. In a forward pass without
     gradients, and in one whose blocks are computed again in the backward pass, one such block is on
     the card at a time, as another tensor under each parameter's name. What autograd saves of it
-    when the block is computed again is that tensor, which is freed once its gradients are known.
-    So predictions and gradients are those of the model on the card. Blocks run in turn, forwards
-    and backwards, so that those that stay are always the same.
+    when the block is computed again is that tensor, which is freed once its gradients are known. So
+    predictions and gradients equal the whole model's on the card. Blocks run in turn, forwards and
+    backwards, so that always the same ones stay.
 
     diffusers' group offloading does not do that: it moves the parameters themselves, so that blocks
     that are computed again stay on the card (torch ends that pass before its hook), or else are
@@ -97,17 +100,17 @@ class BlockSwapping:
 
 
 def bring_weight(weight: Tensor, device: torch.device) -> Tensor:
-    """The weight on the card, for as long as somebody needs it there."""
+    """Brings the weight to the card, for as long as it is needed."""
     return weight.to(device)
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters."""
+    """Counts the bytes of a module's parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
 class _VisitingBlock:
-    """The hooks of a block, which is on the card while it runs."""
+    """Hooks of a block that is on the card while it runs."""
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self.device, self.away = device, False

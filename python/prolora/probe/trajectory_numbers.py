@@ -17,10 +17,9 @@ SAME_TRAJECTORY = 0.5
 
 
 def number_questions(questions: Sequence[Question]) -> list[Question]:
-    """The questions, each call with the number of the trajectory of every sample.
+    """Numbers the trajectory of every sample of questions in recorded order.
 
-    Args:
-        questions: in the order in which they were recorded; numbered ones are left as they are.
+    Numbered ones are left as they are.
     """
     if all(question.target.trajectories for question in questions):
         return list(questions)
@@ -32,14 +31,12 @@ def number_questions(questions: Sequence[Question]) -> list[Question]:
 
 
 def number_trajectories(calls: Sequence[Call]) -> list[tuple[int, ...]]:
-    """The number of the trajectory of every sample of every call.
+    """Numbers the trajectory of every sample of every call.
 
-    A sampler changes a latent little from one call to the next. So a sample goes on from the one
-    of the call before that its latent resembles most, and starts a trajectory if there is none.
-    The two branches of the guidance have one latent, and are one trajectory.
-
-    Args:
-        calls: in the order in which they were recorded, origin by origin.
+    A sampler changes a latent little from one call to the next. So a sample continues the one of
+    the call before that its latent resembles most, and starts a trajectory if there is none. The
+    two branches of the guidance have one latent, and are one trajectory. Calls come in the order in
+    which they were recorded, origin by origin.
     """
     numbered: list[tuple[int, ...]] = []
     count = 0
@@ -66,18 +63,17 @@ def number_trajectories(calls: Sequence[Call]) -> list[tuple[int, ...]]:
 
 
 def _directions(call: Call) -> Tensor:
-    """The latents of a call as unit rows [n, size], in float32 on the CPU."""
+    """Returns the latents of a call as unit rows [n, size], float32 on the CPU."""
     latent = latent_of(call)
     flat = torch.ones(1, 1) if latent is None else latent.detach().float().flatten(1).cpu()
     return nn.functional.normalize(flat, dim=1)
 
 
 def sum_by_trajectory(calls: Sequence[Call], values: Sequence[Tensor]) -> Tensor:
-    """The sums of the samples' values over each trajectory [number of trajectories].
+    """Sums the samples' values over each trajectory [number of trajectories].
 
-    Args:
-        calls: with their trajectories numbered; a call without numbers is one trajectory.
-        values: one for every sample of every call, [n] each.
+    A call without numbers is one trajectory; `values` has one for every sample of every call, [n]
+    each.
     """
     sums: dict[object, float] = {}
     for i, (call, value) in enumerate(zip(calls, values, strict=True)):

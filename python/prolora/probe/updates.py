@@ -25,14 +25,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def run_beside(
     model: nn.Module, updates: Mapping[str, LowRank], strength: float = 1.0
 ) -> Iterator[None]:
-    """The model with updates beside its weights, which are neither changed nor copied.
+    """Runs the model with updates beside its weights, which do not change.
 
     Of every module y = W·x it adds B·(A·x) to y, so that nothing is of a weight's size. Inside
     `in_float32` that is the sum in float32, whatever the weights are stored in.
 
     Args:
         model: the model.
-        updates: module -> B·A [m, n]; of a convolution n is that of its flattened weight.
+        updates: module -> B·A [m, n]; for a convolution n is its flattened weight's.
         strength: factor of all of them.
 
     Raises:
@@ -54,7 +54,7 @@ def run_beside(
 
 @contextlib.contextmanager
 def place_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """`run_beside` for factors that are known to fit, and whose gradients may be asked for."""
+    """Acts as `run_beside` for fitting factors that may need gradients."""
     hooks = []
     for name, pair in factors.items():
         module = model.get_submodule(name)
@@ -65,7 +65,7 @@ def place_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def _adder(module: nn.Module, up: Tensor, down: Tensor) -> Callable[..., Tensor]:
-    """A forward hook that adds what an update makes of the module's input."""
+    """Makes a forward hook that adds an update's output to the module's."""
 
     def make(x: Tensor) -> Tensor:
         if isinstance(module, nn.Embedding):
@@ -83,13 +83,13 @@ def _adder(module: nn.Module, up: Tensor, down: Tensor) -> Callable[..., Tensor]
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a module that takes one tensor is called with, which some models name."""
+    """Returns the one tensor that a module is called with, named or not."""
     given: Tensor = args[0] if args else next(iter(kwargs.values()))
     return given
 
 
 def _convolve(module: nn.Module, down: Tensor, x: Tensor) -> Tensor:
-    """What a convolution would make of x with the rows of `down` as its kernels, in every group.
+    """Convolves x with the rows of `down` as kernels, in every group.
 
     The module's own forward runs, since some pad x before.
     """
@@ -107,7 +107,10 @@ def _convolve(module: nn.Module, down: Tensor, x: Tensor) -> Tensor:
 
 
 def read_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module multiplies its weight with, as rows [..., n]: of a convolution its patches."""
+    """Returns what a module multiplies its weight with, as rows [..., n].
+
+    For a convolution these are its patches.
+    """
     if not isinstance(module, nn.Conv2d):
         return x
     padding: Any = module.padding
@@ -121,12 +124,12 @@ def read_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def written_rows(module: nn.Module, y: Tensor) -> Tensor:
-    """What a module makes, or its gradient, as rows [..., m]."""
+    """Returns a module's output, or its gradient, as rows [..., m]."""
     return y.movedim(1, -1) if isinstance(module, nn.Conv2d) else y
 
 
 def can_be_fitted(module: nn.Module) -> bool:
-    """Whether a fit changes modules of this kind: linear layers, and convolutions of images."""
+    """Returns whether a fit changes such modules: linear layers, image convolutions."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1
     weight = getattr(module, "weight", None)
@@ -134,12 +137,9 @@ def can_be_fitted(module: nn.Module) -> bool:
 
 
 def weight_of(model: nn.Module, name: str, any_kind: bool = False) -> Tensor:
-    """The weight of a module that a fit can change, by its name.
+    """Returns the weight of a module that a fit can change.
 
-    Args:
-        model: the model.
-        name: of the module.
-        any_kind: whether any convolution or an embedding will do as well.
+    `any_kind` also takes any convolution or an embedding.
 
     Raises:
         ProLoRAError: the model has no such module, or it is of another kind.

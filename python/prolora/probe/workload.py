@@ -36,17 +36,12 @@ _STRENGTHS = 5
 
 @dataclass(frozen=True)
 class Workload:
-    """What settings ask for, before anything is known of earlier runs.
+    """What settings ask for, before anything is known of earlier runs."""
 
-    Attributes:
-        settings: of the fit.
-        target_steps: of the target's sampler.
-        branches: predictions that the source and the target make in a step of their samplers: two
-            with guidance.
-    """
-
-    settings: FitSettings
-    target_steps: int
+    settings: FitSettings  # of the fit
+    target_steps: int  # of the target's sampler
+    # Predictions that the source and the target make in a step of their samplers: two with
+    # guidance.
     branches: tuple[int, int] = (2, 2)
 
     @property
@@ -86,12 +81,12 @@ class Workload:
 
     @property
     def as_images(self) -> int:
-        """How many images the source draws in the time of it all, where both models are as fast."""
+        """The source's images in the time of it all, at equal speeds."""
         cost = price_predictions(self.predictions)
         return math.ceil(cost / (self.steps["source"] * self.branches[0]))
 
     def sentence(self, source: str, target: str) -> str:
-        """What is about to be done; arguments are the models' names."""
+        """Describes what is about to be done; arguments are the models' names."""
         ours, theirs = (sum(part) for part in zip(*self.predictions.values(), strict=True))
         settings = self.sized
         assert settings.probes and settings.held_out
@@ -104,16 +99,16 @@ class Workload:
 
 
 def price_predictions(predictions: Mapping[str, tuple[int, int]]) -> float:
-    """What all stages cost, in predictions."""
+    """Prices all stages in predictions."""
     return sum(STAGES[stage] * sum(predicted) for stage, predicted in predictions.items())
 
 
 class WorkMeter:
-    """Counts the samples that source and target predict, takes the time, and tells how far it is.
+    """A counter of predicted samples that reports progress and time left.
 
     Progress is told as predictions done of all that were foreseen, weighted by the time that they
-    are measured to take, over all stages. The name says what is done, and the time that is left
-    as soon as a few predictions were timed.
+    are measured to take, over all stages. The name says what is done, and the time that is left as
+    soon as a few predictions were timed.
 
     Attributes:
         seconds: wall time by stage.
@@ -261,7 +256,7 @@ class WorkMeter:
 
 
 def write_time(seconds: float) -> str:
-    """A duration as people say it."""
+    """Writes a duration for people."""
     minutes = seconds / 60
     if minutes < 1.5:
         return f"{max(round(seconds), 1)} s"

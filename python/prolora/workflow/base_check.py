@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..adapters.adapter import Adapter
+from ..adapters.contents import parse_contents
 from ..adapters.family import guess_families, guess_family
 from ..adapters.lora import Lora
-from ..adapters.overview import survey_keys
+from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
+from ..adapters.slots import measure_modules
 from ..architectures.families import known_families
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
@@ -22,12 +24,11 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.identity import (
     EMPTY_SHORT_HASH,
-    compute_fingerprint,
-    compute_identity,
     compute_short_hash,
+    have_equal_files,
     is_identical,
 )
-from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
+from ..errors import ProLoRAError, ShapeMismatch, UnsupportedFormat, WrongBase
 from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_header
 from .options import LoraLike, TransferOptions, begin_message
 from .plan import OTHER_MODEL, check_fits_source
@@ -48,7 +49,7 @@ def check_bases(
     cache: BasisCache | None = None,
     may_be_one: bool = False,
 ) -> None:
-    """Refuses a source that is not the LoRA's, and a target that is.
+    """Refuses a wrong source for the LoRA, and a target that is its base.
 
     Args:
         lora: what is to be moved; of a file, the header alone is read.
@@ -72,7 +73,7 @@ def check_bases(
     check_moved_before(lora, source, options, cache)
     header = read_header(lora)
     where = begin_message(lora)
-    if not may_be_one and are_one_base(source, target, cache):
+    if not may_be_one and are_one_base(source, target):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
             "where the LoRA works as it is; choose another target, or take `again=True` to move it "
@@ -90,12 +91,10 @@ def check_bases(
 def explain_misfit(
     lora: LoraLike, source: Base, target: Base | None = None
 ) -> UnsupportedFormat | ShapeMismatch | WrongBase | None:
-    """Why a LoRA is none of its source, by modules and shapes alone; None if it may be.
+    """Explains why a LoRA does not fit its source, None if it may.
 
-    Args:
-        lora: what is to be moved; of a file, the header alone is read.
-        source: the base it is said to belong to.
-        target: the base that it may belong to instead.
+    Modules and shapes alone decide; of a file, the header alone is read. `target` is the base that
+    it may belong to instead.
     """
     misfit = _find_misfit(lora, source)
     if misfit is None:
@@ -124,7 +123,10 @@ def explain_misfit(
 
 
 def _find_misfit(lora: LoraLike, base: Base) -> UnsupportedFormat | ShapeMismatch | None:
-    """Why a LoRA is none of a base, by modules and shapes alone; None if it may be."""
+    """Finds why a LoRA does not fit a base, by modules and shapes.
+
+    None if it may.
+    """
     try:
         adapter = (
             lora
@@ -141,33 +143,29 @@ def _find_misfit(lora: LoraLike, base: Base) -> UnsupportedFormat | ShapeMismatc
 def is_stated_base(
     header: Mapping[str, str], base: Base, cache: BasisCache | None = None
 ) -> bool | None:
-    """Whether a base is the file whose hash a LoRA's header gives; None where nothing tells.
+    """Returns whether a base is the one whose hash a LoRA's header gives.
 
     sd-scripts and what came from it write two hashes: `ss_new_sd_model_hash`, the SHA-256 of the
-    file, and `ss_sd_model_hash`, eight digits of that of 64 KiB, which fine-tunes may share. So the
-    first decides where there are both. A word in place of a hash says that there was no one file.
-
-    Args:
-        header: of the LoRA.
-        base: opened.
-        cache: remembers the hashes of files.
+    file, and `ss_sd_model_hash`, eight digits of the hash of 64 KiB, which fine-tunes may share. So
+    the first decides where there are both. A word instead of a hash says that there was no one
+    file. None where nothing tells.
     """
     full, short = (_read_digits(header, *key) for key in zip(HASH_KEYS, (64, 8), strict=True))
     if full:
-        return is_identical(base, f"sha256:{full}", short, cache)
+        return is_identical(base, f"sha256:{full}", short, cache.folder if cache else None)
     if short in ("", EMPTY_SHORT_HASH) or len(base.files) != 1:
         return None
     return compute_short_hash(base) == short
 
 
 def is_named_base(header: Mapping[str, str], *names: str) -> bool:
-    """Whether one of a base's names is that of the base in a LoRA's header."""
+    """Returns whether a LoRA's header names a base by one of its names."""
     stated = {fold_base_name(header[key]) for key in _NAME_KEYS if header.get(key)} - {""}
     return any(fold_base_name(name) in stated for name in names)
 
 
-def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) -> bool:
-    """Whether two bases are one model: the same files, copies of them, or the same object."""
+def are_one_base(source: Base, target: Base) -> bool:
+    """Returns whether two bases are one model: same files, copies, or object."""
     if source is target:
         return True
     if not source.files or not target.files:
@@ -175,17 +173,11 @@ def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) ->
     ours, theirs = ({file.resolve() for file in base.files} for base in (source, target))
     if ours <= theirs or theirs <= ours:  # a pipeline's folder, and that of its model alone
         return True
-    sizes = [sorted(file.stat().st_size for file in base.files) for base in (source, target)]
-    if sizes[0] != sizes[1]:
-        return False
-    # Samples differ almost always where files do, and are read in no time.
-    return compute_fingerprint(source, cache) == compute_fingerprint(
-        target, cache
-    ) and compute_identity(source, cache) == compute_identity(target, cache)
+    return have_equal_files(source, target)
 
 
 def _describe_lora(lora: LoraLike) -> str | None:
-    """The title of the model that a LoRA is for, by its modules and shapes; None if unknown."""
+    """Returns the title of a LoRA's model by modules and shapes, if known."""
     families, names = guess_lora_families(lora)
     if families:
         return join_titles(known_families()[family].title for family in families)
@@ -193,18 +185,21 @@ def _describe_lora(lora: LoraLike) -> str | None:
 
 
 def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
-    """The families that a LoRA can be of, and its modules; of a file, the header alone is read."""
+    """Returns a LoRA's possible families and its modules, from the header alone."""
     if isinstance(lora, Adapter):
         sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
         return guess_families(sizes, lora.metadata), list(lora.updates)
     opened = Lora.open(lora)
-    overview = survey_keys(opened)
-    families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
-    return families, overview.canonical
+    try:
+        sizes = measure_modules(parse_contents(opened).slots)
+    except ProLoRAError:  # its reader says why
+        return (), []
+    families = guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
+    return families, list(sizes)
 
 
 def is_language_model(modules: Iterable[str]) -> bool:
-    """Whether modules of no known family are those of a language model."""
+    """Recognises a language model by modules of no known family."""
     return any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in modules)
 
 
@@ -215,14 +210,14 @@ def join_titles(titles: Iterable[str]) -> str:
 
 
 def describe_kind(base: Base) -> str:
-    """The title of a base's family, or what it looks like."""
+    """Returns the title of a base's family, or what it looks like."""
     sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     family = base.family or guess_family(sizes, {})
     return known_families()[family].title if family else describe_base(base)
 
 
 def _read_digits(header: Mapping[str, str], key: str, count: int) -> str:
-    """A hash of so many hexadecimal digits, "" for anything else."""
+    """Returns a hash of so many hexadecimal digits, "" for anything else."""
     text = header.get(key, "").lower()
     return text if re.fullmatch(f"[0-9a-f]{{{count}}}", text) else ""
 

@@ -22,6 +22,7 @@ from ..bases.experts import (
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
 from ..files.hub import keep_path
+from ..files.store import digest
 from .best import UNMOVED, BestWay, tell_fitted, tell_refused
 from .by_weights.ledger import LORA_FAILURES
 from .dry_run import plan_report
@@ -59,16 +60,15 @@ def transfer_many(
     naming: Naming | None = None,
     **changes: Unpack[OptionChanges],
 ) -> list[Outcome]:
-    """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
+    """Moves LoRAs into a folder, under their own names.
 
-    A result that is there already, complete, and says in its header that it was made of this very
-    LoRA, of these bases and in this way is left alone: a run that was cut off goes on where it was.
-    A LoRA whose place holds a file that prolora did not write is refused. With `overwrite` either
-    is made again. The folder is made if it does not exist.
+    The suffix follows the format. A result that exists, and says in its header that it was made of
+    this very LoRA, of these bases and in this way, is kept: a run that was cut off goes on where it
+    was. A LoRA whose result's path holds anything else is refused. With `overwrite` either is made
+    again. The folder is made if it does not exist.
 
-    Without `cache` what is learnt of the
-    bases is kept for this call only; `progress` is called as progress(done, total,
-    "LoRAs: module").
+    Without `cache` what is learnt of the bases is kept for this call only; `progress` is called as
+    progress(done, total, "LoRAs: module").
 
     A model of two experts (Wan 2.2) is given as the folder of its pipeline, or as (high noise, low
     noise). A LoRA whose name has "high_noise" or "low_noise" in it, "HIGH" or "LOW" in capitals, or
@@ -82,10 +82,9 @@ def transfer_many(
         folder: where the results go.
         options: how to move them.
         naming: gives results other names: it is called with each LoRA and twelve digits that differ
-            wherever the LoRA, a base, an option or the version does, and returns a path below the
-            folder without the suffix. Results with the digits in their names never take each
-            other's place.
-        **changes: options by name, in place of those.
+            wherever the LoRA, the size or time of a base, an option or the version does, and
+            returns a path below the folder without the suffix.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         An outcome for each LoRA and each expert that it is moved to, in order. A LoRA that is
@@ -126,9 +125,8 @@ def _move_by_weights(
         ]
         if naming is not None:
             for task, (_, pair, appended) in zip(tasks, moves, strict=True):
-                recipe = partial(Recipe.of, task.lora, pair.source, pair.target, options)
                 tail = name_output(task.lora, format, appended, stem="")
-                task.attempt(partial(_rename, task, recipe, opened, Path(folder), naming, tail))
+                task.attempt(partial(_rename, task, pair, options, Path(folder), naming, tail))
         live = [task for task in tasks if task.outcome is None]
         check_distinct([task.lora for task in live], [task.out for task in live])
         make_folders({Path(folder), *(task.out.parent for task in tasks)})
@@ -143,29 +141,24 @@ def _move_by_weights(
 
 
 def _rename(
-    task: Task,
-    make_recipe: Callable[[], Recipe],
-    cache: BasisCache,
-    folder: Path,
-    naming: Naming,
-    tail: str,
+    task: Task, pair: ExpertPair, options: TransferOptions, folder: Path, naming: Naming, tail: str
 ) -> None:
     """Gives a result the name that a caller wants it to have."""
-    task.recipe = make_recipe()
-    task.out = folder / f"{naming(task.lora, task.recipe.digest(cache))}{tail}"
+    task.recipe = Recipe.of(task.lora, pair.source, pair.target, options)
+    task.out = folder / f"{naming(task.lora, digest(task.recipe.made_of)[:12])}{tail}"
 
 
 def _move_best(
     loras: list[Path], old: Experts, new: Experts, folder: Path, options: TransferOptions
 ) -> list[Outcome]:
-    """Moves all by weights, which looks at each weight once, and fits those that call for it.
+    """Moves all by weights together, and fits those that need it.
 
-    A fit that is there already stays, and one that was refused is tried again. What weights give is
-    written before the models run, whatever ends that; but where something was there before, which
-    is not lost meanwhile, only if it is the result.
+    An existing fit stays, and a refused one is tried again. What weights give is written before the
+    models run, whatever ends that; but where something existed before, which is not lost meanwhile,
+    only if it is the result.
     """
     outs = [folder / name_output(lora, options.format or "auto") for lora in loras]
-    check_distinct(loras, outs)  # of all at once: a fit may be there, and the other LoRA not
+    check_distinct(loras, outs)  # all at once: a fit may exist, and the other LoRA not
     pairs = pair_experts(old, new)
     way = BestWay.of(pairs[0].source, pairs[0].target, options)
     fitted = [lora for lora in loras if way.runs and _is_fitted(lora, way, folder)]
@@ -202,32 +195,32 @@ def _move_best(
 
 
 def _is_taken(out: Path) -> bool:
-    """Whether a LoRA is where a result goes, a file or in the folder of an adapter."""
+    """Returns whether a result's path holds a LoRA: file or adapter folder."""
     return (out / PEFT_WEIGHTS if out.is_dir() else out).exists()
 
 
 def _write_held(outcome: Outcome, done: Transfer, way: BestWay) -> Outcome:
-    """The outcome of a result that was held back, and is written now."""
+    """Writes a result that was held back, and returns its outcome."""
     try:
-        return replace(outcome, report=save_result(done, outcome.out, way.by_weights))
+        return replace(outcome, report=save_result(done, outcome.out, way.by_weights).report)
     except LORA_FAILURES as error:
         return replace(outcome, report=None, error=as_refusal(error))
 
 
 def _is_fitted(lora: Path, way: BestWay, folder: Path) -> bool:
-    """Whether an earlier run has fitted this LoRA in this way."""
+    """Returns whether an earlier run has fitted this LoRA in this way."""
     if way.by_fit.overwrite:
         return False
     try:
         recipe = Recipe.of(lora, way.source, way.target, way.by_fit)
         out = folder / name_output(lora, way.by_fit.format or "auto")
-        return recipe.is_made(out, BasisCache(way.by_fit.cache))
+        return recipe.is_made(out)
     except ProLoRAError:  # moving it says why
         return False
 
 
 def _explain_need(outcome: Outcome, way: BestWay) -> str:
-    """Why a LoRA of several is to be fitted; "" where it is not."""
+    """Explains why a LoRA of several needs a fit; "" if it does not."""
     if outcome.error is not None:
         return way.explain_need(outcome.error) if isinstance(outcome.error, UNMOVED) else ""
     report = outcome.report
@@ -237,7 +230,7 @@ def _explain_need(outcome: Outcome, way: BestWay) -> str:
 
 
 def _choose(fit: Outcome | None, moved: Outcome, need: str, way: BestWay) -> Outcome:
-    """The outcome of the fit, or of the move by weights where none was made or it was refused."""
+    """Chooses the fit's outcome, or the move's if the fit failed."""
     if fit is not None and (fit.error is None or moved.error is not None):
         report = fit.report and tell_fitted(fit.report, need)
         return replace(fit, report=report, seconds=moved.seconds + fit.seconds)

@@ -8,15 +8,14 @@ the target draws in few steps. Elsewhere fits were at times worse than the copy 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
 
+from ..adapters.lora import Lora
 from ..bases import Base, vae
 from ..errors import LowCoverage, ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.plan import explain_need, foresee_work
 from .by_fitting.rows import outline_report
-from .by_weights.base_pair import MakeNotes, move_lora
+from .by_weights.base_pair import Notes, move_lora
 from .fit_options import FitOptions
 from .options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .report import Report
@@ -29,27 +28,18 @@ UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat, LowCoverage)
 
 @dataclass(frozen=True)
 class BestWay:
-    """Two bases, and both ways to move a LoRA between them.
+    """Two bases, and both ways to move a LoRA between them."""
 
-    Attributes:
-        source: the base of the LoRA.
-        target: the base it goes to.
-        by_weights: the options of a move by weights.
-        by_fit: those of a fit.
-        runs: whether a fit can run both.
-        latents: why their latents differ; None where they do not.
-    """
-
-    source: Base
-    target: Base
-    by_weights: TransferOptions
-    by_fit: FitOptions
-    runs: bool
-    latents: str | None
+    source: Base  # the base of the LoRA
+    target: Base  # the base it goes to
+    by_weights: TransferOptions  # the options of a move by weights
+    by_fit: FitOptions  # the options of a fit
+    runs: bool  # a fit can run both
+    latents: str | None  # why their latents differ; None where they do not
 
     @classmethod
     def of(cls, source: Base, target: Base, options: TransferOptions) -> BestWay:
-        """Looks at the folders; `options` are those of method "best"."""
+        """Looks at the folders; `options` belong to method "best"."""
         runs, latents = vae.can_fit(source.path, target.path), None
         if runs:
             assert source.path is not None and target.path is not None
@@ -60,19 +50,17 @@ class BestWay:
         return cls(source, target, replace(options, method="auto"), fit, runs, latents)
 
     def move(self, lora: LoraLike, *, for_file: bool = False) -> Transfer:
-        """Moves a LoRA by weights, or fits it where that is called for; the report says why.
+        """Moves a LoRA by weights or by a fit; the report says why.
 
-        Args:
-            lora: as `transfer` takes it.
-            for_file: whether the header is to say of what and how the result was made.
+        `for_file` puts into the header of what and how the result was made.
 
         Raises:
             ProLoRAError: neither way moves it; see `prolora.transfer` and `prolora.fit`.
         """
-        notes: dict[type, MakeNotes] = {}
-        if for_file and isinstance(lora, str | PathLike):
+        notes: dict[type, Notes] = {}
+        if for_file and isinstance(lora, Lora):
             for options in (self.by_weights, self.by_fit):
-                made = Recipe.of(Path(lora), self.source, self.target, options)
+                made = Recipe.of(lora, self.source, self.target, options)
                 notes[type(options)] = made.describe
         moved = self._try_weights(lora, notes.get(TransferOptions))
         need = self.explain_need(moved.report if isinstance(moved, Transfer) else moved)
@@ -90,7 +78,7 @@ class BestWay:
         return replace(moved, report=self.tell_weights(moved.report))
 
     def plan(self, lora: LoraLike) -> Report:
-        """What `move` would do; it reads the weights, on which that depends.
+        """Plans what `move` would do; it reads the weights, which decide.
 
         Raises:
             ProLoRAError: see `move`.
@@ -106,10 +94,8 @@ class BestWay:
             raise found
         return replace(self.tell_weights(found), dry_run=True)
 
-    def _try_weights(
-        self, lora: LoraLike, notes: MakeNotes | None = None
-    ) -> Transfer | ProLoRAError:
-        """What weights alone make of a LoRA, or why they do not."""
+    def _try_weights(self, lora: LoraLike, notes: Notes | None = None) -> Transfer | ProLoRAError:
+        """Moves a LoRA by weights alone, or returns why this fails."""
         if self.latents is not None:
             return UnrelatedBases(self.latents)
         try:
@@ -126,7 +112,7 @@ class BestWay:
         return explain_need(found, self.source, self.target, self.by_fit.target_steps)
 
     def tell_weights(self, report: Report) -> Report:
-        """A report of a move by weights, with why no fit was made."""
+        """Adds to a report of a move by weights why no fit was made."""
         if not self.runs:
             why = "No fit was tried: it runs both models, given as folders of whole pipelines."
         else:
@@ -141,12 +127,12 @@ class BestWay:
 
 
 def tell_refused(report: Report, need: str, error: ProLoRAError) -> Report:
-    """A report of a move by weights, with why the fit that was called for is not the result."""
+    """Adds to a report of a move by weights why a fit failed."""
     return replace(report, asked=BEST, why=f"A fit was tried because {need}, but: {error}.")
 
 
 def tell_fitted(report: Report, need: str) -> Report:
-    """A report of a fit, done or planned, with why it is made and what it gained."""
+    """Adds to a report of a fit why it is made and its gain."""
     why = f"Both models {'would be' if report.dry_run else 'were'} run because {need}."
     gate = report.probe.gate if report.probe else None
     if gate is not None and report.was_fitted and gate.copy_share is not None:

@@ -23,7 +23,6 @@ from ..architectures.modules import matrix_shape
 from ..bases import Base
 from ..core.lowrank import LowRank
 from ..errors import InvalidOption
-from .module_report import ModuleReport
 
 Blocks = str | Sequence[float] | Mapping[str, float]
 """Factors by block: a text in either form, the numbers, or {name: factor}."""
@@ -37,19 +36,14 @@ _MOST_FACTORS = 4096
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Factors by block, as they were asked for.
+    """Factors by block, as they were asked for."""
 
-    Attributes:
-        numbers: one for each block; empty where names are given.
-        named: (name, factor), in order.
-    """
-
-    numbers: tuple[float, ...] = ()
-    named: tuple[tuple[str, float], ...] = ()
+    numbers: tuple[float, ...] = ()  # one for each block; empty where names are given
+    named: tuple[tuple[str, float], ...] = ()  # (name, factor), in order
 
     @classmethod
     def read(cls, blocks: Blocks) -> BlockWeights:
-        """What was asked for, its form checked.
+        """Reads what was asked for and checks its form.
 
         Raises:
             InvalidOption: it is neither numbers nor names with numbers.
@@ -80,12 +74,12 @@ class BlockWeights:
         return ", ".join(f"{name}={x:g}" for name, x in self.named)
 
     def resolve(self, table: DepthTable, modules: Iterable[str], title: str) -> dict[str, float]:
-        """The factor of every module; those of 1 are left out.
+        """Returns the factor of every module, without factors of 1.
 
         Args:
             table: the blocks of the model that the LoRA is for.
             modules: of the LoRA.
-            title: what messages call the model.
+            title: the model's name in messages.
 
         Raises:
             InvalidOption: another number of factors than the model has blocks, or a name that is
@@ -101,7 +95,7 @@ class BlockWeights:
     def _resolve_numbers(
         self, table: DepthTable, modules: Collection[str], title: str
     ) -> dict[str, float]:
-        """A factor for each block; a block that the notation leaves out gets 0."""
+        """Maps numbers to blocks; a block outside the notation gets 0."""
         fitting = [places for places in table.notations if len(places) == len(self.numbers)]
         if not fitting:
             known = " or ".join(
@@ -121,7 +115,7 @@ class BlockWeights:
     def _resolve_names(
         self, table: DepthTable, modules: Collection[str], title: str
     ) -> dict[str, float]:
-        """The factor of the last name that fits a module."""
+        """Returns the factor of the last name that fits each module."""
         factors: dict[str, float] = {}
         for name, factor in self.named:
             fits = _Pattern(name, table)
@@ -135,7 +129,10 @@ class BlockWeights:
 
 
 def _write_places(places: Sequence[str]) -> str:
-    """All blocks, of consecutive numbers the range that `blocks` takes: IN00-IN08, layers.0-9."""
+    """Writes all blocks, consecutive ones as ranges: IN00-IN08, layers.0-9.
+
+    `blocks` takes these ranges.
+    """
     runs: list[list[str]] = []
     for place in places:
         stem = place.rstrip("0123456789")
@@ -179,7 +176,7 @@ class _Pattern:
 
 
 def _spell_place(place: str) -> str:
-    """A block of a UNet or of FLUX with two digits: MID is M00, in4 is IN04."""
+    """Spells a block with two digits: MID is M00, in4 is IN04."""
     word = place.upper().rstrip("0123456789")
     number = place[len(word) :]
     if word in ("M", "MID"):
@@ -188,7 +185,7 @@ def _spell_place(place: str) -> str:
 
 
 def _read_factor(value: object) -> float:
-    """One factor.
+    """Reads one factor.
 
     Raises:
         InvalidOption: it is no number, or too large.
@@ -205,15 +202,14 @@ def _read_factor(value: object) -> float:
 
 
 def list_base_blocks(base: Base) -> DepthTable:
-    """The blocks of a base, by the names that it has itself."""
+    """Lists the blocks of a base by its own names."""
     return DepthTable(tuple(base.shapes), known_families().get(base.family or ""))
 
 
 def list_lora_blocks(adapter: Adapter) -> DepthTable:
-    """The blocks of the model that a LoRA is for, as far as the LoRA tells.
+    """Lists the blocks of a LoRA's model, as far as it tells.
 
-    Those of the published size that it fits, or of its family's only one; else those that it has
-    itself.
+    The blocks of the published size that it fits, or of its family's only one; else its own.
     """
     family = known_families().get(adapter.family or "")
     sizes = guess_sizes({name: matrix_shape(x.shape) for name, x in adapter.updates.items()})
@@ -226,7 +222,9 @@ def list_lora_blocks(adapter: Adapter) -> DepthTable:
 
 
 def find_factors(blocks: Blocks | None, adapter: Adapter, base: Base | None) -> dict[str, float]:
-    """Module of an adapter -> the factor of its block, by the blocks of its base if that is given.
+    """Returns module of an adapter -> the factor of its block.
+
+    By the blocks of its base if that is given.
 
     Raises:
         InvalidOption: see `BlockWeights.resolve`.
@@ -240,7 +238,7 @@ def find_factors(blocks: Blocks | None, adapter: Adapter, base: Base | None) -> 
 
 
 def weigh_adapter(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
-    """An adapter with the factors of its modules on their updates and vectors; 0 takes them out.
+    """Multiplies updates and vectors by their modules' factors; 0 removes them.
 
     Raises:
         InvalidOption: nothing would be left.
@@ -258,21 +256,3 @@ def weigh_adapter(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
         if (factor := factors.get(name.rpartition(".")[0], 1.0)) != 0
     }
     return replace(adapter, updates=updates, vectors=vectors)
-
-
-def measure_blocks(rows: Iterable[ModuleReport], table: DepthTable) -> dict[str, float]:
-    """Block -> the factor on the LoRA's own update that comes closest to what was written.
-
-    That is ⟨ΔW_t, ΔW_s⟩/‖ΔW_s‖² over the modules of a block. The blocks are those of the shortest
-    notation that has them all; a block without a module has 1, as nothing was taken from it.
-    """
-    sums: dict[str, tuple[float, float]] = {}
-    for row in rows:
-        place = table.find_place(row.target or row.source)
-        if place and row.energy > 0 and (row.status == "mapped" or row.reason == LEFT_OUT):
-            kept, whole = sums.get(place, (0.0, 0.0))
-            share = row.share_along if row.status == "mapped" else 0.0
-            sums[place] = kept + share * row.energy, whole + row.energy
-    notations = [places for places in table.notations if set(sums) <= set(places)]
-    places = notations[-1] if notations else tuple(sums)
-    return {p: round(sums[p][0] / sums[p][1], 3) if p in sums else 1.0 for p in places}

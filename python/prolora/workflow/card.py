@@ -1,4 +1,4 @@
-"""A model card for the Hugging Face Hub, made of a fixed list of what a header says."""
+"""A model card for the Hugging Face Hub, from selected header entries."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from ..adapters.formats.moves import Move, read_moves
 from ..adapters.lora import Lora
 from ..errors import UnsupportedFormat
 from ..files.hashing import hash_file
-from ..files.ownership import make_mark
-from ..files.writing import write_text_atomically
+from ..files.store import check_free, put_text
 from ..version import __version__
 from .outcome import Outcome
-from .output_paths import check_beside
 from .page.markup import replace_controls
 
 CARD = "README.md"
@@ -25,15 +23,15 @@ _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # as the Hub lists them: "apa
 
 
 def check_card(out: Path, in_folder: bool, overwrite: bool) -> Path:
-    """Returns where the card of a run stands; refuses a README of somebody else.
+    """Returns where the card of a run stands; refuses a README that exists.
 
     Raises:
-        ForeignFile: such a README exists.
+        OutputExists: a README exists.
         UnsupportedFormat: `huggingface_hub` is not installed.
     """
     _import_hub()
     card = (out if in_folder else out.parent) / CARD
-    check_beside(card, "card", overwrite=overwrite)
+    check_free(card, overwrite=overwrite)
     return card
 
 
@@ -41,13 +39,12 @@ def write_card(card: Path, outcomes: Iterable[Outcome], overwrite: bool = False)
     """Writes the card of all results; nothing where none is new.
 
     Raises:
-        ForeignFile: a README of somebody else is in the way.
+        OutputExists: a README is there.
         OutputError: the card cannot be written.
     """
     written = [one for one in outcomes if not one.planned and not one.error]
     if any(one.report for one in written):
-        check_beside(card, "card", overwrite=overwrite)
-        write_text_atomically(card, _render_card(written))
+        put_text(card, _render_card(written), overwrite=overwrite)
 
 
 def _render_card(written: Sequence[Outcome]) -> str:
@@ -55,7 +52,7 @@ def _render_card(written: Sequence[Outcome]) -> str:
     moves = [(read_moves(header) or (Move(),))[-1] for header in headers]
     title = written[0].out.stem if len(written) == 1 else f"{len(written)} moved LoRAs"
     blocks = [
-        f"<!-- written by prolora {__version__} {make_mark('card')} -->",
+        f"<!-- written by prolora {__version__} -->",
         f"# {_escape(title)}",
         f"For **{_escape(moves[0].target)}**, moved from {_escape(moves[0].source)} by prolora, "
         "without training and without data.",
@@ -69,7 +66,7 @@ def _render_card(written: Sequence[Outcome]) -> str:
 def _describe_data(
     written: Sequence[Outcome], headers: Sequence[dict[str, str]], moves: Sequence[Move]
 ) -> Any:
-    """The metadata that the Hub reads: these keys, and no other of a header."""
+    """Returns the metadata for the Hub: these header keys and no other."""
     licences, words = ({header.get(key, "") for header in headers} for key in (_LICENCE, _WORDS))
     licence, word = ("" if len(x) > 1 else max(x) for x in (licences, words))
     known: dict[str, Any] = {"license": licence} if _LICENCE_ID.fullmatch(licence) else {}
@@ -114,6 +111,6 @@ def _import_hub() -> Any:
 
 
 def _escape(text: str) -> str:
-    """A text as Markdown that says just that, in a line."""
+    """Escapes a text as one line of literal Markdown."""
     line = " ".join(replace_controls(text).split())
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)

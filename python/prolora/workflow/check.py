@@ -1,195 +1,415 @@
-"""Whether a LoRA is for a base, from headers alone: for people who are about to load it."""
+"""What a LoRA is, and whether it fits a base: `check`."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters.family import guess_families, guess_sizes
+from ..adapters.algorithms import forms
+from ..adapters.contents import parse_contents, read_scale
+from ..adapters.family import (
+    claimed_family,
+    claimed_version,
+    guess_families,
+    guess_family,
+    guess_sizes,
+    known_base,
+)
+from ..adapters.folder import ADAPTER_FILES
+from ..adapters.formats.moves import Move, describe_moves, read_moves
+from ..adapters.formats.programs import Readers, find_readers
+from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora, LoraSource
-from ..adapters.naming import list_matrices
-from ..adapters.overview import survey_keys
-from ..adapters.reading import outline_adapter
-from ..architectures.families import find_title
-from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
-from ..bases import Base, load_layout
-from ..bases.experts import ExpertsLike, open_experts
-from ..errors import ShapeMismatch, UnsupportedFormat
-from .base_check import describe_kind, join_titles
-from .by_weights.rows import describe_place, list_unread_modules
-from .in_words import Mark
-from .module_report import ModuleReport, measure_coverage, split_modules
-from .moved_before import find_newer_base
-from .plan import explain_other_shape
+from ..adapters.naming import list_matrices, most_common_spelling
+from ..adapters.slots import Contents, Slot, measure_modules
+from ..adapters.training_words import read_training_words
+from ..architectures.families import find_title, known_families
+from ..architectures.loaders import known_loaders
+from ..architectures.modules import TEXT_ENCODERS, find_component
+from ..bases import BaseLike, open_base
+from ..bases.base import Progress
+from ..bases.experts import ExpertsLike
+from ..bases.folder import find_expert_folders
+from ..core.grouping import group_by
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
+from ..files.dtypes import spell_dtype
+from .base_check import is_language_model, join_titles
+from .base_fit import BaseFit, fit_base, fit_family
+from .by_weights.base_pair import preview_move
+from .in_words import InWords, Mark
+from .options import TransferOptions
 
-Answer = Literal["fits", "unclear", "in part", "other"]
-MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", "other": "✖"}
+Kind = Literal["lora", "base", "unknown"]
+_TOP_TAGS = 10
+_KINDS = {"lora": "LoRA", "base": "base model", "unknown": "neither a LoRA nor a base model"}
 
 
 @dataclass(frozen=True)
-class BaseCheck:
-    """Whether a LoRA is for a base, by names and shapes.
+class Part:
+    """One part of a pipeline, as a LoRA updates it; of each value the number of updates."""
 
-    Attributes:
-        lora: the LoRA's file.
-        base: the base's name.
-        answer: "fits": every module has its place, and the base is of a family that the LoRA can be
-            of, or of none that is known. "unclear": every module has a place, but as a whole they
-            are another family's, or prolora moved the LoRA from this base to another. "in part":
-            some have. "other": the LoRA is another model's.
-        lora_title: what the LoRA is for, in words; "" where nothing tells.
-        base_title: what the base is, in words.
-        also: other models that have all these modules in these sizes, in words; "" for none.
-        modules: a row for every module of the LoRA: "mapped" if it has a place, else the reason.
-        moved_to: the base that prolora moved it to from this one, by their names; "" for none.
+    updates: int
+    algorithms: dict[str, int]
+    ranks: dict[int, int]  # those without one (full differences, OFT) are not counted
+    alphas: dict[str, int]  # "none" for those without
+    scales: dict[str, int]  # the factor in front of up·down
+
+    def __str__(self) -> str:
+        """Kinds, ranks and scales in a line."""
+        kinds, ranks, scales = (write_counts(x) for x in (self.algorithms, self.ranks, self.scales))
+        rank = f", rank {ranks}" if self.ranks else ""
+        alpha = f", alpha {write_counts(self.alphas)}" if set(self.alphas) != {"none"} else ""
+        return f"{self.updates} × {kinds}{rank}{alpha}, acts at {scales}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a file is and whether it is for the given bases.
+
+    It is true where nothing speaks against using the file as asked.
     """
 
-    lora: str
-    base: str
-    answer: Answer
-    lora_title: str
-    base_title: str
-    also: str
-    modules: tuple[ModuleReport, ...]
-    moved_to: str = ""
-
-    def __bool__(self) -> bool:
-        """Whether the LoRA is for the base."""
-        return self.answer == "fits"
+    path: str
+    kind: Kind
+    reason: str = ""  # why prolora does not read it
+    format: str = ""  # "kohya", "diffusers", "peft" or "comfy"; of a base "single-file" …
+    spelling: str = ""  # "diffusers" or "sgm": whose module names
+    algorithms: dict[str, int] = field(default_factory=dict)  # kind of update -> how many
+    needs_base: bool = False  # the update depends on the base's weights (DoRA, GLoRA, OFT)
+    families: tuple[str, ...] = ()  # all that have its modules in its sizes
+    sizes: tuple[str, ...] = ()  # ids of the published sizes that it fits
+    parts: dict[str, Part] = field(default_factory=dict)  # "unet", "text_encoder", …
+    modules: dict[str, int] = field(default_factory=dict)  # part -> modules, fused ones one by one
+    vectors: dict[str, int] = field(default_factory=dict)  # trained "bias" and "norm" tensors
+    left_out: dict[str, int] = field(default_factory=dict)  # why tensors are not moved -> how many
+    readers: Readers = field(default_factory=Readers)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    tensors: int = 0
+    size: int = 0  # bytes
+    quantised: str = ""  # how a base's weights are stored
+    experts: tuple[str, ...] = ()  # folders of a base's two, the one for high noise first
+    base_model: str = ""  # as the metadata names it, or known by its hash
+    base_hash: str = ""
+    family_claimed: str = ""
+    version_claimed: str = ""
+    trigger_words: tuple[str, ...] = ()
+    moves: tuple[Move, ...] = ()  # what prolora did to it before, oldest first
+    program: str = ""  # title of the program that was asked about
+    fit: BaseFit | None = None  # whether it is for the base that was given
+    move: InWords | None = None  # what a transfer between two bases would say
 
     @property
-    def coverage(self) -> float:
-        """The share of the LoRA's modules that have a place, 0 … 1."""
-        return measure_coverage(self.modules)
+    def family(self) -> str | None:
+        """Its family, where only one fits."""
+        return self.families[0] if len(self.families) == 1 else None
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Rank -> number of updates, of all parts."""
+        return dict(sorted(sum((Counter(x.ranks) for x in self.parts.values()), Counter()).items()))
 
     @property
     def mark(self) -> Mark:
-        """✔ it is for this base, ⚠ in part or perhaps, ✖ it is not."""
-        return MARKS[self.answer]
+        """✔ it can be used as asked, ⚠ perhaps or in part, ✖ it cannot."""
+        if self.reason or self.kind == "unknown":
+            return "✖"
+        marks = [told.mark for told in (self.fit, self.move) if told]
+        if self.program and self.kind == "lora" and self.families:
+            whole, part = self.readers.whole, self.readers.part
+            marks.append("✔" if self.program in whole else "⚠" if self.program in part else "✖")
+        return max(marks, key="✔⚠✖".index, default="✔")
+
+    def __bool__(self) -> bool:
+        """Whether nothing speaks against it; a move that works in part is worth a try."""
+        return self.mark == "✔" or (self.mark == "⚠" and self.move is not None)
 
     @property
-    def sentence(self) -> str:
-        """The answer in a line."""
-        names, placed = split_modules(self.modules)
-        counts = f"{len(placed)} of {len(names)} modules have their place"
-        if self.answer == "fits":
-            also = f"; they would have it in {self.also}, too" if self.also else ""
-            return f"for this base: {counts}{also}"
-        if self.moved_to:
-            return f"perhaps for this base: {counts}, but it was moved to {self.moved_to}"
-        if self.answer == "unclear":
-            return (
-                f"perhaps for this base: {counts}, but together they look like a LoRA for "
-                f"{self.lora_title}; this base is {self.base_title}"
-            )
-        if self.answer == "other" and self.lora_title not in ("", self.base_title):
-            return f"this LoRA is for {self.lora_title}; this base is {self.base_title}"
-        row = next((row for row in self.modules if row.status != "mapped"), None)
-        first = f"; the first without, {row.source}: {row.reason}" if row else ""
-        start = "in part for this base" if self.answer == "in part" else "not for this base"
-        return f"{start}: {counts}{first}"
+    def headline(self) -> str:
+        """The verdict in a line."""
+        if self.reason:
+            return f"{_KINDS[self.kind]}: {self.reason.removeprefix(f'{self.path}: ')}"
+        if self.move is not None:
+            return self.move.headline
+        if self.fit is not None:
+            return self.fit.sentence
+        if self.program and self.kind == "lora":
+            return self._tell_program()
+        titles = {find_title(size) for size in self.sizes}
+        known = titles if len(titles) == 1 else map(find_title, self.families)
+        return f"a {_KINDS[self.kind]} for {join_titles(known) or 'a model of no known family'}"
+
+    def _tell_program(self) -> str:
+        if self.program in self.readers.whole:
+            return f"{self.program} applies all of it"
+        if not self.families:
+            return f"of no known family, so that what {self.program} does with it is not known"
+        much = "a part of it" if self.program in self.readers.part else "nothing of it"
+        return f"{self.program} applies {much}; convert it for that program (`convert()`)"
 
     def __str__(self) -> str:
-        """The mark, and the answer."""
-        return f"{self.mark} {self.sentence}"
+        """The mark and the verdict, then the facts, a line each."""
+        facts = [f"{name}: {text}" if name else text for name, text in self.facts()]
+        return "\n".join([f"{self.mark} {self.headline}", *facts])
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what is known of the file, as names and texts."""
+        said = (*self.move.lines, *self.move.cautions) if self.move else ()
+        found = [("", line) for line in said]
+        found += [("file", Path(self.path).name), ("kind", self._tell_kind())]
+        found += [(part, str(numbers)) for part, numbers in self.parts.items()]
+        if len(self.families) > 1:
+            titles = join_titles(map(find_title, self.families))
+            found.append(("for", f"{titles}: all have these modules; the base decides"))
+        claimed = find_title(self.family_claimed) or self.family_claimed
+        version = self.version_claimed or claimed
+        told = [self.base_model, version, self.base_hash and f"hash {self.base_hash[:16]}"]
+        if any(told):
+            found.append(("its metadata says", ", ".join(dict.fromkeys(filter(None, told)))))
+        if self.experts:
+            found.append(("experts", "{} for high noise, {} for low noise".format(*self.experts)))
+        if self.moves:
+            found.append(("moved before", describe_moves(self.moves)))
+        if str(self.readers):
+            found.append(("programs", str(self.readers)))
+        if self.vectors:
+            found.append(("also", f"trained {write_counts(self.vectors)}"))
+        found += [("stays behind", f"{number} × {why}") for why, number in self.left_out.items()]
+        if self.quantised:
+            found.append(("quantised", self.quantised))
+        if self.trigger_words:
+            found.append(("trained words", ", ".join(self.trigger_words)))
+        return found
+
+    def _tell_kind(self) -> str:
+        words = [self.format, "authors' names" if self.spelling == "sgm" else ""]
+        words += ["needs the base's weights" if self.needs_base else ""]
+        size = f"{self.size / 1e6:.3g} MB" if self.size else ""
+        words += [f"{self.tensors} tensors", write_counts(self.dtypes), size]
+        return ", ".join([_KINDS[self.kind], *filter(None, words)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; of the modules, those without a place."""
-        names, placed = split_modules(self.modules)
-        return {
-            "lora": self.lora,
-            "base": self.base,
-            "answer": self.answer,
-            "sentence": self.sentence,
-            "lora_title": self.lora_title,
-            "base_title": self.base_title,
-            "also": self.also,
-            "moved_to": self.moved_to,
-            "modules": len(names),
-            "placed": len(placed),
-            "coverage": self.coverage,
-            "without_place": {r.source: r.reason for r in self.modules if r.status != "mapped"},
-        }
+        """Returns everything, ready for JSON."""
+        told = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
+        told["fit"] = self.fit and self.fit.to_dict()
+        return told | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
 
 
-def check(lora: LoraSource, base: ExpertsLike) -> BaseCheck:
-    """Says whether a LoRA is for a base; reads headers, never a weight.
+def check(
+    lora: LoraSource,
+    *,
+    base: ExpertsLike | None = None,
+    family: str | None = None,
+    program: str | None = None,
+    source: BaseLike | None = None,
+    target: BaseLike | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Check:
+    """Says what a file is, and whether it is for a base or a program.
 
-    It goes by names and shapes: fine-tunes of one model take each other's LoRAs, and this call does
-    not tell them apart.
+    Headers and alphas are read; with `source` and `target` their weights are compared, too, and the
+    result says what a transfer would. By
+    names and shapes, fine-tunes of one model take each other's LoRAs, and are not told apart.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict.
+        lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict; a base model is
+            described, too.
         base: as `transfer` takes its bases; of a pipeline with two experts the first.
+        family: the id of a family ("sdxl"), in the place of a base.
+        program: a program that should read it ("comfyui", "diffusers", "forge", …).
+        source: the base that the LoRA was trained on, if `target` is given.
+        target: the base that it may move to.
+        cache: folder that keeps what is learnt of the two; None keeps nothing.
+        progress: called as progress(done, total, name).
 
     Returns:
-        The answer, which is true where the LoRA fits.
+        The answer, which is true where nothing speaks against it.
 
     Raises:
-        UnsupportedFormat: one of them cannot be read, or is no LoRA or no base.
+        InvalidOption: an unknown program or family, or one base of two.
+        UnsupportedFormat: a file cannot be read at all, or a base is none.
+        ProLoRAError: what `transfer` refuses, but for models that have nothing in common.
     """
-    opened, model = Lora.open(lora), open_checked(base)
-    rows, shapes = _place_modules(opened, model)
-    is_unet = any(find_component(name) == "unet" for name in shapes)
-    matrices = () if is_unet else list_matrices(opened)
-    families = guess_families(shapes, opened.metadata, matrices=matrices)
-    foreign = bool(families) and model.family is not None and model.family not in families
-    answer: Answer = "in part"
-    coverage, moved_to = measure_coverage(rows), ""
-    if coverage == 1:
-        moved_to = "" if foreign else find_newer_base(opened.metadata, model.name)
-        answer = "unclear" if foreign or moved_to else "fits"
-    elif foreign or not any(r.target and not is_in_text_encoder(r.source) for r in rows):
-        answer = "other"
-    ours, theirs = join_titles(map(find_title, families)), describe_kind(model)
-    if ours == theirs and model.layout and answer != "fits":  # one family, and another size of it
-        ours = join_titles(map(find_title, guess_sizes(shapes)))
-        theirs = find_title(model.layout)
-    others = [family for family in families if family != model.family]
-    also = join_titles(map(find_title, others)) if answer == "fits" else ""
-    return BaseCheck(opened.where, model.name, answer, ours, theirs, also, tuple(rows), moved_to)
+    for name, value, known in (
+        ("program", program, known_loaders()),
+        ("family", family, known_families()),
+    ):
+        if value is not None and value not in known:
+            raise InvalidOption(f"`{name}` is one of {', '.join(known)}, not {value!r}")
+    if (source is None) != (target is None):
+        raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
+    opened = open_lora(lora)
+    found = check_model(lora) if opened is None else check_tensors(opened)
+    found = replace(found, program=known_loaders()[program].title if program else "")
+    if base is family is source is None:
+        return found
+    if opened is None or found.kind != "lora":
+        return replace(found, reason=found.reason or "a LoRA was asked about")
+    if family is not None:
+        found = replace(found, fit=fit_family(found.families, family))
+    if base is not None:
+        found = replace(found, fit=fit_base(opened, base))
+    if source is not None and target is not None:
+        options = TransferOptions(cache=cache, progress=progress)
+        try:
+            told = preview_move(lora, open_base(source), open_base(target), options).in_words()
+        except UnrelatedBases as error:
+            told = InWords("✖", str(error))
+        found = replace(found, move=told)
+    return found
 
 
-def open_checked(base: ExpertsLike) -> Base:
-    """Opens a base; of one with two experts the first, since both have the same modules."""
-    return next(iter(open_experts(base).values()))
+def open_lora(lora: LoraSource) -> Lora | None:
+    """Opens an adapter; None for what can be nothing but a base model."""
+    if isinstance(lora, str | os.PathLike):
+        path = Path(lora)
+        others = path.is_dir() and not any((path / name).exists() for name in ADAPTER_FILES)
+        if others or path.suffix.lower() == ".gguf":
+            return None
+    return Lora.open(lora)
 
 
-def _place_modules(
-    opened: Lora, base: Base
-) -> tuple[list[ModuleReport], dict[str, tuple[int, int]]]:
-    """The rows of a LoRA's modules, and their shapes out × in without kernels."""
+def check_tensors(opened: Lora) -> Check:
+    """Says what a file of tensors is: a LoRA, or a base model, or neither."""
+    metadata = opened.metadata
+    known = known_base(metadata)
+    fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+    named = known[0] if known else next(filter(None, map(metadata.get, fields)), "")
+    hashes = map(metadata.get, ("ss_new_sd_model_hash", "ss_sd_model_hash"))
+    words = read_training_words(metadata)
+    tags = [tag for tag in words.list_tags(_TOP_TAGS) if tag != words.trigger]
+    found = Check(
+        path=opened.where,
+        kind="lora",
+        dtypes=count_values(spell_dtype(x.dtype) for x in opened.headers.values()),
+        tensors=len(opened.headers),
+        size=opened.path.stat().st_size if opened.path else 0,
+        # An architecture has the kind of file behind it: stable-diffusion-xl-v1-base/lora.
+        base_model=Path(named.removesuffix("/lora")).name if named else "",
+        base_hash=next(filter(None, hashes), "") or "",
+        family_claimed=claimed_family(metadata) or "",
+        version_claimed=claimed_version(metadata) or "",
+        trigger_words=tuple([words.trigger, *tags] if words.trigger else tags),
+        moves=read_moves(metadata),
+    )
     try:
-        adapter = outline_adapter(opened, base.shapes, base.family, headers_only=True)
-    except (UnsupportedFormat, ShapeMismatch):
-        overview = survey_keys(opened)
-        if overview.reason or not overview.modules:
-            raise
-        sizes, plain, rows = overview.matrix_shapes, overview.shapes, []
-    else:
-        sizes = {name: (x.shape[0], x.shape[1]) for name, x in adapter.updates.items()}
-        plain = {
-            name: _drop_kernel(size, adapter.kernels.get(name)) for name, size in sizes.items()
-        }
-        rows = list_unread_modules(adapter)
-    for name, size in sizes.items():
-        rows.append(describe_place(name, size, _explain_no_place(name, size, base)))
-    return rows, plain
+        contents = parse_contents(opened)
+        scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
+    except ProLoRAError as error:
+        return _describe_refused(opened, found, str(error))
+    return _describe_contents(opened, contents, scales, found)
 
 
-def _drop_kernel(size: tuple[int, int], kernel: tuple[int, ...] | None) -> tuple[int, int]:
-    return size[0], size[1] // math.prod(kernel or (1,))
+def _describe_contents(
+    opened: Lora, contents: Contents, scales: Mapping[str, float], found: Check
+) -> Check:
+    """Describes a LoRA that is read."""
+    slots, shapes = contents.slots, measure_modules(contents.slots)
+    paths = [slot.module for slot in slots] or [one.module for one in contents.vectors]
+    spelling = most_common_spelling(slot.module for slot in slots)
+    of_vectors = {name for one in contents.vectors for name in one.module.modules}
+    whole = shapes | dict.fromkeys(of_vectors - shapes.keys(), (0, 0))
+    families = guess_families(whole, opened.metadata, spelling, list_matrices(opened))
+    kinds = count_values([slot.kind for slot in slots] or ["norm"])
+    format = "peft" if opened.config is not None else paths[0].format
+    # Programs were not tried with other kinds.
+    tried = not set(kinds) - {"lora", "locon"}
+    language = not families and is_language_model(shapes)
+    # Text encoders go last.
+    ordered = sorted(slots, key=lambda slot: find_component(slot.module.name) in TEXT_ENCODERS)
+    by_part = group_by(ordered, lambda slot: find_component(slot.module.name))
+    return replace(
+        found,
+        reason="it is a language model's, and prolora takes diffusion models alone" * language,
+        format=format,
+        spelling="sgm" if any(path.sgm for path in paths) else "diffusers",
+        algorithms=kinds,
+        needs_base=any(forms.needs_base(slot.keys.keys()) for slot in slots),
+        families=tuple(families),
+        sizes=tuple(guess_sizes(whole)),
+        parts={
+            name: _describe_part(some, opened, scales)
+            for name, some in sorted(by_part.items(), key=lambda item: item[0] in TEXT_ENCODERS)
+        },
+        modules=count_values(map(find_component, shapes)),
+        vectors=count_values("bias" if x.tensor == "bias" else "norm" for x in contents.vectors),
+        left_out=count_values(contents.left_out.values()),
+        readers=find_readers(families, format, spelling, whole) if tried else Readers(),
+    )
 
 
-def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:
-    """Why a module has no place on a base; None if it has one."""
-    encoder = find_component(name)
-    if encoder in TEXT_ENCODERS and not any(m.startswith(f"{encoder}.") for m in base.shapes):
-        # Many files of a model come without its text encoders.
-        known = load_layout(base.layout).text_encoders if base.layout else TEXT_ENCODERS
-        number = TEXT_ENCODERS.index(encoder) + 1
-        return None if number <= len(known) else f"the base has fewer than {number} text encoders"
-    if name not in base.shapes:
-        return "the base has no such module"
-    return explain_other_shape(name, size, base) if 0 not in size else None
+def _describe_part(slots: Iterable[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
+    slots = list(slots)
+    ranks = Counter(slot.form.rank for slot in slots if slot.form.rank)
+    return Part(
+        len(slots),
+        count_values(slot.kind for slot in slots),
+        dict(sorted(ranks.items())),
+        count_values(_read_alpha(slot, opened) for slot in slots),
+        count_values(f"{scales[slot.module.name]:.4g}" for slot in slots),
+    )
+
+
+def _read_alpha(slot: Slot, opened: Lora) -> str:
+    if slot.peft:
+        return f"{slot.peft.alpha(slot.module.local):g}"
+    key = slot.keys.get("alpha")
+    return "none" if key is None else f"{opened.read(key).double().item():g}"
+
+
+def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
+    """Describes a file that is not read as a LoRA.
+
+    A base, an adapter of another kind, or neither.
+    """
+    kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
+    if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
+        try:
+            return replace(check_model(opened.path), path=found.path, size=found.size)
+        except ProLoRAError as error:
+            if not any(kinds):
+                return replace(found, kind="base", reason=str(error))
+    return replace(found, kind="lora" if any(kinds) else "unknown", reason=reason)
+
+
+def check_model(path: Any) -> Check:
+    """Says what a base model is that `transfer` would open."""
+    experts = find_expert_folders(Path(path))
+    base = open_base(experts[0] if experts else path)
+    shapes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
+    family = base.family or guess_family(shapes, {})
+    is_gguf = Path(path).suffix.lower() == ".gguf"
+    form = "diffusers" if os.path.isdir(path) else "gguf" if is_gguf else "single-file"
+    return Check(
+        path=str(path),
+        kind="base",
+        format=form,
+        families=(family,) if family else (),
+        sizes=(base.layout,) if base.layout else (),
+        modules=count_values(map(find_component, shapes)),
+        dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
+        tensors=len(shapes),
+        quantised=base.quantised_as,
+        size=sum(file.stat().st_size for file in base.files),
+        experts=tuple(folder.name for folder in experts),
+    )
+
+
+def count_values(values: Iterable[str]) -> dict[str, int]:
+    """Counts each value, the most frequent first."""
+    return dict(Counter(values).most_common())
+
+
+def write_counts(values: Mapping[Any, int], most: int = 4) -> str:
+    """Writes `16 ×600, 8 ×122`, the most frequent first; one value needs no count."""
+    if not values:
+        return "nothing"
+    if len(values) == 1:
+        return str(next(iter(values)))
+    ordered = sorted(values.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{value} ×{number}" for value, number in ordered[:most])
+    return f"{shown}, {len(ordered) - most} more" if len(ordered) > most else shown

@@ -1,4 +1,4 @@
-"""A LoRA in another format, precision, rank or kind, for the base that it has."""
+"""A LoRA in another format, precision, rank or kind."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def convert(
     lora: LoraLike,
     base: BaseLike | None = None,
     options: ConvertOptions = DEFAULT_CONVERSION,
+    *,
+    out: str | PathLike[str] | None = None,
     **changes: Unpack[ConvertChanges],
 ) -> Transfer:
     """Converts a LoRA: into another format, precision or rank; any kind becomes a plain LoRA.
@@ -51,51 +53,28 @@ def convert(
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict or an `Adapter`.
         base: the base that it was trained on. Needed where an update depends on its weights (DoRA,
-            GLoRA, OFT), and where names with underscores are those of no known family.
+            GLoRA, OFT), and where names with underscores belong to no known family.
         options: how to convert it.
-        **changes: options by name, in place of those.
+        out: a file to write, or a folder for format "peft"; checked before any work.
+        **changes: single options by name; they win over `options`.
 
     Returns:
-        The LoRA in memory, and the report: what of each update is in it.
+        The LoRA, and the report: what of each update is in it.
 
     Raises:
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
         ShapeMismatch: an update that does not fit the base.
         NonFiniteWeights: NaN or Inf, named.
-        OutputError: out_rank is a size that one column a module exceeds.
+        OutputExists: something has the name of `out`.
+        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
+            module exceeds.
     """
+    options = settle_options(options, changes)
     model = None if base is None else open_base(base)
-    return _run(lora, model, settle_options(options, changes))
-
-
-@takes_options
-def convert_file(
-    lora: str | PathLike[str],
-    out: str | PathLike[str],
-    base: BaseLike | None = None,
-    options: ConvertOptions = DEFAULT_CONVERSION,
-    **changes: Unpack[ConvertChanges],
-) -> Report:
-    """Converts a LoRA from file to file: `convert`, then `Transfer.save`.
-
-    Args:
-        lora: a .safetensors file, a PEFT folder or an id on the hub.
-        out: the file to write, or a folder for format "peft".
-        base: as `convert` takes it.
-        options: how to convert it.
-        **changes: options by name, in place of those.
-
-    Returns:
-        What was kept and lost.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write.
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: everything that `convert` raises.
-    """
-    options = settle_options(options, changes).for_file()
-    model = None if base is None else open_base(base)
+    if out is None:
+        return _run(lora, model, options)
+    options = options.for_file()
     check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite)
     return save_result(_run(lora, model, options), Path(out), options)
 
@@ -143,7 +122,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
-    """The LoRA's updates, each a plain LoRA.
+    """Reads the LoRA's updates, each as a plain LoRA.
 
     Raises:
         UnsupportedFormat: an update depends on a base that is not given.
@@ -168,7 +147,7 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
 
 
 def _describe_rows(before: Adapter, after: Adapter, form: OutputForm) -> Iterable[ModuleReport]:
-    """The row of every update."""
+    """Yields the row of every update."""
     for name, update in before.updates.items():
         written = after.updates[name].to(form.dtype or after.dtype)
         kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)

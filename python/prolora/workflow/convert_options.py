@@ -1,4 +1,4 @@
-"""The choices of a conversion, all of which a transfer has too."""
+"""The choices of a conversion, all shared with a transfer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ConvertOptions:
             object.__setattr__(self, name, getattr(known, name))
 
     def as_transfer(self) -> TransferOptions:
-        """The same for a transfer, which says what it is written as."""
+        """Returns the options of a transfer that writes the same."""
         return TransferOptions(
             format=self.format,
             dtype=self.dtype,
@@ -51,7 +51,7 @@ class ConvertOptions:
         )
 
     def for_file(self) -> ConvertOptions:
-        """The same for a result that is written: the format is the LoRA's own if none is asked."""
+        """Returns the options for a file: by default the LoRA's own format."""
         return self if self.format is not None else replace(self, format="auto")
 
 

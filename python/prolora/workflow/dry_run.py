@@ -4,70 +4,39 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..bases import BaseLike, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
 from .best import BestWay
 from .by_weights.assembly import build_report
-from .by_weights.base_pair import BasePair
+from .by_weights.base_pair import BasePair, use_lora
 from .by_weights.vectors import carry_vectors
-from .options import (
-    BEST,
-    DEFAULT_OPTIONS,
-    LoraLike,
-    OptionChanges,
-    TransferOptions,
-    settle_options,
-    takes_options,
-)
+from .options import BEST, LoraLike, TransferOptions
 from .report import Report
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
-
-@takes_options
 @in_full_precision
 def plan_report(
-    lora: LoraLike,
-    source: BaseLike,
-    target: BaseLike,
-    options: TransferOptions = DEFAULT_OPTIONS,
-    **changes: Unpack[OptionChanges],
+    lora: LoraLike, source: BaseLike, target: BaseLike, options: TransferOptions
 ) -> Report:
-    """What `transfer` would map, skip and refuse: nothing is factored, and weights are hardly read.
+    """Reports what `transfer` would map, skip and refuse; weights are hardly read.
 
     Ranks are those that the file states, and energies follow from its tensors. The energy of what
     is made with the weights of the base (DoRA, OFT, GLoRA) is not known, so that parts are counted
-    where the LoRA has such.
-
-    The similarity threshold needs weights, so modules that it would skip still count as mapped
-    here. Matching by similarity needs them too, and so does method "best": only then they are
-    read.
-
-    Args:
-        lora: as `transfer` takes it.
-        source: the base that the LoRA was trained on, likewise.
-        target: the base to move to, likewise.
-        options: how it would be moved.
-        **changes: options by name, in place of those.
-
-    Returns:
-        A report with the keys of a real one, `dry_run` set.
+    where the LoRA has such. The similarity threshold needs weights, so modules that it would skip
+    still count as mapped here. Matching by similarity reads weights, and so does method "best".
 
     Raises:
         ProLoRAError: what `transfer` refuses before it looks at weights.
     """
-    options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
     # A dry run makes no folder.
     known = options.cache is not None and Path(options.cache).is_dir()
     options = options if known else replace(options, cache=None)
     if options.method == BEST:
         return BestWay.of(old, new, options).plan(lora)
-    with BasisCache(options.cache).saving() as cache:
-        ledger = BasePair(old, new, options, cache).plan(lora, "outline")
+    with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
+        ledger = BasePair(old, new, options, cache).plan(opened, "outline")
     ledger.weigh_rows()
     return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)

@@ -23,7 +23,7 @@ from ..architectures.families import known_families
 from ..architectures.modules import find_component, is_in_text_encoder, matrix_shape
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import check_finite, check_readable, list_quantised, stack_weights
-from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ..bases.identity import compute_identity, compute_short_hash
 from ..bases.memory import Memory
 from ..core.basis import truncated_svd
 from ..core.grouping import group_by
@@ -41,7 +41,7 @@ from .module_report import ModuleReport
 from .options import FormatLike, settle_options, takes_options
 from .output_paths import check_output
 from .report import Report
-from .result import Transfer, pack_result, save_result
+from .result import Transfer, pack_plan, pack_result, save_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,6 +56,9 @@ def extract(
     base: BaseLike,
     tuned: BaseLike,
     options: ExtractOptions = DEFAULT_EXTRACTION,
+    *,
+    out: str | PathLike[str] | None = None,
+    dry_run: bool = False,
     **changes: Unpack[ExtractChanges],
 ) -> Transfer:
     """Extracts the LoRA that makes one base of another: a fine-tune's, or a few-step sibling's.
@@ -66,7 +69,9 @@ def extract(
         base: the base that the LoRA is to be used with, as `transfer` takes its bases.
         tuned: the same model after training, likewise.
         options: how to extract it.
-        **changes: options by name, in place of those.
+        out: a file to write, or a folder for format "peft"; checked before any work.
+        dry_run: report what would be extracted, from headers alone.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA in memory, and the report: the share of energy kept in each module and in all.
@@ -77,54 +82,20 @@ def extract(
         UnsupportedFormat: one of them cannot be read, or `format` cannot hold the LoRA.
         NonFiniteWeights: NaN or Inf in a weight, named.
         TooLittleMemory: max_memory is below what the largest weight needs.
-        OutputError: out_rank is a size that one column a module exceeds.
-    """
-    return _run(open_base(base), open_base(tuned), settle_options(options, changes))
-
-
-@takes_options
-def extract_file(
-    base: BaseLike,
-    tuned: BaseLike,
-    out: str | PathLike[str],
-    options: ExtractOptions = DEFAULT_EXTRACTION,
-    **changes: Unpack[ExtractChanges],
-) -> Report:
-    """Extracts a LoRA into a file: `extract`, then `Transfer.save`.
-
-    Args:
-        base: as `extract` takes it.
-        tuned: likewise.
-        out: the file to write, or a folder for format "peft".
-        options: how to extract it.
-        **changes: options by name, in place of those.
-
-    Returns:
-        What was kept and lost.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write.
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: everything that `extract` raises.
+        OutputExists: something has the name of `out`.
+        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
+            module exceeds.
     """
     options = settle_options(options, changes)
     old, new = open_base(base), open_base(tuned)
+    if dry_run:
+        pair = _Difference(old, new, options)
+        pair.check()
+        return pack_plan(pair.report(dry_run=True))
+    if out is None:
+        return _run(old, new, options)
     check_output(out, [*old.files, *new.files], options.overwrite)
-    done = _run(old, new, options, hashed=True)
-    return save_result(done, Path(out), options)
-
-
-@takes_options
-def plan_extraction(
-    base: BaseLike,
-    tuned: BaseLike,
-    options: ExtractOptions = DEFAULT_EXTRACTION,
-    **changes: Unpack[ExtractChanges],
-) -> Report:
-    """What `extract` would extract, from headers alone; arguments and errors are those of it."""
-    pair = _Difference(open_base(base), open_base(tuned), settle_options(options, changes))
-    pair.check()
-    return pair.report(dry_run=True)
+    return save_result(_run(old, new, options, hashed=True), Path(out), options)
 
 
 @in_full_precision
@@ -152,25 +123,15 @@ def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False)
 
 @dataclass
 class _Difference:
-    """Two bases and what was found between them.
+    """Two bases and what was found between them."""
 
-    Attributes:
-        base: the one that the LoRA is for.
-        tuned: the other.
-        options: how it is extracted.
-        rows: module -> its row of the report.
-        updates: module -> its update.
-        vectors: name -> difference.
-        left_out: vector -> why it is not in the result.
-    """
-
-    base: Base
-    tuned: Base
-    options: ExtractOptions
-    rows: dict[str, ModuleReport] = field(default_factory=dict)
-    updates: dict[str, LowRank] = field(default_factory=dict)
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    base: Base  # the one that the LoRA is for
+    tuned: Base  # the other
+    options: ExtractOptions  # how it is extracted
+    rows: dict[str, ModuleReport] = field(default_factory=dict)  # module -> its row of the report
+    updates: dict[str, LowRank] = field(default_factory=dict)  # module -> its update
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # name -> difference
+    left_out: dict[str, str] = field(default_factory=dict)  # vector -> why it is not in the result
 
     @property
     def form(self) -> OutputForm:
@@ -219,7 +180,7 @@ class _Difference:
         return Memory(self.options.memory_limit, columns, self.options.device)
 
     def _count_result_bytes(self) -> int:
-        """Of the factors of all modules."""
+        """Counts the bytes of all modules' factors."""
         return sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
 
     def _most_columns(self, shape: tuple[int, int]) -> int:
@@ -230,7 +191,7 @@ class _Difference:
         return min(*shape, LARGEST_RANK if isinstance(rank, str) else rank)
 
     def _check_bases(self) -> None:
-        """Refuses bases that are one model, or of which a module has no equal in the other."""
+        """Refuses equal bases, and bases with unequal modules."""
         base, tuned = self.base, self.tuned
         if are_one_base(base, tuned):
             raise WrongBase(
@@ -274,7 +235,7 @@ class _Difference:
             yield from (members[i : i + count] for i in range(0, len(members), count))
 
     def _extract_stack(self, rows: list[ModuleReport]) -> list[ModuleReport]:
-        """The rows of modules of one shape, filled; their updates are kept."""
+        """Fills the rows of modules of one shape, and keeps their updates."""
         names = [row.source for row in rows]
         difference, sizes = self._subtract(names)
         norms = _measure_norms(difference)
@@ -303,7 +264,7 @@ class _Difference:
         return filled
 
     def _subtract(self, names: list[str]) -> tuple[Tensor, list[float]]:
-        """W_tuned − W_base of modules as a stack [b, m, n], and ‖W_base‖ of each."""
+        """Returns W_tuned − W_base as a stack [b, m, n], and each ‖W_base‖."""
         device = self.options.device or "cpu"
         stacks = [stack_weights([b.read(n) for n in names]) for b in (self.tuned, self.base)]
         dtype = working_dtype(*(stack.dtype for stack in stacks))
@@ -335,7 +296,7 @@ class _Difference:
                 self.vectors[name] = vector.float()
 
     def _refuse_vector(self, name: str, vector: Tensor) -> str:
-        """Why the format cannot hold a vector; "" if it can."""
+        """Says why the format cannot hold a vector; "" if it can."""
         module, _, tensor = name.rpartition(".")
         if tensor not in ("bias", "weight"):
             return "no format has a key for it"
@@ -348,7 +309,7 @@ class _Difference:
         return ""
 
     def outline(self, updates: dict[str, LowRank]) -> Adapter:
-        """The LoRA of some updates, without vectors and header."""
+        """Outlines the LoRA of some updates, without vectors and header."""
         base = self.base
         shapes = {name: base.shapes[name] for name in updates}
         kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
@@ -366,7 +327,7 @@ class _Difference:
         return "comfy" if "comfy" in family.spellings else next(iter(family.spellings))
 
     def describe(self) -> dict[str, str]:
-        """The header: for which base the LoRA is, and how it was made; reads all of both bases."""
+        """Writes the header: base and making of the LoRA; reads both bases."""
         base, tuned = self.base, self.tuned
         notes = {
             "version": __version__,
@@ -379,16 +340,18 @@ class _Difference:
             {"modelspec.title": f"{Path(tuned.name).stem} as a LoRA"},
             target_name=base.name,
             target_layout=base.layout,
-            target_sha256=compute_sha256(base),
             target_short_hash=compute_short_hash(base),
             provenance={key: text for key, text in notes.items() if text},
         )
+        whole = compute_identity(base) or ""
+        if whole.startswith("sha256:"):
+            metadata["ss_new_sd_model_hash"] = whole.removeprefix("sha256:")
         del metadata["modelspec.merged_from"]
         metadata["ss_training_comment"] = f"extracted from {tuned.name} by prolora"
         return metadata
 
     def report(self, **known: object) -> Report:
-        """The report, of what is known by now."""
+        """Reports what is known by now."""
         rank = self.options.out_rank
         fields = {"modules": tuple(self.rows.values())} | known
         return Report(
@@ -404,7 +367,10 @@ class _Difference:
 
 
 def _measure_norms(stack: Tensor) -> list[float]:
-    """‖·‖ of each matrix [b, m, n]; in float64 from row to row alone, which is as good and fast."""
+    """Measures ‖·‖ of each matrix [b, m, n], in float64 across rows alone.
+
+    This is as good as float64 throughout, and fast.
+    """
     rows = torch.linalg.vector_norm(stack, dim=-1).double()
     norms: list[float] = torch.linalg.vector_norm(rows, dim=-1).tolist()
     return norms

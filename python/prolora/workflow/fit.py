@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapters import read_adapter
 from ..bases import Base, BaseLike, open_base
-from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
@@ -29,7 +29,7 @@ from .output_paths import (
 )
 from .pair_mover import Task
 from .report import Report
-from .result import Transfer, save_result
+from .result import Transfer, pack_plan, save_result
 from .resume import Recipe
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def fit(
     source: BaseLike,
     target: BaseLike,
     options: FitOptions = DEFAULT_FIT,
+    *,
+    out: str | PathLike[str] | None = None,
+    dry_run: bool = False,
     **changes: Unpack[FitChanges],
 ) -> Transfer:
     """Fits a LoRA of one model to another that runs: no data and no captions, but both models.
@@ -58,10 +61,13 @@ def fit(
         source: the folder of the diffusers pipeline that the LoRA was trained on.
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
-        **changes: options by name, in place of those.
+        out: a file to write, or a folder for format "peft"; checked before any work. A result that
+            exists, and was made of the same LoRA, bases, options and version, is kept.
+        dry_run: report what would be done, from headers alone: no model runs.
+        **changes: single options by name; they win over `options`.
 
     Returns:
-        The LoRA of the target in memory, with the report.
+        The LoRA of the target, with the report; after a dry run a report alone.
 
     Raises:
         InvalidOption: an option has a value that it does not take.
@@ -74,46 +80,31 @@ def fit(
         TooLittleMemory: max_memory is below what the models need.
         UnrelatedBases: the held-out samples speak against the fit and against moving by weights.
         LowCoverage: fewer modules have a place than `min_coverage` asks for.
-        OutputError: the folder of kept parts belongs to other inputs.
+        OutputExists: something else has the name of `out`.
+        OutputError: `out` cannot be written; the folder of kept parts belongs to other inputs.
     """
     options = settle_options(options, changes)
-    return fit_to_pipelines(lora, open_base(source), open_base(target), options)
-
-
-@takes_options
-@in_full_precision
-def fit_file(
-    lora: str | PathLike[str],
-    source: BaseLike,
-    target: BaseLike,
-    out: str | PathLike[str],
-    options: FitOptions = DEFAULT_FIT,
-    **changes: Unpack[FitChanges],
-) -> Report:
-    """Fits a LoRA from file to file: `fit`, then `Transfer.save`.
-
-    The output path is checked before any work.
-
-    Args:
-        lora: a .safetensors file, a PEFT folder or an id on the hub.
-        source: as `fit` takes it.
-        target: likewise.
-        out: the file to write, or a folder for format "peft".
-        options: what is sampled, and how it is fitted.
-        **changes: options by name, in place of those.
-
-    Returns:
-        What was done, and how well.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write.
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: everything that `fit` raises.
-    """
-    options = settle_options(options, changes).for_file()
-    file, bases = keep_path(lora), (open_base(source), open_base(target))
+    bases = open_base(source), open_base(target)
+    if dry_run:
+        return pack_plan(_plan_fit(lora, *bases, options))
+    if out is None:
+        return fit_to_pipelines(lora, *bases, options)
+    options = options.for_file()
+    if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
+        check_output(out, list_inputs(lora, *bases), options.overwrite)
+        return save_result(fit_to_pipelines(lora, *bases, options), Path(out), options)
+    file = keep_path(lora)
+    recipe = Recipe.of(file, *bases, options)
+    if not options.overwrite and recipe.is_made(Path(out)):
+        return replace(pack_plan(_plan_fit(file, *bases, options)), adapter=read_adapter(out))
     check_output(out, list_inputs(file, *bases), options.overwrite)
-    return _fit_into(Path(out), Recipe.of(file, *bases, options), options)
+    return _fit_into(Path(out), recipe, options)
+
+
+def _plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> Report:
+    """Reports what `fit` would fit, carry over, skip and refuse, from headers alone."""
+    job = prepare_fit(lora, source, target, options, "outline")
+    return outline_report(job.adapter, job.plan, job.source, job.target, options)
 
 
 @takes_options
@@ -140,7 +131,7 @@ def fit_many(
         target: likewise.
         folder: where the results go.
         options: what is sampled, and how it is fitted.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         An outcome for each LoRA, in order. One that is refused does not stop the others.
@@ -165,37 +156,9 @@ def fit_many(
     return outcomes
 
 
-@takes_options
-def plan_fit(
-    lora: LoraLike,
-    source: BaseLike,
-    target: BaseLike,
-    options: FitOptions = DEFAULT_FIT,
-    **changes: Unpack[FitChanges],
-) -> Report:
-    """What `fit` would fit, carry over, skip and refuse, from headers alone: no model runs.
-
-    Args:
-        lora: as `fit` takes it.
-        source: likewise.
-        target: likewise.
-        options: how it would be fitted.
-        **changes: options by name, in place of those.
-
-    Returns:
-        A report with the keys of a real one, `dry_run` set.
-
-    Raises:
-        ProLoRAError: what `fit` refuses before a model is loaded.
-    """
-    options = settle_options(options, changes)
-    job = prepare_fit(lora, open_base(source), open_base(target), options, "outline")
-    return outline_report(job.adapter, job.plan, job.source, job.target, options)
-
-
 def _fit_into(
     out: Path, recipe: Recipe, options: FitOptions, common: CommonParts | None = None
-) -> Report:
+) -> Transfer:
     inputs = recipe.lora, recipe.source, recipe.target
     return save_result(fit_to_pipelines(*inputs, options, recipe.describe, common), out, options)
 
@@ -208,10 +171,10 @@ def _attempt(
 
     def fit_unless_made() -> Report | None:
         recipe = Recipe.of(lora, source, target, options)
-        if task.is_made(recipe, BasisCache(options.cache)):
+        if task.is_made(recipe):
             return None
         check_output(out, list_inputs(lora, source, target), options.overwrite)
-        return _fit_into(out, recipe, options, common)
+        return _fit_into(out, recipe, options, common).report
 
     task.finish(task.attempt(fit_unless_made))
     assert task.outcome is not None

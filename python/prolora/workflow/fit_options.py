@@ -75,7 +75,7 @@ class FitOptions(FitSettings):
         return parse_limit(self.max_vram, "max_vram")
 
     def as_moved(self, method: MethodChoice) -> TransferOptions:
-        """How the LoRA is moved by weights alone, for comparison."""
+        """Returns the options for moving by weights alone, for comparison."""
         return TransferOptions(
             method=method,
             text_encoder=self.text_encoder,
@@ -90,7 +90,7 @@ class FitOptions(FitSettings):
         )
 
     def for_file(self) -> FitOptions:
-        """The same for a result that is written: the format is the LoRA's own if none is asked."""
+        """Returns the options for a file: by default the LoRA's own format."""
         return self if self.format is not None else replace(self, format="auto")
 
 

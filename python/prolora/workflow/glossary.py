@@ -6,9 +6,6 @@ GLOSSARY = {
     "source": "the model that the LoRA was trained on",
     "target": "the model that it moves to",
     "update": "what a LoRA adds to one weight of the model, ΔW",
-    "damped": "the method that weakens an update along the directions in which the models differ",
-    "κ": "how strongly `damped` weakens it; 0 changes nothing, beyond 5 moved LoRAs do little",
-    "spread": "over how many directions a drift goes: 1 like noise, near 0 along few",
     "kept": "share of the update's energy ‖ΔW‖² that is on the target",
     "vs copy": "distance to the unchanged update, in units of its norm",
     "norm": "ratio of the norms of the update, target to source",
@@ -44,7 +41,7 @@ GLOSSARY = {
 
 
 def write_page() -> str:
-    """docs/glossary.md: a row for each term."""
+    """Writes docs/glossary.md: a row for each term."""
     rows = [f"| {name} | {text} |" for name, text in GLOSSARY.items()]
     head = (
         "# Glossary\n\nWhat the terms in tables, reports and pages mean. The verdict itself needs "

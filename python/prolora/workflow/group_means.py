@@ -16,14 +16,14 @@ from .module_report import Measures, ModuleReport
 def group_rows(
     rows: Iterable[ModuleReport], every_module: bool = False
 ) -> dict[str, list[ModuleReport]]:
-    """The rows by the part of the model that they are in, or by module; in order of appearance."""
+    """Groups the rows by part of the model or module, in order of appearance."""
     return group_by(rows, lambda row: row.source if every_module else find_stage(row.source))
 
 
 def average_rows(
     rows: Sequence[ModuleReport], value: Callable[[ModuleReport], float | None]
 ) -> float | None:
-    """The mean over modules; None of a text encoder that is carried over, compared with nothing."""
+    """Averages over modules; None for a text encoder carried over uncompared."""
     is_compared = any(row.drift is not None or row.measures is not None for row in rows)
     return _average(rows, value) if is_compared else None
 
@@ -31,12 +31,12 @@ def average_rows(
 def average_measures(
     rows: Sequence[ModuleReport], value: Callable[[Measures], float]
 ) -> float | None:
-    """The mean over modules that were projected."""
+    """Averages over modules that were projected."""
     return _average(rows, lambda row: value(row.measures) if row.measures else None)
 
 
 def find_overlap(rows: Sequence[ModuleReport]) -> float | None:
-    """The overlap above chance of the side where it is less."""
+    """Returns the overlap above chance of the worse side."""
     left = average_measures(rows, lambda m: m.above_left)
     right = average_measures(rows, lambda m: m.above_right)
     return min((side for side in (left, right) if side is not None), default=None)
@@ -45,7 +45,7 @@ def find_overlap(rows: Sequence[ModuleReport]) -> float | None:
 def _average(
     rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]
 ) -> float | None:
-    """The mean by energy; updates without energy count alike."""
+    """Averages by energy; updates without energy count alike."""
     values = [(row.energy, value(row)) for row in rows]
     mean = weighted_mean(values)
     return weighted_mean((1.0, number) for _, number in values) if mean is None else mean

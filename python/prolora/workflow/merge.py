@@ -1,4 +1,4 @@
-"""Several LoRAs as one, each moved from its own base first where it has another."""
+"""Several LoRAs as one, each moved from its own base first."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import read_moves, read_provenance
 from ..adapters.hub import locate_adapter
+from ..adapters.lora import Lora
 from ..adapters.training_words import read_training_words
 from ..bases import Base, BaseLike, open_base
-from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ..bases.identity import compute_hint, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
@@ -48,7 +49,6 @@ from .out_rank import cut_rank
 from .output_paths import check_output
 from .report import Report
 from .result import Transfer, pack_result, save_result
-from .resume import hash_adapter
 from .tables import write_shape
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def merge(
     target: BaseLike | None = None,
     sources: Sources = (),
     options: MergeOptions = DEFAULT_MERGE,
+    *,
+    out: str | PathLike[str] | None = None,
     **changes: Unpack[MergeChanges],
 ) -> Transfer:
     """Merges LoRAs into one.
@@ -79,7 +81,8 @@ def merge(
         sources: the base of each LoRA, in their order, or none of them; None for one that was
             trained on `target`.
         options: how to merge them.
-        **changes: options by name, in place of those.
+        out: a file to write, or a folder for format "peft"; checked before any work.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         The LoRA in memory, and the report: what of each LoRA is in it, and where they overlap.
@@ -92,41 +95,15 @@ def merge(
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
         NonFiniteWeights: NaN or Inf, named.
-        OutputError: out_rank is a size that one column a module exceeds.
+        OutputExists: something has the name of `out`.
+        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
+            module exceeds.
         ProLoRAError: what `transfer` raises, of a LoRA that is moved.
     """
-    job = _Merge.open(loras, target, sources, settle_options(options, changes))
-    return job.run(hashed=False)
-
-
-@takes_options
-def merge_file(
-    loras: Sequence[str | PathLike[str]],
-    out: str | PathLike[str],
-    target: BaseLike | None = None,
-    sources: Sources = (),
-    options: MergeOptions = DEFAULT_MERGE,
-    **changes: Unpack[MergeChanges],
-) -> Report:
-    """Merges LoRAs from files into a file: `merge`, then `Transfer.save`.
-
-    Args:
-        loras: two or more .safetensors files, PEFT folders and ids on the hub.
-        out: the file to write, or a folder for format "peft".
-        target: as `merge` takes it.
-        sources: likewise.
-        options: how to merge them.
-        **changes: options by name, in place of those.
-
-    Returns:
-        What was kept and lost of each.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write.
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: everything that `merge` raises.
-    """
-    options = settle_options(options, changes).for_file()
+    options = settle_options(options, changes)
+    if out is None:
+        return _Merge.open(loras, target, sources, options).run(hashed=False)
+    options = options.for_file()
     job = _Merge.open(loras, target, sources, options)
     if Path(out).is_dir() and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
@@ -136,35 +113,21 @@ def merge_file(
 
 @dataclass
 class _Merge:
-    """LoRAs on their way to be one.
+    """LoRAs on their way to be one."""
 
-    Attributes:
-        loras: as they were given.
-        target: the base of the result.
-        sources: the base of each LoRA.
-        origins: the base that each is moved from; None for one that is of the target already.
-        options: how they are merged.
-        names: what reports call each LoRA.
-        strengths: the factor on each.
-        parts: each LoRA, on the base of the result.
-        facts: what is known of each.
-        behind: the rows of modules that stay behind.
-        left_out: tensor -> why it is not in the result.
-        unread: modules whose update cannot be read.
-    """
-
-    loras: list[LoraLike]
-    target: Base | None
-    sources: list[Base | None]
-    options: MergeOptions
-    names: list[str]
-    strengths: list[float]
+    loras: list[LoraLike]  # as they were given
+    target: Base | None  # the base of the result
+    sources: list[Base | None]  # the base of each LoRA
+    options: MergeOptions  # how they are merged
+    names: list[str]  # of each LoRA in reports
+    strengths: list[float]  # the factor on each
+    # The base that each is moved from; None for one that is of the target already
     origins: list[Base | None] = field(default_factory=list)
-    parts: list[Adapter] = field(default_factory=list)
-    facts: list[MergedPart] = field(default_factory=list)
-    behind: list[ModuleReport] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
+    parts: list[Adapter] = field(default_factory=list)  # each LoRA, on the base of the result
+    facts: list[MergedPart] = field(default_factory=list)  # what is known of each
+    behind: list[ModuleReport] = field(default_factory=list)  # the rows of modules that stay behind
+    left_out: dict[str, str] = field(default_factory=dict)  # tensor -> why it is not in the result
+    unread: list[str] = field(default_factory=list)  # modules whose update cannot be read
 
     @classmethod
     def open(
@@ -220,7 +183,7 @@ class _Merge:
         return [*self._list_files(), *(file for base in bases for file in base.files)]
 
     def _list_files(self) -> list[Path]:
-        """Where the LoRAs lie that are not in memory."""
+        """Returns the paths of the LoRAs that are not in memory."""
         return [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
 
     @in_full_precision
@@ -252,7 +215,7 @@ class _Merge:
         return pack_result(fitted, merged, report, self.inputs, form)
 
     def _check_experts(self) -> None:
-        """Finds which LoRAs are moved, and refuses those of the other expert that are not."""
+        """Finds the LoRAs to move; refuses unmoved ones of the other expert."""
         target = self.target
         self.origins = [
             None if s is None or target is None or are_one_base(s, target) else s
@@ -295,7 +258,7 @@ class _Merge:
         self.parts.append(adapter)
         moves = read_moves(adapter.metadata)
         stated = moves[-1].target if moves else adapter.metadata.get("ss_sd_model_name", "")
-        digest = hash_adapter(Path(lora)) if isinstance(lora, str | PathLike) else ""
+        digest = Lora.open(lora).digest if isinstance(lora, str | PathLike) else ""
         fact = MergedPart(
             name,
             self.strengths[i],
@@ -339,7 +302,7 @@ class _Merge:
                     )
 
     def _outline(self) -> Adapter:
-        """The result with its vectors, and with zeros for updates."""
+        """Outlines the result: its vectors, and zeros for updates."""
         first, zero = self.parts[0], torch.zeros(())
         updates: dict[str, LowRank] = {}
         kernels: dict[str, tuple[int, ...]] = {}
@@ -365,7 +328,7 @@ class _Merge:
         )
 
     def _choose_family(self, updates: Mapping[str, LowRank]) -> str | None:
-        """The family by whose names the result is written: one that all modules can be of."""
+        """Returns the family of the result's names, common to all modules."""
         if self.target is not None and self.target.family:
             return self.target.family
         able, _ = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
@@ -381,7 +344,7 @@ class _Merge:
         return {name: merge_vectors(some, self.options.method) for name, some in found.items()}
 
     def _list_updates(self, module: str) -> dict[int, LowRank]:
-        """Index of each LoRA that has a module -> its update, strength included."""
+        """Returns index of each LoRA with a module -> its update, strength included."""
         return {
             i: LowRank(update.up * self.strengths[i], update.down)
             for i, part in enumerate(self.parts)
@@ -389,7 +352,7 @@ class _Merge:
         }
 
     def _merge_module(self, module: str, dtype: torch.dtype) -> tuple[LowRank, ModuleReport]:
-        """The update of a module, cut as asked, and its row."""
+        """Returns the merged update of a module, cut as asked, and its row."""
         parts = self._list_updates(module)
         whole = merge_updates([*parts.values()], self.options.method)
         cut = cut_rank(whole, self.options.out_rank, sum(part.rank for part in parts.values()))
@@ -397,7 +360,7 @@ class _Merge:
         return cut, describe_conversion(module, of, whole, cut.to(dtype), 1.0)
 
     def _measure(self, merged: Adapter, dtype: torch.dtype) -> MergeReport:
-        """What of each LoRA is in the result, and how they overlap."""
+        """Measures what of each LoRA is in the result, and their overlap."""
         energies, kept = [fact.energy for fact in self.facts], [0.0] * len(self.parts)
         overlaps: list[ModuleOverlap] = []
         for module, update in merged.updates.items():
@@ -414,10 +377,9 @@ class _Merge:
         return MergeReport(tuple(told), tuple(overlaps))
 
     def _describe(self, combined: dict[str, str]) -> dict[str, str]:
-        """The header: of what the LoRA was merged and how; reads all of the result's base.
+        """Writes the header: the merged LoRAs and how; reads all of the target.
 
-        Args:
-            combined: the headers of all as one.
+        `combined` are the headers of all as one.
         """
         target = self.target
         told = ("name", "strength", "blocks", "trigger", "moved_from", "digest")
@@ -432,13 +394,12 @@ class _Merge:
         if target is None:
             return combined | prefix_notes(notes)
         bases = dict.fromkeys(fact.moved_from for fact in self.facts if fact.moved_from)
-        notes |= {"target": target.name, "target_hash": compute_identity(target) or ""}
+        notes |= {"target": target.name, "target_hash": compute_hint(target)}
         notes["source"] = ", ".join(bases) or target.name
         rewritten = rewrite_metadata(
             combined,
             target_name=target.name,
             target_layout=target.layout,
-            target_sha256=compute_sha256(target),
             target_short_hash=compute_short_hash(target),
             provenance={key: text for key, text in notes.items() if text},
         )
@@ -446,7 +407,7 @@ class _Merge:
         return rewritten | {key: combined[key] for key in kept}
 
     def _report(self, rows: Sequence[ModuleReport], merge: MergeReport, result: Adapter) -> Report:
-        """The report, of what is known by now."""
+        """Reports what is known by now."""
         left_out = dict(self.left_out)
         kept_energy: dict[str, float] = {}
         for name, part in zip(self.names, self.parts, strict=True):
@@ -476,5 +437,8 @@ class _Merge:
 
 
 def _stored_dtype(part: Adapter) -> torch.dtype:
-    """Of a LoRA's factors; of eight bits, which are not written, the sixteen that hold them."""
+    """Returns a LoRA's dtype; for eight bits the sixteen that hold them.
+
+    Eight bits are not written.
+    """
     return part.dtype if part.dtype.itemsize > 1 else torch.float16

@@ -1,4 +1,4 @@
-"""What LoRAs of a merge are called, and whether they can become one, before any is read."""
+"""Names of the LoRAs of a merge, and checks before reading."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .options import LoraLike
 
 
 def name_loras(loras: Sequence[LoraLike]) -> list[str]:
-    """What to call each LoRA: its file without ending, or its number.
+    """Chooses a name for each LoRA: its file without ending, or its number.
 
-    No name is there twice: files of one name have that of their folder before it, then a number.
+    No name occurs twice: files of one name get their folder's before it, then a number.
     """
     paths = [Path(lora) if isinstance(lora, str | PathLike) else None for lora in loras]
     plain = [
@@ -63,9 +63,7 @@ def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
 def check_experts(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
     """Refuses LoRAs of both experts of one model.
 
-    Args:
-        names: of the LoRAs, and of the base that they are for, if there is one.
-        loras: those LoRAs.
+    The base that they are for is among them, if there is one.
 
     Raises:
         WrongBase: one is for high noise and one for low noise.

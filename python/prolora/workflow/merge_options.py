@@ -114,12 +114,12 @@ class MergeOptions:
         object.__setattr__(self, "strengths", tuple(map(float, strengths)))
 
     def as_transfer(self) -> TransferOptions:
-        """The same for a transfer, which says what it is written as."""
+        """Returns the options of a transfer that writes the same."""
         moving, out_rank = self.for_moving(), self.out_rank
         return replace(moving, format=self.format, dtype=self.dtype, out_rank=out_rank)
 
     def for_moving(self) -> TransferOptions:
-        """How a LoRA is moved that has another base than the result."""
+        """Returns the options for moving a LoRA with another base."""
         return TransferOptions(
             vectors=self.vectors,
             cache=self.cache,
@@ -129,12 +129,12 @@ class MergeOptions:
         )
 
     def for_file(self) -> MergeOptions:
-        """The same for a result that is written: in the first LoRA's format if none is asked."""
+        """Returns the options for a file: by default the first LoRA's format."""
         return self if self.format is not None else replace(self, format="auto")
 
 
 def _is_strength(factor: object) -> bool:
-    """Whether it is a number that a LoRA may be multiplied by; a negative one subtracts."""
+    """Recognises a number to multiply a LoRA by; a negative one subtracts."""
     if not isinstance(factor, int | float) or isinstance(factor, bool):
         return False
     return 0 < abs(factor) <= LARGEST_STRENGTH

@@ -1,4 +1,4 @@
-"""What a merge did to each of its LoRAs, and where they are in each other's way."""
+"""What a merge did to its LoRAs, and where they conflict."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .moved_before import fold_base_name
 from .table import Column, Row, Table, make_table
 
 LOSING, SAME = 0.5, 1.05
-"""A LoRA of which less than the first is in the result mostly loses; of one of which more than the
-second is in it, others do a part too."""
+"""Shares of a LoRA in the result: below the first it mostly loses; above the second others
+do a part of it, too."""
 _TOLD = 0.005  # of a LoRA that has no place
 CANCELS, DOUBLES = 0.6, 1.5
 """Where ‖ΣΔW‖² is below or above these parts of Σ‖ΔW‖², LoRAs cancel or do one thing twice."""
@@ -23,79 +23,51 @@ CANCELS, DOUBLES = 0.6, 1.5
 
 @dataclass(frozen=True)
 class MergedPart:
-    """One LoRA of a merge.
+    """One LoRA of a merge."""
 
-    Attributes:
-        name: of the LoRA, without folders.
-        strength: the factor on it.
-        blocks: the factors by block on it; "" without.
-        trigger: its trigger phrase; "" without one.
-        moved_from: the base that it was moved from; "" where it was not moved.
-        stated_base: the base that its header names; "" where it names none.
-        digest: "sha256:…" of its file; "" of a LoRA in memory.
-        modules: how many it has.
-        energy: Σ‖ΔW‖² of all of it, strength included; also of modules without a place.
-        placeless: the share of it in modules that have no place.
-        kept: Σ⟨ΔW_merged, ΔW⟩/Σ‖ΔW‖²: 1 if all of it is in the result; more where another does
-            the same, less where another works against it or a cut left it out.
-    """
-
-    name: str
-    strength: float = 1.0
-    blocks: str = ""
-    trigger: str = ""
-    moved_from: str = ""
-    stated_base: str = ""
-    digest: str = ""
-    modules: int = 0
-    energy: float = 0.0
-    placeless: float = 0.0
+    name: str  # of the LoRA, without folders
+    strength: float = 1.0  # the factor on it
+    blocks: str = ""  # the factors by block on it; "" without
+    trigger: str = ""  # its trigger phrase; "" without one
+    moved_from: str = ""  # the base that it was moved from; "" where it was not moved
+    stated_base: str = ""  # the base that its header names; "" without one
+    digest: str = ""  # "sha256:…" of its file; "" of a LoRA in memory
+    modules: int = 0  # how many it has
+    energy: float = 0.0  # Σ‖ΔW‖² of all of it, strength included; also of modules left behind
+    placeless: float = 0.0  # the share of it in modules without a counterpart
+    # Σ⟨ΔW_merged, ΔW⟩/Σ‖ΔW‖²: 1 if all of it is in the result; more where another does the same,
+    # less where another works against it or a cut left it out.
     kept: float = 0.0
 
 
 @dataclass(frozen=True)
 class ModuleOverlap:
-    """How two LoRAs of a merge relate in one module.
-
-    Attributes:
-        module: its name.
-        first: index of a LoRA.
-        second: index of another one.
-        cosine: ⟨ΔW_i, ΔW_j⟩/(‖ΔW_i‖‖ΔW_j‖): −1 if they cancel, 1 if they do the same.
-        left: Φ, 0 … 1, of what they write.
-        right: Φ of what they read.
-        energy: ‖ΔW_i‖·‖ΔW_j‖, the weight of this row in means.
-        sum_energy: ‖ΔW_i + ΔW_j‖²/(‖ΔW_i‖² + ‖ΔW_j‖²).
-    """
+    """Two LoRAs in a module that both have."""
 
     module: str
-    first: int
-    second: int
-    cosine: float
-    left: float
-    right: float
-    energy: float
-    sum_energy: float
+    first: int  # index of a LoRA
+    second: int  # index of another one
+    cosine: float  # ⟨ΔW_i, ΔW_j⟩/(‖ΔW_i‖‖ΔW_j‖): −1 if they cancel, 1 if they do the same
+    left: float  # Φ, 0 … 1, of what they write
+    right: float  # Φ of what they read
+    energy: float  # ‖ΔW_i‖·‖ΔW_j‖, the weight of this row in means
+    sum_energy: float  # ‖ΔW_i + ΔW_j‖²/(‖ΔW_i‖² + ‖ΔW_j‖²)
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of the LoRAs of a merge.
+    """What became of the LoRAs of a merge."""
 
-    Attributes:
-        parts: a row for each.
-        overlaps: a row for each module and each two LoRAs that have it.
-    """
-
-    parts: tuple[MergedPart, ...]
+    parts: tuple[MergedPart, ...]  # a row for each
+    # A row for each module and each two LoRAs that have it
     overlaps: tuple[ModuleOverlap, ...] = ()
 
     def lines(self) -> list[str]:
-        """For each LoRA how much of it is in the result."""
+        """Says for each LoRA how much of it is in the result."""
         return [_tell_kept(part) for part in self.parts]
 
     def cautions(self) -> list[str]:
-        """Which LoRAs lose, cancel, or do the same thing."""
+        """Says which LoRAs lose, cancel, or do the same thing."""
         said = [
             f"Careful: {part.name} mostly loses; give it a higher strength, or the result a higher "
             "rank."
@@ -123,7 +95,7 @@ class MergeReport:
         return said
 
     def table(self, every_module: bool) -> Table | None:
-        """How the LoRAs relate, two at a time: a row for each two, or for each module of them."""
+        """Tabulates pairs of LoRAs, with a row for each or for each module."""
         columns = [Column("LoRAs"), *([Column("module")] if every_module else [])]
         columns += [Column("modules", "d"), Column("cosine of updates", ".2f")]
         columns += [Column("write alike", ".2f"), Column("read alike", ".2f")]
@@ -156,7 +128,7 @@ def _count(some: Sequence[str], rows: Sequence[ModuleOverlap]) -> str:
 
 
 def _average(rows: Sequence[ModuleOverlap]) -> list[float | None]:
-    """The cells of rows together: cosines and overlaps are means weighted by energy."""
+    """Averages rows to cells: cosines and overlaps weighted by energy."""
     total = sum(row.energy for row in rows)
     means = [
         sum(row.energy * getattr(row, name) for row in rows) / total if total else None
@@ -171,11 +143,9 @@ def _average(rows: Sequence[ModuleOverlap]) -> list[float | None]:
 
 
 def relate_updates(module: str, parts: Mapping[int, LowRank]) -> Iterator[ModuleOverlap]:
-    """How the LoRAs that have a module relate there, two at a time.
+    """Relates the LoRAs that have a module, two at a time.
 
-    Args:
-        module: its name.
-        parts: index of a LoRA -> its update, strength included.
+    `parts` is index of a LoRA -> its update, strength included.
     """
     if len(parts) < 2:
         return

@@ -77,7 +77,9 @@ class Measures:
         left: Sequence[tuple[float, ...]],
         right: Sequence[tuple[float, ...]],
     ) -> list[Measures]:
-        """The numbers of every update of a stack of pairs of weights, one or more for each pair.
+        """Lists the numbers of every update of a stack of weight pairs.
+
+        Each pair has one update or more.
 
         Args:
             info: of the updates, pair by pair.
@@ -105,7 +107,7 @@ class Measures:
         each = info.energy.numel() // len(rungs)
 
         def repeat(values: Sequence[Any]) -> list[Any]:
-            """One value an update: a value of a pair is that of each of its updates."""
+            """Repeats a pair's value for each of its updates."""
             return (
                 [x for x in values for _ in range(each)] if len(values) == len(rungs) else [*values]
             )
@@ -116,7 +118,7 @@ class Measures:
         return [cls(**dict(zip(names, row, strict=True))) for row in rows]
 
 
-# Fields that say nothing of a module that did not move; their defaults are those of a copy.
+# Fields without meaning for a module that did not move; their defaults fit a copy.
 _OF_A_MOVE = ("strength", "surviving_energy", "norm_ratio", "copy_distance", "rank_cut_energy")
 
 
@@ -161,12 +163,13 @@ class ModuleReport:
     measures: Measures | None = None
 
     def at_strength(self, strength: float) -> ModuleReport:
-        """The row of the same update multiplied by `strength`."""
+        """Returns the row of the same update multiplied by `strength`."""
         if strength == 1:
             return self
         # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with X at s = 1.
         kept = self.surviving_energy
-        distance = strength**2 * kept + 1 - 2 * strength * self.share_along
+        along = (kept + 1 - self.copy_distance**2) / 2
+        distance = strength**2 * kept + 1 - 2 * strength * along
         return replace(
             self,
             strength=strength * self.strength,
@@ -175,13 +178,8 @@ class ModuleReport:
             copy_distance=math.sqrt(max(0.0, distance)),
         )
 
-    @property
-    def share_along(self) -> float:
-        """⟨ΔW_t, ΔW_s⟩/‖ΔW_s‖²: the factor on ΔW_s that comes closest to ΔW_t."""
-        return (self.surviving_energy + 1 - self.copy_distance**2) / 2
-
     def cut(self, whole: LowRank, smaller: LowRank) -> ModuleReport:
-        """The row of an update that was cut from `whole` to `smaller`."""
+        """Returns the row of an update that was cut from `whole` to `smaller`."""
         energy = whole.norm().square().item()
         kept = min(1.0, smaller.norm().square().item() / energy) if energy else 1.0
         return replace(
@@ -192,14 +190,14 @@ class ModuleReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as a dict; what a move is measured by is None where there was no move."""
+        """Returns all fields; measures of a move are None without one."""
         record = asdict(self)
         if self.status != "mapped":
             record |= dict.fromkeys(_OF_A_MOVE)
         return record
 
     def to_record(self) -> dict[str, Any]:
-        """`to_dict` without a dict inside and without NaN; every row has the same keys."""
+        """Flattens `to_dict`, without NaN; every row has the same keys."""
         record = self.to_dict()
         del record["measures"]
         record |= {
@@ -212,13 +210,13 @@ class ModuleReport:
 
 
 def measure_coverage(rows: Iterable[ModuleReport]) -> float:
-    """The share of a LoRA's modules that found a place, 0 … 1."""
+    """Returns the share of a LoRA's modules with a counterpart, 0 … 1."""
     names, placed = split_modules(rows)
     return len(placed) / len(names) if names else 0.0
 
 
 def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
-    """The LoRA's modules, and those of them that found a place."""
+    """Returns the LoRA's modules, and the ones with a counterpart."""
     own = [row for row in rows if row.rank_in]
     placed = {row.source for row in own if row.status == "mapped"}
     return {row.source for row in own}, placed

@@ -1,4 +1,7 @@
-"""A LoRA that prolora moved before belongs on the base that it was moved to, and on no other."""
+"""LoRAs that prolora moved before, and their bases.
+
+A moved LoRA belongs on the base that it was moved to, and on no other.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .options import LoraLike, TransferOptions, begin_message
 
 log = logging.getLogger(__name__)
 
-# Words of file names that tell in which form a model is stored, and not which model it is.
+# Words of file names for the form in which a model is stored, not for the model.
 _FORMS = re.compile(
     r"safetensors|gguf|diffusers|b?fp?(?:8|16|32)|float(?:8|16|32)|half|int8|scaled|e4m3(?:fn)?|e5m2"
     r"|pruned|emaonly|ema|noema"
@@ -66,7 +69,7 @@ def check_moved_before(
 
 
 def tell_moved_before(moves: Sequence[Move]) -> list[str]:
-    """That a LoRA was moved before, and what that means for what is said of its next move."""
+    """Tells that a LoRA was moved before, and what follows."""
     # A merge on one base names that as its source, too.
     moves = [move for move in moves if move.method != MERGE or move.source != move.target]
     if not moves:
@@ -78,7 +81,10 @@ def tell_moved_before(moves: Sequence[Move]) -> list[str]:
 
 
 def find_newer_base(metadata: Mapping[str, str], base: str) -> str:
-    """The base that a LoRA was moved to last, from one of this very name; "" for none."""
+    """Returns the base that a LoRA was moved to last from this one.
+
+    "" for none; the names must be equal.
+    """
     moves = read_moves(metadata)
     if not moves or moves[-1].source != base:
         return ""
@@ -87,7 +93,7 @@ def find_newer_base(metadata: Mapping[str, str], base: str) -> str:
 
 
 def read_header(lora: LoraLike) -> Mapping[str, str]:
-    """The header of a LoRA, with the base that PEFT's configuration names; of a state dict none."""
+    """Reads a LoRA's header and PEFT's base name; a state dict has none."""
     if isinstance(lora, Adapter):
         return lora.metadata
     if isinstance(lora, Mapping):
@@ -100,15 +106,9 @@ def read_header(lora: LoraLike) -> Mapping[str, str]:
 def _explain_other_base(
     last: Move, source: Base, short_hash: str | None, cache: BasisCache | None
 ) -> str | None:
-    """Why a base is not the one that a LoRA was moved to; None if it is, or may be.
-
-    Args:
-        last: the last move of the LoRA.
-        source: the base.
-        short_hash: eight digits of the recorded target's file, where the header has them.
-        cache: remembers the hashes of files.
-    """
-    same = is_identical(source, last.target_hash, short_hash, cache)
+    """Explains why a base is not the LoRA's last one; None if it may be."""
+    memory = cache.folder if cache else None
+    same = is_identical(source, last.target_hash, short_hash, memory)
     if same:
         return None
     named = fold_base_name(source.name)
@@ -139,7 +139,7 @@ def _explain_other_base(
 
 
 def fold_base_name(name: str) -> str:
-    """A base's name without folders, without case and without words for how it is stored."""
+    """Folds a base's name: no folders, case or words for its storage."""
     plain = _QUANTISED.sub("", re.split(r"[/\\]", name)[-1].lower())
     words = re.split(r"[\s._-]+", plain)
     return " ".join(word for word in words if word and not _FORMS.fullmatch(word))

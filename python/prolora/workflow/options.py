@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -24,12 +23,12 @@ from ..adapters.lora import Lora, LoraSource
 from ..bases.base import Progress
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..core.arrays import make_fields_plain
-from ..core.methods import Method, MethodChoice, Needs, find_method
+from ..core.methods import Method, MethodChoice, find_method
 from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import DeviceLike, resolve_device
-from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
+from ..core.verdict import AUTO, DEFAULT_THRESHOLD
 from ..errors import InvalidOption
 from ..files.hub import spell_path
 from ..files.sizes import parse_limit
@@ -67,7 +66,6 @@ DtypeLike = torch.dtype | DtypeName
 
 TextEncoderMode = Literal["copy", "project", "skip"]
 VectorsMode = Literal["copy", "skip"]
-Strength = float | Literal["auto"]
 
 TransferMethod = Literal["best"] | MethodChoice
 """What a transfer takes as its method: "best" also runs the models, where that gives more."""
@@ -76,7 +74,8 @@ METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
 BEST: TransferMethod = "best"
 OF_A_FIT_TOO = (
-    *("text_encoder", "match", "again", "min_coverage", "format", "dtype", "overwrite"),
+    *("text_encoder", "match", "again", "target_steps", "min_coverage", "format", "dtype"),
+    "overwrite",
     *("cache", "device", "max_memory", "progress"),
 )
 """Options that mean the same for a fit: the only ones that method "best" takes."""
@@ -95,30 +94,20 @@ class TransferOptions:
 
     method: TransferMethod = option(
         "auto",
-        'How to move the LoRA. "auto": what docs/evidence.md found best for bases as far apart as '
-        'these; "best": the same, and a fit to the running models (as `fit` makes it) where '
-        'weights say too little; "copy": the update as it is; "damped": weakened along what the '
-        'target has learnt; "prolora": the paper; "subspace": its ablation without the '
-        'complement; "lora-x", "blocks": its relatives.',
+        'How to move the LoRA. "auto": a copy, or a refusal where the weights of the two models '
+        'have nothing in common; "best": the same, and a fit to the running models (as `fit` makes '
+        'it) where weights say too little; "copy": the update as it is, whatever the weights say; '
+        '"prolora": the paper.',
         panel=METHOD,
         basic=True,
         words=METHOD_NAMES,
     )
-    strength: Strength | None = option(
-        None,
-        'Factor on every update; "auto" takes what suits these bases best. Default: "auto" '
-        'with method "auto", otherwise 1.',
+    strength: float = option(
+        1.0,
+        "Factor on every update.",
         panel=METHOD,
-        metavar="FACTOR|auto",
+        metavar="FACTOR",
         basic=True,
-    )
-    look: LookMode = option(
-        "target",
-        'What method "auto" aims at. "target": the LoRA\'s idea in the target\'s own look; '
-        '"lora": the images that the LoRA was made for.',
-        panel=METHOD,
-        basic=True,
-        words=get_args(LookMode),
     )
     rank: Rank = option(
         DEFAULT_RANK,
@@ -140,9 +129,6 @@ class TransferOptions:
         'no update. Method "copy" looks at no weights and skips nothing.',
         panel=METHOD,
         metavar="SHARE",
-    )
-    damping: float | None = option(
-        None, 'κ of method "damped", 0 or more. Default: chosen by the drift between the bases.'
     )
     text_encoder: TextEncoderMode = option(
         "copy",
@@ -170,6 +156,14 @@ class TransferOptions:
         "JSON file or mapping {target module: source module}.",
         panel=MATCHING,
         metavar="auto|name|similarity|FILE",
+    )
+    target_steps: int | None = option(
+        None,
+        "Steps in which you draw with the target, where it is a model of few steps and no folder "
+        "of a pipeline, whose files would tell.",
+        panel=METHOD,
+        metavar="STEPS",
+        decides=False,
     )
     min_coverage: float = option(
         0.0,
@@ -201,9 +195,7 @@ class TransferOptions:
     )
     overwrite: bool = option(
         False,
-        "Replace a file that prolora did not write, or that was changed since; in a folder of "
-        "several LoRAs, also results that are there already. A single result of prolora that "
-        "nobody has changed is replaced in any case.",
+        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
         panel=OUTPUT,
         decides=False,
     )
@@ -252,18 +244,11 @@ class TransferOptions:
             words, value = read_shown(known).words, getattr(self, known.name)
             if words and not (value == known.default or isinstance(value, torch.dtype)):
                 check_choice(known.name, value, words)
+        if self.target_steps is not None and self.target_steps < 1:
+            raise InvalidOption(f"`target_steps` must be 1 or more, not {self.target_steps!r}")
         for name in ("threshold", "min_coverage"):
             _check_share(name, getattr(self, name))
-        if self.damping is not None and not (
-            isinstance(self.damping, float | int) and 0 <= self.damping < math.inf
-        ):
-            raise InvalidOption(f"`damping` must be 0 or more, not {self.damping!r}")
-        if isinstance(self.strength, str):
-            if self.strength != AUTO:
-                raise InvalidOption(f'`strength` must be a number or "auto", not {self.strength!r}')
-        elif self.strength is not None and not (
-            isinstance(self.strength, float | int) and 0 < self.strength <= LARGEST_STRENGTH
-        ):
+        if not (isinstance(self.strength, float | int) and 0 < self.strength <= LARGEST_STRENGTH):
             raise InvalidOption(
                 f"`strength` must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
                 f"{self.strength!r}"
@@ -277,7 +262,7 @@ class TransferOptions:
             self._check_best()
 
     def _check_best(self) -> None:
-        """Refuses what a fit, which method "best" may make, cannot do.
+        """Refuses what a fit by method "best" cannot do.
 
         Raises:
             InvalidOption: names the option.
@@ -285,51 +270,21 @@ class TransferOptions:
         for known in fields(self):
             name, value = known.name, getattr(self, known.name)
             if name not in ("method", *OF_A_FIT_TOO) and value != known.default:
-                told = f"{name}='{value}'" if name == "look" else name
                 raise InvalidOption(
-                    f"`{told}` cannot be chosen with `method='best'`, because a fit cannot use it: "
+                    f"`{name}` cannot be chosen with `method='best'`, because a fit cannot use it: "
                     "keep the default there, or choose another method"
                 )
         if self.text_encoder == "project":
             raise InvalidOption("`text_encoder` must be copy or skip with `method='best'`")
 
     def for_file(self) -> TransferOptions:
-        """The same for a result that is written: the format is the LoRA's own if none is asked."""
+        """Returns the options for a file: by default the LoRA's own format."""
         return self if self.format is not None else replace(self, format="auto")
 
-    def decide(self, verdict: Verdict | None) -> TransferOptions:
-        """The options with method, strength and damping settled.
-
-        Args:
-            verdict: on the pair of bases; None where no weight is moved, so that there is nothing
-                to choose a method by.
-        """
-        if verdict is not None:
-            settled: Any = verdict.decide(self.method, self.strength, self.damping, self.look)
-            return replace(
-                self,
-                method=settled.method,
-                strength=settled.strength,
-                damping=settled.damping,
-            )
-        # Without weights there is no drift to weaken an update along.
-        copies = self.chosen is None or self.chosen.needs is Needs.WEIGHTS
-        return replace(self, method="copy" if copies else self.method, strength=self.factor)
-
     @property
-    def chosen(self) -> Method | None:
-        """The method's row of `METHODS`; None as long as "auto" has chosen none."""
-        return None if self.method in (AUTO, BEST) else find_method(self.method)
-
-    @property
-    def kappa(self) -> float:
-        """The damping as a number, once it is known; 0 before."""
-        return self.damping or 0.0
-
-    @property
-    def factor(self) -> float:
-        """The strength as a number, once it is known (see `decide`); 1 before."""
-        return float(self.strength) if isinstance(self.strength, float | int) else 1.0
+    def chosen(self) -> Method:
+        """The method that moves the updates."""
+        return find_method("copy" if self.method in (AUTO, BEST) else self.method)
 
     @property
     def memory_limit(self) -> int | None:
@@ -370,15 +325,14 @@ class OptionChanges(MadeChanges, BaseChanges, total=False):
     """The fields of `TransferOptions` as keywords, for type checkers; a test compares the two."""
 
     method: TransferMethod
-    strength: Strength | None
-    look: LookMode
+    strength: float
     rank: Rank
     blocks: Blocks | None
     threshold: float
-    damping: float | None
     text_encoder: TextEncoderMode
     again: bool
     match: Match
+    target_steps: int | None
     min_coverage: float
 
 
@@ -387,7 +341,7 @@ Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
-    """The options with changes made by keyword, and the device chosen where none is asked for.
+    """Applies changes by keyword, and chooses a device if none is asked.
 
     Args:
         options: as they were given.
@@ -396,7 +350,7 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
             options are made, as the default ones are while the package is imported.
 
     Raises:
-        InvalidOption: an option that there is not, or a value that it does not take.
+        InvalidOption: an unknown option, or a value that it does not take.
     """
     known = {taken.name for taken in fields(options)}
     for name in changes:
@@ -458,10 +412,10 @@ _TAKERS: dict[str, list[str]] = {}
 
 
 def _check_kind(given: object, kind: type, function: str) -> None:
-    """Refuses options that are not those of a function.
+    """Refuses options of another function.
 
     Raises:
-        InvalidOption: names those that it takes, and the functions that take the others.
+        InvalidOption: names the options it takes, and the functions that take the others.
     """
     if isinstance(given, kind):
         return
@@ -490,7 +444,7 @@ def _check_share(name: str, value: float) -> None:
 
 
 def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
-    """The dtype that a name stands for.
+    """Returns the dtype of a name.
 
     Raises:
         InvalidOption: it is no dtype and no name of one.
@@ -503,12 +457,16 @@ def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
 
 
 def name_lora(lora: LoraLike | None) -> str:
-    """The name of its file or folder, and what is said of a LoRA in memory."""
+    """Returns the name of a LoRA's file or folder, "the LoRA" in memory."""
+    if isinstance(lora, Lora) and lora.path:
+        return Path(lora.where).name
     return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 
 def begin_message(lora: LoraLike) -> str:
-    """The beginning of a message about a LoRA: where it lies, nothing of one in memory."""
+    """Begins a message about a LoRA with its path, if it has one."""
+    if isinstance(lora, Lora) and lora.path:
+        return f"{lora.where}: "
     return f"{spell_path(lora)}: " if isinstance(lora, str | PathLike) else ""
 
 

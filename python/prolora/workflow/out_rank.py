@@ -20,13 +20,16 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
 def parse_percentage(out_rank: OutRank) -> float | None:
-    """The number before the % of "50%"; None for any other form."""
+    """Returns the number before the % of "50%"; None for any other form."""
     match = _PERCENT.fullmatch(out_rank) if isinstance(out_rank, str) else None
     return float(match[1]) if match else None
 
 
 def parse_size_limit(out_rank: OutRank) -> int | None:
-    """The bytes of "100MB"; None for any other form: a number without a unit is a rank."""
+    """Returns the bytes of "100MB"; None for any other form.
+
+    A number without a unit is a rank.
+    """
     if not isinstance(out_rank, str) or not out_rank.strip()[-1:].isalpha():
         return None
     try:
@@ -36,7 +39,7 @@ def parse_size_limit(out_rank: OutRank) -> int | None:
 
 
 def is_out_rank(out_rank: object) -> bool:
-    """Whether it is one of `OUT_RANK_FORMS`."""
+    """Returns whether a value is one of `OUT_RANK_FORMS`."""
     if isinstance(out_rank, str):
         number = parse_percentage(out_rank) or parse_size_limit(out_rank) or 0
         return out_rank == EXACT or number > 0
@@ -46,14 +49,11 @@ def is_out_rank(out_rank: object) -> bool:
 
 
 def cut_rank(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
-    """The update [m, n] at its output rank; the same object where nothing is cut.
+    """Cuts the update [m, n] to its output rank; unchanged if nothing is cut.
 
-    Args:
-        update: the moved update.
-        out_rank: "exact" keeps it; an int keeps at most that many singular values; a float the
-            fewest that hold this share of Σσ²; "50%" half as many as the LoRA's own rank, rounded
-            up; a size keeps it too, as it bounds all updates together (see `OutputForm.fit`).
-        rank_in: the rank that the module has in the LoRA itself; 0 where it has none.
+    `out_rank` "exact" keeps it; an int keeps at most that many singular values; a float the fewest
+    that hold this share of Σσ²; "50%" half as many as the LoRA's own rank `rank_in`, rounded up; a
+    size keeps it too, as it bounds all updates together (see `OutputForm.fit`).
     """
     if out_rank == EXACT or parse_size_limit(out_rank) is not None:
         return update

@@ -56,7 +56,7 @@ class Outcome:
         return "would move" if self.planned else "moved"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report, or the error, ready for JSON."""
+        """Returns the report, or the error, ready for JSON."""
         entry: dict[str, Any] = {
             "lora": spell_path(self.lora),
             "out": None if self.planned else str(self.out),

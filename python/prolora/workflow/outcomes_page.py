@@ -13,7 +13,7 @@ from .table import NOTHING, Below, Cell, Column, Row, Table, make_table
 
 
 def tabulate_outcomes(outcomes: Sequence[Outcome]) -> Table:
-    """What became of each LoRA."""
+    """Tabulates what became of each LoRA."""
     counts = Counter(outcome.status for outcome in outcomes)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     columns = Column("LoRA"), Column("status"), *(Column(n, "d") for n in ("mapped", "skipped"))
@@ -24,13 +24,13 @@ def tabulate_outcomes(outcomes: Sequence[Outcome]) -> Table:
 
 
 def name_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
-    """The LoRA's name; that of the result where a LoRA has one for each expert."""
+    """Returns the LoRA's name, or its result's for one of two experts."""
     several = sum(other.lora == outcome.lora for other in outcomes) > 1
     return outcome.out.name if several else outcome.lora.name
 
 
 def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Row:
-    """A row: the numbers, and on a page the map and the sentences below the name."""
+    """Makes a row: the numbers, and on a page the map and sentences."""
     name, report = name_outcome(outcome, outcomes), outcome.report
     if report is None:
         sentences = (str(outcome.error),) if outcome.error else ()
@@ -47,15 +47,13 @@ def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Row:
 
 
 def render_outcomes(outcomes: Sequence[Outcome], facts: Mapping[str, str] | None = None) -> str:
-    """What became of LoRAs, as one HTML file: the whole report of one, a row for each of several.
+    """Renders outcomes as one HTML file: one whole report, or several rows.
 
-    Args:
-        outcomes: in the order of their rows.
-        facts: more of how they were made, by what each is called: the command.
+    `facts` say more of how they were made, by name: the command.
     """
     first, report = outcomes[0], outcomes[0].report
     if len(outcomes) == 1 and report is not None:
-        known = {"LoRA": first.lora.name}  # in which folder is nobody's business
+        known = {"LoRA": first.lora.name}  # without the folder, which is private
         if not first.planned:
             known["written to"] = first.out.name
         return report.to_html(known | dict(facts or {}))
@@ -72,7 +70,7 @@ def render_outcomes(outcomes: Sequence[Outcome], facts: Mapping[str, str] | None
 
 
 def _list_shared(reports: Sequence[Report]) -> dict[str, str]:
-    """The facts that are the same for all."""
+    """Returns the facts that are the same for all."""
     facts = [report.facts() for report in reports]
     first = facts[0] if facts else {}
     return {name: text for name, text in first.items() if all(f.get(name) == text for f in facts)}

@@ -8,48 +8,29 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
+from ..adapters.folder import PEFT_CONFIG
 from ..adapters.hub import look_for_adapter
-from ..adapters.writing import has_own_config
 from ..errors import OutputError
 from ..files.hub import WEIGHT_FILES, find_hub_id, is_broken_id, spell_path
-from ..files.ownership import Kind, check_replaceable, foreign_file
-from ..files.writing import check_writable
+from ..files.store import check_free
 
 StrPath = str | PathLike[str]
 
 
 def check_output(path: StrPath, inputs: Iterable[StrPath], overwrite: bool = False) -> None:
-    """Refuses an output that cannot be written, or that is an input or a folder around one.
-
-    A PEFT folder may exist, and keeps what is not prolora's. It is exchanged as a whole, so no
-    model may lie in it.
+    """Refuses an output that exists, is unwritable, or overlaps an input.
 
     Args:
         path: a file or a PEFT folder.
         inputs: files or folders that must not be overwritten.
-        overwrite: replace what prolora did not write.
+        overwrite: replace what exists.
 
     Raises:
-        ForeignFile: a file is there that prolora did not write.
+        OutputExists: something has that name.
         OutputError: says why.
     """
     check_name(path)
-    folder, inputs = Path(path), list(inputs)
-    if not os.path.isdir(folder):
-        check_writable(folder, inputs)
-        check_replaceable(folder, "LoRA", overwrite)
-        return
-    own = Path(os.path.realpath(folder))
-    for source in (Path(os.path.realpath(source)) for source in inputs):
-        if own == source or own in source.parents:
-            raise OutputError(
-                f"{path}: holds the input {source}; name a folder that is for the adapter only"
-            )
-    check_writable(folder / PEFT_WEIGHTS, inputs)
-    check_replaceable(folder / PEFT_WEIGHTS, "LoRA", overwrite)
-    if os.path.isfile(folder / PEFT_CONFIG) and not (overwrite or has_own_config(folder)):
-        raise foreign_file(folder / PEFT_CONFIG, "configuration")
+    check_free(path, inputs, overwrite=overwrite, folder=os.path.isdir(path))
 
 
 def check_name(path: StrPath) -> None:
@@ -59,11 +40,9 @@ def check_name(path: StrPath) -> None:
 
 
 def check_results_folder(folder: StrPath, count: int) -> None:
-    """Refuses a folder of results that has no name, or that of a file.
+    """Refuses a results folder without a name, or with a file's.
 
-    Args:
-        folder: where the results go; one that is there already may have any name.
-        count: of the LoRAs.
+    An existing folder may have any name; `count` is the number of LoRAs.
 
     Raises:
         OutputError: says why.
@@ -78,9 +57,9 @@ def check_results_folder(folder: StrPath, count: int) -> None:
 
 
 def name_output(lora: Path, format: str, appended: str = "", stem: str | None = None) -> str:
-    """The name of a LoRA's result in a folder: a PEFT adapter is a folder and has no suffix.
+    """Returns the name of a LoRA's result in a folder.
 
-    Every other LoRA is a .safetensors file.
+    A PEFT adapter is a folder and has no suffix; every other LoRA is a .safetensors file.
 
     Args:
         lora: the input.
@@ -95,7 +74,7 @@ def name_output(lora: Path, format: str, appended: str = "", stem: str | None = 
 
 
 def split_lora_name(lora: Path) -> tuple[str, str]:
-    """The name of a LoRA and the suffix of its file; of an id on the hub, the last part."""
+    """Splits a LoRA's name and suffix; a hub id counts by its last part."""
     id_ = None if is_broken_id(lora) else find_hub_id(lora)
     named = Path(id_.name) if id_ else lora
     # os.path answers "no" where a path cannot be looked at; the reader says why later.
@@ -105,16 +84,14 @@ def split_lora_name(lora: Path) -> tuple[str, str]:
 
 
 def is_peft_folder(lora: Path) -> bool:
-    """Whether a LoRA is as PEFT saves it; not where it cannot be looked at."""
+    """Recognises a LoRA as PEFT saves it; False for unreadable paths."""
     return os.path.isfile(look_for_adapter(lora) / PEFT_CONFIG)
 
 
 def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Refuses results that overwrite each other.
 
-    Args:
-        loras: the inputs; what only looks like an id on the hub has no result.
-        outputs: the result of each.
+    What only looks like an id on the hub has no result.
 
     Raises:
         OutputError: two would be one file, on a volume that ignores case and Unicode forms too.
@@ -133,36 +110,17 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
 
 
 def _fold_name(name: str) -> str:
-    """What volumes that ignore case and Unicode forms compare."""
+    """Folds case and Unicode forms, as some volumes do."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def check_beside(
-    path: StrPath, kind: Kind, inputs: Iterable[StrPath] = (), overwrite: bool = False
-) -> None:
-    """Refuses the path of a report, a picture or another file that goes with a result.
-
-    Args:
-        path: a file.
-        kind: of the file; only its like is replaced.
-        inputs: files or folders that must not be overwritten.
-        overwrite: replace what prolora did not write.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write.
-        OutputError: it cannot be written.
-    """
-    check_writable(path, inputs)
-    check_replaceable(path, kind, overwrite)
-
-
 def is_page_path(path: StrPath) -> bool:
-    """Whether a report of that name is written as an HTML page."""
+    """Returns whether a report of that name is an HTML page."""
     return Path(path).suffix.lower() in (".html", ".htm")
 
 
 def fold_path(path: Path) -> tuple[str, ...]:
-    """The parts of a path as volumes compare them that ignore case and Unicode forms."""
+    """Returns the parts of a path, with case and Unicode forms folded."""
     return tuple(_fold_name(part) for part in path.parts)
 
 

@@ -18,7 +18,6 @@ from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
-from ..core.methods import Needs
 from ..errors import ProLoRAError, explain_os_error
 from .by_weights.base_pair import BasePair
 from .by_weights.decision import label_stage
@@ -58,10 +57,10 @@ class Task:
             if self.outcome:
                 self.outcome = replace(self.outcome, seconds=self.seconds)
 
-    def is_made(self, recipe: Recipe, cache: BasisCache) -> bool:
-        """Whether the result is there already; that is the outcome then."""
+    def is_made(self, recipe: Recipe) -> bool:
+        """Returns whether the result exists already, and takes it as the outcome."""
         self.recipe = recipe
-        if recipe.options.overwrite or not recipe.is_made(self.out, cache):
+        if recipe.options.overwrite or not recipe.is_made(self.out):
             return False
         self.outcome = Outcome(self.lora, self.out, kept=True, behind=recipe.list_unread())
         return True
@@ -73,7 +72,7 @@ class Task:
 
 
 def as_refusal(error: BaseException) -> ProLoRAError:
-    """An error of the system or of torch, as one of prolora's."""
+    """Turns an error of the system or of torch into one of prolora's."""
     if isinstance(error, ProLoRAError):
         return error
     said = explain_os_error(error) if isinstance(error, OSError) else str(error)
@@ -88,15 +87,12 @@ class PairMover:
 
     They are taken a few at a time, as many as memory allows. What a later group needs of the
     weights is in the basis cache by then.
-
-    Attributes:
-        pair: the bases, with blocks matched; it shows no progress, since each group labels its own.
-        asked: the options as they were given.
-        hold_back: whether a result for this place is not to be written. None writes all.
     """
 
+    # The bases, with blocks matched; it shows no progress, since each group labels its own
     pair: BasePair
-    asked: TransferOptions
+    asked: TransferOptions  # the options as they were given
+    # Whether a result for this path is not to be written; None writes all
     hold_back: Callable[[Transfer, Path], bool] | None = None
 
     @classmethod
@@ -108,11 +104,11 @@ class PairMover:
         pair = BasePair(source, target, replace(asked, match=match, progress=None), cache)
         return cls(pair, asked)
 
-    def _look_up(self, task: Task, cache: BasisCache) -> None:
-        task.is_made(task.recipe or self.make_recipe(task), cache)
+    def _look_up(self, task: Task) -> None:
+        task.is_made(task.recipe or self.make_recipe(task))
 
     def make_recipe(self, task: Task) -> Recipe:
-        """What determines the result; reads the whole LoRA, for its hash.
+        """Reads what determines the result: the whole LoRA, for its hash.
 
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
@@ -122,15 +118,13 @@ class PairMover:
     def run(
         self, tasks: Sequence[Task], cache: BasisCache, loras: Sequence[Path]
     ) -> Iterator[Task]:
-        """Does the tasks, in groups that fit into memory, and gives each when it has its outcome.
+        """Does the tasks in groups that fit into memory; yields finished ones.
 
-        Args:
-            tasks: those whose result is there already come first.
-            cache: what is known of the weights.
-            loras: all LoRAs of the caller, for progress; none of them is overwritten.
+        Tasks with an existing result come first. `loras` are all LoRAs of the caller, for progress;
+        none of them is overwritten.
         """
         for task in tasks:
-            task.attempt(partial(self._look_up, task, cache))
+            task.attempt(partial(self._look_up, task))
         yield from [task for task in tasks if task.outcome]
         left = [task for task in tasks if task.outcome is None]
         groups = list(_group_tasks(left, self.pair.memory))
@@ -143,7 +137,7 @@ class PairMover:
                 kept.save()
 
     def _list_inputs(self, loras: Iterable[Path]) -> list[Path]:
-        """What no output may overwrite: the LoRAs that are there, and the bases."""
+        """Lists what no output may overwrite: existing LoRAs, and the bases."""
         # A path that cannot be looked at is no file that could be overwritten.
         there = [lora for lora in loras if os.path.exists(lora)]
         return [*there, *self.pair.source.files, *self.pair.target.files]
@@ -151,7 +145,7 @@ class PairMover:
     def _move_group(
         self, pair: BasePair, group: list[Task], inputs: list[Path], progress: Progress | None
     ) -> Iterator[Task]:
-        """The stages of a transfer by weights, for several LoRAs together."""
+        """Runs the stages of a transfer by weights for several LoRAs together."""
 
         def show(done: int, what: str) -> None:
             if progress:
@@ -179,26 +173,28 @@ class PairMover:
 
     def _plan(self, pair: BasePair, task: Task, inputs: list[Path]) -> Ledger:
         check_output(task.out, inputs, self.asked.overwrite)
-        return pair.plan(task.lora)
+        # What was hashed is what is read: an open LoRA refuses a file that was changed since.
+        with task.recipe.lora if task.recipe else Lora.open(task.lora) as lora:
+            return pair.plan(lora)
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
         if self.hold_back and self.hold_back(done, task.out):
             return done.report
-        return save_result(done, task.out, self.asked)
+        return save_result(done, task.out, self.asked).report
 
 
 def _estimate_bytes(lora: Path) -> int:
-    """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
+    """Estimates a LoRA's memory on its way; 0 for unreadable ones."""
     try:
-        headers = Lora.open(lora).headers.values()
+        with Lora.open(lora) as opened:
+            return BYTES_A_NUMBER * sum(math.prod(x.shape) for x in opened.headers.values())
     except LORA_FAILURES:
         return 0
-    return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)
 
 
 def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:
-    """The LoRAs in groups that fit into memory, at least one each."""
+    """Groups the LoRAs so that each group fits into memory."""
     group: list[Task] = []
     size = 0
     for task in tasks:
@@ -214,9 +210,8 @@ def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:
 
 @contextmanager
 def _keep_bases(cache: BasisCache, options: TransferOptions, groups: int) -> Iterator[BasisCache]:
-    """The cache; where there is no folder, what is needed again goes to a temporary one."""
-    may_factorise = options.chosen is None or options.chosen.needs is Needs.BASES
-    if cache.folder is None and groups > 1 and may_factorise:
+    """Yields the cache, or a temporary one if bases are needed again."""
+    if cache.folder is None and groups > 1 and options.chosen.needs_bases:
         with tempfile.TemporaryDirectory(prefix="prolora-") as temporary:
             yield BasisCache(temporary)
     else:
@@ -226,7 +221,7 @@ def _keep_bases(cache: BasisCache, options: TransferOptions, groups: int) -> Ite
 def _label_progress(
     group: list[Task], loras: Sequence[Path], progress: Progress | None
 ) -> Progress | None:
-    """The caller's callback; it is told which LoRAs are at work."""
+    """Labels the caller's callback with the LoRAs at work."""
     first, last = (loras.index(task.lora) + 1 for task in (group[0], group[-1]))
     of = f"{first}" if first == last else f"{first}–{last}"
     return label_stage(f"LoRA {of} of {len(loras)}:", progress)

@@ -1,4 +1,4 @@
-"""A LoRA of another base, moved in memory and loaded into a diffusers pipeline."""
+"""A LoRA of another base, loaded into a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def load_moved_lora(
     adapter_weight: float = 1.0,
     **changes: Unpack[OptionChanges],
 ) -> Report:
-    """Moves a LoRA to the base that a pipeline holds, and loads it there without a file.
+    """Moves a LoRA to a pipeline's base, and loads it there.
 
-    It does what `pipe.load_lora_weights` does for a LoRA of this base. Weights are read from the
-    pipeline as they are in memory; LoRAs that are attached already stay attached and do not count.
-    As there, the new adapter alone is active then; `pipe.set_adapters` combines several.
+    It does what `pipe.load_lora_weights` does for a LoRA of this base, without a file. Weights are
+    read from the pipeline as they are in memory; LoRAs that are attached already stay attached and
+    do not count. As there, the new adapter alone is active then; `pipe.set_adapters` combines
+    several.
 
     Args:
         pipe: a diffusers pipeline with a `unet` or `transformer` and `load_lora_weights`.
@@ -45,7 +46,7 @@ def load_moved_lora(
         options: how to move it.
         adapter_name: as `pipe.set_adapters` will call it; None leaves the name to diffusers.
         adapter_weight: its weight.
-        **changes: options by name, in place of those.
+        **changes: single options by name; they win over `options`.
 
     Returns:
         What was kept and lost.
@@ -66,5 +67,5 @@ def load_moved_lora(
 
 
 def _list_adapters(pipe: Any) -> set[str]:
-    """The names of all adapters that any component of a pipeline holds."""
+    """Returns the names of all adapters in a pipeline's components."""
     return {name for names in pipe.get_list_adapters().values() for name in names}

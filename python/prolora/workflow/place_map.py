@@ -18,21 +18,13 @@ OUTSIDE = "outside"
 
 @dataclass(frozen=True)
 class Spot:
-    """A module of a map.
+    """A module of a map."""
 
-    Attributes:
-        name: of the module.
-        share: the number that its colour shows, 0 … 1; None where it is not known.
-        is_there: False where there is nothing to show, as of a module that did not move.
-        weight: how much its number counts beside others in its cell.
-        text: what is said of it where somebody points at it.
-    """
-
-    name: str
-    share: float | None
-    is_there: bool = True
-    weight: float = 1.0
-    text: str = ""
+    name: str  # of the module
+    share: float | None  # the number that its colour shows, 0 … 1; None where it is not known
+    is_there: bool = True  # False where there is nothing to show, for a module that did not move
+    weight: float = 1.0  # how much its number counts beside others in its cell
+    text: str = ""  # shown under the pointer
 
 
 @dataclass(frozen=True, order=True)
@@ -47,15 +39,10 @@ class MapColumn:
 
 @dataclass(frozen=True)
 class MapCell:
-    """The modules of one kind in one block; mostly one.
+    """The modules of one kind in one block; mostly one."""
 
-    Attributes:
-        spots: the modules.
-        indices: where they stand among all modules.
-    """
-
-    spots: tuple[Spot, ...]
-    indices: tuple[int, ...]
+    spots: tuple[Spot, ...]  # the modules
+    indices: tuple[int, ...]  # their indices among all modules
 
     @property
     def is_there(self) -> bool:
@@ -116,7 +103,7 @@ class PlaceMap:
 
 
 def _find_place(module: str) -> tuple[MapColumn, str]:
-    """The column and the kind of a module."""
+    """Returns the column and the kind of a module."""
     place, depth, kind = split_module(module)
     stage = find_stage(module) if place else OUTSIDE
     # Beside the stack it surrounds, and before it.

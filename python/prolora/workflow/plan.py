@@ -1,10 +1,10 @@
-"""Where every module of a LoRA goes, and why one is skipped or refused: from names and shapes.
+"""The target of every LoRA module, from names and shapes alone.
 
 No weight is read here. Every module of the adapter ends in the plan exactly once: as a pair, as
-skipped with the reason, or as refused with the reason. Three
-reasons to skip arise elsewhere: an overlap Φ below the threshold (`by_weights/apply_method.py`),
-a pair of weights that have nothing in common (`by_weights/decision.py`), and an update that depends
-on a weight that the base does not hold (`adapters/reading.py`).
+skipped with the reason, or as refused with the reason. Three reasons to skip arise elsewhere: an
+overlap Φ below the threshold (`by_weights/apply_method.py`), a pair of weights that have nothing in
+common (`by_weights/decision.py`), and an update that depends on a weight that the base does not
+hold (`adapters/reading.py`).
 """
 
 from __future__ import annotations
@@ -56,34 +56,27 @@ class Pair:
 
 @dataclass
 class ModulePlan:
-    """Where every module of an adapter goes.
+    """The target of every module of an adapter."""
 
-    Attributes:
-        pairs: modules to project, in the target's order. A source may feed several targets.
-        passed: text-encoder modules, carried over unchanged.
-        skipped: source module -> why it has no place on the target.
-        refused: source module -> why nothing well defined can be written.
-        rule: how modules were paired, for the report.
-        table: target module -> source module, over all modules of the two bases.
-        decisions: where blocks were matched by similarity, the source of every block and the
-            runner-up.
-        dropped: where blocks were matched by similarity, the source's blocks that feed none.
-        renumbered: target's block -> the source's block whose weights it holds, where equal names
-            say otherwise.
-    """
-
+    # Modules to project, in the target's order; a source may feed several targets
     pairs: list[Pair] = field(default_factory=list)
-    passed: list[str] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)  # text-encoder modules, carried over unchanged
+    # Source module -> why the target has no counterpart
     skipped: dict[str, str] = field(default_factory=dict)
+    # Source module -> why nothing well defined can be written
     refused: dict[str, str] = field(default_factory=dict)
-    rule: str = "same name"
+    rule: str = "same name"  # how modules were paired, for the report
+    # Target module -> source module, over all modules of the two bases
     table: Mapping[str, str] = field(default_factory=dict)
+    # For blocks matched by similarity, the source of every block and the runner-up
     decisions: tuple[BlockDecision, ...] = ()
+    # For blocks matched by similarity, the source's blocks that feed none
     dropped: tuple[str, ...] = ()
+    # Target's block -> the source's block whose weights it holds, where equal names say otherwise.
     renumbered: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self) -> dict[tuple[int, ...], list[Pair]]:
-        """The pairs by weight shape: each group is one stack of equal matrices."""
+        """Groups the pairs by weight shape: stacks of equal matrices."""
         return group_by(self.pairs, lambda pair: pair.shape)
 
 
@@ -142,7 +135,7 @@ def make_plan(
 
 
 def _explain_skipped(name: str, match: Match) -> str:
-    """Why a module has no partner on the target."""
+    """Explains why a module has no partner on the target."""
     if not isinstance(match, Matching):
         return "the target has no such module"
     if find_block(name):
@@ -167,11 +160,11 @@ def _pair_modules(wanted: set[str], source: Base, target: Base, plan: ModulePlan
 
 
 def _explain_other_width(module: str, origin: str, source: Base, target: Base) -> str:
-    """Why a pair of other shapes is refused."""
-    ours, theirs = source.shapes[origin], target.shapes[module]
+    """Explains why a pair of other shapes is refused."""
+    source_shape, target_shape = source.shapes[origin], target.shapes[module]
     reason = (
-        f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the source: "
-        "no published data-free method maps between widths"
+        f"{module} is {_shape_text(target_shape)} on the target but {_shape_text(source_shape)} "
+        "on the source: no published data-free method maps between widths"
     )
     fits = can_fit(source.path, target.path)
     return f"{reason} by weights; {RUN_INSTEAD}" if fits else reason
@@ -182,9 +175,8 @@ def place_text_encoders(
 ) -> list[str]:
     """Puts the modules of text encoders into the plan.
 
-    Returns:
-        The modules that are still to be paired: all others, and with mode "project" those of text
-        encoders too.
+    Returns the modules that are still to be paired: all others, and with mode "project" the text
+    encoders' too.
     """
     unplaced = []
     for name in adapter.updates:
@@ -208,20 +200,20 @@ def place_text_encoders(
 
 
 def _explain_other_encoder(name: str, source: Base, target: Base) -> str | None:
-    """Why a text-encoder module has no place: the target reads another encoder there."""
+    """Explains a text-encoder module without counterpart: another encoder's target."""
     if source.layout is None or target.layout is None:
         return None
     number = TEXT_ENCODERS.index(find_component(name))
-    ours, theirs = (load_layout(base.layout or "").text_encoders for base in (source, target))
-    mine = ours[number] if number < len(ours) else None
-    there = theirs[number] if number < len(theirs) else None
+    sources, targets = (load_layout(base.layout or "").text_encoders for base in (source, target))
+    mine = sources[number] if number < len(sources) else None
+    there = targets[number] if number < len(targets) else None
     if mine is None or mine == there:
         return None
     return f"the target has {there or 'no text encoder'} where the source has {mine}"
 
 
 def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> None:
-    """Every update must belong to a module of the source, and fit it."""
+    """Refuses an update without a fitting module of the source."""
     unknown = [name for name in modules if name not in source.shapes]
     if unknown:
         layout = f" (layout {source.layout})" if source.layout else f" ({describe_base(source)})"
@@ -236,35 +228,26 @@ def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> Non
 
 
 def explain_other_shape(
-    name: str, ours: tuple[int, ...], base: Base, asked: str = ""
+    name: str, shape: tuple[int, ...], base: Base, asked: str = ""
 ) -> str | None:
-    """Why an update does not fit the base's module of that name; None if it does.
+    """Says why an update does not fit the base's module; None if it does.
 
-    Args:
-        name: of the module.
-        ours: out × in of the update.
-        base: opened.
-        asked: stands at the end where no more is known of such a LoRA.
+    `shape` is out × in of the update; `asked` stands at the end where no more is known of such a
+    LoRA.
     """
-    theirs = matrix_shape(base.shapes[name])
-    if ours == theirs:
+    of_base = matrix_shape(base.shapes[name])
+    if shape == of_base:
         return None
     return (
-        f"the LoRA's update of {name} is {_shape_text(ours)}, but that module of {base.name} is "
-        f"{_shape_text(theirs)} ({base.tensor_name(name)})"
-        f"{_explain_wider_input(name, ours, theirs) or asked}"
+        f"the LoRA's update of {name} is {_shape_text(shape)}, but that module of {base.name} is "
+        f"{_shape_text(of_base)} ({base.tensor_name(name)})"
+        f"{_explain_wider_input(name, shape, of_base) or asked}"
     )
 
 
-def _explain_wider_input(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
-    """What a LoRA is whose layer for the image takes more channels than that of the base.
-
-    Args:
-        name: of the module.
-        ours: out × in of the update.
-        theirs: out × in of the base's weight.
-    """
-    if name not in _IMAGE_INPUTS or ours[0] != theirs[0] or ours[1] <= theirs[1]:
+def _explain_wider_input(name: str, shape: tuple[int, ...], of_base: tuple[int, ...]) -> str:
+    """Explains a LoRA with more image channels than the base."""
+    if name not in _IMAGE_INPUTS or shape[0] != of_base[0] or shape[1] <= of_base[1]:
         return ""
     return (
         ". It is a LoRA for control, editing or inpainting: its model takes a second image in "

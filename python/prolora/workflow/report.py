@@ -1,4 +1,4 @@
-"""What a transfer kept and what it lost, module by module and in total."""
+"""What a transfer kept and lost, by module and in total."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from typing import Any
 import torch
 
 from ..adapters.formats.moves import Move
+from ..comparison.expectation import Mark
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.means import weighted_mean
 from ..core.verdict import (
-    AUTO,
     STRANGE_COSINE,
     Verdict,
     describe_strangers,
 )
 from ..files.jsontext import replace_nonfinite
-from ..files.ownership import mark_json
-from ..files.writing import write_text_atomically
+from ..files.store import put_text
 from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
@@ -32,6 +31,7 @@ from .in_words import (
     CONVERT,
     EXTRACT,
     FIT_NO_BETTER,
+    LITTLE,
     MERGE,
     NOT_COMPARED,
     READ_ZERO,
@@ -41,7 +41,6 @@ from .in_words import (
     tell_fit,
     tell_made,
     tell_method,
-    tell_next,
     tell_parts,
     tell_place,
     tell_vectors,
@@ -55,8 +54,8 @@ from .module_report import (
     split_modules,
 )
 from .moved_before import tell_moved_before
-from .options import BEST, FIT
-from .output_paths import check_beside, is_page_path
+from .options import FIT
+from .output_paths import is_page_path
 from .page.document import (
     MODULES,
     Fold,
@@ -73,7 +72,6 @@ from .report_sentences import (
     tell_factors,
     tell_left_behind,
     tell_limits,
-    tell_profile,
     tell_tensors_left,
 )
 from .table import Table
@@ -104,16 +102,15 @@ class Report:
         unread: modules whose updates could not be read and stay behind; their rows say why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
+        as_stored: whether the file holds the stored tensors and scales of the LoRA as they are.
+        base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
         dry_run: True where nothing was moved. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
-        few_steps: whether the target seems to draw in few steps and the source does not, and a fit
-            could run both.
+        few_steps: whether the target draws in few steps and the source does not; None where
+            nothing tells.
         strength: the factor on every update.
         blocks: the factors by block that were asked for; "" without.
-        profile: block -> the factor on the LoRA's own update that comes closest to what was
-            written, in depth order; empty where nothing was measured.
         file_limit: bytes of the file that the updates were cut for; None where they were not.
-        damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run, and of a copy between
             bases whose numbers are not read.
         quantised: name of a base -> how its weights are quantised, and how many; none for a base
@@ -144,14 +141,14 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     kept_energy: dict[str, float] = field(default_factory=dict)
+    as_stored: bool = False
+    base_dependent: int = 0
     dry_run: bool = False
     asked: str | None = None
-    few_steps: bool = False
+    few_steps: bool | None = None
     strength: float = 1.0
     blocks: str = ""
-    profile: dict[str, float] = field(default_factory=dict)
     file_limit: int | None = None
-    damping: float | None = None
     verdict: Verdict | None = None
     quantised: dict[str, str] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
@@ -174,7 +171,7 @@ class Report:
         return "\n".join([str(self.in_words()), "", *self.sentences()])
 
     def rows(self, status: str) -> list[ModuleReport]:
-        """The rows with that status."""
+        """Returns the rows with that status."""
         return [row for row in self.modules if row.status == status]
 
     @property
@@ -211,7 +208,7 @@ class Report:
         return measure_totals(self.modules, self.dry_run)
 
     def strangers(self) -> list[ModuleReport]:
-        """Mapped modules whose weights have nothing in common with those they were paired with.
+        """Returns mapped modules with weights that have nothing in common with their partners'.
 
         In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
         """
@@ -232,13 +229,13 @@ class Report:
         return None if mean is None else total * mean
 
     def reasons(self) -> dict[tuple[str, str], int]:
-        """How often each (status, reason) occurs among modules that are not mapped."""
+        """Counts each (status, reason) among modules that are not mapped."""
         return dict(
             Counter((row.status, row.reason) for row in self.modules if row.status != "mapped")
         )
 
     def tables(self, every_module: bool = False, every_block: bool = False) -> list[Table]:
-        """Where blocks came from, what moved by part of the model, and what did not move.
+        """Tabulates where blocks came from, and what moved or did not.
 
         Args:
             every_module: a row for each module, and not for each part.
@@ -259,7 +256,7 @@ class Report:
         return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
     def in_words(self) -> InWords:
-        """The verdict for people: what to expect, what was done, and what to do next."""
+        """Returns the verdict for people: expectation, what was done, next steps."""
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
         if self.was_made:
@@ -288,24 +285,22 @@ class Report:
         if kept is not None and placed > 0:
             kept *= mapped / placed
             kept /= self.strength**2 if self.method == "copy" else 1.0
-        told_of_fit = bool(self.probe or self.why)
+        promised = self.method == "copy" and self.strength == 1
+        told = judge(verdict, placed, (source, target), self.few_steps, promised)
         lines = (
+            *told.lines,
             tell_place(placed, kept, target),
             FIT_NO_BETTER if self.probe else "",
-            tell_method(self.method, source, target, verdict, self.strength),
+            tell_method(self.method, self.strength),
             self.why,
-            # Where something is said of fits, that is enough.
-            tell_next(self.method, verdict, placed, target, self.few_steps and not told_of_fit),
         )
-        # What `auto` gives is a row of its own: it copies where a copy does well.
-        chosen = AUTO if self.asked in (AUTO, BEST) else self.method
-        if self.asked not in (AUTO, BEST) and self.strength != 1:
-            chosen = ""  # of other strengths nothing is promised
-        mark, headline = judge(verdict, placed, target, chosen)
-        return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
+        return InWords(told.mark, told.headline, tuple(filter(None, lines)), self._cautions())
 
     def _tell_without_updates(self, target: str) -> InWords | None:
-        """The verdict on a LoRA whose matrices do nothing; None of others, and where it is open."""
+        """Returns the verdict on a LoRA whose matrices do nothing, if certain.
+
+        None for others.
+        """
         if any(row.energy != 0 for row in self.modules):
             return None
         if self.rows("mapped") and not (self.unread or self.vectors or self.left_out):
@@ -314,11 +309,11 @@ class Report:
             return None
         if self.unread or not (told := tell_vectors(self.vectors, self.left_out)):
             return InWords("⚠", READ_ZERO, (), self._cautions())
-        mark = judge(self.verdict, None, target)[0] if self.vectors else "⚠"
-        return InWords(mark, told, (), self._cautions())
+        found = judge(self.verdict, None, (self.source, target)) if self.vectors else None
+        return InWords(found.mark if found else "⚠", told, (), self._cautions())
 
     def _tell_outline(self, placed: float | None, target: str) -> InWords:
-        """The verdict of a dry run; arguments as `tell_place` takes them."""
+        """Returns the verdict of a dry run; arguments as for `tell_place`."""
         names, there = split_modules(self.modules)
         there |= {row.source for row in self.modules if row.reason == LEFT_OUT}
         if placed is not None:
@@ -329,20 +324,31 @@ class Report:
             place = tell_parts(len(there), len(names), target)
         else:
             place = tell_vectors(self.vectors, self.left_out)
-        mark = judge(None, placed, target)[0] if names or self.vectors else "⚠"
+        if self.verdict is not None and placed is not None:
+            told = judge(self.verdict, placed, (self.source, target), self.few_steps)
+            said = tuple(filter(None, (*told.lines, place, self.why)))
+            return InWords(told.mark, told.headline, said, self._cautions())
+        fits = bool(self.vectors) if placed is None else placed >= LITTLE
+        mark: Mark = "✔" if fits else "⚠"
         unknown = "" if self.work or self.why else NOT_COMPARED
         lines = tuple(filter(None, (place, unknown, self.why)))
         return InWords(mark, "A dry run: nothing was written.", lines, self._cautions())
 
     def _cautions(self) -> tuple[str, ...]:
-        """What was lost, or needs a look."""
+        """Lists what was lost, or needs a look."""
         merged = self.merge.cautions() if self.merge else []
         cautions = tell_left_behind(self.modules, self.unread, self.left_out)
         cautions += tell_factors(self.blocks, self.modules)
+        if self.base_dependent:
+            cautions.append(
+                f"{self.base_dependent} updates are relative to the weights of {self.source} "
+                "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
+                f"{self.target} now."
+            )
         return (*cautions, *tell_moved_before(self.moves), *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
-        """What was done in numbers, the copy baseline included."""
+        """Tells what was done in numbers, with the copy baseline."""
         sentences = self._sentences_of_file() + ([self.work] if self.work else [])
         if self.probe is not None:
             sentences += self.probe.sentences()
@@ -358,13 +364,8 @@ class Report:
         sentences += tell_energy(self.totals, self.method, self.strength)
         return sentences + tell_limits(self.modules, self.totals, self.file_limit)
 
-    @property
-    def profile_text(self) -> str:
-        """What is left of each block, in the notation that `blocks` takes."""
-        return ",".join(f"{factor:.2g}" for factor in self.profile.values())
-
     def _sentences_of_file(self) -> list[str]:
-        """How many modules and tensors of the LoRA found a place, and how it was read."""
+        """Tells how many modules and tensors were placed, and how the file was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
         moved = "would move" if self.dry_run else "moved"
         between = f" from {self.source} to {self.target}"
@@ -380,13 +381,13 @@ class Report:
             for name, what in self.quantised.items()
         ]
         sentences += tell_factors(self.blocks, self.modules)
-        if not self.dry_run:
-            sentences += tell_profile(self.profile, self.profile_text)
         if self.vectors:
             sentences.append(
                 f"{self.vectors} trained biases and normalisation tensors are carried over"
                 f"{'' if self.strength == 1 else f' at strength {self.strength:.2g}'}."
             )
+        if self.as_stored:
+            sentences.append("The file holds the LoRA's stored tensors and scales as they are.")
         if self.kept_energy:
             sentences.append(
                 f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
@@ -395,32 +396,29 @@ class Report:
         return sentences + tell_left_behind(self.modules, self.unread, self.left_out)
 
     def _sentences_of_bases(self) -> list[str]:
-        """The verdict on the two bases, and what followed from it."""
+        """Tells the verdict on the two bases, and what followed from it."""
         sentences = []
         if self.verdict:
             sentences.append(self.verdict.sentence())
         sentences += describe_renumbered(self.renumbered) + self._caution_of_strangers()
-        if self.asked in (AUTO, BEST) and self.verdict:
-            reason = self.verdict.explain(self.method)
-            sentences.append(f"Method '{self.asked}' chose '{self.method}': {reason}.")
         return sentences
 
     def _caution_of_strangers(self) -> list[str]:
-        """That modules were paired whose weights have nothing in common."""
+        """Warns of paired modules with unrelated weights."""
         pairs = [(row.source, str(row.target)) for row in self.strangers()]
         is_odd = bool(pairs) and self.verdict is not None and self.verdict.related
         return [describe_strangers(pairs)] if is_odd else []
 
     def to_records(self) -> list[dict[str, Any]]:
-        """A flat dict for every row, as `pandas.DataFrame` takes them.
+        """Returns a flat dict for every row, as `pandas.DataFrame` takes them.
 
-        Every record has the same keys: the fields of `ModuleReport` but for `measures`, and those
-        of `Measures`, which are None where nothing was projected. What is not known is None.
+        Every record has the same keys: the fields of `ModuleReport` without `measures`, and the
+        fields of `Measures`, which are None where nothing was projected. What is not known is None.
         """
         return [row.to_record() for row in self.modules]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; NaN becomes None."""
+        """Returns everything, ready for JSON; NaN becomes None."""
         fields = asdict(replace(self, grid=None)) | {
             "modules": [row.to_dict() for row in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
@@ -432,29 +430,29 @@ class Report:
         return replace_nonfinite(fields)  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """Writes `to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
     def to_html(
         self, facts: Mapping[str, str] | None = None, pictures: Sequence[Picture] = ()
     ) -> str:
-        """The report as one HTML page that needs no other file and no network.
+        """Renders the report as one HTML page without other files or network.
 
         It has the verdict, a heat map of what was kept by block and kind of module, a table of
         every module, and how the result was made.
 
         Args:
-            facts: more of how it was made, by what each is called: the LoRA's file, the command.
+            facts: more of how it was made, by name: the LoRA's file, the command.
             pictures: shown below the verdict.
         """
         return render_page(self._to_page(facts or {}, pictures))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the sentences, a small map, and a table of the model's parts."""
+        """Renders for a notebook: sentences, a small map, and a table."""
         return render_summary(self._to_page({}, ()))
 
     def _to_page(self, facts: Mapping[str, str], pictures: Sequence[Picture]) -> Page:
-        """What a page tells of the report."""
+        """Builds the page of the report."""
         words = self.in_words()
         sections = [Section(table.title, [table]) for table in self.tables(every_block=True)]
         if self.left_out:
@@ -477,7 +475,7 @@ class Report:
         )
 
     def facts(self) -> dict[str, str]:
-        """How the result was made, by what each fact is called: bases, digests, options."""
+        """Returns how the result was made: bases, digests, options, by name."""
         origin, seconds = self.provenance, sum(self.seconds.values())
         facts = {
             "source base": self.source,
@@ -489,8 +487,6 @@ class Report:
             "method": f"{self.method}, asked for: {self.asked}" if self.asked else self.method,
             "strength": f"{self.strength:.4g}",
             "factors by block": self.blocks,
-            "what is left by block": self.profile_text,
-            "damping κ": "" if self.damping is None else f"{self.damping:.4g}",
             "rank of the subspaces": f"{self.rank_rule:g}",
             "threshold on Φ": f"{self.threshold:g}",
             "match": self.match,
@@ -504,18 +500,16 @@ class Report:
         return {name: text for name, text in facts.items() if text}
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes the report to a file, whole or not at all; what prolora wrote there is replaced.
+        """Writes the report to a file, whole or not at all; what exists is refused.
 
         Args:
             path: the file; `to_html` if its name ends in .html or .htm, otherwise `to_dict` as
-                JSON, with an entry by which the file is known again.
-            overwrite: also replace what prolora did not write.
+                JSON.
+            overwrite: replace what has that name.
 
         Raises:
-            ForeignFile: a file is there that prolora did not write.
+            OutputExists: something has that name.
             OutputError: the path cannot be written.
         """
-        check_beside(path, "report", overwrite=overwrite)
-        write_text_atomically(
-            path, self.to_html() if is_page_path(path) else mark_json("report", self.to_dict())
-        )
+        text = self.to_html() if is_page_path(path) else json.dumps(self.to_dict(), indent=1) + "\n"
+        put_text(path, text, overwrite=overwrite)

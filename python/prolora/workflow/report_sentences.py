@@ -1,4 +1,4 @@
-"""The sentences of a report that say in numbers what was kept of a LoRA, and what was not."""
+"""Sentences of a report with the numbers of what was kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .module_report import ModuleReport
 
 
 def share_left_out(modules: Sequence[ModuleReport]) -> float:
-    """The share of Σ‖ΔW_s‖² in modules whose block was left out as asked."""
+    """Returns the share of Σ‖ΔW_s‖² in blocks left out as asked."""
     everything = {row.source: row.energy for row in modules}
     left = {row.source: row.energy for row in modules if row.reason == LEFT_OUT}
     total = sum(everything.values())
@@ -19,37 +19,19 @@ def share_left_out(modules: Sequence[ModuleReport]) -> float:
 
 
 def tell_factors(blocks: str, modules: Sequence[ModuleReport]) -> list[str]:
-    """The factors by block that were asked for, and how many modules have the factor 0."""
+    """Tells the factors by block, and how many modules have 0."""
     gone = sum(row.reason == LEFT_OUT for row in modules)
     what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
     return [f"Factors by block, as asked: {blocks}{what}."] if blocks else []
 
 
-def tell_profile(profile: Mapping[str, float], notation: str) -> list[str]:
-    """What is left of each block, where it is not all of every one.
-
-    Args:
-        profile: block -> factor, in depth order.
-        notation: the factors as `blocks` takes them.
-    """
-    if not any(abs(factor - 1) > 0.005 for factor in profile.values()):
-        return []
-    first, last = (list(profile)[i] for i in (0, -1))
-    return [
-        f"What is left of the LoRA by block, {first} to {last}, as block weights that can "
-        f"be edited and given for a copy: {notation}."
-    ]
-
-
 def tell_left_behind(
     modules: Sequence[ModuleReport], unread: Sequence[str], left_out: Mapping[str, str]
 ) -> list[str]:
-    """What of the file stays behind.
+    """Tells what of the file stays behind.
 
-    Args:
-        modules: the rows of the report.
-        unread: modules whose updates could not be read.
-        left_out: tensor that is no update -> why it is not moved.
+    `unread` are modules whose updates could not be read; `left_out` is tensor that is no update ->
+    why it is not moved.
     """
     sentences = []
     if unread:
@@ -65,18 +47,18 @@ def tell_left_behind(
 
 
 def tell_tensors_left(left_out: Mapping[str, str]) -> str:
-    """How many tensors stay behind, without a full stop."""
+    """Tells how many tensors stay behind, without a full stop."""
     stay = "stays" if len(left_out) == 1 else "stay"
     return f"{_count(left_out, 'tensor')} of the file {stay} behind"
 
 
 def _count(things: Collection[str], what: str) -> str:
-    """How many there are of them: 1 update, 2 updates."""
+    """Writes a number of things: 1 update, 2 updates."""
     return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def tell_energy(totals: Mapping[str, Any], method: str, strength: float) -> list[str]:
-    """What the moved modules keep of the LoRA; `totals` are those of the report."""
+    """Tells what the moved modules keep of the LoRA; `totals` are the report's."""
     sentences = [
         f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
         f"'{method}' at strength {strength:.2g} keeps "
@@ -84,10 +66,10 @@ def tell_energy(totals: Mapping[str, Any], method: str, strength: float) -> list
         f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
     ]
     mixed = totals["energy_mixed"]
-    if mixed is not None and mixed > 0.01 and find_method(method).drops_mixed:
+    if mixed is not None and mixed > 0.01 and find_method(method).needs_bases:
         sentences.append(
             f"{mixed:.0%} lay in the mixed blocks, which '{method}' "
-            "drops; `method='blocks'` keeps them, `method='copy'` changes nothing."
+            "drops; `method='copy'` changes nothing."
         )
     return sentences
 
@@ -95,12 +77,9 @@ def tell_energy(totals: Mapping[str, Any], method: str, strength: float) -> list
 def tell_limits(
     modules: Sequence[ModuleReport], totals: Mapping[str, Any], file_limit: int | None
 ) -> list[str]:
-    """What a bound on the file cost, and how many bases missed their tolerance.
+    """Tells what a bound on the file cost, and which bases are inexact.
 
-    Args:
-        modules: the rows of the report.
-        totals: of the report.
-        file_limit: bytes of the file that the updates were cut for; None where they were not.
+    `file_limit` is the bytes of the file that the updates were cut for; None where they were not.
     """
     sentences = []
     if file_limit is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..files.store import replace_surrogates
 from .by_weights.file_budget import OutputForm
 from .convert_options import ConvertOptions
 from .extract_options import ExtractOptions
@@ -20,6 +21,9 @@ from .merge_options import MergeOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
 from .report import Report
+
+VERDICT = "prolora.verdict"
+"""The entry of a header that tells again what was told when the file was written."""
 
 AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
 """Of a job that writes a LoRA."""
@@ -64,11 +68,10 @@ class Transfer:
                 program that reads the file: "comfyui", "a1111", "forge", "invokeai", …. None means
                 as it was asked for when the result was made.
             dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None likewise.
-            overwrite: replace a file that prolora did not write. A result of prolora that nobody
-                has changed since is replaced in any case.
+            overwrite: replace what has that name.
 
         Raises:
-            ForeignFile: a file is there that prolora did not write.
+            OutputExists: something has that name.
             OutputError: the path cannot be written, or is one of the inputs.
             NonFiniteWeights: a factor overflows in dtype.
             UnsupportedFormat: the format has no name for a module.
@@ -79,15 +82,16 @@ class Transfer:
             path,
             format=format or self.format,
             dtype=read_dtype(dtype or self.dtype),
+            overwrite=overwrite,
         )
 
     def state_dict(
         self, format: FormatLike | None = None, *, dtype: DtypeLike | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of the file that `save` writes, without a file.
+        """Returns the tensors of the file that `save` writes, without a file.
 
-        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a
-        diffusers pipeline of the target.
+        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a diffusers
+        pipeline of the target.
 
         Args:
             format: as `save` takes it.
@@ -107,7 +111,7 @@ class Transfer:
         )
 
     def peft_config(self) -> dict[str, Any]:
-        """The keywords of a `peft.LoraConfig` that fits `state_dict("peft")`, with a scale of 1.
+        """Returns the keywords of a `peft.LoraConfig` for `state_dict("peft")`, scale 1.
 
         Raises:
             UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
@@ -118,14 +122,23 @@ class Transfer:
 def pack_result(
     fitted: Adapter, whole: Adapter, report: Report, inputs: list[Path], form: OutputForm
 ) -> Transfer:
-    """What was made, as it fits a form; the report says whether `whole` had to be cut for it."""
+    """Packs a result as it fits a form; reports whether it was cut."""
     told = replace(report, file_limit=None if fitted is whole else form.limit)
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
 
-def save_result(done: Transfer, out: Path, options: AnyOptions) -> Report:
-    """Writes a result and returns its report, with the time that writing took."""
+def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
+    """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
+    if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
+        words = done.report.in_words()
+        told = {VERDICT: replace_surrogates(f"{words.mark} {words.headline}")}
+        done = replace(done, adapter=replace(done.adapter, metadata=done.adapter.metadata | told))
     done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
-    return replace(done.report, seconds=seconds)
+    return replace(done, report=replace(done.report, seconds=seconds))
+
+
+def pack_plan(report: Report) -> Transfer:
+    """Returns what a dry run gives: a report, and no update."""
+    return Transfer(Adapter({}), report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -11,32 +11,29 @@ from typing import Any
 
 from ..adapters import outline_adapter
 from ..adapters.contents import parse_contents
-from ..adapters.folder import ADAPTER_FILES, PEFT_WEIGHTS
-from ..adapters.hub import locate_adapter
 from ..adapters.left_out import find_unknown_updates
 from ..adapters.lora import Lora
-from ..adapters.writing import has_own_config
 from ..bases import Base
-from ..bases.cache.basis_cache import BasisCache
-from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
 from ..core.option_fields import read_shown
-from ..errors import ProLoRAError, input_error
-from ..files.hashing import hash_parts, hash_text, read_blocks
-from ..files.ownership import is_own
+from ..errors import ProLoRAError
+from ..files.hashing import hash_file
 from ..version import __version__
 from .by_weights.rows import list_missed
 from .fit_options import FitOptions
 from .options import TransferOptions
 
-# Entries of a result's header.
-_LORA_HASH, _RECIPE = "prolora.lora_hash", "prolora.recipe"
-_FORM = ("format", "dtype")  # stand at the end, as in results of earlier versions
+States = list[list[str | int]]
+BaseName = str | States
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What determines a result: equal for equal inputs, options and version, and else different.
+
+    A result at a path of the caller's names its bases by their files' sizes and times, so that a
+    plain transfer reads no base for it: where a base was touched, the result is not known again.
+    A result whose name is made of its recipe names them by the digests of all their bytes.
 
     Attributes:
         lora: a file or folder.
@@ -44,77 +41,82 @@ class Recipe:
         target: the base it moves to.
         options: as they were asked for.
         lora_hash: "sha256:…" of the LoRA.
+        bases: how the header names source and target.
     """
 
-    lora: Path
+    lora: Lora
     source: Base
     target: Base
     options: TransferOptions | FitOptions
     lora_hash: str
+    bases: tuple[BaseName, ...]
 
     @classmethod
     def of(
-        cls, lora: Path, source: Base, target: Base, options: TransferOptions | FitOptions
+        cls,
+        lora: Lora | Path,
+        source: Base,
+        target: Base,
+        options: TransferOptions | FitOptions,
+        digests: tuple[str, ...] | None = None,
     ) -> Recipe:
-        """The recipe of a LoRA that is not yet read: a file that changes later has another one.
+        """Returns the recipe of a LoRA that is not yet read.
+
+        Args:
+            lora: a file or folder; what is open already stays so.
+            source: the base it was trained on.
+            target: the base it moves to.
+            options: as they were asked for.
+            digests: of the bases, where a name is made of the recipe.
 
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        Lora.open(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
-        return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}")
+        opened = Lora.open(lora)
+        lora_hash = f"sha256:{opened.digest}"
+        if opened is not lora:
+            opened.close()
+        names: tuple[BaseName, ...] = digests or (
+            _list_states(source.files),
+            _list_states(target.files),
+        )
+        return cls(opened, source, target, options, lora_hash, names)
 
-    def describe(self, cache: BasisCache) -> dict[str, str]:
-        """The two entries of a result's header; reads the bases completely, for their hashes.
-
-        Args:
-            cache: remembers the hashes of files.
-        """
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result is made of, as JSON can hold it; the options are those that count."""
         chosen = {
             field.name: _jsonable(getattr(self.options, field.name))
             for field in fields(self.options)
-            if read_shown(field).decides and field.name not in _FORM
+            if read_shown(field).decides and getattr(self.options, field.name) != field.default
         }
-        # As all results were made before there was a choice.
-        for name, usual in (("look", "target"),):
-            if chosen.get(name) == usual:
-                del chosen[name]
-        bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
-        form = (self.options.format, str(self.options.dtype))
-        text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)
-        return {"lora_hash": self.lora_hash, "recipe": f"sha256:{hash_text(text)}"}
+        return {"options": chosen, "source": self.bases[0], "target": self.bases[1]}
 
-    def digest(self, cache: BasisCache) -> str:
-        """Twelve digits that tell the result from all others; reads the bases completely.
+    @property
+    def made_of(self) -> list[Any]:
+        """All that the bytes of a result follow from."""
+        return [__version__, self.lora_hash, self.facts]
 
-        Args:
-            cache: remembers the hashes of files.
-        """
-        return _shorten(*self.describe(cache).values())
+    def describe(self) -> dict[str, str]:
+        """Returns the two entries of a result's header."""
+        return {"lora_hash": self.lora_hash, "recipe": json.dumps(self.facts, sort_keys=True)}
 
-    def is_made(self, out: Path, cache: BasisCache) -> bool:
-        """Whether `out` is a result of this recipe as it was written: by its header and its mark.
-
-        The bases are hashed only where the result was made of this very LoRA. Bases in memory have
-        no hash by which they could be known again.
-        """
-        if not (self.source.files and self.target.files):
-            return False
+    def is_made(self, out: Path) -> bool:
+        """Returns whether `out` is a result of this recipe, by its header."""
+        if not (out.exists() and self.source.files and self.target.files):
+            return False  # bases in memory cannot be known again
         try:
-            result = Lora.open(out)
-            parse_contents(result)  # in a folder, weights and configuration go together
-            metadata = result.metadata
-        except ProLoRAError:
+            with Lora.open(out) as result:
+                parse_contents(result)
+                metadata = result.metadata
+            told = json.loads(metadata.get("prolora.recipe", ""))
+        except (ProLoRAError, ValueError, RecursionError):
             return False
-        if metadata.get(_LORA_HASH) != self.lora_hash:
-            return False
-        if metadata.get(_RECIPE) != self.describe(cache)["recipe"]:
-            return False
-        # Who trained it on, or changed a key, may have kept the header.
-        return is_intact(out)
+        made = metadata.get("prolora.lora_hash"), metadata.get("prolora.version")
+        return made == (self.lora_hash, __version__) and told == json.loads(json.dumps(self.facts))
 
     def list_unread(self) -> tuple[str, ...]:
-        """Updates of the LoRA that stay behind because they cannot be read, as its header tells.
+        """Returns the updates of the LoRA that stay behind because they cannot be read.
 
         Raises:
             ProLoRAError: the LoRA cannot be read.
@@ -125,58 +127,20 @@ class Recipe:
         return (*list_missed(outline, self.options.text_encoder), *unknown)
 
 
-def _shorten(lora_hash: str, recipe: str) -> str:
-    """The digits that stand for a recipe in a result's name."""
-    return hash_parts([lora_hash, recipe])[:12]
-
-
-def is_intact(out: Path) -> bool:
-    """Whether a result is as it was written, every byte of it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if out.is_dir():
-        return is_own(out / PEFT_WEIGHTS, "LoRA") and has_own_config(out)
-    return is_own(out, "LoRA")
-
-
-def explain_damage(out: Path) -> str:
-    """Why a result that has the digits of its recipe in its name is not what it was; "" if it is.
-
-    Nothing but the result is read, every byte of it.
-    """
-    try:
-        metadata = Lora.open(out).metadata
-        if _shorten(metadata.get(_LORA_HASH, ""), metadata.get(_RECIPE, "")) not in out.name:
-            return "it is made of something else than its name says"
-        return "" if is_intact(out) else "its bytes are not those that were written"
-    except (ProLoRAError, OSError) as error:
-        return str(error)
+def _list_states(files: Iterable[Path]) -> States:
+    """Lists name, size and time of each file of a base."""
+    states = [(file.name, file.stat()) for file in sorted(files)]
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
 def _jsonable(value: Any) -> Any:
-    """An option as JSON can hold it."""
+    """Converts an option for JSON."""
     if isinstance(value, Matching):
         return "similarity"  # which the two bases determine
     if isinstance(value, Mapping):
         pairs = {str(key): _jsonable(item) for key, item in value.items()}
-        # Of block weights the last name that fits decides; of a map the order is nothing.
+        # In block weights the last name that fits decides; in a map the order means nothing.
         return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
-        return hash_adapter(Path(value)) if Path(value).exists() else str(value)
+        return hash_file(Path(value)) if Path(value).exists() else str(value)
     return value if isinstance(value, str | int | float | None) else repr(value)
-
-
-def hash_adapter(path: Path) -> str:
-    """SHA-256 of a LoRA's file, or of the files of its folder; it may be an id on the hub.
-
-    Raises:
-        UnsupportedFormat: one of them cannot be read.
-    """
-    path = locate_adapter(path)
-    try:
-        files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
-        return hash_parts(block for file in files if file.is_file() for block in read_blocks(file))
-    except (OSError, ValueError) as error:
-        raise input_error(path, error) from error

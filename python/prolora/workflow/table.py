@@ -19,20 +19,14 @@ Tone = Literal["", "total", "warn", "faint"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
+    """One column of a table: heading and number format."""
 
-    Attributes:
-        name: the heading; its meaning is in the glossary, if it has one there.
-        form: how numbers are written (".2f"); None for a column of texts.
-        has_bar: whether a page draws a bar beside each number, which is a share.
-    """
-
-    name: str
-    form: str | None = None
-    has_bar: bool = False
+    name: str  # the heading; its meaning is in the glossary, if it has one there
+    form: str | None = None  # how numbers are written (".2f"); None for a column of texts
+    has_bar: bool = False  # a page draws a bar beside each number, which is a share
 
     def write(self, cell: Cell) -> str:
-        """A cell as text; a dash where there is nothing."""
+        """Writes a cell as text; a dash for nothing."""
         return cell if isinstance(cell, str) else write_number(cell, self.form or "")
 
 
@@ -47,39 +41,25 @@ class Below:
 
 @dataclass(frozen=True)
 class Row:
-    """A row.
+    """One row of a table, with its look on a page."""
 
-    Attributes:
-        cells: one for each column.
-        tone: how it stands out.
-        anchor: by which the map of a page leads to it.
-        below: what a page shows below its name.
-    """
-
-    cells: tuple[Cell, ...]
-    tone: Tone = ""
-    anchor: str = ""
-    below: Below | None = None
+    cells: tuple[Cell, ...]  # one for each column
+    tone: Tone = ""  # how it stands out
+    anchor: str = ""  # by which the map of a page leads to it
+    below: Below | None = None  # what a page shows below its name
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table of texts and numbers for terminals and pages."""
 
-    Attributes:
-        title: what it shows.
-        columns: from left to right.
-        rows: from top to bottom.
-        note: what is to be known of all of it.
-    """
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-    note: str = ""
+    title: str  # what it shows
+    columns: tuple[Column, ...]  # from left to right
+    rows: tuple[Row, ...]  # from top to bottom
+    note: str = ""  # what is to be known of all of it
 
     def legend(self) -> dict[str, str]:
-        """Column -> what it means, where the glossary says it."""
+        """Returns column -> its meaning from the glossary."""
         names = (
             column.name.split(" ")[0] if column.name[0] in "Φ≥" else column.name
             for column in self.columns
@@ -88,7 +68,7 @@ class Table:
 
 
 def make_table(title: str, columns: Sequence[Column], rows: Iterable[Row], note: str = "") -> Table:
-    """A table without those columns of numbers in which no row has one."""
+    """Makes a table without empty columns of numbers."""
     rows = tuple(rows)
     kept = [
         i
@@ -100,11 +80,11 @@ def make_table(title: str, columns: Sequence[Column], rows: Iterable[Row], note:
 
 
 def write_number(value: float | None, form: str = ".2f") -> str:
-    """A number, or a dash where there is none."""
+    """Writes a number, or a dash for none."""
     return NOTHING if value is None or value != value else format(value, form)
 
 
 def write_extremes(numbers: Iterable[int]) -> str:
-    """The least and the greatest of some numbers; one where they are equal."""
+    """Writes the least and the greatest number, or one if equal."""
     ordered = sorted(numbers)
     return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]}…{ordered[-1]}"

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-from ..adapters.overview import ComponentOverview
-from ..comparison.comparison import Comparison
-from ..comparison.expectation import WANTS, Expectation
-from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
-from ..comparison.rank_sweep import THRESHOLDS
 from ..core.grouping import group_by
 from ..probe.crossed import BandReport
-from ..probe.strength import STRENGTHS, Measurement
 from .group_means import average_measures, average_rows, find_overlap, group_rows
-from .lora_fit import StackDrift
 from .module_report import ModuleReport
 from .place_map import PlaceMap, Spot
-from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes, write_number
+from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes
 
 _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]], ...] = (
     (Column("kept", ".0%", has_bar=True), lambda rows: average_rows(rows, share_written)),
@@ -35,17 +27,12 @@ _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]],
 """The numbers of modules that moved."""
 
 _ANGLE = Column("angle", "")
-BARS = "▁▂▃▄▅▆▇█"
-SHOWN_STRENGTHS = STRENGTHS[1:]
-"""Those that 80 columns have room for."""
-
-WANTED = {"look": "in the target's look", "own": "the LoRA's own images"}
 
 
 def tabulate_moved(
     title: str, rows: Sequence[ModuleReport], every_module: bool, is_planned: bool
 ) -> Table:
-    """What moved: a row for each part of the model, or for each module.
+    """Tabulates what moved, by part of the model or module.
 
     Args:
         title: of the table.
@@ -70,7 +57,7 @@ def tabulate_moved(
 
 
 def _write_angle(rows: Sequence[ModuleReport]) -> str:
-    """The median and the largest principal angle in degrees."""
+    """Writes the median and the largest principal angle in degrees."""
     angle = average_measures(rows, lambda m: m.angle)
     largest = average_measures(rows, lambda m: m.largest_angle)
     if angle is None or largest is None:
@@ -79,7 +66,7 @@ def _write_angle(rows: Sequence[ModuleReport]) -> str:
 
 
 def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table:
-    """Every module of the LoRA in the order of the model, those too that did not move."""
+    """Tabulates every module of the LoRA in model order, moved or not."""
     total = sum(row.energy for row in modules)
     renamed = any(row.target not in (None, row.source) for row in modules)
     known = () if is_planned else _COLUMNS
@@ -101,12 +88,12 @@ def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table
 
 
 def write_shape(shape: Sequence[int]) -> str:
-    """`320×768`."""
+    """Writes a shape as `320×768`, or a dash."""
     return "×".join(map(str, shape)) or NOTHING
 
 
 def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
-    """Where in the model a LoRA was kept."""
+    """Maps where in the model a LoRA was kept."""
     spots = []
     for row in modules:
         share = None if is_planned else share_kept(row)
@@ -118,10 +105,10 @@ def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
 
 
 def share_kept(row: ModuleReport) -> float | None:
-    """The share of a module's energy that is on the target, strength and cut rank included.
+    """Returns the share of a module's energy that is on the target.
 
-    Above 1 where an update became larger; None where a fitted update has nothing to be compared
-    with.
+    Strength and cut rank included. Above 1 where an update became larger; None where a fitted
+    update has nothing to be compared with.
     """
     if row.status != "mapped":
         return 0.0
@@ -130,12 +117,12 @@ def share_kept(row: ModuleReport) -> float | None:
 
 
 def share_written(row: ModuleReport) -> float:
-    """‖ΔW_t‖²/‖ΔW_s‖² of what was written; NaN where there is nothing to compare with."""
+    """Returns ‖ΔW_t‖²/‖ΔW_s‖² of what was written, or NaN."""
     return row.surviving_energy * (1 - row.rank_cut_energy)
 
 
 def describe_module(row: ModuleReport, share: float | None) -> str:
-    """A module in a line: its name, what became of it and why."""
+    """Describes a module in a line: name, what became of it, why."""
     if row.status != "mapped":
         return f"{row.source}: {row.status}, {row.reason}"
     kept = "" if share is None else f" {share:.0%} kept,"
@@ -144,7 +131,7 @@ def describe_module(row: ModuleReport, share: float | None) -> str:
 
 
 def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:
-    """Why modules have no place on the target; None where all of them have one."""
+    """Tabulates why modules were left behind; None if all moved."""
     counts = Counter((row.status, row.reason) for row in modules if row.status != "mapped")
     columns = Column("why"), Column("status"), Column("n", "d")
     rows = [Row((why, status, count)) for (status, why), count in counts.most_common()]
@@ -152,7 +139,7 @@ def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:
 
 
 def tabulate_bands(bands: Iterable[BandReport]) -> Table:
-    """What crossed between two latent spaces: a row for each band of the change."""
+    """Tabulates what crossed between two latent spaces, by band."""
     columns = Column("band"), Column("of the wanted change", ".0%"), Column("reached", ".0%")
     rows = [Row((band.name, band.energy, band.reached)) for band in bands]
     return make_table("What crossed, on held-out probes", columns, rows)
@@ -161,7 +148,7 @@ def tabulate_bands(bands: Iterable[BandReport]) -> Table:
 def tabulate_decisions(
     decisions: Sequence[BlockDecision], unused: Sequence[str], every_block: bool
 ) -> Table:
-    """Where blocks came from: a row for each stack of blocks, or for each block."""
+    """Tabulates where blocks came from, by stack or by block."""
     title = f"Blocks matched by similarity; {len(unused)} of the source's are not used"
     score, margin = Column("score", ".2f"), Column("margin", ".2f")
     if every_block:
@@ -197,156 +184,10 @@ def tabulate_decisions(
 
 
 def _write_origins(stack: str, decisions: list[BlockDecision]) -> str:
-    """`0←0 1←3`, with the source's stack of blocks where it is another."""
+    """Writes `0←0 1←3`, with the source's stack if it differs."""
     origins = []
     for decision in decisions:
         origin, _, index = (decision.source or "").rpartition(".")
         prefix = "" if origin in ("", stack) else origin.removesuffix(".transformer_blocks") + "."
         origins.append(f"{decision.target.rpartition('.')[2]}←{prefix}{index or 'none'}")
     return " ".join(origins)
-
-
-def tabulate_comparison(comparison: Comparison, every_module: bool) -> Table:
-    """Overlap and drift: a row for each part of the model, or for each module."""
-    groups = comparison.places()
-    if every_module:
-        groups = {module.target: [module] for module in comparison.modules}
-    numbers = ("Φ l", "Φ r", "chance", "above", "drift", "cosine")
-    columns = [Column("module" if every_module else "part"), Column("pairs", "d"), Column("k", "")]
-    columns += [Column(name, ".2f") for name in numbers]
-    rows = []
-    for i, (name, modules) in enumerate((*groups.items(), ("all", comparison.modules))):
-        k = write_extremes(module.columns_source for module in modules)
-        pairs, k = None if every_module else len(modules), NOTHING if k == "0" else k
-        part = name if every_module else name.replace("transformer_blocks", "blocks")
-        cells = (part, pairs, k, *_average_overlaps(modules))
-        anchor = f"m{i}" if every_module else ""
-        rows.append(Row(cells, "total" if name == "all" else "", anchor))
-    return make_table(f"{comparison.source} and {comparison.target}", columns, rows)
-
-
-def _average_overlaps(modules: Sequence[ModuleComparison]) -> list[float]:
-    """Φ left and right, chance, above, drift and cosine of a part of the model."""
-    names = ("phi_left", "phi_right", "above", "drift", "cosine", "chance_left", "chance_right")
-    left, right, above, drift, cosine, *chances = (average_field(modules, name) for name in names)
-    return [left, right, max(chances), above, drift, cosine]
-
-
-def map_pairs(comparison: Comparison) -> PlaceMap:
-    """Where two models are alike: the overlap of their subspaces, or else their cosine."""
-    known = any(module.columns_source for module in comparison.modules)
-    spots = []
-    for module in comparison.modules:
-        share = module.above if known else module.cosine
-        overlap = f"overlap {write_number(module.above)}, " if known else ""
-        numbers = f"drift {write_number(module.drift)}, cosine {write_number(module.cosine)}"
-        text = f"{module.target}: {overlap}{numbers}"
-        spots.append(Spot(module.target, None if math.isnan(share) else share, text=text))
-    what = "Overlap of the leading subspaces above chance" if known else "Cosine of the weights"
-    title = f"{what}, 0 % as unrelated, 100 % as equal"
-    return PlaceMap(spots, title, "the subspaces fill their space", "not compared")
-
-
-def tabulate_sweep(comparison: Comparison) -> Table:
-    """The overlap of all pairs against the number of columns."""
-    columns = [Column("k", ""), Column("whole", "d"), Column("held", ".0%")]
-    columns += [Column(name, ".2f") for name in ("Φ l", "Φ r", "chance", "above")]
-    columns += [Column(f"≥ {threshold:g}", "d") for threshold in THRESHOLDS]
-    rows = []
-    for row in comparison.sweep:
-        last = row is comparison.sweep[-1]
-        chance = max(row.chance_left, row.chance_right)
-        cells: tuple[Cell, ...] = (
-            *("all" if last else str(row.columns), row.whole, row.energy),
-            *(row.phi_left, row.phi_right, chance, row.above),
-            *row.passing.values(),
-        )
-        rows.append(Row(cells, "total" if last else ""))
-    title = f"Rank sweep over {len(comparison.modules)} pairs"
-    return make_table(title, columns, rows)
-
-
-def draw_bars(values: Sequence[float], largest: float) -> str:
-    """A bar for each value, in eighths of the largest."""
-    if not largest > 0:
-        return BARS[0] * len(values)
-    return "".join(BARS[min(7, int(8 * value / largest))] for value in values)
-
-
-def tabulate_stacks(title: str, stacks: Sequence[StackDrift], are_related: bool) -> Table:
-    """Which blocks drifted: a row for each stack of blocks."""
-    largest = max((drift for stack in stacks for drift in stack.drifts), default=0.0)
-    # Between unrelated models all weights are strangers.
-    told = are_related and any(stack.strangers for stack in stacks)
-    columns = [Column("part"), Column("drift", ".2f"), Column("by depth"), Column("cosine", ".2f")]
-    columns += [*([Column("strangers")] if told else []), Column("LoRA's energy", ".0%")]
-    rows = []
-    for stack in stacks:
-        names = [name.replace("transformer_blocks.", "") for name in stack.strangers]
-        more = f", and {len(names) - 4} more" if len(names) > 4 else ""
-        strange = [", ".join(names[:4]) + more] if told else []
-        bars = draw_bars(stack.drifts, largest)
-        rows.append(Row((stack.name, stack.drift, bars, stack.cosine, *strange, stack.energy)))
-    return make_table(title, columns, rows)
-
-
-def tabulate_expected(expected: Sequence[Expectation]) -> Table:
-    """What each method is expected to give."""
-    wants = [want for want in WANTS if any(e.want == want for e in expected)]
-    cells = {(e.method, e.want): f"{e.share:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in expected}
-    rows = [
-        Row((method, *(cells.get((method, want), NOTHING) for want in wants)))
-        for method in dict.fromkeys(e.method for e in expected)
-    ]
-    note = (
-        "The share of what a LoRA trained on the target gives: 1 is as good, 0 is useless, below 0 "
-        "is harm; in brackets where 80 % of the LoRAs lay that were measured on pairs like this."
-    )
-    columns = Column("method"), *(Column(WANTED[want], "") for want in wants)
-    return make_table("Expected", columns, rows, note)
-
-
-def tabulate_measured(measurement: Measurement) -> Table:
-    """What was measured: a row for each way to move the LoRA."""
-    rows = []
-    for name, way in measurement.candidates.items():
-        low, high = way.share_interval
-        shares = (_write_share(way.shares[strength]) for strength in SHOWN_STRENGTHS)
-        rows.append(Row((name, *shares, way.strength, f"{way.share:.2f} [{low:.2f}, {high:.2f}]")))
-    note = (
-        "The share of the wanted change of the prediction that is reached at each strength, in "
-        "brackets 80 % over trajectories; the wanted change is what the LoRA does to the source."
-    )
-    columns = [Column("method"), *(Column(f"{strength:g}", "") for strength in SHOWN_STRENGTHS)]
-    return make_table(
-        "Measured", [*columns, Column("best at", ".2f"), Column("share", "")], rows, note
-    )
-
-
-def _write_share(share: float) -> str:
-    """A share; a harm beyond −1 needs no number, and its column has no room for one."""
-    return "< −1" if share < -1 else f"{share:.2f}"
-
-
-def tabulate_components(components: Mapping[str, ComponentOverview]) -> Table:
-    """What a file holds for each part of a pipeline."""
-    columns = [Column("component"), Column("n", "d")]
-    columns += [Column(name) for name in ("algorithm", "rank", "alpha", "scale")]
-    rows = []
-    for name, part in components.items():
-        counts: tuple[Mapping[Any, int], ...] = (
-            *(part.algorithms, part.ranks, part.alphas, part.scales),
-        )
-        rows.append(Row((name, part.updates, *map(write_counts, counts))))
-    return make_table("", columns, rows)
-
-
-def write_counts(values: Mapping[Any, int], most: int = 4) -> str:
-    """`16 ×600, 8 ×122`, the most frequent first; one value needs no count."""
-    if not values:
-        return NOTHING
-    if len(values) == 1:
-        return str(next(iter(values)))
-    ordered = sorted(values.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{value} ×{number}" for value, number in ordered[:most])
-    return f"{shown}, {len(ordered) - most} more" if len(ordered) > most else shown

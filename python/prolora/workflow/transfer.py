@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bases import BaseLike, open_base
+from ..adapters import read_adapter
+from ..adapters.lora import Lora
+from ..bases import Base, BaseLike, open_base
 from ..files.hub import keep_path
 from .best import BestWay
 from .by_weights.base_pair import list_inputs, move_lora
+from .dry_run import plan_report
+from .fit_options import FitOptions
 from .options import (
     BEST,
     DEFAULT_OPTIONS,
@@ -20,8 +25,7 @@ from .options import (
     takes_options,
 )
 from .output_paths import check_output
-from .report import Report
-from .result import Transfer, save_result
+from .result import Transfer, pack_plan, save_result
 from .resume import Recipe
 
 if TYPE_CHECKING:
@@ -34,9 +38,12 @@ def transfer(
     source: BaseLike,
     target: BaseLike,
     options: TransferOptions = DEFAULT_OPTIONS,
+    *,
+    out: str | PathLike[str] | None = None,
+    dry_run: bool = False,
     **changes: Unpack[OptionChanges],
 ) -> Transfer:
-    """Turns a LoRA of one base model into the LoRA of another, without training and without data.
+    """Moves a LoRA to another base model, without training and without data.
 
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
@@ -45,10 +52,13 @@ def transfer(
             name -> tensor, an nn.Module or an opened `Base`.
         target: the base to move to, in any of these forms.
         options: how to move it.
-        **changes: options by name, in place of those.
+        out: a file to write, or a folder for format "peft"; checked before any work. A result that
+            exists, and was made of the same LoRA, bases, options and version, is kept.
+        dry_run: say what would be done, from headers alone; nothing is written.
+        **changes: single options by name; they win over `options`.
 
     Returns:
-        The LoRA of the target in memory, with the report.
+        The LoRA of the target, with the report; after a dry run a report alone.
 
     Raises:
         InvalidOption: an option has a value that it does not take.
@@ -58,56 +68,46 @@ def transfer(
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
         WrongBase: the LoRA belongs to `target` and not to `source`, or the two are one model.
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
-        OutputError: out_rank is a size that one column a module exceeds.
+        OutputExists: something else has the name of `out`.
+        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
+            module exceeds.
         TooLittleMemory: max_memory is below what the largest weight needs.
         UnrelatedBases: method "auto", and the weights have nothing in common.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
     bases = open_base(source), open_base(target)
+    if dry_run:
+        return pack_plan(plan_report(lora, *bases, options))
+    if out is not None:
+        return _move_file(lora, *bases, Path(out), options.for_file())
     if options.method == BEST:
         return BestWay.of(*bases, options).move(lora)
     return move_lora(lora, *bases, options)
 
 
-@takes_options
-def transfer_file(
-    lora: str | PathLike[str],
-    source: BaseLike,
-    target: BaseLike,
-    out: str | PathLike[str],
-    options: TransferOptions = DEFAULT_OPTIONS,
-    **changes: Unpack[OptionChanges],
-) -> Report:
-    """Moves a LoRA from file to file: `transfer`, then `Transfer.save`.
-
-    The output path is checked before any work.
-
-    Args:
-        lora: a .safetensors file, a PEFT folder or an id on the hub.
-        source: the base that the LoRA was trained on, as `transfer` takes it.
-        target: the base to move to, likewise.
-        out: the file to write, or a folder for format "peft".
-        options: how to move it.
-        **changes: options by name, in place of those.
-
-    Returns:
-        What was kept and lost.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write.
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: everything that `transfer` raises.
-    """
-    options = settle_options(options, changes).for_file()
-    file, bases = keep_path(lora), (open_base(source), open_base(target))
-    check_output(out, list_inputs(file, *bases), options.overwrite)
-    if options.method == BEST:
-        done = BestWay.of(*bases, options).move(file, for_file=True)
-    else:
-        recipe = Recipe.of(file, *bases, options)
-        done = move_lora(file, *bases, options, recipe.describe)
-    if options.progress:
-        moved = len(done.adapter.updates)
-        options.progress(moved, moved, f"writing {Path(out).name}")
-    return save_result(done, Path(out), options)
+def _move_file(
+    lora: LoraLike, source: Base, target: Base, out: Path, options: TransferOptions
+) -> Transfer:
+    """Moves a LoRA from file to file; a result of the same recipe is kept."""
+    bases = source, target
+    if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
+        check_output(out, list_inputs(lora, *bases), options.overwrite)
+        done = BestWay.of(*bases, options).move(lora) if options.method == BEST else None
+        return save_result(done or move_lora(lora, *bases, options), out, options)
+    way = BestWay.of(*bases, options) if options.method == BEST else None
+    ways: list[TransferOptions | FitOptions]
+    ways = [way.by_weights, way.by_fit] if way else [options]
+    with Lora.open(keep_path(lora)) as file:
+        recipes = [Recipe.of(file, *bases, how) for how in ways]
+        if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
+            return replace(pack_plan(plan_report(file, *bases, options)), adapter=read_adapter(out))
+        check_output(out, list_inputs(file, *bases), options.overwrite)
+        if way:
+            done = way.move(file, for_file=True)
+        else:
+            done = move_lora(file, *bases, options, recipes[0].describe)
+        if options.progress:
+            moved = len(done.adapter.updates)
+            options.progress(moved, moved, f"writing {out.name}")
+        return save_result(done, out, options)

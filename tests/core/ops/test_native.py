@@ -196,7 +196,7 @@ assert native.EXTENSION.why == "prolora was installed without it", native.EXTENS
 source, target = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
 moved = prolora.project((torch.randn(64, 4), torch.randn(4, 48)), source, target, rank=16)
 assert moved.rank <= 8 and 0 <= float(prolora.similarity(source, target, rank=16).left) <= 1
-assert prolora.cuda_status() == (0, f"no compiled extension: {native.EXTENSION.why}")
+assert native.cuda_status() == (0, f"no compiled extension: {native.EXTENSION.why}")
 """
     done = run_python(code, PYTHONPATH=str(tmp_path), PROLORA_NATIVE="AUTO")
     assert done.returncode == 0, done.stderr.decode()

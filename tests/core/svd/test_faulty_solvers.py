@@ -7,9 +7,10 @@ import torch
 from diagonal import pair_up
 from spectra import planted, power_law, sine
 
-from prolora import LowRank, NonFiniteWeights, ProLoRAError, truncated_svd
+from prolora import LowRank, ProLoRAError, truncated_svd
 from prolora.core.errors import SolverFailure
 from prolora.core.svd import solvers, stacks
+from prolora.errors import NonFiniteWeights
 
 EIGH, SVD = torch.linalg.eigh, torch.linalg.svd
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ...core.lowrank import LowRank
 from ...core.precision import is_finite
 from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from .. import vectors
-from ..adapter import Adapter
+from ..adapter import Adapter, StoredUpdate
 from .groups import Group, find_authors, find_paths, group_modules
 from .peft_patterns import PatternTable
 
@@ -206,28 +207,35 @@ def _alpha_tensor(value: int, dtype: torch.dtype) -> Tensor:
     return alpha if alpha.item() == value else torch.tensor(float(value))
 
 
-def peft_config(adapter: Adapter, *, component: str | None = None) -> dict[str, Any]:
-    """Builds the LoraConfig under which PEFT scales every module by exactly 1.
+def peft_config(
+    adapter: Adapter,
+    *,
+    component: str | None = None,
+    owners: Mapping[str, StoredUpdate] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Builds the LoraConfig under which PEFT scales every module as it should.
 
     Args:
         adapter: factors with the scale folded in.
         component: only modules of this part of the pipeline ("unet", "text_encoder", …).
+        owners: module -> the tensors that are written in place of its factors, with their scale.
     """
     ranks = {
-        name: update.rank
+        name: owners[name].rank if name in owners else update.rank
         for name, update in adapter.updates.items()
         if component in (None, find_component(name))
     }
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    scales = {name: owners[name].scale for name in ranks if name in owners}
     local = {_config_name(name): rank for name, rank in ranks.items()}
-    pattern = {name: rank for name, rank in local.items() if rank != common}
-    pattern = _anchor_patterns(pattern, local, common)
-    return {
+    alphas = {_config_name(n): _whole(scales.get(n, 1.0) * rank) for n, rank in ranks.items()}
+    common, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (local, alphas))
+    dora = any(owners[name].kind.endswith("+dora") for name in scales)
+    return ({"use_dora": True} if dora else {}) | {
         "peft_type": "LORA",
         "r": common,
-        "lora_alpha": common,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
+        "lora_alpha": alpha,
+        "rank_pattern": _write_patterns(local, common),
+        "alpha_pattern": _write_patterns(alphas, alpha),
         "target_modules": sorted(local),
         "use_rslora": False,
         "bias": "none",
@@ -244,28 +252,38 @@ def _config_name(name: str) -> str:
     return re.sub(r"^text_model\.(?=encoder\.)", "", local_name(name))
 
 
-def _anchor_patterns(pattern: dict[str, int], ranks: dict[str, int], common: int) -> dict[str, int]:
-    """Anchors the pattern (`^…`) where a plain name would also catch longer ones.
+def _whole(number: float) -> float:
+    """Returns a number as a whole one where it is so but for rounding."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else number
 
-    `proj_out` also fits `single_transformer_blocks.0.proj_out`: PEFT reads the keys as regular
-    expressions for the end of a name.
+
+def _write_patterns(numbers: Mapping[str, float], common: float) -> dict[str, float]:
+    """Returns the patterns of modules whose number is not the common one.
+
+    `proj_out` also fits `single_transformer_blocks.0.proj_out`, since PEFT reads the keys as
+    regular expressions for the end of a name: where that matters they are anchored, as `^…`.
     """
-    plain = PatternTable(pattern, "rank_pattern")
-    if all(plain.get(name, common) == rank for name, rank in ranks.items()):
+    pattern = {name: number for name, number in numbers.items() if number != common}
+    plain = PatternTable(pattern, "pattern")
+    if all(plain.get(name, common) == number for name, number in numbers.items()):
         return pattern
-    return {"^" + re.escape(name): rank for name, rank in pattern.items()}
+    return {"^" + re.escape(name): number for name, number in pattern.items()}
 
 
-def diffusers_metadata(adapter: Adapter) -> dict[str, Any] | None:
-    """Returns what a diffusers file must say about unequal ranks, else None.
+def diffusers_metadata(
+    adapter: Adapter, owners: Mapping[str, StoredUpdate] = MappingProxyType({})
+) -> dict[str, Any] | None:
+    """Returns what a diffusers file must say about ranks and scales; None for nothing.
 
     Older versions of diffusers take one alpha for modules of different ranks and so scale most of
-    them wrongly, unless the header has a configuration; then every component needs one.
+    them wrongly, unless the header has a configuration; then every component needs one. Stored
+    tensors keep the scales of their own file: in its header, or else in tensors.
     """
-    if len({update.rank for update in adapter.updates.values()}) <= 1:
+    configured = any(one.configured for one in owners.values())
+    if not configured and (owners or len({x.rank for x in adapter.updates.values()}) <= 1):
         return None
     table: dict[str, Any] = {}
     for component in dict.fromkeys(map(find_component, adapter.updates)):
-        for option, value in peft_config(adapter, component=component).items():
-            table[f"{component}.{option}"] = value
+        config = peft_config(adapter, component=component, owners=owners)
+        table |= {f"{component}.{option}": value for option, value in config.items()}
     return table

@@ -10,7 +10,6 @@ import safetensors.torch
 from torch import Tensor
 
 from ...files.hashing import hash_parts, view_bytes
-from ...files.ownership import CONFIG_KEY, MARK_KEY
 from ...files.writing import encode_header, order_tensors
 from ..training_words import combine_tags
 from .model_ids import SPECIFICATION, find_ids
@@ -30,8 +29,6 @@ _OF_THE_FILE = (
     "sshs_legacy_hash",
     SPECIFIED_HASH,
     METADATA_KEY,
-    MARK_KEY,
-    CONFIG_KEY,
 )
 
 
@@ -40,7 +37,6 @@ def rewrite_metadata(
     *,
     target_name: str,
     target_layout: str | None,
-    target_sha256: str | None = None,
     target_short_hash: str | None = None,
     provenance: Mapping[str, str],
 ) -> dict[str, str]:
@@ -53,7 +49,6 @@ def rewrite_metadata(
         metadata: of the source LoRA.
         target_name: name of the target base model.
         target_layout: its architecture (an id of `architectures.layouts`), None if unknown.
-        target_sha256: SHA-256 of its file.
         target_short_hash: kohya's eight digits of it.
         provenance: facts of the transfer, written as `prolora.<key>`.
     """
@@ -68,7 +63,7 @@ def rewrite_metadata(
     _replace_entry(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
     kept["ss_sd_model_name"] = target_name
     _replace_entry(kept, "ss_sd_model_hash", target_short_hash)
-    _replace_entry(kept, "ss_new_sd_model_hash", target_sha256)
+    kept.pop("ss_new_sd_model_hash", None)  # the digest of a whole base, which nothing here reads
 
     lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"
     kept["modelspec.merged_from"] = f"{lora}, {target_name}"
@@ -126,15 +121,26 @@ def _replace_entry(metadata: dict[str, str], key: str, value: str | None) -> Non
         metadata[key] = value
 
 
-def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict[str, str]:
+def clean_metadata(
+    metadata: Mapping[str, str], format: str, ranks: set[int] | None
+) -> dict[str, str]:
     """Returns the metadata of a new file, without what described only the old one.
 
     Args:
         metadata: as read or `rewrite_metadata`.
         format: of the new file.
-        ranks: all ranks in it.
+        ranks: all ranks in it; None where it holds the old tensors, as the header tells of them.
     """
     kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
+    if ranks is not None:
+        _describe_ranks(kept, format, ranks)
+    if format in ("diffusers", "peft"):
+        kept["format"] = "pt"  # transformers refuses a file without it
+    return kept
+
+
+def _describe_ranks(kept: dict[str, str], format: str, ranks: set[int]) -> None:
+    """Describes a plain LoRA of these ranks."""
     if format == "kohya":
         is_flux = kept.get("ss_base_model_version", "").startswith("flux1")
         kept.setdefault("ss_network_module", "networks.lora_flux" if is_flux else "networks.lora")
@@ -145,9 +151,6 @@ def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) ->
     if format == "kohya" or "ss_network_dim" in kept:
         dim = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
         kept["ss_network_dim"] = kept["ss_network_alpha"] = dim
-    if format in ("diffusers", "peft"):
-        kept["format"] = "pt"  # transformers refuses a file without it
-    return kept
 
 
 def blank_hashes(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ class Move:
 
     source: str = ""  # name of the base that it was moved from
     target: str = ""  # name of the base that it was moved to
-    # Which files the source was, as `bases.identity.compute_identity` gives it
+    # Which files the source was, as `bases.identity` tells it
     source_hash: str = ""
     target_hash: str = ""  # which files the target was
     method: str = ""  # how it was moved

@@ -18,8 +18,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,38 +30,37 @@ from torch import Tensor
 
 from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
+from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
 from ...core.validation import DeviceLike
-from ...errors import UnsupportedFormat, output_error
-from ...files.state import flush_file, read_state
+from ...errors import OutputError, UnsupportedFormat, output_error
+from ...files.hashing import hash_parts
+from ...files.state import flush_file
+from ...files.store import Store, digest
 from ..base import Base, stack_weights
 from ..upload import Reader, work_in_turn
 from . import basis_file
 from .basis_file import StoredBasis
-from .basis_names import (
-    TOLERANCE,
-    BasisRequest,
-    basis_name,
-    describe_basis,
-    hash_weights,
-    short_hash,
-)
-from .cache_folder import create_versioned_folder, versioned_folder
+from .cache_folder import trim_cache
 from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
+# Part of what a basis is made of: raise it when an algorithm's results change, or its file.
+VERSION = 3
+# The tolerance of bases, `truncated_svd`'s default.
+TOLERANCE = 1e-3
 _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before it was hashed (ns) is not put into the index.
 SETTLING_TIME = 2_000_000_000
-# A basis that is used counts as used for so long (s), before the file's time is set again.
+# A use of a basis counts for so long (s), before the file's time is set again.
 TOUCH_INTERVAL = 86_400
 
 log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Where this platform keeps what may be deleted; PROLORA_CACHE names another folder."""
+    """Returns the platform's folder for deletable files, or PROLORA_CACHE's."""
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).expanduser()
     if sys.platform == "darwin":
@@ -72,15 +72,29 @@ def default_folder() -> Path:
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "prolora"
 
 
-class BasisCache:
-    """A folder of bases, or none: then everything is computed and nothing is kept.
+@dataclass(frozen=True)
+class BasisRequest:
+    """The bases of a stack of weights, as the folder holds them."""
 
-    Attributes:
-        folder: made if it does not exist; None keeps nothing.
-        hits: bases taken from the folder so far.
-        misses: bases computed so far.
-        kept: bytes written so far.
-    """
+    shape: tuple[int, int]  # of every weight, m × n
+    # The basis of each weight, or None; empty without a folder
+    stored: Sequence[StoredBasis | None]
+    missing: Sequence[int]  # indices of the weights that must be computed
+    names: Sequence[str] = ()  # of the bases
+
+
+def hash_weights(weights: Sequence[Tensor]) -> list[str]:
+    """Computes SHA-256 of each weight [m, n] as stored: dtype, shape and bytes."""
+    return map_on_threads(lambda w: hash_parts([f"{w.dtype} {list(w.shape)} ", w]), weights)
+
+
+def name_basis(weight: str, rank: Rank) -> str:
+    """Returns the name of a basis, made of a weight's hash, rule, tolerance and version."""
+    return digest([weight, repr(rank), TOLERANCE, VERSION])[:32]
+
+
+class BasisCache:
+    """A folder of bases, or none: then nothing is kept."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         """Opens the folder.
@@ -89,12 +103,12 @@ class BasisCache:
             OutputError: it cannot be made.
         """
         self.folder = None if folder is None else Path(folder)
-        self.hits = self.misses = self.kept = 0
+        self.hits = self.misses = self.kept = 0  # bases found, bases computed, bytes written
         self._notes: dict[str, JsonTable] = {}
         # Of this run alone; the bases are held, so that no other gets their id.
         self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
         self._flushed: set[Path | None] = set()
-        self._failed = self._created = False
+        self._failed = False
         if self.folder is None:
             return
         try:
@@ -105,18 +119,11 @@ class BasisCache:
     def of(
         self, base: Base, modules: Sequence[str], rank: Rank, device: DeviceLike = None
     ) -> Basis:
-        """The bases of several weights of one matrix shape, as the basis of their stack [b, m, n].
-
-        Args:
-            base: whose weights.
-            modules: which; one that is in the folder is not even read.
-            rank: columns or share of energy, see `truncated_svd`.
-            device: where to compute and where the result is; None means the CPU.
-        """
+        """Returns the bases of weights of one matrix shape, stacked [b, m, n]."""
         return next(self.in_turn([partial(self.look_up, base, modules, rank)], rank, device))
 
     def bases(self, weights: Tensor, rank: Rank) -> Basis:
-        """The same for weights that are in memory and nobody's, a stack [b, m, n]."""
+        """Returns the bases of a stack [b, m, n] in memory without a base model."""
         request = partial(self.look_up_weights, list(weights), rank)
         return next(self.in_turn([request], rank))
 
@@ -126,25 +133,16 @@ class BasisCache:
         rank: Rank,
         device: DeviceLike = None,
     ) -> Iterator[Basis]:
-        """The bases of several stacks; on a GPU the next one is read while one is factorised.
-
-        Args:
-            requests: each calls `look_up` or `look_up_weights`.
-            rank: theirs.
-            device: as in `of`.
-        """
+        """Yields the bases of several stacks; a GPU reads ahead while it factorises."""
         place = torch.device(device or "cpu")
         return work_in_turn(requests, partial(self._answer, rank, place), place)
 
     def look_up(
         self, base: Base, modules: Sequence[str], rank: Rank
     ) -> tuple[BasisRequest, list[Tensor]]:
-        """What the folder holds of the bases of several weights, and the other weights, read.
+        """Looks bases up in the folder, and reads the weights without one.
 
-        Args:
-            base: whose weights.
-            modules: which; all of one matrix shape.
-            rank: as in `of`.
+        All modules have one matrix shape.
         """
         shape = matrix_shape(base.shapes[modules[0]])
 
@@ -155,71 +153,50 @@ class BasisCache:
         if self.folder is None:
             return BasisRequest(shape, [], every), [stack_weights(read(every))]
         digests = [self.digest(base, module) for module in modules]
-        unknown = [i for i, digest in enumerate(digests) if digest is None]
+        unknown = [i for i, known in enumerate(digests) if known is None]
         tensors = read(unknown)
-        for i, digest in zip(unknown, hash_weights(tensors), strict=True):
-            digests[i] = digest
-            self.learn(base, modules[i], digest)
-        names = [basis_name(str(digest), rank) for digest in digests]
-        request = self._request(names, shape, rank, base.name, modules)
+        for i, known in zip(unknown, hash_weights(tensors), strict=True):
+            digests[i] = known
+            self.learn(base, modules[i], known)
+        request = self._request([name_basis(str(known), rank) for known in digests], shape)
         if request.missing != unknown:
             tensors = read(request.missing)
         return request, [stack_weights(tensors)] if tensors else []
 
     def look_up_weights(
-        self,
-        weights: Sequence[Tensor],
-        rank: Rank,
-        base: Base | None = None,
-        modules: Sequence[str] | None = None,
+        self, weights: Sequence[Tensor], rank: Rank
     ) -> tuple[BasisRequest, list[Tensor]]:
-        """The same for weights [m, n] that are in memory.
-
-        Args:
-            weights: of one matrix shape.
-            rank: as in `of`.
-            base: whose weights they are, for `prolora basis list`; None for nobody's.
-            modules: which of its weights.
-        """
+        """Looks up the bases of weights [m, n] in memory, of one shape."""
         shape = (weights[0].shape[0], weights[0].shape[1])
         if self.folder is None:
             return BasisRequest(shape, [], list(range(len(weights)))), [stack_weights(weights)]
-        names = [basis_name(digest, rank) for digest in hash_weights(weights)]
-        whose = "" if base is None else base.name
-        request = self._request(names, shape, rank, whose, modules or [""] * len(weights))
+        request = self._request([name_basis(known, rank) for known in hash_weights(weights)], shape)
         missing = [weights[i] for i in request.missing]
         return request, [stack_weights(missing)] if missing else []
 
-    def _request(
-        self,
-        names: list[str],
-        shape: tuple[int, int],
-        rank: Rank,
-        base: str,
-        modules: Sequence[str],
-    ) -> BasisRequest:
-        """What the folder holds of bases of these names."""
+    def _request(self, names: list[str], shape: tuple[int, int]) -> BasisRequest:
+        """Looks up the bases of these names in the folder."""
         # In turn: threads that open files, each a moment, wait for each other's Python.
         stored = [self._read(name, shape) for name in names]
         missing = [i for i, basis in enumerate(stored) if basis is None]
-        descriptions = [describe_basis(names[i], rank, base, modules[i]) for i in missing]
-        return BasisRequest(shape, stored, missing, descriptions)
+        return BasisRequest(shape, stored, missing, names)
 
     def _answer(
         self, rank: Rank, device: torch.device, request: BasisRequest, weights: list[Tensor]
     ) -> Basis:
-        """The stack of the bases; those that the folder lacks are computed and kept."""
+        """Returns the stack of the bases; computes and keeps missing ones."""
         if self.folder is None:
             return truncated_svd(weights[0], rank)
         stored, missing = list(request.stored), request.missing
         if missing:
-            computed = self._compute(rank, request.descriptions, weights[0])
+            names = [request.names[i] for i in missing]
+            computed = self._compute(rank, names, weights[0])
             for i, basis in zip(missing, computed, strict=True):
                 stored[i] = basis
         return self._stacked(stored, missing, request.shape, device)
 
     def digest(self, base: Base, module: str) -> str | None:
-        """The content hash of a weight, if it is known without reading the weight.
+        """Returns the content hash of a weight, if known without reading.
 
         Without a folder it need not outlive this run, and is a name that takes no reading.
         """
@@ -231,81 +208,82 @@ class BasisCache:
         origin = base.weights[module].origin
         if origin is None:
             return None
-        digest = self._index(base).get(short_hash(origin.text))
-        return digest if isinstance(digest, str) else None
+        known = self._index(base).get(_shorten(origin.text))
+        return known if isinstance(known, str) else None
+
+    def place(self, base: Base, module: str) -> str | None:
+        """Returns a weight's name by the state of its file, without reading.
+
+        None where that is not settled: the file changed just now, or the weight is in no file.
+        """
+        if self.folder is None:
+            return self.digest(base, module)
+        self._flush(base)
+        origin = base.weights[module].origin
+        settled = origin and time.time_ns() - origin.changed > SETTLING_TIME
+        return _shorten(origin.text) if origin and settled else None
 
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str]:
-        """The names of bases that were taken from here in this run."""
-        return [basis_name(str(self.digest(base, module)), rank) for module in modules]
+        """Returns the names of bases that were taken from here in this run."""
+        return [name_basis(str(self.digest(base, module)), rank) for module in modules]
 
-    def learn(self, base: Base, module: str, digest: str) -> None:
+    def learn(self, base: Base, module: str, known: str) -> None:
         """Remembers the content hash of a weight that was read just now."""
         if self.folder is None:
             return
-        self._digests[id(base), module] = (base, digest)
+        self._digests[id(base), module] = (base, known)
         origin = base.weights[module].origin
         if origin and time.time_ns() - origin.changed > SETTLING_TIME:
-            self._index(base).put(short_hash(origin.text), digest)
-
-    def file_hash(self, path: Path, kind: str, compute: Callable[[], str]) -> str:
-        """A hash of some kind of a file, computed where its state was not seen before."""
-        if self.folder is None:
-            return compute()
-        state = read_state(path)
-        notes, key = (
-            self._table("files", ""),
-            short_hash(f"{kind} {os.path.abspath(path)} {state}"),
-        )
-        known = notes.get(key)
-        if isinstance(known, str):
-            return known
-        settled = time.time_ns() - max(state.modified, state.changed) > SETTLING_TIME
-        digest = compute()
-        if settled:
-            notes.put(key, digest)
-        return digest
+            self._index(base).put(_shorten(origin.text), known)
 
     def pairs(self, source: Base, target: Base) -> JsonTable:
-        """The table of what is known of pairs of weights of two bases."""
+        """Returns the table of what is known of weight pairs of two bases."""
         return self._table("pairs", f"{source.path or source.name} {target.path or target.name}")
 
     @contextmanager
     def saving(self) -> Iterator[BasisCache]:
-        """Keeps what was learnt in the body, also where that fails."""
+        """Saves what was learnt in the body, even if that fails."""
         try:
             yield self
         finally:
             self.save()
 
     def save(self) -> None:
-        """Writes the index and the tables."""
+        """Writes the index and the tables; what is beyond the size of the cache goes."""
         for notes in self._notes.values():
             if notes.changed:
                 self._try(notes.save)
+        if self.kept and self.folder is not None:
+            trim_cache(self.folder)
 
     def _index(self, base: Base) -> JsonTable:
-        """The table of contents of a base's weights; asked for before any of them is read."""
+        """Returns the table of contents of a base's weights, before any is read."""
+        self._flush(base)
+        return self._table("index", str(base.path))
+
+    def _flush(self, base: Base) -> None:
+        """Makes changes of a base's files set their times, once."""
         if base.path not in self._flushed:
             for file in base.files:
                 flush_file(file)
             self._flushed.add(base.path)
-        return self._table("index", str(base.path))
 
     def _table(self, kind: str, of: str) -> JsonTable:
-        name = f"{kind}-{short_hash(of)}.json"
+        name = f"{kind} {of}"
         if name not in self._notes:
-            path = self.folder and versioned_folder(self.folder) / name
+            path = self.folder and Store(self.folder).path(
+                "tables", [name, VERSION], suffix=".json"
+            )
             self._notes[name] = JsonTable(path)
         return self._notes[name]
 
-    def path(self, name: str) -> Path:
-        """Where the basis of that name (`basis_name`) lies, or would lie."""
+    def _path(self, name: str) -> Path:
         assert self.folder is not None
-        return versioned_folder(self.folder) / name[:2] / f"{name}.safetensors"
+        return self.folder / "bases" / f"{name}.safetensors"
 
     def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
-        """The basis of that name, or None where there is none that can be trusted."""
-        path = self.path(name)
+        """Reads the basis of that name; None if missing or damaged."""
+        path = self._path(name)
         try:
             stored = basis_file.read_basis(path)
             if stored.facts.get("name") != name or stored.shape != shape:
@@ -319,20 +297,17 @@ class BasisCache:
             return None
         return stored
 
-    def _compute(
-        self, rank: Rank, descriptions: Sequence[dict[str, str]], weights: Tensor
-    ) -> list[StoredBasis]:
+    def _compute(self, rank: Rank, names: Sequence[str], weights: Tensor) -> list[StoredBasis]:
         """Bases of a stack [c, m, n], as they are kept: warm or cold, the result is the same."""
         computed = truncated_svd(weights, rank, tol=TOLERANCE).to("cpu")
         bases = []
-        for i, description in enumerate(descriptions):
-            stored = basis_file.make_stored_basis(computed[i], TOLERANCE, description)
-            self._try(partial(self._write, stored))
+        for i, name in enumerate(names):
+            stored = basis_file.make_stored_basis(computed[i], TOLERANCE, {"name": name})
+            self._try(partial(self._write, self._path(name), stored))
             bases.append(stored)
         return bases
 
-    def _write(self, stored: StoredBasis) -> None:
-        path = self.path(str(stored.facts["name"]))
+    def _write(self, path: Path, stored: StoredBasis) -> None:
         basis_file.write_basis(path, stored)
         self.kept += path.stat().st_size
 
@@ -341,11 +316,8 @@ class BasisCache:
         if self._failed or self.folder is None:
             return
         try:
-            if not self._created:
-                create_versioned_folder(self.folder)
-                self._created = True
             write()
-        except OSError as error:
+        except (OutputError, OSError) as error:
             self._failed = True
             log.warning("%s: bases are not kept: %s", self.folder, error)
 
@@ -356,7 +328,7 @@ class BasisCache:
         shape: tuple[int, int],
         device: torch.device,
     ) -> Basis:
-        """Single bases as that of their stack."""
+        """Stacks single bases."""
         self.misses += len(missing)
         self.hits += len(stored) - len(missing)
         parts = [basis for basis in stored if basis is not None]
@@ -386,7 +358,7 @@ CacheLike = str | os.PathLike[str] | BasisCache | None
 
 @contextmanager
 def open_cache(cache: CacheLike) -> Iterator[BasisCache]:
-    """The cache, saved at the end unless it was open before.
+    """Yields the cache, saved at the end unless it was open before.
 
     Raises:
         OutputError: the folder cannot be made.
@@ -396,3 +368,7 @@ def open_cache(cache: CacheLike) -> Iterator[BasisCache]:
     else:
         with BasisCache(cache).saving() as opened:
             yield opened
+
+
+def _shorten(text: str) -> str:
+    return digest(text)[:32]

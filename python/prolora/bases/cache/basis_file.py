@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ...core.basis import FACTS, Basis
 from ...errors import ProLoRAError, UnsupportedFormat
+from ...files.hashing import view_bytes
 from ...files.safetensors_file import SafetensorsFile
+from ...files.store import put
 from ...files.writing import dump_safetensors
-from .cache_files import compute_checksum, publish_file
 
 METADATA_KEY = "prolora.basis"
 LARGEST_INTEGER = 32767
@@ -106,23 +107,24 @@ def bound_norm(x: Tensor) -> float:
 
 
 def write_basis(path: Path, stored: StoredBasis) -> None:
-    """Keeps a basis.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    facts = dict(stored.facts) | {"checksum": compute_checksum(_sort_tensors(stored.tensors))}
+    """Keeps a basis, without forcing it to the disk: its checksum tells after a crash."""
+    facts = dict(stored.facts) | {"checksum": compute_checksum(stored.tensors)}
     text = json.dumps(facts, sort_keys=True)
     header = {METADATA_KEY: text, f"{METADATA_KEY}.crc32": str(zlib.crc32(text.encode()))}
-    publish_file(path, lambda file: dump_safetensors(file, stored.tensors, header))
+    write = lambda new: dump_safetensors(new, stored.tensors, header)  # noqa: E731
+    put(path, write, overwrite=True, durable=False)
+
+
+def compute_checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Computes CRC-32 of all bytes: against accidents, not against forgery."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(view_bytes(tensors[name]), total)
+    return total
 
 
 def make_stored_basis(basis: Basis, tol: float, about: Mapping[str, str]) -> StoredBasis:
-    """Converts the basis of one weight [m, n] to its file's form.
-
-    `tol` is the tolerance its bound must meet; `about` is what else is known of it, its "name"
-    included.
-    """
+    """Converts the basis of one weight [m, n], within a tolerance, to its file's form."""
     tensors, bound = compress_basis(basis, tol)
     facts: dict[str, Any] = {part: getattr(basis, part).item() for part in FACTS}
     facts |= {"bound": min(1.0, bound), "rung": basis.rung} | dict(about)
@@ -145,21 +147,10 @@ def read_basis(path: Path) -> StoredBasis:
         except UnsupportedFormat:  # another process may have replaced it between two looks
             file, tensors = _read_file(path)
         facts = _read_facts(file)
-        if facts["checksum"] != compute_checksum(_sort_tensors(tensors)):
+        if facts["checksum"] != compute_checksum(tensors):
             raise UnsupportedFormat("its content is not what was written")
         _check_parts(tensors, facts)
         return StoredBasis(tensors, facts)
-
-
-def read_basis_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads facts, dtypes and shapes from the header alone.
-
-    Raises as `read_basis`.
-    """
-    with _translate_errors(path):
-        file = SafetensorsFile(path)
-        sizes = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
-        return _read_facts(file), sizes
 
 
 @contextmanager
@@ -201,7 +192,3 @@ def _check_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Non
     fits &= all(x.ndim == 2 and x.shape[1:] == k for x in (tensors["U"], tensors["V"]))
     if not fits or len(k) != 1 or tensors["S"].dtype not in (torch.float32, torch.float64):
         raise UnsupportedFormat("its tensors do not fit together")
-
-
-def _sort_tensors(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensors[name] for name in sorted(tensors)]

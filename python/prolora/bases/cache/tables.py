@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import MissingFile
 from ...files.outside import open_regular
-from .cache_files import publish_file
+from ...files.store import put
 
 # More entries than any pair of models has weights; further ones push the oldest out.
 MOST_ENTRIES = 20_000
@@ -49,11 +49,7 @@ class JsonTable:
         return bool(self._new)
 
     def save(self) -> None:
-        """Writes the new entries, together with what others have written meanwhile.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Writes the new entries, together with what others have written meanwhile."""
         if not self._new or self._path is None:
             return
         self._known = self._load() | self._new
@@ -61,33 +57,20 @@ class JsonTable:
         kept = dict(list(self._known.items())[-MOST_ENTRIES:])
         body = json.dumps(kept, separators=(",", ":")).encode()
         content = b"%08x\n" % zlib.crc32(body) + body
-        publish_file(self._path, lambda file: file.write_bytes(content))
+        put(self._path, lambda new: new.write_bytes(content), overwrite=True, durable=False)
 
     def _load(self) -> dict[str, Any]:
         if self._path is None:
             return {}
         try:
-            return read_table(self._path)
+            with open_regular(self._path, MOST_BYTES) as file:
+                checksum, _, body = file.read().partition(b"\n")
+            if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
+                raise ValueError("its content is not what was written")
+            entries: dict[str, Any] = json.loads(body)
+            return entries
         except MissingFile:
             return {}
         except (OSError, ValueError) as error:
             log.warning("%s is not used and will be made again: %s", self._path, error)
             return {}
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """Reads the entries of a table's file.
-
-    Raises:
-        MissingFile: the file is missing.
-        UnsupportedFormat: it cannot be read, or is no file.
-        ValueError: it is not what was written.
-    """
-    with open_regular(path, MOST_BYTES) as file:
-        checksum, _, body = file.read().partition(b"\n")
-    if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
-        raise ValueError("its content is not what was written")
-    entries = json.loads(body)
-    if not isinstance(entries, dict):
-        raise ValueError("it is not a table")
-    return entries

@@ -135,11 +135,11 @@ def find_family(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
     The names of all matrices decide: the names of a published size, no more and no less, whatever
     the number of blocks and their shapes. Where several families have them, shapes decide.
     """
-    ours = _list_patterns(shapes)
+    found = _list_patterns(shapes)
     fitting = [
         family
         for family in known_families().values()
-        if any(ours == _list_layout_patterns(id_) for id_ in family.layouts)
+        if any(found == _list_layout_patterns(id_) for id_ in family.layouts)
     ]
     if len(fitting) > 1:
         likely = _recognise(_select_kinds(shapes)).families

@@ -24,12 +24,9 @@ BATCHES_TO_TRY_COPY = 4
 def fit_all_modules(
     run: ProbeRun, questions: Sequence[Question], names: list[str]
 ) -> dict[str, LowRank]:
-    """The updates of all modules; from the rival's where these are a start.
+    """Fits the updates of all modules; the rival's may be a start.
 
-    Args:
-        run: the probing; its report gets the steps and the start.
-        questions: the probes.
-        names: the modules that get an update.
+    The run's report gets the steps and the start.
     """
     checkpoints, report = run.checkpoints, run.report
     key = ""
@@ -62,7 +59,7 @@ def fit_all_modules(
 def _fit_part_way(
     run: ProbeRun, batches: _BatchQueue, names: list[str], start: StartingPoint, key: str
 ) -> dict[str, LowRank]:
-    """The updates part of the way from the start to the fit, and the copies outside the blocks."""
+    """Returns updates part of the way from start to fit, and outside copies."""
     inside = {name: update for name, update in start.updates.items() if name in names}
     outside = {name: update for name, update in start.updates.items() if name not in names}
     settings, rank = run.settings, run.settings.rank
@@ -118,7 +115,7 @@ class _BatchQueue:
         return first
 
     def draw(self) -> list[ProbeBatch]:
-        """The batches of one step, at least as many samples as the settings ask for."""
+        """Draws the batches of one step, at least the samples that the settings ask for."""
         drawn: list[int] = []
         while sum(self.sizes[i] for i in drawn) < (self.run.settings.batch or 1):
             if not self.queue:

@@ -27,41 +27,28 @@ less are lost in the rounding of a model that computes in 16 bits."""
 
 @dataclass(frozen=True)
 class JointProblem:
-    """min over B and A of Σ ‖f(W + B·A) − wanted‖², W the weights of some modules of the target.
+    """The least squares of a fit: min over B, A of Σ ‖f(W + B·A) − wanted‖².
 
-    Attributes:
-        target: the model; its weights stay as they are.
-        names: its modules that get an update.
-        read: return value of the target -> its prediction.
-        draw: gives the probes of the next step.
-        steps: Gauss–Newton steps.
-        damping: of the curvature, relative to its mean diagonal.
-        rank: of the updates.
-        will_be_cut: whether the result will be cut to lower rank, which needs the curvature.
+    W are the weights of some modules of the target.
     """
 
-    target: nn.Module
-    names: Sequence[str]
-    read: Read
-    draw: Callable[[], Sequence[ProbeBatch]]
-    steps: int
-    damping: float
-    rank: int
-    will_be_cut: bool = False
+    target: nn.Module  # the model; its weights stay as they are
+    names: Sequence[str]  # its modules that get an update
+    read: Read  # return value of the target -> its prediction
+    draw: Callable[[], Sequence[ProbeBatch]]  # gives the probes of the next step
+    steps: int  # Gauss–Newton steps
+    damping: float  # of the curvature, relative to its mean diagonal
+    rank: int  # of the updates
+    will_be_cut: bool = False  # the result will be cut to lower rank, which needs the curvature
 
 
 @dataclass(frozen=True)
 class JointFit:
-    """The result of a fit.
+    """The result of a fit."""
 
-    Attributes:
-        updates: module -> B·A; none of a module that never reaches the prediction.
-        curvature: for a cut to lower rank; None where none will come.
-        history: share of the wanted change reached, before every step, on that step's probes.
-    """
-
-    updates: dict[str, LowRank]
-    curvature: JointCurvature | None
+    updates: dict[str, LowRank]  # module -> B·A; without modules that never reach the prediction
+    curvature: JointCurvature | None  # for a cut to lower rank; None where none will come
+    # Share of the wanted change reached, before every step, on that step's probes
     history: list[float]
 
 
@@ -72,14 +59,14 @@ def fit_jointly(
     store: StateFile | None = None,
     kept: KeptState | None = None,
 ) -> JointFit:
-    """Minimises Σ ‖f(W + B·A) − wanted‖² over B and A by Gauss–Newton steps on fresh probes.
+    """Minimises Σ ‖f(W + B·A) − wanted‖² by Gauss–Newton steps on fresh probes.
 
     Each step linearises the target at B·A, takes the natural direction d within updates of the rank
     (`JointCurvature.solve`), and goes αd + βs, s the step before: α and β solve the least-squares
     problem min ‖missing − αJd − βJs‖². Jd and Js are differences of predictions, taken at the
-    lengths of the last step, so that they include the curvature of f over that length. A step
-    costs one forward and backward pass and two forward passes; nothing is tuned by hand. The LoRA
-    runs beside the weights, and no tensor of a weight's size is made.
+    lengths of the last step, so that they include the curvature of f over that length. A step costs
+    one forward and backward pass and two forward passes; nothing is tuned by hand. The LoRA runs
+    beside the weights, and no tensor of a weight's size is made.
 
     Args:
         problem: what is minimised.
@@ -108,9 +95,9 @@ def fit_jointly(
 
 
 def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Factors:
-    """The update to start from, cut or padded to the rank: B with zeros, A with random rows.
+    """Cuts or pads the initial updates to the rank: B with zeros, A randomly.
 
-    The rows of A are orthonormal, so that those of the padding count as much as the others.
+    The rows of A are orthonormal, so that the padding's count as much as the others.
     """
     generator = torch.Generator().manual_seed(0)
     factors: Factors = {}
@@ -131,10 +118,10 @@ def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Fact
 
 
 def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[ProbeBatch]) -> None:
-    """One Gauss–Newton step; none where these probes miss nothing, or no length helps them.
+    """Takes one Gauss–Newton step if these probes miss something and a length helps.
 
-    Neither says anything about the probes of the next step. Where no length helps, the next one
-    takes its differences over half the way.
+    Neither failure says anything about the probes of the next step. Where no length helps, the next
+    one takes its differences over half the way.
     """
     renew = state.step < 2 or state.last_step is None or state.step % _REFRESH == 0
     point = function.linearise(probes, state.factors, renew)
@@ -165,9 +152,10 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
 
 
 def _longest(point: Linearisation, direction: Factors) -> float:
-    """The length at which a direction d would reach all that is missing, if Jd pointed there.
+    """Returns the length ‖missing‖²/⟨Jd, missing⟩ of a direction d.
 
-    It is ‖missing‖²/⟨Jd, missing⟩, from the gradient alone; the best length is at most that.
+    It would reach all that is missing if Jd pointed there, and comes from the gradient alone; the
+    best length is at most that.
     """
     slope = sum(
         float((step * slope).sum())
@@ -183,25 +171,20 @@ KeptState = tuple[dict[str, Tensor], dict[str, Any]]
 
 @dataclass
 class _FitState:
-    """Everything that the steps to come depend on, besides the curvature and its generator.
+    """Everything that later steps depend on, beside curvature and generator."""
 
-    Attributes:
-        factors: module -> (B, A).
-        last_step: what the last step added to them, in 16 bits: the next one takes its differences
-            along what is kept, so that the rounding is no error of it.
-        lengths: over which the directions are differenced in the next step.
-        history: share of the wanted change reached, before every step.
-        step: steps done, those that changed nothing included.
-    """
-
-    factors: Factors
+    factors: Factors  # module -> (B, A)
+    # What the last step added to them, in 16 bits: the next one takes its differences along what is
+    # kept, so that the rounding is no error of it.
     last_step: Factors | None = None
+    # Over which the directions are differenced in the next step
     lengths: list[float] = field(default_factory=lambda: [0.0, MAX_MOMENTUM])
+    # Share of the wanted change reached, before every step
     history: list[float] = field(default_factory=list)
-    step: int = 0
+    step: int = 0  # steps done, those without a change included
 
     def pack(self, function: TargetFunction) -> KeptState:
-        """The state, with the curvature and the generator of the function."""
+        """Packs the state, with the curvature and the generator of the function."""
         spectra, sides = pack_spectra(function.curvature)
         tensors = pack_factors("now", self.factors) | pack_factors("before", self.last_step or {})
         tensors |= spectra | {"generator": function.generator.get_state()}
@@ -225,7 +208,7 @@ class _FitState:
 
 
 def pack_factors(group: str, factors: Factors) -> dict[str, Tensor]:
-    """The factors of all modules by names of a group."""
+    """Returns the factors of all modules by names of a group."""
     ups = {f"{group}.up/{name}": up for name, (up, _) in factors.items()}
     return ups | {f"{group}.down/{name}": down for name, (_, down) in factors.items()}
 
@@ -233,7 +216,7 @@ def pack_factors(group: str, factors: Factors) -> dict[str, Tensor]:
 def unpack_factors(
     group: str, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]
 ) -> Factors:
-    """What `pack_factors` took of a group, module by module on these devices."""
+    """Restores a group of `pack_factors`, module by module on these devices."""
     return {
         name: (tensors[f"{group}.up/{name}"].to(device), tensors[f"{group}.down/{name}"].to(device))
         for name, device in devices.items()
@@ -246,7 +229,7 @@ Spectra = dict[str, dict[str, list[float]]]
 
 
 def pack_spectra(curvature: JointCurvature) -> tuple[dict[str, Tensor], Spectra]:
-    """The eigenvectors of a curvature by side and module, and its numbers."""
+    """Returns a curvature's eigenvectors by side and module, and its numbers."""
     tensors, numbers = dict[str, Tensor](), Spectra()
     for side, known in curvature.sides.items():
         numbers[side] = {name: [s.trace, s.count] for name, s in known.items()}
@@ -269,7 +252,10 @@ def restore_spectra(
 
 
 def cut_updates(fit: JointFit, rank: float) -> dict[str, LowRank]:
-    """Every update at lower rank, cut in the metric of the curvature; see `JointCurvature.cut`."""
+    """Cuts every update to lower rank in the metric of the curvature.
+
+    See `JointCurvature.cut`.
+    """
     metric = fit.curvature
     assert metric is not None
     return {name: metric.cut(name, update, rank) for name, update in fit.updates.items()}

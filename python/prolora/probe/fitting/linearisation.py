@@ -1,4 +1,4 @@
-"""The target's prediction as a function of a LoRA beside its weights, and its linearisation."""
+"""The target's prediction as a function of a LoRA, and its linearisation."""
 
 from __future__ import annotations
 
@@ -24,46 +24,31 @@ MAX_MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """One batch.
+    """One batch of inputs with its predictions."""
 
-    Attributes:
-        call: inputs of the target.
-        plain: what it predicts there without updates.
-        wanted: what it should predict.
-    """
-
-    call: Call
-    plain: Tensor
-    wanted: Tensor
+    call: Call  # inputs of the target
+    plain: Tensor  # what it predicts there without updates
+    wanted: Tensor  # what it should predict
 
 
 @dataclass(frozen=True)
 class Linearisation:
-    """The target linearised at some LoRA, on the probes of one step.
+    """The target linearised at some LoRA, on the probes of one step."""
 
-    Attributes:
-        probes: the batches.
-        factors: where.
-        base: the prediction of every batch there.
-        gradient: of both factors, Jᵀ·missing with missing = wanted − base.
-        missing: ‖missing‖².
-        reached: share of the wanted change that is reached there.
-    """
-
-    probes: Sequence[ProbeBatch]
-    factors: Factors
-    base: list[Tensor]
-    gradient: Factors
-    missing: float
-    reached: float
+    probes: Sequence[ProbeBatch]  # the batches
+    factors: Factors  # where
+    base: list[Tensor]  # the prediction of every batch there
+    gradient: Factors  # of both factors, Jᵀ·missing with missing = wanted − base
+    missing: float  # ‖missing‖²
+    reached: float  # share of the wanted change that is reached there
 
 
 @contextlib.contextmanager
 def recompute_blocks(model: nn.Module) -> Iterator[None]:
-    """Blocks are computed again in the backward pass, where the model is one of diffusers that can.
+    """Lets blocks run again in the backward pass, if the model can.
 
-    Then only what is between blocks is kept of a forward pass, and of weights in half precision
-    those of one block are in float32 at a time.
+    Models of diffusers can. Then only what is between blocks is kept of a forward pass, and of
+    weights in half precision only one block's are in float32 at a time.
     """
     any_model: Any = model
     can = getattr(model, "_supports_gradient_checkpointing", False)
@@ -78,7 +63,9 @@ def recompute_blocks(model: nn.Module) -> Iterator[None]:
 
 
 class TargetFunction:
-    """The prediction of the target as a function of the LoRA beside its weights.
+    """The prediction of the target as a function of the LoRA.
+
+    The LoRA stands beside its weights.
 
     Attributes:
         curvature: the estimate of JᵀJ on the probes seen so far.
@@ -92,7 +79,7 @@ class TargetFunction:
         self.curvature = JointCurvature(damping, self.generator)
 
     def predict(self, call: Call, factors: Factors) -> Tensor:
-        """The prediction with these factors in place."""
+        """Predicts with these factors in place."""
         with place_factors(self.target, factors):
             return self.read(self.target(*call.args, **call.kwargs))
 
@@ -146,7 +133,7 @@ class TargetFunction:
 
     @contextlib.contextmanager
     def _record_factors(self, names: Mapping[str, Any]) -> Iterator[list[RemovableHandle]]:
-        """Adds what the modules read, and what reaches their outputs, to the curvature.
+        """Adds the modules' inputs and their outputs' gradients to the curvature.
 
         Yields:
             The hooks on the outputs, to be removed before another backward pass.
@@ -176,7 +163,7 @@ class TargetFunction:
     def solve_lengths(
         self, point: Linearisation, lines: list[Factors], trial: list[float]
     ) -> list[float]:
-        """The lengths c ≥ 0 that minimise ‖missing − Σ cᵢ·J·lineᵢ‖.
+        """Finds the lengths c ≥ 0 that minimise ‖missing − Σ cᵢ·J·lineᵢ‖.
 
         Args:
             point: where the target is linearised.
@@ -184,7 +171,7 @@ class TargetFunction:
             trial: the lengths over which J·lineᵢ is taken, as a difference of predictions.
 
         Returns:
-            One length a line; that of the last step is at most MAX_MOMENTUM.
+            One length a line; the last step's is at most MAX_MOMENTUM.
         """
         size = len(lines)
         right = torch.zeros(size, dtype=torch.float64)
@@ -212,7 +199,7 @@ class TargetFunction:
 
 
 def add_scaled(start: Factors, lengths: Sequence[float], lines: Sequence[Factors]) -> Factors:
-    """Both factors of every module, moved along some lines."""
+    """Moves both factors of every module along some lines."""
     moved = {}
     for name, (up, down) in start.items():
         for length, line in zip(lengths, lines, strict=True):

@@ -34,7 +34,7 @@ SHARE = 0.16
 of the wanted change is missing; where a share m is missing, √m times that."""
 _RISE = 1 / 8
 """Share of the steps in which their length rises; from there it falls linearly to 0."""
-_MEAN, _SQUARE = 0.9, 0.999  # of the past in the means of slopes and of their squares
+_MEAN, _SQUARE = 0.9, 0.999  # the past's share in the means of slopes and of their squares
 _TAKEN = "taken"
 
 
@@ -44,11 +44,11 @@ def fit_in_factors(
     on_step: Callable[[int], None] = lambda _: None,
     store: StateFile | None = None,
 ) -> JointFit:
-    """The first half of the steps by `fit_jointly`, the rest by Adam from there.
+    """Runs the first half of the steps by `fit_jointly`, then Adam.
 
-    Arguments are those of `fit_jointly`, and a rest of n steps is STEPS·n of Adam's. A fit that
-    starts from a copy takes all of its steps by `fit_jointly`: Adam's lose more of what a copy
-    does right away from the probes.
+    Arguments as for `fit_jointly`; a rest of n steps is STEPS·n of Adam's. A fit that starts from a
+    copy takes all of its steps by `fit_jointly`: Adam's lose more of what a copy does right away
+    from the probes.
     """
     half = problem.steps if initial else (problem.steps + 1) // 2
     kept = store.recall() if store else None
@@ -81,7 +81,7 @@ def fit_in_factors(
 
 
 def _length_of_step(step: int, steps: int) -> float:
-    """Of Adam's, relative to the factors, where all is missing."""
+    """Returns the length of an Adam step where all is missing, relative to the factors."""
     return SHARE * min((step + 1) / (_RISE * steps), 1) * (1 - step / steps)
 
 
@@ -94,28 +94,20 @@ class _Walk:
     within its rank. Lengths are relative to the size of each factor, so weights of another scale
     take the same steps in theirs, and to what is missing, so a start that reaches most of the
     wanted change is not lost. A product that is zero stays so: nothing tells its size.
-
-    Attributes:
-        factors: module -> (B, A).
-        sizes: module -> root mean square of the numbers of B and of A at the start.
-        means: module -> means of slopes by B and A, in 16 bits.
-        squares: module -> mean squares of slopes in every row of B and every column of A.
-        taken: steps that changed anything.
-        history: share of the wanted change reached, before every step of the whole fit.
-        curvature: of the first half, as long as a cut will need it.
     """
 
-    factors: Factors
+    factors: Factors  # module -> (B, A)
+    # Module -> root mean square of the numbers of B and of A at the start
     sizes: dict[str, tuple[float, float]]
-    means: Factors
-    squares: Factors
-    taken: int
-    history: list[float]
-    curvature: JointCurvature | None
+    means: Factors  # module -> means of slopes by B and A, in 16 bits
+    squares: Factors  # module -> mean squares of slopes in every row of B and every column of A
+    taken: int  # steps that changed anything
+    history: list[float]  # share of the wanted change reached, before every step of the whole fit
+    curvature: JointCurvature | None  # of the first half, as long as a cut will need it
 
     @classmethod
     def start(cls, first: JointFit, will_be_cut: bool) -> _Walk:
-        """From where Gauss–Newton steps arrived."""
+        """Starts where the Gauss–Newton steps arrived."""
         factors: Factors = {}
         for name, update in first.updates.items():
             basis, mixed = torch.linalg.qr(update.down.mT)
@@ -133,7 +125,7 @@ class _Walk:
         return cls(factors, sizes, means, squares, 0, list(first.history), curvature)
 
     def take_step(self, point: Linearisation, length: float) -> None:
-        """One step; none where these probes miss nothing."""
+        """Takes one step if these probes miss something."""
         self.history.append(point.reached)
         if 1 - point.reached < ROUNDING:
             return  # the rest is rounding of float32
@@ -153,7 +145,7 @@ class _Walk:
                 self.factors[name][i].add_(mean / usual, alpha=length * self.sizes[name][i])
 
     def pack(self) -> KeptState:
-        """Everything that the steps to come depend on."""
+        """Packs everything that later steps depend on."""
         tensors = pack_factors("now", self.factors) | pack_factors("mean", self.means)
         tensors |= pack_factors("square", self.squares)
         facts = {"sizes": self.sizes, _TAKEN: self.taken, "history": self.history}
@@ -164,7 +156,7 @@ class _Walk:
 
     @classmethod
     def restore(cls, problem: JointProblem, kept: KeptState) -> _Walk:
-        """What `pack` gave, on the devices of the weights."""
+        """Restores a packed state on the devices of the weights."""
         tensors, facts = kept
         devices = {name: place_of(weight_of(problem.target, name)) for name in facts["sizes"]}
         curvature = None

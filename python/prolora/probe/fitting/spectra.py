@@ -1,9 +1,9 @@
-"""JᵀJ of modules as Kronecker products (K-FAC) of leading spectra, estimated on the probes.
+"""JᵀJ of modules as Kronecker products (K-FAC) of leading spectra.
 
-J is the derivative of the predictions with respect to the weights. For y = W·x inside the model,
-JᵀJ is close to S ⊗ R / tokens: R = Σ x xᵀ over what the module reads, S = Σ g gᵀ over what reaches
-y when random numbers are propagated back from the prediction. Of both only the leading eigenvectors
-and the trace are kept, so that nothing is of the size of the weight.
+Estimated on the probes. J is the derivative of the predictions with respect to the weights. For y =
+W·x inside the model, JᵀJ is close to S ⊗ R / tokens: R = Σ x xᵀ over what the module reads, S = Σ g
+gᵀ over what reaches y when random numbers are propagated back from the prediction. Of both only the
+leading eigenvectors and the trace are kept, so that nothing is of the size of the weight.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..updates import Factors
 
 KEPT = 16
 """Eigenvectors of a factor that are kept; the rest counts as a multiple of the identity."""
-_ROWS = 256  # of one call that are added to a wide factor
-_FADE = 0.9  # of the factors, when new probes are added: the weights move
-_NOISE = 1e-6  # of the largest eigenvalue: smaller ones are rounding
+_ROWS = 256  # rows of one call that are added to a wide factor
+_FADE = 0.9  # share of the factors that new probes leave: the weights move
+_NOISE = 1e-6  # share of the largest eigenvalue: smaller ones are rounding
 _ROUNDING = 1e-7
 """Of the largest module's Σ g gᵀ: squares of gradients that are little but rounding."""
-_LOADING_A, _LOADING_B = 1e-6, 1e-3  # of the mean diagonals of A·R·Aᵀ and Bᵀ·S·B
+_LOADING_A, _LOADING_B = 1e-6, 1e-3  # shares of the mean diagonals of A·R·Aᵀ and Bᵀ·S·B
 CUT_DAMPING = 0.01
 """Of both factors at a cut to lower rank, relative to their mean diagonal."""
 
@@ -72,7 +72,7 @@ class LeadingSpectrum:
         self.basis = basis[-min(KEPT, kept) :].contiguous()
 
     def damp(self, damping: float, least: float = 0.0) -> DampedSpectrum:
-        """F + s·I with s = damping · (mean diagonal), and at least `least`.
+        """Returns F + s·I with s = damping · (mean diagonal), and at least `least`.
 
         Raises:
             SolverFailure: F is not finite.
@@ -90,7 +90,7 @@ class LeadingSpectrum:
 
 
 class DampedSpectrum:
-    """A positive matrix with some eigenvectors u and values, and one value for all the rest."""
+    """A positive matrix: some eigenvectors u, and one value elsewhere."""
 
     def __init__(self, vectors: Tensor, values: Tensor, rest: float) -> None:
         """Takes u [k, d], their eigenvalues [k], and that of all other directions."""
@@ -104,17 +104,18 @@ class DampedSpectrum:
 
 
 class JointCurvature:
-    """JᵀJ ≈ (Σ g gᵀ) ⊗ (Σ x xᵀ) / tokens, module by module.
+    """JᵀJ of each module as a Kronecker product of two spectra.
 
-    x is what the module reads, g what reaches its output. Both factors are damped by
-    √damping · (mean diagonal) before they are inverted, that of g by _ROUNDING of the largest
-    module's at least: a module that acts by rounding alone would outweigh all others.
+    JᵀJ ≈ (Σ g gᵀ) ⊗ (Σ x xᵀ) / tokens. x is what the module reads, g what reaches its output. Both
+    factors are damped by √damping · (mean diagonal) before they are inverted, Σ g gᵀ by _ROUNDING
+    of the largest module's at least: a module that acts by rounding alone would outweigh all
+    others.
 
     Attributes:
         damping: relative to the mean diagonal.
         generator: of the rows that stand for all.
         reads: module -> the spectrum of Σ x xᵀ.
-        writes: module -> that of Σ g gᵀ; none where nothing reaches the prediction.
+        writes: module -> the spectrum of Σ g gᵀ; absent where nothing reaches the prediction.
     """
 
     def __init__(self, damping: float, generator: torch.Generator) -> None:
@@ -142,7 +143,7 @@ class JointCurvature:
         self.writes.setdefault(name, LeadingSpectrum()).add(g, self.generator)
 
     def solve(self, factors: Factors, gradient: Factors) -> Factors:
-        """The natural step within updates of the rank, module by module.
+        """Returns the natural step within updates of the rank, module by module.
 
         Of all changes B·dA + dB·A of an update B·A, it is the one nearest to tokens · S⁻¹·G·R⁻¹ in
         the metric of JᵀJ, G the gradient [m, n], which is never formed:
@@ -194,12 +195,10 @@ class JointCurvature:
         return up_step.contiguous(), down_step.contiguous()
 
     def cut(self, name: str, update: LowRank, rank: float) -> LowRank:
-        """The update of lower rank that is closest in the metric ‖S^½·(D − D')·R^½‖_F.
+        """Returns the closest update of lower rank in the metric ‖S^½·(D − D')·R^½‖_F.
 
-        Args:
-            name: of the module.
-            update: D.
-            rank: of the result, or below 1 the share of ‖S^½·D·R^½‖² that the fewest columns hold.
+        `update` is D; `rank` of the result, or below 1 the share of ‖S^½·D·R^½‖² that the fewest
+        columns hold.
         """
         reads, writes = (side[name].damp(CUT_DAMPING) for side in (self.reads, self.writes))
         seen = LowRank(writes.multiply(update.up.mT, 0.5).mT, reads.multiply(update.down, 0.5))
@@ -209,6 +208,6 @@ class JointCurvature:
 
 
 def _load(square: Tensor, share: float) -> Tensor:
-    """A matrix [r, r] with a share of its mean diagonal added to the diagonal."""
+    """Adds a share of a matrix's mean diagonal to its diagonal."""
     load = (share * square.diagonal().mean()).clamp_min(1e-30)
     return square + load * torch.eye(len(square), device=square.device)

@@ -1,4 +1,4 @@
-"""Where a joint fit starts, and how far it may move from there."""
+"""The start of a joint fit, and how far it may move."""
 
 from __future__ import annotations
 
@@ -28,26 +28,19 @@ NO_COPY = (
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where a fit starts.
+    """Where a fit starts."""
 
-    Attributes:
-        name: "zero" or "copy".
-        trust: share of the way from the start to the fit that is gone; 0 means no fit.
-        reason: one clause, for the report.
-        updates: of the target, to start from.
-    """
-
-    name: str
-    trust: float
-    reason: str
-    updates: Mapping[str, LowRank] = field(default_factory=dict)
+    name: str  # "zero" or "copy"
+    trust: float  # share of the way from the start to the fit that is gone; 0 means no fit
+    reason: str  # one clause, for the report
+    updates: Mapping[str, LowRank] = field(default_factory=dict)  # of the target, to start from
 
 
 def check_start(asked: Start, target: nn.Module, copied: Mapping[str, LowRank]) -> None:
     """Refuses a start that does not exist, before anything is sampled.
 
     Raises:
-        ShapeMismatch: "copy" is asked for, and there is no copy that fits the target.
+        ShapeMismatch: "copy" is asked for, and no copy fits the target.
     """
     if asked == "copy" and not (copied and fits_target(target, copied)):
         raise ShapeMismatch(NO_COPY)
@@ -72,8 +65,8 @@ def choose_start(
     Args:
         asked: "auto", "zero" or "copy".
         target: the target without updates.
-        copied: updates of the target; empty where there are none.
-        probes: some of those of the fit.
+        copied: updates of the target; may be empty.
+        probes: some of the fit's probes.
         read: return value of the target -> its prediction.
         same_noise: whether both models saw the same noise; if not, their disagreement says nothing
             of the wanted change, and the fit goes all the way.
@@ -101,7 +94,7 @@ def choose_start(
 def move_part_way(
     start: Mapping[str, LowRank], fitted: Mapping[str, LowRank], trust: float
 ) -> dict[str, LowRank]:
-    """The point at that share of the way from the start to the fit, at the sum of their ranks."""
+    """Moves a share of the way from start to fit; ranks add up."""
     moved = {}
     for name, update in fitted.items():
         up, down = trust * update.up, update.down

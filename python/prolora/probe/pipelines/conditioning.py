@@ -1,4 +1,4 @@
-"""A denoiser's calls split into latent, time and conditioning, and built from them again."""
+"""A denoiser's calls, split into latent, time and conditioning, and rebuilt."""
 
 from __future__ import annotations
 
@@ -20,24 +20,17 @@ Conditioning = dict[Path, Any]
 # Positions of tokens: one table for all samples of a batch.
 _SHARED = ("img_ids", "txt_ids")
 _TIMES = ("timestep", "timesteps", "t")  # what denoisers call the time
-_TOLERANCE = 1e-3  # of a squared norm: text encoders round differently in a batch of another size
+_TOLERANCE = 1e-3  # share of a squared norm: text encoders round differently by batch size
 
 
 @dataclass(frozen=True)
 class CallParts:
-    """The parts of one call of a denoiser.
+    """The parts of one call of a denoiser."""
 
-    Attributes:
-        latent: [n, ...].
-        time: [] or [n].
-        conditioning: all other arguments.
-        listed: whether the model takes a list of latents, one for each sample.
-    """
-
-    latent: Tensor
-    time: Tensor
-    conditioning: Conditioning
-    listed: bool = False
+    latent: Tensor  # [n, ...]
+    time: Tensor  # [] or [n]
+    conditioning: Conditioning  # all other arguments
+    listed: bool = False  # the model takes a list of latents, one for each sample
 
 
 def split_call(model: nn.Module, call: Call) -> CallParts:
@@ -68,7 +61,7 @@ def _time_name(model: nn.Module) -> str:
 
 
 def build_call(model: nn.Module, parts: CallParts) -> Call:
-    """The call of the model that has these parts."""
+    """Builds a call of the model from its parts."""
     first = next(iter(inspect.signature(model.forward).parameters))
     latent = list(parts.latent.unbind()) if parts.listed else parts.latent
     kwargs: dict[str, Any] = {first: latent, _time_name(model): parts.time}
@@ -81,7 +74,9 @@ def build_call(model: nn.Module, parts: CallParts) -> Call:
 
 
 def stack_output(result: Any) -> Tensor:
-    """The prediction [n, ...] of a model's return value; some return a list of samples.
+    """Returns the prediction [n, ...] in a model's return value.
+
+    Some return a list of samples.
 
     Raises:
         ProLoRAError: it holds no tensor.
@@ -95,17 +90,13 @@ def stack_output(result: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictionReader:
-    """The prediction without the variance that some models (DiT, PixArt) predict as well.
+    """The prediction without the variance that DiT and PixArt also predict."""
 
-    Attributes:
-        channels: of latents that are images; None for other layouts.
-    """
-
-    channels: int | None
+    channels: int | None  # of latents that are images; None for other layouts
 
     @classmethod
     def of(cls, *latents: Tensor) -> PredictionReader:
-        """The reader of a model, or of two, that are given these latents."""
+        """Makes the reader of a model, or of two, with these latents."""
         return cls(next((x.shape[1] for x in latents if x.dim() == 4), None))
 
     def __call__(self, result: Any) -> Tensor:
@@ -125,7 +116,7 @@ def _flatten_nested(values: Mapping[str, Any], above: Path = ()) -> Conditioning
 
 
 def _has_row_per_sample(path: Path, value: Any, count: int) -> bool:
-    """Whether a value is a tensor with a row, or a list with an item, for every sample."""
+    """Returns whether a value has a row or an item for every sample."""
     if isinstance(value, list):
         return len(value) == count
     return (
@@ -137,7 +128,7 @@ def _has_row_per_sample(path: Path, value: Any, count: int) -> bool:
 
 
 def sample_conditioning(parts: CallParts, i: int) -> Conditioning:
-    """The conditioning of sample i, as in a call of that sample alone."""
+    """Returns the conditioning of sample i, as in a call of that sample alone."""
     count = len(parts.latent)
     return {
         path: value[i : i + 1] if _has_row_per_sample(path, value, count) else value
@@ -146,7 +137,7 @@ def sample_conditioning(parts: CallParts, i: int) -> Conditioning:
 
 
 def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
-    """The conditioning of one call of several samples, from one for each sample.
+    """Stacks the conditioning of several samples for one call.
 
     Raises:
         ProLoRAError: the texts differ in length.
@@ -169,7 +160,10 @@ def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
 
 
 class PromptTable:
-    """The conditioning of one model for each prompt and for none, in one order for both models."""
+    """One model's conditioning for each prompt and for none.
+
+    The order is the same for both models.
+    """
 
     def __init__(
         self,
@@ -187,10 +181,10 @@ class PromptTable:
         self._stacked: dict[tuple[int, ...], Conditioning] = {}
 
     def prompt_of(self, parts: CallParts, i: int) -> int:
-        """The index of the entry that sample i of a call has.
+        """Returns the index of the entry in sample i of a call.
 
         Raises:
-            ProLoRAError: it has none of them.
+            ProLoRAError: no entry is the sample's.
         """
         conditioning = sample_conditioning(parts, i)
         distances = [conditioning_distance(conditioning, entry) for entry in self.entries]
@@ -204,7 +198,7 @@ class PromptTable:
         return best
 
     def has_prompt(self, parts: CallParts, i: int) -> bool:
-        """Whether sample i of a call has another conditioning than that of no prompt.
+        """Returns whether sample i of a call has a prompt.
 
         Some prompts are close to none: neighbouring class numbers, and texts whose first token
         outweighs all others. So what counts is the nearest entry, and none where two are as near.
@@ -216,7 +210,7 @@ class PromptTable:
         return any(conditioning_distance(conditioning, e) < free for e in self.entries[:-1])
 
     def build_call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
-        """A call of the model.
+        """Builds a call of the model.
 
         Args:
             latent: [n, ...].
@@ -240,7 +234,7 @@ class PromptTable:
 
 
 def conditioning_distance(a: Conditioning, b: Conditioning) -> float:
-    """Largest ‖x − y‖²/(‖x‖² + ‖y‖²) of the tensors with a row for each sample."""
+    """Returns the largest ‖x − y‖²/(‖x‖² + ‖y‖²) of tensors with rows by sample."""
     distances = []
     for path, x in a.items():
         y = b.get(path)

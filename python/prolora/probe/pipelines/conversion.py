@@ -9,10 +9,10 @@ from .schedules import NoiseSchedule
 
 
 def translate_time(ours: NoiseSchedule, theirs: NoiseSchedule, time: Tensor) -> Tensor:
-    """The time at which the other model sees as much noise; the same time for equal schedules.
+    """Returns the time at which the other model sees as much noise.
 
-    Where a table of discrete times lies between two entries, the result is a fraction: diffusers'
-    models embed times by sinusoids, which take fractions.
+    Equal schedules have the same time. Where a table of discrete times lies between two entries,
+    the result is a fraction: diffusers' models embed times by sinusoids, which take fractions.
     """
     if ours.has_same_times(theirs):
         return time
@@ -24,7 +24,10 @@ def translate_time(ours: NoiseSchedule, theirs: NoiseSchedule, time: Tensor) -> 
 def translate_state(
     ours: NoiseSchedule, theirs: NoiseSchedule, latent: Tensor, time: Tensor
 ) -> Tensor:
-    """The other model's x [n, ...] of the same x₀ and ε at the same log-SNR: a multiple of ours."""
+    """Scales x [n, ...] to the other model's state of the same x₀ and ε.
+
+    The log-SNR is the same, so it is a multiple.
+    """
     if ours.has_same_path(theirs):
         return latent
     level = ours.level_at(time)
@@ -35,7 +38,7 @@ def translate_state(
 def convert_prediction(
     ours: NoiseSchedule, theirs: NoiseSchedule, latent: Tensor, time: Tensor, prediction: Tensor
 ) -> Tensor:
-    """What the other model would predict at the same log-SNR, were its x₀ that of this prediction.
+    """Converts a prediction to the other model's at the same log-SNR and x₀.
 
     From f = c·x₀ + d·x on both sides: f' = (c'/c)·f + (d'·r − (c'/c)·d)·x, where x' = r·x. So a
     change of x₀ is a change c'/c times that of f.
@@ -60,10 +63,10 @@ def convert_prediction(
 def clip_state(
     schedule: NoiseSchedule, levels: tuple[float, float], latent: Tensor, time: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The nearest state and time with a noise level within bounds.
+    """Returns the nearest state and time with a noise level within bounds.
 
-    A state with more noise than the bound becomes that of x₀ = 0 and the same ε at the bound; one
-    with less keeps its signal. States within the bounds are returned as they are.
+    A state with more noise than the bound becomes the state of x₀ = 0 and the same ε at the bound;
+    one with less keeps its signal. States within the bounds are returned as they are.
 
     Args:
         schedule: of the model.
@@ -84,7 +87,7 @@ def clip_state(
 
 
 def common_levels(ours: NoiseSchedule, theirs: NoiseSchedule) -> tuple[float, float] | None:
-    """The noise levels at which both can be asked and answer; None without a bound.
+    """Returns the noise levels at which both can be asked; None without a bound.
 
     Models of one kind are not bounded: their predictions need no conversion.
     """
@@ -95,6 +98,6 @@ def common_levels(ours: NoiseSchedule, theirs: NoiseSchedule) -> tuple[float, fl
 
 
 def align_rows(factor: Tensor, like: Tensor) -> Tensor:
-    """A number, or one for each sample, with the axes of a batch and at least its precision."""
+    """Gives a number, or one for each sample, a batch's axes and precision."""
     factor = factor.to(like.device, torch.promote_types(like.dtype, torch.float32))
     return factor.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,7 +1,8 @@
-"""Two pipelines that are asked about the same images at the same noise level.
+"""Two pipelines that are asked about the same images.
 
-Most of them have different latents. A flow and a model of another path with one VAE are asked in
-the same way, with the same noise and nothing to decode (`SharedLatents`).
+They are asked at the same noise level. Most of them have different latents. A flow and a model of
+another path with one VAE are asked in the same way, with the same noise and nothing to decode
+(`SharedLatents`).
 
 A latent of one VAE is noise to a model of another, so a recorded call means nothing to the other
 model. The images do: the final latents of every sampling are decoded by their VAE and encoded by
@@ -34,34 +35,22 @@ from .text_part import PromptSwapper, TextPart
 
 @dataclass(frozen=True)
 class CrossingSide:
-    """One of the two pipelines.
+    """One of the two pipelines."""
 
-    Attributes:
-        pipeline: loaded.
-        settings: with its size.
-        schedule: of its denoiser, a flow's with its times.
-        table: its conditioning for each prompt.
-        space: its latents.
-        pixels: height and width of its images.
-        has_free: whether the last entry of its table is the unconditional one.
-    """
-
-    pipeline: Pipeline
-    settings: FitSettings
-    schedule: NoiseSchedule
-    table: PromptTable
-    space: LatentSpace | SharedLatents
-    pixels: tuple[int, int]
-    has_free: bool = True
+    pipeline: Pipeline  # loaded
+    settings: FitSettings  # with its size
+    schedule: NoiseSchedule  # of its denoiser, a flow's with its times
+    table: PromptTable  # its conditioning for each prompt
+    space: LatentSpace | SharedLatents  # its latents
+    pixels: tuple[int, int]  # height and width of its images
+    has_free: bool = True  # the last entry of its table is the unconditional one
 
     @classmethod
     def of(cls, pipeline: Pipeline, settings: FitSettings, shared: bool = False) -> CrossingSide:
         """Observes a pipeline on a few short samplings.
 
-        Args:
-            pipeline: loaded.
-            settings: what is sampled; without a size, that of the pipeline.
-            shared: whether the other side denoises the same latents.
+        `settings` without a size take the pipeline's; `shared` says that the other side denoises
+        the same latents.
 
         Raises:
             UnsupportedFormat: its times or its latents cannot be read, or it cannot turn images
@@ -88,32 +77,32 @@ class CrossingSide:
         return PredictionReader.of(self.table.like.latent)
 
     def build_call(self, clean: Tensor, noise: Tensor, level: Tensor, prompts: list[int]) -> Call:
-        """The call at the state a·x₀ + b·ε of noise levels [n]."""
+        """Builds the call at the state a·x₀ + b·ε of noise levels [n]."""
         a, b = (align_rows(part, clean) for part in self.schedule.scales(level))
         time = self.schedule.time_at(level).to(clean.device)
         return self.table.build_call((a * clean + b * noise).to(clean), time, prompts)
 
     def read_noise(self, final: FinalSample) -> Tensor:
-        """The ε [1, ...] that an image was drawn from: of the first state a·x₀ + b·ε."""
+        """Reads the ε [1, ...] of an image's first state a·x₀ + b·ε."""
         level = self.schedule.level_at(final.times[0]).flatten()[:1]
         a, b = (align_rows(part, final.first) for part in self.schedule.scales(level))
         clean = self.space.as_latent(self.space.as_image(final.latent)).to(final.first)
         return (final.first - a * clean) / b
 
     def read_clean(self, call: Call, prediction: Tensor) -> Tensor:
-        """The x₀ that a prediction f = c·x₀ + d·x at a call means."""
+        """Reads the x₀ in a prediction f = c·x₀ + d·x at a call."""
         parts = split_call(self.pipeline.denoiser, call)
         c, d = self._weights(parts.time, prediction)
         return (prediction - d * parts.latent) / c
 
     def predict_clean(self, call: Call, clean: Tensor) -> Tensor:
-        """The prediction f = c·x₀ + d·x at a call that means an x₀."""
+        """Returns the prediction f = c·x₀ + d·x at a call for an x₀."""
         parts = split_call(self.pipeline.denoiser, call)
         c, d = self._weights(parts.time, clean)
         return c * clean + d * parts.latent
 
     def read_clean_change(self, call: Call, change: Tensor) -> Tensor:
-        """The change of x₀, as an image [n, c, h, w], that a change of the prediction means."""
+        """Reads the change of x₀, an image [n, c, h, w], in a prediction's change."""
         parts = split_call(self.pipeline.denoiser, call)
         return self.space.as_image(change / self._weights(parts.time, change)[0])
 
@@ -124,21 +113,19 @@ class CrossingSide:
 
 @dataclass(frozen=True)
 class CrossedTranslation(Translation):
-    """The source's predictions in the target's terms, by way of the images that x₀ stands for.
+    """The source's predictions in the target's terms, by way of images.
 
-    Attributes:
-        ours: the source.
-        theirs: the target.
+    Each image is the x₀ of a prediction.
     """
 
-    ours: CrossingSide = field(kw_only=True)
-    theirs: CrossingSide = field(kw_only=True)
+    ours: CrossingSide = field(kw_only=True)  # the source
+    theirs: CrossingSide = field(kw_only=True)  # the target
 
     @classmethod
     def of(
         cls, ours: CrossingSide, theirs: CrossingSide, text_part: TextPart | None = None
     ) -> CrossedTranslation:
-        """The translation between two sides; `read` is that of the target."""
+        """Makes the translation between two sides; `read` is the target's."""
         guidance = guide_source(
             (ours.pipeline, theirs.pipeline),
             (ours.settings, theirs.settings),
@@ -148,14 +135,14 @@ class CrossedTranslation(Translation):
         return cls(read=theirs.read, guidance=guidance, adapt=adapt, ours=ours, theirs=theirs)
 
     def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
-        """See `Translation.of_source`."""
+        """Implements `Translation.of_source` with the x₀ moved as pixels."""
         prediction = self.ask_source(model, question.source, self.ours.read, adapted)
         clean = self.ours.read_clean(question.source, prediction)
         crossed = cross_clean(self.ours, self.theirs, clean)
         return self.theirs.predict_clean(question.target, crossed)
 
     def of_clean(self, call: Call) -> Tensor:
-        """See `Translation.of_clean`."""
+        """Implements `Translation.of_clean` with the target's x₀ of the call."""
         assert call.clean is not None
         return self.theirs.predict_clean(call, call.clean)
 
@@ -165,18 +152,18 @@ class CrossedTranslation(Translation):
         return isinstance(self.ours.space, SharedLatents)
 
     def image_of_change(self, call: Call, change: Tensor) -> Tensor | None:
-        """See `Translation.image_of_change`."""
+        """Implements `Translation.image_of_change`: the change of x₀."""
         image = self.theirs.read_clean_change(call, change)
         return image if image.dim() == 4 else None
 
 
 def cross_clean(ours: CrossingSide, theirs: CrossingSide, latent: Tensor) -> Tensor:
-    """The other side's latents of the images that latents [n, ...] stand for: by pixels."""
+    """Moves latents [n, ...] to the other side by their pixels."""
     return theirs.space.encode(show_images(ours, latent, theirs.pixels))
 
 
 def show_images(side: CrossingSide, latent: Tensor, size: tuple[int, int]) -> Tensor:
-    """The pixels [n, 3, h, w] of latents, at a size; resized where the side's images differ."""
+    """Decodes latents to pixels [n, 3, h, w], resized to a size."""
     pixels = side.space.decode(latent)
     if tuple(pixels.shape[-2:]) == size:
         return pixels
@@ -186,12 +173,12 @@ def show_images(side: CrossingSide, latent: Tensor, size: tuple[int, int]) -> Te
 def observe_sides(
     source: Pipeline, target: Pipeline, settings: FitSettings, shared: bool
 ) -> tuple[CrossingSide, CrossingSide]:
-    """Both sides of a crossing.
+    """Observes both sides of a crossing.
 
     Args:
         source: the pipeline that the LoRA was made for.
         target: the other one.
-        settings: what is sampled; without a size each side has that of its pipeline, or both the
+        settings: what is sampled; without a size each side has its pipeline's, or both the
             smaller one where they share latents.
         shared: whether both denoise the same latents.
 
@@ -211,7 +198,7 @@ def observe_sides(
 
 
 def takes_few_steps(of_source: FitSettings, of_target: FitSettings) -> bool:
-    """Whether the target is sampled in half the steps of the source, or fewer."""
+    """Returns whether the target takes half the source's steps, or fewer."""
     return 2 * of_target.steps <= of_source.steps
 
 
@@ -220,7 +207,7 @@ def draw_noise(
     pair: tuple[Tensor, Tensor],
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Noise for each side's latent of one image: the same for shared latents, else fresh ones."""
+    """Draws noise for each side's latent of an image: equal for shared latents."""
     spaces = tuple(side.space for side in sides)
     if all(isinstance(space, SharedLatents) for space in spaces):
         shape = spaces[0].as_image(pair[0]).shape
@@ -231,5 +218,5 @@ def draw_noise(
 
 
 def describe_crossing(ours: CrossingSide, theirs: CrossingSide) -> str:
-    """What the samplers do, as a text: part of the keys of kept latents."""
+    """Describes the samplers in a text: part of the keys of kept latents."""
     return json.dumps([describe_pipeline(side.pipeline, side.settings) for side in (ours, theirs)])

@@ -25,7 +25,7 @@ from .latents import LatentSpace, SharedLatents
 from .schedules import level_log_snr
 from .text_part import TextPart, run_text_encoders_beside
 
-_QUESTIONS = 2**30  # seeds of what is drawn for questions, beyond those of the samplers
+_QUESTIONS = 2**30  # seeds of draws for questions, beyond the samplers' seeds
 FREE_SHARE = 0.2
 """Share of the samples that are asked without a prompt, as guidance asks them."""
 ROUND_TRIPS = 8
@@ -34,43 +34,32 @@ ROUND_TRIPS = 8
 
 @dataclass(frozen=True)
 class DrawnStates:
-    """What is drawn for one call.
+    """What is drawn for one call."""
 
-    Attributes:
-        levels: of the noise [n].
-        prompts: numbers of the prompts, −1 for none.
-        generator: of the noise.
-    """
-
-    levels: Tensor
-    prompts: list[int]
-    generator: torch.Generator
+    levels: Tensor  # of the noise [n]
+    prompts: list[int]  # numbers of the prompts, −1 for none
+    generator: torch.Generator  # of the noise
 
 
 @dataclass(frozen=True)
 class CrossingRecorder:
-    """Samples images by source, source with its LoRA and target, and asks both models about them.
+    """Samples images and asks both models about them.
 
-    It takes the place of `Recorder` where recorded calls mean nothing to the other model.
-
-    Attributes:
-        ours: the source.
-        theirs: the target.
-        adapter: the LoRA of the source.
-        checkpoints: where final latents are kept.
-        samplers_text: what the samplers do; part of the keys of what is kept.
-        on_image: called with the origin of an image after it was sampled.
-        crossed: what became of the images so far.
-        text_part: updates of the source's text encoders, that the LoRA is run with.
+    The images are sampled by the source, the source with its LoRA, and the target. It replaces
+    `Recorder` where recorded calls mean nothing to the other model.
     """
 
-    ours: CrossingSide
-    theirs: CrossingSide
-    adapter: Adapter
+    ours: CrossingSide  # the source
+    theirs: CrossingSide  # the target
+    adapter: Adapter  # the LoRA of the source
+    # Where final latents are kept
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
-    samplers_text: str = ""
+    samplers_text: str = ""  # what the samplers do; part of the keys of what is kept
+    # Called with the origin of an image after it was sampled
     on_image: Callable[[str], None] | None = None
+    # What became of the images so far
     crossed: CrossedImages = field(default_factory=CrossedImages)
+    # Updates of the source's text encoders that the LoRA is run with
     text_part: TextPart | None = None
 
     @property
@@ -165,7 +154,7 @@ class CrossingRecorder:
         return questions
 
     def _cross_image(self, origin: str, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides' latents of one image; the one of its origin is as it was sampled."""
+        """Returns both sides' latents of one image; its origin's stays as sampled."""
         here, there, name = (
             (self.theirs, self.ours, "source")
             if origin == "target"
@@ -179,15 +168,11 @@ class CrossingRecorder:
         return (crossed, kept) if origin == "target" else (kept, crossed)
 
     def _draw_states(self, prompt: int, levels: Tensor, seed: int) -> Iterator[DrawnStates]:
-        """What is drawn for one image: a noise level for each of the target's, in calls.
+        """Yields what is drawn for one image: noise levels near the target's, in calls.
 
         A target of few levels is asked about each of them several times, so that it is asked as
         often as the source takes steps. A call holds as many states as both samplers' calls do.
-
-        Args:
-            prompt: its number.
-            levels: falling; each is moved at random towards the next.
-            seed: of what is drawn.
+        `levels` fall; each is moved at random towards the next.
         """
         # Samplers draw from small seeds; noise of a question must not be that of another image.
         generator = torch.Generator().manual_seed(_QUESTIONS + seed)
@@ -206,13 +191,7 @@ class CrossingRecorder:
     def _ask_image(
         self, pair: tuple[Tensor, Tensor], state: DrawnStates, number: tuple[int]
     ) -> tuple[Call, Call]:
-        """Both sides' calls about one image.
-
-        Args:
-            pair: the two latents of the image.
-            state: noise levels and prompts.
-            number: of the image.
-        """
+        """Builds both sides' calls about the two latents of one image."""
         count = len(state.levels)
         cleans = [clean.expand(count, *clean.shape[1:]) for clean in pair]
         sides = self.ours, self.theirs
@@ -227,7 +206,10 @@ class CrossingRecorder:
         return ours, theirs
 
     def _cross_noise(self, noise: Tensor) -> Tensor | None:
-        """The noise of an image for the target, where it is to be asked with that; else None."""
+        """Returns an image's noise for a target of few steps; else None.
+
+        Only shared latents allow that.
+        """
         shared = isinstance(self.ours.space, SharedLatents)
         if not (shared and takes_few_steps(self.ours.settings, self.theirs.settings)):
             return None
@@ -240,13 +222,10 @@ class CrossingRecorder:
         number: tuple[int],
         noise: Tensor | None,
     ) -> Question:
-        """The target's calls about an image without and with the LoRA, with the same noise.
+        """Builds the target's calls about an image without and with the LoRA.
 
-        Args:
-            images: the target's latents of both.
-            state: noise levels and prompts.
-            number: of the image.
-            noise: that both were drawn from; None takes fresh noise.
+        Both have the same noise. `images` are the target's latents of both; a `noise` of None is
+        drawn.
         """
         count = len(state.levels)
         cleans = [image.expand(count, *image.shape[1:]) for image in images]
@@ -265,7 +244,7 @@ class CrossingRecorder:
         return Question(before, after)
 
     def _load_or_sample(self, origin: str, seed: int) -> dict[str, Tensor]:
-        """The final latents of an origin's images, their noise, and the levels of their calls."""
+        """Returns final latents of an origin's images, their noise and levels of calls."""
         side = self.theirs if origin == "target" else self.ours
         name, key = (
             f"latents-{origin}-{seed}",
@@ -312,6 +291,6 @@ class CrossingRecorder:
 
 
 def _norms(space: LatentSpace | SharedLatents) -> dict[str, Any]:
-    """All of a space but the VAE, as plain values."""
+    """Returns all of a space but the VAE, as plain values."""
     known = {name: value for name, value in vars(space).items() if name != "vae"}
     return {n: v.tolist() if isinstance(v, Tensor) else v for n, v in known.items()}

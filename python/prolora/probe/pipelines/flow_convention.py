@@ -1,4 +1,4 @@
-"""What a flow pipeline gives its denoiser as time, and takes from it, seen on one short sampling.
+"""A flow pipeline's times and sign, seen on one short sampling.
 
 Schedulers of flows state their noise level, but pipelines differ in what they make of it: FLUX is
 given the level u, SD3 1000·u, Lumina and Z-Image 1 − u, and the latter two predict x₀ − ε instead
@@ -24,7 +24,7 @@ from .schedules import NoiseSchedule, Times
 
 STEPS = 3
 """Sampling steps that are observed."""
-_TOLERANCE = 0.01  # of the range of times; pipelines round them to half precision
+_TOLERANCE = 0.01  # share of the range of times; pipelines round them to half precision
 _USUAL = ((1.0, 0.0), (-1.0, 1.0))  # slope and offset of times, in units of 1 or of the scheduler
 
 
@@ -55,7 +55,7 @@ def observe_flow(
     sample: Callable[[], None],
     name: str,
 ) -> NoiseSchedule:
-    """The schedule of a flow with its times and its sign.
+    """Returns the schedule of a flow with its times and its sign.
 
     Args:
         schedule: as read from the scheduler.
@@ -65,8 +65,8 @@ def observe_flow(
         name: of the pipeline, for messages.
 
     Raises:
-        UnsupportedFormat: its times are not linear in the noise level, or what it takes from the
-            model is no multiple of the prediction.
+        UnsupportedFormat: its times are not linear in the noise level, or the scheduler's input is
+            no multiple of the prediction.
     """
     observed = _Observed()
 
@@ -121,7 +121,7 @@ def watch_steps(
 
 
 def _sum_of_shares(used: Tensor, outputs: list[Tensor]) -> float:
-    """Σ w of used ≈ Σ w·output over the branches of the guidance: 1, or −1 for the negative."""
+    """Fits used ≈ Σ w·output over guidance branches; returns Σ w, 1 or −1."""
     size = used.numel()
     branches = [part for o in outputs if o.numel() % size == 0 for part in o.reshape(-1, size)]
     if not branches:
@@ -141,7 +141,7 @@ def _read_sign(shares: list[float], name: str) -> int:
 
 
 def _fit_times(schedule: NoiseSchedule, times: list[tuple[float, float]], name: str) -> Times:
-    """Slope and offset of the model's time over the noise level."""
+    """Fits slope and offset of the model's time over the noise level."""
     asked = torch.tensor([pair[0] for pair in times], dtype=torch.float64)
     level = torch.tensor([pair[1] for pair in times], dtype=torch.float64) / schedule.unit
     level = 1 - level if schedule.inverted else level

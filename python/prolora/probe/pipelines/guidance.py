@@ -1,4 +1,4 @@
-"""The guidance of a pipeline, seen on the first step of a sampling.
+"""The guidance of a pipeline, seen on the first sampling step.
 
 Pipelines mean different things by a guidance scale: 1 is none in most, 0 in Z-Image, and some have
 another argument for it. So the scale is read off what the scheduler is given.
@@ -40,16 +40,10 @@ _TOLERANCE = 0.02
 
 
 def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTable) -> float | None:
-    """The g of v = u + g·(c − u) that a pipeline gives to its scheduler.
+    """Observes the g of v = u + g·(c − u) in the scheduler's input.
 
-    Args:
-        pipeline: loaded.
-        settings: what is sampled.
-        table: its conditioning, from `Pipeline.tabulate_prompts`.
-
-    Returns:
-        1 without guidance, and where the prompt changes nothing; None where what the scheduler is
-        given is no such sum.
+    `table` comes from `Pipeline.tabulate_prompts`. Returns 1 without guidance, and where the prompt
+    changes nothing; None where the scheduler's input is no such sum.
     """
     prompt = next((prompt for prompt in settings.prompts if prompt), "")
     read = PredictionReader.of(table.like.latent)
@@ -77,7 +71,7 @@ def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTab
 def read_guidance_scale(
     used: Tensor, with_prompt: Sequence[Tensor], without: Sequence[Tensor]
 ) -> float | None:
-    """The scale of used = ±(u + g·(c − u))."""
+    """Reads the scale of used = ±(u + g·(c − u))."""
     if not with_prompt or not without:
         return 1.0
     prompted, free = with_prompt[0], without[0]
@@ -131,10 +125,11 @@ class _PromptKeeper:
 
 
 def lacks_negative_prompt(pipeline: Pipeline, settings: FitSettings) -> bool:
-    """Whether a pipeline guides, but only with a negative prompt, which probing does not give.
+    """Returns whether a pipeline guides only with a negative prompt.
 
-    Qwen-Image does: its second scale is above 1 unless it is told otherwise, and FLUX's is not. A
-    student of such a model is one whose guidance scale was asked to be none.
+    Probing gives none. Qwen-Image is such a pipeline: its second scale is above 1 unless it is told
+    otherwise, and FLUX's is not. A student of such a model is one whose guidance scale was asked to
+    be none.
     """
     second = pipeline.accepted.get("true_cfg_scale")
     usual = second.default if second else None
@@ -148,17 +143,14 @@ def guide_source(
     settings: tuple[FitSettings, FitSettings],
     tables: tuple[PromptTable, PromptTable],
 ) -> Guidance | None:
-    """The guidance that the source is asked with: its own, where the target runs without any.
+    """Returns the source's own guidance where the target runs without any.
 
-    Args:
-        pipelines: source and target.
-        settings: of the sampling of each.
-        tables: conditioning of each.
+    The tables have the conditioning of each.
     """
-    ours, theirs = tables
-    if not ours.guided or theirs.guided or lacks_negative_prompt(pipelines[1], settings[1]):
+    source, target = tables
+    if not source.guided or target.guided or lacks_negative_prompt(pipelines[1], settings[1]):
         return None
-    scale = observe_guidance(pipelines[0], settings[0], ours)
+    scale = observe_guidance(pipelines[0], settings[0], source)
     if scale is None:
         log.warning(
             "%s: what its guidance makes of the predictions with and without the prompt is not a "
@@ -170,4 +162,4 @@ def guide_source(
     adapted = True
     if settings[0].lora_guidance is not None:
         adapted = pipelines[0].tabulate_prompts(settings[0].with_lora()).guided
-    return Guidance(scale, _PromptDropper(ours), _PromptKeeper(ours), adapted)
+    return Guidance(scale, _PromptDropper(source), _PromptKeeper(source), adapted)

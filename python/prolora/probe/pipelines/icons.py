@@ -1,4 +1,4 @@
-"""The pipeline of the icon family that is shipped: FLUX's transformer on plain pixels."""
+"""The pipeline of the shipped icon family: FLUX's transformer on plain pixels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Icons:
 
 
 class IconPipeline(DiffusionPipeline):
-    """Draws icons of 24 × 24 pixels from prompts of four words (examples/icon_family)."""
+    """A pipeline for icons of 24 × 24 pixels from prompts of four words."""
 
     scheduler: Any
     transformer: Any
@@ -37,7 +37,7 @@ class IconPipeline(DiffusionPipeline):
     register_modules: Any
 
     def __init__(self, scheduler: Any, transformer: nn.Module) -> None:
-        """Takes the parts; the table of prompts lies beside the folder that they come from."""
+        """Takes the parts; the table of prompts lies beside their folder."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.register_modules(scheduler=scheduler, transformer=transformer)
 
@@ -99,7 +99,7 @@ class IconPipeline(DiffusionPipeline):
         return velocity
 
     def encode_icons(self, prompts: list[str]) -> Tensor:
-        """Returns the tokens [n, 4, 64] that the family's text encoder gave for prompts.
+        """Returns the tokens [n, 4, 64] of prompts, as the text encoder gave them.
 
         The encoder is not shipped. It looks back only, so a table has a row for every beginning.
 

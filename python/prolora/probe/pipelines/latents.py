@@ -21,34 +21,28 @@ from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached
 from .layouts import LatentLayout
 
-_TOLERANCE = 1e-3  # of the decoded latents' norm; pipelines may round them to half precision
+_TOLERANCE = 1e-3  # share of the decoded latents' norm; some pipelines round to half precision
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The latents that a denoiser is given, and the images that they stand for.
+    """A denoiser's latents and the images that they stand for."""
 
-    Attributes:
-        vae: decodes and encodes; None where the denoiser sees pixels.
-        tokens: whether the denoiser is given tokens [n, h·w, c].
-        frame: whether it is given an axis for frames [n, c, 1, h, w].
-        decoded_frame: whether the VAE is.
-        fold: the VAE's latents are wider and higher by this factor, folded into channels.
-        scale: of each folded channel; the VAE's latents are scale · latent + shift.
-        shift: of each folded channel.
-    """
-
-    vae: Any
-    tokens: bool = False
-    frame: bool = False
-    decoded_frame: bool = False
-    fold: int = 1
+    vae: Any  # decodes and encodes; None where the denoiser sees pixels
+    tokens: bool = False  # the denoiser is given tokens [n, h·w, c]
+    frame: bool = False  # it is given an axis for frames [n, c, 1, h, w]
+    decoded_frame: bool = False  # the VAE is given one
+    fold: int = 1  # the VAE's latents are wider and higher by this factor, folded into channels
+    # Of each folded channel; the VAE's latents are scale · latent + shift
     scale: Tensor | None = None
-    shift: Tensor | None = None
+    shift: Tensor | None = None  # of each folded channel
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Pixels [n, 3, h, w] in float32, about −1 to 1, of latents in any of the layouts."""
+        """Decodes latents of any layout to pixels [n, 3, h, w], about −1 to 1.
+
+        In float32.
+        """
         image = self.as_image(latent).float()
         if self.vae is None:
             return image
@@ -60,7 +54,7 @@ class LatentSpace:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """The latents of pixels [n, 3, h, w] as the denoiser is given them, in float32.
+        """Encodes pixels [n, 3, h, w] to the denoiser's latents, in float32.
 
         Where the VAE gives a distribution, they are its mode.
         """
@@ -73,17 +67,17 @@ class LatentSpace:
         return self.as_latent((image - shift) / scale)
 
     def _factors(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift with the axes and the device of an image."""
+        """Returns scale and shift with the axes and the device of an image."""
         assert self.scale is not None and self.shift is not None
         scale, shift = (part.to(image)[:, None, None] for part in (self.scale, self.shift))
         return scale, shift
 
     @staticmethod
     def as_image(latent: Tensor) -> Tensor:
-        """Latents as [n, c, h, w]: tokens are those of a square, and there is one frame at most.
+        """Reshapes latents to [n, c, h, w]; tokens must form a square.
 
         Raises:
-            UnsupportedFormat: they are not.
+            UnsupportedFormat: they do not, or there are several frames.
         """
         if latent.dim() == 3:
             n, tokens, channels = latent.shape
@@ -100,7 +94,7 @@ class LatentSpace:
         return latent
 
     def as_latent(self, image: Tensor) -> Tensor:
-        """An image [n, c, h, w] in the layout that the denoiser is given."""
+        """Reshapes an image [n, c, h, w] to the denoiser's layout."""
         if self.tokens:
             return image.flatten(2).mT
         return image[:, :, None] if self.frame else image
@@ -108,30 +102,28 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class SharedLatents:
-    """Latents that both models denoise: what crosses is the latents themselves.
+    """Latents that both models denoise; they cross as they are."""
 
-    Attributes:
-        layout: in which the denoiser is given them.
-        vae: none is needed.
-    """
-
-    layout: LatentLayout
-    vae: None = None
+    layout: LatentLayout  # the denoiser's
+    vae: None = None  # not needed
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The latents as an image [n, c, h, w] in float32."""
+        """Returns the latents as an image [n, c, h, w] in float32."""
         return self.as_image(latent).float()
 
     def encode(self, image: Tensor) -> Tensor:
-        """The latents of such an image as the denoiser is given them."""
+        """Returns the latents of such an image in the denoiser's layout."""
         return self.as_latent(image)
 
     def as_image(self, latent: Tensor) -> Tensor:
-        """See `LatentSpace.as_image`; schedulers may hold images where denoisers are given none."""
+        """Reshapes latents as `LatentSpace.as_image` does.
+
+        Schedulers may hold images where denoisers are given none.
+        """
         return latent if latent.dim() == 4 else self.layout.unpack(latent)
 
     def as_latent(self, image: Tensor) -> Tensor:
-        """See `LatentSpace.as_latent`."""
+        """Reshapes an image as `LatentSpace.as_latent` does."""
         return self.layout.pack(image)
 
 
@@ -158,7 +150,7 @@ def check_shown(pipe: Any, name: str) -> None:
 def observe_latents(
     pipe: Any, like: Tensor, final: Tensor, given: Tensor | None, name: str
 ) -> LatentSpace:
-    """The latent space of a pipeline, from one sampling.
+    """Observes the latent space of a pipeline on one sampling.
 
     Args:
         pipe: the diffusers pipeline.
@@ -187,7 +179,7 @@ def observe_latents(
 def _observe_decoding(
     space: LatentSpace, image: Tensor, given: Tensor | None, name: str
 ) -> LatentSpace:
-    """The space with what the pipeline does to an image of latents before its VAE decodes it."""
+    """Observes what the pipeline does to latents before its VAE decodes them."""
     if given is None:
         raise UnsupportedFormat(f"{name} never decodes its latents")
     stored = given[:, :, 0] if given.dim() == 5 else given
@@ -209,7 +201,7 @@ def _observe_decoding(
 
 
 def _check_round_trip(space: LatentSpace, image: Tensor, name: str) -> None:
-    """Decodes and encodes a latent, and looks at the shapes.
+    """Decodes and encodes a latent, and compares the shapes.
 
     Raises:
         UnsupportedFormat: the VAE cannot, or what comes back has another shape.
@@ -233,7 +225,7 @@ def _check_round_trip(space: LatentSpace, image: Tensor, name: str) -> None:
 
 
 def _fit_channels(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Scale and shift of y ≈ scale · x + shift [c], and the error as a share of the norm of y."""
+    """Fits y ≈ scale · x + shift [c] and its relative error."""
     x, y = (part.cpu().double().movedim(1, 0).flatten(1) for part in (x, y))
     mean_x, mean_y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
     spread = (x - mean_x).square().sum(1).clamp_min(1e-30)
@@ -244,11 +236,9 @@ def _fit_channels(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def capture_decoded(vae: Any, sample: Callable[[], object]) -> Tensor | None:
-    """What a sampling gives its VAE to decode, where it ends; None where it never does.
+    """Captures what a sampling gives its VAE to decode, None for nothing.
 
-    Args:
-        vae: of the pipeline, or None.
-        sample: runs the pipeline to pixels.
+    `vae` may be None; `sample` runs the pipeline to pixels.
     """
     captured: list[Tensor] = []
 
@@ -268,7 +258,7 @@ def capture_decoded(vae: Any, sample: Callable[[], object]) -> Tensor | None:
 
 
 def _read_encoded(encoded: Any) -> Tensor:
-    """The latents of what a VAE's `encode` returns: the mode of a distribution, or a tensor.
+    """Reads the latents in a result of a VAE's `encode`: a mode or a tensor.
 
     Raises:
         ProLoRAError: it holds neither.

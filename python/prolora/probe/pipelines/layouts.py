@@ -16,18 +16,15 @@ IMAGE, FRAME, PACKED, OTHER = "image", "frame", "packed", "other"
 
 @dataclass(frozen=True)
 class LatentLayout:
-    """The layout of a denoiser's latents.
+    """The layout of a denoiser's latents."""
 
-    Attributes:
-        kind: "image" [n, c, h, w]; "frame" [n, c, 1, h, w]; "packed" [n, h·w/4, 4c], patches of
-            2 × 2 as FLUX packs them; "other" in all other cases.
-    """
-
+    # "image" [n, c, h, w]; "frame" [n, c, 1, h, w]; "packed" [n, h·w/4, 4c], patches of 2 × 2 as
+    # FLUX packs them; "other" in all other cases.
     kind: str
 
     @classmethod
     def of(cls, pipe: Any, latent: Tensor) -> LatentLayout:
-        """The layout of a latent [n, ...] that a pipeline gives its denoiser."""
+        """Recognises the layout of a latent [n, ...] of a pipeline's denoiser."""
         if latent.dim() == 4:
             return cls(IMAGE)
         if latent.dim() == 5 and latent.shape[2] == 1:
@@ -35,10 +32,10 @@ class LatentLayout:
         return cls(PACKED if latent.dim() == 3 and _packs_patches(pipe) else OTHER)
 
     def unpack(self, latent: Tensor) -> Tensor:
-        """The latent as an image [n, c, h, w].
+        """Returns the latent as an image [n, c, h, w].
 
         Raises:
-            ProLoRAError: packed tokens are not those of a square.
+            ProLoRAError: packed tokens do not form a square.
         """
         if self.kind == FRAME:
             return latent[:, :, 0]
@@ -57,14 +54,14 @@ class LatentLayout:
         )
 
     def pack(self, image: Tensor) -> Tensor:
-        """An image [n, c, h, w] as a latent."""
+        """Returns an image [n, c, h, w] as a latent."""
         if self.kind == FRAME:
             return image[:, :, None]
         return _pack_patches(image) if self.kind == PACKED else image
 
-    def translate(self, latent: Tensor, theirs: LatentLayout) -> Tensor:
-        """A latent in another layout; the same where both have one."""
-        return latent if theirs == self else theirs.pack(self.unpack(latent))
+    def translate(self, latent: Tensor, other: LatentLayout) -> Tensor:
+        """Moves a latent to another layout, unless both are equal."""
+        return latent if other == self else other.pack(self.unpack(latent))
 
 
 def _pack_patches(image: Tensor) -> Tensor:
@@ -74,7 +71,7 @@ def _pack_patches(image: Tensor) -> Tensor:
 
 
 def _packs_patches(pipe: Any) -> bool:
-    """Whether a pipeline packs latents as FLUX does, tried on a small one."""
+    """Tries on a small latent whether a pipeline packs as FLUX does."""
     pack = getattr(pipe, "_pack_latents", None)
     image = torch.arange(2 * 3 * 4 * 4).float().reshape(2, 3, 4, 4)
     try:
@@ -93,12 +90,12 @@ def check_shapes(
     Raises:
         ProLoRAError: names the shapes.
     """
-    ours, theirs = (
+    source, target = (
         tuple((layout.unpack(latent) if layouts[0] != layouts[1] else latent).shape[1:])
         for layout, latent in zip(layouts, shapes, strict=True)
     )
-    if ours != theirs:
+    if source != target:
         raise ProLoRAError(
-            f"{names[0]} denoises {list(ours)} numbers and {names[1]} {list(theirs)}: they cannot "
-            "be asked the same question"
+            f"{names[0]} denoises {list(source)} numbers and {names[1]} {list(target)}: they "
+            "cannot be asked the same question"
         )

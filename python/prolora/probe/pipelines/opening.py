@@ -30,11 +30,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
     """Loads a diffusers pipeline folder, from safetensors only.
 
     The denoiser stays in the half precision it is stored in (see `precision`); the other models
-    become float32.
-
-    Args:
-        folder: with model_index.json and a folder for each model.
-        device: of all models; None leaves them on the CPU.
+    become float32. A device of None leaves all models on the CPU.
 
     Raises:
         UnsupportedFormat: it is not a pipeline folder, needs code that is not in diffusers or
@@ -88,14 +84,14 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
 
 
 def _tile_images(vae: Any) -> None:
-    """Lets a VAE that can take images one by one, and those beyond its own size tile by tile."""
+    """Lets a VAE slice batches and tile large images, if it can."""
     for name in ("enable_slicing", "enable_tiling"):
         with suppress(AttributeError, NotImplementedError):
             getattr(vae, name)()
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The half precision in which all weights of a model are stored; float32 in other cases."""
+    """Returns the half precision of all weights of a model, else float32."""
     dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
 
@@ -125,7 +121,7 @@ def read_runnable_index(folder: Path) -> PipelineIndex:
 
 
 def _find_pipeline(diffusers: Any, name: str, folder: Path) -> Any:
-    """Returns a class of diffusers, or that of the family that is shipped with prolora."""
+    """Returns a class of diffusers, or the pipeline of the shipped family."""
     if name == "IconPipeline":
         from .icons import IconPipeline
 
@@ -134,10 +130,10 @@ def _find_pipeline(diffusers: Any, name: str, folder: Path) -> Any:
 
 
 def _find_class(diffusers: Any, name: str, kind: str, folder: Path) -> Any:
-    """A class of diffusers by its name; `kind` is the class that it must be derived from.
+    """Finds a class of diffusers by name; it must be derived from `kind`.
 
     Raises:
-        UnsupportedFormat: there is none.
+        UnsupportedFormat: there is no such class.
     """
     found = getattr(diffusers, name, None)
     if not isinstance(found, type) or not issubclass(found, getattr(diffusers, kind)):

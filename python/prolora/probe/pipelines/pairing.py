@@ -30,32 +30,23 @@ from .text_part import PromptSwapper, TextPart
 
 @dataclass(frozen=True)
 class PipelinePair:
-    """Two pipelines that can be asked the same questions.
+    """Two pipelines that can be asked the same questions."""
 
-    Attributes:
-        source: the pipeline that the LoRA was made for.
-        target: the other one.
-        settings: with the size set.
-        of_target: the same, with the steps and the guidance that the target is sampled with.
-        translation: turns calls and predictions of one into those of the other.
-        log_snr: the lowest and highest log-SNR at which both are asked, for models that predict
-            different quantities; None without a bound.
-        text_part: what the LoRA changes of the source's text encoders; None for nothing.
-    """
-
-    source: Pipeline
-    target: Pipeline
-    settings: FitSettings
-    of_target: FitSettings
-    translation: Translation
+    source: Pipeline  # the pipeline that the LoRA was made for
+    target: Pipeline  # the other one
+    settings: FitSettings  # with the size set
+    of_target: FitSettings  # the same, with the target's steps and guidance
+    translation: Translation  # turns the source's calls and predictions into the target's
+    # The lowest and highest log-SNR at which both are asked, for models that predict different
+    # quantities; None without a bound.
     log_snr: tuple[float, float] | None = None
+    # What the LoRA changes of the source's text encoders; None for nothing
     text_part: TextPart | None = None
 
     def samplers(self, on_image: Callable[[str], None]) -> tuple[Sample, Sample, Sample]:
-        """Of ORIGINS: the source, the source with its LoRA, the target.
+        """Returns samplers of ORIGINS: the source, with its LoRA, the target.
 
-        Args:
-            on_image: called with the origin of an image after it.
+        `on_image` is called with the origin of an image after it.
         """
         adapted = self.source if self.text_part is None else self.text_part
         return (
@@ -65,7 +56,7 @@ class PipelinePair:
         )
 
     def describe_sampling(self) -> str:
-        """What the samplers do, as a text: part of the keys of recorded calls."""
+        """Describes the samplers in a text: part of the keys of recorded calls."""
         sides = ((self.source, self.settings), (self.target, self.of_target))
         return json.dumps([describe_pipeline(*side) for side in sides])
 
@@ -79,13 +70,8 @@ def pair_pipelines(
     """Sets the size, and tabulates the conditioning of each model for the prompts.
 
     Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps
-    to see what their times mean.
-
-    Args:
-        source: the pipeline that the LoRA was made for.
-        target: the other one.
-        settings: what is sampled.
-        text_updates: of the source's text encoders, that the LoRA is run with.
+    to see what their times mean. `text_updates` of the source's text encoders are run with the
+    LoRA.
 
     Raises:
         UnsupportedFormat: the times or predictions of a flow cannot be read.
@@ -142,7 +128,7 @@ class _CallTranslator:
 
 @dataclass(frozen=True)
 class _PromptFinder:
-    """A call of a model -> which of its samples have a prompt."""
+    """A finder of the samples with a prompt in a model's call."""
 
     table: PromptTable
 
@@ -153,7 +139,7 @@ class _PromptFinder:
 
 @dataclass(frozen=True)
 class _CallClipper:
-    """A recorded call -> the nearest one at a noise level that both models can be asked at."""
+    """A mover of recorded calls to noise levels of both models."""
 
     source: Pipeline
     target: Pipeline

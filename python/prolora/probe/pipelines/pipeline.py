@@ -1,4 +1,7 @@
-"""A diffusers pipeline that is run from noise, to the end or to the first call of its denoiser."""
+"""A diffusers pipeline, run from noise to its end or first call.
+
+The first call of its denoiser, that is.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +41,11 @@ from .stages import PromptMemory, empty_weights, shrink_tiles
 
 @dataclass(frozen=True)
 class FinalSample:
-    """One image that was sampled.
+    """One image that was sampled."""
 
-    Attributes:
-        latent: after the last step [1, ...].
-        first: what the denoiser was given in the first step [1, ...]: noise, nearly alone.
-        times: of all calls.
-    """
-
-    latent: Tensor
-    first: Tensor
-    times: list[Tensor]
+    latent: Tensor  # after the last step [1, ...]
+    first: Tensor  # the denoiser's input in the first step [1, ...]: noise, nearly alone
+    times: list[Tensor]  # of all calls
 
 
 class Pipeline:
@@ -60,7 +57,7 @@ class Pipeline:
         denoiser: its unet or transformer.
         schedule: what the denoiser predicts, at which noise level.
         accepted: names of the parameters of the pipeline's call.
-        memory: of what its text encoders said; None for a pipeline that somebody else uses too.
+        memory: of its text encoders' answers; None for a pipeline with other users.
         swapping: of the denoiser's blocks, on a card whose memory is bounded.
         tile: pixels of the tiles that its VAE was asked to take; None: its own.
     """
@@ -108,26 +105,23 @@ class Pipeline:
                     self._capture_call(prompt, way)
 
     def release_encoders(self) -> None:
-        """Frees the text encoders: what they said is remembered, and a new prompt reads them anew.
+        """Frees the text encoders; their answers stay, and a new prompt reloads them.
 
-        Those of a pipeline that somebody else uses too stay.
+        The text encoders of a pipeline with other users stay.
         """
         if self.memory is not None:
             self.memory.release()
 
     def release(self, keep_denoiser: bool) -> None:
-        """Frees the weights of a pipeline that was opened for a fit and is not sampled any more."""
+        """Frees a fit's own pipeline after its last sampling."""
         if self.memory is not None:
             parts = (p for p in self.pipe.components.values() if isinstance(p, nn.Module))
             empty_weights(p for p in parts if not (keep_denoiser and p is self.denoiser))
 
     def move_to_card(self, device: str, room: int, tile: int | None) -> None:
-        """Moves all to a card but the blocks of the denoiser that do not fit into so many bytes.
+        """Moves all to a card but the denoiser's blocks beyond `room` bytes.
 
-        Args:
-            device: the card.
-            room: for the blocks.
-            tile: pixels of the tiles that the VAE takes; None leaves them.
+        `tile` is the pixels of the tiles that the VAE takes; None leaves them.
         """
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module) and part is not self.denoiser:
@@ -179,11 +173,11 @@ class Pipeline:
     def sample_final(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
     ) -> FinalSample:
-        """Samples one image, and looks at its latents and at the times of its calls.
+        """Samples one image, and records its latents and the times of its calls.
 
         What a pipeline returns as latents is already denormalised in some (FLUX.2 klein), so the
-        latents are taken from its scheduler. Arguments are those of `sample_latents`; a sampling
-        that `FirstCallReached` ends after its last step counts.
+        latents are taken from its scheduler. Arguments as for `sample_latents`; a sampling that
+        `FirstCallReached` ends after its last step counts.
 
         Raises:
             UnsupportedFormat: its scheduler is never stepped.
@@ -211,7 +205,7 @@ class Pipeline:
     def _build_arguments(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
     ) -> dict[str, Any]:
-        """The arguments of the pipeline's call, of those that it accepts."""
+        """Builds the arguments of the pipeline's call that it accepts."""
         arguments: dict[str, Any] = {
             "num_inference_steps": settings.steps,
             "output_type": output,
@@ -229,13 +223,10 @@ class Pipeline:
         return {k: v for k, v in arguments.items() if k in self.accepted and v is not None}
 
     def sampler(self, settings: FitSettings, on_image: Callable[[], None] | None = None) -> Sample:
-        """A function that samples the images of one set of trajectories, with prompts in turn.
+        """Returns a function that samples one set of trajectories, with prompts in turn.
 
-        The images of one seed have no noise in common with those of another.
-
-        Args:
-            settings: prompts, and number of images.
-            on_image: called after each image.
+        The images of one seed share no noise with another seed's. `on_image` is called after each
+        image.
         """
         prompts = _prompts_or_empty(settings)
 
@@ -249,7 +240,7 @@ class Pipeline:
         return sample
 
     def tabulate_prompts(self, settings: FitSettings) -> PromptTable:
-        """The conditioning for each prompt, taken from the first call of a sampling.
+        """Tabulates each prompt's conditioning from the first call of a sampling.
 
         The unconditional branch of the guidance comes last; without guidance, the empty prompt.
 
@@ -286,7 +277,7 @@ class Pipeline:
     def _place_of_prompt(
         self, parts: CallParts, prompts: Sequence[str], settings: FitSettings
     ) -> int:
-        """Which of the two samples of a guided call has the prompt: the one that changes with it.
+        """Finds which sample of a guided call changes with the prompt.
 
         Most pipelines put the unconditional sample first, DiT and Z-Image the conditional one.
         """
@@ -303,7 +294,7 @@ class Pipeline:
         return int(distances[1] >= distances[0])
 
     def _capture_branches(self, prompt: str, settings: FitSettings) -> list[CallParts]:
-        """The calls of the denoiser in the first step; some guide by one call for each branch."""
+        """Captures the denoiser's calls in the first step; some guide by several."""
         calls: list[CallParts] = []
 
         def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -319,7 +310,7 @@ class Pipeline:
         return calls
 
     def observe_schedule(self, settings: FitSettings) -> NoiseSchedule:
-        """The schedule; that of a flow with the times that the denoiser is given, and its sign.
+        """Returns the schedule; a flow's with its times and its sign.
 
         Raises:
             UnsupportedFormat: see `observe_flow`.
@@ -338,11 +329,9 @@ class Pipeline:
             )
 
     def observe_latents(self, settings: FitSettings, like: Tensor) -> LatentSpace:
-        """What the latents show, seen on a sampling of two steps.
+        """Observes the latents on a sampling of two steps.
 
-        Args:
-            settings: size and guidance.
-            like: latents [n, ...] as the denoiser is given them.
+        `like` are latents [n, ...] as the denoiser is given them.
 
         Raises:
             UnsupportedFormat: see `observe_latents`.
@@ -358,7 +347,7 @@ class Pipeline:
         return observe_latents(self.pipe, like[:1], final[0], given, self.name)
 
     def _capture_call(self, prompt: str, settings: FitSettings) -> Call:
-        """The first call of the denoiser for a prompt."""
+        """Captures the first call of the denoiser for a prompt."""
         inputs = capture_first_call(self.denoiser, lambda: self.sample_latents(prompt, settings, 0))
         if inputs is None:
             raise ProLoRAError(
@@ -368,13 +357,13 @@ class Pipeline:
 
 
 def share_size(settings: FitSettings, *pipelines: Pipeline) -> FitSettings:
-    """The settings with a size where none is asked: the smallest default of the pipelines."""
+    """Fills in a size where none is asked: the smallest default."""
     known = [pipeline.size for pipeline in pipelines if pipeline.size is not None]
     return replace(settings, size=settings.size or min(known, default=None))
 
 
 def describe_pipeline(pipeline: Pipeline, settings: FitSettings) -> str:
-    """What a sampler does, as a text: part of the keys of what is kept of its samplings.
+    """Describes a sampler in a text: part of the keys of kept samplings.
 
     All parts of the pipeline count but its denoiser, whose own identity belongs to what is kept.
     """
@@ -385,7 +374,7 @@ def describe_pipeline(pipeline: Pipeline, settings: FitSettings) -> str:
 def _repeat_time(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with one time for each sample, so that samples of many moments mix."""
+    """Repeats a call's time for each sample, so that samples of many moments mix."""
     parts = split_call(model, Call(args, kwargs))
     if parts.time.dim():
         return args, kwargs

@@ -1,4 +1,4 @@
-"""What a denoiser predicts at which noise level, read from a diffusers scheduler."""
+"""A denoiser's prediction by noise level, read from a diffusers scheduler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Times:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The convention of a pipeline: x = a·x₀ + b·ε at a time, and what is predicted there.
+    """The convention of a pipeline: x = a·x₀ + b·ε, and its prediction.
 
     The noise level is u = b/(a + b), from 0 (an image) to 1 (noise); log-SNR = 2·log((1 − u)/u).
     Every prediction is f = c·x₀ + d·x with numbers c and d that depend on the level alone
@@ -36,30 +36,22 @@ class NoiseSchedule:
 
     Flows see a = 1 − u, b = u and predict ε − x₀. All others are variance-preserving in units of
     `sigma_data`: a² · sigma_data² + b² = 1. Their velocity is a·ε − b·x₀ (sigma_data 1).
-
-    Attributes:
-        kind: "epsilon", "v_prediction", "sample" (x₀) or "flow".
-        alphas: ᾱ by time, falling, float64; None where there is no table of times.
-        sign: −1 where the model predicts the negative.
-        sigma_data: standard deviation of x₀ by which EDM models are preconditioned.
-        log_sigmas: where times are ¼·log σ (EDM), the smallest and the largest log σ.
-        times: of a flow; None until a pipeline was observed, see `observe_flow`.
-        unit: of a flow, what its scheduler calls level 1: num_train_timesteps.
-        inverted: of a flow, whether its scheduler counts from image to noise.
     """
 
-    kind: str
+    kind: str  # "epsilon", "v_prediction", "sample" (x₀) or "flow"
+    # Ᾱ by time, falling, float64; None without a table of times
     alphas: Tensor | None = field(repr=False)
-    sign: int = 1
-    sigma_data: float = 1.0
+    sign: int = 1  # −1 where the model predicts the negative
+    sigma_data: float = 1.0  # standard deviation of x₀ by which EDM models are preconditioned
+    # Where times are ¼·log σ (EDM), the smallest and the largest log σ
     log_sigmas: tuple[float, float] | None = None
-    times: Times | None = None
-    unit: float = 1000.0
-    inverted: bool = False
+    times: Times | None = None  # of a flow; None until a pipeline was observed, see `observe_flow`
+    unit: float = 1000.0  # a flow scheduler's number for level 1: num_train_timesteps
+    inverted: bool = False  # a flow's scheduler counts from image to noise
 
     @classmethod
     def of(cls, scheduler: Any, name: str) -> NoiseSchedule:
-        """The convention of a diffusers scheduler.
+        """Reads the convention of a diffusers scheduler.
 
         Raises:
             UnsupportedFormat: the scheduler has another convention.
@@ -95,7 +87,7 @@ class NoiseSchedule:
         return cls(kind, alphas)
 
     def alpha(self, time: Tensor) -> Tensor:
-        """ᾱ at (fractional) times, by linear interpolation."""
+        """Interpolates ᾱ at (fractional) times linearly."""
         assert self.alphas is not None
         last = len(self.alphas) - 1
         t = time.double().cpu().clamp(0, last)
@@ -104,7 +96,7 @@ class NoiseSchedule:
         return self.alphas[low] * (1 - part) + self.alphas[low + 1] * part
 
     def time(self, alpha: Tensor) -> Tensor:
-        """The (fractional) times at which ᾱ is reached; the nearer end where it never is."""
+        """Returns the (fractional) times for ᾱ; the nearer end beyond the table."""
         assert self.alphas is not None
         rising = self.alphas.flip(0).contiguous()
         high = torch.searchsorted(rising, alpha.contiguous()).clamp(1, len(rising) - 1)
@@ -113,7 +105,7 @@ class NoiseSchedule:
         return len(rising) - 1 - (high - 1 + part)
 
     def level_at(self, time: Tensor) -> Tensor:
-        """The noise level at times of the model, float64 on the CPU."""
+        """Returns the noise level at times of the model, float64 on the CPU."""
         time = time.double().cpu()
         if self.alphas is not None:
             return _level_of_alpha(self.alpha(time))
@@ -123,7 +115,7 @@ class NoiseSchedule:
         return ((time - times.offset) / times.slope).clamp(0, 1)
 
     def time_at(self, level: Tensor) -> Tensor:
-        """The times of the model at noise levels; the nearer end where it never has that much."""
+        """Returns the model's times at noise levels; the nearer end beyond its range."""
         level = level.double().cpu()
         if self.alphas is not None:
             signal, noise = (1 - level).square(), level.square()
@@ -139,14 +131,14 @@ class NoiseSchedule:
         return self.times
 
     def scales(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """A and b of x = a·x₀ + b·ε at a noise level."""
+        """Returns a and b of x = a·x₀ + b·ε at a noise level."""
         if self.kind == FLOW:
             return 1 - level, level
         size = (level.square() + (self.sigma_data * (1 - level)).square()).sqrt()
         return (1 - level) / size, level / size
 
     def weights(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """C and d of the prediction f = c·x₀ + d·x at a noise level."""
+        """Returns c and d of f = c·x₀ + d·x at a noise level."""
         a, b = self.scales(level)
         if self.kind == SAMPLE:
             c, d = torch.ones_like(level), torch.zeros_like(level)
@@ -160,7 +152,7 @@ class NoiseSchedule:
 
     @property
     def levels(self) -> tuple[float, float]:
-        """The noise levels at which the model can be asked and its answer says something of x₀."""
+        """The noise levels at which the model's answer says something of x₀."""
         low, high = (log_snr_level(x) for x in (LARGEST_LOG_SNR, LEAST_LOG_SNR))
         if self.kind != EPSILON:
             high = 1.0
@@ -175,19 +167,19 @@ class NoiseSchedule:
         return low, high
 
     def with_flow(self, times: Times, sign: int) -> NoiseSchedule:
-        """The convention of a flow whose pipeline was observed."""
+        """Returns the convention of a flow whose pipeline was observed."""
         return replace(self, times=times, sign=sign * self.sign)
 
     def has_same_path(self, other: NoiseSchedule) -> bool:
-        """Whether both see the same x at the same noise level."""
+        """Returns whether both see the same x at the same noise level."""
         return (self.kind == FLOW) == (other.kind == FLOW) and self.sigma_data == other.sigma_data
 
     def predicts_alike(self, other: NoiseSchedule) -> bool:
-        """Whether both predict the same quantity of the same x, or one the other's negative."""
+        """Returns whether both predict the same quantity, or its negative, of the same x."""
         return self.kind == other.kind and self.has_same_path(other)
 
     def has_same_times(self, other: NoiseSchedule) -> bool:
-        """Whether a time means the same noise level to both."""
+        """Returns whether a time means the same noise level to both."""
         if self.alphas is None or other.alphas is None:
             ours, theirs = (
                 (s.kind == FLOW, s.times, s.log_sigmas is None, s.alphas is None)
@@ -205,12 +197,12 @@ def _level_of_alpha(alpha: Tensor) -> Tensor:
 
 
 def log_snr_level(log_snr: float) -> float:
-    """The noise level at a log-SNR."""
+    """Returns the noise level at a log-SNR."""
     return 1 / (1 + math.exp(log_snr / 2))
 
 
 def level_log_snr(level: float) -> float:
-    """The log-SNR at a noise level, infinite at its ends."""
+    """Returns the log-SNR at a noise level, infinite at its ends."""
     if level <= 0 or level >= 1:
         return math.inf if level <= 0 else -math.inf
     return 2 * math.log((1 - level) / level)

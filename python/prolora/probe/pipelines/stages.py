@@ -1,4 +1,4 @@
-"""Parts of a pipeline that give their memory back when nothing needs them any more."""
+"""Parts of a pipeline that give their memory back after use."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def empty_weights(modules: Iterable[nn.Module]) -> None:
 
 
 class PromptMemory:
-    """What a pipeline's text encoders made of each prompt, so that they run once and can go.
+    """The answers of a pipeline's text encoders, which run once and go.
 
-    It takes the place of the pipeline's `encode_prompt`, whose answers depend on its arguments
-    alone. Where a prompt is asked for that was not encoded before, emptied encoders are read again.
+    It replaces the pipeline's `encode_prompt`, whose answers depend on its arguments alone. For a
+    new prompt, emptied encoders are read again.
 
     Attributes:
         pipe: the diffusers pipeline.
@@ -45,7 +45,7 @@ class PromptMemory:
     """
 
     def __init__(self, pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
-        """Takes the place of the pipeline's method, where it has one; `options` of loading."""
+        """Replaces the pipeline's method, if it has one; `options` of loading."""
         self.pipe, self.folder, self._options = pipe, folder, options
         self.answers: dict[str, Any] = {}
         self.state = ""
@@ -88,11 +88,10 @@ class PromptMemory:
     def under(
         self, state: str, enter: Callable[[], AbstractContextManager[None]]
     ) -> Iterator[None]:
-        """Remembers apart what the encoders say while something runs beside their weights.
+        """Remembers answers apart while something runs beside the encoders' weights.
 
-        Args:
-            state: says what runs there.
-            enter: puts it there; where the encoders are empty, not before they are needed.
+        `state` says what runs there, and `enter` puts it there; where the encoders are empty, not
+        before they are needed.
         """
         before, late = self.state, any(map(is_emptied, self.encoders.values()))
         self.state = f"{before} {state}"
@@ -109,9 +108,9 @@ class PromptMemory:
                 self._late.remove(enter)
 
     def release(self) -> None:
-        """Empties the text encoders; those of a pipeline whose answers are not kept stay.
+        """Empties the text encoders, unless the pipeline's answers are not kept.
 
-        What was not asked since the last time is forgotten: it is of prompts of another LoRA.
+        What was not asked since the last time is forgotten: it belongs to another LoRA's prompts.
         """
         self.answers = {key: self.answers[key] for key in self._asked & self.answers.keys()}
         self._asked.clear()
@@ -152,7 +151,7 @@ class PromptMemory:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Hides the progress bars of the libraries, which would mix with that of prolora."""
+    """Hides the libraries' progress bars, which would mix with prolora's."""
     import diffusers
 
     loggers: list[Any] = [diffusers.utils.logging]
@@ -173,13 +172,13 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def is_emptied(module: nn.Module) -> bool:
-    """Whether `empty_weights` has freed its memory."""
+    """Returns whether `empty_weights` has freed its memory."""
     sizes = [parameter.numel() for parameter in module.parameters()]
     return bool(sizes) and not any(sizes)
 
 
 def _move_tensors(value: Any, device: torch.device | None) -> Any:
-    """The tensors of an answer on a device; None leaves them where they are."""
+    """Moves the tensors of an answer to a device; None leaves them."""
     if isinstance(value, Tensor):
         return value if device is None else value.to(device)
     if isinstance(value, list | tuple):
@@ -188,7 +187,7 @@ def _move_tensors(value: Any, device: torch.device | None) -> Any:
 
 
 def _write_key(value: Any) -> str | None:
-    """A text that tells arguments apart; None where one is no plain value."""
+    """Writes arguments as a text; None where one is no plain value."""
     if isinstance(value, list | tuple):
         parts = [_write_key(item) for item in value]
         return None if None in parts else f"[{', '.join(map(str, parts))}]"
@@ -198,7 +197,7 @@ def _write_key(value: Any) -> str | None:
 
 
 def shrink_tiles(vae: Any, pixels: int) -> None:
-    """Lets a VAE that can take images tile by tile take smaller tiles, which overlap as before."""
+    """Makes the tiles of a VAE smaller, with the same overlap, if it can."""
     if hasattr(vae, "tile_latent_min_size") and pixels < vae.tile_sample_min_size:
         vae.tile_latent_min_size = pixels * vae.tile_latent_min_size // vae.tile_sample_min_size
         vae.tile_sample_min_size = pixels
@@ -210,7 +209,7 @@ def shrink_tiles(vae: Any, pixels: int) -> None:
 
 
 def estimate_bytes(folder: Path) -> tuple[int, int]:
-    """Bytes of a pipeline's weights in memory: of its text encoders, and of its other models.
+    """Estimates a pipeline's weights in bytes: text encoders, other models.
 
     The denoiser stays as it is stored; the other models are in float32.
 

@@ -1,7 +1,7 @@
-"""The part of a LoRA in a pipeline's text encoders, beside their weights while prompts are encoded.
+"""The part of a LoRA in a pipeline's text encoders.
 
-The source is asked with it, so that what it changes is fitted into the target's blocks, whatever
-text encoder the target has.
+It runs beside their weights while prompts are encoded. The source is asked with it, so that what it
+changes is fitted into the target's blocks, whatever text encoder the target has.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ _INNER = "text_model."
 
 @contextlib.contextmanager
 def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank]) -> Iterator[None]:
-    """The text encoders of a pipeline with updates beside their weights.
+    """Runs a pipeline's text encoders with updates beside their weights.
 
-    Args:
-        pipeline: loaded.
-        updates: by names that begin with that of the text encoder.
+    The names of the updates begin with the text encoder's.
 
     Raises:
         ProLoRAError: the pipeline has no such text encoder, or that has no such module.
@@ -59,30 +57,24 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
 
 @dataclass(frozen=True)
 class TextPart:
-    """Updates of the source's text encoders, and what they make of the prompts.
+    """Updates of the source's text encoders, and their effect on prompts."""
 
-    Attributes:
-        pipeline: the source.
-        updates: by names that begin with that of the text encoder.
-        table: its conditioning for each prompt with the updates in place.
-    """
-
-    pipeline: Pipeline
-    updates: Mapping[str, LowRank]
-    table: PromptTable
+    pipeline: Pipeline  # the source
+    updates: Mapping[str, LowRank]  # by names that begin with the text encoder's
+    table: PromptTable  # its conditioning for each prompt with the updates in place
 
     @classmethod
     def of(
         cls, pipeline: Pipeline, updates: Mapping[str, LowRank], settings: FitSettings
     ) -> TextPart | None:
-        """Encodes the prompts with the updates in place; None where there are none."""
+        """Encodes the prompts with the updates in place; None without updates."""
         if not updates:
             return None
         with run_text_encoders_beside(pipeline, updates):
             return cls(pipeline, updates, pipeline.tabulate_prompts(settings))
 
     def sampler(self, settings: FitSettings, on_image: Callable[[], None] | None = None) -> Sample:
-        """`Pipeline.sampler` with the updates in place."""
+        """Runs `Pipeline.sampler` with the updates in place."""
         run = self.pipeline.sampler(settings, on_image)
 
         def sample(seed: int) -> None:
@@ -94,15 +86,10 @@ class TextPart:
 
 @dataclass(frozen=True)
 class PromptSwapper:
-    """A call of a model -> the same one with what another table has for its prompts.
+    """A replacer of a call's conditioning by another table's."""
 
-    Attributes:
-        ours: has the prompts of the call.
-        theirs: has the same prompts in the same order.
-    """
-
-    ours: PromptTable
-    theirs: PromptTable
+    ours: PromptTable  # has the prompts of the call
+    theirs: PromptTable  # has the same prompts in the same order
 
     def __call__(self, call: Call) -> Call:
         """The call with the other conditioning."""

@@ -1,4 +1,7 @@
-"""How both pipelines of a fit run within a bound on a card's memory, by their files' headers."""
+"""A bound on a card's memory for both pipelines of a fit.
+
+Only the headers of their files are read.
+"""
 
 from __future__ import annotations
 
@@ -35,53 +38,34 @@ _SPECTRA = 16  # eigenvectors of each side
 
 @dataclass(frozen=True)
 class CardPlan:
-    """What makes a fit fit a card.
+    """What makes a fit fit a card."""
 
-    Attributes:
-        precision: that the models compute in.
-        tile: pixels of the VAEs' tiles; None leaves them as they are.
-        samples: largest number of samples in a batch of the fit; None leaves it as it is.
-        rooms: bytes for the blocks of source and target while both are there.
-        fitting: bytes for the target's blocks once it is alone.
-    """
-
-    precision: Precision
-    tile: int | None
-    samples: int | None
-    rooms: tuple[int, int]
-    fitting: int
+    precision: Precision  # the models compute in it
+    tile: int | None  # pixels of the VAEs' tiles; None leaves them as they are
+    samples: int | None  # largest number of samples in a batch of the fit; None leaves it as it is
+    rooms: tuple[int, int]  # bytes for the blocks of source and target while both are there
+    fitting: int  # bytes for the target's blocks once it is alone
 
 
 @dataclass(frozen=True)
 class _PipelineSize:
-    """What a pipeline takes, in bytes where nothing else is said.
+    """The size of a pipeline, in bytes unless stated otherwise."""
 
-    Attributes:
-        others: VAE and the like, in float32.
-        outside: the denoiser but for its blocks.
-        blocks: each of its blocks.
-        wide: the largest block in float32, where it is stored in half precision; else 0.
-        factors: Σ(m + n) over the modules of the blocks that may be fitted.
-        largest: numbers that the largest block keeps of a sample for its backward pass.
-        between: numbers that lie between the blocks.
-        pixels: of a side of its images.
-    """
-
-    others: int
-    outside: int
-    blocks: list[int]
-    wide: int
-    factors: int
-    largest: int
-    between: int
-    pixels: int
+    others: int  # VAE and the like, in float32
+    outside: int  # the denoiser but for its blocks
+    blocks: list[int]  # each of its blocks
+    wide: int  # the largest block in float32, where it is stored in half precision; else 0
+    factors: int  # Σ(m + n) over the modules of the blocks that may be fitted
+    largest: int  # numbers that the largest block keeps of a sample for its backward pass
+    between: int  # numbers that lie between the blocks
+    pixels: int  # of a side of its images
 
     @property
     def visiting(self) -> int:
         return max(self.blocks, default=0)
 
     def activations(self, samples: int, precision: Precision, backward: bool) -> int:
-        """Of a pass; in float32 with the block's weights, which are widened."""
+        """Returns the bytes of a pass; in float32 with the block's widened weights."""
         kept = (2 * self.largest + self.between) if backward else self.largest
         widened = self.wide if precision == FLOAT32 else 0
         return samples * _NUMBER_BYTES[precision] * kept + widened
@@ -94,10 +78,10 @@ def plan_card(
     rank: int,
     crosses: bool,
 ) -> CardPlan:
-    """The first of these that fits: as asked, 16 bits, small tiles, single samples, swapped blocks.
+    """Returns the first way that fits into a card's memory.
 
-    Each is taken beside those before it. Nothing is loaded; what a pass keeps is estimated from
-    the shapes of the weights.
+    As asked, in 16 bits, with small tiles, single samples, swapped blocks, each beside those before
+    it. Nothing is loaded; what a pass keeps is estimated from the shapes of the weights.
 
     Args:
         limit: bytes of the card's memory.
@@ -126,8 +110,8 @@ def plan_card(
         )
     guided = CONTEXT + _target_alone(sides[1], precision, 2, rank)
     if guided + every[1] <= limit:
-        samples, alone = None, guided  # it is the source that leaves too little room
-    # What is left once a block of each may visit is shared by the sizes of what is to stay.
+        samples, alone = None, guided  # the source leaves too little room
+    # What a visiting block of each leaves free is shared in proportion to what is to stay.
     spare = limit - both - sum(visiting)
     shares = [spare * size // max(sum(every), 1) for size in every]
     fitting = min(every[1], limit - alone)
@@ -138,7 +122,7 @@ def plan_card(
 def _list_ways(
     asked: Precision, crosses: bool
 ) -> Iterator[tuple[Precision, int | None, int | None]]:
-    """Precision, tile and samples, each way beside those before it."""
+    """Yields precision, tile and samples, each way beside those before it."""
     if asked == AUTO:
         yield FLOAT32, None, None
     bits = BFLOAT16 if asked == AUTO else asked
@@ -155,7 +139,10 @@ def _both_there(
     rank: int,
     crosses: bool,
 ) -> int:
-    """Bytes while both are sampled and asked, two samples a call, but for their blocks."""
+    """Returns the bytes while both are sampled and asked, without their blocks.
+
+    Two samples a call.
+    """
     passes = [side.activations(2, precision, backward=False) for side in sides]
     if crosses:
         pixels = max(side.pixels for side in sides)
@@ -165,13 +152,13 @@ def _both_there(
 
 
 def _target_alone(side: _PipelineSize, precision: Precision, samples: int, rank: int) -> int:
-    """Bytes while the target is fitted, but for its blocks."""
+    """Returns the bytes while the target is fitted, without its blocks."""
     state = 4 * (_COPIES * rank + _SPECTRA) * side.factors
     return side.outside + state + side.activations(samples, precision, backward=True)
 
 
 def _measure(folder: Path, size: int | None) -> _PipelineSize:
-    """What a pipeline takes by its headers.
+    """Measures a pipeline by its headers.
 
     Raises:
         UnsupportedFormat: a file that is missing or damaged.
@@ -216,22 +203,22 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
 
 
 def _find_resnet(name: str) -> str:
-    """The residual block of a UNet that a convolution lies in; "" outside of all."""
+    """Returns the residual block around a UNet's convolution; "" outside."""
     before, found, after = name.partition(".resnets.")
     return f"{before}.resnets.{after.split('.')[0]}" if found else ""
 
 
 def _default_pixels(config: Mapping[str, object], levels: int) -> int:
-    """A side of the images that a pipeline makes unasked: eight pixels a latent, or 1024."""
+    """Returns a side of a pipeline's default images: eight pixels a latent, or 1024."""
     sample = config.get("sample_size")
     return 8 * sample if levels and isinstance(sample, int) else 1024
 
 
 def _count_places(name: str, pixels: int, levels: int) -> int:
-    """Tokens or pixels that a module of a denoiser sees of a sample.
+    """Counts the tokens or pixels of a sample that a module sees.
 
     Eight pixels of an image are one of its latent. A UNet halves it from level to level; a
-    transformer has a token for 2 × 2 of it, and those of the prompt, which may have modules of
+    transformer has a token for 2 × 2 of it, and the prompt's tokens, which may have modules of
     their own; what makes scales and shifts sees the time step alone.
     """
     if not levels:

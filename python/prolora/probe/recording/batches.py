@@ -1,4 +1,4 @@
-"""Recorded calls cut into samples, and batches that mix the samples of many moments."""
+"""Recorded calls cut into samples, and batches of many moments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FindPrompts = Callable[[Call], list[bool]]
 WITHOUT_PROMPT = 0.1
 """Share of the samples that have none. Guided samplers ask as often without as with one, and what a
 LoRA changes lies where there is one (docs/results.md)."""
-_TOLERANCE = 1e-3  # of the prediction's norm; a batch of another size is summed in another order
+_TOLERANCE = 1e-3  # share of the prediction's norm; sums in larger batches have another order
 
 
 class _CannotShareBatch(Exception):
@@ -37,13 +37,13 @@ def mix_samples(
     find_prompts: FindPrompts | None = None,
     step: int = 0,
 ) -> list[Question]:
-    """At most `limit` samples of the questions, drawn at random, in batches of the calls' size.
+    """Draws at most `limit` samples of the questions, in batches.
 
-    A sampler's call holds one moment of a few images, which is too little variety for one step of
-    a fit. So samples are cut out of their calls, and each batch is joined from several calls. A
-    trial decides whether a model's inputs can be cut and joined: both models must predict for a
-    joined batch what they predict for the calls. Where they do not (one time for all samples of a
-    call), complete calls are drawn instead.
+    A sampler's call holds one moment of a few images, which is too little variety for one step of a
+    fit. So samples are cut out of their calls, and each batch is joined from several calls. A trial
+    decides whether a model's inputs can be cut and joined: both models must predict for a joined
+    batch what they predict for the calls. Where they do not (one time for all samples of a call),
+    complete calls are drawn instead.
 
     Args:
         questions: recorded on one or more trajectories.
@@ -53,7 +53,7 @@ def mix_samples(
         generator: of the draw.
         find_prompts: which samples of a call of the source have a prompt. Of the others at most
             WITHOUT_PROMPT are drawn, as far as there are enough with one.
-        step: samples of a step of the fit. Those of each step that are about the LoRA's own images
+        step: samples of a step of the fit. In each step the samples about the LoRA's own images
             then have batches to themselves, so that what is asked about the others serves the next
             LoRA. 0 joins all alike.
 
@@ -85,13 +85,10 @@ _Rows = list[tuple[int, int]]
 
 
 def _form_batches(chosen: _Rows, size: int, step: int, own: set[int]) -> Iterator[_Rows]:
-    """The rows of every batch.
+    """Yields the rows of every batch of `size`.
 
-    Args:
-        chosen: all rows.
-        size: of a batch.
-        step: see `mix_samples`.
-        own: numbers of the questions that have batches to themselves.
+    `own` are the numbers of the questions that have batches to themselves; `step` as in
+    `mix_samples`.
     """
     for run in _cut_evenly(chosen, step or max(len(chosen), 1)):
         kinds = [[row for row in run if (row[0] in own) == mine] for mine in (False, True)]
@@ -106,7 +103,7 @@ def _cut_evenly(rows: _Rows, size: int) -> list[_Rows]:
 
 
 def _prefer_prompts(rows: _Rows, has_prompt: list[list[bool]], limit: int) -> _Rows:
-    """The rows in their order, those without a prompt beyond WITHOUT_PROMPT of `limit` last."""
+    """Moves rows without a prompt beyond WITHOUT_PROMPT of `limit` to the end."""
     free = [(i, row) for i, row in rows if not has_prompt[i][row]]
     late = set(free[int(WITHOUT_PROMPT * limit) :])
     return [row for row in rows if row not in late] + [row for row in rows if row in late]
@@ -115,7 +112,7 @@ def _prefer_prompts(rows: _Rows, has_prompt: list[list[bool]], limit: int) -> _R
 def _draw_calls(
     questions: Sequence[Question], limit: int, generator: torch.Generator
 ) -> list[Question]:
-    """Complete calls, drawn at random until they hold at least `limit` samples."""
+    """Draws complete calls until they hold at least `limit` samples."""
     drawn, count = [], 0
     for i in torch.randperm(len(questions), generator=generator).tolist():
         if count < limit:
@@ -125,9 +122,9 @@ def _draw_calls(
 
 
 def count_samples(call: Call) -> int:
-    """The number of samples in a call: the length of its first tensor with two axes or more.
+    """Counts the samples in a call by its first tensor with two axes.
 
-    A list of tensors counts as one with a row for each.
+    Or more axes. A list of tensors counts as one with a row for each.
     """
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
@@ -156,7 +153,7 @@ def _check_joined_batch(questions: Sequence[Question], chosen: _Rows, predict: P
 
 
 def _cut_sample(question: Question, row: int, size: int) -> Question:
-    """One sample of a question."""
+    """Cuts one sample out of a question."""
 
     def part(call: Call) -> Call:
         return replace(
@@ -171,9 +168,9 @@ def _cut_sample(question: Question, row: int, size: int) -> Question:
 
 
 def _cut_rows(value: Any, row: int, size: int) -> Any:
-    """One row of every tensor that has as many rows as samples; anything else unchanged.
+    """Cuts one row out of every tensor with as many rows as samples.
 
-    A list of as many tensors as samples is cut as well.
+    Anything else is unchanged. A list of as many tensors as samples is cut as well.
     """
     if isinstance(value, list) and len(value) == size:
         if all(isinstance(item, Tensor) for item in value):
@@ -203,7 +200,7 @@ class _ListRow(_SampleRow):
 
 
 def _join_samples(questions: list[Question]) -> Question:
-    """Several samples as one question."""
+    """Joins several samples to one question."""
     origins = {question.origin for question in questions}
     origin = origins.pop() if len(origins) == 1 else "mixed"
 

@@ -1,4 +1,4 @@
-"""Recorded calls as tensors and a text, so that they can be stored in files."""
+"""Recorded calls as tensors and a text, for files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
-    """The tensors of some calls, each object once, and a text that says where they belong.
+    """Encodes calls as tensors, each object once, and a text of their positions.
 
     Raises:
         ProLoRAError: an argument is neither a tensor nor a plain value.
@@ -54,7 +54,7 @@ def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
 
 
 def decode_calls(tensors: Sequence[Tensor], text: str) -> list[Call]:
-    """The calls that `encode_calls` turned into these tensors and this text."""
+    """Decodes calls from the tensors and the text of `encode_calls`."""
 
     def decode(encoded: dict[str, Any]) -> Any:
         ((kind, value),) = encoded.items()

@@ -14,7 +14,7 @@ class LazySequence(Sequence[T]):
 
     @abstractmethod
     def item(self, i: int) -> T:
-        """Item i, 0 ≤ i < len(self)."""
+        """Returns item i, 0 ≤ i < len(self)."""
 
     @overload
     def __getitem__(self, i: int) -> T: ...
@@ -42,5 +42,5 @@ class SampleSelection(LazySequence[T]):
         return len(self.rows)
 
     def item(self, i: int) -> T:
-        """Item i."""
+        """Returns the selected item i."""
         return self.items[self.rows[i]]

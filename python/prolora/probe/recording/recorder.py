@@ -23,26 +23,17 @@ ORIGINS = ("source", "adapted", "target")
 
 @dataclass(frozen=True)
 class Recorder:
-    """Runs the samplers of source, source with its LoRA, and target.
+    """Sampler runs of source, source with its LoRA, and target."""
 
-    Attributes:
-        source: the source model.
-        target: the target model.
-        adapter: the LoRA of the source.
-        samplers: one for each of ORIGINS.
-        translation: turns each recorded call into a question to both models.
-        checkpoints: where recorded calls are kept.
-        samplers_text: what the samplers do; part of the keys of what is kept.
-        text_updates: of the source's text encoders, that the LoRA is sampled with.
-    """
-
-    source: nn.Module
-    target: nn.Module
-    adapter: Adapter
-    samplers: tuple[Sample, Sample, Sample]
-    translation: Translation
+    source: nn.Module  # the source model
+    target: nn.Module  # the target model
+    adapter: Adapter  # the LoRA of the source
+    samplers: tuple[Sample, Sample, Sample]  # one for each of ORIGINS
+    translation: Translation  # turns each recorded call into a question to both models
+    # Where recorded calls are kept
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
-    samplers_text: str = ""
+    samplers_text: str = ""  # what the samplers do; part of the keys of what is kept
+    # Of the source's text encoders that the LoRA is sampled with
     text_updates: Mapping[str, LowRank] = field(default_factory=dict)
 
     @cached_property
@@ -62,7 +53,10 @@ class Recorder:
         return None
 
     def record_questions(self, seed: int, held_out: bool = False) -> list[Question]:
-        """The questions of all three trajectories, whose seeds are `seed` and the next two."""
+        """Records the questions of all three trajectories.
+
+        Their seeds are `seed` and the next two.
+        """
         del held_out  # both kinds are recorded alike
         models = self.source, self.source, self.target
         calls: list[Call] = []
@@ -88,7 +82,10 @@ class Recorder:
 def hash_origins(
     checkpoints: Checkpoints, updates: Mapping[str, LowRank], samplers_text: str
 ) -> dict[str, str]:
-    """Origin -> hash of what its samplings depend on, besides the seed and the folder's inputs."""
+    """Returns origin -> hash of what its samplings depend on.
+
+    Without the seed and the folder's inputs.
+    """
     if checkpoints.folder is None:
         return dict.fromkeys(ORIGINS, "")
     plain = hash_texts(samplers_text)
@@ -103,7 +100,7 @@ def load_or_record(
     device: torch.device,
     record: Callable[[], list[Call]],
 ) -> list[Call]:
-    """The calls kept under a name and key; where there are none, records them and keeps them."""
+    """Loads the calls kept under a name and key, or records and keeps them."""
     kept = checkpoints.recall(name, key)
     if kept is not None:
         tensors, text = kept

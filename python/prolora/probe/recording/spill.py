@@ -74,7 +74,7 @@ class SpillStore:
         self.spilled += size
 
     def get(self, key: Hashable) -> Bundle:
-        """The tensors under a key."""
+        """Loads the tensors under a key."""
         if key in self._bundles:
             bundle, device = self._bundles[key]
             return tuple(t.to(device) for t in bundle)
@@ -102,12 +102,12 @@ class SpilledCalls(LazySequence[Call]):
         return len(self.texts)
 
     def item(self, i: int) -> Call:
-        """Call i."""
+        """Loads call i."""
         return decode_calls(self.store.get((i, self.name)), self.texts[i])[0]
 
 
 def spill_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
-    """The questions in the machine's memory, those above the limit (bytes) in temporary files.
+    """Moves questions to the machine's memory, and beyond `limit` bytes to files.
 
     Without a limit, questions that are in the machine's memory already stay as they are.
     """

@@ -18,32 +18,21 @@ Sample = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model: its inputs, and the trajectory it lies on.
+    """One call of a model: its inputs and its trajectory."""
 
-    Attributes:
-        args: positional arguments of the model's forward.
-        kwargs: its keyword arguments.
-        origin: "source", "adapted" (the source with its LoRA), "target", or "pair" (PAIR in
-            translation.py); a translated call inherits it.
-        trajectories: number of the sampled image of every sample; empty where nobody asked.
-        clean: x₀ of every sample [n, ...], for calls about images that were made from it.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Any, ...]  # positional arguments of the model's forward
+    kwargs: dict[str, Any]  # its keyword arguments
+    # "source", "adapted" (the source with its LoRA), "target", or "pair" (PAIR in translation.py);
+    # a translated call inherits it
     origin: str = ""
+    # Number of the sampled image of every sample; empty if not asked for
     trajectories: tuple[int, ...] = ()
+    # X₀ of every sample [n, ...], for calls about images that were made from it
     clean: Tensor | None = None
 
 
 def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:
-    """The calls that a sampler makes to `model`, in order.
-
-    Args:
-        model: the module that the sampler runs.
-        sample: the sampler, bound to that module.
-        seed: given to the sampler.
-        origin: stored in every call.
+    """Records the calls that a sampler, bound to `model`, makes to it, in order.
 
     Raises:
         ProLoRAError: the sampler never called the model, or makes NaN or Inf.
@@ -67,7 +56,7 @@ def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> li
 
 
 def check_sampled(latent: Tensor | None, origin: str) -> None:
-    """Refuses a sampling that makes numbers that are none, before more of it is done.
+    """Refuses a sampling with NaN or Inf before more of it is done.
 
     Raises:
         ProLoRAError: the latents hold NaN or Inf.
@@ -91,7 +80,7 @@ class _TensorPool:
         self._recent: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def copy(self, value: Any) -> Any:
-        """The value with its tensors cloned, since samplers reuse buffers."""
+        """Clones the tensors in a value, since samplers reuse buffers."""
         if isinstance(value, Tensor):
             return self._copy_tensor(value.detach())
         if isinstance(value, dict):
@@ -111,10 +100,10 @@ class _TensorPool:
 
 
 def output_of(result: Any) -> Tensor:
-    """The predicted tensor of a model's return value: itself, the first of a tuple, `.sample`.
+    """Returns the predicted tensor: the value itself, a tuple's first, or `.sample`.
 
     Raises:
-        ProLoRAError: it holds no tensor in any of these places.
+        ProLoRAError: none of these is a tensor.
     """
     if isinstance(result, Tensor):
         return result
@@ -127,5 +116,5 @@ def output_of(result: Any) -> Tensor:
 
 @torch.no_grad()
 def predict_call(model: nn.Module, call: Call, read: Callable[[Any], Tensor] = output_of) -> Tensor:
-    """The prediction of a model at a recorded call."""
+    """Returns the prediction of a model at a recorded call."""
     return read(model(*call.args, **call.kwargs))

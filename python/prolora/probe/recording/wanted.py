@@ -16,19 +16,14 @@ from .translation import PAIR, Question, Translation
 
 @dataclass(frozen=True)
 class WantedChange:
-    """What the target should predict at one call.
+    """What the target should predict at one call."""
 
-    Attributes:
-        call: inputs of the target.
-        plain: the target's prediction without updates.
-        change: source with LoRA minus source, in the target's terms; of a PAIR, what the target
-            misses of the image with the LoRA beyond what it misses of the other.
-        base_difference: target minus source, both without updates; of a PAIR, target minus image.
-    """
-
-    call: Call
-    plain: Tensor
+    call: Call  # inputs of the target
+    plain: Tensor  # the target's prediction without updates
+    # Source with LoRA minus source, in the target's terms; for a PAIR, what the target misses of
+    # the image with the LoRA beyond what it misses of the other.
     change: Tensor
+    # Target minus source, both without updates; for a PAIR, target minus image
     base_difference: Tensor
 
 
@@ -40,14 +35,9 @@ def wanted_changes(
     questions: Sequence[Question],
     translation: Translation,
 ) -> Iterator[WantedChange]:
-    """What the target should do at each question.
+    """Yields what the target should do at each question.
 
-    Args:
-        source: the source without its LoRA.
-        target: the target.
-        updates: of the LoRA, by module of the source.
-        questions: where the models are compared.
-        translation: turns the source's predictions into the target's terms.
+    `updates` are the LoRA's, by module of the source.
     """
     for question in questions:
         if question.origin == PAIR:
@@ -64,7 +54,10 @@ def ask_source_twice(
     question: Question,
     translation: Translation,
 ) -> tuple[Tensor, Tensor]:
-    """What the source predicts without its LoRA and with it, in the target's terms."""
+    """Returns the source's predictions without and with its LoRA.
+
+    In the target's terms.
+    """
     before = translation.of_source(source, question)
     with run_beside(source, updates):
         return before, translation.of_source(source, question, adapted=True)
@@ -73,7 +66,7 @@ def ask_source_twice(
 def _change_of_pair(
     target: nn.Module, question: Question, translation: Translation
 ) -> WantedChange:
-    """What the target misses of the image with the LoRA, beyond what it misses of the one without.
+    """Returns what the target misses of an image with the LoRA alone.
 
     With r = wanted − predicted for either image, at one noise, the change is r' − s·r, where s is
     the slope of r' on r, sample by sample and within 0 … 1. So neither the style of the source nor

@@ -1,18 +1,19 @@
-"""What the fits of several LoRAs between the same two pipelines have in common."""
+"""Shared parts of several fits between the same two pipelines."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ...bases import Base
+from ...bases.cache.basis_cache import default_folder
 from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.validation import DeviceLike
 from ...errors import OutputError, UnrelatedBases
-from ...files.atomic import temporary_folder
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Checkpoints, Inputs
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SIDES = ("source", "target")
+PARTS = ".prolora-parts"
+"""The folder of parts that were not asked for, beside the results until all are made."""
 
 
 class CommonParts:
-    """The opened pipelines and a folder of kept results, of one LoRA or of several in turn.
+    """Open pipelines and a results folder, for one fit or several.
 
     Attributes:
         folder: where results are kept; None keeps nothing.
-        is_temporary: whether nobody asked for the folder. Then parts that the next LoRA cannot use
-            are removed from it, and a fit goes on without it where it cannot be written.
+        is_temporary: the folder was not asked for. Then parts that the next LoRA cannot use are
+            removed from it, and a fit goes on without it where it cannot be written.
     """
 
     def __init__(self, folder: str | PathLike[str] | None, is_temporary: bool = False) -> None:
@@ -41,7 +44,7 @@ class CommonParts:
         self._checkpoints: Checkpoints | None = None
 
     def check_folder(self, source: Base, target: Base) -> None:
-        """Refuses a folder of results that were made from other files, before a model is loaded.
+        """Refuses a folder with results of other files, before loading a model.
 
         Raises:
             OutputError: see `check_inputs`.
@@ -52,15 +55,17 @@ class CommonParts:
             return
         assert source.path is not None and target.path is not None
         folder, paths = self.folder, (source.path, target.path)
+        known = default_folder()  # remembers digests, where there is a cache at all
+        memory = known if known.is_dir() else None
         files = {
-            f"the {side}: files": describe_pipeline_folder(path)
+            f"the {side}: files": describe_pipeline_folder(path, memory)
             for side, path in zip(SIDES, paths, strict=True)
         }
         self._open_folder(lambda: check_inputs(folder, files))
         self._files = files
 
     def open_checkpoints(self) -> Checkpoints:
-        """The kept results, once both pipelines were opened.
+        """Returns the kept results, once both pipelines were opened.
 
         Raises:
             OutputError: see `check_inputs`.
@@ -82,7 +87,7 @@ class CommonParts:
         return self._checkpoints
 
     def _open_folder(self, check: Callable[[], T]) -> T:
-        """What a check of the folder gives; a temporary one of other inputs is emptied."""
+        """Returns what a check of the folder gives; empties a temporary one of other inputs."""
         try:
             return check()
         except OutputError:
@@ -93,13 +98,10 @@ class CommonParts:
         return check()
 
     def make_room(self, asked: object, all_of_it: bool) -> None:
-        """Frees what is left of the fit before, so that this one needs no more than the first.
+        """Frees the rest of the fit before, so that memory does not grow.
 
-        The target stays where no text encoder has to be read beside it.
-
-        Args:
-            asked: the prompts and what runs in the text encoders.
-            all_of_it: whether the target goes in any case.
+        The target stays where no text encoder has to be read beside it. `asked` are the prompts and
+        what runs in the text encoders; `all_of_it` lets the target go in any case.
         """
         for side, model in self._models.items():
             stays = side == "target" and asked == self._asked and not all_of_it
@@ -111,7 +113,10 @@ class CommonParts:
         self._models.clear()
 
     def open(self, side: str, folder: Path, device: DeviceLike) -> Pipeline:
-        """A pipeline: loaded, or as the fit before left it (see `Pipeline.restore`)."""
+        """Opens a pipeline, or returns it as the last fit left it.
+
+        See `Pipeline.restore`.
+        """
         from ...probe import pipelines
 
         if side not in self._models:
@@ -122,7 +127,7 @@ class CommonParts:
 
     @contextlib.contextmanager
     def one_fit(self) -> Iterator[None]:
-        """Around the fit of each LoRA: clears up after it.
+        """Clears up after the fit of each LoRA.
 
         Pipelines that an error has left in the middle of something are opened anew.
         """
@@ -142,18 +147,18 @@ class CommonParts:
 def share_parts(
     resume: str | PathLike[str] | None, folder: Path, several: bool
 ) -> Iterator[CommonParts]:
-    """What fits have in common, while they go on.
+    """Yields the shared parts of fits, while they go on.
 
     Args:
         resume: the folder that was asked for.
-        folder: of the results, in which a temporary one stands where none was asked for.
+        folder: of the results, which holds a temporary one if none was asked for.
         several: whether there is more than one LoRA.
     """
-    from ...probe.checkpoint import INPUTS_FILE
-
     with contextlib.ExitStack() as stack:
         kept = resume
         if resume is None and several:
             with contextlib.suppress(OSError):
-                kept = stack.enter_context(temporary_folder(folder, INPUTS_FILE))
+                parts = folder / PARTS  # what a killed run has left there goes on
+                parts.mkdir(exist_ok=True)
+                stack.callback(shutil.rmtree, kept := parts, ignore_errors=True)
         yield CommonParts(kept, is_temporary=kept is not resume)

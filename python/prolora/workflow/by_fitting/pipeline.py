@@ -23,7 +23,7 @@ from ..by_weights.assembly import build_metadata, list_kernels
 from ..by_weights.base_pair import (
     BasePair,
     Depth,
-    MakeNotes,
+    Notes,
     list_inputs,
     prefix_notes,
     read_lora,
@@ -55,10 +55,10 @@ def fit_to_pipelines(
     source: Base,
     target: Base,
     options: FitOptions,
-    notes: MakeNotes | None = None,
+    notes: Notes | None = None,
     common: CommonParts | None = None,
 ) -> Transfer:
-    """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
+    """Fits a LoRA to the running models; refuses what it can before loading them.
 
     What moving by weights alone makes of the LoRA is its rival: where that does no worse on
     held-out probes, it is the result.
@@ -69,11 +69,11 @@ def fit_to_pipelines(
         target: the base it goes to.
         options: how.
         notes: what else the header says of the result.
-        common: what this fit shares with those of other LoRAs; None for a fit alone.
+        common: what this fit shares with other LoRAs' fits; None for a fit alone.
 
     Raises:
         UnrelatedBases: the held-out probes speak against both, and `force` is not set.
-        ShapeMismatch: the fit is to start from a copy, and there is none.
+        ShapeMismatch: the fit is to start from a copy, and none fits.
         ProLoRAError: see `prolora.fit` and `probe.fit_to_models`.
     """
     job = prepare_fit(lora, source, target, options)
@@ -91,13 +91,14 @@ def fit_to_pipelines(
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
     gate, files = report.gate, list_inputs(lora, source, target)
+    noted = prefix_notes(notes() if notes else {})
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
-            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
+            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, noted)
             return Transfer(moved, replace(scaled, grid=grid, why=job.serves), files, *written)
-    fitted, fit_report = _finish_fit(job, blank, updates, report, _read_notes(notes))
+    fitted, fit_report = _finish_fit(job, blank, updates, report, noted)
     return Transfer(fitted, replace(fit_report, grid=grid, why=job.serves), files, *written)
 
 
@@ -110,15 +111,10 @@ def prepare_fit(
 ) -> FitJob:
     """Reads and plans; refuses all that can be refused without running a model.
 
-    Args:
-        lora: what is fitted.
-        source: the base it was trained on.
-        target: the base it goes to.
-        options: how.
-        depth: how far the LoRA is read.
+    `depth` says how far the LoRA is read.
 
     Raises:
-        LowCoverage: fewer modules have a place than was asked for.
+        LowCoverage: fewer modules have a counterpart than was asked for.
         ProLoRAError: see `prolora.fit`.
     """
     check_fittable(source, target)
@@ -134,7 +130,7 @@ def prepare_fit(
 
 
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
-    """What `probe.fit_to_models` made of two models at hand, with the header and the report."""
+    """Wraps a result of `probe.fit_to_models` with header and report."""
     options = FitOptions()
     adapter = read_lora(lora, source, "updates")
     plan = plan_modules(adapter, source, target, options.text_encoder)
@@ -145,13 +141,9 @@ def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer
 
 
 def _outline_result(job: FitJob) -> Adapter:
-    """The adapter of the target, before its updates have values."""
+    """Outlines the target's adapter, before its updates have values."""
     outline = outline_fit(job.adapter, job.plan, job.source, job.target)
     return replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
-
-
-def _read_notes(notes: MakeNotes | None) -> dict[str, str]:
-    return {} if notes is None else prefix_notes(notes(BasisCache(None)))
 
 
 @dataclass(frozen=True)
@@ -173,7 +165,7 @@ def _explain_fit(job: FitJob, rival: Rival) -> str:
 
 
 def move_rival(job: FitJob) -> Rival | None:
-    """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
+    """Moves the LoRA by `auto`, or copies it; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     refusal = None
     with BasisCache(job.options.cache).saving() as cache:
@@ -197,7 +189,7 @@ def _finish_fit(
     probe: ProbeReport,
     notes: dict[str, str],
 ) -> tuple[Adapter, Report]:
-    """The adapter of the target, and the report, of what was fitted."""
+    """Builds the target's adapter and the report of what was fitted."""
     adapter, plan, target = job.adapter, job.plan, job.target
     strength = probe.gate.strength if probe.gate else 1.0
     how = "fitted to the running models" if probe.trust else "copied; nothing was fitted"
@@ -225,7 +217,7 @@ def _finish_fit(
 
 
 def _describe_result(job: FitJob) -> dict[str, str]:
-    """The header of a result as that of any transfer."""
+    """Writes a result's header as any transfer's."""
     options = job.options.as_moved("copy")
     return build_metadata(Ledger(job.adapter, job.plan, job.source, job.target, options))
 
@@ -233,9 +225,9 @@ def _describe_result(job: FitJob) -> dict[str, str]:
 def _list_rows(
     job: FitJob, fitted: Mapping[str, LowRank], strength: float, how: str
 ) -> list[ModuleReport]:
-    """What became of every module; `how` is said of those that got an update.
+    """Lists what became of every module; `how` describes the fitted ones.
 
-    Where the fit starts from the copied updates, those of other kinds stay copied.
+    Where the fit starts from the copied updates, copies of other kinds stay.
     """
     plan = job.plan
     copied = {name for name in plan.skipped if name in fitted}
@@ -251,7 +243,7 @@ def _list_rows(
 
 
 def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
-    """What the header of the file says of a fit, beside what it says of any transfer."""
+    """Writes what a fit's header says beside any transfer's."""
     gate = probe.gate
     return {
         "prolora.probe_calls": str(probe.probes),
@@ -265,7 +257,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
 def _scale_rival(
     rival: Rival, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
 ) -> tuple[Adapter, Report]:
-    """A LoRA moved by weights alone, at the strength that held-out probes chose."""
+    """Scales a LoRA moved by weights to the strength of held-out probes."""
     adapter, report = rival.done.adapter, rival.done.report
 
     def is_scaled(name: str | None) -> bool:

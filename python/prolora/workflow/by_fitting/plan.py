@@ -1,4 +1,7 @@
-"""Which modules a fit changes, carries over or skips, by names and shapes; what it refuses."""
+"""The modules that a fit changes, carries over or skips.
+
+Names and shapes decide, and refuse.
+"""
 
 from __future__ import annotations
 
@@ -38,28 +41,19 @@ _COMPENSATED = "; what it changes is fitted into the target's modules"
 
 @dataclass(frozen=True)
 class FitJob:
-    """A LoRA on its way from one pipeline to another.
+    """A LoRA on its way from one pipeline to another."""
 
-    Attributes:
-        adapter: the LoRA of the source.
-        plan: which of its modules are carried over or skipped; all others are fitted.
-        source: the base it was trained on.
-        target: the base it goes to.
-        options: as they were asked for.
-        card: how the pipelines run on a card whose memory is bounded.
-    """
-
-    adapter: Adapter
-    plan: ModulePlan
-    source: Base
-    target: Base
-    options: FitOptions
-    card: CardPlan | None = None
+    adapter: Adapter  # the LoRA of the source
+    plan: ModulePlan  # which of its modules are carried over or skipped; all others are fitted
+    source: Base  # the base it was trained on
+    target: Base  # the base it goes to
+    options: FitOptions  # as they were asked for
+    card: CardPlan | None = None  # how the pipelines run on a card whose memory is bounded
     serves: str = ""  # why moving by weights would do, said before a model runs
 
 
 def check_fittable(source: Base, target: Base) -> None:
-    """Refuses before any model is loaded.
+    """Refuses bases that cannot be fitted, before any model is loaded.
 
     Raises:
         UnsupportedFormat: a base that is not a pipeline folder, or different latents between which
@@ -83,7 +77,7 @@ def check_fittable(source: Base, target: Base) -> None:
 def plan_modules(
     adapter: Adapter, source: Base, target: Base, text_encoder: PassedOn
 ) -> ModulePlan:
-    """Which modules are carried over or skipped, and why; all others are fitted.
+    """Plans which modules are carried over or skipped; all others are fitted.
 
     Raises:
         UnsupportedFormat: a module that the source does not have.
@@ -113,23 +107,19 @@ def _place_text_part(
 
 @dataclass(frozen=True)
 class LoraParts:
-    """A LoRA as running models are asked about it.
+    """A LoRA as running models are asked about it."""
 
-    Attributes:
-        denoiser: its part in the UNet or transformer of the source.
-        text: its part in text encoders that the target does not have: the source alone runs it, so
-            that what it changes is wanted of the target's blocks.
-        carried: its part in text encoders that both have: both run it from the beginning, since the
-            result holds it unchanged.
-    """
-
-    denoiser: Adapter
+    denoiser: Adapter  # its part in the UNet or transformer of the source
+    # Its part in text encoders that the target does not have: the source alone runs it, so that
+    # what it changes is wanted of the target's blocks.
     text: Mapping[str, LowRank]
+    # Its part in text encoders that both have: both run it from the beginning, since the result
+    # holds it unchanged.
     carried: Mapping[str, LowRank]
 
     @classmethod
     def of(cls, adapter: Adapter, source: Base, target: Base, mode: PassedOn = "copy") -> LoraParts:
-        """The parts; nothing of the text encoders where these are to be left out."""
+        """Splits a LoRA; without text encoders where these are left out."""
         plan = ModulePlan(rule=RULE)
         names = _place_text_part(adapter, source, target, mode, plan)
         inside = {n: u for n, u in adapter.updates.items() if n in source.shapes and mode != "skip"}
@@ -140,12 +130,12 @@ class LoraParts:
 
 
 def _has_other_width(name: str, source: Base, target: Base) -> bool:
-    """Whether the target's text encoder cannot hold this update."""
+    """Returns whether the target's text encoder cannot hold this update."""
     return name in source.shapes and source.shapes[name] != target.shapes.get(name)
 
 
 def fitted_modules(names: Iterable[str], source: Base) -> set[str]:
-    """Returns those of the LoRA's modules whose change can be fitted, by their kind."""
+    """Returns the LoRA's modules with changes that can be fitted, by kind."""
     return {name for name in names if may_be_fitted(source.shapes.get(name, ()))}
 
 
@@ -154,11 +144,8 @@ def explain_need(
 ) -> str:
     """Returns why a fit is called for; "" where moving by weights serves.
 
-    Args:
-        found: what became of the LoRA by weights.
-        source: the base that it was trained on.
-        target: the base that it goes to.
-        target_steps: in which the target is said to draw.
+    `found` is what became of the LoRA by weights; `target_steps` in which the target is said to
+    draw.
     """
     if isinstance(found, UnrelatedBases):
         return "the weights of the two models have nothing in common"
@@ -192,7 +179,10 @@ def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tu
 
 
 def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
-    """What a fit will ask of both models at most, from settings and configurations alone."""
+    """Foresees what a fit asks of both models at most.
+
+    From settings and configurations alone.
+    """
     assert source.path is not None and target.path is not None
     of_target = options.for_target(draws_in_few_steps(target), _embeds_guidance(target.path))
     sides = (source.path, options.guidance), (target.path, of_target.guidance)

@@ -1,4 +1,4 @@
-"""What became of every module of a LoRA that was fitted to running models."""
+"""What became of every module of a fitted LoRA."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _VECTOR = "a fit gives updates of matrices only, no biases or normalisation laye
 def outline_report(
     adapter: Adapter, plan: ModulePlan, source: Base, target: Base, options: FitOptions
 ) -> Report:
-    """What would be fitted, from names and shapes alone."""
+    """Reports what would be fitted, from names and shapes alone."""
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
     own = LoraParts.of(adapter, source, target, options.text_encoder).denoiser.updates.values()
@@ -53,16 +53,7 @@ def build_fit_report(
     rows: Iterable[ModuleReport],
     **known: Any,
 ) -> Report:
-    """The report of a fit.
-
-    Args:
-        adapter: the LoRA.
-        source: the base it comes from.
-        target: the base it goes to.
-        options: as they were asked for.
-        rows: of the modules.
-        **known: further fields of `Report`.
-    """
+    """Builds the report of a fit; `known` are further fields of `Report`."""
     return Report(
         method=FIT,
         rank_rule=options.rank or 0,
@@ -81,13 +72,10 @@ def build_fit_report(
 def list_modules(
     adapter: Adapter, plan: ModulePlan, updates: Mapping[str, LowRank | None], how: str
 ) -> list[ModuleReport]:
-    """What became of every module of the LoRA, and the target's further modules.
+    """Lists what became of every LoRA module, and further target modules.
 
-    Args:
-        adapter: the LoRA.
-        plan: which of its modules are carried over or skipped.
-        updates: target module -> update; None where it is not yet known.
-        how: what is said of a fitted module.
+    `updates` is target module -> update, None where it is not yet known; `how` describes a fitted
+    module.
     """
     rows = [_describe_module(adapter, name, plan, updates, how) for name in adapter.updates]
     for name, update in updates.items():
@@ -99,7 +87,7 @@ def list_modules(
 def _describe_module(
     adapter: Adapter, name: str, plan: ModulePlan, updates: Mapping[str, LowRank | None], how: str
 ) -> ModuleReport:
-    """The row of a module of the LoRA."""
+    """Makes the row of a module of the LoRA."""
     row = describe_unchanged(adapter, name, name, "text encoder, carried over unchanged")
     if name in plan.skipped:
         return replace(row, target=None, status="skipped", reason=plan.skipped[name], rank_out=0)
@@ -109,7 +97,7 @@ def _describe_module(
 
 
 def _describe_further_module(name: str, update: LowRank | None, how: str) -> ModuleReport:
-    """The row of a target module that the LoRA has no update for: its rank there is 0."""
+    """Makes the row of a target module that the LoRA lacks: rank 0."""
     return ModuleReport(
         source=name,
         target=name,
@@ -127,7 +115,7 @@ def _describe_further_module(name: str, update: LowRank | None, how: str) -> Mod
 def _describe_fitted_module(
     row: ModuleReport, update: LowRank, updates: Mapping[str, LowRank | None], how: str
 ) -> ModuleReport:
-    """A module whose change the target's blocks were fitted to; compared where it has a twin."""
+    """Describes a fitted module, compared with its twin if any."""
     twin = updates.get(row.source)
     row = replace(
         row,
@@ -138,7 +126,7 @@ def _describe_fitted_module(
         copy_distance=math.nan,
     )
     if row.source not in updates:
-        # The target has fewer blocks: those that are there were fitted to what this module does.
+        # The target has fewer blocks: its own were fitted to what this module does.
         return replace(row, target=None, reason=f"{how}; the target has no module of that name")
     norm = float(update.norm())
     if twin is None or tuple(twin.shape) != tuple(update.shape) or not norm:

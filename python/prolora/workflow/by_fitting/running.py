@@ -40,12 +40,9 @@ OPENING = "opening both pipelines"
 
 @dataclass(frozen=True)
 class _AskedLora(LoraParts):
-    """What the models are asked about.
+    """The LoRA that the models are asked about."""
 
-    Attributes:
-        rival: what the target would get in its UNet or transformer without a fit.
-    """
-
+    # The target's updates in its UNet or transformer without a fit
     rival: Mapping[str, LowRank] = field(default_factory=dict)
 
 
@@ -70,7 +67,7 @@ class _RunningFit:
         self.grid.draw_source(self.asked.denoiser.updates, text)
 
     def fit_pair(self) -> ProbeTransfer:
-        """The fit between pipelines with the same latents."""
+        """Fits between pipelines with the same latents."""
         from ...probe.pipelines import pair_pipelines
         from ...probe.recording.recorder import Recorder
 
@@ -88,7 +85,7 @@ class _RunningFit:
         return self._fit(recorder, pair.log_snr)
 
     def fit_crossing(self) -> ProbeTransfer:
-        """The fit by images."""
+        """Fits by images that cross."""
         from ...probe import pipelines
         from ...probe.models import check_models
 
@@ -109,7 +106,7 @@ class _RunningFit:
         return self._fit(recorder, recorder.log_snr)
 
     def _describe(self, samplers: Callable[[], str]) -> str:
-        """What the samplers do, and what both text encoders run with, where results are kept."""
+        """Describes the samplers and what text encoders run with, for kept results."""
         from ...probe.checkpoint import hash_updates
 
         if self.checkpoints.folder is None:
@@ -167,12 +164,10 @@ class _RunningFit:
 def fit_models(
     job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
 ) -> tuple[dict[str, LowRank], ProbeReport, PictureGrid | None]:
-    """Runs the pipelines and fits: target module -> update, the report and images for a page.
+    """Runs the pipelines and fits: target module -> update, report, images.
 
-    Args:
-        job: the LoRA.
-        rival: the updates that the target would get by weights alone; empty where there are none.
-        common: the pipelines as another fit has left them, and where results are kept.
+    `rival` are the updates that the target would get by weights alone, if any; `common` are the
+    pipelines as another fit has left them, and where results are kept.
     """
     from ...probe import pipelines
     from ...probe.pipelines.schedules import FLOW
@@ -217,20 +212,16 @@ def fit_models(
 
 
 def _choose_prompts(job: FitJob) -> tuple[str, ...]:
-    """The prompts that are given, or else those that the LoRA's header leads to."""
+    """Returns the given prompts, or else prompts from the LoRA's header."""
     return job.options.prompts or derive_prompts(read_training_words(job.adapter.metadata))
 
 
 def _open_both(
     job: FitJob, asked: _AskedLora, common: CommonParts, stack: contextlib.ExitStack
 ) -> tuple[Pipeline, Pipeline]:
-    """Opens both pipelines, one after the other: the text encoders of the first make room.
+    """Opens both pipelines in turn: the first's text encoders make room.
 
-    Args:
-        job: the LoRA.
-        asked: the same, as the models are asked about it.
-        common: has what was opened before.
-        stack: keeps what runs beside text encoders in place.
+    `stack` keeps what runs beside text encoders in place.
     """
     from ...probe import pipelines
 
@@ -264,7 +255,7 @@ def _open_both(
 
 
 def plan_memory_of_card(job: FitJob) -> CardPlan | None:
-    """How the pipelines run within `max_vram`; None without such a bound.
+    """Plans how the pipelines run within `max_vram`; None without such a bound.
 
     Raises:
         InvalidOption: the fit runs on no card.
@@ -288,7 +279,7 @@ def plan_memory_of_card(job: FitJob) -> CardPlan | None:
 
 
 def _is_card(device: DeviceLike) -> bool:
-    """Whether a device has memory of its own."""
+    """Returns whether a device has memory of its own."""
     return device is not None and torch.device(device).type != "cpu"
 
 
@@ -311,10 +302,12 @@ def _check_memory(limit: int, source: Path, target: Path, device: DeviceLike) ->
 
 
 def _memory_left(limit: int) -> int:
-    """What a bound on memory leaves for calls and streams once the models are there.
+    """Returns the memory that a bound leaves for calls and streams.
+
+    Once the models are loaded.
 
     Raises:
-        TooLittleMemory: nothing.
+        TooLittleMemory: nothing is left.
     """
     taken = resident_bytes()
     if taken >= limit:

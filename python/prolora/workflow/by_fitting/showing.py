@@ -25,35 +25,23 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ImageGrid:
-    """Draws the images, each column when its model is there. An error ends no fit.
+    """A grid of images, drawn by column; an error ends no fit."""
 
-    Attributes:
-        models: source and target.
-        settings: of either, with the size.
-        prompts: one for each row.
-        carried: whether both bare models have the LoRA's part in their text encoders in place.
-        columns: what is drawn so far: heading -> PNG files, one for each row.
-        failure: why the images are not there.
-    """
-
-    models: tuple[Pipeline, Pipeline]
-    settings: tuple[FitSettings, FitSettings]
-    prompts: tuple[str, ...]
-    carried: bool = False
+    models: tuple[Pipeline, Pipeline]  # source and target
+    settings: tuple[FitSettings, FitSettings]  # of either, with the size
+    prompts: tuple[str, ...]  # one for each row
+    carried: bool = False  # both bare models have the LoRA's part in their text encoders in place
+    # What is drawn so far: heading -> PNG files, one for each row
     columns: dict[str, list[bytes]] = field(default_factory=dict)
-    failure: str = ""
+    failure: str = ""  # why the images are missing
 
     @classmethod
     def of(
         cls, models: tuple[Pipeline, Pipeline], sampled: FitSettings, shared: bool, carried: bool
     ) -> ImageGrid:
-        """A grid of some of the sampled prompts; without rows where none are to be shown.
+        """Makes a grid of some of the sampled prompts, perhaps without rows.
 
-        Args:
-            models: source and target.
-            sampled: what is sampled.
-            shared: whether both have the same latents, and so the same noise.
-            carried: see above.
+        `shared` says that both have the same latents, and so the same noise.
         """
         settings = settle_settings(models, sampled, shared)
         known = sampled.prompts or ("",)
@@ -68,9 +56,7 @@ class ImageGrid:
     ) -> None:
         """Draws the source without and with the LoRA, once.
 
-        Args:
-            updates: of its UNet or transformer.
-            text_encoders: puts the LoRA's part beside its text encoders.
+        `text_encoders` puts the LoRA's part beside its text encoders.
         """
         if self._is_open("source"):
             self._draw("source", 0, self.settings[0], {})
@@ -82,9 +68,7 @@ class ImageGrid:
     ) -> None:
         """Draws the target without the LoRA, with the copy and with the fitted one.
 
-        Args:
-            copied: what weights alone give; empty for no such column.
-            fitted: None for no such column.
+        No column is drawn for an empty copy or a missing fit.
         """
         if self._is_open("target"):
             self._draw("target", 1, self.settings[1], {})
@@ -102,7 +86,7 @@ class ImageGrid:
         settings: FitSettings,
         updates: Mapping[str, LowRank],
     ) -> None:
-        """One column; the noise of a row is the same in all of them."""
+        """Draws one column; the noise of a row is the same in all."""
         from ...probe.precision import in_float32
         from ...probe.updates import run_beside
 
@@ -121,7 +105,7 @@ class ImageGrid:
             log.warning("the page gets no images: %s", self.failure)
 
     def to_page(self, source: str, target: str) -> PictureGrid | None:
-        """What the page shows; None where nothing, or not all, could be drawn."""
+        """Returns what the page shows, unless something could not be drawn."""
         if self.failure or not self.columns:
             return None
         ways = ["without it"]
@@ -142,12 +126,9 @@ class ImageGrid:
 def settle_settings(
     models: tuple[Pipeline, Pipeline], sampled: FitSettings, shared: bool
 ) -> tuple[FitSettings, FitSettings]:
-    """The settings of source and target, with the size where none is asked: the smaller default.
+    """Returns source and target settings; a missing size becomes the smaller default.
 
-    Args:
-        models: source and target.
-        sampled: what is sampled.
-        shared: whether both have the same latents, and so the same noise.
+    `shared` says that both have the same latents, and so the same noise.
     """
     from ...probe.pipelines.pipeline import share_size
 
@@ -157,7 +138,7 @@ def settle_settings(
 
 
 def read_pixels(result: Any) -> Tensor:
-    """The pixels [3, h, w] from 0 to 1 of what a pipeline gives.
+    """Reads the pixels [3, h, w] from 0 to 1 in a pipeline's result.
 
     Raises:
         NonFiniteWeights: the image holds NaN or infinities.

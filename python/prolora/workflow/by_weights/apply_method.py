@@ -1,6 +1,6 @@
-"""One method applied to a stack of updates, with the row of the report for each of them.
+"""One method applied to a stack of updates, with rows.
 
-Here a pair is skipped whose weights overlap less than the threshold on Φ.
+A pair is skipped here if its weights overlap less than the threshold on Φ.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ...comparison.overlap import Alignment
 from ...core.basis import Basis
-from ...core.damping import Damper
 from ...core.lowrank import LowRank
-from ...core.merging import subtract_updates
 from ...core.projection import project_factors
 from ..module_report import Measures
 from ..plan import Pair
@@ -20,35 +18,9 @@ from .ledger import Ledger, Moved
 
 
 def copy_updates(ledger: Ledger) -> list[Moved]:
-    """The updates as they are."""
+    """Returns the updates unchanged."""
     updates, what = ledger.adapter.updates, ledger.method.outcome
     return [Moved(pair, updates[pair.source], what) for pair in ledger.plan.pairs]
-
-
-def damp_updates(
-    ledgers: list[Ledger], stack: list[Pair], places: list[int], damper: Damper
-) -> list[Moved]:
-    """The updates weakened along the drift of the weights.
-
-    Args:
-        ledgers: LoRAs with one rank at these places.
-        stack: pairs of one shape m × n.
-        places: which of them.
-        damper: of the weights [b, m, n] of all pairs of the stack.
-    """
-    moved_updates: list[Moved] = []
-    for ledger in ledgers:  # each may have a κ of its own
-        delta = _stack_updates([ledger], [stack[i] for i in places])
-        delta = LowRank(delta.up.squeeze(1), delta.down.squeeze(1))
-        moved = damper.at(ledger.options.kappa)(delta, places)
-        compared = delta, moved, subtract_updates(moved, delta)
-        norms = zip(*(x.norm().tolist() for x in compared), strict=True)
-        for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
-            ratio = after / before if before > 0 else 1.0
-            numbers = (before**2, ratio**2, ratio, distance / before if before > 0 else 0.0)
-            update = LowRank(moved.up[i], moved.down[i])
-            moved_updates.append(Moved(stack[place], update, ledger.method.outcome, *numbers))
-    return moved_updates
 
 
 def project_updates(
@@ -59,12 +31,12 @@ def project_updates(
     target: Basis,
     aligned: Alignment,
 ) -> list[Moved]:
-    """The updates projected and recompressed; pairs with Φ below the threshold are skipped.
+    """Projects and recompresses updates; skips pairs with Φ below the threshold.
 
     Args:
-        ledgers: LoRAs with one rank at these places.
+        ledgers: LoRAs with one rank at these indices.
         stack: pairs of one shape.
-        places: which of them.
+        places: indices of some of them.
         source: bases of the source's weights, one for every pair of the stack.
         target: bases of the target's weights.
         aligned: what the two have in common.
@@ -97,7 +69,7 @@ def project_updates(
 
 
 def _explain_overlap(measures: Measures, threshold: float) -> str:
-    """Why a pair is skipped whose weights overlap too little; empty where they do not."""
+    """Explains why a pair with too little overlap is skipped; "" for others."""
     if not min(measures.phi_left, measures.phi_right) < threshold:
         return ""
     side = "left" if measures.phi_left <= measures.phi_right else "right"
@@ -105,7 +77,10 @@ def _explain_overlap(measures: Measures, threshold: float) -> str:
 
 
 def _stack_updates(ledgers: list[Ledger], pairs: list[Pair]) -> LowRank:
-    """The source's updates of several LoRAs, [b, l, m, r] and [b, l, r, n]."""
+    """Stacks the source's updates of several LoRAs.
+
+    They are [b, l, m, r] and [b, l, r, n].
+    """
     updates = [ledger.adapter.updates[pair.source] for pair in pairs for ledger in ledgers]
     device = ledgers[0].options.device
 

@@ -9,17 +9,14 @@ from typing import Any
 from ...adapters.adapter import Adapter
 from ...adapters.formats.metadata import rewrite_metadata
 from ...adapters.formats.moves import read_moves, write_moves
-from ...architectures.modules import find_block, may_be_fitted
 from ...bases import Base
 from ...bases.base import list_quantised
-from ...bases.cache.basis_cache import BasisCache
-from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
-from ...bases.pipeline_files import draws_in_few_steps
-from ...bases.vae import can_fit
+from ...bases.identity import compute_hint, compute_short_hash
+from ...bases.pipeline_files import draws_in_few_steps, is_pipeline
 from ...core.lowrank import LowRank
-from ...files.writing import replace_surrogates
+from ...files.store import replace_surrogates
 from ...version import __version__
-from ..block_weights import BlockWeights, list_base_blocks, measure_blocks
+from ..block_weights import BlockWeights
 from ..module_report import ModuleReport
 from ..report import Report
 from .ledger import Ledger
@@ -28,7 +25,7 @@ from .vectors import CarriedVectors, carry_vectors
 
 
 def outline_result(ledger: Ledger) -> Adapter:
-    """What the adapter of the target will consist of, before anything is moved."""
+    """Outlines the target's adapter before anything is moved."""
     adapter, plan = ledger.adapter, ledger.plan
     updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
     updates |= {name: adapter.updates[name] for name in plan.passed}
@@ -43,7 +40,7 @@ def assemble_adapter(
     target: Base,
     metadata: dict[str, str],
 ) -> Adapter:
-    """The adapter of the target: its modules, its kernels, its metadata."""
+    """Assembles the target's adapter: modules, kernels, metadata."""
     return replace(
         adapter,
         updates=updates,
@@ -56,21 +53,18 @@ def assemble_adapter(
 
 
 def list_kernels(modules: Iterable[str], target: Base) -> dict[str, tuple[int, ...]]:
-    """Module -> (kh, kw), or (k,), of those that are convolutions of the target."""
+    """Returns module -> (kh, kw), or (k,), of the target's convolutions."""
     shapes = {name: target.shapes.get(name, ()) for name in modules}
     return {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
 
 
-def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str, str]:
-    """The header of the result: the LoRA's own, with the target's names and how it was made.
-
-    Reads all bytes of the bases, for their hashes.
-    """
+def build_metadata(ledger: Ledger) -> dict[str, str]:
+    """Returns the LoRA's own header with the target's names, and how the result was made."""
     source, target, options = ledger.source, ledger.target, ledger.options
     provenance = {
         "version": __version__,
         "method": options.method,
-        "strength": f"{options.factor:.4g}",
+        "strength": f"{options.strength:.4g}",
         "rank_rule": str(options.rank),
         "threshold": str(options.threshold),
         "match": ledger.plan.rule,
@@ -79,50 +73,35 @@ def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str,
         "target": target.name,
         **write_moves(read_moves(ledger.adapter.metadata)),
     }
-    hashes = {
-        "source_hash": compute_identity(source, cache),
-        "target_hash": compute_identity(target, cache),
-    }
+    hashes = {"source_hash": compute_hint(source), "target_hash": compute_hint(target)}
     metadata = rewrite_metadata(
         ledger.adapter.metadata,
         target_name=target.name,
         target_layout=target.layout,
-        target_sha256=compute_sha256(target, cache),
         target_short_hash=compute_short_hash(target),
         provenance=provenance | {key: value for key, value in hashes.items() if value},
     )
-    # Names of files need not be text, which a header must be.
+    # A header must be text; names of files need not be.
     return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
 
 
-def _suits_student(ledger: Ledger) -> bool:
-    """Whether the target alone seems to draw in few steps, and a fit could bring more there.
-
-    That takes two models that can run and were compared, and a moved update in a block.
-    """
-    source, target = ledger.source, ledger.target
-    fitted = (name for name in ledger.moved if may_be_fitted(target.shapes.get(name, ())))
-    if ledger.verdict is None or not any(map(find_block, fitted)):
-        return False
-    ours, theirs = source.path, target.path
-    if ours is None or theirs is None or not draws_in_few_steps(target):
-        return False
-    return not draws_in_few_steps(source) and can_fit(ours, theirs)
+def _find_few_steps(ledger: Ledger) -> bool | None:
+    """Returns whether the target alone draws in few steps; None where nothing tells."""
+    target, steps = ledger.target, ledger.options.target_steps
+    if draws_in_few_steps(target, steps):
+        return not draws_in_few_steps(ledger.source)
+    return None if steps is None and not is_pipeline(target.path) else False
 
 
 def build_report(
     ledger: Ledger, modules: Iterable[ModuleReport], vectors: CarriedVectors, **known: Any
 ) -> Report:
-    """The report of a transfer by weights.
+    """Builds the report of a transfer by weights.
 
-    Args:
-        ledger: of the LoRA.
-        modules: a row for every module of the LoRA, and one for each further target.
-        vectors: what became of biases and normalisation layers.
-        **known: further fields of `Report`.
+    `modules` has a row for every module of the LoRA, and one for each further target; `known` are
+    further fields of `Report`.
     """
     adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
-    table = list_base_blocks(ledger.target)
     return Report(
         method=options.method,
         rank_rule=options.rank,
@@ -137,12 +116,10 @@ def build_report(
         vectors=len(vectors.vectors),
         left_out=list_tensors_left_out(adapter) | vectors.left_out,
         unread=list_missed(adapter, options.text_encoder),
-        kept_energy=dict(adapter.kept_energy),
-        strength=options.factor,
+        strength=options.strength,
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
-        profile={} if known.get("dry_run") else measure_blocks(ledger.rows.values(), table),
         quantised=list_quantised(ledger.source, ledger.target),
         moves=read_moves(adapter.metadata),
-        few_steps=_suits_student(ledger),
+        few_steps=_find_few_steps(ledger),
         **known,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -11,19 +12,19 @@ from typing import Literal
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
-from ...adapters.hub import locate_adapter
+from ...adapters.lora import Lora
 from ...bases import Base
 from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
 from ...comparison.block_matching import resolve_match
 from ...comparison.module_map import Match
-from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ..base_check import check_bases
 from ..block_weights import weigh_adapter
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
+from ..report import Report
 from ..result import Transfer, pack_result
 from .assembly import assemble_adapter, build_metadata, build_report, outline_result
 from .decision import Looked, decide_method, label_stage
@@ -33,9 +34,8 @@ from .move_updates import move_all
 from .rows import check_coverage, outline_rows
 from .vectors import carry_vectors
 
-MakeNotes = Callable[[BasisCache], Mapping[str, str]]
-"""What the header of a result says of its making. It is computed when nothing can be refused any
-more, as it may read all bytes of the bases."""
+Notes = Callable[[], Mapping[str, str]]
+"""What the header of a result says of its making; asked once the LoRA has been read."""
 
 Depth = Literal["updates", "outline", "header"]
 """How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
@@ -44,23 +44,15 @@ base; or no tensor at all."""
 
 @dataclass
 class BasePair:
-    """Two bases, and what was learnt of them.
+    """Two bases, and what was learnt of them."""
 
-    Attributes:
-        source: the base that LoRAs were trained on.
-        target: the base that they move to.
-        options: how they move, as it was asked.
-        cache: what is known of the weights.
-        memory: what may be in memory at a time.
-        match: how modules are paired, with blocks recognised where only weights tell them; None as
-            long as nothing asked for it.
-    """
-
-    source: Base
-    target: Base
-    options: TransferOptions
-    cache: BasisCache
-    memory: Memory = field(init=False)
+    source: Base  # the base that LoRAs were trained on
+    target: Base  # the base that they move to
+    options: TransferOptions  # how they move, as it was asked
+    cache: BasisCache  # what is known of the weights
+    memory: Memory = field(init=False)  # what may be in memory at a time
+    # How modules are paired, with blocks recognised where only weights tell them; None until it is
+    # asked for.
     match: Match | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +95,7 @@ class BasePair:
         options, clock = self.options, Clock()
         with clock("read"):
             check_bases(lora, self.source, self.target, options, self.cache)
-            adapter = read_lora(lora, self.source, depth)
+            adapter = read_lora(lora, self.source, depth, keep_stored=True)
         with clock("match"):
             match = self.match_blocks() if match is None else match
             plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
@@ -113,10 +105,12 @@ class BasePair:
         check_coverage(ledger.rows.values(), options.min_coverage)
         if (output := OutputForm.of(options)) != OutputForm():
             output.check(outline_result(ledger))
-        # Modules without a place are measured by now, and their factors need no memory later.
+        # Modules left behind are measured by now, and their factors need no memory later.
         placed = {pair.source for pair in plan.pairs} | set(plan.passed)
         updates = {name: x for name, x in adapter.updates.items() if name in placed}
-        ledger.adapter = replace(adapter, updates=updates)
+        stored = [one for one in adapter.stored if not placed.isdisjoint(one.parts)]
+        stored += [one for one in adapter.stored if one.kind == "vector"]
+        ledger.adapter = replace(adapter, updates=updates, stored=stored)
         return ledger
 
     def move(self, ledgers: Iterable[Ledger], progress: Progress | None = None) -> list[Ledger]:
@@ -145,8 +139,21 @@ class BasePair:
         move_all(left, self.source, self.target, self.cache, self.memory, progress)
         return ledgers
 
+    def preview(self, lora: LoraLike) -> Report:
+        """Compares weights and says what a transfer of a LoRA would give.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        ledger = self.plan(lora, "outline")
+        ledger = self._decide(ledger, Looked(self.source, self.cache, self.memory, 0))
+        ledger.weigh_rows()
+        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+        rows, vectors = ledger.rows.values(), carry_vectors(ledger)
+        return build_report(ledger, rows, vectors, verdict=verdict, dry_run=True)
+
     def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:
-        """The ledger with its method decided; see `decide_method`."""
+        """Decides a ledger's method; see `decide_method`."""
         better = decide_method(ledger, looked)
         if better is None:
             return ledger
@@ -156,9 +163,9 @@ class BasePair:
         return again
 
     def finish(
-        self, ledger: Ledger, notes: MakeNotes | None = None, *, hashed: bool = True
+        self, ledger: Ledger, notes: Notes | None = None, *, hashed: bool = True
     ) -> Transfer:
-        """The adapter of the target, and the report.
+        """Assembles the target's adapter, and the report.
 
         Args:
             ledger: of what was moved.
@@ -179,8 +186,8 @@ class BasePair:
         metadata = dict(ledger.adapter.metadata)
         if hashed:
             with ledger.clock("hash"):
-                metadata = build_metadata(ledger, self.cache)
-                metadata |= prefix_notes(notes(self.cache)) if notes else {}
+                metadata = build_metadata(ledger)
+                metadata |= prefix_notes(notes() if notes else {})
         moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
         moved = weigh_adapter(moved, ledger.block_factors)
         ledger.weigh_rows()
@@ -188,13 +195,16 @@ class BasePair:
             form = OutputForm.of(options)
             fitted = form.fit(moved)
         verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+        kept = adapters.find_kept(fitted, form.format or "auto", form.dtype)
         report = build_report(
             ledger,
             describe_cuts(ledger.rows.values(), moved, fitted),
             vectors,
             asked=ledger.asked or options.method,
             verdict=verdict,
-            damping=options.kappa if ledger.method.needs is Needs.WEIGHTS else None,
+            kept_energy={} if kept else dict(ledger.adapter.kept_energy),
+            as_stored=kept is not None,
+            base_dependent=kept.depend_on_base if kept else 0,
             seconds=ledger.clock.seconds,
             provenance=read_provenance(metadata) if hashed else {},
         )
@@ -202,15 +212,24 @@ class BasePair:
         return pack_result(fitted, moved, report, inputs, form)
 
 
-def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter:
-    """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
+def read_lora(
+    lora: LoraLike, source: Base, depth: Depth = "updates", *, keep_stored: bool = False
+) -> Adapter:
+    """Reads the LoRA; DoRA, OFT and GLoRA need their base for it."""
     if isinstance(lora, Adapter):
         return lora
     if depth == "updates":
         names = adapters.BaseNames(source.family, source.shapes)
-        return adapters.read_adapter(lora, read_weight=source.read, base=names)
+        return adapters.read_adapter(
+            lora, read_weight=source.read, base=names, keep_stored=keep_stored
+        )
     header = depth == "header"
     return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
+
+
+def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
+    """Opens a LoRA; what is in memory, or was opened by the caller, stays as it is."""
+    return nullcontext(lora) if isinstance(lora, Lora | Adapter) else Lora.open(lora)
 
 
 @in_full_precision
@@ -219,7 +238,7 @@ def move_lora(
     source: Base,
     target: Base,
     options: TransferOptions,
-    notes: MakeNotes | None = None,
+    notes: Notes | None = None,
     *,
     hashed: bool = True,
 ) -> Transfer:
@@ -228,18 +247,31 @@ def move_lora(
     Raises:
         ProLoRAError: see `prolora.transfer`.
     """
-    with BasisCache(options.cache).saving() as cache:
+    with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
         pair = BasePair(source, target, options, cache)
-        (ledger,) = pair.move([pair.plan(lora)], options.progress)
+        (ledger,) = pair.move([pair.plan(opened)], options.progress)
         return pair.finish(ledger, notes, hashed=hashed)
 
 
+@in_full_precision
+def preview_move(lora: LoraLike, source: Base, target: Base, options: TransferOptions) -> Report:
+    """Compares weights and says what a transfer of one LoRA would give.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    with BasisCache(options.cache).saving() as cache:
+        return BasePair(source, target, options, cache).preview(lora)
+
+
 def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
-    """Notes on how a file was made, under the names that they have in its header."""
+    """Gives notes on how a file was made their names in a header."""
     return {f"prolora.{key}": text for key, text in notes.items()}
 
 
 def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
-    """The files and folders that the LoRA and the bases are read from."""
-    files = [locate_adapter(lora)] if isinstance(lora, str | PathLike) else []
-    return [*files, *(path for base in bases for path in base.files)]
+    """Lists the files and folders that the LoRA and the bases come from."""
+    if isinstance(lora, str | PathLike):
+        lora = Lora.open(lora)
+    there = [lora.location] if isinstance(lora, Lora) and lora.location else []
+    return [*there, *(path for base in bases for path in base.files)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...architectures.modules import matrix_shape
 from ...bases import Base
@@ -14,27 +14,19 @@ from ...comparison.drift import measure_affinities
 from ...comparison.module_map import Match
 from ...comparison.renumbered_blocks import recognise_blocks
 from ...core.affinity import Affinity
-from ...core.methods import Needs
-from ...core.verdict import STRANGE_COSINE, STRANGER, Verdict, judge_pairs
+from ...core.verdict import AUTO, STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ...errors import UnrelatedBases
 from .ledger import Ledger, Moved
 
 
 @dataclass(frozen=True)
 class Looked:
-    """With what weights are looked at.
+    """With what weights are looked at."""
 
-    Attributes:
-        source: the base that LoRAs were trained on, cut to the target's widths.
-        cache: what is known of the weights.
-        memory: the bound.
-        results: bytes that this LoRA and those before it will take.
-    """
-
-    source: Base
-    cache: BasisCache
-    memory: Memory
-    results: int
+    source: Base  # the base that LoRAs were trained on, cut to the target's widths
+    cache: BasisCache  # what is known of the weights
+    memory: Memory  # the bound
+    results: int  # bytes that this LoRA and those before it will take
 
 
 def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -> Match | None:
@@ -56,7 +48,7 @@ def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -
     """
     _measure_pairs(ledger, looked)
     options = ledger.options
-    if options.chosen is None:
+    if options.method == AUTO:
         cosines = {module: affinity.cosine for module, affinity in ledger.affinities.items()}
         by_names = not ledger.plan.decisions  # names told which block is which
         if by_names and not renumbered:
@@ -64,9 +56,7 @@ def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -
             if match is not options.match:
                 return match
         _leave_out_strangers(ledger, looked.source)
-    ledger.asked, ledger.options = options.method, options.decide(ledger.verdict)
-    shapes = {matrix_shape(pair.shape) for pair in ledger.plan.pairs}
-    looked.memory.check(shapes, ledger.method.needs, looked.results)
+    ledger.asked, ledger.options = options.method, replace(options, method=options.chosen.name)
     return None
 
 
@@ -74,13 +64,13 @@ def _measure_pairs(ledger: Ledger, looked: Looked) -> None:
     """Notes the affinities and the verdict; see `decide_method`."""
     pairs, options, memory = ledger.plan.pairs, ledger.options, looked.memory
     shapes = {matrix_shape(pair.shape) for pair in pairs}
-    if options.chosen is not None and options.chosen.needs is Needs.NOTHING:
+    if options.method == "copy":
         ours = find_unreadable(looked.source, [pair.source for pair in pairs])
         if ours or find_unreadable(ledger.target, [pair.target for pair in pairs]):
-            return  # nothing to compare, and nothing is needed
+            return  # there is nothing to compare
     memory.check(shapes, "affinity", looked.results)
-    if options.chosen is not None:
-        memory.check(shapes, options.chosen.needs, looked.results)
+    if options.chosen.needs_bases:
+        memory.check(shapes, "bases", looked.results)
     with ledger.clock("check"):
         places = [(pair.source, pair.target) for pair in pairs]
         progress = label_stage("checking", options.progress)
@@ -116,26 +106,25 @@ def _leave_out_strangers(ledger: Ledger, source: Base) -> None:
 
 
 def label_stage(what: str, progress: Progress | None) -> Progress | None:
-    """The caller's callback; every name that it is told has in front what is done, or to what."""
+    """Wraps the caller's callback, so that each name begins with the stage."""
     if progress is None:
         return None
     return lambda done, total, name: progress(done, total, f"{what} {name}")
 
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
-    """Why `auto` writes nothing, and what may work instead."""
+    """Explains why `auto` writes nothing, and what may work instead."""
     fits = can_fit(source.path, target.path)
     fit = RUN_INSTEAD if fits else "`fit()` where both models can run as whole pipelines"
     return (
         "these two models have nothing in common: they were trained apart. Nothing was written. "
         f"Next: {fit}, or train the LoRA on {target.name}; `method='copy'` would write a LoRA "
-        f"that does nothing useful there (drift {verdict.drift:.2g}, cosine {verdict.cosine:.2f}, "
-        f"spread {verdict.spread:.2f})"
+        f"that does nothing useful there (cosine of the weights {verdict.cosine:.2f})"
     )
 
 
 def _explain_zeros(base: Base) -> str:
-    """Why `auto` writes nothing between bases without values."""
+    """Explains why `auto` writes nothing between bases without values."""
     return (
         f"{base.path or base.name}: every weight that the LoRA updates is zero, as in a "
         "placeholder or a damaged file, so there is nothing to choose a method by; give the real "

@@ -26,23 +26,16 @@ ADDED_HEADER = 2048
 
 @dataclass(frozen=True)
 class OutputForm:
-    """What the result of a transfer is to be written as.
+    """The form in which the result of a transfer is written."""
 
-    Attributes:
-        format: the format that it must fit; None asks for none.
-        dtype: of the factors; None keeps the LoRA's.
-        limit: bytes of the file; None sets no bound.
-        overwrite: replace a file that prolora did not write.
-    """
-
-    format: FormatLike | None = None
-    dtype: torch.dtype | None = None
-    limit: int | None = None
-    overwrite: bool = field(default=False, compare=False)  # which changes nothing of the result
+    format: FormatLike | None = None  # the format that it must fit; None asks for none
+    dtype: torch.dtype | None = None  # of the factors; None keeps the LoRA's
+    limit: int | None = None  # bytes of the file; None sets no bound
+    overwrite: bool = field(default=False, compare=False)  # changes nothing of the result
 
     @classmethod
     def of(cls, options: TransferOptions) -> OutputForm:
-        """What the options ask for."""
+        """Reads what the options ask for."""
         return cls(options.format, read_dtype(options.dtype), parse_size_limit(options.out_rank))
 
     def check(self, outline: Adapter) -> None:
@@ -64,14 +57,12 @@ class OutputForm:
                 raise self._too_small(least + ADDED_HEADER)
 
     def fit(self, adapter: Adapter) -> Adapter:
-        """The adapter with as many columns as fit.
+        """Returns the adapter with as many columns as fit.
 
         Columns are taken in the order of their energy per byte, over all modules together. Each
         module (FLUX's fused weights as one) keeps its first column in any case; beyond those, no
-        column that is left out has more energy per byte than one that is kept.
-
-        Args:
-            adapter: the result of a transfer; the same object comes back where nothing is cut.
+        column that is left out has more energy per byte than one that is kept. The same object
+        comes back where nothing is cut.
 
         Raises:
             OutputError: with one column a module it is still too large.
@@ -109,7 +100,7 @@ class OutputForm:
         return adapters.adapter_file_size(adapter, format=self._format, dtype=self.dtype)
 
     def _size(self, adapter: Adapter, groups: list[Group], counts: list[int]) -> int:
-        """Bytes of the file where each group of modules has so many columns."""
+        """Returns the bytes of the file for a number of columns by group."""
         updates: dict[str, LowRank] = {}
         zero = torch.zeros(1, 1)
         for group, rank in zip(groups, counts, strict=True):
@@ -127,7 +118,10 @@ class OutputForm:
 
 
 def _by_energy_per_byte(groups: list[Group]) -> list[int]:
-    """The groups of all columns but each group's first, in the order of their energy per byte."""
+    """Sorts all columns but each group's first by energy per byte.
+
+    Returns their groups.
+    """
     if not groups:
         return []  # biases and norms alone
     further = map_on_threads(_column_energies, groups)
@@ -137,7 +131,7 @@ def _by_energy_per_byte(groups: list[Group]) -> list[int]:
 
 
 def _column_energies(group: Group) -> torch.Tensor:
-    """Energy per number of all columns of a group but the first, descending."""
+    """Returns the energy per number of a group's columns but the first, descending."""
     update = group.update()
     return product_energies(update.up, update.down)[1:] / sum(group.shape)
 
@@ -149,7 +143,7 @@ def _count_columns(picks: list[int], groups: int) -> list[int]:
 
 
 def _cut_group(piece: tuple[Group, int]) -> dict[str, LowRank]:
-    """The parts of a group with so many columns; the same objects where it had no more."""
+    """Cuts the parts of a group to so many columns, if they had more."""
     group, rank = piece
     if rank == group.rank:
         return group.parts
@@ -159,7 +153,7 @@ def _cut_group(piece: tuple[Group, int]) -> dict[str, LowRank]:
 def describe_cuts(
     rows: Iterable[ModuleReport], before: Adapter, after: Adapter
 ) -> tuple[ModuleReport, ...]:
-    """The rows of a report, those of modules that were cut brought up to date."""
+    """Updates the rows of modules that were cut, among a report's rows."""
     if after is before:
         return tuple(rows)
     return tuple(_describe_cut(row, before, after) for row in rows)

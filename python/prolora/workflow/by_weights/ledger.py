@@ -13,7 +13,7 @@ from ...architectures.families import known_families
 from ...bases import Base
 from ...core.affinity import Affinity
 from ...core.lowrank import LowRank
-from ...core.methods import Method, find_method
+from ...core.methods import Method
 from ...core.precision import is_finite
 from ...core.verdict import STRANGE_COSINE, Verdict
 from ...errors import NonFiniteWeights, ProLoRAError
@@ -32,27 +32,16 @@ BYTES_A_NUMBER = 12
 
 @dataclass(frozen=True)
 class Moved:
-    """What a method made of one update, at strength 1.
+    """What a method made of one update, at strength 1."""
 
-    Attributes:
-        pair: where it comes from and goes.
-        update: of the target; None where the pair is skipped.
-        why: it was skipped, or how it was moved.
-        energy: ‖ΔW_s‖²; None where nobody has computed it.
-        surviving: ‖ΔW_t‖²/‖ΔW_s‖².
-        ratio: ‖ΔW_t‖/‖ΔW_s‖.
-        distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖.
-        measures: of the projection; None where there was none.
-    """
-
-    pair: Pair
-    update: LowRank | None
-    why: str
-    energy: float | None = None
-    surviving: float = 1.0
-    ratio: float = 1.0
-    distance: float = 0.0
-    measures: Measures | None = None
+    pair: Pair  # where it comes from and goes
+    update: LowRank | None  # of the target; None where the pair is skipped
+    why: str  # it was skipped, or how it was moved
+    energy: float | None = None  # ‖ΔW_s‖²; None if not computed
+    surviving: float = 1.0  # ‖ΔW_t‖²/‖ΔW_s‖²
+    ratio: float = 1.0  # ‖ΔW_t‖/‖ΔW_s‖
+    distance: float = 0.0  # ‖ΔW_t − ΔW_s‖/‖ΔW_s‖
+    measures: Measures | None = None  # of the projection; None without one
 
 
 class Clock:
@@ -78,47 +67,35 @@ class Clock:
 
 @dataclass
 class Ledger:
-    """One LoRA between two bases, from its plan to its result.
+    """One LoRA between two bases, from its plan to its result."""
 
-    Attributes:
-        adapter: the LoRA; its updates are those that have a place on the target, cut to the
-            target's rows and columns.
-        plan: where its modules go.
-        source: the base it comes from, cut like the updates.
-        target: the base it goes to.
-        options: how it is moved; once that is decided, with method, strength and damping.
-        lora: what was read, to be read anew where the names turn out to pair blocks wrongly.
-        rows: pair, or module without one -> its row of the report. Every module is there from the
-            plan on.
-        affinities: target module -> affinity of its pair of weights.
-        asked: the method that was asked for, once another one may have been decided.
-        verdict: on the pair of bases; None where no weight is moved.
-        moved: target module -> update.
-        block_factors: target module -> factor of its block, where that is not 1.
-        clock: the time that was spent on this LoRA, with its share of what is done for several.
-        error: why it was given up; others go on.
-    """
-
+    # The LoRA; its updates are those with a counterpart on the target, cut to the target's rows and
+    # columns.
     adapter: Adapter
-    plan: ModulePlan
-    source: Base
-    target: Base
-    options: TransferOptions
+    plan: ModulePlan  # where its modules go
+    source: Base  # the base it comes from, cut like the updates
+    target: Base  # the base it goes to
+    options: TransferOptions  # how it is moved; once that is decided, with its method
+    # What was read, to be read anew where the names turn out to pair blocks wrongly
     lora: LoraLike | None = None
+    # Pair, or module without one -> its row of the report. Every module has one from the plan on.
     rows: dict[Pair | str, ModuleReport] = field(default_factory=dict)
+    # Target module -> affinity of its pair of weights
     affinities: dict[str, Affinity] = field(default_factory=dict)
+    # The method that was asked for, once another one may have been decided
     asked: str | None = None
-    verdict: Verdict | None = None
-    moved: dict[str, LowRank] = field(default_factory=dict)
+    verdict: Verdict | None = None  # on the pair of bases; None where no weight is moved
+    moved: dict[str, LowRank] = field(default_factory=dict)  # target module -> update
+    # Target module -> factor of its block, where that is not 1
     block_factors: dict[str, float] = field(default_factory=dict)
+    # The time that was spent on this LoRA, with its share of what is done for several
     clock: Clock = field(default_factory=Clock)
-    error: Exception | None = None
+    error: Exception | None = None  # why it was given up; others go on
 
     def find_block_factors(self, vectors: Iterable[str]) -> None:
         """Notes the factor of every target module whose block has one.
 
-        Args:
-            vectors: that the result will have.
+        `vectors` belong to the result.
 
         Raises:
             InvalidOption: the factors fit no blocks of the target.
@@ -135,16 +112,14 @@ class Ledger:
         )
 
     def size_verdict(self, verdict: Verdict, affinities: Mapping[str, Affinity]) -> Verdict:
-        """A verdict with the LoRA's size beside the weights that were looked at.
+        """Returns a verdict with the LoRA's size beside the compared weights.
 
-        Args:
-            verdict: on the two bases.
-            affinities: target module -> affinity.
+        `affinities` is target module -> affinity.
         """
         weights, updates = 0.0, 0.0
         for pair in self.plan.pairs:
             affinity = affinities.get(pair.target)
-            if affinity is None or affinity.cosine < STRANGE_COSINE:  # as the verdict leaves out
+            if affinity is None or affinity.cosine < STRANGE_COSINE:  # left out by the verdict, too
                 continue
             updates += self.rows[pair].energy
             weights += affinity.source
@@ -159,25 +134,19 @@ class Ledger:
     @property
     def method(self) -> Method:
         """The method, once that is decided."""
-        return find_method(self.options.method)
+        return self.options.chosen
 
     @property
     def result_bytes(self) -> int:
         """Bytes that the moved updates take in memory, at most."""
-        factor = 1 if self.options.chosen is None else self.options.chosen.rank_factor
+        factor = 2 if self.options.chosen.needs_bases else 1
         updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
         return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
-
-    def largest_rank(self, modules: Sequence[str]) -> int:
-        """Of its updates of these modules of the source; 0 where it has none."""
-        updates = (self.adapter.updates.get(name) for name in modules)
-        return max((update.rank for update in updates if update is not None), default=0)
 
     def add(self, make: Callable[[], Sequence[Moved]]) -> None:
         """Makes results and enters them; an error ends this LoRA.
 
-        Args:
-            make: gives updates before their strength and output rank.
+        `make` gives updates before their strength and output rank.
         """
         try:
             for moved in make():
@@ -186,7 +155,9 @@ class Ledger:
             self.error = error
 
     def enter(self, moved: Moved) -> None:
-        """Keeps an update at its strength and output rank, on the CPU, and writes its row.
+        """Keeps an update at its strength and output rank, and writes its row.
+
+        On the CPU.
 
         Raises:
             NonFiniteWeights: the update overflows.
@@ -206,9 +177,9 @@ class Ledger:
         if update is None:
             row = replace(row, target=None, status="skipped", rank_out=0)
         else:
-            row = row.at_strength(self.options.factor)
-            if self.options.factor != 1:
-                update = LowRank(update.up * self.options.factor, update.down)
+            row = row.at_strength(self.options.strength)
+            if self.options.strength != 1:
+                update = LowRank(update.up * self.options.strength, update.down)
             update = update.to("cpu")
             smaller = cut_rank(update, self.options.out_rank, row.rank_in)
             if smaller is not update:
@@ -232,11 +203,9 @@ class Ledger:
 
 
 def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
-    """The row of a module with the factor of its block.
+    """Applies the factor of its block to a module's row.
 
-    Args:
-        row: of a module without it.
-        factors: target module -> factor, where that is not 1.
+    `factors` is target module -> factor, where that is not 1.
     """
     factor = factors.get(row.target or "", 1.0)
     if row.status != "mapped" or factor == 1:

@@ -1,25 +1,18 @@
-"""Every update from its source module to its target, a stack of equal shapes at a time."""
+"""Every update moved to its target module, by stacks of shapes."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from ...architectures.modules import matrix_shape
 from ...bases import Base
-from ...bases.base import Progress, stack_weights
+from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory, Room
-from ...bases.upload import work_in_turn
 from ...comparison.overlap import align_bases
-from ...core.damping import Damper
-from ...core.methods import Needs
 from ..plan import Pair
-from .apply_method import copy_updates, damp_updates, project_updates
+from .apply_method import copy_updates, project_updates
 from .ledger import LORA_FAILURES, Ledger, Moved, share_time
 
 
@@ -31,81 +24,36 @@ def move_all(
     memory: Memory,
     progress: Progress | None = None,
 ) -> None:
-    """Moves every update of every LoRA; each pair of weights is looked at once for all of them.
+    """Moves every update of every LoRA; looks at each pair of weights once.
 
-    Args:
-        ledgers: LoRAs between the same two bases, with equal options but for what `auto` decided.
-        source: where they come from.
-        target: where they go.
-        cache: of the subspaces.
-        memory: bounds how much is worked on at a time.
-        progress: called as progress(done, total, target module).
+    The LoRAs are between the same two bases, with equal options but for what `auto` decided.
+    `memory` bounds how much is worked on at a time; progress is called as progress(done, total,
+    target module).
     """
     room = memory.room(sum(ledger.result_bytes for ledger in ledgers))
     for ledger in ledgers:
-        if ledger.method.needs is Needs.NOTHING:
+        if not ledger.method.needs_bases:
             ledger.add(partial(copy_updates, ledger))
     done = 0
     total = len({pair for ledger in ledgers for pair in ledger.plan.pairs})
-    damped, projected = (
-        [ledger for ledger in ledgers if ledger.method.needs is needs]
-        for needs in (Needs.WEIGHTS, Needs.BASES)
-    )
-    stacks = itertools.chain(
-        _damp_stacks(damped, source, target, room),
-        _project_stacks(projected, source, target, cache, room),
-    )
-    for stack in stacks:
+    projected = [ledger for ledger in ledgers if ledger.method.needs_bases]
+    for stack in _project_stacks(projected, source, target, cache, room):
         done += len(stack)
         if progress:
             progress(min(done, total), total, stack[-1].target)
 
 
-def _iterate_stacks(ledgers: Sequence[Ledger], room: Room, needs: Needs) -> Iterator[list[Pair]]:
-    """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
+def _iterate_stacks(ledgers: Sequence[Ledger], room: Room) -> Iterator[list[Pair]]:
+    """Yields the pairs of all LoRAs in stacks of one shape that memory allows."""
     shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
     for ledger in ledgers:
         for shape, pairs in ledger.plan.groups().items():
             shapes.setdefault(shape, {}).update(dict.fromkeys(pairs))
     for shape, alike in shapes.items():
         pairs = list(alike)
-        size = room.stack(matrix_shape(shape), needs)
+        size = room.stack(matrix_shape(shape), "bases")
         for i in range(0, len(pairs), size):
             yield pairs[i : i + size]
-
-
-def _stack_weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Tensor:
-    """The weights of a stack [b, m, n], convolutions flattened."""
-    return stack_weights([base.read(name).reshape(shape) for name in modules])
-
-
-def _damp_stacks(
-    ledgers: Sequence[Ledger], source: Base, target: Base, room: Room
-) -> Iterator[list[Pair]]:
-    """Moves every pair, for every LoRA, by a method that needs the weights; gives each stack."""
-    if not ledgers:
-        return
-
-    def read(stack: list[Pair]) -> tuple[list[Pair], list[Tensor]]:
-        with share_time(ledgers, "read"):
-            ours = _stack_weights(source, [pair.source for pair in stack], stack[0].shape)
-            theirs = _stack_weights(target, [pair.target for pair in stack], stack[0].shape)
-        return stack, [ours, theirs]
-
-    def damp(stack: list[Pair], weights: list[Tensor]) -> list[Pair]:
-        with share_time(ledgers, "damp"):
-            ours, theirs = weights
-            names = [pair.source for pair in stack]
-            columns = sum(ledger.largest_rank(names) for ledger in ledgers)
-            damper = Damper(ours, theirs, columns=columns)
-            for ledger in ledgers:  # the factors of one κ serve all
-                if ledger.error is None:
-                    damper.at(ledger.options.kappa)
-            _move_in_turn(ledgers, stack, room, partial(damp_updates, damper=damper))
-        return stack
-
-    readers = (partial(read, stack) for stack in _iterate_stacks(ledgers, room, Needs.WEIGHTS))
-    yield from work_in_turn(readers, damp, torch.device(ledgers[0].options.device or "cpu"))
 
 
 def _project_stacks(
@@ -115,7 +63,7 @@ def _project_stacks(
     if not ledgers:
         return
     rank, device = ledgers[0].options.rank, ledgers[0].options.device
-    stacks = list(_iterate_stacks(ledgers, room, Needs.BASES))
+    stacks = list(_iterate_stacks(ledgers, room))
     modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
     bases = cache.in_turn(
         (
@@ -142,11 +90,11 @@ def _project_stacks(
 def _move_in_turn(
     ledgers: Sequence[Ledger], stack: list[Pair], room: Room, step: Callable[..., list[Moved]]
 ) -> None:
-    """Calls step(ledgers, stack, places) for LoRAs of one rank at the same places of a stack.
+    """Calls a step for LoRAs of one rank at the same indices of a stack.
 
-    A step returns the results of the first LoRA at all places, then those of the second and so on.
-    Steps run one after the other: torch's own threads share a stack better than threads that share
-    Python.
+    As step(ledgers, stack, places). A step returns the results of the first LoRA at all indices,
+    then of the second and so on. Steps run one after the other: torch's own threads share a stack
+    better than threads that share Python.
     """
     for together, places in _group_equal_ranks(
         ledgers, stack, room.columns(matrix_shape(stack[0].shape))
@@ -165,9 +113,9 @@ def _move_in_turn(
 def _group_equal_ranks(
     ledgers: Sequence[Ledger], stack: list[Pair], columns: int
 ) -> list[tuple[list[Ledger], list[int]]]:
-    """LoRAs that have updates of equal rank at the same places of a stack, and those places.
+    """Groups LoRAs with equal ranks at the same indices of a stack.
 
-    A group has as many LoRAs and places as keep its factors within `columns` columns, and at least
+    A group has as many LoRAs and indices as keep its factors within `columns` columns, and at least
     one of each.
     """
     groups: dict[tuple[int, ...], list[Ledger]] = {}

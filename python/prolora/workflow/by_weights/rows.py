@@ -1,4 +1,4 @@
-"""The rows of a report, as the plan has them, and what they say together."""
+"""The rows of a report, from the plan on."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from .ledger import Ledger
 def outline_rows(ledger: Ledger, *, measured: bool) -> None:
     """Writes a row for every module of the LoRA: nothing has been moved yet.
 
-    Args:
-        ledger: of the LoRA, planned.
-        measured: whether the rows of modules that will be moved say their energy already; all
-            others do in any case.
+    With `measured`, the rows of modules that will be moved have their energy already; all others
+    have it in any case.
     """
     adapter, plan = ledger.adapter, ledger.plan
     for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
@@ -44,7 +42,10 @@ def outline_rows(ledger: Ledger, *, measured: bool) -> None:
 def describe_unchanged(
     adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
 ) -> ModuleReport:
-    """The row of a module that goes over as it is; its energy ‖ΔW_s‖² may be known already."""
+    """Makes the row of a module that goes over as it is.
+
+    Its energy ‖ΔW_s‖² may be known already.
+    """
     update = adapter.updates[name]
     if energy is None:
         energy = update.norm().square().item()
@@ -61,7 +62,7 @@ def describe_unchanged(
 
 
 def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
-    """The rows of modules whose update was not read: it is refused, or has no place here."""
+    """Lists the rows of modules with unread updates: refused, or left out."""
     return [
         ModuleReport(
             source=name,
@@ -76,12 +77,15 @@ def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
 
 
 def scale_energies(rows: Iterable[ModuleReport], factor: float) -> list[ModuleReport]:
-    """The rows of updates that count `factor` times."""
+    """Multiplies the energies of rows by a factor."""
     return [replace(row, energy=row.energy * factor) for row in rows]
 
 
 def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> ModuleReport:
-    """The row of a LoRA's module on a base; `reason` says why it has no place, None if it has."""
+    """Makes the row of a LoRA's module on a base.
+
+    `reason` says why it has no counterpart, None if it has.
+    """
     status, target = ("skipped", None) if reason else ("mapped", name)
     return ModuleReport(name, target, status, reason or "has its place", shape, 1)
 
@@ -89,13 +93,9 @@ def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> Mod
 def outline_difference(
     name: str, shape: tuple[int, int], columns: int, reason: str | None = None
 ) -> ModuleReport:
-    """The row of a module of two bases, before it is extracted.
+    """Makes the row of a module of two bases, before it is extracted.
 
-    Args:
-        name: of the module.
-        shape: out × in.
-        columns: of its update, at most.
-        reason: why it is not extracted; None if it is.
+    The shape is out × in, `columns` the most of its update; `reason` says why it is not extracted.
     """
     if reason is not None:
         return ModuleReport(name, None, "skipped", reason, shape, 0)
@@ -106,7 +106,7 @@ def outline_difference(
 def describe_difference(
     row: ModuleReport, rank: int, norms: tuple[float, float, float], bound: float | None
 ) -> ModuleReport:
-    """The row of a module that was extracted.
+    """Makes the row of a module that was extracted.
 
     Args:
         row: as it was outlined.
@@ -131,14 +131,10 @@ def describe_difference(
 def describe_conversion(
     name: str, kind: str, update: LowRank, written: LowRank, read: float
 ) -> ModuleReport:
-    """The row of an update that was converted, with all that is lost of it, rounding included.
+    """Makes the row of a converted update, with all loss, rounding included.
 
-    Args:
-        name: of the module.
-        kind: of update in the file.
-        update: as it was read.
-        written: as the file holds it.
-        read: the share of the file's own update that was read.
+    `read` is the share of the file's own update that was read; `written` the update as the file
+    holds it.
     """
     lost = subtract_updates(update.to(torch.float64), written.to(torch.float64))
     energy = update.norm().square().item()
@@ -161,35 +157,35 @@ def describe_conversion(
 
 
 def describe_left_out(name: str, update: LowRank) -> ModuleReport:
-    """The row of an update whose block has the factor 0."""
+    """Makes the row of an update whose block has the factor 0."""
     energy = update.norm().square().item()
     shape, rank = tuple(update.shape), update.rank
     return ModuleReport(name, None, "skipped", LEFT_OUT, shape, rank, energy=energy)
 
 
 def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:
-    """The modules whose update could not be read, but for those that are left out as asked."""
+    """Lists modules with unreadable updates, except those left out as asked."""
     asked = text_encoder == "skip"
     return tuple(name for name in adapter.unread if not (asked and is_in_text_encoder(name)))
 
 
 def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
-    """Tensor of the file that is no update and is not moved -> why."""
+    """Returns tensor of the file that is no update and is not moved -> why."""
     return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}
 
 
 def check_coverage(
     rows: Iterable[ModuleReport], minimum: float, threshold: float | None = None
 ) -> None:
-    """Refuses a transfer that too few modules of the LoRA take part in.
+    """Refuses a transfer with too few modules of the LoRA.
 
     Args:
         rows: of all its modules.
-        minimum: the least share of them that must have a place.
+        minimum: the least share of them that must have a counterpart.
         threshold: on Φ, once it has decided; None before a weight is looked at.
 
     Raises:
-        LowCoverage: fewer modules have a place than was asked for.
+        LowCoverage: fewer modules have a counterpart than was asked for.
     """
     rows = list(rows)
     coverage = measure_coverage(rows)

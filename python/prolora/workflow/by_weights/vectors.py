@@ -21,26 +21,20 @@ from .ledger import Ledger
 
 @dataclass
 class CarriedVectors:
-    """What became of an adapter's vectors.
+    """What became of an adapter's vectors."""
 
-    Attributes:
-        vectors: of the target, "module.bias" or "module.weight" -> what is added.
-        left_out: vector of the adapter -> why it has no place.
-    """
-
+    # Of the target, "module.bias" or "module.weight" -> what is added
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    # Vector of the adapter -> why it has no counterpart
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> CarriedVectors:
-    """Places the vectors of an adapter on the target.
+    """Moves the vectors of an adapter to the target.
 
-    Those of text encoders stay as they are; all others are multiplied by the strength.
-
-    Args:
-        ledger: of the LoRA; its options say whether vectors are carried, and at which strength.
-        moved: target modules that got an update; a bias stays behind with its module. None: as if
-            every module of the plan got one.
+    A text encoder's stay as they are; all others are multiplied by the strength. `moved` are target
+    modules that got an update; a bias stays behind with its module. None: as if every module of the
+    plan got one.
     """
     carried = CarriedVectors()
     for name, vector in ledger.adapter.vectors.items():
@@ -48,7 +42,7 @@ def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> Carri
         places, reason = _find_places(ledger, module, len(vector), moved)
         if not places:
             carried.left_out[name] = reason
-        strength = 1.0 if is_in_text_encoder(module) else ledger.options.factor
+        strength = 1.0 if is_in_text_encoder(module) else ledger.options.strength
         if places and all(ledger.block_factors.get(place) == 0 for place in places):
             carried.left_out[name] = f"{A_VECTOR}: {LEFT_OUT}"
             places = []
@@ -61,7 +55,7 @@ def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> Carri
 def _find_places(
     ledger: Ledger, module: str, width: int, moved: Collection[str] | None
 ) -> tuple[list[str], str]:
-    """The target's modules that a vector goes to, and the reason where there are none."""
+    """Returns the target modules for a vector, or why there are none."""
     if ledger.options.vectors == "skip":
         return [], f"{A_VECTOR}, left out as asked"
     if is_in_text_encoder(module):
@@ -75,7 +69,7 @@ def _find_places(
 
 
 def _find_text_encoder(module: str, ledger: Ledger) -> tuple[list[str], str]:
-    """The module itself: vectors of a text encoder are carried over where its updates are."""
+    """Returns the module itself: a text encoder's vectors follow its updates."""
     if ledger.options.text_encoder == "skip":
         return [], f"{A_VECTOR}: text encoder, left out as asked"
     encoder = module.partition(".")[0] + "."
@@ -88,7 +82,7 @@ def _find_text_encoder(module: str, ledger: Ledger) -> tuple[list[str], str]:
 def _find_partners(
     module: str, width: int, plan: ModulePlan, source: Base, target: Base
 ) -> Iterator[str]:
-    """The target's modules that `module` became: through its own weight, else its siblings'.
+    """Yields the target's modules for `module`, by its weight or its siblings'.
 
     Norms have no weight matrix, and go where the matrices of the same block went: `norm1` beside
     `attn1.to_q`, `norm` beside `proj_in`.

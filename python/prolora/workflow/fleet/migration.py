@@ -1,258 +1,198 @@
-"""Doing what a plan says: what is done stays, the rest is done, one bad LoRA stops nothing."""
+"""Collections of LoRAs on their way to other bases: what has its name in the folder is done.
+
+A result is named by the digest of all that it is made of, and appears whole. So work that is done
+twice gives the same file, a run that is started again does what is left, and any number of
+processes on any number of machines may work on one folder without knowing of each other.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ...errors import OutputError
-from ...files.managed_folder import ManagedFolder
-from ...files.ownership import is_own
-from ..options import settle_options, takes_options
-from .claims import Claims
-from .engines.engine import Engine
-from .engines.local import LocalEngine
-from .engines.ray_engine import RayEngine
-from .outcomes import Outcomes, write_failures
-from .plan import Batch, Entry, Plan, select_shard
-from .records import Journal, Record, find_time
-from .result_folder import PLANS, make_result_folder
-from .run_options import DEFAULT_MIGRATION, MigrationChanges, MigrationOptions
-from .summary import Summary, summarise
-from .worker import RunSettings
+from ...adapters.family import claimed_family
+from ...bases import Base
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.experts import Experts, choose_pairs, open_experts, pair_experts
+from ...errors import InvalidOption, ProLoRAError, UnsupportedFormat
+from ..base_check import explain_misfit, is_named_base, is_stated_base
+from ..moved_before import check_moved_before, read_header
+from ..options import (
+    BEST,
+    DEFAULT_OPTIONS,
+    OptionChanges,
+    TransferOptions,
+    settle_options,
+    takes_options,
+)
+from .batches import Batch, Job, Migrated, move_batch, note_refusal, plan_batch
+from .listing import list_loras
+from .on_ray import run_on_ray
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Seconds between two looks at what another process is doing.
-_POLL_SECONDS = 1.0
-
-log = logging.getLogger(__name__)
+StrPath = str | os.PathLike[str]
+_BATCH = 32
 
 
 @takes_options
 def migrate(
-    plan: Plan | str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    options: MigrationOptions = DEFAULT_MIGRATION,
-    **changes: Unpack[MigrationChanges],
-) -> Summary:
-    """Moves the LoRAs of a plan into a folder; what is there already is not done again.
+    loras: StrPath | Iterable[StrPath],
+    source: StrPath | Sequence[StrPath],
+    target: StrPath | Sequence[StrPath],
+    folder: StrPath,
+    options: TransferOptions = DEFAULT_OPTIONS,
+    *,
+    ray: str | None = None,
+    shard: str | None = None,
+    dry_run: bool = False,
+    **changes: Unpack[OptionChanges],
+) -> list[Migrated]:
+    """Moves a collection of LoRAs to one or more bases; run it again to go on.
 
-    Results lie in `out`/loras/TARGET/ under names that follow from the LoRA, the bases, the options
-    and the version. A LoRA that fails is a line in `out`/failed.jsonl and stops no other. Several
-    processes may work on one folder at the same time: no LoRA is moved twice where the file system
-    has locks. At the end summary.json and summary.html are written there.
+    Results are `folder/TARGET/LORA-DIGITS.safetensors`, where the digits follow from the LoRA, the
+    bases, the options and the version. Beside them `LORA-DIGITS.failed.json` says why a LoRA was
+    refused; it is tried again by the next run.
 
     Args:
-        plan: a plan, or the file of one.
-        out: the folder; it is made if it does not exist.
-        options: who does it, and with what.
-        **changes: options by name, in place of those.
+        loras: .safetensors files, folders, text files that list them, or addresses on the hub.
+        source: the bases that they were trained on; of several, a LoRA's header and keys tell which
+            one it belongs to. A base is a file, a folder or an id on the hub.
+        target: the bases to move to.
+        folder: where the results go.
+        options: how the LoRAs are moved.
+        ray: address of a Ray cluster that does the work, or "local" for one on this machine.
+        shard: only this part of the work, as "2/8", for the jobs of an array.
+        dry_run: say what would move, and write nothing.
+        **changes: single options by name; they win over `options`.
 
     Returns:
-        What became of the whole plan so far, other shards included.
+        What became of each LoRA on its way to each target, in no order.
 
     Raises:
-        OutputError: the folder cannot be written, or its disk is full; what is done is kept.
         InvalidOption: an option has a value that it does not take.
-        UnsupportedFormat: the plan cannot be read.
+        UnsupportedFormat: a LoRA, list or base that is not there.
+        OutputError: the results cannot be written.
+        ProLoRAError: Ray is missing or does not answer.
     """
-    how = settle_options(options, changes, here=False)
-    if not isinstance(plan, Plan):
-        plan = Plan.read(plan)
-    with closing(_start_engine(how)) as engine:
-        # Refuses before anything is made.
-        plan.make_options(device=how.device, max_memory=how.max_memory)
-        batches = select_shard(plan.list_batches(), how.shard)
-        folder = make_result_folder(out)
-        _keep_plan(plan, folder)
-        with _Run(plan, folder, batches, how) as run:
-            settings = RunSettings(
-                replace(plan, entries=(), notes={}),
-                str(folder.path),
-                str(run.journal.path),
-                how.time_limit,
-                None if how.cache is None else os.path.abspath(how.cache),
-                how.device,
-                how.max_memory,
-            )
-            run.work(engine, settings)
-    summary = summarise(plan, folder.path)
-    summary.save(folder.path)
-    return summary
+    asked = settle_options(options, changes)
+    if asked.method == BEST or asked.overwrite:
+        raise InvalidOption("a migration moves by weights, and replaces nothing")
+    job = Job(os.path.abspath(folder), replace(asked.for_file(), progress=None))
+    batches, found = assign_loras(list_loras(loras), _list_paths(source), _list_paths(target), job)
+    batches = _take_shard(batches, shard)
+    # Processes that do the same work meet in the middle, and not at every batch.
+    random.Random().shuffle(batches)
+    batches.sort(key=lambda batch: (batch.source, batch.target, batch.expert))
+    if ray is not None and not dry_run:
+        results = run_on_ray(ray, batches, job)
+    else:
+        work = plan_batch if dry_run else move_batch
+        results = (moved for batch in batches for moved in work(batch, job))
+    total = len(found) + sum(len(batch.loras) for batch in batches)
+    for moved in results:
+        found.append(moved)
+        if asked.progress:
+            asked.progress(len(found), total, Path(moved.lora).name)
+    return found
 
 
-def _start_engine(how: MigrationOptions) -> Engine:
-    """The engine that the options name, or that was given.
+def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
+    """Paths as text, absolute where they are paths and not ids on the hub."""
+    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not listed:
+        raise InvalidOption("a migration needs a source and a target, at least one of each")
+    return [os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in listed]
+
+
+def _take_shard(batches: list[Batch], shard: str | None) -> list[Batch]:
+    """Returns the batches of one job of several."""
+    if shard is None:
+        return batches
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise InvalidOption(f"shard is a part of the work, as 2/8, not {shard!r}")
+    return batches[int(number) - 1 :: int(count)]
+
+
+def assign_loras(
+    loras: list[Path], sources: list[str], targets: list[str], job: Job
+) -> tuple[list[Batch], list[Migrated]]:
+    """Returns the batches of a collection, and the outcomes of LoRAs without source."""
+    opened: dict[str, Experts] = {path: open_experts(path) for path in {*sources, *targets}}
+    own, cache = {path: opened[path] for path in sources}, BasisCache(job.options.cache)
+    groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    refused = []
+    for lora in loras:
+        try:
+            source = find_source(lora, own, job.options, cache)
+            for target in targets:
+                pairs = pair_experts(opened[source], opened[target])
+                for pair, appended in choose_pairs(lora, pairs):
+                    key = source, target, pair.expert
+                    groups.setdefault(key, []).append((str(lora), appended))
+        except ProLoRAError as error:
+            for target in targets:
+                batch = Batch("", target, "", ((str(lora), ""),))
+                refused.append(note_refusal(batch, job, lora, error))
+    return [
+        Batch(*key, tuple(members[i : i + _BATCH]))
+        for key, members in groups.items()
+        for i in range(0, len(members), _BATCH)
+    ], refused
+
+
+def find_source(
+    lora: Path, sources: Mapping[str, Experts], options: TransferOptions, cache: BasisCache
+) -> str:
+    """Returns the path of the base that a LoRA belongs to, by its header.
 
     Raises:
-        ProLoRAError: it is not installed, does not start, or its cluster cannot be reached.
+        UnsupportedFormat: it fits none, or several and nothing tells which.
+        AlreadyMoved: prolora moved it to a base that is none of them.
     """
-    if not isinstance(how.engine, str):
-        return how.engine
-    if how.engine == "local":
-        return LocalEngine()
-    return RayEngine(how.address, how.workers, how.gpus_per_worker, how.retries)
+    bases = {path: next(iter(experts.values())) for path, experts in sources.items()}
+    if len(bases) == 1:
+        return next(iter(bases))  # whether it fits is told where it moves
+    header = read_header(lora)
+    reasons = {path: explain_misfit(lora, base) for path, base in bases.items()}
+    if all(reasons.values()):
+        text = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+        raise UnsupportedFormat(f"{lora}: it fits none of the sources. {text}")
+    fitting = {path: base for path, base in bases.items() if not reasons[path]}
+    fitting = _keep_moved_to(lora, fitting, options, cache)
+    tests = (
+        lambda base: is_stated_base(header, base, cache),
+        lambda base: is_named_base(header, base.name),
+        lambda base: base.family is not None and base.family == claimed_family(header),
+    )
+    for test in tests:
+        if len(fitting) > 1:
+            fitting = {path: base for path, base in fitting.items() if test(base)} or fitting
+    if len(fitting) > 1:
+        raise UnsupportedFormat(
+            f"{lora}: it fits {', '.join(fitting)}, and its header does not tell which of them "
+            "it was trained on; move it with one `source`"
+        )
+    return next(iter(fitting))
 
 
-def _keep_plan(plan: Plan, folder: ManagedFolder) -> None:
-    """Puts a copy of the plan into the folder, by which `status` knows what is left."""
-    folder.make_folder(PLANS)
-    copy = folder.find_place(PLANS, f"{plan.digest}.jsonl")
-    if not (copy.is_file() and is_own(copy, "plan")):
-        plan.save(copy, overwrite=True)
-
-
-@dataclass
-class _Run:
-    """One call of `migrate`.
-
-    Attributes:
-        plan: what is done.
-        folder: of the results.
-        batches: of this shard.
-        how: it is done.
-    """
-
-    plan: Plan
-    folder: ManagedFolder
-    batches: list[Batch]
-    how: MigrationOptions
-    finished: set[str] = field(default_factory=set)
-    tries: dict[str, int] = field(default_factory=dict)
-
-    def __enter__(self) -> _Run:
-        """Reads what was done before, and begins a journal."""
-        self.outcomes = Outcomes(self.folder.path)
-        if self.how.retry_failed:
-            self.outcomes.failed.clear()
-        self.keys = {
-            self.plan.key(entry): number
-            for number, entry in enumerate(self.plan.entries)
-            if not entry.refused
-        }
-        self.total = sum(len(batch.entries) for batch in self.batches)
-        self.journal = Journal(self.folder, {"plan": self.plan.digest})
-        self.claims = Claims(self.folder.find_place(PLANS, f"{self.plan.digest}.claims"))
-        self.others, self.quiet_since = self._look_at_others(), time.monotonic()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Writes the list of failures, and ends the journal."""
-        self.claims.close()
-        # Beside another error, as that of a full disk, this one says nothing new.
-        with suppress(OutputError) if error else nullcontext():
-            try:
-                write_failures(self.folder, self.plan)
-            finally:
-                self.journal.close()
-
-    def work(self, engine: Engine, settings: RunSettings) -> None:
-        """Goes over the batches until nothing is left, neither here nor with another process.
-
-        Raises:
-            OutputError: nothing can be written any more.
-        """
-        left = True
-        while left:
-            self.busy, self.again, before = False, False, len(self.finished)
-            with closing(engine.run(self._take_batches(), settings)) as records:
-                for record in records:
-                    if record is None:
-                        self.journal.touch()
-                    else:
-                        self._note(record)
-            left = self.busy or self.again
-            if left and len(self.finished) == before:
-                time.sleep(_POLL_SECONDS)
-                self._watch_others(settings.time_limit)
-
-    def _watch_others(self, time_limit: float) -> None:
-        """Takes over what other processes have claimed when none of them gets on any more.
-
-        How long that is, is told by this process's clock alone.
-        """
-        others = self._look_at_others()
-        if others != self.others:
-            self.others, self.quiet_since = others, time.monotonic()
-        elif self.busy and time.monotonic() - self.quiet_since > time_limit:
-            log.warning(
-                "another process has not got on for %.0f s: its LoRAs are taken over", time_limit
-            )
-            self.claims.take_over()
-            self.quiet_since = time.monotonic()
-
-    def _look_at_others(self) -> dict[Path, int]:
-        """When the other processes' journals were written to last, or touched."""
-        files = self.outcomes.reader.list_files()
-        return {path: find_time(path) for path in files if path != self.journal.path}
-
-    def _take_batches(self) -> Iterator[Batch]:
-        """What is left of each batch, claimed for this process."""
-        for batch in self.batches:
-            open_entries = self._list_open(batch.entries)
-            if not open_entries:
-                continue
-            claimed = [entry for entry in open_entries if self._claim(entry)]
-            if len(claimed) < len(open_entries):
-                self.busy = True
-            # Another process may have done it before its claim ended.
-            self.outcomes.read_new()
-            left = self._list_open(claimed)
-            for entry in claimed:
-                if entry not in left:
-                    self.claims.release(self.keys[self.plan.key(entry)])
-            if left:
-                yield Batch(batch.pair, tuple(left))
-
-    def _list_open(self, entries: Iterable[Entry]) -> list[Entry]:
-        """The entries that are still to be done."""
-        left = []
-        for entry in entries:
-            key = self.plan.key(entry)
-            if key in self.finished:
-                continue
-            if self.outcomes.is_settled(key, entry):
-                self._finish(key, Path(entry.lora).name)
-            else:
-                left.append(entry)
-        return left
-
-    def _claim(self, entry: Entry) -> bool:
-        return self.claims.claim(self.keys[self.plan.key(entry)])
-
-    def _note(self, record: Record) -> None:
-        """Writes a record down; a failure of the system may be tried again first.
-
-        Raises:
-            OutputError: nothing can be written any more.
-        """
-        if record.status == "stopped":
-            raise OutputError(record.reason)
-        tries = self.tries.get(record.key, 0)
-        if record.status == "failed" and record.transient and tries < self.how.retries:
-            self.tries[record.key] = tries + 1
-            self.again = True
-        else:
-            self.journal.add(record.after(self.journal.seconds))
-            self._finish(record.key, Path(record.lora).name)
-        self.claims.release(self.keys[record.key])
-
-    def _finish(self, key: str, name: str) -> None:
-        if key not in self.finished:
-            self.finished.add(key)
-            if self.how.progress:
-                self.how.progress(len(self.finished), self.total, name)
+def _keep_moved_to(
+    lora: Path, bases: Mapping[str, Base], options: TransferOptions, cache: BasisCache
+) -> dict[str, Base]:
+    """Drops bases that an already moved LoRA does not belong to, unless all."""
+    fitting, refusal = {}, None
+    for path, base in bases.items():
+        try:
+            check_moved_before(lora, base, options, cache)
+            fitting[path] = base
+        except ProLoRAError as error:
+            refusal = error
+    if refusal is not None and not fitting:
+        raise refusal
+    return fitting

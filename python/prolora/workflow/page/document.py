@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-from ...files.ownership import make_mark
 from ...version import __version__
 from ..place_map import PlaceMap
 from ..table import Cell, Column, Row, Table
@@ -27,32 +26,20 @@ MAP_HINT = (
 
 @dataclass(frozen=True)
 class Picture:
-    """An image to embed.
+    """An image to embed."""
 
-    Attributes:
-        png: the bytes of a PNG file.
-        caption: what it shows, in a sentence; also its text alternative.
-    """
-
-    png: bytes
-    caption: str
+    png: bytes  # the bytes of a PNG file
+    caption: str  # what it shows, in a sentence; also its text alternative
 
 
 @dataclass(frozen=True)
 class PictureGrid:
-    """Small images side by side.
+    """Small images side by side."""
 
-    Attributes:
-        columns: headings.
-        rows: what each row shows.
-        images: PNG files, column by column.
-        caption: what is to be seen, in a sentence.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[str]
-    images: Sequence[Sequence[bytes]]
-    caption: str
+    columns: Sequence[str]  # headings
+    rows: Sequence[str]  # what each row shows
+    images: Sequence[Sequence[bytes]]  # PNG files, column by column
+    caption: str  # what is to be seen, in a sentence
 
 
 @dataclass(frozen=True)
@@ -65,50 +52,32 @@ class Fold:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: what it tells, from top to bottom.
+    """A part of a page, from top to bottom."""
 
-    Attributes:
-        heading: of the part.
-        parts: tables, sentences and what is folded.
-        id: of its table; the map leads to `MODULES`.
-    """
-
-    heading: str
-    parts: Sequence[Table | str | Fold]
-    id: str = ""
+    heading: str  # of the part
+    parts: Sequence[Table | str | Fold]  # tables, sentences and folded content
+    id: str = ""  # of its table; the map leads to `MODULES`
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page tells.
+    """The content of a page."""
 
-    Attributes:
-        title: of the window.
-        eyebrow: what kind of page it is.
-        headline: the result in a sentence.
-        lines: what else to know at once.
-        sentences: the numbers behind it, in words.
-        pictures: below them.
-        grid: below these; None without one.
-        map: where in the model; None without one.
-        sections: the rest.
-        facts: how the result was made, by what each fact is called.
-    """
-
-    title: str
-    eyebrow: str
-    headline: str
-    lines: Sequence[str] = ()
-    sentences: Sequence[str] = ()
-    pictures: Sequence[Picture] = ()
-    grid: PictureGrid | None = None
-    map: PlaceMap | None = None
-    sections: Sequence[Section] = ()
+    title: str  # of the window
+    eyebrow: str  # what kind of page it is
+    headline: str  # the result in a sentence
+    lines: Sequence[str] = ()  # what else to know at once
+    sentences: Sequence[str] = ()  # the numbers behind it, in words
+    pictures: Sequence[Picture] = ()  # below them
+    grid: PictureGrid | None = None  # below these; None without one
+    map: PlaceMap | None = None  # where in the model; None without one
+    sections: Sequence[Section] = ()  # the rest
+    # How the result was made, by the name of each fact
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_page(page: Page) -> str:
-    """One HTML file, which loads nothing."""
+    """Renders one HTML file, which loads nothing."""
     head = [tag("p", page.eyebrow, class_="eyebrow"), tag("h1", page.headline)]
     head += [tag("p", line, class_="line") for line in page.lines]
     body: list[Html] = []
@@ -126,7 +95,7 @@ def render_page(page: Page) -> str:
 
 
 def render_summary(page: Page) -> str:
-    """What a notebook shows of a page: small, without script, in the notebook's own style."""
+    """Renders a page for a notebook: small, scriptless, in the notebook's style."""
     parts = [tag("p", tag("b", page.headline)), *(tag("p", line) for line in page.lines)]
     parts.append(_list_items(page.sentences))
     if page.map and page.map.spots:
@@ -173,11 +142,9 @@ def _is_code(name: str) -> bool:
 
 
 def write_table(table: Table, id: str = "") -> Html:
-    """A table that may be scrolled if it is wider than the page.
+    """Writes a table that scrolls if it is wider than the page.
 
-    Args:
-        table: what it holds.
-        id: of the table; with "-frame" behind it of the frame that scrolls.
+    `id` is the table's; with "-frame" behind it the scrolling frame's.
     """
     heads = (tag("th", c.name, scope="col", class_=_find_class(c)) for c in table.columns)
     rows = (_draw_row(row, table.columns) for row in table.rows)
@@ -236,7 +203,7 @@ def _embed_png(png: bytes, alt: str) -> Html:
 
 
 def _draw_grid(grid: PictureGrid) -> Html:
-    """A row of images below each prompt, so that five of them fit a telephone."""
+    """Draws a row of images below each prompt: five fit a telephone."""
     heads = (tag("th", name, scope="col") for name in grid.columns)
     rows: list[Html] = []
     for i, prompt in enumerate(grid.rows):
@@ -252,7 +219,7 @@ def _draw_grid(grid: PictureGrid) -> Html:
 
 
 def _write_document(title: str, body: Html) -> str:
-    """A complete document around its content.
+    """Wraps content in a complete document.
 
     The policy lets nothing run but this script and nothing style but this sheet, by their digests,
     and lets nothing be fetched.
@@ -268,7 +235,6 @@ def _write_document(title: str, body: Html) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="generator", content=f"prolora {__version__}"),
-        tag("meta", name="prolora", content=make_mark("report")),
         tag("meta", name="referrer", content="no-referrer"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{title} – prolora"),
@@ -282,10 +248,10 @@ def _write_document(title: str, body: Html) -> str:
 
 @cache
 def read_asset(name: str) -> str:
-    """A file beside this one."""
+    """Reads a file beside this one."""
     return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _digest(text: str) -> str:
-    """As a content security policy names a style or a script."""
+    """Digests a style or script for a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

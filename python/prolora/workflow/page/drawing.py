@@ -28,19 +28,12 @@ _SHORT = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 @dataclass(frozen=True)
 class _DrawingLayout:
-    """Where the columns stand.
+    """The positions of the columns."""
 
-    Attributes:
-        lefts: the left edge of each column.
-        pitch: from one column of a place to the next.
-        width: of everything.
-        stages: (heading of a stage, left edge).
-    """
-
-    lefts: dict[MapColumn, float]
-    pitch: float
-    width: float
-    stages: list[tuple[str, float]]
+    lefts: dict[MapColumn, float]  # the left edge of each column
+    pitch: float  # from one column of a stack to the next
+    width: float  # of everything
+    stages: list[tuple[str, float]]  # (heading of a stage, left edge)
 
     @classmethod
     def of(
@@ -50,13 +43,10 @@ class _DrawingLayout:
         least: float = LEAST_PITCH,
         headed: bool = False,
     ) -> _DrawingLayout:
-        """Columns as wide as `widest` allows, with gaps between places and stages.
+        """Lays out columns as wide as `widest` allows, with gaps between stacks and stages.
 
-        Args:
-            columns: in order.
-            widest: of everything, as long as each column is `least` wide.
-            least: of a column.
-            headed: whether stages have room for their headings, whatever that takes.
+        Each column is at least `least` wide; with `headed`, stages have room for their headings,
+        whatever that takes.
         """
         gaps = [0.0]
         for before, column in itertools.pairwise(columns):
@@ -80,7 +70,7 @@ class _DrawingLayout:
 
 
 def draw_map(places: PlaceMap) -> Html:
-    """The labels of the rows and the map, side by side, so that the map may scroll."""
+    """Draws the labels beside the map, so that the map may scroll."""
     layout, kinds = _DrawingLayout.of(places.columns, headed=True), places.kinds
     height = HEAD + ROW * len(kinds)
     labels = max(len(kind) for kind in kinds) * LABEL_SIZE * CHARACTER + 10
@@ -120,7 +110,7 @@ def draw_map(places: PlaceMap) -> Html:
 
 
 def _draw_cells(places: PlaceMap, layout: _DrawingLayout) -> Iterator[Html]:
-    """A link to its row of the table for each cell; the arrow keys go from one to the next."""
+    """Draws each cell as a link to its row; the arrow keys move between them."""
     numbers = {kind: i for i, kind in enumerate(places.kinds)}
     first = True
     for column in places.columns:
@@ -146,12 +136,12 @@ def _draw_rect(cell: MapCell, x: float, y: float, width: float, height: float) -
 
 
 def _opacity(share: float) -> float:
-    """Of a share's colour; more than all of the energy looks like all of it."""
+    """Maps a share to an opacity; shares above 1 are clipped."""
     return round(FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, share)), 2)
 
 
 def _draw_head(places: PlaceMap, layout: _DrawingLayout) -> Iterator[Html]:
-    """The stages above the map, and the numbers of their blocks."""
+    """Draws the stages above the map, and the numbers of their blocks."""
     for heading, left in layout.stages:
         yield tag("text", heading, x=left, y=11, class_="stage")
     for column in places.columns:
@@ -161,7 +151,10 @@ def _draw_head(places: PlaceMap, layout: _DrawingLayout) -> Iterator[Html]:
 
 
 def _shorten(stage: str) -> str:
-    """`down_blocks.1` as "down 1", `single_transformer_blocks` as "single"; long ones are cut."""
+    """Shortens `down_blocks.1` to "down 1", and cuts long names.
+
+    `single_transformer_blocks` becomes "single".
+    """
     root, _, number = stage.partition(".")
     if root in _SHORT:
         return f"{_SHORT[root]} {number}".rstrip()
@@ -183,7 +176,7 @@ _HATCH = tag(
 
 
 def draw_legend(places: PlaceMap) -> Html:
-    """What the colours of the map mean."""
+    """Draws the meaning of the map's colours."""
     cells = places.cells.values()
     samples: list[tuple[str, str, float | None]] = []
     if any(cell.is_there and cell.share is not None for cell in cells):
@@ -204,7 +197,7 @@ def _swatch(box: Html) -> Html:
 
 
 def draw_thumbnail(places: PlaceMap, label: str, width: float = 220, row: float = 4) -> Html:
-    """The map without words, in few bytes: one path for all cells that look alike."""
+    """Draws the map without words, with one path for equal cells."""
     layout = _DrawingLayout.of(places.columns, width, least=1)
     numbers = {kind: i for i, kind in enumerate(places.kinds)}
     paths: dict[float, list[str]] = {}
@@ -236,7 +229,7 @@ def draw_thumbnail(places: PlaceMap, label: str, width: float = 220, row: float 
 
 
 def draw_bar(share: float | None) -> Html:
-    """A bar as long as a share, for a cell of a table."""
+    """Draws a bar as long as a share, for a cell of a table."""
     if share is None or share != share:
         return Html("")
     full = round(60 * min(1.0, max(0.0, share)), 1)

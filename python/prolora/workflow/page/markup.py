@@ -29,24 +29,24 @@ class Html(str):
 
 
 def escape(text: object) -> Html:
-    r"""A text as HTML, control characters spelled out (`\x1b`); markup as it is."""
+    r"""Escapes a text as HTML with control characters as `\x1b`; markup stays."""
     if isinstance(text, Html):
         return text
     return Html(html.escape(replace_controls(str(text)), quote=True))
 
 
 def replace_controls(text: str) -> str:
-    r"""The text with control characters spelled out (`\x1b`); tabs and new lines stay."""
+    r"""Replaces control characters by `\x1b` and the like; tabs and newlines stay."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def join(parts: Iterable[object]) -> Html:
-    """The parts one after the other, those that are no markup escaped."""
+    """Joins parts and escapes those that are no markup."""
     return Html("".join(map(escape, parts)))
 
 
 def tag(name: str, /, *children: object, **attributes: Attribute) -> Html:
-    """An element.
+    """Makes an element.
 
     Args:
         name: of the element.
@@ -68,5 +68,5 @@ def tag(name: str, /, *children: object, **attributes: Attribute) -> Html:
 
 
 def break_name(name: str) -> Html:
-    """A module's name that may go on in the next line after each dot."""
+    """Lets a module's name break after each dot."""
     return Html(escape(name).replace(".", ".<wbr>"))

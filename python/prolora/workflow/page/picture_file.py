@@ -13,11 +13,9 @@ _UP = 2  # the filter of a row: its difference to the row above
 
 
 def write_png(pixels: Tensor, most: int = 256) -> bytes:
-    """An image as a PNG file.
+    """Writes an image [3, h, w] from 0 to 1 as a PNG file.
 
-    Args:
-        pixels: [3, h, w] from 0 to 1.
-        most: height and width that it is shrunk to, where it is larger.
+    `most` is the height and width that it is shrunk to, where it is larger.
     """
     image = pixels.detach().to("cpu", torch.float32)[None]
     longest = max(image.shape[-2:])

@@ -1,0 +1,175 @@
+"""Unchanged updates, written as their file holds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...architectures.family import AuthorsWeight
+from ...core.lowrank import LowRank
+from ...errors import OutputError, ProLoRAError
+from ..adapter import Adapter, StoredUpdate
+from ..contents import parse_contents, read_scale
+from ..lora import Lora, StrPath
+from ..naming import BaseNames
+from ..vectors import find_vector_module
+from .encoding import vector_paths
+from .groups import group_modules
+
+_CONFIGURED = ("peft", "diffusers")  # formats that have a place for a scale beside the tensors
+
+
+@dataclass(frozen=True)
+class KeptTensors:
+    """Stored tensors under the keys of a new file."""
+
+    keys: Mapping[str, tuple[StoredUpdate, str]]  # new key -> whose tensor, and its old key
+    owners: Mapping[str, StoredUpdate]  # module or vector -> the tensors behind it
+
+    @property
+    def need_config(self) -> bool:
+        """Tells whether scales stand in a configuration, and not in tensors."""
+        return any(one.configured for one in self.owners.values())
+
+    @property
+    def depend_on_base(self) -> int:
+        """Counts the updates that their file states relative to the base's own weights."""
+        kinds = {id(one): one.kind for one in self.owners.values()}.values()
+        return sum("+dora" in kind or kind in ("oft", "glora") for kind in kinds)
+
+    def read(self) -> dict[str, Tensor]:
+        """Reads all tensors, each in the dtype that it is stored in."""
+        return {new: one.read(old) for new, (one, old) in self.keys.items()}
+
+
+def find_stored(adapter: Adapter, format: str) -> KeptTensors | None:
+    """Returns the stored tensors behind an adapter under the names of a format.
+
+    None where an update was changed since it was read, where a weight is fused or split on the
+    way, or where the format has no place for a tensor or a scale.
+
+    Args:
+        adapter: what to write.
+        format: "kohya", "diffusers", "peft" or "comfy".
+    """
+    behind = {
+        id(_first_tensor(part)): (one, name)
+        for one in adapter.stored
+        for name, part in one.parts.items()
+    }
+    keys: dict[str, tuple[StoredUpdate, str]] = {}
+    owners: dict[str, StoredUpdate] = {}
+    for path, parts, matrix in _list_pieces(adapter, format):
+        found = {name: behind.get(id(_first_tensor(part))) for name, part in parts.items()}
+        one, _ = next(iter(found.values())) or (None, "")
+        old = {name: hit[1] for name, hit in found.items() if hit and hit[0] is one}
+        if one is None or path is None or not len(old) == len(parts) == len(one.parts):
+            return None
+        if not (_lie_alike(one.matrix, matrix, old) and _has_place(one, format)):
+            return None
+        keys |= {f"{path}{suffix}": (one, key) for suffix, key in one.keys.items()}
+        owners |= dict.fromkeys(parts, one)
+    return KeptTensors(keys, owners) if keys else None
+
+
+def _first_tensor(part: LowRank | Tensor) -> Tensor:
+    return part.up if isinstance(part, LowRank) else part
+
+
+def _list_pieces(
+    adapter: Adapter, format: str
+) -> Iterator[tuple[str | None, Mapping[str, LowRank | Tensor], AuthorsWeight | None]]:
+    """Yields path, parts and fused weight of all that has its own keys."""
+    for group in group_modules(adapter, format):
+        yield group.path, group.parts, group.matrix
+    paths = vector_paths(adapter, format)
+    for name, vector in adapter.vectors.items():
+        yield paths.get(find_vector_module(name)), {name: vector}, None
+
+
+def _lie_alike(
+    old: AuthorsWeight | None, new: AuthorsWeight | None, names: Mapping[str, str]
+) -> bool:
+    """Tells whether parts have the same rows of two fused weights; `names` are new -> old."""
+    if _is_fused(old) != _is_fused(new):
+        return False
+    if old is None or new is None or not _is_fused(old):
+        return True
+    same = (old.shares, old.swap) == (new.shares, new.swap)
+    return same and all(new.parts.index(a) == old.parts.index(b) for a, b in names.items())
+
+
+def _is_fused(matrix: AuthorsWeight | None) -> bool:
+    """Tells whether the authors' weight has other rows than one module."""
+    return matrix is not None and (len(matrix.parts) > 1 or matrix.swap != "never")
+
+
+def _has_place(one: StoredUpdate, format: str) -> bool:
+    """Tells whether a format can say all of an update."""
+    if any(suffix.startswith("_") or "processor" in key for suffix, key in one.keys.items()):
+        return False  # names of old attention processors
+    if not one.configured:
+        return True
+    plain = one.kind.partition("+")[0] in ("lora", "locon")
+    return plain and (format in _CONFIGURED or math.isclose(one.scale, 1.0))
+
+
+def verify_stored(
+    output: Path | Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    kept: KeptTensors,
+    adapter: Adapter,
+    where: StrPath,
+) -> None:
+    """Opens an output and compares every byte, and what its keys and scales mean.
+
+    Args:
+        output: a file, a PEFT folder or a state dict.
+        tensors: that were written.
+        kept: whose they are.
+        adapter: what the output means.
+        where: its name in messages.
+
+    Raises:
+        OutputError: something reads back differently.
+    """
+    try:
+        with Lora.open(output) as back:
+            if back.headers.keys() != tensors.keys():
+                raise OutputError(f"{where}: reads back with other tensors than written")
+            for key, tensor in tensors.items():
+                if not _are_equal(back.read(key), tensor):
+                    raise OutputError(
+                        f"{where}: {key} reads back differently from what was written"
+                    )
+            contents = parse_contents(back, BaseNames(adapter.family, adapter.updates))
+            meant = {name for name in kept.owners if name in adapter.updates}
+            seen: set[str] = set()
+            for slot in contents.slots:
+                owned = [name for name in slot.module.modules if name in meant]
+                if not owned or not math.isclose(
+                    read_scale(slot, back), kept.owners[owned[0]].scale, rel_tol=1e-6
+                ):
+                    raise OutputError(f"{where}: {slot.module.name} reads back at another scale")
+                seen |= set(owned)
+    except OutputError:
+        raise
+    except ProLoRAError as error:
+        raise OutputError(f"{where}: was written but cannot be read back: {error}") from error
+    vectors = {name for vector in contents.vectors for name in [vector.name]}
+    if seen != meant or vectors != set(adapter.vectors):
+        name = next(iter((seen ^ meant) | (vectors ^ set(adapter.vectors))))
+        raise OutputError(f"{where}: reads back with other modules than written: {name}")
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Tells whether two tensors have equal bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    flat = (x.contiguous().flatten().view(torch.uint8) for x in (one, other))
+    return torch.equal(*flat)

@@ -1,0 +1,91 @@
+"""`prolora migrate`: a collection of LoRAs on its way to other bases."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core.grouping import group_by
+from ..errors import OutputError
+from ..workflow.fleet.migration import migrate as run_migration
+from ..workflow.options import TransferOptions
+from .console import answer, err, out, progress_bar
+from .exits import ExitCode
+from .options import (
+    HelpAllOption,
+    JsonOption,
+    Resources,
+    base_option,
+    expand_options,
+    path_option,
+)
+
+_SHOWN = 8
+"""Reasons for refusals that are shown."""
+
+
+@dataclass
+class Work:
+    """The bases, where the results go, and who does the work."""
+
+    source: Annotated[
+        list[str],
+        base_option("Base model of the LoRAs; of several, each LoRA's header tells which."),
+    ]
+    target: Annotated[list[str], base_option("Base model to move to; may be repeated.")]
+    output: Annotated[
+        Path | None, path_option("Folder of the results.", "--output", "-o", metavar="FOLDER")
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster to work on; local starts one here."),
+    ] = None
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only this part, as 2/8, for array jobs.")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would move, and write nothing.")
+    ] = False
+    as_json: JsonOption = False
+
+
+@expand_options
+def migrate(
+    loras: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="LORAS", help="LoRA files, folders, text files that list them, or hub ids."
+        ),
+    ],
+    work: Work,
+    moving: TransferOptions,
+    resources: Resources,
+    help_all: HelpAllOption = False,
+) -> None:
+    """Move a collection of LoRAs to one or more base models; run it again to go on."""
+    if work.output is None and not work.dry_run:
+        raise OutputError("-o FOLDER is missing: where should the new LoRAs be written?")
+    resources.check_device()
+    with progress_bar("migrate", not work.as_json) as progress:
+        options = replace(moving, **resources.read(not work.dry_run), progress=progress)
+        how: Any = {"ray": work.ray, "shard": work.shard, "dry_run": work.dry_run}
+        found = run_migration(loras, work.source, work.target, work.output or "", options, **how)
+    refused = [moved for moved in found if moved.status == "refused"]
+    if work.as_json:
+        answer.give([asdict(moved) for moved in found])
+    else:
+        counts = Counter((moved.target, moved.status) for moved in found)
+        for (target, status), count in sorted(counts.items()):
+            out.print_line(f"{target}: {count} {status}")
+    reasons = group_by(refused, lambda moved: moved.error.removeprefix(f"{moved.lora}: "))
+    for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
+        err.print_line(f"{len(group)} refused, as {group[0].lora}: {reason}", style="yellow")
+    if refused:
+        sys.exit(ExitCode.REFUSED)
+    if any(moved.unread for moved in found):
+        sys.exit(ExitCode.INCOMPLETE)

@@ -1,0 +1,281 @@
+"""Outputs that take their names once complete, and names by content.
+
+There is one rule for all that is written: what exists is refused unless the caller says
+`overwrite`. Two processes that write one name never replace each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import OutputError, OutputExists, UnsupportedFormat, output_error
+
+StrPath = str | os.PathLike[str]
+
+TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
+"""A name under which something is written until it is whole."""
+
+# Seconds after the last write from which a temporary counts as left behind by a killed process.
+_STALE_SECONDS = 3600
+_swept: set[Path] = set()  # folders in which this process has looked for such
+
+
+def digest(made_of: object) -> str:
+    """Returns the SHA-256, in hexadecimal, of facts that JSON can hold; their order is nothing."""
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder with names that are digests of what determines the content."""
+
+    folder: Path
+
+    def path(
+        self,
+        kind: str,
+        made_of: object,
+        *,
+        title: str = "",
+        digits: int = 32,
+        suffix: str = ".safetensors",
+    ) -> Path:
+        """Returns where something belongs.
+
+        Args:
+            kind: a folder below the store, "" for the store itself.
+            made_of: whatever determines the content, as JSON can hold it.
+            title: for people, put before the digits; any text.
+            digits: of the digest.
+            suffix: of a file; "" of a folder.
+        """
+        words = re.sub(r"[^\w.-]+", "_", title)[:80].strip("._")
+        name = digest(made_of)[:digits]
+        return self.folder / kind / f"{words}{'-' if words else ''}{name}{suffix}"
+
+    def have(self, path: Path) -> bool:
+        """Returns whether that is done; what has its name is whole."""
+        return path.exists()
+
+    def put(self, path: Path, write: Callable[[Path], object], *, folder: bool = False) -> None:
+        """Writes something that is not there; what another process was faster with stays."""
+        with suppress(OutputExists):
+            put(path, write, folder=folder)
+        refusal(path).unlink(missing_ok=True)
+
+    def refuse(self, path: Path, error: Exception, **facts: str) -> None:
+        """Writes a note beside a path on why its content was not made."""
+        told = {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
+        put_text(refusal(path), json.dumps(facts | told, indent=1) + "\n", overwrite=True)
+
+
+def refusal(path: Path) -> Path:
+    """Returns the file that says why a path was not made."""
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.failed.json")
+
+
+def put(
+    path: StrPath,
+    write: Callable[[Path], object],
+    *,
+    overwrite: bool = False,
+    folder: bool = False,
+    durable: bool = True,
+) -> None:
+    """Writes a file or folder under a temporary name, then renames it.
+
+    Args:
+        path: of the output; a symbolic link stands for its destination. A missing folder around
+            it is made, and vanishes if the output is not written.
+        write: fills an empty file or folder of another name, and may read it back.
+        overwrite: replace a file of that name; in a folder, the files of the same names.
+        folder: make a folder.
+        durable: force the data to the disk before the name, so that no crash of the machine leaves
+            the name on an incomplete file.
+
+    Raises:
+        OutputExists: something has that name, also if it came while this was written.
+        OutputError: it cannot be written, or cannot be read back; what was there is untouched.
+    """
+    check_free(path, overwrite=overwrite, folder=folder)
+    place = Path(os.path.realpath(path))
+    temporary = place.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
+    try:
+        with _make_folder(place.parent):
+            try:
+                if folder:
+                    temporary.mkdir()
+                else:  # not by `tempfile`, whose files are private to the user
+                    temporary.touch(0o666, exist_ok=False)
+                if place.parent not in _swept:
+                    _swept.add(place.parent)
+                    # By the clock of these files: that of a network drive may be hours ahead.
+                    remove_stale(place.parent, temporary.stat().st_mtime - _STALE_SECONDS)
+                write(temporary)
+                if durable:
+                    _force_to_disk(temporary)
+                _give_name(temporary, place, overwrite)
+            finally:
+                _remove(temporary)
+    except UnsupportedFormat as error:
+        raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+def put_text(path: StrPath, text: str, *, overwrite: bool = False) -> None:
+    """Writes a text as UTF-8, completely or not at all; arguments as for `put`."""
+    put_bytes(path, replace_surrogates(text).encode(), overwrite=overwrite)
+
+
+def put_bytes(path: StrPath, content: bytes, *, overwrite: bool = False) -> None:
+    """Writes bytes, completely or not at all; arguments as for `put`."""
+    put(path, lambda temporary: temporary.write_bytes(content), overwrite=overwrite)
+
+
+def replace_surrogates(text: str) -> str:
+    """Replaces each byte of a file name that is not UTF-8 by "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def check_free(
+    path: StrPath,
+    inputs: Iterable[StrPath] = (),
+    *,
+    overwrite: bool = False,
+    folder: bool = False,
+) -> None:
+    """Refuses an output path before any work is done for it.
+
+    Args:
+        path: what will be written, in a folder that is made if it is missing; a symbolic link
+            stands for its destination.
+        inputs: files or folders that must not be overwritten.
+        overwrite: what exists may be replaced.
+        folder: it will be a folder; an empty one may exist.
+
+    Raises:
+        OutputExists: something has that name.
+        OutputError: the folder around it cannot be made or written, `path` is something of another
+            kind, or it is or holds one of `inputs` (also through a symbolic or hard link).
+    """
+    try:
+        place = Path(os.path.realpath(path))
+        if os.path.islink(path) and not place.parent.is_dir():
+            raise OutputError(f"{path}: is a link into a folder that does not exist: {place}")
+        around = next(above for above in place.parents if os.path.lexists(above))
+        if not around.is_dir():
+            raise OutputError(f"{path}: {around} is a file, not a folder; choose another name")
+        if not os.access(around, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: the folder {around} cannot be written")
+        try:
+            mode = os.lstat(place).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(mode) and not folder:
+            raise OutputError(f"{path}: is a folder; name a file in it")
+        if not (stat.S_ISREG(mode) or folder):
+            raise OutputError(f"{path}: is not a regular file")
+        if folder and not stat.S_ISDIR(mode):
+            raise OutputError(f"{path}: a folder is written, and a file stands there")
+        _check_inputs(path, place, inputs)
+        if not overwrite and not (folder and not os.listdir(place)):
+            raise OutputExists(
+                f"{path}: exists, and is not replaced; choose another name, or allow it with "
+                "`overwrite=True`"
+            )
+        if not os.access(place, os.W_OK):
+            raise OutputError(f"{path}: exists and is write-protected")
+    except (OSError, ValueError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise output_error(path, error) from error
+
+
+def _check_inputs(path: StrPath, place: Path, inputs: Iterable[StrPath]) -> None:
+    """Refuses an output that exists and is an input, lies in one, or holds one."""
+    for source in map(Path, inputs):
+        real = Path(os.path.realpath(source))
+        if place in real.parents:
+            raise OutputError(f"{path}: holds the input {source}; name a folder of its own")
+        inside = real in place.parents and real.is_dir()
+        if inside or (real.exists() and os.path.samefile(real, place)):
+            raise OutputError(f"{path}: would overwrite the input {source}")
+
+
+def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
+    """Gives a finished file or folder its name."""
+    try:
+        if temporary.is_dir() and overwrite and place.is_dir():
+            names = sorted(os.listdir(temporary))
+            # A reader needs the last (a PEFT folder's weights): it never finds files of both.
+            (place / names[-1]).unlink(missing_ok=True)
+            for name in names:
+                os.replace(temporary / name, place / name)
+        elif overwrite and not temporary.is_dir():
+            if place.exists():
+                temporary.chmod(stat.S_IMODE(place.stat().st_mode))
+            os.replace(temporary, place)
+        elif temporary.is_dir() or sys.platform == "win32":
+            os.rename(temporary, place)  # of folders only onto an empty one; on Windows never
+        else:
+            _link(temporary, place)
+    except OSError as error:
+        if not overwrite and os.path.lexists(place):
+            raise OutputExists(f"{place}: was written by another process meanwhile") from error
+        raise
+
+
+def _link(temporary: Path, place: Path) -> None:
+    """Gives a file a name that nothing has."""
+    try:
+        os.link(temporary, place)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        place.touch(exist_ok=False)
+        os.replace(temporary, place)
+
+
+def _force_to_disk(temporary: Path) -> None:
+    for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_stale(folder: Path, before: float) -> None:
+    """Removes temporaries of a folder that were last written before a time, in seconds."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if TEMPORARY_NAME.fullmatch(entry.name) and entry.stat().st_mtime < before:
+                _remove(Path(entry))
+
+
+@contextmanager
+def _make_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and those around it; on a failure those that are still empty vanish."""
+    missing = [above for above in (folder, *folder.parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
+        raise

@@ -1,1 +1,0 @@
-"""What runs a migration: this process, or a cluster."""

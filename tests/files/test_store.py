@@ -1,0 +1,137 @@
+"""What is written is there as a whole or not at all, and replaces nothing unasked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prolora.errors import OutputError, OutputExists, UnsupportedFormat
+from prolora.files import store
+from prolora.files.store import Store, put, put_text
+
+
+def fill(text: str):
+    """A writer of a file."""
+    return lambda path: path.write_text(text)
+
+
+def fill_folder(**files: str):
+    """A writer of a folder."""
+    return lambda path: [(path / name).write_text(text) for name, text in files.items()]
+
+
+def left_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder))
+
+
+def test_what_exists_is_refused_unless_the_caller_says_overwrite(tmp_path):
+    put(tmp_path / "new" / "a", fill("first"))
+    with pytest.raises(OutputExists, match="overwrite=True"):
+        put(tmp_path / "new" / "a", fill("second"))
+    assert (tmp_path / "new" / "a").read_text() == "first"
+    put(tmp_path / "new" / "a", fill("second"), overwrite=True)
+    assert (tmp_path / "new" / "a").read_text() == "second" and left_in(tmp_path / "new") == {"a"}
+
+
+def test_of_two_writers_of_one_name_the_first_stays(tmp_path):
+    def write(path: Path) -> None:
+        put_text(tmp_path / "a", "of the faster")
+        path.write_text("of the slower")
+
+    with pytest.raises(OutputExists, match="another process"):
+        put(tmp_path / "a", write)
+    with pytest.raises(OutputExists):
+        put(tmp_path / "b", lambda path: put_text(tmp_path / "b" / "x", "faster"), folder=True)
+    assert (tmp_path / "a").read_text() == "of the faster" and left_in(tmp_path) == {"a", "b"}
+
+
+def test_the_same_holds_where_a_file_system_has_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*paths: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    put_text(tmp_path / "a", "one")
+    with pytest.raises(OutputExists):
+        put(
+            tmp_path / "b",
+            lambda path: [path.write_text("slower"), put_text(tmp_path / "b", "two")],
+        )
+    assert (tmp_path / "a").read_text() == "one" and (tmp_path / "b").read_text() == "two"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt(), UnsupportedFormat("")])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_failure_leaves_nothing_and_what_was_there_stays(tmp_path, error, folder):
+    def fail(path: Path) -> None:
+        (path / "x" if folder else path).write_text("half")
+        raise error
+
+    wanted = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OutputError
+    with pytest.raises(wanted):
+        put(tmp_path / "deep" / "er" / "a", fail, folder=folder)
+    assert not left_in(tmp_path)
+    put(tmp_path / "a", fill_folder(x="old") if folder else fill("old"), folder=folder)
+    with pytest.raises(wanted):
+        put(tmp_path / "a", fail, folder=folder, overwrite=True)
+    assert left_in(tmp_path) == {"a"}
+    assert (tmp_path / "a" / "x" if folder else tmp_path / "a").read_text() == "old"
+
+
+def test_a_folder_keeps_what_is_not_written_again_and_its_last_file_comes_last(
+    tmp_path, monkeypatch
+):
+    put(tmp_path / "a", fill_folder(config="1", weights="1"), folder=True)
+    (tmp_path / "a" / "README").write_text("mine")
+    with pytest.raises(OutputExists):
+        put(tmp_path / "a", fill_folder(config="2", weights="2"), folder=True)
+    replace, seen = os.replace, []
+
+    def watch(source: Path, place: Path) -> None:
+        seen.append((place.name, sorted(left_in(tmp_path / "a"))))
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", watch)
+    put(tmp_path / "a", fill_folder(config="2", weights="2"), folder=True, overwrite=True)
+    assert seen == [("config", ["README", "config"]), ("weights", ["README", "config"])]
+    assert (tmp_path / "a" / "weights").read_text() == "2"
+    (tmp_path / "empty").mkdir()  # holds nothing that could be lost
+    put(tmp_path / "empty", fill_folder(x="1"), folder=True)
+
+
+def test_a_killed_writer_leaves_a_temporary_that_goes_after_an_hour(tmp_path):
+    code = f"""
+import os, signal
+from prolora.files.store import put
+put({str(tmp_path / "a")!r}, lambda path: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert store.TEMPORARY_NAME.fullmatch(left.name)
+    put_text(tmp_path / "b", "soon after")
+    assert left.exists()
+    old = time.time() - 4000
+    os.utime(left, (old, old))
+    store._swept.clear()  # as a later process
+    put_text(tmp_path / "c", "an hour later")
+    assert left_in(tmp_path) == {"b", "c"}
+
+
+def test_a_name_is_the_digest_of_what_the_content_is_made_of(tmp_path):
+    kept = Store(tmp_path)
+    one = kept.path("loras", {"lora": "1", "options": [1, None]}, title="näon / light", digits=12)
+    assert one == kept.path(
+        "loras", {"options": [1, None], "lora": "1"}, title="näon / light", digits=12
+    )
+    assert one.parent == tmp_path / "loras" and one.name.startswith("näon_light-")
+    assert one != kept.path("loras", {"lora": "2", "options": [1, None]}, title="näon / light")
+    assert not kept.have(one)
+    kept.refuse(one, UnsupportedFormat("no LoRA"))
+    assert "no LoRA" in store.refusal(one).read_text() and not kept.have(one)
+    kept.put(one, fill("made"))
+    kept.put(one, fill("made by somebody else, of the same"))
+    assert kept.have(one) and left_in(tmp_path / "loras") == {one.name}
