@@ -28,7 +28,7 @@ from sdxl_to_ssd1b import commit
 CODE = """
 import sys, prolora
 from prolora.workflow.fleet import migration, on_ray
-on_ray.TIME_LIMIT, migration._BATCH = 60.0, 8
+on_ray.TIME_LIMIT, migration._BATCH = 120.0, 8
 loras, source, folder, ray, *targets = sys.argv[1:]
 prolora.migrate(loras, source, targets, folder, ray=ray or None)
 """
@@ -139,13 +139,15 @@ def main() -> None:
         started = time.monotonic()
         faults = case(args.folder, args.count, out)
         seconds, found = time.monotonic() - started, read_results(out)
-        time.sleep(10)
+        while list_processes(*RAY) - running and time.monotonic() - started < seconds + 120:
+            time.sleep(1)
         figures[name] = {
             "faults": faults,
             "seconds": round(seconds, 1),
             "lost": len(expected.keys() - found.keys()),
             "other bytes": sum(data != expected.get(name) for name, data in found.items()),
             "processes left": len(list_processes(*RAY) - running),
+            "seconds until none was left": round(time.monotonic() - started - seconds),
         }
         print(name, figures[name], flush=True)
     if args.out:

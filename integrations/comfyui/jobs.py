@@ -71,12 +71,14 @@ class Moved:
 
     Attributes:
         path: of the result.
-        report: None if it could not be moved, or was moved before.
+        told: the verdict; of a LoRA that was moved before, that of the first time.
+        share: of the LoRA that found a place, where known.
         error: why it could not be moved, in a sentence.
     """
 
     path: Path
-    report: prolora.Report | None = None
+    told: Any = None
+    share: float | None = None
     error: str | None = None
 
     @property
@@ -236,7 +238,7 @@ def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
         return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
     if outcome.report is not None:
         outcome.report.save(outcome.out.with_suffix(".html"), overwrite=True)
-    return Moved(outcome.out, outcome.report)
+    return Moved(outcome.out, outcome.words, outcome.share)
 
 
 def advise(source: Path, target: Path, lora: Path, progress: Progress) -> str:

@@ -159,7 +159,7 @@ def _move_one(
     told = " (as the LoRA tells)" if trained_on == FROM_LORA else ""
     way = f"from {words.shorten(source)}{told} to {words.shorten(use_on)}"
     name = host.name_lora(moved.path)
-    return moved, name, words.tell_report(moved.report, name, way, next_step)
+    return moved, name, words.tell_report(moved.told, name, way, next_step)
 
 
 def _warn(graph: dict[str, Any], node: str, use_on: str) -> str:
@@ -364,14 +364,14 @@ class MoveFolder(_ProloraNode):
             try:
                 source = _find_source(trained_on, name)
             except ValueError as error:
-                lines[name] = words.tell_in_one_line(name, None, str(error))
+                lines[name] = words.tell_in_one_line(name, None, None, str(error))
             else:
                 by_source.setdefault(source, {})[name] = host.find_lora(name)
         done: list[Path] = []
         for source, loras in by_source.items():
             results = _move(loras, source, use_on, settings)
             for name, moved in zip(loras, results, strict=True):
-                lines[name] = words.tell_in_one_line(name, moved.report, moved.error)
+                lines[name] = words.tell_in_one_line(name, moved.told, moved.share, moved.error)
                 done += [moved.path] if moved.error is None else []
         asked = {"folder": folder, "trained_on": trained_on, "use_on": use_on, **settings}
         host.remember_results(_name_job(asked), done)

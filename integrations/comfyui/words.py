@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import prolora
 from prolora.errors import name_options
@@ -68,6 +69,9 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
             "The models under “trained on” and “use on” are built differently: no part of this "
             f"LoRA has a place on the second. {_BY_FIT}"
         )
+    if wrong := re.search(r"This LoRA is for [^(]*The source you gave, [^(]*", str(error)):
+        told = re.sub("The source you gave, (.*), is ", r"“trained on” is \1: ", wrong[0])
+        return f"{told.rstrip()} Choose the model that the LoRA was trained on."
     return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
 
 
@@ -105,41 +109,33 @@ def tell_progress(share: float, name: str, foreseen: str = "") -> str:
     return told if left or not foreseen else f"{told}\n{foreseen}"
 
 
-def tell_report(report: prolora.Report | None, name: str, way: str, next_step: str) -> str:
+def tell_report(told: Any, name: str, way: str, next_step: str) -> str:
     """At most six lines on a LoRA that was moved.
 
     Args:
-        report: None if it was moved before.
+        told: the verdict.
         name: of the result in ComfyUI's list.
         way: from which model to which.
         next_step: what the user does now.
     """
-    if report is None:
-        lines = [f"✔ Already moved {way} with the same settings."]
-    else:
-        told = report.in_words()
-        kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
-        lines = [f"{told.mark} {told.headline}", f"Moved {way}. {kept[0]}", *kept[1:]]
-    return "\n".join(
-        [
-            *map(say, lines),
-            f"File: loras/{name}",
-            f"{next_step} The button opens the whole report.",
-        ]
-    )
+    kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
+    moved = " ".join([f"Moved {way}.", *kept[:1]])
+    lines = [f"{told.mark} {told.headline}", moved, *kept[1:]]
+    where = f"File: loras/{name}", f"{next_step} The button opens the whole report."
+    return "\n".join([*map(say, lines), *where])
 
 
-def tell_in_one_line(name: str, report: prolora.Report | None, error: str | None) -> str:
+def tell_in_one_line(name: str, told: Any, share: float | None, error: str | None) -> str:
     """What became of a LoRA among many.
 
     Args:
         name: of the LoRA in ComfyUI's list.
-        report: None if it was not moved now.
+        told: the verdict, where it was moved.
+        share: of it that found a place.
         error: why it cannot be moved.
     """
     if error is not None:
         return f"✖ {name}: {error}"
-    if report is None:
-        return f"✔ {name}: moved before"
-    share = report.totals["energy_mapped"] or 0.0
-    return f"{report.in_words().mark} {name}: moved, {share:.0%} of it found a place"
+    before = " before" if "(moved before)" in told.headline else ""
+    place = "" if share is None else f", {share:.0%} of it found a place"
+    return f"{told.mark} {name}: moved{before}{place}"

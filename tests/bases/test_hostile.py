@@ -277,6 +277,7 @@ def opening_peak(*paths):
 import sys, json
 paths, sys.path[:0] = json.loads(sys.argv[1]), sys.argv[2:]
 import prolora
+prolora.open_base, prolora.ProLoRAError  # loads torch, which is no part of opening
 def peak():
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) << 10
 before = peak()

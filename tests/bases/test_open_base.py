@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prolora.architectures import layouts
 from prolora.architectures.ldm import diffusers_to_ldm
-from prolora.bases import Base, check_finite, open_base
+from prolora.bases import Base, check_finite, open_base, open_pair
 from prolora.errors import NonFiniteWeights, UnsupportedFormat
 from prolora.files.writing import write_safetensors
 
@@ -57,13 +57,13 @@ def assert_opened(base: Base, value: float = 1.0) -> None:
 
 
 def test_a_pipeline_folder_and_its_unet_folder_are_the_same_base(tmp_path: Path) -> None:
-    """Named after what the caller gave."""
+    """Named after the model: every UNet folder has the same name."""
     file = write(tmp_path / "mine" / "unet" / FULL, tensors())
     (tmp_path / "mine" / "model_index.json").write_text("{}")
-    for path, name in [(tmp_path / "mine", "mine"), (tmp_path / "mine" / "unet", "unet")]:
+    for path in (tmp_path / "mine", tmp_path / "mine" / "unet"):
         base = open_base(path)
         assert_opened(base)
-        assert (base.name, base.path, base.files) == (name, path, [file])
+        assert (base.name, base.path, base.files) == ("mine", path, [file])
         assert base.tensor_name(Q) == f"{FULL}:{Q}.weight"
         assert open_base(base) is base
 
@@ -299,3 +299,15 @@ def test_a_base_prints_in_one_line() -> None:
     """Names and values of thousands of weights are no help in a debugger."""
     assert repr(open_base(tensors())) == "Base('state dict', 3 weights)"
     assert repr(open_base(empty_layout("sd15"))).endswith(" weights, sd15)")
+
+
+def test_two_bases_of_a_pair_never_have_one_name(tmp_path: Path) -> None:
+    one, two = (
+        write(tmp_path / name / "checkpoints" / "mine.safetensors", tensors()) for name in "ab"
+    )
+    first, second = open_pair(one, two)
+    assert (first.name, second.name) == (
+        "a/checkpoints/mine.safetensors",
+        "b/checkpoints/mine.safetensors",
+    )
+    assert [base.name for base in open_pair(one, one)] == ["mine.safetensors"] * 2

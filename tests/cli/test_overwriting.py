@@ -27,7 +27,8 @@ def test_a_result_of_the_same_is_kept_and_its_verdict_told_again(prolora, line, 
     before, age = out.read_bytes(), out.stat().st_mtime_ns
     again, second, _ = prolora(*line, "-o", out)
     assert (code, again) == (0, 0) and "kept" in second and out.stat().st_mtime_ns == age
-    assert first.splitlines()[0] == second.splitlines()[0]
+    told = " ".join(second.split()).replace(" (moved before)", "")
+    assert told.startswith(" ".join(first.splitlines()[0].split())) and told != second
     assert json.loads(prolora(*line, "-o", out, "--json")[1])["status"] == "already there"
     code, _, error = prolora(*line, "-o", out, "--strength", "0.5")
     assert code == 2 and "exists" in error and out.read_bytes() == before
@@ -127,3 +128,15 @@ def test_a_link_stands_for_the_file_that_it_leads_to(prolora, line, tmp_path):
         assert code == 2 and f"{name}: exists" in error
         (tmp_path / name).unlink()
     assert foreign.read_bytes() == FOREIGN
+
+
+def test_several_loras_have_a_mark_and_a_share_each_also_the_second_time(prolora, line, tmp_path):
+    lora, *how = line[1:]
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(lora.read_bytes())
+    several = "transfer", lora, other, *how, "-o", tmp_path / "moved"
+    first, second = prolora(*several)[1], prolora(*several)[1]
+    for said in (first, second):
+        assert said.count("⚠ ") >= 2 and said.count("70%") >= 2
+    assert first.splitlines()[-1].startswith("wrote 2 LoRAs into ")
+    assert "2 already there" in second and "wrote" not in second

@@ -63,7 +63,7 @@ def test_a_fit_killed_at_random_moments_ends_in_the_same_bytes(kind, tmp_path, m
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             done = prolora.fit(*ends, prompts=("cat", "dog"), resume=kept, **asked)
-        done.save(tmp_path / name)
+        done.save(tmp_path / name, overwrite=True)
 
     started = time.monotonic()
     assert in_child(lambda: fit("whole.safetensors", None)) == 0

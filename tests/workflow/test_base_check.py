@@ -1,7 +1,6 @@
 """A source that is not the LoRA's base, and a target that is, are refused by headers alone."""
 
 import hashlib
-import logging
 import shutil
 from pathlib import Path
 
@@ -139,18 +138,20 @@ def test_no_base_is_read_as_a_whole_where_the_short_hash_of_the_target_differs(
     assert prolora.transfer(of_a, a, b, dry_run=True).report.totals["mapped"]
 
 
-def test_the_name_of_the_target_is_only_said(files, tmp_path, caplog):
+def test_the_name_of_the_target_is_said_first_and_refuses_nothing(files, tmp_path):
     lora, a, b = files
     named = say_base(lora, tmp_path / "named.safetensors", ss_sd_model_name="A_fp16.safetensors")
-    with caplog.at_level(logging.WARNING):
-        assert prolora.transfer(named, a, b, dry_run=True).report.totals["mapped"]
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        assert prolora.transfer(named, b, a, dry_run=True).report.totals["mapped"]
-    assert "the name of the target, a.safetensors" in caplog.text and "swapped" in caplog.text
+    assert not prolora.transfer(named, a, b, dry_run=True).report.doubts
+    for dry_run in (True, False):
+        report = prolora.transfer(named, b, a, dry_run=dry_run).report
+        (doubt,) = report.doubts
+        assert "the name of the target, a.safetensors" in doubt and report.totals["mapped"]
+        assert str(report.in_words()).startswith("⚠ Were source and target swapped?")
+        assert "Were source and target swapped?" in report.to_html()
+        assert report.to_dict()["doubts"] == [doubt]
 
 
-def test_the_base_that_a_peft_folder_names_is_said_alike(files, tmp_path, caplog):
+def test_the_base_that_a_peft_folder_names_is_said_alike(files, tmp_path):
     lora, a, b = files
     done = prolora.transfer(lora, a, b, method="copy")
     done.save(tmp_path / "peft", format="peft")
@@ -160,9 +161,8 @@ def test_the_base_that_a_peft_folder_names_is_said_alike(files, tmp_path, caplog
     )
     weights = tmp_path / "peft" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)  # without prolora's header
-    with caplog.at_level(logging.WARNING):
-        prolora.transfer(tmp_path / "peft", a, b, dry_run=True)
-    assert "the name of the target, b.safetensors" in caplog.text
+    (doubt,) = prolora.transfer(tmp_path / "peft", a, b, dry_run=True).report.doubts
+    assert "the name of the target, b.safetensors" in doubt
 
 
 def test_source_and_target_that_are_one_model_are_refused(files, tmp_path, unread):

@@ -1,7 +1,6 @@
 """A LoRA that was moved before goes on from the base that it was moved to, and from no other."""
 
 import json
-import logging
 import time
 
 import pytest
@@ -108,16 +107,14 @@ def test_a_renamed_file_is_the_same_base(files, tmp_path):
     assert len(read_moves(move(moved, other, c, tmp_path / "out.safetensors"))) == 2
 
 
-def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path, caplog):
+def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path):
     moved, a, b, c = files
     (tmp_path / "half").mkdir()
     half = tmp_path / "half" / "B_fp16.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(b).items()}, half)
-    with caplog.at_level(logging.WARNING):
-        move(moved, half, c, tmp_path / "out.safetensors")
-    assert "moved to b.safetensors; B_fp16.safetensors has that name and another hash" in (
-        caplog.text
-    )
+    report = prolora.transfer(moved, half, c, out=tmp_path / "out.safetensors").report
+    (doubt,) = report.doubts
+    assert "moved to b.safetensors; B_fp16.safetensors has that name and another hash" in doubt
     swapped = tmp_path / "half" / "b.safetensors"
     swapped.write_bytes(a.read_bytes())
     assert move(moved, swapped, c, tmp_path / "out.safetensors")
@@ -125,11 +122,11 @@ def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path
 
 def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
     lora, _, _ = write_case(tmp_path)
-    a = write_folder(tmp_path / "a" / "unet", source_weights())
-    b = write_folder(tmp_path / "b" / "unet", target_weights())
+    a = write_folder(tmp_path / "a" / "m", source_weights())
+    b = write_folder(tmp_path / "b" / "m", target_weights())
     moved = tmp_path / "moved.safetensors"
     prolora.transfer(lora, a, b, out=moved, method="copy")
-    with pytest.raises(errors.AlreadyMoved, match="another file"):
+    with pytest.raises(errors.AlreadyMoved, match="the source is a/m, another file"):
         prolora.transfer(moved, a, b)
     assert prolora.transfer(moved, b, a, method="copy")
 
@@ -160,11 +157,10 @@ def test_a_base_of_several_files_is_told_by_pieces_of_them(tmp_path):
     assert prolora.transfer(moved, b / "unet", a, method="copy")
 
 
-def test_bases_in_memory_cannot_be_told_and_refuse_nothing(files, caplog):
+def test_bases_in_memory_cannot_be_told_and_refuse_nothing(files):
     moved, a, _, _ = files
-    with caplog.at_level(logging.WARNING):
-        assert prolora.transfer(moved, target_weights(), a, method="copy")
-    assert "cannot be told" in caplog.text
+    (doubt,) = prolora.transfer(moved, target_weights(), a, method="copy").report.doubts
+    assert "cannot be told" in doubt
 
 
 @pytest.mark.parametrize("text", ["{", "[1, null]", '{"a": 1}', '[{"target": 3}]', "[" * 100_000])

@@ -9,7 +9,7 @@ from ..architectures.layouts import (
     load_layout,
 )
 from .base import Base, check_finite, check_readable
-from .opening import BaseLike, open_base
+from .opening import BaseLike, open_base, open_pair
 
 __all__ = [
     "Base",
@@ -23,4 +23,5 @@ __all__ = [
     "known_layouts",
     "load_layout",
     "open_base",
+    "open_pair",
 ]

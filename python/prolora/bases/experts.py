@@ -18,7 +18,7 @@ from ..errors import UnsupportedFormat
 from ..files.hub import spell_path
 from .base import Base
 from .folder import find_expert_folders
-from .opening import BaseLike, open_base
+from .opening import BaseLike, open_base, open_pair
 
 HIGH, LOW = "high_noise", "low_noise"
 """The experts, as file names call them; the one for high noise comes first, as it does in use."""
@@ -137,11 +137,11 @@ def _name_source(source: BaseLike) -> str:
 
 def pair_experts(sources: Experts, targets: Experts) -> list[ExpertPair]:
     """Pairs the experts of source and target; a base without experts serves both."""
+    old, new = next(iter(sources.values())), next(iter(targets.values()))
     return [
         ExpertPair(
             expert,
-            sources.get(expert, next(iter(sources.values()))),
-            targets.get(expert, next(iter(targets.values()))),
+            *open_pair(sources.get(expert, old), targets.get(expert, new)),
             serves_any=expert in targets,
         )
         for expert in (targets if len(targets) > 1 else sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from .weights import LoadedWeight, StoredWeight, Weight
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
 
 log = logging.getLogger(__name__)
+
+_GENERIC = ("diffusion_pytorch_model", "model", "unet", "transformer")  # of any model
 
 
 def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
@@ -71,6 +74,17 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
     )
 
 
+def open_pair(source: BaseLike, target: BaseLike) -> tuple[Base, Base]:
+    """Opens two base models; equal names get folders in front."""
+    first, second = open_base(source), open_base(target)
+    if first.name == second.name and first.path != second.path:
+        one, two = (base.path.parts if base.path else () for base in (first, second))
+        shared = len(os.path.commonprefix([one, two]))  # noqa: RUF071 (of parts)
+        first = replace(first, name="/".join(one[shared:]) or first.name)
+        second = replace(second, name="/".join(two[shared:]) or second.name)
+    return first, second
+
+
 def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     """Returns a model's own parameters, without torch.compile's and PEFT's wrappers.
 
@@ -99,8 +113,10 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     """Opens a file or a folder, local or on the hub."""
-    path = Path(source)
-    name = path.resolve().name
+    path, named = Path(source), Path(source).resolve()
+    while named.name.split(".")[0] in _GENERIC:
+        named = named.parent
+    name = named.name or path.name
     if not os.path.exists(path):
         id_ = find_hub_id(source)
         if id_ is None:
@@ -120,8 +136,8 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     else:
         weights.update(open_file_weights(path))
         metadata, files = _list_metadata(weights), [path]
-    named = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
-    return Base(name, named, path, files, weights)
+    found = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
+    return Base(name, found, path, files, weights)
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:

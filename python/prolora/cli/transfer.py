@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
-from ..adapters.lora import Lora
 from ..bases.cache.cache_folder import measure_cache
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
@@ -26,7 +26,7 @@ from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_folder
 from ..workflow.report import Report
-from ..workflow.result import VERDICT, AnyOptions
+from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer as transfer_lora
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
@@ -301,11 +301,12 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
             for outcome in outcomes:
                 if outcome.status == "moved":
                     out.print_line(f"wrote {outcome.out}")
+        elif written := sum(outcome.status == "moved" for outcome in outcomes):
+            out.print_line(f"wrote {written} LoRAs into {outcomes[0].out.parent}{os.sep}")
         return
     report = outcomes[0].report
     if outcomes[0].kept:
-        with Lora.open(outcomes[0].out) as kept:
-            out.print(kept.metadata.get(VERDICT, ""))
+        show_words(out, outcomes[0].words)
         out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
     elif report is not None:
         show_report(report)

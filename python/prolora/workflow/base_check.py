@@ -6,7 +6,6 @@ hash; a name only warns, since people rename files.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
 
@@ -33,8 +32,6 @@ from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_h
 from .options import LoraLike, TransferOptions, begin_message
 from .plan import OTHER_MODEL, check_fits_source
 
-log = logging.getLogger(__name__)
-
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
 HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
 """Where sd-scripts writes which file the base was."""
@@ -48,8 +45,8 @@ def check_bases(
     options: TransferOptions,
     cache: BasisCache | None = None,
     may_be_one: bool = False,
-) -> None:
-    """Refuses a wrong source for the LoRA, and a target that is its base.
+) -> list[str]:
+    """Refuses a wrong source for the LoRA, and a target that is its base; returns doubts.
 
     Args:
         lora: what is to be moved; of a file, the header alone is read.
@@ -69,8 +66,8 @@ def check_bases(
     if misfit := explain_misfit(lora, source, target):
         raise misfit
     if options.again:
-        return
-    check_moved_before(lora, source, options, cache)
+        return []
+    doubts = [check_moved_before(lora, source, options, cache)]
     header = read_header(lora)
     where = begin_message(lora)
     if not may_be_one and are_one_base(source, target):
@@ -85,7 +82,12 @@ def check_bases(
             f"and not on the source, {source.name}: did you swap them? If not, `again=True` moves "
             "it all the same"
         )
-    _compare_names(header, source, target)
+    if is_named_base(header, target.name) and not is_named_base(header, source.name):
+        doubts.append(
+            f"Were source and target swapped? The LoRA's header gives the name of the target, "
+            f"{target.name}, as the model that it was trained on, and not {source.name}."
+        )
+    return [doubt for doubt in doubts if doubt]
 
 
 def explain_misfit(
@@ -220,14 +222,3 @@ def _read_digits(header: Mapping[str, str], key: str, count: int) -> str:
     """Returns a hash of so many hexadecimal digits, "" for anything else."""
     text = header.get(key, "").lower()
     return text if re.fullmatch(f"[0-9a-f]{{{count}}}", text) else ""
-
-
-def _compare_names(header: Mapping[str, str], source: Base, target: Base) -> None:
-    """Warns where the header names the target, and not the source, as the LoRA's base."""
-    if is_named_base(header, target.name) and not is_named_base(header, source.name):
-        log.warning(
-            "the LoRA's header gives the name of the target, %s, as the base that it was trained "
-            "on; the source is %s: were they swapped?",
-            target.name,
-            source.name,
-        )

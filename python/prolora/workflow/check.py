@@ -66,7 +66,7 @@ class Part:
         return f"{self.updates} × {kinds}{rank}{alpha}, acts at {scales}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Check:
     """What a file is and whether it is for the given bases.
 
@@ -149,6 +149,10 @@ class Check:
             return f"of no known family, so that what {self.program} does with it is not known"
         much = "a part of it" if self.program in self.readers.part else "nothing of it"
         return f"{self.program} applies {much}; convert it for that program (`convert()`)"
+
+    def __repr__(self) -> str:
+        """Returns one line: the file and the verdict."""
+        return f"Check({self.path!r}: {self.mark} {self.headline})"
 
     def __str__(self) -> str:
         """The mark and the verdict, then the facts, a line each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..bases import BaseLike, open_base
+from ..bases import BaseLike, open_pair
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
 from .best import BestWay
@@ -30,7 +30,7 @@ def plan_report(
     Raises:
         ProLoRAError: what `transfer` refuses before it looks at weights.
     """
-    old, new = open_base(source), open_base(target)
+    old, new = open_pair(source, target)
     # A dry run makes no folder.
     known = options.cache is not None and Path(options.cache).is_dir()
     options = options if known else replace(options, cache=None)

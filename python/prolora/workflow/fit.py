@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters import read_adapter
-from ..bases import Base, BaseLike, open_base
+from ..bases import Base, BaseLike, open_pair
 from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
@@ -84,7 +84,7 @@ def fit(
         OutputError: `out` cannot be written; the folder of kept parts belongs to other inputs.
     """
     options = settle_options(options, changes)
-    bases = open_base(source), open_base(target)
+    bases = open_pair(source, target)
     if dry_run:
         return pack_plan(_plan_fit(lora, *bases, options))
     if out is None:
@@ -143,7 +143,7 @@ def fit_many(
     options = settle_options(options, changes).for_file()
     paths = [keep_path(lora) for lora in loras]
     check_results_folder(folder, len(paths))
-    old, new = open_base(source), open_base(target)
+    old, new = open_pair(source, target)
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})

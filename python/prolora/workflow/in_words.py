@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from ..comparison.expectation import CLASSES, classify
 from ..comparison.expectation import Mark as Mark
@@ -41,6 +42,9 @@ NOT_COMPARED = "The weights of the two models were not compared: whether it will
 EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
 """What reports and headers call the making of a LoRA that was not moved."""
 
+VERDICT = "prolora.verdict"
+"""The entry of a header that tells again what was told when the file was written."""
+
 LITTLE = 0.4
 """A LoRA that keeps less than this share on the target promises little."""
 
@@ -57,6 +61,19 @@ class InWords:
     def __str__(self) -> str:
         """All of it, a sentence a line."""
         return "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
+
+
+def read_again(lines: Sequence[str]) -> InWords:
+    """Returns the verdict of an earlier run from its lines; see `InWords.__str__`."""
+    first, *others = lines
+    mark: Mark = next((known for known in get_args(Mark) if first.startswith(known)), "⚠")
+    return InWords(mark, f"{first.removeprefix(mark).strip()} (moved before)", (*others,))
+
+
+def say_first(doubts: Sequence[str], told: InWords) -> InWords:
+    """Returns a verdict with doubts of the bases before it."""
+    mark: Mark = "⚠" if told.mark == "✔" else told.mark
+    return InWords(mark, doubts[0], (told.headline, *doubts[1:], *told.lines), told.cautions)
 
 
 def judge(

@@ -46,7 +46,7 @@ from .module_report import ModuleReport
 from .moved_before import check_moved_before
 from .options import LoraLike, settle_options, takes_options
 from .out_rank import cut_rank
-from .output_paths import check_output
+from .output_paths import check_name, check_output
 from .report import Report
 from .result import Transfer, pack_result, save_result
 from .tables import write_shape
@@ -105,6 +105,7 @@ def merge(
         return _Merge.open(loras, target, sources, options).run(hashed=False)
     options = options.for_file()
     job = _Merge.open(loras, target, sources, options)
+    check_name(out)
     if Path(out).is_dir() and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite)
@@ -278,7 +279,8 @@ class _Merge:
         wrong: ProLoRAError | None = explain_misfit(lora, target)
         if wrong is None:
             try:
-                return check_moved_before(lora, target, self.options.for_moving())
+                check_moved_before(lora, target, self.options.for_moving())
+                return
             except AlreadyMoved as error:
                 wrong = error
         why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)

@@ -5,7 +5,6 @@ A moved LoRA belongs on the base that it was moved to, and on no other.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 
@@ -18,8 +17,6 @@ from ..bases.identity import is_identical
 from ..errors import AlreadyMoved
 from .in_words import MERGE
 from .options import LoraLike, TransferOptions, begin_message
-
-log = logging.getLogger(__name__)
 
 # Words of file names for the form in which a model is stored, not for the model.
 _FORMS = re.compile(
@@ -36,12 +33,12 @@ _ANY_MODEL = {"unet", "transformer", "transformer 2", "model", "diffusion pytorc
 
 def check_moved_before(
     lora: LoraLike, source: Base, options: TransferOptions, cache: BasisCache | None = None
-) -> None:
-    """Refuses to move a LoRA on from a base that it does not belong to.
+) -> str:
+    """Refuses to move a LoRA on from a base that it does not belong to; returns what is doubtful.
 
     The header of a result names the base that it was moved to, with its hash. A renamed file is the
     same base. A file with the same name and another hash may be the base in another precision: it
-    is accepted, and the log says what was compared.
+    is accepted, and it is said what was compared.
 
     Args:
         lora: what is to be moved; its header alone is read.
@@ -56,11 +53,11 @@ def check_moved_before(
     metadata = read_header(lora)
     moves = read_moves(metadata)
     if not moves or options.again:
-        return
+        return ""
     last = moves[-1]
-    reason = _explain_other_base(last, source, metadata.get("ss_sd_model_hash"), cache)
+    reason, doubt = _explain_other_base(last, source, metadata.get("ss_sd_model_hash"), cache)
     if reason is None:
-        return
+        return doubt
     raise AlreadyMoved(
         f"{begin_message(lora)}this LoRA was already moved {describe_moves(moves)}, but the source "
         f"is {source.name}, {reason}; give {last.target} as the source, or take `again=True` to "
@@ -105,37 +102,36 @@ def read_header(lora: LoraLike) -> Mapping[str, str]:
 
 def _explain_other_base(
     last: Move, source: Base, short_hash: str | None, cache: BasisCache | None
-) -> str | None:
-    """Explains why a base is not the LoRA's last one; None if it may be."""
+) -> tuple[str | None, str]:
+    """Explains why a base is not the LoRA's last one, or doubts it.
+
+    The first is None if it may be that base.
+    """
     memory = cache.folder if cache else None
     same = is_identical(source, last.target_hash, short_hash, memory)
     if same:
-        return None
+        return None, ""
     named = fold_base_name(source.name)
     told_by_name = fold_base_name(last.target) not in (fold_base_name(last.source), *_ANY_MODEL)
     if told_by_name and named == fold_base_name(last.target):
-        log.warning(
-            "the LoRA was moved to %s; %s has that name and %s, so it is taken for the same model",
-            last.target,
-            source.name,
-            "another hash" if same is False else "no hash to compare",
+        told = "another hash" if same is False else "no hash to compare"
+        return None, (
+            f"The LoRA was moved to {last.target}; {source.name} has that name and {told}, so it "
+            "is taken for the same model."
         )
-        return None
     if same is False:
         if source.name == last.source:
-            return "the base that it was moved from" if told_by_name else "another file"
-        return "another model by name and hash" if told_by_name else "another model by its hash"
+            return ("the base that it was moved from" if told_by_name else "another file"), ""
+        known = "by name and hash" if told_by_name else "by its hash"
+        return f"another model {known}", ""
     if not told_by_name or named in _ANY_MODEL or not source.files:
-        log.warning(
-            "the LoRA was moved to %s; whether %s is that model cannot be told: %s",
-            last.target,
-            source.name,
-            _NO_HASHES,
+        return None, (
+            f"The LoRA was moved to {last.target}; whether {source.name} is that model cannot be "
+            f"told: {_NO_HASHES}."
         )
-        return None
     if source.name == last.source:
-        return "the base that it was moved from"
-    return f"another model by its name ({_NO_HASHES})"
+        return "the base that it was moved from", ""
+    return f"another model by its name ({_NO_HASHES})", ""
 
 
 def fold_base_name(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..adapters.left_out import find_unknown_updates
 from ..errors import ProLoRAError
 from ..files.hub import spell_path
+from .in_words import InWords, read_again
 from .report import Report
 
 OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
@@ -25,6 +26,8 @@ class Outcome:
         report: None if it failed, or was there already.
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
+        before: the verdict of what was kept.
+        before_share: its share.
         behind: updates of the LoRA that could not be read, where there is no report to say so.
         planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
@@ -35,6 +38,8 @@ class Outcome:
     report: Report | None = None
     error: ProLoRAError | None = None
     kept: bool = False
+    before: tuple[str, ...] = ()
+    before_share: float | None = None
     behind: tuple[str, ...] = ()
     planned: bool = False
     seconds: float = 0.0
@@ -45,6 +50,20 @@ class Outcome:
         if self.report is None:
             return self.behind
         return (*self.report.unread, *find_unknown_updates(self.report.left_out))
+
+    @property
+    def words(self) -> InWords:
+        """The verdict, or the error."""
+        if self.error:
+            return InWords("✖", str(self.error))
+        if self.report is None:
+            return read_again(self.before or ("✔ It was made of the same in the same way.",))
+        return self.report.in_words()
+
+    @property
+    def share(self) -> float | None:
+        """What found a place, 0 … 1."""
+        return self.report.totals["energy_mapped"] if self.report else self.before_share
 
     @property
     def status(self) -> OutcomeStatus:

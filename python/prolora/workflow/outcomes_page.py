@@ -9,7 +9,7 @@ from . import tables
 from .outcome import Outcome
 from .page.document import Page, Section, render_page
 from .report import Report
-from .table import NOTHING, Below, Cell, Column, Row, Table, make_table
+from .table import NOTHING, Below, Cell, Column, Row, Table, Tone, make_table
 
 
 def tabulate_outcomes(outcomes: Sequence[Outcome]) -> Table:
@@ -17,7 +17,7 @@ def tabulate_outcomes(outcomes: Sequence[Outcome]) -> Table:
     counts = Counter(outcome.status for outcome in outcomes)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     columns = Column("LoRA"), Column("status"), *(Column(n, "d") for n in ("mapped", "skipped"))
-    columns += Column("refused", "d"), Column("kept", ".0%", has_bar=True), Column("vs copy", ".2f")
+    columns += Column("refused", "d"), Column("place", ".0%", has_bar=True)
     rows = [_describe_outcome(outcome, outcomes) for outcome in outcomes]
     title = f"{len(outcomes)} LoRAs: {summary}"
     return make_table(title, (*columns, Column("s", ".1f")), rows)
@@ -31,19 +31,20 @@ def name_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
 
 def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Row:
     """Makes a row: the numbers, and on a page the map and sentences."""
-    name, report = name_outcome(outcome, outcomes), outcome.report
+    words, report = outcome.words, outcome.report
+    name = f"{words.mark} {name_outcome(outcome, outcomes)}"
     if report is None:
-        sentences = (str(outcome.error),) if outcome.error else ()
-        numbers: list[Cell] = [None] * 6
-        tone = "warn" if outcome.error else "faint"
-        return Row((name, outcome.status, *numbers), tone, below=Below(sentences=sentences))  # type: ignore[arg-type]
+        cells: list[Cell] = [None, None, None, outcome.share, None]
+        tone: Tone = "warn" if outcome.error else "faint"
+        below = Below(sentences=tuple(str(words).split("\n")))
+        return Row((name, outcome.status, *cells), tone, below=below)
     totals = report.totals
-    numbers = [totals["mapped"], totals["skipped"], totals["refused"]]
-    numbers += [totals["energy_surviving"], totals["copy_distance"], outcome.seconds or NOTHING]
+    cells = [totals["mapped"], totals["skipped"], totals["refused"]]
+    cells += [outcome.share, outcome.seconds or NOTHING]
     places = tables.map_modules(report.modules, report.dry_run)
     reasons = tables.tabulate_reasons(report.modules)
-    below = Below(places, tuple(report.sentences()), reasons)
-    return Row((name, outcome.status, *numbers), below=below)
+    sentences = (*str(words).split("\n"), *report.sentences())
+    return Row((name, outcome.status, *cells), below=Below(places, sentences, reasons))
 
 
 def render_outcomes(outcomes: Sequence[Outcome], facts: Mapping[str, str] | None = None) -> str:

@@ -27,7 +27,7 @@ from .outcome import Outcome
 from .output_paths import check_output
 from .report import Report
 from .result import Transfer, save_result
-from .resume import Recipe
+from .resume import Recipe, read_verdict
 
 
 @dataclass
@@ -62,7 +62,10 @@ class Task:
         self.recipe = recipe
         if recipe.options.overwrite or not recipe.is_made(self.out):
             return False
-        self.outcome = Outcome(self.lora, self.out, kept=True, behind=recipe.list_unread())
+        verdict = read_verdict(self.out)
+        self.outcome = Outcome(
+            self.lora, self.out, None, None, True, *verdict, behind=recipe.list_unread()
+        )
         return True
 
     def finish(self, report: Report | None) -> None:

@@ -16,11 +16,7 @@ from ..adapters.formats.moves import Move
 from ..comparison.expectation import Mark
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.means import weighted_mean
-from ..core.verdict import (
-    STRANGE_COSINE,
-    Verdict,
-    describe_strangers,
-)
+from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
 from ..files.jsontext import replace_nonfinite
 from ..files.store import put_text
 from ..probe.report import ProbeReport
@@ -38,6 +34,8 @@ from .in_words import (
     ZERO,
     InWords,
     judge,
+    read_again,
+    say_first,
     tell_fit,
     tell_made,
     tell_method,
@@ -46,13 +44,7 @@ from .in_words import (
     tell_vectors,
 )
 from .merge_report import MergeReport
-from .module_report import (
-    STATUSES,
-    ModuleReport,
-    measure_coverage,
-    measure_totals,
-    split_modules,
-)
+from .module_report import STATUSES, ModuleReport, measure_coverage, measure_totals, split_modules
 from .moved_before import tell_moved_before
 from .options import FIT
 from .output_paths import is_page_path
@@ -72,6 +64,7 @@ from .report_sentences import (
     tell_factors,
     tell_left_behind,
     tell_limits,
+    tell_relative,
     tell_tensors_left,
 )
 from .table import Table
@@ -104,6 +97,8 @@ class Report:
             for a LoRA; all others were read exactly.
         as_stored: whether the file holds the stored tensors and scales of the LoRA as they are.
         base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
+        doubts: of the bases; said first.
+        before: the earlier verdict, where its result was kept.
         dry_run: True where nothing was moved. Rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
         few_steps: whether the target draws in few steps and the source does not; None where
@@ -143,6 +138,8 @@ class Report:
     kept_energy: dict[str, float] = field(default_factory=dict)
     as_stored: bool = False
     base_dependent: int = 0
+    doubts: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     dry_run: bool = False
     asked: str | None = None
     few_steps: bool | None = None
@@ -256,7 +253,13 @@ class Report:
         return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
     def in_words(self) -> InWords:
-        """Returns the verdict for people: expectation, what was done, next steps."""
+        """Returns the verdict for people: doubts, expectation, what was done."""
+        if self.before:
+            return read_again(self.before)
+        return say_first(self.doubts, self._judge()) if self.doubts else self._judge()
+
+    def _judge(self) -> InWords:
+        """Returns the verdict without doubts of the bases."""
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
         if self.was_made:
@@ -340,11 +343,7 @@ class Report:
         cautions = tell_left_behind(self.modules, self.unread, self.left_out)
         cautions += tell_factors(self.blocks, self.modules)
         if self.base_dependent:
-            cautions.append(
-                f"{self.base_dependent} updates are relative to the weights of {self.source} "
-                "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
-                f"{self.target} now."
-            )
+            cautions.append(tell_relative(self.base_dependent, self.source, self.target))
         return (*cautions, *tell_moved_before(self.moves), *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
@@ -397,11 +396,8 @@ class Report:
 
     def _sentences_of_bases(self) -> list[str]:
         """Tells the verdict on the two bases, and what followed from it."""
-        sentences = []
-        if self.verdict:
-            sentences.append(self.verdict.sentence())
-        sentences += describe_renumbered(self.renumbered) + self._caution_of_strangers()
-        return sentences
+        told = [self.verdict.sentence()] if self.verdict else []
+        return [*told, *describe_renumbered(self.renumbered), *self._caution_of_strangers()]
 
     def _caution_of_strangers(self) -> list[str]:
         """Warns of paired modules with unrelated weights."""

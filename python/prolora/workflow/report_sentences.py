@@ -91,3 +91,11 @@ def tell_limits(
     if totals["flagged"]:
         sentences.append(f"{totals['flagged']} modules missed the accuracy tolerance (see 'ok').")
     return sentences
+
+
+def tell_relative(count: int, source: str, target: str) -> str:
+    """Warns of updates that a copy keeps although they depend on the base."""
+    return (
+        f"{count} updates are relative to the weights of {source} (DoRA, OFT or GLoRA). They are "
+        f"kept as they are stored, and act on those of {target} now."
+    )

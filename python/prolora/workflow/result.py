@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -17,13 +18,11 @@ from .by_weights.file_budget import OutputForm
 from .convert_options import ConvertOptions
 from .extract_options import ExtractOptions
 from .fit_options import FitOptions
+from .in_words import VERDICT
 from .merge_options import MergeOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
 from .report import Report
-
-VERDICT = "prolora.verdict"
-"""The entry of a header that tells again what was told when the file was written."""
 
 AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
 """Of a job that writes a LoRA."""
@@ -131,9 +130,10 @@ def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
     """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
     if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
-        words = done.report.in_words()
-        told = {VERDICT: replace_surrogates(f"{words.mark} {words.headline}")}
-        done = replace(done, adapter=replace(done.adapter, metadata=done.adapter.metadata | told))
+        words, share = str(done.report.in_words()), done.report.totals["energy_mapped"]
+        told = json.dumps({"words": words.split("\n"), "share": share})
+        metadata = done.adapter.metadata | {VERDICT: replace_surrogates(told)}
+        done = replace(done, adapter=replace(done.adapter, metadata=metadata))
     done.save(out, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done, report=replace(done.report, seconds=seconds))

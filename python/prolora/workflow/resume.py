@@ -21,6 +21,7 @@ from ..files.hashing import hash_file
 from ..version import __version__
 from .by_weights.rows import list_missed
 from .fit_options import FitOptions
+from .in_words import VERDICT
 from .options import TransferOptions
 
 States = list[list[str | int]]
@@ -125,6 +126,19 @@ class Recipe:
         outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
         unknown = find_unknown_updates(outline.left_out)
         return (*list_missed(outline, self.options.text_encoder), *unknown)
+
+
+def read_verdict(out: Path) -> tuple[tuple[str, ...], float | None]:
+    """Reads a result's verdict and share; nothing of other files."""
+    try:
+        with Lora.open(out) as result:
+            told = json.loads(result.metadata.get(VERDICT, "{}"))
+        words, share = told.get("words", ()), told.get("share")
+    except (ProLoRAError, ValueError, RecursionError, AttributeError):
+        return (), None
+    if not isinstance(words, list) or not all(isinstance(line, str) for line in words):
+        return (), None
+    return tuple(words), share if isinstance(share, float | int) else None
 
 
 def _list_states(files: Iterable[Path]) -> States:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..adapters import read_adapter
 from ..adapters.lora import Lora
-from ..bases import Base, BaseLike, open_base
+from ..bases import Base, BaseLike, open_pair
 from ..files.hub import keep_path
 from .best import BestWay
 from .by_weights.base_pair import list_inputs, move_lora
@@ -24,9 +24,9 @@ from .options import (
     settle_options,
     takes_options,
 )
-from .output_paths import check_output
+from .output_paths import check_name, check_output
 from .result import Transfer, pack_plan, save_result
-from .resume import Recipe
+from .resume import Recipe, read_verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,10 +76,11 @@ def transfer(
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
-    bases = open_base(source), open_base(target)
+    bases = open_pair(source, target)
     if dry_run:
         return pack_plan(plan_report(lora, *bases, options))
     if out is not None:
+        check_name(out)
         return _move_file(lora, *bases, Path(out), options.for_file())
     if options.method == BEST:
         return BestWay.of(*bases, options).move(lora)
@@ -101,7 +102,8 @@ def _move_file(
     with Lora.open(keep_path(lora)) as file:
         recipes = [Recipe.of(file, *bases, how) for how in ways]
         if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
-            return replace(pack_plan(plan_report(file, *bases, options)), adapter=read_adapter(out))
+            planned = plan_report(file, *bases, way.by_weights if way else options)
+            return Transfer(read_adapter(out), replace(planned, before=read_verdict(out)[0]))
         check_output(out, list_inputs(file, *bases), options.overwrite)
         if way:
             done = way.move(file, for_file=True)

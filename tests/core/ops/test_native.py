@@ -225,7 +225,7 @@ try:
 except ImportError as error:
     print(error)
 """
-NO_PACKAGE = "import sys; sys.modules['prolora.core._C'] = None; import prolora"
+NO_PACKAGE = "import sys; sys.modules['prolora.core._C'] = None; import prolora; prolora.transfer"
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +255,6 @@ def test_an_extension_that_is_missing_or_stale_is_said_and_can_be_an_error(said,
     assert why in failed
 
 
-def test_without_an_extension_that_must_be_there_the_package_cannot_be_imported(said):
+def test_without_an_extension_that_must_be_there_no_verb_can_be_loaded(said):
     failed, text = said["must be there"]
     assert failed and "PROLORA_NATIVE=ON, but there is no compiled extension: " in text

@@ -121,5 +121,6 @@ def build_report(
         quantised=list_quantised(ledger.source, ledger.target),
         moves=read_moves(adapter.metadata),
         few_steps=_find_few_steps(ledger),
+        doubts=ledger.doubts,
         **known,
     )

@@ -94,12 +94,13 @@ class BasePair:
         """
         options, clock = self.options, Clock()
         with clock("read"):
-            check_bases(lora, self.source, self.target, options, self.cache)
+            doubts = check_bases(lora, self.source, self.target, options, self.cache)
             adapter = read_lora(lora, self.source, depth, keep_stored=True)
         with clock("match"):
             match = self.match_blocks() if match is None else match
             plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
         ledger = Ledger(adapter, plan, self.source, self.target, options, lora, clock=clock)
+        ledger.doubts = tuple(doubts)
         outline_rows(ledger, measured=depth != "updates")
         ledger.find_block_factors(carry_vectors(ledger).vectors)
         check_coverage(ledger.rows.values(), options.min_coverage)

@@ -91,6 +91,7 @@ class Ledger:
     # The time that was spent on this LoRA, with its share of what is done for several
     clock: Clock = field(default_factory=Clock)
     error: Exception | None = None  # why it was given up; others go on
+    doubts: tuple[str, ...] = ()  # what is doubtful of the bases that were given
 
     def find_block_factors(self, vectors: Iterable[str]) -> None:
         """Notes the factor of every target module whose block has one.

@@ -25,10 +25,6 @@ def list_loras(
             folder, whose files and adapters are taken, also in folders below it; a text file
             with one of these in each line; `org/name`, `hf://org/name` or
             `hf://collections/org/slug` on the hub, whose adapters are fetched.
-
-    Raises:
-        UnsupportedFormat: a missing file or folder, the hub does not give it, or no LoRA is in
-            all of them.
     """
     members = [collection] if isinstance(collection, str | os.PathLike) else list(collection)
     listed = dict.fromkeys(lora for member in members for lora in _list_member(member))

@@ -150,12 +150,7 @@ def assign_loras(
 def find_source(
     lora: Path, sources: Mapping[str, Experts], options: TransferOptions, cache: BasisCache
 ) -> str:
-    """Returns the path of the base that a LoRA belongs to, by its header.
-
-    Raises:
-        UnsupportedFormat: it fits none, or several and nothing tells which.
-        AlreadyMoved: prolora moved it to a base that is none of them.
-    """
+    """Returns the path of the base that a LoRA belongs to, or refuses to guess."""
     bases = {path: next(iter(experts.values())) for path, experts in sources.items()}
     if len(bases) == 1:
         return next(iter(bases))  # whether it fits is told where it moves

@@ -49,10 +49,6 @@ def run_on_ray(address: str, batches: Sequence[Batch], job: Job) -> Iterator[Mig
 
     A batch that is lost more often than Ray tries again, or does not get on, is split: so the LoRA
     that ends or hangs its process is refused, and no other.
-
-    Raises:
-        OutputError: a node does not see the folder of the results, or cannot write there.
-        ProLoRAError: Ray is missing or does not answer, or a node has another version.
     """
     with _connect(address) as ray, _put_mark(Path(job.folder)) as mark:
         needs: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES}
