@@ -29,7 +29,7 @@ class Icons:
 
 
 class IconPipeline(DiffusionPipeline):
-    """A pipeline for icons of 24 × 24 pixels from prompts of four words."""
+    """A pipeline that draws icons from prompts of four words."""
 
     scheduler: Any
     transformer: Any
