@@ -10,9 +10,6 @@ GLOSSARY = {
     "vs copy": "distance to the unchanged update, in units of its norm",
     "norm": "ratio of the norms of the update, target to source",
     "drift": "‖W_t − W_s‖/‖W_s‖ of the two models' weights: 0 if equal, 1.4 if trained apart",
-    "size of a LoRA": (
-        "‖ΔW‖/‖W‖ over its modules: where the drift is less than 0.4 of it, copies did well"
-    ),
     "cosine": "⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) of the two models' weights: 1 if equal, 0 if trained apart",
     "Φ": "overlap of the leading subspaces of the two models' weights, left and right, 0 … 1",
     "chance": "the Φ that unrelated weights have",
