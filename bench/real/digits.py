@@ -1,13 +1,13 @@
 """A ViT and a CNN that somebody else trained: ``python bench/real/digits.py NETS WORK``.
 
 NETS is what ``fetch.py NETS --digits`` made. Every network, LoRA and row is a file in WORK that is
-made once; several processes may help. With --collect FILE all rows are written as JSON.
+made once; several processes may help. With --collect FILE all rows are written as JSON, and the
+table of README.md is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import itertools
 import json
@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 from jobs import Job, run_jobs
 from loras import read_lora, save_updates
 from results import git, round_numbers
+from tables import format_table
 
 from prolora import LowRank, probe, project
 from prolora.probe.gate import COPY
@@ -297,7 +298,7 @@ def list_jobs(nets: Path, work: Path) -> list[Job]:
 
     def make_net(base: str, seed: int, part: Path) -> None:
         kind, _, look = base.partition("-")
-        net = copy.deepcopy(load_net(nets, kind))
+        net = load_net(nets, kind)
         train_look(net, look, seed)
         save_file(net.state_dict(), part)
 
@@ -343,7 +344,37 @@ def main() -> None:
     files = [job.path for job in jobs if job.path.suffix == ".json" and job.path.exists()]
     rows = [round_numbers(json.loads(file.read_text())) for file in files]
     given.collect.write_text(json.dumps({"rows": rows}, indent=0) + "\n")
+    print(tabulate(rows))
     return None
+
+
+def tabulate(rows: list[dict[str, Any]]) -> str:
+    """A line for each move and idea: shares of what training there takes away, and what is seen."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((f"{row['source']} → {row['target']}", row["idea"]), []).append(row)
+
+    def share(part: list[dict[str, Any]], way: str) -> str:
+        losses = [row["losses"] for row in part]
+        if any(way not in one for one in losses):
+            return "–"
+        gained = [(one["none"] - one[way]) / (one["none"] - one["oracle"]) for one in losses]
+        return f"{sum(gained) / len(gained):.2f}"
+
+    def seen(part: list[dict[str, Any]], way: str) -> str:
+        marks = [row["seen"][way] for row in part if way in row["seen"]]
+        return f"{sum(marks) / len(marks):.2f}" if marks else "–"
+
+    ways = ("copy @ 0.5", "copy @ 1", "prolora 0.9", "fit @ 1", "fit @ 1.25", "fit, as written")
+    head = ["move", "idea", "n", *ways, "gate", "seen: trained", "copy @ 1", "fit, as written"]
+    lines = []
+    for key, part in groups.items():
+        gates = sorted({row["fit"]["decision"] for row in part})
+        shown = (seen(part, way) for way in ("oracle", "copy @ 1", "fit, as written"))
+        lines.append(
+            [*key, str(len(part)), *(share(part, w) for w in ways), "/".join(gates), *shown]
+        )
+    return format_table(head, lines)
 
 
 if __name__ == "__main__":

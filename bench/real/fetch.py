@@ -1,9 +1,12 @@
-"""Fetches what the terrain study runs on, and checks it: ``python bench/real/fetch.py FOLDER``.
+"""Fetches what the studies run on, and checks it: ``python bench/real/fetch.py FOLDER``.
 
 Two wheels of the PyPI package adaptive-terrain-diffusion (MIT), for the ONNX file in each, and the
 training heightfields of its public repository (MIT). All are pinned by version or commit and by
 SHA-256. FOLDER gets `0.4.1.onnx`, `0.4.2.onnx` and `maps.npy` (float32, 3000 × 128 × 128, in m);
 what is there already is checked and kept.
+
+With --digits instead a ViT and a CNN that draw digits, their code and weights, of the public
+repository MNIST-diffusion (MIT), for digits.py.
 """
 
 from __future__ import annotations
@@ -85,6 +88,44 @@ def clone_maps(place: Path) -> Path:
     return place / IN_REPOSITORY
 
 
+DIGITS = "https://github.com/sofia-dominguezc/MNIST-diffusion"
+OF_DIGITS = {  # file -> (commit, path there, SHA-256)
+    "vit_architecture.py": (
+        "88bc05803c987e40be4eacb48cf4bb14d7c58c5e",
+        "diffusion/architecture.py",
+        "d466d966aaa3bfa03799e70143e7a5918f100e52afe48dd2f97e228a6d00aacd",
+    ),
+    "vit.pth": (
+        "88bc05803c987e40be4eacb48cf4bb14d7c58c5e",
+        "parameters/MNIST/DiffusionViT.pth",
+        "2fd387f3a0c7bbd74cb209e4a7db43f18418a974e63b3d4b493fa2ab2f34f90c",
+    ),
+    "cnn_architecture.py": (
+        "307028c6ce907ff442b2a4f1040029594700111b",
+        "src/architectures.py",
+        "37e5c3b2665b63de067a8193af4b7c76c9dc1f93bc9e3e6e64ae9ee9e6c70470",
+    ),
+    "cnn.pth": (
+        "307028c6ce907ff442b2a4f1040029594700111b",
+        "parameters/MNIST/Diffusion.pth",
+        "7d9e7e8d1be1a05a98c2eaf6b5675a351e48a25f78482c39e592e2bd508dff13",
+    ),
+}
+
+
+def fetch_digits(folder: Path) -> None:
+    """The networks of digits.py, out of a clone without files."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        clone = ("clone", "--quiet", "--bare", "--filter=blob:none", DIGITS, place)
+        subprocess.run(["git", *clone], check=True)
+        for name, (commit, path, digest) in OF_DIGITS.items():
+            if not (folder / name).exists():
+                show = ["git", "-C", place, "show", f"{commit}:{path}"]
+                content = subprocess.run(show, check=True, capture_output=True).stdout
+                (folder / name).write_bytes(content)
+            check_digest(name, hash_file(folder / name), digest)
+
+
 def read_sorted(folder: Path) -> Iterator[tuple[str, bytes]]:
     files = sorted(folder.glob("*.txt"), key=lambda file: file.name)
     if len(files) != MAPS:
@@ -106,8 +147,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--maps", type=Path, help=f"{IN_REPOSITORY} of an own checkout")
+    parser.add_argument("--digits", action="store_true", help="what digits.py runs on")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
+    if given.digits:
+        fetch_digits(given.folder)
+        raise SystemExit
     for one in WHEELS:
         fetch_model(given.folder, one)
     fetch_maps(given.folder, given.maps)

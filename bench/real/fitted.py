@@ -77,22 +77,6 @@ class Sampler:
                 terrain = answer.clamp(-1, 1)
 
 
-def measure_copy(source: Network, target: Network, lora: Mapping[str, LowRank]) -> str:
-    """What the LoRA reaches on the target as it is, at its best strength and at each one."""
-    samplers = Sampler(source), Sampler(target)
-    trajectories = probe.Trajectories(runs=2, moments=6)
-    measured = probe.measure_strengths(
-        source, target, lora, {"copy": lora}, samplers, trajectories=trajectories
-    )
-    copy = measured.candidates["copy"]
-    low, high = copy.share_interval
-    shares = ", ".join(f"{share:.2f} at {at:g}" for at, share in copy.shares.items())
-    return (
-        f"A copy reaches {copy.share:.2f} ({low:.2f} to {high:.2f}) of the change that the LoRA "
-        f"makes to its own base, at a strength of {copy.strength:.2f}: {shares}."
-    )
-
-
 def draw_sigmas(generator: torch.Generator) -> Iterator[Tensor]:
     low, high = map(math.log, SIGMAS)
     for _ in range(ASKED):
@@ -110,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="what fetch.py made")
     parser.add_argument("lora", type=Path)
-    parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--source", default="0.4.1")
     parser.add_argument("--target", default="0.4.2")
     given = parser.parse_args()
@@ -119,9 +103,6 @@ def main() -> None:
         load_network(given.data / f"{one}.onnx") for one in (given.source, given.target)
     )
     lora = read_lora(load_file(given.lora))
-    if given.out is None:
-        print(measure_copy(source, target, lora))
-        return
     moved = fit_lora(source, target, lora)
     gate = moved.report.gate
     if gate is not None and gate.decision == COPY:

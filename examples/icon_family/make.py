@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,6 +25,7 @@ from models import Folder, load_lora
 from worlds import backbone, load_world
 
 from prolora.adapters import Adapter, write_adapter
+from prolora.probe.pipelines.icons import IconPipeline
 
 HERE = Path(__file__).parent
 QUALITY = HERE.parents[1] / "bench" / "quality"
@@ -47,8 +49,9 @@ LORAS = {
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """A transformer the way diffusers stores it, in half precision."""
-    backbone(model).half().save_pretrained(folder)
+    """Writes a pipeline as diffusers stores it, in half precision."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    IconPipeline(scheduler, backbone(model).half()).save_pretrained(folder)
 
 
 def save_lora(folder: Folder, name: str, path: Path) -> None:

@@ -210,7 +210,9 @@ def test_a_lora_moved_by_weights_keeps_its_words(room, tmp_path):
     out = tmp_path / "out.safetensors"
     lora, other = room / "sd.safetensors", room / "sd, another VAE"
     for format in ("kohya", "diffusers"):
-        prolora_transfer(lora, room / "sd", other, method="copy").save(out, format=format)
+        prolora_transfer(lora, room / "sd", other, method="copy").save(
+            out, format=format, overwrite=True
+        )
         assert check(out).trigger_words == ("sks cat", "neon", "night")
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from prolora import LowRank
 from prolora.adapters import read_adapter
-from prolora.cli.demo import encode_prompts, find_models, load_transformer
+from prolora.cli.demo import find_models
+from prolora.probe.pipelines.icons import IconPipeline
 
 from .networks import Painter
 from .words import NULL_PROMPT, VOCABULARY, all_prompts, word_ids
@@ -20,7 +21,7 @@ class ShippedPainter(Painter):
 
     def __init__(self, kind: str) -> None:
         super().__init__("flux", kind)
-        self.backbone = load_transformer(find_models() / kind)
+        self.backbone = IconPipeline.from_pretrained(find_models() / kind).transformer.float()
         self.text_encoder = None
 
     def encode(self, y: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ def token_table() -> Tensor:
     """[1 + prompts, 4, 64]: tokens by the number of the prompt, NaN where there is no picture."""
     y = all_prompts()
     prompts = [" ".join(VOCABULARY[word] for word in ids) for ids in word_ids(y).tolist()]
-    null, *tokens = encode_prompts(find_models(), prompts)
+    pipe = IconPipeline.from_pretrained(find_models() / "source")
+    null, *tokens = pipe.encode_icons(["", *prompts])
     table = torch.full((NULL_PROMPT + 1, *null.shape), torch.nan)
     table[NULL_PROMPT], table[y] = null, torch.stack(tokens)
     return table

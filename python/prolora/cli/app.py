@@ -13,13 +13,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..core.methods import MethodChoice
 from ..version import __version__
 from . import check as checking
 from . import doctor as doctor_facts
 from .console import answer, err, out, prepare_streams, progress_bar
 from .convert import convert
-from .demo import run_demo
+from .demo import APART, Demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .extract import extract
 from .fit import FitCommand, fit
@@ -133,46 +132,24 @@ def demo(
     target: Annotated[
         str,
         typer.Option(
-            help="A shipped base to move to: apart (trained apart from the source; both models "
-            "run, for a minute or two), pruned, far (another art style) or few-step. Default: "
-            "apart, or pruned where another method than auto is chosen."
+            help="A shipped base to move to: pruned, far (another art style), few-step, or apart "
+            "(trained apart from the source, so that both models run, for a minute or two). "
+            "Default: pruned, and then apart."
         ),
     ] = "",
-    method: Annotated[
-        MethodChoice,
-        typer.Option(
-            help="How to move the LoRA. auto chooses by how far the bases are apart, and fits the "
-            "LoRA to apart."
-        ),
-    ] = "auto",
-    prompt: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TEXT",
-            help="What to draw, in four words as in 'car noto many on-blue'; once for each image.",
-        ),
-    ] = [],  # noqa: B006
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of the noise that the images start from.")
-    ] = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Move a shipped LoRA between two small shipped models, and draw what it does."""
-    with progress_bar("demo") as progress:
-        report, paths = run_demo(
-            output,
-            lora=lora,
-            target=target,
-            method=method,
-            prompts=prompt,
-            seed=seed,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    show_report(report)
-    for path in paths:
-        out.print_line(f"wrote {path}")
-    out.print_line(f"To see it all, open {paths[-1]} in a browser.", style="bold")
+    """Move a shipped LoRA between small shipped models, and draw what it does."""
+    demos = [Demo.find(lora, name, output) for name in ([target] if target else ["pruned", APART])]
+    output.mkdir(parents=True, exist_ok=True)
+    for one in demos:
+        out.print_line(one.command)
+        with progress_bar("demo") as progress:
+            report = one.run(overwrite, progress)
+        show_report(report)
+        for path in (one.moved, one.page):
+            out.print_line(f"wrote {path}")
+        out.print_line(f"To see it, open {one.page} in a browser.", style="bold")
 
 
 @app.command(epilog=write_epilog("prolora doctor"))

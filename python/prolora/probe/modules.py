@@ -25,16 +25,32 @@ _NEVER_CALLED = "the source never calls it, so that it changes nothing there"
 
 
 def find_called(model: nn.Module, call: Call) -> dict[str, tuple[int, ...]]:
-    """Returns the modules with shapes that a fit can change and a pass calls."""
-    called = set[str]()
+    """Returns the modules with shapes that a fit can change and a pass calls.
+
+    Blocks come in the order in which they first run.
+    """
+    called: dict[object, int] = {}  # block, or module outside of all -> when it first ran
+    ran = set[str]()
+
+    def note(name: str) -> None:
+        ran.add(name)
+        called.setdefault(_find_place(name), len(called))
+
     modules = {name: module for name, module in model.named_modules() if can_be_fitted(module)}
     hooks = (
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        module.register_forward_pre_hook(lambda *_, name=name: note(name))
         for name, module in modules.items()
     )
     with keep_hooks(hooks), torch.no_grad():
         model(*call.args, **call.kwargs)
-    return {name: tuple(weight_of(model, name).shape) for name in modules if name in called}
+    names = sorted((n for n in modules if n in ran), key=lambda n: called[_find_place(n)])
+    return {name: tuple(weight_of(model, name).shape) for name in names}
+
+
+def _find_place(name: str) -> object:
+    """Returns the block of a module; a module outside of all is a place of its own."""
+    position = find_block(name)
+    return (position.stack, position.number) if position else name
 
 
 def choose_modules(run: ProbeRun, question: Question) -> list[str]:

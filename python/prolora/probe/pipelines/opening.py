@@ -30,7 +30,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
     """Loads a diffusers pipeline folder, from safetensors only.
 
     The denoiser stays in the half precision it is stored in (see `precision`); the other models
-    become float32. A device of None means the CPU.
+    become float32. A device of None leaves all models on the CPU.
 
     Raises:
         UnsupportedFormat: it is not a pipeline folder, needs code that is not in diffusers or
@@ -47,7 +47,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
         ) from error
     assert index.denoiser is not None
     part, parts = index.denoiser, index.parts
-    class_ = _find_class(diffusers, index.class_name, "DiffusionPipeline", folder)
+    class_ = _find_pipeline(diffusers, index.class_name, folder)
     model_class = _find_class(diffusers, parts[part][1], "ModelMixin", folder)
     for name in {part, "vae"} & parts.keys():
         read_component_config(folder / name)
@@ -80,7 +80,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             model.eval()
             if model is not denoiser:
                 model.float()  # a text encoder has the dtype in which it was saved
-    return Pipeline(pipe.to(device or "cpu"), folder.name, memory)
+    return Pipeline(pipe if device is None else pipe.to(device), folder.name, memory)
 
 
 def _tile_images(vae: Any) -> None:
@@ -118,6 +118,15 @@ def read_runnable_index(folder: Path) -> PipelineIndex:
     if index.denoiser is None:
         raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")
     return index
+
+
+def _find_pipeline(diffusers: Any, name: str, folder: Path) -> Any:
+    """Returns a class of diffusers, or the pipeline of the shipped family."""
+    if name == "IconPipeline":
+        from .icons import IconPipeline
+
+        return IconPipeline
+    return _find_class(diffusers, name, "DiffusionPipeline", folder)
 
 
 def _find_class(diffusers: Any, name: str, kind: str, folder: Path) -> Any:
