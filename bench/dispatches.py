@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from gpu.counters import Tally, counting
+from gpu.one_kernel import by_kernels
 from gpu.stages import stage_of
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def count_case(
         stored: "torch" or "krylov_block": weights in bfloat16, and what finds their blocks.
     """
     weights = make_weights(b, m, n).to(torch.bfloat16 if stored else torch.float32)
-    asked = mock.patch.dict(os.environ, PROLORA_KERNELS=stored.removeprefix("torch"))
+    asked = by_kernels() if stored == "krylov_block" else nullcontext()
     began = time.perf_counter()
     with asked, as_on_a_gpu(slow_float64), counting(stage_of) as tally:
         result = prolora.truncated_svd(weights, rank)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The check of a machine with a GPU and without network, in four calls of at most eight minutes
 # (Python 3.10 or later, torch with CUDA, nvcc, scikit-build-core, pybind11, pytest, hypothesis;
-# compute-sanitizer, ncu and cuobjdump where they are; what is missing is said and left out):
+# compute-sanitizer, ncu and cuobjdump: a step whose tool is missing fails):
 #
 #   bash bench/gpu.sh correct    build, kernel tests, sanitizer, eigensolvers, CUDA against the CPU
 #   bash bench/gpu.sh anchors    what the card and its libraries can do: the baselines
@@ -10,7 +10,7 @@
 #
 # Every number is appended to $OUT/results.jsonl (default: out/) when it is known; logs are in
 # $OUT/logs.tar.gz, the only other file there. A number beyond its limit, NaN, or no GPU that runs the
-# kernels fails the call. Nothing touches the clocks. COMMIT names the commit in a copy without history. A call runs what is neither there nor in bench/results/gpu.jsonl, for this card
+# kernels fails the call (1); a step that there was no time for leaves it incomplete (2). Nothing touches the clocks. COMMIT names the commit in a copy without history. A call runs what is neither there nor in bench/results/gpu.jsonl, for this card
 # and these sources, and ends in time. `python -m gpu.render` makes the tables of the results.
 # --dry (or DRY=1): everything on the CPU at toy size, which says whether the script works.
 set -euo pipefail

@@ -1,15 +1,16 @@
 """The GPU check, run as a whole on the CPU at toy size, so that it does not rot without a GPU."""
 
 import sys
+import time
 from pathlib import Path
 
 import gpu.__main__ as check
 import pytest
-from gpu import one_kernel, worker
+from gpu import calls, one_kernel, results, worker
 from gpu.calls import CALLS
 from gpu.render import render_results
 from gpu.results import FINISHED, read_lines
-from gpu.steps import Bench
+from gpu.steps import Bench, Step
 
 
 @pytest.fixture
@@ -30,7 +31,6 @@ def in_this_process(monkeypatch):
             one_kernel.main()
         return 0, ""
 
-    monkeypatch.setenv("PROLORA_KERNELS", "")  # one_kernel sets it
     monkeypatch.setattr(check, "run_worker", run_worker)
     monkeypatch.setattr(Bench, "run_command", run_command)
     return started
@@ -39,7 +39,7 @@ def in_this_process(monkeypatch):
 def check_all_calls(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     known = folder / "none.jsonl"
     words = ["--dry", "--out", str(folder), "--known", str(known)]
-    assert check.main([*words, "--seconds", "0"]) == 0
+    assert check.main([*words, "--seconds", "0"]) == check.INCOMPLETE
     assert "left for another call of `bench/gpu.sh why --dry`" in capfd.readouterr().out
     results = folder / "results.jsonl"
     assert not results.exists()
@@ -72,3 +72,43 @@ def test_all_steps_run_dry_and_are_not_run_again(tmp_path, capfd, in_this_proces
 @pytest.mark.slow
 def test_all_four_calls_run_dry_with_the_programs_that_they_start(tmp_path, capfd):
     check_all_calls(tmp_path, capfd)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    machine = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
+    machine["versions"] = "torch 2.9"
+    return Bench("ours", tmp_path, machine, "bench/gpu.sh ours", dry=True, step="a step")
+
+
+def test_a_worker_that_dies_before_its_first_step_fails_the_call(bench, monkeypatch, capsys):
+    monkeypatch.setattr(check, "WORKER", [sys.executable, "-S", "-c", "import nowhere_to_find"])
+    steps = [Step(name, 0.1, lambda bench: None) for name in ("first", "second")]
+    monkeypatch.setattr(calls, "list_steps", lambda bench: steps)
+    assert check.run_call(bench, time.time() + 30, bench.out / "none") == check.FAILED
+    assert "FAILED ours/first" in capsys.readouterr().out
+
+
+def test_a_call_without_time_for_a_step_is_incomplete(bench, monkeypatch):
+    monkeypatch.setattr(calls, "list_steps", lambda bench: [Step("a", 0.1, lambda bench: None)])
+    assert check.run_call(bench, time.time(), bench.out / "none") == check.INCOMPLETE
+
+
+def test_a_step_whose_tool_is_missing_is_not_done(bench, monkeypatch):
+    step = Step("a", 0.1, lambda bench: None, tool="no-such-tool")
+    monkeypatch.setattr(calls, "list_steps", lambda bench: [step])
+    monkeypatch.setattr(sys, "argv", ["", check.write_order(bench, ["a"], time.time() + 9)])
+    worker.main()
+    (line,) = results.read_lines([bench.results])
+    assert line["name"] == results.FINISHED and "no-such-tool is not installed" in line["error"]
+
+
+def test_the_log_of_a_build_that_failed_is_packed(tmp_path, monkeypatch):
+    def fail(bench):
+        (bench.logs / "build.txt").write_text("nvcc: no")
+        raise SystemExit("the build failed")
+
+    monkeypatch.setattr(check.build, "install", fail)
+    with pytest.raises(SystemExit):
+        check.main(["ours", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "logs.tar.gz").exists()

@@ -38,12 +38,3 @@ def test_the_peak_of_a_child_is_its_own():
 )
 def test_a_bench_can_be_imported(name):
     importlib.import_module(name)
-
-
-def test_the_page_of_performance_says_which_own_ops_run():
-    import own_ops
-
-    page = (BENCH.parent / "docs" / "performance.md").read_text("utf-8")
-    for row in own_ops.render_table().splitlines():
-        without_share = row.rsplit("|", 2)[0]  # which depends on the version of torch
-        assert without_share in page, row

@@ -1,7 +1,8 @@
 """One call of the GPU check: `python -m gpu correct|anchors|ours|why [--dry]`, from bench/.
 
 Runs the steps of the call that are not in the results yet, one after the other, in a worker
-process; ends before its time is over and says what is left. Exit code: 0, or 1 where a step failed.
+process; ends before its time is over and says what is left. Exit code: 0 where all is done, 1 where
+a step failed, 2 where one is left for another call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .steps import Bench
 
 BUDGET = 465.0
 """Seconds of a call. The machine is lent for ten minutes at a time; it starts and copies too."""
+FAILED, INCOMPLETE = 1, 2
 GRACE = 8.0
 """A step may run over so many seconds before it is killed."""
 WORKER = [sys.executable, "-m", "gpu.worker"]
@@ -35,16 +37,18 @@ def main(arguments: list[str] | None = None) -> int:
     words = read_words(arguments)
     out = words.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    status = 0
-    for call in words.calls or calls.CALLS:
-        deadline = time.time() + words.seconds
-        command = f"bench/gpu.sh {call}{' --dry' if words.dry else ''}"
-        bench = Bench(call, out, describe_machine(), command, words.dry)
-        if not words.dry:
-            build.install(bench)
-        status |= run_call(bench, deadline, words.known)
-    pack_logs(out)
-    return status
+    ends = set[int]()
+    try:
+        for call in words.calls or calls.CALLS:
+            deadline = time.time() + words.seconds
+            command = f"bench/gpu.sh {call}{' --dry' if words.dry else ''}"
+            bench = Bench(call, out, describe_machine(), command, words.dry)
+            if not words.dry:
+                build.install(bench)
+            ends.add(run_call(bench, deadline, words.known))
+    finally:
+        pack_logs(out)
+    return FAILED if FAILED in ends else max(ends, default=0)
 
 
 def read_words(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,7 +68,7 @@ def read_words(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_call(bench: Bench, deadline: float, known: Path) -> int:
-    """Runs what is missing of a call; 1 where a step failed."""
+    """Runs what is missing of a call; FAILED where a step did, INCOMPLETE where one is left."""
     lines = read_lines([known, bench.results])
     same = (bench.call, bench.machine["card"], bench.machine["sources"])
     done = finished_steps(lines, *same)
@@ -76,7 +80,7 @@ def run_call(bench: Bench, deadline: float, known: Path) -> int:
         begun, hung = run_worker(bench, waiting, deadline)
         if hung:
             bench.step = hung
-            bench.record(FINISHED, None, "s", error="it was killed: it hung, or time was over")
+            bench.record(FINISHED, None, "s", error="its process ended, it hung, or time was over")
         # What was not begun had too little time; what comes after a lost GPU gets a new process.
         rest = [name for name in waiting if name not in begun]
         if rest == waiting or not begun or waiting[-1] in begun:
@@ -96,14 +100,15 @@ def run_call(bench: Bench, deadline: float, known: Path) -> int:
     if missed:
         print(f"left for another call of `{bench.command}`: {', '.join(missed)}")
     print(f"== {bench.call}: {len(names) - len(left)} of {len(names)} steps are done", flush=True)
-    return 1 if failed else 0
+    return FAILED if failed else INCOMPLETE if missed else 0
 
 
 def run_worker(bench: Bench, names: list[str], deadline: float) -> tuple[list[str], str]:
     """Runs steps in a process of their own until it ends, or is killed at the deadline.
 
     Returns:
-        The steps that were begun, and the one that had to be killed.
+        The steps that were begun, and the one that had to be killed, or that did not begin because
+        the process ended before.
     """
     process = subprocess.Popen(
         [*WORKER, write_order(bench, names, deadline)],
@@ -123,7 +128,8 @@ def run_worker(bench: Bench, names: list[str], deadline: float) -> tuple[list[st
             process.wait()
             return begun, running
         if line is None:
-            process.wait()
+            if process.wait() and not begun:
+                return begun, names[0]
             return begun, running  # a step that was running has ended the process
         word, _, name = line.strip().partition(" ")
         if word == "BEGIN":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 import prolora
-from prolora.core.ops import krylov_block, native
+from prolora.core.ops import krylov_block, native, trial
 from prolora.core.svd import batched_eigh, block_basis, solvers, stacks
 
 from .clock import time_call
 from .machine import ROOT
-from .one_kernel import KERNELS, make_basis
+from .one_kernel import KERNELS, by_kernels, make_basis
 from .registers import parse_resources
 from .steps import Bench, Step, make_weights
 
@@ -68,6 +67,9 @@ def list_steps(bench: Bench) -> Iterator[Step]:
         yield Step(name, 6, partial(compare_spectrum, name=name))
     yield Step("128 columns", 4, compare_small_svds)
     yield Step("krylov_block", 12, compare_blocks)
+    yield Step("default calls", 30, compare_default_calls)
+    yield Step("several chunks", 12, compare_chunks)
+    yield Step("trials", 40, try_kernels)
     yield Step("side stream", 4, use_side_stream)
     yield Step("transfer", 20, compare_transfer)
     yield Step("registers", 6, list_registers, tool="" if bench.dry else "cuobjdump")
@@ -220,7 +222,7 @@ def compare_blocks(bench: Bench) -> None:
     Raises:
         AssertionError: it is off, or it is not what runs.
     """
-    with mock.patch.dict(os.environ, PROLORA_KERNELS="krylov_block"):
+    with by_kernels():
         choice = native.choose("krylov_block", torch.device(bench.device))
         assert choice.kernels or bench.dry, f"krylov_block runs in torch here: {choice.why}"
         for shape, toy, dtype in BLOCKS:
@@ -270,6 +272,59 @@ def compare_svd_by_blocks(bench: Bench, weight: Tensor, case: str) -> None:
     # What it spoils, another rung mends.
     assert there.rung == "krylov", f"with krylov_block the rung is {there.rung}, not krylov"
     compare_subspaces(bench, here, there)
+
+
+def compare_default_calls(bench: Bench) -> None:
+    """`project` without a rank, thin and dense, wide angles, and a basis of more than 512 rows."""
+    d = bench.size(1280)
+    source = make_weights(2, d, d, "cpu")
+    target = source + 0.1 * make_weights(2, d, d, "cpu", seed=1)
+    dense = make_weights(2, d, d, "cpu", seed=2)
+    thin = prolora.LowRank(dense[..., :8].contiguous(), dense[:, :8].contiguous())
+    columns = bench.size(320)
+    calls: dict[str, Callable[[str], Tensor]] = {
+        "project": lambda at: prolora.project(dense.to(at), source.to(at), target.to(at)),
+        "project, thin": lambda at: prolora.project(
+            prolora.LowRank(thin.up.to(at), thin.down.to(at)), source.to(at), target.to(at)
+        ).dense(),
+        "angles": lambda at: prolora.principal_angles(
+            source[..., :columns].to(at), target[..., :columns].to(at)
+        ),
+    }
+    for name, call in calls.items():
+        what = name.partition(",")[0]
+        require_equal(bench, what, call("cpu"), call(bench.device), f"default {name}")
+    # The basis of so many columns has four times as many rows.
+    compare_bases(bench, source.half(), bench.size(144))
+
+
+def compare_chunks(bench: Bench) -> None:
+    """A stack that the card takes in several parts, against the whole."""
+    weight = make_weights(7, bench.size(640), bench.size(640), bench.device)
+    rank = bench.size(RANK)
+    whole = prolora.truncated_svd(weight, rank).to("cpu")
+    with mock.patch.object(stacks, "stack_budget", lambda device: 3 * 50 * weight[0].numel()):
+        parts = prolora.truncated_svd(weight, rank).to("cpu")
+    compare_subspaces(bench, whole, parts)
+
+
+def try_kernels(bench: Bench) -> None:
+    """The trial of every op on stacks of three shapes: what is chosen, and the times."""
+    for b, m, n in ((64, 1280, 1280), (8, 3072, 3072), (32, 640, 2560)):
+        b, m, n = bench.batch(b), bench.size(m), bench.size(n)
+        source = make_weights(b, m, n, bench.device)
+        target = source + 0.1 * make_weights(b, m, n, bench.device, seed=1)
+        rank, r = bench.size(RANK), bench.size(256)
+        prolora.truncated_svd(source.bfloat16(), rank)
+        prolora.similarity(source, target, rank=rank)
+        prolora.principal_angles(source[..., :rank], target[..., :rank])
+        thin = prolora.LowRank(source[..., :r].contiguous(), source[:, :r].contiguous())
+        prolora.project(thin, source, target, rank=rank)
+    for key, (wins, why) in trial.list_choices().items():
+        bench.record("trial", float(wins), "kernel", key, note=why)
+    ops = {key.partition(" ")[0] for key in trial.list_choices()}
+    bench.record("ops on trial", len(ops), "ops", note=", ".join(sorted(ops)))
+    assert bench.dry or ops >= native.ON_CPU.keys() - {"small_svd"}, f"{sorted(ops)} alone"
 
 
 def use_side_stream(bench: Bench) -> None:

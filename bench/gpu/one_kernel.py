@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from prolora.core.ops.krylov_block import krylov_block
+from prolora.core.ops import trial
+from prolora.core.ops.krylov_block import STORED, krylov_block
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
 from prolora.core.ops.project_pair import project_pair
 from prolora.core.ops.small_svd import small_singular_values, small_svd
+from prolora.core.svd import krylov
 
 
 def random(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,10 +83,24 @@ KERNELS: dict[str, Callable[[str, bool], Any]] = {
 }
 
 
+@contextmanager
+def by_kernels() -> Iterator[None]:
+    """What has kernels runs them, without a trial; in a dry run, too, the blocks of a basis."""
+
+    def takes_stored(*operands: Any) -> bool:
+        return operands[-1] is not None and operands[-1].dtype in STORED
+
+    with (
+        mock.patch.object(trial, "prefers_kernel", lambda *_: True),
+        mock.patch.object(krylov, "_takes_stored", takes_stored),
+    ):
+        yield
+
+
 def main() -> None:
     """`one_kernel OP DEVICE [large]`."""
-    os.environ["PROLORA_KERNELS"] = sys.argv[1]  # for one that is run only where it is asked for
-    KERNELS[sys.argv[1]](sys.argv[2], sys.argv[3:] == ["large"])
+    with by_kernels():
+        KERNELS[sys.argv[1]](sys.argv[2], sys.argv[3:] == ["large"])
     if sys.argv[2] == "cuda":
         torch.cuda.synchronize()
 

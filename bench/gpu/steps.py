@@ -24,7 +24,7 @@ class Step:
         name: unique within the call.
         seconds: what it is expected to take at most; it is not begun with less time left.
         run: records its numbers in the Bench that it is given.
-        tool: a program that it needs; without that, it is left out, and the result says so.
+        tool: a program that it needs; without that it fails.
     """
 
     name: str

@@ -33,10 +33,9 @@ def main() -> int:
         print(f"BEGIN {name}", flush=True)
         began, bench.step = time.perf_counter(), name
         try:
-            if has_tool(step.tool):
-                step.run(bench)
-            else:
-                bench.record("missing", 0, "", note=f"{step.tool} is not installed: left out")
+            if not has_tool(step.tool):
+                raise FileNotFoundError(f"{step.tool} is not installed")
+            step.run(bench)
         except Exception as error:
             (bench.logs / f"{bench.call}-{name}.txt").write_text(traceback.format_exc())
             message = f"{type(error).__name__}: {error}"[:300]

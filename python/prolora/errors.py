@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from .core.errors import (
     KernelFailure,
+    NoDerivative,
     NonFiniteWeights,
     ProLoRAError,
     ShapeMismatch,
@@ -27,6 +28,7 @@ __all__ = [
     "KernelFailure",
     "LowCoverage",
     "MissingFile",
+    "NoDerivative",
     "NonFiniteWeights",
     "OutputError",
     "OutputExists",

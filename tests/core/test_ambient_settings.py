@@ -127,8 +127,8 @@ def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_
             truncated_svd(CASES[shape][0], 8)
         assert torch.is_autocast_enabled("cpu")
         assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.bfloat16
-    # One of each rung, and the window that the float32 rung refines in float64.
-    assert seen == [(False, "highest")] * 3
+    # One of each rung, and what the float32 rung solves in float64: a first look, and its window.
+    assert seen == [(False, "highest")] * 4
 
 
 def test_an_error_puts_the_settings_back():

@@ -1,5 +1,7 @@
 """Which arrays, tensors and devices are taken; all others are refused by name, before any work."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from spectra import related, weights
 import prolora
 from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
 from prolora.comparison.block_matching import match_blocks, resolve_match
+from prolora.core.arrays import to_tensor
 from prolora.core.validation import check_device, check_operand, resolve_device
 from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
 from prolora.workflow.extract_options import ExtractOptions
@@ -319,7 +322,7 @@ def test_a_gradient_by_a_weight_is_refused_instead_of_absent(which):
     delta, *bases = case()
     delta.requires_grad_()
     name = ("W_src", "W_tgt")[which]
-    pair = [w.clone().requires_grad_() if i == which else w for i, w in enumerate(bases)]
+    pair = [w.clone().requires_grad_() * 1 if i == which else w for i, w in enumerate(bases)]
     with pytest.raises(NotImplementedError, match=rf"no gradient.*{name}.detach\(\)"):
         project(delta, *pair, **options)
     with pytest.raises(NotImplementedError, match=name):
@@ -332,6 +335,55 @@ def test_a_gradient_by_a_weight_is_refused_instead_of_absent(which):
     assert torch.equal(plain, moved)
     (gradient,) = torch.autograd.grad(moved.square().sum(), delta)
     assert gradient.norm() > 0
+
+
+def test_a_weight_of_a_module_is_taken_detached():
+    delta, source, target = case()
+    delta.requires_grad_()
+    leaves = [torch.nn.Parameter(w) for w in (source, target)]
+    moved = project(delta, *leaves, rank=3)
+    assert torch.equal(moved, project(delta, source, target, rank=3))
+    moved.square().sum().backward()
+    assert delta.grad.norm() > 0 and all(leaf.grad is None for leaf in leaves)
+    assert not truncated_svd(leaves[0], 3).U.requires_grad
+
+
+class Exchanged:
+    """An array as a library gives it that names itself by its namespace alone, as jax does."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+def test_the_namespace_of_an_array_says_how_to_make_another_one(monkeypatch):
+    delta, source, target = case()
+    expected = project(delta, source, target, rank=3)
+    space = types.SimpleNamespace(from_dlpack=lambda x: Exchanged(torch.from_dlpack(x)))
+    monkeypatch.setattr(Exchanged, "__array_namespace__", lambda self: space, raising=False)
+    found = project(*map(Exchanged, (delta, source, target)), rank=3)
+    assert type(found) is Exchanged and torch.equal(found.tensor, expected)
+
+
+def test_a_library_that_takes_no_array_gives_a_tensor_and_the_log_says_so(monkeypatch, caplog):
+    delta, source, target = case()
+    space = types.SimpleNamespace(__name__="strange")
+    monkeypatch.setattr(Exchanged, "__array_namespace__", lambda self: space, raising=False)
+    found = project(*map(Exchanged, (delta, source, target)), rank=3)
+    assert torch.equal(found, project(delta, source, target, rank=3))
+    assert "strange has no from_dlpack" in caplog.text
+
+
+def test_an_array_with_the_cuda_interface_alone_becomes_a_tensor(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "as_tensor", lambda x, device: seen.append(device) or torch.ones(2))
+    array = types.SimpleNamespace(__cuda_array_interface__={})
+    assert to_tensor(array).shape == (2,) and seen == ["cuda"]
 
 
 def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():

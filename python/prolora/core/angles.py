@@ -30,12 +30,8 @@ INDEPENDENT = 1e-7
 def column_angles(x: Tensor, y: Tensor) -> Tensor:
     """Returns the principal angles between column spaces, ascending.
 
-    Args:
-        x: [b, m, p], float64, full column rank.
-        y: [b, m, q], q ≤ p.
-
-    Returns:
-        Radians [b, min(m, q)], float64.
+    x: [b, m, p], float64, full column rank; y: [b, m, q], q ≤ p. Returns radians [b, min(m, q)],
+    float64.
 
     Raises:
         LinAlgError: the SVD of a matrix did not converge.
@@ -67,8 +63,7 @@ def angles_by_reflections(x: Tensor, y: Tensor) -> Tensor:
 def angles_by_cholesky(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `column_angles` of a stack without reading numbers on the host, p ≤ m.
 
-    Returns:
-        The angles [b, q], and bool [b], True for the matrices whose angles are right.
+    Returns the angles [b, q], and bool [b], True for the matrices whose angles are right.
     """
     x, known = orthonormal_rows(x.mT)
     y, too = orthonormal_rows(y.mT)
@@ -94,9 +89,8 @@ def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     Shifted Cholesky QR (Fukaya et al. 2020, doi:10.1137/18M1218212): the shift lets the first
     factor exist at any condition number, and two more factors remove what it left.
 
-    Returns:
-        The rows [b, p, m], and bool [b], True where they are orthonormal with the span of `rows`:
-        not where rows depend on each other to 1e-13 or so.
+    Returns the rows [b, p, m], and bool [b], True where they are orthonormal with the span of
+    `rows`: not where rows depend on each other to 1e-13 or so.
     """
     exponents = torch.frexp(rows.abs().amax(2, keepdim=True))[1]
     rows = torch.ldexp(rows, -exponents)  # squares of what float64 holds may be beyond its range
@@ -180,15 +174,9 @@ def orthonormal_angles(x: Tensor, y: Tensor) -> Tensor:
 def stacked_angles(x: Tensor, y: Tensor, used_x: Tensor, used_y: Tensor) -> Tensor:
     """Computes `orthonormal_angles` of a stack without reading numbers on the host.
 
-    Args:
-        x: [b, m, p], orthonormal columns, followed by columns of zeros.
-        y: [b, m, q].
-        used_x: int64 [b], the columns that are not zeros.
-        used_y: as used_x.
-
-    Returns:
-        Radians [b, min(p, q)], ascending; the first min(used_x, used_y) of a matrix are valid. NaN
-        where a solver failed.
+    x: [b, m, p], orthonormal columns, followed by columns of zeros; y: [b, m, q]; used_x: int64
+    [b], the columns that are not zeros; used_y: as used_x. Returns radians [b, min(p, q)],
+    ascending; the first min(used_x, used_y) of a matrix are valid. NaN where a solver failed.
     """
     if x.shape[2] < y.shape[2]:
         x, y, used_x, used_y = y, x, used_y, used_x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 import sys
 from dataclasses import fields
@@ -20,6 +21,8 @@ class SupportsDLPack(Protocol):
         """Hands out the memory."""
         ...
 
+
+logger = logging.getLogger(__name__)
 
 Array = TypeVar("Array", bound=SupportsDLPack)
 
@@ -42,10 +45,12 @@ def to_tensor(array: MatrixLike, name: str = "the array") -> Tensor:
     """
     if isinstance(array, Tensor):
         return array
+    if not hasattr(array, "__dlpack__") and hasattr(array, "__cuda_array_interface__"):
+        return torch.as_tensor(array, device="cuda")
     if not hasattr(array, "__dlpack__"):
         raise UnsupportedTensor(
-            f"prolora takes torch, numpy or cupy arrays (anything with __dlpack__), "
-            f"not {type(array).__name__}"
+            "prolora takes torch, numpy, cupy or jax arrays (anything with __dlpack__ or "
+            f"__cuda_array_interface__), not {type(array).__name__}"
         )
     try:
         return torch.utils.dlpack.from_dlpack(_copy_if_foreign(array))
@@ -65,10 +70,17 @@ def _copy_if_foreign(array: Any) -> Any:
 
 
 def to_kind_of(tensor: Tensor, template: Any) -> Any:
-    """Converts the tensor to the kind of array that `template` is."""
+    """Converts the tensor to the kind of array that `template` is.
+
+    A library that cannot read one leaves the tensor, and the log says so.
+    """
     if isinstance(template, Tensor):
         return tensor
-    library = sys.modules[type(template).__module__.partition(".")[0]]
+    namespace = getattr(template, "__array_namespace__", None)
+    library = namespace() if namespace else sys.modules[type(template).__module__.partition(".")[0]]
+    if not hasattr(library, "from_dlpack"):
+        logger.warning("%s has no from_dlpack: the result is a torch tensor", library.__name__)
+        return tensor
     return library.from_dlpack(tensor.contiguous())
 
 

@@ -22,11 +22,11 @@ from .precision import in_full_precision, working_dtype
 from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
-from .svd.dense import dense_triplets
+from .svd.dense import dense_triplets, whole_triplets
 from .svd.solvers import attempt
-from .svd.stacks import count_together, take_places
+from .svd.stacks import count_together, decides_freely, take_places
 from .svd.triplets import Triplets, merge_triplets
-from .validation import check_operand, refuse_tangents, refuse_vmap
+from .validation import check_operand, refuse_vmap, without_gradient
 
 # The fields of a Basis: its factors, which a dtype is chosen for, and the facts about them.
 FACTORS = ("U", "S", "V")
@@ -125,12 +125,13 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     - "gram-f32": eigenvectors of the Gram matrix of the short side in float32, whose rounding a
       step with float64 residuals takes out (d ≥ 384);
     - "gram-f64": the same in float64 throughout;
+    - "svd-f32": LAPACK's SVD, where every column is asked for;
     - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
 
     What one rung cannot prove to `tol`, or fails to compute, the next one computes. The bound
     rests on residuals and orthonormality as measured on what is returned. On the CPU the matrices
-    of a stack share out the threads; a GPU takes them together, as many as its memory holds, and
-    waits for the host a few times, however many there are.
+    of a stack share out the threads; a GPU takes them together, and
+    waits for the host a few times.
 
     Args:
         W: [m, n] or a stack [..., m, n], any float dtype.
@@ -154,7 +155,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     weight = to_tensor(W, "W")
     rank = read_rank(rank)
     check_operand("W", weight)
-    refuse_tangents("truncated_svd", weight)
+    weight = without_gradient("truncated_svd", "W", weight)
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
@@ -251,10 +252,13 @@ def _descend_dense(
     """The dense rungs, for the matrices of w [b, d, n] at these places."""
     parts: list[tuple[list[int], Triplets]] = []
     some, its_norm = _take_both(w, norm, places)
+    refined = None
     if w.dtype == torch.float32 and gram.suits_gram(w.shape[-2], rank):
         refined = attempt(partial(gram.gram_triplets, some, its_norm, rank))
-        if refined is not None:
-            parts = _select_proven(refined, tol)
+    elif w.dtype == torch.float32 and len(some) and decides_freely(w) and rank >= w.shape[-2]:
+        refined = whole_triplets(some, its_norm)
+    if refined is not None:
+        parts = _select_proven(refined, tol)
     rows = _list_missing(parts, range(len(places)))
     if rows or not parts:
         rest, its_norm = _take_both(some, its_norm, rows)

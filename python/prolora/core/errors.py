@@ -51,6 +51,12 @@ class KernelFailure(ProLoRAError, RuntimeError):
     code = "kernel-failure"
 
 
+class NoDerivative(ProLoRAError, NotImplementedError):
+    """A derivative asked for with respect to what has none."""
+
+    code = "no-derivative"
+
+
 class NonFiniteWeights(ProLoRAError):
     """NaN or Inf in a weight, an update, or a model's output."""
 

@@ -30,9 +30,7 @@ class OverlapTable:
     def shared(self, source: int, target: int | None = None) -> Tensor:
         """Returns ‖U_sᵀU_t‖_F² [...] of the leading `source` and `target` columns.
 
-        Args:
-            source: leading columns of U_s.
-            target: of U_t; None means as many.
+        source: leading columns of U_s; target: of U_t; None means as many.
 
         Raises:
             ValueError: more columns than there are, or numbers that the table does not hold: it has
@@ -78,9 +76,8 @@ class OverlapTable:
 def overlap_tables(source: Sequence[Tensor], target: Sequence[Tensor]) -> list[OverlapTable]:
     """Returns the tables of many pairs of bases, of any shapes, in one call.
 
-    Args:
-        source: U_s [..., m, ks] of each group, columns by descending singular value.
-        target: U_t [..., m, kt].
+    source: U_s [..., m, ks] of each group, columns by descending singular value; target: U_t [...,
+    m, kt].
 
     Raises:
         TypeError: a dtype other than float32 and float64, or two dtypes or devices.

@@ -24,7 +24,7 @@ from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, read_rank
 from .similarity import Similarity
-from .validation import check_operand, refuse_gradients, refuse_vmap
+from .validation import check_operand, refuse_vmap, without_gradient
 from .verdict import AUTO, judge_pairs
 
 DEFAULT_RANK: Rank = 0.99
@@ -266,16 +266,18 @@ def _read_weights(
 ) -> tuple[Tensor | Basis, Tensor | Basis]:
     """Reads both weights as matrices or stacks [..., m, n] of the update's shape."""
     source, target = (
-        w if isinstance(w, Basis) else to_tensor(w, name)
+        w if isinstance(w, Basis) else _read_operand(w, name)
         for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
     )
-    for name, weight in (("W_src", source), ("W_tgt", target)):
-        if isinstance(weight, Tensor):
-            check_operand(name, weight)
-            refuse_gradients("project", name, weight)
     if len(shape) == 2 and source.shape != target.shape and len(source.shape) == 4:
         raise ShapeMismatch(f"W_src is {list(source.shape)} but W_tgt {list(target.shape)}")
     return _read_weight(source, shape, "W_src"), _read_weight(target, shape, "W_tgt")
+
+
+def _read_operand(weight: MatrixLike, name: str) -> Tensor:
+    tensor = to_tensor(weight, name)
+    check_operand(name, tensor)
+    return without_gradient("project", name, tensor)
 
 
 def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor | Basis:

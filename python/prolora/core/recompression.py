@@ -82,9 +82,7 @@ def product_energies(up: Tensor, down: Tensor) -> Tensor:
     with HHᵀ = upᵀup, which are r×r. Errors are float64's in ‖up‖²‖down‖²: what squaring loses of a
     small σ is nothing of the energy.
 
-    Args:
-        up: [..., m, r].
-        down: [..., r, n].
+    up: [..., m, r]; down: [..., r, n].
     """
     up, down = up.detach().double(), down.detach().double()
     left, right = up.mT @ up, down @ down.mT
@@ -135,9 +133,7 @@ def factor_product(up: Tensor, down: Tensor) -> ProductSvd:
 
     Values alone: where singular values meet, their vectors have no gradient.
 
-    Args:
-        up: [..., m, r].
-        down: [..., r, n].
+    up: [..., m, r]; down: [..., r, n].
     """
     q_up, l_up = orthonormalise_factor(up.detach().mT)
     q_down, l_down = orthonormalise_factor(down.detach())
@@ -155,12 +151,9 @@ def factor_product_by_grams(
     rows above it, relative to its length; such matrices, and all with more rows than columns, go
     through `factor_product`.
 
-    Args:
-        up: upᵀ as rows [b, r, m], float64.
-        down: [b, r, n], float64.
-        left: upᵀup [b, r, r], float64.
-        right: down·downᵀ [b, r, r], float64.
-        dtype: of the factors as they came; the singular values are exact to it.
+    up: upᵀ as rows [b, r, m], float64; down: [b, r, n], float64; left: upᵀup [b, r, r], float64;
+    right: down·downᵀ [b, r, r], float64; dtype: of the factors as they came; the singular values
+    are exact to it.
     """
     if up.shape[-2] > min(up.shape[-1], down.shape[-1]):
         wide = factor_product(up.to(dtype).mT, down.to(dtype))
@@ -201,13 +194,8 @@ def _cholesky_factors(gram: Tensor) -> tuple[Tensor, Tensor]:
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the thin SVD of up @ down.
 
-    Args:
-        up: [..., m, r].
-        down: [..., r, n].
-
-    Returns:
-        U [..., m, d], S [..., d] in descending order and V [..., n, d], d ≤ r. Where a singular
-        value is zero the columns of U or V carry no meaning.
+    up: [..., m, r]; down: [..., r, n]. Returns U [..., m, d], S [..., d] in descending order and V
+    [..., n, d], d ≤ r. Where a singular value is zero the columns of U or V carry no meaning.
     """
     found = factor_product(up, down)
     return found.left.mT @ found.u, found.s, found.right.mT @ found.v
@@ -222,13 +210,9 @@ def merge_products(
     target basis), so the SVD of the sum is the union of their SVDs, and twice the width is never
     factorised.
 
-    Args:
-        parts: SVDs, of shapes that agree but for the numbers of rows and columns.
-        dtype: of the result.
-
-    Returns:
-        (U√S)ᵀ [..., c, m], S [..., c] and √S·Vᵀ [..., c, n], part by part; and the order of their
-        rows in which S descends, int64 [..., c].
+    parts: SVDs, of shapes that agree but for the numbers of rows and columns; dtype: of the result.
+    Returns (U√S)ᵀ [..., c, m], S [..., c] and √S·Vᵀ [..., c, n], part by part; and the order of
+    their rows in which S descends, int64 [..., c].
     """
     s = torch.cat([part.s for part in parts], -1)
     order = torch.sort(s, dim=-1, descending=True, stable=True)[1]
@@ -257,14 +241,9 @@ def recompress_factors(
 ) -> tuple[Tensor, Tensor]:
     """Returns the best factors of up @ down at a lower rank (Eckart–Young).
 
-    Args:
-        up: [..., m, r].
-        down: [..., r, n].
-        rank: at most this many columns.
-        energy: the fewest columns that hold this share of Σσ² for every matrix of the stack.
-
-    Returns:
-        Balanced factors [..., m, d] and [..., d, n], in the dtype of the given ones.
+    up: [..., m, r]; down: [..., r, n]; rank: at most this many columns; energy: the fewest columns
+    that hold this share of Σσ² for every matrix of the stack. Returns balanced factors [..., m, d]
+    and [..., d, n], in the dtype of the given ones.
 
     Raises:
         ValueError: rank < 1, or energy outside (0, 1].

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .errors import UnsupportedDevice, UnsupportedTensor
+from .errors import NoDerivative, UnsupportedDevice, UnsupportedTensor
 from .ops import native
 
 DeviceLike = torch.device | str | None
@@ -84,28 +85,30 @@ def check_operand(name: str, tensor: Tensor) -> None:
         raise UnsupportedDevice(f"{name} is on {tensor.device}: {error}") from error
 
 
-def refuse_gradients(what: str, name: str, tensor: Tensor) -> None:
-    """Refuses a tensor whose derivative, forward or reverse, would be lost.
+def without_gradient(what: str, name: str, tensor: Tensor) -> Tensor:
+    """Returns the tensor detached, as a module's weight may be; refuses one of a graph.
 
     Raises:
-        NotImplementedError: `what` has no derivative with respect to it.
+        NoDerivative: a derivative with respect to it, forward or reverse, would be lost.
     """
     refuse_tangents(f"{what} with respect to {name}", tensor)
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise NotImplementedError(
+    in_a_graph = not tensor.is_leaf or is_gradtrackingtensor(tensor)
+    if torch.is_grad_enabled() and tensor.requires_grad and in_a_graph:
+        raise NoDerivative(
             f"{what} has no gradient with respect to {name}: give {name}.detach(), or call it "
             "under torch.no_grad()"
         )
+    return tensor.detach()
 
 
 def refuse_tangents(what: str, *tensors: Tensor) -> None:
     """Refuses tensors with a forward-mode derivative, which would be lost.
 
     Raises:
-        NotImplementedError: `what` has no derivative here.
+        NoDerivative: `what` has no derivative here.
     """
     if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(f"{what} has no forward-mode derivative: torch.no_grad() first")
+        raise NoDerivative(f"{what} has no forward-mode derivative: torch.no_grad() first")
 
 
 @contextmanager

@@ -36,6 +36,13 @@ def clusters(d, size, width, seed=0):
     return (levels * (1 + width * jitter)).sort(descending=True)[0]
 
 
+def outlier(d, times=300.0):
+    """A power law, of which the first value is far above the others."""
+    values = power_law(d, 0.5)
+    values[0] *= times
+    return values
+
+
 # Name: (m, n, singular values, columns). d = 400 is the float32 Gram rung, d = 800 the Krylov one.
 SMALL, LARGE = 400, 800
 ZOO = {
@@ -52,6 +59,15 @@ ZOO = {
     "rank below k": (SMALL, 500, torch.linspace(2, 1, 60), 100),
     "rank one": (SMALL, SMALL, torch.ones(1), 5),
     "all columns but one": (SMALL, SMALL, power_law(SMALL, 0.5), SMALL - 1),
+    "nearly all, i^-0.6": (SMALL, 500, power_law(SMALL, 0.6), 330),
+    "nearly all, rank a little above k": (SMALL, SMALL, power_law(380, 0.5), 370),
+    "all columns": (SMALL, 500, power_law(SMALL, 0.7), SMALL),
+    "all columns, and fewer than that": (SMALL, SMALL, power_law(300, 0.5), SMALL),
+    "one value far above": (SMALL, SMALL, outlier(SMALL), 150),
+    "one value far above, nearly all": (SMALL, SMALL, outlier(SMALL), 350),
+    "large, one value far above": (LARGE, LARGE, outlier(LARGE), 80),
+    "large, flat": (LARGE, LARGE, torch.linspace(1, 0.5, LARGE), 80),
+    "large, i^-2": (LARGE, LARGE, power_law(LARGE, 2.0), 100),
     "tiny": (SMALL, SMALL, 1e-30 * power_law(SMALL, 0.5), 150),
     "huge": (SMALL, SMALL, 1e30 * power_law(SMALL, 0.5), 150),
     "large, i^-0.5": (LARGE, LARGE, power_law(LARGE, 0.5), 80),

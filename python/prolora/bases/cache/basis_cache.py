@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
+from ...core.ops.native import fingerprint
 from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
 from ...core.validation import DeviceLike
@@ -46,9 +47,8 @@ from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
-VERSION = 3
-# The tolerance of bases, `truncated_svd`'s default.
-TOLERANCE = 1e-3
+VERSION = 4
+TOLERANCE = 1e-3  # of bases, `truncated_svd`'s default
 _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before it was hashed (ns) is not put into the index.
@@ -90,7 +90,7 @@ def hash_weights(weights: Sequence[Tensor]) -> list[str]:
 
 def name_basis(weight: str, rank: Rank) -> str:
     """Returns the name of a basis, made of a weight's hash, rule, tolerance and version."""
-    return digest([weight, repr(rank), TOLERANCE, VERSION])[:32]
+    return digest([weight, repr(rank), TOLERANCE, f"{VERSION}{fingerprint()}"])[:32]
 
 
 class BasisCache:

@@ -91,10 +91,10 @@ def check_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: in
 
 def _krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
     check_block(w, rows, projected, size, width)
-    kernels = native.kernels_for("krylov_block", w.device)
-    if kernels is None or max(w.shape[1:]) > MAX_ROW:
+    choice = native.choose("krylov_block", w.device)
+    if choice.kernels is None or max(w.shape[1:]) > MAX_ROW:
         return torch_twin.krylov_block(w, rows, projected, size, width)
-    return run_krylov_block(kernels, w, rows, projected, size, width, w.is_cuda)
+    return run_krylov_block(choice.kernels, w, rows, projected, size, width, choice.cuda)
 
 
 def _krylov_block_fake(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:

@@ -13,20 +13,24 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
-from ..errors import KernelFailure, ProLoRAError
+from ..errors import KernelFailure
+from . import trial
+from .trial import INTERFACE, describe_card, list_choices
 
 logger = logging.getLogger(__name__)
 
-INTERFACE = 4
-"""What this file expects of the extension: kInterface in csrc/ops.h."""
+Out = TypeVar("Out")
+# How far a kernel's result may be from torch's, relative to its norm, in float64 and float32.
+FAR, FAR_32 = 1e-10, 1e-4
 
 ON_CPU = {
     "krylov_block": "torch's products are faster on a CPU",
@@ -38,16 +42,6 @@ ON_CPU = {
 }
 """The ops, each with the reason why the extension leaves it to torch on a CPU, if it does."""
 
-WITHOUT_TENSOR_CORES = {
-    "project_pair": "without fast TF32 no faster than torch by estimate; not measured",
-}
-"""Why the extension leaves ops to torch on a GPU whose tensor cores they do not use."""
-
-UNMEASURED = {
-    "krylov_block": "no card has timed it; PROLORA_KERNELS=krylov_block asks for it",
-}
-"""Why the extension leaves ops to torch on a GPU unless PROLORA_KERNELS names them."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -55,7 +49,7 @@ class Choice:
 
     kernels: ModuleType | None  # the extension, or None for the torch twin
     why: str = ""  # one clause: the reason for the torch twin
-    tensor_cores: bool = False  # do the kernels multiply float32 on the device's tensor cores?
+    cuda: bool = False  # are the kernels those for CUDA, of which a trial decides?
 
 
 def load_extension() -> Choice:
@@ -121,7 +115,7 @@ def _cuda_choices() -> tuple[tuple[Choice, ...], str]:
     capabilities, why = kernels.cuda_devices()
     built = kernels.cuda_architectures
     choices = [
-        Choice(kernels, tensor_cores=kernels.tensor_cores_pay(*capability))
+        Choice(kernels, cuda=True)
         if kernels_fit(capability, built)
         else Choice(None, "its compute capability {}.{} is not among {}".format(*capability, built))
         for capability in capabilities
@@ -141,13 +135,6 @@ def cuda_status() -> tuple[int, str]:
     if choices and not count:
         return 0, f"device 0: {choices[0].why}"
     return count, why
-
-
-def require_cuda() -> None:
-    """Raises RuntimeError, with the reason, where prolora's kernels can use no GPU."""
-    count, why = cuda_status()
-    if count == 0:
-        raise RuntimeError(f"prolora: no usable CUDA device ({why})")
 
 
 def require_device(device: torch.device | str) -> None:
@@ -191,48 +178,48 @@ def serving(device: torch.device) -> Choice:
 
 
 def choose(op: str, device: torch.device) -> Choice:
-    """Returns what runs an op on a device.
-
-    Raises:
-        ProLoRAError: PROLORA_KERNELS names an unknown op.
-    """
-    asked = is_asked(op)
+    """Returns what runs an op on a device; a trial may yet decide against CUDA's kernels."""
     choice = serving(device)
-    if asked and device.type != "cpu" and choice.kernels is None:
-        _warn_unheeded(op, device, choice.why)
-    if device.type == "cpu" and choice.kernels is not None and ON_CPU[op]:
+    if device.type == "cpu" and choice.kernels is not None and not choice.cuda and ON_CPU[op]:
         return Choice(None, ON_CPU[op])
-    if device.type == "cuda" and choice.kernels is not None and not asked:
-        if op in UNMEASURED:
-            return Choice(None, UNMEASURED[op])
-    if device.type == "cuda" and choice.kernels is not None and not choice.tensor_cores:
-        why = WITHOUT_TENSOR_CORES.get(op, "")
-        return Choice(None, why) if why else choice
     return choice
 
 
-@functools.cache
-def _warn_unheeded(op: str, device: torch.device, why: str) -> None:
-    logger.warning("%s: PROLORA_KERNELS names %s, but torch does its work (%s)", device, op, why)
+def run_best(
+    op: str,
+    like: Tensor,
+    sizes: Sequence[int],
+    run: Callable[..., Out],
+    twin: Callable[..., Out],
+    operands: Sequence[Any],
+    compared: Callable[[Out], Sequence[Tensor]],
+) -> Out:
+    """Runs an op by the extension or by its torch twin.
 
-
-def is_asked(op: str) -> bool:
-    """Returns whether PROLORA_KERNELS (ops with commas between them) names this op.
-
-    Raises:
-        ProLoRAError: it names an unknown op.
+    CUDA's kernels have to win a trial of operands of these sizes first. `compared` makes of a
+    result what is to be equal up to rounding.
     """
-    words = os.environ.get("PROLORA_KERNELS", "").split(",")
-    names = [word.strip() for word in words if word.strip()]
-    unknown = sorted(set(names) - ON_CPU.keys())
-    if unknown:
-        raise ProLoRAError(f"PROLORA_KERNELS names {unknown}, but the ops are {sorted(ON_CPU)}")
-    return op in names
+    choice, torchs = choose(op, like.device), partial(twin, *operands)
+    if choice.kernels is None:
+        return torchs()
+    mine = partial(run, choice.kernels, *operands, choice.cuda)
+    if choice.cuda:
+        far = FAR if like.dtype == torch.float64 else FAR_32
+        both = (lambda: compared(mine())), (lambda: compared(torchs()))
+        if not trial.prefers_kernel(op, like, sizes, *both, far):
+            return torchs()
+    return mine()
 
 
-def kernels_for(op: str, device: torch.device) -> ModuleType | None:
-    """Returns the extension if it runs an op on a device; None for the torch twin."""
-    return choose(op, device).kernels
+def fingerprint() -> str:
+    """Returns what the bits of a result depend on beside the machine's CPU: "" without own kernels.
+
+    Two machines with the same card chose alike, or PROLORA_NATIVE=OFF makes both use torch.
+    """
+    cards = [torch.device("cuda", i) for i, c in enumerate(_cuda_choices()[0]) if c.kernels]
+    if not cards or not torch.cuda.is_available():
+        return ""
+    return f" kernels {INTERFACE} on {describe_card(cards[0])}"
 
 
 def describe_installation() -> dict[str, str | int]:
@@ -244,14 +231,13 @@ def describe_installation() -> dict[str, str | int]:
         "CUDA kernels": (kernels.cuda_architectures if kernels else "") or "none",
         "GPUs that run the kernels": f"0 ({why})" if count == 0 else count,
     }
-    cards = [torch.device("cuda", i) for i, c in enumerate(_cuda_choices()[0]) if c.kernels]
     for op in ON_CPU:
         on_cpu = choose(op, torch.device("cpu"))
         cpu = f"torch ({on_cpu.why})" if on_cpu.kernels is None else "extension"
-        on_gpu = choose(op, cards[0]) if count else Choice(None)
-        why = f" ({on_gpu.why})" if on_gpu.why else ""
-        gpu = f"torch{why}" if on_gpu.kernels is None else "extension"
+        gpu = "what wins a trial at first use" if count else "torch"
         facts[f"op {op}"] = f"cpu: {cpu}; gpu: {gpu}"
+    for tried, (wins, why) in sorted(list_choices().items()):
+        facts[f"trial of {tried}"] = f"{'extension' if wins else 'torch'} ({why})"
     return facts
 
 

@@ -63,10 +63,8 @@ def run_overlap_table(
 
 
 def _overlap_table(us: list[Tensor], ut: list[Tensor]) -> tuple[Tensor, Tensor]:
-    kernels = native.kernels_for("overlap_table", us[0].device)
-    if kernels is None:
-        return torch_twin.overlap_table(us, ut)
-    return run_overlap_table(kernels, us, ut, us[0].is_cuda)
+    sizes, twin = (len(us), *us[0].shape, ut[0].shape[2]), torch_twin.overlap_table
+    return native.run_best("overlap_table", us[0], sizes, run_overlap_table, twin, (us, ut), list)
 
 
 def _overlap_table_fake(us: list[Tensor], ut: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -35,11 +35,11 @@ def run_project_pair(
 
 
 def _project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    kernels = native.kernels_for("project_pair", x.device)
     # torch multiplies float64 on tensor cores where a GPU has them for it.
-    if kernels is None or x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         return torch_twin.project_pair(us, ut, x)
-    return run_project_pair(kernels, us, ut, x, x.is_cuda)
+    sizes, twin = (*x.shape, us.shape[2], ut.shape[2]), torch_twin.project_pair
+    return native.run_best("project_pair", x, sizes, run_project_pair, twin, (us, ut, x), list)
 
 
 def _project_pair_fake(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,22 +53,29 @@ def _new_scratch(kernels: ModuleType, a: Tensor, vectors: bool, cuda: bool) -> T
     return torch.empty(size, dtype=torch.uint8, device=a.device)
 
 
-def _kernels_for(op: str, a: Tensor) -> ModuleType | None:
-    too_large = a.shape[1] * a.shape[2] > MAX_ENTRIES
+def _is_torchs(a: Tensor) -> bool:
+    """Returns whether LAPACK is faster for a [b, m, n], or it is too large."""
     slower = a.device.type == "cpu" and a.shape[2] > CPU_COLUMNS
-    return None if too_large or slower else native.kernels_for(op, a.device)
+    return slower or a.shape[1] * a.shape[2] > MAX_ENTRIES
 
 
 def _small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _kernels_for("small_svd", a)
-    return torch_twin.small_svd(a) if kernels is None else run_small_svd(kernels, a, a.is_cuda)
+    if _is_torchs(a):
+        return torch_twin.small_svd(a)
+    both = run_small_svd, torch_twin.small_svd
+    return native.run_best("small_svd", a, a.shape, *both, (a,), _compare)
+
+
+def _compare(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    u, s, v = found
+    return [(u * s[:, None]) @ v.mT, s]
 
 
 def _small_singular_values(a: Tensor) -> Tensor:
-    kernels = _kernels_for("small_singular_values", a)
-    if kernels is None:
+    if _is_torchs(a):
         return torch_twin.small_singular_values(a)
-    return run_small_singular_values(kernels, a, a.is_cuda)
+    both = run_small_singular_values, torch_twin.small_singular_values
+    return native.run_best("small_singular_values", a, a.shape, *both, (a,), lambda s: [s])
 
 
 def _small_svd_fake(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,15 +36,9 @@ EXPONENT_BITS = 0x7F800000  # of float32
 def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
     """Computes the next block of a basis, and the last image's length outside it.
 
-    Args:
-        w: [b, d, n], any dtype.
-        rows: [b, room, d], the first `size` in use; the next `width` are written.
-        projected: [b, room, room]; its rows `size` − `width` to `size` are written.
-        size: of the basis.
-        width: of a block.
-
-    Returns:
-        float64 [b].
+    w: [b, d, n], any dtype; rows: [b, room, d], the first `size` in use; the next `width` are
+    written; projected: [b, room, room]; its rows `size` − `width` to `size` are written; size: of
+    the basis; width: of a block. Returns float64 [b].
     """
     known, last = rows[:, :size], slice(size - width, size)
     single = w.to(rows.dtype)
@@ -74,12 +68,8 @@ def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, T
 
     A shell is the entries with max(i, j) = k.
 
-    Args:
-        us: a group each [b, m, ks].
-        ut: [b, m, kt].
-
-    Returns:
-        The blocks of all groups, then the shells of all groups; flat, float64.
+    us: a group each [b, m, ks]; ut: [b, m, kt]. Returns the blocks of all groups, then the shells
+    of all groups; flat, float64.
     """
     tables, shells = [], []
     for left, right in zip(us, ut, strict=True):
@@ -110,13 +100,8 @@ def block_indicator(u: Tensor) -> Tensor:
 def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Projects rows: inside and outside us, and these inside and outside ut.
 
-    Args:
-        us: [b, m, ks], orthonormal columns.
-        ut: [b, m, kt].
-        x: [b, r, m].
-
-    Returns:
-        split and moved, each [b, 2r, m].
+    us: [b, m, ks], orthonormal columns; ut: [b, m, kt]; x: [b, r, m]. Returns split and moved, each
+    [b, 2r, m].
     """
     r = x.shape[1]
     inside = x @ us @ us.mT
@@ -148,13 +133,9 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     panel = l q to the rounding of each row whatever the condition; the second pass, in float32,
     makes q orthonormal to rounding.
 
-    Args:
-        panel: [b, r, m], float32, r ≤ m.
-        scale: float64 [b]; a row that shrinks to DEPENDENT · scale or less is dropped as well.
-
-    Returns:
-        q [b, r, m], l [b, r, r], rank int64 [b]. NaN and rank -1: NaN, Inf, a length beyond the
-        range of float32, or rows that two passes do not make orthonormal.
+    panel: [b, r, m], float32, r ≤ m; scale: float64 [b]; a row that shrinks to DEPENDENT · scale or
+    less is dropped as well. Returns q [b, r, m], l [b, r, r], rank int64 [b]. NaN and rank -1: NaN,
+    Inf, a length beyond the range of float32, or rows that two passes do not make orthonormal.
     """
     b, r, _ = panel.shape
     if panel.numel() == 0:
@@ -217,10 +198,8 @@ def find_dependent(gram: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tens
     the diagonal, so that it gets to the end. A row to be dropped counts for the rows behind it,
     which matters only to a row along what is left of it; `panel_qr` looks for such rows afterwards.
 
-    Args:
-        gram: products of the rows, float64 [b, r, r].
-        smallest: a row is dropped if the square of what is left of it is at most this [b, r], or
-            at most DROPPED² of its own.
+    gram: products of the rows, float64 [b, r, r]; smallest: a row is dropped if the square of what
+    is left of it is at most this [b, r], or at most DROPPED² of its own.
     """
     shifted = gram.clone()
     diagonal = shifted.diagonal(dim1=1, dim2=2)
@@ -233,11 +212,8 @@ def find_dependent(gram: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tens
 def substitute_rows(factor: Tensor, panel: Tensor, unit: Tensor, dropped: Tensor) -> Tensor:
     """Solves factor⁻¹ (unit · panel) [b, r, m], with zeros for dropped rows.
 
-    Args:
-        factor: lower [b, r, r], with no entry below the diagonal in the column of a dropped row.
-        panel: [b, r, m].
-        unit: [b, r, 1].
-        dropped: [b, r].
+    factor: lower [b, r, r], with no entry below the diagonal in the column of a dropped row; panel:
+    [b, r, m]; unit: [b, r, 1]; dropped: [b, r].
     """
     none = dropped[:, :, None]
     factor = factor.masked_fill(none, 0)
@@ -254,11 +230,7 @@ def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     torch takes one matrix after the other, and at these sizes LAPACK has no use for a second
     thread.
 
-    Args:
-        a: [b, m, n], n ≤ m.
-
-    Returns:
-        u [b, m, n], s [b, n] descending, v [b, n, n].
+    a: [b, m, n], n ≤ m. Returns u [b, m, n], s [b, n] descending, v [b, n, n].
     """
     parts = map_on_threads(svd_of_stack, share_of_threads(a))
     u, s, v = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
@@ -268,11 +240,7 @@ def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def small_singular_values(a: Tensor) -> Tensor:
     """Runs torch.linalg.svdvals, the stack shared out over the threads of the CPU.
 
-    Args:
-        a: [b, m, n], n ≤ m.
-
-    Returns:
-        [b, n], descending.
+    a: [b, m, n], n ≤ m. Returns [b, n], descending.
     """
     return torch.cat(map_on_threads(values_of_stack, share_of_threads(a)))
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..ops.trial import take_time
 from .cusolver import Cusolver, SolverUnavailable, open_library
 
 logger = logging.getLogger(__name__)
@@ -38,17 +39,11 @@ CLEARLY_FASTER = 0.5
 
 @dataclass(frozen=True)
 class StackSolver:
-    """What solves a stack of eigenproblems on a device.
+    """What solves a stack of eigenproblems on a device."""
 
-    Attributes:
-        name: to print.
-        solve: None where it is torch.linalg.eigh.
-        why: why the solvers before this one do not.
-    """
-
-    name: str
-    solve: Solve | None
-    why: str = ""
+    name: str  # to print
+    solve: Solve | None  # None where it is torch.linalg.eigh
+    why: str = ""  # why the solvers before this one do not
 
 
 def open_cusolver() -> Solve:
@@ -99,31 +94,19 @@ def choose_by_time(
         values, _, info = solver.solve(lower.clone(), True)
         if bool((info != 0).any() | ~values.isfinite().all()):
             raise SolverUnavailable("it does not converge on a random matrix")
-        ours = min(_take_time(solver.solve, lower.clone(), True) for _ in range(2))
+        mine, torchs = partial(solver.solve, lower.clone(), True), partial(torch.linalg.eigh, lower)
+        ours = min(take_time(mine, device) for _ in range(2))
+        torch.linalg.eigh(lower[:1])
+        theirs = take_time(torchs, device)
+        if theirs <= CLEARLY_FASTER * ours:
+            theirs = max(theirs, take_time(torchs, device))
+        if theirs > CLEARLY_FASTER * ours:
+            return solver
+        why = f"at size {size} {theirs:.1e} s against {ours:.1e} s of {solver.name}"
     except SolverUnavailable as error:
         why = f"{solver.name} fails at size {size}: {error}"
-        logger.warning("%s, %s: eigenproblems by %s (%s)", device, dtype, LOOP, why)
-        return StackSolver(LOOP, None, why)
-    torch.linalg.eigh(lower[:1])
-    theirs = _take_time(torch.linalg.eigh, lower)
-    if theirs <= CLEARLY_FASTER * ours:
-        theirs = max(theirs, _take_time(torch.linalg.eigh, lower))
-    if theirs > CLEARLY_FASTER * ours:
-        return solver
-    why = f"at size {size} {theirs:.1e} s against {ours:.1e} s of {solver.name}"
-    logger.info("%s, %s: eigenproblems by %s (%s)", device, dtype, LOOP, why)
+    logger.warning("%s, %s: eigenproblems by %s (%s)", device, dtype, LOOP, why)
     return StackSolver(LOOP, None, why)
-
-
-def _take_time(solve: Callable[..., object], *args: object) -> float:
-    """Seconds of a call, until the device has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    solve(*args)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def choose_solver(device: torch.device, dtype: torch.dtype) -> StackSolver:

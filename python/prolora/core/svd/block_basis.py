@@ -21,33 +21,21 @@ class BlockBasis:
 
     Where a matrix gives no further direction, the basis has a zero row instead, and the iteration
     of the others goes on.
-
-    Attributes:
-        gram: products with G.
-        w: [b, d, n], float32.
-        norm: [b], ‖w‖_F.
-        rows: [b, largest, d], the first `size` of which are in use.
-        projected: [b, largest, largest], the lower triangle of the projection.
-        width: of a block.
-        stored: w in 16 bits, where the op `krylov_block` is to find the blocks.
-        image: [b, width, d], what is to be added, and
-        scale: [b], float64, the length of it before what the basis holds was taken out: what
-            rounding is relative to. Neither where the op has added it already.
-        found: [b], float64, the length that the op has told.
-        size: of the basis.
     """
 
-    gram: FormedGram | ImpliedGram
-    w: Tensor
-    norm: Tensor
-    rows: Tensor
-    projected: Tensor
-    width: int
-    stored: Tensor | None
-    image: Tensor | None
+    gram: FormedGram | ImpliedGram  # products with G
+    w: Tensor  # [b, d, n], float32
+    norm: Tensor  # [b], ‖w‖_F
+    rows: Tensor  # [b, largest, d], the first `size` of which are in use
+    projected: Tensor  # [b, largest, largest], the lower triangle of the projection
+    width: int  # of a block
+    stored: Tensor | None  # w in 16 bits, where the op `krylov_block` is to find the blocks
+    image: Tensor | None  # [b, width, d], what is to be added; None where the op has added it
+    # [b], float64, the length of `image` before what the basis holds was taken out: what rounding
+    # is relative to.
     scale: Tensor | None
-    found: Tensor | None = None
-    size: int = 0
+    found: Tensor | None = None  # [b], float64, the length that the op has told
+    size: int = 0  # of the basis
 
     @classmethod
     def begin(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cut import Cut
-from .products import FormedGram, ImpliedGram
+from .products import AnyGram
 from .solvers import FEW_PROBES, random_probes
 
 # What random combinations of rows show of a norm is taken times this. Where one row alone is wrong,
@@ -25,40 +25,24 @@ LARGEST_FEEDBACK = 0.9
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ritz pairs (x, θ) of G in float64, and how far they are from eigenpairs.
+    """Ritz pairs (x, θ) of G in float64, and how far they are from eigenpairs."""
 
-    Attributes:
-        x: [b, p, d].
-        theta: [b, p].
-        residual: xG − θx [b, p, d].
-        squares: ‖xG − θx‖² [b, p].
-        rounding: [b], ‖xG − θx‖_F over all d eigenvectors, as estimated.
-    """
-
-    x: Tensor
-    theta: Tensor
-    residual: Tensor
-    squares: Tensor
-    rounding: Tensor
+    x: Tensor  # [b, p, d]
+    theta: Tensor  # [b, p]
+    residual: Tensor  # xG − θx [b, p, d]
+    squares: Tensor  # ‖xG − θx‖² [b, p]
+    rounding: Tensor  # [b], ‖xG − θx‖_F over all d eigenvectors, as estimated
 
 
 @dataclass(frozen=True)
 class Repair:
-    """The kept vectors after a first-order step, in float32; zero rows beyond the count.
+    """The kept vectors after a first-order step, in float32; zero rows beyond the count."""
 
-    Attributes:
-        kept: [b, k, d].
-        step: [b, k, d], by which they were moved.
-        lengths: [b, k], float64, of the rows of `step`.
-        residual: [b, k, d], xG − θx before the step.
-        mixing: [b, k, k], its share in the span of the kept ones.
-    """
-
-    kept: Tensor
-    step: Tensor
-    lengths: Tensor
-    residual: Tensor
-    mixing: Tensor
+    kept: Tensor  # [b, k, d]
+    step: Tensor  # [b, k, d], by which they were moved
+    lengths: Tensor  # [b, k], float64, of the rows of `step`
+    residual: Tensor  # [b, k, d], xG − θx before the step
+    mixing: Tensor  # [b, k, k], its share in the span of the kept ones
 
 
 def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
@@ -66,10 +50,8 @@ def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
 
     By Courant & Fischer none outside the span of the pairs exceeds the first one there.
 
-    Args:
-        pairs: the kept ones and more.
-        outside: [b], upper bound on the eigenvalues outside their span.
-        cut: how many are kept.
+    pairs: the kept ones and more; outside: [b], upper bound on the eigenvalues outside their span;
+    cut: how many are kept.
     """
     column = torch.arange(cut.near, device=outside.device)
     behind_cut = (column >= cut.count[:, None]) & (column < cut.end[:, None])
@@ -80,19 +62,19 @@ def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
 
 
 def measure_residuals(
-    gram: FormedGram | ImpliedGram, pairs: Pairs, repair: Repair, distance: Tensor, cut: Cut
+    gram: AnyGram,
+    pairs: Pairs,
+    repair: Repair,
+    distance: Tensor,
+    cut: Cut,
 ) -> tuple[Tensor, Tensor]:
     """What `bound_span_angle` asks of the repaired vectors, from products in float64: [b], [b].
 
     Those next to the cut are multiplied one by one; of the others, random combinations: a few,
     because on many GPUs float64 takes 64 times as long as float32.
 
-    Args:
-        gram: products with G.
-        pairs: before the repair.
-        repair: the vectors.
-        distance: [b, k], of their eigenvalues to those dropped; infinite for rows not in use.
-        cut: how many are kept.
+    gram: products with G; pairs: before the repair; repair: the vectors; distance: [b, k], of their
+    eigenvalues to those dropped; infinite for rows not in use; cut: how many are kept.
     """
     x, step, theta = pairs.x[:, : cut.most], repair.step, pairs.theta[:, : cut.most]
     late, count = cut.window(x, cut.late) + cut.window(step, cut.late), cut.late
@@ -108,16 +90,20 @@ def measure_residuals(
     left = left.float()
     inside = left @ repair.kept.mT
     lengths = torch.linalg.vector_norm((left - inside @ repair.kept).double(), dim=-1)
-    sines = lengths[:, :count] / cut.window(distance, count)
+    near = cut.window(distance, count)
+    sines = lengths[:, :count] / near
     place = cut.start[:, None] + torch.arange(count, device=x.device)
     sines = torch.where(place < cut.most, sines, 0.0)  # the last row may come several times
     unknown = (inside[:, count:] - weights[:, :FEW_PROBES] @ repair.mixing).double()
+    turned = (inside[:, :count] - cut.window(repair.mixing, count)).double()
+    turned = torch.where((place < cut.most)[..., None], turned / near[..., None], 0.0)
     sampled = CAUTION / math.sqrt(FEW_PROBES)
     parts = [sines, sampled * lengths[:, count:]]
     missed = torch.linalg.vector_norm(torch.cat(parts, 1), dim=-1)
     known = torch.linalg.vector_norm(repair.mixing / distance[..., None], dim=(-2, -1))
     largest = torch.linalg.vector_norm(repair.lengths, dim=-1)
     feedback = known * (1 + largest).square()
+    feedback += torch.linalg.vector_norm(turned, dim=(-2, -1))
     feedback += sampled * torch.linalg.vector_norm(unknown, dim=(-2, -1))
     return missed, feedback
 
@@ -129,10 +115,8 @@ def bound_span_angle(missed: Tensor, feedback: Tensor, distance: Tensor) -> Tens
     whose eigenvalues are at most θ_j − distance_j. Z = XP solves ZG − ΘZ = RP + FZ, so
     ‖z_j‖ ≤ (ρ_j + ‖Z‖ ‖f_j‖)/distance_j, and ‖Z‖_F ≤ ‖ρ/distance‖ / (1 − ‖F/distance‖_F).
 
-    Args:
-        missed: [b], ‖ρ/distance‖.
-        feedback: [b], ‖F/distance‖_F.
-        distance: [b, k]; infinite for rows that are not in use.
+    missed: [b], ‖ρ/distance‖; feedback: [b], ‖F/distance‖_F; distance: [b, k]; infinite for rows
+    that are not in use.
     """
     holds = (distance > 0).all(-1) & (feedback < LARGEST_FEEDBACK)
     return torch.where(holds, (missed / (1 - feedback)).clamp_max(1), 1.0)

@@ -74,8 +74,7 @@ class Cusolver:
     def __init__(self, library: Any) -> None:
         """Looks the functions up.
 
-        Args:
-            library: has the functions as attributes.
+        library: has the functions as attributes.
 
         Raises:
             SolverUnavailable: one of them is missing.
@@ -95,13 +94,9 @@ class Cusolver:
 
         Nothing here waits for the device.
 
-        Args:
-            rows: contiguous; the lower triangles are read, and everything is overwritten.
-            with_vectors: whether to compute the vectors.
-
-        Returns:
-            Values [b, d], vectors [b, d, d] as columns (meaningless without `with_vectors`), and
-            int32 [b], 0 where the algorithm converged.
+        rows: contiguous; the lower triangles are read, and everything is overwritten; with_vectors:
+        whether to compute the vectors. Returns values [b, d], vectors [b, d, d] as columns
+        (meaningless without `with_vectors`), and int32 [b], 0 where the algorithm converged.
 
         Raises:
             SolverUnavailable: the library refuses the problem.

@@ -14,24 +14,18 @@ class Cut:
 
     Vectors are rows here. A matrix keeps the rows [0, count); the window [start, end) has the cut
     in its middle wherever there is room on both sides, and the same width in every matrix.
-
-    Attributes:
-        count: int64 [b].
-        least, most: the extremes of `count`, as the host knows them.
-        start, end: int64 [b].
-        guard: half the width of the window.
-        near: the largest `end`.
-        kept: bool [b, most], the rows that are kept.
     """
 
-    count: Tensor
+    count: Tensor  # int64 [b]
+    # least, most: the extremes of `count`, as the host knows them.
     least: int
     most: int
+    # start, end: int64 [b].
     start: Tensor
     end: Tensor
-    guard: int
-    near: int
-    kept: Tensor
+    guard: int  # half the width of the window
+    near: int  # the largest `end`
+    kept: Tensor  # bool [b, most], the rows that are kept
 
     @property
     def uniform(self) -> bool:

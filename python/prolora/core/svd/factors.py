@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..precision import EPS32
-from .bounds import Repair
 from .cut import Cut
-from .solvers import estimate_skew
+from .products import lower_gram, mirror_lower
+from .solvers import PROBES, estimate_skew, random_probes
 from .stacks import decides_freely
 
 # Times √columns·eps: what storing the factors in float32 may move their span.
@@ -21,42 +24,69 @@ SAMPLE = 48
 SKEW = 1e-4
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a refinement has found out about its eigenvectors x."""
+
+    theta: Tensor  # [b, k], float64, their eigenvalues; 0 beyond the count
+    mixing: Tensor  # [b, k, k], the share of xG − θx in their span
+    residual: Tensor  # [b, k, d], xG − θx
+
+
 def assemble_factors(
-    w: Tensor, norm: Tensor, repair: Repair, theta: Tensor, angle: Tensor, cut: Cut
+    w: Tensor, norm: Tensor, kept: Tensor, angle: Tensor, cut: Cut, known: Known | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Orthonormal factors from eigenvectors, all in float32.
 
-    Args:
-        w: [b, d, n].
-        norm: [b], ‖w‖_F.
-        repair: the eigenvectors.
-        theta: [b, k], float64, their eigenvalues; 0 beyond the count.
-        angle: [b], bound on the sine so far, on the left.
-        cut: how many there are.
-
-    Returns:
-        Rows [b, k, d] of the short side, s [b, k], rows [b, k, n] of the long side; [b], bounds on
-        the residual and on the sine on both sides, the latter 1 where nothing is known.
+    w: [b, d, n]; norm: [b], ‖w‖_F; kept: [b, k, d], the eigenvectors; zero rows beyond the count;
+    angle: [b], bound on the sine so far, on the left; cut: how many there are; known: what need not
+    be found from their images. Returns rows [b, k, d] of the short side, s [b, k], rows [b, k, n]
+    of the long side; [b], bounds on the residual and on the sine on both sides, the latter 1 where
+    nothing is known.
     """
-    kept, used = repair.kept, None if cut.uniform else cut.kept
-    s = theta.clamp_min(0).sqrt()
-    scale = (s if used is None else torch.where(used, s, 1.0)).float()
+    used = None if cut.uniform else cut.kept
     images = kept @ w  # [b, k, n]
+    if known is None:
+        s = torch.linalg.vector_norm(images, dim=-1).double()
+    else:
+        s = known.theta.clamp_min(0).sqrt()
+    scale = (s if used is None else torch.where(used, s, 1.0)).float()
     lost = _measure_rounding(w, norm, kept, images)
     short, left_skew, _ = _orthonormalise_rows(kept, used)
-    # VVᵀ − I = Σ⁻¹UGUᵀΣ⁻¹ − I, and what makes UGUᵀ differ from Θ is known.
-    known = (repair.mixing + repair.mixing.mT) / (2 * scale[..., None] * scale[:, None])
-    long, right_skew, turned = _orthonormalise_rows(images / scale[..., None], used, known)
+    excess = None
+    if known is not None:
+        # VVᵀ − I = Σ⁻¹UGUᵀΣ⁻¹ − I, and what makes UGUᵀ differ from Θ is known.
+        excess = (known.mixing + known.mixing.mT) / (2 * scale[..., None] * scale[:, None])
+    long, right_skew, turned = _orthonormalise_rows(images.div_(scale[..., None]), used, excess)
     skew = torch.maximum(left_skew, right_skew)
     # Right: span(Xw) deviates by Σ_1⁻¹ Z Σ_2, less than Z does on the left; and float32 lost some.
     angle = angle / (1 - angle.square()).clamp_min(1e-30).sqrt() + lost / cut.at(s, -1)
     angle = angle + skew + SAFETY * EPS32 * cut.count.double().sqrt()
-    unexplained = torch.linalg.vector_norm(repair.residual, dim=-1) / scale
-    residual = torch.linalg.vector_norm(unexplained, dim=-1).double() * (1 + skew)
-    if turned is not None:
-        residual = residual + torch.linalg.vector_norm(turned * scale[:, None], dim=(-2, -1))
+    if known is None:
+        residual, _ = sample_residual(w, short, s, long)
+    else:
+        unexplained = torch.linalg.vector_norm(known.residual, dim=-1) / scale
+        residual = torch.linalg.vector_norm(unexplained, dim=-1).double() * (1 + skew)
+        if turned is not None:
+            residual += torch.linalg.vector_norm(turned * scale[:, None], dim=(-2, -1))
     angle = torch.where(skew <= LARGEST_STEP, angle, 1.0).nan_to_num(1.0).clamp_max(1)
     return *_sort_rows(short, s, long), residual, angle
+
+
+def sample_residual(w: Tensor, short: Tensor, s: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    """The larger of ‖wv − su‖_F and ‖wᵀu − sv‖_F of all rows [b], and ‖(wᵀu − sv)/s‖_F [b].
+
+    From above, as estimated by random combinations of the rows.
+    """
+    probes = random_probes(s.shape[-1], PROBES, w.dtype, w.device).mT.expand(len(w), -1, -1)
+    single = s.float()[:, None]
+    scaled = probes * single
+    left = (probes @ long) @ w.mT - scaled @ short
+    right = (probes @ short) @ w - scaled @ long
+    outside = (probes / single @ short) @ w - probes @ long
+    norms = torch.stack([torch.linalg.vector_norm(x, dim=(-2, -1)) for x in (left, right, outside)])
+    norms = norms.double() * (2 / math.sqrt(PROBES))
+    return norms[:2].amax(0), norms[2]
 
 
 def _sort_rows(short: Tensor, s: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,21 +117,17 @@ def _orthonormalise_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(3I − xxᵀ)x/2, a Newton step to the nearest orthonormal rows, for matrices that need one.
 
-    Args:
-        x: [b, k, m].
-        used: bool [b, k], the rows in use; the others are zero.
-        excess: xxᵀ − I to first order, where it is known.
-
-    Returns:
-        The rows, ‖xxᵀ − I‖_F of them [b] (from above), and by what less I they were multiplied,
-        None if none was; the second is NaN or large where a step was not enough.
+    x: [b, k, m]; used: bool [b, k], the rows in use; the others are zero; excess: xxᵀ − I to first
+    order, where it is known. Returns the rows, ‖xxᵀ − I‖_F of them [b] (from above), and by what
+    less I they were multiplied, None if none was; the second is NaN or large where a step was not
+    enough.
     """
     skew = estimate_skew(x.mT, used)
-    needed = (skew > SKEW) & (skew <= LARGEST_STEP)
+    needed = (skew > max(SKEW, x.shape[-1] * EPS32)) & (skew <= LARGEST_STEP)
     if decides_freely(x) and not bool(needed.any()):
         return x, skew, None
     if excess is None:
-        excess = x @ x.mT
+        excess = mirror_lower(lower_gram(x, x.dtype))
         excess.diagonal(dim1=-2, dim2=-1).sub_(1 if used is None else used.to(x.dtype))
     change = torch.where(needed[:, None, None], excess / -2, 0.0)
     x = torch.baddbmm(x, change, x)

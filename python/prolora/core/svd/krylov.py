@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..ops import native
+from ..ops import native, trial
 from ..ops.krylov_block import STORED
 from .block_basis import BlockBasis
 from .cut import make_even_cut
-from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower
+from .head import LeadingPairs, find_head
+from .products import AnyGram, FormedGram, ImpliedGram, lower_gram, mirror_lower
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
 from .stacks import decides_freely, float64_cost, take_places
@@ -50,6 +52,16 @@ GAIN = 4
 CLUSTER = 1e-2
 # From this look at convergence on, the distance to the next one doubles.
 EARLY_LOOKS = 3
+# How far the first blocks of the op `krylov_block` may be from torch's.
+TRIAL_ERROR = 1e-3
+# Below this λ_k/λ_1 the projection's eigenproblem is solved in float64: float32 leaves eps·λ_1.
+STEEP = 1e-3
+# A basis of about this many columns shows the first eigenvalue. Below so many times the mean one
+# the spectrum is flat, and a few columns converge no sooner than all; above so many times the mean
+# of the rest, it is taken out first.
+FIRST_SIZE = 48
+FLAT = 5.0
+OUTLIER = 5e4
 
 
 def suits_krylov(d: int, k: int) -> bool:
@@ -63,27 +75,18 @@ class Schedule:
 
     A look costs an eigenproblem of the basis, and on a GPU a wait, so it is not taken after every
     block: the logarithm of the angle falls about linearly with the size.
-
-    Attributes:
-        due: the size of the next look.
-        k: columns wanted.
-        width: of a block.
-        largest: the size at which the basis is full.
-        goal: the sine to reach.
-        looks: how many have been taken.
-        before: the size and the sine at the last one.
     """
 
-    due: int
-    k: int
-    width: int
-    largest: int
-    goal: float
-    looks: int = 0
-    before: tuple[int, float] | None = None
+    due: int  # the size of the next look
+    k: int  # columns wanted
+    width: int  # of a block
+    largest: int  # the size at which the basis is full
+    goal: float  # the sine to reach
+    looks: int = 0  # how many have been taken
+    before: tuple[int, float] | None = None  # the size and the sine at the last one
 
-    def advance(self, size: int, sine: float) -> None:
-        """Sets the next look after one that found this sine."""
+    def advance(self, size: int, sine: float) -> bool:
+        """Sets the next look after one that found this sine; whether a basis may reach the goal."""
         slope = USUAL_SLOPE / self.k
         if self.before is not None and sine < self.before[1]:
             slope = math.log(self.before[1] / sine) / (size - self.before[0])
@@ -92,24 +95,29 @@ class Schedule:
         step = max(8, min(32, self.k // 4)) * 2 ** max(0, self.looks - EARLY_LOOKS)
         wanted = int(math.log(max(1.0, sine / self.goal)) / slope)
         self.due = min(self.largest, size + min(max(step, wanted), 4 * step))
+        known = self.before is not None
         self.before = size, sine
+        return not known or size + wanted <= self.largest
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The values of one matrix that hide the others from float32, and the matrix without them."""
+
+    gram: AnyGram  # products with G of the whole matrix, in float32 with that of `rest`
+    w: Tensor  # the whole matrix, [1, d, n]
+    rest: Tensor  # w without `head`
+    head: LeadingPairs  # the leading eigenpairs of G
 
 
 @dataclass(frozen=True)
 class Look:
-    """The eigenpairs of G within the basis, and how well they have converged.
+    """The eigenpairs of G within the basis, and how well they have converged."""
 
-    Attributes:
-        values: [b, D], float64, descending, not negative.
-        vectors: [b, D, D], in the basis, as columns.
-        left: [b, D], float64, their residuals.
-        sines: the estimated sine of each matrix; NaN where the iteration cannot answer.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    left: Tensor
-    sines: list[float]
+    values: Tensor  # [b, D], float64, descending, not negative
+    vectors: Tensor  # [b, D, D], in the basis, as columns
+    left: Tensor  # [b, D], float64, their residuals
+    sines: list[float]  # the estimated sine of each matrix; NaN where the iteration cannot answer
 
 
 def krylov_triplets(
@@ -117,30 +125,39 @@ def krylov_triplets(
 ) -> list[tuple[list[int], Triplets]]:
     """The leading triplets of those matrices of w [b, d, n] that are proven to `tol`.
 
-    Args:
-        w: the stack, float32, d ≤ n. A matrix leaves it where it is proven or given up; until then
-            all grow as deep as the hardest needs.
-        norm: [b], ‖w‖_F.
-        k: columns.
-        tol: the sine of the largest principal angle to reach.
-        seed: of the starting block; the same for every matrix, so that a stack equals its members.
-        stored: w in 16 bits, where it was stored so.
-
-    Returns:
-        Parts of the stack: the places in it, and the triplets of the matrices there.
+    w: the stack, float32, d ≤ n. A matrix leaves it where it is proven or given up; until then all
+    grow as deep as the hardest needs; norm: [b], ‖w‖_F; k: columns; tol: the sine of the largest
+    principal angle to reach; seed: of the starting block; the same for every matrix, so that a
+    stack equals its members; stored: w in 16 bits, where it was stored so. Returns parts of the
+    stack: the places in it, and the triplets of the matrices there.
     """
-    basis = _start_basis(w, norm, k, seed, stored if _takes_stored(w, stored) else None)
+    basis = _start_basis(
+        w, norm, k, seed, stored if _takes_stored(w, norm, k, seed, stored) else None
+    )
     first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
     schedule = Schedule(min(basis.largest, first), k, basis.width, basis.largest, GAIN * tol)
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
+    outliers: Outliers | None = None
+    alone = judged = decides_freely(w) and len(w) == 1
     while True:
         basis.expand()
+        if judged and basis.size >= FIRST_SIZE:
+            judged = False
+            top, rest = _judge_spectrum(basis)
+            if top < FLAT * rest:
+                break
+            if top > OUTLIER * rest:
+                outliers = _take_outliers(basis, k)
+            if outliers is not None:
+                basis = _start_basis(outliers.rest, norm, k, seed, None)
+                outliers.gram.single = basis.gram.single
+                continue
         if basis.size >= schedule.due:
-            look = _look_at(basis, k)
+            look = _look_at(basis, k if outliers is None else k - len(outliers.head.theta))
             proven = list[int]()
             ready = [i for i, sine in enumerate(look.sines) if sine <= schedule.goal]
             if ready:
-                refined = _refine_ready(basis, look, ready, k)
+                refined = _refine_ready(basis, look, ready, k, outliers)
                 rows = [row for row, sine in enumerate(refined.angle.tolist()) if sine <= tol]
                 proven = [ready[row] for row in rows]
                 parts.append(([places[i] for i in proven], refined.take(rows)))
@@ -151,11 +168,12 @@ def krylov_triplets(
             }
             if not open_sines:
                 break
-            schedule.advance(basis.size, max(open_sines.values()))
+            if not schedule.advance(basis.size, max(open_sines.values())) and alone:
+                break
             if len(open_sines) < len(places):
-                rest = list(open_sines)
-                basis = basis.take(rest)
-                places = [places[i] for i in rest]
+                rest_of_them = list(open_sines)
+                basis = basis.take(rest_of_them)
+                places = [places[i] for i in rest_of_them]
         if basis.size >= basis.largest:
             break
         basis.append()
@@ -167,15 +185,25 @@ def count_guard(k: int) -> int:
     return max(16, min(32, k // 8))
 
 
-def _takes_stored(w: Tensor, stored: Tensor | None) -> bool:
-    """Whether the op `krylov_block` finds the blocks, from w as it is stored."""
-    asked = native.is_asked("krylov_block")  # refuses a name that is no op, on every device
-    if decides_freely(w) or not asked:
+def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> bool:
+    """Whether the op `krylov_block` finds the blocks, from w as it is stored: by a trial."""
+    if decides_freely(w) or stored is None or stored.dtype not in STORED:
         return False
-    if stored is None or stored.dtype not in STORED:
+    if native.choose("krylov_block", w.device).kernels is None:
         return False
-    # The op's twin would make a float32 copy for each block.
-    return w.is_cpu or native.kernels_for("krylov_block", w.device) is not None
+
+    def grow(stored: Tensor | None) -> list[Tensor]:
+        """The first two lengths and blocks of the projection, of a basis of the usual size."""
+        basis = _start_basis(w, norm, k, seed, stored)
+        lengths = list[Tensor]()
+        for _ in range(USUAL_BASIS * k // basis.width):
+            basis.expand()
+            lengths.append(basis.length())
+            basis.append()
+        return [torch.stack(lengths[:2]), basis.projected[:, : 2 * basis.width]]
+
+    ways = partial(grow, stored), partial(grow, None)
+    return trial.prefers_kernel("krylov_block", stored, (*stored.shape, k), *ways, TRIAL_ERROR)
 
 
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:
@@ -204,14 +232,38 @@ def _largest_width(w: Tensor) -> int:
     return 16 if small and decides_freely(w) else 32
 
 
+def _judge_spectrum(basis: BlockBasis) -> tuple[float, float]:
+    """The first eigenvalue that the basis of one matrix shows, and the mean one that it does not.
+
+    Of a flat spectrum both are about the same.
+    """
+    values = torch.linalg.eigvalsh(basis.penalised())[0].double()
+    rest = (basis.norm[0].square() - values.sum()) / (basis.w.shape[1] - basis.size)
+    return float(values[-1]), max(float(rest), 0.0)
+
+
+def _take_outliers(basis: BlockBasis, k: int) -> Outliers | None:
+    """The outliers of one matrix, fewer than k; None where they do not converge at once."""
+    w, norm = basis.w, float(basis.norm[0])
+    head = find_head(basis.gram, norm**2, w.shape[1], OUTLIER)
+    if head is None or k == 1:
+        return None
+    rows = head.rows[: k - 1]
+    wide = w[0].double()
+    rest = torch.addmm(wide, rows.mT, rows @ wide, alpha=-1).float()[None]
+    return Outliers(basis.gram, w, rest, LeadingPairs(rows, head.theta[: k - 1]))
+
+
 def _look_at(basis: BlockBasis, k: int) -> Look:
     """Rayleigh-Ritz in the basis; the host waits for the sines.
 
-    Args:
-        basis: with `expand` done.
-        k: columns that must have converged.
+    basis: with `expand` done; k: columns that must have converged.
     """
-    values, vectors = descending_eigh(basis.penalised())
+    projected = basis.penalised()
+    values, vectors = descending_eigh(projected)
+    if decides_freely(values) and bool((values[:, k - 1] < STEEP * values[:, 0]).any()):
+        values, vectors = descending_eigh(projected.double())
+        vectors = vectors.float()
     sound = values.isfinite().all(-1)
     values = values.double()
     guarded = max(k + count_guard(k), 2 * count_guard(k))
@@ -225,14 +277,13 @@ def _look_at(basis: BlockBasis, k: int) -> Look:
     return Look(values, vectors, left, sines.tolist())
 
 
-def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Triplets:
+def _refine_ready(
+    basis: BlockBasis, look: Look, ready: list[int], k: int, outliers: Outliers | None
+) -> Triplets:
     """The refined triplets of the matrices whose Ritz vectors have converged.
 
-    Args:
-        basis: of the whole stack.
-        look: at it.
-        ready: the places in the stack.
-        k: columns to keep.
+    basis: of the whole stack; look: at it; ready: the places in the stack; k: columns to keep;
+    outliers: what was taken out before.
     """
     values, vectors, left = look.values, look.vectors, look.left
     if len(ready) < len(values):
@@ -240,14 +291,21 @@ def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Tr
         values, vectors, left = (take_places(x, ready) for x in (values, vectors, left))
     cut = make_even_cut(basis.w, k, count_guard(k))
     size, d = basis.size, basis.w.shape[1]
-    seen = min(size, 2 * cut.near)
-    rows = vectors[..., :seen].mT @ basis.rows[:, :size]
+    rows = vectors[..., : min(size, 2 * cut.near)].mT @ basis.rows[:, :size]
+    gram: AnyGram = basis.gram
+    w, head = basis.w, None
+    if outliers is not None:
+        gram, w, head = outliers.gram, outliers.w, outliers.head.rows[None]
+        rows = torch.cat([head.float(), rows], 1)
+        values = torch.cat([outliers.head.theta[None], values], 1)
+        left = torch.nn.functional.pad(left, (head.shape[1], 0))
+    seen = rows.shape[1]
     values = values[:, :seen]
     beyond = (basis.norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
     near, far = rows[:, : cut.near], rows[:, cut.near :]
     # A basis that ends with `near` leaves nothing further to compare with.
-    ritz = Ritz(near, far, values, beyond, left[:, min(cut.near, seen - 1)])
-    return refine_triplets(basis.gram, basis.w, basis.norm, ritz, cut, "krylov")
+    ritz = Ritz(near, far, values, beyond, left[:, min(cut.near, seen - 1)], head)
+    return refine_triplets(gram, w, basis.norm, ritz, cut, "krylov")
 
 
 def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> bool:
@@ -256,11 +314,8 @@ def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> boo
     The Gram matrix and its products with the basis, against those with w for the basis and for the
     residuals of k columns.
 
-    Args:
-        shape: (d, n) of w.
-        size: columns of the basis.
-        k: columns to return.
-        float64: flops in float32 that one in float64 costs.
+    shape: (d, n) of w; size: columns of the basis; k: columns to return; float64: flops in float32
+    that one in float64 costs.
     """
     d, n = shape
     with_gram = float64 * 1.25 * d * d * n + NARROW * 2.0 * d * d * size
@@ -277,10 +332,7 @@ def _is_clustered(values: Tensor, width: int) -> Tensor:
 def _estimate_sine(values: Tensor, left: Tensor, k: int) -> Tensor:
     """[b], an estimate of the sine of the angle to the true subspace: residual over gap.
 
-    Args:
-        values: [b, D].
-        left: [b, D], the residuals.
-        k: columns that must have converged.
+    values: [b, D]; left: [b, D], the residuals; k: columns that must have converged.
     """
     gaps = (values[:, :k] - values[:, k : k + 1]).clamp_min(1e-300)
     sine: Tensor = torch.linalg.vector_norm(left[:, :k] / gaps, dim=-1)

@@ -22,9 +22,7 @@ def orthonormalise_panel(panel: Tensor, scale: Tensor) -> Tensor:
     shifted by what is rounding, so that its factor exists; the second pass takes the shift out.
     What is shorter than that becomes a zero row.
 
-    Args:
-        panel: any rows, c ≤ d.
-        scale: [b], float64, the length that rounding is relative to.
+    panel: any rows, c ≤ d; scale: [b], float64, the length that rounding is relative to.
     """
     if not decides_freely(panel):
         # A panel that it gives up adds nothing to the basis.

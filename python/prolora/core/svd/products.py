@@ -20,13 +20,9 @@ PANEL = 640
 
 @dataclass
 class FormedGram:
-    """Products with G = wwᵀ of a stack, from G itself.
+    """Products with G = wwᵀ of a stack, from G itself."""
 
-    Attributes:
-        precise: G [b, d, d] in float64.
-    """
-
-    precise: Tensor
+    precise: Tensor  # G [b, d, d] in float64
 
     @cached_property
     def single(self) -> Tensor:
@@ -48,13 +44,9 @@ class FormedGram:
 
 @dataclass
 class ImpliedGram:
-    """Products with G = wwᵀ of a stack, from w: cheaper where only few are needed.
+    """Products with G = wwᵀ of a stack, from w: cheaper where only few are needed."""
 
-    Attributes:
-        single: w [b, d, n] in float32, perhaps a transposed view.
-    """
-
-    single: Tensor
+    single: Tensor  # w [b, d, n] in float32, perhaps a transposed view
 
     @cached_property
     def precise(self) -> Tensor:
@@ -114,3 +106,7 @@ def _row_blocks(d: int) -> list[tuple[int, int]]:
     blocks = max(1, min(BLOCKS, d // MIN_BLOCK))
     edges = [d * i // blocks for i in range(blocks + 1)]
     return list(itertools.pairwise(edges))
+
+
+AnyGram = FormedGram | ImpliedGram
+"""What gives products with the Gram matrices of a stack."""

@@ -29,48 +29,60 @@ from torch import Tensor
 from ..precision import EPS
 from .bounds import Pairs, Repair, bound_dropped, bound_span_angle, measure_residuals
 from .cut import Cut
-from .factors import LARGEST_STEP, assemble_factors
-from .products import FormedGram, ImpliedGram
+from .factors import LARGEST_STEP, Known, assemble_factors
+from .products import AnyGram
 from .solvers import descending_eigh
 from .triplets import Triplets
+
+# Kept vectors are turned into each other by so little only: to first order.
+SMALL_TURN = 1e-4
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenvectors of a stack G = wwᵀ [b, d, d] in float32, by descending eigenvalue.
+    """Approximate eigenvectors of a stack wwᵀ [b, d, d] in float32, by descending eigenvalue."""
 
-    Attributes:
-        near: [b, p, d], those to keep and a guard behind them.
-        far: [b, q, d], further ones.
-        values: [b, p + q], float64.
-        beyond: [b], an eigenvalue to assume for what lies in neither; None if together they span
-            all, and `far` too are eigenvectors up to rounding.
-        error: [b], how far the first eigenvalue outside `near` may exceed values[p], rounding
-            aside.
-    """
-
-    near: Tensor
-    far: Tensor
-    values: Tensor
+    near: Tensor  # [b, p, d], those to keep and a guard behind them
+    far: Tensor  # [b, q, d], further ones
+    values: Tensor  # [b, p + q], float64
+    # [b], an eigenvalue to assume for what lies in neither; None if together they span all, and
+    # `far` too are eigenvectors up to rounding.
     beyond: Tensor | None
+    # [b], how far the first eigenvalue outside `near` may exceed values[p], rounding aside.
     error: Tensor
+    # [b, q, d], float64, the first of `near` where they are far above all others, and so is
+    # rounding along them.
+    head: Tensor | None = None
 
 
 def refine_triplets(
-    gram: FormedGram | ImpliedGram, w: Tensor, norm: Tensor, ritz: Ritz, cut: Cut, rung: str
+    gram: AnyGram, w: Tensor, norm: Tensor, ritz: Ritz, cut: Cut, rung: str
 ) -> Triplets:
     """The leading triplets of w [b, d, n], d ≤ n; angle 1 where float32 left too little to repair.
 
-    Args:
-        gram: products with wwᵀ.
-        w: float32.
-        norm: [b], ‖w‖_F.
-        ritz: with p = cut.near.
-        cut: how many vectors to keep.
-        rung: the name of what gave the vectors.
+    gram: products with wwᵀ; w: float32; norm: [b], ‖w‖_F; ritz: with p = cut.near; cut: how many
+    vectors to keep; rung: the name of what gave the vectors.
     """
-    d, n = w.shape[-2:]
-    floor = 10 * (d + n) * EPS * norm.square()
+    pairs, repair, angle = refine_span(gram, norm, ritz, cut, sum(w.shape[-2:]))
+    following = cut.at(pairs.theta, 0)
+    angle = torch.where(following > 0, angle, torch.nan)
+    theta = torch.where(cut.kept, pairs.theta[:, : cut.most], 0.0)
+    known = Known(theta, repair.mixing, repair.residual)
+    short, s, long, residual, angle = assemble_factors(w, norm, repair.kept, angle, cut, known)
+    following = following.clamp_min(0).sqrt()
+    rungs = (rung,) * len(w)
+    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs)
+
+
+def refine_span(
+    gram: AnyGram, norm: Tensor, ritz: Ritz, cut: Cut, sides: int
+) -> tuple[Pairs, Repair, Tensor]:
+    """Pairs around the cut, the vectors kept after their step, and [b], the bound on the sine.
+
+    gram: products with G; norm: [b], the root of its trace; ritz: with p = cut.near; cut: how many
+    vectors to keep; sides: d + n of the weight, for the rounding of float64.
+    """
+    floor = 10 * sides * EPS * norm.square()
     pairs = _measure_pairs(gram, ritz, cut)
     last, following = cut.at(pairs.theta, -1), cut.at(pairs.theta, 0)
     dropped = bound_dropped(pairs, _bound_outside(pairs, ritz, cut), cut)
@@ -82,32 +94,33 @@ def refine_triplets(
     spread = torch.linalg.vector_norm(1 / distance, dim=-1)
     missed += floor / cut.count.double().sqrt() * spread
     angle = bound_span_angle(missed, feedback, distance)
-    sound = (last > following) & (following > 0) & (largest <= LARGEST_STEP)
-    theta = torch.where(cut.kept, pairs.theta[:, : cut.most], 0.0)
-    short, s, long, residual, angle = assemble_factors(
-        w, norm, repair, theta, torch.where(sound, angle, torch.nan), cut
-    )
-    following = following.clamp_min(0).sqrt()
-    rungs = (rung,) * len(w)
-    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs)
+    sound = (last > following) & (largest <= LARGEST_STEP)
+    return pairs, repair, torch.where(sound, angle, torch.nan)
 
 
-def _measure_pairs(gram: FormedGram | ImpliedGram, ritz: Ritz, cut: Cut) -> Pairs:
+def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
     """Rayleigh quotients and residuals of `ritz.near`, those in the window rotated."""
     d, width = ritz.near.shape[-1], 2 * cut.guard
     x = ritz.near.double()
+    known = 0
+    if ritz.head is not None:
+        known = ritz.head.shape[1]
+        x = torch.cat([ritz.head, x[:, known:] - (x[:, known:] @ ritz.head.mT) @ ritz.head], 1)
     # A dense rung keeps many: the gaps next to its window are as small as float32's rounding.
     rough = 0 if ritz.beyond is None else cut.first
-    y = gram(x[:, rough:])
-    if rough:
-        y = torch.cat([gram.rough(ritz.near[:, :rough]).double(), y], dim=1)
+    if rough > known:
+        middle = gram.rough(x[:, known:rough].float()).double()
+        y = gram(torch.cat([x[:, :known], x[:, rough:]], 1))
+        y = torch.cat([y[:, :known], middle, y[:, known:]], 1)
+    else:
+        y = gram(x)
     theta = torch.linalg.vecdot(x, y, dim=-1)
     r = torch.addcmul(y, x, theta[..., None], value=-1)
     squares = torch.linalg.vecdot(r, r, dim=-1)
     column = torch.arange(cut.near, device=x.device)
     # What rounding did to p of d eigenvectors, extrapolated to all of them and doubled.
     lost = squares if cut.uniform else torch.where(column < cut.end[:, None], squares, 0.0)
-    rounding = 2 * (lost.sum(-1) * d / cut.end).sqrt()
+    rounding = 2 * (lost[:, known:].sum(-1) * d / (cut.end - known)).sqrt()
     values, *rotated = rayleigh_ritz(cut.window(x, width), cut.window(y, width))
     left = torch.addcmul(rotated[1], rotated[0], values[..., None], value=-1)
     changes = zip((x, theta, r), (rotated[0], values, left), strict=True)
@@ -143,11 +156,30 @@ def _step_towards_dropped(pairs: Pairs, ritz: Ritz, cut: Cut) -> Repair:
     if ritz.beyond is not None:
         rest = residual - inner @ near - coupling @ ritz.far
         step += rest / (theta - ritz.beyond.float()[:, None, None])
-    lengths = torch.linalg.vector_norm(step, dim=-1).double()
     mixing = inner[..., :k]
-    if not cut.uniform:
+    if cut.uniform:
+        step += _turn_window(mixing, theta, cut.first) @ kept
+    else:
         mixing = mixing * cut.kept[:, None]
+    lengths = torch.linalg.vector_norm(step, dim=-1).double()
     return Repair(kept + step, step, lengths, residual, mixing)
+
+
+def _turn_window(mixing: Tensor, theta: Tensor, first: int) -> Tensor:
+    """The rotation [b, k, k] of the kept vectors before the window and those in it; takes it out.
+
+    Next to the cut even a small mixing is large over the gap. What is not small is between
+    neighbours, and both are as far from the cut.
+
+    mixing: [b, k, k], overwritten with what is left; theta: [b, k, 1]; first: the start of the
+    window.
+    """
+    turn = torch.zeros_like(mixing)
+    for rows, columns in ((slice(first), slice(first, None)), (slice(first, None), slice(first))):
+        wanted = mixing[:, rows, columns] / (theta[:, rows] - theta[:, columns].mT)
+        turn[:, rows, columns] = torch.where(wanted.abs() < SMALL_TURN, wanted, 0.0)
+        mixing[:, rows, columns].masked_fill_(wanted.abs() < SMALL_TURN, 0.0)
+    return turn
 
 
 def _mask_window(behind: Tensor, cut: Cut) -> Tensor:
@@ -168,12 +200,8 @@ def _mask_window(behind: Tensor, cut: Cut) -> Tensor:
 def rayleigh_ritz(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvectors of G within the span of the rows of x; float64, NaN where they have no basis.
 
-    Args:
-        x: [b, q, d], any basis, nearly orthonormal.
-        y: xG [b, q, d].
-
-    Returns:
-        The eigenvalues [b, q], descending, the eigenvectors and their products with G.
+    x: [b, q, d], any basis, nearly orthonormal; y: xG [b, q, d]. Returns the eigenvalues [b, q],
+    descending, the eigenvectors and their products with G.
     """
     factor, failed = torch.linalg.cholesky_ex(x @ x.mT)
     half = torch.linalg.solve_triangular(factor, x @ y.mT, upper=False)

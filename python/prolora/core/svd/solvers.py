@@ -50,12 +50,9 @@ def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
     On a GPU in one batched call where there is one, without waiting for the device.
 
-    Args:
-        symmetric: float32 or float64; only the lower triangle is read.
-
-    Returns:
-        Values [b, d] and vectors [b, d, d] as columns; NaN for a matrix that the solver failed on,
-        and where the vectors are not orthonormal or do not belong to the matrix.
+    symmetric: float32 or float64; only the lower triangle is read. Returns values [b, d] and
+    vectors [b, d, d] as columns; NaN for a matrix that the solver failed on, and where the vectors
+    are not orthonormal or do not belong to the matrix.
     """
     return measured_eigh(symmetric)[:2]
 
@@ -137,9 +134,7 @@ def estimate_skew(x: Tensor, used: Tensor | None = None) -> Tensor:
     ‖EΩ‖_F²/c has the expectation ‖E‖_F² for Ω of c normal columns, and falls short of a quarter of
     it with a chance of 5e-6 at most for c = 32: where E has rank one.
 
-    Args:
-        x: columns.
-        used: bool [..., k], which of them are in use; the others are zero.
+    x: columns; used: bool [..., k], which of them are in use; the others are zero.
     """
     k = x.shape[-1]
     if k <= 4 * PROBES:
@@ -173,10 +168,7 @@ def _measure_pairs(lower: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tens
     As in `estimate_skew`; for 16 combinations that chance is 1e-3 where one column alone is wrong,
     and falls as several are.
 
-    Args:
-        lower: the lower triangles of G [b, d, d], zeros above.
-        values: [b, d].
-        vectors: V [b, d, d].
+    lower: the lower triangles of G [b, d, d], zeros above; values: [b, d]; vectors: V [b, d, d].
     """
     probes = random_probes(values.shape[-1], FEW_PROBES, values.dtype, values.device)
     both = torch.cat([probes.expand(len(values), -1, -1), values[..., None] * probes], -1)

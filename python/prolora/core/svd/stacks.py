@@ -56,10 +56,8 @@ def take_places(stack: Tensor, places: list[int]) -> Tensor:
 def count_together(shape: torch.Size, device: torch.device, few_columns: bool = False) -> int:
     """How many matrices of a shape [m, n] are worked on together.
 
-    Args:
-        shape: of one matrix.
-        device: where they are.
-        few_columns: whether no more than an eighth of the columns are asked for.
+    shape: of one matrix; device: where they are; few_columns: whether no more than an eighth of the
+    columns are asked for.
     """
     m, n = shape
     if device.type == "cpu":

@@ -14,27 +14,18 @@ from .stacks import take_places
 
 @dataclass(frozen=True)
 class Triplets:
-    """Leading singular triplets of w [b, d, n], d ≤ n.
+    """Leading singular triplets of w [b, d, n], d ≤ n."""
 
-    Attributes:
-        short: [b, d, k] singular vectors of the short side, zero columns beyond `count`.
-        long: [b, n, k] of the long side, zero columns beyond `count`.
-        s: [b, k], float64, descending, zero beyond `count`.
-        count: int64 [b], columns in use.
-        following: [b], the estimate of the first singular value left out, 0 if there is none.
-        residual: [b], the larger of ‖w·long − short·s‖_F and ‖wᵀ·short − long·s‖_F, or a bound.
-        angle: [b], upper bound on the sine of the largest angle to the true subspaces, at most 1.
-        rungs: the algorithm of each matrix.
-    """
-
-    short: Tensor
-    long: Tensor
-    s: Tensor
-    count: Tensor
-    following: Tensor
+    short: Tensor  # [b, d, k] singular vectors of the short side, zero columns beyond `count`
+    long: Tensor  # [b, n, k] of the long side, zero columns beyond `count`
+    s: Tensor  # [b, k], float64, descending, zero beyond `count`
+    count: Tensor  # int64 [b], columns in use
+    following: Tensor  # [b], the estimate of the first singular value left out, 0 if there is none
+    # [b], the larger of ‖w·long − short·s‖_F and ‖wᵀ·short − long·s‖_F, or a bound.
     residual: Tensor
+    # [b], upper bound on the sine of the largest angle to the true subspaces, at most 1.
     angle: Tensor
-    rungs: tuple[str, ...]
+    rungs: tuple[str, ...]  # the algorithm of each matrix
 
     def take(self, places: list[int]) -> Triplets:
         """Some matrices of the stack."""
@@ -80,28 +71,19 @@ def merge_triplets(parts: list[tuple[list[int], Triplets]]) -> Triplets:
 def rounding_error(w: Tensor, norm: Tensor) -> Tensor:
     """[b], how far float64 products and LAPACK may move a singular value of w [b, d, n].
 
-    Args:
-        w: [b, d, n].
-        norm: [b], ‖w‖_F.
+    w: [b, d, n]; norm: [b], ‖w‖_F.
     """
     return norm * (10 * (w.shape[-2] + w.shape[-1]) * EPS)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of triplets besides the residual ‖wv − σu‖.
+    """What is known of triplets besides the residual ‖wv − σu‖."""
 
-    Attributes:
-        ceiling: [b], upper bound on σ_{k+1}.
-        left: [b, k], ‖wᵀu − σv‖.
-        skew: [b], the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F as measured; NaN where unknown.
-        error: [b], `rounding_error`.
-    """
-
-    ceiling: Tensor
-    left: Tensor
-    skew: Tensor
-    error: Tensor
+    ceiling: Tensor  # [b], upper bound on σ_{k+1}
+    left: Tensor  # [b, k], ‖wᵀu − σv‖
+    skew: Tensor  # [b], the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F as measured; NaN where unknown
+    error: Tensor  # [b], `rounding_error`
 
 
 def residual_and_angle(
@@ -113,11 +95,8 @@ def residual_and_angle(
     the true leading vectors is at most ρ_i/(σ_i − σ_{k+1}) (Davis & Kahan, on the symmetric matrix
     [0 w; wᵀ 0]), and the sine of the largest angle at most the root of the sum of squares.
 
-    Args:
-        w: [b, d, n].
-        factors: U [b, d, k], S [b, k] and V [b, n, k].
-        count: [b], columns in use.
-        evidence: what else is known of them.
+    w: [b, d, n]; factors: U [b, d, k], S [b, k] and V [b, n, k]; count: [b], columns in use;
+    evidence: what else is known of them.
     """
     short, s, long = factors
     d, n = w.shape[-2:]

@@ -1,0 +1,74 @@
+"""The few largest eigenpairs of a Gram matrix in float64: what hides the others from float32.
+
+Rounding in float32 is relative to the largest eigenvalue. Where that is far above the others, these
+pairs are found first, by a short block Krylov iteration in float64, and taken out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..precision import EPS, EPS32
+from .products import AnyGram
+
+WIDTH = 16
+# Blocks after which the spectrum is judged, and how many are spent on its head at most: so many,
+# or one for so many rows of a large G.
+FIRST_BLOCKS = 3
+MOST_BLOCKS = 8
+ROWS_A_BLOCK = 128
+# Pairs count as found where their residual is rounding of float32 at their own eigenvalue.
+CONVERGED = EPS32 / 4
+# Rows that share more than this with the basis are taken out of it once more.
+LEANING = 1e-12
+
+
+@dataclass(frozen=True)
+class LeadingPairs:
+    """Leading eigenpairs (x, θ) of one G [d, d]."""
+
+    rows: Tensor  # x [q, d], float64, orthonormal
+    theta: Tensor  # [q], descending
+
+
+def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs | None:
+    """Finds the converged leading pairs of one matrix; None where its spectrum is not steep.
+
+    gram: products with G [1, d, d]; trace: of G; d: its size; steep: a first eigenvalue above so
+    many times the mean one behind the head calls for one.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    block = torch.randn(WIDTH, d, generator=generator, dtype=torch.float64, device="cpu")
+    most = min(max(MOST_BLOCKS, d // ROWS_A_BLOCK), d // (4 * WIDTH)) * WIDTH
+    basis, projected = block.new_empty(most, d), block.new_zeros(most, most)
+    block = _orthonormal_rows(block)
+    for size in range(WIDTH, most + 1, WIDTH):
+        basis[size - WIDTH : size] = block
+        known = basis[:size]
+        image = gram(block[None])[0]
+        column = image @ known.mT
+        image -= column @ known
+        projected[size - WIDTH : size, :size] = column
+        if size == FIRST_BLOCKS * WIDTH or size == most:
+            values, vectors = torch.linalg.eigh(projected[:size, :size])
+            theta, vectors = values.flip(0), vectors.flip(1)
+            rest = max(trace - float(theta.sum()), 0.0) / (d - size)
+            if not float(theta[0]) > steep * rest:
+                return None
+        if size < most:
+            block = _orthonormal_rows(image - (image @ known.mT) @ known)
+            again = block @ known.mT
+            if float(again.abs().max()) > LEANING:  # G has nothing more to give
+                block = _orthonormal_rows(block - again @ known)
+    left = torch.linalg.vector_norm(image) * torch.linalg.vector_norm(vectors[-WIDTH:], dim=0)
+    good = (left <= CONVERGED * theta) & (theta > d * EPS * theta[0])
+    q = int(good.long().cumprod(0).sum())
+    return LeadingPairs(vectors[:, :q].mT @ basis, theta[:q]) if q else None
+
+
+def _orthonormal_rows(rows: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(rows.mT)[0].mT
+    return basis

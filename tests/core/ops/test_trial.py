@@ -1,0 +1,129 @@
+"""The trial that decides between a kernel and torch, with a card played by the CPU."""
+
+import json
+import logging
+import time
+
+import pytest
+import torch
+from backends import load
+from spectra import planted, power_law
+
+import prolora
+from prolora.core.ops import native, project_pair, torch_twin, trial
+from prolora.core.ops.overlap_table import overlap_table
+from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops.small_svd import small_singular_values, small_svd
+from prolora.core.svd import stacks
+
+
+class Card:
+    """The kernels of a card: the emulator's, or the CPU's under their name, which take no time."""
+
+    def __init__(self, kernels, cuda=False):
+        self.kernels, self.cuda, self.seconds, self.fails = kernels, cuda, 0.0, False
+
+    def __getattr__(self, name):
+        """Scratch sizes: their last argument says which kernels."""
+        return lambda *sizes: getattr(self.kernels, name)(*sizes[:-1], self.cuda)
+
+    def run(self, op, numbers, float64, cuda, stream):
+        assert cuda
+        if self.fails:
+            raise RuntimeError("too many resources requested for launch")
+        time.sleep(self.seconds)
+        self.kernels.run(op, numbers, float64, self.cuda, stream)
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(trial, "_known", None)
+    made = Card(load("cpu", "_C"))
+    monkeypatch.setattr(native, "serving", lambda device: native.Choice(made, cuda=True))
+    return made
+
+
+def operands(m=64):
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(2, m, 8, generator=generator))[0]
+    return u, u.flip(0), torch.randn(2, 4, m, generator=generator)
+
+
+def slow_torch(monkeypatch, op="project_pair"):
+    twin = getattr(torch_twin, op)
+
+    def slow(*given):
+        time.sleep(0.02)
+        return twin(*given)
+
+    monkeypatch.setattr(torch_twin, op, slow)
+
+
+def chosen():
+    (key,) = trial.list_choices()
+    return key, *trial.list_choices()[key]
+
+
+def test_a_kernel_that_is_right_and_fast_is_taken_and_the_next_process_knows(card, monkeypatch):
+    slow_torch(monkeypatch)
+    expected = torch_twin.project_pair(*operands())
+    torch.testing.assert_close(project_pair.project_pair(*operands()), expected)
+    key, wins, why = chosen()
+    assert wins and " s over " in why
+    assert native.describe_installation()[f"trial of {key}"] == f"extension ({why})"
+    assert key.startswith("project_pair float32 2×4×64×8×8 on cpu, torch")
+    monkeypatch.setattr(trial, "_known", None)
+    monkeypatch.setattr(trial, "_try", lambda *_: pytest.fail("tried again"))
+    project_pair.project_pair(*operands())
+    assert chosen() == (key, wins, why)
+    project_pair.project_pair(*operands(40))  # of the same size by powers of two
+
+
+def test_a_kernel_that_is_right_and_slow_is_left(card):
+    card.seconds = 0.02
+    project_pair.project_pair(*operands())
+    _, wins, why = chosen()
+    assert not wins and " s over " in why
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * (1 + 1e-3), lambda x: x * torch.nan], ids=str)
+def test_a_kernel_that_is_wrong_is_left_and_the_log_warns(card, monkeypatch, caplog, wrong):
+    slow_torch(monkeypatch)
+    run = project_pair.run_project_pair
+    monkeypatch.setattr(
+        project_pair, "run_project_pair", lambda *given: tuple(map(wrong, run(*given)))
+    )
+    with caplog.at_level(logging.WARNING):
+        found = project_pair.project_pair(*operands())
+    torch.testing.assert_close(found, torch_twin.project_pair(*operands()))
+    assert not chosen()[1] and "off by" in caplog.text
+
+
+def test_a_kernel_that_does_not_launch_is_left_and_the_log_warns(card, caplog):
+    card.fails = True
+    with caplog.at_level(logging.WARNING):
+        project_pair.project_pair(*operands())
+    assert "too many resources" in chosen()[2] and "too many resources" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', ""])
+def test_a_broken_file_is_written_anew(card, tmp_path, text):
+    file = tmp_path / f"kernels-{trial.INTERFACE}.json"
+    file.write_text(text)
+    project_pair.project_pair(*operands())
+    assert list(json.loads(file.read_text())) == [chosen()[0]]
+
+
+def test_every_op_is_tried(card, monkeypatch):
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    u, _, x = operands()
+    overlap_table([u], [u])
+    panel_qr(x)
+    small_svd(u)
+    small_singular_values(u)
+    project_pair.project_pair(*operands())
+    weight = planted(768, 768, power_law(768, 0.5))[0].half()
+    assert prolora.truncated_svd(weight[None], 32).ok
+    tried = {key.partition(" ")[0] for key in trial.list_choices()}
+    assert tried == set(native.ON_CPU)
