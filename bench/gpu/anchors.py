@@ -11,13 +11,15 @@ from functools import partial
 import torch
 
 from .clock import time_call
+from .correct import list_further_steps
 from .steps import Bench, Step, make_weights
 
 FEW = 2
 
 
 def list_steps(bench: Bench) -> Iterator[Step]:
-    """Bandwidth and products first, then the libraries' factorisations."""
+    """Further comparisons, bandwidth and products, then the libraries' factorisations."""
+    yield from list_further_steps()
     yield Step("bandwidth", 15, time_copy)
     yield Step("launch", 10, time_launches)
     for precision in ("highest", "high"):

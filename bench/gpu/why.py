@@ -101,6 +101,7 @@ def transfer_whole(bench: Bench) -> None:
                     rank=min(rank, 8) if bench.dry else rank,
                     method="prolora",
                     device=bench.device,
+                    overwrite=True,
                     cache=root / f"cache-{rank}-{attempt}",
                 ).report
                 case = f"560 modules, rank {rank}, {attempt} in this process"
