@@ -1,0 +1,104 @@
+"""truncated_svd beside other solvers, for sizes, ranks and spectra: a JSON file and a table.
+
+    python bench/svd_table.py OUT.json                          # all, on a quiet machine
+    python bench/svd_table.py OUT.json --clock cpu --sizes 1280x1280 --rounds 1
+
+Weights are float32 with planted spectra. Times are minima of rounds in which the solvers take
+turns; `--clock cpu` is the processor time of all threads, for a busy machine. Bound and true sine
+(against LAPACK in float64) stand beside each of ours; gesdd and ARPACK have the sine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.sparse.linalg import svds
+from spectra import planted, sine
+from torch import Tensor
+
+import prolora
+
+SIZES = ["640x640", "1280x1280", "1280x5120", "3072x3072"]
+RANKS = [64, 128, 320, 0.9, 0.99]
+SPECTRA = ["i^-0.5", "i^-0.7", "i^-1", "flat", "outlier", "clustered", "deficient"]
+
+
+def make_values(name: str, d: int) -> Tensor:
+    """Singular values [d] of a spectrum, descending."""
+    i = torch.arange(1, d + 1, dtype=torch.float64)
+    if name.startswith("i^-"):
+        return i ** -float(name[3:])
+    if name == "flat":
+        return torch.linspace(1, 0.5, d, dtype=torch.float64)
+    if name == "clustered":
+        jitter = torch.rand(d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        return (0.8 ** ((i - 1) // 50) * (1 + 1e-3 * jitter)).sort(descending=True)[0]
+    values = i**-0.5
+    if name == "outlier":
+        values[0] = 30
+    else:
+        values[d // 2 :] = 0
+    return values
+
+
+def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict[str, Any]:
+    """Times, errors and the rung of one case."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    basis = prolora.truncated_svd(w, rank)
+    k = int(basis.rank)
+    ways: dict[str, Callable[[], Any]] = {
+        "ours": lambda: prolora.truncated_svd(w, rank),
+        "gesdd": lambda: torch.linalg.svd(w, full_matrices=False),
+        "gram + eigh": lambda: torch.linalg.eigh(w.double() @ w.double().mT),
+    }
+    if 4 * k <= min(w.shape):
+        ways["arpack"] = lambda: svds(w.numpy(), k=k, tol=0)
+        ways["propack"] = lambda: svds(w.numpy(), k=k, solver="propack")
+        ways["svd_lowrank"] = lambda: torch.svd_lowrank(w, q=k + 8, niter=4)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = now()
+            way()
+            taken[name].append(1e3 * (now() - began))
+    u, _, vt = torch.linalg.svd(w.double(), full_matrices=False)
+    found = {"ours": basis.U[:, :k], "gesdd": torch.linalg.svd(w)[0][:, :k]}
+    sines = {name: sine(u[:, :k], x) for name, x in found.items()}
+    sines["ours"] = max(sines["ours"], sine(vt[:k].mT, basis.V[:, :k]))
+    ms = {name: round(min(times), 1) for name, times in taken.items()}
+    facts = {"rank": rank, "columns": k, "rung": basis.rung, "bound": float(basis.bound)}
+    return facts | {"sines": sines, "ms": ms, "over gesdd": round(ms["ours"] / ms["gesdd"], 2)}
+
+
+def main() -> None:
+    """Measures, prints, and writes after each case."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", default=SIZES)
+    parser.add_argument("--spectra", nargs="+", default=SPECTRA)
+    parser.add_argument("--ranks", nargs="+", default=[str(rank) for rank in RANKS])
+    given = parser.parse_args()
+    facts = {"clock": given.clock, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    rows: list[dict[str, Any]] = []
+    for size in given.sizes:
+        m, n = map(int, size.split("x"))
+        for name in given.spectra:
+            w = planted(m, n, make_values(name, min(m, n)))[0].float()
+            for text in given.ranks:
+                rank = float(text) if "." in text else int(text)
+                row = measure(w, rank, given.clock, given.rounds)
+                rows.append({"size": size, "spectrum": name, **row})
+                print(rows[-1], flush=True)
+                given.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
