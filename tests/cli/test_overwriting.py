@@ -106,7 +106,7 @@ def test_a_file_that_goes_with_a_result_replaces_none(
     assert (tmp_path / name).read_bytes() != FOREIGN
 
 
-@pytest.mark.parametrize("name", ["neon-on-pruned.json", "neon-on-pruned.png"])
+@pytest.mark.parametrize("name", ["neon-on-pruned.safetensors", "neon-on-pruned.html"])
 def test_the_demo_replaces_nothing_either(prolora, tmp_path, name):
     pytest.importorskip("diffusers", reason="the demo needs diffusers")
     (tmp_path / name).write_bytes(FOREIGN)

@@ -86,6 +86,7 @@ def test_values_that_crowd_at_the_cut_need_no_second_factorisation(monkeypatch):
     assert true_sine(weight, basis) <= float(basis.bound)
     monkeypatch.setattr(gram, "MOST_GUARD", gram.LEAST_GUARD)
     monkeypatch.setattr(gram, "USUAL_GUARD", gram.LEAST_GUARD)
+    monkeypatch.setattr(gram, "ROWS_A_GUARD", 512)
     assert truncated_svd(weight, 0.99).rung == "gram-f64"
 
 
