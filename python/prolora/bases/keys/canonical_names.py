@@ -9,8 +9,6 @@ import torch
 
 from ...architectures.ldm import is_adm, ldm_to_diffusers
 from ...errors import UnsupportedFormat
-from ..quantised.parts import Metadata
-from ..quantised.reading import join_quantised
 from ..weights import Weight
 from .family_names import find_family_names
 from .other_models import explain_no_blocks, explain_other_model
@@ -32,8 +30,6 @@ _ADAPTER = re.compile(
     r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
     r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
 )
-# The ends of keys of biases and of weights of normalisation layers.
-_VECTORS = ("bias", "weight", "scale")
 _FLOATS = {
     torch.float64,
     torch.float32,
@@ -48,24 +44,19 @@ def name_weights(
     weights: Mapping[str, Weight],
     where: str,
     *,
-    metadata: Iterable[Metadata] = (),
     strict: bool = True,
 ) -> dict[str, Weight]:
     """Returns canonical module name -> weight, for weights of two or more axes.
 
     Args:
-        weights: all keys of the checkpoint.
+        weights: all keys of the checkpoint; parts of quantised weights are joined.
         where: its name in messages.
-        metadata: of the headers, which may say how layers are quantised.
         strict: also refuse a file that holds no diffusion model.
 
     Raises:
-        UnsupportedFormat: an adapter, a quantised model that is not read, a file without a
-            diffusion model, or two keys for one module.
+        UnsupportedFormat: a file without a diffusion model, or two keys for one module.
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
-    _refuse_adapters(weights, where)
-    weights = join_quantised(weights, metadata, where)
     encoders, weights = split_encoders(weights, where)
     model = _select_model(weights)
     names = _KeySpelling(model)
@@ -78,22 +69,26 @@ def name_weights(
     return named | encoders
 
 
-def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Renames a checkpoint's biases and norms "module.bias" and "module.weight".
+def name_others(weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """Returns what `name_weights` leaves out: of the model, and of other models.
 
-    A vector of an unknown module goes by its own key, so that it can be named. `weights` has all
-    keys of a checkpoint that `name_weights` takes.
+    Biases and norms of known modules are called "module.bias" and "module.weight", all others by
+    their own keys.
     """
-    model = _select_model(split_encoders(weights, "")[1])
+    rest = split_encoders(weights, "")[1]
+    model = _select_model(rest)
     names = _KeySpelling(model)
     named = name_encoder_vectors(weights)
     for key, weight in model.items():
         path, _, tensor = key.rpartition(".")
-        if len(weight.shape) != 1 or weight.dtype not in _FLOATS or tensor not in _VECTORS:
+        plain = weight.dtype in _FLOATS
+        if len(weight.shape) > 1 and plain and names.views(key, weight, ""):
             continue
-        views = names.vector_views(path, weight) if tensor != "scale" else {}
+        is_vector = len(weight.shape) == 1 and plain and tensor in ("bias", "weight")
+        views = names.vector_views(path, weight) if is_vector else {}
         named |= {f"{module}.{tensor}": view for module, view in views.items()} or {key: weight}
-    return named
+    own = {id(weight) for weight in model.values()}
+    return named, {key: weight for key, weight in rest.items() if id(weight) not in own}
 
 
 def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -214,7 +209,12 @@ def _has_prefix(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
     return any(key.startswith(prefixes) for key in keys)
 
 
-def _refuse_adapters(keys: Collection[str], where: str) -> None:
+def refuse_adapters(keys: Collection[str], where: str) -> None:
+    """Refuses keys of a LoRA.
+
+    Raises:
+        UnsupportedFormat: names the first.
+    """
     # nunchaku calls the low-rank part of a quantised weight so, too.
     found = (key for key in keys if _ADAPTER.search(key))
     key = next((key for key in found if f"{key.rpartition('.')[0]}.qweight" not in keys), None)
