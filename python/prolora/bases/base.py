@@ -33,16 +33,16 @@ class Base:
     Attributes:
         name: its name in messages and reports: the file's or folder's own.
         weights: module -> weight, in the order of the files.
+        stored: every key of the checkpoint -> what it holds; quantised weights are joined.
         path: the file or folder it was opened from, None for a base from memory.
         files: the files it is read from.
-        stored: every key of the checkpoint -> what it holds; quantised weights are joined.
     """
 
     name: str
     weights: Mapping[str, Weight]
+    stored: Mapping[str, Weight] = field(default_factory=dict)
     path: Path | None = None
     files: list[Path] = field(default_factory=list)
-    stored: Mapping[str, Weight] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: the name, the number of weights and the layout."""

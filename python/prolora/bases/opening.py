@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..files.safetensors_file import SafetensorsFile
 from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
 from .hub import fetch_model
-from .keys.canonical_names import name_weights, refuse_adapters
+from .keys.canonical_names import name_weights
 from .quantised.reading import join_quantised
 from .weights import LoadedWeight, StoredWeight, Weight
 
@@ -136,21 +136,8 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     else:
         weights.update(open_file_weights(path))
         metadata, files = _list_metadata(weights), [path]
-    found = _name_base(name, weights, str(path), metadata, strict=subfolder is None)
-    return replace(found, path=path, files=files)
-
-
-def _name_base(
-    name: str,
-    weights: Mapping[str, Weight],
-    where: str,
-    metadata: Iterable[Mapping[str, str]] = (),
-    strict: bool = False,
-) -> Base:
-    """Joins the parts of quantised weights, and gives all weights their names."""
-    refuse_adapters(weights, where)
-    stored = join_quantised(weights, metadata, where)
-    return Base(name, name_weights(stored, where, strict=strict), stored=stored)
+    found = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
+    return Base(name, *found, path, files)
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
@@ -191,4 +178,4 @@ def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:
         if tensor.is_meta:
             raise UnsupportedFormat(f"{name}: {key} has no values (it is on the meta device)")
         weights[key] = LoadedWeight(tensor.detach(), f"{name}:{key}")
-    return _name_base(name, weights, name)
+    return Base(name, *name_weights(weights, name, strict=False))

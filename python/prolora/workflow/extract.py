@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from ..architectures.families import known_families
 from ..architectures.modules import find_component, is_in_text_encoder, matrix_shape
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import check_finite, check_readable, list_quantised, stack_weights
+from ..bases.describe import explain_no_layer
 from ..bases.identity import compute_identity, compute_short_hash
 from ..bases.memory import Memory
 from ..bases.weights import Weight
@@ -49,12 +49,6 @@ from .result import Transfer, pack_plan, pack_result, save_result
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_EMBEDDING = re.compile(
-    r"(?:^|[._])(?:embed_tokens|shared|wte|label_emb|(?:token|position(?:al)?)_embeddings?"
-    r"|embedding_table|relative_attention_bias)$"
-)
-_LAYERS = (".weight", ".in_proj_weight", "text_projection")  # ends of keys of layers' weights
-_FIRST_NUMBER = re.compile(r"\.\d+(?=\.)")
 _MOST_NUMBERS = 1 << 22  # of a table, subtracted at a time
 LARGEST_RANK = 256
 """Columns that an extraction to the size of a file chooses from, in each module."""
@@ -404,19 +398,6 @@ class _Difference:
             quantised=list_quantised(self.base, self.tuned),
             **fields,  # type: ignore[arg-type]
         )
-
-
-def explain_no_layer(base: Base, module: str) -> str:
-    """Says what a weight is that no program adds a LoRA's update to; "" for a layer's."""
-    family, weight = known_families().get(base.family or ""), base.weights[module]
-    what = family.not_linear.get(_FIRST_NUMBER.sub(".N", module, 1)) if family else None
-    if what is None and _EMBEDDING.search(module):
-        what = "an embedding"
-    elif what is None and len(weight.shape) > 4:
-        what = "a convolution over frames, height and width"
-    elif what is None and not weight.name.partition("[")[0].endswith(_LAYERS):
-        what = "a parameter"
-    return what or ""
 
 
 def _subtract(base: Weight, tuned: Weight, start: int = 0, stop: int = 0) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 
 from ...architectures.ldm import is_adm, ldm_to_diffusers
 from ...errors import UnsupportedFormat
+from ..quantised.parts import Metadata
+from ..quantised.reading import join_quantised
 from ..weights import Weight
 from .family_names import find_family_names
 from .other_models import explain_no_blocks, explain_other_model
@@ -44,21 +46,28 @@ def name_weights(
     weights: Mapping[str, Weight],
     where: str,
     *,
+    metadata: Iterable[Metadata] = (),
     strict: bool = True,
-) -> dict[str, Weight]:
-    """Returns canonical module name -> weight, for weights of two or more axes.
+) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """Returns canonical module -> weight of two or more axes, and key -> weight of them all.
+
+    In both, the parts of quantised weights are joined.
 
     Args:
-        weights: all keys of the checkpoint; parts of quantised weights are joined.
+        weights: all keys of the checkpoint.
         where: its name in messages.
+        metadata: of the headers, which may say how layers are quantised.
         strict: also refuse a file that holds no diffusion model.
 
     Raises:
-        UnsupportedFormat: a file without a diffusion model, or two keys for one module.
+        UnsupportedFormat: an adapter, a quantised model that is not read, a file without a
+            diffusion model, or two keys for one module.
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
-    encoders, weights = split_encoders(weights, where)
-    model = _select_model(weights)
+    _refuse_adapters(weights, where)
+    stored = join_quantised(weights, metadata, where)
+    encoders, rest = split_encoders(stored, where)
+    model = _select_model(rest)
     names = _KeySpelling(model)
     reason = names.explain_unknown(model) if strict else None
     if reason is not None:
@@ -66,7 +75,7 @@ def name_weights(
             f"{where}: holds no UNet or transformer of a diffusion model: it {reason}"
         )
     named = _name_modules(model, names, where)
-    return named | encoders
+    return named | encoders, stored
 
 
 def name_others(weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, Weight]]:
@@ -209,12 +218,7 @@ def _has_prefix(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
     return any(key.startswith(prefixes) for key in keys)
 
 
-def refuse_adapters(keys: Collection[str], where: str) -> None:
-    """Refuses keys of a LoRA.
-
-    Raises:
-        UnsupportedFormat: names the first.
-    """
+def _refuse_adapters(keys: Collection[str], where: str) -> None:
     # nunchaku calls the low-rank part of a quantised weight so, too.
     found = (key for key in keys if _ADAPTER.search(key))
     key = next((key for key in found if f"{key.rpartition('.')[0]}.qweight" not in keys), None)
