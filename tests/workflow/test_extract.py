@@ -248,6 +248,10 @@ def test_one_model_with_itself_is_refused_and_equal_weights_give_no_file(tmp_pat
     opened = prolora.open_base(make_base())
     with pytest.raises(prolora.errors.WrongBase, match="nothing to extract"):
         prolora.extract(opened, opened)
+    key = f"{next(iter(LINEAR))}.weight"
+    base, tuned = ({**make_base(), key: torch.full(SHAPES[key[:-7]], x)} for x in (1e-25, 2e-25))
+    row = prolora.extract(base, tuned, dtype="float32").report.modules[0]
+    assert (row.source, row.status) == (key[:-7], "skipped") and "less than 1e-20" in row.reason
     with pytest.raises(prolora.errors.OutputError, match="no module is left"):
         prolora.extract(make_base(), make_base(), out=tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())

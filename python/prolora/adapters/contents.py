@@ -228,7 +228,8 @@ def _expected_shapes(slot: Slot) -> str:
         return (
             "they must be [out, rank] and [rank, in], or [out, rank, 1, 1] and [rank, in, kh, kw]"
         )
-    return f"they are not the shapes of a {forms.ALGORITHM_NAMES[family]}"
+    kind = forms.ALGORITHM_NAMES[family]
+    return f"they are not the shapes of a {kind}, or make a larger weight than any model has"
 
 
 def _check_config(slot: Slot, source: Lora) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from enum import IntEnum
 
@@ -43,6 +44,9 @@ class IncompleteResult(ProLoRAError):
 HANDLED = (ValueError, RuntimeError, OSError, MemoryError)
 """Errors that become one line; ProLoRAError is a ValueError. All others are bugs: a traceback."""
 
+_FAILURES = (errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+"""A full or failing disk, which is no fault of the input."""
+
 
 def write_epilog(
     *examples: str,
@@ -67,7 +71,10 @@ def find_exit_code(error: BaseException) -> ExitCode:
         return ExitCode.LOW_COVERAGE
     if isinstance(error, IncompleteResult):
         return ExitCode.INCOMPLETE
-    if isinstance(error, OSError | MemoryError | UnicodeError) or _is_out_of_memory(error):
+    cause = error.__cause__  # of an output that cannot be written
+    if getattr(cause, "errno", None) in _FAILURES or _is_out_of_memory(error):
+        return ExitCode.FAILED
+    if isinstance(error, OSError | MemoryError | UnicodeError):
         return ExitCode.FAILED
     return ExitCode.REFUSED
 

@@ -75,7 +75,7 @@ def convert(
     if out is None:
         return _run(lora, model, options)
     options = options.for_file()
-    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite)
+    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite, options.format)
     return save_result(_run(lora, model, options), Path(out), options)
 
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _MOST_NUMBERS = 1 << 22  # of a table, subtracted at a time
+_TOO_SMALL = "differs by less than 1e-20, which no LoRA in half precision holds"
 LARGEST_RANK = 256
 """Columns that an extraction to the size of a file chooses from, in each module."""
 
@@ -97,7 +98,7 @@ def extract(
         return pack_plan(pair.report(dry_run=True))
     if out is None:
         return _run(old, new, options)
-    check_output(out, [*old.files, *new.files], options.overwrite)
+    check_output(out, [*old.files, *new.files], options.overwrite, options.format)
     return save_result(_run(old, new, options, hashed=True), Path(out), options)
 
 
@@ -251,8 +252,9 @@ class _Difference:
         filled = []
         for i, row in enumerate(rows):
             if basis is None or i not in moved:
+                why = _TOO_SMALL if difference[i].any() else "equal in both bases"
                 shape = rows[0].shape[0], rows[0].shape[1]
-                filled.append(outline_difference(row.source, shape, 0, "equal in both bases"))
+                filled.append(outline_difference(row.source, shape, 0, why))
                 continue
             own = basis[moved.index(i)]
             up, down = balance_factors(own.U, own.S, own.V)

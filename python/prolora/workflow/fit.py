@@ -91,13 +91,13 @@ def fit(
         return fit_to_pipelines(lora, *bases, options)
     options = options.for_file()
     if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
-        check_output(out, list_inputs(lora, *bases), options.overwrite)
+        check_output(out, list_inputs(lora, *bases), options.overwrite, options.format)
         return save_result(fit_to_pipelines(lora, *bases, options), Path(out), options)
     file = keep_path(lora)
     recipe = Recipe.of(file, *bases, options)
     if not options.overwrite and recipe.is_made(Path(out)):
         return replace(pack_plan(_plan_fit(file, *bases, options)), adapter=read_adapter(out))
-    check_output(out, list_inputs(file, *bases), options.overwrite)
+    check_output(out, list_inputs(file, *bases), options.overwrite, options.format)
     return _fit_into(Path(out), recipe, options)
 
 
@@ -173,7 +173,7 @@ def _attempt(
         recipe = Recipe.of(lora, source, target, options)
         if task.is_made(recipe):
             return None
-        check_output(out, list_inputs(lora, source, target), options.overwrite)
+        check_output(out, list_inputs(lora, source, target), options.overwrite, options.format)
         return _fit_into(out, recipe, options, common).report
 
     task.finish(task.attempt(fit_unless_made))

@@ -93,7 +93,7 @@ def _move_file(
     """Moves a LoRA from file to file; a result of the same recipe is kept."""
     bases = source, target
     if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
-        check_output(out, list_inputs(lora, *bases), options.overwrite)
+        check_output(out, list_inputs(lora, *bases), options.overwrite, options.format)
         done = BestWay.of(*bases, options).move(lora) if options.method == BEST else None
         return save_result(done or move_lora(lora, *bases, options), out, options)
     way = BestWay.of(*bases, options) if options.method == BEST else None
@@ -104,7 +104,7 @@ def _move_file(
         if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
             planned = plan_report(file, *bases, way.by_weights if way else options)
             return Transfer(read_adapter(out), replace(planned, before=read_verdict(out)[0]))
-        check_output(out, list_inputs(file, *bases), options.overwrite)
+        check_output(out, list_inputs(file, *bases), options.overwrite, options.format)
         if way:
             done = way.move(file, for_file=True)
         else:
