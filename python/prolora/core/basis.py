@@ -105,12 +105,11 @@ class Basis:
 
 def stack_bases(bases: list[Basis]) -> Basis:
     """Bases of single matrices [m, n] as the basis of their stack [b, m, n]."""
-    return _join_bases([_add_batch_axis(basis) for basis in bases], torch.Size((len(bases),)))
-
-
-def _add_batch_axis(basis: Basis) -> Basis:
-    fields = {name: getattr(basis, name)[None] for name in FACTORS + FACTS}
-    return Basis(**fields, rungs=basis.rungs)
+    alone = (
+        Basis(**{name: getattr(basis, name)[None] for name in FACTORS + FACTS}, rungs=basis.rungs)
+        for basis in bases
+    )
+    return _join_bases(list(alone), torch.Size((len(bases),)))
 
 
 @refuse_vmap("truncated_svd")
