@@ -157,7 +157,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
     exponents = _scale_exponents(stack)
-    few = stack.dtype != torch.float64 and _asks_for_few(stack.shape[-2:], rank)
+    few = stack.dtype != torch.float64 and krylov.suits_krylov(rank, min(stack.shape[-2:]))
     chunk = count_together(stack.shape[-2:], stack.device, few)
     scales = [exponents[i : i + chunk] for i in range(0, len(stack), chunk)]
     jobs = list(zip(stack.split(chunk), scales or [[]], strict=True))
@@ -227,7 +227,7 @@ def _descend_ladder(
     w: [b, d, n], float32 or float64.
     """
     parts: list[tuple[list[int], Triplets]] = []
-    if w.dtype == torch.float32 and isinstance(rank, int) and _asks_for_few(w.shape[-2:], rank):
+    if w.dtype == torch.float32 and krylov.suits_krylov(rank, w.shape[1]):
         parts = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed, stored)) or []
     missing = _list_missing(parts, range(len(w)))
     together = count_together(w.shape[-2:], w.device)
@@ -236,11 +236,6 @@ def _descend_ladder(
         if some or not parts:
             parts += _descend_dense(w, norm, some, rank, tol)
     return merge_triplets(parts)
-
-
-def _asks_for_few(shape: torch.Size, rank: Rank) -> bool:
-    """Returns whether the Krylov rung suits the columns that are asked for."""
-    return isinstance(rank, int) and krylov.suits_krylov(min(shape), rank)
 
 
 def _descend_dense(

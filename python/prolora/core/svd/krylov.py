@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..ops import native, trial
 from ..ops.krylov_block import STORED
+from ..rank_rule import Rank
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .head import LeadingPairs, find_head
@@ -64,9 +66,9 @@ FLAT = 5.0
 OUTLIER = 5e4
 
 
-def suits_krylov(d: int, k: int) -> bool:
-    """Returns whether k columns of a d-dimensional space are few enough."""
-    return d >= MIN_DIMENSION and k * SHARE <= d
+def suits_krylov(rank: Rank, d: int) -> TypeGuard[int]:
+    """Returns whether the rank is a few columns of a d-dimensional space."""
+    return isinstance(rank, int) and d >= MIN_DIMENSION and rank * SHARE <= d
 
 
 @dataclass
