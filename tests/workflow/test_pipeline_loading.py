@@ -1,6 +1,5 @@
 """A moved LoRA in a diffusers pipeline, without a file in between."""
 
-
 import pytest
 import torch
 
