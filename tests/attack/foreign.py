@@ -31,8 +31,6 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "LoRA": write_lora,
 }
 """What may lie where a result goes; every kind under every name."""
-
-
 _DIGEST = re.compile(r"[0-9a-f]{12,}[^/]*$")
 
 
@@ -56,12 +54,6 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
             box,
             *("-o", box.out / "moved.safetensors", "--card"),
             *("--report", box.out / "report.json"),
-        ),
-    ),
-    "transfer, page": (
-        write_inputs,
-        lambda box: transfer(
-            box, "-o", box.out / "moved.safetensors", "--report", box.out / "report.html"
         ),
     ),
     "transfer, PEFT": (

@@ -73,7 +73,6 @@ def test_a_folder_of_peft_takes_no_name_of_a_file(case, tmp_path):
         lambda **known: prolora.convert(folder, **known),
         lambda **known: prolora.merge([folder, lora], **known),
         lambda **known: prolora.transfer(folder, source, target, **known),
-        lambda **known: prolora.convert(lora, format="peft", **known),
         lambda out: prolora.convert(folder).save(out),
     ):
         with pytest.raises(prolora.errors.OutputError, match="is the name of a file"):

@@ -39,7 +39,7 @@ from .base_check import are_one_base
 from .by_weights.file_budget import OutputForm, describe_cuts
 from .by_weights.rows import describe_difference, outline_difference
 from .extract_options import DEFAULT_EXTRACTION, ExtractChanges, ExtractOptions
-from .in_words import A_VECTOR, EXTRACT
+from .in_words import EXTRACT
 from .module_report import ModuleReport
 from .options import FormatLike, settle_options, takes_options
 from .output_paths import check_output
@@ -303,11 +303,7 @@ class _Difference:
             self.left_out[part] = f"{what}; {count} of its tensors differ"
 
     def _measure(self, name: str, base: Weight, tuned: Weight) -> float:
-        """Returns the norm of the difference of two tensors, some rows at a time.
-
-        Raises:
-            NonFiniteWeights: it is not finite.
-        """
+        """Returns the norm of the difference of two tensors, some rows at a time."""
         rows = base.shape[0] if base.shape else 0
         step = max(1, _MOST_NUMBERS * rows // max(1, math.prod(base.shape)))
         squares = [
@@ -323,12 +319,9 @@ class _Difference:
 
     def _tell_other(self, name: str, shape: Sequence[int], norm: float, reason: str) -> None:
         """Writes the row of a tensor that is no layer, and names it where it is left out."""
-        shape = matrix_shape(tuple(shape) or (1,))
-        if not reason:
-            self.rows[name] = ModuleReport(name, name, "mapped", A_VECTOR, shape, 0, energy=norm**2)
-            return
-        self.rows[name] = replace(outline_difference(name, shape, 0, reason), energy=norm**2)
-        if norm:
+        row = outline_difference(name, matrix_shape(tuple(shape) or (1,)), 0, reason or None)
+        self.rows[name] = replace(row, rank_in=0, energy=norm**2)
+        if reason and norm:
             self.left_out[name] = f"{reason}; the norm of its difference is {norm:.3g}"
 
     def _refuse_vector(self, name: str, vector: Weight) -> str:

@@ -33,7 +33,7 @@ def check_output(
         OutputError: says why.
     """
     check_name(path)
-    as_lora = format in (None, "auto") and inputs and is_peft_folder(Path(inputs[0]))
+    as_lora = format in (None, "auto") and inputs and os.path.isfile(Path(inputs[0], PEFT_CONFIG))
     if (format == "peft" or as_lora) and Path(path).suffix.lower() in WEIGHT_FILES:
         raise OutputError(
             f"{path}: is the name of a file, and PEFT's format is a folder; name a folder, or "

@@ -124,9 +124,9 @@ def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
     if any(size == 0 for shape in shapes.values() for size in shape):
         return None
     form = _FORMS[kind_of_roles(shapes.keys())](shapes)
-    if form is None or not (1 <= form.out <= MAX_SIDE and form.inputs <= MAX_SIDE):
+    if form is None or not 1 <= form.out <= MAX_SIDE:
         return None
-    if form.out * form.inputs > MAX_NUMBERS:
+    if form.inputs > min(MAX_SIDE, MAX_NUMBERS // form.out):
         return None
     if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
         return None
