@@ -318,9 +318,9 @@ class _Difference:
         return norm
 
     def _tell_other(self, name: str, shape: Sequence[int], norm: float, reason: str) -> None:
-        """Writes the row of a tensor that is no layer, and names it where it is left out."""
-        row = outline_difference(name, matrix_shape(tuple(shape) or (1,)), 0, reason or None)
-        self.rows[name] = replace(row, rank_in=0, energy=norm**2)
+        """Writes the row of a tensor beside the layers."""
+        size = matrix_shape(tuple(shape) or (1,))
+        self.rows[name] = outline_difference(name, size, 0, reason, norm**2)
         if reason and norm:
             self.left_out[name] = f"{reason}; the norm of its difference is {norm:.3g}"
 

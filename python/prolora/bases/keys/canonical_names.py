@@ -49,7 +49,7 @@ def name_weights(
     metadata: Iterable[Metadata] = (),
     strict: bool = True,
 ) -> tuple[dict[str, Weight], dict[str, Weight]]:
-    """Returns canonical module -> weight of two or more axes, and key -> weight of them all.
+    """Returns the weights of two or more axes by canonical module, and all by key.
 
     In both, the parts of quantised weights are joined.
 

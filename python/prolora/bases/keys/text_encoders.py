@@ -70,7 +70,7 @@ def split_encoders(
 
 
 def name_encoder_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Names the text encoders' tensors beside those of `split_encoders`.
+    """Returns the text encoders' tensors that are no module's weight.
 
     Biases and norms are "module.bias" and "module.weight"; OpenCLIP's, which are fused in other
     ways, and what is neither go by their own keys.

@@ -91,16 +91,16 @@ def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> Mod
 
 
 def outline_difference(
-    name: str, shape: tuple[int, int], columns: int, reason: str | None = None
+    name: str, shape: tuple[int, int], columns: int, reason: str | None = None, energy: float = 0.0
 ) -> ModuleReport:
-    """Makes the row of a module of two bases, before it is extracted.
+    """Makes the row of a module of two bases, or of another tensor.
 
     The shape is out × in, `columns` the most of its update; `reason` says why it is not extracted.
     """
-    if reason is not None:
-        return ModuleReport(name, None, "skipped", reason, shape, 0)
-    what = "difference of the weights"
-    return ModuleReport(name, name, "mapped", what, shape, min(shape), columns)
+    if reason:
+        return ModuleReport(name, None, "skipped", reason, shape, 0, energy=energy)
+    what, rank = "difference of the weights", min(shape) if columns else 0
+    return ModuleReport(name, name, "mapped", what, shape, rank, columns, energy)
 
 
 def describe_difference(
@@ -174,7 +174,7 @@ def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
 def check_coverage(
     rows: Iterable[ModuleReport], minimum: float, threshold: float | None = None
 ) -> None:
-    """Refuses a transfer in which fewer of all modules have a counterpart than was asked for.
+    """Refuses a transfer of fewer modules of the LoRA than was asked for.
 
     `threshold` is the one on Φ, once it has decided; None before a weight is looked at.
     """
