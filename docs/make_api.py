@@ -64,6 +64,9 @@ GROUPS = {
     ],
     "Errors": [],
 }
+KINDS = ("lora_report.LoraReport", "lora_report.MovedReport")
+KINDS += ("by_weights.transfer_report.TransferReport",)
+"""Reports as verbs give them."""
 SETTINGS: Any = {
     **griffe2md.default_config,
     "heading_level": 3,
@@ -93,6 +96,10 @@ def render_page() -> str:
         present = [name for name in names if name in exported]
         if present:
             parts += [f"## {title}\n", *(_render_object(package[name], name) for name in present)]
+    parts.append("### In `prolora.workflow`\n")
+    for path in KINDS:
+        kind = package["workflow"][path]
+        parts.append(f"#### `{kind.name}`\n\n```text\n{kind.docstring.value}\n```\n")
     parts.append("### In `prolora.errors`\n")
     parts += [_render_object(package["errors"][name], name) for name in errors if name not in named]
     return "\n".join(parts).rstrip() + "\n"

@@ -19,7 +19,7 @@ from prolora.errors import InvalidOption, UnrelatedBases
 from prolora.probe import pipelines
 from prolora.workflow import batch, best
 from prolora.workflow.best import BestWay
-from prolora.workflow.options import OF_A_FIT_TOO
+from prolora.workflow.options import FIT, OF_A_FIT_TOO
 from prolora.workflow.pair_mover import PairMover
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -99,9 +99,9 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
         report = prolora.transfer(lora, *bases).report
         assert ("draws in few steps." in report.in_words().headline) is told
     best = prolora.transfer(lora, source, student, method="best").report
-    assert best.was_fitted and "student draws in few steps" in best.why
+    assert best.method == FIT and "student draws in few steps" in best.why
     best = prolora.transfer(lora, teacher, student, method="best").report
-    assert not best.was_fitted and "No fit was made" in best.why
+    assert best.method != FIT and "No fit was made" in best.why
 
 
 @pytest.mark.parametrize("target, serves", [("tuned", True), ("pruned", False)])
@@ -128,7 +128,7 @@ def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, s
 )
 def test_where_weights_say_too_little_the_models_are_run(room, target, need):
     report = prolora.transfer(*ends(room, target), method="best").report
-    assert report.was_fitted and need in report.why and report.why in str(report.in_words())
+    assert report.method == FIT and need in report.why and report.why in str(report.in_words())
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_a_fit_that_was_chosen_is_the_one_that_fit_makes(room, tmp_path, target)
 
 def test_a_lora_of_blocks_that_are_there_is_not_fitted_to_a_target_without_others(room):
     done = prolora.transfer(*ends(room, "pruned", "first"), method="best")
-    assert not done.report.was_fitted and "No fit was made" in done.report.why
+    assert done.report.method != FIT and "No fit was made" in done.report.why
 
 
 def test_a_fit_that_is_refused_leaves_what_weights_give(room, monkeypatch):
@@ -189,12 +189,12 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
     outcomes = prolora.transfer_many(loras, *how, method="best")
     assert [outcome.status for outcome in outcomes] == ["moved", "moved", "failed"]
     fitted, weighed = (outcome.report for outcome in outcomes[:2])
-    assert fitted.was_fitted and "no place on pruned" in fitted.why
-    assert not weighed.was_fitted and "No fit was made" in weighed.why
+    assert fitted.method == FIT and "no place on pruned" in fitted.why
+    assert weighed.method != FIT and "No fit was made" in weighed.why
     again = prolora.transfer_many(loras, *how, method="best")
     assert [outcome.status for outcome in again] == ["already there"] * 2 + ["failed"]
     far = prolora.transfer_many(loras[:1], how[0], room / "across", tmp_path / "far", method="best")
-    assert far[0].report.was_fitted
+    assert far[0].report.method == FIT
 
 
 def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monk
             prolora.transfer_many(*how, method="best", overwrite=True)
     assert out.read_bytes() == earlier
     (done,) = prolora.transfer_many(*how, method="best", overwrite=True)
-    assert done.report.was_fitted and out.read_bytes() != earlier
+    assert done.report.method == FIT and out.read_bytes() != earlier
 
 
 def test_of_a_folder_what_weights_give_is_written_where_the_fit_is_refused(

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from ..adapters.lora import Lora
 from ..bases import Base, vae
 from ..errors import LowCoverage, ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
+from .by_fitting.fit_report import FitReport
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.plan import explain_need, foresee_work
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import Notes, move_lora
 from .fit_options import FitOptions
+from .lora_report import LoraReport, MovedReport
 from .options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
-from .report import Report
 from .result import Transfer
 from .resume import Recipe
 
@@ -77,7 +78,7 @@ class BestWay:
             raise moved
         return replace(moved, report=self.tell_weights(moved.report))
 
-    def plan(self, lora: LoraLike) -> Report:
+    def plan(self, lora: LoraLike) -> LoraReport:
         """Plans what `move` would do; it reads the weights, which decide.
 
         Raises:
@@ -103,7 +104,7 @@ class BestWay:
         except UNMOVED as error:
             return error
 
-    def explain_need(self, found: Report | ProLoRAError) -> str:
+    def explain_need(self, found: LoraReport | ProLoRAError) -> str:
         """Returns why a fit is called for; "" where weights serve, or no model can run."""
         if not self.runs:
             return ""
@@ -111,7 +112,7 @@ class BestWay:
             return self.latents
         return explain_need(found, self.source, self.target, self.by_fit.target_steps)
 
-    def tell_weights(self, report: Report) -> Report:
+    def tell_weights(self, report: LoraReport) -> LoraReport:
         """Adds to a report of a move by weights why no fit was made."""
         if not self.runs:
             why = "No fit was tried: it runs both models, given as folders of whole pipelines."
@@ -123,20 +124,25 @@ class BestWay:
                 "at times worse there on test models. One would take about as long as drawing "
                 f"{images:,} images with {self.source.name}."
             )
-        return replace(report, asked=BEST, why=why)
+        return _tell_why(report, why)
 
 
-def tell_refused(report: Report, need: str, error: ProLoRAError) -> Report:
+def tell_refused(report: LoraReport, need: str, error: ProLoRAError) -> LoraReport:
     """Adds to a report of a move by weights why a fit failed."""
-    return replace(report, asked=BEST, why=f"A fit was tried because {need}, but: {error}.")
+    return _tell_why(report, f"A fit was tried because {need}, but: {error}.")
 
 
-def tell_fitted(report: Report, need: str) -> Report:
+def tell_fitted(report: LoraReport, need: str) -> LoraReport:
     """Adds to a report of a fit why it is made and its gain."""
     why = f"Both models {'would be' if report.dry_run else 'were'} run because {need}."
-    gate = report.probe.gate if report.probe else None
-    if gate is not None and report.was_fitted and gate.copy_share is not None:
+    gate = report.probe.gate if isinstance(report, FitReport) and report.probe else None
+    if gate is not None and gate.copy_share is not None:
         rival = min(gate.copy_share.values())
         does = f"does {rival:.0%}" if rival > 0 else f"does harm ({rival:.0%})"
         why += f" The LoRA moved by the weights alone {does} on the same samples."
+    return _tell_why(report, why)
+
+
+def _tell_why(report: LoraReport, why: str) -> LoraReport:
+    assert isinstance(report, MovedReport)
     return replace(report, asked=BEST, why=why)

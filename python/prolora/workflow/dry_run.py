@@ -12,14 +12,14 @@ from .best import BestWay
 from .by_weights.assembly import build_report
 from .by_weights.base_pair import BasePair, use_lora
 from .by_weights.vectors import carry_vectors
+from .lora_report import LoraReport
 from .options import BEST, LoraLike, TransferOptions
-from .report import Report
 
 
 @in_full_precision
 def plan_report(
     lora: LoraLike, source: BaseLike, target: BaseLike, options: TransferOptions
-) -> Report:
+) -> LoraReport:
     """Reports what `transfer` would map, skip and refuse; weights are hardly read.
 
     Ranks are those that the file states, and energies follow from its tensors. The energy of what

@@ -13,11 +13,13 @@ from ..bases import Base, BaseLike, open_pair
 from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
+from .by_fitting.fit_report import FitReport
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import list_inputs
 from .by_weights.decision import label_stage
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
+from .lora_report import LoraReport
 from .options import LoraLike, settle_options, takes_options
 from .outcome import Outcome
 from .output_paths import (
@@ -28,7 +30,6 @@ from .output_paths import (
     name_output,
 )
 from .pair_mover import Task
-from .report import Report
 from .result import Transfer, pack_plan, save_result
 from .resume import Recipe
 
@@ -101,7 +102,7 @@ def fit(
     return _fit_into(Path(out), recipe, options)
 
 
-def _plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> Report:
+def _plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
     """Reports what `fit` would fit, carry over, skip and refuse, from headers alone."""
     job = prepare_fit(lora, source, target, options, "outline")
     return outline_report(job.adapter, job.plan, job.source, job.target, options)
@@ -169,7 +170,7 @@ def _attempt(
     """Fits one LoRA of several; an error ends it and no other."""
     task = Task(lora, out)
 
-    def fit_unless_made() -> Report | None:
+    def fit_unless_made() -> LoraReport | None:
         recipe = Recipe.of(lora, source, target, options)
         if task.is_made(recipe):
             return None

@@ -22,10 +22,10 @@ from ..errors import ProLoRAError, explain_os_error
 from .by_weights.base_pair import BasePair
 from .by_weights.decision import label_stage
 from .by_weights.ledger import BYTES_A_NUMBER, LORA_FAILURES, Ledger
+from .lora_report import LoraReport
 from .options import TransferOptions
 from .outcome import Outcome
 from .output_paths import check_output
-from .report import Report
 from .result import Transfer, save_result
 from .resume import Recipe, read_verdict
 
@@ -68,7 +68,7 @@ class Task:
         )
         return True
 
-    def finish(self, report: Report | None) -> None:
+    def finish(self, report: LoraReport | None) -> None:
         """Notes the report as the outcome, if there is one."""
         if report is not None:
             self.outcome = Outcome(self.lora, self.out, report=report, seconds=self.seconds)
@@ -180,7 +180,7 @@ class PairMover:
         with task.recipe.lora if task.recipe else Lora.open(task.lora) as lora:
             return pair.plan(lora)
 
-    def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
+    def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> LoraReport:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
         if self.hold_back and self.hold_back(done, task.out):
             return done.report

@@ -18,11 +18,11 @@ from .by_weights.file_budget import OutputForm
 from .convert_options import ConvertOptions
 from .extract_options import ExtractOptions
 from .fit_options import FitOptions
-from .in_words import VERDICT
+from .lora_report import LoraReport
 from .merge_options import MergeOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
-from .report import Report
+from .report import VERDICT
 
 AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
 """Of a job that writes a LoRA."""
@@ -42,7 +42,7 @@ class Transfer:
     """
 
     adapter: Adapter
-    report: Report
+    report: LoraReport
     inputs: list[Path] = field(default_factory=list)
     format: FormatLike = "auto"
     dtype: DtypeLike | None = None
@@ -119,7 +119,7 @@ class Transfer:
 
 
 def pack_result(
-    fitted: Adapter, whole: Adapter, report: Report, inputs: list[Path], form: OutputForm
+    fitted: Adapter, whole: Adapter, report: LoraReport, inputs: list[Path], form: OutputForm
 ) -> Transfer:
     """Packs a result as it fits a form; reports whether it was cut."""
     told = replace(report, file_limit=None if fitted is whole else form.limit)
@@ -139,6 +139,6 @@ def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
     return replace(done, report=replace(done.report, seconds=seconds))
 
 
-def pack_plan(report: Report) -> Transfer:
+def pack_plan(report: LoraReport) -> Transfer:
     """Returns what a dry run gives: a report, and no update."""
     return Transfer(Adapter({}), report)

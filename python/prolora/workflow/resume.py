@@ -21,8 +21,8 @@ from ..files.hashing import hash_file
 from ..version import __version__
 from .by_weights.rows import list_missed
 from .fit_options import FitOptions
-from .in_words import VERDICT
 from .options import TransferOptions
+from .report import VERDICT
 
 States = list[list[str | int]]
 BaseName = str | States

@@ -15,6 +15,7 @@ from .best import BestWay
 from .by_weights.base_pair import list_inputs, move_lora
 from .dry_run import plan_report
 from .fit_options import FitOptions
+from .lora_report import MovedReport
 from .options import (
     BEST,
     DEFAULT_OPTIONS,
@@ -103,6 +104,7 @@ def _move_file(
         recipes = [Recipe.of(file, *bases, how) for how in ways]
         if not options.overwrite and any(recipe.is_made(out) for recipe in recipes):
             planned = plan_report(file, *bases, way.by_weights if way else options)
+            assert isinstance(planned, MovedReport)
             return Transfer(read_adapter(out), replace(planned, before=read_verdict(out)[0]))
         check_output(out, list_inputs(file, *bases), options.overwrite)
         if way:
