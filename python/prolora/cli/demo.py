@@ -1,6 +1,6 @@
 """The demo: a shipped LoRA on another shipped model, and a page of images.
 
-The models are those of examples/icon_family: real diffusion transformers with FLUX's module names,
+The models are in examples/icon_family: real diffusion transformers with FLUX's module names,
 trained on coloured icons of 24 × 24 pixels. Needs the `demo` extra (diffusers).
 """
 

@@ -280,7 +280,7 @@ def render_outcomes(outcomes: list[Outcome]) -> str:
 
 
 def spell_flags(text: str) -> str:
-    """Names options in a text as flags."""
+    """Writes options in a text as flags."""
     return name_options(text, write_flag)
 
 

@@ -1,4 +1,4 @@
-"""The report of a LoRA that was extracted, converted or merged, and not moved."""
+"""The report of a LoRA that was extracted, converted or merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables and the map of what became of a LoRA's modules, by part or one by one.
+"""Tables and the map of what became of modules.
 
 Means are weighted by the energy of the updates, and None where a number is not known.
 """

@@ -1,4 +1,4 @@
-"""The report of a LoRA that was fitted to running models, or was no better for it."""
+"""Reports of a LoRA that was fitted to running models."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class FitReport(MovedReport):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class RivalReport(TransferReport):
-    """What a move by weights kept, that a fit was no better than.
+    """What a move by weights kept, where a fit was no better.
 
     Attributes:
         probe: what the fit found.

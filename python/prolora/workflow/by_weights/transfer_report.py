@@ -1,4 +1,4 @@
-"""The report of a LoRA that was moved by weights alone, and what to expect of it."""
+"""The report of a LoRA that was moved by weights alone."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class TransferReport(MovedReport):
         return [*_tabulate_stacks(self.decisions, self.dropped_blocks), *super().tables()]
 
     def page_tables(self) -> list[Table]:
-        """Adds a row for every block, for every tensor that stays behind and for every module."""
+        """Adds a row for every block, and all that a LoRA's report has."""
         blocks = [_tabulate_blocks(self.decisions)] if self.decisions else []
         return [*blocks, *super().page_tables()]
 

@@ -1,4 +1,4 @@
-"""The one template that draws a `Report` as HTML, with every text escaped."""
+"""A `Report` as HTML, with every text escaped."""
 
 from __future__ import annotations
 
