@@ -16,10 +16,10 @@ from ..bases.base import Progress
 from ..errors import ProLoRAError
 from ..files.store import check_free, put_text
 from ..probe.settings import FitSettings, read_prompts
+from ..workflow.best import transfer
 from ..workflow.by_fitting.showing import ImageGrid
 from ..workflow.fit import fit
 from ..workflow.lora_report import LoraReport, MovedReport
-from ..workflow.transfer import transfer
 from .fit import SHOWN
 from .transfer import spell_flags
 

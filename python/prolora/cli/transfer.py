@@ -18,7 +18,8 @@ from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
 from ..files.sizes import format_size
 from ..files.store import put_text
-from ..workflow.batch import transfer_many
+from ..workflow.best import transfer as transfer_lora
+from ..workflow.best import transfer_many
 from ..workflow.card import check_card, write_card
 from ..workflow.check import check
 from ..workflow.lora_report import LoraReport
@@ -27,8 +28,6 @@ from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import OutcomesReport
 from ..workflow.output_paths import check_results_folder, is_peft_folder
 from ..workflow.report import is_page_path
-from ..workflow.result import AnyOptions
-from ..workflow.transfer import transfer as transfer_lora
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
@@ -116,7 +115,7 @@ def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
 def check_outputs(
     loras: list[Path],
     output: FileOutput,
-    options: AnyOptions,
+    options: Any,
     files: list[Path],
     pairs: Sequence[ExpertPair] = (),
 ) -> Path | None:

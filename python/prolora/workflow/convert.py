@@ -75,7 +75,7 @@ def convert(
         return _run(lora, model, options)
     options = options.for_file()
     check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite)
-    return save_result(_run(lora, model, options), Path(out), options)
+    return save_result(_run(lora, model, options), Path(out), options.overwrite)
 
 
 @in_full_precision

@@ -94,7 +94,7 @@ def extract(
     if out is None:
         return _run(old, new, options)
     check_output(out, [*old.files, *new.files], options.overwrite)
-    return save_result(_run(old, new, options, hashed=True), Path(out), options)
+    return save_result(_run(old, new, options, hashed=True), Path(out), options.overwrite)
 
 
 @in_full_precision

@@ -106,7 +106,7 @@ def merge(
     if Path(out).is_dir() and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite)
-    return save_result(job.run(hashed=True), Path(out), options)
+    return save_result(job.run(hashed=True), Path(out), options.overwrite)
 
 
 @dataclass

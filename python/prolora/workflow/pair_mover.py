@@ -26,7 +26,7 @@ from .lora_report import LoraReport
 from .options import TransferOptions
 from .outcome import Outcome
 from .output_paths import check_output
-from .result import Transfer, save_result
+from .result import save_result
 from .resume import Recipe, read_verdict
 
 
@@ -95,8 +95,6 @@ class PairMover:
     # The bases, with blocks matched; it shows no progress, since each group labels its own
     pair: BasePair
     asked: TransferOptions  # the options as they were given
-    # Whether a result for this path is not to be written; None writes all
-    hold_back: Callable[[Transfer, Path], bool] | None = None
 
     @classmethod
     def open(
@@ -182,9 +180,7 @@ class PairMover:
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> LoraReport:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
-        if self.hold_back and self.hold_back(done, task.out):
-            return done.report
-        return save_result(done, task.out, self.asked).report
+        return save_result(done, task.out, self.asked.overwrite).report
 
 
 def _estimate_bytes(lora: Path) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bases import BaseLike
 from ..errors import InvalidOption
+from .best import transfer
 from .lora_report import LoraReport
 from .options import (
     DEFAULT_OPTIONS,
@@ -15,7 +16,6 @@ from .options import (
     settle_options,
     takes_options,
 )
-from .transfer import transfer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -19,6 +19,9 @@ Mark = Literal["✔", "⚠", "✖"]
 Spell = Callable[[str], str]
 """Names options in a text as its reader does: by flags, by widgets."""
 
+MADE_BEFORE = "✔ It was made of the same in the same way."
+"""What is told of a kept result whose header has no verdict."""
+
 VERDICT = "prolora.verdict"
 """The entry of a header that tells again what was told when the file was written."""
 

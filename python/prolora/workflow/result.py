@@ -15,17 +15,10 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..files.store import replace_surrogates
 from .by_weights.file_budget import OutputForm
-from .convert_options import ConvertOptions
-from .extract_options import ExtractOptions
-from .fit_options import FitOptions
 from .lora_report import LoraReport
-from .merge_options import MergeOptions
-from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
+from .options import DtypeLike, FormatLike, read_dtype
 from .output_paths import check_output
 from .report import VERDICT
-
-AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
-"""Of a job that writes a LoRA."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,7 +119,7 @@ def pack_result(
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
 
-def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
+def save_result(done: Transfer, out: Path, overwrite: bool) -> Transfer:
     """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
     if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
@@ -134,7 +127,7 @@ def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
         told = json.dumps({"words": words.split("\n"), "share": share})
         metadata = done.adapter.metadata | {VERDICT: replace_surrogates(told)}
         done = replace(done, adapter=replace(done.adapter, metadata=metadata))
-    done.save(out, overwrite=options.overwrite)
+    done.save(out, overwrite=overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done, report=replace(done.report, seconds=seconds))
 

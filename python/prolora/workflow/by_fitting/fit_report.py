@@ -29,6 +29,12 @@ class FitReport(MovedReport):
     probe: ProbeReport | None = None
     work: str = ""
 
+    @property
+    def share_of_rival(self) -> float | None:
+        """What the LoRA moved by weights does on the same samples; None where none was."""
+        gate = self.probe.gate if self.probe else None
+        return min(gate.copy_share.values()) if gate and gate.copy_share is not None else None
+
     def _judge(self) -> InWords:
         """Tells what the fit does on samples that it did not see."""
         cautions = tuple(self.cautions())

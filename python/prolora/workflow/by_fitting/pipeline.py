@@ -130,6 +130,12 @@ def prepare_fit(
     return replace(job, card=plan_memory_of_card(job))
 
 
+def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
+    """Reports what would be fitted, carried over, skipped and refused, from headers alone."""
+    job = prepare_fit(lora, source, target, options, "outline")
+    return outline_report(job.adapter, job.plan, job.source, job.target, options)
+
+
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
     """Wraps a result of `probe.fit_to_models` with header and report."""
     options = FitOptions()
