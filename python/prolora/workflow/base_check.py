@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
-from ..adapters.family import guess_families, guess_family
+from ..adapters.family import guess_families, guess_family, guess_sizes
 from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
-from ..architectures.families import known_families
-from ..architectures.modules import is_in_text_encoder
+from ..architectures.families import find_title, known_families
+from ..architectures.modules import find_block, is_in_text_encoder
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
@@ -75,7 +75,24 @@ def check_bases(
             f"Were source and target swapped? The LoRA's header gives the name of the target, "
             f"{target.name}, as the model that it was trained on, and not {source.name}."
         )
-    return [doubt for doubt in doubts if doubt]
+    return [doubt for doubt in (*doubts, _doubt_size(lora, source)) if doubt]
+
+
+def _doubt_size(lora: LoraLike, source: Base) -> str:
+    """Returns a sentence on a LoRA that has all blocks of a smaller size than its source."""
+    if source.layout is None or isinstance(lora, Adapter):
+        return ""
+    sizes = measure_modules(parse_contents(Lora.open(lora)).slots, with_kernel=True)
+    blocks = {block[:2] for name in sizes if (block := find_block(name))}
+    stacks = {stack for stack, _ in blocks}
+    whole = {at[:2] for name in source.shapes if (at := find_block(name)) and at.stack in stacks}
+    found = guess_sizes(sizes) if blocks < whole else ()
+    if not found or source.layout in found:
+        return ""
+    return (
+        f"Is this the LoRA's base? It has all blocks of {join_titles(map(find_title, found))}; the "
+        f"source, {source.name}, is {find_title(source.layout)}."
+    )
 
 
 def explain_misfit(
