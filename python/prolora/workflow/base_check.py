@@ -75,24 +75,20 @@ def check_bases(
             f"Were source and target swapped? The LoRA's header gives the name of the target, "
             f"{target.name}, as the model that it was trained on, and not {source.name}."
         )
-    return [doubt for doubt in (*doubts, _doubt_size(lora, source)) if doubt]
-
-
-def _doubt_size(lora: LoraLike, source: Base) -> str:
-    """Returns a sentence on a LoRA that has all blocks of a smaller size than its source."""
-    if source.layout is None or isinstance(lora, Adapter):
-        return ""
-    sizes = measure_modules(parse_contents(Lora.open(lora)).slots, with_kernel=True)
-    blocks = {block[:2] for name in sizes if (block := find_block(name))}
-    stacks = {stack for stack, _ in blocks}
-    whole = {at[:2] for name in source.shapes if (at := find_block(name)) and at.stack in stacks}
-    found = guess_sizes(sizes) if blocks < whole else ()
-    if not found or source.layout in found:
-        return ""
-    return (
-        f"Is this the LoRA's base? It has all blocks of {join_titles(map(find_title, found))}; the "
-        f"source, {source.name}, is {find_title(source.layout)}."
-    )
+    if source.layout and not isinstance(lora, Adapter):
+        sizes = measure_modules(parse_contents(Lora.open(lora)).slots, with_kernel=True)
+        blocks = {block[:2] for name in sizes if (block := find_block(name))}
+        places = {block[:2] for name in source.shapes if (block := find_block(name))}
+        stacks = {stack for stack, _ in blocks}
+        # Only where some blocks of the source are left out may it be for a smaller size.
+        found = guess_sizes(sizes) if blocks < {b for b in places if b[0] in stacks} else ()
+        if found and source.layout not in found:
+            smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
+            doubts.append(
+                f"Is this the LoRA's base? It has all blocks of {smaller}; the source, "
+                f"{source.name}, is {own}."
+            )
+    return [doubt for doubt in doubts if doubt]
 
 
 def explain_misfit(
