@@ -60,7 +60,8 @@ def takes_options(function: Function) -> Function:
     @functools.wraps(function)
     def check_and_call(*args: Any, **keywords: Any) -> Any:
         given = args[place] if len(args) > place else keywords.get("options", default)
-        _check_kind(given, type(default), function.__name__)
+        if not isinstance(given, type(default)):
+            raise _refuse_kind(given, type(default), function.__name__)
         return function(*args, **keywords)
 
     told = fields(default)
@@ -92,17 +93,11 @@ _TAKERS: dict[str, list[str]] = {}
 """Name of the options -> the functions that take them."""
 
 
-def _check_kind(given: object, kind: type, function: str) -> None:
-    """Refuses options of another function.
-
-    Raises:
-        InvalidOption: names the options it takes, and the functions that take the others.
-    """
-    if isinstance(given, kind):
-        return
+def _refuse_kind(given: object, kind: type, function: str) -> InvalidOption:
+    """Returns a refusal that names what takes these options, and what the function takes."""
     name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
     takers = f", which is of {', '.join(_TAKERS[name])}" if name in _TAKERS else ""
-    raise InvalidOption(
+    return InvalidOption(
         f"{function}() takes {kind.__name__}, not {name}{takers}; each option may also be given by "
         "its name"
     )
