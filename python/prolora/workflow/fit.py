@@ -13,7 +13,7 @@ from ..bases import Base, BaseLike, open_pair
 from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .by_fitting.common_parts import CommonParts, share_parts
-from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
+from .by_fitting.pipeline import fit_to_pipelines, plan_fit, prepare_fit
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import list_inputs
 from .by_weights.decision import label_stage
@@ -63,7 +63,7 @@ def fit(
         options: what is sampled, and how it is fitted.
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
-        dry_run: report what would be done, from headers alone: no model runs.
+        dry_run: report what would be done, and whether weights would serve: no model runs.
         **changes: single options by name; they win over `options`.
 
     Returns:
@@ -86,7 +86,7 @@ def fit(
     options = settle_options(options, changes)
     bases = open_pair(source, target)
     if dry_run:
-        return pack_plan(_plan_fit(lora, *bases, options))
+        return pack_plan(plan_fit(lora, *bases, options))
     if out is None:
         return fit_to_pipelines(lora, *bases, options)
     options = options.for_file()
@@ -96,15 +96,11 @@ def fit(
     file = keep_path(lora)
     recipe = Recipe.of(file, *bases, options)
     if not options.overwrite and recipe.is_made(Path(out)):
-        return replace(pack_plan(_plan_fit(file, *bases, options)), adapter=read_adapter(out))
+        job = prepare_fit(file, *bases, options, "outline")
+        plan = outline_report(job.adapter, job.plan, *bases, options)
+        return replace(pack_plan(plan), adapter=read_adapter(out))
     check_output(out, list_inputs(file, *bases), options.overwrite)
     return _fit_into(Path(out), recipe, options)
-
-
-def _plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> Report:
-    """Reports what `fit` would fit, carry over, skip and refuse, from headers alone."""
-    job = prepare_fit(lora, source, target, options, "outline")
-    return outline_report(job.adapter, job.plan, job.source, job.target, options)
 
 
 @takes_options

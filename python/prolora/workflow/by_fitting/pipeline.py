@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ... import adapters
 from ...adapters.adapter import Adapter
@@ -26,6 +27,7 @@ from ..by_weights.base_pair import (
     Notes,
     list_inputs,
     prefix_notes,
+    preview_move,
     read_lora,
 )
 from ..by_weights.ledger import Ledger
@@ -85,8 +87,8 @@ def fit_to_pipelines(
     rival = move_rival(job)
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
-    if rival is not None and not _explain_fit(job, rival):
-        job = replace(job, serves=SERVES.format(target=target.name))
+    if rival is not None:
+        job = replace(job, serves=_tell_serving(job, rival.refusal or rival.done.report))
     with common.one_fit():
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
@@ -129,6 +131,23 @@ def prepare_fit(
     return replace(job, card=plan_memory_of_card(job))
 
 
+def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> Report:
+    """Reports what a fit would do, and whether weights serve, which are compared for it.
+
+    Raises:
+        ProLoRAError: see `prepare_fit`.
+    """
+    job = prepare_fit(lora, source, target, options, "outline")
+    report = outline_report(job.adapter, job.plan, source, target, options)
+    known = options.cache is not None and Path(options.cache).is_dir()  # it makes no folder
+    moving = replace(options.as_moved("auto"), cache=options.cache if known else None)
+    try:
+        found = preview_move(lora, source, target, moving)
+    except ProLoRAError:
+        return report
+    return replace(report, why=_tell_serving(job, found))
+
+
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
     """Wraps a result of `probe.fit_to_models` with header and report."""
     options = FitOptions()
@@ -155,13 +174,13 @@ class Rival:
     refusal: UnrelatedBases | None = None  # of `auto`, in whose place a copy stands
 
 
-def _explain_fit(job: FitJob, rival: Rival) -> str:
-    """Returns why a fit is called for; "" where its rival serves."""
+def _tell_serving(job: FitJob, found: Report | ProLoRAError) -> str:
+    """Says where moving by weights, which `found` came of, serves; "" elsewhere."""
     source, target = job.source, job.target
     assert source.path is not None and target.path is not None
-    found = rival.refusal or rival.done.report
-    different = vae.explain_different_latents(source.path, target.path)
-    return different or explain_need(found, source, target, job.options.target_steps)
+    differ = vae.explain_different_latents(source.path, target.path) is not None
+    needed = differ or explain_need(found, source, target, job.options.target_steps)
+    return "" if needed else SERVES.format(target=target.name)
 
 
 def move_rival(job: FitJob) -> Rival | None:
