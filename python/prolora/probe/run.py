@@ -164,20 +164,20 @@ def fit_from_recorder(
     settings: FitSettings,
     release: Callable[[], None] | None = None,
     meter: WorkMeter | None = None,
-    most: int | None = None,
+    samples: int | None = None,
 ) -> ProbeTransfer:
     """Runs `fit_to_models` on a recorder's questions: for unlike models.
 
     They share no recorded calls. `release` is called once everything was sampled and asked; from
-    then on the target alone runs. The sampler tells `meter` every image. `most` is the largest
-    number of samples in a batch of the fit; None: as in the samplers' calls.
+    then on the target alone runs. The sampler tells `meter` every image. `samples` is the number
+    in a batch of the fit; None: as in the samplers' calls.
 
     Raises:
         ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings, release, meter, most)
+    return _run_models(recorder, rival, settings, release, meter, samples)
 
 
 def _run_models(
@@ -186,7 +186,7 @@ def _run_models(
     settings: FitSettings,
     release: Callable[[], None] | None = None,
     meter: WorkMeter | None = None,
-    most: int | None = None,
+    samples: int | None = None,
 ) -> ProbeTransfer:
     """Runs fit and verdict with both models frozen, in the settings' precision."""
     source, target, bits = recorder.source, recorder.target, settings.precision
@@ -209,7 +209,7 @@ def _run_models(
         report.probes, report.held_out = len(questions), len(held_out)
         settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
         meter.settle(settings)
-        run = _begin_run(recorder, rival, settings, report, meter, release, most)
+        run = _begin_run(recorder, rival, settings, report, meter, release, samples)
         meter.begin("draw")
         questions, held_out = _draw_samples(run, questions, held_out)
         report.samples = _count_samples(questions), _count_samples(held_out)
@@ -236,7 +236,7 @@ def _begin_run(
     report: ProbeReport,
     meter: WorkMeter,
     release: Callable[[], None] | None,
-    most: int | None,
+    samples: int | None,
 ) -> ProbeRun:
     """Builds what all stages share, once the questions are recorded."""
     guidance = recorder.translation.guidance
@@ -264,7 +264,7 @@ def _begin_run(
         report,
         meter,
         end_asking,
-        most,
+        samples,
     )
 
 
@@ -366,18 +366,18 @@ def _draw_samples(
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
     origins = [question.origin for question in questions]
-    most = min(settings.batch, run.most or settings.batch)
+    batch = settings.batch
 
     def draw_some(
         wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None, step: int
     ) -> list[Question]:
         rows = [i for i, origin in enumerate(origins) if wanted(origin)]
         some = SampleSelection(questions, rows)
-        how = predict_both, generator, prompts, step
-        return mix_samples(some, count, most, *how) if rows else []
+        how = predict_both, generator, prompts, step, run.samples
+        return mix_samples(some, count, batch, *how) if rows else []
 
     shares = 2 if PAIR in origins else 1
-    count, step = max(settings.probes // shares, 1), max(most // shares, 1)
+    count, step = max(settings.probes // shares, 1), max(batch // shares, 1)
     # Every step has samples of all origins: steps on the LoRA's own images alone cost 0.02 of the
     # score.
     drawn = draw_some(lambda origin: origin != PAIR, count, run.translation.find_prompts, step)
