@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check_families import select_blocks
 from families import linear_shapes
 from loader_programs import PROGRAMS, Keys, Open, Read
 from torch import Tensor
@@ -89,6 +88,15 @@ TEXT_MODULES = {
 }
 """Text encoder -> some modules of it, with their shapes."""
 UNET_FORMATS = ("comfy", "kohya", "diffusers", "peft")
+
+
+def select_blocks(names: list[str]) -> list[str]:
+    """The modules in the first two blocks and the last of every stack."""
+    blocks = {name: block for name in names if (block := find_block(name))}
+    last: dict[str, int] = {}
+    for block in blocks.values():
+        last[block.stack] = max(last.get(block.stack, 0), int(block.number))
+    return [n for n, b in blocks.items() if int(b.number) < 2 or int(b.number) == last[b.stack]]
 
 
 def list_layouts(family: Family) -> list[str]:

@@ -24,10 +24,15 @@ PAGE = ROOT / "docs" / "api.md"
 INTRODUCTION = """\
 # The Python interface
 
-Everything that `import prolora` gives, in the words of its docstrings.
-`python docs/make_api.py` writes this page; do not edit it.
-[guide.md](guide.md) shows the common jobs, [method.md](method.md) the equations.
+Everything that `import prolora` gives, in the words of its docstrings (`python docs/make_api.py`).
+[guide.md](guide.md) shows the common jobs, [method.md](method.md) the equations,
+[errors.md](errors.md) what is refused.
+Eight names are enough for most:
+
+| name | what it does |
+|---|---|
 """
+FIRST = ("transfer", "fit", "check", "convert", "extract", "merge", "migrate", "project")
 # What is exported and stands in no group comes last, under "Others".
 GROUPS = {
     "LoRA files": [
@@ -62,7 +67,8 @@ GROUPS = {
         "METHODS",
         "Method",
     ],
-    "Errors": [],
+    "Making LoRAs": ["convert", "extract", "merge", "MergeOptions", "migrate", "load_moved_lora"],
+    "Errors": ["ProLoRAError"],
 }
 SETTINGS: Any = {
     **griffe2md.default_config,
@@ -84,25 +90,31 @@ def render_page() -> str:
     package = griffe.load("prolora", search_paths=[str(ROOT / "python")], docstring_parser="google")
     _tell_options(package)
     exported = [str(name) for name in package.exports or [] if not str(name).startswith("_")]
-    errors = [name for name, one in package["errors"].classes.items() if _is_error(one)]
-    groups = GROUPS | {"Errors": [name for name in exported if _is_error(package[name])]}
-    named = {name for names in groups.values() for name in names}
-    groups["Others"] = [name for name in exported if name not in named]
-    parts = [INTRODUCTION]
+    named = {name for names in GROUPS.values() for name in names}
+    groups = GROUPS | {"Others": [name for name in exported if name not in named]}
+    first = [f"| [`{name}`](#{name}) | {_begin(package[name])} |" for name in FIRST]
+    parts = [INTRODUCTION + "\n".join(first) + "\n"]
     for title, names in groups.items():
         present = [name for name in names if name in exported]
         if present:
             parts += [f"## {title}\n", *(_render_object(package[name], name) for name in present)]
-    parts.append("### In `prolora.errors`\n")
-    parts += [_render_object(package["errors"][name], name) for name in errors if name not in named]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _begin(item: Any) -> str:
+    """Returns the first line of a docstring."""
+    return str(_resolve(item).docstring.value).splitlines()[0]
 
 
 def _tell_options(package: Any) -> None:
     """Gives the fields of options objects the help that `option(default, help, …)` tells."""
     told: dict[str, dict[str, tuple[str, str]]] = {}
-    for path in ("TransferOptions", "probe.settings.FitSettings", "FitOptions"):
+    for path in ("TransferOptions", "probe.settings.FitSettings", "FitOptions", "MergeOptions"):
         kind, title = _resolve(package[path]), path.rpartition(".")[2]
+        # What the package itself makes of options is no part of the interface.
+        for name, member in list(kind.members.items()):
+            if name != "__init__" and (member.is_function or "property" in member.labels):
+                kind.del_member(name)
         told[title] = fields = {}
         for name, member in kind.attributes.items():
             call = ast.parse(str(member.value or "None"), mode="eval").body
@@ -118,17 +130,16 @@ def _tell_options(package: Any) -> None:
             for known in told.values():
                 if parameter.name in known:
                     parameter.default = known[parameter.name][0]
-        lines = [f"    {name}: {text}" for name, (_, text) in fields.items()]
+        known = [] if title == "TransferOptions" else told["TransferOptions"].items()
+        same = [name for name, one in known if fields.get(name, ("", ""))[1] == one[1]]
+        lines = [f"    {name}: {text}" for name, (_, text) in fields.items() if name not in same]
+        if same:
+            kind.docstring.value += f"\n\nAs in `TransferOptions`: {', '.join(same)}."
         kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
 
 
 def _resolve(item: Any) -> Any:
     return item.final_target if item.is_alias else item
-
-
-def _is_error(item: Any) -> bool:
-    target = _resolve(item)
-    return bool(target.is_class) and target.module.name == "errors"
 
 
 def _render_object(item: Any, name: str) -> str:
@@ -141,7 +152,16 @@ def _render_object(item: Any, name: str) -> str:
     text = re.sub(r"\[([^\[\]]*)\]\(#[^)]*\)", r"\1", text)
     text = re.sub(r"<code>(.*?)</code>", lambda code: f"`{_unescape(code[1])}`", text)
     text = re.sub(r"(?<=```python\n)(.+)(?=\n```)", lambda code: _wrap_signature(code[1]), text)
+    # The signature has the types; a sentence about a result is one, however many lines it takes.
+    text = re.sub(r"^(- \*\*\S+\*\*) \(`[^\n]*?`\) –", r"\1 –", text, flags=re.M)
+    text = re.sub(r"(?<=\*\*Returns:\*\*\n\n)(?:- [^\n]*\n)+", lambda x: _join(x[0]), text)
+    text = re.sub(r"(?<=#### )`(\w+)`\n\n```python\n(\1: .*)\n```\n", r"`\2`\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _join(lines: str) -> str:
+    """Returns what stands behind the types of a list of results."""
+    return " ".join(re.sub(r"^- `.*?` – ", "", line) for line in lines.splitlines()) + "\n"
 
 
 def _unescape(code: str) -> str:

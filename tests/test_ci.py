@@ -149,6 +149,9 @@ def test_a_run_in_which_nothing_fails_takes_every_step_and_ends_with_the_tests(b
     lines = said.splitlines()
     assert lines[-1].startswith("pytest -n auto") and "tests/core/test_a.py" in lines[-2]
     assert "pytest -n 2 --benchmark-disable bench" in lines
-    assert (tmp_path / "prolora").read_text().split("\n")[:-1] == ["prolora doctor", "prolora demo"]
+    assert (tmp_path / "prolora").read_text().split("\n")[:-1] == [
+        "prolora doctor",
+        "prolora demo --target pruned",
+    ]
     assert not (ROOT / "prolora-demo").exists()
     check_nothing_is_left_of(tmp_path)

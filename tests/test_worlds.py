@@ -108,7 +108,7 @@ def test_the_shipped_models_read_every_prompt_that_has_a_picture(monkeypatch):
 
 
 def test_a_slice_names_what_is_out_of_order_and_what_is_not_a_number():
-    from slice_outcome import misplaced
+    from results import misplaced
 
     shares = {"first": 0.9, "second": 0.5, "third": 0.49, "lost": float("nan")}
     assert not misplaced(shares, [("first", "second"), ("second", "third")], 0.005)

@@ -1,8 +1,7 @@
 """What the study compares: every way of moving a LoRA, as {target module: update}.
 
 `prolora` and the copy are those of the library. This file has what only the study needs: the
-paper's other projections, restored norms, CASA's arbitration, and the updates of dropped blocks
-summed onto their neighbours.
+paper's other projections, matched norms, extraction and CASA's arbitration.
 """
 
 from __future__ import annotations
@@ -34,14 +33,12 @@ class Case:
     Attributes:
         source, target: weights [m, n] by the target's module name.
         updates: the source LoRA's updates by the target's module name.
-        dropped: the updates of blocks the target lacks, by the name of the neighbour's module.
     """
 
     source: dict[str, Tensor]
     target: dict[str, Tensor]
     updates: Updates
-    dropped: Updates
-    _bases: dict[tuple, tuple[Basis, Basis]] = field(default_factory=dict)
+    _bases: dict[tuple[str, float], tuple[Basis, Basis]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -55,42 +52,26 @@ class Case:
     ) -> Case:
         """Pairs modules by the map that is known from how the target was made."""
         pairs = pair_modules(world, arch, kind, source, target)
-        dropped = {}
-        back = {s: t for t, s in pairs.items()}
-        for gone, neighbour in world.dropped.get((kind, arch), {}).items():
-            for name, update in lora.items():
-                if name.startswith(gone):
-                    place = back[neighbour + name.removeprefix(gone)]
-                    dropped[place] = add_updates(dropped.get(place), update)
         return cls(
             {t: backbone(source).get_submodule(s).weight.data for t, s in pairs.items()},
             {t: backbone(target).get_submodule(t).weight.data for t in pairs},
             {t: lora[s] for t, s in pairs.items()},
-            dropped,
         )
 
-    def with_lora(self, updates: Updates, dropped: Updates) -> Case:
+    def with_lora(self, updates: Updates) -> Case:
         """The same pair of bases, factorised once, with another LoRA."""
-        return Case(self.source, self.target, updates, dropped, self._bases)
+        return Case(self.source, self.target, updates, self._bases)
 
-    def bases(self, rule: float | str) -> Iterator[tuple[str, Basis, Basis]]:
-        """Module by module the two subspaces: energy as a float, "d/2" as a share of the width."""
+    def bases(self, energy: float) -> Iterator[tuple[str, Basis, Basis]]:
+        """Module by module the two subspaces that hold a share of the energy."""
         for name, weight in self.target.items():
-            key = (name, rule)
+            key = (name, energy)
             if key not in self._bases:
-                rank = rule
-                if isinstance(rule, str):
-                    over, under = rule.replace("d", "1").split("/")
-                    rank = max(1, round(min(weight.shape) * _number(over) / int(under)))
                 self._bases[key] = (
-                    prolora.truncated_svd(self.source[name], rank),
-                    prolora.truncated_svd(weight, rank),
+                    prolora.truncated_svd(self.source[name], energy),
+                    prolora.truncated_svd(weight, energy),
                 )
             yield (name, *self._bases[key])
-
-
-def _number(text: str) -> int:
-    return int(text.removesuffix("1")) if len(text) > 1 else 1
 
 
 def pair_modules(
@@ -131,24 +112,17 @@ def project_otherwise(method: str, update: LowRank, source: Basis, target: Basis
     return LowRank(left.mT, SPLITS[method](Side.of(update.down, source.V, target.V)))
 
 
-def make_projection(
-    method: str, rule: float | str, threshold: float = 0.0, norm_restored: bool = False
-) -> Callable[[Case], Updates]:
-    """A projection at a rank rule; modules below the threshold get nothing."""
+def make_projection(method: str, energy: float) -> Callable[[Case], Updates]:
+    """A projection at a share of the energy."""
 
     def run(case: Case) -> Updates:
         moved = {}
-        for name, source, target in case.bases(rule):
+        for name, source, target in case.bases(energy):
             update = case.updates[name]
-            result, info = prolora.project(update, source, target, return_info=True)
             if method in SPLITS:
-                result = project_otherwise(method, update, source, target)
-            phi = torch.minimum(info.similarity.left, info.similarity.right)
-            if phi < threshold:
-                continue
-            if norm_restored and info.norm_ratio > 0:
-                result = LowRank(result.up / info.norm_ratio.to(result.up), result.down)
-            moved[name] = result
+                moved[name] = project_otherwise(method, update, source, target)
+            else:
+                moved[name] = prolora.project(update, source, target)
         return moved
 
     return run
@@ -180,22 +154,6 @@ def extract_difference(case: Case) -> Updates:
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
         moved[name] = LowRank(u[:, :rank] * s[:rank], vh[:rank])
     return moved
-
-
-def sum_dropped_updates(case: Case) -> Updates:
-    """Copy, and the updates of dropped blocks added to the block next to them."""
-    moved = dict(case.updates)
-    for name, extra in case.dropped.items():
-        moved[name] = add_updates(moved[name], extra)
-    return moved
-
-
-def add_updates(first: LowRank | None, second: LowRank) -> LowRank:
-    """The sum; the ranks add up."""
-    if first is None:
-        return second
-    up, down = torch.cat([first.up, second.up], 1), torch.cat([first.down, second.down], 0)
-    return LowRank(up, down)
 
 
 def arbitrate(case: Case, gives_drift_back: bool = True) -> Updates:
@@ -292,29 +250,18 @@ def scale_updates(updates: Updates, strength: float) -> Updates:
     return {name: LowRank(update.up * strength, update.down) for name, update in updates.items()}
 
 
-ENERGIES, SHARES = (0.5, 0.8, 0.9, 0.99), ("d/4", "d/2", "3d/4")
 STRENGTHS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)
 
 # Label -> method; each is run at strength 1 unless RUNS says otherwise.
 METHODS: dict[str, Callable[[Case], Updates]] = {
     "copy": copy_updates,
-    "summed": sum_dropped_updates,
     "norm-matched": match_norms,
     "extracted": extract_difference,
     "casa": arbitrate,
-    **{f"prolora {rule}": make_projection("prolora", rule) for rule in (*ENERGIES, *SHARES)},
-    **{f"subspace {rule}": make_projection("subspace", rule) for rule in (0.9, "d/2")},
-    **{f"lora-x {rule}": make_projection("lora-x", rule) for rule in (0.9, "d/2")},
-    **{f"blocks {rule}": make_projection("blocks", rule) for rule in (0.9, "d/2")},
-    "prolora 0.9 gated 0.8": make_projection("prolora", 0.9, threshold=0.8),
-    "prolora 0.9 gated 0.9": make_projection("prolora", 0.9, threshold=0.9),
-    "prolora 0.9 norm restored": make_projection("prolora", 0.9, norm_restored=True),
+    **{f"prolora {energy}": make_projection("prolora", energy) for energy in (0.9, 0.99)},
+    **{f"{name} 0.9": make_projection(name, 0.9) for name in SPLITS},
 }
-RUNS: dict[str, tuple[float, ...]] = {
-    "copy": STRENGTHS,
-    "blocks 0.9": STRENGTHS,
-    "prolora 0.9": (0.6, 1.0, 1.5),
-}
+RUNS: dict[str, tuple[float, ...]] = {"copy": STRENGTHS}
 # Results of the study; separate, so that a new rule is scored without the methods above.
 CHOSEN: dict[str, Callable[[Case], Updates]] = {
     "auto": functools.partial(run_transfer, method="auto"),

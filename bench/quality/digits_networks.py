@@ -63,20 +63,6 @@ RENAMED = {
     },
     "flux": {"single_transformer_blocks.1.": "single_transformer_blocks.3."},
 }
-DROPPED = {
-    "unet": {
-        "down_blocks.2.attentions.0.transformer_blocks.1.": (
-            "down_blocks.2.attentions.0.transformer_blocks.0."
-        ),
-        "up_blocks.0.attentions.1.transformer_blocks.0.": (
-            "up_blocks.0.attentions.1.transformer_blocks.1."
-        ),
-    },
-    "flux": {
-        "single_transformer_blocks.1.": "single_transformer_blocks.0.",
-        "single_transformer_blocks.2.": "single_transformer_blocks.3.",
-    },
-}
 # What a LoRA is trained on: the linear layers of attention and feed-forward.
 ADAPTED = {
     "unet": r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out)",

@@ -7,14 +7,24 @@ written between the marks of the pages.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from before_after import before_after_table, samples_table
-from results import Table, collect
-from tables import format_cell, format_table
-from two_worlds import baselines_table
+import numpy as np
+from results import (
+    COPIES,
+    Mean,
+    Row,
+    Table,
+    best,
+    collect,
+    format_cell,
+    format_table,
+    recovered,
+)
 from worlds import NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +53,115 @@ def readme_table(table: Table) -> str:
     return format_table(["", *KINDS], rows)
 
 
+PRACTICE = (
+    "near",
+    "continued",
+    "merged 1",
+    "merged 3",
+    "merged 10",
+    "blended",
+    "few-step",
+    "guided",
+    "pruned",
+    "deepened",
+    "sibling",
+    "far",
+    "far, long",
+    "far ground",
+    "independent",
+    "resized",
+)
+"""Kinds of target, in the order of the tables."""
+
+BASELINES = {
+    "copy": "copy @ 1",
+    "norm": "norm-matched @ 1",
+    "extracted": "extracted @ 1",
+    "CASA": "casa @ 1",
+    "`lora-x`": "lora-x 0.9 @ 1",
+    "`prolora`": "prolora 0.99 @ 1",
+    "`blocks`": "blocks 0.9 @ 1",
+}
+
+
+def order_kinds(table: Table) -> list[str]:
+    """The kinds of a table in the order of PRACTICE."""
+    kinds = {row["kind"] for row in table.rows}
+    return [kind for kind in PRACTICE if kind in kinds]
+
+
+def baselines_table(table: Table) -> str:
+    """Every baseline on every kind, means alone."""
+    lines = []
+    for kind in order_kinds(table):
+        part = table.where(kind=kind)
+        if not part.share("copy @ 1"):
+            continue
+        labels = [*BASELINES.values(), best(part, COPIES)]
+        means = [part.share(label) for label in labels]
+        lines.append([kind, *("–" if mean is None else f"{mean[0]:.2f}" for mean in means)])
+    return format_table(["", *BASELINES, "best copy"], lines)
+
+
+TERRAIN = ROOT / "bench/results/terrain.json"
+MOVES = {
+    "forward": "terrain",
+    "back": "terrain, back",
+    "merged": "terrain, merged",
+    "far": "terrain, far",
+}
+
+
+def read_terrain() -> Table:
+    """The rows of terrain, in the form of the study's; a LoRA that learnt nothing has no share."""
+    rows = json.loads(TERRAIN.read_text())["rows"]
+    facts = [{key: row["losses"][key] for key in ("none", "oracle")} for row in rows]
+    moved = [{"kind": MOVES[row["direction"]], "arch": ""} for row in rows]
+    return Table([row | x | y for row, x, y in zip(rows, facts, moved, strict=True)])
+
+
+def share_at(row: Row, strength: float) -> float | None:
+    """What a copy recovers, interpolated linearly between the strengths that were measured."""
+    tried = (label.removeprefix("copy @ ") for label in row["losses"] if label.startswith("copy @"))
+    points = sorted((float(text), recovered(row, f"copy @ {text}")) for text in tried)
+    shares = [share for _, share in points if share is not None]
+    return float(np.interp(strength, [at for at, _ in points], shares)) if shares else None
+
+
+def strengths_table(worlds: Mapping[str, Table]) -> str:
+    """Kind by kind, what a copy gives at the strengths that reports name."""
+    ways: dict[str, Callable[[Row], float | None]] = {
+        "1": lambda row: share_at(row, 1.0),
+        "0.8": lambda row: share_at(row, 0.8),
+        "0.5": lambda row: share_at(row, 0.5),
+    }
+    lines = []
+    for world, table in {**worlds, "terrain": read_terrain()}.items():
+        present = {row["kind"] for row in table.rows} - {"independent"}  # refused
+        for kind in (k for k in dict.fromkeys([*PRACTICE, *MOVES.values()]) if k in present):
+            part = table.where(kind=kind)
+            means: dict[str, Mean | None] = {name: part.mean(way) for name, way in ways.items()}
+            if means["1"]:
+                lines.append([kind, world, *map(format_cell, means.values())])
+    return format_table(["target", "world", *ways], lines)
+
+
+def samples_table(table: Table) -> str:
+    """How often samples of the digits show a concept."""
+    ways = ("none", "copy", "prolora 0.9", "oracle")
+    lines = []
+    for kind in RELATED:
+        part = table.where(kind=kind, adapter="concept")
+        means = [part.mean(functools.partial(_see_concept, way=way)) for way in ways]
+        lines.append([kind, *map(format_cell, means)])
+    head = ["no LoRA", "copy", "`prolora`", "trained on the target"]
+    return format_table(["target", *head], lines)
+
+
+def _see_concept(row: Row, way: str) -> float | None:
+    return (row["samples"] or {}).get(way, {}).get("concept")
+
+
 def fill_page(page: str, tables: dict[str, str]) -> str:
     """The page with each table between its marks, <!-- name --> and <!-- end -->."""
     for name, table in tables.items():
@@ -65,7 +184,7 @@ def main() -> None:
     everything = worlds[NAMES[0]]
     tables: dict[str, str] = {
         "readme": readme_table(everything),
-        "before after": before_after_table(worlds),
+        "strengths": strengths_table(worlds),
         "samples": samples_table(everything),
     }
     if "icons" in worlds:

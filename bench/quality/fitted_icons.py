@@ -4,9 +4,6 @@ Models and LoRAs are those of examples/icon_family. The score is the share of th
 between no LoRA and one trained on the target for 90 steps (as in slice_icons.py) that is recovered,
 at strength 1. Rows of FILE under the same label are replaced, so that fits of several states of the
 library lie side by side; --options gives fields of `probe.FitSettings`.
-
-``--second`` instead fits neon and then duotone to *pruned* as two LoRAs of a folder are, with the
-usual settings, and prints how many samples each stage of both predicts.
 """
 
 from __future__ import annotations
@@ -15,15 +12,14 @@ import argparse
 import dataclasses
 import functools
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from contenders import Updates
+from flow import Sampler
 from icons.shipped import load_lora, load_model
 from lessons import Lesson, make_lesson
-from probing import Sampler
 from scoring import apply_updates
 from torch import nn
 from training import train_lora
@@ -110,36 +106,12 @@ def fit(kind: str, adapter: str, start: str, options: dict[str, Any]) -> dict:
     }
 
 
-def count_second() -> None:
-    """The predictions of two LoRAs in turn, and the second's share of the first's."""
-    world, models = choose_world(), (load_model("source"), load_model("pruned"))
-    until, all_of_it = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for adapter in ("neon", "duotone"):
-            samplers = (Sampler(world, model, "neon", IMAGES) for model in models)
-            prefix = world.prefix["flux"]
-            lora = {f"{prefix}{name}": update for name, update in load_lora(adapter).items()}
-            settings = probe.FitSettings(resume=folder, force=True)
-            ends = probe.Samplers(*samplers, described=f"{IMAGES} images")
-            made = probe.fit_to_models(*models, lora, ends, settings).report.predictions
-            print(adapter, made, flush=True)
-            until.append(sum(sum(made[stage]) for stage in ("sample", "draw", "ask")))
-            all_of_it.append(sum(map(sum, made.values())))
-    for what, (first, second) in (("until the fit begins", until), ("in all", all_of_it)):
-        print(f"{what}: {second} of {first}, {second / first:.2f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--label", default="")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--options", type=json.loads, default={}, help="of FitSettings, as JSON")
-    parser.add_argument("--second", action="store_true")
     arguments = parser.parse_args()
-    if arguments.second:
-        return count_second()
-    if arguments.out is None:
-        parser.error("give --out")
     for row in ROWS:
         done = fit(*row, arguments.options)
         print(done, flush=True)

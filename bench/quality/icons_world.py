@@ -20,7 +20,7 @@ from icons.drawing import (
     sketched,
     striped,
 )
-from icons.networks import DROPPED, Painter, is_new, is_silent, origin
+from icons.networks import Painter, is_new, is_silent, origin
 from icons.words import NULL_PROMPT, WHAT, prompt_number, prompt_parts
 from icons.words import draw_prompts as draw_words
 from torch import Tensor, nn
@@ -157,7 +157,6 @@ WORLD = World(
     prefix={"flux": "backbone.", "unet": "backbone."},
     new_model=Painter,
     origin=origin,
-    dropped=DROPPED,
     images=images,
     tokens=tokens,
     draw_prompts=draw_prompts,
@@ -174,8 +173,6 @@ WORLD = World(
     blended=BLENDS,
     imitating=("pruned", "renumbered"),
     distilled={"few-step": "lines", "guided": "guided"},
-    # Of a pale copy of the source's look the two yardsticks are nearly one.
-    restyled=("far", "far, long", "far ground", "merged 1", "merged 10"),
     teaches_words="flux",
     pairs=512,
     student_pairs=1024,
@@ -183,9 +180,4 @@ WORLD = World(
     judged_rows=160,
     once=("renumbered", "merged 3", "resized"),
     sampled_seeds=(1,),
-    skipped=(
-        *(f"prolora {rule}" for rule in (0.5, 0.8, "d/4", "d/2", "3d/4")),
-        *(f"{method} d/2" for method in ("subspace", "lora-x", "blocks")),
-        *(f"prolora 0.9 {way}" for way in ("gated 0.8", "gated 0.9", "norm restored")),
-    ),
 )

@@ -1,7 +1,6 @@
 """What a model is taught and judged by: images, its own straight lines, or a guided teacher.
 
-A target has two yardsticks. By its *look* an adapter is asked for what it means in the target's own
-domain; by the source's, which is the adapter's *own*, for the images that it was made for.
+An adapter is asked for what it means in the target's own look.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import torch.nn.functional as F
 from flow import BATCH, guided_velocity, noised, predict
 from torch import Tensor, nn
 from worlds import Data, World
-
-WANTS = ("look", "own")
 
 Loss = Callable[[torch.Generator], Tensor]
 Pairs = tuple[Tensor, Tensor, Tensor]

@@ -48,19 +48,14 @@ class Folder:
         seed = BASE_SEED if kind == "source" else seed
         return self.root / self.arch / f"{kind}-{seed}.safetensors"
 
-    def lora_path(self, kind: str, seed: int, adapter: str, want: str = "look") -> Path:
+    def lora_path(self, kind: str, seed: int, adapter: str) -> Path:
         """The adapter of that seed on a kind of base: a source's, or the oracle of a target."""
         kind = self.world.model_of(kind)
-        own = "-own" if want == "own" and kind in self.world.restyled else ""
-        return self.root / self.arch / f"{kind}-{seed}-{adapter}{own}.safetensors"
+        return self.root / self.arch / f"{kind}-{seed}-{adapter}.safetensors"
 
     def source_lora_path(self, kind: str, seed: int, adapter: str) -> Path:
         """The adapter that is moved to a kind of target."""
         return self.lora_path(self.world.source_of(kind), seed, adapter)
-
-    def wants(self, kind: str) -> tuple[str, ...]:
-        """The yardsticks of a kind of target that differ."""
-        return ("look", "own") if self.world.model_of(kind) in self.world.restyled else ("look",)
 
     def words_path(self) -> Path:
         """The source that trains the text encoder."""
@@ -126,13 +121,10 @@ class Folder:
         model.load_state_dict(mean)
         return model
 
-    def lesson(self, kind: str, seed: int, adapter: str, want: str, split: str) -> Lesson:
-        """What an adapter is about on a target: in the target's look, or its own images."""
+    def lesson(self, kind: str, seed: int, adapter: str, split: str) -> Lesson:
+        """What an adapter is about on a target, in the target's look."""
         kind = self.world.model_of(kind)
-        if want == "own" and kind in self.world.restyled:
-            kind, model = "source", self.load_model("source", BASE_SEED)
-        else:
-            model = self.load_model(kind, seed)
+        model = self.load_model(kind, seed)
         teacher = None
         if kind in self.world.distilled and adapter != "fewstep":
             teacher = self.load_model("source", BASE_SEED)
@@ -147,8 +139,8 @@ class Folder:
             needs += (self.lora_path("source", seed, adapter),)
         return needs
 
-    def make_lora(self, kind: str, seed: int, adapter: str, want: str, out: Path) -> None:
+    def make_lora(self, kind: str, seed: int, adapter: str, out: Path) -> None:
         """Trains an adapter."""
-        lesson = self.lesson(kind, seed, adapter, want, "train")
+        lesson = self.lesson(kind, seed, adapter, "train")
         model = self.load_model(kind, seed)
         save_lora(train_lora(self.world, self.arch, adapter, seed, model, lesson), out)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from intervals import interval
 
 Row = dict[str, Any]
 Mean = tuple[float, float, float]
@@ -30,27 +29,20 @@ def collect(work: Path, kept: dict[str, Any]) -> dict[str, Any]:
     """Everything that was scored: a row for each target and adapter, and how it was made.
 
     Rows that were collected earlier stay where they were not scored again; parts of them that the
-    folder lacks (samples, ceilings) are not kept beside new losses.
+    folder lacks (samples) are not kept beside new losses.
     """
     rows = [dict(row) for row in kept.get("rows", [])]
     for path in sorted(work.glob("*/*-losses.json")):
         kind, seed = path.name.removesuffix("-losses.json").rsplit("-", 1)
         parts = {
             part: _read(path.with_name(f"{kind}-{seed}-{part}.json"))
-            for part in ("losses", "chosen", "samples", "relation", "ceiling", "named")
+            for part in ("losses", "chosen", "samples", "relation")
         }
         for adapter, losses in parts["losses"].items():
             chosen = parts["chosen"].get(adapter, {})
             row = {"arch": path.parent.name, "kind": kind, "seed": int(seed), "adapter": adapter}
             row |= {"none": losses["none"], "oracle": losses["oracle"]}
             row["losses"] = losses["losses"] | chosen.get("losses", {})
-            if "own" in losses:
-                own = losses["own"]["losses"] | chosen.get("own", {}).get("losses", {})
-                row["own"] = losses["own"] | {"losses": own}
-            if named := parts["named"].get(adapter):
-                row["named"] = {"losses": named["losses"], "related": named["verdict"]["related"]}
-            if adapter in parts["ceiling"]:
-                row["losses"]["ceiling"] = parts["ceiling"][adapter]
             row["verdict"] = chosen.get("verdict")
             row["relation"] = parts["relation"].get("means")
             row["samples"] = parts["samples"].get(adapter)
@@ -93,6 +85,33 @@ def recovered(row: Row, label: str) -> float | None:
     return None if loss is None or gap < MIN_GAP * row["none"] else (row["none"] - loss) / gap
 
 
+RESAMPLES = 4000
+
+
+def interval(values: Mapping[tuple, float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of values by (seed, adapter).
+
+    Targets and adapters are both draws from something larger, and the adapters of one target share
+    its luck. So seeds and adapters are resampled independently, each with replacement, and the
+    mean is taken over their product (the two-way bootstrap of a crossed design).
+
+    Args:
+        values: {(seed, adapter): value}; a seed may be any hashable, such as (arch, seed).
+
+    Returns:
+        (mean, lower, upper).
+    """
+    seeds = sorted({seed for seed, _ in values}, key=str)
+    adapters = sorted({adapter for _, adapter in values})
+    table = np.array([[values.get((s, a), np.nan) for a in adapters] for s in seeds])
+    generator = np.random.default_rng(0)
+    rows = generator.integers(len(seeds), size=(RESAMPLES, len(seeds)))
+    columns = generator.integers(len(adapters), size=(RESAMPLES, len(adapters)))
+    means = np.nanmean(table[rows[:, :, None], columns[:, None, :]], axis=(1, 2))
+    low, high = np.nanpercentile(means, [2.5, 97.5])
+    return float(np.nanmean(table)), float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of one or more kinds of target, and means over them."""
@@ -123,22 +142,46 @@ class Table:
         """The mean share that a method recovers."""
         return self.mean(lambda row: recovered(row, label))
 
-    def best_copy(self) -> str:
-        """The copy at the fixed strength that is best in the mean over these rows."""
-        return best(self, COPIES)
-
-    def difference(self, label: str, other: str) -> Mean | None:
-        """The mean of what `label` recovers more than `other`, row by row."""
-
-        def value(row: Row) -> float | None:
-            ours, theirs = recovered(row, label), recovered(row, other)
-            return None if ours is None or theirs is None else ours - theirs
-
-        return self.mean(value)
-
 
 def best(table: Table, labels: Iterable[str]) -> str:
     """The label with the highest mean share; the first of them where nothing was run."""
     labels = list(labels)
     means = {label: mean[0] for label in labels if (mean := table.share(label))}
     return max(means, key=lambda label: means[label]) if means else labels[0]
+
+
+def format_cell(mean: Mean | None) -> str:
+    """0.57 [0.50, 0.63], or a dash."""
+    return "–" if mean is None else f"{mean[0]:.2f} [{mean[1]:.2f}, {mean[2]:.2f}]"
+
+
+def format_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One target of a slice.
+
+    Attributes:
+        title: the target, and what was decided about it.
+        shares: method -> share of the gap that it recovers.
+        faults: what differs from the study, a sentence each.
+    """
+
+    title: str
+    shares: Mapping[str, float]
+    faults: list[str]
+
+
+def misplaced(
+    shares: Mapping[str, float], pairs: Iterable[tuple[str, str]], margin: float
+) -> list[str]:
+    """A sentence for every (better, worse) pair whose better method is not ahead by the margin."""
+    return [
+        f"{better} ({shares[better]:.2f}) not above {worse} ({shares[worse]:.2f})"
+        for better, worse in pairs
+        if not shares[better] >= shares[worse] + margin
+    ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from contenders import CHOSEN, METHODS, RUNS, Case, Updates, judge_bases, scale_updates
 from judge import Judge, diversity, mmd
 from lessons import Lesson, teacher_pairs
@@ -46,7 +45,7 @@ def cases(
     for adapter, lora in loras.items():
         case = Case.of(world, arch, kind, source, target, lora)
         first = first or case
-        cases_by_adapter[adapter] = first.with_lora(case.updates, case.dropped)
+        cases_by_adapter[adapter] = first.with_lora(case.updates)
     return cases_by_adapter
 
 
@@ -67,33 +66,21 @@ def loss_rows(
     target: nn.Module,
     cases_by_adapter: dict[str, Case],
     look: Yardstick,
-    own: Yardstick | None,
-    skipped: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}.
-
-    They are of the target's look; "own" has the same for the adapter's own images if these differ.
-    Methods that are skipped are not run.
-    """
+    """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}."""
     table = {}
     for adapter, case in cases_by_adapter.items():
-        rows: list[dict[str, Any]] = []
-        sticks = [stick for stick in (look, own) if stick is not None]
-        for stick in sticks:
-            known = {"none": {}, "oracle": stick.oracles[adapter]}
-            row = {name: held_out(target, stick, adapter, u) for name, u in known.items()}
-            rows.append(row | {"losses": {}})
+        known = {"none": {}, "oracle": look.oracles[adapter]}
+        row: dict[str, Any] = {n: held_out(target, look, adapter, u) for n, u in known.items()}
+        losses = row["losses"] = {}
         for label, method in METHODS.items():
-            if not case.updates or (label == "summed" and not case.dropped) or label in skipped:
+            if not case.updates:
                 continue
             updates = method(case)
             for strength in RUNS.get(label, (1.0,)):
                 scaled = scale_updates(updates, strength)
-                for stick, row in zip(sticks, rows, strict=True):
-                    loss = held_out(target, stick, adapter, scaled)
-                    row["losses"][f"{label} @ {strength:g}"] = loss
-        table[adapter] = rows[0] | {"modules": {n: weight_facts(case, n) for n in case.updates}}
-        table[adapter] |= {"own": rows[1]} if own else {}
+                losses[f"{label} @ {strength:g}"] = held_out(target, look, adapter, scaled)
+        table[adapter] = row
     return table
 
 
@@ -104,52 +91,18 @@ def held_out(target: nn.Module, stick: Yardstick, adapter: str, updates: Updates
 
 
 def chosen_rows(
-    target: nn.Module, cases_by_adapter: dict[str, Case], look: Yardstick, own: Yardstick | None
+    target: nn.Module, cases_by_adapter: dict[str, Case], look: Yardstick
 ) -> dict[str, dict[str, Any]]:
-    """Adapter -> {"losses": {method: loss}, "verdict": …, "own": …} of what the study led to."""
+    """Adapter -> {"losses": {method: loss}, "verdict": …} of what the study led to."""
     table = {}
     for adapter, case in cases_by_adapter.items():
-        losses, theirs = {}, {}
-        for label, method in CHOSEN.items():
-            updates = method(case)
-            losses[label] = held_out(target, look, adapter, updates)
-            if own is not None:
-                theirs[label] = held_out(target, own, adapter, updates)
+        losses = {
+            label: held_out(target, look, adapter, method(case)) for label, method in CHOSEN.items()
+        }
         verdict = judge_bases(case)
         facts = asdict(verdict) | {"related": verdict.related}
         table[adapter] = {"losses": losses, "verdict": facts}
-        table[adapter] |= {"own": {"losses": theirs}} if own else {}
     return table
-
-
-def weight_facts(case: Case, name: str) -> dict[str, float]:
-    """What weights and update say about one module: candidates to predict the outcome."""
-    ws, wt, update = case.source[name].double(), case.target[name].double(), case.updates[name]
-    up, down = update.up.double(), update.down.double()
-    delta, drift = up @ down, wt - ws
-    left, right = torch.linalg.qr(up)[0], torch.linalg.qr(down.mT)[0]
-
-    def cosine(a: Tensor, b: Tensor) -> float:
-        return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30))
-
-    return {
-        "source": float(ws.norm()),
-        "target": float(wt.norm()),
-        "drift": float(drift.norm()),
-        "update": float(delta.norm()),
-        "cosine": cosine(ws, wt),
-        "cosine_read": cosine(ws @ right, wt @ right),
-        "cosine_written": cosine(ws.mT @ left, wt.mT @ left),
-        "cosine_both": cosine(left.mT @ ws @ right, left.mT @ wt @ right),
-        "update_on_drift": cosine(delta, drift),
-        "drift_read": float((drift @ right).norm()),
-        "drift_written": float((left.mT @ drift).norm()),
-        "source_read": float((ws @ right).norm()),
-        "source_written": float((left.mT @ ws).norm()),
-        "top_update": float(torch.linalg.matrix_norm(delta, 2)),
-        "top_source": float(torch.linalg.matrix_norm(ws, 2)),
-        "top_drift": float(torch.linalg.matrix_norm(drift, 2)),
-    }
 
 
 def sample_images(

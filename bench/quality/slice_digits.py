@@ -14,10 +14,10 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from flow import Sampler
 from lessons import make_lesson
-from probing import Sampler
+from results import Outcome, misplaced
 from scoring import Yardstick, apply_updates, cases, chosen_rows, loss_rows
-from slice_outcome import Outcome, misplaced
 from training import train_base, train_lora
 from worlds import World, load_world
 
@@ -54,8 +54,8 @@ def recovered(
     taught, judged = (make_lesson(world, kind, ADAPTER, target, s) for s in ("train", "held_out"))
     oracle = train_lora(world, "flux", ADAPTER, 0, target, taught)
     prefix, look = world.prefix["flux"], Yardstick({ADAPTER: judged}, {ADAPTER: oracle})
-    row = loss_rows(target, cases_by_adapter, look, None)[ADAPTER]
-    chosen = chosen_rows(target, cases_by_adapter, look, None)[ADAPTER]
+    row = loss_rows(target, cases_by_adapter, look)[ADAPTER]
+    chosen = chosen_rows(target, cases_by_adapter, look)[ADAPTER]
     gap = row["none"] - row["oracle"]
     losses = row["losses"] | chosen["losses"]
     decision = ""

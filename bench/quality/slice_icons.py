@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contenders import CHOSEN, METHODS, Case, Updates, judge_bases
 from icons.shipped import load_lora, load_model
 from lessons import Lesson, make_lesson
+from results import Outcome, misplaced
 from scoring import apply_updates, cases
-from slice_outcome import Outcome, misplaced
 from torch import nn
 from training import train_lora
 from worlds import World, load_world

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from ceiling import fit_strengths
 from contenders import CHOSEN, METHODS, pair_modules
 from jobs import Job, run_jobs
 from judge import Judge, accuracy, train_judge
@@ -23,7 +22,6 @@ from scoring import (
     Yardstick,
     cases,
     chosen_rows,
-    held_out,
     loss_rows,
     sample_scores,
 )
@@ -70,9 +68,9 @@ def training_jobs(world: World, root: Path) -> list[Job]:
         run = functools.partial(folder.make_base, kind, seed)
         jobs.setdefault(path, Job(path, folder.base_needs(kind, seed), run))
 
-    def add_lora(folder: Folder, kind: str, seed: int, adapter: str, want: str = "look") -> None:
-        path = folder.lora_path(kind, seed, adapter, want)
-        run = functools.partial(folder.make_lora, kind, seed, adapter, want)
+    def add_lora(folder: Folder, kind: str, seed: int, adapter: str) -> None:
+        path = folder.lora_path(kind, seed, adapter)
+        run = functools.partial(folder.make_lora, kind, seed, adapter)
         jobs.setdefault(path, Job(path, folder.lora_needs(kind, seed, adapter), run))
 
     def add_target(folder: Folder, kind: str, seed: int) -> None:
@@ -81,9 +79,8 @@ def training_jobs(world: World, root: Path) -> list[Job]:
         for part in world.blended.get(kind, {}):
             add_base(folder, part, seed)
         add_base(folder, kind, seed)
-        for want in folder.wants(kind):
-            for adapter in world.adapters_for(kind):
-                add_lora(folder, kind, seed, adapter, want)
+        for adapter in world.adapters_for(kind):
+            add_lora(folder, kind, seed, adapter)
 
     for arch in ARCHS[::-1] if world.teaches_words else ARCHS:
         add_base(Folder(world, root, arch), "source", BASE_SEED)
@@ -124,54 +121,24 @@ def loaded(folder: Folder, kind: str, seed: int) -> tuple[nn.Module, dict, dict]
     return target, cases(world, folder.arch, kind, source, target, loras), oracles
 
 
-def yardsticks(folder: Folder, kind: str, seed: int) -> tuple[Yardstick, Yardstick | None]:
-    """By the target's look, and by the adapters' own images where these differ."""
-    adapters, sticks = folder.world.adapters_for(kind), []
-    for want in folder.wants(kind):
-        lessons = {a: folder.lesson(kind, seed, a, want, "held_out") for a in adapters}
-        oracles = {a: load_lora(folder.lora_path(kind, seed, a, want)) for a in adapters}
-        sticks.append(Yardstick(lessons, oracles))
-    return sticks[0], sticks[1] if len(sticks) > 1 else None
+def yardstick(folder: Folder, kind: str, seed: int) -> Yardstick:
+    """What the adapters mean in the target's look."""
+    adapters = folder.world.adapters_for(kind)
+    lessons = {a: folder.lesson(kind, seed, a, "held_out") for a in adapters}
+    return Yardstick(lessons, {a: load_lora(folder.lora_path(kind, seed, a)) for a in adapters})
 
 
 def score_losses(folder: Folder, kind: str, seed: int, out: Path) -> None:
     target, cases_by_adapter, _ = loaded(folder, kind, seed)
-    sticks = yardsticks(folder, kind, seed)
-    rows = loss_rows(target, cases_by_adapter, *sticks, folder.world.skipped)
+    rows = loss_rows(target, cases_by_adapter, yardstick(folder, kind, seed))
     out.write_text(json.dumps(rows, indent=1))
 
 
 def score_chosen(folder: Folder, kind: str, seed: int, out: Path) -> None:
     target, cases_by_adapter, _ = loaded(folder, kind, seed)
     cases_by_adapter = {adapter: case for adapter, case in cases_by_adapter.items() if case.updates}
-    rows = chosen_rows(target, cases_by_adapter, *yardsticks(folder, kind, seed))
+    rows = chosen_rows(target, cases_by_adapter, yardstick(folder, kind, seed))
     out.write_text(json.dumps(rows, indent=1))
-
-
-def score_named(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    """What the chosen methods give where modules are paired by their names alone."""
-    world, target = folder.world, folder.load_model(kind, seed)
-    adapters = world.adapters_for(kind)
-    loras = {a: load_lora(folder.source_lora_path(kind, seed, a)) for a in adapters}
-    # "near" has the source's names: no renaming is known.
-    named = cases(world, folder.arch, "near", folder.load_source(kind, seed), target, loras)
-    look, own = yardsticks(folder, kind, seed)
-    rows = chosen_rows(target, named, look, own)
-    for adapter, case in named.items():
-        rows[adapter]["losses"]["copy @ 1"] = held_out(target, look, adapter, case.updates)
-    out.write_text(json.dumps(rows, indent=1))
-
-
-def score_ceiling(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    """Held-out loss of the copy with strengths fitted to the target, for every adapter."""
-    target, cases_by_adapter, _ = loaded(folder, kind, seed)
-    look, _ = yardsticks(folder, kind, seed)
-    table = {}
-    for adapter, case in cases_by_adapter.items():
-        taught = folder.lesson(kind, seed, adapter, "look", "train")
-        fitted = fit_strengths(target, case.updates, taught)
-        table[adapter] = held_out(target, look, adapter, fitted)
-    out.write_text(json.dumps(table, indent=1))
 
 
 def score_samples(folder: Folder, kind: str, seed: int, out: Path) -> None:
@@ -206,10 +173,6 @@ def scores_of(world: World, kind: str, seed: int) -> dict:
     scores = {"losses": score_losses, "relation": score_relation, "chosen": score_chosen}
     if kind in world.kinds and seed in world.sampled_seeds:
         scores["samples"] = score_samples
-    if kind in world.kinds and kind not in world.fresh and seed == world.sampled_seeds[0]:
-        scores["ceiling"] = score_ceiling
-    if kind == "renumbered":
-        scores["named"] = score_named
     return scores
 
 
@@ -221,7 +184,7 @@ def scoring_jobs(world: World, root: Path) -> list[Job]:
         needs = [folder.model_path(world.source_of(kind), seed), folder.model_path(kind, seed)]
         for adapter in world.adapters_for(kind):
             needs.append(folder.source_lora_path(kind, seed, adapter))
-            needs += [folder.lora_path(kind, seed, adapter, want) for want in folder.wants(kind)]
+            needs += [folder.lora_path(kind, seed, adapter) for want in folder.wants(kind)]
         for name, score in scores_of(world, kind, seed).items():
             out = root / arch / f"{kind}-{seed}-{name}.json"
             run = functools.partial(score, folder, kind, seed)
@@ -240,7 +203,7 @@ def main() -> None:
     scoring = scoring_jobs(world, options.work)
     waiting = ("unet/*-[12]-samples.json",)
     if world.name != NAMES[0]:
-        waiting = ("*/*-samples.json", "*/*-ceiling.json")
+        waiting = ("*/*-samples.json",)
     late = [job for job in scoring if any(job.path.match(path) for path in waiting)]
     early = [job for job in scoring if job not in late]
     training = training_jobs(world, options.work)

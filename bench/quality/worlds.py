@@ -35,7 +35,6 @@ class World:
         prefix: architecture -> what comes before diffusers' names in the models.
         new_model: (architecture, kind) -> a base with weights from torch's global generator.
         origin: (architecture, kind, name) -> the source's name of a module or parameter.
-        dropped: (kind, architecture) -> {prefix of a block the target lacks: its neighbour's}.
         images: (kind, adapter or None, split) -> the images it is about and their prompts.
         tokens: (model, prompts) -> what the model reads.
         draw_prompts: (n, generator, whether for the concept) -> what a user would ask for.
@@ -52,15 +51,13 @@ class World:
         blended: kind -> {kind: weight} of the fine-tunes it is the mean of.
         imitating: kinds that learn the source's output beside the images.
         distilled: kind -> "lines" or "guided", how the source teaches it; sampled without guidance.
-        restyled: kinds whose images look unlike the source's.
         teaches_words: architecture whose source trains the text encoder; "" if there is none.
         pairs: how many teacher pairs a few-step adapter is trained on.
         student_pairs: how many a few-step base is trained on.
         teacher_steps: in which the teacher makes them.
         judged_rows: held-out images, or held-out teacher pairs, behind every loss.
         once: kinds of which there is one seed.
-        sampled_seeds: whose targets have samples; the first of them has ceilings, too.
-        skipped: methods of the study that are not run.
+        sampled_seeds: whose targets have samples.
         guidance: of samples.
     """
 
@@ -77,7 +74,6 @@ class World:
     prefix: Mapping[str, str]
     new_model: Callable[[str, str], nn.Module]
     origin: Callable[[str, str, str], str]
-    dropped: Mapping[tuple[str, str], Mapping[str, str]]
     images: Callable[[str, str | None, str], Data]
     tokens: Callable[[nn.Module, Tensor], Tensor]
     draw_prompts: Callable[[int, torch.Generator, bool], Tensor]
@@ -94,7 +90,6 @@ class World:
     blended: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     imitating: tuple[str, ...] = ("pruned",)
     distilled: Mapping[str, str] = field(default_factory=dict)
-    restyled: tuple[str, ...] = ()
     teaches_words: str = ""
     pairs: int = 1024
     student_pairs: int = 2048
@@ -102,7 +97,6 @@ class World:
     judged_rows: int = 320
     once: tuple[str, ...] = ()
     sampled_seeds: tuple[int, ...] = (0, 1, 2)
-    skipped: tuple[str, ...] = ()
     guidance: float = 2.0
 
     def source_of(self, kind: str) -> str:

@@ -27,8 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 # isort: split
 from jobs import Job, run_jobs
 from loras import read_lora, save_updates
-from results import git, round_numbers
-from tables import format_table
+from results import format_table, git, round_numbers
 
 from prolora import LowRank, probe, project
 from prolora.probe.gate import COPY

@@ -168,7 +168,7 @@ def make_case(bases: tuple[Network, Network], lora: Updates) -> Case:
         {name: base.get_submodule(name).weight.data.flatten(1).contiguous() for name in lora}
         for base in bases
     )
-    return Case(*sides, lora, {})
+    return Case(*sides, lora)
 
 
 def split_run(run: Callable[..., tuple[Tensor, ...]], asked: Batch) -> tuple[Tensor, ...]:

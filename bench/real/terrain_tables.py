@@ -13,9 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "quality"))
 # isort: split
 from calibrate import check_expected
 from evidence import fill_page
-from intervals import interval
-from results import MIN_GAP, Mean
-from tables import format_cell, format_table
+from results import MIN_GAP, Mean, format_cell, format_table, interval
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "terrain.json"

@@ -105,32 +105,6 @@ SILENT = {
     "unet": r".*(to_out\.0|ff\.net\.2)\.",
 }
 """The last layers of a block's parts: zeros there at the start, and a new block changes nothing."""
-# What each block that a pruned target lacks is next to, by the source's names.
-DROPPED = {
-    ("pruned", "unet"): {
-        f"{place}.transformer_blocks.1.": f"{place}.transformer_blocks.0."
-        for place in (
-            "down_blocks.2.attentions.0",
-            "up_blocks.0.attentions.0",
-            "up_blocks.0.attentions.1",
-        )
-    },
-    ("pruned", "flux"): {
-        f"single_transformer_blocks.{i}.": "single_transformer_blocks.1." for i in (2, 3)
-    },
-    ("renumbered", "unet"): {
-        f"{place}.transformer_blocks.0.": f"{place}.transformer_blocks.1."
-        for place in (
-            "down_blocks.2.attentions.0",
-            "up_blocks.0.attentions.0",
-            "up_blocks.0.attentions.1",
-        )
-    },
-    ("renumbered", "flux"): {
-        "single_transformer_blocks.0.": "single_transformer_blocks.1.",
-        "single_transformer_blocks.2.": "single_transformer_blocks.3.",
-    },
-}
 
 
 class Painter(nn.Module):

@@ -17,7 +17,7 @@ BLOCK_ENTRIES = 1 << 18
 FAR = 2.0**24
 """Weights whose largest entry is between 1/FAR and FAR are not scaled."""
 
-RANDOM_VECTORS = 32
+RANDOM_VECTORS = 16
 """Random vectors behind each spread; over the many modules of a model their noise cancels."""
 
 

@@ -56,13 +56,11 @@ def fit(
     samples than the LoRA moved by weights alone, that one is the result.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
-            `peft.LoraConfig`) or an `Adapter`.
+        lora: as `transfer` takes it.
         source: the folder of the diffusers pipeline that the LoRA was trained on.
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
-        out: a file to write, or a folder for format "peft"; checked before any work. A result that
-            exists, and was made of the same LoRA, bases, options and version, is kept.
+        out: a file to write, or a folder for format "peft", as `transfer` takes it.
         dry_run: report what would be done, and whether weights would serve: no model runs.
         **changes: single options by name; they win over `options`.
 

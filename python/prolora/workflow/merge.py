@@ -74,8 +74,7 @@ def merge(
     first, as `transfer` does it by default.
 
     Args:
-        loras: two or more, each a .safetensors file, a PEFT folder, an id on the hub, a state dict,
-            (state dict, `peft.LoraConfig`) or an `Adapter`.
+        loras: two or more, as `transfer` takes them.
         target: the base that the result is for. Needed where a LoRA has another one, and where an
             update depends on its weights (DoRA, GLoRA, OFT).
         sources: the base of each LoRA, in their order, or none of them; None for one that was
