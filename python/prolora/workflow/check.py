@@ -40,8 +40,8 @@ from ..files.dtypes import spell_dtype
 from .base_check import is_language_model, join_titles
 from .base_fit import BaseFit, fit_base, fit_family
 from .by_weights.base_pair import preview_move
-from .in_words import InWords, Mark
 from .options import TransferOptions
+from .report import InWords, Mark
 
 Kind = Literal["lora", "base", "unknown"]
 _TOP_TAGS = 10

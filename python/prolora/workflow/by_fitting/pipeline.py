@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ... import adapters
@@ -32,12 +32,14 @@ from ..by_weights.base_pair import (
 )
 from ..by_weights.ledger import Ledger
 from ..by_weights.rows import check_coverage
+from ..by_weights.transfer_report import TransferReport
 from ..fit_options import FitOptions
+from ..lora_report import LoraReport
 from ..module_report import ModuleReport
 from ..options import FIT, LoraLike
-from ..report import Report
 from ..result import Transfer
 from .common_parts import CommonParts
+from .fit_report import FitReport, RivalReport
 from .plan import FitJob, check_fittable, explain_need, outline_fit, plan_modules
 from .rows import build_fit_report, list_modules, outline_report
 from .running import fit_models, plan_memory_of_card
@@ -88,7 +90,8 @@ def fit_to_pipelines(
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
     if rival is not None:
-        job = replace(job, serves=_tell_serving(job, rival.refusal or rival.done.report))
+        found = rival.refusal or rival.done.report
+        job = replace(job, serves=_tell_serving(source, target, options, found))
     with common.one_fit():
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
@@ -131,21 +134,22 @@ def prepare_fit(
     return replace(job, card=plan_memory_of_card(job))
 
 
-def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> Report:
-    """Reports what a fit would do, and whether weights serve, which are compared for it.
-
-    Raises:
-        ProLoRAError: see `prepare_fit`.
-    """
+def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
+    """Reports what would be fitted, carried over, skipped and refused, from headers alone."""
     job = prepare_fit(lora, source, target, options, "outline")
-    report = outline_report(job.adapter, job.plan, source, target, options)
+    return outline_report(job.adapter, job.plan, job.source, job.target, options)
+
+
+def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
+    """Reports as `plan_fit`, and whether weights serve, which are compared for it."""
+    report = plan_fit(lora, source, target, options)
     known = options.cache is not None and Path(options.cache).is_dir()  # it makes no folder
     moving = replace(options.as_moved("auto"), cache=options.cache if known else None)
     try:
         found = preview_move(lora, source, target, moving)
     except ProLoRAError:
         return report
-    return replace(report, why=_tell_serving(job, found))
+    return replace(report, why=_tell_serving(source, target, options, found))
 
 
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
@@ -174,12 +178,13 @@ class Rival:
     refusal: UnrelatedBases | None = None  # of `auto`, in whose place a copy stands
 
 
-def _tell_serving(job: FitJob, found: Report | ProLoRAError) -> str:
+def _tell_serving(
+    source: Base, target: Base, options: FitOptions, found: LoraReport | ProLoRAError
+) -> str:
     """Says where moving by weights, which `found` came of, serves; "" elsewhere."""
-    source, target = job.source, job.target
     assert source.path is not None and target.path is not None
     differ = vae.explain_different_latents(source.path, target.path) is not None
-    needed = differ or explain_need(found, source, target, job.options.target_steps)
+    needed = differ or explain_need(found, source, target, options.target_steps)
     return "" if needed else SERVES.format(target=target.name)
 
 
@@ -207,7 +212,7 @@ def _finish_fit(
     fitted: dict[str, LowRank],
     probe: ProbeReport,
     notes: dict[str, str],
-) -> tuple[Adapter, Report]:
+) -> tuple[Adapter, FitReport]:
     """Builds the target's adapter and the report of what was fitted."""
     adapter, plan, target = job.adapter, job.plan, job.target
     strength = probe.gate.strength if probe.gate else 1.0
@@ -275,7 +280,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
 
 def _scale_rival(
     rival: Rival, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
-) -> tuple[Adapter, Report]:
+) -> tuple[Adapter, RivalReport]:
     """Scales a LoRA moved by weights to the strength of held-out probes."""
     adapter, report = rival.done.adapter, rival.done.report
 
@@ -293,16 +298,15 @@ def _scale_rival(
         else row
         for row in report.modules
     )
+    assert isinstance(report, TransferReport)
     strength = report.strength * factor
     facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": FIT}
     metadata = build_metadata(rival.ledger) | facts | _describe_gate(probe, job.options) | notes
     moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
-    report = replace(
-        report,
-        asked=FIT,
-        probe=probe,
-        strength=strength,
-        modules=rows,
-        provenance=read_provenance(metadata),
-    )
-    return moved, report
+    known = {known.name: getattr(report, known.name) for known in fields(report)} | {
+        "asked": FIT,
+        "strength": strength,
+        "modules": rows,
+        "provenance": read_provenance(metadata),
+    }
+    return moved, RivalReport(**known, probe=probe)
