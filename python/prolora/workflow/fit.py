@@ -74,7 +74,7 @@ def fit(
         UnrelatedBases: the held-out samples speak against the fit and against moving by weights.
         LowCoverage: fewer modules have a place than `min_coverage` asks for.
         OutputExists: something else has the name of `out`.
-        OutputError: `out` cannot be written; the folder of kept parts belongs to other inputs.
+        OutputError: `out` or the folder of kept parts cannot be written.
     """
     options = settle_options(options, changes)
     bases = open_pair(source, target)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from ...bases import Base
-from ...bases.cache.basis_cache import default_folder
-from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.validation import DeviceLike
-from ...errors import OutputError, UnrelatedBases
+from ...errors import UnrelatedBases
 
 if TYPE_CHECKING:
-    from ...probe.checkpoint import Checkpoints, Inputs
+    from ...probe.checkpoint import Checkpoints
     from ...probe.pipelines import Pipeline
 
-T = TypeVar("T")
-SIDES = ("source", "target")
 PARTS = ".prolora-parts"
 """The folder of parts that were not asked for, beside the results until all are made."""
 
@@ -38,64 +33,20 @@ class CommonParts:
         """Takes the folder; opens nothing."""
         self.folder = None if folder is None else Path(folder)
         self.is_temporary = is_temporary
-        self._files: Inputs | None = None
         self._models: dict[str, Pipeline] = {}
         self._asked: object = None
         self._checkpoints: Checkpoints | None = None
 
-    def check_folder(self, source: Base, target: Base) -> None:
-        """Refuses a folder with results of other files, before loading a model.
-
-        Raises:
-            OutputError: see `check_inputs`.
-        """
-        from ...probe.checkpoint import check_inputs
-
-        if self.folder is None or self._files is not None:
-            return
-        assert source.path is not None and target.path is not None
-        folder, paths = self.folder, (source.path, target.path)
-        known = default_folder()  # remembers digests, where there is a cache at all
-        memory = known if known.is_dir() else None
-        files = {
-            f"the {side}: files": describe_pipeline_folder(path, memory)
-            for side, path in zip(SIDES, paths, strict=True)
-        }
-        self._open_folder(lambda: check_inputs(folder, files))
-        self._files = files
-
     def open_checkpoints(self) -> Checkpoints:
-        """Returns the kept results, once both pipelines were opened.
-
-        Raises:
-            OutputError: see `check_inputs`.
-        """
+        """Returns the kept results, once both pipelines were opened."""
         from ...probe.checkpoint import open_checkpoints
 
         if self._checkpoints is None:
-            models = [self._models[side] for side in SIDES]
-            inputs = dict(self._files or {})
-            if self.folder is not None:
-                inputs |= {
-                    f"the {side}: parts": model.parts
-                    for side, model in zip(SIDES, models, strict=True)
-                }
-            denoisers = models[0].denoiser, models[1].denoiser
-            self._checkpoints = self._open_folder(
-                lambda: open_checkpoints(self.folder, *denoisers, inputs, self.is_temporary)
-            )
+            denoisers = self._models["source"].denoiser, self._models["target"].denoiser
+            kept = self._models.items() if self.folder is not None else ()
+            parts = {f"{side}, parts": model.parts for side, model in kept}
+            self._checkpoints = open_checkpoints(self.folder, *denoisers, parts, self.is_temporary)
         return self._checkpoints
-
-    def _open_folder(self, check: Callable[[], T]) -> T:
-        """Returns what a check of the folder gives; empties a temporary one of other inputs."""
-        try:
-            return check()
-        except OutputError:
-            if not self.is_temporary or self.folder is None:
-                raise
-        for entry in self.folder.iterdir():
-            entry.unlink()
-        return check()
 
     def make_room(self, asked: object, all_of_it: bool) -> None:
         """Frees the rest of the fit before, so that memory does not grow.

@@ -85,7 +85,6 @@ def fit_to_pipelines(
     blank = _outline_result(job)
     adapters.check_format(blank, written[0])
     common = common or CommonParts(options.resume)
-    common.check_folder(source, target)
     rival = move_rival(job)
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
