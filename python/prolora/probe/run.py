@@ -19,10 +19,9 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
 from .checkpoint import hash_texts, open_checkpoints
-from .crossed import CrossedImages, measure_bands
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
-from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
+from .gate import REFUSE, fitting_updates, judge_updates
 from .known_answers import KnownAnswers, RememberingTranslation
 from .models import check_models, frozen
 from .modules import choose_modules
@@ -201,6 +200,7 @@ def _run_models(
             stack.enter_context(frozen(model))
             stack.enter_context(in_precision(model, bits))
         stack.enter_context(meter.watch(source, target))
+        report.crossed, report.shared = recorder.crossed, recorder.translation.same_noise
         guidance = recorder.translation.guidance
         if guidance:
             report.guidance, report.guided_lora = guidance.scale, guidance.adapted
@@ -221,7 +221,9 @@ def _run_models(
         for name in updates:
             report.left_out.pop(name, None)
         meter.begin("judge")
-        verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
+        start, few = report.start, settings.has_few_step_lora
+        known = rival, start, bool(recorder.crossed), few
+        verdict = report.gate = judge_updates(target, updates, wanted, run.translation, *known)
         meter.finish()
     report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
@@ -305,26 +307,6 @@ def _ask_held_out(run: ProbeRun, held_out: Sequence[Question]) -> Sequence[Wante
     for wanted in wanted_changes(*models, held_out, run.translation):
         kept.append(wanted)
     return kept
-
-
-def _judge(
-    run: ProbeRun,
-    updates: Mapping[str, LowRank],
-    wanted: Sequence[WantedChange],
-    crossed: CrossedImages | None,
-) -> Gate:
-    """Returns the verdict of the held-out probes; reports what crossed."""
-    translation, target = run.translation, run.target
-    start, few = run.report.start, run.settings.has_few_step_lora
-    known = (run.rival, start, crossed is not None, few)
-    verdict = judge_updates(target, updates, wanted, translation, *known)
-    if crossed is not None:
-        copied = verdict.decision == COPY and not run.settings.force
-        moved = (
-            (run.rival, verdict.copy_strength) if copied else (updates, min(verdict.strength, 1))
-        )
-        run.report.crossed = crossed.report(measure_bands(target, *moved, wanted, translation))
-    return verdict
 
 
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
