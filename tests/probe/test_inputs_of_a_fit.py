@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
+import random
 import shutil
 import warnings
 from pathlib import Path
@@ -16,8 +18,11 @@ from test_probe import lora, permuted, run, source
 from torch import nn
 
 from prolora import FitOptions, LowRank, fit, probe
+from prolora.bases import open_base
 from prolora.errors import OutputError
+from prolora.files.safetensors_file import SafetensorsFile
 from prolora.probe import pipelines
+from prolora.workflow.by_fitting.common_parts import CommonParts
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -148,3 +153,23 @@ def test_another_lora_uses_what_the_bases_were_asked(source, lora, tmp_path):
     weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
     assert run(source, permuted(source), weaker, **kept, **JOINT).report.resumed == 0
     assert len(list(tmp_path.glob("calls-source-*"))) == 2
+
+
+def test_one_value_of_any_tensor_is_noticed(changed):
+    """One bit of one value: nothing is known by samples, and no time has to differ."""
+    pick, sides = random.Random(0), [open_base(changed / side) for side in ("source", "target")]
+
+    def key() -> Path:
+        return CommonParts(changed / "kept").open_checkpoints(*sides)._path("joint", "")
+
+    files, whole = sorted(changed.glob("*/*/*.safetensors")), key()
+    for _ in range(100):
+        path = pick.choice(files)
+        tensors, before = SafetensorsFile(path).tensors, path.read_bytes()
+        info = tensors[pick.choice(list(tensors))]
+        place = info.start + pick.randrange(math.prod(info.shape) * info.dtype.itemsize)
+        flipped = before[place] ^ 1 << pick.randrange(8)
+        path.write_bytes(before[:place] + bytes([flipped]) + before[place + 1 :])
+        assert key() != whole
+        path.write_bytes(before)
+    assert key() == whole

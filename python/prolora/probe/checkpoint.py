@@ -11,14 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..bases.pipeline_identity import (
-    Facts,
-    describe_live_module,
-    describe_versions,
-    digest_facts,
-)
+from ..bases.pipeline_identity import Facts, describe_versions, digest_facts
 from ..core.lowrank import LowRank
 from ..errors import OutputError, UnsupportedFormat
 from ..files.hashing import hash_parts, hash_text
@@ -81,14 +76,16 @@ class Checkpoints:
 
         Args:
             folder: new, or with results of these or other inputs.
-            inputs: called for a folder: everything that all results depend on.
+            inputs: called for a folder: everything that all results depend on, beside versions.
             is_optional: the results may be lost: where the folder cannot be written, a warning
                 says so and nothing is kept any more.
         """
         self.folder = None if folder is None else Path(folder)
         self.is_optional = is_optional
         self._used: set[Path] = set()
-        self._digest = "" if folder is None else digest_facts(inputs())
+        self._digest = ""
+        if folder is not None:
+            self._digest = digest_facts({"versions": describe_versions(), **inputs()})
 
     def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
         """Returns the tensors and the note under a name and key, if any."""
@@ -173,29 +170,6 @@ class Checkpoints:
     def state_file(self, name: str, key: str) -> StateFile | None:
         """Returns where the state of a long fit is kept; None without a folder."""
         return None if self.folder is None else StateFile(self, name, key)
-
-
-def open_checkpoints(
-    folder: str | PathLike[str] | None,
-    source: nn.Module,
-    target: nn.Module,
-    more: Mapping[str, Facts],
-    is_optional: bool = False,
-) -> Checkpoints:
-    """Opens the folder of results of a probing of two models.
-
-    `more` are inputs beside the two models; `is_optional` as for `Checkpoints`.
-    """
-    return Checkpoints(
-        folder,
-        lambda: {
-            **more,
-            "versions": describe_versions(),
-            "source": describe_live_module(source),
-            "target": describe_live_module(target),
-        },
-        is_optional,
-    )
 
 
 class StateFile:

@@ -9,6 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...bases import Base
+from ...bases.cache.basis_cache import default_folder
+from ...bases.pipeline_identity import Facts, describe_pipeline_folder
 from ...core.validation import DeviceLike
 from ...errors import UnrelatedBases
 
@@ -37,15 +40,22 @@ class CommonParts:
         self._asked: object = None
         self._checkpoints: Checkpoints | None = None
 
-    def open_checkpoints(self) -> Checkpoints:
-        """Returns the kept results, once both pipelines were opened."""
-        from ...probe.checkpoint import open_checkpoints
+    def open_checkpoints(self, source: Base, target: Base) -> Checkpoints:
+        """Returns the kept results of these two pipelines."""
+        from ...probe.checkpoint import Checkpoints
+
+        known = default_folder()  # remembers digests, where there is a cache at all
+        memory = known if known.is_dir() else None
+
+        def describe() -> dict[str, Facts]:
+            assert source.path is not None and target.path is not None
+            return {
+                "source": describe_pipeline_folder(source.path, memory),
+                "target": describe_pipeline_folder(target.path, memory),
+            }
 
         if self._checkpoints is None:
-            denoisers = self._models["source"].denoiser, self._models["target"].denoiser
-            kept = self._models.items() if self.folder is not None else ()
-            parts = {f"{side}, parts": model.parts for side, model in kept}
-            self._checkpoints = open_checkpoints(self.folder, *denoisers, parts, self.is_temporary)
+            self._checkpoints = Checkpoints(self.folder, describe, self.is_temporary)
         return self._checkpoints
 
     def make_room(self, asked: object, all_of_it: bool) -> None:
@@ -71,9 +81,7 @@ class CommonParts:
         from ...probe import pipelines
 
         if side not in self._models:
-            model = self._models[side] = pipelines.open_pipeline(folder, device)
-            if self.folder is not None:
-                model.parts  # noqa: B018 (read while the text encoders are there)
+            self._models[side] = pipelines.open_pipeline(folder, device)
         return self._models[side]
 
     @contextlib.contextmanager
