@@ -140,7 +140,7 @@ def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) ->
 
 
 def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
-    """Reports as `plan_fit`, and whether weights serve, which are compared for it."""
+    """Reports as `plan_fit`, and compares the weights to say whether they serve."""
     report = plan_fit(lora, source, target, options)
     known = options.cache is not None and Path(options.cache).is_dir()  # it makes no folder
     moving = replace(options.as_moved("auto"), cache=options.cache if known else None)
@@ -180,7 +180,7 @@ class Rival:
 def _tell_serving(
     source: Base, target: Base, options: FitOptions, found: LoraReport | ProLoRAError
 ) -> str:
-    """Says where moving by weights, which `found` came of, serves; "" elsewhere."""
+    """Says that weights serve, by what `found` tells of the move; "" where they do not."""
     assert source.path is not None and target.path is not None
     differ = vae.explain_different_latents(source.path, target.path) is not None
     needed = differ or explain_need(found, source, target, options.target_steps)
