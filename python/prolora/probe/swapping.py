@@ -1,6 +1,6 @@
-"""Blocks of a model that visit the card one at a time, the next one copied meanwhile.
+"""Blocks of a model that visit the card one at a time.
 
-They rest in the machine's memory, pinned.
+They rest in the machine's memory, pinned; the next one is copied while one runs.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def copies_ahead(sizes: Sequence[int], room: int) -> bool:
 
 
 def count_staying(sizes: Sequence[int], room: int) -> int:
-    """Counts the first blocks that can stay beside those that visit."""
+    """Counts the first blocks that can stay beside the visitors."""
     visitors = 1 + copies_ahead(sizes, room)
     stay = 0
     while stay < len(sizes):

@@ -61,7 +61,7 @@ def place_factors(
 ) -> Iterator[None]:
     """Acts as `run_beside` for fitting factors that may need gradients.
 
-    `move` gives those of a module whenever it runs, in place of its own.
+    `move` gives other factors of a module, whenever it runs.
     """
     hooks = []
     for name, pair in factors.items():

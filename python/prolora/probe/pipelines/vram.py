@@ -233,7 +233,7 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
 
 
 def _sum_widened(parts: Mapping[str, int]) -> int:
-    """Sums what is outside of units, which stays for a whole pass, and the largest unit."""
+    """Sums the largest unit and all outside of units, kept for a whole pass."""
     return parts.get("", 0) + max((n for unit, n in parts.items() if unit), default=0)
 
 
