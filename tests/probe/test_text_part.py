@@ -18,7 +18,6 @@ from prolora import LowRank, ProLoRAError, adapters
 from prolora.adapters.adapter import Adapter
 from prolora.architectures.modules import is_in_text_encoder
 from prolora.probe import pipelines
-from prolora.probe.checkpoint import Checkpoints
 from prolora.probe.pipelines.flow_convention import watch_steps
 from prolora.probe.recording.recorder import Recorder
 from prolora.probe.recording.wanted import wanted_changes
@@ -132,6 +131,8 @@ def test_text_encoders_are_as_before_once_their_part_was_in_place(room):
 
 
 def test_kept_calls_of_a_lora_depend_on_its_text_part(room, tmp_path):
+    from prolora.probe.checkpoint import Checkpoints
+
     updates, text = parts_of(room)
     source, target = (p.denoiser for p in opened(room))
     adapter = Adapter(updates, format="diffusers")

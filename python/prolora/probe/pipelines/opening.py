@@ -80,7 +80,9 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             model.eval()
             if model is not denoiser:
                 model.float()  # a text encoder has the dtype in which it was saved
-    return Pipeline(pipe if device is None else pipe.to(device), folder.name, memory)
+            if device is not None:
+                model.to(device)  # pipe.to warns of halves on a CPU, which are widened here
+    return Pipeline(pipe, folder.name, memory)
 
 
 def _tile_images(vae: Any) -> None:
