@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from prolora.workflow.plan import make_plan
 
 def ours(folder: Path, rank: int | float) -> dict[str, Any]:
     """The whole job through the public file-to-file call."""
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     report = prolora.transfer(
         folder / "lora.safetensors",
         folder / "sdxl",
@@ -46,6 +47,7 @@ def ours(folder: Path, rank: int | float) -> dict[str, Any]:
     columns = [row.measures.columns_source for row in report.rows("mapped") if row.measures]
     return {
         "seconds": seconds,
+        "processor seconds": time.process_time() - worked,
         "stages": report.seconds,
         "share of svd": report.seconds["svd"] / seconds,
         "peak resident GiB": peak_gib(),
@@ -93,13 +95,14 @@ def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:
     adapter = prolora.adapters.read_adapter(folder / "lora.safetensors")
     source, target = (prolora.open_base(folder / name) for name in ("sdxl", "ssd-1b"))
     seconds = {"svd": 0.0, "project": 0.0}
+    processor = 0.0
     pairs = sampled = 0
     for group in make_plan(adapter, source, target).groups().values():
         chosen = group[::every]
         pairs, sampled = pairs + len(group), sampled + len(chosen)
         for pair in chosen:
             weight = len(group) / len(chosen)
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             bases = [
                 leading(base.read(name).float(), rank)
                 for base, name in ((source, pair.source), (target, pair.target))
@@ -108,8 +111,10 @@ def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:
             project_densely(adapter.updates[pair.source].dense(), *bases)
             seconds["svd"] += weight * (middle - started)
             seconds["project"] += weight * (time.perf_counter() - middle)
+            processor += weight * (time.process_time() - worked)
     return {
         "seconds": sum(seconds.values()),
+        "processor seconds": processor,
         "stages": seconds,
         "pairs": pairs,
         "pairs really run": sampled,
@@ -201,6 +206,7 @@ def main() -> None:
         "command": f"python bench/sdxl_to_ssd1b.py FOLDER --rank {words.rank} --threads "
         f"{words.threads} --baseline-every {words.baseline_every}",
         "machine": {"cpu": cpu(), "threads": words.threads, "torch": torch.__version__},
+        "load": os.getloadavg(),
         "prolora": mine,
         "prolora, second LoRA (bases cached)": again,
         "prolora, method auto": default,
