@@ -32,6 +32,12 @@ import prolora
 from prolora.workflow.plan import make_plan
 
 
+def fresh_output(folder: Path) -> Path:
+    """Where a result goes; the one that is there would be kept."""
+    (folder / "out.safetensors").unlink(missing_ok=True)
+    return folder / "out.safetensors"
+
+
 def ours(folder: Path, rank: int | float) -> dict[str, Any]:
     """The whole job through the public file-to-file call."""
     started, worked = time.perf_counter(), time.process_time()
@@ -39,7 +45,7 @@ def ours(folder: Path, rank: int | float) -> dict[str, Any]:
         folder / "lora.safetensors",
         folder / "sdxl",
         folder / "ssd-1b",
-        out=folder / "out.safetensors",
+        out=fresh_output(folder),
         rank=rank,
         method="prolora",
     ).report
@@ -60,9 +66,8 @@ def ours(folder: Path, rank: int | float) -> dict[str, Any]:
 def automatic(folder: Path) -> dict[str, Any]:
     """The default: both bases looked at, then copied or damped, without any decomposition."""
     paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
-    out = folder / "out.safetensors"
     started = time.perf_counter()
-    report = prolora.transfer(*paths, out=out).report
+    report = prolora.transfer(*paths, out=fresh_output(folder)).report
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
@@ -76,10 +81,9 @@ def second(folder: Path, rank: int | float) -> dict[str, Any]:
     """The same LoRA again, with the subspaces kept from the first time."""
     options = {"method": "prolora", "rank": rank, "cache": folder / f"cache-{rank}"}
     paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
-    out = folder / "out.safetensors"
-    prolora.transfer(*paths, out=out, **options)
+    prolora.transfer(*paths, out=fresh_output(folder), **options)
     started = time.perf_counter()
-    report = prolora.transfer(*paths, out=out, **options).report
+    report = prolora.transfer(*paths, out=fresh_output(folder), **options).report
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in options["cache"].rglob("*.safetensors"))
     return {

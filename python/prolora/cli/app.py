@@ -24,7 +24,7 @@ from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
 from .migrate import migrate
-from .options import BriefCommand, JsonOption, OverwriteOption, path_option
+from .options import JsonOption, OverwriteOption, path_option
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
 
@@ -93,7 +93,6 @@ app.command(
     ),
 )(merge)
 app.command(
-    cls=BriefCommand,
     epilog=write_epilog(
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ --target new/ -o moved/",
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ -o moved/ --shard 2/8",
@@ -159,6 +158,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         answer.give(facts)
     else:
+        out.print(doctor_facts.tell_verdict(), style="bold")
         out.print(facts_table(facts))
 
 
@@ -196,6 +196,8 @@ def main() -> None:
         answer.give_error(error)
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
+    if code == ExitCode.INTERRUPTED:
+        err.print_line("Stopped; nothing was written, but for LoRAs that were finished before.")
     sys.exit(code)
 
 

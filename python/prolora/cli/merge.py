@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated
 
 from ..bases import Base, open_base
 from ..workflow.merge import merge as merge_loras
 from ..workflow.merge_options import MergeOptions
 from .console import progress_bar
-from .options import Resources, base_option, expand_options
+from .options import base_option, expand_options, find_cache, split_bases
 from .output_options import FileOutput
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_made_lora
 
@@ -33,37 +34,33 @@ class MergedBases:
         ),
     ] = field(default_factory=list)
 
-    def open(self) -> tuple[Base | None, list[Base]]:
-        """Opens all of them, each once."""
+    def open(self, loras: list[Path]) -> tuple[list[Path], Base | None, list[Base]]:
+        """Opens all, each once; without options they stand behind the LoRAs, the target last."""
+        if self.target is None and not self.source:
+            loras, words = split_bases(loras, len(loras))
+            self.target, self.source = words[-1] if words else None, words[:-1]
         known: dict[str, Base] = {}
         for name in (self.target, *self.source):
             if name is not None and name not in known:
                 known[name] = open_base(name)
-        return (None if self.target is None else known[self.target]), [
-            known[name] for name in self.source
-        ]
+        target = None if self.target is None else known[self.target]
+        return loras, target, [known[name] for name in self.source]
 
 
-@expand_options
+@expand_options("max_memory", "cache", "dry_run")
 def merge(
     loras: LoraArguments,
     merging: MergeOptions,
     bases: MergedBases,
     output: FileOutput,
-    resources: Resources,
 ) -> None:
     """Merge several LoRAs into one, each moved from its own base first if it has another."""
     check_output_given(output)
-    resources.check_device()
-    target, sources = bases.open()
+    loras, target, sources = bases.open(loras)
     files = [file for base in (target, *sources) if base is not None for file in base.files]
     check_outputs(loras[:1], output, merging, [*loras[1:], *files])
     with progress_bar("merge", output.show_tables) as progress:
-        known = resources.read(takes_default=bool(sources) and not output.dry_run)
-        options = replace(merging, **known, progress=progress)
-        if output.dry_run:
-            done = merge_loras(loras, target, sources, options)
-            report = replace(done.report, dry_run=True)
-        else:
-            report = merge_loras(loras, target, sources, options, out=output.output).report
+        known = find_cache(merging, takes_default=bool(sources))
+        options = replace(known, progress=progress)
+        report = merge_loras(loras, target, sources, options, out=output.output).report
     tell_made_lora(loras[0], report, output, merging.overwrite)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..bases import Base, BaseLike, open_pair
 from ..bases.base import Progress
@@ -14,9 +14,10 @@ from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .batch import make_each
 from .by_fitting.common_parts import CommonParts, share_parts
-from .by_fitting.pipeline import fit_to_pipelines, plan_fit
-from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
-from .options import LoraLike, settle_options, takes_options
+from .by_fitting.pipeline import fit_to_pipelines, plan_fit, weigh_fit
+from .fit_options import DEFAULT_FIT, FitOptions
+from .option_keywords import settle_options, takes_options
+from .options import LoraLike
 from .outcome import Outcome
 from .output_paths import (
     check_distinct,
@@ -26,9 +27,6 @@ from .output_paths import (
 )
 from .result import Transfer, pack_plan
 from .resume import make_file
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @takes_options
@@ -41,7 +39,7 @@ def fit(
     *,
     out: str | PathLike[str] | None = None,
     dry_run: bool = False,
-    **changes: Unpack[FitChanges],
+    **changes: Any,
 ) -> Transfer:
     """Fits a LoRA of one model to another that runs: no data and no captions, but both models.
 
@@ -56,7 +54,7 @@ def fit(
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
         out: a file to write, or a folder for format "peft", as `transfer` takes it.
-        dry_run: report what would be done, from headers alone: no model runs.
+        dry_run: report what would be done, and whether weights would serve: no model runs.
         **changes: single options by name; they win over `options`.
 
     Returns:
@@ -74,12 +72,12 @@ def fit(
         UnrelatedBases: the held-out samples speak against the fit and against moving by weights.
         LowCoverage: fewer modules have a place than `min_coverage` asks for.
         OutputExists: something else has the name of `out`.
-        OutputError: `out` cannot be written; the folder of kept parts belongs to other inputs.
+        OutputError: `out` or the folder of kept parts cannot be written.
     """
     options = settle_options(options, changes)
     bases = open_pair(source, target)
     if dry_run:
-        return pack_plan(plan_fit(lora, *bases, options))
+        return pack_plan(weigh_fit(lora, *bases, options))
     if out is None:
         return fit_to_pipelines(lora, *bases, options)
     return _fit_into(lora, *bases, Path(out), options.for_file())
@@ -93,7 +91,7 @@ def fit_many(
     target: BaseLike,
     folder: str | PathLike[str],
     options: FitOptions = DEFAULT_FIT,
-    **changes: Unpack[FitChanges],
+    **changes: Any,
 ) -> list[Outcome]:
     """Fits LoRAs one after the other, into a folder, under the names they have.
 
