@@ -131,12 +131,12 @@ def test_text_encoders_are_as_before_once_their_part_was_in_place(room):
 
 
 def test_kept_calls_of_a_lora_depend_on_its_text_part(room, tmp_path):
-    from prolora.probe.checkpoint import open_checkpoints
+    from prolora.probe.checkpoint import Checkpoints
 
     updates, text = parts_of(room)
     source, target = (p.denoiser for p in opened(room))
     adapter = Adapter(updates, format="diffusers")
-    kept = open_checkpoints(tmp_path / "kept", source, target, {})
+    kept = Checkpoints(tmp_path / "kept")
     known = {"checkpoints": kept, "samplers_text": "s"}
     keys = [
         Recorder(source, target, adapter, (None,) * 3, None, text_updates=part, **known).keys
@@ -209,7 +209,8 @@ def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room,
         assert not torch.allclose(entry, conditioning(room, {}), atol=1e-2)
 
 
-@pytest.mark.parametrize("target", ["target", pytest.param("source", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["target", "source"])
 def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
     room, target, tmp_path
 ):
