@@ -215,7 +215,7 @@ def _read_number(slot: Slot, role: str, source: Lora) -> float | None:
     """Reads a tensor of one number, None if the slot lacks that role."""
     if role not in slot.keys:
         return None
-    value = float(source.read(slot.keys[role]).double())
+    value = source.read_number(slot.keys[role])
     if not math.isfinite(value):
         raise NonFiniteWeights(f"{source.where}: {slot.keys[role]} is {value}; the file is damaged")
     return value

@@ -41,12 +41,15 @@ def check(
         str | None,
         typer.Option("--for", metavar="PROGRAM", help="Are they for this program, as comfyui?"),
     ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read the numbers, too: NaN, zeros, overflows.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file is and whether it is for a base or a program, from headers alone."""
     records: list[dict[str, Any]] = []
     code = ExitCode.DONE
-    asked: dict[str, Any] = {"program": program, "source": source, "target": target}
+    asked: dict[str, Any] = {"program": program, "deep": deep, "source": source, "target": target}
     if base is source is target is None:
         files, bases = split_bases(files)
         asked |= dict(zip(("source", "target"), bases, strict=True)) if bases[1:] else {}

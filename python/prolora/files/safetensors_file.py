@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import UnsupportedFormat, input_error
-from .dtypes import SIZES, find_torch_dtype
+from .dtypes import SIZES, decode_number, find_torch_dtype
 from .jsontext import LFS_POINTER
 from .state import FileState, check_unchanged
 
@@ -113,6 +113,19 @@ class SafetensorsFile:
         info = self.tensors[name]
         return self._read(name, info.stored, info.shape, info.start)
 
+    def read_number(self, name: str) -> float:
+        """Reads a tensor of one real number, without torch.
+
+        Raises:
+            KeyError: no such tensor.
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        info = self.tensors[name]
+        buffer = bytearray(SIZES[info.stored])
+        with self._use() as file:
+            read_stored(file, self, name, self.data_start + info.start, memoryview(buffer))
+        return decode_number(info.stored, bytes(buffer))
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of `name`; nothing else is read.
 
@@ -184,7 +197,7 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=numbers, device="cpu")
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         with self._use() as file:
-            read_stored(file, self, name, self.data_start + start, buffer)
+            read_stored(file, self, name, self.data_start + start, buffer.numpy().data)
         return view_numbers(buffer, numbers).reshape(shape)
 
 
@@ -204,7 +217,7 @@ class _OpenedFile(Protocol):
 
 
 def read_stored(
-    file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: Tensor
+    file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: memoryview
 ) -> None:
     """Fills a buffer [bytes] with a tensor that begins at `start`.
 
@@ -214,7 +227,7 @@ def read_stored(
     check_unchanged(opened.path, opened.state, file.fileno())
     try:
         file.seek(start)
-        complete = fill_buffer(file, buffer.numpy().data)
+        complete = fill_buffer(file, buffer)
     except OSError as error:
         raise input_error(opened.path, error, f"{name} cannot be read") from error
     if not complete:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ..comparison.expectation import CLASSES, classify
 from ..comparison.expectation import Mark as Mark
-from ..core.verdict import Verdict
+
+if TYPE_CHECKING:  # `check` tells what a file is without torch
+    from ..core.verdict import Verdict
 
 AMOUNTS = (
     (0.995, "All"),
