@@ -17,8 +17,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "nightly.json", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by docs/make_attacks.py -->", "<!-- end -->"
-WHOLE = {"hostile": "hostile files, in every place", "foreign": "files of others, in every place"}
-"""Harnesses whose cases are one row together."""
+TITLES = {
+    "hostile": "hostile files, in every place",
+    "foreign": "files of others, in every place",
+    "damage": "damage: bits, cuts and values of every kind of file",
+    "kills": "kills at every stage",
+}
+"""Harness -> the row of all of its cases."""
 
 COLUMNS = {
     "as it should be": ("equal", "stated", "refused", "done"),
@@ -60,8 +65,7 @@ def render(facts: dict[str, Any]) -> str:
     """The table, and when it was made."""
     groups: dict[str, Counter[str]] = {}
     for row in facts["attacks"]:
-        name = WHOLE.get(row["harness"], f"{row['harness']}: {row['case']}")
-        groups.setdefault(name, Counter()).update({"runs": row["runs"], **row["counts"]})
+        groups.setdefault(TITLES[row["harness"]], Counter()).update({"runs": row["runs"], **row["counts"]})
     named = {verdict for verdicts in COLUMNS.values() for verdict in verdicts} | {"runs"}
     heads = ["attack", "runs", *COLUMNS, "other"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]

@@ -16,17 +16,17 @@ from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, known_loaders, name_row
 
 PAGE = Path(__file__).resolve().parent / "families.md"
-INTRODUCTION = Path(__file__).resolve().parent / "families_introduction.md"
+BEGIN = "<!-- made by docs/make_families.py -->"
 FORMATS = ("comfy", "kohya", "diffusers", "peft")
 _ATTENTION = ("attn.to_q", "attn1.to_q", "attention.to_q", "attn.wq", "to_q", "attn")
 
 
 def write_page() -> str:
-    """The introduction, which people write, and the tables."""
+    """The introduction, which people write above BEGIN, and the tables."""
     families = sorted(known_families().values(), key=lambda family: family.title.lower())
     transformers = [family for family in families if not family.unet]
     lines = [
-        INTRODUCTION.read_text("utf-8").rstrip(),
+        PAGE.read_text("utf-8").partition(BEGIN)[0] + BEGIN,
         "",
         "## The families",
         "",

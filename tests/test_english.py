@@ -1,9 +1,7 @@
-"""Messages and pages are plain English, and one glossary explains their terms."""
+"""Messages and pages are plain English."""
 
 import english
 import pytest
-
-from prolora.workflow.glossary import GLOSSARY, write_page
 
 
 def test_no_message_and_no_page_holds_what_readers_stumble_over():
@@ -44,8 +42,3 @@ def test_messages_are_read_whole():
     places = dict(english.list_messages())
     assert len(places) > 2000 and any("X is not" in text for text in places.values())
     assert len({place for place, _ in english.list_paragraphs()}) > 8
-
-
-def test_the_page_of_the_glossary_is_the_glossary():
-    page = (english.ROOT / "docs" / "glossary.md").read_text("utf-8")
-    assert page == write_page() and all(text in page for text in GLOSSARY.values())

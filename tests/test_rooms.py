@@ -237,7 +237,7 @@ WORDED = {
     "architectures",
     "bases",
     "comparison",
-    "core/ops",
+    "core",
     "errors.py",
     "files",
     "probe",

@@ -56,7 +56,6 @@ def readme_table(table: Table) -> str:
 PRACTICE = (
     "near",
     "continued",
-    "continued, long",
     "merged 1",
     "merged 3",
     "merged 10",
@@ -64,7 +63,6 @@ PRACTICE = (
     "few-step",
     "guided",
     "pruned",
-    "renumbered",
     "deepened",
     "sibling",
     "far",
@@ -149,24 +147,19 @@ def strengths_table(worlds: Mapping[str, Table]) -> str:
 
 
 def samples_table(table: Table) -> str:
-    """What samples of the digits show: the distance of a style, and how often a concept is seen."""
+    """How often samples of the digits show a concept."""
     ways = ("none", "copy", "prolora 0.9", "oracle")
-    scores = {
-        "distance of the style": ("mmd", ("thick", "slanted")),
-        "concept seen": ("concept", ("concept",)),
-    }
     lines = []
-    for told, (score, adapters) in scores.items():
-
-        def read(row: Row, way: str, score: str = score) -> float | None:
-            return (row["samples"] or {}).get(way, {}).get(score)
-
-        for kind in RELATED:
-            part = table.where(kind=kind, adapter=adapters)
-            cells = [format_cell(part.mean(functools.partial(read, way=way))) for way in ways]
-            lines.append([kind, told, *cells])
+    for kind in RELATED:
+        part = table.where(kind=kind, adapter="concept")
+        means = [part.mean(functools.partial(_see_concept, way=way)) for way in ways]
+        lines.append([kind, *map(format_cell, means)])
     head = ["no LoRA", "copy", "`prolora`", "trained on the target"]
-    return format_table(["target", "", *head], lines)
+    return format_table(["target", *head], lines)
+
+
+def _see_concept(row: Row, way: str) -> float | None:
+    return (row["samples"] or {}).get(way, {}).get("concept")
 
 
 def fill_page(page: str, tables: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Leading singular subspaces of weights, each with a bound on how wrong it can be.
+"""Leading singular subspaces of weights, with bounds on their error.
 
 The bound comes from `residual_and_angle` in svd/triplets.py for the rungs in float64, and from
 `bound_span_angle` in svd/bounds.py for the others.
@@ -37,7 +37,7 @@ LARGEST_EXPONENT = 24
 
 @dataclass(frozen=True, repr=False)
 class Basis:
-    """The leading singular triplets of one weight [m, n] or of a stack [..., m, n].
+    """Leading singular triplets of one weight or of a stack.
 
     Attributes:
         U: [..., m, k], orthonormal columns; a matrix that needs fewer than k has zero columns.
@@ -82,20 +82,20 @@ class Basis:
         return torch.Size((*self.U.shape[:-1], self.V.shape[-2]))
 
     def to(self, where: torch.dtype | torch.device | str) -> Basis:
-        """U, S and V cast to a dtype, or every tensor moved to a device."""
+        """Casts U, S and V to a dtype, or moves every tensor to a device."""
         names = FACTORS if isinstance(where, torch.dtype) else FACTORS + FACTS
         moved = {name: getattr(self, name).to(where) for name in names}
         return Basis(**{**self.__dict__, **moved})
 
     def __getitem__(self, i: int) -> Basis:
-        """The basis of matrix i of a stack [b, m, n], without the columns it does not use."""
+        """Returns the basis of matrix i of a stack, without its unused columns."""
         k = max(1, int(self.rank[i]))
         fields = {name: getattr(self, name)[i] for name in FACTS}
         fields |= {"U": self.U[i, :, :k], "S": self.S[i, :k], "V": self.V[i, :, :k]}
         return Basis(**fields, rungs=(self.rungs[i],))
 
     def take(self, places: Sequence[int]) -> Basis:
-        """Some matrices of a stack [b, m, n]; a view of those that lie side by side."""
+        """Selects matrices of a stack [b, m, n]; a view of those that lie side by side."""
         chosen: list[int] | slice = list(places)
         if chosen == list(range(places[0], places[0] + len(places))):
             chosen = slice(places[0], places[0] + len(places))
@@ -105,20 +105,19 @@ class Basis:
 
 def stack_bases(bases: list[Basis]) -> Basis:
     """Bases of single matrices [m, n] as the basis of their stack [b, m, n]."""
-    return _join_bases([_add_batch_axis(basis) for basis in bases], torch.Size((len(bases),)))
-
-
-def _add_batch_axis(basis: Basis) -> Basis:
-    fields = {name: getattr(basis, name)[None] for name in FACTORS + FACTS}
-    return Basis(**fields, rungs=basis.rungs)
+    alone = (
+        Basis(**{name: getattr(basis, name)[None] for name in FACTORS + FACTS}, rungs=basis.rungs)
+        for basis in bases
+    )
+    return _join_bases(list(alone), torch.Size((len(bases),)))
 
 
 @refuse_vmap("truncated_svd")
 @in_full_precision
 def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
-    """Leading singular subspaces of W, never silently inaccurate.
+    """Computes leading singular subspaces of W, never silently inaccurate.
 
-    A ladder of algorithms, and every result says which one gave it (`rungs`):
+    A ladder of algorithms; `rungs` says which one gave a result:
 
     - "krylov": few columns of a large matrix (k ≤ d/8, d ≥ 768), by a block Krylov iteration of
       adaptive depth;
@@ -128,10 +127,8 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     - "svd-f32": LAPACK's SVD, where every column is asked for;
     - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
 
-    What one rung cannot prove to `tol`, or fails to compute, the next one computes. The bound
-    rests on residuals and orthonormality as measured on what is returned. On the CPU the matrices
-    of a stack share out the threads; a GPU takes them together, and
-    waits for the host a few times.
+    What one rung cannot prove to `tol`, the next one computes. The bound rests on residuals and
+    orthonormality of what is returned. On the CPU the matrices of a stack share out the threads.
 
     Args:
         W: [m, n] or a stack [..., m, n], any float dtype.
@@ -160,7 +157,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
     exponents = _scale_exponents(stack)
-    few = stack.dtype != torch.float64 and _asks_for_few(stack.shape[-2:], rank)
+    few = stack.dtype != torch.float64 and krylov.suits_krylov(rank, min(stack.shape[-2:]))
     chunk = count_together(stack.shape[-2:], stack.device, few)
     scales = [exponents[i : i + chunk] for i in range(0, len(stack), chunk)]
     jobs = list(zip(stack.split(chunk), scales or [[]], strict=True))
@@ -169,7 +166,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
 
 
 def _scale_exponents(stack: Tensor) -> list[int]:
-    """For each matrix [b, m, n] the e with its largest entry between 2^(e-1) and 2^e, if it is far.
+    """Returns for each matrix the e with its largest entry between 2^(e-1) and 2^e.
 
     0 where that entry is so close to 1 that the matrix needs no scaling.
 
@@ -186,7 +183,7 @@ def _scale_exponents(stack: Tensor) -> list[int]:
 
 
 def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, seed: int) -> Basis:
-    """One chunk [b, m, n], through the ladder."""
+    """Takes one chunk [b, m, n] through the ladder."""
     wide = stack.shape[-1] >= stack.shape[-2]
     dtype = working_dtype(stack.dtype)
     w = stack.to(dtype) if wide else stack.to(dtype).mT  # [b, d, n], d ≤ n, from here on
@@ -225,12 +222,12 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
 def _descend_ladder(
     w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, stored: Tensor | None
 ) -> Triplets:
-    """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result.
+    """Solves each matrix of w by the first rung that proves its result.
 
-    The host waits for a number where it learns which matrices a rung leaves to the next one.
+    w: [b, d, n], float32 or float64.
     """
     parts: list[tuple[list[int], Triplets]] = []
-    if w.dtype == torch.float32 and isinstance(rank, int) and _asks_for_few(w.shape[-2:], rank):
+    if w.dtype == torch.float32 and krylov.suits_krylov(rank, w.shape[1]):
         parts = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed, stored)) or []
     missing = _list_missing(parts, range(len(w)))
     together = count_together(w.shape[-2:], w.device)
@@ -241,15 +238,10 @@ def _descend_ladder(
     return merge_triplets(parts)
 
 
-def _asks_for_few(shape: torch.Size, rank: Rank) -> bool:
-    """Whether the Krylov rung suits the columns that are asked for."""
-    return isinstance(rank, int) and krylov.suits_krylov(min(shape), rank)
-
-
 def _descend_dense(
     w: Tensor, norm: Tensor, places: list[int], rank: Rank, tol: float
 ) -> list[tuple[list[int], Triplets]]:
-    """The dense rungs, for the matrices of w [b, d, n] at these places."""
+    """Takes the matrices of w [b, d, n] at some indices through the dense rungs."""
     parts: list[tuple[list[int], Triplets]] = []
     some, its_norm = _take_both(w, norm, places)
     refined = None
@@ -267,20 +259,20 @@ def _descend_dense(
 
 
 def _list_missing(parts: list[tuple[list[int], Triplets]], places: range) -> list[int]:
-    """The places that are in none of the parts."""
+    """Lists the indices that are in none of the parts."""
     taken = {place for own, _ in parts for place in own}
     return [place for place in places if place not in taken]
 
 
 def _take_both(w: Tensor, norm: Tensor, places: list[int]) -> tuple[Tensor, Tensor]:
-    """The matrices at these places, and their norms."""
+    """Selects the matrices at some indices, and their norms."""
     if len(places) == len(w):
         return w, norm
     return take_places(w, places), take_places(norm, places)
 
 
 def _select_proven(triplets: Triplets, tol: float) -> list[tuple[list[int], Triplets]]:
-    """The places of those whose bound meets the tolerance, and these."""
+    """Selects the triplets with a bound within the tolerance, with their indices."""
     facts = torch.stack([triplets.angle, triplets.count.double()]).tolist()
     places = [i for i, angle in enumerate(facts[0]) if angle <= tol]
     if not places:
@@ -289,7 +281,7 @@ def _select_proven(triplets: Triplets, tol: float) -> list[tuple[list[int], Trip
 
 
 def _join_bases(parts: list[Basis], batch: torch.Size) -> Basis:
-    """The chunks of a stack as one Basis with the leading dimensions restored."""
+    """Joins the chunks of a stack to one Basis with the leading dimensions restored."""
     width = max((part.U.shape[-1] for part in parts), default=1)
 
     def widened(tensor: Tensor) -> Tensor:

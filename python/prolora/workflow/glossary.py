@@ -35,13 +35,3 @@ GLOSSARY = {
     "strangers": "blocks whose weights have nothing in common with those of their partners",
 }
 """Term -> what it means."""
-
-
-def write_page() -> str:
-    """Writes docs/glossary.md: a row for each term."""
-    rows = [f"| {name} | {text} |" for name, text in GLOSSARY.items()]
-    head = (
-        "# Glossary\n\nWhat the terms in tables, reports and pages mean. The verdict itself needs "
-        "none of them.\n\n| term | meaning |\n|---|---|\n"
-    )
-    return head + "\n".join(rows) + "\n"

@@ -114,17 +114,11 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
     G, and the rest as orthonormal rows is the next block, where there is room for it. A direction
     that adds nothing is a zero row. Nothing waits for the device.
 
-    Args:
-        w: [b, d, n], float16 or bfloat16, contiguous or the transpose of a contiguous tensor.
-        rows: [b, room, d], float32, contiguous. The first `size` are the basis; the `width` behind
-            them are written.
-        projected: [b, room, room], float32, contiguous; its rows `size` − `width` to `size` are
-            written, up to the diagonal block.
-        size: of the basis.
-        width: of a block, at most 64 and d.
-
-    Returns:
-        float64 [b], ‖·‖_F of what G adds to the basis.
+    w: [b, d, n], float16 or bfloat16, contiguous or the transpose of a contiguous tensor; rows:
+    [b, room, d], float32, contiguous: the first `size` are the basis, the `width` behind them are
+    written; projected: [b, room, room], float32, contiguous: its rows `size` − `width` to `size`
+    are written, up to the diagonal block; width: of a block, at most 64 and d. Returns float64 [b],
+    ‖·‖_F of what G adds to the basis.
 
     Raises:
         TypeError: other dtypes, two devices, or another layout.

@@ -82,12 +82,10 @@ EXTENSION = load_extension()
 def kernels_fit(capability: tuple[int, int], architectures: str) -> bool:
     """Returns whether kernels compiled for `architectures` run on a card.
 
-    Args:
-        capability: compute capability of the card, (major, minor).
-        architectures: as CMake lists them, such as "75-real 80 90a-real 120": machine code runs on
-            cards of the same major and at least the same minor number, intermediate code (all but
-            -real) on that and every later one; with a letter, on that card only ("a"), or within
-            its major number ("f").
+    `architectures` as CMake lists them, such as "75-real 80 90a-real 120": machine code runs on
+    cards of the same major and at least the same minor number, intermediate code (all but -real) on
+    that and every later one; with a letter, on that card only ("a"), or within its major number
+    ("f").
     """
     for digits, letter, kind in re.findall(r"(\d+)([af]?)(-real|-virtual)?", architectures):
         built = divmod(int(digits), 10)
@@ -251,14 +249,9 @@ def run_kernel(
 ) -> None:
     """Runs an op of `kernels` (the extension, or the emulator in tests).
 
-    Args:
-        kernels: has `run`.
-        op: its name.
-        tensors: contiguous, on one device, in the order of the op's struct in csrc/ops.h.
-        sizes: follow the tensors there.
-        cuda: whether to run the kernel; the tensors' device says where the memory is, and differs
-            from it in the emulator only.
-        float64: the precision; None means the first tensor's.
+    The tensors are contiguous, on one device, in the order of the op's struct in csrc/ops.h, where
+    the sizes follow. `cuda` says whether to run the kernel: the tensors' device differs from it in
+    the emulator. `float64` of None means the first tensor's precision.
 
     Raises:
         KernelFailure: it did not run; PROLORA_NATIVE=OFF leaves the work to torch.

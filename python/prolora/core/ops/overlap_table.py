@@ -84,14 +84,11 @@ def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> list[tuple[Tens
     With C = usᵀut the overlap at (a, b) is the sum of C² over its first a rows and b columns; one
     pass gives it for all a and b. All groups run in one launch.
 
-    Args:
-        us: a group each: [b, m, ks] (or [m, ks]), orthonormal columns, sorted by singular value.
-        ut: [b, m, kt] (or [m, kt]), for the same groups.
-
-    Returns:
-        For each group its table [b, ⌈ks/64⌉, ⌈kt/64⌉], sums of C² over blocks of 64 × 64, and its
-        shells [b, min(ks, kt)], sums over max(i, j) = k, so that cumulative sums give the overlap
-        at a = b = k + 1. float64. Not differentiable.
+    us: a group each: [b, m, ks] (or [m, ks]), orthonormal columns, sorted by singular value; ut:
+    [b, m, kt] (or [m, kt]), for the same groups. Returns for each group its table
+    [b, ⌈ks/64⌉, ⌈kt/64⌉], sums of C² over blocks of 64 × 64, and its shells [b, min(ks, kt)], sums
+    over max(i, j) = k, so that cumulative sums give the overlap at a = b = k + 1. float64. Not
+    differentiable.
 
     Raises:
         TypeError: a dtype other than float32 and float64, or two dtypes or devices.

@@ -64,16 +64,12 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
 
     Nothing waits for the device.
 
-    Args:
-        panel: [..., r, m], float32, r ≤ m, r ≤ 128, r·m < 2³¹.
-        scale: float64 [...]; the rest of a row must be longer than 1e-6 of it. For rows that
-            are themselves the rounding of something longer.
-
-    Returns:
-        q [..., r, m], orthonormal rows; l [..., r, r], lower; rank int64 [...], the rows in use: a
-        row in the span of the rows above it, to 8 eps of its length or 1e-6 of `scale`, is dropped:
-        a zero row of q, a zero column of l. Rank -1: the other two are NaN, because the panel holds
-        NaN or Inf or rows too close to each other for Cholesky. Not differentiable.
+    panel: [..., r, m], float32, r ≤ m, r ≤ 128, r·m < 2³¹; scale: float64 [...]; the rest of a row
+    must be longer than 1e-6 of it, for rows that are the rounding of something longer. Returns q
+    [..., r, m], orthonormal rows; l [..., r, r], lower; rank int64 [...], the rows in use: a row in
+    the span of the rows above it, to 8 eps of its length or 1e-6 of `scale`, is dropped: a zero row
+    of q, a zero column of l. Rank -1: the other two are NaN, because the panel holds NaN or Inf or
+    rows too close to each other for Cholesky. Not differentiable.
 
     Raises:
         TypeError: a dtype other than float32, or a scale other than float64 on the same device.

@@ -74,15 +74,10 @@ def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Complements are projected twice: the second time removes what cancellation left in them.
 
-    Args:
-        us: [..., m, ks], orthonormal columns; zero columns are padding and change nothing.
-        ut: [..., m, kt], as us.
-        x: [..., r, m].
-
-    Returns:
-        split [..., 2r, m]: x usᵀ-inside above x outside, which add up to x; and moved [..., 2r, m]:
-        the first inside ut above the second outside ut. Differentiable in x; the bases are
-        constants.
+    us: [..., m, ks], orthonormal columns; zero columns are padding and change nothing; ut:
+    [..., m, kt], as us; x: [..., r, m]. Returns split [..., 2r, m]: x usᵀ-inside above x outside,
+    which add up to x; and moved [..., 2r, m]: the first inside ut above the second outside ut.
+    Differentiable in x; the bases are constants.
 
     Raises:
         TypeError: a dtype other than float32 and float64, or two dtypes or devices.

@@ -102,11 +102,7 @@ def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gradient of an SVD is undefined where singular values meet. For m much larger than n, take a QR
     first and give its R.
 
-    Args:
-        a: [..., m, n], n ≤ m, n ≤ 128.
-
-    Returns:
-        u [..., m, n], s [..., n] in descending order, v [..., n, n].
+    a: [..., m, n], n ≤ m, n ≤ 128. Returns u [..., m, n], s [..., n], descending, v [..., n, n].
 
     Raises:
         TypeError: a dtype other than float32 and float64.
@@ -124,11 +120,7 @@ def small_singular_values(a: Tensor) -> Tensor:
     The values are `small_svd`'s at less than half the work and memory: values of at most n·eps·s_1
     are exactly 0, and a matrix with NaN or Inf gives NaN.
 
-    Args:
-        a: [..., m, n], n ≤ m, n ≤ 128.
-
-    Returns:
-        [..., n] in descending order.
+    a: [..., m, n], n ≤ m, n ≤ 128. Returns [..., n], descending.
 
     Raises:
         TypeError: a dtype other than float32 and float64.

@@ -1,7 +1,8 @@
-"""Which eigensolver takes a stack of symmetric matrices on a GPU, tried out before it is trusted.
+"""Choice of an eigensolver for stacks of symmetric matrices on a GPU.
 
-cuSOLVER's XsyevBatched where torch's cuSOLVER has it, unless torch.linalg.eigh is clearly faster at
-the size at hand, as it may be where it takes whole stacks itself; else torch.linalg.eigh.
+A candidate is tried out before it is trusted. It is cuSOLVER's XsyevBatched where torch's cuSOLVER
+has it, unless torch.linalg.eigh is clearly faster at the size at hand, as it may be where it takes
+whole stacks itself; else torch.linalg.eigh.
 """
 
 from __future__ import annotations
@@ -47,11 +48,7 @@ class StackSolver:
 
 
 def open_cusolver() -> Solve:
-    """XsyevBatched of torch's cuSOLVER.
-
-    Raises:
-        SolverUnavailable: there is none.
-    """
+    """Opens XsyevBatched of torch's cuSOLVER; raises SolverUnavailable if that lacks it."""
     if torch.version.hip:
         raise SolverUnavailable("this is ROCm")
     return Cusolver(open_library()).solve
@@ -64,7 +61,7 @@ CANDIDATES: dict[str, Callable[[], Solve]] = {
 
 @functools.cache
 def stack_solver(device: torch.device, dtype: torch.dtype) -> StackSolver:
-    """What solves stacks of a dtype on a device: tried once, and logged."""
+    """Returns what solves stacks of a dtype on a device: tried once, and logged."""
     if device.type != "cuda":
         return StackSolver(LOOP, None)
     chosen = choose_solver(device, dtype)
@@ -75,7 +72,7 @@ def stack_solver(device: torch.device, dtype: torch.dtype) -> StackSolver:
 
 
 def solver_at(device: torch.device, dtype: torch.dtype, d: int) -> StackSolver:
-    """What solves stacks of a dtype and about this size on a device."""
+    """Returns what solves stacks of a dtype and about this size on a device."""
     chosen = stack_solver(device, dtype)
     if chosen.solve is None:
         return chosen
@@ -86,7 +83,7 @@ def solver_at(device: torch.device, dtype: torch.dtype, d: int) -> StackSolver:
 def choose_by_time(
     solver: StackSolver, device: torch.device, dtype: torch.dtype, size: int
 ) -> StackSolver:
-    """The solver, or torch's where that is clearly faster or the solver fails: tried once."""
+    """Returns the solver, or torch's if that is clearly faster or the solver fails: tried once."""
     lower = _make_symmetric(TIMED_STACK, size, device, dtype).tril()
     if solver.solve is None or not lower.numel():
         return solver
@@ -110,7 +107,7 @@ def choose_by_time(
 
 
 def choose_solver(device: torch.device, dtype: torch.dtype) -> StackSolver:
-    """The first candidate that solves a small random problem as torch.linalg.eigh does."""
+    """Returns the first candidate that solves a small random problem as torch.linalg.eigh does."""
     # First, because it makes torch load its cuSOLVER.
     trials = [_make_trial(d, device, dtype) for d in TRIAL_SIZES]
     failures = []
@@ -127,7 +124,7 @@ def choose_solver(device: torch.device, dtype: torch.dtype) -> StackSolver:
 
 
 def describe_solver() -> str:
-    """What solves stacks of float32 eigenproblems on the first GPU, to print."""
+    """Describes what solves stacks of float32 eigenproblems on the first GPU."""
     if not torch.cuda.is_available():
         return "none (no GPU)"
     chosen = stack_solver(torch.device("cuda", 0), torch.float32)
@@ -135,13 +132,13 @@ def describe_solver() -> str:
 
 
 def _make_trial(d: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random symmetric matrices [3, d, d] and their eigenvalues, one by one."""
+    """Makes random symmetric matrices [3, d, d] and their eigenvalues, one by one."""
     symmetric = _make_symmetric(3, d, device, dtype)
     return symmetric, torch.stack([torch.linalg.eigvalsh(one) for one in symmetric])
 
 
 def _make_symmetric(b: int, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random symmetric matrices [b, d, d]."""
+    """Makes random symmetric matrices [b, d, d]."""
     generator = torch.Generator("cpu").manual_seed(d)
     random = torch.randn(b, d, d, generator=generator, dtype=torch.float64, device="cpu")
     return (random + random.mT).to(device, dtype)

@@ -17,7 +17,7 @@ from .stacks import take_places
 
 @dataclass
 class BlockBasis:
-    """An orthonormal basis that grows by blocks, and G = wwᵀ projected on it.
+    """Growing orthonormal basis, and G = wwᵀ projected on it.
 
     Where a matrix gives no further direction, the basis has a zero row instead, and the iteration
     of the others goes on.
@@ -47,7 +47,7 @@ class BlockBasis:
         blocks: int,
         stored: Tensor | None = None,
     ) -> BlockBasis:
-        """The basis of the rows of `start` [b, width, d], with room for so many blocks."""
+        """Starts with the rows of `start` [b, width, d] and room for so many blocks."""
         b, width, d = start.shape
         largest = blocks * width
         rows, projected = w.new_empty(b, largest, d), w.new_zeros(b, largest, largest)
@@ -77,7 +77,10 @@ class BlockBasis:
         self.scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
 
     def length(self) -> Tensor:
-        """The length [b], float64, of what `expand` has found; without the op measured only now."""
+        """Returns the length [b], float64, of what `expand` has found.
+
+        Without the op it is measured only now.
+        """
         if self.image is None:
             assert self.found is not None
             return self.found
@@ -93,7 +96,7 @@ class BlockBasis:
         self.size += self.width
 
     def penalised(self) -> Tensor:
-        """The projection [b, size, size] with −‖w‖² in the place of the zero rows.
+        """Returns the projection [b, size, size] with −‖w‖² for the zero rows.
 
         So these are exact eigenvectors, behind all others.
         """
@@ -104,11 +107,11 @@ class BlockBasis:
         return projected
 
     def counts_zero_rows(self, value: Tensor) -> Tensor:
-        """Whether an eigenvalue [b] of `penalised` is that of a zero row: bool [b]."""
+        """Returns whether an eigenvalue [b] of `penalised` is a zero row's: bool [b]."""
         return value < -self.norm.square() / 2
 
     def take(self, places: list[int]) -> BlockBasis:
-        """The basis of some matrices of the stack."""
+        """Selects matrices of the stack."""
         if places == list(range(len(self.w))):
             return self
         names = ("w", "norm", "rows", "projected", "stored", "image", "scale", "found")
@@ -119,5 +122,5 @@ class BlockBasis:
         return replace(self, gram=self.gram.take(places), **taken)
 
     def take_grown(self, places: list[int]) -> BlockBasis:
-        """The same of a basis that grows no more: without what only its growth needs."""
+        """Selects matrices for a basis that has grown: without what only growth needs."""
         return replace(self, stored=None, image=None, scale=None, found=None).take(places)

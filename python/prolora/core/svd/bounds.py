@@ -25,7 +25,7 @@ LARGEST_FEEDBACK = 0.9
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ritz pairs (x, θ) of G in float64, and how far they are from eigenpairs."""
+    """Ritz pairs (x, θ) of G in float64, and their residuals."""
 
     x: Tensor  # [b, p, d]
     theta: Tensor  # [b, p]
@@ -46,9 +46,10 @@ class Repair:
 
 
 def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
-    """[b], upper bound on the eigenvalues behind the cut, rounding aside; NaN where there is none.
+    """Bounds the eigenvalues behind the cut from above: [b], rounding aside.
 
-    By Courant & Fischer none outside the span of the pairs exceeds the first one there.
+    NaN where nothing lies behind it. By Courant & Fischer none outside the span of the pairs
+    exceeds the first one there.
 
     pairs: the kept ones and more; outside: [b], upper bound on the eigenvalues outside their span;
     cut: how many are kept.
@@ -68,10 +69,10 @@ def measure_residuals(
     distance: Tensor,
     cut: Cut,
 ) -> tuple[Tensor, Tensor]:
-    """What `bound_span_angle` asks of the repaired vectors, from products in float64: [b], [b].
+    """Measures what `bound_span_angle` asks of the repaired vectors: [b], [b].
 
-    Those next to the cut are multiplied one by one; of the others, random combinations: a few,
-    because on many GPUs float64 takes 64 times as long as float32.
+    Products are in float64. Those next to the cut are multiplied one by one; of the others, random
+    combinations: a few, because on many GPUs float64 takes 64 times as long as float32.
 
     gram: products with G; pairs: before the repair; repair: the vectors; distance: [b, k], of their
     eigenvalues to those dropped; infinite for rows not in use; cut: how many are kept.
@@ -109,7 +110,7 @@ def measure_residuals(
 
 
 def bound_span_angle(missed: Tensor, feedback: Tensor, distance: Tensor) -> Tensor:
-    """[b], bound on the sine of the largest angle between span(X) and the true leading eigenspace.
+    """Bounds the sine [b] of the largest angle between span(X) and the leading eigenspace.
 
     XG = (Θ + F)X + R with rows ‖R_j‖ ≤ ρ_j, and P the projector on the eigenvectors dropped,
     whose eigenvalues are at most θ_j − distance_j. Z = XP solves ZG − ΘZ = RP + FZ, so

@@ -1,4 +1,4 @@
-"""Leading singular triplets that are nearly all there are, from the few that are left out.
+"""Nearly all singular triplets, from the few that are left out.
 
 The leading eigenspace of G is what is orthogonal to the trailing one. So where little is left out
 only that is refined and proven, as the leading eigenspace of −G, and taken out of the others.
@@ -19,10 +19,10 @@ from .triplets import Triplets
 def complement_triplets(
     gram: FormedGram, w: Tensor, norm: Tensor, pairs: tuple[Tensor, Tensor], cut: Cut
 ) -> tuple[Triplets, Tensor]:
-    """The leading triplets of one matrix w [1, d, n], d ≤ n, and [1], the energy that they hold.
+    """Returns the leading triplets of one matrix w [1, d, n], and their energy [1].
 
-    gram: products with wwᵀ; w: float32; norm: [1], ‖w‖_F; pairs: eigenvalues [1, d], descending,
-    float64, and eigenvectors as rows, float32: all; cut: how many to keep.
+    gram: products with wwᵀ; w: float32, d ≤ n; norm: [1], ‖w‖_F; pairs: eigenvalues [1, d],
+    descending, float64, and eigenvectors as rows, float32: all; cut: how many to keep.
     """
     values, vectors = pairs
     d, k = w.shape[1], cut.most

@@ -58,7 +58,7 @@ class SolverUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """A handle of the library and its parameters, by one thread and for one stream at a time."""
+    """Handle and parameters, for one thread and stream at a time."""
 
     handle: c_void_p
     params: c_void_p
@@ -125,7 +125,7 @@ class Cusolver:
     def _solve_in_place(
         self, session: Session, rows: Tensor, values: Tensor, info: Tensor, job: int
     ) -> None:
-        """One call: `rows` [b, d, d] becomes the eigenvectors, one a row."""
+        """Turns `rows` [b, d, d] into the eigenvectors, one a row, in one call."""
         b, d, _ = rows.shape
         kind = DATA_TYPES[rows.dtype]
         matrix = (session.handle, session.params, job, UPPER, d, kind, rows.data_ptr(), d)
@@ -142,7 +142,7 @@ class Cusolver:
 
     @contextlib.contextmanager
     def _session(self, like: Tensor) -> Any:
-        """A handle for the device of a tensor and its current stream."""
+        """Returns a handle for the device of a tensor and its current stream."""
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
         with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
             key = (like.device.index or 0, stream)
@@ -169,7 +169,7 @@ class Cusolver:
 
 
 def open_library() -> Any:
-    """The cuSOLVER that this process has loaded; torch loads it at its first use.
+    """Opens the cuSOLVER that this process has loaded; torch loads it at its first use.
 
     Raises:
         SolverUnavailable: there is none.
@@ -187,7 +187,7 @@ def open_library() -> Any:
 
 
 def _mapped_libraries() -> list[str]:
-    """The paths of libcusolver in the memory map of this process (Linux)."""
+    """Lists the paths of libcusolver in the memory map of this process (Linux)."""
     try:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cut:
-    """The numbers of vectors to keep, and a window around the last one, for a stack.
+    """Numbers of vectors to keep, and a window around the last one.
 
     Vectors are rows here. A matrix keeps the rows [0, count); the window [start, end) has the cut
     in its middle wherever there is room on both sides, and the same width in every matrix.
@@ -39,15 +39,15 @@ class Cut:
 
     @property
     def late(self) -> int:
-        """The number of rows of the window among which are all that are kept."""
+        """Counts the rows of the window up to the last kept one."""
         if self.uniform:
             return self.most - self.first
         return self.guard if self.near == self.most + self.guard else 2 * self.guard
 
     def window(self, x: Tensor, width: int) -> Tensor:
-        """The first `width` rows of the window of each matrix, from x [b, p, …].
+        """Returns the first `width` rows of each matrix's window, from x [b, p, …].
 
-        Rows behind the last one of x are replaced by that.
+        The last row of x stands for rows behind it.
         """
         if self.uniform:
             return x[:, self.first : self.first + width]
@@ -61,7 +61,7 @@ class Cut:
             x.scatter_(1, self._index(x, rows.shape[1]), rows)
 
     def at(self, x: Tensor, offset: int) -> Tensor:
-        """[b], entry count + offset of each row of x [b, p], or the last one."""
+        """Returns entry count + offset of each row of x, or the last: [b]."""
         place = (self.count + offset).clamp(0, x.shape[1] - 1)
         return x.gather(1, place[:, None]).squeeze(1)
 
@@ -72,7 +72,7 @@ class Cut:
 
 
 def make_cut(count: Tensor, least: int, most: int, guard: int, d: int) -> Cut:
-    """The cut of matrices with d vectors, behind the first `count` [b] of them; 2 guard ≤ d."""
+    """Cuts d vectors behind the first `count` [b] of them; 2 guard ≤ d."""
     end = (count + guard).clamp(2 * guard, d)
     near = min(d, max(2 * guard, most + guard))
     kept = torch.arange(most, device=count.device) < count[:, None]
@@ -80,7 +80,7 @@ def make_cut(count: Tensor, least: int, most: int, guard: int, d: int) -> Cut:
 
 
 def make_even_cut(stack: Tensor, k: int, guard: int) -> Cut:
-    """The cut behind the first k vectors of every matrix of a stack [b, d, …]."""
+    """Cuts behind the first k vectors of every matrix of a stack [b, d, …]."""
     b, d = stack.shape[:2]
     count = torch.full((b,), k, dtype=torch.int64, device=stack.device)
     return make_cut(count, k, k, guard, d)

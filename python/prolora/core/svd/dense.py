@@ -21,7 +21,7 @@ GRAM_RANGE = 1e-5
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All singular values and left vectors of w [b, d, n], as a solver gave them."""
+    """A solver's singular values and left vectors of w [b, d, n]."""
 
     short: Tensor  # [b, d, d], by descending value
     s: Tensor  # [b, d]
@@ -33,7 +33,7 @@ class Spectrum:
 
 
 def whole_triplets(w: Tensor, norm: Tensor) -> Triplets:
-    """Every triplet of w [b, d, n], float32, d ≤ n, by LAPACK's SVD in float32.
+    """Computes every triplet of w [b, d, n] by LAPACK's SVD in float32.
 
     The short side is the whole space. The long side is that of w but for what the residuals hold
     beside it. The angle is 1 where some values are too small to tell from zero.
@@ -93,7 +93,7 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
 
 
 def _gram_spectrum(w: Tensor) -> Spectrum:
-    """By the eigenvectors of wwᵀ."""
+    """Solves for the eigenvectors of wwᵀ."""
     gram = lower_gram(w)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     values, short, skew = measured_eigh(gram)
@@ -104,20 +104,20 @@ def _gram_spectrum(w: Tensor) -> Spectrum:
 
 
 def _is_unresolved(spectrum: Spectrum, count: Tensor) -> Tensor:
-    """Whether the Gram matrix says too little, or its vectors are not orthonormal: bool [b]."""
+    """Returns whether the Gram matrix says too little, or its vectors are skew: bool [b]."""
     s = spectrum.s
     last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
     return (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0) | ~(spectrum.skew <= SKEW_64)
 
 
 def _read_counts(count: Tensor, flagged: Tensor) -> tuple[list[int], list[int]]:
-    """The counts [b], and the places of the flags [b], as the host waits for them."""
+    """Reads the counts and the indices of the flags, as the host waits."""
     counts, flags = torch.stack([count, flagged.to(count.dtype)]).tolist()
     return counts, [i for i, flag in enumerate(flags) if flag]
 
 
 def _replace_by_svd(spectrum: Spectrum, w: Tensor, places: list[int]) -> None:
-    """Puts LAPACK's SVD in the place of the Gram matrix's eigenvectors, where it has one."""
+    """Puts LAPACK's SVD for the Gram matrix's eigenvectors, where it has one."""
     for i in places:
         svd = full_svd(w[i])
         if svd is None and not spectrum.skew[i] <= SKEW_64:
@@ -136,7 +136,7 @@ def _replace_by_svd(spectrum: Spectrum, w: Tensor, places: list[int]) -> None:
 def _ceiling(
     spectrum: Spectrum, following: Tensor, count: Tensor, error: Tensor, norm: Tensor
 ) -> Tensor:
-    """[b], upper bound on σ_{k+1}.
+    """Bounds σ_{k+1} from above: [b].
 
     The eigenvalues of the Gram matrix err relative to ‖w‖², so their roots by a root. A solver that
     gives one vector twice has missed another: it may hold what the sum of squares lacks.
@@ -150,6 +150,6 @@ def _ceiling(
 
 
 def _count_columns(s: Tensor, rank: Rank, shape: torch.Size) -> Tensor:
-    """How many columns the rule asks for, at most the numerical rank: int64 [b]."""
+    """Counts the columns that the rule asks for, at most the numerical rank: int64 [b]."""
     numerical = (s > max(shape) * EPS * s[:, :1]).sum(-1)
     return torch.minimum(count_columns(s, rank), numerical)

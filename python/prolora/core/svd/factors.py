@@ -1,4 +1,4 @@
-"""Orthonormal singular vectors of both sides from refined eigenvectors of the short one."""
+"""Orthonormal singular vectors from refined eigenvectors of the short side."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Known:
 def assemble_factors(
     w: Tensor, norm: Tensor, kept: Tensor, angle: Tensor, cut: Cut, known: Known | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Orthonormal factors from eigenvectors, all in float32.
+    """Computes orthonormal factors from eigenvectors, all in float32.
 
     w: [b, d, n]; norm: [b], ‖w‖_F; kept: [b, k, d], the eigenvectors; zero rows beyond the count;
     angle: [b], bound on the sine so far, on the left; cut: how many there are; known: what need not
@@ -74,9 +74,9 @@ def assemble_factors(
 
 
 def sample_residual(w: Tensor, short: Tensor, s: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-    """The larger of ‖wv − su‖_F and ‖wᵀu − sv‖_F of all rows [b], and ‖(wᵀu − sv)/s‖_F [b].
+    """Estimates the larger of ‖wv − su‖_F and ‖wᵀu − sv‖_F, and ‖(wᵀu − sv)/s‖_F.
 
-    From above, as estimated by random combinations of the rows.
+    Both are [b], over all rows, and from above, by random combinations of the rows.
     """
     probes = random_probes(s.shape[-1], PROBES, w.dtype, w.device).mT.expand(len(w), -1, -1)
     single = s.float()[:, None]
@@ -90,7 +90,7 @@ def sample_residual(w: Tensor, short: Tensor, s: Tensor, long: Tensor) -> tuple[
 
 
 def _sort_rows(short: Tensor, s: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By descending value, which they are but for values that are equal up to rounding."""
+    """Sorts by descending value; only values that are equal up to rounding move."""
     if decides_freely(s) and not bool((s.diff() > 0).any()):
         return short, s, long
     s, order = s.sort(descending=True, stable=True)
@@ -99,10 +99,10 @@ def _sort_rows(short: Tensor, s: Tensor, long: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _measure_rounding(w: Tensor, norm: Tensor, x: Tensor, images: Tensor) -> Tensor:
-    """[b], ‖images − xw‖_F for x [b, k, d], w [b, d, n], from a sample of n columns and doubled.
+    """Estimates ‖images − xw‖_F [b] from a sample of the n columns, doubled.
 
-    What float32 loses in a column is in proportion to the norm of that column of w, so a sample of
-    columns, scaled by their norms, speaks for all.
+    x is [b, k, d], w [b, d, n]. What float32 loses in a column is in proportion to the norm of that
+    column of w, so a sample of columns, scaled by their norms, speaks for all.
     """
     every = max(1, w.shape[-1] // SAMPLE)
     sample = w[..., ::every].double()  # [b, d, SAMPLE]
@@ -115,7 +115,7 @@ def _measure_rounding(w: Tensor, norm: Tensor, x: Tensor, images: Tensor) -> Ten
 def _orthonormalise_rows(
     x: Tensor, used: Tensor | None, excess: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(3I − xxᵀ)x/2, a Newton step to the nearest orthonormal rows, for matrices that need one.
+    """Takes the Newton step (3I − xxᵀ)x/2 to orthonormal rows, where one is needed.
 
     x: [b, k, m]; used: bool [b, k], the rows in use; the others are zero; excess: xxᵀ − I to first
     order, where it is known. Returns the rows, ‖xxᵀ − I‖_F of them [b] (from above), and by what

@@ -1,4 +1,4 @@
-"""Leading singular triplets by an eigensolver in float32 on the Gram matrix, then repaired.
+"""Leading singular triplets by a float32 eigensolver on the Gram matrix, repaired.
 
 The Gram matrix is formed in float64, which costs two products of its size in float32 and saves
 those with the weight that the repair would need. Eigenvalues far above the others are found first
@@ -44,12 +44,12 @@ APART = 20
 
 
 def suits_gram(d: int, rank: Rank) -> bool:
-    """Whether the short side d is long enough, and something is left to cut off."""
+    """Returns whether the short side d is long enough and something is cut off."""
     return d >= MIN_DIMENSION and (isinstance(rank, float) or rank < d)
 
 
 def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
-    """Leading triplets of w [b, d, n], float32, d ≤ n; `norm` [b] is ‖w‖_F."""
+    """Computes leading triplets of w [b, d, n], float32, d ≤ n; `norm` [b] is ‖w‖_F."""
     gram = FormedGram(mirror_lower(lower_gram(w)))
     values, vectors, top, head = _solve_in_single(gram, w, norm)
     sound = values.isfinite().all(-1)
@@ -98,7 +98,7 @@ def _solve_in_single(
 
 
 def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:
-    """Where eigenvalues [b, d] are cut, and for which matrices it leaves something behind.
+    """Cuts eigenvalues [b, d], and returns for which matrices something lies behind.
 
     It costs one synchronisation: the host must know the numbers of columns. Rounding was relative
     to `top` [b, 1].
@@ -117,7 +117,7 @@ def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:
 
 
 def _count_missing(held: Tensor, s: Tensor, wanted: Tensor, cut: Cut) -> Tensor:
-    """By how many columns [b] those kept are too few for the energy wanted, 1, or too many, −1.
+    """Returns [b], 1 for columns with too little energy, −1 for too much.
 
     They may be, because float32 counted them.
 

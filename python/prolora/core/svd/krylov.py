@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..ops import native, trial
 from ..ops.krylov_block import STORED
+from ..rank_rule import Rank
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .head import LeadingPairs, find_head
@@ -64,9 +66,9 @@ FLAT = 5.0
 OUTLIER = 5e4
 
 
-def suits_krylov(d: int, k: int) -> bool:
-    """Whether k columns of a d-dimensional space are few enough."""
-    return d >= MIN_DIMENSION and k * SHARE <= d
+def suits_krylov(rank: Rank, d: int) -> TypeGuard[int]:
+    """Returns whether the rank is a few columns of a d-dimensional space."""
+    return isinstance(rank, int) and d >= MIN_DIMENSION and rank * SHARE <= d
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Outliers:
-    """The values of one matrix that hide the others from float32, and the matrix without them."""
+    """Values that hide the others from float32, and the matrix without them."""
 
     gram: AnyGram  # products with G of the whole matrix, in float32 with that of `rest`
     w: Tensor  # the whole matrix, [1, d, n]
@@ -112,7 +114,7 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Look:
-    """The eigenpairs of G within the basis, and how well they have converged."""
+    """Eigenpairs of G within the basis, and how well they converged."""
 
     values: Tensor  # [b, D], float64, descending, not negative
     vectors: Tensor  # [b, D, D], in the basis, as columns
@@ -123,13 +125,13 @@ class Look:
 def krylov_triplets(
     w: Tensor, norm: Tensor, k: int, tol: float, seed: int, stored: Tensor | None = None
 ) -> list[tuple[list[int], Triplets]]:
-    """The leading triplets of those matrices of w [b, d, n] that are proven to `tol`.
+    """Computes the leading triplets of the matrices of w it can prove to `tol`.
 
-    w: the stack, float32, d ≤ n. A matrix leaves it where it is proven or given up; until then all
-    grow as deep as the hardest needs; norm: [b], ‖w‖_F; k: columns; tol: the sine of the largest
-    principal angle to reach; seed: of the starting block; the same for every matrix, so that a
-    stack equals its members; stored: w in 16 bits, where it was stored so. Returns parts of the
-    stack: the places in it, and the triplets of the matrices there.
+    w: the stack [b, d, n], float32, d ≤ n. A matrix leaves it where it is proven or given up; until
+    then all grow as deep as the hardest needs; norm: [b], ‖w‖_F; k: columns; tol: the sine of the
+    largest principal angle to reach; seed: of the starting block; the same for every matrix, so
+    that a stack equals its members; stored: w in 16 bits, where it was stored so. Returns parts of
+    the stack: indices in it, and the triplets of the matrices there.
     """
     basis = _start_basis(
         w, norm, k, seed, stored if _takes_stored(w, norm, k, seed, stored) else None
@@ -181,19 +183,19 @@ def krylov_triplets(
 
 
 def count_guard(k: int) -> int:
-    """How many Ritz vectors behind the k wanted ones the refinement looks at."""
+    """Counts the Ritz vectors behind the k wanted ones for the refinement."""
     return max(16, min(32, k // 8))
 
 
 def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> bool:
-    """Whether the op `krylov_block` finds the blocks, from w as it is stored: by a trial."""
+    """Tries whether the op `krylov_block` finds the blocks, from w as it is stored."""
     if decides_freely(w) or stored is None or stored.dtype not in STORED:
         return False
     if native.choose("krylov_block", w.device).kernels is None:
         return False
 
     def grow(stored: Tensor | None) -> list[Tensor]:
-        """The first two lengths and blocks of the projection, of a basis of the usual size."""
+        """Returns the first two lengths and blocks of the projection, at the usual size."""
         basis = _start_basis(w, norm, k, seed, stored)
         lengths = list[Tensor]()
         for _ in range(USUAL_BASIS * k // basis.width):
@@ -207,7 +209,7 @@ def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | N
 
 
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:
-    """The first block: random, the same for every matrix and on every device."""
+    """Starts with a random block, the same for every matrix and on every device."""
     b, d, n = w.shape
     width = max(8, min(_largest_width(w), k // 4))
     gram: FormedGram | ImpliedGram = ImpliedGram(w)
@@ -223,7 +225,7 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | No
 
 
 def _largest_width(w: Tensor) -> int:
-    """The width of a block that suits w [b, d, n].
+    """Returns the width of a block that suits w [b, d, n].
 
     A narrower one needs a smaller basis, and passes through w more often: it pays where a matrix
     stays in the cache. On a GPU, whose stacks do not, that is not counted yet.
@@ -233,7 +235,7 @@ def _largest_width(w: Tensor) -> int:
 
 
 def _judge_spectrum(basis: BlockBasis) -> tuple[float, float]:
-    """The first eigenvalue that the basis of one matrix shows, and the mean one that it does not.
+    """Returns the first eigenvalue in the basis of one matrix, and the mean outside.
 
     Of a flat spectrum both are about the same.
     """
@@ -243,7 +245,7 @@ def _judge_spectrum(basis: BlockBasis) -> tuple[float, float]:
 
 
 def _take_outliers(basis: BlockBasis, k: int) -> Outliers | None:
-    """The outliers of one matrix, fewer than k; None where they do not converge at once."""
+    """Takes out the outliers of one matrix, fewer than k; None unless they converge at once."""
     w, norm = basis.w, float(basis.norm[0])
     head = find_head(basis.gram, norm**2, w.shape[1], OUTLIER)
     if head is None or k == 1:
@@ -255,7 +257,7 @@ def _take_outliers(basis: BlockBasis, k: int) -> Outliers | None:
 
 
 def _look_at(basis: BlockBasis, k: int) -> Look:
-    """Rayleigh-Ritz in the basis; the host waits for the sines.
+    """Applies Rayleigh-Ritz in the basis; the host waits for the sines.
 
     basis: with `expand` done; k: columns that must have converged.
     """
@@ -280,9 +282,9 @@ def _look_at(basis: BlockBasis, k: int) -> Look:
 def _refine_ready(
     basis: BlockBasis, look: Look, ready: list[int], k: int, outliers: Outliers | None
 ) -> Triplets:
-    """The refined triplets of the matrices whose Ritz vectors have converged.
+    """Refines the triplets of the matrices whose Ritz vectors have converged.
 
-    basis: of the whole stack; look: at it; ready: the places in the stack; k: columns to keep;
+    basis: of the whole stack; look: at it; ready: indices in the stack; k: columns to keep;
     outliers: what was taken out before.
     """
     values, vectors, left = look.values, look.vectors, look.left
@@ -309,7 +311,7 @@ def _refine_ready(
 
 
 def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> bool:
-    """Whether to form wwᵀ, for a basis of `size` columns, rather than pass through w twice.
+    """Returns whether forming wwᵀ is cheaper than passing through w twice.
 
     The Gram matrix and its products with the basis, against those with w for the basis and for the
     residuals of k columns.
@@ -324,13 +326,13 @@ def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> boo
 
 
 def _is_clustered(values: Tensor, width: int) -> Tensor:
-    """Whether `width` of the values [b, p], descending, lie so close to hide others: bool [b]."""
+    """Returns whether `width` of the descending values lie so close that others may hide."""
     first, last = values[:, : 1 - width or None], values[:, width - 1 :]
     return (first - last <= CLUSTER * first).any(-1)
 
 
 def _estimate_sine(values: Tensor, left: Tensor, k: int) -> Tensor:
-    """[b], an estimate of the sine of the angle to the true subspace: residual over gap.
+    """Estimates the sine [b] of the angle to the true subspace: residual over gap.
 
     values: [b, D]; left: [b, D], the residuals; k: columns that must have converged.
     """

@@ -13,7 +13,7 @@ DEPENDENT = 1e-6
 
 
 def orthonormalise_panel(panel: Tensor, scale: Tensor) -> Tensor:
-    """Orthonormal rows that span those of a panel [b, c, d], float32: CholQR twice.
+    """Makes the rows of a panel [b, c, d], float32, orthonormal: CholQR twice.
 
     A GPU's stacks go through the kernel `panel_qr`. Its triangular factor is of no use here, and on
     the CPU the same passes without it take two thirds of the time.
@@ -40,7 +40,7 @@ def orthonormalise_panel(panel: Tensor, scale: Tensor) -> Tensor:
 
 
 def _invert_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of the Cholesky factor [b, c, c] in float32, and the factor's diagonal."""
+    """Returns the inverse Cholesky factor [b, c, c] in float32, and the factor's diagonal."""
     factor, _ = torch.linalg.cholesky_ex(gram)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=False)

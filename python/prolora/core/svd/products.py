@@ -34,11 +34,11 @@ class FormedGram:
         return x @ self.precise
 
     def rough(self, x: Tensor) -> Tensor:
-        """The same in float32."""
+        """Multiplies in float32."""
         return x @ self.single
 
     def take(self, places: list[int]) -> FormedGram:
-        """Some matrices of the stack."""
+        """Selects matrices of the stack."""
         return FormedGram(take_places(self.precise, places))
 
 
@@ -58,16 +58,16 @@ class ImpliedGram:
         return x @ self.precise @ self.precise.mT
 
     def rough(self, x: Tensor) -> Tensor:
-        """The same in float32."""
+        """Multiplies in float32."""
         return x @ self.single @ self.single.mT
 
     def take(self, places: list[int]) -> ImpliedGram:
-        """Some matrices of the stack."""
+        """Selects matrices of the stack."""
         return ImpliedGram(take_places(self.single, places))
 
 
 def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:
-    """The product of a large w [..., m, n], perhaps a transposed view, and a narrow x [..., n, c].
+    """Multiplies a large w [..., m, n] by a narrow x [..., n, c].
 
     Where w is a transposed view, xᵀ times the matrix in memory reads it row by row and takes half
     the time for narrow x; the result then is a transposed view too.
@@ -78,7 +78,7 @@ def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:
 
 
 def lower_gram(w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """wwᵀ of w [..., d, n] in `dtype`; only its lower triangle means anything.
+    """Computes wwᵀ of w [..., d, n] in `dtype`; only its lower triangle means anything.
 
     `eigh` and `cholesky` read no more, and five eighths of the flops fill it. A w of another dtype
     is converted panel by panel, because a full copy would be twice its size.
@@ -95,7 +95,7 @@ def lower_gram(w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def mirror_lower(lower: Tensor) -> Tensor:
-    """The symmetric matrix of which `lower_gram` gave the lower part; in place."""
+    """Completes the symmetric matrix whose lower part `lower_gram` gave; in place."""
     d = lower.shape[-1]
     for low, high in _row_blocks(d):
         lower[..., :low, low:high] = lower[..., low:high, :low].mT

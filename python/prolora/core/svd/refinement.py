@@ -1,12 +1,11 @@
-"""Singular triplets good to float64's bounds from vectors that only float32 was spent on.
+"""Singular triplets to float64's bounds from vectors computed in float32.
 
 An eigensolver or a Krylov iteration in float32 leaves an error of about eps32·λ_1/gap in the
 leading eigenspace of G = wwᵀ: too much where the spectrum is dense. It is repaired to first order
 here, for products with G in float64 of a few vectors, and in float32 of the others:
 
 1. Residuals R = GX − XΘ. In a window around the cut at k, where the gaps are smallest, the products
-   are in float64; those of the vectors further from it may err by as much more as their gaps are
-   wider.
+   are in float64; vectors further from it may err by as much more as their gaps are wider.
 2. Rayleigh-Ritz in float64 in the window, where neighbours are too close for a first-order formula.
 3. For every other pair of a kept j and a dropped i: x_j += x_i (x_iᵀr_j)/(θ_j − θ_i), which solves
    the invariance equation of the subspace to first order: the error is squared.
@@ -40,7 +39,7 @@ SMALL_TURN = 1e-4
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenvectors of a stack wwᵀ [b, d, d] in float32, by descending eigenvalue."""
+    """Approximate float32 eigenvectors of wwᵀ [b, d, d], by descending eigenvalue."""
 
     near: Tensor  # [b, p, d], those to keep and a guard behind them
     far: Tensor  # [b, q, d], further ones
@@ -58,10 +57,10 @@ class Ritz:
 def refine_triplets(
     gram: AnyGram, w: Tensor, norm: Tensor, ritz: Ritz, cut: Cut, rung: str
 ) -> Triplets:
-    """The leading triplets of w [b, d, n], d ≤ n; angle 1 where float32 left too little to repair.
+    """Refines the leading triplets of w; angle 1 if float32 left too little to repair.
 
-    gram: products with wwᵀ; w: float32; norm: [b], ‖w‖_F; ritz: with p = cut.near; cut: how many
-    vectors to keep; rung: the name of what gave the vectors.
+    gram: products with wwᵀ; w: [b, d, n], float32, d ≤ n; norm: [b], ‖w‖_F; ritz: with p =
+    cut.near; cut: how many vectors to keep; rung: the name of what gave the vectors.
     """
     pairs, repair, angle = refine_span(gram, norm, ritz, cut, sum(w.shape[-2:]))
     following = cut.at(pairs.theta, 0)
@@ -77,7 +76,7 @@ def refine_triplets(
 def refine_span(
     gram: AnyGram, norm: Tensor, ritz: Ritz, cut: Cut, sides: int
 ) -> tuple[Pairs, Repair, Tensor]:
-    """Pairs around the cut, the vectors kept after their step, and [b], the bound on the sine.
+    """Returns pairs around the cut, the vectors kept, and a bound [b] on the sine.
 
     gram: products with G; norm: [b], the root of its trace; ritz: with p = cut.near; cut: how many
     vectors to keep; sides: d + n of the weight, for the rounding of float64.
@@ -99,7 +98,7 @@ def refine_span(
 
 
 def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
-    """Rayleigh quotients and residuals of `ritz.near`, those in the window rotated."""
+    """Measures Rayleigh quotients and residuals of `ritz.near`, rotated in the window."""
     d, width = ritz.near.shape[-1], 2 * cut.guard
     x = ritz.near.double()
     known = 0
@@ -132,14 +131,14 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
 
 
 def _bound_outside(pairs: Pairs, ritz: Ritz, cut: Cut) -> Tensor:
-    """[b], upper bound on the eigenvalues outside the span of those before the window's end."""
+    """Bounds the eigenvalues [b] outside the span of the vectors before the window's end."""
     place = cut.end[:, None].clamp_max(ritz.values.shape[1] - 1)
     first = ritz.values.gather(1, place).squeeze(1) + ritz.error + pairs.rounding
     return torch.where(cut.end < ritz.values.shape[1], first, 0.0)
 
 
 def _step_towards_dropped(pairs: Pairs, ritz: Ritz, cut: Cut) -> Repair:
-    """The first-order step of the kept vectors towards the dropped ones."""
+    """Steps the kept vectors towards the dropped ones, to first order."""
     least, k = cut.least, cut.most
     near, residual = pairs.x.float(), pairs.residual[:, :k].float()
     kept = near[:, :k]
@@ -166,10 +165,10 @@ def _step_towards_dropped(pairs: Pairs, ritz: Ritz, cut: Cut) -> Repair:
 
 
 def _turn_window(mixing: Tensor, theta: Tensor, first: int) -> Tensor:
-    """The rotation [b, k, k] of the kept vectors before the window and those in it; takes it out.
+    """Rotates the kept vectors before the window with those inside: [b, k, k].
 
-    Next to the cut even a small mixing is large over the gap. What is not small is between
-    neighbours, and both are as far from the cut.
+    It takes this mixing out. Next to the cut even a small mixing is large over the gap. What is not
+    small is between neighbours, and both are as far from the cut.
 
     mixing: [b, k, k], overwritten with what is left; theta: [b, k, 1]; first: the start of the
     window.
@@ -183,7 +182,7 @@ def _turn_window(mixing: Tensor, theta: Tensor, first: int) -> Tensor:
 
 
 def _mask_window(behind: Tensor, cut: Cut) -> Tensor:
-    """Coefficients [b, k, p − least] without those of kept vectors and within the window.
+    """Returns coefficients [b, k, p − least], zero for kept vectors and within the window.
 
     Rayleigh-Ritz has seen to these.
     """

@@ -32,7 +32,7 @@ SKEW_32 = 1e-3
 
 
 def attempt(solve: Callable[[], Out]) -> Out | None:
-    """The result of a solver, None where it did not converge.
+    """Returns the result of a solver, or None if it did not converge.
 
     torch raises LinAlgError for that, which is a RuntimeError, and on some devices a plain
     RuntimeError. Too little memory and a kernel that did not run are errors of another kind.
@@ -58,7 +58,7 @@ def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measured_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`descending_eigh`, and float64 [b], an upper estimate of ‖VᵀV − I‖_F."""
+    """Returns `descending_eigh` and an upper estimate of ‖VᵀV − I‖_F, float64 [b]."""
     values, vectors, info = _solve_stack(symmetric, with_vectors=True)
     lower = symmetric.tril()
     norm, allowed = _symmetric_norm(lower), _allowed_error(symmetric)
@@ -89,7 +89,7 @@ def eigenvalue_stack(symmetric: Tensor) -> Tensor:
 
 
 def _solve_stack(symmetric: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Ascending values, vectors as columns (if asked for), and int32 [b], 0 where it converged."""
+    """Returns ascending values, vectors as columns (or none), and int32 [b], 0 where converged."""
     batched = solver_at(symmetric.device, symmetric.dtype, symmetric.shape[-1])
     if batched.solve is not None:
         # A copy, which the solver may overwrite. What it does with NaN and Inf nobody says.
@@ -120,7 +120,10 @@ def _warn_once(message: str) -> None:
 
 
 def full_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Thin SVD of w [d, n], d ≤ n, as U [d, d], S [d], V [n, d]; None where it fails."""
+    """Computes the thin SVD of w [d, n], d ≤ n; None if it fails.
+
+    U [d, d], S [d], V [n, d].
+    """
     svd = attempt(lambda: torch.linalg.svd(w, full_matrices=False))
     if svd is None or not all(bool(x.isfinite().all()) for x in svd):
         return None
@@ -129,7 +132,7 @@ def full_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def estimate_skew(x: Tensor, used: Tensor | None = None) -> Tensor:
-    """‖xᵀx − I‖_F of x [..., m, k], float64 [...]; an upper estimate where k is large.
+    """Measures ‖xᵀx − I‖_F of x [..., m, k], float64 [...]; an upper estimate for large k.
 
     ‖EΩ‖_F²/c has the expectation ‖E‖_F² for Ω of c normal columns, and falls short of a quarter of
     it with a chance of 5e-6 at most for c = 32: where E has rank one.
@@ -154,7 +157,7 @@ def _allowed_error(symmetric: Tensor) -> float:
 
 
 def _symmetric_norm(lower: Tensor) -> Tensor:
-    """‖G‖_F, float64 [b], of the lower triangles [b, d, d] of G, zeros above."""
+    """Returns ‖G‖_F, float64 [b], from its lower triangle [b, d, d], zeros above."""
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
     half = torch.linalg.vector_norm(lower, dim=(-2, -1), dtype=torch.float64)
     twice = torch.linalg.vector_norm(diagonal, dim=-1, dtype=torch.float64)
@@ -163,7 +166,7 @@ def _symmetric_norm(lower: Tensor) -> Tensor:
 
 
 def _measure_pairs(lower: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """‖VᵀV − I‖_F and ‖GV − VΛ‖_F, float64 [b], estimated from random combinations of columns.
+    """Estimates ‖VᵀV − I‖_F and ‖GV − VΛ‖_F, float64 [b], by random combinations.
 
     As in `estimate_skew`; for 16 combinations that chance is 1e-3 where one column alone is wrong,
     and falls as several are.
@@ -184,7 +187,7 @@ def _measure_pairs(lower: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tens
 
 @functools.lru_cache(maxsize=64)
 def random_probes(k: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal columns [k, count], the same in every call.
+    """Draws normal columns [k, count], the same in every call.
 
     They are kept because a copy to a GPU waits for the device.
     """

@@ -1,4 +1,4 @@
-"""How many matrices are worked on together, and where a decision of the host costs nothing.
+"""Sizes of stacks, and the host's free decisions.
 
 A GPU is kept busy by stacks, and it waits wherever the host reads a number from it. So a stack goes
 through the ladder as one there, by operators that take all of its matrices at once, and the host
@@ -33,12 +33,12 @@ FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
 
 
 def decides_freely(tensor: Tensor) -> bool:
-    """Whether the host may look at this tensor without waiting for a device."""
+    """Returns whether the host may look at this tensor without waiting for a device."""
     return tensor.is_cpu and not CPU_AS_GPU
 
 
 def float64_cost(device: torch.device) -> float:
-    """How many flops in float32 one in float64 costs on a device.
+    """Returns how many flops in float32 one in float64 costs on a device.
 
     Two on CPUs and on those GPUs that are built for it, 32 to 64 on all others.
     """
@@ -48,13 +48,13 @@ def float64_cost(device: torch.device) -> float:
 
 
 def take_places(stack: Tensor, places: list[int]) -> Tensor:
-    """Some matrices of a stack [b, …], without waiting for a device."""
+    """Selects matrices of a stack [b, …], without waiting for a device."""
     index = torch.tensor(places, dtype=torch.int64, device="cpu")
     return stack.index_select(0, index.to(stack.device, non_blocking=True))
 
 
 def count_together(shape: torch.Size, device: torch.device, few_columns: bool = False) -> int:
-    """How many matrices of a shape [m, n] are worked on together.
+    """Counts the matrices of a shape [m, n] that are worked on together.
 
     shape: of one matrix; device: where they are; few_columns: whether no more than an eighth of the
     columns are asked for.
@@ -67,12 +67,12 @@ def count_together(shape: torch.Size, device: torch.device, few_columns: bool = 
 
 
 def stack_budget(device: torch.device) -> int:
-    """Bytes that a stack may take on a GPU now."""
+    """Returns the bytes that a stack may take on a GPU now."""
     return _gpu_budget(*_gpu_memory(device))
 
 
 def _working_bytes(m: int, n: int, few_columns: bool) -> int:
-    """About what one matrix [m, n] takes on a GPU.
+    """Estimates the bytes that one matrix [m, n] takes on a GPU.
 
     With few columns, in the Krylov rung: the weight in float32 and float64, a basis and its
     projection. Else, as the operators of a dense rung add up: the weight and the factors of its
@@ -85,7 +85,7 @@ def _working_bytes(m: int, n: int, few_columns: bool) -> int:
 
 
 def _gpu_budget(free: int, total: int) -> int:
-    """Bytes that a stack may take on a GPU with so many bytes free and in total."""
+    """Returns the bytes that a stack may take on a GPU."""
     budget = min(GPU_MOST_BYTES, max(GPU_LEAST_BYTES, int(total * GPU_SHARE_OF_TOTAL)))
     while budget > max(1, free * GPU_SHARE_OF_FREE):
         budget //= 2
@@ -93,7 +93,7 @@ def _gpu_budget(free: int, total: int) -> int:
 
 
 def _gpu_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes free for tensors on a GPU, those that torch keeps for later included, and in total."""
+    """Returns the bytes free on a GPU, torch's own reserve included, and in total."""
     free, total = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + kept, total

@@ -1,4 +1,4 @@
-"""Leading singular triplets of a stack, and how far they can be from the true ones."""
+"""Leading singular triplets of a stack, with bounds on their error."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Triplets:
     rungs: tuple[str, ...]  # the algorithm of each matrix
 
     def take(self, places: list[int]) -> Triplets:
-        """Some matrices of the stack."""
+        """Selects matrices of the stack."""
         if places == list(range(len(self.rungs))):
             return self
         fields = {name: take_places(getattr(self, name), places) for name in TENSORS}
         return Triplets(**fields, rungs=tuple(self.rungs[i] for i in places))
 
     def narrow(self, k: int) -> Triplets:
-        """The same without the columns from k on, which no matrix uses."""
+        """Drops the columns from k on, which no matrix uses."""
         if k == self.s.shape[-1]:
             return self
         return replace(self, **{name: getattr(self, name)[..., :k] for name in PADDED})
@@ -47,12 +47,12 @@ PADDED = ("short", "long", "s")
 
 
 def mark_failed(triplets: Triplets, sound: Tensor) -> Triplets:
-    """The triplets with angle 1 where `sound`, bool [b], is false."""
+    """Sets the angle to 1 where `sound`, bool [b], is false."""
     return replace(triplets, angle=torch.where(sound, triplets.angle, 1.0))
 
 
 def merge_triplets(parts: list[tuple[list[int], Triplets]]) -> Triplets:
-    """One stack of the parts of it, which lie at the places named; padded to one width."""
+    """Joins parts of a stack at their indices, padded to one width."""
     if len(parts) == 1:
         return parts[0][1]
     k = max(part.s.shape[-1] for _, part in parts)
@@ -69,7 +69,7 @@ def merge_triplets(parts: list[tuple[list[int], Triplets]]) -> Triplets:
 
 
 def rounding_error(w: Tensor, norm: Tensor) -> Tensor:
-    """[b], how far float64 products and LAPACK may move a singular value of w [b, d, n].
+    """Bounds how far float64 products and LAPACK may move a singular value: [b].
 
     w: [b, d, n]; norm: [b], ‖w‖_F.
     """
@@ -89,7 +89,7 @@ class Evidence:
 def residual_and_angle(
     w: Tensor, factors: tuple[Tensor, Tensor, Tensor], count: Tensor, evidence: Evidence
 ) -> tuple[Tensor, Tensor]:
-    """What `Triplets` says of triplets of w [b, d, n] from their residuals, all in float64.
+    """Computes the residual and angle of triplets of w from their residuals, in float64.
 
     Each vector i has residuals ρ_i² = ‖wv − σu‖² + ‖wᵀu − σv‖². Its distance from the subspace of
     the true leading vectors is at most ρ_i/(σ_i − σ_{k+1}) (Davis & Kahan, on the symmetric matrix

@@ -7,7 +7,7 @@ another path with one VAE are asked in the same way, with the same noise and not
 A latent of one VAE is noise to a model of another, so a recorded call means nothing to the other
 model. The images do: the final latents of every sampling are decoded by their VAE and encoded by
 the other. Each model then sees its latent of one image, with noise of its own at equal log-SNR. The
-change of x₀ that the LoRA makes crosses in the same way (docs/fit_method.md).
+change of x₀ that the LoRA makes crosses in the same way (docs/fit.md).
 """
 
 from __future__ import annotations
