@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
 
 from ..bases import Base, open_base
+from ..errors import InvalidOption
+from ..workflow.bake import bake
 from ..workflow.merge import merge as merge_loras
 from ..workflow.merge_options import MergeOptions
-from .console import progress_bar
+from .console import answer, out, progress_bar
 from .options import Resources, base_option, expand_options
 from .output_options import FileOutput
+from .tables import MARKS, draw_facts
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_made_lora
 
 
@@ -32,6 +38,17 @@ class MergedBases:
             "--target are moved first."
         ),
     ] = field(default_factory=list)
+    into: Annotated[
+        str | None,
+        base_option("Bake the LoRAs into a copy of this base model; -o names the new model."),
+    ] = None
+    rounding: Annotated[
+        str,
+        typer.Option(
+            metavar="nearest|stochastic",
+            help="How --into rounds; stochastic keeps more of a LoRA in float8, with more noise.",
+        ),
+    ] = "nearest"
 
     def open(self) -> tuple[Base | None, list[Base]]:
         """Opens all of them, each once."""
@@ -54,6 +71,8 @@ def merge(
 ) -> None:
     """Merge several LoRAs into one, each moved from its own base first if it has another."""
     check_output_given(output)
+    if bases.into is not None:
+        return bake_all(loras, merging, bases, output)
     resources.check_device()
     target, sources = bases.open()
     files = [file for base in (target, *sources) if base is not None for file in base.files]
@@ -67,3 +86,30 @@ def merge(
         else:
             report = merge_loras(loras, target, sources, options, out=output.output).report
     tell_made_lora(loras[0], report, output, merging.overwrite)
+
+
+def bake_all(
+    loras: list[Path], merging: MergeOptions, bases: MergedBases, output: FileOutput
+) -> None:
+    """Bakes LoRAs into a model, and tells what survived."""
+    if bases.target is not None or bases.source or output.dry_run or output.report:
+        raise InvalidOption(
+            "`into` makes a model of its own base: leave out `target`, `source`, `report` and "
+            "`dry_run`"
+        )
+    with progress_bar("bake", output.show_tables) as progress:
+        baked = bake(
+            loras,
+            cast(str, bases.into),
+            cast(Path, output.output),
+            strengths=merging.strengths,
+            blocks=cast(Any, merging.blocks),
+            rounding=cast(Any, bases.rounding),
+            overwrite=merging.overwrite,
+            progress=progress,
+        )
+    if output.as_json:
+        answer.give(baked.to_dict())
+    else:
+        out.print_line(f"{baked.mark} {baked.headline}", style=MARKS[baked.mark])
+        out.print(draw_facts(baked.facts()))

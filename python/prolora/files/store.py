@@ -249,7 +249,8 @@ def _link(temporary: Path, place: Path) -> None:
 
 
 def _force_to_disk(temporary: Path) -> None:
-    for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+    files = filter(Path.is_file, temporary.rglob("*")) if temporary.is_dir() else [temporary]
+    for file in files:
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())
 
