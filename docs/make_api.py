@@ -70,6 +70,9 @@ GROUPS = {
     "Making LoRAs": ["convert", "extract", "merge", "MergeOptions", "migrate", "load_moved_lora"],
     "Errors": ["ProLoRAError"],
 }
+KINDS = ("lora_report.LoraReport", "lora_report.MovedReport")
+KINDS += ("by_weights.transfer_report.TransferReport",)
+"""Reports as verbs give them."""
 SETTINGS: Any = {
     **griffe2md.default_config,
     "heading_level": 3,
@@ -98,6 +101,10 @@ def render_page() -> str:
         present = [name for name in names if name in exported]
         if present:
             parts += [f"## {title}\n", *(_render_object(package[name], name) for name in present)]
+    parts.append("## Kinds of reports\n")
+    for path in KINDS:
+        kind = package["workflow"][path]
+        parts.append(f"#### `{kind.name}`\n\n```text\n{kind.docstring.value}\n```\n")
     return "\n".join(parts).rstrip() + "\n"
 
 

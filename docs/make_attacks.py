@@ -65,7 +65,9 @@ def render(facts: dict[str, Any]) -> str:
     """The table, and when it was made."""
     groups: dict[str, Counter[str]] = {}
     for row in facts["attacks"]:
-        groups.setdefault(TITLES[row["harness"]], Counter()).update({"runs": row["runs"], **row["counts"]})
+        groups.setdefault(TITLES[row["harness"]], Counter()).update(
+            {"runs": row["runs"], **row["counts"]}
+        )
     named = {verdict for verdicts in COLUMNS.values() for verdict in verdicts} | {"runs"}
     heads = ["attack", "runs", *COLUMNS, "other"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]

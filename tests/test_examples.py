@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,24 @@ def load_example(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("transfer", "34 of 44 modules moved"),
+        ("check", "44 of 44 modules have their place"),
+        ("convert", "441664 bytes became"),
+        ("embed", "1 of 1 modules moved"),
+        pytest.param("fit", "44 modules fitted", marks=pytest.mark.slow),
+    ],
+)
+def test_a_short_example_runs(name, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = EXAMPLES / f"{name}.py"
+    runpy.run_path(str(file), run_name="__main__")
+    assert said in capsys.readouterr().out
+    assert len(file.read_text("utf-8").splitlines()) <= (41 if name == "embed" else 20)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(*words):
@@ -30,7 +27,3 @@ def test_every_public_name_exists():
     import prolora
 
     assert all(hasattr(prolora, name) for name in prolora.__all__)
-
-
-def test_the_embedding_example_runs():
-    assert "1 of 1 modules moved" in run(str(EXAMPLES / "embed.py")).stdout

@@ -93,6 +93,37 @@ assert not any(name == "prolora" or name.startswith("prolora.") for name in sys.
     subprocess.run([sys.executable, "-c", run], check=True, cwd=tmp_path, env=environment())
 
 
+WITHOUT_FITTING = """
+import sys
+import prolora
+from prolora.errors import ProLoRAError
+lora, source, target, out = sys.argv[1:]
+assert prolora.transfer(lora, source, target, out=out).report.coverage
+assert prolora.check(out, base=target) and prolora.convert(out, out_rank=2).report.coverage
+for error, use in (
+    (ImportError, lambda: prolora.fit),
+    (ProLoRAError, lambda: prolora.transfer(lora, source, target, method="best")),
+):
+    try:
+        use()
+    except error as refusal:
+        assert "this copy of prolora" in str(refusal), refusal
+    else:
+        raise SystemExit("a fit was found")
+"""
+
+
+def test_the_part_that_fits_can_be_deleted(tmp_path):
+    left_out = shutil.ignore_patterns(
+        *("probe", "by_fitting", "fit.py", "fit_options.py", "demo.py", "icon_family")
+    )
+    shutil.copytree(PACKAGE, tmp_path / "prolora", ignore=left_out)
+    paths = [str(path) for path in mini.write_case(tmp_path)]
+    command = [sys.executable, "-c", WITHOUT_FITTING, *paths, str(tmp_path / "out.safetensors")]
+    path = environment() | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run(command, check=True, cwd=tmp_path, env=path)
+
+
 def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
@@ -233,6 +264,7 @@ def test_docstrings_say_more_than_the_name(trees):
 
 # Folders and files in the plain words that CONTRIBUTING.md asks for; the rest follow, one by one.
 WORDED = {
+    "cli",
     "adapters",
     "architectures",
     "bases",

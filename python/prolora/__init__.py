@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .core.similarity import principal_angles as principal_angles
     from .core.similarity import similarity as similarity
     from .errors import ProLoRAError as ProLoRAError
-    from .workflow.batch import transfer_many as transfer_many
+    from .workflow.best import transfer as transfer
+    from .workflow.best import transfer_many as transfer_many
     from .workflow.check import Check as Check
     from .workflow.check import check as check
     from .workflow.convert import convert as convert
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from .workflow.pipeline_loading import load_moved_lora as load_moved_lora
     from .workflow.report import Report as Report
     from .workflow.result import Transfer as Transfer
-    from .workflow.transfer import transfer as transfer
 
 _HOMES = {
     "DEFAULT_RANK": "core.projection",
@@ -74,8 +74,8 @@ _HOMES = {
     "principal_angles": "core.similarity",
     "project": "core.projection",
     "similarity": "core.similarity",
-    "transfer": "workflow.transfer",
-    "transfer_many": "workflow.batch",
+    "transfer": "workflow.best",
+    "transfer_many": "workflow.best",
     "truncated_svd": "core.basis",
 }
 _ROOMS = ("adapters", "architectures", "bases", "comparison", "core", "errors", "files", "probe")
@@ -121,7 +121,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Loads a public name or a room of the package."""
     if name in _HOMES:
-        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        try:
+            value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith(__name__):
+                raise
+            raise ImportError(f"this copy of prolora lacks {error.name}: no {name}") from error
         globals()[name] = value
         return value
     if name in _ROOMS:

@@ -12,6 +12,7 @@ from prolora.cli import demo
 from prolora.errors import UnrelatedBases
 from prolora.probe.pipelines import open_pipeline
 from prolora.probe.precision import in_float32
+from prolora.workflow.options import FIT
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
 BY_WEIGHTS = [("neon", "pruned", 34), ("concept", "few-step", 44)]
@@ -45,7 +46,7 @@ def test_the_command_that_the_demo_prints_makes_the_same_lora(
     monkeypatch.setattr(demo, "IMAGES", 3)
     one = demo.Demo.find("neon", target, tmp_path)
     report = one.run()
-    assert report.was_fitted == (target == "apart")
+    assert (report.method == FIT) == (target == "apart")
     made = one.moved.read_bytes()
     one.moved.unlink()
     one.page.unlink()

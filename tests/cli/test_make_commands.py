@@ -86,7 +86,7 @@ def test_merge_moves_what_has_another_base_and_tells_what_of_each_is_kept(
     code, text, _ = prolora(*words, *bases, "-o", out, "--json", "--overwrite")
     record = json.loads(text)
     assert code == 0 and record["totals"]["mapped"] == len(shapes(2))
-    assert [part["strength"] for part in record["merge"]["parts"]] == [1.0, 0.25]
+    assert [part["strength"] for part in record["parts"]] == [1.0, 0.25]
     code, text, _ = prolora("check", out, target)
     assert code == 0
     code, text, _ = prolora("check", out)

@@ -234,7 +234,7 @@ MISTAKES = {
     "a device that is none": ((*MOVE, *TO, "--device", "gpu"), "no device is called 'gpu': use"),
     "a misspelt option": ((*MOVE, *TO, "--metod", "copy"), "No such option: --metod"),
     "a misspelt command": (("tranfer",), "No such command 'tranfer'. Did you mean 'transfer'?"),
-    "a word for a number": ((*MOVE, *TO, "--strength", "two"), "takes a number or 'auto', not"),
+    "a word for a number": ((*MOVE, *TO, "--strength", "two"), "is not a valid float"),
     "a share above one": ((*MOVE, *TO, "--min-coverage", "2"), "'2' is not a number from 0 to 1"),
     "a rank that is none": ((*MOVE, *TO, "--rank", "many"), "takes an integer or a share"),
     "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),

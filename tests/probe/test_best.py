@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 import prolora
 from prolora.errors import InvalidOption, UnrelatedBases
 from prolora.probe import pipelines
-from prolora.workflow import batch, best
 from prolora.workflow.best import BestWay
-from prolora.workflow.options import OF_A_FIT_TOO
-from prolora.workflow.pair_mover import PairMover
+from prolora.workflow.by_fitting import pipeline
+from prolora.workflow.options import FIT, OF_A_FIT_TOO
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 
@@ -99,9 +98,9 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
         report = prolora.transfer(lora, *bases).report
         assert ("draws in few steps." in report.in_words().headline) is told
     best = prolora.transfer(lora, source, student, method="best").report
-    assert best.was_fitted and "student draws in few steps" in best.why
+    assert best.method == FIT and "student draws in few steps" in best.why
     best = prolora.transfer(lora, teacher, student, method="best").report
-    assert not best.was_fitted and "No fit was made" in best.why
+    assert best.method != FIT and "No fit was made" in best.why
 
 
 @pytest.mark.parametrize("target, serves", [("tuned", True), ("pruned", False)])
@@ -128,7 +127,7 @@ def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, s
 )
 def test_where_weights_say_too_little_the_models_are_run(room, target, need):
     report = prolora.transfer(*ends(room, target), method="best").report
-    assert report.was_fitted and need in report.why and report.why in str(report.in_words())
+    assert report.method == FIT and need in report.why and report.why in str(report.in_words())
 
 
 @pytest.mark.slow
@@ -145,14 +144,14 @@ def test_a_fit_that_was_chosen_is_the_one_that_fit_makes(room, tmp_path, target)
 
 def test_a_lora_of_blocks_that_are_there_is_not_fitted_to_a_target_without_others(room):
     done = prolora.transfer(*ends(room, "pruned", "first"), method="best")
-    assert not done.report.was_fitted and "No fit was made" in done.report.why
+    assert done.report.method != FIT and "No fit was made" in done.report.why
 
 
 def test_a_fit_that_is_refused_leaves_what_weights_give(room, monkeypatch):
     def refuse(*_: object) -> None:
         raise UnrelatedBases("the fit is refused: it is no good")
 
-    monkeypatch.setattr(best, "fit_to_pipelines", refuse)
+    monkeypatch.setattr(pipeline, "fit_to_pipelines", refuse)
     usual = prolora.transfer(*ends(room, "pruned")).state_dict()
     done = prolora.transfer(*ends(room, "pruned"), method="best")
     assert all(torch.equal(x, usual[n]) for n, x in done.state_dict().items())
@@ -189,12 +188,12 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
     outcomes = prolora.transfer_many(loras, *how, method="best")
     assert [outcome.status for outcome in outcomes] == ["moved", "moved", "failed"]
     fitted, weighed = (outcome.report for outcome in outcomes[:2])
-    assert fitted.was_fitted and "no place on pruned" in fitted.why
-    assert not weighed.was_fitted and "No fit was made" in weighed.why
+    assert fitted.method == FIT and "no place on pruned" in fitted.why
+    assert weighed.method != FIT and "No fit was made" in weighed.why
     again = prolora.transfer_many(loras, *how, method="best")
     assert [outcome.status for outcome in again] == ["already there"] * 2 + ["failed"]
     far = prolora.transfer_many(loras[:1], how[0], room / "across", tmp_path / "far", method="best")
-    assert far[0].report.was_fitted
+    assert far[0].report.method == FIT
 
 
 def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch):
@@ -209,60 +208,12 @@ def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as cut:
-        cut.setattr(batch, "fit_many", interrupt)
+        cut.setattr(pipeline, "fit_to_pipelines", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prolora.transfer_many(*how, method="best", overwrite=True)
     assert out.read_bytes() == earlier
     (done,) = prolora.transfer_many(*how, method="best", overwrite=True)
-    assert done.report.was_fitted and out.read_bytes() != earlier
-
-
-def test_of_a_folder_what_weights_give_is_written_where_the_fit_is_refused(
-    room, tmp_path, monkeypatch
-):
-    def refuse(loras: list[Path], *_: object) -> list[prolora.Outcome]:
-        no = UnrelatedBases("no")
-        return [prolora.Outcome(x, tmp_path / x.name, error=no, seconds=5.0) for x in loras]
-
-    monkeypatch.setattr(batch, "fit_many", refuse)
-    lora, *bases = ends(room, "pruned")
-    moves, run = [], PairMover.run
-    monkeypatch.setattr(
-        PairMover, "run", lambda mover, *more: moves.append(mover) or run(mover, *more)
-    )
-    (done,) = prolora.transfer_many([lora], *bases, tmp_path, method="best")
-    assert done.error is None and "A fit was tried" in done.report.why
-    assert len(moves) == 1 and done.seconds > 5
-    prolora.transfer(lora, *bases, out=tmp_path / "usual.safetensors")
-    ours, usual = load_file(done.out), load_file(tmp_path / "usual.safetensors")
-    assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
-
-
-@pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize(
-    "error", [OSError("the disk is full"), ValueError("odd"), KeyboardInterrupt()]
-)
-def test_what_weights_give_is_kept_where_the_fits_of_a_folder_end_in_an_error(
-    room, tmp_path, monkeypatch, error, there
-):
-    lora, *bases = ends(room, "pruned")
-    out = tmp_path / "out" / lora.name
-    if there:
-        prolora.transfer(*ends(room, "pruned"), out=out, strength=0.5)
-        earlier = out.read_bytes()
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(batch, "fit_many", fail)
-    with pytest.raises(type(error)):
-        prolora.transfer_many([lora], *bases, out.parent, method="best", overwrite=there)
-    if there:
-        assert out.read_bytes() == earlier
-        return
-    prolora.transfer(lora, *bases, out=tmp_path / "usual.safetensors")
-    ours, usual = load_file(out), load_file(tmp_path / "usual.safetensors")
-    assert ours.keys() == usual.keys() and all(torch.equal(ours[n], usual[n]) for n in ours)
+    assert done.report.method == FIT and out.read_bytes() != earlier
 
 
 @pytest.mark.parametrize(
@@ -290,14 +241,11 @@ def test_every_option_of_a_transfer_is_one_of_a_fit_or_refused_with_the_best_met
     assert set(OF_A_FIT_TOO) <= shared & {known.name for known in fields(prolora.TransferOptions)}
 
 
-def test_two_loras_of_one_name_are_refused_though_one_was_fitted_before(
-    room, tmp_path, monkeypatch
-):
+def test_two_loras_of_one_name_are_refused(room, tmp_path):
     loras = [tmp_path / name / "x.safetensors" for name in "ab"]
     for lora in loras:
         lora.parent.mkdir()
         shutil.copy(room / "lora.safetensors", lora)
-    monkeypatch.setattr(batch, "_is_fitted", lambda lora, *_: lora == loras[0])
     with pytest.raises(prolora.errors.OutputError):
         prolora.transfer_many(loras, *ends(room, "pruned")[1:], tmp_path / "out", method="best")
     assert not (tmp_path / "out").exists()

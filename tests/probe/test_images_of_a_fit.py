@@ -24,8 +24,8 @@ import prolora
 from prolora.cli import app
 from prolora.probe import pipelines
 from prolora.workflow.by_fitting import showing
-from prolora.workflow.page.document import PictureGrid
 from prolora.workflow.page.picture_file import write_png
+from prolora.workflow.report import PictureGrid
 
 FEW = prolora.FitOptions(("cat", "dog", "a bird"), images=1, steps=2, fit_steps=2, force=True)
 ALL = ("source", "source + LoRA", "target", "target + copy", "target + fit")

@@ -6,8 +6,8 @@ import math
 from html.parser import HTMLParser
 from typing import Any
 
-from prolora import Report
 from prolora.core.verdict import Verdict
+from prolora.workflow.by_weights.transfer_report import TransferReport
 from prolora.workflow.module_report import Measures, ModuleReport
 
 KINDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
@@ -40,7 +40,7 @@ def make_row(source: str, status: str = "mapped", **fields: Any) -> ModuleReport
     return ModuleReport(source=source, status=status, **(known | fields))
 
 
-def make_report(rows: list[ModuleReport] | None = None, **fields: Any) -> Report:
+def make_report(rows: list[ModuleReport] | None = None, **fields: Any) -> TransferReport:
     """Three places of two blocks and four kinds; the second block of each was skipped."""
     if rows is None:
         rows = [
@@ -61,7 +61,7 @@ def make_report(rows: list[ModuleReport] | None = None, **fields: Any) -> Report
         "seconds": {"read": 0.5},
         "provenance": {"version": "1.0", "source_hash": "sha256:aa", "lora_hash": "sha256:cc"},
     }
-    return Report(modules=tuple(rows), **(known | fields))
+    return TransferReport(modules=tuple(rows), **(known | fields))
 
 
 class Page(HTMLParser):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import adapters
-from prolora.workflow.in_words import tell_made
+from prolora.workflow.made_report import MadeReport
+from prolora.workflow.module_report import ModuleReport
 
 FORMATS = ["kohya", "diffusers", "peft", "comfy"]
 KOHYA = {f"lora_unet_{name.replace('.', '_')}": name for name in LINEAR}
@@ -124,8 +125,11 @@ def test_rounding_counts_as_a_residual(tmp_path):
     [(1.0, "less than 0.001%"), (0.9872, "11.3%"), (0.0, "100%"), (1 - 1e-8, "0.01%")],
 )
 def test_people_read_what_is_lost_in_per_cent(kept, shown):
-    told = tell_made("convert", "a", "", kept, ())
-    assert told.headline.endswith(f"differs from it by {shown}.")
+    row = ModuleReport("m", "m", "mapped", "lora", (8, 8), 4, 4, 1.0, rank_cut_energy=1 - kept)
+    report = MadeReport(
+        method="convert", done="converted", source="a", original="a", modules=(row,)
+    )
+    assert report.in_words().headline.endswith(f"differs from it by {shown}.")
 
 
 def test_what_needs_its_base_is_refused_without_it_in_plain_words():

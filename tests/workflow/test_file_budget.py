@@ -17,8 +17,8 @@ from prolora.architectures.families import known_families
 from prolora.errors import OutputError
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow.by_weights.file_budget import OutputForm, describe_cuts
+from prolora.workflow.by_weights.transfer_report import TransferReport
 from prolora.workflow.module_report import ModuleReport
-from prolora.workflow.report import Report
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 UNET = {
@@ -176,8 +176,9 @@ def test_the_report_says_what_each_module_lost():
     adapter = adapter_of(UNET, (8,), (1, 0.1))
     limit = halfway(adapter)
     smaller = OutputForm(limit=limit).fit(adapter)
-    report = Report(
-        *("copy", 0.9, 0.8, "name", "source", "target"),
+    report = TransferReport(
+        **{"method": "copy", "rank_rule": 0.9, "threshold": 0.8, "match": "name"},
+        **{"source": "source", "target": "target"},
         modules=describe_cuts(rows_of(adapter), adapter, smaller),
         file_limit=limit,
     )

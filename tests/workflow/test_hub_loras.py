@@ -221,7 +221,7 @@ def test_every_verb_takes_an_id(cloud, case):
     assert prolora.transfer(id_, source, target).report.modules
     assert prolora.check(id_, source=source, target=target).move
     merged = prolora.merge([id_, lora], source)
-    assert {part.name for part in merged.report.merge.parts} == {"style-v1.5", "lora"}
+    assert {part.name for part in merged.report.parts} == {"style-v1.5", "lora"}
     assert prolora.merge([id_, lora], source, out="m.safetensors").report.modules
 
 

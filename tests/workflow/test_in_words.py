@@ -6,7 +6,11 @@ import pytest
 from reports import make_report, make_row
 
 from prolora.core.verdict import Verdict
-from prolora.workflow.in_words import A_VECTOR, judge, name_amount, tell_fit
+from prolora.probe.gate import Gate
+from prolora.probe.report import ProbeReport
+from prolora.workflow.by_fitting.fit_report import FitReport
+from prolora.workflow.by_weights.transfer_report import judge, name_amount
+from prolora.workflow.by_weights.vectors import A_VECTOR
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
@@ -94,7 +98,10 @@ def test_shares_have_names(share, word):
 
 @pytest.mark.parametrize(("is_refused", "step"), [(True, "draw some images"), (False, "try it at")])
 def test_a_fit_that_did_not_succeed_is_not_recommended(is_refused, step):
-    told = tell_fit("a", "b", 0.1, is_refused, "", ())
+    decision = "refuse" if is_refused else "go"
+    gate = Gate(decision, 1.0, {"all": 0.1}, {"all": 0.1}, "because.")
+    known = {"source": "a", "target": "b", "probe": ProbeReport(4, 4, 0.9, gate=gate)}
+    told = FitReport(method="fit", **known).in_words()
     assert told.lines[-1].startswith(f"Next: {step}")
 
 

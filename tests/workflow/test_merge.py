@@ -76,7 +76,7 @@ def test_modules_that_one_lora_has_are_kept():
     done = prolora.merge([one, two], strengths=[0.5, 2])
     assert error(done.adapter, add([first, second], [0.5, 2])) < 1e-6
     assert [update.rank for update in done.adapter.updates.values()] == [2] * 4 + [5] + [3] * 7
-    assert len(done.report.merge.overlaps) == 1
+    assert len(done.report.overlaps) == 1
 
 
 @pytest.mark.parametrize("out_rank", [1, 3, 0.6, "50%", "16kB"])
@@ -91,7 +91,7 @@ def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_ran
     assert max(update.rank for update in written.updates.values()) <= 4
     lost = max(0.0, 1 - report.share_on_target) ** 0.5
     assert lost == pytest.approx(error(written, total), rel=1e-3)
-    for part, strength, (_, dense) in zip(report.merge.parts, (1, 0.1), made, strict=True):
+    for part, strength, (_, dense) in zip(report.parts, (1, 0.1), made, strict=True):
         products = norms = 0.0
         for name, delta in dense.items():
             update = written.updates[name]
@@ -109,7 +109,7 @@ def test_loras_that_do_the_same_are_told_and_balanced():
     tensors, dense = make_lora(3, 0)
     other, _ = make_lora(3, 9, list(shapes(3))[:1])
     done = prolora.merge([tensors, tensors])
-    assert done.report.merge.parts[0].kept == pytest.approx(2.0, rel=1e-5)
+    assert done.report.parts[0].kept == pytest.approx(2.0, rel=1e-5)
     (caution,) = done.report.in_words().cautions
     assert "do the same in 12 of 12 modules" in caution and "method='balanced'" in caution
     once = prolora.merge([tensors, tensors], method="balanced")
@@ -146,7 +146,7 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
     assert [(part["name"], part["strength"]) for part in merged] == [("cat", 1.0), ("dog", 0.5)]
     assert merged[0]["trigger"] == "catto" and merged[0]["digest"].startswith("sha256:")
     assert prolora.check(out).trigger_words[0] == "catto, doggo"
-    assert [part.name for part in report.merge.parts] == ["cat", "dog"]
+    assert [part.name for part in report.parts] == ["cat", "dog"]
     again = prolora.merge(paths, out=out, strengths=(1, 0.5), overwrite=True).report
     assert again.totals == report.totals
     with pytest.raises(errors.OutputError):
@@ -294,7 +294,7 @@ def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
         save_file(make_lora(1, i)[0], path, {"modelspec.author": f"author {i}"})
     out = tmp_path / "out.safetensors"
     report = prolora.merge(paths, out=out).report
-    names = [part.name for part in report.merge.parts]
+    names = [part.name for part in report.parts]
     assert names == ["x", "a/y", "b/y", "c/y", "y (3)", "a/y (2)"]
     metadata = SafetensorsFile(out).metadata
     assert metadata["modelspec.author"] == ", ".join(f"author {i}" for i in range(6))
@@ -304,7 +304,7 @@ def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
     in_memory = [prolora.Adapter.from_state_dict(make_lora(1, i)[0]) for i in range(3)]
     called = [replace(lora, metadata={"ss_output_name": "LoRA 3"}) for lora in in_memory[:2]]
     in_memory = [*called, in_memory[2]]
-    names = [part.name for part in prolora.merge(in_memory).report.merge.parts]
+    names = [part.name for part in prolora.merge(in_memory).report.parts]
     assert names == ["LoRA 3", "LoRA 3 (2)", "LoRA 3 (3)"]
 
 
@@ -340,7 +340,7 @@ def test_a_lora_that_is_moved_to_the_target_first_may_be_for_the_other_expert(tm
         save_file({"blocks.0.self_attn.q.weight": weight + other * weight.mT}, path)
     ours, theirs = (write_wan(tmp_path / f"x_{n}.safetensors", width=1536) for n in ("HIGH", "LOW"))
     done = prolora.merge([ours, theirs], high, (None, low), out_rank=2)
-    assert [part.moved_from for part in done.report.merge.parts] == ["", low.name]
+    assert [part.moved_from for part in done.report.parts] == ["", low.name]
     for sources in ((), (None, None), (None, high)):
         with pytest.raises(errors.WrongBase, match=r"x_HIGH.*x_LOW|wan_high.*x_LOW"):
             prolora.merge([ours, theirs], high, sources)
@@ -353,7 +353,7 @@ def test_high_and_low_in_names_mean_nothing_for_a_model_without_experts(tmp_path
     paths = [tmp_path / "detail_high.safetensors", tmp_path / "detail_low.safetensors"]
     for i, path in enumerate(paths):
         save_file(make_lora(1, i)[0], path)
-    assert len(prolora.merge(paths).report.merge.parts) == 2
+    assert len(prolora.merge(paths).report.parts) == 2
 
 
 def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
@@ -372,7 +372,7 @@ def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
         factors = {0: 0.0, 1: 0.5, 2: 1.0}
         first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
         assert error(adapters.read_adapter(out), add([first, made[1][1]], (2, 1))) < 1e-6
-        assert report.merge.parts[0].kept == pytest.approx(1.0, abs=0.1)
+        assert report.parts[0].kept == pytest.approx(1.0, abs=0.1)
         assert len(report.rows("skipped")) == 4 and "a: " in report.blocks
         merged = json.loads(SafetensorsFile(out).metadata["prolora.merged"])
         assert merged[0]["blocks"] == text[:-1] and "blocks" not in merged[1]
@@ -472,10 +472,10 @@ def test_loras_of_two_bases_are_merged_onto_a_third(tmp_path):
     ]
     parts = [{n: u.dense().double() for n, u in part.updates.items()} for part in moved]
     assert error(adapters.read_adapter(out), add([*parts, own], (1, 1, 0.5))) < 1e-6
-    assert [part.moved_from for part in report.merge.parts] == ["source", "other", ""]
+    assert [part.moved_from for part in report.parts] == ["source", "other", ""]
     whole = sum(float(u.norm()) ** 2 for u in adapters.read_adapter(lora).updates.values())
     placed = sum(float(u.norm()) ** 2 for u in moved[0].updates.values())
-    assert report.merge.parts[0].kept < 1.1 * placed / whole < 0.8
+    assert report.parts[0].kept < 1.1 * placed / whole < 0.8
     skipped = {row.source for row in report.rows("skipped")}
     assert skipped == set(shapes(3)) - set(shapes(2))  # the third block has no place
     header = SafetensorsFile(out).metadata

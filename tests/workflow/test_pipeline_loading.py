@@ -1,9 +1,5 @@
 """A moved LoRA in a diffusers pipeline, without a file in between."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -80,16 +76,6 @@ def test_what_loads_no_loras_is_refused_before_any_work(case):
     source, _, lora = case
     with pytest.raises(InvalidOption, match="loads no LoRAs"):
         prolora.load_moved_lora(object(), lora, source)
-
-
-def test_the_example_draws_an_image(case, tmp_path, monkeypatch, capsys):
-    source, _, lora = case
-    example = Path(__file__).parents[2] / "examples" / "diffusers_pipeline.py"
-    arguments = [str(tmp_path / "t"), str(source), str(lora), "-o", str(tmp_path / "image.png")]
-    monkeypatch.setattr(sys, "argv", ["example", *arguments, "--prompt", "a b", "--steps", "1"])
-    runpy.run_path(str(example), run_name="__main__")
-    assert (tmp_path / "image.png").stat().st_size > 0
-    assert "8 of 8 modules moved" in capsys.readouterr().out
 
 
 def test_a_model_takes_the_lora_through_peft_alone(case):

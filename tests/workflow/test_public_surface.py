@@ -167,5 +167,6 @@ def test_memory_and_dtypes_may_be_texts(tmp_path):
 def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
     done = prolora.transfer(*write_case(tmp_path))
     assert repr(done.adapter) == "Adapter(8 modules of rank 4, kohya, float32)"
-    assert repr(done.report) == ("Report('copy', source -> target: 8 mapped, 4 skipped, 0 refused)")
+    counts = "8 mapped, 4 skipped, 0 refused"
+    assert repr(done.report) == f"TransferReport('copy', source → target: {counts})"
     assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"

@@ -19,11 +19,12 @@ from reports import KINDS, PLACES, Page, make_report, make_row
 import prolora
 from prolora.comparison.module_map import BlockDecision
 from prolora.probe.report import ProbeReport
+from prolora.workflow.by_fitting.fit_report import FitReport
+from prolora.workflow.module_tables import map_modules
 from prolora.workflow.outcome import Outcome
-from prolora.workflow.outcomes_page import render_outcomes
-from prolora.workflow.page.document import Picture
+from prolora.workflow.outcomes_page import OutcomesReport
 from prolora.workflow.page.drawing import CHARACTER, LABEL_SIZE
-from prolora.workflow.tables import map_modules
+from prolora.workflow.report import PictureGrid
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\x1b[31m\u202e\udcff.attn1.to_q"
 SHOWN = "<script>alert(1)</script>\"'&\\x00\\x1b[31m\\u202e\\udcff.attn1.to_q"
@@ -39,13 +40,13 @@ def policy_of(page):
 
 
 def test_the_page_is_well_formed_and_loads_nothing(report):
-    picture = Picture(b"\x89PNG", "two digits")
-    text = report.to_html({"command": "prolora transfer"}, [picture])
+    grid = PictureGrid(["target"], ["two digits"], [[b"\x89PNG"]], "Seen.")
+    text = dataclasses.replace(report, grid=grid).to_html({"command": "prolora transfer"})
     page = Page(text)
     assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert all(link.startswith("#") for link in page.values("href"))
     assert page.values("src") == ["data:image/png;base64,iVBORw=="]
-    assert page.values("alt") == ["two digits"]
+    assert page.values("alt") == ["target: two digits"]
     assert not re.search(r"https?:|@import|url\((?!#)", text)
     assert len(set(page.values("id"))) == len(page.values("id"))
     assert {link[1:] for link in page.values("href")} <= set(page.values("id"))
@@ -84,12 +85,13 @@ def make_pages(name):
     rows.append(make_row(f"{name}.3", "skipped", reason=name))
     names = {"source": name, "target": name, "match": name, "provenance": {"lora_hash": name}}
     report = make_report(rows, **names, left_out={name: name}, dropped_blocks=(name,))
+    grid = PictureGrid([name], [name], [[b""]], name)
     path = Path(name.replace("/", "_").replace("\x00", ""))
     moved = Outcome(path, path, report)
     failed = Outcome(path, path, error=prolora.errors.OutputError(name))
     return [
-        report.to_html({name: name}, [Picture(b"", name)]),
-        render_outcomes([moved, failed], {"command": name}),
+        dataclasses.replace(report, grid=grid).to_html({name: name}),
+        OutcomesReport([moved, failed]).to_html({"command": name}),
         report._repr_html_(),
     ]
 
@@ -145,7 +147,8 @@ def test_every_module_is_in_one_cell_of_the_map(report):
 def test_what_has_no_number_is_shown_without_one(report):
     unknown = dict.fromkeys(("surviving_energy", "norm_ratio", "copy_distance"), math.nan)
     rows = [make_row("blocks.0.a", **unknown, measures=None)]
-    fitted = make_report(rows, method="fit", probe=ProbeReport(4, 4, 0.9))
+    probe = ProbeReport(4, 4, 0.9)
+    fitted = FitReport(method="fit", source="a", target="b", modules=(*rows,), probe=probe)
     text = fitted.to_html()
     assert 'class="fitted"' in text and "nan" not in Page(text).text.lower()
     dry = dataclasses.replace(report, dry_run=True, verdict=None, asked=None, provenance={})
@@ -172,7 +175,7 @@ def test_strange_numbers_in_names_are_no_obstacle(number):
 
 def test_a_notebook_gets_a_small_part_without_script_or_style(report):
     page = Page(report._repr_html_())
-    assert {"table", "svg", "ul"} <= {tag for tag, _ in page.tags}
+    assert {"table", "ul"} <= {tag for tag, _ in page.tags}
     assert not {"script", "style", "html", "img"} & {tag for tag, _ in page.tags}
     assert len(report._repr_html_()) < 12_000
 

@@ -163,7 +163,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def facts_table(facts: Mapping[str, object]) -> Table:
-    """A line for each fact; a reason that several have is given once."""
+    """Writes a line for each fact; a reason that several have is given once."""
     lines, given = [], set[str]()
     for name, value in facts.items():
         text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def print_error(message: str, command: str = "") -> None:
-    """Prints what went wrong to stderr, and on a line of its own the command that helps."""
+    """Prints what went wrong, and on a line of its own the command that helps."""
     err.print("Error:", style="bold red", end=" ")
     err.print_line(message)
     if command:

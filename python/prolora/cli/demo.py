@@ -1,6 +1,6 @@
 """The demo: a shipped LoRA on another shipped model, and a page of images.
 
-The models are those of examples/icon_family: real diffusion transformers with FLUX's module names,
+The models are in examples/icon_family: real diffusion transformers with FLUX's module names,
 trained on coloured icons of 24 × 24 pixels. Needs the `demo` extra (diffusers).
 """
 
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from ..adapters import read_adapter
 from ..bases.base import Progress
-from ..errors import ProLoRAError, name_options
+from ..errors import ProLoRAError
 from ..files.store import check_free, put_text
 from ..probe.settings import FitSettings, read_prompts
+from ..workflow.best import transfer
 from ..workflow.by_fitting.showing import ImageGrid
 from ..workflow.fit import fit
-from ..workflow.report import Report
-from ..workflow.transfer import transfer
+from ..workflow.lora_report import LoraReport, MovedReport
 from .fit import SHOWN
-from .options import write_flag
+from .transfer import spell_flags
 
 APART = "apart"
 """The member that was trained apart from the source, which weights alone move nothing to."""
@@ -78,7 +78,7 @@ class Demo:
             words += ["--steps", str(STEPS), "--report", str(self.page)]
         return shlex.join([*words, "-o", str(self.moved)])
 
-    def run(self, overwrite: bool = False, progress: Progress | None = None) -> Report:
+    def run(self, overwrite: bool = False, progress: Progress | None = None) -> LoraReport:
         """Moves the LoRA; writes it, and a page with images of both models.
 
         Raises:
@@ -103,11 +103,13 @@ class Demo:
             report = transfer(*ends, out=self.moved, overwrite=overwrite).report
             report = self._draw(report, prompts, progress)
         facts = {"LoRA": self.lora.name, "written to": self.moved.name, "by": self.command}
-        text = name_options(report.to_html(facts), write_flag)
+        text = report.to_html(facts, spell_flags)
         put_text(self.page, text, overwrite=overwrite)
         return report
 
-    def _draw(self, report: Report, prompts: tuple[str, ...], progress: Progress | None) -> Report:
+    def _draw(
+        self, report: LoraReport, prompts: tuple[str, ...], progress: Progress | None
+    ) -> LoraReport:
         """Adds images of both models, without the LoRA and with it."""
         from ..probe.pipelines import open_pipeline
 
@@ -122,6 +124,7 @@ class Demo:
         tell(1, 2, "drawing")
         grid.draw_target(read_adapter(self.moved).updates, None)
         tell(2, 2, "drawn")
+        assert isinstance(report, MovedReport)
         return replace(report, grid=grid.to_page(self.source.name, self.target.name))
 
 

@@ -13,7 +13,7 @@ from ..workflow.fit import fit as fit_lora
 from ..workflow.fit import fit_many
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
-from ..workflow.output_paths import is_page_path
+from ..workflow.report import is_page_path
 from .console import err, progress_bar
 from .options import (
     Bases,

@@ -19,9 +19,8 @@ from typer.core import TyperCommand, TyperOption
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..core.option_fields import read_shown
+from ..core.option_fields import read_shown, take_option
 from ..core.validation import resolve_device
-from ..core.verdict import AUTO
 from ..errors import InvalidOption, OutputError
 from ..files.hub import keep_path, spell_path
 from ..files.sizes import parse_size
@@ -135,16 +134,6 @@ def parse_out_rank(text: str | float) -> int | float | str:
         return text
 
 
-def parse_strength(text: str | float) -> float | str | None:
-    """Reads '0.8' as a number, 'auto' as it is, nothing as None: what the method calls for."""
-    if text in ("", AUTO):
-        return text or None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--strength takes a number or 'auto', not {text!r}") from None
-
-
 def parse_strengths(text: str | None) -> tuple[float, ...] | None:
     """Reads '1,0.6' as two numbers."""
     if not isinstance(text, str):  # a default
@@ -158,11 +147,11 @@ def parse_strengths(text: str | None) -> tuple[float, ...] | None:
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "rank": parse_rank,
     "out_rank": parse_out_rank,
-    "strength": parse_strength,
     "strengths": parse_strengths,
     "threshold": parse_share,
     "min_coverage": parse_share,
     "resume": parse_path,
+    "cache": parse_path,
 }
 """How the command line reads those options that are no words, switches or plain numbers."""
 
@@ -279,39 +268,23 @@ class Prompts:
         return (*self.prompt, *(read_prompts(self.prompts) if self.prompts else ()))
 
 
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        metavar="DEVICE",
-        help="Where to compute: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
-    ),
-]
-
-
 @dataclass
 class Resources:
     """Where to compute, with how much memory, and what to keep."""
 
-    panel: ClassVar[str] = "Resources"
-    device: DeviceOption = "auto"
-    max_memory: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory this process may take, as 2GiB; refused if it is too little.",
-        ),
-    ] = ""
-    cache: Annotated[
-        Path | None,
-        path_option(
-            "Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
-            "nothing. Default: PROLORA_CACHE, or the user's cache folder.",
-            metavar="FOLDER|none",
-        ),
-    ] = None
+    device: str | None = take_option(TransferOptions, "device", panel="Resources")
+    max_memory: str | None = take_option(TransferOptions, "max_memory", panel="Resources")
+    cache: Path | None = take_option(
+        TransferOptions,
+        "cache",
+        help="Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
+        "nothing. Default: PROLORA_CACHE, or the user's cache folder.",
+        panel="Resources",
+        metavar="FOLDER|none",
+    )
 
     def check_device(self) -> None:
-        """Settles "auto".
+        """Settles where to compute.
 
         Raises:
             UnsupportedDevice: the device cannot be used, with the reason.

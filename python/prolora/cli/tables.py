@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from ..workflow.in_words import InWords
 from ..workflow.outcome import Outcome
-from ..workflow.outcomes_page import name_outcome
+from ..workflow.outcomes_page import OutcomesReport
+from ..workflow.report import InWords
 from ..workflow.table import Table
 from .console import PlainConsole
 from .exits import describe_error
@@ -54,8 +54,6 @@ def show_tables(console: PlainConsole, tables: Sequence[Table]) -> None:
     """Prints tables, and once below them what their columns mean."""
     for table in tables:
         console.print_table(draw_table(table))
-        if table.note:
-            console.print_note(table.note)
     terms = {name: text for table in tables for name, text in table.legend().items()}
     if terms:
         console.print_note("; ".join(f"{name}: {text}" for name, text in terms.items()) + ".")
@@ -72,9 +70,9 @@ def show_words(console: PlainConsole, words: InWords) -> None:
 
 def failure_lines(outcomes: list[Outcome]) -> list[str]:
     """Lists why LoRAs were not moved, a line each."""
-    lines = []
+    lines, several = [], OutcomesReport(outcomes)
     for outcome in outcomes:
         if outcome.error:
             message, command = describe_error(outcome.error)
-            lines += [f"{name_outcome(outcome, outcomes)}: {message}", *filter(None, [command])]
+            lines += [f"{several.name(outcome)}: {message}", *filter(None, [command])]
     return lines

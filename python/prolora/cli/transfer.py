@@ -18,16 +18,16 @@ from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
 from ..files.sizes import format_size
 from ..files.store import put_text
-from ..workflow.batch import transfer_many
+from ..workflow.best import transfer as transfer_lora
+from ..workflow.best import transfer_many
 from ..workflow.card import check_card, write_card
 from ..workflow.check import check
+from ..workflow.lora_report import LoraReport
 from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
-from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
-from ..workflow.output_paths import check_results_folder, is_page_path, is_peft_folder
-from ..workflow.report import Report
-from ..workflow.result import AnyOptions
-from ..workflow.transfer import transfer as transfer_lora
+from ..workflow.outcomes_page import OutcomesReport
+from ..workflow.output_paths import check_results_folder, is_peft_folder
+from ..workflow.report import is_page_path
 from .console import answer, err, out, progress_bar
 from .exits import IncompleteResult
 from .options import (
@@ -41,7 +41,7 @@ from .options import (
 )
 from .output_options import FileOutput, OutputOptions
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
-from .tables import draw_table, failure_lines, show_tables, show_words
+from .tables import failure_lines, show_tables, show_words
 
 STDOUT = Path("-")
 """The path that stands for standard output."""
@@ -115,7 +115,7 @@ def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
 def check_outputs(
     loras: list[Path],
     output: FileOutput,
-    options: AnyOptions,
+    options: Any,
     files: list[Path],
     pairs: Sequence[ExpertPair] = (),
 ) -> Path | None:
@@ -181,7 +181,7 @@ def tell_outcomes(
 
 
 def tell_made_lora(
-    made_of: Path, report: Report, output: FileOutput, overwrite: bool = False
+    made_of: Path, report: LoraReport, output: FileOutput, overwrite: bool = False
 ) -> None:
     """Tells the outcome of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
@@ -262,10 +262,25 @@ def write_outcomes(outcomes: list[Outcome], output: FileOutput, overwrite: bool)
     if output.report in (None, STDOUT):
         return
     if is_page_path(output.report):
-        page = name_options(render_outcomes(outcomes, {"command": read_command()}), write_flag)
+        page = render_outcomes(outcomes)
     else:
         page = json.dumps(records[0] if len(records) == 1 else records, indent=1) + "\n"
     put_text(output.report, page, overwrite=overwrite)
+
+
+def render_outcomes(outcomes: list[Outcome]) -> str:
+    """Renders outcomes as one HTML file: one whole report, or several rows."""
+    first, facts = outcomes[0], {"command": read_command()}
+    report = first.report if len(outcomes) == 1 else None
+    if report is not None:
+        known = {"LoRA": first.lora.name}  # without the folder, which is private
+        facts = known | ({} if first.planned else {"written to": first.out.name}) | facts
+    return (report or OutcomesReport(outcomes)).to_html(facts, spell_flags)
+
+
+def spell_flags(text: str) -> str:
+    """Writes options in a text as flags."""
+    return name_options(text, write_flag)
 
 
 def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
@@ -294,7 +309,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
 def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
     """Shows the whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
-        out.print_table(draw_table(tabulate_outcomes(outcomes)))
+        show_tables(out, OutcomesReport(outcomes).tables())
         for line in failure_lines(outcomes):
             out.print_line(line, style="red")
         if len({outcome.lora for outcome in outcomes}) == 1:  # of two experts
@@ -333,7 +348,7 @@ def used_subspaces(outcome: Outcome) -> bool:
     return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
-def show_report(report: Report) -> None:
+def show_report(report: LoraReport) -> None:
     """Shows the verdict in words, and the numbers of a dry run."""
     show_words(out, report.in_words())
     if report.dry_run:

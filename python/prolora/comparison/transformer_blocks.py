@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..architectures.depth import is_number, stack_order
+from ..architectures.depth import stack_order
 from ..architectures.modules import find_block, is_adaptable, matrix_shape
 from ..bases import Base
-
-AROUND = "proj"
-"""The depth of what stands around a stack of blocks: proj_in and proj_out."""
-
-# The parts of an attention layer in the order of the computation.
-_PARTS = ("to_q", "to_k", "to_v", "to_out", "add_q", "add_k", "add_v", "to_add_out")
 
 
 @dataclass(frozen=True)
@@ -45,27 +39,6 @@ def list_blocks(base: Base) -> list[Block]:
             modules.setdefault(key, {})[block.local] = matrix_shape(shape)
     ordered = sorted(modules, key=lambda key: (stack_order(key[0]), key[1]))
     return [Block(*key, modules[key]) for key in ordered]
-
-
-def split_module(module: str) -> tuple[str, str, str]:
-    """Splits a module's name into (stack, depth, kind).
-
-    In a UNet the stack is the attention around a stack of blocks. The depth is the number of the
-    block, or `AROUND`; the kind is the name inside the block.
-    """
-    block = find_block(module)
-    if block is not None:
-        return block.stack.removesuffix(".transformer_blocks"), block.number, block.local
-    place, _, kind = module.rpartition(".")
-    return place, AROUND, kind
-
-
-def column_order(name: str) -> tuple[object, ...]:
-    """Sorts depths by number, and kinds by layer and part; `AROUND` and its kinds come last."""
-    layer, _, part = name.partition(".")
-    place = next((i for i, start in enumerate(_PARTS) if part.startswith(start)), len(_PARTS))
-    number = int(name) if is_number(name) else None
-    return number is None, not part, number or 0, layer, place, name
 
 
 def group_blocks(source: Base, target: Base) -> list[BlockGroup]:

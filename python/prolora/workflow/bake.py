@@ -26,10 +26,10 @@ from ..files.safetensors_file import SafetensorsFile
 from ..files.store import check_free, put
 from .block_weights import Blocks, find_factors
 from .convert import read_plain
-from .in_words import Mark
 from .merge_inputs import name_loras
 from .moved_before import check_moved_before
 from .options import LoraLike, TransferOptions
+from .report import Mark
 
 Rounding = Literal["nearest", "stochastic"]
 

@@ -20,10 +20,10 @@ from ..bases.experts import ExpertsLike, open_experts
 from ..errors import ShapeMismatch, UnsupportedFormat
 from .base_check import describe_kind
 from .by_weights.rows import describe_place, list_unread_modules
-from .in_words import Mark
 from .module_report import ModuleReport, measure_coverage, split_modules
 from .moved_before import find_newer_base
 from .plan import explain_other_shape
+from .report import Mark
 
 Answer = Literal["fits", "unclear", "in part", "other"]
 MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", "other": "✖"}

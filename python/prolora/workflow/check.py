@@ -14,7 +14,7 @@ from ..architectures.loaders import known_loaders
 from ..errors import InvalidOption, UnrelatedBases
 from .check_result import Check
 from .file_facts import check_model, check_tensors
-from .in_words import InWords
+from .report import InWords
 
 if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a base is read
     from ..bases import BaseLike

@@ -12,7 +12,7 @@ from ..adapters.formats.moves import Move, describe_moves
 from ..adapters.formats.programs import Readers
 from ..architectures.families import find_title, join_titles
 from .defects import Defect
-from .in_words import InWords, Mark
+from .report import InWords, Mark
 
 if TYPE_CHECKING:  # what a file is can be said without torch
     from .base_fit import BaseFit

@@ -27,12 +27,11 @@ from .by_weights.rows import (
     list_unread_modules,
 )
 from .convert_options import DEFAULT_CONVERSION, ConvertChanges, ConvertOptions
-from .in_words import CONVERT
+from .made_report import MadeReport
 from .module_report import ModuleReport
 from .options import LoraLike, name_lora, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_output
-from .report import Report
 from .result import Transfer, pack_result, save_result
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def convert(
         return _run(lora, model, options)
     options = options.for_file()
     check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite)
-    return save_result(_run(lora, model, options), Path(out), options)
+    return save_result(_run(lora, model, options), Path(out), options.overwrite)
 
 
 @in_full_precision
@@ -100,12 +99,12 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         cut[name] = cut_rank(update, options.out_rank, update.rank)
     whole = plain.with_updates(cut)
     fitted = form.fit(whole)
-    report = Report(
-        method=CONVERT,
-        rank_rule=options.out_rank if isinstance(options.out_rank, int | float) else 0,
-        threshold=0.0,
-        match="same name",
-        source=name_lora(lora),
+    name = name_lora(lora)
+    report = MadeReport(
+        method="convert",
+        done="converted",
+        original=name.removesuffix(".safetensors"),
+        source=name,
         target=base.name if base else "",
         modules=(
             *list_unread_modules(adapter),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..adapters.algorithms.forms import MAGNITUDES, NUMBERS
 from ..adapters.lora import Lora
 from ..adapters.slots import Slot
-from .in_words import ZERO, Mark
+from .report import Mark
 
 if TYPE_CHECKING:  # headers tell a lot without torch
     from torch import Tensor
@@ -120,7 +120,7 @@ def find_deep_defects(
         text = f"{len(huge)} updates are {OUTLIER:.0f} times larger than the others: {huge[0]} …"
         found.append(Defect("⚠", text, "download it again"))
     if sizes and not acting:
-        found.append(Defect("⚠", ZERO))
+        found.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
     return tuple(found)
 
 

@@ -8,35 +8,36 @@ from pathlib import Path
 from ..bases import BaseLike, open_pair
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
-from .best import BestWay
 from .by_weights.assembly import build_report
 from .by_weights.base_pair import BasePair, use_lora
+from .by_weights.transfer_report import TransferReport
 from .by_weights.vectors import carry_vectors
-from .options import BEST, LoraLike, TransferOptions
-from .report import Report
+from .options import LoraLike, TransferOptions
 
 
 @in_full_precision
 def plan_report(
     lora: LoraLike, source: BaseLike, target: BaseLike, options: TransferOptions
-) -> Report:
+) -> TransferReport:
     """Reports what `transfer` would map, skip and refuse; weights are hardly read.
 
     Ranks are those that the file states, and energies follow from its tensors. The energy of what
     is made with the weights of the base (DoRA, OFT, GLoRA) is not known, so that parts are counted
     where the LoRA has such. The similarity threshold needs weights, so modules that it would skip
-    still count as mapped here. Matching by similarity reads weights, and so does method "best".
+    still count as mapped here. Matching by similarity reads weights.
 
     Raises:
         ProLoRAError: what `transfer` refuses before it looks at weights.
     """
     old, new = open_pair(source, target)
-    # A dry run makes no folder.
-    known = options.cache is not None and Path(options.cache).is_dir()
-    options = options if known else replace(options, cache=None)
-    if options.method == BEST:
-        return BestWay.of(old, new, options).plan(lora)
+    options = keep_known_cache(options)
     with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
         ledger = BasePair(old, new, options, cache).plan(opened, "outline")
     ledger.weigh_rows()
     return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)
+
+
+def keep_known_cache(options: TransferOptions) -> TransferOptions:
+    """Drops a cache folder that a dry run would have to make."""
+    known = options.cache is not None and Path(options.cache).is_dir()
+    return options if known else replace(options, cache=None)

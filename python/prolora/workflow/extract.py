@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -36,11 +36,10 @@ from .base_check import are_one_base
 from .by_weights.file_budget import OutputForm, describe_cuts
 from .by_weights.rows import describe_difference, outline_difference
 from .extract_options import DEFAULT_EXTRACTION, ExtractChanges, ExtractOptions
-from .in_words import EXTRACT
+from .made_report import MadeReport
 from .module_report import ModuleReport
 from .options import FormatLike, settle_options, takes_options
 from .output_paths import check_output
-from .report import Report
 from .result import Transfer, pack_plan, pack_result, save_result
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def extract(
     if out is None:
         return _run(old, new, options)
     check_output(out, [*old.files, *new.files], options.overwrite)
-    return save_result(_run(old, new, options, hashed=True), Path(out), options)
+    return save_result(_run(old, new, options, hashed=True), Path(out), options.overwrite)
 
 
 @in_full_precision
@@ -331,7 +330,7 @@ class _Difference:
         base, tuned = self.base, self.tuned
         notes = {
             "version": __version__,
-            "method": EXTRACT,
+            "method": "extract",
             "rank": str(self.options.out_rank),
             "extracted_from": tuned.name,
             "extracted_from_hash": compute_identity(tuned) or "",
@@ -350,19 +349,19 @@ class _Difference:
         metadata["ss_training_comment"] = f"extracted from {tuned.name} by prolora"
         return metadata
 
-    def report(self, **known: object) -> Report:
+    def report(self, **known: Any) -> MadeReport:
         """Reports what is known by now."""
-        rank = self.options.out_rank
+        base, tuned = (x.name.removesuffix(".safetensors") for x in (self.base, self.tuned))
         fields = {"modules": tuple(self.rows.values())} | known
-        return Report(
-            method=EXTRACT,
-            rank_rule=LARGEST_RANK if isinstance(rank, str) else rank,
-            threshold=0.0,
-            match="same name",
+        return MadeReport(
+            method="extract",
+            done="extracted",
+            original=f"the difference between {base} and {tuned}",
+            advice=f"Next: load it with {base}, at strength 1.",
             source=self.base.name,
             target=self.tuned.name,
             quantised=list_quantised(self.base, self.tuned),
-            **fields,  # type: ignore[arg-type]
+            **fields,
         )
 
 

@@ -8,29 +8,24 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters import read_adapter
 from ..bases import Base, BaseLike, open_pair
+from ..bases.base import Progress
 from ..core.precision import in_full_precision
 from ..files.hub import keep_path
+from .batch import make_each
 from .by_fitting.common_parts import CommonParts, share_parts
-from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
-from .by_fitting.rows import outline_report
-from .by_weights.base_pair import list_inputs
-from .by_weights.decision import label_stage
+from .by_fitting.pipeline import fit_to_pipelines, plan_fit
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
 from .outcome import Outcome
 from .output_paths import (
     check_distinct,
-    check_output,
     check_results_folder,
     make_folders,
     name_output,
 )
-from .pair_mover import Task
-from .report import Report
-from .result import Transfer, pack_plan, save_result
-from .resume import Recipe
+from .result import Transfer, pack_plan
+from .resume import make_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,25 +79,10 @@ def fit(
     options = settle_options(options, changes)
     bases = open_pair(source, target)
     if dry_run:
-        return pack_plan(_plan_fit(lora, *bases, options))
+        return pack_plan(plan_fit(lora, *bases, options))
     if out is None:
         return fit_to_pipelines(lora, *bases, options)
-    options = options.for_file()
-    if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
-        check_output(out, list_inputs(lora, *bases), options.overwrite)
-        return save_result(fit_to_pipelines(lora, *bases, options), Path(out), options)
-    file = keep_path(lora)
-    recipe = Recipe.of(file, *bases, options)
-    if not options.overwrite and recipe.is_made(Path(out)):
-        return replace(pack_plan(_plan_fit(file, *bases, options)), adapter=read_adapter(out))
-    check_output(out, list_inputs(file, *bases), options.overwrite)
-    return _fit_into(Path(out), recipe, options)
-
-
-def _plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> Report:
-    """Reports what `fit` would fit, carry over, skip and refuse, from headers alone."""
-    job = prepare_fit(lora, source, target, options, "outline")
-    return outline_report(job.adapter, job.plan, job.source, job.target, options)
+    return _fit_into(lora, *bases, Path(out), options.for_file())
 
 
 @takes_options
@@ -145,35 +125,29 @@ def fit_many(
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})
-    outcomes = []
     with share_parts(options.resume, Path(folder), len(paths) > 1) as common:
-        for i, (lora, out) in enumerate(zip(paths, outs, strict=True), 1):
-            progress = label_stage(f"LoRA {i} of {len(paths)}:", options.progress)
+
+        def make(i: int, out: Path, progress: Progress | None) -> Transfer:
             labelled = replace(options, progress=progress)
-            outcomes.append(_attempt(lora, old, new, out, labelled, common))
-    return outcomes
+            return _fit_into(paths[i], old, new, out, labelled, common)
+
+        return make_each(paths, outs, make, options.progress)
 
 
 def _fit_into(
-    out: Path, recipe: Recipe, options: FitOptions, common: CommonParts | None = None
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    out: Path,
+    options: FitOptions,
+    common: CommonParts | None = None,
 ) -> Transfer:
-    inputs = recipe.lora, recipe.source, recipe.target
-    return save_result(fit_to_pipelines(*inputs, options, recipe.describe, common), out, options)
-
-
-def _attempt(
-    lora: Path, source: Base, target: Base, out: Path, options: FitOptions, common: CommonParts
-) -> Outcome:
-    """Fits one LoRA of several; an error ends it and no other."""
-    task = Task(lora, out)
-
-    def fit_unless_made() -> Report | None:
-        recipe = Recipe.of(lora, source, target, options)
-        if task.is_made(recipe):
-            return None
-        check_output(out, list_inputs(lora, source, target), options.overwrite)
-        return _fit_into(out, recipe, options, common).report
-
-    task.finish(task.attempt(fit_unless_made))
-    assert task.outcome is not None
-    return task.outcome
+    """Fits a LoRA from file to file; a result of the same recipe is kept."""
+    bases = source, target
+    return make_file(
+        (lora, *bases),
+        out,
+        [options],
+        lambda opened: plan_fit(opened, *bases, options),
+        lambda opened, notes: fit_to_pipelines(opened, *bases, options, notes[0], common),
+    )

@@ -38,18 +38,16 @@ from .by_weights.rows import (
     scale_energies,
 )
 from .convert import read_plain
-from .in_words import MERGE
 from .merge_inputs import check_experts, check_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeChanges, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 from .module_report import ModuleReport
-from .moved_before import check_moved_before
+from .module_tables import write_shape
+from .moved_before import MERGE, check_moved_before
 from .options import LoraLike, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_name, check_output
-from .report import Report
 from .result import Transfer, pack_result, save_result
-from .tables import write_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,7 +106,7 @@ def merge(
     if Path(out).is_dir() and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite)
-    return save_result(job.run(hashed=True), Path(out), options)
+    return save_result(job.run(hashed=True), Path(out), options.overwrite)
 
 
 @dataclass
@@ -211,7 +209,7 @@ class _Merge:
             merged = replace(merged, metadata=self._describe(merged.metadata))
         fitted = form.fit(merged)
         told = describe_cuts(rows, merged, fitted)
-        report = self._report(told, self._measure(fitted, dtype), merged)
+        report = self._report(told, fitted, merged, dtype)
         return pack_result(fitted, merged, report, self.inputs, form)
 
     def _check_experts(self) -> None:
@@ -360,7 +358,9 @@ class _Merge:
         of = " + ".join(self.names[i] for i in parts)
         return cut, describe_conversion(module, of, whole, cut.to(dtype), 1.0)
 
-    def _measure(self, merged: Adapter, dtype: torch.dtype) -> MergeReport:
+    def _measure(
+        self, merged: Adapter, dtype: torch.dtype
+    ) -> tuple[tuple[MergedPart, ...], tuple[ModuleOverlap, ...]]:
         """Measures what of each LoRA is in the result, and their overlap."""
         energies, kept = [fact.energy for fact in self.facts], [0.0] * len(self.parts)
         overlaps: list[ModuleOverlap] = []
@@ -375,7 +375,7 @@ class _Merge:
             replace(f, energy=e, kept=k / e, placeless=f.placeless / e) if e else replace(f, kept=1)
             for f, e, k in known
         )
-        return MergeReport(tuple(told), tuple(overlaps))
+        return tuple(told), tuple(overlaps)
 
     def _describe(self, combined: dict[str, str]) -> dict[str, str]:
         """Writes the header: the merged LoRAs and how; reads all of the target.
@@ -407,8 +407,11 @@ class _Merge:
         kept = ("modelspec.merged_from", "ss_training_comment")
         return rewritten | {key: combined[key] for key in kept}
 
-    def _report(self, rows: Sequence[ModuleReport], merge: MergeReport, result: Adapter) -> Report:
-        """Reports what is known by now."""
+    def _report(
+        self, rows: Sequence[ModuleReport], fitted: Adapter, result: Adapter, dtype: torch.dtype
+    ) -> MergeReport:
+        """Reports what became of each LoRA; `fitted` is `result`, cut to the size of a file."""
+        parts, overlaps = self._measure(fitted, dtype)
         left_out = dict(self.left_out)
         kept_energy: dict[str, float] = {}
         for name, part in zip(self.names, self.parts, strict=True):
@@ -418,13 +421,12 @@ class _Merge:
                 left_out[f"{name}: {vector}"] = "left out as asked"
             for module, share in part.kept_energy.items():
                 kept_energy[module] = min(share, kept_energy.get(module, 1.0))
-        rank = self.options.out_rank
-        return Report(
+        names = " + ".join(self.names)
+        return MergeReport(
             method=MERGE,
-            rank_rule=rank if isinstance(rank, int | float) else 0,
-            threshold=0.0,
-            match="same name",
-            source=" + ".join(self.names),
+            done="merged",
+            original=names,
+            source=names,
             target=self.target.name if self.target else "",
             modules=(*self.behind, *rows),
             blocks="; ".join(f"{f.name}: {f.blocks}" for f in self.facts if f.blocks),
@@ -433,7 +435,8 @@ class _Merge:
             unread=tuple(dict.fromkeys(self.unread)),
             kept_energy=kept_energy,
             provenance=read_provenance(result.metadata),
-            merge=merge,
+            parts=parts,
+            overlaps=overlaps,
         )
 
 

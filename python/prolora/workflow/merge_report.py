@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..core.grouping import group_by
 from ..core.lowrank import LowRank
 from ..core.merging import measure_overlap
+from .made_report import MadeReport
 from .moved_before import fold_base_name
 from .table import Column, Row, Table, make_table
 
@@ -54,12 +55,16 @@ class ModuleOverlap:
     sum_energy: float  # ‖ΔW_i + ΔW_j‖²/(‖ΔW_i‖² + ‖ΔW_j‖²)
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What became of the LoRAs of a merge."""
+@dataclass(frozen=True, repr=False, kw_only=True)
+class MergeReport(MadeReport):
+    """What became of the LoRAs of a merge.
 
-    parts: tuple[MergedPart, ...]  # a row for each
-    # A row for each module and each two LoRAs that have it
+    Attributes:
+        parts: a row for each LoRA.
+        overlaps: a row for each module and each two LoRAs that have it.
+    """
+
+    parts: tuple[MergedPart, ...]
     overlaps: tuple[ModuleOverlap, ...] = ()
 
     def lines(self) -> list[str]:
@@ -68,7 +73,8 @@ class MergeReport:
 
     def cautions(self) -> list[str]:
         """Says which LoRAs lose, cancel, or do the same thing."""
-        said = [
+        said = super().cautions()
+        said += [
             f"Careful: {part.name} mostly loses; give it a higher strength, or the result a higher "
             "rank."
             for part in self.parts
@@ -94,19 +100,17 @@ class MergeReport:
             )
         return said
 
-    def table(self, every_module: bool) -> Table | None:
-        """Tabulates pairs of LoRAs, with a row for each or for each module."""
-        columns = [Column("LoRAs"), *([Column("module")] if every_module else [])]
-        columns += [Column("modules", "d"), Column("cosine of updates", ".2f")]
+    def tables(self) -> list[Table]:
+        """Tabulates how each two LoRAs overlap, too."""
+        columns = [Column("LoRAs"), Column("modules", "d"), Column("cosine of updates", ".2f")]
         columns += [Column("write alike", ".2f"), Column("read alike", ".2f")]
         columns += [Column("cancel", "d"), Column("double", "d")]
-        shown = []
-        for first, second, rows in self._pairs():
-            names = f"{self.parts[first].name}, {self.parts[second].name}"
-            for some in [[row] for row in rows] if every_module else [rows]:
-                cells = [names, *([some[0].module] if every_module else [])]
-                shown.append(Row((*cells, *_average(some))))
-        return make_table("How the LoRAs overlap", columns, shown) if shown else None
+        pairs = [
+            Row((f"{self.parts[first].name}, {self.parts[second].name}", *_average(rows)))
+            for first, second, rows in self._pairs()
+        ]
+        overlaps = [make_table("How the LoRAs overlap", columns, pairs)] if pairs else []
+        return [*overlaps, *super().tables()]
 
     def _pairs(self) -> Iterable[tuple[int, int, list[ModuleOverlap]]]:
         pairs = group_by(self.overlaps, lambda row: (row.first, row.second))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..core.lowrank import LowRank
-from ..core.means import weighted_mean
 from ..core.projection_info import ProjectionInfo
 from ..core.similarity import ANGLE_SHARES
 
@@ -220,30 +219,3 @@ def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
     own = [row for row in rows if row.rank_in]
     placed = {row.source for row in own if row.status == "mapped"}
     return {row.source for row in own}, placed
-
-
-def measure_totals(rows: Sequence[ModuleReport], dry_run: bool) -> dict[str, Any]:
-    """Counts, coverage and energies of the whole LoRA, see `Report.totals`."""
-    mapped = [row for row in rows if row.status == "mapped"]
-    measures = [(row.energy, row.measures) for row in mapped if row.measures]
-    total = sum({row.source: row.energy for row in rows}.values())
-    mapped_energy = sum({row.source: row.energy for row in mapped}.values())
-
-    def average_measure(value: Callable[[Measures], float]) -> float | None:
-        return weighted_mean((energy, value(numbers)) for energy, numbers in measures)
-
-    def average_row(value: Callable[[ModuleReport], float]) -> float | None:
-        return None if dry_run else weighted_mean((row.energy, value(row)) for row in mapped)
-
-    squared_distance = average_row(lambda row: row.copy_distance**2)
-    return {status: sum(row.status == status for row in rows) for status in STATUSES} | {
-        "coverage": measure_coverage(rows),
-        "energy_mapped": mapped_energy / total if total > 0 else None,
-        "energy_surviving": average_row(lambda row: row.surviving_energy),
-        "energy_mixed": average_measure(lambda m: m.mixed_energy),
-        "energy_cut": average_row(lambda row: row.rank_cut_energy),
-        "phi_left": average_measure(lambda m: m.phi_left),
-        "phi_right": average_measure(lambda m: m.phi_right),
-        "copy_distance": None if squared_distance is None else math.sqrt(squared_distance),
-        "flagged": sum(not numbers.ok for _, numbers in measures),
-    }

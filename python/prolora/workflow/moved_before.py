@@ -15,8 +15,10 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import is_identical
 from ..errors import AlreadyMoved
-from .in_words import MERGE
 from .options import LoraLike, TransferOptions, begin_message
+
+MERGE = "merge"
+"""What headers call the making of a merged LoRA."""
 
 # Words of file names for the form in which a model is stored, not for the model.
 _FORMS = re.compile(

@@ -258,24 +258,6 @@ class TransferOptions:
         if self.device is not None:
             object.__setattr__(self, "device", resolve_device(self.device))
         self.memory_limit  # noqa: B018 (raises where it is no size)
-        if self.method == BEST:
-            self._check_best()
-
-    def _check_best(self) -> None:
-        """Refuses what a fit by method "best" cannot do.
-
-        Raises:
-            InvalidOption: names the option.
-        """
-        for known in fields(self):
-            name, value = known.name, getattr(self, known.name)
-            if name not in ("method", *OF_A_FIT_TOO) and value != known.default:
-                raise InvalidOption(
-                    f"`{name}` cannot be chosen with `method='best'`, because a fit cannot use it: "
-                    "keep the default there, or choose another method"
-                )
-        if self.text_encoder == "project":
-            raise InvalidOption("`text_encoder` must be copy or skip with `method='best'`")
 
     def for_file(self) -> TransferOptions:
         """Returns the options for a file: by default the LoRA's own format."""

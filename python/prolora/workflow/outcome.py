@@ -9,8 +9,8 @@ from typing import Any, Literal
 from ..adapters.left_out import find_unknown_updates
 from ..errors import ProLoRAError
 from ..files.hub import spell_path
-from .in_words import InWords, read_again
-from .report import Report
+from .lora_report import LoraReport
+from .report import MADE_BEFORE, InWords, read_again
 
 OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
 """What became of a LoRA, in two words."""
@@ -35,7 +35,7 @@ class Outcome:
 
     lora: Path
     out: Path
-    report: Report | None = None
+    report: LoraReport | None = None
     error: ProLoRAError | None = None
     kept: bool = False
     before: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Outcome:
         if self.error:
             return InWords("✖", str(self.error))
         if self.report is None:
-            return read_again(self.before or ("✔ It was made of the same in the same way.",))
+            return read_again(self.before or (MADE_BEFORE,))
         return self.report.in_words()
 
     @property

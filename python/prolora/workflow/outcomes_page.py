@@ -3,75 +3,63 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from . import tables
 from .outcome import Outcome
-from .page.document import Page, Section, render_page
-from .report import Report
-from .table import NOTHING, Below, Cell, Column, Row, Table, Tone, make_table
+from .report import InWords, Report
+from .table import NOTHING, Cell, Column, Row, Table, make_table
 
 
-def tabulate_outcomes(outcomes: Sequence[Outcome]) -> Table:
-    """Tabulates what became of each LoRA."""
-    counts = Counter(outcome.status for outcome in outcomes)
-    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    columns = Column("LoRA"), Column("status"), *(Column(n, "d") for n in ("mapped", "skipped"))
-    columns += Column("refused", "d"), Column("place", ".0%", has_bar=True)
-    rows = [_describe_outcome(outcome, outcomes) for outcome in outcomes]
-    title = f"{len(outcomes)} LoRAs: {summary}"
-    return make_table(title, (*columns, Column("s", ".1f")), rows)
+@dataclass(frozen=True)
+class OutcomesReport(Report):
+    """What became of several LoRAs."""
 
+    outcomes: Sequence[Outcome]
 
-def name_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
-    """Returns the LoRA's name, or its result's for one of two experts."""
-    several = sum(other.lora == outcome.lora for other in outcomes) > 1
-    return outcome.out.name if several else outcome.lora.name
+    @property
+    def title(self) -> str:
+        """How many there are, and what became of them."""
+        counts = Counter(outcome.status for outcome in self.outcomes)
+        summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+        return f"{len(self.outcomes)} LoRAs: {summary}"
 
+    def in_words(self) -> InWords:
+        """Returns the title, with the mark of the worst."""
+        mark = max((outcome.words.mark for outcome in self.outcomes), key="✔⚠✖".index)
+        return InWords(mark, self.title)
 
-def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Row:
-    """Makes a row: the numbers, and on a page the map and sentences."""
-    words, report = outcome.words, outcome.report
-    name = f"{words.mark} {name_outcome(outcome, outcomes)}"
-    if report is None:
-        cells: list[Cell] = [None, None, None, outcome.share, None]
-        tone: Tone = "warn" if outcome.error else "faint"
-        below = Below(sentences=tuple(str(words).split("\n")))
-        return Row((name, outcome.status, *cells), tone, below=below)
-    totals = report.totals
-    cells = [totals["mapped"], totals["skipped"], totals["refused"]]
-    cells += [outcome.share, outcome.seconds or NOTHING]
-    places = tables.map_modules(report.modules, report.dry_run)
-    reasons = tables.tabulate_reasons(report.modules)
-    sentences = (*str(words).split("\n"), *report.sentences())
-    return Row((name, outcome.status, *cells), below=Below(places, sentences, reasons))
+    def tables(self) -> list[Table]:
+        """Tabulates what became of each LoRA."""
+        columns = Column("LoRA"), Column("status"), *(Column(n, "d") for n in ("mapped", "skipped"))
+        columns += Column("refused", "d"), Column("place", ".0%", has_bar=True), Column("s", ".1f")
+        rows = [self._describe(outcome) for outcome in self.outcomes]
+        return [make_table(self.title, columns, rows, "index")]
 
+    def _describe(self, outcome: Outcome) -> Row:
+        """Makes a row: the numbers, and on a page the sentences."""
+        words, report = outcome.words, outcome.report
+        start = f"{words.mark} {self.name(outcome)}", outcome.status
+        below = tuple(str(words).split("\n"))
+        if report is None:
+            cells = None, None, None, outcome.share, None
+            return Row((*start, *cells), "warn" if outcome.error else "faint", below=below)
+        numbers: list[Cell] = [len(report.rows(x)) for x in ("mapped", "skipped", "refused")]
+        numbers += [outcome.share, outcome.seconds or NOTHING]
+        return Row((*start, *numbers), below=(*below, *report.sentences()))
 
-def render_outcomes(outcomes: Sequence[Outcome], facts: Mapping[str, str] | None = None) -> str:
-    """Renders outcomes as one HTML file: one whole report, or several rows.
+    def name(self, outcome: Outcome) -> str:
+        """Returns the LoRA's name, or its result's for one of two experts."""
+        several = sum(other.lora == outcome.lora for other in self.outcomes) > 1
+        return outcome.out.name if several else outcome.lora.name
 
-    `facts` say more of how they were made, by name: the command.
-    """
-    first, report = outcomes[0], outcomes[0].report
-    if len(outcomes) == 1 and report is not None:
-        known = {"LoRA": first.lora.name}  # without the folder, which is private
-        if not first.planned:
-            known["written to"] = first.out.name
-        return report.to_html(known | dict(facts or {}))
-    table = tabulate_outcomes(outcomes)
-    reports = [outcome.report for outcome in outcomes if outcome.report is not None]
-    page = Page(
-        title=table.title,
-        eyebrow="LoRA transfer report",
-        headline=table.title,
-        sections=[Section("A row for each LoRA", [table], "index")],
-        facts=_list_shared(reports) | dict(facts or {}),
-    )
-    return render_page(page)
+    def facts(self) -> dict[str, str]:
+        """Returns the facts that are the same for all."""
+        facts = [outcome.report.facts() for outcome in self.outcomes if outcome.report]
+        first = facts[0] if facts else {}
+        return {n: text for n, text in first.items() if all(f.get(n) == text for f in facts)}
 
-
-def _list_shared(reports: Sequence[Report]) -> dict[str, str]:
-    """Returns the facts that are the same for all."""
-    facts = [report.facts() for report in reports]
-    first = facts[0] if facts else {}
-    return {name: text for name, text in first.items() if all(f.get(name) == text for f in facts)}
+    def numbers(self) -> dict[str, Any]:
+        """Returns the numbers of each."""
+        return {"outcomes": [outcome.to_dict() for outcome in self.outcomes]}

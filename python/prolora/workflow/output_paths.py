@@ -114,11 +114,6 @@ def _fold_name(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def is_page_path(path: StrPath) -> bool:
-    """Returns whether a report of that name is an HTML page."""
-    return Path(path).suffix.lower() in (".html", ".htm")
-
-
 def fold_path(path: Path) -> tuple[str, ...]:
     """Returns the parts of a path, with case and Unicode forms folded."""
     return tuple(_fold_name(part) for part in path.parts)

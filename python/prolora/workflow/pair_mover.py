@@ -22,11 +22,11 @@ from ..errors import ProLoRAError, explain_os_error
 from .by_weights.base_pair import BasePair
 from .by_weights.decision import label_stage
 from .by_weights.ledger import BYTES_A_NUMBER, LORA_FAILURES, Ledger
+from .lora_report import LoraReport
 from .options import TransferOptions
 from .outcome import Outcome
 from .output_paths import check_output
-from .report import Report
-from .result import Transfer, save_result
+from .result import save_result
 from .resume import Recipe, read_verdict
 
 
@@ -68,7 +68,7 @@ class Task:
         )
         return True
 
-    def finish(self, report: Report | None) -> None:
+    def finish(self, report: LoraReport | None) -> None:
         """Notes the report as the outcome, if there is one."""
         if report is not None:
             self.outcome = Outcome(self.lora, self.out, report=report, seconds=self.seconds)
@@ -95,8 +95,6 @@ class PairMover:
     # The bases, with blocks matched; it shows no progress, since each group labels its own
     pair: BasePair
     asked: TransferOptions  # the options as they were given
-    # Whether a result for this path is not to be written; None writes all
-    hold_back: Callable[[Transfer, Path], bool] | None = None
 
     @classmethod
     def open(
@@ -180,11 +178,9 @@ class PairMover:
         with task.recipe.lora if task.recipe else Lora.open(task.lora) as lora:
             return pair.plan(lora)
 
-    def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
+    def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> LoraReport:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
-        if self.hold_back and self.hold_back(done, task.out):
-            return done.report
-        return save_result(done, task.out, self.asked).report
+        return save_result(done, task.out, self.asked.overwrite).report
 
 
 def _estimate_bytes(lora: Path) -> int:

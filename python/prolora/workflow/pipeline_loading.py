@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..bases import BaseLike
 from ..errors import InvalidOption
+from .best import transfer
+from .lora_report import LoraReport
 from .options import (
     DEFAULT_OPTIONS,
     LoraLike,
@@ -14,8 +16,6 @@ from .options import (
     settle_options,
     takes_options,
 )
-from .report import Report
-from .transfer import transfer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,7 +31,7 @@ def load_moved_lora(
     adapter_name: str | None = None,
     adapter_weight: float = 1.0,
     **changes: Unpack[OptionChanges],
-) -> Report:
+) -> LoraReport:
     """Moves a LoRA to a pipeline's base, and loads it there.
 
     It does what `pipe.load_lora_weights` does for a LoRA of this base, without a file. Weights are

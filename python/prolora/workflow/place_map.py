@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..architectures.depth import stack_order
-from ..architectures.modules import find_stage
-from ..comparison.transformer_blocks import AROUND, column_order, split_module
+from ..architectures.depth import is_number, stack_order
+from ..architectures.modules import find_block, find_stage
 from ..core.grouping import group_by
 from ..core.means import weighted_mean
+
+AROUND = "proj"
+"""The depth of what stands around a stack of blocks: proj_in and proj_out."""
+
+# The parts of an attention layer in the order of the computation.
+_PARTS = ("to_q", "to_k", "to_v", "to_out", "add_q", "add_k", "add_v", "to_add_out")
 
 OUTSIDE = "outside"
 """The stage of modules that belong to no part, such as a transformer's `x_embedder`."""
@@ -109,3 +114,24 @@ def _find_place(module: str) -> tuple[MapColumn, str]:
     # Beside the stack it surrounds, and before it.
     order = stack_order(place), depth != AROUND, column_order(depth)
     return MapColumn(order, place, depth, stage), kind
+
+
+def split_module(module: str) -> tuple[str, str, str]:
+    """Splits a module's name into (stack, depth, kind).
+
+    In a UNet the stack is the attention around a stack of blocks. The depth is the number of the
+    block, or `AROUND`; the kind is the name inside the block.
+    """
+    block = find_block(module)
+    if block is not None:
+        return block.stack.removesuffix(".transformer_blocks"), block.number, block.local
+    place, _, kind = module.rpartition(".")
+    return place, AROUND, kind
+
+
+def column_order(name: str) -> tuple[object, ...]:
+    """Sorts depths by number, and kinds by layer and part; `AROUND` and its kinds come last."""
+    layer, _, part = name.partition(".")
+    place = next((i for i, start in enumerate(_PARTS) if part.startswith(start)), len(_PARTS))
+    number = int(name) if is_number(name) else None
+    return number is None, not part, number or 0, layer, place, name

@@ -15,17 +15,10 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..files.store import replace_surrogates
 from .by_weights.file_budget import OutputForm
-from .convert_options import ConvertOptions
-from .extract_options import ExtractOptions
-from .fit_options import FitOptions
-from .in_words import VERDICT
-from .merge_options import MergeOptions
-from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
+from .lora_report import LoraReport
+from .options import DtypeLike, FormatLike, read_dtype
 from .output_paths import check_output
-from .report import Report
-
-AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
-"""Of a job that writes a LoRA."""
+from .report import VERDICT
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +35,7 @@ class Transfer:
     """
 
     adapter: Adapter
-    report: Report
+    report: LoraReport
     inputs: list[Path] = field(default_factory=list)
     format: FormatLike = "auto"
     dtype: DtypeLike | None = None
@@ -119,14 +112,14 @@ class Transfer:
 
 
 def pack_result(
-    fitted: Adapter, whole: Adapter, report: Report, inputs: list[Path], form: OutputForm
+    fitted: Adapter, whole: Adapter, report: LoraReport, inputs: list[Path], form: OutputForm
 ) -> Transfer:
     """Packs a result as it fits a form; reports whether it was cut."""
     told = replace(report, file_limit=None if fitted is whole else form.limit)
     return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
 
 
-def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
+def save_result(done: Transfer, out: Path, overwrite: bool) -> Transfer:
     """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
     if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
@@ -134,11 +127,11 @@ def save_result(done: Transfer, out: Path, options: AnyOptions) -> Transfer:
         told = json.dumps({"words": words.split("\n"), "share": share})
         metadata = done.adapter.metadata | {VERDICT: replace_surrogates(told)}
         done = replace(done, adapter=replace(done.adapter, metadata=metadata))
-    done.save(out, overwrite=options.overwrite)
+    done.save(out, overwrite=overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done, report=replace(done.report, seconds=seconds))
 
 
-def pack_plan(report: Report) -> Transfer:
+def pack_plan(report: LoraReport) -> Transfer:
     """Returns what a dry run gives: a report, and no update."""
     return Transfer(Adapter({}), report)

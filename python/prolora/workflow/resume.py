@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..adapters import outline_adapter
+from ..adapters import outline_adapter, read_adapter
 from ..adapters.contents import parse_contents
 from ..adapters.left_out import find_unknown_updates
 from ..adapters.lora import Lora
@@ -18,11 +18,15 @@ from ..comparison.module_map import Matching
 from ..core.option_fields import read_shown
 from ..errors import ProLoRAError
 from ..files.hashing import hash_file
+from ..files.hub import keep_path
 from ..version import __version__
+from .by_weights.base_pair import Notes, list_inputs
 from .by_weights.rows import list_missed
-from .fit_options import FitOptions
-from .in_words import VERDICT
-from .options import TransferOptions
+from .lora_report import MovedReport
+from .options import LoraLike
+from .output_paths import check_name, check_output
+from .report import MADE_BEFORE, VERDICT
+from .result import Transfer, save_result
 
 States = list[list[str | int]]
 BaseName = str | States
@@ -48,7 +52,7 @@ class Recipe:
     lora: Lora
     source: Base
     target: Base
-    options: TransferOptions | FitOptions
+    options: Any  # a dataclass of options
     lora_hash: str
     bases: tuple[BaseName, ...]
 
@@ -58,7 +62,7 @@ class Recipe:
         lora: Lora | Path,
         source: Base,
         target: Base,
-        options: TransferOptions | FitOptions,
+        options: Any,
         digests: tuple[str, ...] | None = None,
     ) -> Recipe:
         """Returns the recipe of a LoRA that is not yet read.
@@ -126,6 +130,41 @@ class Recipe:
         outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
         unknown = find_unknown_updates(outline.left_out)
         return (*list_missed(outline, self.options.text_encoder), *unknown)
+
+
+def make_file(
+    ends: tuple[LoraLike, Base, Base],
+    out: str | PathLike[str],
+    ways: Sequence[Any],
+    plan: Callable[[Lora], MovedReport],
+    make: Callable[[LoraLike, list[Notes | None]], Transfer],
+) -> Transfer:
+    """Makes a result at a path; one of the same recipe is kept, and its verdict told again.
+
+    Args:
+        ends: the LoRA and both bases.
+        out: where it is written.
+        ways: the options of each way in which it may have been made.
+        plan: reports what a kept result is, from headers.
+        make: makes it; called with the LoRA, and for each way with what its header says of that.
+    """
+    lora, *bases = ends
+    check_name(out)
+    path, options = Path(out), ways[0]
+    if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
+        check_output(path, list_inputs(lora, *bases), options.overwrite)
+        return save_result(make(lora, [None for _ in ways]), path, options.overwrite)
+    with Lora.open(keep_path(lora)) as file:
+        recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
+        if not options.overwrite and any(recipe.is_made(path) for recipe in recipes):
+            before = read_verdict(path)[0] or (MADE_BEFORE,)
+            return Transfer(read_adapter(out), replace(plan(file), before=before))
+        check_output(path, list_inputs(file, *bases), options.overwrite)
+        done = make(file, [recipe.describe for recipe in recipes])
+        if options.progress:
+            moved = len(done.adapter.updates)
+            options.progress(moved, moved, f"writing {path.name}")
+        return save_result(done, path, options.overwrite)
 
 
 def read_verdict(out: Path) -> tuple[tuple[str, ...], float | None]:

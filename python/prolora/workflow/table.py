@@ -1,4 +1,4 @@
-"""A table as data: title, columns and rows. A terminal and a page draw the same one."""
+"""A table as data: a terminal and a page draw the same one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .glossary import GLOSSARY
-from .place_map import PlaceMap
 
 NOTHING = "–"
 
@@ -31,22 +30,13 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Below:
-    """What a page shows in a row below its name: the map of a LoRA, and what to read about it."""
-
-    map: PlaceMap | None = None
-    sentences: tuple[str, ...] = ()
-    table: Table | None = None
-
-
-@dataclass(frozen=True)
 class Row:
     """One row of a table, with its look on a page."""
 
     cells: tuple[Cell, ...]  # one for each column
     tone: Tone = ""  # how it stands out
     anchor: str = ""  # by which the map of a page leads to it
-    below: Below | None = None  # what a page shows below its name
+    below: tuple[str, ...] = ()  # what a page says of it on request
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class Table:
     title: str  # what it shows
     columns: tuple[Column, ...]  # from left to right
     rows: tuple[Row, ...]  # from top to bottom
-    note: str = ""  # what is to be known of all of it
+    id: str = ""  # by which a page, its style and its script find it
 
     def legend(self) -> dict[str, str]:
         """Returns column -> its meaning from the glossary."""
@@ -67,7 +57,7 @@ class Table:
         return {name: GLOSSARY[name] for name in names if name in GLOSSARY}
 
 
-def make_table(title: str, columns: Sequence[Column], rows: Iterable[Row], note: str = "") -> Table:
+def make_table(title: str, columns: Sequence[Column], rows: Iterable[Row], id: str = "") -> Table:
     """Makes a table without empty columns of numbers."""
     rows = tuple(rows)
     kept = [
@@ -76,7 +66,7 @@ def make_table(title: str, columns: Sequence[Column], rows: Iterable[Row], note:
         if column.form is None or any(column.write(row.cells[i]) != NOTHING for row in rows)
     ]
     shown = (replace(row, cells=tuple(row.cells[i] for i in kept)) for row in rows)
-    return Table(title, tuple(columns[i] for i in kept), tuple(shown), note)
+    return Table(title, tuple(columns[i] for i in kept), tuple(shown), id)
 
 
 def write_number(value: float | None, form: str = ".2f") -> str:

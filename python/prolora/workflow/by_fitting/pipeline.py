@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from ... import adapters
 from ...adapters.adapter import Adapter
@@ -30,12 +30,13 @@ from ..by_weights.base_pair import (
 )
 from ..by_weights.ledger import Ledger
 from ..by_weights.rows import check_coverage
+from ..by_weights.transfer_report import TransferReport
 from ..fit_options import FitOptions
 from ..module_report import ModuleReport
 from ..options import FIT, LoraLike
-from ..report import Report
 from ..result import Transfer
 from .common_parts import CommonParts
+from .fit_report import FitReport, RivalReport
 from .plan import FitJob, check_fittable, explain_need, outline_fit, plan_modules
 from .rows import build_fit_report, list_modules, outline_report
 from .running import fit_models, plan_memory_of_card
@@ -129,6 +130,12 @@ def prepare_fit(
     return replace(job, card=plan_memory_of_card(job))
 
 
+def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
+    """Reports what would be fitted, carried over, skipped and refused, from headers alone."""
+    job = prepare_fit(lora, source, target, options, "outline")
+    return outline_report(job.adapter, job.plan, job.source, job.target, options)
+
+
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
     """Wraps a result of `probe.fit_to_models` with header and report."""
     options = FitOptions()
@@ -188,7 +195,7 @@ def _finish_fit(
     fitted: dict[str, LowRank],
     probe: ProbeReport,
     notes: dict[str, str],
-) -> tuple[Adapter, Report]:
+) -> tuple[Adapter, FitReport]:
     """Builds the target's adapter and the report of what was fitted."""
     adapter, plan, target = job.adapter, job.plan, job.target
     strength = probe.gate.strength if probe.gate else 1.0
@@ -256,7 +263,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
 
 def _scale_rival(
     rival: Rival, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
-) -> tuple[Adapter, Report]:
+) -> tuple[Adapter, RivalReport]:
     """Scales a LoRA moved by weights to the strength of held-out probes."""
     adapter, report = rival.done.adapter, rival.done.report
 
@@ -274,16 +281,15 @@ def _scale_rival(
         else row
         for row in report.modules
     )
+    assert isinstance(report, TransferReport)
     strength = report.strength * factor
     facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": FIT}
     metadata = build_metadata(rival.ledger) | facts | _describe_gate(probe, job.options) | notes
     moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
-    report = replace(
-        report,
-        asked=FIT,
-        probe=probe,
-        strength=strength,
-        modules=rows,
-        provenance=read_provenance(metadata),
-    )
-    return moved, report
+    known = {known.name: getattr(report, known.name) for known in fields(report)} | {
+        "asked": FIT,
+        "strength": strength,
+        "modules": rows,
+        "provenance": read_provenance(metadata),
+    }
+    return moved, RivalReport(**known, probe=probe)

@@ -27,8 +27,8 @@ from ...files.jsontext import read_json_object
 from ...probe.modules import NO_KIND, choose_fitted
 from ...probe.workload import Workload
 from ..fit_options import FitOptions, PassedOn
+from ..lora_report import LoraReport
 from ..plan import ModulePlan, check_fits_source, place_text_encoders
-from ..report import Report
 
 if TYPE_CHECKING:
     from ...probe.pipelines import CardPlan
@@ -140,7 +140,7 @@ def fitted_modules(names: Iterable[str], source: Base) -> set[str]:
 
 
 def explain_need(
-    found: Report | ProLoRAError, source: Base, target: Base, target_steps: int | None
+    found: LoraReport | ProLoRAError, source: Base, target: Base, target_steps: int | None
 ) -> str:
     """Returns why a fit is called for; "" where moving by weights serves.
 

@@ -22,15 +22,15 @@ from ..fit_options import FitOptions
 from ..module_report import ModuleReport
 from ..options import FIT
 from ..plan import ModulePlan
-from ..report import Report
-from .plan import RULE, LoraParts, foresee_work, target_modules
+from .fit_report import FitReport
+from .plan import LoraParts, foresee_work, target_modules
 
 _VECTOR = "a fit gives updates of matrices only, no biases or normalisation layers"
 
 
 def outline_report(
     adapter: Adapter, plan: ModulePlan, source: Base, target: Base, options: FitOptions
-) -> Report:
+) -> FitReport:
     """Reports what would be fitted, from names and shapes alone."""
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
@@ -52,13 +52,11 @@ def build_fit_report(
     options: FitOptions,
     rows: Iterable[ModuleReport],
     **known: Any,
-) -> Report:
-    """Builds the report of a fit; `known` are further fields of `Report`."""
-    return Report(
+) -> FitReport:
+    """Builds the report of a fit; `known` are further fields of the report."""
+    return FitReport(
         method=FIT,
         rank_rule=options.rank or 0,
-        threshold=0.0,
-        match=RULE,
         source=source.name,
         target=target.name,
         modules=tuple(rows),

@@ -23,7 +23,7 @@ from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
-from ..page.document import PictureGrid
+from ..report import PictureGrid
 from .common_parts import CommonParts
 from .plan import FitJob, LoraParts, foresee_work
 from .showing import ImageGrid

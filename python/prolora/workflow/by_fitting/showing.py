@@ -14,8 +14,8 @@ from torch import Tensor
 from ...core.lowrank import LowRank
 from ...errors import NonFiniteWeights, ProLoRAError
 from ...probe.settings import FitSettings
-from ..page.document import PictureGrid
 from ..page.picture_file import write_png
+from ..report import PictureGrid
 
 if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline

@@ -18,9 +18,9 @@ from ...files.store import replace_surrogates
 from ...version import __version__
 from ..block_weights import BlockWeights
 from ..module_report import ModuleReport
-from ..report import Report
 from .ledger import Ledger
 from .rows import list_missed, list_tensors_left_out
+from .transfer_report import TransferReport
 from .vectors import CarriedVectors, carry_vectors
 
 
@@ -95,14 +95,14 @@ def _find_few_steps(ledger: Ledger) -> bool | None:
 
 def build_report(
     ledger: Ledger, modules: Iterable[ModuleReport], vectors: CarriedVectors, **known: Any
-) -> Report:
+) -> TransferReport:
     """Builds the report of a transfer by weights.
 
     `modules` has a row for every module of the LoRA, and one for each further target; `known` are
-    further fields of `Report`.
+    further fields of the report.
     """
     adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
-    return Report(
+    return TransferReport(
         method=options.method,
         rank_rule=options.rank,
         threshold=options.threshold,

@@ -24,7 +24,6 @@ from ..base_check import check_bases
 from ..block_weights import weigh_adapter
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
-from ..report import Report
 from ..result import Transfer, pack_result
 from .assembly import assemble_adapter, build_metadata, build_report, outline_result
 from .decision import Looked, decide_method, label_stage
@@ -32,6 +31,7 @@ from .file_budget import OutputForm, describe_cuts
 from .ledger import LORA_FAILURES, Clock, Ledger
 from .move_updates import move_all
 from .rows import check_coverage, outline_rows
+from .transfer_report import TransferReport
 from .vectors import carry_vectors
 
 Notes = Callable[[], Mapping[str, str]]
@@ -140,7 +140,7 @@ class BasePair:
         move_all(left, self.source, self.target, self.cache, self.memory, progress)
         return ledgers
 
-    def preview(self, lora: LoraLike) -> Report:
+    def preview(self, lora: LoraLike) -> TransferReport:
         """Compares weights and says what a transfer of a LoRA would give.
 
         Raises:
@@ -255,7 +255,9 @@ def move_lora(
 
 
 @in_full_precision
-def preview_move(lora: LoraLike, source: Base, target: Base, options: TransferOptions) -> Report:
+def preview_move(
+    lora: LoraLike, source: Base, target: Base, options: TransferOptions
+) -> TransferReport:
     """Compares weights and says what a transfer of one LoRA would give.
 
     Raises:

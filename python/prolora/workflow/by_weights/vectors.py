@@ -14,9 +14,11 @@ from torch import Tensor
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ..block_weights import LEFT_OUT
-from ..in_words import A_VECTOR
 from ..plan import ModulePlan
 from .ledger import Ledger
+
+A_VECTOR = "a trained bias or normalisation layer"
+"""How reasons begin for which such a tensor stays behind."""
 
 
 @dataclass

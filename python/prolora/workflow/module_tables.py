@@ -1,4 +1,7 @@
-"""What each table holds: of a report, a comparison, an advice and a description of a file."""
+"""Tables and the map of what became of modules.
+
+Means are weighted by the energy of the updates, and None where a number is not known.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from ..comparison.module_map import BlockDecision
+from ..architectures.modules import find_stage
 from ..core.grouping import group_by
-from ..probe.crossed import BandReport
-from .group_means import average_measures, average_rows, find_overlap, group_rows
-from .module_report import ModuleReport
+from ..core.means import weighted_mean
+from .module_report import Measures, ModuleReport
 from .place_map import PlaceMap, Spot
 from .table import NOTHING, Cell, Column, Row, Table, make_table, write_extremes
+
+MODULES = "modules"
+"""The id of the table that the map leads to."""
 
 _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]], ...] = (
     (Column("kept", ".0%", has_bar=True), lambda rows: average_rows(rows, share_written)),
@@ -21,48 +26,28 @@ _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]],
     (Column("drift", ".2f"), lambda rows: average_rows(rows, lambda row: row.drift)),
     (Column("Φ l", ".2f"), lambda rows: average_measures(rows, lambda m: m.phi_left)),
     (Column("Φ r", ".2f"), lambda rows: average_measures(rows, lambda m: m.phi_right)),
-    (Column("above", ".2f"), find_overlap),
+    (Column("above", ".2f"), lambda rows: find_overlap(rows)),
     (Column("mixed", ".0%"), lambda rows: average_measures(rows, lambda m: m.mixed_energy)),
 )
 """The numbers of modules that moved."""
 
-_ANGLE = Column("angle", "")
 
+def tabulate_moved(title: str, rows: Sequence[ModuleReport], is_planned: bool) -> Table:
+    """Tabulates what moved, by part of the model.
 
-def tabulate_moved(
-    title: str, rows: Sequence[ModuleReport], every_module: bool, is_planned: bool
-) -> Table:
-    """Tabulates what moved, by part of the model or module.
-
-    Args:
-        title: of the table.
-        rows: the modules that moved, at least one.
-        every_module: a row for each of them.
-        is_planned: nothing has moved yet, so that ranks alone are known.
+    `is_planned` says that nothing has moved yet, so that ranks alone are known.
     """
     known = () if is_planned else _COLUMNS
-    groups = group_rows(rows, every_module)
-    # One row to a module needs no number of them, and 80 columns hold either.
-    first = _ANGLE if every_module else Column("n", "d")
+    parts = group_by(rows, lambda row: find_stage(row.source))
     shown = []
-    for name, some in (*groups.items(), ("all", rows)):
-        part = name if every_module else name.replace("transformer_blocks", "blocks")
-        cells: list[Cell] = [part, _write_angle(some) if every_module else len(some)]
+    for name, some in (*parts.items(), ("all", rows)):
+        cells: list[Cell] = [name.replace("transformer_blocks", "blocks"), len(some)]
         cells += [value(some) for _, value in known]
         known_ranks = [row.rank_out for row in some if row.rank_out or not is_planned]
         ranks = write_extremes(known_ranks) if known_ranks else NOTHING
         shown.append(Row((*cells, ranks), "total" if name == "all" else ""))
-    names = Column("module" if every_module else "part"), first, *(column for column, _ in known)
+    names = Column("part"), Column("n", "d"), *(column for column, _ in known)
     return make_table(title, (*names, Column("rank", "")), shown)
-
-
-def _write_angle(rows: Sequence[ModuleReport]) -> str:
-    """Writes the median and the largest principal angle in degrees."""
-    angle = average_measures(rows, lambda m: m.angle)
-    largest = average_measures(rows, lambda m: m.largest_angle)
-    if angle is None or largest is None:
-        return NOTHING
-    return f"{math.degrees(angle):.0f}…{math.degrees(largest):.0f}°"
 
 
 def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table:
@@ -84,7 +69,7 @@ def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table
         cells += [degrees, row.energy / total if total else None, str(row.rank_in or NOTHING)]
         cells += [str(row.rank_out) if moved else NOTHING, write_shape(row.shape), row.reason]
         rows.append(Row(tuple(cells), "" if moved else "warn", f"m{i}"))
-    return make_table("Every module of the LoRA", columns, rows)
+    return make_table("Every module of the LoRA", columns, rows, MODULES)
 
 
 def write_shape(shape: Sequence[int]) -> str:
@@ -138,56 +123,32 @@ def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:
     return make_table("Modules that did not move", columns, rows) if rows else None
 
 
-def tabulate_bands(bands: Iterable[BandReport]) -> Table:
-    """Tabulates what crossed between two latent spaces, by band."""
-    columns = Column("band"), Column("of the wanted change", ".0%"), Column("reached", ".0%")
-    rows = [Row((band.name, band.energy, band.reached)) for band in bands]
-    return make_table("What crossed, on held-out probes", columns, rows)
+def average_rows(
+    rows: Sequence[ModuleReport], value: Callable[[ModuleReport], float | None]
+) -> float | None:
+    """Averages over modules; None for a text encoder carried over uncompared."""
+    is_compared = any(row.drift is not None or row.measures is not None for row in rows)
+    return _average(rows, value) if is_compared else None
 
 
-def tabulate_decisions(
-    decisions: Sequence[BlockDecision], unused: Sequence[str], every_block: bool
-) -> Table:
-    """Tabulates where blocks came from, by stack or by block."""
-    title = f"Blocks matched by similarity; {len(unused)} of the source's are not used"
-    score, margin = Column("score", ".2f"), Column("margin", ".2f")
-    if every_block:
-        columns = Column("block"), Column("from"), Column("runner-up"), score, Column("2nd", ".2f")
-        rows = [
-            Row(
-                (
-                    *(
-                        (name or "none").replace(".transformer_blocks.", ".")
-                        for name in (decision.target, decision.source, decision.runner_up)
-                    ),
-                    *(decision.score, decision.runner_up_score, decision.margin),
-                ),
-                "" if decision.source else "warn",
-            )
-            for decision in decisions
-        ]
-        return make_table(title, (*columns, margin), rows)
-    stacks = group_by(decisions, lambda decision: decision.target.rpartition(".")[0])
-    rows = [
-        Row(
-            (
-                name.removesuffix(".transformer_blocks"),
-                _write_origins(name, several),
-                min(decision.score for decision in several),
-                min(decision.margin for decision in several),
-            )
-        )
-        for name, several in stacks.items()
-    ]
-    least = Column("least score", ".2f"), Column("least margin", ".2f")
-    return make_table(title, (Column("blocks"), Column("block←from"), *least), rows)
+def average_measures(
+    rows: Sequence[ModuleReport], value: Callable[[Measures], float]
+) -> float | None:
+    """Averages over modules that were projected."""
+    return _average(rows, lambda row: value(row.measures) if row.measures else None)
 
 
-def _write_origins(stack: str, decisions: list[BlockDecision]) -> str:
-    """Writes `0←0 1←3`, with the source's stack if it differs."""
-    origins = []
-    for decision in decisions:
-        origin, _, index = (decision.source or "").rpartition(".")
-        prefix = "" if origin in ("", stack) else origin.removesuffix(".transformer_blocks") + "."
-        origins.append(f"{decision.target.rpartition('.')[2]}←{prefix}{index or 'none'}")
-    return " ".join(origins)
+def find_overlap(rows: Sequence[ModuleReport]) -> float | None:
+    """Returns the overlap above chance of the worse side."""
+    left = average_measures(rows, lambda m: m.above_left)
+    right = average_measures(rows, lambda m: m.above_right)
+    return min((side for side in (left, right) if side is not None), default=None)
+
+
+def _average(
+    rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]
+) -> float | None:
+    """Averages by energy; updates without energy count alike."""
+    values = [(row.energy, value(row)) for row in rows]
+    mean = weighted_mean(values)
+    return weighted_mean((1.0, number) for _, number in values) if mean is None else mean

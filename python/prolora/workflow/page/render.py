@@ -1,0 +1,99 @@
+"""A `Report` as HTML, with every text escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined, pass_context
+from markupsafe import Markup, escape
+
+from ...version import __version__
+from .drawing import draw_map
+
+# No character of these has a place in a page: C0 and C1 controls, marks of direction, line and
+# paragraph separators, half characters, and what Unicode says is no character.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+    "\ufdd0-\ufdef\ufffe\uffff]"
+)
+
+
+def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], str]) -> str:
+    """Renders one HTML file, which loads nothing.
+
+    The policy lets nothing run but this script and nothing style but this sheet, by their digests.
+    """
+    style, script = Markup(_read_asset("style.css")), Markup(_read_asset("script.js"))
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    known = {"style": style, "script": script, "policy": policy, "version": __version__}
+    drawn = draw_map(report.map) if report.map and report.map.spots else None
+    return _render("page.html", report, spell=spell, facts=facts, drawn=drawn, **known)
+
+
+def render_summary(report: Any) -> str:
+    """Renders the verdict and tables for a notebook, without script and style."""
+    return _render("summary.html", report, spell=str)
+
+
+def replace_controls(text: str) -> str:
+    r"""Replaces control characters by `\x1b` and the like; tabs and newlines stay."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _render(template: str, report: Any, **known: Any) -> str:
+    words = report.in_words()
+    return _environment().get_template(template).render(report=report, words=words, **known)
+
+
+@cache
+def _environment() -> Environment:
+    """Makes an environment that spells and escapes each text, and refuses unknown names."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    environment.filters |= {"png": _embed_png, "breakable": _break_name}
+    environment.loader = FunctionLoader(_read_asset)
+    return environment
+
+
+@pass_context
+def _finalize(context: Any, value: Any) -> Any:
+    """Returns a text in the reader's words, without control characters; markup stays."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return replace_controls(context["spell"](value))
+
+
+def _break_name(text: str) -> str:
+    """Lets a long module name break after each dot."""
+    if text.count(".") <= 2 or " " in text:
+        return text
+    return escape(replace_controls(text)).replace(".", Markup(".<wbr>"))
+
+
+def _embed_png(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+@cache
+def _read_asset(name: str) -> str:
+    """Reads a file beside this one."""
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def _digest(text: str) -> str:
+    """Digests a style or script for a content security policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
