@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .core.similarity import principal_angles as principal_angles
     from .core.similarity import similarity as similarity
     from .errors import ProLoRAError as ProLoRAError
+    from .workflow.bake import bake as bake
     from .workflow.best import transfer as transfer
     from .workflow.best import transfer_many as transfer_many
     from .workflow.check import Check as Check
@@ -61,6 +62,7 @@ _HOMES = {
     "Similarity": "core.similarity",
     "Transfer": "workflow.result",
     "TransferOptions": "workflow.options",
+    "bake": "workflow.bake",
     "check": "workflow.check",
     "convert": "workflow.convert",
     "extract": "workflow.extract",
@@ -99,6 +101,7 @@ __all__ = [
     "Transfer",
     "TransferOptions",
     "__version__",
+    "bake",
     "check",
     "convert",
     "extract",

@@ -115,10 +115,9 @@ def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
     lora, base, before, delta = make_case(tmp_path, torch.float8_e4m3fn, 0.005, 0.002)
     nearest = bake([lora], base, tmp_path / "nearest.safetensors")
     seeds = [
-        bake([lora], base, tmp_path / f"{seed}.safetensors", rounding="stochastic", seed=seed)
-        for seed in range(60)
+        bake([lora], base, tmp_path / f"{seed}.safetensors", stochastic=seed) for seed in range(60)
     ]
-    again = bake([lora], base, tmp_path / "again.safetensors", rounding="stochastic", seed=7)
+    again = bake([lora], base, tmp_path / "again.safetensors", stochastic=7)
     assert again.survived == seeds[7].survived
     assert nearest.survived < 0.5 and "stochastic" in str(nearest)
     mean = sum(done.survived for done in seeds) / len(seeds)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..architectures.families import known_families
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
 from ..workflow.check import check as check_file
@@ -54,8 +53,7 @@ def check(
         files, bases = split_bases(files)
         asked |= dict(zip(("source", "target"), bases, strict=True)) if bases[1:] else {}
         base = bases[0] if len(bases) == 1 else None
-    is_family = base in known_families() and not Path(base or "").exists()
-    asked["family" if is_family else "base"] = base
+    asked["base"] = base
     for file in files:
         try:
             with progress_bar("check", asked["target"] is not None and not as_json) as progress:

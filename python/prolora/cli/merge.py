@@ -42,13 +42,13 @@ class MergedBases:
         str | None,
         base_option("Bake the LoRAs into a copy of this base model; -o names the new model."),
     ] = None
-    rounding: Annotated[
-        str,
+    stochastic: Annotated[
+        int | None,
         typer.Option(
-            metavar="nearest|stochastic",
-            help="How --into rounds; stochastic keeps more of a LoRA in float8, with more noise.",
+            metavar="SEED",
+            help="Round --into at random, which keeps more of a LoRA in float8, with more noise.",
         ),
-    ] = "nearest"
+    ] = None
 
     def open(self) -> tuple[Base | None, list[Base]]:
         """Opens all of them, each once."""
@@ -94,8 +94,8 @@ def bake_all(
     """Bakes LoRAs into a model, and tells what survived."""
     if bases.target is not None or bases.source or output.dry_run or output.report:
         raise InvalidOption(
-            "`into` makes a model of its own base: leave out `target`, `source`, `report` and "
-            "`dry_run`"
+            "--into makes a model of its own base: leave out --target, --source, --report and "
+            "--dry-run"
         )
     with progress_bar("bake", output.show_tables) as progress:
         baked = bake(
@@ -104,7 +104,7 @@ def bake_all(
             cast(Path, output.output),
             strengths=merging.strengths,
             blocks=cast(Any, merging.blocks),
-            rounding=cast(Any, bases.rounding),
+            stochastic=bases.stochastic,
             overwrite=merging.overwrite,
             progress=progress,
         )

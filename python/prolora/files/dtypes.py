@@ -65,7 +65,7 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 
 def decode_number(dtype: str, raw: bytes) -> float:
-    """Returns the real number in a tensor of one, without torch unless it has eight bits."""
+    """Returns the number in a tensor of one; torch is for eight bits alone."""
     if dtype in _CODES:
         return float(struct.unpack(f"<{_CODES[dtype]}", raw)[0])
     if dtype == "BF16":  # the upper half of a float32

@@ -1,4 +1,4 @@
-"""LoRAs baked into the weights of their base, and what survives the rounding."""
+"""LoRAs baked into their base, and what survives the rounding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ from .moved_before import check_moved_before
 from .options import LoraLike, TransferOptions
 from .report import Mark
 
-Rounding = Literal["nearest", "stochastic"]
-
 SURVIVES = 0.9
 """Where less of a LoRA survives than this, people see it."""
 
@@ -41,7 +39,7 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 
 @dataclass(frozen=True)
 class BakedModule:
-    """What became of one module's update ΔW, W + ΔW rounded to Q."""
+    """One module's update ΔW, and W + ΔW rounded to Q."""
 
     module: str
     energy: float  # ‖ΔW‖²
@@ -61,7 +59,7 @@ class Baked:
     path: Path
     base: str
     loras: tuple[str, ...]
-    rounding: Rounding
+    stochastic: int | None  # the seed of the rounding; None if it was to the nearest
     dtypes: dict[str, int]  # how the changed weights are stored -> how many
     modules: tuple[BakedModule, ...]
     left_out: dict[str, str] = field(default_factory=dict)  # what has no place in the base -> why
@@ -80,7 +78,7 @@ class Baked:
 
     @property
     def mark(self) -> Mark:
-        """✔ the LoRA acts in full, ⚠ rounding took a part of it, or parts have no place."""
+        """✔ it acts in full, ⚠ rounding took a part, or parts have no place."""
         return "✔" if self.survived >= SURVIVES and not self.left_out else "⚠"
 
     @property
@@ -95,7 +93,7 @@ class Baked:
         found = []
         if self.survived < SURVIVES:
             way = "bake into a 16-bit model, or keep the LoRA as a file"
-            also = ", or --rounding stochastic" if self.rounding == "nearest" else ""
+            also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
             found.append(("", f"To keep all of it: {way}{also}."))
         stored = ", ".join(f"{kind} ×{count}" for kind, count in self.dtypes.items())
         found.append(("changed", f"{len(self.modules)} weights ({stored}); all else byte for byte"))
@@ -126,8 +124,7 @@ def bake(
     *,
     strengths: Sequence[float] | None = None,
     blocks: Sequence[Blocks | None] | None = None,
-    rounding: Rounding = "nearest",
-    seed: int = 0,
+    stochastic: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Baked:
@@ -144,9 +141,8 @@ def bake(
         out: the file, or folder, to write.
         strengths: a factor on each LoRA; 1 by default.
         blocks: block weights of each LoRA.
-        rounding: "nearest", or "stochastic": the mean is right where single updates are smaller
-            than the steps of float8, and weights are noisier.
-        seed: of stochastic rounding.
+        stochastic: seed of rounding at random: the mean is right where updates are smaller than the
+            steps of float8, and weights are noisier. None rounds to the nearest.
         overwrite: replace what exists.
         progress: called as progress(done, total, key).
 
@@ -164,8 +160,8 @@ def bake(
     for name, given in (("strengths", strengths), ("blocks", blocks)):
         if given is not None and len(given) != count:
             raise InvalidOption(f"`{name}` is for {len(given)} LoRAs, and there are {count}")
-    if not count or rounding not in ("nearest", "stochastic"):
-        raise InvalidOption("give one LoRA or more, and `rounding` as nearest or stochastic")
+    if not count:
+        raise InvalidOption("give one LoRA or more")
     path = model.path
     if path is None:
         raise UnsupportedFormat(f"{model.name}: is in memory; give the model as a file or a folder")
@@ -176,7 +172,8 @@ def bake(
         raise OutputError(f"{out}: a checkpoint's name ends in .safetensors")
     updates = _sum_updates(loras, model, strengths or [1.0] * count, blocks or [None] * count)
     groups, left_out = _place_updates(updates, model)
-    baking = _Baking(rounding, torch.Generator().manual_seed(seed))
+    random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
+    baking = _Baking(random)
 
     def write(new: Path) -> None:
         if folder:
@@ -195,7 +192,7 @@ def bake(
         kind = str(stored.dtype).removeprefix("torch.")
         dtypes[kind] = dtypes.get(kind, 0) + 1
     names, rows = tuple(name_loras(loras)), tuple(baking.rows)
-    return Baked(Path(out), model.name, names, rounding, dtypes, rows, left_out)
+    return Baked(Path(out), model.name, names, stochastic, dtypes, rows, left_out)
 
 
 def _sum_updates(
@@ -279,8 +276,7 @@ def _list_unused(model: Base) -> Any:
 class _Baking:
     """The work on single weights, and what became of them."""
 
-    rounding: Rounding
-    generator: torch.Generator
+    random: torch.Generator | None  # rounds to the nearest without one
     rows: list[BakedModule] = field(default_factory=list)
 
     def write_weight(self, file: Path, stored: StoredWeight, parts: Parts) -> None:
@@ -318,8 +314,8 @@ class _Baking:
             scale = tiles.repeat_interleave(root.tile[0])[: len(numbers)]
             scale = scale.reshape(-1, *[1] * (numbers.ndim - 1))
         codes = numbers / scale
-        if self.rounding == "stochastic" and stored.dtype != numbers.dtype:
-            codes = _round_at_random(codes, stored.dtype, self.generator)
+        if self.random is not None and stored.dtype != numbers.dtype:
+            codes = _round_at_random(codes, stored.dtype, self.random)
         if stored.dtype.itemsize == 1:  # torch makes NaN of what is too large
             largest = torch.finfo(stored.dtype).max
             codes = codes.clamp(-largest, largest)

@@ -26,7 +26,6 @@ def check(
     lora: LoraSource,
     *,
     base: ExpertsLike | None = None,
-    family: str | None = None,
     program: str | None = None,
     deep: bool = False,
     source: BaseLike | None = None,
@@ -43,8 +42,8 @@ def check(
     Args:
         lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict; a base model is
             described, too.
-        base: as `transfer` takes its bases; of a pipeline with two experts the first.
-        family: the id of a family ("sdxl"), in the place of a base.
+        base: as `transfer` takes its bases, of a pipeline with two experts the first; or the id of
+            a family ("sdxl").
         program: a program that should read it ("comfyui", "diffusers", "forge", …).
         deep: read the tensors, too, and look for NaN, zeros, overflows and outliers.
         source: the base that the LoRA was trained on, if `target` is given.
@@ -56,29 +55,26 @@ def check(
         The answer, which is true where nothing speaks against it.
 
     Raises:
-        InvalidOption: an unknown program or family, or one base of two.
+        InvalidOption: an unknown program, or one base of two.
         UnsupportedFormat: a file cannot be read at all, or a base is none.
         ProLoRAError: what `transfer` refuses, but for models that have nothing in common.
     """
-    for name, value, known in (
-        ("program", program, known_loaders()),
-        ("family", family, known_families()),
-    ):
-        if value is not None and value not in known:
-            raise InvalidOption(f"`{name}` is one of {', '.join(known)}, not {value!r}")
+    if program is not None and program not in known_loaders():
+        known = ", ".join(known_loaders())
+        raise InvalidOption(f"`program` is one of {known}, not {program!r}")
     if (source is None) != (target is None):
         raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
     opened = open_lora(lora)
     found = check_model(lora) if opened is None else check_tensors(opened, program, deep)
-    if base is family is source is None:
+    if base is source is None:
         return found
     if opened is None or found.kind != "lora":
         return replace(found, reason=found.reason or "a LoRA was asked about")
     from .base_fit import fit_base, fit_family
 
-    if family is not None:
-        found = replace(found, fit=fit_family(found.families, family))
-    if base is not None:
+    if isinstance(base, str) and base in known_families() and not os.path.exists(base):
+        found = replace(found, fit=fit_family(found.families, base))
+    elif base is not None:
         found = replace(found, fit=fit_base(opened, base))
     if source is not None and target is not None:
         from ..bases import open_base
