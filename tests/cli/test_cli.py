@@ -36,24 +36,6 @@ def test_json_is_all_that_json_prints(prolora, case, tmp_path):
     assert json.loads(text)["totals"]["mapped"] == 8
 
 
-def test_a_dry_run_writes_nothing(prolora, case, tmp_path):
-    lora, source, target = case
-    before = sorted(tmp_path.rglob("*"))
-    code, text, _ = prolora(
-        "transfer",
-        lora,
-        "--source",
-        source,
-        "--target",
-        target,
-        "--dry-run",
-        "-o",
-        tmp_path / "out.safetensors",
-    )
-    assert code == 0 and "8 of 12" in text
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_a_dry_run_of_several_loras_says_what_would_move(prolora, case, tmp_path):
     lora, source, target = case
     other = tmp_path / "other.safetensors"
@@ -72,19 +54,6 @@ def test_low_coverage_fails_and_writes_nothing(prolora, case, tmp_path):
         code, _, text = prolora(*line, *extra)
         assert code == 3 and "overage" in text
     assert not out.exists()
-
-
-def test_several_loras_go_into_a_folder(prolora, case, tmp_path):
-    lora, source, target = case
-    second = tmp_path / "second.safetensors"
-    save_file(load_file(lora), second)
-    folder = tmp_path / "moved"
-    folder.mkdir()
-    code, _, _ = prolora(
-        "transfer", lora, second, "--source", source, "--target", target, "-o", folder
-    )
-    assert code == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["lora.safetensors", "second.safetensors"]
 
 
 def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tmp_path):
@@ -129,26 +98,6 @@ def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
     assert prolora(*line)[0] == 0  # a default that cannot be made costs only time
 
 
-def test_a_bound_on_memory_that_is_too_little_is_refused(prolora, case, tmp_path):
-    lora, source, target = case
-    out = tmp_path / "out.safetensors"
-    line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--max-memory")
-    code, _, text = prolora(*line, "10MB")
-    assert code == 2 and "is too little" in text and not out.exists()
-    assert prolora(*line, "4GiB")[0] == 0
-
-
-def test_two_inputs_of_one_name_are_refused(prolora, case, tmp_path):
-    lora, source, target = case
-    (tmp_path / "other").mkdir()
-    twin = tmp_path / "other" / lora.name
-    twin.write_bytes(lora.read_bytes())
-    code, _, text = prolora(
-        "transfer", lora, twin, "--source", source, "--target", target, "-o", tmp_path / "moved"
-    )
-    assert code == 2 and f"become {lora.name} and overwrite each other" in text
-
-
 def test_outputs_are_named_as_their_format_needs(prolora, case, tmp_path):
     lora, source, target = case
     second = tmp_path / "second.safetensors"
@@ -178,55 +127,6 @@ def test_outputs_are_named_as_their_format_needs(prolora, case, tmp_path):
         assert adapters.read_adapter(moved / f"lora{suffix}").updates
 
 
-def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, monkeypatch):
-    from prolora.bases.cache import basis_cache
-
-    real, calls = basis_cache.truncated_svd, []
-    monkeypatch.setattr(
-        basis_cache, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
-    )
-    lora, source, target = case
-    others = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    for other in others:
-        other.write_bytes(lora.read_bytes())
-    code, _, _ = prolora(
-        "transfer",
-        *others,
-        "--source",
-        source,
-        "--target",
-        target,
-        "-o",
-        tmp_path / "moved",
-        "--method",
-        "prolora",
-    )
-    assert code == 0 and sum(calls) == 16 and len(list((tmp_path / "moved").iterdir())) == 3
-
-
-@pytest.mark.parametrize("format, dtype", [("kohya", "float16"), ("diffusers", "bfloat16")])
-def test_format_and_dtype_are_what_was_asked(prolora, case, tmp_path, format, dtype):
-    lora, source, target = case
-    out = tmp_path / "out.safetensors"
-    code, _, _ = prolora(
-        "transfer",
-        lora,
-        "--source",
-        source,
-        "--target",
-        target,
-        "-o",
-        out,
-        "--format",
-        format,
-        "--dtype",
-        dtype,
-    )
-    assert code == 0
-    adapter = adapters.read_adapter(out)
-    assert adapter.format == format and adapter.dtype == getattr(torch, dtype)
-
-
 def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"
@@ -238,46 +138,6 @@ def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
     for extra in ((), ("--dry-run",)):
         code, _, text = prolora(*words, "--out-rank", "1kB", *extra)
         assert code == 2 and "1000 bytes are too few" in text and not out.exists()
-
-
-@pytest.mark.parametrize(
-    "extra, said",
-    [
-        ((), "-o OUT is missing"),
-        (("-o", "source/config.json/x.safetensors"), "config.json is a file, not a folder"),
-        (("-o", "x.safetensors", "--rank", "many"), "--rank takes"),
-        (("-o", "x.safetensors", "--rank", "1.5"), "rank must be"),
-        (("-o", "x.safetensors", "--out-rank", "half"), "--out-rank must be"),
-        (("-o", "x.safetensors", "--match", "nowhere.json"), "match takes"),
-    ],
-)
-def test_what_is_refused_says_why_and_exits_with_two(
-    prolora, case, tmp_path, monkeypatch, extra, said
-):
-    monkeypatch.chdir(tmp_path)
-    lora, source, target = case
-    code, _, text = prolora("transfer", lora, "--source", source, "--target", target, *extra)
-    assert code == 2 and said in text
-    assert not (tmp_path / "x.safetensors").exists()
-
-
-def test_asking_for_cuda_without_a_gpu_says_why(prolora, case):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    lora, source, target = case
-    code, _, text = prolora(
-        "transfer", lora, "--source", source, "--target", target, "-o", "x", "--device", "cuda"
-    )
-    assert code == 2 and re.search(r"no usable CUDA device \(.+\)", text)
-
-
-def test_check_describes_a_lora(prolora, case):
-    lora, *_ = case
-    code, text, _ = prolora("check", lora, "--json")
-    found = json.loads(text)
-    assert code == 0 and found["kind"] == "lora" and found["format"] == "kohya"
-    code, text, _ = prolora("check", lora)
-    assert code == 0 and "kohya" in text
 
 
 @pytest.mark.parametrize(
@@ -307,13 +167,6 @@ def test_check_names_the_base_of_a_header_that_says_what_the_file_is(prolora, tm
     assert json.loads(text)["base_model"] == "stable-diffusion-xl-v1-base"
 
 
-def test_check_describes_a_base_folder(prolora, case):
-    _, source, _ = case
-    code, text, _ = prolora("check", source, "--json")
-    found = json.loads(text)
-    assert code == 0 and found["kind"] == "base" and found["modules"] == {"unet": 12}
-
-
 def test_info_says_what_this_installation_can_do(prolora):
     code, text, _ = prolora("doctor", "--json")
     facts = json.loads(text)
@@ -334,17 +187,6 @@ def test_info_says_why_the_extension_is_not_used_once(prolora, monkeypatch):
     monkeypatch.setattr("prolora.core.ops.native.describe_installation", lambda: facts)
     code, text, _ = prolora("doctor")
     assert code == 0 and text.count("(no compiler)") == 1 and "cpu: torch" in text
-
-
-@pytest.mark.parametrize("shown", [["--json"], ["--report", "-"]])
-def test_runs_for_programs_still_say_why_a_lora_was_not_moved(prolora, case, tmp_path, shown):
-    lora, source, target = case
-    bad = tmp_path / "bad.safetensors"
-    bad.write_bytes(b"nothing")
-    line = ("transfer", lora, bad, "--source", source, "--target", target)
-    code, _, text = prolora(*line, "-o", tmp_path / "moved", *shown)
-    assert code == 2 and "1 of 2 LoRAs were not moved" in text
-    assert "bad.safetensors: not a safetensors file" in text
 
 
 @pytest.mark.parametrize("shown", [(), ("--json",)])
@@ -376,21 +218,6 @@ def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path)
         assert code == 2 and errors.startswith("Error: ")
         assert "give target as the source, or take --again to move it" in errors
         assert prolora("transfer", moved, *line, *end, "--again")[0] == 0
-
-
-def test_a_lora_that_was_moved_before_is_refused_before_blocks_are_matched(
-    prolora, case, tmp_path, monkeypatch
-):
-    from prolora.comparison import block_matching
-
-    lora, source, target = case
-    moved = tmp_path / "moved.safetensors"
-    line = ("--source", source, "--target", target)
-    prolora("transfer", lora, *line, "--method", "copy", "-o", moved)
-    monkeypatch.setattr(block_matching, "match_blocks", lambda *a, **k: pytest.fail("matched"))
-    out = tmp_path / "again.safetensors"
-    code, _, errors = prolora("transfer", moved, *line, "--match", "similarity", "-o", out)
-    assert code == 2 and "already mov" in errors
 
 
 def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prolora import adapters, cli
+from prolora import cli
 
 OUT = ("-o", "o.safetensors")
 LONG = "x" * 300
@@ -79,65 +79,6 @@ def test_a_folder_that_must_not_be_read_is_no_traceback(prolora, case, tmp_path,
     assert code in (1, 2) and "Permission denied" in text
 
 
-@pytest.mark.parametrize("option", ["-o", "--report", "--cache", "--source", "--target", "--match"])
-def test_an_empty_name_is_refused(prolora, case, line, monkeypatch, tmp_path, option):
-    # A folder that could be taken for the base: an empty path is the current folder.
-    monkeypatch.chdir(case[1])
-    before = sorted(tmp_path.rglob("*"))
-    code, _, text = prolora(*line, "-o", tmp_path / "out.safetensors", option, "")
-    assert code == 2 and text
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("option", ["--min-coverage", "--threshold"])
-@pytest.mark.parametrize("value", ["nan", "inf", "-0.1", "1.1", "half", ""])
-def test_a_share_is_a_number_from_0_to_1(prolora, line, tmp_path, option, value):
-    out = tmp_path / "out.safetensors"
-    code, _, text = prolora(*line, "-o", out, option, value)
-    assert code == 2 and option in text and "from 0 to 1" in text and not out.exists()
-
-
-def test_a_share_may_be_0_or_1(prolora, line, tmp_path):
-    out = tmp_path / "out.safetensors"
-    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0")[0] == 0
-
-
-def test_the_report_replaces_no_lora_of_the_run(prolora, line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out.safetensors"
-    for report in ("out.safetensors", "./out.safetensors", "OUT.safetensors", tmp_path / "lora/.."):
-        code, _, text = prolora(*line, "-o", out, "--report", report)
-        assert code == 2 and text.startswith("Error: ") and not out.exists(), report
-    (tmp_path / "moved").mkdir()
-    for report in ("moved/lora.safetensors", "moved/../moved/LORA.safetensors"):
-        code, _, text = prolora(*line, "-o", "moved", "--report", report)
-        assert code == 2 and "would replace the LoRA" in text
-        assert not list((tmp_path / "moved").iterdir())
-    (tmp_path / "peft").mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        code, _, _ = prolora(*line, "-o", "peft", "--format", "peft", "--report", f"peft/{name}")
-        assert code == 2 and not list((tmp_path / "peft").iterdir())
-
-
-def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
-    out, link = tmp_path / "out.safetensors", tmp_path / "link.json"
-    link.symlink_to(out)
-    code, _, text = prolora(*line, "-o", out, "--report", link)
-    assert code == 2 and "would replace the LoRA" in text and not out.exists()
-
-
-def test_the_report_replaces_nothing(prolora, line, tmp_path):
-    out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    assert prolora(*line, "-o", out, "--report", report)[0] == 0
-    assert json.loads(report.read_text())["totals"]["mapped"] == 8
-    before = out.read_bytes()
-    other = tmp_path / "other.safetensors"
-    code, _, text = prolora(*line, "-o", other, "--report", out)
-    assert code == 2 and "exists" in text and not other.exists()
-    assert out.read_bytes() == before
-    assert len(adapters.read_adapter(out).updates) == 8
-
-
 def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):
     def fail(path, **_):
         torch.empty(1 << 60, dtype=torch.uint8)
@@ -163,21 +104,6 @@ def test_an_interrupted_command_says_so_by_its_exit_code(prolora, monkeypatch):
 
     monkeypatch.setattr("prolora.cli.check.check_file", interrupt)
     assert prolora("check", "x")[0] == 130
-
-
-@pytest.mark.parametrize("device, words", [("abacus", "no device is called"), ("mps", "float64")])
-def test_a_device_that_is_none_is_refused_by_every_command(prolora, line, tmp_path, device, words):
-    for command in (
-        (*line, "-o", tmp_path / "out.safetensors"),
-        (*line, "--dry-run"),
-    ):
-        code, out, text = prolora(*command, "--device", device)
-        assert code == 2 and not out and text.startswith("Error: ") and words in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "lora.safetensors",
-        "source",
-        "target",
-    ]
 
 
 def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora, case, tmp_path):

@@ -113,24 +113,6 @@ def test_no_setting_of_the_caller_changes_a_bit(setting, shape, expected):
         assert mine.dtype == plain.dtype and torch.equal(mine, plain)
 
 
-def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_it_was(monkeypatch):
-    seen = []
-
-    def spy(matrix, **options):
-        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
-        return eigh(matrix, **options)
-
-    eigh = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", spy)
-    with float32_products("medium"), torch.autocast("cpu", torch.bfloat16):
-        for shape in ("gram-f32", "gram-f64"):
-            truncated_svd(CASES[shape][0], 8)
-        assert torch.is_autocast_enabled("cpu")
-        assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.bfloat16
-    # One of each rung, and what the float32 rung solves in float64: a first look, and its window.
-    assert seen == [(False, "highest")] * 4
-
-
 def test_an_error_puts_the_settings_back():
     with float32_products("high"), torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(prolora.errors.NonFiniteWeights):

@@ -10,8 +10,7 @@ from spectra import related, weights
 import prolora
 from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
 from prolora.comparison.block_matching import match_blocks, resolve_match
-from prolora.core.arrays import to_tensor
-from prolora.core.validation import check_device, check_operand, resolve_device
+from prolora.core.validation import check_device, check_operand
 from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
 from prolora.workflow.extract_options import ExtractOptions
 from prolora.workflow.options import settle_options
@@ -379,13 +378,6 @@ def test_a_library_that_takes_no_array_gives_a_tensor_and_the_log_says_so(monkey
     assert "strange has no from_dlpack" in caplog.text
 
 
-def test_an_array_with_the_cuda_interface_alone_becomes_a_tensor(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "as_tensor", lambda x, device: seen.append(device) or torch.ones(2))
-    array = types.SimpleNamespace(__cuda_array_interface__={})
-    assert to_tensor(array).shape == (2,) and seen == ["cuda"]
-
-
 def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():
     delta, source, _ = case()
     for function in (
@@ -394,11 +386,3 @@ def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():
     ):
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(function, (source,), (delta,))
-
-
-@pytest.mark.parametrize("gpu, device", [(False, "cpu"), (True, "cuda")])
-def test_the_device_auto_is_a_gpu_where_there_is_one(monkeypatch, gpu, device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    assert resolve_device("auto") == device
-    assert resolve_device(None) == device

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from fitting import fit_models
-from test_probe import Denoiser, lora, permuted, run, sampler, source
+from test_probe import Denoiser, lora, permuted, run, source
 from torch import Tensor
 
-from prolora import LowRank, ProLoRAError, probe
+from prolora import LowRank, probe
 from prolora.probe import checkpoint
 from prolora.probe.recording import call_codec
 from prolora.probe.recording.spill import SpillStore
@@ -166,21 +164,6 @@ def test_one_value_that_was_expanded_is_kept_like_any_other(tmp_path):
     kept.store("times", "key", times)
     again, _ = kept.recall("times", "key")
     assert all(torch.equal(again[name], time) for name, time in times.items())
-
-
-def test_no_folder_is_made_for_what_is_refused(source, tmp_path):
-    sample = sampler(source)
-    kept = tmp_path / "kept"
-    with pytest.raises(ProLoRAError, match="no updates"):
-        fit_models(source, source, {}, sample, sample, resume=kept, described="any")
-    assert not kept.exists()
-
-
-def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run(source, permuted(source), lora, **QUICK)
-    assert not list(Path.cwd().iterdir())
-    assert sampler(source)(0) is None
 
 
 def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, lora, tmp_path):

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
@@ -191,12 +190,6 @@ def test_offline_the_cache_alone_is_looked_at(cloud, case):
         prolora.check("org/half")
 
 
-def test_without_the_client_the_message_says_how_to_get_it(cloud, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(prolora.errors.MissingFile, match=re.escape('pip install "prolora[hub]"')):
-        prolora.check("org/name")
-
-
 def test_what_is_here_is_never_asked_for_on_the_hub(cloud, case):
     lora, source, target = case
     cloud.refusal = AssertionError("the hub was asked")
@@ -237,18 +230,6 @@ def test_a_name_that_cannot_be_looked_at_or_is_no_id_fails_alone(cloud, case):
         assert name in wrong and str(one.error).startswith(f"{name}: a hub id is hf://org/name")
 
 
-def test_two_of_one_name_that_are_no_ids_fail_alone_too(cloud, case):
-    lora, source, target = case
-    publish(cloud, lora, SOLE, repo="a/one")
-    wrong = ["hf://b@x y/one", "hf://c@x y/one", "hf://b@x y/one"]
-    for method in ("auto", "best"):
-        done = prolora.transfer_many(["a/one", *wrong], source, target, method, method=method)
-        assert [one.status for one in done] == ["moved", "failed", "failed", "failed"]
-        assert all("a hub id is hf://org/name" in str(one.error) for one in done[1:])
-    fitted = prolora.fit_many(wrong, source, target, "fitted")
-    assert all("a hub id is hf://org/name" in str(one.error) for one in fitted)
-
-
 def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case, monkeypatch):
     """Typed so, it can only lie here; a `Path` made of it looks like an id."""
     _, source, target = case
@@ -268,17 +249,6 @@ def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case
             stop = CliRunner().invoke(cli.app, line)
             assert isinstance(stop.exception, prolora.errors.MissingFile), (line, stop.output)
             assert "Hub" not in str(stop.exception)
-
-
-def test_what_is_written_as_a_path_is_not_asked_for_on_the_hub(cloud, case):
-    _, source, target = case
-    cloud.refusal = AssertionError("the hub was asked")
-    names = ["./org/a", "org/b/", "../org/c", "org/list.txt", "org/x.sft", "org/x.zip"]
-    for one in prolora.transfer_many(names, source, target, "out"):
-        assert "Hub" not in str(one.error) and one.error.code == "missing-file"
-    with pytest.raises(prolora.errors.MissingFile, match="no such file") as error:
-        prolora.transfer("./org/style", source, target, out="out.safetensors")
-    assert "Hub" not in str(error.value)
 
 
 def test_an_id_keeps_its_slashes_in_a_path_of_windows(cloud):
@@ -306,32 +276,6 @@ def test_a_batch_names_results_by_the_ids_goes_on_where_it_was_and_passes_by_wha
     assert [one.out.stem for one in done] == ["style-v1.5", "two", "a", "lora"]
     told = [one.to_dict()["lora"] for one in done]
     assert told == [*loras[:3], str(lora)]
-
-
-def test_the_command_line_takes_ids_of_loras(cloud, case, monkeypatch, capsys):
-    lora, source, target = case
-    publish(cloud, lora, SOLE)
-    Path("moved").mkdir()
-    bases = ["--source", str(source), "--target", str(target)]
-    id_ = "hf://org/style-v1.5"
-    for line in (
-        ["transfer", id_, *bases, "-o", "moved"],
-        ["transfer", id_, *bases, "--dry-run", "--json"],
-        ["check", id_, *bases],
-        ["check", id_, "--base", str(source)],
-        ["check", id_],
-        ["convert", id_, "-o", "converted.safetensors"],
-    ):
-        monkeypatch.setattr("sys.argv", ["prolora", *line])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        said = capsys.readouterr().out
-        assert not stop.value.code, (line, said)
-        if "--json" in line:
-            assert json.loads(said)["lora"] == id_
-    assert (
-        Path("moved/style-v1.5.safetensors").is_file() and Path("converted.safetensors").is_file()
-    )
 
 
 def test_a_collection_takes_bare_ids_and_collections_of_the_hub(cloud, case):
@@ -388,25 +332,3 @@ for id_ in ids:
             assert told.startswith(f"{'hub-unavailable' if offline else 'missing-file'} {name}: no")
     wanted = [SOLE, f"peft/{PEFT_CONFIG}", f"peft/{PEFT_WEIGHTS}"]
     assert sorted(fetched) == sorted(wanted)
-
-
-def test_the_real_client_reads_a_cache_that_is_here(case, tmp_path):
-    """Laid out as the hub's documentation says, with refs, blobs and links to them."""
-    commit, home = "f" * 40, tmp_path / "home"
-    folder = home / "hub" / "models--org--style"
-    for part in ("refs", "blobs", f"snapshots/{commit}"):
-        (folder / part).mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    shutil.copy(case[0], folder / "blobs" / "abc")
-    (folder / "snapshots" / commit / SOLE).symlink_to("../../blobs/abc")
-    program = """
-import prolora
-for id_ in ids:
-    try:
-        print(prolora.check(id_).kind)
-    except prolora.ProLoRAError as error:
-        print(error.code)
-"""
-    ids = ["org/style", f"org/style@{commit}", "org/style@v2", "org/none"]
-    said = ask_client(program, ids, "http://127.0.0.1:9", home, offline=True)
-    assert said == ["lora", "lora", "hub-unavailable", "hub-unavailable"]

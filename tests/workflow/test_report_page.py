@@ -180,16 +180,6 @@ def test_a_notebook_gets_a_small_part_without_script_or_style(report):
     assert len(report._repr_html_()) < 12_000
 
 
-def test_a_page_is_saved_by_its_name_and_replaces_nothing(report, tmp_path):
-    page, json_file = tmp_path / "report.HTML", tmp_path / "report.json"
-    report.save(page)
-    assert page.read_text("utf-8")[:200] == report.to_html()[:200]
-    report.save(json_file)
-    assert json.loads(json_file.read_text())["totals"]["mapped"] == 12
-    with pytest.raises(prolora.errors.OutputError, match="exists"):
-        report.save(page)
-
-
 def test_the_report_of_a_transfer_knows_its_digests(tmp_path):
     report = prolora.transfer(*write_case(tmp_path), out=tmp_path / "out.safetensors").report
     made = report.provenance

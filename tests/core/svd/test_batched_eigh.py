@@ -1,8 +1,6 @@
 """One batched eigensolver for a stack: cuSOLVER's, played by a library on host memory, or none."""
 
 import itertools
-import logging
-import threading
 
 import pytest
 import torch
@@ -145,12 +143,6 @@ def test_where_a_call_fails_torch_takes_the_stack_and_the_log_says_so(monkeypatc
     assert_values(symmetric, solvers.eigenvalue_stack(symmetric))
 
 
-@pytest.mark.parametrize("name", list(cusolver.SIGNATURES))
-def test_a_library_that_lacks_a_function_is_refused(name):
-    with pytest.raises(SolverUnavailable, match=f"has no {name}$"):
-        Cusolver(FakeCusolver(missing=[name]))
-
-
 def test_a_stack_beyond_the_limits_of_a_call_takes_several(monkeypatch):
     library = use(monkeypatch, FakeCusolver(largest=4))
     symmetric = make_stack(10, 6)
@@ -183,19 +175,6 @@ def test_a_workspace_that_does_not_fit_shrinks_the_calls(monkeypatch):
     monkeypatch.setattr(solver, "_solve_in_place", lambda *_: solve(None, range(3), 0, 0, 0))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         solvers.descending_eigh(symmetric)
-
-
-def test_threads_at_once_take_a_handle_each_and_later_calls_take_them_again(monkeypatch):
-    both = threading.Barrier(2, timeout=20)
-    library = use(monkeypatch, FakeCusolver(lambda *_: both.wait()))
-    symmetric = make_stack(2, 6)
-    for _ in range(2):
-        threads = [threading.Thread(target=solvers.descending_eigh, args=[symmetric]) for _ in "ab"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert library.sessions == 2 and len(library.calls) == 4
 
 
 @pytest.mark.parametrize(
@@ -285,27 +264,6 @@ def test_the_first_solver_that_solves_a_small_problem_is_chosen(monkeypatch):
     assert chosen.solve is None and chosen.name == LOOP and "returned status 3" in chosen.why
 
 
-def test_the_choice_is_made_once_for_a_device_and_a_dtype_and_logged(monkeypatch, caplog):
-    made = []
-
-    def choose_solver(device, dtype):
-        made.append(dtype)
-        return StackSolver(LOOP, None, "no library")
-
-    monkeypatch.setattr(batched_eigh, "choose_solver", choose_solver)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    batched_eigh.stack_solver.cache_clear()
-    gpu = torch.device("cuda", 0)
-    with caplog.at_level(logging.INFO):
-        for dtype in (torch.float32, torch.float64, torch.float32):
-            assert batched_eigh.stack_solver(gpu, dtype).solve is None
-        assert batched_eigh.describe_solver() == f"{LOOP} (no library)"
-    batched_eigh.stack_solver.cache_clear()
-    assert made == DTYPES and len(caplog.records) == 2
-    assert f"{LOOP} (no library)" in caplog.text
-    assert batched_eigh.stack_solver(torch.device("cpu"), torch.float32).solve is None
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """Sets what a trial by time finds: seconds of the library and of torch."""
@@ -338,14 +296,6 @@ def test_torch_takes_a_size_that_it_is_clearly_faster_at(monkeypatch, clock, the
         assert name == "fake" or "against 1.0e+00 s of fake" in chosen.why
     # Once for sizes up to 64 and once for those up to 128.
     assert {shape[-1] for shape in trials} == {64, 128} and len(trials) <= 8
-
-
-def test_one_slow_run_of_the_library_does_not_hand_over_to_torch(monkeypatch, clock):
-    solver = StackSolver("fake", Cusolver(FakeCusolver()).solve)
-    clock(1.0, 1.0)
-    times = iter([9.0, 1.0, 1.0])
-    monkeypatch.setattr(batched_eigh, "take_time", lambda *_: next(times))
-    assert batched_eigh.choose_by_time(solver, torch.device("cpu"), torch.float32, 8) is solver
 
 
 def give_nan(values, rows, info):
@@ -391,33 +341,6 @@ def test_whichever_is_chosen_a_stack_has_the_same_bounds(monkeypatch, clock):
     (one, _), (other, _) = bases
     assert one.rungs == other.rungs and one.ok.all() and other.ok.all()
     torch.testing.assert_close(one.S, other.S, rtol=1e-6, atol=1e-6)
-
-
-def test_where_torch_has_loaded_no_cusolver_there_is_none(monkeypatch):
-    if torch.version.cuda:
-        pytest.skip("this torch has CUDA, and so brings a cuSOLVER")
-    for name, open_solver in batched_eigh.CANDIDATES.items():
-        if name.startswith("cuSOLVER"):
-            with pytest.raises(SolverUnavailable, match="no libcusolver"):
-                open_solver()
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    with pytest.raises(SolverUnavailable, match="ROCm"):
-        batched_eigh.open_cusolver()
-
-
-def test_the_library_is_found_in_the_memory_map(monkeypatch, tmp_path):
-    lines = [
-        "7f00-7f01 r-xp 00000000 08:01 12  /opt/my env/lib/libcusolver.so.11",
-        "7f01-7f02 r--p 00001000 08:01 12  /opt/my env/lib/libcusolver.so.11",
-        "7f02-7f03 r-xp 00000000 08:01 13  /opt/my env/lib/libcusolverMg.so.11",
-        "7f03-7f04 rw-p 00000000 00:00 0   [heap]",
-    ]
-    maps = tmp_path / "maps"
-    maps.write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(cusolver, "Path", lambda path: maps)
-    assert cusolver._mapped_libraries() == ["/opt/my env/lib/libcusolver.so.11"]
-    maps.unlink()
-    assert cusolver._mapped_libraries() == []
 
 
 def test_a_stack_of_the_cpu_equals_its_members():

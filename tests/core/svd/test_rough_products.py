@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from spectra import orthonormal, planted, power_law, sine
 
 from prolora import truncated_svd
-from prolora.core.svd import gram, stacks
-from prolora.core.svd.products import FormedGram, ImpliedGram
+from prolora.core.svd import stacks
+from prolora.core.svd.products import ImpliedGram
 
 D, K = 768, 48
 
@@ -62,32 +62,6 @@ def test_no_error_of_the_float32_products_puts_the_bound_below_the_sine(monkeypa
         assert basis.rung == "krylov"
     if size >= 1e-4:
         assert basis.rung != "krylov"
-
-
-def test_the_window_alone_is_multiplied_in_float64(monkeypatch):
-    rows = []
-    for products in (ImpliedGram, FormedGram):
-        precise = products.__call__
-
-        def counted(self, x, precise=precise):
-            rows.append(x.shape[1])
-            return precise(self, x)
-
-        monkeypatch.setattr(products, "__call__", counted)
-    weight = planted(D, D, power_law(D, 0.5))[0].float()
-    assert truncated_svd(weight, 96).rung == "krylov"
-    assert rows and max(rows) <= 32  # of 112
-
-
-def test_values_that_crowd_at_the_cut_need_no_second_factorisation(monkeypatch):
-    weight = planted(512, 512, power_law(512, 0.75))[0].float()
-    basis = truncated_svd(weight, 0.99)
-    assert basis.rung == "gram-f32" and basis.ok
-    assert true_sine(weight, basis) <= float(basis.bound)
-    monkeypatch.setattr(gram, "MOST_GUARD", gram.LEAST_GUARD)
-    monkeypatch.setattr(gram, "USUAL_GUARD", gram.LEAST_GUARD)
-    monkeypatch.setattr(gram, "ROWS_A_GUARD", 512)
-    assert truncated_svd(weight, 0.99).rung == "gram-f64"
 
 
 VECTORS = {}

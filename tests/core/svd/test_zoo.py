@@ -58,6 +58,8 @@ ZOO = {
     "repeated value at the cut": (SMALL, SMALL, torch.tensor([2.0] * 50 + [1.0] * 350), 100),
     "rank below k": (SMALL, 500, torch.linspace(2, 1, 60), 100),
     "rank one": (SMALL, SMALL, torch.ones(1), 5),
+    "rank k": (SMALL, SMALL, power_law(150, 0.5), 150),
+    "clusters, cut late inside one": (640, 640, clusters(640, 50, 1e-3), 487),
     "all columns but one": (SMALL, SMALL, power_law(SMALL, 0.5), SMALL - 1),
     "nearly all, i^-0.6": (SMALL, 500, power_law(SMALL, 0.6), 330),
     "nearly all, rank a little above k": (SMALL, SMALL, power_law(380, 0.5), 370),
@@ -142,6 +144,12 @@ def test_the_zoo_passes_every_rung_of_the_ladder():
     steep = planted(32, 32, 10.0 ** -torch.linspace(0, 10, 32, dtype=torch.float64))[0]
     rungs.add(truncated_svd(steep, 24).rung)
     assert rungs == {"gram-f32", "gram-f64", "krylov", "svd-f64"}
+
+
+@pytest.mark.parametrize("name", ["rank k", "clusters, cut late inside one"])
+def test_float32_is_enough_where_the_gap_at_the_cut_is_clear(name):
+    m, n, values, k = ZOO[name]
+    assert truncated_svd(planted(m, n, values)[0].float(), k).rung == "gram-f32"
 
 
 @pytest.mark.parametrize("kind", ["outlier channels", "rows of very different size"])

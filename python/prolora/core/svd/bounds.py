@@ -48,8 +48,8 @@ class Repair:
 def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
     """Bounds the eigenvalues behind the cut from above: [b], rounding aside.
 
-    NaN where nothing lies behind it. By Courant & Fischer none outside the span of the pairs
-    exceeds the first one there.
+    By Courant & Fischer none exceeds the first one of G on the complement of those kept, whose
+    blocks are coupled by the residuals.
 
     pairs: the kept ones and more; outside: [b], upper bound on the eigenvalues outside their span;
     cut: how many are kept.
@@ -58,8 +58,9 @@ def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
     behind_cut = (column >= cut.count[:, None]) & (column < cut.end[:, None])
     theta = cut.at(pairs.theta, 0)
     distance = theta - outside
-    bound = theta + torch.where(behind_cut, pairs.squares, 0.0).sum(-1) / distance
-    return torch.where(distance > 0, bound, torch.nan)
+    coupling = torch.where(behind_cut, pairs.squares, 0.0).sum(-1)
+    above = torch.maximum(theta, outside) + coupling.sqrt()
+    return torch.where(distance > 0, torch.minimum(above, theta + coupling / distance), above)
 
 
 def measure_residuals(

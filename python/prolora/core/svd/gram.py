@@ -108,8 +108,9 @@ def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:
     fits = count < d
     count = count.clamp_max(d - 1)
     last = values.gather(-1, (count - 1).clamp_min(0)[:, None])
-    near = last - values < APART * math.sqrt(d) * EPS32 * top
-    crowd = (near & (torch.arange(d, device=values.device) >= count[:, None])).sum(-1)
+    near = (last - values).abs() < APART * math.sqrt(d) * EPS32 * top
+    behind = torch.arange(d, device=values.device) >= count[:, None]
+    crowd = torch.maximum((near & behind).sum(-1), (near & ~behind).sum(-1))
     usual = (count // 8).clamp(LEAST_GUARD, USUAL_GUARD)
     guard = torch.maximum(usual, crowd.clamp_max(max(MOST_GUARD, d // ROWS_A_GUARD))).max()
     least, most, widest = torch.stack([*count.aminmax(), guard]).tolist()

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..precision import EPS
 from .bounds import Pairs, Repair, bound_dropped, bound_span_angle, measure_residuals
 from .cut import Cut
-from .factors import LARGEST_STEP, Known, assemble_factors
+from .factors import LARGEST_STEP, Known, assemble_factors, sample_residual
 from .products import AnyGram
 from .solvers import descending_eigh
 from .triplets import Triplets
@@ -63,12 +63,12 @@ def refine_triplets(
     cut.near; cut: how many vectors to keep; rung: the name of what gave the vectors.
     """
     pairs, repair, angle = refine_span(gram, norm, ritz, cut, sum(w.shape[-2:]))
-    following = cut.at(pairs.theta, 0)
-    angle = torch.where(following > 0, angle, torch.nan)
     theta = torch.where(cut.kept, pairs.theta[:, : cut.most], 0.0)
     known = Known(theta, repair.mixing, repair.residual)
     short, s, long, residual, angle = assemble_factors(w, norm, repair.kept, angle, cut, known)
-    following = following.clamp_min(0).sqrt()
+    if ritz.head is not None:  # whose rounding the right vectors of the others take along
+        residual = torch.maximum(residual, sample_residual(w, short, s, long)[0])
+    following = cut.at(pairs.theta, 0).clamp_min(0).sqrt()
     rungs = (rung,) * len(w)
     return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs)
 
@@ -81,7 +81,8 @@ def refine_span(
     gram: products with G; norm: [b], the root of its trace; ritz: with p = cut.near; cut: how many
     vectors to keep; sides: d + n of the weight, for the rounding of float64.
     """
-    floor = 10 * sides * EPS * norm.square()
+    # The Gram matrix and a product with it err by half of this at most.
+    floor = 3 * sides * EPS * norm.square()
     pairs = _measure_pairs(gram, ritz, cut)
     last, following = cut.at(pairs.theta, -1), cut.at(pairs.theta, 0)
     dropped = bound_dropped(pairs, _bound_outside(pairs, ritz, cut), cut)
