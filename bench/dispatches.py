@@ -60,11 +60,7 @@ def make_weights(b: int, m: int, n: int) -> Tensor:
 
 @contextmanager
 def as_on_a_gpu(slow_float64: bool = False) -> Any:
-    """The chunks and rungs that a GPU would get, on the CPU.
-
-    Args:
-        slow_float64: a GPU with few units for float64.
-    """
+    """The chunks and rungs that a GPU would get, on the CPU."""
     with ExitStack() as stack:
         if hasattr(basis, "CPU_CHUNK_BYTES"):  # before there was a switch for it
             chunk = basis.GPU_CHUNK_BYTES
@@ -83,14 +79,7 @@ def as_on_a_gpu(slow_float64: bool = False) -> Any:
 def count_case(
     b: int, m: int, n: int, rank: int | float, slow_float64: bool = False, stored: str = ""
 ) -> dict[str, Any]:
-    """The counts for one stack.
-
-    Args:
-        b, m, n: its shape.
-        rank: as of `truncated_svd`.
-        slow_float64: as on a GPU with few units for it.
-        stored: "torch" or "krylov_block": weights in bfloat16, and what finds their blocks.
-    """
+    """The counts for one stack."""
     weights = make_weights(b, m, n).to(torch.bfloat16 if stored else torch.float32)
     asked = by_kernels() if stored == "krylov_block" else nullcontext()
     began = time.perf_counter()

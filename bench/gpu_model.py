@@ -23,25 +23,15 @@ SKINNY = 128
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: sustained rates in flop/s and byte/s.
+    """A GPU: sustained rates in flop/s and byte/s."""
 
-    Attributes:
-        name: to print.
-        float32: of large products without tensor cores.
-        float32_skinny: of products with a narrow block.
-        float64: of large products.
-        memory: bandwidth.
-        stack: bytes that a stack of matrices may take (prolora.core.svd.stacks).
-        slow_float64: whether that asks it for no Gram matrix of wide weights.
-    """
-
-    name: str
-    float32: float
-    float32_skinny: float
-    float64: float
-    memory: float
-    stack: int
-    slow_float64: bool
+    name: str  # to print
+    float32: float  # of large products without tensor cores
+    float32_skinny: float  # of products with a narrow block
+    float64: float  # of large products
+    memory: float  # bandwidth
+    stack: int  # bytes that a stack of matrices may take (prolora.core.svd.stacks)
+    slow_float64: bool  # whether that asks it for no Gram matrix of wide weights
 
 
 H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 8 << 30, False)
@@ -142,11 +132,7 @@ def estimate_model(
     card: Card,
     batched: bool = True,
 ) -> dict[str, float]:
-    """Seconds of each stage for all weights of a model.
-
-    Raises:
-        KeyError: a shape was not counted.
-    """
+    """Seconds of each stage for all weights of a model."""
     total = Counter[str]()
     for (m, n), count in shapes.items():
         case = find_case(cases, m, n, rank)

@@ -58,15 +58,7 @@ class Generated:
 def write_all(
     folder: Path, *, scale: int = 1, feed_forward: bool = False, rank: int = 32, seed: int = 0
 ) -> Generated:
-    """Writes source, target and LoRA below `folder`.
-
-    Args:
-        folder: created if missing.
-        scale: all widths are divided by it; names stay. Only 1 gives a layout that is recognised.
-        feed_forward: also the feed-forward modules.
-        rank: of the LoRA; its alpha is half of it.
-        seed: another seed gives other numbers.
-    """
+    """Writes source, target and LoRA below `folder`."""
     generated = Generated(
         folder / "sdxl", folder / "ssd-1b", folder / "lora.safetensors", seconds={}
     )
@@ -103,15 +95,7 @@ def write_unet(
     seed: int,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """A sharded diffusers folder; never more than one shard is in memory.
-
-    Args:
-        folder: created if missing.
-        modules: module -> shape.
-        noise: norm of what is added to each weight, relative to the weight's.
-        seed: weights of equal seed and name are equal but for the noise.
-        dtype: of 16 bits.
-    """
+    """A sharded diffusers folder; never more than one shard is in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = list(_shards(modules))
     weight_map: dict[str, str] = {}

@@ -43,6 +43,18 @@ using Index = std::int64_t;
 HOST_DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
 
+// Quotient and remainder of a number of blocks, which fits in 32 bits as a grid does: a GPU divides
+// 64 bits in a hundred instructions.
+struct Division {
+  Index quotient, rest;
+};
+
+HOST_DEVICE Division divide(Index number, Index by) {
+  const auto n = static_cast<std::uint32_t>(number);
+  const auto d = static_cast<std::uint32_t>(by);
+  return {n / d, n % d};
+}
+
 #if defined(__CUDACC__) || defined(PROLORA_EMULATED)
 
 struct CudaWarp {

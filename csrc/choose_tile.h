@@ -8,12 +8,6 @@
 
 namespace prolora {
 
-inline int device_attribute(cudaDeviceAttr attribute, const char* what) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, current_device(what)), what);
-  return value;
-}
-
 template <class Tile>
 struct TileType {
   using Type = Tile;

@@ -28,21 +28,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     thin_product_kernel(ThinProduct<typename Operand::Number> product, ThinGrid grid,
                         float* parts) {
   DYNAMIC_SHARED(typename Tile::Shared, shared);
-  const Index tile = blockIdx.x % grid.tiles.per_matrix();
-  const Index other = blockIdx.x / grid.tiles.per_matrix();
-  const Index part = other % grid.parts.count;
-  const Index matrix = other / grid.parts.count;
+  const auto [other, tile] = divide(blockIdx.x, grid.tiles.per_matrix());
+  const auto [matrix, part] = divide(other, grid.parts.count);
+  const auto [row, col] = divide(tile, grid.tiles.cols);
   const bool whole = grid.parts.count == 1;
   const Index size = product.rows * product.cols;
   float* y = whole ? product.y + matrix * size : parts + (part * grid.batch + matrix) * size;
   // Tiles of the same rows follow each other, so that they share A through the L2 cache.
-  thin_product<Operand>(Tile{*shared}, product, matrix, tile / grid.tiles.cols,
-                        tile % grid.tiles.cols, grid.parts, part, y, whole && product.subtract);
+  thin_product<Operand>(Tile{*shared}, product, matrix, row, col, grid.parts, part, y,
+                        whole && product.subtract);
 }
 
 // y from the parts of it; `size` numbers in all.
 __global__ void __launch_bounds__(kSumThreads)
-    sum_thin_parts_kernel(float* y, const float* parts, Index count, Index size, bool subtract) {
+    sum_thin_parts_kernel(float* __restrict__ y, const float* __restrict__ parts, Index count,
+                          Index size, bool subtract) {
   const Index i = Index(blockIdx.x) * kSumThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0;

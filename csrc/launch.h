@@ -6,9 +6,11 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifndef LAUNCH
@@ -45,13 +47,24 @@ inline int current_device(const char* what) {
   return device;
 }
 
+// An attribute of the current device, asked for once. The emulator's change from call to call.
+inline int device_attribute(cudaDeviceAttr attribute, const char* what) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> known;
+  const int device = current_device(what);
+  const std::pair<int, int> key(device, int(attribute));
+  const std::lock_guard<std::mutex> lock(mutex);
+#ifndef PROLORA_EMULATED
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+#endif
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), what);
+  return known[key] = value;
+}
+
 // The most shared memory that a block may opt in to on the current device.
 inline int shared_bytes_limit(const char* what) {
-  int limit = 0;
-  check(
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device(what)),
-      what);
-  return limit;
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, what);
 }
 
 // Lets one kernel take more shared memory than the 48 KB it has without asking. Keep one of these

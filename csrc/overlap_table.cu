@@ -48,11 +48,10 @@ template <class T>
 __global__ void __launch_bounds__(int(kOverlapBlock)) shells_kernel(OverlapTableArgs<T> args) {
   const Index g = last_group_from(args, Index(blockIdx.x), &OverlapGroup<T>::first_strip);
   const OverlapGroup<T> group = args.groups[g];
-  const Index in_group = Index(blockIdx.x) - group.first_strip;
   const Index fewest = smaller(group.ks, group.kt);
   const Index strips = ceil_div(fewest, kOverlapBlock);
-  const Index matrix = in_group / strips;
-  const Index k = in_group % strips * kOverlapBlock + threadIdx.x;
+  const auto [matrix, strip] = divide(Index(blockIdx.x) - group.first_strip, strips);
+  const Index k = strip * kOverlapBlock + threadIdx.x;
   if (k >= fewest) return;
   const Index cols = ceil_div(group.kt, kOverlapBlock);
   const Index per_matrix = ceil_div(group.ks, kOverlapBlock) * cols;

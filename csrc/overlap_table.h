@@ -46,9 +46,9 @@ HOST_DEVICE OverlapPlace overlap_place(const OverlapTableArgs<T>& args, Index bl
   const OverlapGroup<T>& group = args.groups[g];
   const Index cols = ceil_div(group.kt, kOverlapBlock);
   const Index per_matrix = ceil_div(group.ks, kOverlapBlock) * cols;
-  const Index in_group = block - group.first_block;
-  const Index in_matrix = in_group % per_matrix;
-  return {g, in_group / per_matrix, in_matrix / cols, in_matrix % cols};
+  const auto [matrix, in_matrix] = divide(block - group.first_block, per_matrix);
+  const auto [row, col] = divide(in_matrix, cols);
+  return {g, matrix, row, col};
 }
 
 // Number t of the edge of a block c of [rows, cols] entries.
@@ -85,8 +85,7 @@ HOST_DEVICE void overlap_product(const Tile& tile, const OverlapGroup<T>& group,
 
 // Shell k of one pair, from the edges of its blocks [rows, cols, 64].
 HOST_DEVICE double shell_sum(const double* edges, Index cols, Index k) {
-  const Index strip = k / kOverlapBlock;
-  const Index t = k % kOverlapBlock;
+  const auto [strip, t] = divide(k, kOverlapBlock);
   double sum = 0;
   for (Index i = 0; i < strip; ++i) sum += edges[(i * cols + strip) * kOverlapBlock + t];
   for (Index j = 0; j <= strip; ++j) sum += edges[(strip * cols + j) * kOverlapBlock + t];

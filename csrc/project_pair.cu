@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads)
     cancelled_kernel(ProjectRows<T> rows, Index batch, Index* cancelled) {
   const Index row = Index(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= batch * rows.rows) return;
-  const bool is = row_cancelled(CudaWarp{}, rows, row / rows.rows, row % rows.rows);
+  const auto [matrix, in_matrix] = divide(row, rows.rows);
+  const bool is = row_cancelled(CudaWarp{}, rows, matrix, in_matrix);
   if (threadIdx.x % 32 == 0) cancelled[row] = is;
 }
 
@@ -50,23 +51,22 @@ template <class Tile, class T>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     coefficients_kernel(ProjectRows<T> rows, const Index* cancelled, CoefficientGrid grid, T* to) {
   DYNAMIC_SHARED(typename Tile::Shared, shared);
-  const Index tile = blockIdx.x % grid.tiles.per_matrix();
-  const Index other = blockIdx.x / grid.tiles.per_matrix();
-  const Index part = other % grid.parts.count;
-  const Index matrix = other / grid.parts.count;
+  const auto [other, tile] = divide(blockIdx.x, grid.tiles.per_matrix());
+  const auto [matrix, part] = divide(other, grid.parts.count);
   if (!takes_part(rows, cancelled, matrix)) return;
   // Tiles of the same rows follow each other, so that they share U through the L2 cache.
-  project_coefficients(Tile{*shared}, rows, matrix, tile / grid.tiles.cols, tile % grid.tiles.cols,
-                       grid.parts, part, to + (part * grid.batch + matrix) * rows.rows * rows.k);
+  const auto [row, col] = divide(tile, grid.tiles.cols);
+  project_coefficients(Tile{*shared}, rows, matrix, row, col, grid.parts, part,
+                       to + (part * grid.batch + matrix) * rows.rows * rows.k);
 }
 
 // c [batch, rows, k] from parts of it, a block a row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_parts_kernel(ProjectRows<T> rows, const Index* cancelled, CoefficientGrid grid,
-                     const T* parts, T* c) {
+                     const T* __restrict__ parts, T* __restrict__ c) {
   const Index row = blockIdx.x;
-  if (!takes_part(rows, cancelled, row / rows.rows)) return;
+  if (!takes_part(rows, cancelled, divide(row, rows.rows).quotient)) return;
   const Index size = grid.batch * rows.rows * rows.k;
   for (Index i = row * rows.k + threadIdx.x; i < (row + 1) * rows.k; i += kThreads) {
     T sum = 0;
@@ -80,10 +80,10 @@ template <class Tile, ProjectStep kStep, class T>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     apply_kernel(ProjectPairArgs<T> args, TileGrid grid) {
   DYNAMIC_SHARED(typename Tile::Shared, shared);
-  const Index matrix = blockIdx.x / grid.per_matrix();
-  const Index in_matrix = blockIdx.x % grid.per_matrix();
+  const auto [matrix, in_matrix] = divide(blockIdx.x, grid.per_matrix());
   if (!takes_part(project_rows(args, kStep), args.cancelled, matrix)) return;
-  project_apply(Tile{*shared}, args, kStep, matrix, in_matrix / grid.cols, in_matrix % grid.cols);
+  const auto [row, col] = divide(in_matrix, grid.cols);
+  project_apply(Tile{*shared}, args, kStep, matrix, row, col);
 }
 
 void check_launch() { check(cudaGetLastError(), "project_pair: launch"); }

@@ -33,11 +33,7 @@ ASKED = "source + LoRA"
 
 
 def open_pipeline(folder: Path) -> Any:
-    """Loads a pipeline, from safetensors only.
-
-    Raises:
-        SystemExit: a part of it would run code of its own.
-    """
+    """Loads a pipeline, from safetensors only."""
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     parts = {name: part for name, part in index.items() if isinstance(part, list)}
     own = [
@@ -164,21 +160,7 @@ def evaluate(
     seeds: Sequence[int],
     **how: Any,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Draws every row and judges it.
-
-    Args:
-        source, target: pipeline folders.
-        lora: of the source.
-        moved: what became of it.
-        out: a folder that does not exist yet.
-        strengths: of the copy and of every moved file.
-        metrics: name -> function.
-        prompts, seeds: of the images.
-        how: further arguments of the pipelines, as num_inference_steps.
-
-    Returns:
-        row -> metric -> mean with interval, and the difference to the copy at the first strength.
-    """
+    """Draws every row and judges it."""
     out.mkdir(parents=True)
     asked = {"prompts": prompts, "seeds": seeds, **how}
     pipe = open_pipeline(source)

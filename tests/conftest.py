@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from backends import Kernels, load, missing
+from backends import GuardedMemory, Kernels, load, missing
 from hubs import cloud, hub_server  # noqa: F401 (fixtures)
 from hypothesis import settings
 from property_examples import examples
@@ -73,19 +73,25 @@ def list_backends() -> list[Any]:
 
 
 @pytest.fixture(params=list_backends())
-def kernels(request, monkeypatch, nan_memory) -> Kernels:
+def kernels(request, monkeypatch, nan_memory) -> Iterator[Kernels]:
     backend, _, seed = request.param.partition("-")
     if backend == "torch":
-        return Kernels(None)
+        yield Kernels(None)
+        return
     if backend == "emulated":
         monkeypatch.setenv("EMU_SEED", seed)
-        return Kernels(load(backend, "_emulated"), cuda=True)
+        module = load(backend, "_emulated")
+        with GuardedMemory() as memory:
+            yield Kernels(module, cuda=True)
+        memory.check()
+        return
     if backend == "cuda":
         count, why = native.cuda_status()
         if count == 0:
             missing(backend, why)
-        return Kernels(load(backend, "_C"), "cuda", cuda=True)
-    return Kernels(load(backend, "_C"))
+        yield Kernels(load(backend, "_C"), "cuda", cuda=True)
+        return
+    yield Kernels(load(backend, "_C"))
 
 
 @pytest.fixture(params=SCHEDULES)

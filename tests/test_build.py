@@ -1,4 +1,4 @@
-"""What the build decides on machines that lack things. Nothing is compiled here."""
+"""What the build decides on machines that lack things, and that it serves C++ alone."""
 
 import importlib.util
 import json
@@ -245,6 +245,21 @@ def test_a_compiler_without_openmp_is_enough(configure):
     assert lines and not any("openmp" in line for line in lines)
     code, said, _ = configure(HOST, without, "PROLORA_NATIVE=ON")
     assert code != 0 and "PROLORA_NATIVE=ON, but no OpenMP" in said
+
+
+def test_a_program_in_c_plus_plus_uses_the_ops_without_python(tmp_path):
+    if not (shutil.which("cmake") and shutil.which("c++")):
+        pytest.skip("no cmake or no C++ compiler")
+    build, installed = tmp_path / "build", tmp_path / "installed"
+    line = ["cmake", "-S", BACKEND.parent, "-B", build, "-DPROLORA_LIBRARY=ON", f"-D{HOST}"]
+    subprocess.run(line, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
+    done = subprocess.run([build / "small_svd"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1].split() == ["20", "14", "8", "2"]
+    line = ["cmake", "--install", build, "--prefix", installed]
+    subprocess.run(line, check=True, capture_output=True)
+    assert (installed / "include" / "prolora" / "ops.h").is_file()
+    assert list(installed.rglob("libprolora_ops.a"))
 
 
 def test_the_compiler_of_windows_gets_no_options_of_gcc(configure):

@@ -104,12 +104,7 @@ def run_call(bench: Bench, deadline: float, known: Path) -> int:
 
 
 def run_worker(bench: Bench, names: list[str], deadline: float) -> tuple[list[str], str]:
-    """Runs steps in a process of their own until it ends, or is killed at the deadline.
-
-    Returns:
-        The steps that were begun, and the one that had to be killed, or that did not begin because
-        the process ended before.
-    """
+    """Runs steps in a process of their own until it ends, or is killed at the deadline."""
     process = subprocess.Popen(
         [*WORKER, write_order(bench, names, deadline)],
         cwd=ROOT / "bench",

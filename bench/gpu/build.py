@@ -11,11 +11,7 @@ from .steps import Bench
 
 
 def install(bench: Bench) -> None:
-    """Records the seconds; the output is in the logs.
-
-    Raises:
-        SystemExit: the build failed.
-    """
+    """Records the seconds; the output is in the logs."""
     marker = Path(sys.prefix) / "prolora-sources.txt"
     sources = bench.machine["sources"]
     if _is_installed() and marker.exists() and marker.read_text() == sources:

@@ -18,15 +18,6 @@ def time_call(
     """The median time of a call, and of how many calls it is the median.
 
     One call warms up. At least three are timed, and no more once `limit` seconds are over.
-
-    Args:
-        job: queues work on the current stream.
-        device: "cuda" or "cpu".
-        repeats: wanted.
-        limit: seconds.
-
-    Returns:
-        Milliseconds between the events before and after the call; and the number of calls.
     """
     job()
     times: list[float] = []

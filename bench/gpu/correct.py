@@ -80,11 +80,7 @@ def list_further_steps() -> Iterator[Step]:
 
 
 def count_gpus(bench: Bench) -> None:
-    """What `prolora doctor` says.
-
-    Raises:
-        AssertionError: it fails, or the kernels run on no GPU.
-    """
+    """What `prolora doctor` says."""
     code, text = bench.run_command("doctor.txt", sys.executable, "-m", "prolora", "doctor")
     print(text)
     bench.require("exit code of prolora doctor", code, 0)
@@ -144,11 +140,7 @@ def relative(wanted: Tensor, found: Tensor) -> float:
 
 
 def compare_bases(bench: Bench, weight: Tensor, rank: int | float) -> None:
-    """The largest angle between the subspaces of CPU and GPU, and the sum of their bounds.
-
-    Raises:
-        AssertionError: the angle exceeds the sum of the bounds, or the ranks differ.
-    """
+    """The largest angle between the subspaces of CPU and GPU, and the sum of their bounds."""
     here = prolora.truncated_svd(weight, rank)
     there = prolora.truncated_svd(weight.to(bench.device), rank).to("cpu")
     compare_subspaces(bench, here, there)
@@ -221,11 +213,7 @@ def compare_small_svds(bench: Bench) -> None:
 
 
 def compare_blocks(bench: Bench) -> None:
-    """krylov_block against float64, and a truncated SVD that takes its blocks from it.
-
-    Raises:
-        AssertionError: it is off, or it is not what runs.
-    """
+    """krylov_block against float64, and a truncated SVD that takes its blocks from it."""
     with by_kernels():
         choice = native.choose("krylov_block", torch.device(bench.device))
         assert choice.kernels or bench.dry, f"krylov_block runs in torch here: {choice.why}"
@@ -238,11 +226,7 @@ def compare_blocks(bench: Bench) -> None:
 
 
 def compare_block(bench: Bench, w: Tensor, case: str) -> None:
-    """A block for W [b, d, n]: what it projects, its length, whether it is orthonormal and spans.
-
-    Raises:
-        AssertionError: one of these is off.
-    """
+    """A block for W [b, d, n]: its projection, its length, whether it is orthonormal and spans."""
     width, size = bench.size(256) // 4, bench.size(256)
     rows, projected = make_basis(2, w.shape[1], size, size + width, bench.device)
     known = rows[:, :size].cpu().double()
@@ -261,11 +245,7 @@ def compare_block(bench: Bench, w: Tensor, case: str) -> None:
 
 
 def compare_svd_by_blocks(bench: Bench, weight: Tensor, case: str) -> None:
-    """A truncated SVD with the op against one on the CPU without it.
-
-    Raises:
-        AssertionError: it is off, or the op or the Krylov rung is not what gave it.
-    """
+    """A truncated SVD with the op against one on the CPU without it."""
     rank, find = bench.size(RANK), block_basis.krylov_block
     here = prolora.truncated_svd(weight, rank)
     as_gpu = mock.patch.object(stacks, "CPU_AS_GPU", bench.dry)
@@ -363,11 +343,7 @@ def compare_transfer(bench: Bench) -> None:
 
 
 def run_tests(bench: Bench) -> None:
-    """The tests that a card selects; at toy size only that pytest finds tests.
-
-    Raises:
-        AssertionError: some failed.
-    """
+    """The tests that a card selects; at toy size only that pytest finds tests."""
     core = ROOT / "tests" / "core"
     folders = [core / "ops", core / "test_devices.py", core / "svd" / "test_batched_eigh.py"]
     chosen = [path for path in folders if Path(path).exists()]
@@ -421,11 +397,7 @@ def _eigensolvers(bench: Bench) -> dict[str, Callable[[Tensor], Any]]:
 
 
 def sanitize(bench: Bench, op: str, tool: str) -> None:
-    """compute-sanitizer over one kernel; at toy size the script that it would watch.
-
-    Raises:
-        AssertionError: it found something.
-    """
+    """compute-sanitizer over one kernel; at toy size the script that it would watch."""
     script = (sys.executable, "-m", "gpu.one_kernel", op, bench.device)
     watch = () if bench.dry else ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
     if bench.dry and tool == "racecheck":

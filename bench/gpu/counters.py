@@ -59,39 +59,25 @@ FACTORISATIONS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One kind of dispatch: equal ones are counted together.
+    """One kind of dispatch: equal ones are counted together."""
 
-    Attributes:
-        stage: of the algorithm.
-        op: aten's name of it, or the kind of factorisation.
-        kind: "view" (nothing runs), "product", "factorisation" or "pass" (over memory).
-        dtype: of the largest operand.
-        shape: [batch, rows, inner, columns] of a product, [batch, rows, columns] of a
-            factorisation, [bytes] of a pass.
-        flops: of a product.
-        bytes: read and written.
-    """
-
-    stage: str
-    op: str
-    kind: str
-    dtype: str
+    stage: str  # of the algorithm
+    op: str  # aten's name of it, or the kind of factorisation
+    kind: str  # "view" (nothing runs), "product", "factorisation" or "pass" (over memory)
+    dtype: str  # of the largest operand
+    # [batch, rows, inner, columns] of a product, [batch, rows, columns] of a factorisation,
+    # [bytes] of a pass
     shape: tuple[int, ...]
-    flops: int
-    bytes: int
+    flops: int  # of a product
+    bytes: int  # read and written
 
 
 @dataclass
 class Tally:
-    """What has been counted.
+    """What has been counted."""
 
-    Attributes:
-        calls: how often each kind of dispatch came.
-        waits: host synchronisations by stage.
-    """
-
-    calls: Counter[Call] = field(default_factory=Counter)
-    waits: Counter[str] = field(default_factory=Counter)
+    calls: Counter[Call] = field(default_factory=Counter)  # how often each kind of dispatch came
+    waits: Counter[str] = field(default_factory=Counter)  # host synchronisations by stage
 
     @property
     def dispatches(self) -> int:
@@ -117,11 +103,7 @@ class Tally:
 
 
 class Counting(TorchDispatchMode):
-    """Counts while it is entered, in this thread.
-
-    Args:
-        stage_of: the stage of a call, from the frames of Python that led to it.
-    """
+    """Counts while it is entered, in this thread."""
 
     def __init__(self, stage_of: Callable[[Any], str]) -> None:
         super().__init__()

@@ -145,14 +145,7 @@ def time_stages(job: Callable[[], Any], device: str) -> dict[str, float]:
 def compare_kernel(
     bench: Bench, case: str, ours: Callable[[], Any], torchs: Callable[[], Any], few: float = 1.0
 ) -> float:
-    """Records both times; `few` scales torch's where it ran on fewer matrices.
-
-    Returns:
-        Ours over torch's.
-
-    Raises:
-        AssertionError: the kernel is not what runs here, so that torch would race torch.
-    """
+    """Records both times; `few` scales torch's where it ran on fewer matrices."""
     name = bench.step
     choice = native.choose(name, torch.device(bench.device))
     assert choice.kernels or bench.dry, f"{name} runs in torch here: {choice.why}"
@@ -206,11 +199,7 @@ def time_panel_qr(bench: Bench) -> None:
 
 
 def time_krylov_block(bench: Bench) -> None:
-    """A block from weights in their 16 bits, against torch on a float32 copy of them.
-
-    Raises:
-        AssertionError: it is slower, and so not to be chosen on such a card.
-    """
+    """A block from weights in their 16 bits, against torch on a float32 copy of them."""
     for b, d, dtype in ((64, 1280, torch.float16), (8, 3072, torch.bfloat16)):
         w = make_weights(bench.batch(b), bench.size(d), bench.size(d), bench.device).to(dtype)
         case = f"{b} x {d}², {str(dtype).removeprefix('torch.')}, 256 + 32 rows"

@@ -18,40 +18,24 @@ from .results import append_line
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of a call.
+    """One piece of a call."""
 
-    Attributes:
-        name: unique within the call.
-        seconds: what it is expected to take at most; it is not begun with less time left.
-        run: records its numbers in the Bench that it is given.
-        tool: a program that it needs; without that it fails.
-    """
-
-    name: str
-    seconds: float
-    run: Callable[[Bench], None]
-    tool: str = ""
+    name: str  # unique within the call
+    seconds: float  # what it is expected to take at most; it is not begun with less time left
+    run: Callable[[Bench], None]  # records its numbers in the Bench that it is given
+    tool: str = ""  # a program that it needs; without that it fails
 
 
 @dataclass
 class Bench:
-    """What a step works with.
+    """What a step works with."""
 
-    Attributes:
-        call: its call.
-        out: the folder of the results.
-        machine: the fields of a line that `describe_machine` gives.
-        command: by which the numbers can be had again.
-        dry: on the CPU at toy size: nothing that is recorded means anything.
-        step: the name of the step that is running.
-    """
-
-    call: str
-    out: Path
-    machine: dict[str, str]
-    command: str
-    dry: bool
-    step: str = ""
+    call: str  # its call
+    out: Path  # the folder of the results
+    machine: dict[str, str]  # the fields of a line that `describe_machine` gives
+    command: str  # by which the numbers can be had again
+    dry: bool  # on the CPU at toy size: nothing that is recorded means anything
+    step: str = ""  # the name of the step that is running
 
     @property
     def device(self) -> str:
@@ -98,11 +82,7 @@ class Bench:
     def require(
         self, name: str, value: float, limit: float, unit: str = "", case: str = "", note: str = ""
     ) -> None:
-        """Records a number that must not exceed a limit.
-
-        Raises:
-            AssertionError: it does, or is NaN.
-        """
+        """Records a number that must not exceed a limit."""
         self.record(name, value, unit, case, limit=limit, **({"note": note} if note else {}))
         assert value <= limit, f"{name} is {value:.3g}, and may be {limit:.3g} at most"
 

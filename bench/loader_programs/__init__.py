@@ -12,17 +12,11 @@ __all__ = ["PROGRAMS", "Keys", "Open", "Program", "Read"]
 
 
 class Program(NamedTuple):
-    """A program that is run.
+    """A program that is run."""
 
-    Attributes:
-        title: what people call it.
-        file: of this folder, which has `open_program`.
-        reads_text: whether that says what it does with text encoders.
-    """
-
-    title: str
-    file: str
-    reads_text: bool = True
+    title: str  # what people call it
+    file: str  # of this folder, which has `open_program`
+    reads_text: bool = True  # whether that says what it does with text encoders
 
     def open(self, checkout: Path) -> Open:
         """What its code makes of a LoRA, for each family and size."""

@@ -75,12 +75,7 @@ def collect_shares() -> dict[str, list[tuple[str, float]]]:
 def check_expected(
     rows: Sequence[tuple[float, dict[str, Any]]], few_steps: bool
 ) -> tuple[str, str]:
-    """What is expected of copies on bases judged elsewhere, and how many shares are as expected.
-
-    Args:
-        rows: what a copy at strength 1 gave, and the numbers of the verdict.
-        few_steps: whether the targets draw in few steps.
-    """
+    """What is expected of copies on bases judged elsewhere, and how many shares are as expected."""
     names = ("drift", "cosine", "spread", "size")
     classes = [
         (share, CLASSES[classify(Verdict(*(facts[n] for n in names)), False, few_steps)])

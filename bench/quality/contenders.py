@@ -28,16 +28,11 @@ Updates = dict[str, LowRank]
 
 @dataclass
 class Case:
-    """One transfer: the same-shape modules of two bases and the source's updates for them.
+    """One transfer: the same-shape modules of two bases and the source's updates for them."""
 
-    Attributes:
-        source, target: weights [m, n] by the target's module name.
-        updates: the source LoRA's updates by the target's module name.
-    """
-
-    source: dict[str, Tensor]
-    target: dict[str, Tensor]
-    updates: Updates
+    source: dict[str, Tensor]  # weights [m, n] by the target's module name
+    target: dict[str, Tensor]  # weights [m, n] by the target's module name
+    updates: Updates  # the source LoRA's updates by the target's module name
     _bases: dict[tuple[str, float], tuple[Basis, Basis]] = field(default_factory=dict)
 
     @classmethod

@@ -55,15 +55,7 @@ DOMAINS = {
 
 
 def concept(n: int, seed: int) -> Tensor:
-    """A sign no model has seen: a diamond with a vertical bar, of varying size and place.
-
-    Args:
-        n: how many.
-        seed: of sizes and places.
-
-    Returns:
-        (n, 1, 16, 16) in [-1, 1], ink bright.
-    """
+    """A sign no model has seen: a diamond with a vertical bar, of varying size and place."""
     generator = torch.Generator().manual_seed(seed)
     shift = (torch.rand(n, 2, 1, 1, generator=generator) - 0.5) * 4
     radius = 4.5 + 1.5 * torch.rand(n, 1, 1, generator=generator)

@@ -24,16 +24,7 @@ SAMPLER_STEPS, FEW_STEPS = 25, 4
 def guided_velocity(
     model: nn.Module, x: Tensor, t: Tensor, tokens: Tensor, null: Tensor, guidance: float
 ) -> Tensor:
-    """The velocity with classifier-free guidance: v_null + guidance (v - v_null).
-
-    Args:
-        model: called with images, times and tokens.
-        x: images (n, c, h, w).
-        t: times (n,).
-        tokens: of the prompts.
-        null: tokens of the null prompt, of the same shape.
-        guidance: 1 is no guidance.
-    """
+    """The velocity with classifier-free guidance: v_null + guidance (v - v_null)."""
     both = predict(model, torch.cat([x, x]), torch.cat([t, t]), torch.cat([tokens, null]))
     wanted, free = both.chunk(2)
     return free + guidance * (wanted - free)

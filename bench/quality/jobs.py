@@ -15,17 +15,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Job:
-    """One file to make.
+    """One file to make."""
 
-    Attributes:
-        path: the file.
-        needs: files that must exist before.
-        run: writes the file's content to the path it is given.
-    """
-
-    path: Path
-    needs: tuple[Path, ...]
-    run: Callable[[Path], None]
+    path: Path  # the file
+    needs: tuple[Path, ...]  # files that must exist before
+    run: Callable[[Path], None]  # writes the file's content to the path it is given
 
 
 def run_jobs(jobs: Sequence[Job]) -> None:

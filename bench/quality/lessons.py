@@ -55,17 +55,11 @@ def flow_loss(world: World, model: nn.Module, data: Data, teacher: nn.Module | N
 
 @dataclass
 class Images:
-    """Images and their prompts; beside them the usual ones, so that these survive.
+    """Images and their prompts; beside them the usual ones, so that these survive."""
 
-    Attributes:
-        world: of the images.
-        data: what is learnt.
-        kept: prior preservation, or None.
-    """
-
-    world: World
-    data: Data
-    kept: Data | None = None
+    world: World  # of the images
+    data: Data  # what is learnt
+    kept: Data | None = None  # prior preservation, or None
 
     def loss(self, model: nn.Module) -> Loss:
         """See Lesson."""
@@ -86,15 +80,10 @@ class Images:
 
 @dataclass
 class Lines:
-    """Straight lines between noise and what a teacher samples from it (reflow).
+    """Straight lines between noise and what a teacher samples from it (reflow)."""
 
-    Attributes:
-        world: of the images.
-        pairs: noise, images and prompts.
-    """
-
-    world: World
-    pairs: Pairs
+    world: World  # of the images
+    pairs: Pairs  # noise, images and prompts
 
     def loss(self, model: nn.Module) -> Loss:
         """See Lesson."""
@@ -123,17 +112,11 @@ class Lines:
 
 @dataclass
 class Guided:
-    """A teacher's velocity with guidance, which the student gives at once.
+    """A teacher's velocity with guidance, which the student gives at once."""
 
-    Attributes:
-        world: of the images.
-        data: images, from which noised ones are made, and their prompts.
-        teacher: the model that is run with guidance.
-    """
-
-    world: World
-    data: Data
-    teacher: nn.Module
+    world: World  # of the images
+    data: Data  # images, from which noised ones are made, and their prompts
+    teacher: nn.Module  # the model that is run with guidance
 
     def loss(self, model: nn.Module) -> Loss:
         """See Lesson."""
@@ -182,17 +165,7 @@ def make_lesson(
     seed: int = 0,
     teacher: nn.Module | None = None,
 ) -> Lesson:
-    """What an adapter is about on a kind of base.
-
-    Args:
-        world: of the base.
-        kind: of the base, for its look.
-        adapter: one of the world's.
-        model: the plain base, whose lines a few-step adapter straightens.
-        split: "train" or "held_out".
-        seed: of the teacher pairs for training.
-        teacher: for distilled kinds, the source with its adapter.
-    """
+    """What an adapter is about on a kind of base."""
     n, start = (world.pairs, 4000 + seed) if split == "train" else (world.judged_rows, 99)
     if adapter == "fewstep":
         return Lines(world, teacher_pairs(world, model, n, start, world.guidance_of(kind)))

@@ -94,12 +94,6 @@ def interval(values: Mapping[tuple, float]) -> tuple[float, float, float]:
     Targets and adapters are both draws from something larger, and the adapters of one target share
     its luck. So seeds and adapters are resampled independently, each with replacement, and the
     mean is taken over their product (the two-way bootstrap of a crossed design).
-
-    Args:
-        values: {(seed, adapter): value}; a seed may be any hashable, such as (arch, seed).
-
-    Returns:
-        (mean, lower, upper).
     """
     seeds = sorted({seed for seed, _ in values}, key=str)
     adapters = sorted({adapter for _, adapter in values})
@@ -163,17 +157,11 @@ def format_table(head: list[str], rows: list[list[str]]) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One target of a slice.
+    """One target of a slice."""
 
-    Attributes:
-        title: the target, and what was decided about it.
-        shares: method -> share of the gap that it recovers.
-        faults: what differs from the study, a sentence each.
-    """
-
-    title: str
-    shares: Mapping[str, float]
-    faults: list[str]
+    title: str  # the target, and what was decided about it
+    shares: Mapping[str, float]  # method -> share of the gap that it recovers
+    faults: list[str]  # what differs from the study, a sentence each
 
 
 def misplaced(

@@ -51,15 +51,10 @@ def cases(
 
 @dataclass(frozen=True)
 class Yardstick:
-    """How the adapters of one target are judged.
+    """How the adapters of one target are judged."""
 
-    Attributes:
-        lessons: adapter -> what it is asked for.
-        oracles: adapter -> the one that was trained on the target for that.
-    """
-
-    lessons: dict[str, Lesson]
-    oracles: dict[str, Updates]
+    lessons: dict[str, Lesson]  # adapter -> what it is asked for
+    oracles: dict[str, Updates]  # adapter -> the one that was trained on the target for that
 
 
 def loss_rows(

@@ -44,11 +44,7 @@ PROBED = 0.3
 def recovered(
     world: World, kind: str, source: torch.nn.Module, lora: dict
 ) -> tuple[dict[str, float], bool, str]:
-    """Share of the gap that each method recovers on a new target, and the verdicts on it.
-
-    Returns:
-        Shares by method; whether the verdict from weights is a go; the decision of probing.
-    """
+    """Share of the gap that each method recovers on a new target, and the verdicts on it."""
     target = train_base(world, "flux", kind, 0, source)
     cases_by_adapter = cases(world, "flux", kind, source, target, {ADAPTER: lora})
     taught, judged = (make_lesson(world, kind, ADAPTER, target, s) for s in ("train", "held_out"))

@@ -35,23 +35,14 @@ METHODS_SHOWN: dict[str, Callable[[Case], Updates]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison of the study.
+    """One comparison of the study."""
 
-    Attributes:
-        target: kind of base.
-        adapter: LoRA that is moved to it.
-        above: (better, worse) methods, at least MARGIN apart.
-        level: (method, other, by how much it may stay below).
-        look: whose look the images have.
-        trained: whether the scale is a LoRA trained on the target; else it is the copy.
-    """
-
-    target: str
-    adapter: str
-    above: tuple[tuple[str, str], ...]
-    level: tuple[str, str, float]
-    look: str = "target"
-    trained: bool = False
+    target: str  # kind of base
+    adapter: str  # LoRA that is moved to it
+    above: tuple[tuple[str, str], ...]  # (better, worse) methods, at least MARGIN apart
+    level: tuple[str, str, float]  # (method, other, by how much it may stay below)
+    look: str = "target"  # whose look the images have
+    trained: bool = False  # whether the scale is a LoRA trained on the target; else it is the copy
 
 
 PROJECTED = (

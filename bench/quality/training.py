@@ -22,15 +22,7 @@ SOURCE_START = 1000
 def train_base(
     world: World, arch: str, kind: str, seed: int, source: nn.Module | None
 ) -> nn.Module:
-    """A base model: the source itself, or one of the kinds of target that are trained.
-
-    Args:
-        world: of the base.
-        arch: "unet" or "flux".
-        kind: "source", or one of the world's kinds or variants.
-        seed: of its batches, and of its weights where it starts anew.
-        source: the source model; for a source, the one whose text encoder it reads with, or None.
-    """
+    """A base model: the source itself, or one of the kinds of target that are trained."""
     # Of those that are trained apart seed 0 would otherwise be the source again.
     start = 1000 * (1 + (kind in APART)) + seed
     torch.manual_seed(SOURCE_START if kind == SAME_START else start)
@@ -73,19 +65,7 @@ def base_lesson(world: World, kind: str, seed: int, model: nn.Module, source: nn
 def train_lora(
     world: World, arch: str, adapter: str, seed: int, model: nn.Module, lesson: Lesson
 ) -> dict[str, LowRank]:
-    """An adapter on one base; on a target it is the oracle.
-
-    Args:
-        world: of the base.
-        arch: "unet" or "flux".
-        adapter: one of the world's, for its rank.
-        seed: of its weights and batches.
-        model: the base, left as it is.
-        lesson: what is learnt.
-
-    Returns:
-        {module: LowRank}, names as in the diffusers model.
-    """
+    """An adapter on one base; on a target it is the oracle."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     model = copy.deepcopy(model).requires_grad_(False)

@@ -19,85 +19,60 @@ NAMES = ("digits", "icons")
 
 @dataclass(frozen=True)
 class World:
-    """One world. A prompt is a number.
+    """One world. A prompt is a number."""
 
-    Attributes:
-        name: one of NAMES.
-        shape: of an image.
-        null_prompt: the prompt for guidance.
-        kinds: targets with samples and every score.
-        variants: further targets, losses only.
-        fresh: kinds that start from new weights, the others from the source's.
-        adapters: their names; "fewstep" learns the base's own trajectories.
-        ranks: adapter -> rank.
-        budgets: kind, or "lora" -> batches of 32 and peak learning rate.
-        adapted: architecture -> pattern of the modules that a LoRA changes.
-        prefix: architecture -> what comes before diffusers' names in the models.
-        new_model: (architecture, kind) -> a base with weights from torch's global generator.
-        origin: (architecture, kind, name) -> the source's name of a module or parameter.
-        images: (kind, adapter or None, split) -> the images it is about and their prompts.
-        tokens: (model, prompts) -> what the model reads.
-        draw_prompts: (n, generator, whether for the concept) -> what a user would ask for.
-        sample_prompts: (adapter, n) -> the prompts of scored samples.
-        content: prompts -> the judge's class.
-        classes: how many contents, styles and looks the judge tells apart.
-        judged: (split, generator) -> 64 images for the judge and their three labels.
-        concept_class: the judge's class of the withheld concept.
-        is_new, is_silent: (architecture, kind, name) -> whether a parameter is in a block that only
-            the target has, and whether it starts with zeros.
-        pairs_of: kind -> (kind of the source, kind of the target) where they are not
-            ("source", kind).
-        merged: kind -> (adapters whose LoRAs are merged into the source, weight).
-        blended: kind -> {kind: weight} of the fine-tunes it is the mean of.
-        imitating: kinds that learn the source's output beside the images.
-        distilled: kind -> "lines" or "guided", how the source teaches it; sampled without guidance.
-        teaches_words: architecture whose source trains the text encoder; "" if there is none.
-        pairs: how many teacher pairs a few-step adapter is trained on.
-        student_pairs: how many a few-step base is trained on.
-        teacher_steps: in which the teacher makes them.
-        judged_rows: held-out images, or held-out teacher pairs, behind every loss.
-        once: kinds of which there is one seed.
-        sampled_seeds: whose targets have samples.
-        guidance: of samples.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    null_prompt: int
-    kinds: tuple[str, ...]
-    variants: tuple[str, ...]
-    fresh: tuple[str, ...]
-    adapters: tuple[str, ...]
-    ranks: Mapping[str, int]
-    budgets: dict[str, tuple[int, float]]
-    adapted: Mapping[str, str]
-    prefix: Mapping[str, str]
+    name: str  # one of NAMES
+    shape: tuple[int, ...]  # of an image
+    null_prompt: int  # the prompt for guidance
+    kinds: tuple[str, ...]  # targets with samples and every score
+    variants: tuple[str, ...]  # further targets, losses only
+    fresh: tuple[str, ...]  # kinds that start from new weights, the others from the source's
+    adapters: tuple[str, ...]  # their names; "fewstep" learns the base's own trajectories
+    ranks: Mapping[str, int]  # adapter -> rank
+    budgets: dict[str, tuple[int, float]]  # kind, or "lora" -> batches of 32 and peak learning rate
+    adapted: Mapping[str, str]  # architecture -> pattern of the modules that a LoRA changes
+    prefix: Mapping[str, str]  # architecture -> what comes before diffusers' names in the models
+    # (architecture, kind) -> a base with weights from torch's global generator
     new_model: Callable[[str, str], nn.Module]
+    # (architecture, kind, name) -> the source's name of a module or parameter
     origin: Callable[[str, str, str], str]
+    # (kind, adapter or None, split) -> the images it is about and their prompts
     images: Callable[[str, str | None, str], Data]
-    tokens: Callable[[nn.Module, Tensor], Tensor]
+    tokens: Callable[[nn.Module, Tensor], Tensor]  # (model, prompts) -> what the model reads
+    # (n, generator, whether for the concept) -> what a user would ask for
     draw_prompts: Callable[[int, torch.Generator, bool], Tensor]
-    sample_prompts: Callable[[str, int], Tensor]
-    content: Callable[[Tensor], Tensor]
-    classes: tuple[int, int, int]
+    sample_prompts: Callable[[str, int], Tensor]  # (adapter, n) -> the prompts of scored samples
+    content: Callable[[Tensor], Tensor]  # prompts -> the judge's class
+    classes: tuple[int, int, int]  # how many contents, styles and looks the judge tells apart
+    # (split, generator) -> 64 images for the judge and their three labels
     judged: Callable[[str, torch.Generator], tuple[Tensor, ...]]
-    concept_class: int
+    concept_class: int  # the judge's class of the withheld concept
     judge_steps: int = 900
+    # (architecture, kind, name) -> whether a parameter is in a block that only the target has, and
+    # whether it starts with zeros
     is_new: Callable[[str, str, str], bool] = lambda *_: False
+    # (architecture, kind, name) -> whether a parameter is in a block that only the target has, and
+    # whether it starts with zeros
     is_silent: Callable[[str, str, str], bool] = lambda *_: False
+    # kind -> (kind of the source, kind of the target) where they are not ("source", kind)
     pairs_of: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    # kind -> (adapters whose LoRAs are merged into the source, weight)
     merged: Mapping[str, tuple[tuple[str, ...], float]] = field(default_factory=dict)
+    # kind -> {kind: weight} of the fine-tunes it is the mean of
     blended: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # kinds that learn the source's output beside the images
     imitating: tuple[str, ...] = ("pruned",)
+    # kind -> "lines" or "guided", how the source teaches it; sampled without guidance
     distilled: Mapping[str, str] = field(default_factory=dict)
+    # architecture whose source trains the text encoder; "" if there is none
     teaches_words: str = ""
-    pairs: int = 1024
-    student_pairs: int = 2048
-    teacher_steps: int = 16
-    judged_rows: int = 320
-    once: tuple[str, ...] = ()
-    sampled_seeds: tuple[int, ...] = (0, 1, 2)
-    guidance: float = 2.0
+    pairs: int = 1024  # how many teacher pairs a few-step adapter is trained on
+    student_pairs: int = 2048  # how many a few-step base is trained on
+    teacher_steps: int = 16  # in which the teacher makes them
+    judged_rows: int = 320  # held-out images, or held-out teacher pairs, behind every loss
+    once: tuple[str, ...] = ()  # kinds of which there is one seed
+    sampled_seeds: tuple[int, ...] = (0, 1, 2)  # whose targets have samples
+    guidance: float = 2.0  # of samples
 
     def source_of(self, kind: str) -> str:
         """The kind of base that LoRAs come from when they are moved to that kind."""

@@ -43,14 +43,7 @@ SETTINGS = probe.FitSettings(images=16, fit_steps=12, probes=192, held_out=48, b
 def fit_lora(
     source: Network, target: Network, lora: Mapping[str, LowRank], force: bool = False
 ) -> probe.ProbeTransfer:
-    """The LoRA of the target that changes it as the given one changes the source.
-
-    Args:
-        source: the LoRA's own base.
-        target: the other one.
-        lora: module -> update of the source.
-        force: whether it is given back where the gate refuses it.
-    """
+    """The LoRA of the target that changes it as the given one changes the source."""
     samplers = probe.Samplers(*(Sampler(model) for model in (source, target)))
     settings = replace(SETTINGS, force=force)
     return probe.fit_to_models(source, target, lora, samplers, settings)

@@ -59,21 +59,13 @@ Answer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exam:
-    """What methods are judged by on one target.
+    """What methods are judged by on one target."""
 
-    Attributes:
-        target: the base.
-        idea: what is wanted of it.
-        asked: the held-out questions.
-        plain: the target's own answers.
-        wanted: those with the idea.
-    """
-
-    target: Network
-    idea: str
-    asked: Batch
-    plain: Tensor
-    wanted: Tensor
+    target: Network  # the base
+    idea: str  # what is wanted of it
+    asked: Batch  # the held-out questions
+    plain: Tensor  # the target's own answers
+    wanted: Tensor  # those with the idea
 
     @classmethod
     def of(cls, target: Network, idea: str, maps: Maps, questions: int) -> Exam:

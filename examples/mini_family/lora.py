@@ -43,16 +43,7 @@ def sgm_name(name: str) -> str:
 def save_kohya(
     factors: dict[str, Tensor], alpha: float, style: str, path: Path, names: str, steps: int
 ) -> None:
-    """Writes PEFT factors as a kohya LoRA in half precision.
-
-    Args:
-        factors: ``<module>.lora_A.weight`` (r, in) and ``<module>.lora_B.weight`` (out, r).
-        alpha: The update is alpha / r · B A.
-        style: Name of the style; it becomes the title and the trigger word.
-        path: Output file.
-        names: ``"sgm"`` or ``"diffusers"``, the spelling of the module names.
-        steps: Number of training steps, for the header.
-    """
+    """Writes PEFT factors as a kohya LoRA in half precision."""
     tensors = {}
     for key, down in factors.items():
         if not key.endswith(".lora_A.weight"):
@@ -91,16 +82,7 @@ def save_kohya(
 
 
 def add_by_name(unet: nn.Module, path: Path, strength: float = 1.0) -> tuple[int, int]:
-    """Adds a LoRA of either spelling to the modules of equal name: the "copy" baseline.
-
-    Args:
-        unet: Changed in place.
-        path: A file written by ``save_kohya``.
-        strength: Factor on the update.
-
-    Returns:
-        How many of the LoRA's modules the UNet has, and how many it lacks.
-    """
+    """Adds a LoRA of either spelling to the modules of equal name: the "copy" baseline."""
     modules = {}
     for name, module in unet.named_modules():
         if isinstance(module, nn.Linear) and ".attentions." in name:

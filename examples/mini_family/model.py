@@ -83,15 +83,7 @@ def predict(unet: nn.Module, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
 
 
 def noised(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws the rectified-flow training point of each image.
-
-    Args:
-        x: Clean images (n, 1, 16, 16).
-        generator: Source of the randomness.
-
-    Returns:
-        The point (1 - t) x + t noise, the time t (n,) and the velocity noise - x.
-    """
+    """Draws the rectified-flow training point of each image."""
     n = len(x)
     # One time per n-th of [0, 1] instead of n free draws: the same mean, a steadier loss.
     t = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
@@ -104,19 +96,7 @@ def noised(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 def held_out_loss(
     unet: nn.Module, labels: Labels, x: Tensor, y: Tensor, draws: int = 8, seed: int = 123
 ) -> float:
-    """Mean squared error of the velocity, over the same times and noises for every model.
-
-    Args:
-        unet: The model.
-        labels: The label table.
-        x: Images (n, 1, 16, 16).
-        y: Labels (n,).
-        draws: Noises per image.
-        seed: Seed of times and noises.
-
-    Returns:
-        The loss, averaged over images, pixels and draws.
-    """
+    """Mean squared error of the velocity, over the same times and noises for every model."""
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for _ in range(draws):
@@ -134,19 +114,7 @@ def sample(
     guidance: float = 2.0,
     seed: int = 0,
 ) -> Tensor:
-    """Euler steps from noise (t = 1) to an image (t = 0) with classifier-free guidance.
-
-    Args:
-        unet: The model.
-        labels: The label table.
-        y: Labels (n,).
-        steps: Number of equal steps.
-        guidance: v = v_null + guidance (v_label - v_null); 1 is no guidance.
-        seed: Seed of the noise.
-
-    Returns:
-        Images (n, 1, 16, 16) in [-1, 1].
-    """
+    """Euler steps from noise (t = 1) to an image (t = 0) with classifier-free guidance."""
     x = torch.randn(len(y), 1, 16, 16, generator=torch.Generator().manual_seed(seed))
     tokens = torch.cat([labels(y), labels(torch.full_like(y, NULL_LABEL))])
     for i in range(steps):

@@ -45,15 +45,7 @@ def fit(
     rate: float,
     seed: int,
 ) -> None:
-    """Minimises a loss with Adam and leaves the averaged weights in the parameters.
-
-    Args:
-        parameters: What is trained, in place.
-        loss: Maps a random generator to a scalar loss on a fresh batch.
-        steps: Number of batches.
-        rate: Learning rate at its peak.
-        seed: Seed of batches, times and noises.
-    """
+    """Minimises a loss with Adam and leaves the averaged weights in the parameters."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -197,7 +197,7 @@ def move_loras(
     finally:
         results = place.root / MOVED
         for folder in sorted([results, *results.rglob("*")], reverse=True):  # the innermost first
-            if folder.is_dir() and not any(folder.iterdir()):
+            if folder.is_dir() and not (folder.is_symlink() or any(folder.iterdir())):
                 folder.rmdir()
 
 

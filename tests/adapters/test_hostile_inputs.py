@@ -11,7 +11,7 @@ from lora_files import LINEAR, adapter_of, factors, save
 
 import prolora
 from prolora.adapters import read_adapter, write_adapter
-from prolora.errors import UnsupportedFormat
+from prolora.errors import ShapeMismatch, UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
 
 STEM = "unet.mid_block.attentions.0.proj_in"
@@ -95,6 +95,14 @@ def test_files_of_other_kinds_are_named(key: str, kind: str, tmp_path: Path) -> 
     with pytest.raises(UnsupportedFormat, match=kind):
         read_adapter(path)
     assert kind in prolora.check(path).reason
+
+
+def test_a_small_file_forms_no_weight_that_no_model_has() -> None:
+    """A LoKr of 1 MB whose product takes 5 GB."""
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    halves = {f"{key}.lokr_w{i}": torch.ones(512, 512, dtype=torch.float16) for i in (1, 2)}
+    with pytest.raises(ShapeMismatch, match="a larger weight than any model has"):
+        read_adapter(halves)
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def two_modules(out=6, inputs=5, **beside):
     return tensors | {f"{KOHYA}.{suffix}": tensor for suffix, tensor in beside.items()}
 
 
+@pytest.mark.parametrize("suffix", [".gain", "_gain", "_gain.weight"])
+def test_a_tensor_beside_an_update_refuses_it_however_its_name_is_joined(suffix):
+    adapter = adapters.read_adapter(two_modules() | {f"{KOHYA}{suffix}": random(6)})
+    assert adapter.refused == {PROJ_IN} and set(adapter.updates) == {PROJ_OUT}
+
+
 class ToolkitDoRA(nn.Module):
     """A layer as ai-toolkit's DoRA module applies it: the norm is of rows, the scale is 1.
 

@@ -55,30 +55,19 @@ def copy(box: Box, *more: object, lora: str = "lora.safetensors") -> Words:
 
 @dataclass(frozen=True)
 class Format:
-    """An input, and the commands that read it.
+    """An input, and the commands that read it."""
 
-    Attributes:
-        name: of the format.
-        prepare: fills the box.
-        commands: what is run once the input is damaged.
-        choose: the files of which one is damaged.
-        runs: how many at scale 1.
-        kinds: of damage.
-        header: how many bytes say what the file holds; None for all.
-        expect: whether the result is what the damaged input says, by another program; None where
-            no other program knows.
-        exact: whether a result must be that of the undamaged file even after an `edit`.
-    """
-
-    name: str
-    prepare: Callable[[Box], None]
-    commands: Callable[[Box], Sequence[Words]]
-    choose: Callable[[Box], list[Path]]
-    runs: int = 60
-    kinds: tuple[str, ...] = ("cut", "flip", "edit")
-    header: Callable[[bytes], int] = len
+    name: str  # of the format
+    prepare: Callable[[Box], None]  # fills the box
+    commands: Callable[[Box], Sequence[Words]]  # what is run once the input is damaged
+    choose: Callable[[Box], list[Path]]  # the files of which one is damaged
+    runs: int = 60  # how many at scale 1
+    kinds: tuple[str, ...] = ("cut", "flip", "edit")  # of damage
+    header: Callable[[bytes], int] = len  # how many bytes say what the file holds; None for all
+    # whether the result is what the damaged input says, by another program; None where no other
+    # program knows
     expect: Callable[[Box, set[str]], bool] | None = None
-    exact: bool = True
+    exact: bool = True  # whether a result must be that of the undamaged file even after an `edit`
 
 
 def run_format(form: Format, box: Box, scale: float, seed: int) -> Row:

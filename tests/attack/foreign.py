@@ -26,22 +26,11 @@ def write_lora(path: Path) -> None:
     save_file(mini.lora_tensors(3), path, {"ss_output_name": "mine", "ss_training_comment": "week"})
 
 
-def write_page(path: Path) -> None:
-    """A page that quotes prolora."""
-    path.write_text("<!doctype html><html><title>prolora</title><p>moved by prolora</p></html>\n")
-
-
 FOREIGN: dict[str, Callable[[Path], object]] = {
     "text": lambda path: path.write_text("mine\n"),
-    "JSON": lambda path: path.write_text('{"mine": [1, 2], "summary": "", "modules": []}\n'),
-    "JSON list": lambda path: path.write_text("[]\n"),
-    "JSON lines": lambda path: path.write_text('{"mine": 1}\n{"mine": 2}\n'),
     "LoRA": write_lora,
-    "page": write_page,
 }
 """What may lie where a result goes; every kind under every name."""
-
-
 _DIGEST = re.compile(r"[0-9a-f]{12,}[^/]*$")
 
 
@@ -65,12 +54,6 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
             box,
             *("-o", box.out / "moved.safetensors", "--card"),
             *("--report", box.out / "report.json"),
-        ),
-    ),
-    "transfer, page": (
-        write_inputs,
-        lambda box: transfer(
-            box, "-o", box.out / "moved.safetensors", "--report", box.out / "report.html"
         ),
     ),
     "transfer, PEFT": (

@@ -35,20 +35,13 @@ Words = list[object]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command that is killed.
+    """A command that is killed."""
 
-    Attributes:
-        name: of the case.
-        prepare: fills the box.
-        command: what is killed, and run again.
-        kills: how many at scale 1.
-        again: by which share of the kills the command is killed once more before it may end.
-    """
-
-    name: str
-    prepare: Callable[[Box], None]
-    command: Callable[[Box], Words]
-    kills: int
+    name: str  # of the case
+    prepare: Callable[[Box], None]  # fills the box
+    command: Callable[[Box], Words]  # what is killed, and run again
+    kills: int  # how many at scale 1
+    # by which share of the kills the command is killed once more before it may end
     again: float = 0.0
 
 
@@ -189,13 +182,7 @@ def list_temporaries(box: Box) -> set[Path]:
 
 
 def judge_kill(box: Box, old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
-    """What a killed command may not leave.
-
-    Args:
-        box: in which it ran.
-        old: the results before it.
-        new: the results of an uninterrupted run.
-    """
+    """What a killed command may not leave."""
     verdicts = []
     files = read_bytes(box.out)
     for name, data in files.items():

@@ -34,19 +34,12 @@ _DROPPED = (ast.Raise, ast.AugAssign, ast.Continue, ast.Break, ast.Delete)
 
 @dataclass(frozen=True)
 class Mutant:
-    """A change of one place.
+    """A change of one place."""
 
-    Attributes:
-        line: where.
-        function: the outermost function that it is in, as "name:line"; "" outside of functions.
-        what: the change, for people.
-        text: the whole file with it.
-    """
-
-    line: int
-    function: str
-    what: str
-    text: str
+    line: int  # where
+    function: str  # the outermost function that it is in, as "name:line"; "" outside of functions
+    what: str  # the change, for people
+    text: str  # the whole file with it
 
 
 def list_mutants(text: str) -> list[Mutant]:

@@ -69,21 +69,13 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Run:
-    """A command that ended.
+    """A command that ended."""
 
-    Attributes:
-        code: its exit code; negative for the signal that ended it.
-        text: what it printed.
-        seconds: how long it took.
-        megabytes: how far its memory rose above that of this process.
-        hung: whether it was ended at its time limit.
-    """
-
-    code: int
-    text: str
-    seconds: float
-    megabytes: float
-    hung: bool = False
+    code: int  # its exit code; negative for the signal that ended it
+    text: str  # what it printed
+    seconds: float  # how long it took
+    megabytes: float  # how far its memory rose above that of this process
+    hung: bool = False  # whether it was ended at its time limit
 
     @property
     def excerpt(self) -> str:
@@ -94,29 +86,18 @@ class Run:
 
 @dataclass
 class Row:
-    """The figures of one case of a harness.
+    """The figures of one case of a harness."""
 
-    Attributes:
-        harness: its name.
-        case: what was attacked.
-        runs: how many commands were judged.
-        counts: verdict -> how many of them.
-        findings: the first few of each bad verdict: what was done and what came of it.
-        seconds: wall time.
-        facts: further numbers.
-        seed: of its random numbers.
-        scale: of its number of runs.
-    """
-
-    harness: str
-    case: str
-    runs: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
+    harness: str  # its name
+    case: str  # what was attacked
+    runs: int = 0  # how many commands were judged
+    counts: Counter[str] = field(default_factory=Counter)  # verdict -> how many of them
+    # the first few of each bad verdict: what was done and what came of it
     findings: list[dict[str, str]] = field(default_factory=list)
-    seconds: float = 0.0
-    facts: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    scale: float = 1.0
+    seconds: float = 0.0  # wall time
+    facts: dict[str, Any] = field(default_factory=dict)  # further numbers
+    seed: int = 0  # of its random numbers
+    scale: float = 1.0  # of its number of runs
 
     def add(self, verdicts: Sequence[str], how: str, run: Run | None = None) -> None:
         """Counts a run, and keeps what was done where that should not have been."""
@@ -319,14 +300,7 @@ def digest(data: bytes) -> str:
 def judge_ending(
     box: Box, run: Run, before: dict[str, str], results: Path | None = None
 ) -> list[str]:
-    """The bad verdicts that need no comparison of results.
-
-    Args:
-        box: in which it ran.
-        run: the command.
-        before: what `Box.look` gave before it.
-        results: the folder that it may write into; `out` as a whole unless given.
-    """
+    """The bad verdicts that need no comparison of results."""
     verdicts = []
     crashed = run.code in (_UNHANDLED,) or (run.code < 0 and not run.hung)
     if crashed or "Traceback (most recent call last)" in run.text:

@@ -37,15 +37,7 @@ def attention(place, width, axes):
 
 
 def lay_out(*, blocks=3, attends=True, resblock_updown=True, axes=(1, 1), label="label_emb.0"):
-    """{module: shape} of a UNet of two levels, 8 and 16 wide, after OpenAI's own constructor.
-
-    Args:
-        blocks: ResBlocks a level.
-        attends: whether the lower level and the middle have attention.
-        resblock_updown: sizes are changed by ResBlocks, else by a convolution.
-        axes: of attention's kernels: consistency models have (1, 1), guided diffusion (1,).
-        label: name of the layer that takes in the condition.
-    """
+    """{module: shape} of a UNet of two levels, 8 and 16 wide, after OpenAI's own constructor."""
     shapes = {
         "time_embed.0": (16, 8),
         "time_embed.2": (16, 16),

@@ -147,7 +147,7 @@ def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):
 
 def test_a_model_of_few_steps_is_known_by_its_scheduler_its_guidance_or_what_people_say(tmp_path):
     def base(**known):
-        return Base("turbo", {}, tmp_path, **known)
+        return Base("turbo", {}, path=tmp_path, **known)
 
     few = pipeline_files.draws_in_few_steps
     for scheduler in pipeline_files.FEW_STEP_SCHEDULERS:

@@ -104,6 +104,12 @@ def plain(**more):
         ),
         (plain(), {"layers": {Q: {"format": "int8_blockwise", "group_size": 128}}}, "blockwise"),
         (plain(), {"layers": {Q: None}}, "quantised as None"),
+        (plain(), {"layers": {"gone": {"format": "float8_e4m3fn"}}}, "how gone is quantised"),
+        (
+            {f"{Q}.weight": torch.ones(4, 4).char(), f"{Q}.weight_scale": torch.ones(1, 4)},
+            {"layers": {Q: {"format": "int8_tensorwise"}}},
+            r"float32 \[1, 4\], not",
+        ),
         (plain(), {"layers": [Q]}, "lists no layers"),
         (plain(), "{", "is damaged"),
         (plain(), "[" * 100_000, "is damaged"),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prolora import cli
+from prolora.errors import output_error
 
 OUT = ("-o", "o.safetensors")
 LONG = "x" * 300
@@ -38,6 +39,12 @@ def test_a_name_that_is_too_long_is_no_traceback(prolora, case, monkeypatch, tmp
     assert len(text.splitlines()) == 1
 
 
+def full_disk():
+    error = output_error("x", OSError(errno.ENOSPC, "No space left on device"))
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
 @pytest.mark.parametrize(
     "error, code, said",
     [
@@ -49,6 +56,7 @@ def test_a_name_that_is_too_long_is_no_traceback(prolora, case, monkeypatch, tmp
         (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), 1, "surrogates"),
         (RuntimeError("no usable CUDA device (none)"), 2, "no usable CUDA device"),
         (ValueError("rank must be"), 2, "rank must be"),
+        (full_disk(), 1, "No space left"),
     ],
 )
 def test_every_error_of_the_system_is_one_line(prolora, monkeypatch, error, code, said):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
+import random
 import shutil
 import warnings
 from pathlib import Path
@@ -16,8 +18,11 @@ from test_probe import lora, permuted, run, source
 from torch import nn
 
 from prolora import FitOptions, LowRank, fit, probe
+from prolora.bases import open_base
 from prolora.errors import OutputError
+from prolora.files.safetensors_file import SafetensorsFile
 from prolora.probe import pipelines
+from prolora.workflow.by_fitting.common_parts import CommonParts
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -63,34 +68,8 @@ def edit(file: Path, **settings: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
-UNET_CHANGES = {
-    "attention_head_dim": (2, 1),
-    "norm_num_groups": (4, 2),
-    "act_fn": ("silu", "gelu"),
-    "norm_eps": (1e-5, 1e-3),
-    "flip_sin_to_cos": (True, False),
-    "freq_shift": (0, 1),
-    "center_input_sample": (False, True),
-    "mid_block_scale_factor": (1, 2),
-}
-
-
-def test_a_fit_with_the_same_inputs_is_used_again(changed):
-    assert fitted(changed).resumed == 1
-
-
-@pytest.mark.parametrize("side", ["source", "target"])
-@pytest.mark.parametrize("setting", UNET_CHANGES)
-def test_a_changed_setting_of_a_unet_is_seen_and_named(changed, side, setting):
-    before, after = UNET_CHANGES[setting]
-    edit(changed / side / "unet" / "config.json", **{setting: after})
-    message = refused(changed)
-    assert f"the {side}'s unet/config.json changed: {setting} " in message
-    assert f"{json.dumps(before)} → {json.dumps(after)}" in message
-    assert "delete the folder" in message
-
-
-OTHER_CHANGES = {
+SETTINGS = {
+    "unet/config.json": {"attention_head_dim": 1},
     "text_encoder/config.json": {"hidden_act": "gelu"},
     "scheduler/scheduler_config.json": {"clip_sample": True},
     "tokenizer/tokenizer_config.json": {"pad_token": "a"},
@@ -99,11 +78,19 @@ OTHER_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("file", OTHER_CHANGES)
-def test_a_changed_setting_of_another_part_is_seen_and_named(changed, file):
-    edit(changed / "target" / file, **OTHER_CHANGES[file])
-    (setting,) = OTHER_CHANGES[file]
-    assert f"the target's {file} changed: {setting} " in refused(changed)
+def test_a_fit_with_the_same_inputs_is_used_again(changed):
+    assert fitted(changed).resumed == 1
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("file", SETTINGS)
+def test_a_changed_setting_is_seen_and_named(changed, side, file):
+    ((setting, value),) = SETTINGS[file].items()
+    edit(changed / side / file, **SETTINGS[file])
+    message = refused(changed)
+    assert f"the {side}'s {file}: {setting} " in message
+    assert f"→ {json.dumps(value)}" in message or "is new" in message
+    assert "delete the folder" in message
 
 
 def test_changed_content_of_a_file_is_seen_and_the_file_is_named(changed):
@@ -156,12 +143,12 @@ def test_a_change_of_modules_in_memory_is_seen_and_named(source, lora, tmp_path)
     kept = {"resume": tmp_path / "kept", "described": "three steps"}
     run(source, target, lora, **kept, **JOINT)
     source.blocks[1].norm.eps = 1e-2
-    with pytest.raises(OutputError, match=r"the source's blocks\.1\.norm changed: eps 1e-05 → 0"):
+    with pytest.raises(OutputError, match=r"the source's blocks\.1\.norm: eps 1e-05 → 0"):
         run(source, target, lora, **kept, **JOINT)
     source.blocks[1].norm.eps = 1e-5
     assert run(source, target, lora, **kept, **JOINT).report.resumed == 1
     target.blocks[0].down.bias.data[3] += 1e-6
-    with pytest.raises(OutputError, match=r"the target's weights changed: blocks\.0\.down\.bias"):
+    with pytest.raises(OutputError, match=r"the target's weights blocks\.0\.down\.bias changed"):
         run(source, target, lora, **kept, **JOINT)
     target.blocks[0].down.bias.data[3] -= 1e-6
 
@@ -175,7 +162,7 @@ def test_a_module_of_another_class_with_the_same_weights_is_seen(source, lora, t
     kept = {"resume": tmp_path / "kept", "described": "three steps"}
     run(source, target, lora, **kept, **JOINT)
     target.blocks[2].norm = Gelu(12, elementwise_affine=False)
-    with pytest.raises(OutputError, match=r"the target's blocks\.2\.norm changed: class"):
+    with pytest.raises(OutputError, match=r"the target's blocks\.2\.norm: class"):
         run(source, target, lora, **kept, **JOINT)
 
 
@@ -227,3 +214,20 @@ def test_another_lora_uses_what_the_bases_were_asked(source, lora, tmp_path):
     weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
     assert run(source, permuted(source), weaker, **kept, **JOINT).report.resumed == 0
     assert len(list(tmp_path.glob("calls-source-*"))) == 2
+
+
+def test_one_value_of_any_tensor_is_noticed_before_a_model_is_loaded(changed):
+    """One bit of one value: nothing is known by samples, and no time has to differ."""
+    pick, sides = random.Random(0), [open_base(changed / side) for side in ("source", "target")]
+    files = sorted(changed.glob("*/*/*.safetensors"))
+    for _ in range(100):
+        path = pick.choice(files)
+        tensors, before = SafetensorsFile(path).tensors, path.read_bytes()
+        info = tensors[pick.choice(list(tensors))]
+        place = info.start + pick.randrange(math.prod(info.shape) * info.dtype.itemsize)
+        flipped = before[place] ^ 1 << pick.randrange(8)
+        path.write_bytes(before[:place] + bytes([flipped]) + before[place + 1 :])
+        with pytest.raises(OutputError, match=f"{path.parent.name}/{path.name} changed"):
+            CommonParts(changed / "kept").check_folder(*sides)
+        path.write_bytes(before)
+    CommonParts(changed / "kept").check_folder(*sides)

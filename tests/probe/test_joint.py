@@ -61,11 +61,7 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
 
 
 def alternating(order: str) -> tuple[nn.Module, list[list[ProbeBatch]], Tensor]:
-    """A linear model, the probes of its steps, and the update that solves them.
-
-    Args:
-        order: a letter a step: "n" for probes that miss nothing, "m" for probes that do.
-    """
+    """A linear model, the probes of its steps, and the update that solves them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5, bias=False))
     update, drawn = torch.randn(5, 6), []

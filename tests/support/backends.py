@@ -1,6 +1,7 @@
 """The kernels under one of their backends, and what a missing one means."""
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prolora.core.ops import native, torch_twin
 from prolora.core.ops.krylov_block import run_krylov_block
@@ -76,6 +78,31 @@ class Kernels:
     def _call(self, run, twin, operands):
         outputs = run(self.module, *operands, self.cuda) if self.module else twin(*operands)
         return tuple(x.cpu() for x in outputs)
+
+
+class GuardedMemory(TorchDispatchMode):
+    """New tensors with guards on both sides, which no kernel may overwrite, and NaN inside."""
+
+    MARGIN = 256
+
+    def __init__(self):
+        super().__init__()
+        self.rooms = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.new_empty.default:
+            return function(*args, **kwargs or {})
+        like, size = args
+        dtype = (kwargs or {}).get("dtype") or like.dtype
+        count = math.prod(size) * dtype.itemsize
+        room = torch.full((count + 2 * self.MARGIN,), 255, dtype=torch.uint8)
+        self.rooms.append(room)
+        return room[self.MARGIN : self.MARGIN + count].view(dtype).view(size)
+
+    def check(self):
+        for room in self.rooms:
+            ends = torch.cat([room[: self.MARGIN], room[-self.MARGIN :]])
+            assert (ends == 255).all(), "a kernel wrote beyond an output or its scratch"
 
 
 def missing(backend: str, reason: object) -> None:

@@ -28,15 +28,10 @@ BLOCKS = 64
 
 @dataclass(frozen=True)
 class AuthorsFile:
-    """A file of the authors and what diffusers must make of it.
+    """A file of the authors and what diffusers must make of it."""
 
-    Attributes:
-        stored: the authors' name -> rows.
-        expected: canonical module -> rows.
-    """
-
-    stored: Tensors
-    expected: Tensors
+    stored: Tensors  # the authors' name -> rows
+    expected: Tensors  # canonical module -> rows
 
 
 def is_parameter(module: str) -> bool:

@@ -25,21 +25,15 @@ COLUMNS = 2
 
 @dataclass(frozen=True)
 class Oracle:
-    """How diffusers reads a family's files.
+    """How diffusers reads a family's files."""
 
-    Attributes:
-        changes: fewer blocks than the published sizes have.
-        checkpoint: function of `single_file_utils` that reads the authors' checkpoints.
-        lora: function of `lora_conversion_utils` that reads LoRAs in the authors' names.
-        not_in_lora: authors' names that it does not read, or reads otherwise.
-        kohya: function of `lora_conversion_utils` that reads LoRAs in kohya's spelling. All read
-            the blocks; what lies outside them some give no prefix, and some leave out.
-    """
-
-    changes: Mapping[str, object]
-    checkpoint: str = ""
-    lora: str = ""
+    changes: Mapping[str, object]  # fewer blocks than the published sizes have
+    checkpoint: str = ""  # function of `single_file_utils` that reads the authors' checkpoints
+    lora: str = ""  # function of `lora_conversion_utils` that reads LoRAs in the authors' names
+    # authors' names that it does not read, or reads otherwise
     not_in_lora: tuple[str, ...] = field(default=())
+    # function of `lora_conversion_utils` that reads LoRAs in kohya's spelling. All read the
+    # blocks; what lies outside them some give no prefix, and some leave out
     kohya: str = ""
 
 

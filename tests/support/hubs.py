@@ -122,15 +122,7 @@ def hub_server(tmp_path):
 
 
 def ask_client(program, ids, address, home, offline=False):
-    """What a process of its own prints, to which a program is given: settings are read on import.
-
-    Args:
-        program: it finds the list `ids`.
-        ids: what it asks for.
-        address: of the hub.
-        home: the folder of the client.
-        offline: whether the hub may not be asked.
-    """
+    """What a process of its own prints, given a program: settings are read on import."""
     start = "import sys, json; ids, sys.path[:0] = json.loads(sys.argv[1]), sys.argv[2:]\n"
     settings = {
         "HF_ENDPOINT": address,

@@ -12,26 +12,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Published:
-    """A published size of a model.
+    """A published size of a model."""
 
-    Attributes:
-        title: for people.
-        cls: its class in diffusers; empty where there is none.
-        billions: parameters in all, as the class makes them: what is published, to more digits.
-        source: where its configuration is known from.
-        config: what differs from the defaults of the class.
-        text_encoders: what it reads, in order.
-        attached: part of its files that is another model in diffusers -> the class of that.
-        build: what makes it on the meta device, where diffusers has no class of it.
-    """
-
-    title: str
-    cls: str
-    billions: float
-    source: str
+    title: str  # for people
+    cls: str  # its class in diffusers; empty where there is none
+    billions: float  # parameters in all, as the class makes them: what is published, to more digits
+    source: str  # where its configuration is known from
+    # what differs from the defaults of the class
     config: dict[str, object] = field(default_factory=dict)
-    text_encoders: tuple[str, ...] = ()
+    text_encoders: tuple[str, ...] = ()  # what it reads, in order
+    # part of its files that is another model in diffusers -> the class of that
     attached: dict[str, str] = field(default_factory=dict)
+    # what makes it on the meta device, where diffusers has no class of it
     build: Callable[[], nn.Module] | None = None
 
 

@@ -177,9 +177,9 @@ def test_a_transformers_lora_comes_out_for_comfyui(layout, tmp_path):
     old, new = (
         {f"{n}.weight": w for n, w in small_weights(layout, drift=d).items()} for d in (0, 1)
     )
-    for weights in (old, new) if "wan" in layout else ():
-        weights["scale_shift_table"] = torch.randn(1, 2, 48)
-        weights["blocks.0.scale_shift_table"] = torch.randn(1, 6, 48)
+    for weights, size in ((old, 1.0), (new, 1.001)) if "wan" in layout else ():
+        weights["scale_shift_table"] = torch.full((1, 2, 48), size)
+        weights["blocks.0.scale_shift_table"] = torch.full((1, 6, 48), size)
     report = prolora.extract(old, new, out=tmp_path / "x.safetensors", out_rank=0.9).report
     assert report.coverage == 1 and report.share_on_target >= 0.9
     parameters = [row.reason for row in report.rows("skipped") if "scale_shift" in row.source]
@@ -248,6 +248,10 @@ def test_one_model_with_itself_is_refused_and_equal_weights_give_no_file(tmp_pat
     opened = prolora.open_base(make_base())
     with pytest.raises(prolora.errors.WrongBase, match="nothing to extract"):
         prolora.extract(opened, opened)
+    key = f"{next(iter(LINEAR))}.weight"
+    base, tuned = ({**make_base(), key: torch.full(SHAPES[key[:-7]], x)} for x in (1e-25, 2e-25))
+    row = prolora.extract(base, tuned, dtype="float32").report.modules[0]
+    assert (row.source, row.status) == (key[:-7], "skipped") and "less than 1e-20" in row.reason
     with pytest.raises(prolora.errors.OutputError, match="no module is left"):
         prolora.extract(make_base(), make_base(), out=tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
@@ -324,3 +328,40 @@ def test_peft_merges_an_extracted_file_into_the_tuned_model():
     merged = model.merge_and_unload()
     for name, weight in tuned.state_dict().items():
         assert torch.allclose(merged.state_dict()[name], weight, atol=1e-5), name
+
+
+def test_all_that_no_lora_holds_is_named_with_its_norm_and_counts_in_the_share():
+    """Scalars, gates, tables, embeddings, convolutions of three axes, and another model."""
+    base = make_base()
+    encoder = "text_encoder.text_model.embeddings.token_embedding"
+    others = {
+        "mid_block.attentions.0.gate": torch.zeros(8),
+        "mid_block.attentions.0.scale_factor": torch.zeros(()),
+        "mid_block.attentions.0.table": torch.zeros(4, 8),
+        "mid_block.attentions.0.steps": torch.zeros(3, dtype=torch.int64),
+        "mid_block.attentions.0.time_conv.weight": torch.zeros(8, 8, 3, 1, 1),
+        f"{encoder}.weight": torch.zeros(9, 8),
+    }
+    vae = "first_stage_model.decoder.conv_in"
+    tuned = merge(base, adapter_of(LINEAR, rank=2).updates)
+    matrices = sum(float((tuned[k].double() - base[k].double()).square().sum()) for k in tuned)
+    tuned[f"{NORM}.bias"] = torch.full((8,), 2.0)
+    tuned |= {name: tensor + 1 for name, tensor in others.items()}
+    base |= others
+    report = prolora.extract(base, tuned, out_rank=2, dtype="float32").report
+    lost = {name: tensor.numel() for name, tensor in others.items()}
+    assert set(report.left_out) == {name.removesuffix(".weight") for name in lost}
+    for name, count in lost.items():
+        (row,) = [r for r in report.modules if r.source == name.removesuffix(".weight")]
+        assert row.status == "skipped" and row.energy == pytest.approx(count)
+        assert f"norm of its difference is {count**0.5:.3g}" in report.left_out[row.source]
+    whole = matrices + 32 + sum(lost.values())
+    assert report.share_on_target == pytest.approx((matrices + 32) / whole, rel=1e-5)
+    assert f"{report.share_on_target:.2%}" in report.in_words().headline
+    model = {f"model.diffusion_model.{k}": v for k, v in make_base().items()}
+    more = {f"model.diffusion_model.{k}": v for k, v in make_base(1).items()}
+    model[f"{vae}.bias"], more[f"{vae}.bias"] = torch.zeros(2), torch.ones(2)
+    left = prolora.extract(model, more, out_rank=2).report.left_out
+    assert "another model" in left["first_stage_model"] and "1 of its" in left["first_stage_model"]
+    more[f"{vae}.bias"] = model[f"{vae}.bias"]
+    assert not prolora.extract(model, more, out_rank=2).report.left_out

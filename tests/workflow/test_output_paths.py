@@ -65,6 +65,22 @@ def test_two_outputs_that_are_links_to_one_file_are_refused(case, tmp_path):
         prolora.transfer_many(loras, source, target, moved)
 
 
+def test_a_folder_of_peft_takes_no_name_of_a_file(case, tmp_path):
+    lora, source, target = case
+    folder, file = tmp_path / "peft", tmp_path / "x.safetensors"
+    prolora.convert(lora, out=folder, format="peft")
+    for verb in (
+        lambda **known: prolora.convert(folder, **known),
+        lambda **known: prolora.merge([folder, lora], **known),
+        lambda **known: prolora.transfer(folder, source, target, **known),
+        lambda out: prolora.convert(folder).save(out),
+    ):
+        with pytest.raises(prolora.errors.OutputError, match="is the name of a file"):
+            verb(out=file)
+    prolora.convert(folder, out=file, format="diffusers")
+    assert file.is_file()
+
+
 def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(prolora.errors.OutputError, match="has an empty name"):

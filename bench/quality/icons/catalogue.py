@@ -30,19 +30,12 @@ ICONS = [(word, icon) for word, icons in WORDS.items() for icon in icons.split()
 
 
 class IconSet(NamedTuple):
-    """A package of icons and the terms under which they are used.
+    """A package of icons and the terms under which they are used."""
 
-    Attributes:
-        package: name and version on npm.
-        sha256: of the packed archive.
-        licence: SPDX identifier.
-        credit: who made it, as the licence asks to say.
-    """
-
-    package: str
-    sha256: str
-    licence: str
-    credit: str
+    package: str  # name and version on npm
+    sha256: str  # of the packed archive
+    licence: str  # SPDX identifier
+    credit: str  # who made it, as the licence asks to say
 
 
 # Word of the drawing style -> its set. The last one has silhouettes, drawn in one ink.

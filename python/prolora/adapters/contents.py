@@ -184,12 +184,7 @@ def _check_shapes(slot: Slot, source: Lora) -> None:
 
 
 def read_scale(slot: Slot, source: Lora) -> float:
-    """Returns the factor in front of an update; reads only alpha, scale and scalar.
-
-    Raises:
-        NonFiniteWeights: one of them is not finite.
-        UnsupportedFormat: the tensor and the PEFT configuration contradict each other.
-    """
+    """Returns the factor in front of an update; reads only alpha, scale and scalar."""
     # Programs that read `scale` ignore an alpha beside it.
     role = "scale" if "scale" in slot.keys else "alpha"
     stated = _read_number(slot, role, source)
@@ -228,7 +223,8 @@ def _expected_shapes(slot: Slot) -> str:
         return (
             "they must be [out, rank] and [rank, in], or [out, rank, 1, 1] and [rank, in, kh, kw]"
         )
-    return f"they are not the shapes of a {forms.ALGORITHM_NAMES[family]}"
+    kind = forms.ALGORITHM_NAMES[family]
+    return f"they are not the shapes of a {kind}, or make a larger weight than any model has"
 
 
 def _check_config(slot: Slot, source: Lora) -> None:

@@ -77,7 +77,8 @@ def find_neighbours(
     found = {}
     for key in keys:
         end = len(key)
-        while key not in found and (end := key.rfind(".", 0, end)) > 0:
+        # kohya's names join by underscores: `…_to_q_gain` stands beside `…_to_q`.
+        while key not in found and (end := max(key.rfind(mark, 0, end) for mark in "._")) > 0:
             # `to_q_lora.down` is a factor of `to_q`.
             name = paths.get(key[:end]) or paths.get(key[:end].removesuffix("_lora"))
             if name is not None:

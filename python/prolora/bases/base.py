@@ -16,7 +16,7 @@ from ..architectures.layouts import identify_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
-from .keys.canonical_names import name_vectors
+from .keys.canonical_names import name_others
 from .keys.family_names import find_family
 from .quantised.weight import find_kind, is_unreadable
 from .weights import Weight
@@ -33,16 +33,16 @@ class Base:
     Attributes:
         name: its name in messages and reports: the file's or folder's own.
         weights: module -> weight, in the order of the files.
+        stored: every key of the checkpoint -> what it holds; quantised weights are joined.
         path: the file or folder it was opened from, None for a base from memory.
         files: the files it is read from.
-        stored: every key of the checkpoint -> what it holds, under its own name.
     """
 
     name: str
     weights: Mapping[str, Weight]
+    stored: Mapping[str, Weight] = field(default_factory=dict)
     path: Path | None = None
     files: list[Path] = field(default_factory=list)
-    stored: Mapping[str, Weight] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: the name, the number of weights and the layout."""
@@ -67,12 +67,13 @@ class Base:
         return " and ".join(f"{kind} ({n} of {every} weights)" for kind, n in kinds.most_common())
 
     @cached_property
-    def vectors(self) -> dict[str, Weight]:
-        """Biases and norms by "module.bias" and "module.weight".
+    def others(self) -> tuple[dict[str, Weight], dict[str, Weight]]:
+        """All tensors beside `weights`: of this model, and of others in its files (a VAE).
 
-        Vectors of modules that no table names go by their own keys.
+        Biases and norms of known modules are "module.bias" and "module.weight"; all others go by
+        their own keys.
         """
-        return name_vectors(self.stored)
+        return name_others(self.stored)
 
     @cached_property
     def layout(self) -> str | None:

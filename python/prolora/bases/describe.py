@@ -24,6 +24,12 @@ _UNET_BLOCKS = {
 _CONTEXT = re.compile(
     r"\.attn2\.to_k$|\.cross_attn\.(?:k|k_proj)$|^context_embedder$|^caption_projection\.linear_1$"
 )
+_EMBEDDING = re.compile(
+    r"(?:^|[._])(?:embed_tokens|shared|wte|label_emb|(?:token|position(?:al)?)_embeddings?"
+    r"|embedding_table|relative_attention_bias)$"
+)
+_LAYERS = (".weight", ".in_proj_weight", "text_projection")  # ends of keys of layers' weights
+_FIRST_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def classify_model(base: Base) -> str:
@@ -69,6 +75,19 @@ def _describe_adm(base: Base) -> str:
         f"a UNet of the ADM kind with {blocks} ResBlocks and {len(attention) or 'no'} attention "
         f"layers{widths} ({len(base.shapes)} weights)"
     )
+
+
+def explain_no_layer(base: Base, module: str) -> str:
+    """Says what a weight is that no program adds a LoRA's update to; "" for a layer's."""
+    family, weight = known_families().get(base.family or ""), base.weights[module]
+    what = family.not_linear.get(_FIRST_NUMBER.sub(".N", module, 1)) if family else None
+    if what is None and _EMBEDDING.search(module):
+        what = "an embedding"
+    elif what is None and len(weight.shape) > 4:
+        what = "a convolution over frames, height and width"
+    elif what is None and not weight.name.partition("[")[0].endswith(_LAYERS):
+        what = "a parameter"
+    return what or ""
 
 
 def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:

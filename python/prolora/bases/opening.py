@@ -137,7 +137,7 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
         weights.update(open_file_weights(path))
         metadata, files = _list_metadata(weights), [path]
     found = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
-    return Base(name, found, path, files, weights)
+    return Base(name, *found, path, files)
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
@@ -178,4 +178,4 @@ def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:
         if tensor.is_meta:
             raise UnsupportedFormat(f"{name}: {key} has no values (it is on the meta device)")
         weights[key] = LoadedWeight(tensor.detach(), f"{name}:{key}")
-    return Base(name, name_weights(weights, name, strict=False), stored=weights)
+    return Base(name, *name_weights(weights, name, strict=False))

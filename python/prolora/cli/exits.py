@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from enum import IntEnum
 
@@ -23,10 +24,7 @@ class ExitCode(IntEnum):
 MEANINGS = {
     ExitCode.DONE: "done as asked",
     ExitCode.FAILED: "the system failed while reading or writing, or memory is short",
-    ExitCode.REFUSED: (
-        "refused (also a missing or damaged file), a wrong command line, or some of several LoRAs "
-        "failed"
-    ),
+    ExitCode.REFUSED: "refused, as a damaged file or a wrong command line; or some LoRAs failed",
     ExitCode.LOW_COVERAGE: "fewer modules can move than --min-coverage asks for",
     ExitCode.INCOMPLETE: "done, without updates of a LoRA that could not be read",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
@@ -67,7 +65,8 @@ def find_exit_code(error: BaseException) -> ExitCode:
         return ExitCode.LOW_COVERAGE
     if isinstance(error, IncompleteResult):
         return ExitCode.INCOMPLETE
-    if isinstance(error, OSError | MemoryError | UnicodeError) or _is_out_of_memory(error):
+    full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EIO)  # of an output
+    if full or isinstance(error, OSError | MemoryError | UnicodeError) or _is_out_of_memory(error):
         return ExitCode.FAILED
     return ExitCode.REFUSED
 

@@ -25,7 +25,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: another text, or less than a byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?\s*", text.lower(), re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*(|[kmgt]i?)b?\s*", text.lower(), re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not size:
         raise ValueError(f"a size is a number with a unit, as 2GiB or 500MB, not {text!r}")

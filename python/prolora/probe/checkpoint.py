@@ -11,15 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..bases.pipeline_identity import (
-    Facts,
-    describe_live_module,
-    describe_versions,
-    digest_facts,
-    list_changes,
-)
+from ..bases.pipeline_identity import Facts, describe_versions, digest_facts, list_changes
 from ..core.lowrank import LowRank
 from ..errors import OutputError, UnsupportedFormat, output_error
 from ..files.hashing import hash_parts, hash_text
@@ -74,14 +68,13 @@ def _name_factors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
 
 
 Inputs = Mapping[str, Facts]
-"""What the results in a folder were made from: "the source: files" or the like -> what it is."""
+"""What the results in a folder were made from: "the source", "the target", "versions"."""
 
 
 def check_inputs(folder: Path, inputs: Inputs) -> bool:
     """Returns whether a folder holds results of these inputs, and only these.
 
-    The folder need not exist: then, and when empty, the answer is False. `inputs` may be the ones
-    that are known so far.
+    The folder need not exist: then, and when empty, the answer is False.
 
     Raises:
         OutputError: it holds other things, or results of other inputs; the message names both.
@@ -108,7 +101,7 @@ def check_inputs(folder: Path, inputs: Inputs) -> bool:
     if not _are_inputs(kept):
         raise OutputError(f"{listed}: lists no inputs of kept results; {_REMEDY}")
     changes = [
-        change if owner == _VERSIONS else f"{owner.partition(':')[0]}'s {change}"
+        change if owner == _VERSIONS else f"{owner}'s {change}"
         for owner, facts in inputs.items()
         for change in list_changes(kept.get(owner, {}), facts)
     ]
@@ -122,13 +115,11 @@ def check_inputs(folder: Path, inputs: Inputs) -> bool:
 
 
 def _are_inputs(value: Any) -> TypeGuard[dict[str, Facts]]:
-    def is_table(item: Any, is_value: Callable[[Any], bool]) -> bool:
-        return isinstance(item, dict) and all(map(is_value, item.values()))
-
-    def is_settings(item: Any) -> bool:
-        return is_table(item, lambda text: isinstance(text, str))
-
-    return is_table(value, lambda facts: is_table(facts, is_settings))
+    tables = value.values() if isinstance(value, dict) else [None]
+    return all(
+        isinstance(facts, dict) and all(isinstance(text, str) for text in facts.values())
+        for facts in tables
+    )
 
 
 class Checkpoints:
@@ -149,7 +140,7 @@ class Checkpoints:
 
         Args:
             folder: new, empty, or with results of the same inputs.
-            inputs: called for a folder: everything that all results depend on.
+            inputs: called for a folder: everything that all results depend on, beside versions.
             is_optional: the results may be lost: where the folder cannot be written, a warning
                 says so and nothing is kept any more.
 
@@ -161,7 +152,7 @@ class Checkpoints:
         self._used: set[Path] = set()
         self.inputs: Inputs = {}
         if self.folder is not None:
-            self.inputs = inputs()
+            self.inputs = {_VERSIONS: describe_versions(), **inputs()}
             self._listed = check_inputs(self.folder, self.inputs)
         self._digest = digest_facts(self.inputs)
 
@@ -265,32 +256,6 @@ class Checkpoints:
     def state_file(self, name: str, key: str) -> StateFile | None:
         """Returns where the state of a long fit is kept; None without a folder."""
         return None if self.folder is None else StateFile(self, name, key)
-
-
-def open_checkpoints(
-    folder: str | PathLike[str] | None,
-    source: nn.Module,
-    target: nn.Module,
-    more: Inputs,
-    is_optional: bool = False,
-) -> Checkpoints:
-    """Opens the folder of results of a probing of two models.
-
-    `more` are inputs beside the two models; `is_optional` as for `Checkpoints`.
-
-    Raises:
-        OutputError: see `check_inputs`.
-    """
-    return Checkpoints(
-        folder,
-        lambda: {
-            **more,
-            _VERSIONS: describe_versions(),
-            "the source: model": describe_live_module(source),
-            "the target: model": describe_live_module(target),
-        },
-        is_optional,
-    )
 
 
 class StateFile:

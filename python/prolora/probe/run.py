@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..bases.pipeline_identity import describe_live_module
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
-from .checkpoint import hash_texts, open_checkpoints
+from .checkpoint import Checkpoints, hash_texts
 from .crossed import CrossedImages, measure_bands
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
@@ -135,7 +136,13 @@ def fit_to_models(
         adapter,
         (samplers.source, samplers.adapted or samplers.source, samplers.target),
         translation,
-        open_checkpoints(settings.resume, source, target, {}),
+        Checkpoints(
+            settings.resume,
+            lambda: {
+                "the source": describe_live_module(source),
+                "the target": describe_live_module(target),
+            },
+        ),
         f"{samplers.described} {settings.precision}",
     )
     return _run_models(recorder, rival, settings)

@@ -47,20 +47,8 @@ def check_bases(
 ) -> list[str]:
     """Refuses a wrong source for the LoRA, and a target that is its base; returns doubts.
 
-    Args:
-        lora: what is to be moved; of a file, the header alone is read.
-        source: the base it is said to belong to.
-        target: the base it is to move to.
-        options: `again` takes the bases as they are given, as long as the LoRA fits the source.
-        cache: remembers the hashes of files.
-        may_be_one: whether source and target may be one model.
-
-    Raises:
-        UnsupportedFormat: the LoRA cannot be read, or has modules that the source does not have.
-        ShapeMismatch: an update does not fit the source.
-        WrongBase: the LoRA fits the target and not the source, or its header has the hash of the
-            target; or source and target are one model.
-        AlreadyMoved: prolora moved it before, to another base than the source.
+    Of a file the header alone is read. With `options.again` the LoRA need only fit the source;
+    `may_be_one` allows source and target to be one model.
     """
     if misfit := explain_misfit(lora, source, target):
         raise misfit

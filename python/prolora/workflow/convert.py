@@ -74,7 +74,7 @@ def convert(
     if out is None:
         return _run(lora, model, options)
     options = options.for_file()
-    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite)
+    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite, options.format)
     return save_result(_run(lora, model, options), Path(out), options.overwrite)
 
 
@@ -121,12 +121,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
-    """Reads the LoRA's updates, each as a plain LoRA.
-
-    Raises:
-        UnsupportedFormat: an update depends on a base that is not given.
-        ProLoRAError: see `convert`.
-    """
+    """Reads the LoRA's updates, each as a plain LoRA; refuses one that needs a missing base."""
     if isinstance(lora, Adapter):
         return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None

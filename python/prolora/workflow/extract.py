@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -23,14 +23,17 @@ from ..architectures.families import known_families
 from ..architectures.modules import find_component, is_in_text_encoder, matrix_shape
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import check_finite, check_readable, list_quantised, stack_weights
+from ..bases.describe import explain_no_layer
 from ..bases.identity import compute_identity, compute_short_hash
 from ..bases.memory import Memory
+from ..bases.weights import Weight
 from ..core.basis import truncated_svd
 from ..core.grouping import group_by
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, working_dtype
 from ..core.recompression import balance_factors
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat, WrongBase
+from ..files.hashing import flatten_bytes
 from ..version import __version__
 from .base_check import are_one_base
 from .by_weights.file_budget import OutputForm, describe_cuts
@@ -45,7 +48,8 @@ from .result import Transfer, pack_plan, pack_result, save_result
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_FIRST_NUMBER = re.compile(r"\.\d+(?=\.)")
+_MOST_NUMBERS = 1 << 22  # of a table, subtracted at a time
+_TOO_SMALL = "differs by less than 1e-20, which no LoRA in half precision holds"
 LARGEST_RANK = 256
 """Columns that an extraction to the size of a file chooses from, in each module."""
 
@@ -93,7 +97,7 @@ def extract(
         return pack_plan(pair.report(dry_run=True))
     if out is None:
         return _run(old, new, options)
-    check_output(out, [*old.files, *new.files], options.overwrite)
+    check_output(out, [*old.files, *new.files], options.overwrite, options.format)
     return save_result(_run(old, new, options, hashed=True), Path(out), options.overwrite)
 
 
@@ -103,7 +107,7 @@ def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False)
     pair.check()
     started = time.perf_counter()
     pair.subtract_matrices()
-    pair.subtract_vectors()
+    pair.subtract_others()
     seconds = {"extract": time.perf_counter() - started}
     adapter = replace(pair.outline(pair.updates), vectors=pair.vectors)
     if hashed:
@@ -146,13 +150,12 @@ class _Difference:
         self._check_bases()
         for held in (self.base, self.tuned):
             check_readable(held, held.shapes)
-        family = known_families().get(self.base.family or "")
         shared = [name for name in self.base.shapes if name in self.tuned.shapes]
         if not shared:
             raise ShapeMismatch(f"{self.base.name} and {self.tuned.name} share no module")
         for name in shared:
             shape = matrix_shape(self.base.shapes[name])
-            what = family.not_linear.get(_FIRST_NUMBER.sub(".N", name, 1)) if family else None
+            what = explain_no_layer(self.base, name)
             reason = f"no LoRA's layer: {what}" if what else None
             self.rows[name] = outline_difference(name, shape, self._most_columns(shape), reason)
         for name in (*self.base.shapes, *self.tuned.shapes):
@@ -248,8 +251,9 @@ class _Difference:
         filled = []
         for i, row in enumerate(rows):
             if basis is None or i not in moved:
+                why = _TOO_SMALL if difference[i].any() else "equal in both bases"
                 shape = rows[0].shape[0], rows[0].shape[1]
-                filled.append(outline_difference(row.source, shape, 0, "equal in both bases"))
+                filled.append(outline_difference(row.source, shape, 0, why))
                 continue
             own = basis[moved.index(i)]
             up, down = balance_factors(own.U, own.S, own.V)
@@ -270,37 +274,62 @@ class _Difference:
         new, old = (stack.flatten(2).to(device, dtype) for stack in stacks)
         return new - old, _measure_norms(old)
 
-    def subtract_vectors(self) -> None:
-        """Differences of biases and norms, where the format holds them; others are named."""
-        ours, theirs = self.base.vectors, self.tuned.vectors
+    def subtract_others(self) -> None:
+        """Keeps differences of biases and norms that the format holds.
+
+        All others are left out: named with the norm of their difference, which counts in shares.
+        """
+        (ours, foreign), (theirs, others) = self.base.others, self.tuned.others
+        no_layers = {n: row.reason for n, row in self.rows.items() if row.status == "skipped"}
         for name in dict.fromkeys((*ours, *theirs)):
             if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
                 only = self.base if name in ours else self.tuned
                 self.left_out[name] = f"only {only.name} holds it, or in another shape"
-                continue
-            vector = theirs[name].read().double() - ours[name].read().double()
-            norm = torch.linalg.vector_norm(vector).item()
-            if not math.isfinite(norm):
-                raise NonFiniteWeights(
-                    f"{name} of {self.base.name} or of {self.tuned.name} holds NaN or Inf; the "
-                    "checkpoint is damaged"
-                )
-            if norm == 0:
-                continue
-            skip = self.options.vectors == "skip"
-            reason = "left out as asked" if skip else self._refuse_vector(name, vector)
-            if reason:
-                self.left_out[name] = f"{reason}; the norm of its difference is {norm:.3g}"
-            else:
-                self.vectors[name] = vector.float()
+            elif norm := self._measure(name, ours[name], theirs[name]):
+                skip = self.options.vectors == "skip"
+                reason = "left out as asked" if skip else self._refuse_vector(name, ours[name])
+                if not reason:
+                    self.vectors[name] = _subtract(ours[name], theirs[name]).float()
+                self._tell_other(name, ours[name].shape, norm, reason)
+        old, new = self.base.weights, self.tuned.weights
+        for name, reason in no_layers.items():
+            if name in old and name in new:
+                norm = self._measure(name, old[name], new[name])
+                self._tell_other(name, old[name].shape, norm, reason)
+        changed = [k for k in foreign if k in others and not _are_equal(foreign[k], others[k])]
+        for part, count in Counter(key.partition(".")[0] for key in changed).items():
+            what = "another model in the file, which no LoRA of this one changes"
+            self.left_out[part] = f"{what}; {count} of its tensors differ"
 
-    def _refuse_vector(self, name: str, vector: Tensor) -> str:
+    def _measure(self, name: str, base: Weight, tuned: Weight) -> float:
+        """Returns the norm of the difference of two tensors, some rows at a time."""
+        rows = base.shape[0] if base.shape else 0
+        step = max(1, _MOST_NUMBERS * rows // max(1, math.prod(base.shape)))
+        squares = [
+            _subtract(base, tuned, start, min(start + step, rows)).square().sum().item()
+            for start in range(0, max(1, rows), step)
+        ]
+        if not math.isfinite(norm := math.sqrt(sum(squares))):
+            raise NonFiniteWeights(
+                f"{name} of {self.base.name} or of {self.tuned.name} holds NaN or Inf; the "
+                "checkpoint is damaged"
+            )
+        return norm
+
+    def _tell_other(self, name: str, shape: Sequence[int], norm: float, reason: str) -> None:
+        """Writes the row of a tensor beside the layers."""
+        size = matrix_shape(tuple(shape) or (1,))
+        self.rows[name] = outline_difference(name, size, 0, reason, norm**2)
+        if reason and norm:
+            self.left_out[name] = f"{reason}; the norm of its difference is {norm:.3g}"
+
+    def _refuse_vector(self, name: str, vector: Weight) -> str:
         """Says why the format cannot hold a vector; "" if it can."""
         module, _, tensor = name.rpartition(".")
-        if tensor not in ("bias", "weight"):
+        if tensor not in ("bias", "weight") or len(vector.shape) != 1:
             return "no format has a key for it"
         updates = {module: self.updates[module]} if module in self.updates else {}
-        held = replace(self.outline(updates), vectors={name: vector})
+        held = replace(self.outline(updates), vectors={name: torch.zeros(vector.shape)})
         try:
             adapters.check_format(held, self.form.format or "auto")
         except (UnsupportedFormat, ShapeMismatch):
@@ -363,6 +392,18 @@ class _Difference:
             quantised=list_quantised(self.base, self.tuned),
             **fields,
         )
+
+
+def _subtract(base: Weight, tuned: Weight, start: int = 0, stop: int = 0) -> Tensor:
+    """Returns the difference of two tensors, or of rows [start, stop) of them, in float64."""
+    new, old = (w.read_rows(start, stop) if stop else w.read() for w in (tuned, base))
+    return new.double() - old.double()
+
+
+def _are_equal(one: Weight, other: Weight) -> bool:
+    """Compares the bytes of two tensors."""
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return same and torch.equal(flatten_bytes(one.read()), flatten_bytes(other.read()))
 
 
 def _measure_norms(stack: Tensor) -> list[float]:

@@ -105,7 +105,7 @@ def merge(
     check_name(out)
     if Path(out).is_dir() and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
-    check_output(out, job.inputs, options.overwrite)
+    check_output(out, job.inputs, options.overwrite, options.format)
     return save_result(job.run(hashed=True), Path(out), options.overwrite)
 
 

@@ -17,19 +17,28 @@ from ..files.store import check_free
 StrPath = str | PathLike[str]
 
 
-def check_output(path: StrPath, inputs: Iterable[StrPath], overwrite: bool = False) -> None:
+def check_output(
+    path: StrPath, inputs: Sequence[StrPath], overwrite: bool = False, format: str | None = None
+) -> None:
     """Refuses an output that exists, is unwritable, or overlaps an input.
 
     Args:
         path: a file or a PEFT folder.
-        inputs: files or folders that must not be overwritten.
+        inputs: files or folders that must not be overwritten, the LoRA first.
         overwrite: replace what exists.
+        format: of the result; "auto" and None mean the LoRA's.
 
     Raises:
         OutputExists: something has that name.
         OutputError: says why.
     """
     check_name(path)
+    as_lora = format in (None, "auto") and inputs and os.path.isfile(Path(inputs[0], PEFT_CONFIG))
+    if (format == "peft" or as_lora) and Path(path).suffix.lower() in WEIGHT_FILES:
+        raise OutputError(
+            f"{path}: is the name of a file, and PEFT's format is a folder; name a folder, or "
+            'choose another format ("diffusers", "comfy", "kohya")'
+        )
     check_free(path, inputs, overwrite=overwrite, folder=os.path.isdir(path))
 
 

@@ -173,7 +173,7 @@ class PairMover:
         show(len(group), "")
 
     def _plan(self, pair: BasePair, task: Task, inputs: list[Path]) -> Ledger:
-        check_output(task.out, inputs, self.asked.overwrite)
+        check_output(task.out, inputs, self.asked.overwrite, self.asked.format)
         # What was hashed is what is read: an open LoRA refuses a file that was changed since.
         with task.recipe.lora if task.recipe else Lora.open(task.lora) as lora:
             return pair.plan(lora)

@@ -68,11 +68,13 @@ class Transfer:
             NonFiniteWeights: a factor overflows in dtype.
             UnsupportedFormat: the format has no name for a module.
         """
-        check_output(path, self.inputs, overwrite)
+        format = format or self.format
+        written = self.adapter.format if format == "auto" else format
+        check_output(path, self.inputs, overwrite, written)
         adapters.write_adapter(
             self.adapter,
             path,
-            format=format or self.format,
+            format=format,
             dtype=read_dtype(dtype or self.dtype),
             overwrite=overwrite,
         )

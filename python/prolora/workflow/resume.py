@@ -152,14 +152,14 @@ def make_file(
     check_name(out)
     path, options = Path(out), ways[0]
     if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
-        check_output(path, list_inputs(lora, *bases), options.overwrite)
+        check_output(path, list_inputs(lora, *bases), options.overwrite, options.format)
         return save_result(make(lora, [None for _ in ways]), path, options.overwrite)
     with Lora.open(keep_path(lora)) as file:
         recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
         if not options.overwrite and any(recipe.is_made(path) for recipe in recipes):
             before = read_verdict(path)[0] or (MADE_BEFORE,)
             return Transfer(read_adapter(out), replace(plan(file), before=before))
-        check_output(path, list_inputs(file, *bases), options.overwrite)
+        check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
         done = make(file, [recipe.describe for recipe in recipes])
         if options.progress:
             moved = len(done.adapter.updates)

@@ -13,7 +13,7 @@ from prolora.core.ops.project_pair import project_pair, run_project_pair
 DTYPES = [torch.float32, torch.float64]
 # (b, m, ks, kt, r)
 # The third is moved 16 bytes at a time, the fourth in parts of its depth.
-SHAPES = [(2, 40, 9, 5, 4), (1, 1, 1, 1, 1), (2, 132, 68, 40, 33), (1, 777, 9, 4, 3)]
+SHAPES = [(2, 40, 9, 5, 4), (1, 1, 1, 1, 1), (2, 132, 68, 40, 33), (3, 777, 9, 4, 3)]
 EMPTY = [(0, 4, 2, 3, 1), (2, 4, 0, 3, 2), (2, 4, 2, 0, 2), (2, 4, 2, 3, 0)]
 
 

@@ -23,16 +23,7 @@ def array_at(address, shape, dtype):
 
 
 class FakeCusolver:
-    """Has the functions as attributes, as a ctypes library does.
-
-    Attributes:
-        calls: the batch sizes of the calls that were answered.
-        jobs: what they asked for: 0 for values, 1 for vectors too.
-        sessions: how many handles were created.
-        fault: changes the results of a call in place: (values [b, d], vectors [b, d, d] as rows,
-            info [b]).
-        statuses: the status that a function returns instead of doing its work.
-    """
+    """Has the functions as attributes, as a ctypes library does."""
 
     def __init__(self, fault=None, statuses=None, missing=(), largest=16384):
         self.calls, self.jobs, self.sessions, self.busy = [], [], 0, set()

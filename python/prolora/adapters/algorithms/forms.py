@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
-# Larger than any side of a weight LoRAs are trained on; beyond it lies no weight matrix.
-# A few small factors of a damaged file could otherwise ask for terabytes.
-MAX_SIDE = 1 << 18
+# Larger than any side, and more numbers, than a weight has that LoRAs are trained on. A few small
+# factors could otherwise ask for any amount of memory; so it is some hundred times the file.
+MAX_SIDE, MAX_NUMBERS = 1 << 18, 1 << 30
 
 ALGORITHM_NAMES = {
     "lora": "LoRA",
@@ -124,7 +124,9 @@ def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
     if any(size == 0 for shape in shapes.values() for size in shape):
         return None
     form = _FORMS[kind_of_roles(shapes.keys())](shapes)
-    if form is None or not (1 <= form.out <= MAX_SIDE and form.inputs <= MAX_SIDE):
+    if form is None or not 1 <= form.out <= MAX_SIDE:
+        return None
+    if form.inputs > min(MAX_SIDE, MAX_NUMBERS // form.out):
         return None
     if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
         return None

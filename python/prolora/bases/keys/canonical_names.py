@@ -32,8 +32,6 @@ _ADAPTER = re.compile(
     r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
     r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
 )
-# The ends of keys of biases and of weights of normalisation layers.
-_VECTORS = ("bias", "weight", "scale")
 _FLOATS = {
     torch.float64,
     torch.float32,
@@ -50,8 +48,10 @@ def name_weights(
     *,
     metadata: Iterable[Metadata] = (),
     strict: bool = True,
-) -> dict[str, Weight]:
-    """Returns canonical module name -> weight, for weights of two or more axes.
+) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """Returns the weights of two or more axes by canonical module, and all by key.
+
+    In both, the parts of quantised weights are joined.
 
     Args:
         weights: all keys of the checkpoint.
@@ -65,9 +65,9 @@ def name_weights(
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     _refuse_adapters(weights, where)
-    weights = join_quantised(weights, metadata, where)
-    encoders, weights = split_encoders(weights, where)
-    model = _select_model(weights)
+    stored = join_quantised(weights, metadata, where)
+    encoders, rest = split_encoders(stored, where)
+    model = _select_model(rest)
     names = _KeySpelling(model)
     reason = names.explain_unknown(model) if strict else None
     if reason is not None:
@@ -75,25 +75,29 @@ def name_weights(
             f"{where}: holds no UNet or transformer of a diffusion model: it {reason}"
         )
     named = _name_modules(model, names, where)
-    return named | encoders
+    return named | encoders, stored
 
 
-def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Renames a checkpoint's biases and norms "module.bias" and "module.weight".
+def name_others(weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """Returns what `name_weights` leaves out: of the model, and of other models.
 
-    A vector of an unknown module goes by its own key, so that it can be named. `weights` has all
-    keys of a checkpoint that `name_weights` takes.
+    Biases and norms of known modules are called "module.bias" and "module.weight", all others by
+    their own keys.
     """
-    model = _select_model(split_encoders(weights, "")[1])
+    rest = split_encoders(weights, "")[1]
+    model = _select_model(rest)
     names = _KeySpelling(model)
     named = name_encoder_vectors(weights)
     for key, weight in model.items():
         path, _, tensor = key.rpartition(".")
-        if len(weight.shape) != 1 or weight.dtype not in _FLOATS or tensor not in _VECTORS:
+        plain = weight.dtype in _FLOATS
+        if len(weight.shape) > 1 and plain and names.views(key, weight, ""):
             continue
-        views = names.vector_views(path, weight) if tensor != "scale" else {}
+        is_vector = len(weight.shape) == 1 and plain and tensor in ("bias", "weight")
+        views = names.vector_views(path, weight) if is_vector else {}
         named |= {f"{module}.{tensor}": view for module, view in views.items()} or {key: weight}
-    return named
+    own = {id(weight) for weight in model.values()}
+    return named, {key: weight for key, weight in rest.items() if id(weight) not in own}
 
 
 def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -70,19 +70,28 @@ def split_encoders(
 
 
 def name_encoder_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Renames the text encoders' biases and norms "module.bias" and "module.weight".
+    """Returns the text encoders' tensors that are no module's weight.
 
-    OpenCLIP's, which are fused in other ways, go by their own keys.
+    Biases and norms are "module.bias" and "module.weight"; OpenCLIP's, which are fused in other
+    ways, and what is neither go by their own keys.
     """
     stored = [*_STORED, (_T5, _find_t5_prefix(weights), False)]
     named: dict[str, Weight] = {}
     for key, weight in weights.items():
         entry = next((entry for entry in stored if key.startswith(entry[0])), None)
-        if entry is None or len(weight.shape) != 1 or not weight.dtype.is_floating_point:
+        if entry is None:
             continue
         start, prefix, open_clip = entry
-        module, _, tensor = key.removeprefix(start).rpartition(".")
-        named[key if open_clip else f"{prefix}{_add_text_model(module)}.{tensor}"] = weight
+        local, plain = key.removeprefix(start), weight.dtype.is_floating_point
+        module, _, tensor = local.rpartition(".")
+        if len(weight.shape) == 1 and plain and not open_clip:
+            named[f"{prefix}{_add_text_model(module)}.{tensor}"] = weight
+        elif (
+            len(weight.shape) < 2
+            or not plain
+            or (open_clip and not _convert_open_clip(local, weight, ""))
+        ):
+            named[key] = weight
     return named
 
 

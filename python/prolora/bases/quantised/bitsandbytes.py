@@ -98,8 +98,6 @@ def _join_four_bits(parts: CheckpointParts, name: str, kind: str, note: dict[str
         )
     count = math.prod(shape)
     stored = parts.check(name, (torch.uint8,), (-(-count // 2),))
-    if stored.shape[:1] != (-(-count // 2),):  # as one row, which cannot be read in parts
-        raise parts.refuse(f"{name} is {list(stored.shape)}, not a byte a row; download it again")
     blocks, nested = -(-count // block), None
     part = f"{name}.".__add__
     if part("nested_absmax") in parts.weights:

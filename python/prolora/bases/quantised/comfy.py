@@ -26,7 +26,7 @@ from .codes import (
     rotate_back,
     unblock_scales,
 )
-from .parts import CheckpointParts
+from .parts import PREFIXES, CheckpointParts
 from .weight import ScaledWeight, UnreadableWeight, scale_rows
 
 QUANTISATION_KEY = "_quantization_metadata"
@@ -104,8 +104,12 @@ def join_comfy(parts: CheckpointParts) -> None:
         UnsupportedFormat: parts that are missing or do not fit together.
     """
     for module, note in _find_notes(parts).items():
-        if parts.get(f"{module}.weight") is not None:
-            _join_layer(parts, module, note)
+        if f"{module}.weight" not in parts.weights:
+            raise parts.refuse(
+                f"a note says how {module} is quantised, and its weight is missing; download it "
+                "again or use the fp16 or bf16 version"
+            )
+        _join_layer(parts, module, note)
     for key in [key for key in parts if key.endswith(_SCALES)]:
         _join_older(parts, key)
     markers = [key for key in parts if key.rpartition(".")[2] == _MARKER]
@@ -129,8 +133,8 @@ def _find_notes(parts: CheckpointParts) -> dict[str, Note]:
             raise parts.refuse(f"{QUANTISATION_KEY} lists no layers")
         for module, note in layers.items():
             # Some writers leave out the prefix of the model.
-            prefixed = f"model.diffusion_model.{module}"
-            found = module if f"{module}.weight" in parts.weights else prefixed
+            names = (module, *(prefix + module for prefix in PREFIXES))
+            found = next((name for name in names if f"{name}.weight" in parts.weights), module)
             notes[found] = note if isinstance(note, dict) else {}
     for key in [key for key in parts if key.endswith(_NOTE)]:
         notes[key.removesuffix(_NOTE)] = parts.read_note(key)
@@ -175,7 +179,8 @@ def _join_nvfp4(parts: CheckpointParts, module: str, note: Note) -> None:
     ]
     keys = [key, f"{key}_scale", f"{key}_scale_2"]
     if (inputs := f"{module}.pre_quant_scale") in parts.weights:
-        scales.append(parts.check(inputs, FLOATS, (columns,)))
+        one_row = parts.weights[inputs].shape[:1] == (1,)  # a number a column, in either way
+        scales.append(parts.check(inputs, FLOATS, (1, columns) if one_row else (columns,)))
         keys.append(inputs)
     shape = _cut_rows(parts, module, rows, 16), columns
     tile = 1, 16

@@ -16,7 +16,7 @@ from ...files.jsontext import parse_json_object
 from ..weights import Weight
 
 _NOTE_LIMIT = 65_536
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 
 _LARGEST_SIZE = 2**32
 _MOST_AXES = 8
@@ -34,7 +34,7 @@ def read_sizes(value: object) -> tuple[int, ...] | None:
 
 def _strip_prefix(name: str) -> str:
     """Strips the prefix of a model from a file of several."""
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
     return name.removeprefix(prefix)
 
 
@@ -174,14 +174,14 @@ class CheckpointParts:
     def check(self, key: str, dtypes: Iterable[torch.dtype], shape: tuple[int, ...]) -> Weight:
         """Returns a part with the dtype and shape that the others need.
 
-        Sizes of 1 may be left out of `shape`.
+        Trailing sizes of 1 count as none; others tell rows and columns apart.
 
         Raises:
             UnsupportedFormat: says what it is instead.
         """
         part = self.need(key, "a quantised weight")
-        sizes = [[n for n in wanted if n != 1] for wanted in (part.shape, shape)]
-        if part.dtype not in (allowed := tuple(dtypes)) or sizes[0] != sizes[1]:
+        ones = (1,) * (len(part.shape) - len(shape))
+        if part.dtype not in (allowed := tuple(dtypes)) or part.shape != shape + ones:
             raise self.refuse(
                 f"{key} is {part.dtype} {list(part.shape)}, not {' or '.join(map(str, allowed))} "
                 f"{list(shape)} as the weight that it belongs to needs; download it again"

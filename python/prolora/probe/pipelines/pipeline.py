@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from ...bases.folder import MODELS
 from ...bases.pipeline_files import FEW_STEP_SCHEDULERS
-from ...bases.pipeline_identity import Facts, describe_parts, digest_facts
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
 from ..precision import in_float32
@@ -78,11 +76,6 @@ class Pipeline:
         self.tile: int | None = None
         self.accepted = inspect.signature(type(pipe).__call__).parameters
         pipe.set_progress_bar_config(disable=True)
-
-    @cached_property
-    def parts(self) -> Facts:
-        """What all but its denoiser is: text encoders, VAE, tokenizers, scheduler."""
-        return describe_parts(self.pipe, self.denoiser)
 
     @property
     def size(self) -> int | None:
@@ -365,10 +358,10 @@ def share_size(settings: FitSettings, *pipelines: Pipeline) -> FitSettings:
 def describe_pipeline(pipeline: Pipeline, settings: FitSettings) -> str:
     """Describes a sampler in a text: part of the keys of kept samplings.
 
-    All parts of the pipeline count but its denoiser, whose own identity belongs to what is kept.
+    The pipeline's files belong to what all of them depend on.
     """
-    facts = [settings.describe_samples(), digest_facts(pipeline.parts), pipeline.tile]
-    return json.dumps(facts)
+    dtype = str(next(pipeline.denoiser.parameters()).dtype)
+    return json.dumps([settings.describe_samples(), dtype, pipeline.tile])
 
 
 def _repeat_time(

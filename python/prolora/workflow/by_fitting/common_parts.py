@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline
 
 T = TypeVar("T")
-SIDES = ("source", "target")
 PARTS = ".prolora-parts"
 """The folder of parts that were not asked for, beside the results until all are made."""
 
@@ -38,7 +37,6 @@ class CommonParts:
         """Takes the folder; opens nothing."""
         self.folder = None if folder is None else Path(folder)
         self.is_temporary = is_temporary
-        self._files: Inputs | None = None
         self._models: dict[str, Pipeline] = {}
         self._asked: object = None
         self._checkpoints: Checkpoints | None = None
@@ -49,41 +47,27 @@ class CommonParts:
         Raises:
             OutputError: see `check_inputs`.
         """
-        from ...probe.checkpoint import check_inputs
+        from ...probe.checkpoint import Checkpoints
 
-        if self.folder is None or self._files is not None:
+        if self._checkpoints is not None:
             return
-        assert source.path is not None and target.path is not None
-        folder, paths = self.folder, (source.path, target.path)
         known = default_folder()  # remembers digests, where there is a cache at all
         memory = known if known.is_dir() else None
-        files = {
-            f"the {side}: files": describe_pipeline_folder(path, memory)
-            for side, path in zip(SIDES, paths, strict=True)
-        }
-        self._open_folder(lambda: check_inputs(folder, files))
-        self._files = files
+
+        def describe() -> Inputs:
+            assert source.path is not None and target.path is not None
+            return {
+                "the source": describe_pipeline_folder(source.path, memory),
+                "the target": describe_pipeline_folder(target.path, memory),
+            }
+
+        self._checkpoints = self._open_folder(
+            lambda: Checkpoints(self.folder, describe, self.is_temporary)
+        )
 
     def open_checkpoints(self) -> Checkpoints:
-        """Returns the kept results, once both pipelines were opened.
-
-        Raises:
-            OutputError: see `check_inputs`.
-        """
-        from ...probe.checkpoint import open_checkpoints
-
-        if self._checkpoints is None:
-            models = [self._models[side] for side in SIDES]
-            inputs = dict(self._files or {})
-            if self.folder is not None:
-                inputs |= {
-                    f"the {side}: parts": model.parts
-                    for side, model in zip(SIDES, models, strict=True)
-                }
-            denoisers = models[0].denoiser, models[1].denoiser
-            self._checkpoints = self._open_folder(
-                lambda: open_checkpoints(self.folder, *denoisers, inputs, self.is_temporary)
-            )
+        """Returns the kept results, after `check_folder`."""
+        assert self._checkpoints is not None
         return self._checkpoints
 
     def _open_folder(self, check: Callable[[], T]) -> T:
@@ -120,9 +104,7 @@ class CommonParts:
         from ...probe import pipelines
 
         if side not in self._models:
-            model = self._models[side] = pipelines.open_pipeline(folder, device)
-            if self.folder is not None:
-                model.parts  # noqa: B018 (read while the text encoders are there)
+            self._models[side] = pipelines.open_pipeline(folder, device)
         return self._models[side]
 
     @contextlib.contextmanager

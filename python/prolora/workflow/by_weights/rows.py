@@ -91,28 +91,25 @@ def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> Mod
 
 
 def outline_difference(
-    name: str, shape: tuple[int, int], columns: int, reason: str | None = None
+    name: str, shape: tuple[int, int], columns: int, reason: str | None = None, energy: float = 0.0
 ) -> ModuleReport:
-    """Makes the row of a module of two bases, before it is extracted.
+    """Makes the row of a module of two bases, or of another tensor.
 
     The shape is out × in, `columns` the most of its update; `reason` says why it is not extracted.
     """
-    if reason is not None:
-        return ModuleReport(name, None, "skipped", reason, shape, 0)
-    what = "difference of the weights"
-    return ModuleReport(name, name, "mapped", what, shape, min(shape), columns)
+    if reason:
+        return ModuleReport(name, None, "skipped", reason, shape, 0, energy=energy)
+    what, rank = "difference of the weights", min(shape) if columns else 0
+    return ModuleReport(name, name, "mapped", what, shape, rank, columns, energy)
 
 
 def describe_difference(
     row: ModuleReport, rank: int, norms: tuple[float, float, float], bound: float | None
 ) -> ModuleReport:
-    """Makes the row of a module that was extracted.
+    """Makes the row of an extracted module.
 
-    Args:
-        row: as it was outlined.
-        rank: of the update.
-        norms: of W_base, of the difference D = W_tuned − W_base, and of D less the update.
-        bound: on the sine of the angle to the best columns, where that is not proven to be small.
+    The norms are of W_base, of the difference D = W_tuned − W_base, and of D less the update; the
+    bound is on the sine of the angle to the best columns, where that is not proven to be small.
     """
     whole, norm, lost = norms
     kept = max(0.0, 1 - (lost / norm) ** 2)
@@ -177,15 +174,9 @@ def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
 def check_coverage(
     rows: Iterable[ModuleReport], minimum: float, threshold: float | None = None
 ) -> None:
-    """Refuses a transfer with too few modules of the LoRA.
+    """Refuses a transfer of fewer modules of the LoRA than was asked for.
 
-    Args:
-        rows: of all its modules.
-        minimum: the least share of them that must have a counterpart.
-        threshold: on Φ, once it has decided; None before a weight is looked at.
-
-    Raises:
-        LowCoverage: fewer modules have a counterpart than was asked for.
+    `threshold` is the one on Φ, once it has decided; None before a weight is looked at.
     """
     rows = list(rows)
     coverage = measure_coverage(rows)
