@@ -1,8 +1,11 @@
 """Defects of a file are found and named with what mends them, and sound files have none."""
 
+import json
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from prolora.architectures.families import known_families
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow.check import check
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -119,15 +124,21 @@ def test_a_program_that_skips_modules_is_told_with_how_many(tmp_path):
         assert found.skipped is None
 
 
-NO_TORCH = """
-import sys, prolora
-print(prolora.check(sys.argv[1], program="comfyui").headline)
-assert "torch" not in sys.modules
+ALONE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import prolora
+print(json.dumps(prolora.check(sys.argv[2], program="comfyui").to_dict()))
 """
 
 
-def test_what_a_file_is_is_said_without_torch(lora):
-    subprocess.run([sys.executable, "-c", NO_TORCH, lora], check=True)
+def test_the_page_of_the_site_says_the_same_with_pythons_own_library_alone(lora, tmp_path):
+    """The browser's Python gets this package, and has no torch, numpy or jinja2."""
+    hooks = runpy.run_path(str(ROOT / "docs" / "pack_doctor.py"))
+    (tmp_path / "prolora.zip").write_bytes(hooks["pack_package"]())
+    command = [sys.executable, "-I", "-S", "-c", ALONE, tmp_path / "prolora.zip", lora]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert json.loads(told) == json.loads(json.dumps(check(lora, program="comfyui").to_dict()))
 
 
 @pytest.mark.parametrize(
