@@ -19,6 +19,8 @@ from typing import Any
 import griffe
 import griffe2md
 
+import prolora
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
 INTRODUCTION = """\
@@ -95,17 +97,26 @@ def render_page() -> str:
     exported = [str(name) for name in package.exports or [] if not str(name).startswith("_")]
     named = {name for names in GROUPS.values() for name in names}
     groups = GROUPS | {"Others": [name for name in exported if name not in named]}
-    first = [f"| [`{name}`](#{name}) | {_begin(package[name])} |" for name in FIRST]
+    first = [f"| [`{name}`](#{name}) | {_begin(_find(package, name))} |" for name in FIRST]
     parts = [INTRODUCTION + "\n".join(first) + "\n"]
     for title, names in groups.items():
         present = [name for name in names if name in exported]
         if present:
-            parts += [f"## {title}\n", *(_render_object(package[name], name) for name in present)]
+            parts += [
+                f"## {title}\n",
+                *(_render_object(_find(package, name), name) for name in present),
+            ]
     parts.append("## Kinds of reports\n")
     for path in KINDS:
         kind = package["workflow"][path]
         parts.append(f"#### `{kind.name}`\n\n```text\n{kind.docstring.value}\n```\n")
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _find(package: Any, name: str) -> Any:
+    """Finds a public name where it is loaded from, or any other by its path."""
+    home = prolora._HOMES.get(name)
+    return package[f"{home}.{name}" if home else name]
 
 
 def _begin(item: Any) -> str:
@@ -117,7 +128,7 @@ def _tell_options(package: Any) -> None:
     """Gives the fields of options objects the help that `option(default, help, …)` tells."""
     told: dict[str, dict[str, tuple[str, str]]] = {}
     for path in ("TransferOptions", "probe.settings.FitSettings", "FitOptions", "MergeOptions"):
-        kind, title = _resolve(package[path]), path.rpartition(".")[2]
+        kind, title = _resolve(_find(package, path)), path.rpartition(".")[2]
         # What the package itself makes of options is no part of the interface.
         for name, member in list(kind.members.items()):
             if name != "__init__" and (member.is_function or "property" in member.labels):

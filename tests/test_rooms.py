@@ -70,7 +70,8 @@ def test_imports_run_down_the_list_of_rooms_only(room):
 def test_the_top_of_the_package_holds_the_rooms_and_little_else():
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "icon_family"}
     rooms = set().union(*ROOMS) - {"errors"}
-    assert entries == rooms | {"__init__.py", "__main__.py", "errors.py", "version.py", "py.typed"}
+    files = {"__init__.py", "__init__.pyi", "__main__.py", "errors.py", "version.py", "py.typed"}
+    assert entries == rooms | files
 
 
 def test_the_mathematics_can_be_lifted_out_and_used_alone(tmp_path):

@@ -1,48 +1,13 @@
 """Move a LoRA to another base model, without training and without data.
 
-Names are loaded when they are asked for: importing the package imports no torch.
+Names are loaded when they are asked for: importing the package imports no torch. Type checkers read
+__init__.pyi, which docs/make_stub.py writes.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .version import __version__
-
-if TYPE_CHECKING:
-    from .adapters.adapter import Adapter as Adapter
-    from .adapters.lora import Lora as Lora
-    from .bases import Base as Base
-    from .bases import open_base as open_base
-    from .bases.experts import open_experts as open_experts
-    from .core.basis import Basis as Basis
-    from .core.basis import truncated_svd as truncated_svd
-    from .core.lowrank import LowRank as LowRank
-    from .core.methods import METHODS as METHODS
-    from .core.methods import Method as Method
-    from .core.projection import DEFAULT_RANK as DEFAULT_RANK
-    from .core.projection import project as project
-    from .core.similarity import Similarity as Similarity
-    from .core.similarity import principal_angles as principal_angles
-    from .core.similarity import similarity as similarity
-    from .errors import ProLoRAError as ProLoRAError
-    from .workflow.bake import bake as bake
-    from .workflow.best import transfer as transfer
-    from .workflow.best import transfer_many as transfer_many
-    from .workflow.check import Check as Check
-    from .workflow.check import check as check
-    from .workflow.convert import convert as convert
-    from .workflow.extract import extract as extract
-    from .workflow.fit import fit as fit
-    from .workflow.fit import fit_many as fit_many
-    from .workflow.fit_options import FitOptions as FitOptions
-    from .workflow.fleet.migration import migrate as migrate
-    from .workflow.merge import merge as merge
-    from .workflow.merge_options import MergeOptions as MergeOptions
-    from .workflow.options import TransferOptions as TransferOptions
-    from .workflow.outcome import Outcome as Outcome
-    from .workflow.pipeline_loading import load_moved_lora as load_moved_lora
-    from .workflow.report import Report as Report
-    from .workflow.result import Transfer as Transfer
 
 _HOMES = {
     "DEFAULT_RANK": "core.projection",

@@ -28,7 +28,7 @@ def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, case, 
 def test_json_is_all_that_json_prints(prolora, case, tmp_path):
     lora, source, target = case
     line = ("transfer", lora, "--source", source, "--target", target, "--json")
-    code, text, _ = prolora(*line, "-o", tmp_path / "out.safetensors", "--threshold", 0)
+    code, text, _ = prolora(*line, "-o", tmp_path / "out.safetensors")
     assert code == 0
     real = json.loads(text)
     code, text, _ = prolora(*line, "--dry-run")

@@ -188,7 +188,7 @@ def test_a_pruned_transformer_starts_from_its_copy_by_the_command_line(tmp_path)
     transformer.save_pretrained(tmp_path / "pruned" / "transformer")
     line = ["fit", lora, "--source", tmp_path / "source", "--target", tmp_path / "pruned"]
     line += ["-o", tmp_path / "out.safetensors", "--prompt", "cat", "--images", "1", "--steps", "2"]
-    line += ["--size", "16", "--fit-steps", "2", "--start", "copy", "--json", "--force"]
+    line += ["--size", "16", "--fit-steps", "2", "--json", "--force"]
     result = CliRunner().invoke(app, [str(word) for word in line])
     assert result.exit_code == 0, (result.output, result.exception)
     probe = json.loads(result.stdout)["probe"]

@@ -30,7 +30,7 @@ done: prolora.Transfer = prolora.transfer(lora, source, target, method="copy", s
 options = prolora.TransferOptions(method="copy", strength=0.3, out_rank="50%")
 method: TransferMethod = options.method
 done = prolora.transfer(lora, source, target, options, text_encoder="skip")
-report: prolora.Report = prolora.transfer(lora, source, target, options, out=out).report
+report = prolora.transfer(lora, source, target, options, out=out).report
 rows: list[str] = [row.source for row in report.modules if row.status == "mapped"]
 outcomes: list[prolora.Outcome] = prolora.transfer_many([lora], source, target, "folder")
 planned: prolora.Report = prolora.transfer(

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import check_families
 import pytest
 import torch
 from mini import source_weights, target_weights, write_case, write_folder
@@ -13,7 +14,8 @@ import prolora
 from prolora import errors
 from prolora.architectures.layouts import load_layout
 from prolora.bases import identity
-from prolora.workflow.base_check import are_one_base, is_stated_base
+from prolora.workflow.base_check import are_one_base, check_bases, is_stated_base
+from prolora.workflow.options import TransferOptions
 
 
 def write_base(path, seed):
@@ -245,3 +247,12 @@ def test_a_dora_that_does_not_fit_is_refused_before_its_base_is_read(tmp_path, u
     save_file(tensors, path)
     with pytest.raises(errors.ShapeMismatch, match="is for Stable Diffusion XL"):
         prolora.transfer(path, empty_base("sd15"), empty_base("sd21"))
+
+
+def test_a_dry_run_doubts_a_source_whose_blocks_the_lora_leaves_out():
+    lora = check_families.make_lora("anima", check_families.list_kinds("anima")["attention"])
+    source, target = map(check_families.make_base, ("anima-2.9b", "anima-3.8b"))
+    doubts = check_bases(lora, source, target, TransferOptions())
+    (told,) = doubts
+    assert "all blocks of Anima; the source, anima-2.9b, is Anima 2.9B." in told
+    assert not check_bases(lora, check_families.make_base("anima"), target, TransferOptions())

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import check_families
 import pytest
 import torch
 from checkpoints import sparse_file
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora.architectures.layouts import load_layout
+from prolora.workflow.base_fit import fit_base
 from prolora.workflow.check import check
 
 
@@ -205,3 +207,22 @@ def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
         assert done.lines[0] == found.move.lines[0]
     with pytest.raises(prolora.errors.InvalidOption, match="takes two models"):
         prolora.check(mini_lora(), source=MINI / "source")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "told"),
+    [
+        ("anima", "anima-2.9b", "look like a LoRA for Anima; this base is Anima 2.9B"),
+        ("koala-700m", "koala-1b", "look like a LoRA for KOALA 700M; this base is KOALA 1B"),
+        ("sd3-medium", "sd3.5-medium", "would have it in Stable Diffusion 3 Medium, too"),
+        ("bk-sdm-small", "bk-sdm-base", "would have it in BK-SDM-Small"),
+        ("ltxv-13b", "ltx2", "LTX-2.5 or LTX-Video 13B, too"),
+        ("anima", "anima", "for this base: 272 of 272 modules have their place"),
+    ],
+)
+def test_a_lora_of_another_size_fits_with_a_word_alone(own, other, told):
+    """As `bench/check_families.py` holds every size against every other."""
+    lora = check_families.make_lora(own, check_families.list_kinds(own)["attention"])
+    fit = fit_base(lora, check_families.make_base(other))
+    assert told in fit.sentence
+    assert (fit.answer == "unclear") == ("look like" in told)

@@ -39,5 +39,6 @@ def __getattr__(name: str) -> Any:
     """Loads a name of the table."""
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f".{home}", __name__), name)
+            globals()[name] = value = getattr(import_module(f".{home}", __name__), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

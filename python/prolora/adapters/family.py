@@ -155,15 +155,14 @@ def claimed_version(metadata: Mapping[str, str]) -> str | None:
 
 
 def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-    """Returns the ids of the published sizes that fit all modules of a transformer.
+    """Returns the ids of the published sizes that fit all modules beside text encoders.
 
-    `shapes` is canonical module name -> out × in, 0 where it is not known.
+    Where a size has all of its blocks among them, only such sizes count. `shapes` is canonical
+    module name -> out × in, 0 where it is not known.
     """
-    return recognise_families(
-        NamedMatrix(name, True, shape)
-        for name, shape in shapes.items()
-        if find_component(name) == "transformer"
-    ).layouts
+    model = {name: shape for name, shape in shapes.items() if not is_in_text_encoder(name)}
+    unets = any(find_component(name) == "unet" for name in model)
+    return recognise_families((NamedMatrix(n, True, s) for n, s in model.items()), unets).layouts
 
 
 def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:

@@ -41,17 +41,17 @@ class Recognition:
         return self.families[0] if len(self.families) == 1 and self.layouts else None
 
 
-def recognise_families(modules: Iterable[NamedMatrix]) -> Recognition:
+def recognise_families(modules: Iterable[NamedMatrix], unets: bool = False) -> Recognition:
     """Returns the families with all these modules that fit their sizes best.
 
     A module that no family knows is ignored, unless such modules are the majority. A family with a
     published size in which every module has its very shape comes first, then one with a size in
     which every module has its name, then any that has the names for blocks of other numbers; among
     equals, the family with more weights in the published proportions. The modules belong to a
-    transformer: neither to a text encoder nor to a UNet.
+    transformer or, with `unets`, to a UNet, and to no text encoder.
     """
     given = list(dict.fromkeys(modules))
-    families = {id_: one for id_, one in known_families().items() if not one.unet}
+    families = {id_: one for id_, one in known_families().items() if one.unet == unets}
     known: dict[str, dict[NamedMatrix, dict[str, tuple[int, int]]]] = {id_: {} for id_ in families}
     for module in given:
         for id_ in _list_candidates(module):
@@ -136,19 +136,17 @@ def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]]) -> list[
 def _prefer_filled(
     exact: dict[str, list[str]], shapes: Mapping[str, Mapping[str, tuple[int, int]]]
 ) -> dict[str, list[str]]:
-    """Returns the families with a size whose blocks are all present; if none, all.
+    """Returns the sizes whose blocks are all present, by family; if none, all.
 
     FLUX.1 has 19 and 38 blocks, HunyuanVideo 20 and 40 of the same names and shapes: a LoRA on
     blocks 0 to 18 and 0 to 37 is one for FLUX.1.
     """
-    filled = {}
+    filled: dict[str, list[str]] = {}
     for id_, layouts in exact.items():
         blocks = _list_blocks(shapes[id_])
-        if blocks and any(
-            all(numbers == _count_blocks(layout).get(stack) for stack, numbers in blocks.items())
-            for layout in layouts
-        ):
-            filled[id_] = layouts
+        for layout in layouts if blocks else ():
+            if all(numbers == _count_blocks(layout).get(at) for at, numbers in blocks.items()):
+                filled.setdefault(id_, []).append(layout)
     return filled or exact
 
 

@@ -24,7 +24,7 @@ from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
 from .migrate import migrate
-from .options import BriefCommand, JsonOption, OverwriteOption, path_option
+from .options import JsonOption, OverwriteOption, path_option
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
 
@@ -93,7 +93,6 @@ app.command(
     ),
 )(merge)
 app.command(
-    cls=BriefCommand,
     epilog=write_epilog(
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ --target new/ -o moved/",
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ -o moved/ --shard 2/8",

@@ -12,7 +12,7 @@ from ..files.hub import spell_path
 from ..workflow.check import check as check_file
 from .console import answer, out, progress_bar
 from .exits import ExitCode, describe_error
-from .options import JsonOption, base_option, path_argument
+from .options import JsonOption, base_option, path_argument, split_bases
 from .tables import MARKS, draw_facts
 
 MEANINGS = {
@@ -50,7 +50,7 @@ def check(
     code = ExitCode.DONE
     asked: dict[str, Any] = {"program": program, "deep": deep, "source": source, "target": target}
     if base is source is target is None:
-        files, bases = split_bases(files)
+        files, bases = split_bases(files, 2)
         asked |= dict(zip(("source", "target"), bases, strict=True)) if bases[1:] else {}
         base = bases[0] if len(bases) == 1 else None
     asked["base"] = base
@@ -82,18 +82,3 @@ def check(
         good = sum(record.get("ok") is True for record in records)
         out.print_line(f"{good} of {len(files)} files are as asked")
     raise typer.Exit(code)
-
-
-def split_bases(files: list[Path]) -> tuple[list[Path], list[str]]:
-    """Splits base models, two at most, off the end of a list of files."""
-    bases: list[str] = []
-    while len(files) > 1 and len(bases) < 2 and _is_base(files[-1]):
-        files, bases = files[:-1], [str(files[-1]), *bases]
-    return files, bases
-
-
-def _is_base(file: Path) -> bool:
-    try:
-        return check_file(file).kind == "base"
-    except ProLoRAError:
-        return False

@@ -15,7 +15,7 @@ from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
 
-@expand_options
+@expand_options("dry_run")
 def convert(
     lora: Annotated[Path, path_argument("LoRA file, PEFT folder or hub id.", metavar="LORA")],
     converting: ConvertOptions,
@@ -32,8 +32,5 @@ def convert(
     check_outputs([lora], output, converting, model.files if model else [])
     with progress_bar("convert", output.show_tables) as progress:
         options = replace(converting, progress=progress)
-        if output.dry_run:
-            report = replace(convert_lora(lora, model, options).report, dry_run=True)
-        else:
-            report = convert_lora(lora, model, options, out=output.output).report
+        report = convert_lora(lora, model, options, out=output.output).report
     tell_made_lora(lora, report, output, converting.overwrite)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, cast
+
+import typer
 
 from ..bases import Base
 from ..bases.base import Progress
 from ..errors import ProLoRAError
+from ..probe.settings import read_prompts
 from ..workflow.fit import fit as fit_lora
 from ..workflow.fit import fit_many
 from ..workflow.fit_options import FitOptions
@@ -19,10 +23,9 @@ from .options import (
     Bases,
     BriefCommand,
     HelpAllOption,
-    Prompts,
-    Resources,
     base_option,
     expand_options,
+    find_cache,
 )
 from .output_options import OutputOptions
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_outcomes
@@ -34,8 +37,7 @@ SHOWN = 4
 class FitCommand(BriefCommand):
     """`prolora fit`, whose short help has what most people need of it."""
 
-    told: ClassVar[type] = FitOptions
-    beside: ClassVar[set[str]] = BriefCommand.beside | {"prompt", "prompts", "max_memory"}
+    first = "source target prompts images size rank max_vram output report help_all"
 
 
 @dataclass
@@ -51,30 +53,41 @@ class Pipelines(Bases):
     ] = None
 
 
-@expand_options
+@expand_options()
 def fit(
     loras: LoraArguments,
     bases: Pipelines,
-    prompts: Prompts,
     fitting: FitOptions,
     output: OutputOptions,
-    resources: Resources,
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            "--prompts",
+            "--prompt",
+            metavar="TEXT|FILE",
+            help="Prompt to sample, or a text file of them, one a line; may be repeated.",
+            rich_help_panel="Sampling",
+        ),
+    ] = [],  # noqa: B006 (typer wants a list)
     help_all: HelpAllOption = False,
 ) -> None:
     """Fit a LoRA to a running model, where weights alone do not move it."""
     loras, source, target = bases.open(loras)
     check_output_given(output, loras)
-    resources.check_device()
     card = check_outputs(loras, output, fitting, [*source.files, *target.files])
     options = replace(
-        fitting,
-        prompts=prompts.read(),
-        **resources.read(takes_default=not output.dry_run),
+        find_cache(fitting, takes_default=not output.dry_run),
+        prompts=tuple(line for text in prompts for line in read_prompt(text)),
         shown_prompts=SHOWN if output.report and is_page_path(output.report) else 0,
     )
     run = plan_fits if output.dry_run else fit_loras
     outcomes = run(loras, source, target, output, options)
     tell_outcomes(outcomes, output, card, fitting.overwrite, None)
+
+
+def read_prompt(text: str) -> tuple[str, ...]:
+    """Reads the lines of a file of that name, or takes the text itself."""
+    return read_prompts(text) if os.path.isfile(text) else (text,)
 
 
 def plan_fits(

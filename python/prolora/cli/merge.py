@@ -14,7 +14,7 @@ from ..workflow.bake import bake
 from ..workflow.merge import merge as merge_loras
 from ..workflow.merge_options import MergeOptions
 from .console import answer, out, progress_bar
-from .options import Resources, base_option, expand_options
+from .options import base_option, expand_options, find_cache, split_bases
 from .output_options import FileOutput
 from .tables import MARKS, draw_facts
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_made_lora
@@ -50,41 +50,37 @@ class MergedBases:
         ),
     ] = None
 
-    def open(self) -> tuple[Base | None, list[Base]]:
-        """Opens all of them, each once."""
+    def open(self, loras: list[Path]) -> tuple[list[Path], Base | None, list[Base]]:
+        """Opens all, each once; without options they stand behind the LoRAs, the target last."""
+        if self.target is None and not self.source:
+            loras, words = split_bases(loras, len(loras))
+            self.target, self.source = words[-1] if words else None, words[:-1]
         known: dict[str, Base] = {}
         for name in (self.target, *self.source):
             if name is not None and name not in known:
                 known[name] = open_base(name)
-        return (None if self.target is None else known[self.target]), [
-            known[name] for name in self.source
-        ]
+        target = None if self.target is None else known[self.target]
+        return loras, target, [known[name] for name in self.source]
 
 
-@expand_options
+@expand_options("max_memory", "cache", "dry_run")
 def merge(
     loras: LoraArguments,
     merging: MergeOptions,
     bases: MergedBases,
     output: FileOutput,
-    resources: Resources,
 ) -> None:
     """Merge several LoRAs into one, each moved from its own base first if it has another."""
     check_output_given(output)
     if bases.into is not None:
         return bake_all(loras, merging, bases, output)
-    resources.check_device()
-    target, sources = bases.open()
+    loras, target, sources = bases.open(loras)
     files = [file for base in (target, *sources) if base is not None for file in base.files]
     check_outputs(loras[:1], output, merging, [*loras[1:], *files])
     with progress_bar("merge", output.show_tables) as progress:
-        known = resources.read(takes_default=bool(sources) and not output.dry_run)
-        options = replace(merging, **known, progress=progress)
-        if output.dry_run:
-            done = merge_loras(loras, target, sources, options)
-            report = replace(done.report, dry_run=True)
-        else:
-            report = merge_loras(loras, target, sources, options, out=output.output).report
+        known = find_cache(merging, takes_default=bool(sources))
+        options = replace(known, progress=progress)
+        report = merge_loras(loras, target, sources, options, out=output.output).report
     tell_made_lora(loras[0], report, output, merging.overwrite)
 
 
@@ -92,10 +88,9 @@ def bake_all(
     loras: list[Path], merging: MergeOptions, bases: MergedBases, output: FileOutput
 ) -> None:
     """Bakes LoRAs into a model, and tells what survived."""
-    if bases.target is not None or bases.source or output.dry_run or output.report:
+    if bases.target is not None or bases.source or output.report:
         raise InvalidOption(
-            "--into makes a model of its own base: leave out --target, --source, --report and "
-            "--dry-run"
+            "--into makes a model of its own base: leave out --target, --source and --report"
         )
     with progress_bar("bake", output.show_tables) as progress:
         baked = bake(

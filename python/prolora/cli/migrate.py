@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +17,12 @@ from ..workflow.options import TransferOptions
 from .console import answer, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
-    HelpAllOption,
     JsonOption,
-    Resources,
     base_option,
     expand_options,
+    find_cache,
     path_option,
+    take_bases,
 )
 
 _SHOWN = 8
@@ -36,8 +36,10 @@ class Work:
     source: Annotated[
         list[str],
         base_option("Base model of the LoRAs; of several, each LoRA's header tells which."),
-    ]
-    target: Annotated[list[str], base_option("Base model to move to; may be repeated.")]
+    ] = field(default_factory=list)
+    target: Annotated[list[str], base_option("Base model to move to; may be repeated.")] = field(
+        default_factory=list
+    )
     output: Annotated[
         Path | None, path_option("Folder of the results.", "--output", "-o", metavar="FOLDER")
     ] = None
@@ -54,7 +56,7 @@ class Work:
     as_json: JsonOption = False
 
 
-@expand_options
+@expand_options("strength", "rank", "blocks", "again", "match", "target_steps", "overwrite")
 def migrate(
     loras: Annotated[
         list[str],
@@ -64,17 +66,15 @@ def migrate(
     ],
     work: Work,
     moving: TransferOptions,
-    resources: Resources,
-    help_all: HelpAllOption = False,
 ) -> None:
     """Move a collection of LoRAs to one or more base models; run it again to go on."""
     if work.output is None and not work.dry_run:
         raise OutputError("-o FOLDER is missing: where should the new LoRAs be written?")
-    resources.check_device()
+    loras, (source, target) = take_bases(loras, work.source, work.target)
     with progress_bar("migrate", not work.as_json) as progress:
-        options = replace(moving, **resources.read(not work.dry_run), progress=progress)
+        options = replace(find_cache(moving, not work.dry_run), progress=progress)
         how: Any = {"ray": work.ray, "shard": work.shard, "dry_run": work.dry_run}
-        found = run_migration(loras, work.source, work.target, work.output or "", options, **how)
+        found = run_migration(loras, source, target, work.output or "", options, **how)
     refused = [moved for moved in found if moved.status == "refused"]
     if work.as_json:
         answer.give([asdict(moved) for moved in found])

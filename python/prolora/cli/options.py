@@ -19,12 +19,10 @@ from typer.core import TyperCommand, TyperOption
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..core.option_fields import read_shown, take_option
-from ..core.validation import resolve_device
-from ..errors import InvalidOption, OutputError
+from ..core.option_fields import read_shown
+from ..errors import InvalidOption, OutputError, ProLoRAError
 from ..files.hub import keep_path, spell_path
-from ..files.sizes import parse_size
-from ..probe.settings import read_prompts
+from ..workflow.check import check as check_file
 from ..workflow.options import TransferOptions
 
 log = logging.getLogger(__name__)
@@ -45,7 +43,7 @@ def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.
     flags = FLAGS.get(field.name, (f"--{field.name.replace('_', '-')}",))
     option = typer.Option(
         *flags,
-        help=shown.help,
+        help=shown.help + ADDED.get(field.name, ""),
         metavar=shown.metavar or None,
         parser=parser,
         rich_help_panel=shown.panel,
@@ -155,6 +153,9 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 """How the command line reads those options that are no words, switches or plain numbers."""
 
+ADDED = {"cache": " none keeps nothing; default: PROLORA_CACHE, or the user's cache folder."}
+"""What the command line says of an option, too."""
+
 FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
 
@@ -164,8 +165,7 @@ COMMANDS = {"transfer_many": "transfer"}
 
 OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *("source target cache device max_memory ray shard".split()),
-    *("target_steps target_guidance lora_steps lora_guidance".split()),
+    *("source target ray shard target_guidance".split()),
     "strengths",
 }
 """What messages may name, and a command has a flag for."""
@@ -190,7 +190,22 @@ NO_CACHE = Path("none")
 """The word for no folder."""
 
 
-def take_bases(words: list[Path], source: Any, target: Any) -> tuple[list[Path], tuple[Any, Any]]:
+def split_bases(files: list[Path], most: int) -> tuple[list[Path], list[str]]:
+    """Splits base models off the end of a list of files."""
+    bases: list[str] = []
+    while len(files) > 1 and len(bases) < most and _is_base(files[-1]):
+        files, bases = files[:-1], [str(files[-1]), *bases]
+    return files, bases
+
+
+def _is_base(file: Path) -> bool:
+    try:
+        return check_file(file).kind == "base"
+    except ProLoRAError:
+        return False
+
+
+def take_bases(words: list[Any], source: Any, target: Any) -> tuple[list[Any], tuple[Any, Any]]:
     """Takes both bases as options or, without these, from the end of the arguments.
 
     Raises:
@@ -246,70 +261,19 @@ class ExpertBases:
         return loras, open_experts(source), open_experts(target)
 
 
-@dataclass
-class Prompts:
-    """What is drawn where the models are run."""
-
-    panel: ClassVar[str] = "Sampling"
-    prompt: Annotated[
-        list[str],
-        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated."),
-    ] = dataclasses.field(default_factory=list)
-    prompts: Annotated[Path | None, path_option("Text file of prompts to sample, one a line.")] = (
-        None
-    )
-
-    def read(self) -> tuple[str, ...]:
-        """Reads all of them, in order.
-
-        Raises:
-            InvalidOption: the file cannot be read, or has none.
-        """
-        return (*self.prompt, *(read_prompts(self.prompts) if self.prompts else ()))
-
-
-@dataclass
-class Resources:
-    """Where to compute, with how much memory, and what to keep."""
-
-    device: str | None = take_option(TransferOptions, "device", panel="Resources")
-    max_memory: str | None = take_option(TransferOptions, "max_memory", panel="Resources")
-    cache: Path | None = take_option(
-        TransferOptions,
-        "cache",
-        help="Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
-        "nothing. Default: PROLORA_CACHE, or the user's cache folder.",
-        panel="Resources",
-        metavar="FOLDER|none",
-    )
-
-    def check_device(self) -> None:
-        """Settles where to compute.
-
-        Raises:
-            UnsupportedDevice: the device cannot be used, with the reason.
-        """
-        self.device = resolve_device(self.device)
-
-    def read(self, takes_default: bool = True) -> dict[str, Any]:
-        """Returns them as jobs take them; a default cache only with `takes_default`."""
-        limit = parse_size(self.max_memory) if self.max_memory else None
-        cache = self.find_cache(takes_default)
-        return {"cache": cache, "device": self.device, "max_memory": limit}
-
-    def find_cache(self, takes_default: bool = True) -> Path | None:
-        """Finds the cache folder asked for, or the default if it can be made; or None."""
-        if self.cache == NO_CACHE:
-            return None
-        if self.cache is not None or not takes_default:
-            return self.cache
+def find_cache(options: Any, takes_default: bool = True) -> Any:
+    """Returns options with the cache asked for, or the default if it can be made."""
+    folder = options.cache
+    if folder == NO_CACHE:
+        folder = None
+    elif folder is None and takes_default:
         folder = default_folder()
         try:
             BasisCache(folder)
         except OutputError as error:
             log.warning("nothing is kept for the next LoRA: %s", error)
-            return None
-        return folder
+            folder = None
+    return dataclasses.replace(options, cache=folder)
 
 
 _HELP_ALL = "prolora.help_all"
@@ -334,18 +298,13 @@ HelpAllOption = Annotated[
 class BriefCommand(TyperCommand):
     """A command whose help shows what most people need; `--help-all` shows the rest."""
 
-    told: ClassVar[type] = TransferOptions  # the options object of the command
-    # What most people need of its other options
-    beside: ClassVar[set[str]] = set(
-        "source target output report dry_run ray shard help_all".split()
-    )
+    first: ClassVar[str] = ""  # what most people need, as words
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Writes the help; the short one has the basic options alone, in a sentence each."""
+        """Writes the help; the short one has few options, in a sentence each."""
         options: list[Any] = [p for p in self.params if isinstance(p, TyperOption)]
         told = [(option, option.hidden, option.help) for option in options]
-        fields = dataclasses.fields(self.told)
-        basic = self.beside | {field.name for field in fields if read_shown(field).basic}
+        basic = self.first.split()
         if not ctx.meta.get(_HELP_ALL):
             for option in options:
                 option.hidden = option.name not in basic
@@ -357,40 +316,49 @@ class BriefCommand(TyperCommand):
                 option.hidden, option.help = hidden, text
 
 
-def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+def expand_options(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command a parameter for each field of the dataclasses it takes.
 
-    typer makes an option of each parameter. A dataclass's `panel` heads its options in the help.
+    typer makes an option of each parameter. A dataclass's `panel` heads its options in the help;
+    `without` are fields that keep their defaults.
     """
-    hints = typing.get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {
-        name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
-    }
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name in groups:
-            parameters += _list_parameters(groups[parameter.name])
-        else:
-            hint = hints[parameter.name]
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
 
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        for name, kind in groups.items():
-            names = [parameter.name for parameter in _list_parameters(kind)]
-            values[name] = kind(**{taken: values.pop(taken) for taken in names})
-        command(**values)
+    def expand(command: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(command, include_extras=True)
+        groups = {
+            name: (kind, [p for p in _list_parameters(kind) if p.name not in without])
+            for name, kind in hints.items()
+            if dataclasses.is_dataclass(kind)
+        }
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name in groups:
+                parameters += groups[parameter.name][1]
+            else:
+                hint = hints[parameter.name]
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
 
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            for name, (kind, taken) in groups.items():
+                given: Any = kind
+                values[name] = given(**{one.name: values.pop(one.name) for one in taken})
+            command(**values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return expand
 
 
 def _list_parameters(kind: Any) -> list[inspect.Parameter]:
-    """Lists the fields of a dataclass as keyword parameters."""
+    """Lists the fields of a dataclass as keyword parameters; its own come before shared ones."""
     hints = typing.get_type_hints(kind, include_extras=True)
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    names = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
     parameters = []
-    for field in dataclasses.fields(kind):
+    for field in (known[name] for name in dict.fromkeys(names) if name in known):
         if "shown" in field.metadata:
             parameters += _derive_parameter(field, hints[field.name])
             continue
@@ -402,12 +370,9 @@ def _list_parameters(kind: Any) -> list[inspect.Parameter]:
         hint, option = typing.get_args(hints[field.name])
         option = copy.copy(option)  # other groups may have it too
         option.rich_help_panel = getattr(kind, "panel", None)
+        annotation: Any = Annotated[hint, option]
+        keyword = inspect.Parameter.KEYWORD_ONLY
         parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Annotated[hint, option],
-            )
+            inspect.Parameter(field.name, keyword, default=default, annotation=annotation)
         )
     return parameters

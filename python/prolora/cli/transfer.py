@@ -34,8 +34,8 @@ from .options import (
     BriefCommand,
     ExpertBases,
     HelpAllOption,
-    Resources,
     expand_options,
+    find_cache,
     path_argument,
     write_flag,
 )
@@ -56,6 +56,8 @@ LoraArguments = Annotated[
 class TransferCommand(BriefCommand):
     """`prolora transfer`, which refuses the options of a fit."""
 
+    first = "source target method strength out_rank format output report dry_run help_all"
+
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the command line.
 
@@ -73,23 +75,21 @@ class TransferCommand(BriefCommand):
         return super().parse_args(ctx, args)
 
 
-@expand_options
+@expand_options()
 def transfer(
     loras: LoraArguments,
     bases: ExpertBases,
     moving: TransferOptions,
     output: OutputOptions,
-    resources: Resources,
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
     loras, source, target = bases.open(loras)
     check_output_given(output, loras)
-    resources.check_device()
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
     card = check_outputs(loras, output, moving, files, pair_experts(source, target))
     # A dry run makes no cache folder.
-    options = replace(moving, **resources.read(takes_default=not output.dry_run))
+    options = find_cache(moving, takes_default=not output.dry_run)
     run = plan_all if output.dry_run else move_loras
     outcomes = run(loras, source, target, output, options)
     kept = cast("Path | None", options.cache)

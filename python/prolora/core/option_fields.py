@@ -13,7 +13,6 @@ class Shown:
     help: str  # what it does and takes, for the command line, Python and forms
     panel: str = ""  # its group; "" keeps it off the command line
     metavar: str = ""  # the name of its value; "" leaves that to its type
-    basic: bool = False  # is it on the first page of the command line's help?
     # Does the result depend on it? False for what only says where to compute or what to refuse.
     decides: bool = True
     words: tuple[str, ...] = ()  # the values that it takes, where these are words

@@ -71,16 +71,14 @@ class FitSettings:
         "as many again for the verdict.",
         panel=SAMPLING,
         metavar="N",
-        basic=True,
     )
-    steps: int = option(25, "Steps of the samplers.", panel=SAMPLING, metavar="N", basic=True)
+    steps: int = option(25, "Steps of the samplers.", panel=SAMPLING, metavar="N")
     size: int | None = option(
         None,
         "Height and width of the images in pixels. Default: the smaller of the two pipelines', or "
         "that of each where their latents differ.",
         panel=SAMPLING,
         metavar="PIXELS",
-        basic=True,
     )
     guidance: float | None = option(
         None,
@@ -102,21 +100,15 @@ class FitSettings:
         "with guidance and a target without are asked accordingly.",
         panel=SAMPLING,
         metavar="SCALE",
-        basic=True,
     )
     lora_steps: int | None = option(
         None,
         "Steps of the source with the LoRA, where it is a few-step LoRA. Default: as without.",
-        panel=SAMPLING,
-        metavar="N",
     )
     lora_guidance: float | None = option(
         None,
         "Guidance scale of the source with the LoRA; 1 for most few-step LoRAs. Default: as "
         "without.",
-        panel=SAMPLING,
-        metavar="SCALE",
-        basic=True,
     )
     rank: float | None = option(
         None,
@@ -125,14 +117,12 @@ class FitSettings:
         "largest.",
         panel=FITTING,
         metavar="RANK",
-        basic=True,
     )
     start: Start = option(
         "auto",
         'Where the fit starts: from no update ("zero"), from the LoRA moved by weights alone '
         '("copy"), or from the better of the two. From a copy it goes only part of the way where '
         "the bases disagree.",
-        panel=FITTING,
         words=get_args(Start),
     )
     fit_steps: int = option(
@@ -156,15 +146,12 @@ class FitSettings:
         0,
         "Seed of the first of three samplings; they use three seeds, the held-out ones the next "
         "three.",
-        panel=SAMPLING,
-        metavar="N",
     )
     precision: Precision = option(
         AUTO,
         'What the models compute in, while the LoRA and all sums stay in float32: "float32", or '
         '"bfloat16" by autocast. "auto" is bfloat16 where `max_vram` leaves too little room for '
         "float32.",
-        panel=FITTING,
         words=get_args(Precision),
     )
     force: bool = option(
@@ -179,7 +166,6 @@ class FitSettings:
         "are computed again.",
         panel=FITTING,
         metavar="FOLDER",
-        basic=True,
         decides=False,
     )
     shown_prompts: int = option(
@@ -192,6 +178,8 @@ class FitSettings:
         None,
         'Memory that may be taken, as "2GiB"; recorded calls beyond it go to temporary files. '
         "Refused if it is too little.",
+        panel="Resources",
+        metavar="SIZE",
         decides=False,
     )
     progress: Progress | None = option(

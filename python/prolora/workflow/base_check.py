@@ -11,13 +11,13 @@ from collections.abc import Mapping
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
-from ..adapters.family import guess_families, guess_family, is_language_model
+from ..adapters.family import guess_families, guess_family, guess_sizes, is_language_model
 from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
-from ..architectures.families import join_titles, known_families
-from ..architectures.modules import is_in_text_encoder
+from ..architectures.families import find_title, join_titles, known_families
+from ..architectures.modules import find_block, is_in_text_encoder
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
@@ -74,6 +74,19 @@ def check_bases(
             f"Were source and target swapped? The LoRA's header gives the name of the target, "
             f"{target.name}, as the model that it was trained on, and not {source.name}."
         )
+    if source.layout and not isinstance(lora, Adapter):
+        sizes = measure_modules(parse_contents(Lora.open(lora)).slots, with_kernel=True)
+        blocks = {block[:2] for name in sizes if (block := find_block(name))}
+        places = {block[:2] for name in source.shapes if (block := find_block(name))}
+        stacks = {stack for stack, _ in blocks}
+        # Only where some blocks of the source are left out may it be for a smaller size.
+        found = guess_sizes(sizes) if blocks < {b for b in places if b[0] in stacks} else ()
+        if found and source.layout not in found:
+            smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
+            doubts.append(
+                f"Is this the LoRA's base? It has all blocks of {smaller}; the source, "
+                f"{source.name}, is {own}."
+            )
     return [doubt for doubt in doubts if doubt]
 
 

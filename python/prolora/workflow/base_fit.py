@@ -122,16 +122,20 @@ def fit_base(opened: Lora, base: ExpertsLike) -> BaseFit:
     foreign = bool(families) and model.family is not None and model.family not in families
     answer: Answer = "in part"
     coverage, moved_to = measure_coverage(rows), ""
+    sizes = guess_sizes({row.source: row.shape for row in rows})
     if coverage == 1:
         moved_to = "" if foreign else find_newer_base(opened.metadata, model.name)
-        answer = "unclear" if foreign or moved_to else "fits"
+        # All blocks of a smaller size, and not of this one.
+        other = bool(sizes) and model.layout is not None and model.layout not in sizes
+        answer = "unclear" if foreign or moved_to or other else "fits"
     elif foreign or not any(r.target and not is_in_text_encoder(r.source) for r in rows):
         answer = "other"
     ours, theirs = join_titles(map(find_title, families)), describe_kind(model)
     if ours == theirs and model.layout and answer != "fits":  # one family, and another size of it
-        ours = join_titles(map(find_title, guess_sizes(shapes)))
+        ours = join_titles(map(find_title, sizes)) or ours
         theirs = find_title(model.layout)
-    others = [family for family in families if family != model.family]
+    others = [size for size in sizes if size != model.layout] if model.layout else []
+    others = others or [family for family in families if family != model.family]
     also = join_titles(map(find_title, others)) if answer == "fits" else ""
     return BaseFit(model.name, answer, ours, theirs, also, tuple(rows), moved_to)
 

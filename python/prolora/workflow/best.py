@@ -38,24 +38,14 @@ from .batch import Naming, make_each, move_many
 from .by_weights.base_pair import Notes, move_lora
 from .dry_run import keep_known_cache, plan_report
 from .lora_report import LoraReport, MovedReport
-from .options import (
-    BEST,
-    DEFAULT_OPTIONS,
-    OF_A_FIT_TOO,
-    LoraLike,
-    OptionChanges,
-    TransferOptions,
-    settle_options,
-    takes_options,
-)
+from .option_keywords import settle_options, takes_options
+from .options import BEST, DEFAULT_OPTIONS, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .outcome import Outcome
 from .output_paths import check_distinct, check_results_folder, make_folders, name_output
 from .result import Transfer, pack_plan
 from .resume import make_file
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from .by_fitting.common_parts import CommonParts
     from .fit_options import FitOptions
 
@@ -72,7 +62,7 @@ def transfer(
     *,
     out: str | PathLike[str] | None = None,
     dry_run: bool = False,
-    **changes: Unpack[OptionChanges],
+    **changes: Any,
 ) -> Transfer:
     """Moves a LoRA to another base model, without training and without data.
 
@@ -134,7 +124,7 @@ def transfer_many(
     options: TransferOptions = DEFAULT_OPTIONS,
     *,
     naming: Naming | None = None,
-    **changes: Unpack[OptionChanges],
+    **changes: Any,
 ) -> list[Outcome]:
     """Moves LoRAs into a folder, under their own names.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .. import adapters
 from ..adapters.adapter import Adapter
@@ -26,16 +26,14 @@ from .by_weights.rows import (
     list_tensors_left_out,
     list_unread_modules,
 )
-from .convert_options import DEFAULT_CONVERSION, ConvertChanges, ConvertOptions
+from .convert_options import DEFAULT_CONVERSION, ConvertOptions
 from .made_report import MadeReport
 from .module_report import ModuleReport
-from .options import LoraLike, name_lora, settle_options, takes_options
+from .option_keywords import settle_options, takes_options
+from .options import LoraLike, name_lora
 from .out_rank import cut_rank
 from .output_paths import check_output
 from .result import Transfer, pack_result, save_result
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @takes_options
@@ -45,7 +43,7 @@ def convert(
     options: ConvertOptions = DEFAULT_CONVERSION,
     *,
     out: str | PathLike[str] | None = None,
-    **changes: Unpack[ConvertChanges],
+    **changes: Any,
 ) -> Transfer:
     """Converts a LoRA: into another format, precision or rank; any kind becomes a plain LoRA.
 
@@ -81,7 +79,7 @@ def convert(
 @in_full_precision
 def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
     adapter = read_plain(lora, base)
-    form = OutputForm.of(options.as_transfer())
+    form = OutputForm.of(options)
     vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
     left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,15 +38,13 @@ from ..version import __version__
 from .base_check import are_one_base
 from .by_weights.file_budget import OutputForm, describe_cuts
 from .by_weights.rows import describe_difference, outline_difference
-from .extract_options import DEFAULT_EXTRACTION, ExtractChanges, ExtractOptions
+from .extract_options import DEFAULT_EXTRACTION, ExtractOptions
 from .made_report import MadeReport
 from .module_report import ModuleReport
-from .options import FormatLike, settle_options, takes_options
+from .option_keywords import settle_options, takes_options
+from .options import FormatLike
 from .output_paths import check_output
 from .result import Transfer, pack_plan, pack_result, save_result
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _MOST_NUMBERS = 1 << 22  # of a table, subtracted at a time
 _TOO_SMALL = "differs by less than 1e-20, which no LoRA in half precision holds"
@@ -62,7 +60,7 @@ def extract(
     *,
     out: str | PathLike[str] | None = None,
     dry_run: bool = False,
-    **changes: Unpack[ExtractChanges],
+    **changes: Any,
 ) -> Transfer:
     """Extracts the LoRA that makes one base of another: a fine-tune's, or a few-step sibling's.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..bases import Base, BaseLike, open_pair
 from ..bases.base import Progress
@@ -15,8 +15,9 @@ from ..files.hub import keep_path
 from .batch import make_each
 from .by_fitting.common_parts import CommonParts, share_parts
 from .by_fitting.pipeline import fit_to_pipelines, plan_fit
-from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
-from .options import LoraLike, settle_options, takes_options
+from .fit_options import DEFAULT_FIT, FitOptions
+from .option_keywords import settle_options, takes_options
+from .options import LoraLike
 from .outcome import Outcome
 from .output_paths import (
     check_distinct,
@@ -26,9 +27,6 @@ from .output_paths import (
 )
 from .result import Transfer, pack_plan
 from .resume import make_file
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @takes_options
@@ -41,7 +39,7 @@ def fit(
     *,
     out: str | PathLike[str] | None = None,
     dry_run: bool = False,
-    **changes: Unpack[FitChanges],
+    **changes: Any,
 ) -> Transfer:
     """Fits a LoRA of one model to another that runs: no data and no captions, but both models.
 
@@ -93,7 +91,7 @@ def fit_many(
     target: BaseLike,
     folder: str | PathLike[str],
     options: FitOptions = DEFAULT_FIT,
-    **changes: Unpack[FitChanges],
+    **changes: Any,
 ) -> list[Outcome]:
     """Fits LoRAs one after the other, into a folder, under the names they have.
 

@@ -133,14 +133,6 @@ class LoraReport(Report):
         mean = weighted_mean(shares)
         return None if mean is None else total * mean
 
-    @property
-    def share_left_out(self) -> float:
-        """The share of Σ‖ΔW_s‖² in blocks left out as asked."""
-        everything = {row.source: row.energy for row in self.modules}
-        left = {row.source: row.energy for row in self.modules if row.reason == LEFT_OUT}
-        total = sum(everything.values())
-        return sum(left.values()) / total if total > 0 else 0.0
-
     def reasons(self) -> dict[tuple[str, str], int]:
         """Counts each (status, reason) among modules that are not mapped."""
         return dict(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +39,16 @@ from .by_weights.rows import (
 )
 from .convert import read_plain
 from .merge_inputs import check_experts, check_families, name_loras
-from .merge_options import DEFAULT_MERGE, MergeChanges, MergeOptions
+from .merge_options import DEFAULT_MERGE, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 from .module_report import ModuleReport
 from .module_tables import write_shape
 from .moved_before import MERGE, check_moved_before
-from .options import LoraLike, settle_options, takes_options
+from .option_keywords import settle_options, takes_options
+from .options import LoraLike
 from .out_rank import cut_rank
 from .output_paths import check_name, check_output
 from .result import Transfer, pack_result, save_result
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Sources = Sequence[BaseLike | None]
 """The base of each LoRA, in their order; None where it is that of the result."""
@@ -64,7 +62,7 @@ def merge(
     options: MergeOptions = DEFAULT_MERGE,
     *,
     out: str | PathLike[str] | None = None,
-    **changes: Unpack[MergeChanges],
+    **changes: Any,
 ) -> Transfer:
     """Merges LoRAs into one.
 
@@ -194,7 +192,7 @@ class _Merge:
         for i in range(len(self.loras)):
             self._read(i)
         self._check_modules()
-        outline, form = self._outline(), OutputForm.of(self.options.as_transfer())
+        outline, form = self._outline(), OutputForm.of(self.options)
         form.check(outline)
         dtype = form.dtype or outline.dtype
         updates: dict[str, LowRank] = {}

@@ -1,20 +1,15 @@
-"""The choices of a transfer: every one that the paper leaves open is told here, and only here.
+"""The choices of a transfer, and those that other verbs share: told here, and only here.
 
 Command line, plans, recipes in headers, docs/api.md and `help(prolora.transfer)` are derived from
-the fields of `TransferOptions`.
+the fields.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
-import textwrap
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 import torch
 
@@ -34,9 +29,6 @@ from ..files.hub import spell_path
 from ..files.sizes import parse_limit
 from .block_weights import Blocks, BlockWeights
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 LoraLike: TypeAlias = "LoraSource | Lora | Adapter"
 """A .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
@@ -85,11 +77,142 @@ FIT = "fit"
 LARGEST_STRENGTH = 1e30
 
 
-METHOD, OUTPUT, MATCHING = "Method", "Output", "Matching"
+METHOD, OUTPUT, MATCHING, RESOURCES = "Method", "Output", "Matching", "Resources"
+Chosen = TypeVar("Chosen", bound="FileOutput")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions:
+class VerbOptions:
+    """Options of any verb; words are checked before anything is read."""
+
+    progress: Progress | None = option(
+        None,
+        "Called as progress(done, total, name); what it raises ends the call, and nothing is "
+        "written.",
+        decides=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses values that no verb can use.
+
+        Raises:
+            InvalidOption: names the option and what it takes.
+            UnsupportedDevice: there is no such device, or it cannot be used.
+        """
+        make_fields_plain(self)
+        for known in fields(self):
+            words, value = read_shown(known).words, getattr(self, known.name)
+            if words and not (value == known.default or isinstance(value, torch.dtype)):
+                check_choice(known.name, value, words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOutput(VerbOptions):
+    """How a file is written."""
+
+    format: FormatLike | None = option(
+        None,
+        "Format of the output, or the program that will read it. Default: that of the LoRA.",
+        panel=OUTPUT,
+        metavar="FORMAT|PROGRAM",
+        words=FORMATS,
+    )
+    dtype: DtypeLike | None = option(
+        None,
+        "Type of the factors in the file. Default: the LoRA's.",
+        panel=OUTPUT,
+        words=get_args(DtypeName),
+    )
+    overwrite: bool = option(
+        False,
+        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
+        panel=OUTPUT,
+        decides=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Reads the dtype, too."""
+        super().__post_init__()
+        object.__setattr__(self, "dtype", read_dtype(self.dtype))
+
+    def for_file(self: Chosen) -> Chosen:
+        """Returns the options for a file: by default the LoRA's own format."""
+        return self if self.format is not None else replace(self, format="auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(FileOutput):
+    """How a LoRA is written whose updates were computed from others."""
+
+    out_rank: OutRank = option(
+        "exact",
+        "Rank of the output: a number, a share of an update's energy (0.99), a share of the LoRA's "
+        "own rank (50%), what fits a file of a size (100MB, spent where it keeps the most "
+        'energy), or "exact".',
+        panel=OUTPUT,
+        metavar="RANK",
+    )
+    vectors: VectorsMode = option(
+        "copy",
+        'Trained biases and normalisation layers: "copy" them, or "skip" them.',
+        words=get_args(VectorsMode),
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses a rank that is none, too."""
+        super().__post_init__()
+        if not is_out_rank(self.out_rank):
+            raise InvalidOption(f"`out_rank` must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources(VerbOptions):
+    """With what to compute."""
+
+    device: DeviceLike = option(
+        None,
+        "Where to compute: cpu, cuda, cuda:1, or a torch.device. Default: auto, a GPU where there "
+        "is one, and else the CPU.",
+        panel=RESOURCES,
+        metavar="DEVICE",
+        decides=False,
+    )
+    max_memory: int | str | None = option(
+        None,
+        "Memory this process may take, as 2GiB; refused if it is too little.",
+        panel=RESOURCES,
+        metavar="SIZE",
+        decides=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Looks for the device, and reads the bound on memory."""
+        super().__post_init__()
+        if self.device is not None:
+            object.__setattr__(self, "device", resolve_device(self.device))
+        self.memory_limit  # noqa: B018 (raises where it is no size)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """`max_memory` in bytes."""
+        return parse_limit(self.max_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseResources(Resources):
+    """With what to compare bases."""
+
+    cache: str | PathLike[str] | None = option(
+        None,
+        "Folder that keeps what is computed of the bases, for the next LoRA.",
+        panel=RESOURCES,
+        metavar="FOLDER",
+        decides=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions(Output, BaseResources):
     """How a LoRA is moved; `transfer` takes each of these by its name."""
 
     method: TransferMethod = option(
@@ -99,7 +222,6 @@ class TransferOptions:
         'it) where weights say too little; "copy": the update as it is, whatever the weights say; '
         '"prolora": the paper.',
         panel=METHOD,
-        basic=True,
         words=METHOD_NAMES,
     )
     strength: float = option(
@@ -107,7 +229,6 @@ class TransferOptions:
         "Factor on every update.",
         panel=METHOD,
         metavar="FACTOR",
-        basic=True,
     )
     rank: Rank = option(
         DEFAULT_RANK,
@@ -127,8 +248,6 @@ class TransferOptions:
         DEFAULT_THRESHOLD,
         "Overlap Φ, 0 … 1, that both sides of a pair of weights must reach; a pair below it gets "
         'no update. Method "copy" looks at no weights and skips nothing.',
-        panel=METHOD,
-        metavar="SHARE",
     )
     text_encoder: TextEncoderMode = option(
         "copy",
@@ -136,11 +255,6 @@ class TransferOptions:
         'both bases hold its weights, or "skip" it.',
         panel=METHOD,
         words=get_args(TextEncoderMode),
-    )
-    vectors: VectorsMode = option(
-        "copy",
-        'Trained biases and normalisation layers: "copy" them, or "skip" them.',
-        words=get_args(VectorsMode),
     )
     again: bool = option(
         False,
@@ -171,242 +285,32 @@ class TransferOptions:
         panel=MATCHING,
         metavar="SHARE",
     )
-    out_rank: OutRank = option(
-        "exact",
-        "Rank of the output: a number, a share of an update's energy (0.99), a share of the LoRA's "
-        "own rank (50%), what fits a file of a size (100MB, spent where it keeps the most "
-        'energy), or "exact" (at most twice the LoRA\'s).',
-        panel=OUTPUT,
-        metavar="RANK",
-    )
-    format: FormatLike | None = option(
-        None,
-        "Format of the output, or the program that will read it. Default: the LoRA's own format.",
-        panel=OUTPUT,
-        metavar="FORMAT|PROGRAM",
-        basic=True,
-        words=FORMATS,
-    )
-    dtype: DtypeLike | None = option(
-        None,
-        "Type of the factors in the file. Default: the LoRA's.",
-        panel=OUTPUT,
-        words=get_args(DtypeName),
-    )
-    overwrite: bool = option(
-        False,
-        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
-        panel=OUTPUT,
-        decides=False,
-    )
-    cache: str | PathLike[str] | None = option(
-        None,
-        "Folder that keeps what is computed of the bases, for the next LoRA.",
-        metavar="FOLDER",
-        decides=False,
-    )
-    device: DeviceLike = option(
-        None,
-        "Where to compute: cpu, cuda, cuda:1, or a torch.device. Default: auto, a GPU where there "
-        "is one, and else the CPU.",
-        metavar="DEVICE",
-        decides=False,
-    )
-    max_memory: int | str | None = option(
-        None,
-        "Memory this process may take, as 2GiB; refused if it is too little.",
-        metavar="SIZE",
-        decides=False,
-    )
-    progress: Progress | None = option(
-        None,
-        "Called as progress(done, total, name); what it raises ends the call, and nothing is "
-        "written.",
-        decides=False,
-    )
 
     def __post_init__(self) -> None:
-        """Refuses values that no transfer can use, before anything is read.
-
-        Raises:
-            InvalidOption: names the option and what it takes.
-            UnsupportedDevice: there is no such device, or it cannot be used.
-        """
-        make_fields_plain(self)
+        """Refuses values that no transfer can use, before anything is read."""
+        super().__post_init__()
         try:
             read_rank(self.rank)
         except ValueError as error:
             raise InvalidOption(str(error)) from error
-        object.__setattr__(self, "dtype", read_dtype(self.dtype))
         if self.blocks is not None:
             BlockWeights.read(self.blocks)
-        for known in fields(self):
-            words, value = read_shown(known).words, getattr(self, known.name)
-            if words and not (value == known.default or isinstance(value, torch.dtype)):
-                check_choice(known.name, value, words)
         if self.target_steps is not None and self.target_steps < 1:
             raise InvalidOption(f"`target_steps` must be 1 or more, not {self.target_steps!r}")
         for name in ("threshold", "min_coverage"):
-            _check_share(name, getattr(self, name))
+            value = getattr(self, name)  # NaN would switch a check off
+            if not (isinstance(value, float | int) and 0 <= value <= 1):
+                raise InvalidOption(f"`{name}` must be a number between 0 and 1, not {value!r}")
         if not (isinstance(self.strength, float | int) and 0 < self.strength <= LARGEST_STRENGTH):
             raise InvalidOption(
                 f"`strength` must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
                 f"{self.strength!r}"
             )
-        if not is_out_rank(self.out_rank):
-            raise InvalidOption(f"`out_rank` must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
-        if self.device is not None:
-            object.__setattr__(self, "device", resolve_device(self.device))
-        self.memory_limit  # noqa: B018 (raises where it is no size)
-
-    def for_file(self) -> TransferOptions:
-        """Returns the options for a file: by default the LoRA's own format."""
-        return self if self.format is not None else replace(self, format="auto")
 
     @property
     def chosen(self) -> Method:
         """The method that moves the updates."""
         return find_method("copy" if self.method in (AUTO, BEST) else self.method)
-
-    @property
-    def memory_limit(self) -> int | None:
-        """`max_memory` in bytes."""
-        return parse_limit(self.max_memory)
-
-
-class FileChanges(TypedDict, total=False):
-    """Options of every LoRA that is written, as keywords for type checkers."""
-
-    format: FormatLike | None
-    dtype: DtypeLike | None
-    overwrite: bool
-
-
-class MadeChanges(FileChanges, total=False):
-    """Keywords of a command whose updates are computed from others."""
-
-    out_rank: OutRank
-    vectors: VectorsMode
-
-
-class ResourceChanges(TypedDict, total=False):
-    """Options of every job that reads weights."""
-
-    device: DeviceLike
-    max_memory: int | str | None
-    progress: Progress | None
-
-
-class BaseChanges(ResourceChanges, total=False):
-    """Keywords of a command that keeps what it computes of a base."""
-
-    cache: str | PathLike[str] | None
-
-
-class OptionChanges(MadeChanges, BaseChanges, total=False):
-    """The fields of `TransferOptions` as keywords, for type checkers; a test compares the two."""
-
-    method: TransferMethod
-    strength: float
-    rank: Rank
-    blocks: Blocks | None
-    threshold: float
-    text_encoder: TextEncoderMode
-    again: bool
-    match: Match
-    target_steps: int | None
-    min_coverage: float
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-Options = TypeVar("Options", bound="DataclassInstance")
-
-
-def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
-    """Applies changes by keyword, and chooses a device if none is asked.
-
-    Args:
-        options: as they were given.
-        changes: name -> value.
-        here: whether this process computes. It is not asked for its devices otherwise, nor when
-            options are made, as the default ones are while the package is imported.
-
-    Raises:
-        InvalidOption: an unknown option, or a value that it does not take.
-    """
-    known = {taken.name for taken in fields(options)}
-    for name in changes:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InvalidOption(f"there is no option {name!r}{hint}")
-    settled = replace(options, **changes)
-    if here and getattr(settled, "device", "") is None:
-        choice: Any = {"device": resolve_device(None)}
-        settled = replace(settled, **choice)
-    return settled
-
-
-def takes_options(function: Function) -> Function:
-    """Gives a function with `options` and `**changes` the help of every option.
-
-    `help()` and editors then show each keyword with its default and what it does. The options of
-    another function are refused before anything else.
-    """
-    signature = inspect.signature(function)
-    default = signature.parameters["options"].default
-    place = list(signature.parameters).index("options")
-    _TAKERS.setdefault(type(default).__name__, []).append(f"{function.__name__}()")
-
-    @functools.wraps(function)
-    def check_and_call(*args: Any, **keywords: Any) -> Any:
-        given = args[place] if len(args) > place else keywords.get("options", default)
-        _check_kind(given, type(default), function.__name__)
-        return function(*args, **keywords)
-
-    told = fields(default)
-    lines = [
-        textwrap.fill(
-            f"{known.name}: {read_shown(known).help}",
-            width=100,
-            initial_indent=" " * 8,
-            subsequent_indent=" " * 12,
-        )
-        for known in told
-    ]
-    text = function.__doc__ or ""
-    check_and_call.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    taken = {parameter.name for parameter in parameters}
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters += [
-        inspect.Parameter(known.name, keyword, default=known.default, annotation=known.type)
-        for known in told
-        if known.name not in taken
-    ]
-    shown: Any = check_and_call
-    shown.__signature__ = signature.replace(parameters=parameters)
-    return cast(Function, shown)
-
-
-_TAKERS: dict[str, list[str]] = {}
-"""Name of the options -> the functions that take them."""
-
-
-def _check_kind(given: object, kind: type, function: str) -> None:
-    """Refuses options of another function.
-
-    Raises:
-        InvalidOption: names the options it takes, and the functions that take the others.
-    """
-    if isinstance(given, kind):
-        return
-    name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
-    takers = f", which is of {', '.join(_TAKERS[name])}" if name in _TAKERS else ""
-    raise InvalidOption(
-        f"{function}() takes {kind.__name__}, not {name}{takers}; each option may also be given by "
-        "its name"
-    )
 
 
 def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:
@@ -417,12 +321,6 @@ def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:
     """
     if value not in words:
         raise InvalidOption(f"`{name}` must be one of {', '.join(words)}, not {value!r}")
-
-
-def _check_share(name: str, value: float) -> None:
-    """Refuses what is no number between 0 and 1; NaN would switch a check off."""
-    if not (isinstance(value, float | int) and 0 <= value <= 1):
-        raise InvalidOption(f"`{name}` must be a number between 0 and 1, not {value!r}")
 
 
 def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:

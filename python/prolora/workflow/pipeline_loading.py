@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..bases import BaseLike
 from ..errors import InvalidOption
 from .best import transfer
 from .lora_report import LoraReport
-from .options import (
-    DEFAULT_OPTIONS,
-    LoraLike,
-    OptionChanges,
-    TransferOptions,
-    settle_options,
-    takes_options,
-)
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .option_keywords import settle_options, takes_options
+from .options import DEFAULT_OPTIONS, LoraLike, TransferOptions
 
 
 @takes_options
@@ -30,7 +21,7 @@ def load_moved_lora(
     *,
     adapter_name: str | None = None,
     adapter_weight: float = 1.0,
-    **changes: Unpack[OptionChanges],
+    **changes: Any,
 ) -> LoraReport:
     """Moves a LoRA to a pipeline's base, and loads it there.
 

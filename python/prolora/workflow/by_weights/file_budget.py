@@ -17,7 +17,7 @@ from ...core.parallel import map_on_threads
 from ...core.recompression import product_energies
 from ...errors import OutputError
 from ..module_report import ModuleReport
-from ..options import FormatLike, TransferOptions, read_dtype
+from ..options import FormatLike, Output, read_dtype
 from ..out_rank import parse_size_limit
 
 # Bytes: more than a transfer adds to the header of a file.
@@ -34,7 +34,7 @@ class OutputForm:
     overwrite: bool = field(default=False, compare=False)  # changes nothing of the result
 
     @classmethod
-    def of(cls, options: TransferOptions) -> OutputForm:
+    def of(cls, options: Output) -> OutputForm:
         """Reads what the options ask for."""
         return cls(options.format, read_dtype(options.dtype), parse_size_limit(options.out_rank))
 

@@ -116,7 +116,10 @@ class TransferReport(MovedReport):
             place = place if names else self._tell_vectors_alone()
         else:
             mapped, kept = placed, self.totals["energy_surviving"]
-            placed += self.share_left_out  # it has a place, and was left out there as asked
+            everything = {row.source: row.energy for row in self.modules}
+            asked = {row.source for row in self.modules if row.reason == LEFT_OUT}
+            # These have a place, and were left out there as asked.
+            placed += sum(everything[name] for name in asked) / sum(everything.values())
             if kept is not None and placed > 0:
                 kept *= mapped / placed
                 kept /= self.strength**2 if self.method == "copy" else 1.0

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...adapters.family import claimed_family
 from ...bases import Base
@@ -21,20 +21,11 @@ from ...bases.experts import Experts, choose_pairs, open_experts, pair_experts
 from ...errors import InvalidOption, ProLoRAError, UnsupportedFormat
 from ..base_check import explain_misfit, is_named_base, is_stated_base
 from ..moved_before import check_moved_before, read_header
-from ..options import (
-    BEST,
-    DEFAULT_OPTIONS,
-    OptionChanges,
-    TransferOptions,
-    settle_options,
-    takes_options,
-)
+from ..option_keywords import settle_options, takes_options
+from ..options import BEST, DEFAULT_OPTIONS, TransferOptions
 from .batches import Batch, Job, Migrated, move_batch, note_refusal, plan_batch
 from .listing import list_loras
 from .on_ray import run_on_ray
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 StrPath = str | os.PathLike[str]
 _BATCH = 32
@@ -51,7 +42,7 @@ def migrate(
     ray: str | None = None,
     shard: str | None = None,
     dry_run: bool = False,
-    **changes: Unpack[OptionChanges],
+    **changes: Any,
 ) -> list[Migrated]:
     """Moves a collection of LoRAs to one or more bases; run it again to go on.
 

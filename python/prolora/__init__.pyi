@@ -1,0 +1,334 @@
+"""Written by docs/make_stub.py: the public names, typed."""
+
+from prolora import adapters as adapters, architectures as architectures, bases as bases, comparison as comparison, core as core, errors as errors, files as files, probe as probe
+from prolora.core.projection import DEFAULT_RANK as DEFAULT_RANK, project as project
+from prolora.core.methods import METHODS as METHODS, Method as Method
+from prolora.adapters.adapter import Adapter as Adapter
+from prolora.bases import Base as Base, open_base as open_base
+from prolora.core.basis import Basis as Basis, truncated_svd as truncated_svd
+from prolora.workflow.check import Check as Check, check as check
+from prolora.workflow.fit_options import FitOptions as FitOptions, PassedOn
+from prolora.adapters.lora import Lora as Lora
+from prolora.core.lowrank import LowRank as LowRank
+from prolora.workflow.merge_options import MergeMethod, MergeOptions as MergeOptions
+from prolora.workflow.outcome import Outcome as Outcome
+from prolora.errors import ProLoRAError as ProLoRAError
+from prolora.workflow.report import Report as Report
+from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
+from prolora.workflow.result import Transfer as Transfer
+from prolora.workflow.options import DtypeLike, FormatLike, LoraLike, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
+from prolora.version import __version__ as __version__
+from prolora.workflow.bake import bake as bake
+from prolora.bases.opening import BaseLike
+from prolora.workflow.convert_options import ConvertOptions
+from os import PathLike
+from prolora.bases.base import Progress
+from prolora.workflow.out_rank import OutRank
+from prolora.workflow.block_weights import Blocks
+from prolora.workflow.extract_options import ExtractOptions
+from prolora.core.validation import DeviceLike
+from prolora.probe.settings import Precision, Start
+from prolora.comparison.module_map import Match
+from collections.abc import Iterable, Sequence
+from typing import Any
+from prolora.core.rank_rule import Rank
+from prolora.workflow.lora_report import LoraReport
+from prolora.workflow.merge import Sources
+from prolora.workflow.fleet.migration import StrPath
+from prolora.workflow.fleet.batches import Migrated
+from prolora.bases.experts import Experts, ExpertsLike, open_experts as open_experts
+from prolora.workflow.batch import Naming
+
+__all__ = [
+    "DEFAULT_RANK",
+    "METHODS",
+    "Adapter",
+    "Base",
+    "Basis",
+    "Check",
+    "FitOptions",
+    "Lora",
+    "LowRank",
+    "MergeOptions",
+    "Method",
+    "Outcome",
+    "ProLoRAError",
+    "Report",
+    "Similarity",
+    "Transfer",
+    "TransferOptions",
+    "__version__",
+    "bake",
+    "check",
+    "convert",
+    "extract",
+    "fit",
+    "fit_many",
+    "load_moved_lora",
+    "merge",
+    "migrate",
+    "open_base",
+    "open_experts",
+    "principal_angles",
+    "project",
+    "similarity",
+    "transfer",
+    "transfer_many",
+    "truncated_svd",
+]
+
+def convert(
+    lora: LoraLike,
+    base: BaseLike | None = ...,
+    options: ConvertOptions = ...,
+    *,
+    out: str | PathLike[str] | None = ...,
+    progress: Progress | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+    blocks: Blocks | None = ...,
+) -> Transfer: ...
+
+def extract(
+    base: BaseLike,
+    tuned: BaseLike,
+    options: ExtractOptions = ...,
+    *,
+    out: str | PathLike[str] | None = ...,
+    dry_run: bool = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+) -> Transfer: ...
+
+def fit(
+    lora: LoraLike,
+    source: BaseLike,
+    target: BaseLike,
+    options: FitOptions = ...,
+    *,
+    out: str | PathLike[str] | None = ...,
+    dry_run: bool = ...,
+    prompts: tuple[str, ...] = ...,
+    images: int = ...,
+    steps: int = ...,
+    size: int | None = ...,
+    guidance: float | None = ...,
+    target_steps: int | None = ...,
+    target_guidance: float | None = ...,
+    lora_steps: int | None = ...,
+    lora_guidance: float | None = ...,
+    rank: float | None = ...,
+    start: Start = ...,
+    fit_steps: int = ...,
+    probes: int | None = ...,
+    held_out: int | None = ...,
+    batch: int | None = ...,
+    curvature_damping: float = ...,
+    seed: int = ...,
+    precision: Precision = ...,
+    force: bool = ...,
+    resume: str | PathLike[str] | None = ...,
+    shown_prompts: int = ...,
+    max_memory: int | str | None = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    cache: str | PathLike[str] | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    text_encoder: PassedOn = ...,
+    match: Match = ...,
+    again: bool = ...,
+    min_coverage: float = ...,
+    max_vram: int | str | None = ...,
+) -> Transfer: ...
+
+def fit_many(
+    loras: Iterable[str | PathLike[str]],
+    source: BaseLike,
+    target: BaseLike,
+    folder: str | PathLike[str],
+    options: FitOptions = ...,
+    *,
+    prompts: tuple[str, ...] = ...,
+    images: int = ...,
+    steps: int = ...,
+    size: int | None = ...,
+    guidance: float | None = ...,
+    target_steps: int | None = ...,
+    target_guidance: float | None = ...,
+    lora_steps: int | None = ...,
+    lora_guidance: float | None = ...,
+    rank: float | None = ...,
+    start: Start = ...,
+    fit_steps: int = ...,
+    probes: int | None = ...,
+    held_out: int | None = ...,
+    batch: int | None = ...,
+    curvature_damping: float = ...,
+    seed: int = ...,
+    precision: Precision = ...,
+    force: bool = ...,
+    resume: str | PathLike[str] | None = ...,
+    shown_prompts: int = ...,
+    max_memory: int | str | None = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    cache: str | PathLike[str] | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    text_encoder: PassedOn = ...,
+    match: Match = ...,
+    again: bool = ...,
+    min_coverage: float = ...,
+    max_vram: int | str | None = ...,
+) -> list[Outcome]: ...
+
+def load_moved_lora(
+    pipe: Any,
+    lora: LoraLike,
+    source: BaseLike,
+    options: TransferOptions = ...,
+    *,
+    adapter_name: str | None = ...,
+    adapter_weight: float = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
+    cache: str | PathLike[str] | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+    method: TransferMethod = ...,
+    strength: float = ...,
+    rank: Rank = ...,
+    blocks: Blocks | None = ...,
+    threshold: float = ...,
+    text_encoder: TextEncoderMode = ...,
+    again: bool = ...,
+    match: Match = ...,
+    target_steps: int | None = ...,
+    min_coverage: float = ...,
+) -> LoraReport: ...
+
+def merge(
+    loras: Sequence[LoraLike],
+    target: BaseLike | None = ...,
+    sources: Sources = ...,
+    options: MergeOptions = ...,
+    *,
+    out: str | PathLike[str] | None = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
+    cache: str | PathLike[str] | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+    method: MergeMethod = ...,
+    strengths: Sequence[float] | None = ...,
+    blocks: str | Sequence[Blocks | None] | None = ...,
+) -> Transfer: ...
+
+def migrate(
+    loras: StrPath | Iterable[StrPath],
+    source: StrPath | Sequence[StrPath],
+    target: StrPath | Sequence[StrPath],
+    folder: StrPath,
+    options: TransferOptions = ...,
+    *,
+    ray: str | None = ...,
+    shard: str | None = ...,
+    dry_run: bool = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
+    cache: str | PathLike[str] | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+    method: TransferMethod = ...,
+    strength: float = ...,
+    rank: Rank = ...,
+    blocks: Blocks | None = ...,
+    threshold: float = ...,
+    text_encoder: TextEncoderMode = ...,
+    again: bool = ...,
+    match: Match = ...,
+    target_steps: int | None = ...,
+    min_coverage: float = ...,
+) -> list[Migrated]: ...
+
+def transfer(
+    lora: LoraLike,
+    source: BaseLike,
+    target: BaseLike,
+    options: TransferOptions = ...,
+    *,
+    out: str | PathLike[str] | None = ...,
+    dry_run: bool = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
+    cache: str | PathLike[str] | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+    method: TransferMethod = ...,
+    strength: float = ...,
+    rank: Rank = ...,
+    blocks: Blocks | None = ...,
+    threshold: float = ...,
+    text_encoder: TextEncoderMode = ...,
+    again: bool = ...,
+    match: Match = ...,
+    target_steps: int | None = ...,
+    min_coverage: float = ...,
+) -> Transfer: ...
+
+def transfer_many(
+    loras: Iterable[str | PathLike[str]],
+    source: ExpertsLike | Experts,
+    target: ExpertsLike | Experts,
+    folder: str | PathLike[str],
+    options: TransferOptions = ...,
+    *,
+    naming: Naming | None = ...,
+    progress: Progress | None = ...,
+    device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
+    cache: str | PathLike[str] | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+    method: TransferMethod = ...,
+    strength: float = ...,
+    rank: Rank = ...,
+    blocks: Blocks | None = ...,
+    threshold: float = ...,
+    text_encoder: TextEncoderMode = ...,
+    again: bool = ...,
+    match: Match = ...,
+    target_steps: int | None = ...,
+    min_coverage: float = ...,
+) -> list[Outcome]: ...

@@ -1,0 +1,103 @@
+"""Options as keywords of the public functions."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from ..core.option_fields import read_shown
+from ..core.validation import resolve_device
+from ..errors import InvalidOption
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Options = TypeVar("Options", bound="DataclassInstance")
+
+
+def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
+    """Applies changes by keyword, and chooses a device if none is asked.
+
+    Args:
+        options: as they were given.
+        changes: name -> value.
+        here: whether this process computes. It is not asked for its devices otherwise, nor when
+            options are made, as the default ones are while the package is imported.
+
+    Raises:
+        InvalidOption: an unknown option, or a value that it does not take.
+    """
+    known = {taken.name for taken in fields(options)}
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InvalidOption(f"there is no option {name!r}{hint}")
+    settled = replace(options, **changes)
+    if here and getattr(settled, "device", "") is None:
+        choice: Any = {"device": resolve_device(None)}
+        settled = replace(settled, **choice)
+    return settled
+
+
+def takes_options(function: Function) -> Function:
+    """Gives a function with `options` and `**changes` the help of every option.
+
+    `help()` and editors then show each keyword with its default and what it does. The options of
+    another function are refused before anything else.
+    """
+    signature = inspect.signature(function)
+    default = signature.parameters["options"].default
+    place = list(signature.parameters).index("options")
+    _TAKERS.setdefault(type(default).__name__, []).append(f"{function.__name__}()")
+
+    @functools.wraps(function)
+    def check_and_call(*args: Any, **keywords: Any) -> Any:
+        given = args[place] if len(args) > place else keywords.get("options", default)
+        if not isinstance(given, type(default)):
+            raise _refuse_kind(given, type(default), function.__name__)
+        return function(*args, **keywords)
+
+    told = fields(default)
+    lines = [
+        textwrap.fill(
+            f"{known.name}: {read_shown(known).help}",
+            width=100,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+        )
+        for known in told
+    ]
+    text = function.__doc__ or ""
+    check_and_call.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    taken = {parameter.name for parameter in parameters}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters += [
+        inspect.Parameter(known.name, keyword, default=known.default, annotation=known.type)
+        for known in told
+        if known.name not in taken
+    ]
+    shown: Any = check_and_call
+    shown.__signature__ = signature.replace(parameters=parameters)
+    return cast(Function, shown)
+
+
+_TAKERS: dict[str, list[str]] = {}
+"""Name of the options -> the functions that take them."""
+
+
+def _refuse_kind(given: object, kind: type, function: str) -> InvalidOption:
+    """Returns a refusal that names what takes these options, and what the function takes."""
+    name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+    takers = f", which is of {', '.join(_TAKERS[name])}" if name in _TAKERS else ""
+    return InvalidOption(
+        f"{function}() takes {kind.__name__}, not {name}{takers}; each option may also be given by "
+        "its name"
+    )
