@@ -226,7 +226,7 @@ LEFT_OVER = {
     "wide": {},
     "long": set(),
     "twice": set(),
-    "circles": [("adapters/adapter.py", "adapters/reading.py")],
+    "circles": [],
 }
 
 

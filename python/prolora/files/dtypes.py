@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,9 +27,9 @@ _TORCH = {
 }
 _NAMES = {name: dtype for dtype, name in _TORCH.items()}
 
-_CODES = dict(
-    zip("F64 F32 F16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split(), "dfeqihbQIHB?", strict=True)
-)
+_STANDARD = "F64 F32 F16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL"
+CODES = dict(zip(_STANDARD.split(), "dfeqihbQIHB?", strict=True))
+"""Name -> `struct`'s code, which has none for bfloat16 and floats of eight bits."""
 
 # The digits of a name are its bits; those of 8-bit floats name their exponent as well.
 SIZES = {
@@ -62,14 +61,3 @@ def name_dtype(dtype: torch.dtype) -> str:
     """Returns the name of torch's dtype, or torch's own where headers have none."""
     plain = str(dtype).removeprefix("torch.")
     return _NAMES.get(plain, plain)
-
-
-def decode_number(dtype: str, raw: bytes) -> float:
-    """Returns the number in a tensor of one; torch is for eight bits alone."""
-    if dtype in _CODES:
-        return float(struct.unpack(f"<{_CODES[dtype]}", raw)[0])
-    if dtype == "BF16":  # the upper half of a float32
-        return float(struct.unpack("<f", b"\0\0" + raw)[0])
-    import torch
-
-    return float(torch.frombuffer(bytearray(raw), dtype=find_torch_dtype(dtype)).double())

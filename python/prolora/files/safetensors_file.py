@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import stat
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import UnsupportedFormat, input_error
-from .dtypes import SIZES, decode_number, find_torch_dtype
+from .dtypes import CODES, SIZES, find_torch_dtype
 from .jsontext import LFS_POINTER
 from .state import FileState, check_unchanged
 
@@ -121,10 +122,14 @@ class SafetensorsFile:
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        buffer = bytearray(SIZES[info.stored])
+        if info.stored not in (*CODES, "BF16"):
+            return float(self.read(name).double())
+        raw = bytearray(SIZES[info.stored])
         with self._use() as file:
-            read_stored(file, self, name, self.data_start + info.start, memoryview(buffer))
-        return decode_number(info.stored, bytes(buffer))
+            read_stored(file, self, name, self.data_start + info.start, memoryview(raw))
+        if info.stored == "BF16":  # the upper half of a float32
+            return float(struct.unpack("<f", b"\0\0" + raw)[0])
+        return float(struct.unpack(f"<{CODES[info.stored]}", raw)[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of `name`; nothing else is read.

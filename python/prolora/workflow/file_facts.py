@@ -20,13 +20,15 @@ from ..adapters.family import (
     known_base,
 )
 from ..adapters.formats.moves import read_moves
-from ..adapters.formats.programs import Readers, find_readers, find_skipped
+from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices, most_common_spelling
 from ..adapters.slots import Contents, Slot, measure_modules
 from ..adapters.training_words import read_training_words
-from ..architectures.loaders import known_loaders
+from ..architectures.families import known_families
+from ..architectures.family import Spelling
+from ..architectures.loaders import count_skipped, known_loaders, name_row
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.grouping import group_by
 from ..errors import ProLoRAError
@@ -114,10 +116,22 @@ def _describe_contents(
         left_out=count_values(contents.left_out.values()),
         readers=find_readers(families, format, spelling, whole) if tried else Readers(),
         program=known_loaders()[program].title if program else "",
-        skipped=find_skipped(families, format, spelling, whole, program)
-        if program and tried
-        else None,
+        skipped=_count_skipped(families, format, spelling, whole, program) if tried else None,
     )
+
+
+def _count_skipped(
+    families: tuple[str, ...],
+    format: str,
+    spelling: Spelling | None,
+    modules: Iterable[str],
+    program: str | None,
+) -> dict[str, int] | None:
+    """Counts what a program leaves out of a file, by pattern; None where this is not known."""
+    if program is None or len(families) != 1:
+        return None
+    family = known_families()[families[0]]
+    return count_skipped(family, name_row(family, format, spelling), modules, program)
 
 
 def _describe_part(slots: Iterable[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:

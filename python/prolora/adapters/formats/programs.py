@@ -68,24 +68,6 @@ def find_readers(
     return Readers(whole, part, none, tuple(one for one in titles if one in whole + part))
 
 
-def find_skipped(
-    families: Collection[str],
-    format: str,
-    spelling: Spelling | None,
-    modules: Iterable[str],
-    program: str,
-) -> dict[str, int] | None:
-    """Counts what a program leaves out of a file, by pattern; None where this is not known.
-
-    Arguments as for `find_readers`; `program` is a key of `known_loaders()`.
-    """
-    known = _known(families)
-    if len(known) != 1:
-        return None
-    row = loaders.name_row(known[0], format, spelling)
-    return loaders.count_skipped(known[0], row, modules, program)
-
-
 def choose_format(
     families: Iterable[str], program: str, modules: Collection[str] = ()
 ) -> tuple[str, Spelling | None]:
