@@ -199,8 +199,10 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
     except (OSError, ValueError):
         return f"{text}: no such {wanted}; there is no folder {folder} to read"
     # Without endings, which most names of a folder have in common.
-    stems = {os.path.splitext(other)[0]: other for other in there}
-    alike = [stems[stem] for stem in difflib.get_close_matches(os.path.splitext(name)[0], stems)]
+    stem, kind = os.path.splitext(name)
+    kinds = {kind, "", ".safetensors", ".gguf"}  # what can be read
+    stems = {os.path.splitext(n)[0]: n for n in there if os.path.splitext(n)[1] in kinds}
+    alike = [stems[other] for other in difflib.get_close_matches(stem, stems)]
     return f"{text}: no such {wanted}" + (f". Similar here: {', '.join(alike)}" if alike else "")
 
 

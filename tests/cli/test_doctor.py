@@ -36,6 +36,10 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(required):
     assert facts["torch sees a GPU"] in (True, False)
 
 
+def test_the_first_line_is_the_verdict(required):
+    assert run().startswith("✔ ") and "computing on" in run().split("prolora  ")[0]
+
+
 def test_the_cache_is_named_with_its_size_also_before_it_exists(tmp_path, monkeypatch):
     monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "a" / "b"))
     assert json.loads(run("--json"))["cache"].startswith(f"{tmp_path / 'a' / 'b'}: 0 ")

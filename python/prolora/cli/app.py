@@ -158,6 +158,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         answer.give(facts)
     else:
+        out.print(doctor_facts.tell_verdict(), style="bold")
         out.print(facts_table(facts))
 
 
@@ -195,6 +196,8 @@ def main() -> None:
         answer.give_error(error)
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
+    if code == ExitCode.INTERRUPTED:
+        err.print_line("Stopped; nothing was written, but for LoRAs that were finished before.")
     sys.exit(code)
 
 

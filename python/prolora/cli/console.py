@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TextColumn,
@@ -33,6 +32,7 @@ from rich.text import Text
 from ..errors import ProLoRAError, name_options
 from .options import write_flag
 
+ShowProgress = Callable[[int, int, str], None]
 TABLE_WIDTH = 80
 """Columns that every table fits into."""
 
@@ -165,10 +165,37 @@ def prepare_streams() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
+_LORAS = re.compile(r"LoRA (\d+)(?:–(\d+))? of (\d+): ")
+
+
+def weigh_stages(show: ShowProgress, stages: Mapping[str, float]) -> ShowProgress:
+    """Maps the stages of a job to one bar, which never goes back.
+
+    `stages` is how the names of a stage begin -> its share of the time, in their order; "" has all
+    other names.
+    """
+    reached = 0.0
+
+    def update(done: int, total: int, name: str) -> None:
+        nonlocal reached
+        first, last, count = 1, 1, 1
+        if told := _LORAS.match(name):
+            first, count = int(told[1]), int(told[3])
+            last = int(told[2] or first)
+        what = name[told.end() if told else 0 :]
+        words = [*stages]
+        at = next((i for i, word in enumerate(words) if word and what.startswith(word)), None)
+        at = words.index("") if at is None else at
+        share = sum(stages[word] for word in words[:at])
+        share += stages[words[at]] * done / max(1, total)
+        reached = max(reached, (first - 1 + (last - first + 1) * share) / count)
+        show(round(1000 * reached), 1000, name)
+
+    return update
+
+
 @contextmanager
-def progress_bar(
-    title: str, shown: bool = True, timed: bool = True
-) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(title: str, shown: bool = True, timed: bool = True) -> Iterator[ShowProgress]:
     """Yields progress(done, total, name), which draws a bar on a terminal.
 
     The bar is drawn on stderr.
@@ -181,7 +208,7 @@ def progress_bar(
     columns: tuple[ProgressColumn, ...] = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
         *([TimeRemainingColumn()] if timed else []),
         TextColumn("{task.fields[name]}", style="dim", justify="left", markup=False),
     )
@@ -191,7 +218,7 @@ def progress_bar(
 
         def update(done: int, total: int, name: str) -> None:
             # The rest of a line beside title, bar, count and time.
-            room = max(12, err.width - len(title) - len(f"{done}/{total}") - (40 if timed else 31))
+            room = max(12, err.width - len(title) - (44 if timed else 35))
             end = make_printable(name, err.encoding)[-room:]
             bar.update(task, completed=done, total=total, name=end)
 

@@ -64,6 +64,15 @@ def describe_surroundings() -> dict[str, str | int]:
     return facts
 
 
+def tell_verdict() -> str:
+    """Tells whether LoRAs can be moved here, and where it is computed."""
+    cores = f"computing on {os.cpu_count()} cores"
+    where = "A GPU will compute" if torch.cuda.is_available() else f"No GPU: {cores}"
+    if native.describe_installation().get("compiled extension"):
+        return f"✔ Everything that moving LoRAs needs is here. {where}."
+    return f"✔ LoRAs can be moved here, in part more slowly: no extension is compiled. {where}."
+
+
 def list_extras() -> list[Extra]:
     """Lists the extras for users, from prolora's own metadata, if installed."""
     try:
