@@ -2,13 +2,15 @@
 
 Pipelines of the published sizes are files of headers, without values, made from diffusers' classes
 on the meta device. Each row is what `prolora fit --max-vram` plans for a LoRA of rank 32: the least
-that is needed, and for cards of 8, 12, 16 and 24 GB the precision, small tiles, single samples, and
-the share of the target's blocks that stay while it is fitted. Nothing is run.
+that is needed, the target's weights in the machine's memory, and for cards of 8, 12, 16 and 24 GB
+the precision, small tiles, samples in a batch, the share of the target's blocks that stay while it
+is fitted, and what is copied of the others in all steps. Nothing is run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import tempfile
@@ -31,9 +33,13 @@ from prolora.errors import TooLittleMemory
 from prolora.files.sizes import parse_size
 from prolora.probe.pipelines import vram
 from prolora.probe.settings import FitSettings
+from prolora.probe.swapping import count_staying
 
 RANK = 32
 CARDS = (8, 12, 16, 24)
+PASSES = 4.25
+"""Visits of a block in a Gauss–Newton step: forward, backward, two trials, and in every fourth step
+the curvature. Two of Adam's make four."""
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 VAE["down_block_types"] = ("DownEncoderBlock2D",) * 4
 VAE["up_block_types"] = ("UpDecoderBlock2D",) * 4
@@ -87,16 +93,20 @@ def write_pipeline(models: tuple[nn.Module, nn.Module], folder: Path) -> None:
 
 
 def tell(limit: int, ends: tuple[Path, Path], size: int, crosses: bool) -> str:
-    """What is planned for a card."""
+    """What is planned for a card, and what is copied to it in all steps."""
+    settings = FitSettings(size=size).sized(10**6)
     try:
-        plan = vram.plan_card(limit, ends, FitSettings(size=size), RANK, crosses)
+        plan = vram.plan_card(limit, ends, settings, RANK, crosses)
     except TooLittleMemory:
         return "–"
-    every = sum(vram._measure(ends[1], size).blocks)
+    blocks = vram._measure(ends[1], size).blocks
+    every, stay = sum(blocks), sum(blocks[: count_staying(blocks, plan.fitting)])
     words = ["16 bits" if plan.precision == "bfloat16" else "32 bits"]
-    words += ["tiles"] * bool(plan.tile) + ["single"] * bool(plan.samples)
-    if plan.fitting < every or plan.rooms[1] < every:
-        words.append(f"{plan.fitting / every:.0%} stay")
+    words += ["tiles"] * bool(plan.tile) + [f"× {plan.samples}"] * bool(plan.samples)
+    if stay < every:
+        passes = settings.fit_steps * math.ceil(settings.batch / plan.samples)
+        words.append(f"{stay / every:.0%} stay")
+        words.append(f"{PASSES * passes * (every - stay) / 1e12:.0f} TB")
     return ", ".join(words)
 
 
@@ -113,8 +123,9 @@ def main() -> None:
     """Prints the table."""
     pairs = [("SDXL", "SDXL", False), ("SD1.5", "SDXL", True), ("SDXL", "FLUX.1", True)]
     pairs += [("FLUX.1", "FLUX.2 klein 4B", True), ("FLUX.1", "Qwen-Image", True)]
-    print("| source → target | least, GB |" + "".join(f" {n} GB |" for n in CARDS))
-    print("|---" * (2 + len(CARDS)) + "|")
+    cards = "".join(f" {n} GB |" for n in CARDS)
+    print(f"| source → target | least, GB | at rest, GB |{cards}")
+    print("|---" * (3 + len(CARDS)) + "|")
     with tempfile.TemporaryDirectory() as place:
         folders = {}
         for name, models in build().items():
@@ -125,7 +136,8 @@ def main() -> None:
                 ends = folders[source], folders[target]
                 cells = [tell(n * 10**9, ends, size, crosses) for n in CARDS]
                 least = f"{find_least(ends, size, crosses):.1f}"
-                print(f"| {source} → {target}, {size}² | {least} | {' | '.join(cells)} |")
+                rest = f"{sum(vram._measure(ends[1], size).blocks) / 1e9:.1f}"
+                print(f"| {source} → {target}, {size}² | {least} | {rest} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

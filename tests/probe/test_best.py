@@ -105,6 +105,8 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
 
 @pytest.mark.parametrize("target, serves", [("tuned", True), ("pruned", False)])
 def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, serves):
+    plan = prolora.fit(*ends(room, target), dry_run=True).report
+    assert ("`transfer` takes seconds" in str(plan.in_words())) is serves
     few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
     told: list[str] = []
 

@@ -102,7 +102,6 @@ def test_a_run_that_is_killed_in_the_second_lora_goes_on_and_leaves_nothing_behi
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert (out / ".prolora-parts" / checkpoint.INPUTS_FILE).exists()
     assert not (out / "b.safetensors").exists()
     first, second, _ = fit_all(room, out)
     assert first.kept and second.status == "moved"
@@ -112,7 +111,6 @@ def test_a_run_that_is_killed_in_the_second_lora_goes_on_and_leaves_nothing_behi
 def test_what_a_killed_run_between_other_models_left_is_not_used(room, tmp_path):
     left = tmp_path / "out" / ".prolora-parts"
     left.mkdir(parents=True)
-    (left / checkpoint.INPUTS_FILE).write_text('{"made_from": {"the source: files": {}}}')
     (left / "calls-source-0.safetensors").write_bytes(b"of other models")
     fit_all(room, tmp_path / "out", "ac")
     assert_as_alone(room, tmp_path / "out", "ac")

@@ -322,7 +322,7 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
     report = moved.report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3)
     # Three origins of one image, and the pair of the first two, at as many levels as the source's.
-    assert report.probes == 4 * 2 and report.crossed and report.crossed.shared
+    assert report.probes == 4 * 2 and report.crossed == 6 and report.shared
     text = " ".join(report.sentences())
     assert "The target is run without guidance, so the source was asked with its own, 7.5." in text
     plain = fit(lora, *ends, probing, again=True).report.probe
@@ -344,7 +344,7 @@ def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_
     few = replace(few, target_guidance=1.0)
     report = fit(lora, *ends, few, again=True).report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3) and not report.guided_lora
-    assert report.probes == 3 + 1 + 3 and report.crossed is None
+    assert report.probes == 3 + 1 + 3 and not report.crossed
     assert "with its own, 7.5, and with the LoRA without." in " ".join(report.sentences())
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from prolora import LowRank
 from prolora.probe import swapping, updates
 from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly, start_factors
-from prolora.probe.fitting.linearisation import ProbeBatch
+from prolora.probe.fitting.linearisation import ProbeBatch, recompute_blocks
 from prolora.probe.fitting.refinement import fit_in_factors
 from prolora.probe.precision import in_precision
 from prolora.probe.recording.trajectories import output_of, predict_call
@@ -92,13 +92,15 @@ WAYS = [
 @pytest.mark.parametrize(("kind", "way"), pair_up(list(MAKERS), WAYS))
 def test_a_fit_with_swapped_blocks_is_the_fit_without_bit_for_bit(card, kind, way):
     bits, stored, fit_factors = way
+    ahead = stored != torch.float32
     model, call = make_model(kind)
     model.to(stored)
     plain, fit = fitted(model, call, bits, fit_factors)
     other, call = make_model(kind)
     swapped = BlockSwapping(other.to(stored), CARD)
-    swapped.keep(0)
-    assert swapped.away == name_blocks(model)
+    room = 2 * max(swapped.sizes.values()) if ahead else 0
+    swapped.keep(room)
+    assert swapped.away == name_blocks(model) and swapped.ahead is ahead
     before = {name: p for name, p in other.named_parameters()}
     plain2, fit2 = fitted(other, call, bits, fit_factors, swapped)
     assert torch.equal(plain, plain2)
@@ -108,7 +110,7 @@ def test_a_fit_with_swapped_blocks_is_the_fit_without_bit_for_bit(card, kind, wa
         assert torch.equal(update.up, fit2.updates[name].up)
         assert torch.equal(update.down, fit2.updates[name].down)
     assert card.visits > len(before) and not card.held
-    assert 0 < card.most <= max(swapped.sizes.values())
+    assert 0 < card.most <= (1 + ahead) * max(swapped.sizes.values())
     for name, parameter in other.named_parameters():
         assert parameter is before[name]
 
@@ -124,12 +126,64 @@ def test_as_many_blocks_stay_as_fit_beside_the_largest_that_visits(card, kind):
         swapped.keep(room)
         staying = sum(size for name, size in sizes.items() if name not in swapped.away)
         visiting = max((sizes[name] for name in swapped.away), default=0)
+        visiting *= min(1 + swapped.ahead, len(swapped.away))
         assert staying + visiting <= max(room, max(sizes.values()))
         assert bool(swapped.away) == (room < sum(sizes.values()))
         card.most = 0
         with OnlyBrought(swapped):
             assert torch.equal(predict_call(model, call), plain)
-        assert card.most == visiting
+        assert card.most <= visiting and (swapped.ahead or card.most == visiting)
+
+
+class Copied:
+    """Notes which block's copies begin and are waited for."""
+
+    def __init__(self, swapped: BlockSwapping) -> None:
+        self.swapped, self.log = swapped, []
+
+    def start(self, tensors: list[Tensor]) -> tuple[str, list[Tensor]]:
+        first = tensors[0].data_ptr()
+        blocks = self.swapped.blocks.items()
+        name = next(n for n, b in blocks if next(b.parameters()).data_ptr() == first)
+        self.log.append(("begun", name))
+        return name, [tensor.clone() for tensor in tensors]
+
+    def finish(self, copies: tuple[str, list[Tensor]]) -> list[Tensor]:
+        self.log.append(("there", copies[0]))
+        return copies[1]
+
+
+def test_the_next_block_is_copied_while_one_runs_and_none_twice():
+    model, call = make_model("flux")
+    swapped = BlockSwapping(model, CARD)
+    swapped.keep(2 * max(swapped.sizes.values()))
+    copied = swapped._copies = Copied(swapped)
+    away = swapped.away
+    assert swapped.ahead and len(away) > 2
+    name = "transformer_blocks.0.attn.to_q"
+    m, n = model.get_submodule(name).weight.shape
+    leaves = {name: (torch.ones(m, 1).requires_grad_(), torch.ones(1, n))}
+    with recompute_blocks(model), updates.place_factors(model, leaves):
+        for order in (away, away[::-1]):
+            if order == away:
+                made = output_of(model(*call.args, **call.kwargs))
+            else:
+                made.square().sum().backward()
+            begun, there = ([n for what, n in copied.log if what == w] for w in ("begun", "there"))
+            assert begun == there == order
+            for i, following in enumerate(order[1:]):  # begins when the one before it has come
+                assert copied.log.index(("begun", following)) == 2 + 2 * i
+            copied.log.clear()
+
+
+def test_pinned_memory_gives_each_weight_a_part_of_its_own(monkeypatch):
+    monkeypatch.setattr(swapping, "_CHUNK", 1000)
+    memory = swapping._PinnedMemory(pin=False)
+    weights = [torch.randn(n, 3).to(d) for n in (5, 60, 200, 1) for d in (torch.half, torch.float)]
+    taken = [memory.take(weight) for weight in weights]
+    for weight, there in zip(weights, taken, strict=True):
+        assert torch.equal(weight, there) and there.dtype == weight.dtype
+        assert there.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
 
 
 def test_a_pass_that_fails_inside_a_block_leaves_the_weights_at_rest(card):

@@ -131,12 +131,12 @@ def test_text_encoders_are_as_before_once_their_part_was_in_place(room):
 
 
 def test_kept_calls_of_a_lora_depend_on_its_text_part(room, tmp_path):
-    from prolora.probe.checkpoint import open_checkpoints
+    from prolora.probe.checkpoint import Checkpoints
 
     updates, text = parts_of(room)
     source, target = (p.denoiser for p in opened(room))
     adapter = Adapter(updates, format="diffusers")
-    kept = open_checkpoints(tmp_path / "kept", source, target, {})
+    kept = Checkpoints(tmp_path / "kept")
     known = {"checkpoints": kept, "samplers_text": "s"}
     keys = [
         Recorder(source, target, adapter, (None,) * 3, None, text_updates=part, **known).keys

@@ -31,7 +31,6 @@ _UNREAD = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5", ".md", ".
 _MOST_BYTES = 1 << 18  # of a file whose settings are listed; longer ones are vocabularies
 # They say where a model was and not what it is.
 _PLACES = ("_name_or_path", "name_or_path", "_commit_hash")
-_MOST_TOLD = 60  # characters of a value in a message; digests have more
 
 
 def describe_versions() -> Facts:
@@ -97,18 +96,6 @@ def describe_live_module(model: nn.Module) -> Facts:
 def digest_facts(facts: Mapping[str, Any]) -> str:
     """Computes SHA-256 of facts, in hexadecimal."""
     return hash_text(json.dumps(facts, sort_keys=True))
-
-
-def list_changes(before: Facts, after: Facts) -> list[str]:
-    """Lists what differs: "unet/config.json: attention_head_dim 8 → 16"."""
-    changes = [f"{name} is gone" for name in before if name not in after]
-    changes += [f"{name} is new" for name in after if name not in before]
-    for name in before.keys() & after.keys():
-        old, new = before[name], after[name]
-        if old != new:
-            short = max(len(old), len(new)) <= _MOST_TOLD
-            changes.append(f"{name} {old} → {new}" if short else f"{name} changed")
-    return sorted(changes)
 
 
 def _list_settings(prefix: str, settings: Mapping[str, Any]) -> Facts:

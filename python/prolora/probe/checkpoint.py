@@ -1,4 +1,4 @@
-"""Results of an interrupted probing, used again only where they match."""
+"""Results of an interrupted probing, named by what they were made of."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
-from ..bases.pipeline_identity import Facts, describe_versions, digest_facts, list_changes
+from ..bases.pipeline_identity import Facts, describe_versions, digest_facts
 from ..core.lowrank import LowRank
-from ..errors import OutputError, UnsupportedFormat, output_error
+from ..errors import OutputError, UnsupportedFormat
 from ..files.hashing import hash_parts, hash_text
-from ..files.jsontext import read_json_object
 from ..files.safetensors_file import SafetensorsFile
-from ..files.store import TEMPORARY_NAME, put_text
 from ..files.writing import write_safetensors
 from ..version import __version__
 
@@ -32,15 +30,9 @@ float32 that it writes."""
 MOST_WAITING = 0.05
 """Of the time that a fit may wait for its states to be written."""
 
-INPUTS_FILE = "prolora-inputs.json"
-"""Marks a folder of kept results, and lists what they were made from."""
-
-_MADE_FROM, _VERSIONS = "made_from", "versions"
-_REMEDY = "delete the folder, or give another one"
-_NAMED = 6  # changes that a message lists
 _OF_ONE_LORA = ("calls-adapted-", "latents-adapted-", "joint-", "fit-")
 """What the names of parts begin with that serve no other LoRA."""
-_KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
+_SUM, _NOTE = "prolora.probe.sum", "prolora.probe.note"
 
 
 def hash_texts(*parts: str) -> str:
@@ -67,111 +59,47 @@ def _name_factors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
     return factors | {f"{name}.down": u.down for name, u in updates.items()}
 
 
-Inputs = Mapping[str, Facts]
-"""What the results in a folder were made from: "the source", "the target", "versions"."""
-
-
-def check_inputs(folder: Path, inputs: Inputs) -> bool:
-    """Returns whether a folder holds results of these inputs, and only these.
-
-    The folder need not exist: then, and when empty, the answer is False.
-
-    Raises:
-        OutputError: it holds other things, or results of other inputs; the message names both.
-    """
-    listed = folder / INPUTS_FILE
-    try:
-        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise OutputError(f"{folder}: the folder {place} cannot be written")
-        if not listed.exists():
-            others = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-            others = [name for name in others if not TEMPORARY_NAME.fullmatch(name)]
-            if others:
-                raise OutputError(
-                    f"{folder}: holds other things ({', '.join(others[:3])}) and no {INPUTS_FILE}, "
-                    "so it is not a folder of kept results; give an empty or a new one"
-                )
-            return False
-        kept = read_json_object(listed).get(_MADE_FROM)
-    except UnsupportedFormat as error:
-        raise OutputError(f"{error}; {_REMEDY}") from error
-    except OSError as error:
-        raise output_error(folder, error) from error
-    if not _are_inputs(kept):
-        raise OutputError(f"{listed}: lists no inputs of kept results; {_REMEDY}")
-    changes = [
-        change if owner == _VERSIONS else f"{owner}'s {change}"
-        for owner, facts in inputs.items()
-        for change in list_changes(kept.get(owner, {}), facts)
-    ]
-    if changes:
-        more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
-        raise OutputError(
-            f"{folder}: its results were made from other inputs: {'; '.join(changes[:_NAMED])}"
-            f"{more}; {_REMEDY}"
-        )
-    return True
-
-
-def _are_inputs(value: Any) -> TypeGuard[dict[str, Facts]]:
-    tables = value.values() if isinstance(value, dict) else [None]
-    return all(
-        isinstance(facts, dict) and all(isinstance(text, str) for text in facts.values())
-        for facts in tables
-    )
-
-
 class Checkpoints:
     """Named results in a folder, each with a key.
 
-    The key is the hash of what the result depends on. A result is used again only if its key and
-    the checksum of its content match; anything else is computed again. The folder lists the inputs
-    that all of its results share: models, versions.
+    The key is the hash of what the result depends on, and part of the name of its file. A result
+    whose checksum does not match is computed again.
     """
 
     def __init__(
         self,
         folder: str | PathLike[str] | None,
-        inputs: Callable[[], Inputs] = dict,
+        inputs: Callable[[], Mapping[str, Facts]] = dict,
         is_optional: bool = False,
     ) -> None:
-        """Opens a folder, created with the first result; None keeps nothing.
+        """Takes a folder, made with the first result; None keeps nothing.
 
         Args:
-            folder: new, empty, or with results of the same inputs.
+            folder: new, or with results of these or other inputs.
             inputs: called for a folder: everything that all results depend on, beside versions.
             is_optional: the results may be lost: where the folder cannot be written, a warning
                 says so and nothing is kept any more.
-
-        Raises:
-            OutputError: see `check_inputs`.
         """
         self.folder = None if folder is None else Path(folder)
         self.is_optional = is_optional
         self._used: set[Path] = set()
-        self.inputs: Inputs = {}
-        if self.folder is not None:
-            self.inputs = {_VERSIONS: describe_versions(), **inputs()}
-            self._listed = check_inputs(self.folder, self.inputs)
-        self._digest = digest_facts(self.inputs)
+        self._digest = ""
+        if folder is not None:
+            self._digest = digest_facts({"versions": describe_versions(), **inputs()})
 
     def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
         """Returns the tensors and the note under a name and key, if any."""
         path = self._path(name, key)
-        if path is None or not os.path.lexists(path):
+        if path is None or not path.exists():
             return None
-        key = hash_texts(key, self._digest)
         try:
             file = SafetensorsFile(path)
             tensors = {name: file.read(name) for name in file.tensors}
             note = file.metadata.get(_NOTE, "")
-            marks = file.metadata.get(_KEY), file.metadata.get(_SUM)
+            if file.metadata.get(_SUM) != hash_texts(path.name, hash_tensors(tensors), note):
+                raise UnsupportedFormat("its checksum is another")
         except UnsupportedFormat as error:
             log.warning("%s is damaged; it is computed again: %s", path, error)
-            return None
-        if marks != (key, hash_texts(hash_tensors(tensors), note)):
-            log.warning("%s is damaged or belongs to other inputs; it is computed again", path)
             return None
         return tensors, note
 
@@ -184,10 +112,8 @@ class Checkpoints:
         path = self._path(name, key)
         if path is None:
             return
-        key = hash_texts(key, self._digest)
-        marks = {_KEY: key, _SUM: hash_texts(hash_tensors(tensors), note), _NOTE: note}
+        marks = {_SUM: hash_texts(path.name, hash_tensors(tensors), note), _NOTE: note}
         try:
-            self._list_inputs()
             write_safetensors(path, dict(tensors), marks, overwrite=True)
         except OutputError as error:
             if not self.is_optional:
@@ -221,18 +147,6 @@ class Checkpoints:
             raise OutputError(f"{path}: is a link or no file, and no result of prolora; remove it")
         self._used.add(path)
         return path
-
-    def _list_inputs(self) -> None:
-        """Makes the folder, and writes down what its results are made from."""
-        assert self.folder is not None
-        if not self._listed:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise output_error(self.folder, error, "cannot be created") from error
-            text = json.dumps({_MADE_FROM: self.inputs}, indent=1)
-            put_text(self.folder / INPUTS_FILE, text, overwrite=True)
-            self._listed = True
 
     def recall_updates(
         self, name: str, key: str

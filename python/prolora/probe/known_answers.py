@@ -95,7 +95,3 @@ class RememberingTranslation(Translation):
     def of_clean(self, call: Call) -> Tensor:
         """Passes on to the inner `Translation.of_clean`."""
         return self.inner.of_clean(call)
-
-    def image_of_change(self, call: Call, change: Tensor) -> Tensor | None:
-        """Passes on to the inner `Translation.image_of_change`."""
-        return self.inner.image_of_change(call, change)

@@ -33,5 +33,4 @@ class ProbeRun:
     meter: WorkMeter  # is told how far they are
     # Called once everything was asked; from then on the target alone runs
     release: Callable[[], None] | None = None
-    # Largest number of samples in a batch of the fit; None: as in the samplers' calls
-    most: int | None = None
+    samples: int | None = None  # in a batch of the fit; None: as in the samplers' calls

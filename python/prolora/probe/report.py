@@ -8,7 +8,6 @@ from typing import Any
 
 from ..files.jsontext import replace_nonfinite
 from . import gate
-from .crossed import CrossedReport
 
 
 @dataclass
@@ -39,8 +38,8 @@ class ProbeReport:
     # The lowest and highest log-SNR at which both models were asked, where they predict different
     # quantities or have different latents (pipelines only); None without a bound.
     log_snr: tuple[float, float] | None = None
-    # What crossed between models with different latents; None where they share them
-    crossed: CrossedReport | None = None
+    crossed: int = 0  # sampled images that both models were asked about; 0 for recorded calls
+    shared: bool = False  # both denoise the same latents, so that images need not cross as pixels
     # That the source was asked with, since the target is run without; 1 is none
     guidance: float = 1.0
     guided_lora: bool = True  # was the source with the LoRA asked with that, too?
@@ -70,7 +69,12 @@ class ProbeReport:
                 f"{self.guidance:.3g}{'' if self.guided_lora else ', and with the LoRA without'}."
             )
         if self.crossed:
-            lines += self.crossed.sentences()
+            lines.append(
+                f"Both models were asked about {self.crossed} sampled images, with the same noise."
+                if self.shared
+                else f"The latents of the two models are different spaces; {self.crossed} images "
+                "crossed as pixels."
+            )
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             verb = "was" if len(self.left_out) == 1 else "were"

@@ -20,10 +20,9 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints, hash_texts
-from .crossed import CrossedImages, measure_bands
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
-from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
+from .gate import REFUSE, fitting_updates, judge_updates
 from .known_answers import KnownAnswers, RememberingTranslation
 from .models import check_models, frozen
 from .modules import choose_modules
@@ -171,20 +170,20 @@ def fit_from_recorder(
     settings: FitSettings,
     release: Callable[[], None] | None = None,
     meter: WorkMeter | None = None,
-    most: int | None = None,
+    samples: int | None = None,
 ) -> ProbeTransfer:
     """Runs `fit_to_models` on a recorder's questions: for unlike models.
 
     They share no recorded calls. `release` is called once everything was sampled and asked; from
-    then on the target alone runs. The sampler tells `meter` every image. `most` is the largest
-    number of samples in a batch of the fit; None: as in the samplers' calls.
+    then on the target alone runs. The sampler tells `meter` every image. `samples` is the number
+    in a batch of the fit; None: as in the samplers' calls.
 
     Raises:
         ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings, release, meter, most)
+    return _run_models(recorder, rival, settings, release, meter, samples)
 
 
 def _run_models(
@@ -193,7 +192,7 @@ def _run_models(
     settings: FitSettings,
     release: Callable[[], None] | None = None,
     meter: WorkMeter | None = None,
-    most: int | None = None,
+    samples: int | None = None,
 ) -> ProbeTransfer:
     """Runs fit and verdict with both models frozen, in the settings' precision."""
     source, target, bits = recorder.source, recorder.target, settings.precision
@@ -208,6 +207,7 @@ def _run_models(
             stack.enter_context(frozen(model))
             stack.enter_context(in_precision(model, bits))
         stack.enter_context(meter.watch(source, target))
+        report.crossed, report.shared = recorder.crossed, recorder.translation.same_noise
         guidance = recorder.translation.guidance
         if guidance:
             report.guidance, report.guided_lora = guidance.scale, guidance.adapted
@@ -216,7 +216,7 @@ def _run_models(
         report.probes, report.held_out = len(questions), len(held_out)
         settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
         meter.settle(settings)
-        run = _begin_run(recorder, rival, settings, report, meter, release, most)
+        run = _begin_run(recorder, rival, settings, report, meter, release, samples)
         meter.begin("draw")
         questions, held_out = _draw_samples(run, questions, held_out)
         report.samples = _count_samples(questions), _count_samples(held_out)
@@ -228,7 +228,9 @@ def _run_models(
         for name in updates:
             report.left_out.pop(name, None)
         meter.begin("judge")
-        verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
+        start, few = report.start, settings.has_few_step_lora
+        known = rival, start, bool(recorder.crossed), few
+        verdict = report.gate = judge_updates(target, updates, wanted, run.translation, *known)
         meter.finish()
     report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
@@ -243,7 +245,7 @@ def _begin_run(
     report: ProbeReport,
     meter: WorkMeter,
     release: Callable[[], None] | None,
-    most: int | None,
+    samples: int | None,
 ) -> ProbeRun:
     """Builds what all stages share, once the questions are recorded."""
     guidance = recorder.translation.guidance
@@ -271,7 +273,7 @@ def _begin_run(
         report,
         meter,
         end_asking,
-        most,
+        samples,
     )
 
 
@@ -314,26 +316,6 @@ def _ask_held_out(run: ProbeRun, held_out: Sequence[Question]) -> Sequence[Wante
     return kept
 
 
-def _judge(
-    run: ProbeRun,
-    updates: Mapping[str, LowRank],
-    wanted: Sequence[WantedChange],
-    crossed: CrossedImages | None,
-) -> Gate:
-    """Returns the verdict of the held-out probes; reports what crossed."""
-    translation, target = run.translation, run.target
-    start, few = run.report.start, run.settings.has_few_step_lora
-    known = (run.rival, start, crossed is not None, few)
-    verdict = judge_updates(target, updates, wanted, translation, *known)
-    if crossed is not None:
-        copied = verdict.decision == COPY and not run.settings.force
-        moved = (
-            (run.rival, verdict.copy_strength) if copied else (updates, min(verdict.strength, 1))
-        )
-        run.report.crossed = crossed.report(measure_bands(target, *moved, wanted, translation))
-    return verdict
-
-
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
     scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
     metadata = {"prolora.version": __version__, "prolora.method": "fit"}
@@ -373,18 +355,18 @@ def _draw_samples(
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
     origins = [question.origin for question in questions]
-    most = min(settings.batch, run.most or settings.batch)
+    batch = settings.batch
 
     def draw_some(
         wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None, step: int
     ) -> list[Question]:
         rows = [i for i, origin in enumerate(origins) if wanted(origin)]
         some = SampleSelection(questions, rows)
-        how = predict_both, generator, prompts, step
-        return mix_samples(some, count, most, *how) if rows else []
+        how = predict_both, generator, prompts, step, run.samples
+        return mix_samples(some, count, batch, *how) if rows else []
 
     shares = 2 if PAIR in origins else 1
-    count, step = max(settings.probes // shares, 1), max(most // shares, 1)
+    count, step = max(settings.probes // shares, 1), max(batch // shares, 1)
     # Every step has samples of all origins: steps on the LoRA's own images alone cost 0.02 of the
     # score.
     drawn = draw_some(lambda origin: origin != PAIR, count, run.translation.find_prompts, step)

@@ -1,19 +1,25 @@
 """Blocks of a model that visit the card one at a time.
 
-They rest in the machine's memory.
+They rest in the machine's memory, pinned; the next one is copied while one runs.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..architectures.modules import find_block
+from ..bases.upload import Copies, GpuCopies
 
 _PLACE = "prolora_computes_on"
 """Attribute of a parameter that is at rest elsewhere than where it computes."""
+_CHUNK, _ALIGNED = 2**30, 256
+"""Bytes that are pinned at a time: torch pins powers of two, up to twice a weight's size."""
 
 
 def place_of(weight: Tensor) -> torch.device:
@@ -37,12 +43,13 @@ def name_blocks(model: nn.Module) -> list[str]:
 class BlockSwapping:
     """A model on a card; blocks beyond its room stay in memory.
 
-    A block that is away comes before it runs and goes afterwards. In a forward pass without
-    gradients, and in one whose blocks are computed again in the backward pass, one such block is on
-    the card at a time, as another tensor under each parameter's name. What autograd saves of it
-    when the block is computed again is that tensor, which is freed once its gradients are known. So
-    predictions and gradients equal the whole model's on the card. Blocks run in turn, forwards and
-    backwards, so that always the same ones stay.
+    A block that is away comes before it runs and goes afterwards, and where the room holds two, the
+    next one is copied while it runs. In a forward pass without gradients, and in one whose blocks
+    are computed again in the backward pass, no others are on the card, as other tensors under each
+    parameter's name. What autograd saves of a block that is computed again are those tensors, which
+    are freed once its gradients are known. So predictions and gradients equal the whole model's on
+    the card. Blocks run in turn, forwards and backwards, so that always the same ones stay, and the
+    next one is known.
 
     diffusers' group offloading does not do that: it moves the parameters themselves, so that blocks
     that are computed again stay on the card (torch ends that pass before its hook), or else are
@@ -52,6 +59,7 @@ class BlockSwapping:
         model: a diffusers UNet or transformer.
         device: the card.
         away: the names of the blocks that are in the machine's memory.
+        ahead: whether the next block is copied while one runs.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str) -> None:
@@ -65,13 +73,22 @@ class BlockSwapping:
             if all(parameter is not first for parameter in block.parameters())
         }
         self.away: list[str] = []
+        self.ahead = False
+        self._copies: Copies = (
+            GpuCopies(self.device) if self.device.type == "cuda" else _PlainCopies(self.device)
+        )
+        self._begun: dict[str, Any] = {}  # block -> its copies, at most one
+        self._stored: list[tuple[nn.Module, str, Any]] = []
+        self._last = 0
         inside = {id(p) for block in self.blocks.values() for p in block.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in inside:
                 parameter.data = parameter.data.to(self.device)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.device)
-        self._visits = {n: _VisitingBlock(b, self.device) for n, b in self.blocks.items()}
+        for name, block in self.blocks.items():
+            block.register_forward_pre_hook(partial(self._bring, name))
+            block.register_forward_hook(self._put_back, always_call=True)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -81,22 +98,97 @@ class BlockSwapping:
     def keep(self, room: int) -> None:
         """Keeps as many blocks on the card as fit into so many bytes.
 
-        The room is for the blocks alone, and holds the largest of those that are away, too.
+        The room is for the blocks alone, and holds the largest of those that are away, twice where
+        it can.
         """
-        sizes, stay = self.sizes, 0
-        names = list(sizes)
-        while stay < len(names):
-            beyond = max((sizes[name] for name in names[stay + 1 :]), default=0)
-            if sum(sizes[name] for name in names[: stay + 1]) + beyond > room:
-                break
-            stay += 1
+        self._begun.clear()
+        names, sizes = list(self.blocks), list(self.sizes.values())
+        stay = count_staying(sizes, room)
         self.away = names[stay:]
+        self.ahead = copies_ahead(sizes, room)
+        rest = _PinnedMemory() if self.device.type == "cuda" else None
         for name, block in self.blocks.items():
-            visits = self._visits[name].away = name in self.away
-            rests = torch.device("cpu") if visits else self.device
             for parameter in block.parameters():
-                parameter.data = parameter.data.to(rests)
+                if name not in self.away:
+                    parameter.data = parameter.data.to(self.device)
+                elif rest is None or not parameter.data.is_pinned():
+                    there = parameter.data.to("cpu")
+                    parameter.data = there if rest is None else rest.take(there)
                 setattr(parameter, _PLACE, self.device)
+
+    def _bring(self, name: str, block: nn.Module, _: Any) -> None:
+        if name not in self.away:
+            return
+        begun = self._begun.pop(name, None)
+        self._begun.clear()
+        there = self._copies.finish(begun or self._start(name))
+        for (module, key, parameter), weight in zip(_list_weights(block), there, strict=True):
+            self._stored.append((module, key, parameter))
+            visiting: Any = weight
+            module._parameters[key] = visiting
+        number = self.away.index(name)
+        # On as before; after the last one come the backward pass and its blocks from the end.
+        step = number - self._last or -1
+        following = number + (step if abs(step) == 1 else 1)
+        self._last = number
+        if self.ahead and 0 <= following < len(self.away):
+            self._begun[self.away[following]] = self._start(self.away[following])
+
+    def _start(self, name: str) -> Any:
+        return self._copies.start([w.detach() for *_, w in _list_weights(self.blocks[name])])
+
+    def _put_back(self, *_: Any) -> None:
+        for module, name, parameter in self._stored:
+            module._parameters[name] = parameter
+        self._stored = []
+
+
+def copies_ahead(sizes: Sequence[int], room: int) -> bool:
+    """Returns whether blocks of these sizes leave room for the next one to be copied."""
+    return room >= 2 * max(sizes, default=0)
+
+
+def count_staying(sizes: Sequence[int], room: int) -> int:
+    """Counts the first blocks that can stay beside the visitors."""
+    visitors = 1 + copies_ahead(sizes, room)
+    stay = 0
+    while stay < len(sizes):
+        beyond = sizes[stay + 1 :]
+        if sum(sizes[: stay + 1]) + min(visitors, len(beyond)) * max(beyond, default=0) > room:
+            break
+        stay += 1
+    return stay
+
+
+class _PlainCopies:
+    """Copies that are made when they are begun."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [bring_weight(tensor, self.device) for tensor in tensors]
+
+    def finish(self, copies: list[Tensor]) -> list[Tensor]:
+        return copies
+
+
+class _PinnedMemory:
+    """Pinned chunks of memory, from which tensors take their parts."""
+
+    def __init__(self, pin: bool = True) -> None:
+        self.pin, self.chunk, self.used = pin, torch.empty(0, dtype=torch.uint8), 0
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Returns a copy of a tensor in the memory."""
+        size = tensor.nbytes
+        if self.used + size > len(self.chunk):
+            fresh = max(size, _CHUNK)
+            self.chunk = torch.empty(fresh, dtype=torch.uint8, pin_memory=self.pin)
+            self.used = 0
+        part = self.chunk[self.used : self.used + size].view(tensor.dtype).view(tensor.shape)
+        self.used += math.ceil(size / _ALIGNED) * _ALIGNED
+        return part.copy_(tensor)
 
 
 def bring_weight(weight: Tensor, device: torch.device) -> Tensor:
@@ -109,24 +201,11 @@ def count_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-class _VisitingBlock:
-    """Hooks of a block that is on the card while it runs."""
-
-    def __init__(self, block: nn.Module, device: torch.device) -> None:
-        self.device, self.away = device, False
-        self.stored: list[tuple[nn.Module, str, Any]] = []
-        block.register_forward_pre_hook(self._bring)
-        block.register_forward_hook(self._put_back, always_call=True)
-
-    def _bring(self, block: nn.Module, _: Any) -> None:
-        for module in block.modules() if self.away else ():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.stored.append((module, name, parameter))
-                    visiting: Any = bring_weight(parameter.detach(), self.device)
-                    module._parameters[name] = visiting
-
-    def _put_back(self, *_: Any) -> None:
-        for module, name, parameter in self.stored:
-            module._parameters[name] = parameter
-        self.stored = []
+def _list_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Lists a block's parameters with their modules and names in these."""
+    return [
+        (module, name, parameter)
+        for module in block.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]

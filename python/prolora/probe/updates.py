@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -53,21 +54,29 @@ def run_beside(
 
 
 @contextlib.contextmanager
-def place_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Acts as `run_beside` for fitting factors that may need gradients."""
+def place_factors(
+    model: nn.Module,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    move: Callable[[str], tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[None]:
+    """Acts as `run_beside` for fitting factors that may need gradients.
+
+    `move` gives other factors of a module, whenever it runs.
+    """
     hooks = []
     for name, pair in factors.items():
         module = model.get_submodule(name)
-        hook = _adder(module, *pair)
-        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        take = partial(move, name) if move else partial(tuple[Tensor, Tensor], pair)
+        hooks.append(module.register_forward_hook(_adder(module, take), with_kwargs=True))
     with keep_hooks(hooks):
         yield
 
 
-def _adder(module: nn.Module, up: Tensor, down: Tensor) -> Callable[..., Tensor]:
+def _adder(module: nn.Module, take: Callable[[], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     """Makes a forward hook that adds an update's output to the module's."""
 
     def make(x: Tensor) -> Tensor:
+        up, down = take()
         if isinstance(module, nn.Embedding):
             return F.embedding(x, up) @ down
         if isinstance(module, _CONVOLUTIONS):

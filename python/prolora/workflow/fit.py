@@ -14,7 +14,7 @@ from ..core.precision import in_full_precision
 from ..files.hub import keep_path
 from .batch import make_each
 from .by_fitting.common_parts import CommonParts, share_parts
-from .by_fitting.pipeline import fit_to_pipelines, plan_fit
+from .by_fitting.pipeline import fit_to_pipelines, plan_fit, weigh_fit
 from .fit_options import DEFAULT_FIT, FitOptions
 from .option_keywords import settle_options, takes_options
 from .options import LoraLike
@@ -54,7 +54,7 @@ def fit(
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.
         out: a file to write, or a folder for format "peft", as `transfer` takes it.
-        dry_run: report what would be done, from headers alone: no model runs.
+        dry_run: report what would be done, and whether weights would serve: no model runs.
         **changes: single options by name; they win over `options`.
 
     Returns:
@@ -72,12 +72,12 @@ def fit(
         UnrelatedBases: the held-out samples speak against the fit and against moving by weights.
         LowCoverage: fewer modules have a place than `min_coverage` asks for.
         OutputExists: something else has the name of `out`.
-        OutputError: `out` cannot be written; the folder of kept parts belongs to other inputs.
+        OutputError: `out` or the folder of kept parts cannot be written.
     """
     options = settle_options(options, changes)
     bases = open_pair(source, target)
     if dry_run:
-        return pack_plan(plan_fit(lora, *bases, options))
+        return pack_plan(weigh_fit(lora, *bases, options))
     if out is None:
         return fit_to_pipelines(lora, *bases, options)
     return _fit_into(lora, *bases, Path(out), options.for_file())

@@ -142,13 +142,14 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
         state.lengths[0] /= 2
         return
     state.lengths[0] = max(lengths[0], 0.1 * state.lengths[0])
+    kept = state.last_step = state.last_step or {}  # also one of the lines, and replaced on the way
     for name, step in direction.items():
         for i, part in enumerate(step):
             part.mul_(lengths[0])
             for length, line in zip(lengths[1:], lines[1:], strict=True):
                 part.add_(length * line[name][i].float())
             state.factors[name][i].add_(part)
-    state.last_step = {n: (b.bfloat16(), a.bfloat16()) for n, (b, a) in direction.items()}
+        kept[name] = step[0].bfloat16(), step[1].bfloat16()
 
 
 def _longest(point: Linearisation, direction: Factors) -> float:

@@ -78,9 +78,14 @@ class TargetFunction:
         self.generator = torch.Generator().manual_seed(0)
         self.curvature = JointCurvature(damping, self.generator)
 
-    def predict(self, call: Call, factors: Factors) -> Tensor:
-        """Predicts with these factors in place."""
-        with place_factors(self.target, factors):
+    def predict_along(self, call: Call, factors: Factors, line: Factors, length: float) -> Tensor:
+        """Predicts some way along a line; a module's factors move there when it runs."""
+
+        def move(name: str) -> tuple[Tensor, Tensor]:
+            (up, down), (by_up, by_down) = factors[name], line[name]  # the line in 16 or 32 bits
+            return up + length * by_up.float(), down + length * by_down.float()
+
+        with place_factors(self.target, factors, move):
             return self.read(self.target(*call.args, **call.kwargs))
 
     def linearise(
@@ -176,13 +181,10 @@ class TargetFunction:
         size = len(lines)
         right = torch.zeros(size, dtype=torch.float64)
         curved = torch.zeros(size, size, dtype=torch.float64)
-        moved = [
-            add_scaled(point.factors, [c], [line]) for line, c in zip(lines, trial, strict=False)
-        ]
         for probe, base in zip(point.probes, point.base, strict=True):
             slopes = [
-                ((self.predict(probe.call, factors) - base) / length).double()
-                for factors, length in zip(moved, trial, strict=False)
+                ((self.predict_along(probe.call, point.factors, *one) - base) / one[1]).double()
+                for one in zip(lines, trial, strict=False)
             ]
             missing = (probe.wanted - base).double()
             for i in range(size):
@@ -196,14 +198,3 @@ class TargetFunction:
         momentum = min(max(float(free[1]), 0.0), MAX_MOMENTUM)
         rest = float((right[0] - curved[0, 1] * momentum) / diagonal[0])
         return [max(rest, 0.0), momentum]
-
-
-def add_scaled(start: Factors, lengths: Sequence[float], lines: Sequence[Factors]) -> Factors:
-    """Moves both factors of every module along some lines."""
-    moved = {}
-    for name, (up, down) in start.items():
-        for length, line in zip(lengths, lines, strict=True):
-            by_up, by_down = (part.float() for part in line[name])  # kept in 16 bits, or in 32
-            up, down = up + length * by_up, down + length * by_down
-        moved[name] = up, down
-    return moved

@@ -101,11 +101,6 @@ class CrossingSide:
         c, d = self._weights(parts.time, clean)
         return c * clean + d * parts.latent
 
-    def read_clean_change(self, call: Call, change: Tensor) -> Tensor:
-        """Reads the change of x₀, an image [n, c, h, w], in a prediction's change."""
-        parts = split_call(self.pipeline.denoiser, call)
-        return self.space.as_image(change / self._weights(parts.time, change)[0])
-
     def _weights(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         c, d = self.schedule.weights(self.schedule.level_at(time))
         return align_rows(c, like), align_rows(d, like)
@@ -150,11 +145,6 @@ class CrossedTranslation(Translation):
     def same_noise(self) -> bool:
         """See `Translation.same_noise`."""
         return isinstance(self.ours.space, SharedLatents)
-
-    def image_of_change(self, call: Call, change: Tensor) -> Tensor | None:
-        """Implements `Translation.image_of_change`: the change of x₀."""
-        image = self.theirs.read_clean_change(call, change)
-        return image if image.dim() == 4 else None
 
 
 def cross_clean(ours: CrossingSide, theirs: CrossingSide, latent: Tensor) -> Tensor:

@@ -14,13 +14,12 @@ from ...adapters.adapter import Adapter
 from ...bases.pipeline_identity import describe_live_module, digest_facts
 from ...errors import ProLoRAError
 from ..checkpoint import Checkpoints, hash_texts
-from ..crossed import CrossedImages
 from ..recording.recorder import ORIGINS, hash_origins
 from ..recording.trajectories import Call, check_sampled
 from ..recording.translation import PAIR, Question
 from ..updates import run_beside
 from .conditioning import stack_conditionings
-from .crossing import CrossedTranslation, CrossingSide, draw_noise, show_images, takes_few_steps
+from .crossing import CrossedTranslation, CrossingSide, cross_clean, draw_noise, takes_few_steps
 from .latents import LatentSpace, SharedLatents
 from .schedules import level_log_snr
 from .text_part import TextPart, run_text_encoders_beside
@@ -28,8 +27,6 @@ from .text_part import TextPart, run_text_encoders_beside
 _QUESTIONS = 2**30  # seeds of draws for questions, beyond the samplers' seeds
 FREE_SHARE = 0.2
 """Share of the samples that are asked without a prompt, as guidance asks them."""
-ROUND_TRIPS = 8
-"""Images on which the round trip through each VAE is measured."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,6 @@ class CrossingRecorder:
     samplers_text: str = ""  # what the samplers do; part of the keys of what is kept
     # Called with the origin of an image after it was sampled
     on_image: Callable[[str], None] | None = None
-    # What became of the images so far
-    crossed: CrossedImages = field(default_factory=CrossedImages)
     # Updates of the source's text encoders that the LoRA is run with
     text_part: TextPart | None = None
 
@@ -71,6 +66,11 @@ class CrossingRecorder:
     def target(self) -> nn.Module:
         """The target model."""
         return self.theirs.pipeline.denoiser
+
+    @property
+    def crossed(self) -> int:
+        """Images that cross for the fit and for the verdict."""
+        return 2 * len(ORIGINS) * self.ours.settings.images
 
     @cached_property
     def translation(self) -> CrossedTranslation:
@@ -127,7 +127,6 @@ class CrossingRecorder:
         target has learnt the straight way from a noise to the image that its teacher draws from it,
         so it is asked on that way.
         """
-        self.crossed.shared = isinstance(self.ours.space, SharedLatents)
         seeds = {"source": seed, "adapted": seed, "target": seed + 2}
         sampled = {origin: self._load_or_sample(origin, seeds[origin]) for origin in ORIGINS}
         levels = sampled["target"]["levels"]
@@ -155,15 +154,9 @@ class CrossingRecorder:
 
     def _cross_image(self, origin: str, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Returns both sides' latents of one image; its origin's stays as sampled."""
-        here, there, name = (
-            (self.theirs, self.ours, "source")
-            if origin == "target"
-            else (self.ours, self.theirs, "target")
-        )
-        pixels = show_images(here, latent, there.pixels)
-        crossed = there.space.encode(pixels)
-        if self.crossed.count(name) <= ROUND_TRIPS and there.space.vae is not None:
-            self.crossed.add_round_trip(name, pixels, there.space.decode(crossed))
+        sides = self.ours, self.theirs
+        here, there = sides[::-1] if origin == "target" else sides
+        crossed = cross_clean(here, there, latent)
         kept = here.space.as_latent(here.space.as_image(latent))
         return (crossed, kept) if origin == "target" else (kept, crossed)
 

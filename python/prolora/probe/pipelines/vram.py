@@ -13,26 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from ...architectures.modules import find_block, is_adaptable, matrix_shape, may_be_fitted
 from ...bases.folder import open_folder_weights
 from ...bases.pipeline_files import read_component_config, read_pipeline_index
 from ...errors import TooLittleMemory
 from ...files.sizes import format_size
-from ..precision import HALVES
 from ..settings import AUTO, BFLOAT16, FLOAT32, FitSettings, Precision
+from ..swapping import count_staying
 from .stages import estimate_bytes
 
 CONTEXT = 10**9
 """Bytes that CUDA and its libraries take; assumed."""
+MARGIN = 0.05
+"""Of the card, for what its allocator cannot join; assumed."""
+MOST_SAMPLES = 16
+"""Largest number of samples that a batch is given to spare copies of blocks."""
 TILE = 512
 """Pixels of a side of the tiles that VAEs are given, where whole images take too much."""
 _IMAGE_BYTES = 7000
 """Of a pixel that a VAE decodes in float32; what Qwen-Image's takes, and twice that of SDXL's."""
 _NUMBER_BYTES: Mapping[Precision, int] = {FLOAT32: 4, BFLOAT16: 3}
 """Of a number that is kept for the backward pass; in 16 bits about half of them are float32."""
+_WEIGHT_BYTES: Mapping[Precision, tuple[torch.dtype, int]] = {
+    FLOAT32: (torch.float32, 4),
+    BFLOAT16: (torch.bfloat16, 2),
+}
+"""Precision -> the dtype that weights are computed in, and its bytes."""
 _TEXT = 512  # tokens of a prompt, at most
 _OF_TEXT = re.compile(r"add_|context|txt")  # in names of modules that see the prompt alone
-_COPIES = 6  # of the factors: now, gradient, direction, two trial points; the last step is half
+_COPIES = 3.5  # of the factors: now, gradient, direction; the last step in 16 bits
 _SPECTRA = 16  # eigenvectors of each side
 
 
@@ -42,7 +53,7 @@ class CardPlan:
 
     precision: Precision  # the models compute in it
     tile: int | None  # pixels of the VAEs' tiles; None leaves them as they are
-    samples: int | None  # largest number of samples in a batch of the fit; None leaves it as it is
+    samples: int | None  # in a batch of the fit, where its step has so many; None: as in calls
     rooms: tuple[int, int]  # bytes for the blocks of source and target while both are there
     fitting: int  # bytes for the target's blocks once it is alone
 
@@ -54,7 +65,9 @@ class _PipelineSize:
     others: int  # VAE and the like, in float32
     outside: int  # the denoiser but for its blocks
     blocks: list[int]  # each of its blocks
-    wide: int  # the largest block in float32, where it is stored in half precision; else 0
+    # The weights of the largest block, and of all outside, in the dtype that they are computed in,
+    # where they are stored in another
+    widened: Mapping[Precision, int]
     factors: int  # Σ(m + n) over the modules of the blocks that may be fitted
     largest: int  # numbers that the largest block keeps of a sample for its backward pass
     between: int  # numbers that lie between the blocks
@@ -65,10 +78,9 @@ class _PipelineSize:
         return max(self.blocks, default=0)
 
     def activations(self, samples: int, precision: Precision, backward: bool) -> int:
-        """Returns the bytes of a pass; in float32 with the block's widened weights."""
+        """Returns the bytes of a pass, with widened weights."""
         kept = (2 * self.largest + self.between) if backward else self.largest
-        widened = self.wide if precision == FLOAT32 else 0
-        return samples * _NUMBER_BYTES[precision] * kept + widened
+        return samples * _NUMBER_BYTES[precision] * kept + self.widened[precision]
 
 
 def plan_card(
@@ -78,10 +90,11 @@ def plan_card(
     rank: int,
     crosses: bool,
 ) -> CardPlan:
-    """Returns the first way that fits into a card's memory.
+    """Returns how a fit keeps within a card's memory.
 
-    As asked, in 16 bits, with small tiles, single samples, swapped blocks, each beside those before
-    it. Nothing is loaded; what a pass keeps is estimated from the shapes of the weights.
+    The first way that leaves room for all blocks: as asked, in 16 bits, with small tiles. Else
+    blocks visit, and the number of samples in a batch is the one with the fewest copies of blocks.
+    Nothing is loaded; what a pass keeps is estimated from the shapes of the weights.
 
     Args:
         limit: bytes of the card's memory.
@@ -94,56 +107,72 @@ def plan_card(
         TooLittleMemory: swapped blocks leave too little room; says the least that is needed.
     """
     sides = _measure(folders[0], settings.size), _measure(folders[1], settings.size)
-    least = 0
-    for precision, tile, samples in _list_ways(settings.precision, crosses):
-        both = CONTEXT + _both_there(sides, precision, tile, rank, crosses)
-        alone = CONTEXT + _target_alone(sides[1], precision, samples or 2, rank)
-        every = [sum(side.blocks) for side in sides]
-        if both + sum(every) <= limit and alone + every[1] <= limit:
-            return CardPlan(precision, tile, samples, (every[0], every[1]), every[1])
-        visiting = [side.visiting for side in sides]
-        least = max(both + sum(visiting), alone + visiting[1])
-    if least > limit:
+    every = [sum(side.blocks) for side in sides]
+    usable = int((1 - MARGIN) * limit)
+    for precision, tile in _list_ways(settings.precision, crosses):
+        both = CONTEXT + _both_there(sides, precision, tile, 2, rank, crosses)
+        alone = CONTEXT + _target_alone(sides[1], precision, 2, rank)
+        if both + sum(every) <= usable and alone + every[1] <= usable:
+            return CardPlan(precision, tile, None, (every[0], every[1]), every[1])
+    plans, needed = [], []
+    for samples in range(1, MOST_SAMPLES + 1):
+        both = CONTEXT + _both_there(sides, precision, tile, samples, rank, crosses)
+        alone = CONTEXT + _target_alone(sides[1], precision, samples, rank)
+        needed.append(max(both + sum(side.visiting for side in sides), alone + sides[1].visiting))
+        if needed[-1] <= usable:
+            fitting = min(every[1], usable - alone)
+            rooms = _share_room(sides, usable - both, fitting)
+            stay = sum(sides[1].blocks[: count_staying(sides[1].blocks, fitting)])
+            plan = CardPlan(precision, tile, samples, rooms, fitting)
+            plans.append(((every[1] - stay) / samples, -samples, plan))
+    if not plans:
         raise TooLittleMemory(
             f"a bound of {format_size(limit)} on the card's memory is too little: with one block "
-            f"of each model there at a time, in {precision}, this run needs {format_size(least)}"
+            f"of each model there at a time, in {precision}, this run needs "
+            f"{format_size(math.ceil(needed[0] / (1 - MARGIN)))}"
         )
-    guided = CONTEXT + _target_alone(sides[1], precision, 2, rank)
-    if guided + every[1] <= limit:
-        samples, alone = None, guided  # the source leaves too little room
-    # What a visiting block of each leaves free is shared in proportion to what is to stay.
-    spare = limit - both - sum(visiting)
-    shares = [spare * size // max(sum(every), 1) for size in every]
-    fitting = min(every[1], limit - alone)
-    rooms = min(every[0], visiting[0] + shares[0]), min(fitting, visiting[1] + shares[1])
-    return CardPlan(precision, tile, samples, rooms, fitting)
+    return min(plans, key=lambda one: one[:2])[2]
 
 
-def _list_ways(
-    asked: Precision, crosses: bool
-) -> Iterator[tuple[Precision, int | None, int | None]]:
-    """Yields precision, tile and samples, each way beside those before it."""
+def _list_ways(asked: Precision, crosses: bool) -> Iterator[tuple[Precision, int | None]]:
+    """Yields precision and tile, each way beside those before it."""
     if asked == AUTO:
-        yield FLOAT32, None, None
+        yield FLOAT32, None
     bits = BFLOAT16 if asked == AUTO else asked
-    yield bits, None, None
+    yield bits, None
     if crosses:
-        yield bits, TILE, None
-    yield bits, TILE if crosses else None, 1
+        yield bits, TILE
+
+
+def _share_room(
+    sides: tuple[_PipelineSize, _PipelineSize], room: int, fitting: int
+) -> tuple[int, int]:
+    """Shares room for blocks in proportion to those that are to stay.
+
+    Each side has room for its largest block. The target gets no more than while it is `fitting`.
+    """
+    every = [sum(side.blocks) for side in sides]
+    spare = room - sum(side.visiting for side in sides)
+    ours, theirs = (
+        min(size, side.visiting + spare * size // max(sum(every), 1))
+        for side, size in zip(sides, every, strict=True)
+    )
+    return ours, min(fitting, theirs)
 
 
 def _both_there(
     sides: tuple[_PipelineSize, _PipelineSize],
     precision: Precision,
     tile: int | None,
+    samples: int,
     rank: int,
     crosses: bool,
 ) -> int:
     """Returns the bytes while both are sampled and asked, without their blocks.
 
-    Two samples a call.
+    Samplers make calls of two samples, whatever the fit takes.
     """
-    passes = [side.activations(2, precision, backward=False) for side in sides]
+    passes = [side.activations(max(samples, 2), precision, backward=False) for side in sides]
     if crosses:
         pixels = max(side.pixels for side in sides)
         passes.append(_IMAGE_BYTES * min(pixels, tile or pixels) ** 2)
@@ -153,7 +182,7 @@ def _both_there(
 
 def _target_alone(side: _PipelineSize, precision: Precision, samples: int, rank: int) -> int:
     """Returns the bytes while the target is fitted, without its blocks."""
-    state = 4 * (_COPIES * rank + _SPECTRA) * side.factors
+    state = int(4 * (_COPIES * rank + _SPECTRA) * side.factors)
     return side.outside + state + side.activations(samples, precision, backward=True)
 
 
@@ -171,7 +200,7 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
     levels = len(config.get("block_out_channels") or ()) if index.denoiser == "unet" else 0
     pixels = size or _default_pixels(config, levels)
     blocks: dict[str, int] = defaultdict(int)
-    wide: dict[str, int] = defaultdict(int)
+    wide: dict[Precision, dict[str, int]] = {way: defaultdict(int) for way in _WEIGHT_BYTES}
     kept: dict[str, int] = defaultdict(int)
     widths: dict[str, list[int]] = defaultdict(list)
     outside = factors = 0
@@ -182,9 +211,10 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
         unit = f"{position.stack}.{position.number}" if position else _find_resnet(name)
         if position:
             blocks[unit] += bytes_
-            wide[unit] += 4 * math.prod(shape) if weight.dtype in HALVES else 0
         else:
             outside += bytes_
+        for way, (own, size_of) in _WEIGHT_BYTES.items():
+            wide[way][unit] += size_of * math.prod(shape) if weight.dtype != own else 0
         if unit and len(shape) in (2, 4):
             places = _count_places(name, pixels, levels)
             kept[unit] += places * (shape[0] + shape[1])
@@ -194,12 +224,17 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
         others=estimate_bytes(folder)[1] - outside - sum(blocks.values()),
         outside=outside,
         blocks=list(blocks.values()),
-        wide=max(wide.values(), default=0),
+        widened={way: _sum_widened(parts) for way, parts in wide.items()},
         factors=factors,
         largest=max(kept.values(), default=0),
         between=int(sum(median(several) for several in widths.values())),
         pixels=pixels,
     )
+
+
+def _sum_widened(parts: Mapping[str, int]) -> int:
+    """Sums the largest unit and all outside of units, kept for a whole pass."""
+    return parts.get("", 0) + max((n for unit, n in parts.items() if unit), default=0)
 
 
 def _find_resnet(name: str) -> str:

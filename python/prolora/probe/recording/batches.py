@@ -36,6 +36,7 @@ def mix_samples(
     generator: torch.Generator,
     find_prompts: FindPrompts | None = None,
     step: int = 0,
+    size: int | None = None,
 ) -> list[Question]:
     """Draws at most `limit` samples of the questions, in batches.
 
@@ -56,6 +57,7 @@ def mix_samples(
         step: samples of a step of the fit. In each step the samples about the LoRA's own images
             then have batches to themselves, so that what is asked about the others serves the next
             LoRA. 0 joins all alike.
+        size: number of samples in a batch; None: as many as the largest call holds.
 
     Returns:
         The questions; one that is joined from several origins has the origin "mixed".
@@ -63,7 +65,7 @@ def mix_samples(
     facts = [(count_samples(question.source), question.origin) for question in questions]
     sizes = [size for size, _ in facts]
     own = {i for i, (_, origin) in enumerate(facts) if step and origin == "adapted"}
-    size = min(max(sizes), most)
+    size = min(size or max(sizes), most)
     rows = [(i, row) for i, n in enumerate(sizes) for row in range(n)]
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     if find_prompts is not None:

@@ -48,9 +48,9 @@ class Recorder:
         return hash_texts(*self.keys.values())
 
     @property
-    def crossed(self) -> None:
+    def crossed(self) -> int:
         """No images cross: both models take the same latents."""
-        return None
+        return 0
 
     def record_questions(self, seed: int, held_out: bool = False) -> list[Question]:
         """Records the questions of all three trajectories.

@@ -150,11 +150,3 @@ class Translation:
     def of_clean(self, call: Call) -> Tensor:
         """Returns the target's prediction for the x₀ that a call was made from."""
         raise RuntimeError("only calls that were made from images know them")
-
-    def image_of_change(self, call: Call, change: Tensor) -> Tensor | None:
-        """Returns the change of x₀ in a prediction's change, as an image.
-
-        The call is the target's and the change its prediction's, [n, ...]. The image is [n, c, h,
-        w]; None where the layout of the latents is not known.
-        """
-        return None

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ...bases import Base
 from ...bases.cache.basis_cache import default_folder
-from ...bases.pipeline_identity import describe_pipeline_folder
+from ...bases.pipeline_identity import Facts, describe_pipeline_folder
 from ...core.validation import DeviceLike
-from ...errors import OutputError, UnrelatedBases
+from ...errors import UnrelatedBases
 
 if TYPE_CHECKING:
-    from ...probe.checkpoint import Checkpoints, Inputs
+    from ...probe.checkpoint import Checkpoints
     from ...probe.pipelines import Pipeline
 
-T = TypeVar("T")
 PARTS = ".prolora-parts"
 """The folder of parts that were not asked for, beside the results until all are made."""
 
@@ -41,45 +40,23 @@ class CommonParts:
         self._asked: object = None
         self._checkpoints: Checkpoints | None = None
 
-    def check_folder(self, source: Base, target: Base) -> None:
-        """Refuses a folder with results of other files, before loading a model.
-
-        Raises:
-            OutputError: see `check_inputs`.
-        """
+    def open_checkpoints(self, source: Base, target: Base) -> Checkpoints:
+        """Returns the kept results of these two pipelines."""
         from ...probe.checkpoint import Checkpoints
 
-        if self._checkpoints is not None:
-            return
         known = default_folder()  # remembers digests, where there is a cache at all
         memory = known if known.is_dir() else None
 
-        def describe() -> Inputs:
+        def describe() -> dict[str, Facts]:
             assert source.path is not None and target.path is not None
             return {
-                "the source": describe_pipeline_folder(source.path, memory),
-                "the target": describe_pipeline_folder(target.path, memory),
+                "source": describe_pipeline_folder(source.path, memory),
+                "target": describe_pipeline_folder(target.path, memory),
             }
 
-        self._checkpoints = self._open_folder(
-            lambda: Checkpoints(self.folder, describe, self.is_temporary)
-        )
-
-    def open_checkpoints(self) -> Checkpoints:
-        """Returns the kept results, after `check_folder`."""
-        assert self._checkpoints is not None
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints(self.folder, describe, self.is_temporary)
         return self._checkpoints
-
-    def _open_folder(self, check: Callable[[], T]) -> T:
-        """Returns what a check of the folder gives; empties a temporary one of other inputs."""
-        try:
-            return check()
-        except OutputError:
-            if not self.is_temporary or self.folder is None:
-                raise
-        for entry in self.folder.iterdir():
-            entry.unlink()
-        return check()
 
     def make_room(self, asked: object, all_of_it: bool) -> None:
         """Frees the rest of the fit before, so that memory does not grow.

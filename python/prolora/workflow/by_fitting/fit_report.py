@@ -10,7 +10,7 @@ from ..by_weights.transfer_report import LITTLE, TransferReport, name_amount, te
 from ..lora_report import MovedReport
 from ..module_report import split_modules
 from ..report import InWords, Mark
-from ..table import Column, Row, Table, make_table
+from ..table import Table
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -74,11 +74,11 @@ class FitReport(MovedReport):
         return told + (self.probe.sentences() if self.probe else [])
 
     def tables(self) -> list[Table]:
-        """Tabulates what crossed between two latent spaces, and what did not move."""
+        """Tabulates what did not move."""
         found = super().tables()
         if self.rows("mapped") and not self.dry_run:
             del found[0]  # which compares each part with a copy
-        return [*_tabulate_bands(self.probe), *found]
+        return found
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -106,15 +106,3 @@ class RivalReport(TransferReport):
             "that suits it best there."
         )
         return [*done, *self.probe.sentences(), so, *told[len(done) :]]
-
-    def tables(self) -> list[Table]:
-        """Tabulates what crossed between two latent spaces, too."""
-        return [*_tabulate_bands(self.probe), *super().tables()]
-
-
-def _tabulate_bands(probe: ProbeReport | None) -> list[Table]:
-    """Tabulates what crossed between two latent spaces, by band."""
-    bands = probe.crossed.bands if probe and probe.crossed else ()
-    columns = Column("band"), Column("of the wanted change", ".0%"), Column("reached", ".0%")
-    rows = [Row((band.name, band.energy, band.reached)) for band in bands]
-    return [make_table("What crossed, on held-out probes", columns, rows)] if rows else []

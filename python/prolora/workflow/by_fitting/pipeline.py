@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from ... import adapters
 from ...adapters.adapter import Adapter
@@ -26,12 +27,14 @@ from ..by_weights.base_pair import (
     Notes,
     list_inputs,
     prefix_notes,
+    preview_move,
     read_lora,
 )
 from ..by_weights.ledger import Ledger
 from ..by_weights.rows import check_coverage
 from ..by_weights.transfer_report import TransferReport
 from ..fit_options import FitOptions
+from ..lora_report import LoraReport
 from ..module_report import ModuleReport
 from ..options import FIT, LoraLike
 from ..result import Transfer
@@ -82,12 +85,12 @@ def fit_to_pipelines(
     blank = _outline_result(job)
     adapters.check_format(blank, written[0])
     common = common or CommonParts(options.resume)
-    common.check_folder(source, target)
     rival = move_rival(job)
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
-    if rival is not None and not _explain_fit(job, rival):
-        job = replace(job, serves=SERVES.format(target=target.name))
+    if rival is not None:
+        found = rival.refusal or rival.done.report
+        job = replace(job, serves=_tell_serving(source, target, options, found))
     with common.one_fit():
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
@@ -136,6 +139,18 @@ def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) ->
     return outline_report(job.adapter, job.plan, job.source, job.target, options)
 
 
+def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
+    """Reports as `plan_fit`, and compares the weights to say whether they serve."""
+    report = plan_fit(lora, source, target, options)
+    known = options.cache is not None and Path(options.cache).is_dir()  # it makes no folder
+    moving = replace(options.as_moved("auto"), cache=options.cache if known else None)
+    try:
+        found = preview_move(lora, source, target, moving)
+    except ProLoRAError:
+        return report
+    return replace(report, why=_tell_serving(source, target, options, found))
+
+
 def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
     """Wraps a result of `probe.fit_to_models` with header and report."""
     options = FitOptions()
@@ -162,13 +177,14 @@ class Rival:
     refusal: UnrelatedBases | None = None  # of `auto`, in whose place a copy stands
 
 
-def _explain_fit(job: FitJob, rival: Rival) -> str:
-    """Returns why a fit is called for; "" where its rival serves."""
-    source, target = job.source, job.target
+def _tell_serving(
+    source: Base, target: Base, options: FitOptions, found: LoraReport | ProLoRAError
+) -> str:
+    """Says that weights serve, by what `found` tells of the move; "" where they do not."""
     assert source.path is not None and target.path is not None
-    found = rival.refusal or rival.done.report
-    different = vae.explain_different_latents(source.path, target.path)
-    return different or explain_need(found, source, target, job.options.target_steps)
+    differ = vae.explain_different_latents(source.path, target.path) is not None
+    needed = differ or explain_need(found, source, target, options.target_steps)
+    return "" if needed else SERVES.format(target=target.name)
 
 
 def move_rival(job: FitJob) -> Rival | None:

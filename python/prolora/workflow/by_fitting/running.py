@@ -193,7 +193,7 @@ def fit_models(
         if job.card is not None:
             sampled = replace(sampled, precision=job.card.precision)
         grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
-        checkpoints = common.open_checkpoints()
+        checkpoints = common.open_checkpoints(source, target)
         if options.memory_limit is not None:
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
         of_target = models[1].derive_target_settings(sampled)
