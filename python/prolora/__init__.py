@@ -15,7 +15,7 @@ _HOMES = {
     "Adapter": "adapters.adapter",
     "Base": "bases",
     "Basis": "core.basis",
-    "Check": "workflow.check",
+    "Check": "workflow.check_result",
     "FitOptions": "workflow.fit_options",
     "Lora": "adapters.lora",
     "LowRank": "core.lowrank",

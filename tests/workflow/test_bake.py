@@ -135,6 +135,16 @@ def test_several_loras_are_added_with_their_strengths(tmp_path):
     assert torch.allclose(got, before - 1.5 * delta, atol=1e-6)
 
 
+def test_biases_and_norms_are_added_too(tmp_path):
+    lora, base, _, _ = make_case(tmp_path, torch.float16)
+    bias, more = torch.arange(64.0).half(), torch.full((64,), 0.5)
+    save_file(load_file(base) | {f"{MODULE}.bias": bias}, base)
+    save_file({f"diffusion_model.{MODULE}.diff_b": more}, lora)
+    done = bake([lora], base, tmp_path / "out.safetensors", strengths=[2.0])
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"{MODULE}.bias"], bias + 1)
+    assert [row.module for row in done.modules] == [f"{MODULE}.bias"]
+
+
 def test_a_folder_keeps_everything_else_and_no_weights_in_another_precision(tmp_path):
     base = mini.write_folder(tmp_path / "pipe" / "unet", mini.source_weights()).parent
     (base / "model_index.json").write_text("{}")

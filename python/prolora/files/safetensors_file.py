@@ -127,9 +127,8 @@ class SafetensorsFile:
         raw = bytearray(SIZES[info.stored])
         with self._use() as file:
             read_stored(file, self, name, self.data_start + info.start, memoryview(raw))
-        if info.stored == "BF16":  # the upper half of a float32
-            return float(struct.unpack("<f", b"\0\0" + raw)[0])
-        return float(struct.unpack(f"<{CODES[info.stored]}", raw)[0])
+        whole = b"\0\0" + raw if info.stored == "BF16" else raw  # the upper half of a float32
+        return float(struct.unpack(f"<{CODES.get(info.stored, 'f')}", whole)[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of `name`; nothing else is read.

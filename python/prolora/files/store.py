@@ -51,7 +51,7 @@ class Store:
         digits: int = 32,
         suffix: str = ".safetensors",
     ) -> Path:
-        """Returns where something belongs by all that determines it, which JSON can hold.
+        """Returns where something belongs by what determines it.
 
         `kind` is a folder below the store; people read `title` before the digits.
         """

@@ -229,7 +229,7 @@ def _place_updates(
     groups: dict[StoredWeight, Parts] = {}
     left_out = {}
     for name, added in updates.items():
-        weight = model.weights.get(name) or model.vectors.get(name)
+        weight = model.weights.get(name) or model.others[0].get(name)
         if weight is None:
             left_out[name] = f"{model.name} lacks it"
             continue
