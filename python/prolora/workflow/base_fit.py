@@ -13,12 +13,12 @@ from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
-from ..architectures.families import find_title
+from ..architectures.families import find_title, join_titles
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base, load_layout
 from ..bases.experts import ExpertsLike, open_experts
 from ..errors import ShapeMismatch, UnsupportedFormat
-from .base_check import describe_kind, join_titles
+from .base_check import describe_kind
 from .by_weights.rows import describe_place, list_unread_modules
 from .module_report import ModuleReport, measure_coverage, split_modules
 from .moved_before import find_newer_base
