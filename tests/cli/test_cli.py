@@ -88,9 +88,9 @@ def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
         "-o",
         tmp_path / "out.safetensors",
     )
-    code, text, _ = prolora(*line, "--cache=none")
+    code, _, _ = prolora(*line, "--cache=none")
     assert code == 0 and not folder.exists()
-    code, text, _ = prolora(*line, "--overwrite")
+    code, _, _ = prolora(*line, "--overwrite")
     assert code == 0 and list(folder.rglob("*.safetensors"))
     assert len(list(folder.rglob("*.safetensors"))) == 16
     (tmp_path / "file").write_text("")
