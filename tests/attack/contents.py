@@ -113,7 +113,7 @@ def state_differences(report: Path) -> set[str]:
         return set()
     rows = [row for row in said["modules"] if row["status"] != "mapped"]
     lines = {f"{row['source']} {row['status']}" for row in rows}
-    return lines | {f"renumbered {pair}" for pair in said["renumbered"].items()}
+    return lines | {f"renumbered {pair}" for pair in said.get("renumbered", {}).items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

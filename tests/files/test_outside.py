@@ -1,14 +1,47 @@
 """What comes from outside: only regular files are opened."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+import prolora
 from prolora.errors import InvalidOption, UnsupportedFormat
 from prolora.files.outside import open_regular, read_text
 from prolora.probe.settings import read_prompts
 from prolora.workflow.fleet.listing import list_loras
+
+# Everything that opens a path or runs a reader of its own, outside `files/`: a line's place -> what
+# it reads.
+OPENS = re.compile(
+    r"from_pretrained|torch\.load|np\.load|pickle\.|Image\.open|safe_open|\bload_file\b|json\.load\("
+    r"|read_bytes|\.read_text\(|os\.open|fdopen|mmap|(?<![\w.])(?<!def )open\(|\.load_state_dict"
+    r"|from_single_file"
+)
+ALLOWED = {
+    "architectures/layouts.py": "a table of the package",
+    "architectures/loaders.py": "a table of the package",
+    "workflow/page/render.py": "a table of the package",
+    "bases/identity.py": "a digest in the cache, of 64 characters",
+    "bases/memory.py": "the system's word on this process",
+    "cli/doctor.py": "the system's word on its memory",
+    "core/ops/trial.py": "what core keeps of its own trials",
+    "core/svd/cusolver.py": "the system's word on loaded libraries",
+}
+
+
+def test_every_byte_comes_in_through_one_room():
+    """No library opens a user's path but by `load_pretrained`; nothing unpickles."""
+    package = Path(prolora.__file__).parent
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if path.parent.name != "files"
+        for line in path.read_text("utf-8").splitlines()
+        if OPENS.search(line.partition("#")[0]) and not line.lstrip().startswith(('"', "'"))
+    }
+    assert found == ALLOWED.keys()
 
 
 def test_pipes_devices_and_folders_are_refused_at_once(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from ..errors import UnsupportedFormat, input_error
 from ..files.gguf_file import MAGIC, GgufFile
 from ..files.jsontext import read_json_object
+from ..files.outside import open_regular
 from ..files.safetensors_file import SafetensorsFile
 from .weights import StoredWeight, TensorFile
 
@@ -147,10 +147,9 @@ def open_file_weights(path: Path) -> dict[str, StoredWeight]:
         UnsupportedFormat: neither safetensors nor GGUF, or damaged.
     """
     try:
-        # Asks first, since opening a pipe would wait for its other end.
-        with open(path, "rb") if path.is_file() else io.BytesIO() as opened:
+        with open_regular(path) as opened:
             is_gguf = opened.read(len(MAGIC)) == MAGIC
-    except OSError:
+    except (OSError, UnsupportedFormat):
         is_gguf = False  # the reader below says what is wrong
     file: TensorFile = GgufFile(path) if is_gguf else SafetensorsFile(path)
     return {key: StoredWeight(file, key) for key in file.tensors}

@@ -38,18 +38,12 @@ def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:
     """Computes SHA-256 of a file's bytes from `start` on, in hexadecimal.
 
     `size` is the most bytes; None for all that follow.
-
-    Raises:
-        UnsupportedFormat: the file cannot be read.
     """
     return hash_parts(read_blocks(path, start, size))
 
 
 def read_blocks(path: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-    """Yields the bytes of a file in pieces of 1 MiB.
-
-    Arguments and errors as for `hash_file`.
-    """
+    """Yields the bytes of a file in pieces of 1 MiB, as `hash_file` takes them."""
     left = size
     try:
         with open(path, "rb") as file:

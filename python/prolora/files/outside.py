@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from io import BufferedReader
+from typing import Any
 
 from ..errors import UnsupportedFormat, input_error
 
@@ -52,6 +53,13 @@ def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise input_error(path, error) from error
+
+
+def load_pretrained(kind: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
+    """Loads a model or pipeline by its library: local safetensors, and no code of the folder."""
+    if hasattr(kind, "download"):  # a pipeline, whose parts may name code
+        options["trust_remote_code"] = False
+    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
 
 
 _BINARY = getattr(os, "O_BINARY", 0)

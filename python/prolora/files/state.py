@@ -34,11 +34,7 @@ class FileState(NamedTuple):
 
 
 def read_state(path: Path) -> FileState:
-    """Reads the state of a file; links are followed.
-
-    Raises:
-        UnsupportedFormat: the file is missing or cannot be reached.
-    """
+    """Reads the state of a file; links are followed."""
     try:
         return FileState.from_status(os.stat(path))
     except (OSError, ValueError) as error:
@@ -46,11 +42,7 @@ def read_state(path: Path) -> FileState:
 
 
 def check_unchanged(path: Path, opened: FileState, file_number: int) -> None:
-    """Refuses an open file that has changed since its header was read.
-
-    Raises:
-        UnsupportedFormat: it was replaced or rewritten.
-    """
+    """Refuses an open file that has changed since its header was read."""
     if not FileState.from_status(os.fstat(file_number)).has_content_of(opened):
         raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")
 

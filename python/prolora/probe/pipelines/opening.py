@@ -20,6 +20,7 @@ from ...bases.pipeline_files import (
 )
 from ...core.validation import DeviceLike
 from ...errors import UnsupportedFormat
+from ...files.outside import load_pretrained
 from ..models import check_weights
 from ..precision import HALVES
 from .pipeline import Pipeline
@@ -52,16 +53,13 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
     for name in {part, "vae"} & parts.keys():
         read_component_config(folder / name)
     best = choose_candidate(file.name for file in (folder / part).glob("*"))
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    if best is not None and best.variant:
-        options["variant"] = best.variant
+    options = {"variant": best.variant} if best is not None and best.variant else {}
     try:
         with hide_progress_bars():
-            denoiser = model_class.from_pretrained(
-                folder / part, torch_dtype=_stored_dtype(folder / part), **options
-            )
+            dtype = _stored_dtype(folder / part)
+            denoiser = load_pretrained(model_class, folder / part, torch_dtype=dtype, **options)
             unused = {name: None for name in UNUSED_PARTS if name in index.content}
-            pipe = class_.from_pretrained(folder, **{part: denoiser}, **unused, **options)
+            pipe = load_pretrained(class_, folder, **{part: denoiser}, **unused, **options)
     except ImportError as error:
         raise UnsupportedFormat(
             f'{folder}: a package is missing: {error}; pip install "prolora[probe]"'

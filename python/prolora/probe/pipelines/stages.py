@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...bases.folder import MODELS, open_folder_weights
 from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
+from ...files.outside import load_pretrained
 from ..precision import HALVES
 
 TEXT_ENCODERS = "text_encoder"
@@ -141,9 +142,8 @@ class PromptMemory:
         half = next((t.dtype for t in tensors.values() if t.dtype in HALVES), None)
         if name in MODELS:
             options["torch_dtype"] = half or torch.float32
-        kind: Any = type(module)
         with hide_progress_bars():
-            fresh = kind.from_pretrained(self.folder / name, **options)
+            fresh = load_pretrained(type(module), self.folder / name, **options)
         fresh = (fresh if half else fresh.float()).to(device)
         for key, tensor in (*fresh.named_parameters(), *fresh.named_buffers()):
             tensors[key].data = tensor.data
