@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from ..bases import Base
+from ..bases import Base, open_base
 from ..bases.base import Progress
 from ..probe.settings import read_prompts
 from ..workflow.fit import fit as fit_lora
@@ -20,14 +20,14 @@ from ..workflow.report import is_page_path
 from ..workflow.result import Transfer
 from .console import err, progress_bar
 from .options import (
-    Bases,
     BriefCommand,
     HelpAllOption,
     base_option,
     expand_options,
     find_cache,
+    take_bases,
 )
-from .output_options import OutputOptions
+from .output_options import FileOutput
 from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, tell_outcomes
 
 SHOWN = 4
@@ -41,7 +41,7 @@ class FitCommand(BriefCommand):
 
 
 @dataclass
-class Pipelines(Bases):
+class Pipelines:
     """The two pipelines."""
 
     source: Annotated[
@@ -52,13 +52,18 @@ class Pipelines(Bases):
         str | None, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")
     ] = None
 
+    def open(self, loras: list[Path]) -> tuple[list[Path], Base, Base]:
+        """Opens both and returns (LoRAs, source, target)."""
+        loras, (source, target) = take_bases(loras, self.source, self.target)
+        return loras, open_base(source), open_base(target)
+
 
 @expand_options()
 def fit(
     loras: LoraArguments,
     bases: Pipelines,
     fitting: FitOptions,
-    output: OutputOptions,
+    output: FileOutput,
     prompts: Annotated[
         list[str],
         typer.Option(
@@ -91,7 +96,7 @@ def read_prompt(text: str) -> tuple[str, ...]:
 
 
 def plan_fits(
-    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
+    loras: list[Path], source: Base, target: Base, output: FileOutput, options: FitOptions
 ) -> list[Outcome]:
     """Plans each fit."""
     known = options.for_file()
@@ -103,7 +108,7 @@ def plan_fits(
 
 
 def fit_loras(
-    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
+    loras: list[Path], source: Base, target: Base, output: FileOutput, options: FitOptions
 ) -> list[Outcome]:
     """Fits one LoRA into a file, or several into a folder, one after the other."""
     path = cast(Path, output.output)

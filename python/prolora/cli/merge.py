@@ -63,7 +63,7 @@ class MergedBases:
         return loras, target, [known[name] for name in self.source]
 
 
-@expand_options("max_memory", "cache", "dry_run")
+@expand_options("max_memory", "cache", "dry_run", "card")
 def merge(
     loras: LoraArguments,
     merging: MergeOptions,

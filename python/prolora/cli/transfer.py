@@ -39,7 +39,7 @@ from .options import (
     path_argument,
     write_flag,
 )
-from .output_options import FileOutput, OutputOptions
+from .output_options import FileOutput
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
 from .tables import failure_lines, show_tables, show_words
 
@@ -85,7 +85,7 @@ def transfer(
     loras: LoraArguments,
     bases: ExpertBases,
     moving: TransferOptions,
-    output: OutputOptions,
+    output: FileOutput,
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
@@ -171,7 +171,7 @@ def plan_all(
     loras: list[Path],
     source: Experts,
     target: Experts,
-    output: OutputOptions,
+    output: FileOutput,
     options: TransferOptions,
 ) -> list[Outcome]:
     """Plans each transfer."""
@@ -205,7 +205,7 @@ def move_loras(
     loras: list[Path],
     source: Experts,
     target: Experts,
-    output: OutputOptions,
+    output: FileOutput,
     options: TransferOptions,
 ) -> list[Outcome]:
     """Moves one LoRA into files, one per expert, or several into a folder."""
