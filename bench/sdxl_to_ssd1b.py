@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -31,14 +32,20 @@ import prolora
 from prolora.workflow.plan import make_plan
 
 
+def fresh_output(folder: Path) -> Path:
+    """Where a result goes; the one that is there would be kept."""
+    (folder / "out.safetensors").unlink(missing_ok=True)
+    return folder / "out.safetensors"
+
+
 def ours(folder: Path, rank: int | float) -> dict[str, Any]:
     """The whole job through the public file-to-file call."""
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     report = prolora.transfer(
         folder / "lora.safetensors",
         folder / "sdxl",
         folder / "ssd-1b",
-        out=folder / "out.safetensors",
+        out=fresh_output(folder),
         rank=rank,
         method="prolora",
     ).report
@@ -46,6 +53,7 @@ def ours(folder: Path, rank: int | float) -> dict[str, Any]:
     columns = [row.measures.columns_source for row in report.rows("mapped") if row.measures]
     return {
         "seconds": seconds,
+        "processor seconds": time.process_time() - worked,
         "stages": report.seconds,
         "share of svd": report.seconds["svd"] / seconds,
         "peak resident GiB": peak_gib(),
@@ -58,9 +66,8 @@ def ours(folder: Path, rank: int | float) -> dict[str, Any]:
 def automatic(folder: Path) -> dict[str, Any]:
     """The default: both bases looked at, then copied or damped, without any decomposition."""
     paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
-    out = folder / "out.safetensors"
     started = time.perf_counter()
-    report = prolora.transfer(*paths, out=out).report
+    report = prolora.transfer(*paths, out=fresh_output(folder)).report
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
@@ -74,10 +81,9 @@ def second(folder: Path, rank: int | float) -> dict[str, Any]:
     """The same LoRA again, with the subspaces kept from the first time."""
     options = {"method": "prolora", "rank": rank, "cache": folder / f"cache-{rank}"}
     paths = [folder / name for name in ("lora.safetensors", "sdxl", "ssd-1b")]
-    out = folder / "out.safetensors"
-    prolora.transfer(*paths, out=out, **options)
+    prolora.transfer(*paths, out=fresh_output(folder), **options)
     started = time.perf_counter()
-    report = prolora.transfer(*paths, out=out, **options).report
+    report = prolora.transfer(*paths, out=fresh_output(folder), **options).report
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in options["cache"].rglob("*.safetensors"))
     return {
@@ -93,13 +99,14 @@ def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:
     adapter = prolora.adapters.read_adapter(folder / "lora.safetensors")
     source, target = (prolora.open_base(folder / name) for name in ("sdxl", "ssd-1b"))
     seconds = {"svd": 0.0, "project": 0.0}
+    processor = 0.0
     pairs = sampled = 0
     for group in make_plan(adapter, source, target).groups().values():
         chosen = group[::every]
         pairs, sampled = pairs + len(group), sampled + len(chosen)
         for pair in chosen:
             weight = len(group) / len(chosen)
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             bases = [
                 leading(base.read(name).float(), rank)
                 for base, name in ((source, pair.source), (target, pair.target))
@@ -108,8 +115,10 @@ def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:
             project_densely(adapter.updates[pair.source].dense(), *bases)
             seconds["svd"] += weight * (middle - started)
             seconds["project"] += weight * (time.perf_counter() - middle)
+            processor += weight * (time.process_time() - worked)
     return {
         "seconds": sum(seconds.values()),
+        "processor seconds": processor,
         "stages": seconds,
         "pairs": pairs,
         "pairs really run": sampled,
@@ -201,6 +210,7 @@ def main() -> None:
         "command": f"python bench/sdxl_to_ssd1b.py FOLDER --rank {words.rank} --threads "
         f"{words.threads} --baseline-every {words.baseline_every}",
         "machine": {"cpu": cpu(), "threads": words.threads, "torch": torch.__version__},
+        "load": os.getloadavg(),
         "prolora": mine,
         "prolora, second LoRA (bases cached)": again,
         "prolora, method auto": default,

@@ -23,6 +23,7 @@
 // double r³/3 for the Cholesky. One launch, r + 8 barriers a pass. Global traffic: the panel in, q
 // out; in between q stays in the caches, from where a pass reads it r/4 times for the sums (4 rows
 // meet 4 others at a time) and r/16 times for the substitution.
+// Bound: the float32 units of one multiprocessor a matrix, and the chain of the Cholesky.
 // Time of [64, 32, 1280], a multiprocessor a matrix, counted in clocks: sums 2 x 58 k, substitution
 // 2 x 10 k, Cholesky 2 x 15 k, the rest 8 k: 174 k, that is 0.10 ms on an H100 and 0.07 ms on a RTX
 // 4090 [E: estimated, good to a factor of two; not measured]. The same sums in float64 would take

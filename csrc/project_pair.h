@@ -8,6 +8,8 @@
 // Two products a step (C = Y U, then C Uᵀ, which leaves as both of its results at once), so that
 // nothing is read to be subtracted later; the second step takes range and complement as one operand
 // of 2 r rows. 8 m (ks + kt) r flops; U is read from memory once a product, X-sized data twice.
+// Two launches a step, and those for cancelled rows. Bound: 8 m (ks + kt) bytes of U in float32, so
+// r flops a byte: memory for the ranks of LoRAs, up to 64 on tensor cores.
 // Where a row of a complement lost nearly all of its length, its matrix goes through a step again:
 // what is left is cancellation, orthogonal to the subspace only to eps / |rest|, and twice is
 // enough. The blocks find that out for themselves; the host does not wait.

@@ -11,7 +11,8 @@
 // kept: a rotation shifts t x·y from one to the other. They are taken anew where that cancels, and
 // at the start of every sweep, so that the sweep that finds nothing to rotate, and ends it all, has
 // judged by fresh ones. Global traffic: A once in; U, s, V once out. For m >> n take a QR first and
-// give R.
+// give R. One launch, a block a matrix. Bound: shared memory, of which a sweep moves 3 n² (m + n)
+// numbers, 3 n² m without V.
 //
 // Promises (eps of T): |s - s_exact| <= ~n eps s_1; ‖A - U S Vᵀ‖, ‖VᵀV - I‖ and ‖UᵀU - I‖ (over the
 // columns with s > 0) at most a small multiple of n eps.

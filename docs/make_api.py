@@ -72,6 +72,14 @@ GROUPS = {
     "Making LoRAs": ["convert", "extract", "merge", "MergeOptions", "migrate", "load_moved_lora"],
     "Errors": ["ProLoRAError"],
 }
+FROM_CPP = """\
+## From C++
+
+`csrc/ops.h` declares the ops as plain functions, `<op>_cpu(args)` and `<op>_cuda(args, stream)`:
+pointers and sizes in, no memory is allocated on a device. `cmake -S . -B build
+-DPROLORA_LIBRARY=ON` builds the static library `prolora_ops` without Python, with
+[an example](../examples/small_svd.cpp); `cmake --install build` installs it and the header.
+"""
 KINDS = ("lora_report.LoraReport", "lora_report.MovedReport")
 KINDS += ("by_weights.transfer_report.TransferReport",)
 """Reports as verbs give them."""
@@ -110,7 +118,7 @@ def render_page() -> str:
     for path in KINDS:
         kind = package["workflow"][path]
         parts.append(f"#### `{kind.name}`\n\n```text\n{kind.docstring.value}\n```\n")
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([*parts, FROM_CPP]).rstrip() + "\n"
 
 
 def _find(package: Any, name: str) -> Any:

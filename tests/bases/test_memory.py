@@ -47,6 +47,11 @@ def test_a_bound_cuts_stacks_and_never_below_one():
     assert half.stack(shape, "bases") < whole.stack(shape, "bases")
 
 
+def test_a_stack_holds_a_weight_for_each_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert Room().stack((3072, 3072), "bases") == 16
+
+
 def test_a_gpu_takes_stacks_by_its_memory_and_within_the_bound(monkeypatch):
     shape, rank = (1280, 1280), 128
     monkeypatch.setattr(memory, "stack_budget", lambda device: 2 << 30)

@@ -90,10 +90,15 @@ class GuardedMemory(TorchDispatchMode):
         self.rooms = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is not torch.ops.aten.new_empty.default:
-            return function(*args, **kwargs or {})
-        like, size = args
-        dtype = (kwargs or {}).get("dtype") or like.dtype
+        kwargs = kwargs or {}
+        if function is torch.ops.aten.new_empty.default:
+            dtype, size = kwargs.get("dtype") or args[0].dtype, args[1]
+        elif function is torch.ops.aten.empty.memory_format:
+            dtype, size = kwargs.get("dtype") or torch.float32, args[0]
+        elif function is torch.ops.aten.empty_like.default and args[0].is_contiguous():
+            dtype, size = kwargs.get("dtype") or args[0].dtype, args[0].shape
+        else:
+            return function(*args, **kwargs)
         count = math.prod(size) * dtype.itemsize
         room = torch.full((count + 2 * self.MARGIN,), 255, dtype=torch.uint8)
         self.rooms.append(room)
@@ -103,6 +108,10 @@ class GuardedMemory(TorchDispatchMode):
         for room in self.rooms:
             ends = torch.cat([room[: self.MARGIN], room[-self.MARGIN :]])
             assert (ends == 255).all(), "a kernel wrote beyond an output or its scratch"
+
+    def inside(self, i):
+        """What is between the guards of tensor i, in bytes."""
+        return self.rooms[i][self.MARGIN : -self.MARGIN]
 
 
 def missing(backend: str, reason: object) -> None:

@@ -113,7 +113,7 @@ class Room:
     def stack(self, shape: tuple[int, int], work: Work) -> int:
         """Returns how many weights [m, n] to work on at a time, at least one."""
         if self.on_gpu is None:
-            count = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
+            count = max(torch.get_num_threads(), STACK_BYTES // (4 * shape[0] * shape[1]))
         else:
             count = max(1, self.on_gpu // max(1, _bytes_of_weight(shape, work, self.rank)))
         if self.free is not None:
