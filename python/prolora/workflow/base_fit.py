@@ -121,7 +121,6 @@ def fit_base(opened: Lora, base: ExpertsLike) -> BaseFit:
     families = guess_families(shapes, opened.metadata, matrices=matrices)
     sizes = guess_sizes({row.source: (row.shape[0], row.shape[1]) for row in rows})
     foreign = bool(families) and model.family is not None and model.family not in families
-    foreign = foreign and model.layout not in sizes
     answer: Answer = "in part"
     coverage, moved_to = measure_coverage(rows), ""
     if coverage == 1:
