@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: pages that stand outside docs/, and links to what is no page.
+"""Hooks of the documentation site: pages that stand outside docs/, links, the doctor's Python.
 
 README.md is the site's first page, and CONTRIBUTING.md and the like stand beside it. A link to a
 file of the repository that is not a page of the site becomes plain text, or leads to the repository
@@ -7,8 +7,10 @@ once `repo_url` of mkdocs.yml names it.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,13 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, name, content=_translate(text, place, config)))
     for picture in (ROOT / "integrations" / "comfyui").glob("*.png"):
         files.append(File.generated(config, picture.name, content=picture.read_bytes()))
+    pack = runpy.run_path(str(ROOT / "docs" / "pack_doctor.py"))["pack_package"]
+    files.append(File.generated(config, "doctor/prolora.zip", content=pack()))
+    # The unpacked npm package `pyodide`: 13 MB that the repository does not hold.
+    runtime = os.environ.get("PROLORA_PYODIDE")
+    for file in sorted(Path(runtime).glob("py*")) if runtime else []:
+        name = f"doctor/pyodide/{file.name}"
+        files.append(File.generated(config, name, content=file.read_bytes()))
     return files
 
 

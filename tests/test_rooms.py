@@ -136,9 +136,9 @@ LIMITS = {
     "product code lines": 25741,
     "longest file": 511,
     "adapters/": 5584,
-    "architectures/": 2661,
+    "architectures/": 2685,
     "bases/": 4450,
-    "cli/": 2245,
+    "cli/": 2285,
     "comparison/": 1245,
     "core/": 6800,
     "files/": 1630,
@@ -154,7 +154,7 @@ LIMITS = {
     "options": 137,
     "most options of a command": 36,
     "commands": 9,
-    "exports": 34,
+    "exports": 35,
     "times a LoRA is opened": 1,
     "files of a second transfer": 95,
     "functions of a second transfer": 414,
@@ -226,7 +226,7 @@ LEFT_OVER = {
     "wide": {},
     "long": set(),
     "twice": set(),
-    "circles": [("adapters/adapter.py", "adapters/reading.py")],
+    "circles": [],
 }
 
 

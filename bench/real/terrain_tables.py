@@ -11,7 +11,6 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
-from calibrate import check_expected
 from evidence import fill_page
 from results import MIN_GAP, Mean, format_cell, format_table, interval
 
@@ -36,10 +35,6 @@ METHODS = (
 )
 FITTED = ("fit", "fit, fitted", "adamw, fitted")
 DIRECTIONS = {"forward": "0.4.1 → 0.4.2", "back": "0.4.2 → 0.4.1"}
-CHANGED = {
-    "merged": "0.4.1 → with two LoRAs merged in",
-    "far": "0.4.1 → trained to another look",
-}
 
 
 def mean_of(rows: list[Row], value: Callable[[Row], float | None]) -> Mean | None:
@@ -126,41 +121,10 @@ def samples_table(rows: list[Row]) -> str:
     return format_table(["row", "n", *statistics], lines)
 
 
-def constants_table(rows: list[Row]) -> str:
-    """What the constants do on each target, and what is expected there."""
-    lines = []
-    for name, title in (DIRECTIONS | CHANGED).items():
-        part = [row for row in rows if row["direction"] == name]
-        if not part:
-            continue
-        expected = check_expected(
-            [(row["shares"]["copy @ 1"], row["verdict"]) for row in part], name == "forward"
-        )
-        facts = part[0]["verdict"]
-        ratios = [row["verdict"]["drift"] / row["verdict"]["size"] for row in part]
-        lines.append(
-            [
-                title,
-                str(len(part)),
-                f"{facts['drift']:.3f}, {facts['spread']:.2f}",
-                f"{min(ratios):.2f} … {max(ratios):.2f}",
-                *(mean_share(part, label) for label in ("copy @ 1", best_fixed(part))),
-                *expected,
-            ]
-        )
-    head = ["move", "LoRAs", "drift, spread", "drift / size of the LoRA", "copy at 1"]
-    head += ["best fixed copy", "expected", "inside"]
-    return format_table(head, lines)
-
-
-def total(rows: list[Row], label: str) -> float:
-    return sum(row["shares"][label] for row in rows)
-
-
 def mean_share(rows: list[Row], label: str) -> str:
     """The mean, and at which strength."""
     at = label.split(" ")[-1]
-    mean = f"{total(rows, label) / len(rows):.2f}"
+    mean = f"{sum(row['shares'][label] for row in rows) / len(rows):.2f}"
     return f"{mean} @ {at}" if label.startswith("copy") and at != "1" else mean
 
 
@@ -175,7 +139,6 @@ def main() -> None:
         "terrain adapters": adapters_table(real),
         "terrain ideas": ideas_table([row for row in rows if row["direction"] in DIRECTIONS]),
         "terrain samples": samples_table(usual),
-        "terrain constants": constants_table(learnt),
     }
     page.write_text(fill_page(page.read_text(), tables))
 

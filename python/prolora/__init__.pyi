@@ -6,7 +6,7 @@ from prolora.core.methods import METHODS as METHODS, Method as Method
 from prolora.adapters.adapter import Adapter as Adapter
 from prolora.bases import Base as Base, open_base as open_base
 from prolora.core.basis import Basis as Basis, truncated_svd as truncated_svd
-from prolora.workflow.check import Check as Check, check as check
+from prolora.workflow.check_result import Check as Check
 from prolora.workflow.fit_options import FitOptions as FitOptions, PassedOn
 from prolora.adapters.lora import Lora as Lora
 from prolora.core.lowrank import LowRank as LowRank
@@ -18,6 +18,8 @@ from prolora.core.similarity import Similarity as Similarity, principal_angles a
 from prolora.workflow.result import Transfer as Transfer
 from prolora.workflow.options import DtypeLike, FormatLike, LoraLike, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
 from prolora.version import __version__ as __version__
+from prolora.workflow.bake import bake as bake
+from prolora.workflow.check import check as check
 from prolora.bases.opening import BaseLike
 from prolora.workflow.convert_options import ConvertOptions
 from os import PathLike
@@ -57,6 +59,7 @@ __all__ = [
     "Transfer",
     "TransferOptions",
     "__version__",
+    "bake",
     "check",
     "convert",
     "extract",

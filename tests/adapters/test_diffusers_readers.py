@@ -7,6 +7,7 @@ way. The pipelines need no model for it.
 from __future__ import annotations
 
 import pytest
+from diagonal import mark_size
 from family_loras import make_updates, measure_difference
 from published_models import PUBLISHED
 from published_unets import UNETS
@@ -59,7 +60,7 @@ PIPELINES = {
 }
 FAMILIES = known_families()
 CASES = [
-    (id_, layout, format)
+    pytest.param(id_, layout, format, marks=mark_size(layout))
     for id_, family in FAMILIES.items()
     for layout in family.layouts
     for format, spelling in family.spellings.items()

@@ -26,7 +26,7 @@ def test_a_state_dict_holds_what_the_file_holds(format: str, tmp_path: Path) -> 
     file = SafetensorsFile(path / "adapter_model.safetensors" if format == "peft" else path)
     assert tensors.keys() == file.tensors.keys()
     assert all(torch.equal(tensor, file.read(key)) for key, tensor in tensors.items())
-    found = Adapter.from_state_dict(tensors)
+    found = read_adapter(tensors)
     assert found.kernels == adapter.kernels
     same_updates(adapter, {n: u.dense() for n, u in found.updates.items()}, tolerance=2e-3)
 

@@ -10,7 +10,7 @@ from checkpoints import (
     sparse_gguf,
     sparse_shards,
 )
-from diagonal import pair_up
+from diagonal import list_sizes, pair_up
 
 import prolora
 from prolora.architectures import layouts
@@ -68,7 +68,7 @@ def assert_complete(base, id_):
     assert base.layout == id_
 
 
-@pytest.mark.parametrize("id_", layouts.known_layouts())
+@pytest.mark.parametrize("id_", list_sizes(layouts.known_layouts()))
 def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
     part = "unet" if id_ in UNETS else "transformer"
     whole = keys(shapes_of(id_))
@@ -98,14 +98,14 @@ def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
         assert tuple(weight.shape) == base.shapes[name] and weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("id_", layouts.known_layouts())
+@pytest.mark.parametrize("id_", list_sizes(layouts.known_layouts()))
 def test_as_a_file_of_diffusers_names_with_the_prefix_of_its_part(id_, tmp_path):
     part = "unet." if id_ in UNETS else "transformer."
     stored = {part + key: shape for key, shape in keys(shapes_of(id_)).items()}
     assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), id_)
 
 
-@pytest.mark.parametrize("id_", LAYOUTS)
+@pytest.mark.parametrize("id_", list_sizes(LAYOUTS))
 def test_in_float8_plain_and_with_scales(id_, tmp_path):
     """Convolutions and tables stay in half precision, as in the files people make."""
     stored = single_file(id_)
@@ -124,7 +124,7 @@ def test_in_float8_plain_and_with_scales(id_, tmp_path):
     )
 
 
-@pytest.mark.parametrize("id_", LAYOUTS)
+@pytest.mark.parametrize("id_", list_sizes(LAYOUTS))
 def test_as_gguf(id_, tmp_path):
     pytest.importorskip("gguf")
     base = open_base(sparse_gguf(tmp_path / "x.gguf", single_file(id_)))

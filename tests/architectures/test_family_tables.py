@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 import torch
 from checkpoints import authors_name
+from diagonal import mark_size
 from family_oracles import (
     COLUMNS,
     ORACLES,
@@ -32,7 +33,7 @@ def each_size(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "family, layout",
         [
-            pytest.param(family, layout, id=layout)
+            pytest.param(family, layout, id=layout, marks=mark_size(layout))
             for id_, family in FAMILIES.items()
             if id_ in ORACLES and getattr(ORACLES[id_], kind)
             for layout in family.layouts

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from diagonal import list_sizes, mark_size
 from family_files import (
     assert_equal_tensors,
     is_parameter,
@@ -58,7 +59,10 @@ def by_id(id_: str) -> Family:
     return known_families()[id_]
 
 
-@pytest.mark.parametrize(("id_", "layout"), [pair for pair in LAYOUTS if pair[0] in CHECKPOINTS])
+@pytest.mark.parametrize(
+    ("id_", "layout"),
+    [pytest.param(*pair, marks=mark_size(pair[1])) for pair in LAYOUTS if pair[0] in CHECKPOINTS],
+)
 def test_an_authors_checkpoint_is_what_diffusers_makes_of_it(id_: str, layout: str) -> None:
     """All weights of every published size: names, rows of fused matrices, swapped halves."""
     file = make_authors_file(by_id(id_), layout, is_converted)
@@ -66,7 +70,7 @@ def test_an_authors_checkpoint_is_what_diffusers_makes_of_it(id_: str, layout: s
     assert_equal_tensors(got, name_weights(file.expected))
 
 
-@pytest.mark.parametrize("layout", by_id("wan").layouts)
+@pytest.mark.parametrize("layout", list_sizes(by_id("wan").layouts))
 def test_a_wan_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> None:
     """With the embeddings and the last layer; it knows none of VACE's own blocks."""
     file = make_authors_file(
@@ -80,7 +84,7 @@ def test_a_wan_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> Non
     assert_equal_tensors(got, make_lora(file.expected, "transformer."))
 
 
-@pytest.mark.parametrize("layout", by_id("wan").layouts)
+@pytest.mark.parametrize("layout", list_sizes(by_id("wan").layouts))
 def test_a_wan_lora_of_musubi_is_what_diffusers_makes_of_it(layout: str) -> None:
     file = make_authors_file(by_id("wan"), layout, is_in_block)
     got = lora_files._convert_musubi_wan_lora_to_diffusers(
@@ -89,7 +93,7 @@ def test_a_wan_lora_of_musubi_is_what_diffusers_makes_of_it(layout: str) -> None
     assert_equal_tensors(got, make_lora(file.expected, "transformer."))
 
 
-@pytest.mark.parametrize("layout", by_id("cosmos").layouts)
+@pytest.mark.parametrize("layout", list_sizes(by_id("cosmos").layouts))
 def test_an_anima_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> None:
     """The adapter's modules go to another model there, under the same names."""
     file = make_authors_file(by_id("cosmos"), layout)
@@ -126,7 +130,7 @@ def test_a_lora_of_hunyuan_video_is_what_diffusers_makes_of_it(prefix: str) -> N
     assert_equal_tensors(got, make_lora(file.expected, "transformer."))
 
 
-@pytest.mark.parametrize("layout", by_id("ltx2").layouts)
+@pytest.mark.parametrize("layout", list_sizes(by_id("ltx2").layouts))
 def test_an_ltx2_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> None:
     file = make_authors_file(by_id("ltx2"), layout, is_adaptable)
     got = lora_files._convert_non_diffusers_ltx2_lora_to_diffusers(
@@ -137,7 +141,11 @@ def test_an_ltx2_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> N
 
 @pytest.mark.parametrize(
     ("id_", "layout"),
-    [pair for pair in LAYOUTS if by_id(pair[0]).aliases and pair[1] != "framepack"],
+    [
+        pytest.param(*pair, marks=mark_size(pair[1]))
+        for pair in LAYOUTS
+        if by_id(pair[0]).aliases and pair[1] != "framepack"
+    ],
 )
 def test_the_other_names_of_a_matrix_hold_the_same_modules(id_: str, layout: str) -> None:
     """Fused or in parts: together they are the whole model."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checkpoints import sparse_file, sparse_gguf
+from diagonal import mark_size
 from family_files import make_authors_file, name_key
 from family_shapes import TRANSFORMERS, list_authors_keys, list_diffusers_keys
 
@@ -10,13 +11,18 @@ from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.bases import open_base
 
+EACH = pytest.mark.parametrize(
+    ("family", "id_"),
+    [pytest.param(*pair, marks=mark_size(pair[1])) for pair in TRANSFORMERS],
+)
+
 
 def assert_complete(base, family, id_):
     assert base.shapes == dict(load_layout(id_).shapes)
     assert (base.layout, base.family) == (id_, family)
 
 
-@pytest.mark.parametrize(("family", "id_"), TRANSFORMERS)
+@EACH
 def test_in_either_spelling_with_the_prefixes_of_single_files(family, id_, tmp_path):
     shapes = dict(load_layout(id_).shapes)
     path = tmp_path / "x.safetensors"
@@ -27,7 +33,7 @@ def test_in_either_spelling_with_the_prefixes_of_single_files(family, id_, tmp_p
         assert_complete(open_base(sparse_file(path, keys, "BF16")), family, id_)
 
 
-@pytest.mark.parametrize(("family", "id_"), TRANSFORMERS)
+@EACH
 def test_as_gguf_and_in_float8_with_scales(family, id_, tmp_path):
     pytest.importorskip("gguf")
     shapes = dict(load_layout(id_).shapes)

@@ -309,6 +309,7 @@ def test_opening_what_claims_a_terabyte_takes_no_memory(tmp_path):
 
 
 @needs_peak
+@pytest.mark.slow
 def test_the_peak_of_opening_is_seen_however_large_the_parent_is(tmp_path):
     """Otherwise the two tests beside this one could not fail."""
     text = b'{"a":[' + b"[]," * (1 << 20) + b"0]}"

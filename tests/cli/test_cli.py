@@ -88,10 +88,10 @@ def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
         "-o",
         tmp_path / "out.safetensors",
     )
-    code, text, _ = prolora(*line, "--cache=none")
-    assert code == 0 and not folder.exists() and "cache:" not in text
-    code, text, _ = prolora(*line, "--overwrite")
-    assert code == 0 and f"in {folder}" in text and "KiB" in text
+    code, _, _ = prolora(*line, "--cache=none")
+    assert code == 0 and not folder.exists()
+    code, _, _ = prolora(*line, "--overwrite")
+    assert code == 0 and list(folder.rglob("*.safetensors"))
     assert len(list(folder.rglob("*.safetensors"))) == 16
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "file" / "cache"))

@@ -104,6 +104,17 @@ def test_merge_moves_what_has_another_base_and_tells_what_of_each_is_kept(
     assert code == 2 and "-o OUT is missing" in err
 
 
+def test_merge_into_a_base_bakes_and_says_what_survived(prolora, case, tmp_path):
+    lora, source, target = case
+    words = ("merge", lora, "--into", source)
+    code, text, err = prolora(*words, "-o", tmp_path / "baked", "--strengths", "0.5")
+    assert code == 0 and "100% of the LoRA is in the weights" in text, err
+    code, text, _ = prolora(*words, "-o", tmp_path / "json", "--json", "--stochastic", "1")
+    assert code == 0 and json.loads(text)["survived"] == pytest.approx(1)
+    code, _, err = prolora(*words, "-o", tmp_path / "none", "--target", target)
+    assert code == 2 and "--into" in err and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("command", ["extract", "convert", "merge"])
 def test_help_is_short_and_names_what_is_needed(prolora, command):
     code, text, _ = prolora(command, "-h")

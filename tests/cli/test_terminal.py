@@ -142,7 +142,9 @@ def test_control_characters_reach_no_log(prolora, case, tmp_path, monkeypatch):
     assert prolora(*line)[0] == 0
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(x, marks=pytest.mark.slow) for x in ("cp1252", "utf-8"))]
+)
 def test_no_encoding_of_the_output_stops_a_command(case, tmp_path, encoding):
     lora, source, target = case
     lora = lora.rename(tmp_path / "ユニコード Ж.safetensors")

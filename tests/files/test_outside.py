@@ -16,8 +16,8 @@ from prolora.workflow.fleet.listing import list_loras
 # it reads.
 OPENS = re.compile(
     r"from_pretrained|torch\.load|np\.load|pickle\.|Image\.open|safe_open|\bload_file\b|json\.load\("
-    r"|read_bytes|\.read_text\(|os\.open|fdopen|mmap|(?<![\w.])(?<!def )open\("
-    r"|\.load_state_dict|from_single_file"
+    r"|read_bytes|\.read_text\(|os\.open|fdopen|mmap|(?<![\w.])(?<!def )open\(|\.load_state_dict"
+    r"|from_single_file"
 )
 ALLOWED = {
     "architectures/layouts.py": "a table of the package",

@@ -24,6 +24,9 @@ from prolora.workflow.options import FIT, OF_A_FIT_TOO
 LEAVES = ("attn1.to_v", "ff.net.2")
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source; targets: tuned, without the second layers, trained apart, and of other latents."""
@@ -103,7 +106,9 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
     assert best.method != FIT and "No fit was made" in best.why
 
 
-@pytest.mark.parametrize("target, serves", [("tuned", True), ("pruned", False)])
+@pytest.mark.parametrize(
+    "target, serves", [("tuned", True), pytest.param("pruned", False, marks=SLOW)]
+)
 def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, serves):
     plan = prolora.fit(*ends(room, target), dry_run=True).report
     assert ("`transfer` takes seconds" in str(plan.in_words())) is serves
@@ -122,9 +127,9 @@ def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, s
 @pytest.mark.parametrize(
     "target, need",
     [
-        ("pruned", "of the LoRA's modules have no place on pruned"),
+        pytest.param("pruned", "of the LoRA's modules have no place on pruned", marks=SLOW),
         ("apart", "have nothing in common"),
-        ("across", "encoders were trained apart"),
+        pytest.param("across", "encoders were trained apart", marks=SLOW),
     ],
 )
 def test_where_weights_say_too_little_the_models_are_run(room, target, need):
@@ -198,6 +203,7 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
     assert far[0].report.method == FIT
 
 
+@SLOW
 def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch):
     lora, out = room / "lora.safetensors", tmp_path / "lora.safetensors"
     few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}

@@ -67,7 +67,7 @@ def room(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("given", [(), ("bird",)])
+@pytest.mark.parametrize("given", [(), pytest.param(("bird",), marks=pytest.mark.slow)])
 def test_both_models_are_asked_with_them_unless_prompts_are_given(room, given, monkeypatch):
     asked = []
     sample = pipelines.Pipeline.sample_latents

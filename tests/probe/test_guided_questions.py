@@ -206,7 +206,7 @@ def crossed(tmp_path_factory) -> list[pipelines.Pipeline]:
     return [pipelines.open_pipeline(save(folder / save.__name__)) for save in makers]
 
 
-@pytest.mark.parametrize(("guidance", "asked"), [(None, 1), (4.0, 1), (1.0, 5)])
+@pytest.mark.parametrize(("guidance", "asked"), [(None, 1), (1.0, 5)])
 def test_a_target_that_guides_with_a_negative_prompt_alone_is_no_student(guidance, asked, crossed):
     source, target = crossed
     settings = replace(SETTINGS, size=None, target_guidance=guidance)

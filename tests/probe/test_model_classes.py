@@ -163,7 +163,7 @@ def fit(pair: pipelines.PipelinePair, **options: Any) -> probe.ProbeTransfer:
 @pytest.mark.parametrize(
     ("make", "blocks"),
     [
-        (sd3, ["transformer_blocks.0", "transformer_blocks.1"]),
+        pytest.param(sd3, ["transformer_blocks.0", "transformer_blocks.1"], marks=pytest.mark.slow),
         (z_image, ["noise_refiner.0", "context_refiner.0", "layers.0"]),
     ],
 )

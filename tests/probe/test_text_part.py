@@ -209,7 +209,8 @@ def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room,
         assert not torch.allclose(entry, conditioning(room, {}), atol=1e-2)
 
 
-@pytest.mark.parametrize("target", ["target", pytest.param("source", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["target", "source"])
 def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
     room, target, tmp_path
 ):

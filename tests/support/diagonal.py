@@ -1,4 +1,4 @@
-"""Of a product of many cases, each side once for every change; the rest is slow."""
+"""Some of many cases for every change; the rest is slow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
+
+from prolora.architectures.families import known_families
 
 
 def pair_up(rows: Collection[Any], columns: Collection[Any]) -> list[Any]:
@@ -19,3 +21,14 @@ def pair_up(rows: Collection[Any], columns: Collection[Any]) -> list[Any]:
         for i, row in enumerate(rows)
         for j, column in enumerate(columns)
     ]
+
+
+def mark_size(layout: str) -> Any:
+    """Marks a case as slow unless the layout is the first size of a family."""
+    firsts = {family.layouts[0] for family in known_families().values()}
+    return () if layout in firsts else pytest.mark.slow
+
+
+def list_sizes(layouts: Collection[str]) -> list[Any]:
+    """The layouts, slow but for the first size of every family."""
+    return [pytest.param(layout, marks=mark_size(layout)) for layout in layouts]

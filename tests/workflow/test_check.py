@@ -151,7 +151,7 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
 
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_a_family_may_stand_in_the_place_of_a_base(family):
-    found = prolora.check(usual_lora("sdxl", "unet."), family=family)
+    found = prolora.check(usual_lora("sdxl", "unet."), base=family)
     assert bool(found) == (family == "sdxl") and "Stable Diffusion XL" in found.headline
 
 

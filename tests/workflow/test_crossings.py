@@ -105,7 +105,7 @@ def list_cases():
 
 CASES = list_cases()
 FITTING = [case for case in CASES if (OTHER_WIDTH in case[1]) == (OTHER_WIDTH in case[2])]
-METHODS = pytest.mark.parametrize("method", ["auto", "copy"])
+METHODS = pytest.mark.parametrize("method", ["auto", pytest.param("copy", marks=pytest.mark.slow)])
 
 
 def test_the_platform_admits_thirty_eight():

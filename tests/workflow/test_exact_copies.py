@@ -17,6 +17,7 @@ from prolora.adapters import Adapter, read_adapter, write_adapter
 from prolora.architectures.families import known_families
 from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError
+from prolora.workflow.check import check
 
 ICONS = Path(__file__).parents[2] / "examples" / "icon_family" / "weights"
 FAMILIES = {id_: family for id_, family in known_families().items() if not family.unet}
@@ -173,6 +174,11 @@ def test_a_file_of_every_family_and_spelling_is_copied_to_the_byte(tmp_path, fam
         report = prolora.transfer(lora, *bases, out=out).report
         assert report.as_stored, format
         check_bytes(load_file(out), halved)
+        # A program that reads all of the file gets it as it is, too.
+        if "ComfyUI" in check(lora).readers.whole:
+            asked = {"format": "comfyui", "overwrite": True}
+            assert prolora.transfer(lora, *bases, out=out, **asked).report.as_stored
+            check_bytes(load_file(out), halved)
 
 
 def test_a_byte_that_reads_back_differently_is_noticed(case, tmp_path, monkeypatch):

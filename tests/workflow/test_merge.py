@@ -286,7 +286,7 @@ def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
     assert metadata["modelspec.title"] == " + ".join(names)
     merged = json.loads(metadata["prolora.merged"])
     assert [part["name"] for part in merged] == names
-    in_memory = [prolora.Adapter.from_state_dict(make_lora(1, i)[0]) for i in range(3)]
+    in_memory = [prolora.adapters.read_adapter(make_lora(1, i)[0]) for i in range(3)]
     called = [replace(lora, metadata={"ss_output_name": "LoRA 3"}) for lora in in_memory[:2]]
     in_memory = [*called, in_memory[2]]
     names = [part.name for part in prolora.merge(in_memory).report.parts]

@@ -151,6 +151,7 @@ def many(tmp_path, count):
     return loras, source, targets
 
 
+@pytest.mark.slow
 def test_kills_and_two_drivers_lose_nothing(tmp_path):
     collection = many(tmp_path, 16)
     expected = run(collection, tmp_path / "expected")["moved"]

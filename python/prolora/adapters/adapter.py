@@ -74,30 +74,6 @@ class Adapter:
     refused: set[str] = field(default_factory=set)
     stored: list[StoredUpdate] = field(default_factory=list, repr=False, compare=False)
 
-    @classmethod
-    def from_state_dict(
-        cls,
-        tensors: Mapping[str, Tensor],
-        *,
-        metadata: Mapping[str, str] | None = None,
-        read_weight: Callable[[str], Tensor] | None = None,
-    ) -> Adapter:
-        """Reads a LoRA in memory, in any spelling of files.
-
-        Args:
-            tensors: key -> tensor, dense, on any device; copied.
-            metadata: what the header of a file would say: PEFT's scales, the base's name.
-            read_weight: reads a weight [out, in, …] of the base model by its canonical module
-                name; needed where the update depends on it (DoRA, GLoRA, OFT).
-
-        Raises:
-            UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read_adapter` does, naming the
-                tensor.
-        """
-        from .reading import read_adapter  # which makes adapters
-
-        return read_adapter(tensors, metadata=metadata, read_weight=read_weight)
-
     def __repr__(self) -> str:
         """One line: the number of modules, their ranks and their storage."""
         ranks = sorted({update.rank for update in self.updates.values()})

@@ -16,7 +16,6 @@ from .family import guess_family
 from .folder import PEFT_CONFIG
 from .formats.peft_config import (
     METADATA_KEY,
-    PeftScaling,
     scaling_from_config,
     scalings_from_metadata,
 )
@@ -72,7 +71,12 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
     if family is None and reading and any(slot.module.matrix for slot in contents.slots):
         family = reading.id  # the authors' names are those of this family, whatever its sizes
     slots = _settle_t5(contents.slots, family)
-    scalings = _peft_scalings(source, {slot.module.prefix for slot in slots})
+    prefixes = {slot.module.prefix for slot in slots}
+    if source.config is not None:
+        scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
+        scalings = dict.fromkeys(prefixes, scaling)
+    else:
+        scalings = scalings_from_metadata(source.metadata, prefixes, source.where)
     for slot in slots:
         _check_complete(slot, source)
         _check_shapes(slot, source)
@@ -119,14 +123,6 @@ def _settle_t5(slots: list[Slot], family: str | None) -> list[Slot]:
             name = f"text_encoder_2.{module.local}"
             slot.module = module._replace(name=name, prefix="text_encoder_2.")
     return slots
-
-
-def _peft_scalings(source: Lora, prefixes: set[str]) -> dict[str, PeftScaling]:
-    """Returns component prefix -> the configuration that scales its modules."""
-    if source.config is not None:
-        scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
-        return dict.fromkeys(prefixes, scaling)
-    return scalings_from_metadata(source.metadata, prefixes, source.where)
 
 
 def _check_complete(slot: Slot, source: Lora) -> None:
@@ -210,7 +206,7 @@ def _read_number(slot: Slot, role: str, source: Lora) -> float | None:
     """Reads a tensor of one number, None if the slot lacks that role."""
     if role not in slot.keys:
         return None
-    value = float(source.read(slot.keys[role]).double())
+    value = source.read_number(slot.keys[role])
     if not math.isfinite(value):
         raise NonFiniteWeights(f"{source.where}: {slot.keys[role]} is {value}; the file is damaged")
     return value

@@ -13,6 +13,7 @@ from ..architectures.modules import find_component, is_in_text_encoder
 from ..architectures.recognition import NamedMatrix, recognise_families
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
+_LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
 # SHA-256 of the files most LoRAs are trained on.
@@ -208,3 +209,8 @@ def _is_pruned_sd1(unet: list[str]) -> bool:
     down = [name for name in unet if name.startswith("down_blocks.")]
     attentions = {name.split(".")[3] for name in down if ".attentions." in name}
     return attentions == {"0"} and not any(n.startswith("mid_block.attentions.") for n in unet)
+
+
+def is_language_model(modules: Iterable[str]) -> bool:
+    """Recognises a language model by modules of no known family."""
+    return any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in modules)

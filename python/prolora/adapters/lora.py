@@ -124,6 +124,12 @@ class Lora:
             found.update(block)
         return found.hexdigest()
 
+    def read_number(self, key: str) -> float:
+        """Reads a tensor of one number; of a file without torch."""
+        if self.file is not None:
+            return self.file.read_number(key)
+        return float(self.read(key).double())
+
     def close(self) -> None:
         """Closes the file; reading a tensor opens it again."""
         if self.file:

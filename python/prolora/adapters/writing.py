@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.loaders import known_loaders
 from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
 from ..files.store import put
@@ -130,8 +131,12 @@ def find_kept(
         format: as `write_adapter` takes it.
         dtype: likewise.
     """
-    if format != "auto" or dtype is not None or not adapter.stored:
+    asked = format != "auto" and format not in known_loaders()
+    kinds = {one.kind for one in adapter.stored}
+    if asked or dtype is not None or not kinds:
         return None
+    if format != "auto" and kinds - {"lora", "locon", "vector"}:
+        return None  # programs were tried with these alone
     resolved, _ = groups.resolve_format(adapter, format)
     return find_stored(adapter, check_format(adapter, format)) if resolved is adapter else None
 

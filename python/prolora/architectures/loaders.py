@@ -12,6 +12,7 @@ known.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -89,6 +90,24 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
             parts |= {"none" if one in lost else "whole" for one in encoders}
             reach[program] = parts.pop() if len(parts) == 1 else "part"
     return reach
+
+
+def count_skipped(
+    family: Family, row: str, modules: Iterable[str], program: str
+) -> dict[str, int] | None:
+    """Counts the modules that a program leaves out, by pattern or text encoder.
+
+    Arguments as for `find_reach`. None where the table does not tell.
+    """
+    rows: Any = _read_table()["families"].get(family.id, {"": []})
+    unread, lost = (rows.get(name, {}).get(program, []) for name in (row, row + TEXT))
+    if unread is None or unread == ["?"] or program not in rows.get(row, {}):
+        return None
+    names = [
+        find_component(name) if is_in_text_encoder(name) else family.find_pattern(name) or name
+        for name in modules
+    ]
+    return dict(Counter(name for name in names if name in unread or name in lost).most_common())
 
 
 def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..architectures.families import known_families
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
 from ..workflow.check import check as check_file
@@ -41,18 +40,20 @@ def check(
         str | None,
         typer.Option("--for", metavar="PROGRAM", help="Are they for this program, as comfyui?"),
     ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read the numbers, too: NaN, zeros, overflows.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file is and whether it is for a base or a program, from headers alone."""
     records: list[dict[str, Any]] = []
     code = ExitCode.DONE
-    asked: dict[str, Any] = {"program": program, "source": source, "target": target}
+    asked: dict[str, Any] = {"program": program, "deep": deep, "source": source, "target": target}
     if base is source is target is None:
         files, bases = split_bases(files, 2)
         asked |= dict(zip(("source", "target"), bases, strict=True)) if bases[1:] else {}
         base = bases[0] if len(bases) == 1 else None
-    is_family = base in known_families() and not Path(base or "").exists()
-    asked["family" if is_family else "base"] = base
+    asked["base"] = base
     for file in files:
         try:
             with progress_bar("check", asked["target"] is not None and not as_json) as progress:

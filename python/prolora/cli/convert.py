@@ -15,7 +15,7 @@ from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
 
-@expand_options("dry_run")
+@expand_options("dry_run", "card")
 def convert(
     lora: Annotated[Path, path_argument("LoRA file, PEFT folder or hub id.", metavar="LORA")],
     converting: ConvertOptions,

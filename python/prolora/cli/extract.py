@@ -16,7 +16,7 @@ from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
 
-@expand_options("max_memory")
+@expand_options("max_memory", "card")
 def extract(
     extracting: ExtractOptions,
     output: FileOutput,

@@ -9,26 +9,26 @@ from typing import Annotated, cast
 
 import typer
 
-from ..bases import Base
+from ..bases import Base, open_base
 from ..bases.base import Progress
-from ..errors import ProLoRAError
 from ..probe.settings import read_prompts
 from ..workflow.fit import fit as fit_lora
 from ..workflow.fit import fit_many
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
 from ..workflow.report import is_page_path
+from ..workflow.result import Transfer
 from .console import err, progress_bar
 from .options import (
-    Bases,
     BriefCommand,
     HelpAllOption,
     base_option,
     expand_options,
     find_cache,
+    take_bases,
 )
-from .output_options import OutputOptions
-from .transfer import LoraArguments, check_output_given, check_outputs, tell_outcomes
+from .output_options import FileOutput
+from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, tell_outcomes
 
 SHOWN = 4
 """Prompts of which a page shows images."""
@@ -41,7 +41,7 @@ class FitCommand(BriefCommand):
 
 
 @dataclass
-class Pipelines(Bases):
+class Pipelines:
     """The two pipelines."""
 
     source: Annotated[
@@ -52,13 +52,18 @@ class Pipelines(Bases):
         str | None, base_option("Folder of the pipeline to fit it to.", metavar="FOLDER")
     ] = None
 
+    def open(self, loras: list[Path]) -> tuple[list[Path], Base, Base]:
+        """Opens both and returns (LoRAs, source, target)."""
+        loras, (source, target) = take_bases(loras, self.source, self.target)
+        return loras, open_base(source), open_base(target)
+
 
 @expand_options()
 def fit(
     loras: LoraArguments,
     bases: Pipelines,
     fitting: FitOptions,
-    output: OutputOptions,
+    output: FileOutput,
     prompts: Annotated[
         list[str],
         typer.Option(
@@ -82,7 +87,7 @@ def fit(
     )
     run = plan_fits if output.dry_run else fit_loras
     outcomes = run(loras, source, target, output, options)
-    tell_outcomes(outcomes, output, card, fitting.overwrite, None)
+    tell_outcomes(outcomes, output, card, fitting.overwrite)
 
 
 def read_prompt(text: str) -> tuple[str, ...]:
@@ -91,24 +96,19 @@ def read_prompt(text: str) -> tuple[str, ...]:
 
 
 def plan_fits(
-    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
+    loras: list[Path], source: Base, target: Base, output: FileOutput, options: FitOptions
 ) -> list[Outcome]:
-    """Plans each fit; one of several that is refused does not stop the others."""
-    outcomes = []
-    for lora in loras:
-        planned = Outcome(lora, lora, planned=True)
-        try:
-            report = fit_lora(lora, source, target, options.for_file(), dry_run=True).report
-            outcomes.append(replace(planned, report=report))
-        except ProLoRAError as error:
-            if len(loras) == 1:
-                raise
-            outcomes.append(replace(planned, error=error))
-    return outcomes
+    """Plans each fit."""
+    known = options.for_file()
+
+    def plan(i: int, _: Path, __: Progress | None) -> Transfer:
+        return fit_lora(loras[i], source, target, known, dry_run=True)
+
+    return plan_each(loras, loras, plan, output)
 
 
 def fit_loras(
-    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
+    loras: list[Path], source: Base, target: Base, output: FileOutput, options: FitOptions
 ) -> list[Outcome]:
     """Fits one LoRA into a file, or several into a folder, one after the other."""
     path = cast(Path, output.output)

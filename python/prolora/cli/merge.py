@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
+
+import typer
 
 from ..bases import Base, open_base
+from ..errors import InvalidOption
+from ..workflow.bake import bake
 from ..workflow.merge import merge as merge_loras
 from ..workflow.merge_options import MergeOptions
-from .console import progress_bar
+from .console import answer, out, progress_bar
 from .options import base_option, expand_options, find_cache, split_bases
 from .output_options import FileOutput
+from .tables import MARKS, draw_facts
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_made_lora
 
 
@@ -33,6 +38,17 @@ class MergedBases:
             "--target are moved first."
         ),
     ] = field(default_factory=list)
+    into: Annotated[
+        str | None,
+        base_option("Bake the LoRAs into a copy of this base model; -o names the new model."),
+    ] = None
+    stochastic: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="Round --into at random, which keeps more of a LoRA in float8, with more noise.",
+        ),
+    ] = None
 
     def open(self, loras: list[Path]) -> tuple[list[Path], Base | None, list[Base]]:
         """Opens all, each once; without options they stand behind the LoRAs, the target last."""
@@ -47,7 +63,7 @@ class MergedBases:
         return loras, target, [known[name] for name in self.source]
 
 
-@expand_options("max_memory", "cache", "dry_run")
+@expand_options("max_memory", "cache", "dry_run", "card")
 def merge(
     loras: LoraArguments,
     merging: MergeOptions,
@@ -56,6 +72,8 @@ def merge(
 ) -> None:
     """Merge several LoRAs into one, each moved from its own base first if it has another."""
     check_output_given(output)
+    if bases.into is not None:
+        return bake_all(loras, merging, bases, output)
     loras, target, sources = bases.open(loras)
     files = [file for base in (target, *sources) if base is not None for file in base.files]
     check_outputs(loras[:1], output, merging, [*loras[1:], *files])
@@ -64,3 +82,29 @@ def merge(
         options = replace(known, progress=progress)
         report = merge_loras(loras, target, sources, options, out=output.output).report
     tell_made_lora(loras[0], report, output, merging.overwrite)
+
+
+def bake_all(
+    loras: list[Path], merging: MergeOptions, bases: MergedBases, output: FileOutput
+) -> None:
+    """Bakes LoRAs into a model, and tells what survived."""
+    if bases.target is not None or bases.source or output.report:
+        raise InvalidOption(
+            "--into makes a model of its own base: leave out --target, --source and --report"
+        )
+    with progress_bar("bake", output.show_tables) as progress:
+        baked = bake(
+            loras,
+            cast(str, bases.into),
+            cast(Path, output.output),
+            strengths=merging.strengths,
+            blocks=cast(Any, merging.blocks),
+            stochastic=bases.stochastic,
+            overwrite=merging.overwrite,
+            progress=progress,
+        )
+    if output.as_json:
+        answer.give(baked.to_dict())
+    else:
+        out.print_line(f"{baked.mark} {baked.headline}", style=MARKS[baked.mark])
+        out.print(draw_facts(baked.facts()))

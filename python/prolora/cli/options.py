@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar, Literal, Optional
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
 from ..core.option_fields import read_shown
@@ -220,24 +219,6 @@ def take_bases(words: list[Any], source: Any, target: Any) -> tuple[list[Any], t
                 "or after the LoRAs"
             )
     return words, (source, target)
-
-
-@dataclass
-class Bases:
-    """The two base models."""
-
-    source: Annotated[
-        str | None,
-        base_option("Base model the LoRA was trained on: file, folder or hub id (org/name)."),
-    ] = None
-    target: Annotated[
-        str | None, base_option("Base model to move to: file, folder or hub id (org/name).")
-    ] = None
-
-    def open(self, loras: list[Path]) -> tuple[list[Path], Base, Base]:
-        """Opens both and returns (LoRAs, source, target)."""
-        loras, (source, target) = take_bases(loras, self.source, self.target)
-        return loras, open_base(source), open_base(target)
 
 
 @dataclass

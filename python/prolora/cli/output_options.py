@@ -13,10 +13,9 @@ from .options import JsonOption, path_option
 
 @dataclass
 class FileOutput:
-    """Options of what is written and shown, without a card."""
+    """Options of what is written and shown."""
 
     panel: ClassVar[str] = "Output"
-    card = False
     output: Annotated[
         Path | None,
         path_option(
@@ -36,18 +35,6 @@ class FileOutput:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
     ] = False
-    as_json: JsonOption = False
-
-    @property
-    def show_tables(self) -> bool:
-        """Whether people read along."""
-        return not (self.as_json or self.report == Path("-"))
-
-
-@dataclass
-class OutputOptions(FileOutput):
-    """The same with a card."""
-
     card: Annotated[
         bool,
         typer.Option(
@@ -56,3 +43,9 @@ class OutputOptions(FileOutput):
             "or in the folder of several.",
         ),
     ] = False
+    as_json: JsonOption = False
+
+    @property
+    def show_tables(self) -> bool:
+        """Whether people read along."""
+        return not (self.as_json or self.report == Path("-"))

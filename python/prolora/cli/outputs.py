@@ -27,16 +27,7 @@ def check_report(
 ) -> None:
     """Refuses a report path before any work is done for it.
 
-    Args:
-        report: path of the report.
-        outputs: the files and PEFT folders that this run writes.
-        loras: the LoRAs to move.
-        bases: files of the bases.
-        overwrite: replace what exists.
-
-    Raises:
-        OutputError: the report cannot be written, or would replace an input or a LoRA of this run.
-        OutputExists: something has that name.
+    `outputs` are the files and PEFT folders that this run writes.
     """
     taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
     if _resolve_path(report) in map(_resolve_path, taken):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from ..adapters.formats.programs import Readers
 from ..adapters.lora import Lora
-from ..bases.cache.cache_folder import measure_cache
+from ..bases.base import Progress
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
-from ..comparison.block_matching import resolve_match
-from ..comparison.module_map import Match
 from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
-from ..files.sizes import format_size
 from ..files.store import put_text
+from ..workflow.batch import make_each
 from ..workflow.best import transfer as transfer_lora
 from ..workflow.best import transfer_many
 from ..workflow.card import check_card, write_card
@@ -29,6 +27,7 @@ from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import OutcomesReport
 from ..workflow.output_paths import check_results_folder, is_peft_folder
 from ..workflow.report import is_page_path
+from ..workflow.result import Transfer
 from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult
 from .options import (
@@ -40,7 +39,7 @@ from .options import (
     path_argument,
     write_flag,
 )
-from .output_options import FileOutput, OutputOptions
+from .output_options import FileOutput
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
 from .tables import failure_lines, show_tables, show_words
 
@@ -86,7 +85,7 @@ def transfer(
     loras: LoraArguments,
     bases: ExpertBases,
     moving: TransferOptions,
-    output: OutputOptions,
+    output: FileOutput,
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
@@ -98,20 +97,11 @@ def transfer(
     options = find_cache(moving, takes_default=not output.dry_run)
     run = plan_all if output.dry_run else move_loras
     outcomes = run(loras, source, target, output, options)
-    kept = cast("Path | None", options.cache)
-    tell_outcomes(outcomes, output, card, moving.overwrite, None if output.dry_run else kept)
+    tell_outcomes(outcomes, output, card, moving.overwrite)
 
 
 def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
-    """Refuses a command that would write but has no -o.
-
-    Args:
-        output: where to write.
-        loras: each gets a file; empty if one file is made of all.
-
-    Raises:
-        OutputError: -o is missing, or names a file for several LoRAs.
-    """
+    """Refuses a missing -o, or a file for several LoRAs."""
     if output.output is not None:
         check_results_folder(output.output, len(loras))
     if output.output is None and not output.dry_run:
@@ -127,18 +117,7 @@ def check_outputs(
 ) -> Path | None:
     """Refuses outputs that cannot be written, before any work is done for them.
 
-    Args:
-        loras: the inputs.
-        output: where to write.
-        options: how the LoRAs are written.
-        files: of the bases.
-        pairs: of their experts.
-
-    Returns:
-        Where the card goes; None without one.
-
-    Raises:
-        OutputError: says why.
+    Returns where the card goes; None without one.
     """
     outputs = list_outputs(output.output, loras, pairs, options.format or "auto")
     if output.output is not None and len(loras) == 1:
@@ -162,22 +141,10 @@ def tell_outcomes(
     output: FileOutput,
     card: Path | None,
     overwrite: bool,
-    cache: Path | None,
 ) -> None:
-    """Shows what was done, writes report and card, and raises what failed.
-
-    Args:
-        outcomes: of all LoRAs.
-        output: what is shown and written.
-        card: where the card goes.
-        overwrite: replace an existing report and card.
-        cache: the folder to name, where one was used.
-    """
+    """Shows what was done, writes report and card, and raises what failed."""
     if output.show_tables:
         show_outcomes(outcomes, output)
-        if cache is not None and any(used_subspaces(outcome) for outcome in outcomes):
-            size = format_size(measure_cache(cache))
-            out.print_line(f"cache: {size} in {cache} (--cache none keeps nothing)", style="dim")
     elif len(outcomes) > 1:
         for line in failure_lines(outcomes):
             err.print_line(line, style="red")
@@ -197,59 +164,48 @@ def tell_made_lora(
     """Tells the outcome of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
     outcome = Outcome(made_of, out, report, planned=output.dry_run)
-    tell_outcomes([outcome], output, None, overwrite, None)
+    tell_outcomes([outcome], output, None, overwrite)
 
 
 def plan_all(
     loras: list[Path],
     source: Experts,
     target: Experts,
-    output: OutputOptions,
+    output: FileOutput,
     options: TransferOptions,
 ) -> list[Outcome]:
-    """Plans each transfer; blocks are matched once for all.
-
-    One of several that is refused does not stop the others.
-    """
+    """Plans each transfer."""
     pairs = pair_experts(source, target)
     moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
-    matches = [options.match] * len(pairs)
-    outcomes = []
-    with progress_bar("match", output.show_tables) as progress:
-        options = replace(options.for_file(), progress=progress)
-        if len(loras) > 1:
-            matches = [match_bases(pair, options) for pair in pairs]
-        for lora, pair, appended in moves:
-            asked = replace(options, match=matches[pairs.index(pair)])
-            outcome = Outcome(lora, append_to_name(lora, appended), planned=True)
-            try:
-                report = transfer_lora(lora, pair.source, pair.target, asked, dry_run=True).report
-                outcomes.append(replace(outcome, report=report))
-            except ProLoRAError as error:
-                if len(moves) == 1:
-                    raise
-                outcomes.append(replace(outcome, error=error))
-    return outcomes
+    outs = [append_to_name(lora, appended) for lora, _, appended in moves]
+
+    def plan(i: int, _: Path, progress: Progress | None) -> Transfer:
+        lora, pair = moves[i][:2]
+        known = replace(options.for_file(), progress=progress)
+        return transfer_lora(lora, pair.source, pair.target, known, dry_run=True)
+
+    return plan_each([lora for lora, _, _ in moves], outs, plan, output)
 
 
-def match_bases(pair: ExpertPair, options: TransferOptions) -> Match:
-    """Returns the match that the options ask for; some read weights."""
-    return resolve_match(
-        options.match,
-        pair.source,
-        pair.target,
-        cache=options.cache,
-        device=options.device,
-        max_memory=options.max_memory,
-        progress=options.progress,
-    )
+def plan_each(
+    loras: list[Path],
+    outs: list[Path],
+    plan: Callable[[int, Path, Progress | None], Transfer],
+    output: FileOutput,
+) -> list[Outcome]:
+    """Plans one LoRA after the other; one of several that is refused does not stop the others."""
+    with progress_bar("plan", output.show_tables) as progress:
+        outcomes = make_each(loras, outs, plan, progress)
+    if len(outcomes) == 1 and (error := outcomes[0].error):
+        raise error
+    return [replace(outcome, planned=True, seconds=0.0) for outcome in outcomes]
 
 
 def move_loras(
     loras: list[Path],
     source: Experts,
     target: Experts,
-    output: OutputOptions,
+    output: FileOutput,
     options: TransferOptions,
 ) -> list[Outcome]:
     """Moves one LoRA into files, one per expert, or several into a folder."""
@@ -353,11 +309,6 @@ def tell_readers(readers: Readers) -> str:
         none = (*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others")
     text = str(readers._replace(none=none))
     return text[:1].upper() + text[1:]
-
-
-def used_subspaces(outcome: Outcome) -> bool:
-    """Returns whether a LoRA was moved by a method that looks into the basis cache."""
-    return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
 def show_report(report: LoraReport) -> None:

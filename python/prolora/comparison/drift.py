@@ -43,7 +43,9 @@ def measure_affinities(
     check_readable(target, [pair[1] for pair in pairs])
     cache = cache or BasisCache(None)
     notes = cache.pairs(source, target)
-    keys = [_name_pair(source, target, pair, cache) for pair in pairs]
+    places = [(cache.place(source, one), cache.place(target, other)) for one, other in pairs]
+    # None where nothing can be remembered
+    keys = [None if None in at else f"affinity {RANDOM_VECTORS} {at[0]} {at[1]}" for at in places]
     known = [notes.get(key) if key else None for key in keys]
     affinities = [Affinity(*numbers) if isinstance(numbers, list) else None for numbers in known]
     missing = [i for i, affinity in enumerate(affinities) if affinity is None]
@@ -60,12 +62,6 @@ def measure_affinities(
         if progress:
             progress(start, total, pairs[part[-1]][1])
     return [affinity for affinity in affinities if affinity is not None]
-
-
-def _name_pair(source: Base, target: Base, pair: tuple[str, str], cache: BasisCache) -> str | None:
-    """Returns the key of a pair in the table of pairs; None where nothing can be remembered."""
-    places = [cache.place(*at) for at in zip((source, target), pair, strict=True)]
-    return None if None in places else f"affinity {RANDOM_VECTORS} {places[0]} {places[1]}"
 
 
 def _measure_pair(source: Base, target: Base, pair: tuple[str, str]) -> Affinity:

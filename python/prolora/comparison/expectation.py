@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..core.verdict import Verdict
+if TYPE_CHECKING:  # these sentences are read without torch, too
+    from ..core.verdict import Verdict
 
 Mark = Literal["✔", "⚠", "✖"]
 

@@ -27,6 +27,10 @@ _TORCH = {
 }
 _NAMES = {name: dtype for dtype, name in _TORCH.items()}
 
+_STANDARD = "F64 F32 F16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL"
+CODES = dict(zip(_STANDARD.split(), "dfeqihbQIHB?", strict=True))
+"""Name -> `struct`'s code, which has none for bfloat16 and floats of eight bits."""
+
 # The digits of a name are its bits; those of 8-bit floats name their exponent as well.
 SIZES = {
     dtype: 1 if dtype == "BOOL" or dtype.startswith("F8") else int(dtype.lstrip("BFIU")) // 8

@@ -99,7 +99,9 @@ class GgufFile:
         raw = torch.empty(stop - start, info.row_bytes, dtype=torch.uint8, device="cpu")
         try:
             with open(self.path, "rb", buffering=0) as file:
-                read_stored(file, self, name, info.start + start * info.row_bytes, raw.view(-1))
+                read_stored(
+                    file, self, name, info.start + start * info.row_bytes, raw.view(-1).numpy().data
+                )
         except OSError as error:
             raise input_error(self.path, error, f"{name} cannot be read") from error
         return raw.view(_PLAIN[info.code]) if info.code in _PLAIN else _dequantise(raw, info.code)

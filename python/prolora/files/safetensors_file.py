@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import stat
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import UnsupportedFormat, input_error
-from .dtypes import SIZES, find_torch_dtype
+from .dtypes import CODES, SIZES, find_torch_dtype
 from .jsontext import LFS_POINTER
 from .state import FileState, check_unchanged
 
@@ -113,6 +114,22 @@ class SafetensorsFile:
         info = self.tensors[name]
         return self._read(name, info.stored, info.shape, info.start)
 
+    def read_number(self, name: str) -> float:
+        """Reads a tensor of one real number, without torch.
+
+        Raises:
+            KeyError: no such tensor.
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        info = self.tensors[name]
+        if info.stored not in (*CODES, "BF16"):
+            return float(self.read(name).double())
+        raw = bytearray(SIZES[info.stored])
+        with self._use() as file:
+            read_stored(file, self, name, self.data_start + info.start, memoryview(raw))
+        whole = b"\0\0" + raw if info.stored == "BF16" else raw  # the upper half of a float32
+        return float(struct.unpack(f"<{CODES.get(info.stored, 'f')}", whole)[0])
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of `name`; nothing else is read.
 
@@ -184,7 +201,7 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=numbers, device="cpu")
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         with self._use() as file:
-            read_stored(file, self, name, self.data_start + start, buffer)
+            read_stored(file, self, name, self.data_start + start, buffer.numpy().data)
         return view_numbers(buffer, numbers).reshape(shape)
 
 
@@ -204,7 +221,7 @@ class _OpenedFile(Protocol):
 
 
 def read_stored(
-    file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: Tensor
+    file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: memoryview
 ) -> None:
     """Fills a buffer [bytes] with a tensor that begins at `start`.
 
@@ -214,7 +231,7 @@ def read_stored(
     check_unchanged(opened.path, opened.state, file.fileno())
     try:
         file.seek(start)
-        complete = fill_buffer(file, buffer.numpy().data)
+        complete = fill_buffer(file, buffer)
     except OSError as error:
         raise input_error(opened.path, error, f"{name} cannot be read") from error
     if not complete:

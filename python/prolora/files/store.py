@@ -51,14 +51,9 @@ class Store:
         digits: int = 32,
         suffix: str = ".safetensors",
     ) -> Path:
-        """Returns where something belongs.
+        """Returns where something belongs by what determines it.
 
-        Args:
-            kind: a folder below the store, "" for the store itself.
-            made_of: whatever determines the content, as JSON can hold it.
-            title: for people, put before the digits; any text.
-            digits: of the digest.
-            suffix: of a file; "" of a folder.
+        `kind` is a folder below the store; people read `title` before the digits.
         """
         words = re.sub(r"[^\w.-]+", "_", title)[:80].strip("._")
         name = digest(made_of)[:digits]
@@ -156,14 +151,9 @@ def check_free(
     overwrite: bool = False,
     folder: bool = False,
 ) -> None:
-    """Refuses an output path before any work is done for it.
+    """Refuses an output path before any work is done for it; see `put`.
 
-    Args:
-        path: what will be written, in a folder that is made if it is missing; a symbolic link
-            stands for its destination.
-        inputs: files or folders that must not be overwritten.
-        overwrite: what exists may be replaced.
-        folder: it will be a folder; an empty one may exist.
+    No input is overwritten. A folder may exist if it is empty.
 
     Raises:
         OutputExists: something has that name.
@@ -249,7 +239,8 @@ def _link(temporary: Path, place: Path) -> None:
 
 
 def _force_to_disk(temporary: Path) -> None:
-    for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+    files = filter(Path.is_file, temporary.rglob("*")) if temporary.is_dir() else [temporary]
+    for file in files:
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())
 

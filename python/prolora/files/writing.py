@@ -22,15 +22,7 @@ Metadata = Mapping[str, str]
 def write_safetensors(
     path: StrPath, tensors: Tensors, metadata: Metadata, *, overwrite: bool = False
 ) -> None:
-    """Writes a file, reads it back and compares it before naming it.
-
-    The comparison is bit by bit.
-
-    Args:
-        path: the file; untouched if anything fails.
-        tensors: name -> tensor of any device and layout.
-        metadata: the header's metadata.
-        overwrite: replace what has that name.
+    """Writes a file, reads it back and compares it bit by bit before naming it.
 
     Raises:
         OutputError: it cannot be written, or reads back differently.
@@ -39,13 +31,7 @@ def write_safetensors(
 
 
 def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: StrPath) -> None:
-    """Fills a file with a temporary name, and compares it bit by bit.
-
-    Args:
-        path: the file, as `put` gives it or in a folder of that.
-        tensors: name -> tensor of any device and layout.
-        metadata: the header's metadata.
-        where: its name in messages.
+    """Fills a file, called `where` in messages, and compares it bit by bit.
 
     Raises:
         OutputError: it reads back differently.

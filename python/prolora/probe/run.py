@@ -124,7 +124,10 @@ def fit_to_models(
     _check_settings(settings)
     if settings.resume is not None and not samplers.described:
         raise InvalidOption("resume needs samplers whose `described` says what they do")
-    adapter = _as_adapter(lora)
+    if isinstance(lora, str | PathLike):
+        adapter = adapters.read_adapter(lora)
+    else:
+        adapter = lora if isinstance(lora, Adapter) else Adapter(dict(lora), format="diffusers")
     if rival is None:
         rival = fitting_updates(target, adapter.updates)
     check_models(source, target, adapter)
@@ -212,7 +215,10 @@ def _run_models(
         if guidance:
             report.guidance, report.guided_lora = guidance.scale, guidance.adapted
         meter.begin("sample")
-        questions, held_out = _record_both(recorder, settings)
+        limit = settings.share_memory(4)
+        questions = spill_questions(recorder.record_questions(settings.seed), limit)
+        judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
+        held_out = spill_questions(number_questions(judged), limit)
         report.probes, report.held_out = len(questions), len(held_out)
         settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
         meter.settle(settings)
@@ -223,7 +229,7 @@ def _run_models(
         names = choose_modules(run, questions[0])
         report.modules = len(names)
         meter.begin("ask")
-        wanted = _ask_held_out(run, held_out)
+        wanted = _KeptChanges(run, held_out)
         updates = fit_all_modules(run, questions, names)
         for name in updates:
             report.left_out.pop(name, None)
@@ -277,43 +283,23 @@ def _begin_run(
     )
 
 
-def _record_both(
-    recorder: Recorder | CrossingRecorder, settings: FitSettings
-) -> tuple[Sequence[Question], Sequence[Question]]:
-    """Records what is asked for the fit, and for the verdict."""
-    limit = settings.share_memory(4)
-    questions = spill_questions(recorder.record_questions(settings.seed), limit)
-    judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-    return questions, spill_questions(number_questions(judged), limit)
-
-
 class _KeptChanges(LazySequence[WantedChange]):
-    """The target's wanted changes at held-out questions, in memory or files."""
+    """The target's wanted changes at held-out questions, in memory or files.
 
-    def __init__(self, questions: Sequence[Question], limit: int | None) -> None:
-        self.questions, self.store, self.size = questions, SpillStore(limit), 0
+    They are asked for before the fit, which needs no source any more.
+    """
 
-    def append(self, wanted: WantedChange) -> None:
-        self.store.put(self.size, (wanted.plain, wanted.change, wanted.base_difference))
-        self.size += 1
+    def __init__(self, run: ProbeRun, questions: Sequence[Question]) -> None:
+        self.questions, self.store = questions, SpillStore(run.settings.share_memory(4))
+        models = run.source, run.target, run.adapter.updates
+        for i, wanted in enumerate(wanted_changes(*models, questions, run.translation)):
+            self.store.put(i, (wanted.plain, wanted.change, wanted.base_difference))
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.questions)
 
     def item(self, i: int) -> WantedChange:
         return WantedChange(self.questions[i].target, *self.store.get(i))
-
-
-def _ask_held_out(run: ProbeRun, held_out: Sequence[Question]) -> Sequence[WantedChange]:
-    """Asks for the wanted changes of the verdict before the fit.
-
-    The fit needs no source any more.
-    """
-    kept = _KeptChanges(held_out, run.settings.share_memory(4))
-    models = run.source, run.target, run.adapter.updates
-    for wanted in wanted_changes(*models, held_out, run.translation):
-        kept.append(wanted)
-    return kept
 
 
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
@@ -324,14 +310,6 @@ def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: floa
     adapter = run.adapter.with_updates(scaled)
     adapter = replace(adapter, kernels=kernels, vectors={}, metadata=metadata, left_out={})
     return ProbeTransfer(adapter, run.report)
-
-
-def _as_adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> Adapter:
-    if isinstance(lora, Adapter):
-        return lora
-    if isinstance(lora, str | PathLike):
-        return adapters.read_adapter(lora)
-    return Adapter(dict(lora), format="diffusers")
 
 
 def _draw_samples(

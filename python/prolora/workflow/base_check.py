@@ -7,16 +7,16 @@ hash; a name only warns, since people rename files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
-from ..adapters.family import guess_families, guess_family, guess_sizes
+from ..adapters.family import guess_families, guess_family, guess_sizes, is_language_model
 from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
-from ..architectures.families import find_title, known_families
+from ..architectures.families import find_title, join_titles, known_families
 from ..architectures.modules import find_block, is_in_text_encoder
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
@@ -32,7 +32,6 @@ from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_h
 from .options import LoraLike, TransferOptions, begin_message
 from .plan import OTHER_MODEL, check_fits_source
 
-_LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
 HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
 """Where sd-scripts writes which file the base was."""
 _NAME_KEYS = ("ss_sd_model_name", NAMED_BASE)
@@ -199,17 +198,6 @@ def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
         return (), []
     families = guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
     return families, list(sizes)
-
-
-def is_language_model(modules: Iterable[str]) -> bool:
-    """Recognises a language model by modules of no known family."""
-    return any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in modules)
-
-
-def join_titles(titles: Iterable[str]) -> str:
-    """Models that something may be for, in words; "" for none."""
-    *others, last = list(titles) or [""]
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def describe_kind(base: Base) -> str:

@@ -13,12 +13,12 @@ from ..adapters.lora import Lora
 from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
-from ..architectures.families import find_title
+from ..architectures.families import find_title, join_titles
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base, load_layout
 from ..bases.experts import ExpertsLike, open_experts
 from ..errors import ShapeMismatch, UnsupportedFormat
-from .base_check import describe_kind, join_titles
+from .base_check import describe_kind
 from .by_weights.rows import describe_place, list_unread_modules
 from .module_report import ModuleReport, measure_coverage, split_modules
 from .moved_before import find_newer_base
@@ -122,7 +122,7 @@ def fit_base(opened: Lora, base: ExpertsLike) -> BaseFit:
     foreign = bool(families) and model.family is not None and model.family not in families
     answer: Answer = "in part"
     coverage, moved_to = measure_coverage(rows), ""
-    sizes = guess_sizes({row.source: row.shape for row in rows})
+    sizes = guess_sizes({row.source: (row.shape[0], row.shape[1]) for row in rows})
     if coverage == 1:
         moved_to = "" if foreign else find_newer_base(opened.metadata, model.name)
         # All blocks of a smaller size, and not of this one.

@@ -8,10 +8,10 @@ from os import PathLike
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
-from ..architectures.families import find_title, known_families
+from ..architectures.families import find_title, join_titles, known_families
 from ..bases.experts import HIGH, LOW, find_expert
 from ..errors import WrongBase
-from .base_check import guess_lora_families, join_titles
+from .base_check import guess_lora_families
 from .options import LoraLike
 
 

@@ -63,11 +63,6 @@ class Measures:
         """The share of ‖ΔW_s‖² in the two mixed blocks."""
         return self.range_null_energy + self.null_range_energy
 
-    @property
-    def largest_angle(self) -> float:
-        """The largest principal angle of either side, in radians."""
-        return max(self.angles_left[-1], self.angles_right[-1])
-
     @classmethod
     def of(
         cls,
@@ -78,43 +73,22 @@ class Measures:
     ) -> list[Measures]:
         """Lists the numbers of every update of a stack of weight pairs.
 
-        Each pair has one update or more.
-
-        Args:
-            info: of the updates, pair by pair.
-            rungs: the algorithms behind the bases of each pair.
-            left: its principal angles on the left.
-            right: and on the right.
+        Each pair has one update or more; `rungs` and the angles are a pair's.
         """
         similar = info.similarity
-        stack: dict[str, Any] = {
-            "phi_left": similar.left,
-            "phi_right": similar.right,
-            "chance_left": similar.chance_left,
-            "chance_right": similar.chance_right,
-            "above_left": similar.above_left,
-            "above_right": similar.above_right,
-            "columns_source": info.rank_source,
-            "columns_target": info.rank_target,
-            "range_energy": info.range_energy,
-            "null_energy": info.null_energy,
-            "range_null_energy": info.range_null_energy,
-            "null_range_energy": info.null_range_energy,
-            "bound": info.bound,
-            "ok": info.ok,
-        }
+        stack = [
+            *(similar.left, similar.right, similar.chance_left, similar.chance_right),
+            *(similar.above_left, similar.above_right, info.rank_source, info.rank_target),
+            *(info.range_energy, info.null_energy, info.range_null_energy),
+            *(info.null_range_energy, info.bound, info.ok),
+        ]
         each = info.energy.numel() // len(rungs)
-
-        def repeat(values: Sequence[Any]) -> list[Any]:
-            """Repeats a pair's value for each of its updates."""
-            return (
-                [x for x in values for _ in range(each)] if len(values) == len(rungs) else [*values]
-            )
-
-        columns = [values.flatten().tolist() for values in stack.values()]
-        rows = zip(*(repeat(values) for values in (*columns, rungs, left, right)), strict=True)
-        names = (*stack, "rung", "angles_left", "angles_right")
-        return [cls(**dict(zip(names, row, strict=True))) for row in rows]
+        columns = [*(values.flatten().tolist() for values in stack), rungs, left, right]
+        repeated = (
+            [x for x in column for _ in range(each)] if len(column) == len(rungs) else column
+            for column in columns
+        )
+        return [cls(*row) for row in zip(*repeated, strict=True)]
 
 
 # Fields without meaning for a module that did not move; their defaults fit a copy.

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 from ..files.jsontext import replace_nonfinite
 from ..files.store import put_text
-from .page.render import render_page, render_summary
 from .place_map import PlaceMap
 from .table import Table
 
@@ -136,10 +135,14 @@ class Report:
             facts: more of how it was made, by name: the LoRA's file, the command.
             spell: names options as the reader does; as in Python without it.
         """
+        from .page.render import render_page  # jinja2, which nothing else needs
+
         return render_page(self, self.facts() | dict(facts or {}), spell)
 
     def _repr_html_(self) -> str:
         """Renders for a notebook: the verdict, sentences and tables."""
+        from .page.render import render_summary
+
         return render_summary(self)
 
     def save(

@@ -81,7 +81,13 @@ def test_matrices_too_large_for_shared_memory(kernels, monkeypatch):
         assert_values(a, kernels.small_singular_values(a))
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (84, 80)), (torch.float64, (60, 56))])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float32, (84, 80)),
+        pytest.param(torch.float64, (60, 56), marks=pytest.mark.slow),
+    ],
+)
 def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels, dtype, shape):
     """53 KB, beyond the 48 KB that a kernel has without cudaFuncSetAttribute."""
     a = random((1, *shape), dtype)
@@ -89,7 +95,11 @@ def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels, dty
         assert_svd(a, *kernels.small_svd(a))
 
 
-@pytest.mark.parametrize("memory", ["232448", "101376"], ids=["H100", "RTX 4090"])
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param("232448", marks=pytest.mark.slow), "101376"],
+    ids=["H100", "RTX 4090"],
+)
 def test_the_widest_matrices_in_double_give_their_values_within_and_beyond_shared_memory(
     memory, monkeypatch
 ):
@@ -192,8 +202,7 @@ def test_non_finite_matrices_end_as_nan_and_spare_the_others(kernels, bad):
     assert_svd(a[::2], u[::2], s[::2], v[::2])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("threads", "dtype"), pair_up([1, 2], DTYPES))
 def test_widest_matrices_by_every_path(threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

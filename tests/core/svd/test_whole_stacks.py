@@ -63,8 +63,8 @@ def check_bounds(weights, basis):
     [
         (LARGE, LARGE, 64),
         (SMALL, 450, 100),
-        (450, SMALL, 5),
-        (SMALL, 450, 0.9),
+        pytest.param(450, SMALL, 5, marks=pytest.mark.slow),
+        pytest.param(SMALL, 450, 0.9, marks=pytest.mark.slow),
         (SMALL, 450, 0.99),
         (40, 60, 16),
     ],

@@ -205,8 +205,9 @@ def find_families(adapter: Adapter) -> tuple[str, ...]:
 def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
     """Returns the adapter in the spelling to write, and its format.
 
-    A named program may need a spelling that none of our formats has by itself. "auto" is what the
-    adapter came in; if no program reads that for this family, it is what most programs read.
+    A named program gets what the adapter came in where it reads all of that, else what it reads
+    best, which may be a spelling that none of our formats has by itself. "auto" is what the adapter
+    came in; if no program reads that for this family, it is what most programs read.
 
     Raises:
         UnsupportedFormat: the program reads no format of ours for this family.
@@ -215,7 +216,11 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
         return respell_adapter(adapter, format), format
     modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
     if format in loaders.known_loaders():
-        chosen, style = programs.choose_format(find_families(adapter), format, modules)
+        families = find_families(adapter)
+        readers = programs.find_readers(families, adapter.format, adapter.style, modules)
+        if loaders.known_loaders()[format].title in readers.whole:
+            return adapter, adapter.format
+        chosen, style = programs.choose_format(families, format, modules)
     elif format == "auto" and (best := _replace_unread(adapter, modules)):
         chosen, style = best
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from functools import cache
 
 from ..family import Family
@@ -16,6 +17,12 @@ def find_title(id_: str) -> str:
     if family is not None:
         return family.title
     return load_layout(id_).title if id_ in known_layouts() else id_
+
+
+def join_titles(titles: Iterable[str]) -> str:
+    """Joins the models that something may be for, in words; "" for none."""
+    *others, last = list(titles) or [""]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @cache

@@ -71,7 +71,9 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             "pipe.save_pretrained(FOLDER, safe_serialization=True)"
         ) from error
     memory = PromptMemory(pipe, folder, options)
-    _tile_images(getattr(pipe, "vae", None))
+    for way in ("enable_slicing", "enable_tiling"):  # of batches and large images, if it can
+        with suppress(AttributeError, NotImplementedError):
+            getattr(pipe.vae, way)()
     for name, model in pipe.components.items():
         if isinstance(model, nn.Module):
             check_weights(model, str(folder / name))
@@ -81,13 +83,6 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             if device is not None:
                 model.to(device)  # pipe.to warns of halves on a CPU, which are widened here
     return Pipeline(pipe, folder.name, memory)
-
-
-def _tile_images(vae: Any) -> None:
-    """Lets a VAE slice batches and tile large images, if it can."""
-    for name in ("enable_slicing", "enable_tiling"):
-        with suppress(AttributeError, NotImplementedError):
-            getattr(vae, name)()
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -249,7 +249,11 @@ class Pipeline:
             return PromptTable(self.denoiser, [*entries, negative], calls[-1], guided=True)
         entries = [sample_conditioning(parts, 0) for parts in calls]
         branches = self._capture_branches(prompts[-1], settings)
-        self._check_branches(max(len(branches), *(len(parts.latent) for parts in calls)))
+        if max(len(branches), *(len(parts.latent) for parts in calls)) > 2:
+            raise ProLoRAError(
+                f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
+                "branches, which no fit can handle"
+            )
         if len(branches) == 2:
             negative = sample_conditioning(branches[1], 0)
         elif "class_labels" in self.accepted:
@@ -259,13 +263,6 @@ class Pipeline:
             negative = sample_conditioning(split_call(self.denoiser, empty), 0)
         guided = len(branches) == 2
         return PromptTable(self.denoiser, [*entries, negative], calls[-1], guided)
-
-    def _check_branches(self, count: int) -> None:
-        if count > 2:
-            raise ProLoRAError(
-                f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
-                "branches, which no fit can handle"
-            )
 
     def _place_of_prompt(
         self, parts: CallParts, prompts: Sequence[str], settings: FitSettings

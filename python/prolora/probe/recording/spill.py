@@ -17,7 +17,6 @@ from ...files.sizes import format_size
 from ...files.writing import dump_safetensors
 from .call_codec import decode_calls, encode_calls
 from .lazy import LazySequence
-from .trajectories import Call
 from .translation import Question
 
 Bundle = tuple[Tensor, ...]
@@ -83,29 +82,6 @@ class SpillStore:
         return tuple(file.read(str(i)).to(device) for i in range(len(file.tensors)))
 
 
-class SpilledCalls(LazySequence[Call]):
-    """Calls in a store, each decoded on access."""
-
-    def __init__(self, store: SpillStore, name: str) -> None:
-        """Starts empty; no other user of the store may have this name."""
-        self.store, self.name = store, name
-        self.texts: list[str] = []
-
-    def append(self, call: Call) -> None:
-        """Puts one call into the store."""
-        tensors, text = encode_calls([call])
-        self.store.put((len(self.texts), self.name), tuple(tensors))
-        self.texts.append(text)
-
-    def __len__(self) -> int:
-        """The number of calls."""
-        return len(self.texts)
-
-    def item(self, i: int) -> Call:
-        """Loads call i."""
-        return decode_calls(self.store.get((i, self.name)), self.texts[i])[0]
-
-
 def spill_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
     """Moves questions to the machine's memory, and beyond `limit` bytes to files.
 
@@ -114,22 +90,21 @@ def spill_questions(questions: Sequence[Question], limit: int | None) -> Sequenc
     tensors = encode_calls([questions[0].source])[0] if questions else []
     if limit is None and all(tensor.device.type == "cpu" for tensor in tensors):
         return questions
-    store = SpillStore(limit)
-    sides = SpilledCalls(store, "source"), SpilledCalls(store, "target")
-    for question in questions:
-        sides[0].append(question.source)
-        sides[1].append(question.target)
-    return _SpilledQuestions(*sides)
+    return _SpilledQuestions(questions, limit)
 
 
 class _SpilledQuestions(LazySequence[Question]):
-    """Pairs of calls in a store."""
+    """Questions in a store, each decoded on access."""
 
-    def __init__(self, source: Sequence[Call], target: Sequence[Call]) -> None:
-        self.source, self.target = source, target
+    def __init__(self, questions: Sequence[Question], limit: int | None) -> None:
+        self.store, self.texts = SpillStore(limit), list[str]()
+        for i, question in enumerate(questions):
+            tensors, text = encode_calls([question.source, question.target])
+            self.store.put(i, tuple(tensors))
+            self.texts.append(text)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.texts)
 
     def item(self, i: int) -> Question:
-        return Question(self.source[i], self.target[i])
+        return Question(*decode_calls(self.store.get(i), self.texts[i]))

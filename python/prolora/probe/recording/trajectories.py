@@ -41,7 +41,8 @@ def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> li
     pool = _TensorPool()
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_sampled(next(filter(_is_floating, (*args, *kwargs.values())), None), origin)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        check_sampled(next((x for x in given if x.is_floating_point()), None), origin)
         calls.append(Call(pool.copy(args), pool.copy(kwargs), origin))
 
     hook = model.register_forward_pre_hook(record, with_kwargs=True)
@@ -67,10 +68,6 @@ def check_sampled(latent: Tensor | None, origin: str) -> None:
             f"sampling the {whose} makes NaN or Inf: its weights are damaged, or the settings of "
             "the sampling do not suit it"
         )
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class _TensorPool:

@@ -43,24 +43,11 @@ def wanted_changes(
         if question.origin == PAIR:
             yield _change_of_pair(target, question, translation)
             continue
-        before, after = ask_source_twice(source, updates, question, translation)
+        before = translation.of_source(source, question)
+        with run_beside(source, updates):
+            after = translation.of_source(source, question, adapted=True)
         plain = translation.of_target(target, question)
         yield WantedChange(question.target, plain, after - before, plain - before)
-
-
-def ask_source_twice(
-    source: nn.Module,
-    updates: Mapping[str, LowRank],
-    question: Question,
-    translation: Translation,
-) -> tuple[Tensor, Tensor]:
-    """Returns the source's predictions without and with its LoRA.
-
-    In the target's terms.
-    """
-    before = translation.of_source(source, question)
-    with run_beside(source, updates):
-        return before, translation.of_source(source, question, adapted=True)
 
 
 def _change_of_pair(
