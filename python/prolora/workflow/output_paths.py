@@ -43,7 +43,7 @@ def check_output(
 
 
 def check_name(path: StrPath) -> None:
-    """Refuses an empty path, which pathlib takes for the current folder, and one with a NUL."""
+    """Refuses an empty path, which means the current folder, and a NUL in one."""
     if not os.fspath(path) or "\0" in os.fspath(path):
         raise OutputError(f"the output has {'a NUL in its' if path else 'an empty'} name")
 
