@@ -15,7 +15,7 @@ from ..files.hashing import hash_file
 from ..files.store import check_free, put_text
 from ..version import __version__
 from .outcome import Outcome
-from .page.render import replace_controls
+from .page.controls import replace_controls
 
 CARD = "README.md"
 _WORDS, _LICENCE, _TAGS = (f"modelspec.{key}" for key in ("trigger_phrase", "license", "tags"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
@@ -14,14 +13,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, pass_context
 from markupsafe import Markup, escape
 
 from ...version import __version__
+from .controls import replace_controls
 from .drawing import draw_map
-
-# No character of these has a place in a page: C0 and C1 controls, marks of direction, line and
-# paragraph separators, half characters, and what Unicode says is no character.
-_CONTROLS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-    "\ufdd0-\ufdef\ufffe\uffff]"
-)
 
 
 def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], str]) -> str:
@@ -42,11 +35,6 @@ def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], st
 def render_summary(report: Any) -> str:
     """Renders the verdict and tables for a notebook, without script and style."""
     return _render("summary.html", report, spell=str)
-
-
-def replace_controls(text: str) -> str:
-    r"""Replaces control characters by `\x1b` and the like; tabs and newlines stay."""
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _render(template: str, report: Any, **known: Any) -> str:

@@ -1,0 +1,17 @@
+"""Characters that have no place in a page."""
+
+from __future__ import annotations
+
+import re
+
+# No character of these has a place in a page: C0 and C1 controls, marks of direction, line and
+# paragraph separators, half characters, and what Unicode says is no character.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+    "\ufdd0-\ufdef\ufffe\uffff]"
+)
+
+
+def replace_controls(text: str) -> str:
+    r"""Replaces control characters by `\x1b` and the like; tabs and newlines stay."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
