@@ -21,7 +21,7 @@ from reports import make_report, make_row
 from typer.testing import CliRunner
 
 import prolora
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.probe import pipelines
 from prolora.workflow.by_fitting import showing
 from prolora.workflow.page.picture_file import write_png
