@@ -10,6 +10,6 @@ lora = FAMILY / "loras/neon.safetensors"
 for title, value in prolora.check(lora).facts():
     print(f"{title}: {value}")
 for base in (FAMILY / "source", "sdxl"):
-    fits = prolora.check(lora, **{"family" if base == "sdxl" else "base": base})
+    fits = prolora.check(lora, base=base)  # or the name of a family
     print(bool(fits), fits.headline)
 print(prolora.check(lora, source=FAMILY / "source", target=FAMILY / "far").headline)

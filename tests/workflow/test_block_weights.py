@@ -14,7 +14,8 @@ from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
 from prolora.errors import InvalidOption
-from prolora.workflow.block_weights import LEFT_OUT, BlockWeights
+from prolora.workflow.block_weights import BlockWeights
+from prolora.workflow.module_report import LEFT_OUT
 
 TWELVE = ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT0{i}" for i in range(6)))
 

@@ -27,7 +27,6 @@ from ..errors import InvalidOption
 Blocks = str | Sequence[float] | Mapping[str, float]
 """Factors by block: a text in either form, the numbers, or {name: factor}."""
 
-LEFT_OUT = "left out as asked: its block has the factor 0"
 LARGEST_FACTOR = 1e6
 _PLACE = re.compile(r"(?:IN|OUT|M|MID|D|S)\d*|BASE|CLIP|T5", re.IGNORECASE)
 _RANGE = re.compile(r"(.+)\.(\d{1,6})-(\d{1,6})")

@@ -17,7 +17,7 @@ from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
 from ..errors import UnsupportedFormat
 from .base_check import explain_misfit
-from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
+from .block_weights import BlockWeights, find_factors, weigh_adapter
 from .by_weights.base_pair import list_inputs
 from .by_weights.file_budget import OutputForm
 from .by_weights.rows import (
@@ -28,7 +28,7 @@ from .by_weights.rows import (
 )
 from .convert_options import DEFAULT_CONVERSION, ConvertOptions
 from .made_report import MadeReport
-from .module_report import ModuleReport
+from .module_report import LEFT_OUT, ModuleReport
 from .option_keywords import settle_options, takes_options
 from .options import LoraLike, name_lora
 from .out_rank import cut_rank

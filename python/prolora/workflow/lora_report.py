@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..adapters.formats.moves import Move
+from ..adapters.formats.moves import MERGE, Move, describe_moves
 from ..core.means import weighted_mean
 from ..version import __version__
-from .block_weights import LEFT_OUT
-from .module_report import STATUSES, Measures, ModuleReport, measure_coverage, split_modules
+from .module_report import (
+    LEFT_OUT,
+    STATUSES,
+    Measures,
+    ModuleReport,
+    measure_coverage,
+    split_modules,
+)
 from .module_tables import (
     map_modules,
     share_kept,
@@ -23,7 +29,6 @@ from .module_tables import (
     tabulate_moved,
     tabulate_reasons,
 )
-from .moved_before import tell_moved_before
 from .place_map import PlaceMap
 from .report import InWords, PictureGrid, Report, read_again
 from .table import Column, Row, Table, make_table
@@ -305,7 +310,7 @@ class MovedReport(LoraReport):
 
     def cautions(self) -> list[str]:
         """Lists what was lost, or needs a look."""
-        return [*super().cautions(), *tell_moved_before(self.moves)]
+        return [*super().cautions(), *_tell_moved_before(self.moves)]
 
     def _tell_done(self) -> str:
         moved = "would move" if self.dry_run else "moved"
@@ -318,6 +323,18 @@ class MovedReport(LoraReport):
     def _list_choices(self) -> dict[str, str]:
         how = f"{self.method}, asked for: {self.asked}" if self.asked else self.method
         return {"method": how, "strength": f"{self.strength:.4g}"}
+
+
+def _tell_moved_before(moves: Sequence[Move]) -> list[str]:
+    """Tells that a LoRA was moved before, and what follows."""
+    # A merge on one base names that as its source, too.
+    moves = [move for move in moves if move.method != MERGE or move.source != move.target]
+    if not moves:
+        return []
+    return [
+        f"The LoRA was moved before, {describe_moves(moves)}: what was lost there adds to what is "
+        "lost now."
+    ]
 
 
 def count_things(things: Collection[str], what: str) -> str:

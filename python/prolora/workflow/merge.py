@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
-from ..adapters.formats.moves import read_moves, read_provenance
+from ..adapters.formats.moves import MERGE, read_moves, read_provenance
 from ..adapters.hub import locate_adapter
 from ..adapters.lora import Lora
 from ..adapters.training_words import read_training_words
@@ -27,7 +28,7 @@ from ..core.precision import in_full_precision
 from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, ShapeMismatch
 from ..version import __version__
 from .base_check import are_one_base, explain_misfit, guess_lora_families
-from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
+from .block_weights import BlockWeights, find_factors, weigh_adapter
 from .by_weights.base_pair import move_lora, prefix_notes
 from .by_weights.file_budget import OutputForm, describe_cuts
 from .by_weights.rows import (
@@ -41,9 +42,9 @@ from .convert import read_plain
 from .merge_inputs import check_experts, check_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
-from .module_report import ModuleReport
+from .module_report import LEFT_OUT, ModuleReport
 from .module_tables import write_shape
-from .moved_before import MERGE, check_moved_before
+from .moved_before import check_moved_before
 from .option_keywords import settle_options, takes_options
 from .options import LoraLike
 from .out_rank import cut_rank
@@ -101,7 +102,7 @@ def merge(
     options = options.for_file()
     job = _Merge.open(loras, target, sources, options)
     check_name(out)
-    if Path(out).is_dir() and not job.writes_folder:
+    if os.path.isdir(out) and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite, options.format)
     return save_result(job.run(hashed=True), Path(out), options.overwrite)

@@ -13,6 +13,8 @@ from ..core.similarity import ANGLE_SHARES
 
 STATUSES = ("mapped", "skipped", "refused")
 
+LEFT_OUT = "left out as asked: its block has the factor 0"
+
 MEDIAN = ANGLE_SHARES.index(0.5)
 """Where the median is among the quantiles of angles."""
 

@@ -6,7 +6,7 @@ A moved LoRA belongs on the base that it was moved to, and on no other.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import Move, describe_moves, read_moves
@@ -16,9 +16,6 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import is_identical
 from ..errors import AlreadyMoved
 from .options import LoraLike, TransferOptions, begin_message
-
-MERGE = "merge"
-"""What headers call the making of a merged LoRA."""
 
 # Words of file names for the form in which a model is stored, not for the model.
 _FORMS = re.compile(
@@ -65,18 +62,6 @@ def check_moved_before(
         f"is {source.name}, {reason}; give {last.target} as the source, or take `again=True` to "
         "move it all the same"
     )
-
-
-def tell_moved_before(moves: Sequence[Move]) -> list[str]:
-    """Tells that a LoRA was moved before, and what follows."""
-    # A merge on one base names that as its source, too.
-    moves = [move for move in moves if move.method != MERGE or move.source != move.target]
-    if not moves:
-        return []
-    return [
-        f"The LoRA was moved before, {describe_moves(moves)}: what was lost there adds to what is "
-        "lost now."
-    ]
 
 
 def find_newer_base(metadata: Mapping[str, str], base: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..bases import BaseLike
+from ..bases import BaseLike, open_pair
 from ..errors import InvalidOption
-from .best import transfer
+from .by_weights.base_pair import move_lora
 from .lora_report import LoraReport
 from .option_keywords import settle_options, takes_options
-from .options import DEFAULT_OPTIONS, LoraLike, TransferOptions
+from .options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 
 
 @takes_options
@@ -43,12 +43,15 @@ def load_moved_lora(
         What was kept and lost.
 
     Raises:
-        InvalidOption: the pipeline loads no LoRAs.
+        InvalidOption: the pipeline loads no LoRAs, or method "best".
         ProLoRAError: what `transfer` refuses.
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise InvalidOption(f"{type(pipe).__name__} has no load_lora_weights: it loads no LoRAs")
-    done = transfer(lora, source, pipe, settle_options(options, changes))
+    options = settle_options(options, changes)
+    if options.method == BEST:
+        raise InvalidOption("models in memory take a LoRA by weights alone: auto, copy or prolora")
+    done = move_lora(lora, *open_pair(source, pipe), options)
     before = _list_adapters(pipe)
     pipe.load_lora_weights(done.state_dict("diffusers"), adapter_name=adapter_name)
     if adapter_weight != 1:

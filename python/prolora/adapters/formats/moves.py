@@ -11,6 +11,8 @@ EARLIER = "earlier_moves"
 """The entry, after `PREFIX`, that lists all moves but the last; absent after a first move."""
 MOST_EARLIER = 64
 """How many earlier moves are kept, the latest: more were never made, and a header is anybody's."""
+MERGE = "merge"
+"""What headers call the making of a merged LoRA."""
 _LONGEST = 1 << 20
 
 

@@ -17,8 +17,8 @@ from ...core.methods import Method
 from ...core.precision import is_finite
 from ...core.verdict import STRANGE_COSINE, Verdict
 from ...errors import NonFiniteWeights, ProLoRAError
-from ..block_weights import LEFT_OUT, BlockWeights, list_base_blocks
-from ..module_report import Measures, ModuleReport
+from ..block_weights import BlockWeights, list_base_blocks
+from ..module_report import LEFT_OUT, Measures, ModuleReport
 from ..options import LoraLike, TransferOptions
 from ..out_rank import cut_rank
 from ..plan import ModulePlan, Pair

@@ -12,8 +12,7 @@ from ...architectures.modules import is_in_text_encoder
 from ...core.lowrank import LowRank
 from ...core.merging import subtract_updates
 from ...errors import LowCoverage
-from ..block_weights import LEFT_OUT
-from ..module_report import ModuleReport, measure_coverage, split_modules
+from ..module_report import LEFT_OUT, ModuleReport, measure_coverage, split_modules
 from ..options import TextEncoderMode
 from .ledger import Ledger
 

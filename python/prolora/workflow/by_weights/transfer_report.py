@@ -11,9 +11,8 @@ from ...comparison.module_map import BlockDecision, describe_renumbered
 from ...core.grouping import group_by
 from ...core.methods import find_method
 from ...core.verdict import STRANGE_COSINE, Verdict, describe_strangers
-from ..block_weights import LEFT_OUT
 from ..lora_report import MovedReport
-from ..module_report import ModuleReport, split_modules
+from ..module_report import LEFT_OUT, ModuleReport, split_modules
 from ..report import InWords, Mark
 from ..table import Cell, Column, Row, Table, make_table
 from .vectors import A_VECTOR

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
-from ..block_weights import LEFT_OUT
+from ..module_report import LEFT_OUT
 from ..plan import ModulePlan
 from .ledger import Ledger
 
