@@ -380,15 +380,6 @@ def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling,
     same(back, adapter.updates, max(8 * torch.finfo(dtype).eps, 1e-6))
 
 
-@pytest.mark.parametrize("second", ["kohya", "comfy", "diffusers"])
-@pytest.mark.parametrize("first", ["kohya", "comfy", "diffusers"])
-def test_every_pair_of_formats_converts_into_each_other(tmp_path, first, second):
-    adapter = small((2, 3), spelling="sgm")
-    adapters.write_adapter(adapter, tmp_path / "one", format=first)
-    adapters.write_adapter(adapters.read_adapter(tmp_path / "one"), tmp_path / "two", format=second)
-    same(adapters.read_adapter(tmp_path / "two"), adapter.updates)
-
-
 def test_a_peft_folder_holds_the_transformer_alone(tmp_path):
     adapter = small((2, 3), spelling="sgm")
     with pytest.raises(UnsupportedFormat, match="a PEFT folder holds one model"):

@@ -144,7 +144,7 @@ def test_a_fit_that_was_chosen_is_the_one_that_fit_makes(room, tmp_path, target)
     prolora.transfer(*ends(room, target), out=out, method="best")
     bases = map(prolora.open_base, ends(room, target)[1:])
     way = BestWay.of(*bases, prolora.TransferOptions(method="best", format="auto"))
-    prolora.fit(*ends(room, target), tmp_path / "alone.safetensors", out=way.by_fit)
+    prolora.fit(*ends(room, target), way.by_fit, out=tmp_path / "alone.safetensors")
     ours, theirs = load_file(out), load_file(tmp_path / "alone.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 

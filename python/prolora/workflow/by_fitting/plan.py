@@ -99,7 +99,8 @@ def _place_text_part(
 ) -> list[str]:
     """Puts text encoders into the plan, as they run; returns all other modules."""
     names = place_text_encoders(adapter, source, target, mode, plan)
-    for name in [n for n in plan.passed if _has_other_width(n, source, target)]:
+    ours, theirs = source.shapes, target.shapes
+    for name in [n for n in plan.passed if n in ours and ours[n] != theirs.get(n)]:
         plan.passed.remove(name)
         plan.skipped[name] = "the target has another text encoder"
     return names
@@ -127,11 +128,6 @@ class LoraParts:
         carried = {name: inside[name] for name in plan.passed if name in inside}
         denoiser = {name: adapter.updates[name] for name in names}
         return cls(adapter.with_updates(denoiser), text, carried)
-
-
-def _has_other_width(name: str, source: Base, target: Base) -> bool:
-    """Returns whether the target's text encoder cannot hold this update."""
-    return name in source.shapes and source.shapes[name] != target.shapes.get(name)
 
 
 def fitted_modules(names: Iterable[str], source: Base) -> set[str]:

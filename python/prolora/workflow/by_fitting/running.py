@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,20 +39,13 @@ OPENING = "opening both pipelines"
 
 
 @dataclass(frozen=True)
-class _AskedLora(LoraParts):
-    """The LoRA that the models are asked about."""
-
-    # The target's updates in its UNet or transformer without a fit
-    rival: Mapping[str, LowRank] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _RunningFit:
     """A fit with both models at hand."""
 
     models: tuple[Pipeline, Pipeline]
     sampled: FitSettings
-    asked: _AskedLora
+    asked: LoraParts
+    rival: Mapping[str, LowRank]  # the target's updates in its UNet or transformer without a fit
     grid: ImageGrid  # images for a page
     shared: bool  # latents
     checkpoints: Checkpoints
@@ -120,7 +113,7 @@ class _RunningFit:
 
         result = fit_from_recorder(
             recorder,
-            self.asked.rival,
+            self.rival,
             self.sampled,
             self._release,
             self.meter,
@@ -153,7 +146,7 @@ class _RunningFit:
         report, started = result.report, time.perf_counter()
         if self.grid.prompts:
             self.show_source()
-            copied = self.asked.rival
+            copied = self.rival
             copied = copied if fits_target(self.models[1].denoiser, copied) else {}
             self.grid.draw_target(copied, result.adapter.updates if report.trust else None)
             report.not_drawn = self.grid.failure
@@ -180,9 +173,8 @@ def fit_models(
         work = foreseen.sentence(source.name, target.name)
         options.progress(0, total, f"{job.serves} {work}".strip())
         options.progress(0, total, OPENING)
-    parts = LoraParts.of(job.adapter, source, target, options.text_encoder)
+    asked = LoraParts.of(job.adapter, source, target, options.text_encoder)
     moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
-    asked = _AskedLora(parts.denoiser, parts.text, parts.carried, moved)
     assert source.path is not None and target.path is not None
     shared = vae.explain_different_latents(source.path, target.path) is None
     with contextlib.ExitStack() as stack:
@@ -198,7 +190,7 @@ def fit_models(
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
         of_target = models[1].derive_target_settings(sampled)
         meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
-        fit = _RunningFit(models, sampled, asked, grid, shared, checkpoints, meter, job.card)
+        fit = _RunningFit(models, sampled, asked, moved, grid, shared, checkpoints, meter, job.card)
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
@@ -217,7 +209,7 @@ def _choose_prompts(job: FitJob) -> tuple[str, ...]:
 
 
 def _open_both(
-    job: FitJob, asked: _AskedLora, common: CommonParts, stack: contextlib.ExitStack
+    job: FitJob, asked: LoraParts, common: CommonParts, stack: contextlib.ExitStack
 ) -> tuple[Pipeline, Pipeline]:
     """Opens both pipelines in turn: the first's text encoders make room.
 
