@@ -31,9 +31,9 @@ from torch import nn
 
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import parse_size
-from prolora.probe.pipelines import vram
-from prolora.probe.settings import FitSettings
-from prolora.probe.swapping import count_staying
+from prolora.fitting.pipelines import vram
+from prolora.fitting.settings import FitSettings
+from prolora.fitting.swapping import count_staying
 
 RANK = 32
 CARDS = (8, 12, 16, 24)

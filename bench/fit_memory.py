@@ -18,11 +18,11 @@ from diffusers import UNet2DConditionModel
 from probe_cost import SDXL
 
 from prolora.architectures.modules import find_block
-from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly
-from prolora.probe.fitting.linearisation import ProbeBatch
-from prolora.probe.models import frozen
-from prolora.probe.precision import in_float32
-from prolora.probe.recording.trajectories import Call, output_of
+from prolora.fitting.fit_precision import in_float32
+from prolora.fitting.models import frozen
+from prolora.fitting.recording.trajectories import Call, output_of
+from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
+from prolora.fitting.solver.linearisation import ProbeBatch
 
 
 def peak_gigabytes() -> float:

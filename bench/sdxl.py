@@ -37,7 +37,7 @@ from torch import Tensor
 
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.ldm import diffusers_to_ldm
-from prolora.files.writing import write_safetensors
+from prolora.files.safetensors_writing import write_safetensors
 
 POOL = 4
 DEVIATION = 0.025

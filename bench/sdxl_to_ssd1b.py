@@ -29,7 +29,7 @@ from timing import peak_gib
 from torch import Tensor
 
 import prolora
-from prolora.workflow.plan import make_plan
+from prolora.moving.plan import make_plan
 
 
 def fresh_output(folder: Path) -> Path:

@@ -80,8 +80,8 @@ pointers and sizes in, no memory is allocated on a device. `cmake -S . -B build
 -DPROLORA_LIBRARY=ON` builds the static library `prolora_ops` without Python, with
 [an example](../examples/small_svd.cpp); `cmake --install build` installs it and the header.
 """
-KINDS = ("lora_report.LoraReport", "lora_report.MovedReport")
-KINDS += ("by_weights.transfer_report.TransferReport",)
+KINDS = ("reports.lora_report.LoraReport", "reports.lora_report.MovedReport")
+KINDS += ("moving.transfer_report.TransferReport",)
 """Reports as verbs give them."""
 SETTINGS: Any = {
     **griffe2md.default_config,
@@ -116,7 +116,7 @@ def render_page() -> str:
             ]
     parts.append("## Kinds of reports\n")
     for path in KINDS:
-        kind = package["workflow"][path]
+        kind = package[path]
         parts.append(f"#### `{kind.name}`\n\n```text\n{kind.docstring.value}\n```\n")
     return "\n".join([*parts, FROM_CPP]).rstrip() + "\n"
 
@@ -135,7 +135,7 @@ def _begin(item: Any) -> str:
 def _tell_options(package: Any) -> None:
     """Gives the fields of options objects the help that `option(default, help, …)` tells."""
     told: dict[str, dict[str, tuple[str, str]]] = {}
-    for path in ("TransferOptions", "probe.settings.FitSettings", "FitOptions", "MergeOptions"):
+    for path in ("TransferOptions", "fitting.settings.FitSettings", "FitOptions", "MergeOptions"):
         kind, title = _resolve(_find(package, path)), path.rpartition(".")[2]
         # What the package itself makes of options is no part of the interface.
         for name, member in list(kind.members.items()):

@@ -16,7 +16,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from prolora.probe import pipelines
+from prolora.fitting import pipelines
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -25,7 +25,7 @@ from torch import nn
 from training import train_lora
 from worlds import World, load_world
 
-from prolora import probe
+from prolora import fitting as probe
 
 ROWS = (("pruned", "concept", "zero"), ("pruned", "concept", "copy"), ("pruned", "neon", "zero"))
 IMAGES, SAMPLER_STEPS, ORACLE_STEPS = 24, 10, 90

@@ -21,7 +21,7 @@ from scoring import Yardstick, apply_updates, cases, chosen_rows, loss_rows
 from training import train_base, train_lora
 from worlds import World, load_world
 
-from prolora import probe
+from prolora import fitting as probe
 
 BUDGET = {
     "source": (600, 2e-3),

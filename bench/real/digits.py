@@ -29,9 +29,10 @@ from jobs import Job, run_jobs
 from loras import read_lora, save_updates
 from results import format_table, git, round_numbers
 
-from prolora import LowRank, probe, project
-from prolora.probe.gate import COPY
-from prolora.probe.updates import can_be_fitted, place_factors, run_beside
+from prolora import LowRank, project
+from prolora import fitting as probe
+from prolora.fitting.gate import COPY
+from prolora.fitting.updates import can_be_fitted, place_factors, run_beside
 
 NETS = {"vit": ("vit_architecture.py", "DiffusionViT"), "cnn": ("cnn_architecture.py", "Diffusion")}
 ADAPTED = {"vit": ("linear1", "linear2"), "cnn": (".0", ".4")}

@@ -30,9 +30,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from world import SIGMAS
 
-from prolora import LowRank, probe
-from prolora.probe.fitting import joint
-from prolora.probe.gate import COPY
+from prolora import LowRank
+from prolora import fitting as probe
+from prolora.fitting.gate import COPY
+from prolora.fitting.solver import joint
 
 AT_ONCE, ASKED = 4, 3
 """Terrains of a call, and times that each is asked about under new noise."""

@@ -36,7 +36,7 @@ from world import (
     sample_terrains,
 )
 
-from prolora.probe.gate import COPY
+from prolora.fitting.gate import COPY
 
 METHODS: dict[str, Callable[[Case], Updates]] = {
     "auto": functools.partial(run_transfer, method="auto"),

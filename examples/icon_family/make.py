@@ -25,7 +25,7 @@ from models import Folder, load_lora
 from worlds import backbone, load_world
 
 from prolora.adapters import Adapter, write_adapter
-from prolora.probe.pipelines.icons import IconPipeline
+from prolora.fitting.pipelines.icons import IconPipeline
 
 HERE = Path(__file__).parent
 QUALITY = HERE.parents[1] / "bench" / "quality"

@@ -1,44 +1,44 @@
 """Written by docs/make_stub.py: the public names, typed."""
 
-from prolora import adapters as adapters, architectures as architectures, bases as bases, comparison as comparison, core as core, errors as errors, files as files, probe as probe
+from prolora import adapters as adapters, architectures as architectures, bases as bases, comparison as comparison, core as core, errors as errors, files as files, fitting as fitting
 from prolora.core.projection import DEFAULT_RANK as DEFAULT_RANK, project as project
 from prolora.core.methods import METHODS as METHODS, Method as Method
 from prolora.adapters.adapter import Adapter as Adapter
 from prolora.bases import Base as Base, open_base as open_base
 from prolora.core.basis import Basis as Basis, truncated_svd as truncated_svd
-from prolora.workflow.check_result import Check as Check
-from prolora.workflow.fit_options import FitOptions as FitOptions, PassedOn
+from prolora.checking.check_result import Check as Check
+from prolora.fitting.fit_options import FitOptions as FitOptions, PassedOn
 from prolora.adapters.lora import Lora as Lora
 from prolora.core.lowrank import LowRank as LowRank
-from prolora.workflow.merge_options import MergeMethod, MergeOptions as MergeOptions
-from prolora.workflow.outcome import Outcome as Outcome
+from prolora.making.merge_options import MergeMethod, MergeOptions as MergeOptions
+from prolora.reports.outcome import Outcome as Outcome
 from prolora.errors import ProLoRAError as ProLoRAError
-from prolora.workflow.report import Report as Report
+from prolora.reports.report import Report as Report
 from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
-from prolora.workflow.result import Transfer as Transfer
-from prolora.workflow.options import DtypeLike, FormatLike, LoraLike, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
+from prolora.moving.result import Transfer as Transfer
+from prolora.moving.options import DtypeLike, FormatLike, LoraLike, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
 from prolora.version import __version__ as __version__
-from prolora.workflow.bake import bake as bake
-from prolora.workflow.check import check as check
+from prolora.making.bake import bake as bake
+from prolora.checking.check import check as check
 from prolora.bases.opening import BaseLike
-from prolora.workflow.convert_options import ConvertOptions
+from prolora.making.convert_options import ConvertOptions
 from os import PathLike
 from prolora.bases.base import Progress
-from prolora.workflow.out_rank import OutRank
-from prolora.workflow.block_weights import Blocks
-from prolora.workflow.extract_options import ExtractOptions
+from prolora.moving.out_rank import OutRank
+from prolora.moving.block_weights import Blocks
+from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike
-from prolora.probe.settings import Precision, Start
+from prolora.fitting.settings import Precision, Start
 from prolora.comparison.module_map import Match
 from collections.abc import Iterable, Sequence
 from typing import Any
 from prolora.core.rank_rule import Rank
-from prolora.workflow.lora_report import LoraReport
-from prolora.workflow.merge import Sources
-from prolora.workflow.fleet.migration import StrPath
-from prolora.workflow.fleet.batches import Migrated
+from prolora.reports.lora_report import LoraReport
+from prolora.making.merge import Sources
+from prolora.fleet.migration import StrPath
+from prolora.fleet.batches import Migrated
 from prolora.bases.experts import Experts, ExpertsLike, open_experts as open_experts
-from prolora.workflow.batch import Naming
+from prolora.moving.batch import Naming
 
 __all__ = [
     "DEFAULT_RANK",

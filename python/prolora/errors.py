@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 
-from .core.errors import (
+from .core.exceptions import (
     KernelFailure,
     NoDerivative,
     NonFiniteWeights,

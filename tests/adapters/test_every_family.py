@@ -12,7 +12,7 @@ import torch
 from diagonal import pair_up
 
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
-from prolora.adapters.family import guess_family
+from prolora.adapters.family_guess import guess_family
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank

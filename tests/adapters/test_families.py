@@ -2,7 +2,7 @@
 
 import pytest
 
-from prolora.adapters.family import guess_families, guess_family
+from prolora.adapters.family_guess import guess_families, guess_family
 
 
 @pytest.mark.parametrize(

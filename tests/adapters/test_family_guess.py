@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
-from prolora.adapters.family import guess_families
+from prolora.adapters.family_guess import guess_families
 from prolora.architectures.layouts import load_layout
+from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
-from prolora.workflow.check import check
 
 
 def write_lora(path, layout, family, format, keep):

@@ -24,8 +24,8 @@ from prolora.adapters.keys.module_names import spell_module
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Spelling
 from prolora.architectures.layouts import load_layout
+from prolora.checking.check import check
 from prolora.errors import ProLoRAError
-from prolora.workflow.check import check
 
 MODULE = "mid_block.attentions.0.proj_in"
 STEMS = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prolora.adapters import Adapter, encode_state_dict
-from prolora.adapters.family import guess_family
+from prolora.adapters.family_guess import guess_family
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat

@@ -14,10 +14,10 @@ from prolora.adapters.formats.programs import choose_format, find_readers
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, known_loaders, name_row
+from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
-from prolora.workflow.check import check
-from prolora.workflow.options import ProgramName
+from prolora.moving.options import ProgramName
 
 ROOT = Path(__file__).parents[2]
 MODULE = "transformer_blocks.0.attn.to_q"

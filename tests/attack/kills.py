@@ -28,7 +28,7 @@ from hostile import bases
 from safetensors.torch import save_file
 from sandbox import Box, Row, choose, judge_ending, wait
 
-from prolora.probe import checkpoint
+from prolora.fitting import checkpoint
 
 Words = list[object]
 

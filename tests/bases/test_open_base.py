@@ -12,7 +12,7 @@ from prolora.architectures import layouts
 from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.bases import Base, check_finite, open_base, open_pair
 from prolora.errors import NonFiniteWeights, UnsupportedFormat
-from prolora.files.writing import write_safetensors
+from prolora.files.safetensors_writing import write_safetensors
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 K = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -14,7 +14,7 @@ from prolora.adapters.adapter import Adapter
 from prolora.architectures import layouts
 from prolora.bases import open_base
 from prolora.errors import ShapeMismatch, UnsupportedFormat
-from prolora.files.writing import write_safetensors
+from prolora.files.safetensors_writing import write_safetensors
 
 
 def tiny(id_, width=8, blocks=2):

@@ -11,7 +11,7 @@ from mini import shapes as mini_shapes
 from prolora import open_base
 from prolora.bases import check_finite
 from prolora.errors import UnsupportedFormat
-from prolora.files.writing import write_safetensors
+from prolora.files.safetensors_writing import write_safetensors
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}

@@ -17,12 +17,12 @@ from property_examples import examples
 from prolora import ProLoRAError, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
-from prolora.bases.quantised.reading import join_quantised
+from prolora.bases.quantised.joining import join_quantised
 from prolora.bases.quantised.weight import find_kind
 from prolora.bases.weights import LoadedWeight
 from prolora.errors import UnsupportedFormat
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.files.writing import write_safetensors
+from prolora.files.safetensors_writing import write_safetensors
 
 PLACE = Path(__file__).with_name("quantised_layers.safetensors")
 STORED = SafetensorsFile(PLACE)

@@ -10,9 +10,9 @@ import torch
 from prolora import ProLoRAError, adapters, open_base
 from prolora.cli import demo
 from prolora.errors import UnrelatedBases
-from prolora.probe.pipelines import open_pipeline
-from prolora.probe.precision import in_float32
-from prolora.workflow.options import FIT
+from prolora.fitting.fit_precision import in_float32
+from prolora.fitting.pipelines import open_pipeline
+from prolora.moving.options import FIT
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
 BY_WEIGHTS = [("neon", "pruned", 34), ("concept", "few-step", 44)]

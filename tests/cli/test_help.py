@@ -5,8 +5,8 @@ import re
 import pytest
 
 from prolora.cli.exits import MEANINGS
+from prolora.moving.options import METHOD_NAMES
 from prolora.version import __version__
-from prolora.workflow.options import METHOD_NAMES
 
 COMMANDS = ["transfer", "fit", "check", "demo", "doctor"]
 

@@ -15,7 +15,7 @@ from prolora.bases import memory
 from prolora.comparison import block_matching
 from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.errors import InvalidOption, NonFiniteWeights, TooLittleMemory, UnsupportedFormat
-from prolora.workflow.plan import find_partners, make_plan
+from prolora.moving.plan import find_partners, make_plan
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
 BLOCK = re.compile(r"(.+\.transformer_blocks)\.(\d+)\.(.+)")

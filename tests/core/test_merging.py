@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prolora.core.errors import ShapeMismatch
+from prolora.core.exceptions import ShapeMismatch
 from prolora.core.lowrank import LowRank
 from prolora.core.merging import (
     balance_updates,

@@ -12,8 +12,8 @@ from prolora import LowRank, ProLoRAError, principal_angles, project, similarity
 from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.core.validation import check_device, check_operand
 from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
-from prolora.workflow.extract_options import ExtractOptions
-from prolora.workflow.options import settle_options
+from prolora.making.extract_options import ExtractOptions
+from prolora.moving.options import settle_options
 
 
 def case(m=9, n=7):

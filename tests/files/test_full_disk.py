@@ -14,8 +14,8 @@ import prolora
 from prolora import adapters
 from prolora.bases.cache.basis_cache import BasisCache
 from prolora.errors import OutputError
+from prolora.files.safetensors_writing import write_safetensors
 from prolora.files.store import put_text
-from prolora.files.writing import write_safetensors
 
 ROOM = 64 << 10
 

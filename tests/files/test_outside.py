@@ -9,8 +9,8 @@ import pytest
 import prolora
 from prolora.errors import InvalidOption, UnsupportedFormat
 from prolora.files.outside import open_regular, read_text
-from prolora.probe.settings import read_prompts
-from prolora.workflow.fleet.listing import list_loras
+from prolora.fitting.settings import read_prompts
+from prolora.fleet.listing import list_loras
 
 # Everything that opens a path or runs a reader of its own, outside `files/`: a line's place -> what
 # it reads.
@@ -22,8 +22,8 @@ OPENS = re.compile(
 ALLOWED = {
     "architectures/layouts.py": "a table of the package",
     "architectures/loaders.py": "a table of the package",
-    "workflow/page/render.py": "a table of the package",
-    "workflow/bake.py": "the model that it writes itself",
+    "reports/page/render.py": "a table of the package",
+    "making/bake.py": "the model that it writes itself",
     "bases/identity.py": "a digest in the cache, of 64 characters",
     "bases/memory.py": "the system's word on this process",
     "cli/doctor.py": "the system's word on its memory",

@@ -18,7 +18,7 @@ from torch import Tensor
 from prolora.errors import UnsupportedFormat
 from prolora.files import dtypes
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.files.writing import write_safetensors
+from prolora.files.safetensors_writing import write_safetensors
 
 DTYPES = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
 FAST = settings(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from prolora.errors import OutputError
-from prolora.files import dtypes, writing
+from prolora.files import dtypes
+from prolora.files import safetensors_writing as writing
 from prolora.files.safetensors_file import SafetensorsFile
+from prolora.files.safetensors_writing import write_safetensors
 from prolora.files.store import check_free, put, put_text
-from prolora.files.writing import write_safetensors
 
 EVERY_DTYPE = sorted(map(dtypes.find_torch_dtype, dtypes.SIZES), key=str)
 

@@ -19,9 +19,9 @@ from mini import lora_tensors, source_weights, target_weights
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.probe import pipelines
-from prolora.probe.workload import Workload
-from prolora.workflow.best import BestWay
+from prolora.best import BestWay
+from prolora.fitting import pipelines
+from prolora.fitting.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / "integrations" / "comfyui"

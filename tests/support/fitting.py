@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prolora import probe
+from prolora import fitting as probe
 
 
 def fit_models(

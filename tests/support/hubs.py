@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from prolora.adapters.hub import _fetch_once
+from prolora.adapters.hub_adapters import _fetch_once
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PREFIXES = tuple(f"/org/m/resolve/{revision}/" for revision in (COMMIT, "main", "v2"))

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 from typing import Any
 
 from prolora.core.verdict import Verdict
-from prolora.workflow.by_weights.transfer_report import TransferReport
-from prolora.workflow.module_report import Measures, ModuleReport
+from prolora.moving.transfer_report import TransferReport
+from prolora.reports.module_report import Measures, ModuleReport
 
 KINDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 PLACES = ("down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.0.attentions.1")

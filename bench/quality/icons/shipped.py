@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prolora import LowRank
 from prolora.adapters import read_adapter
 from prolora.cli.demo import find_models
-from prolora.probe.pipelines.icons import IconPipeline
+from prolora.fitting.pipelines.icons import IconPipeline
 
 from .networks import Painter
 from .words import NULL_PROMPT, VOCABULARY, all_prompts, word_ids

@@ -11,24 +11,14 @@ from ..architectures.recognition import find_parts
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..files.dtypes import is_floating, spell_dtype
 from . import vectors
+from .adapter_folder import PEFT_CONFIG
 from .algorithms import forms
-from .family import guess_family
-from .folder import PEFT_CONFIG
-from .formats.peft_config import (
-    METADATA_KEY,
-    scaling_from_config,
-    scalings_from_metadata,
-)
+from .family_guess import guess_family
+from .formats.peft_config import METADATA_KEY, scaling_from_config, scalings_from_metadata
 from .keys import module_names
 from .keys.module_names import ModulePath
 from .lora import Lora
-from .naming import (
-    BaseNames,
-    choose_names,
-    list_matrices,
-    most_common_spelling,
-    split_rows,
-)
+from .naming import BaseNames, choose_names, list_matrices, most_common_spelling, split_rows
 from .slots import Contents, Slot, explain_refusal, group_keys
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")

@@ -16,7 +16,7 @@ from ..files.dtypes import name_dtype
 from ..files.hub import spell_path
 from ..files.jsontext import parse_json_object, read_json_object
 from ..files.safetensors_file import SafetensorsFile
-from .folder import (
+from .adapter_folder import (
     ADAPTER_FILES,
     DIFFUSERS_WEIGHTS,
     PEFT_CONFIG,
@@ -24,7 +24,7 @@ from .folder import (
     PICKLES,
     choose_files,
 )
-from .hub import locate_adapter
+from .hub_adapters import locate_adapter
 
 if TYPE_CHECKING:  # what a file is can be said without torch, which takes seconds to import
     from torch import Tensor

@@ -14,7 +14,7 @@ from ..architectures.modules import find_block, is_in_adm
 from ..architectures.recognition import NamedMatrix
 from ..errors import ShapeMismatch
 from .algorithms import forms
-from .family import choose_reading
+from .family_guess import choose_reading
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
 from .lora import Lora

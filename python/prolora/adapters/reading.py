@@ -17,7 +17,8 @@ from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..files.dtypes import find_torch_dtype
 from . import fused_updates, vectors
 from .adapter import Adapter, StoredUpdate
-from .algorithms import dora_oft_glora, forms, products
+from .algorithms import dora_oft_glora, forms
+from .algorithms import lora_products as products
 from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
 from .keys.tensor_keys import find_path

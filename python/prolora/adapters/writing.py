@@ -13,10 +13,10 @@ from ..architectures.family import SPELLINGS
 from ..architectures.loaders import known_loaders
 from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
+from ..files.safetensors_writing import fill_safetensors, safetensors_size
 from ..files.store import put
-from ..files.writing import fill_safetensors, safetensors_size
 from .adapter import Adapter
-from .folder import PEFT_CONFIG, PEFT_WEIGHTS
+from .adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
 from .formats import metadata as headers
 from .formats.peft_config import METADATA_KEY

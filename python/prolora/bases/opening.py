@@ -17,9 +17,9 @@ from ..files.hub import find_hub_id
 from ..files.safetensors_file import SafetensorsFile
 from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
-from .hub import fetch_model
+from .hub_models import fetch_model
 from .keys.canonical_names import name_weights
-from .quantised.reading import join_quantised
+from .quantised.joining import join_quantised
 from .weights import LoadedWeight, StoredWeight, Weight
 
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checking.check import check as check_file
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
-from ..workflow.check import check as check_file
 from .console import answer, out, progress_bar
 from .exits import ExitCode, describe_error, write_epilog
 from .flags import JsonOption, base_option, path_argument, split_bases

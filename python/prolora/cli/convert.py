@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ..bases import open_base
-from ..workflow.convert import convert as convert_lora
-from ..workflow.convert_options import ConvertOptions
+from ..making.convert import convert as convert_lora
+from ..making.convert_options import ConvertOptions
 from .console import progress_bar
 from .flags import base_argument, base_option, path_argument
 from .options import expand_options

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from ..adapters import read_adapter
 from ..bases.base import Progress
+from ..best import transfer
 from ..errors import ProLoRAError
 from ..files.store import check_free, put_text
-from ..probe.settings import FitSettings, read_prompts
-from ..workflow.best import transfer
-from ..workflow.by_fitting.showing import ImageGrid
-from ..workflow.fit import fit
-from ..workflow.lora_report import LoraReport, MovedReport
+from ..fitting.fit import fit
+from ..fitting.settings import FitSettings, read_prompts
+from ..fitting.showing import ImageGrid
+from ..reports.lora_report import LoraReport, MovedReport
 from .fit import SHOWN
 from .transfer import spell_flags
 
@@ -111,7 +111,7 @@ class Demo:
         self, report: LoraReport, prompts: tuple[str, ...], progress: Progress | None
     ) -> LoraReport:
         """Adds images of both models, without the LoRA and with it."""
-        from ..probe.pipelines import open_pipeline
+        from ..fitting.pipelines import open_pipeline
 
         tell = progress or (lambda done, total, name: None)
         tell(0, 2, "drawing")

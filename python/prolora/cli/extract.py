@@ -8,8 +8,8 @@ from typing import Annotated
 
 from ..bases import open_base
 from ..errors import InvalidOption
-from ..workflow.extract import extract as extract_lora
-from ..workflow.extract_options import ExtractOptions
+from ..making.extract import extract as extract_lora
+from ..making.extract_options import ExtractOptions
 from .console import progress_bar
 from .flags import base_argument, base_option
 from .options import expand_options

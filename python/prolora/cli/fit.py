@@ -11,13 +11,13 @@ import typer
 
 from ..bases import Base, open_base
 from ..bases.base import Progress
-from ..probe.settings import read_prompts
-from ..workflow.fit import fit as fit_lora
-from ..workflow.fit import fit_many
-from ..workflow.fit_options import FitOptions
-from ..workflow.outcome import Outcome
-from ..workflow.report import is_page_path
-from ..workflow.result import Transfer
+from ..fitting.fit import fit as fit_lora
+from ..fitting.fit import fit_many
+from ..fitting.fit_options import FitOptions
+from ..fitting.settings import read_prompts
+from ..moving.result import Transfer
+from ..reports.outcome import Outcome
+from ..reports.report import is_page_path
 from .console import err, progress_bar
 from .flags import base_option
 from .options import BriefCommand, HelpAllOption, expand_options, find_cache, take_bases

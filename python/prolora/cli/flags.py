@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checking.check import check as check_file
 from ..errors import ProLoRAError
 from ..files.hub import keep_path
-from ..workflow.check import check as check_file
 
 
 def parse_path(text: str | Path) -> Path:
@@ -65,7 +65,7 @@ COMMANDS = {"transfer_many": "transfer"}
 @cache
 def list_options() -> set[str]:
     """Lists what messages may name, and a command has a flag for."""
-    from ..workflow.options import TransferOptions  # with torch, for a message alone
+    from ..moving.options import TransferOptions
 
     shown = {f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel}
     return shown | set("source target ray shard target_guidance strengths".split())

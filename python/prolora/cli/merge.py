@@ -10,9 +10,9 @@ import typer
 
 from ..bases import Base, open_base
 from ..errors import InvalidOption
-from ..workflow.bake import bake
-from ..workflow.merge import merge as merge_loras
-from ..workflow.merge_options import MergeOptions
+from ..making.bake import bake
+from ..making.merge import merge as merge_loras
+from ..making.merge_options import MergeOptions
 from .console import answer, out, progress_bar
 from .flags import base_option, split_bases
 from .options import expand_options, find_cache

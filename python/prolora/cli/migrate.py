@@ -12,8 +12,8 @@ import typer
 
 from ..core.grouping import group_by
 from ..errors import OutputError
-from ..workflow.fleet.migration import migrate as run_migration
-from ..workflow.options import TransferOptions
+from ..fleet.migration import migrate as run_migration
+from ..moving.options import TransferOptions
 from .console import answer, err, out, progress_bar
 from .exits import ExitCode
 from .flags import JsonOption, base_option, path_option

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS
+from ..adapters.adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..bases.experts import ExpertPair
 from ..errors import OutputError
 from ..files.store import check_free
-from ..workflow.output_paths import fold_path, name_output
+from ..moving.output_paths import fold_path, name_output
 
 # Ends of other kinds of LoRA files, which people write out of habit.
 _OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")

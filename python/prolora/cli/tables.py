@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from ..workflow.report import InWords
-from ..workflow.table import Table
+from ..reports.report import InWords
+from ..reports.table import Table
 from .console import PlainConsole
 
 MARKS = {"✔": "bold green", "⚠": "bold yellow", "✖": "bold red"}

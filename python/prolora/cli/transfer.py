@@ -13,21 +13,21 @@ from ..adapters.formats.programs import Readers
 from ..adapters.lora import Lora
 from ..bases.base import Progress
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
+from ..best import transfer as transfer_lora
+from ..best import transfer_many
+from ..checking.check import check
 from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
 from ..files.store import put_text
-from ..workflow.batch import make_each
-from ..workflow.best import transfer as transfer_lora
-from ..workflow.best import transfer_many
-from ..workflow.card import check_card, write_card
-from ..workflow.check import check
-from ..workflow.lora_report import LoraReport
-from ..workflow.options import FormatLike, TransferOptions
-from ..workflow.outcome import Outcome
-from ..workflow.outcomes_page import OutcomesReport
-from ..workflow.output_paths import check_results_folder, is_peft_folder
-from ..workflow.report import is_page_path
-from ..workflow.result import Transfer
+from ..moving.batch import make_each
+from ..moving.options import FormatLike, TransferOptions
+from ..moving.output_paths import check_results_folder, is_peft_folder
+from ..moving.result import Transfer
+from ..reports.card import check_card, write_card
+from ..reports.lora_report import LoraReport
+from ..reports.outcome import Outcome
+from ..reports.outcomes_page import OutcomesReport
+from ..reports.report import is_page_path
 from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult, describe_error
 from .flags import path_argument, write_flag

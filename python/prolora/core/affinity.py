@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteWeights
+from .exceptions import NonFiniteWeights
 
 BLOCK_ENTRIES = 1 << 18
 """Entries that are worked on at a time."""

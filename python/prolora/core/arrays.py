@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch.utils.dlpack
 from torch import Tensor
 
-from .errors import UnsupportedTensor
+from .exceptions import UnsupportedTensor
 
 
 class SupportsDLPack(Protocol):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .arrays import MatrixLike, to_tensor
-from .errors import NonFiniteWeights, ShapeMismatch
+from .exceptions import NonFiniteWeights, ShapeMismatch
 from .parallel import map_on_threads
 from .precision import in_full_precision, working_dtype
 from .rank_rule import Rank, read_rank

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import recompression
-from .errors import ShapeMismatch
+from .exceptions import ShapeMismatch
 from .precision import in_full_precision, working_dtype
 from .short_text import format_shape, format_storage
 from .validation import check_layout

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ShapeMismatch
+from .exceptions import ShapeMismatch
 from .lowrank import LowRank
 from .precision import in_full_precision
 from .recompression import product_svd

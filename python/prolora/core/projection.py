@@ -17,7 +17,7 @@ from . import recompression
 from .affinity import Affinity
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
-from .errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases
+from .exceptions import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 from .lowrank import LowRank
 from .methods import Method, MethodChoice, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype

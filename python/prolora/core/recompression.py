@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteWeights, SolverFailure
+from .exceptions import NonFiniteWeights, SolverFailure
 from .ops.operands import flatten_stack
 from .ops.panel_qr import MAX_PANEL_ROWS, panel_qr
 from .ops.small_svd import MAX_SVD_COLUMNS, small_svd

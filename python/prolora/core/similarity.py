@@ -12,7 +12,7 @@ from torch import Tensor
 from .angles import column_angles, leading_quantiles, orthonormal_angles, stacked_angles
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
-from .errors import NonFiniteWeights, ShapeMismatch, SolverFailure
+from .exceptions import NonFiniteWeights, ShapeMismatch, SolverFailure
 from .ops.operands import flatten_stack
 from .overlap_tables import OverlapTable, basis_tables
 from .parallel import map_on_threads

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .errors import NoDerivative, UnsupportedDevice, UnsupportedTensor
+from .exceptions import NoDerivative, UnsupportedDevice, UnsupportedTensor
 from .ops import native
 
 DeviceLike = torch.device | str | None

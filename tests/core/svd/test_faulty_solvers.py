@@ -8,7 +8,7 @@ from diagonal import pair_up
 from spectra import planted, power_law, sine
 
 from prolora import LowRank, ProLoRAError, truncated_svd
-from prolora.core.errors import SolverFailure
+from prolora.core.exceptions import SolverFailure
 from prolora.core.svd import stacks
 from prolora.errors import NonFiniteWeights
 

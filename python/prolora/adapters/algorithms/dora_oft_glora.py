@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.lowrank import LowRank
 from ...errors import ShapeMismatch
-from . import products
+from . import lora_products as products
 from .truncation import TruncatedUpdate, truncate_dense, truncate_product
 
 Tensors = Mapping[str, Tensor]

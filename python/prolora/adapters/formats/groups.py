@@ -15,7 +15,7 @@ from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
 from ..adapter import Adapter
-from ..family import SDXL_FAMILY, claimed_family, guess_family
+from ..family_guess import SDXL_FAMILY, claimed_family, guess_family
 from ..keys import module_names
 from . import programs
 

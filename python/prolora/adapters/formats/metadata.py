@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ...files.hashing import hash_parts, view_bytes
-from ...files.writing import encode_header, order_tensors
+from ...files.safetensors_writing import encode_header, order_tensors
 from ..training_words import combine_tags
 from .model_ids import SPECIFICATION, find_ids
 from .moves import PREFIX

@@ -26,8 +26,8 @@ from ...core.basis import FACTS, Basis
 from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.hashing import view_bytes
 from ...files.safetensors_file import SafetensorsFile
+from ...files.safetensors_writing import dump_safetensors
 from ...files.store import put
-from ...files.writing import dump_safetensors
 
 METADATA_KEY = "prolora.basis"
 LARGEST_INTEGER = 32767

@@ -9,8 +9,8 @@ import torch
 
 from ...architectures.ldm import is_adm, ldm_to_diffusers
 from ...errors import UnsupportedFormat
+from ..quantised.joining import join_quantised
 from ..quantised.parts import Metadata
-from ..quantised.reading import join_quantised
 from ..weights import Weight
 from .family_names import find_family_names
 from .other_models import explain_no_blocks, explain_other_model

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
-from ..errors import KernelFailure
+from ..exceptions import KernelFailure
 from . import trial
 from .trial import INTERFACE, describe_card, list_choices
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch
+from ..exceptions import ShapeMismatch
 
 library = torch.library.Library("prolora", "DEF")
 """Where the ops are registered, each in its own file."""

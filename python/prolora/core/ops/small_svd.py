@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch
+from ..exceptions import ShapeMismatch
 from . import native, torch_twin
 from .operands import ANY_DEVICE, check_operands, flatten_stack, library
 

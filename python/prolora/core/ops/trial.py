@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import KernelFailure
+from ..exceptions import KernelFailure
 
 logger = logging.getLogger(__name__)
 

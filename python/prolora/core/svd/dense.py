@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SolverFailure
+from ..exceptions import SolverFailure
 from ..precision import EPS
 from ..rank_rule import Rank, count_columns
 from .factors import sample_residual

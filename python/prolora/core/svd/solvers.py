@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import KernelFailure
+from ..exceptions import KernelFailure
 from .batched_eigh import solver_at
 from .cusolver import SolverUnavailable
 from .products import multiply_narrow

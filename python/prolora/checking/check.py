@@ -1,0 +1,100 @@
+"""What a LoRA is, and whether it fits a base: `check`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..adapters.adapter_folder import ADAPTER_FILES
+from ..adapters.lora import Lora, LoraSource
+from ..architectures.families import known_families
+from ..architectures.loaders import known_loaders
+from ..errors import InvalidOption, UnrelatedBases
+from ..reports.report import InWords
+from .check_result import Check
+from .file_facts import check_model, check_tensors
+
+if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a base is read
+    from ..bases import BaseLike
+    from ..bases.base import Progress
+    from ..bases.experts import ExpertsLike
+
+
+def check(
+    lora: LoraSource,
+    *,
+    base: ExpertsLike | None = None,
+    program: str | None = None,
+    deep: bool = False,
+    source: BaseLike | None = None,
+    target: BaseLike | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Check:
+    """Says what a file is, and whether it is for a base or a program.
+
+    Headers and alphas are read; with `source` and `target` their weights are compared, too, and the
+    result says what a transfer would. By
+    names and shapes, fine-tunes of one model take each other's LoRAs, and are not told apart.
+
+    Args:
+        lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict; a base model is
+            described, too.
+        base: as `transfer` takes its bases, of a pipeline with two experts the first; or the id of
+            a family ("sdxl").
+        program: a program that should read it ("comfyui", "diffusers", "forge", …).
+        deep: read the tensors, too, and look for NaN, zeros, overflows and outliers.
+        source: the base that the LoRA was trained on, if `target` is given.
+        target: the base that it may move to.
+        cache: folder that keeps what is learnt of the two; None keeps nothing.
+        progress: called as progress(done, total, name).
+
+    Returns:
+        The answer, which is true where nothing speaks against it.
+
+    Raises:
+        InvalidOption: an unknown program, or one base of two.
+        UnsupportedFormat: a file cannot be read at all, or a base is none.
+        ProLoRAError: what `transfer` refuses, but for models that have nothing in common.
+    """
+    if program is not None and program not in known_loaders():
+        known = ", ".join(known_loaders())
+        raise InvalidOption(f"`program` is one of {known}, not {program!r}")
+    if (source is None) != (target is None):
+        raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
+    opened = open_lora(lora)
+    found = check_model(lora) if opened is None else check_tensors(opened, program, deep)
+    if base is source is None:
+        return found
+    if opened is None or found.kind != "lora":
+        return replace(found, reason=found.reason or "a LoRA was asked about")
+    from ..moving.base_fit import fit_base, fit_family
+
+    if isinstance(base, str) and base in known_families() and not os.path.exists(base):
+        found = replace(found, fit=fit_family(found.families, base))
+    elif base is not None:
+        found = replace(found, fit=fit_base(opened, base))
+    if source is not None and target is not None:
+        from ..bases import open_base
+        from ..moving.base_pair import preview_move
+        from ..moving.options import TransferOptions
+
+        options = TransferOptions(cache=cache, progress=progress)
+        try:
+            told = preview_move(lora, open_base(source), open_base(target), options).in_words()
+        except UnrelatedBases as error:
+            told = InWords("✖", str(error))
+        found = replace(found, move=told)
+    return found
+
+
+def open_lora(lora: LoraSource) -> Lora | None:
+    """Opens an adapter; None for what can be nothing but a base model."""
+    if isinstance(lora, str | os.PathLike):
+        path = Path(lora)
+        others = os.path.isdir(path) and not any((path / name).exists() for name in ADAPTER_FILES)
+        if others or path.suffix.lower() == ".gguf":
+            return None
+    return Lora.open(lora)

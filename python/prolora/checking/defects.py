@@ -1,0 +1,129 @@
+"""Defects of a LoRA's file in words, each with what mends it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isclose
+from statistics import median
+from typing import TYPE_CHECKING
+
+from ..adapters.algorithms.forms import MAGNITUDES, NUMBERS
+from ..adapters.lora import Lora
+from ..adapters.slots import Slot
+from ..reports.report import Mark
+
+if TYPE_CHECKING:  # headers tell a lot without torch
+    from torch import Tensor
+
+WEAKEST, STRONGEST = 1 / 16, 2.0
+"""Trainers write scales alpha / rank between these; others are mostly a lost or a doubled alpha."""
+
+OUTLIER = 1e4
+"""An update larger than so many times its file's median is damaged."""
+
+LARGEST_HALF = 65504.0
+"""The largest float16."""
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Something wrong with a file."""
+
+    mark: Mark  # ⚠ it acts otherwise than it was trained to, ✖ it breaks what it is added to
+    text: str
+    mend: str = ""  # what to do
+
+    def __str__(self) -> str:
+        """Returns the sentence and the mend."""
+        return f"{self.text} Mend: {self.mend}." if self.mend else self.text
+
+
+def find_defects(
+    slots: Sequence[Slot], scales: Mapping[str, float], opened: Lora
+) -> tuple[Defect, ...]:
+    """Finds what header and scales tell: alphas that are lost or unusual."""
+    slots = [slot for slot in slots if slot.form.rank and slot.peft is None]
+    trained = _read_trained_alpha(opened.metadata)
+    found = []
+    lost = [slot for slot in slots if not {"alpha", "scale"} & slot.keys.keys()]
+    factor = max((slot.form.rank / trained for slot in lost), default=1.0) if trained else 1.0
+    if factor != 1.0:
+        text = f"It acts {factor:.3g}× as strongly as it was trained: "
+        if len(lost) == len(slots):
+            text += f"alpha is missing, and its header says {trained:g}."
+            found.append(Defect("⚠", text, f"load it at strength {1 / factor:.3g}"))
+        else:
+            text += f"{len(lost)} of {len(slots)} alphas are missing, and its header says "
+            found.append(Defect("⚠", f"{text}{trained:g}.", "download it again"))
+    odd = {
+        slot.module.name: slot
+        for slot in slots
+        if "alpha" in slot.keys
+        and not WEAKEST <= abs(scales[slot.module.name]) <= STRONGEST
+        and not isclose(opened.read_number(slot.keys["alpha"]), trained, rel_tol=1e-2)
+    }
+    if odd:
+        name = min(odd, key=lambda name: min(abs(scales[name]), 1 / (abs(scales[name]) or 1)))
+        scale, rank = scales[name], odd[name].form.rank
+        text = (
+            f"{len(odd)} of {len(slots)} updates have an unusual scale: alpha over rank is "
+            f"{scale * rank:.4g}/{rank} = {scale:.3g}, and trainers write {WEAKEST} to {STRONGEST}."
+        )
+        mend = f"where images show too {'little' if abs(scale) < 1 else 'much'} of it, load it at "
+        found.append(Defect("⚠", text, f"{mend}strength {1 / scale:.3g}" if scale else ""))
+    return tuple(found)
+
+
+def _read_trained_alpha(metadata: Mapping[str, str]) -> float:
+    """Returns the alpha in the trainer's header; 0 without one."""
+    try:
+        return float(json.loads(metadata.get("ss_network_alpha", "0")))
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def find_deep_defects(
+    slots: Iterable[Slot], scales: Mapping[str, float], opened: Lora
+) -> tuple[Defect, ...]:
+    """Finds what all numbers tell: NaN, zeros, overflows and outliers; reads every tensor."""
+    broken: list[str] = []
+    over: list[str] = []
+    sizes: dict[str, float] = {}
+    for slot in slots:
+        name, scale = slot.module.name, abs(scales[slot.module.name])
+        parts = {role: opened.read(key).double() for role, key in slot.keys.items()}
+        bad = [slot.keys[role] for role, x in parts.items() if not x.isfinite().all()]
+        if bad:
+            broken += bad
+            continue
+        factors = [x for role, x in parts.items() if role not in NUMBERS | MAGNITUDES]
+        sizes[name] = scale if all(x.any() for x in factors) else 0.0
+        if parts.keys() >= {"up", "down"} and "mid" not in parts:
+            up, down = parts["up"].flatten(1), parts["down"].flatten(1)
+            sizes[name] = scale * _measure_product(up, down)
+            if scale * float(up.norm(dim=1).max() * down.norm(dim=0).max()) > LARGEST_HALF:
+                over.append(name)
+    found = []
+    if broken:
+        mend = "download it again; if it stays so, its training diverged"
+        text = f"{len(broken)} tensors hold NaN or Inf, {broken[0]} the first."
+        found.append(Defect("✖", text, mend))
+    if over:
+        text = f"{len(over)} updates may overflow float16, {over[0]} the first."
+        found.append(Defect("⚠", text, "draw in bfloat16"))
+    acting = {name: size for name, size in sizes.items() if size}
+    usual = median(acting.values()) if acting else 0.0
+    huge = [name for name, size in acting.items() if size > OUTLIER * usual]
+    if huge:
+        text = f"{len(huge)} updates are {OUTLIER:.0f} times larger than the others: {huge[0]} …"
+        found.append(Defect("⚠", text, "download it again"))
+    if sizes and not acting:
+        found.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
+    return tuple(found)
+
+
+def _measure_product(up: Tensor, down: Tensor) -> float:
+    """Returns ‖up·down‖ from two Gram matrices of the rank's size."""
+    return float(((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0).sqrt())

@@ -1,0 +1,194 @@
+"""What a file says of itself, from its header and its scales; of a LoRA without torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters.algorithms import forms
+from ..adapters.contents import parse_contents, read_scale
+from ..adapters.family_guess import (
+    claimed_family,
+    claimed_version,
+    guess_families,
+    guess_family,
+    guess_sizes,
+    is_language_model,
+    known_base,
+)
+from ..adapters.formats.moves import read_moves
+from ..adapters.formats.programs import Readers, find_readers
+from ..adapters.keys import tensor_keys
+from ..adapters.lora import Lora
+from ..adapters.naming import list_matrices, most_common_spelling
+from ..adapters.slots import Contents, Slot, measure_modules
+from ..adapters.training_words import read_training_words
+from ..architectures.families import known_families
+from ..architectures.family import Spelling
+from ..architectures.loaders import count_skipped, known_loaders, name_row
+from ..architectures.modules import TEXT_ENCODERS, find_component
+from ..core.grouping import group_by
+from ..errors import ProLoRAError
+from ..files.dtypes import spell_dtype
+from .check_result import Check, Part, count_values
+from .defects import find_deep_defects, find_defects
+
+_TOP_TAGS = 10
+
+
+def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) -> Check:
+    """Says what a file of tensors is: a LoRA, or a base model, or neither.
+
+    `program` is a key of `known_loaders()`; `deep` reads every tensor.
+    """
+    metadata = opened.metadata
+    known = known_base(metadata)
+    fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+    named = known[0] if known else next(filter(None, map(metadata.get, fields)), "")
+    hashes = map(metadata.get, ("ss_new_sd_model_hash", "ss_sd_model_hash"))
+    words = read_training_words(metadata)
+    tags = [tag for tag in words.list_tags(_TOP_TAGS) if tag != words.trigger]
+    found = Check(
+        path=opened.where,
+        kind="lora",
+        dtypes=count_values(spell_dtype(x.dtype) for x in opened.headers.values()),
+        tensors=len(opened.headers),
+        size=opened.path.stat().st_size if opened.path else 0,
+        # An architecture has the kind of file behind it: stable-diffusion-xl-v1-base/lora.
+        base_model=Path(named.removesuffix("/lora")).name if named else "",
+        base_hash=next(filter(None, hashes), "") or "",
+        family_claimed=claimed_family(metadata) or "",
+        version_claimed=claimed_version(metadata) or "",
+        trigger_words=tuple([words.trigger, *tags] if words.trigger else tags),
+        moves=read_moves(metadata),
+    )
+    try:
+        contents = parse_contents(opened)
+        scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
+    except ProLoRAError as error:
+        return _describe_refused(opened, found, str(error))
+    found = _describe_contents(opened, contents, scales, found, program)
+    look = find_deep_defects if deep else lambda *_: ()
+    defects = *find_defects(contents.slots, scales, opened), *look(contents.slots, scales, opened)
+    return replace(found, defects=defects)
+
+
+def _describe_contents(
+    opened: Lora,
+    contents: Contents,
+    scales: Mapping[str, float],
+    found: Check,
+    program: str | None,
+) -> Check:
+    """Describes a LoRA that is read."""
+    slots, shapes = contents.slots, measure_modules(contents.slots)
+    paths = [slot.module for slot in slots] or [one.module for one in contents.vectors]
+    spelling = most_common_spelling(slot.module for slot in slots)
+    of_vectors = {name for one in contents.vectors for name in one.module.modules}
+    whole = shapes | dict.fromkeys(of_vectors - shapes.keys(), (0, 0))
+    families = guess_families(whole, opened.metadata, spelling, list_matrices(opened))
+    kinds = count_values([slot.kind for slot in slots] or ["norm"])
+    format = "peft" if opened.config is not None else paths[0].format
+    # Programs were not tried with other kinds.
+    tried = not set(kinds) - {"lora", "locon"}
+    language = not families and is_language_model(shapes)
+    # Text encoders go last.
+    ordered = sorted(slots, key=lambda slot: find_component(slot.module.name) in TEXT_ENCODERS)
+    by_part = group_by(ordered, lambda slot: find_component(slot.module.name))
+    return replace(
+        found,
+        reason="it is a language model's, and prolora takes diffusion models alone" * language,
+        format=format,
+        spelling="sgm" if any(path.sgm for path in paths) else "diffusers",
+        algorithms=kinds,
+        needs_base=any(forms.needs_base(slot.keys.keys()) for slot in slots),
+        families=tuple(families),
+        sizes=tuple(guess_sizes(whole)),
+        parts={
+            name: _describe_part(some, opened, scales)
+            for name, some in sorted(by_part.items(), key=lambda item: item[0] in TEXT_ENCODERS)
+        },
+        modules=count_values(map(find_component, shapes)),
+        vectors=count_values("bias" if x.tensor == "bias" else "norm" for x in contents.vectors),
+        left_out=count_values(contents.left_out.values()),
+        readers=find_readers(families, format, spelling, whole) if tried else Readers(),
+        program=known_loaders()[program].title if program else "",
+        skipped=_count_skipped(families, format, spelling, whole, program) if tried else None,
+    )
+
+
+def _count_skipped(
+    families: tuple[str, ...],
+    format: str,
+    spelling: Spelling | None,
+    modules: Iterable[str],
+    program: str | None,
+) -> dict[str, int] | None:
+    """Counts what a program leaves out of a file, by pattern; None where this is not known."""
+    if program is None or len(families) != 1:
+        return None
+    family = known_families()[families[0]]
+    return count_skipped(family, name_row(family, format, spelling), modules, program)
+
+
+def _describe_part(slots: Iterable[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
+    slots = list(slots)
+    ranks = Counter(slot.form.rank for slot in slots if slot.form.rank)
+    return Part(
+        len(slots),
+        count_values(slot.kind for slot in slots),
+        dict(sorted(ranks.items())),
+        count_values(_read_alpha(slot, opened) for slot in slots),
+        count_values(f"{scales[slot.module.name]:.4g}" for slot in slots),
+    )
+
+
+def _read_alpha(slot: Slot, opened: Lora) -> str:
+    if slot.peft:
+        return f"{slot.peft.alpha(slot.module.local):g}"
+    key = slot.keys.get("alpha")
+    return "none" if key is None else f"{opened.read_number(key):g}"
+
+
+def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
+    """Describes a file that is not read as a LoRA.
+
+    A base, an adapter of another kind, or neither.
+    """
+    kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
+    if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
+        try:
+            return replace(check_model(opened.path), path=found.path, size=found.size)
+        except ProLoRAError as error:
+            if not any(kinds):
+                return replace(found, kind="base", reason=str(error))
+    return replace(found, kind="lora" if any(kinds) else "unknown", reason=reason)
+
+
+def check_model(path: Any) -> Check:
+    """Says what a base model is that `transfer` would open."""
+    from ..bases import open_base
+    from ..bases.folder import find_expert_folders
+
+    experts = find_expert_folders(Path(path))
+    base = open_base(experts[0] if experts else path)
+    shapes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
+    family = base.family or guess_family(shapes, {})
+    is_gguf = Path(path).suffix.lower() == ".gguf"
+    form = "diffusers" if Path(path).is_dir() else "gguf" if is_gguf else "single-file"
+    return Check(
+        path=str(path),
+        kind="base",
+        format=form,
+        families=(family,) if family else (),
+        sizes=(base.layout,) if base.layout else (),
+        modules=count_values(map(find_component, shapes)),
+        dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
+        tensors=len(shapes),
+        quantised=base.quantised_as,
+        size=sum(file.stat().st_size for file in base.files),
+        experts=tuple(folder.name for folder in experts),
+    )

@@ -1,0 +1,208 @@
+"""Results of an interrupted probing, named by what they were made of."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..bases.pipeline_identity import Facts, describe_versions, digest_facts
+from ..core.lowrank import LowRank
+from ..errors import OutputError, UnsupportedFormat
+from ..files.hashing import hash_parts, hash_text
+from ..files.safetensors_file import SafetensorsFile
+from ..files.safetensors_writing import write_safetensors
+from ..version import __version__
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_STATES = 180.0
+"""Least seconds between two states of a fit, which are as large as one or two of the LoRAs in
+float32 that it writes."""
+
+MOST_WAITING = 0.05
+"""Of the time that a fit may wait for its states to be written."""
+
+_OF_ONE_LORA = ("calls-adapted-", "latents-adapted-", "joint-", "fit-")
+"""What the names of parts begin with that serve no other LoRA."""
+_SUM, _NOTE = "prolora.fitting.sum", "prolora.fitting.note"
+
+
+def hash_texts(*parts: str) -> str:
+    """Computes SHA-256 of texts, in hexadecimal."""
+    return hash_text(json.dumps([__version__, *parts]))
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Computes SHA-256 of tensors with names, shapes and dtypes."""
+    return hash_parts(
+        part
+        for name, tensor in sorted(tensors.items())
+        for part in (f"{name} {tensor.dtype} {tuple(tensor.shape)} ", tensor)
+    )
+
+
+def hash_updates(updates: Mapping[str, LowRank]) -> str:
+    """Computes SHA-256 of updates by module."""
+    return hash_tensors(_name_factors(updates))
+
+
+def _name_factors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    factors = {f"{name}.up": u.up for name, u in updates.items()}
+    return factors | {f"{name}.down": u.down for name, u in updates.items()}
+
+
+class Checkpoints:
+    """Named results in a folder, each with a key.
+
+    The key is the hash of what the result depends on, and part of the name of its file. A result
+    whose checksum does not match is computed again.
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str] | None,
+        inputs: Callable[[], Mapping[str, Facts]] = dict,
+        is_optional: bool = False,
+    ) -> None:
+        """Takes a folder, made with the first result; None keeps nothing.
+
+        Args:
+            folder: new, or with results of these or other inputs.
+            inputs: called for a folder: everything that all results depend on, beside versions.
+            is_optional: the results may be lost: where the folder cannot be written, a warning
+                says so and nothing is kept any more.
+        """
+        self.folder = None if folder is None else Path(folder)
+        self.is_optional = is_optional
+        self._used: set[Path] = set()
+        self._digest = ""
+        if folder is not None:
+            self._digest = digest_facts({"versions": describe_versions(), **inputs()})
+
+    def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
+        """Returns the tensors and the note under a name and key, if any."""
+        path = self._path(name, key)
+        if path is None or not path.exists():
+            return None
+        try:
+            file = SafetensorsFile(path)
+            tensors = {name: file.read(name) for name in file.tensors}
+            note = file.metadata.get(_NOTE, "")
+            if file.metadata.get(_SUM) != hash_texts(path.name, hash_tensors(tensors), note):
+                raise UnsupportedFormat("its checksum is another")
+        except UnsupportedFormat as error:
+            log.warning("%s is damaged; it is computed again: %s", path, error)
+            return None
+        return tensors, note
+
+    def store(self, name: str, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
+        """Stores tensors and a note.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        path = self._path(name, key)
+        if path is None:
+            return
+        marks = {_SUM: hash_texts(path.name, hash_tensors(tensors), note), _NOTE: note}
+        try:
+            write_safetensors(path, dict(tensors), marks, overwrite=True)
+        except OutputError as error:
+            if not self.is_optional:
+                raise
+            log.warning("the next LoRA is asked everything, as nothing can be kept: %s", error)
+            self.folder = None
+
+    def remove(self, name: str, key: str) -> None:
+        """Deletes what is stored under a name and key."""
+        path = self._path(name, key)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def remove_own_parts(self) -> None:
+        """Deletes what serves no other LoRA, and what was neither read nor written since then."""
+        for path in self.folder.glob("*.safetensors") if self.folder else ():
+            if path.name.startswith(_OF_ONE_LORA) or path not in self._used:
+                path.unlink(missing_ok=True)
+        self._used.clear()
+
+    def _path(self, name: str, key: str) -> Path | None:
+        """Returns the path of a result.
+
+        Raises:
+            OutputError: something else has that name.
+        """
+        if self.folder is None:
+            return None
+        path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OutputError(f"{path}: is a link or no file, and no result of prolora; remove it")
+        self._used.add(path)
+        return path
+
+    def recall_updates(
+        self, name: str, key: str
+    ) -> tuple[dict[str, LowRank], dict[str, Any]] | None:
+        """Updates by module, and facts; None where there are none."""
+        stored = self.recall(name, key)
+        if stored is None:
+            return None
+        tensors, note = stored
+        names = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
+        updates = {n: LowRank(tensors[f"{n}.up"], tensors[f"{n}.down"]) for n in names}
+        return updates, json.loads(note)
+
+    def store_updates(
+        self, name: str, key: str, updates: Mapping[str, LowRank], facts: Mapping[str, Any]
+    ) -> None:
+        """Stores updates by module, and facts that JSON can hold."""
+        if self.folder is not None:
+            self.store(name, key, _name_factors(updates), json.dumps(facts))
+
+    def state_file(self, name: str, key: str) -> StateFile | None:
+        """Returns where the state of a long fit is kept; None without a folder."""
+        return None if self.folder is None else StateFile(self, name, key)
+
+
+class StateFile:
+    """The state of a long fit, stored every few minutes.
+
+    The fit waits for it: a copy to be written beside it would take as much memory again.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, name: str, key: str) -> None:
+        """Takes the folder, and the name and key in it."""
+        self.checkpoints, self.name, self.key = checkpoints, name, key
+        self.last, self.took = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Returns whether it is time to store again.
+
+        SECONDS_BETWEEN_STATES must have passed, and enough for what the last one took.
+        """
+        passed = time.monotonic() - self.last
+        return passed >= max(SECONDS_BETWEEN_STATES, self.took / MOST_WAITING)
+
+    def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Replaces the stored state."""
+        began = time.monotonic()
+        self.checkpoints.store(self.name, self.key, tensors, json.dumps(facts))
+        self.last = time.monotonic()
+        self.took = self.last - began
+
+    def recall(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Returns the state that was stored last."""
+        stored = self.checkpoints.recall(self.name, self.key)
+        return None if stored is None else (stored[0], json.loads(stored[1]))
+
+    def remove(self) -> None:
+        """Deletes the state: the fit is finished."""
+        self.checkpoints.remove(self.name, self.key)

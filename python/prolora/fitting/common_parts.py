@@ -1,0 +1,123 @@
+"""Shared parts of several fits between the same two pipelines."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bases import Base
+from ..bases.cache.basis_cache import default_folder
+from ..bases.pipeline_identity import Facts, describe_pipeline_folder
+from ..core.validation import DeviceLike
+from ..errors import UnrelatedBases
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoints
+    from .pipelines import Pipeline
+
+PARTS = ".prolora-parts"
+"""The folder of parts that were not asked for, beside the results until all are made."""
+
+
+class CommonParts:
+    """Open pipelines and a results folder, for one fit or several.
+
+    Attributes:
+        folder: where results are kept; None keeps nothing.
+        is_temporary: the folder was not asked for. Then parts that the next LoRA cannot use are
+            removed from it, and a fit goes on without it where it cannot be written.
+    """
+
+    def __init__(self, folder: str | PathLike[str] | None, is_temporary: bool = False) -> None:
+        """Takes the folder; opens nothing."""
+        self.folder = None if folder is None else Path(folder)
+        self.is_temporary = is_temporary
+        self._models: dict[str, Pipeline] = {}
+        self._asked: object = None
+        self._checkpoints: Checkpoints | None = None
+
+    def open_checkpoints(self, source: Base, target: Base) -> Checkpoints:
+        """Returns the kept results of these two pipelines."""
+        from .checkpoint import Checkpoints
+
+        known = default_folder()  # remembers digests, where there is a cache at all
+        memory = known if known.is_dir() else None
+
+        def describe() -> dict[str, Facts]:
+            assert source.path is not None and target.path is not None
+            return {
+                "source": describe_pipeline_folder(source.path, memory),
+                "target": describe_pipeline_folder(target.path, memory),
+            }
+
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints(self.folder, describe, self.is_temporary)
+        return self._checkpoints
+
+    def make_room(self, asked: object, all_of_it: bool) -> None:
+        """Frees the rest of the fit before, so that memory does not grow.
+
+        The target stays where no text encoder has to be read beside it. `asked` are the prompts and
+        what runs in the text encoders; `all_of_it` lets the target go in any case.
+        """
+        for side, model in self._models.items():
+            stays = side == "target" and asked == self._asked and not all_of_it
+            model.release(keep_denoiser=stays)
+        self._asked = asked
+
+    def forget_models(self) -> None:
+        """Lets the pipelines go; the next fit loads them anew."""
+        self._models.clear()
+
+    def open(self, side: str, folder: Path, device: DeviceLike) -> Pipeline:
+        """Opens a pipeline, or returns it as the last fit left it.
+
+        See `Pipeline.restore`.
+        """
+        from . import pipelines
+
+        if side not in self._models:
+            self._models[side] = pipelines.open_pipeline(folder, device)
+        return self._models[side]
+
+    @contextlib.contextmanager
+    def one_fit(self) -> Iterator[None]:
+        """Clears up after the fit of each LoRA.
+
+        Pipelines that an error has left in the middle of something are opened anew.
+        """
+        try:
+            yield
+        except UnrelatedBases:
+            raise  # the verdict, when all is done
+        except BaseException:
+            self._models.clear()
+            raise
+        finally:
+            if self.is_temporary and self._checkpoints is not None:
+                self._checkpoints.remove_own_parts()
+
+
+@contextlib.contextmanager
+def share_parts(
+    resume: str | PathLike[str] | None, folder: Path, several: bool
+) -> Iterator[CommonParts]:
+    """Yields the shared parts of fits, while they go on.
+
+    Args:
+        resume: the folder that was asked for.
+        folder: of the results, which holds a temporary one if none was asked for.
+        several: whether there is more than one LoRA.
+    """
+    with contextlib.ExitStack() as stack:
+        kept = resume
+        if resume is None and several:
+            with contextlib.suppress(OSError):
+                parts = folder / PARTS  # what a killed run has left there goes on
+                parts.mkdir(exist_ok=True)
+                stack.callback(shutil.rmtree, kept := parts, ignore_errors=True)
+        yield CommonParts(kept, is_temporary=kept is not resume)

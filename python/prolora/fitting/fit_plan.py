@@ -1,0 +1,209 @@
+"""The modules that a fit changes, carries over or skips.
+
+Names and shapes decide, and refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..architectures.modules import is_in_text_encoder, may_be_fitted
+from ..bases import Base, vae
+from ..bases.pipeline_files import (
+    PIPELINE_INDEX,
+    draws_in_few_steps,
+    is_pipeline,
+    read_pipeline_index,
+)
+from ..core.lowrank import LowRank
+from ..errors import ProLoRAError, UnrelatedBases, UnsupportedFormat
+from ..files.jsontext import read_json_object
+from ..moving.plan import ModulePlan, check_fits_source, place_text_encoders
+from ..reports.lora_report import LoraReport
+from .fit_options import FitOptions, PassedOn
+from .fitted_modules import NO_KIND, choose_fitted
+from .workload import Workload
+
+if TYPE_CHECKING:
+    from .pipelines import CardPlan
+
+RULE = "running models"
+"""How modules are paired, for the report."""
+
+_COMPENSATED = "; what it changes is fitted into the target's modules"
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """A LoRA on its way from one pipeline to another."""
+
+    adapter: Adapter  # the LoRA of the source
+    plan: ModulePlan  # which of its modules are carried over or skipped; all others are fitted
+    source: Base  # the base it was trained on
+    target: Base  # the base it goes to
+    options: FitOptions  # as they were asked for
+    card: CardPlan | None = None  # how the pipelines run on a card whose memory is bounded
+    serves: str = ""  # why moving by weights would do, said before a model runs
+
+
+def check_fittable(source: Base, target: Base) -> None:
+    """Refuses bases that cannot be fitted, before any model is loaded.
+
+    Raises:
+        UnsupportedFormat: a base that is not a pipeline folder, or different latents between which
+            no image can cross.
+    """
+    for side, base in (("source", source), ("target", target)):
+        if not is_pipeline(base.path):
+            raise UnsupportedFormat(
+                f"the {side} {base.path or base.name} is not a pipeline folder: a fit runs "
+                "the models, so both bases must be folders of whole diffusers pipelines "
+                f"({PIPELINE_INDEX}, scheduler, text encoders, and unet or "
+                "transformer). A single "
+                "file becomes one by StableDiffusionPipeline.from_single_file(FILE)"
+                ".save_pretrained(FOLDER) and the like; a model on the hub by downloading all of it"
+            )
+    assert source.path is not None and target.path is not None
+    if vae.explain_different_latents(source.path, target.path) is not None:
+        vae.check_images_cross(source.path, target.path)
+
+
+def plan_modules(
+    adapter: Adapter, source: Base, target: Base, text_encoder: PassedOn
+) -> ModulePlan:
+    """Plans which modules are carried over or skipped; all others are fitted.
+
+    Raises:
+        UnsupportedFormat: a module that the source does not have.
+        ShapeMismatch: an update that does not fit the source.
+    """
+    plan = ModulePlan(rule=RULE)
+    names = _place_text_part(adapter, source, target, text_encoder, plan)
+    check_fits_source(adapter, names, source)
+    if text_encoder != "skip":
+        for name in plan.skipped.keys() & source.shapes.keys():
+            plan.skipped[name] += _COMPENSATED
+    inside = fitted_modules(names, source)
+    plan.skipped |= {name: NO_KIND for name in names if name not in inside}
+    return plan
+
+
+def _place_text_part(
+    adapter: Adapter, source: Base, target: Base, mode: PassedOn, plan: ModulePlan
+) -> list[str]:
+    """Puts text encoders into the plan, as they run; returns all other modules."""
+    names = place_text_encoders(adapter, source, target, mode, plan)
+    ours, theirs = source.shapes, target.shapes
+    for name in [n for n in plan.passed if n in ours and ours[n] != theirs.get(n)]:
+        plan.passed.remove(name)
+        plan.skipped[name] = "the target has another text encoder"
+    return names
+
+
+@dataclass(frozen=True)
+class LoraParts:
+    """A LoRA as running models are asked about it."""
+
+    denoiser: Adapter  # its part in the UNet or transformer of the source
+    # Its part in text encoders that the target does not have: the source alone runs it, so that
+    # what it changes is wanted of the target's blocks.
+    text: Mapping[str, LowRank]
+    # Its part in text encoders that both have: both run it from the beginning, since the result
+    # holds it unchanged.
+    carried: Mapping[str, LowRank]
+
+    @classmethod
+    def of(cls, adapter: Adapter, source: Base, target: Base, mode: PassedOn = "copy") -> LoraParts:
+        """Splits a LoRA; without text encoders where these are left out."""
+        plan = ModulePlan(rule=RULE)
+        names = _place_text_part(adapter, source, target, mode, plan)
+        inside = {n: u for n, u in adapter.updates.items() if n in source.shapes and mode != "skip"}
+        text = {name: inside[name] for name in plan.skipped if name in inside}
+        carried = {name: inside[name] for name in plan.passed if name in inside}
+        denoiser = {name: adapter.updates[name] for name in names}
+        return cls(adapter.with_updates(denoiser), text, carried)
+
+
+def fitted_modules(names: Iterable[str], source: Base) -> set[str]:
+    """Returns the LoRA's modules with changes that can be fitted, by kind."""
+    return {name for name in names if may_be_fitted(source.shapes.get(name, ()))}
+
+
+def explain_need(
+    found: LoraReport | ProLoRAError, source: Base, target: Base, target_steps: int | None
+) -> str:
+    """Returns why a fit is called for; "" where moving by weights serves.
+
+    `found` is what became of the LoRA by weights; `target_steps` in which the target is said to
+    draw.
+    """
+    if isinstance(found, UnrelatedBases):
+        return "the weights of the two models have nothing in common"
+    if isinstance(found, ProLoRAError):
+        return "the two models are built differently"
+    denoiser = [
+        row
+        for row in found.modules
+        if row.source not in found.unread and not is_in_text_encoder(row.source)
+    ]
+    lost = fitted_modules((row.source for row in denoiser if row.status != "mapped"), source)
+    if lost:
+        return f"{len(lost)} of the LoRA's modules have no place on {target.name}"
+    moved = fitted_modules((row.source for row in denoiser), source)
+    if moved and draws_in_few_steps(target, target_steps) and not draws_in_few_steps(source):
+        return f"{target.name} draws in few steps, where a LoRA that was only moved fades"
+    return ""
+
+
+def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
+    """Returns target module -> shape, of all that may get an update."""
+    ours, theirs = (
+        {
+            name: shape
+            for name, shape in base.shapes.items()
+            if may_be_fitted(shape) and not is_in_text_encoder(name)
+        }
+        for base in (source, target)
+    )
+    return {name: theirs[name] for name in choose_fitted(adapter.updates, ours, theirs)}
+
+
+def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
+    """Foresees what a fit asks of both models at most.
+
+    From settings and configurations alone.
+    """
+    assert source.path is not None and target.path is not None
+    of_target = options.for_target(draws_in_few_steps(target), _embeds_guidance(target.path))
+    sides = (source.path, options.guidance), (target.path, of_target.guidance)
+    # Two predictions a step with guidance, unless the model has learnt it.
+    ours, theirs = (
+        2 if (guidance is None or guidance > 1) and not _embeds_guidance(folder) else 1
+        for folder, guidance in sides
+    )
+    return Workload(options, of_target.steps, (ours, theirs))
+
+
+def _embeds_guidance(folder: Path) -> bool:
+    """Returns whether the model of a pipeline takes its guidance scale as an input."""
+    part = read_pipeline_index(folder).denoiser
+    file = folder / (part or "") / "config.json"
+    config = read_json_object(file) if file.is_file() else {}
+    return bool(config.get("guidance_embeds") or config.get("time_cond_proj_dim"))
+
+
+def outline_fit(
+    adapter: Adapter, plan: ModulePlan, source: Base, target: Base
+) -> dict[str, LowRank]:
+    """Updates of the names and shapes that will be written, without values."""
+    outline = {
+        name: LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
+        for name, shape in target_modules(adapter, source, target).items()
+    }
+    return outline | {name: adapter.updates[name] for name in plan.passed}

@@ -1,0 +1,31 @@
+"""Diffusers pipeline folders as the models, samplers and translations that probing needs."""
+
+from .crossing import CrossingSide, describe_crossing, observe_sides, takes_few_steps
+from .crossing_recorder import CrossingRecorder
+from .latents import LatentSpace, SharedLatents, check_shown
+from .pairing import PipelinePair, pair_pipelines
+from .pipeline import Pipeline
+from .pipeline_opening import open_pipeline
+from .stages import estimate_bytes
+from .text_part import TextPart, run_text_encoders_beside
+from .vram import CardPlan, plan_card
+
+__all__ = [
+    "CardPlan",
+    "CrossingRecorder",
+    "CrossingSide",
+    "LatentSpace",
+    "Pipeline",
+    "PipelinePair",
+    "SharedLatents",
+    "TextPart",
+    "check_shown",
+    "describe_crossing",
+    "estimate_bytes",
+    "observe_sides",
+    "open_pipeline",
+    "pair_pipelines",
+    "plan_card",
+    "run_text_encoders_beside",
+    "takes_few_steps",
+]

@@ -1,0 +1,165 @@
+"""The guidance of a pipeline, seen on the first sampling step.
+
+Pipelines mean different things by a guidance scale: 1 is none in most, 0 in Z-Image, and some have
+another argument for it. So the scale is read off what the scheduler is given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fit_precision import in_float32
+from ..hooks import FirstCallReached, keep_hooks
+from ..recording.trajectories import Call
+from ..recording.translation import Guidance
+from ..settings import FitSettings
+from .conditioning import (
+    PredictionReader,
+    PromptTable,
+    build_call,
+    sample_conditioning,
+    split_call,
+    stack_conditionings,
+)
+from .flow_convention import watch_steps
+from .pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+_ALIKE = 1e-4
+"""Predictions with and without the prompt that differ by less say nothing about a scale."""
+_TOLERANCE = 0.02
+"""Of the guided prediction, which must be a sum of both."""
+
+
+def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTable) -> float | None:
+    """Observes the g of v = u + g·(c − u) in the scheduler's input.
+
+    `table` comes from `Pipeline.tabulate_prompts`. Returns 1 without guidance, and where the prompt
+    changes nothing; None where the scheduler's input is no such sum.
+    """
+    prompt = next((prompt for prompt in settings.prompts if prompt), "")
+    read = PredictionReader.of(table.like.latent)
+    with_prompt: list[Tensor] = []
+    without: list[Tensor] = []
+    scales: list[float | None] = []
+
+    def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        parts = split_call(model, Call(args, kwargs))
+        for i, row in enumerate(read(out).detach().double().cpu()):
+            branch = with_prompt if table.has_prompt(parts, i) else without
+            branch.append(row.flatten())
+
+    def stop(used: Tensor, _: Any) -> None:
+        scales.append(read_guidance_scale(read(used).detach().double().cpu(), with_prompt, without))
+        raise FirstCallReached
+
+    hook = pipeline.denoiser.register_forward_hook(record, with_kwargs=True)
+    steps = watch_steps(pipeline.pipe.scheduler, stop)
+    with keep_hooks([hook]), steps, in_float32(pipeline.denoiser), suppress(FirstCallReached):
+        pipeline.sample_latents(prompt, settings, 0)
+    return scales[0] if scales else None
+
+
+def read_guidance_scale(
+    used: Tensor, with_prompt: Sequence[Tensor], without: Sequence[Tensor]
+) -> float | None:
+    """Reads the scale of used = ±(u + g·(c − u))."""
+    if not with_prompt or not without:
+        return 1.0
+    prompted, free = with_prompt[0], without[0]
+    if float((prompted - free).norm()) < _ALIKE * float(prompted.norm()):
+        return 1.0
+    given = used.flatten()[: prompted.numel()]
+    branches = torch.stack([prompted, free], 1)
+    weights = torch.linalg.lstsq(branches, given[:, None], driver="gelsd").solution[:, 0]
+    total = float(weights.sum())
+    left = float((branches @ weights - given).norm())
+    if abs(total) < 0.5 or left > _TOLERANCE * float(given.norm()):
+        return None
+    return float(weights[0]) / total
+
+
+@dataclass(frozen=True)
+class _PromptDropper:
+    """A call of a model -> the same without its prompt."""
+
+    table: PromptTable
+
+    def __call__(self, call: Call) -> Call:
+        parts = split_call(self.table.model, call)
+        last = len(self.table.entries) - 1
+        return replace(
+            self.table.build_call(parts.latent, parts.time, [last] * len(parts.latent)),
+            origin=call.origin,
+        )
+
+
+@dataclass(frozen=True)
+class _PromptKeeper:
+    """A call of a model -> its samples that have a prompt."""
+
+    table: PromptTable
+
+    def __call__(self, call: Call) -> Call | None:
+        parts = split_call(self.table.model, call)
+        rows = [i for i in range(len(parts.latent)) if self.table.has_prompt(parts, i)]
+        if len(rows) == len(parts.latent):
+            return call
+        if not rows:
+            return None
+        kept = replace(
+            parts,
+            latent=parts.latent[rows],
+            time=parts.time[rows] if parts.time.dim() else parts.time,
+            conditioning=stack_conditionings([sample_conditioning(parts, i) for i in rows]),
+        )
+        return build_call(self.table.model, kept)
+
+
+def lacks_negative_prompt(pipeline: Pipeline, settings: FitSettings) -> bool:
+    """Returns whether a pipeline guides only with a negative prompt.
+
+    Probing gives none. Qwen-Image is such a pipeline: its second scale is above 1 unless it is told
+    otherwise, and FLUX's is not. A student of such a model is one whose guidance scale was asked to
+    be none.
+    """
+    second = pipeline.accepted.get("true_cfg_scale")
+    usual = second.default if second else None
+    if not isinstance(usual, int | float) or usual <= 1:
+        return False
+    return settings.guidance is None or settings.guidance > 1
+
+
+def guide_source(
+    pipelines: tuple[Pipeline, Pipeline],
+    settings: tuple[FitSettings, FitSettings],
+    tables: tuple[PromptTable, PromptTable],
+) -> Guidance | None:
+    """Returns the source's own guidance where the target runs without any.
+
+    The tables have the conditioning of each.
+    """
+    source, target = tables
+    if not source.guided or target.guided or lacks_negative_prompt(pipelines[1], settings[1]):
+        return None
+    scale = observe_guidance(pipelines[0], settings[0], source)
+    if scale is None:
+        log.warning(
+            "%s: what its guidance makes of the predictions with and without the prompt is not a "
+            "sum of both, so it is asked without, although %s is run without guidance",
+            *(pipeline.name for pipeline in pipelines),
+        )
+    if scale is None or scale == 1:
+        return None
+    adapted = True
+    if settings[0].lora_guidance is not None:
+        adapted = pipelines[0].tabulate_prompts(settings[0].with_lora()).guided
+    return Guidance(scale, _PromptDropper(source), _PromptKeeper(source), adapted)

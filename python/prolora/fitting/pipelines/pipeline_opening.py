@@ -1,0 +1,139 @@
+"""Loading diffusers pipeline folders."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...bases.folder import choose_candidate, open_folder_weights
+from ...bases.pipeline_files import (
+    PIPELINE_INDEX,
+    UNUSED_PARTS,
+    PipelineIndex,
+    is_pipeline,
+    read_component_config,
+    read_pipeline_index,
+)
+from ...core.validation import DeviceLike
+from ...errors import UnsupportedFormat
+from ...files.outside import load_pretrained
+from ..fit_precision import HALVES
+from ..models import check_weights
+from .pipeline import Pipeline
+from .stages import PromptMemory, hide_progress_bars
+
+
+def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
+    """Loads a diffusers pipeline folder, from safetensors only.
+
+    The denoiser stays in the half precision it is stored in (see `precision`); the other models
+    become float32. A device of None leaves all models on the CPU.
+
+    Raises:
+        UnsupportedFormat: it is not a pipeline folder, needs code that is not in diffusers or
+            transformers, or has weights as pickles only; or diffusers (transformers, for text
+            encoders) is missing or cannot load it.
+        NonFiniteWeights: a weight holds NaN, Inf or a number that no sampling survives.
+    """
+    index = read_runnable_index(folder)
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UnsupportedFormat(
+            'the models run through diffusers: pip install "prolora[probe]"'
+        ) from error
+    assert index.denoiser is not None
+    part, parts = index.denoiser, index.parts
+    class_ = _find_pipeline(diffusers, index.class_name, folder)
+    model_class = _find_class(diffusers, parts[part][1], "ModelMixin", folder)
+    for name in {part, "vae"} & parts.keys():
+        read_component_config(folder / name)
+    best = choose_candidate(file.name for file in (folder / part).glob("*"))
+    options = {"variant": best.variant} if best is not None and best.variant else {}
+    try:
+        with hide_progress_bars():
+            dtype = _stored_dtype(folder / part)
+            denoiser = load_pretrained(model_class, folder / part, torch_dtype=dtype, **options)
+            unused = {name: None for name in UNUSED_PARTS if name in index.content}
+            pipe = load_pretrained(class_, folder, **{part: denoiser}, **unused, **options)
+    except ImportError as error:
+        raise UnsupportedFormat(
+            f'{folder}: a package is missing: {error}; pip install "prolora[probe]"'
+        ) from error
+    except Exception as error:  # its type depends on what is missing in the folder
+        raise UnsupportedFormat(
+            f"{folder}: diffusers cannot load this pipeline from safetensors: "
+            f"{type(error).__name__}: {error}. Pickles are not read; save it again with "
+            "pipe.save_pretrained(FOLDER, safe_serialization=True)"
+        ) from error
+    memory = PromptMemory(pipe, folder, options)
+    for way in ("enable_slicing", "enable_tiling"):  # of batches and large images, if it can
+        with suppress(AttributeError, NotImplementedError):
+            getattr(pipe.vae, way)()
+    for name, model in pipe.components.items():
+        if isinstance(model, nn.Module):
+            check_weights(model, str(folder / name))
+            model.eval()
+            if model is not denoiser:
+                model.float()  # a text encoder has the dtype in which it was saved
+            if device is not None:
+                model.to(device)  # pipe.to warns of halves on a CPU, which are widened here
+    return Pipeline(pipe, folder.name, memory)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the half precision of all weights of a model, else float32."""
+    dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
+
+
+def read_runnable_index(folder: Path) -> PipelineIndex:
+    """Reads model_index.json; refuses a pipeline that would run code of other packages.
+
+    Raises:
+        UnsupportedFormat: see `open_pipeline`.
+    """
+    if not is_pipeline(folder):
+        raise UnsupportedFormat(
+            f"{folder}: the models are run, so each base must be the folder of a whole "
+            f"diffusers pipeline ({PIPELINE_INDEX}, scheduler, text encoders, unet or "
+            "transformer); weights alone cannot be sampled"
+        )
+    index = read_pipeline_index(folder)
+    for name, (library, _) in index.parts.items():
+        if library not in ("diffusers", "transformers") and name not in UNUSED_PARTS:
+            raise UnsupportedFormat(
+                f"{folder / PIPELINE_INDEX}: {name} comes from {library!r}, which is code of its "
+                "own; only code of diffusers and transformers is run"
+            )
+    if index.denoiser is None:
+        raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")
+    return index
+
+
+def _find_pipeline(diffusers: Any, name: str, folder: Path) -> Any:
+    """Returns a class of diffusers, or the pipeline of the shipped family."""
+    if name == "IconPipeline":
+        from .icons import IconPipeline
+
+        return IconPipeline
+    return _find_class(diffusers, name, "DiffusionPipeline", folder)
+
+
+def _find_class(diffusers: Any, name: str, kind: str, folder: Path) -> Any:
+    """Finds a class of diffusers by name; it must be derived from `kind`.
+
+    Raises:
+        UnsupportedFormat: there is no such class.
+    """
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type) or not issubclass(found, getattr(diffusers, kind)):
+        raise UnsupportedFormat(
+            f"{folder}: diffusers {diffusers.__version__} has no {kind} called {name}; "
+            "pip install -U diffusers"
+        )
+    return found

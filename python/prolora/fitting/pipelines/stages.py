@@ -1,0 +1,231 @@
+"""Parts of a pipeline that give their memory back after use."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...bases.folder import MODELS, open_folder_weights
+from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
+from ...files.outside import load_pretrained
+from ..fit_precision import HALVES
+
+TEXT_ENCODERS = "text_encoder"
+"""What the names of a pipeline's text encoders begin with."""
+_PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
+
+
+def empty_weights(modules: Iterable[nn.Module]) -> None:
+    """Frees the memory of modules that do not run again, or not before `fill_weights`.
+
+    Their tensors keep dtype and device, which pipelines ask for, and hold no number.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.new_empty(0)
+
+
+class PromptMemory:
+    """The answers of a pipeline's text encoders, which run once and go.
+
+    It replaces the pipeline's `encode_prompt`, whose answers depend on its arguments alone. For a
+    new prompt, emptied encoders are read again.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        folder: that it was loaded from.
+        answers: of the calls so far.
+        state: what runs beside the encoders' weights, as a text; "" for nothing.
+    """
+
+    def __init__(self, pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
+        """Replaces the pipeline's method, if it has one; `options` of loading."""
+        self.pipe, self.folder, self._options = pipe, folder, options
+        self.answers: dict[str, Any] = {}
+        self.state = ""
+        self._asked: set[str] = set()
+        self._late: list[Callable[[], AbstractContextManager[None]]] = []
+        self._encode = getattr(pipe, "encode_prompt", None)
+        if self._encode is not None:
+            pipe.encode_prompt = self
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by the pipeline's names of them."""
+        parts = self.pipe.components.items()
+        return {
+            name: part
+            for name, part in parts
+            if name.startswith(TEXT_ENCODERS) and isinstance(part, nn.Module)
+        }
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer of `encode_prompt`; a known one where it was asked the same before."""
+        assert self._encode is not None
+        key = _write_key((self.state, args, sorted(kwargs.items())))
+        asked = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.device))
+        device = next(asked, None)
+        if key is not None:
+            self._asked.add(key)
+        if key is not None and key in self.answers:
+            return _move_tensors(self.answers[key], device)
+        self._fill_encoders()
+        with ExitStack() as stack:
+            for enter in self._late:
+                stack.enter_context(enter())
+            answer = self._encode(*args, **kwargs)
+        if key is not None:
+            self.answers[key] = answer
+        return answer
+
+    @contextmanager
+    def under(
+        self, state: str, enter: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """Remembers answers apart while something runs beside the encoders' weights.
+
+        `state` says what runs there, and `enter` puts it there; where the encoders are empty, not
+        before they are needed.
+        """
+        before, late = self.state, any(map(is_emptied, self.encoders.values()))
+        self.state = f"{before} {state}"
+        try:
+            if late:
+                self._late.append(enter)
+                yield
+            else:
+                with enter():
+                    yield
+        finally:
+            self.state = before
+            if late:
+                self._late.remove(enter)
+
+    def release(self) -> None:
+        """Empties the text encoders, unless the pipeline's answers are not kept.
+
+        What was not asked since the last time is forgotten: it belongs to another LoRA's prompts.
+        """
+        self.answers = {key: self.answers[key] for key in self._asked & self.answers.keys()}
+        self._asked.clear()
+        if self._encode is not None:
+            empty_weights(self.encoders.values())
+
+    def restore(self) -> None:
+        """Reads again what is emptied, but for text encoders, which wait for a new prompt."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and name not in self.encoders:
+                self._fill(name, part)
+        if self._encode is None:
+            self._fill_encoders()
+
+    def _fill_encoders(self) -> None:
+        for name, encoder in self.encoders.items():
+            self._fill(name, encoder)
+
+    def _fill(self, name: str, module: nn.Module) -> None:
+        """Reads the weights of an emptied part again, as the pipeline was loaded."""
+        if not is_emptied(module):
+            return
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        device = next(module.parameters()).device
+        options, variant = dict(self._options), self._options.get("variant")
+        if variant and not any((self.folder / name).glob(f"*.{variant}[.-]*")):
+            del options["variant"]
+        half = next((t.dtype for t in tensors.values() if t.dtype in HALVES), None)
+        if name in MODELS:
+            options["torch_dtype"] = half or torch.float32
+        with hide_progress_bars():
+            fresh = load_pretrained(type(module), self.folder / name, **options)
+        fresh = (fresh if half else fresh.float()).to(device)
+        for key, tensor in (*fresh.named_parameters(), *fresh.named_buffers()):
+            tensors[key].data = tensor.data
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Hides the libraries' progress bars, which would mix with prolora's."""
+    import diffusers
+
+    loggers: list[Any] = [diffusers.utils.logging]
+    with suppress(ImportError):
+        import transformers
+
+        loggers.append(transformers.utils.logging)
+    shown = [logging for logging in loggers if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype will have another name
+            yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()
+
+
+def is_emptied(module: nn.Module) -> bool:
+    """Returns whether `empty_weights` has freed its memory."""
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    return bool(sizes) and not any(sizes)
+
+
+def _move_tensors(value: Any, device: torch.device | None) -> Any:
+    """Moves the tensors of an answer to a device; None leaves them."""
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(_move_tensors(item, device) for item in value)
+    return value
+
+
+def _write_key(value: Any) -> str | None:
+    """Writes arguments as a text; None where one is no plain value."""
+    if isinstance(value, list | tuple):
+        parts = [_write_key(item) for item in value]
+        return None if None in parts else f"[{', '.join(map(str, parts))}]"
+    if isinstance(value, torch.device):
+        return "device"  # prompts may be encoded in the machine's memory, and asked for on a card
+    return repr(value) if isinstance(value, _PLAIN) else None
+
+
+def shrink_tiles(vae: Any, pixels: int) -> None:
+    """Makes the tiles of a VAE smaller, with the same overlap, if it can."""
+    if hasattr(vae, "tile_latent_min_size") and pixels < vae.tile_sample_min_size:
+        vae.tile_latent_min_size = pixels * vae.tile_latent_min_size // vae.tile_sample_min_size
+        vae.tile_sample_min_size = pixels
+    for side in ("height", "width"):
+        least, stride = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
+        if hasattr(vae, stride) and pixels < getattr(vae, least):
+            setattr(vae, stride, pixels * getattr(vae, stride) // getattr(vae, least))
+            setattr(vae, least, pixels)
+
+
+def estimate_bytes(folder: Path) -> tuple[int, int]:
+    """Estimates a pipeline's weights in bytes: text encoders, other models.
+
+    The denoiser stays as it is stored; the other models are in float32.
+
+    Raises:
+        UnsupportedFormat: it is no pipeline folder, or its weights cannot be read.
+    """
+    index = read_pipeline_index(folder)
+    encoders = others = 0
+    for name in index.parts:
+        if name in UNUSED_PARTS or not list((folder / name).glob("*.safetensors")):
+            continue
+        weights = open_folder_weights(folder / name)[0].values()
+        stored = name == index.denoiser
+        size = sum(math.prod(w.shape) * (w.dtype.itemsize if stored else 4) for w in weights)
+        if name.startswith(TEXT_ENCODERS):
+            encoders += size
+        else:
+            others += size
+    return encoders, others

@@ -1,0 +1,363 @@
+"""Probing, read from top to bottom: record, fit, judge."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters.adapter import Adapter
+from ..bases.pipeline_identity import describe_live_module
+from ..core.lowrank import LowRank
+from ..core.precision import in_full_precision
+from ..errors import InvalidOption, UnrelatedBases
+from ..version import __version__
+from .checkpoint import Checkpoints, hash_texts
+from .fit_numbers import ProbeReport
+from .fit_precision import in_float32, in_precision
+from .fitted_modules import choose_modules
+from .gate import REFUSE, fitting_updates, judge_updates
+from .known_answers import KnownAnswers, RememberingTranslation
+from .models import check_models, frozen
+from .probe_run import ProbeRun
+from .recording.lazy import LazySequence, SampleSelection
+from .recording.recorder import ORIGINS, Recorder
+from .recording.sample_batches import FindPrompts, count_samples, mix_samples
+from .recording.spill import SpillStore, spill_questions
+from .recording.trajectories import Sample, predict_call
+from .recording.translation import PAIR, Question, Translation
+from .recording.wanted import WantedChange, wanted_changes
+from .settings import FitSettings
+from .solver.joint import fit_all_modules
+from .solver.start import check_start
+from .trajectory_numbers import number_questions
+from .updates import weight_of
+from .workload import Workload, WorkMeter
+
+if TYPE_CHECKING:
+    from .pipelines.crossing_recorder import CrossingRecorder
+
+DEFAULT_SETTINGS = FitSettings()
+SAME_QUESTIONS = Translation()
+"""Both models take the same inputs and predict the same quantity."""
+
+
+@dataclass(frozen=True)
+class ProbeTransfer:
+    """The result of a probing."""
+
+    adapter: Adapter  # the LoRA of the target, its strength applied
+    report: ProbeReport  # what was done, and how well
+
+    def save(
+        self, path: str | PathLike[str], *, format: str = "auto", dtype: torch.dtype | None = None
+    ) -> None:
+        """Writes the LoRA completely or not at all; arguments as in `prolora.Transfer.save`."""
+        adapters.write_adapter(self.adapter, path, format=format, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Samplers:
+    """How models are sampled, each by a function of a seed."""
+
+    source: Sample  # runs the source's sampler from noise
+    target: Sample  # the same for the target
+    # Runs the source while the LoRA runs in it, where the LoRA is sampled in another way than the
+    # source (few steps, no guidance, a trigger word); None: as `source`.
+    adapted: Sample | None = None
+    # What the samplers do, as a text; needed where results are kept for another run, because two
+    # functions cannot be compared.
+    described: str = ""
+
+
+@in_full_precision
+def fit_to_models(
+    source: nn.Module,
+    target: nn.Module,
+    lora: str | PathLike[str] | Adapter | Mapping[str, LowRank],
+    samplers: Samplers,
+    settings: FitSettings = DEFAULT_SETTINGS,
+    *,
+    translation: Translation = SAME_QUESTIONS,
+    rival: Mapping[str, LowRank] | None = None,
+) -> ProbeTransfer:
+    """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
+
+    Both models run on trajectories that they sample themselves from noise, so no data is needed. At
+    every probe the target should predict v_t + (v_s with LoRA − v_s). Linear layers and
+    convolutions of images that it calls are fitted to that at once, in a few Gauss–Newton steps on
+    the factors of the LoRA. `prolora.fit` does it between two pipeline folders.
+
+    Args:
+        source: the module that LoRA names start from (a pipeline's unet or transformer), stored
+            in float32, float16 or bfloat16; computed in the precision of the settings.
+        target: the same of the target; widths and depths may differ. Both must take the same
+            inputs and predict the same quantity, unless the translation says otherwise.
+        lora: a file, an adapter, or updates by the source's module names.
+        samplers: of both models.
+        settings: of the fit; what they say of prompts, images and steps of the samplers is for
+            pipelines. `prolora.FitOptions` do, too, but for what they add for pipelines and files,
+            such as `max_vram`.
+        translation: asks both models the same question, where they take different inputs or
+            predict different quantities; and the guidance that the source is asked with.
+        rival: updates of the target that the fit is compared with on the held-out probes, and may
+            start from; None: the LoRA's own updates of modules that the target has.
+
+    Raises:
+        InvalidOption: results are to be kept, and nothing says what the samplers do; or an option
+            that no fit of models at hand heeds.
+        ShapeMismatch: the fit is to start from a copy that does not fit the target.
+        UnrelatedBases: the gate refuses, and the fit is not forced.
+        ProLoRAError: a module, block or dtype is of a kind that no fit can handle; the message
+            names it.
+
+    Returns:
+        The target's adapter and the report. The models' weights are afterwards as before.
+    """
+    _check_settings(settings)
+    if settings.resume is not None and not samplers.described:
+        raise InvalidOption("resume needs samplers whose `described` says what they do")
+    if isinstance(lora, str | PathLike):
+        adapter = adapters.read_adapter(lora)
+    else:
+        adapter = lora if isinstance(lora, Adapter) else Adapter(dict(lora), format="diffusers")
+    if rival is None:
+        rival = fitting_updates(target, adapter.updates)
+    check_models(source, target, adapter)
+    check_start(settings.start, target, rival)
+    recorder = Recorder(
+        source,
+        target,
+        adapter,
+        (samplers.source, samplers.adapted or samplers.source, samplers.target),
+        translation,
+        Checkpoints(
+            settings.resume,
+            lambda: {
+                "the source": describe_live_module(source),
+                "the target": describe_live_module(target),
+            },
+        ),
+        f"{samplers.described} {settings.precision}",
+    )
+    return _run_models(recorder, rival, settings)
+
+
+def _check_settings(settings: FitSettings) -> None:
+    """Refuses options of pipelines and files, which models at hand would pass over.
+
+    Raises:
+        InvalidOption: names the option.
+    """
+    usual, known = type(settings)(), {field.name for field in fields(FitSettings)}
+    for field in fields(settings):
+        name = field.name
+        if name not in known and getattr(settings, name) != getattr(usual, name):
+            raise InvalidOption(
+                f"{name}: is for pipelines in folders and for results that are written; a fit of "
+                "models at hand runs them where they are, as they are, and gives the LoRA back"
+            )
+
+
+@in_full_precision
+def fit_from_recorder(
+    recorder: Recorder | CrossingRecorder,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    release: Callable[[], None] | None = None,
+    meter: WorkMeter | None = None,
+    samples: int | None = None,
+) -> ProbeTransfer:
+    """Runs `fit_to_models` on a recorder's questions: for unlike models.
+
+    They share no recorded calls. `release` is called once everything was sampled and asked; from
+    then on the target alone runs. The sampler tells `meter` every image. `samples` is the number
+    in a batch of the fit; None: as in the samplers' calls.
+
+    Raises:
+        ProLoRAError: see `fit_to_models`.
+    """
+    check_models(recorder.source, recorder.target, recorder.adapter)
+    check_start(settings.start, recorder.target, rival)
+    return _run_models(recorder, rival, settings, release, meter, samples)
+
+
+def _run_models(
+    recorder: Recorder | CrossingRecorder,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    release: Callable[[], None] | None = None,
+    meter: WorkMeter | None = None,
+    samples: int | None = None,
+) -> ProbeTransfer:
+    """Runs fit and verdict with both models frozen, in the settings' precision."""
+    source, target, bits = recorder.source, recorder.target, settings.precision
+    meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
+    if settings.rank is None:
+        own = max(update.rank for update in recorder.adapter.updates.values())
+        settings = replace(settings, rank=own)
+    assert settings.rank is not None
+    report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
+    with ExitStack() as stack:
+        for model in (source, target):
+            stack.enter_context(frozen(model))
+            stack.enter_context(in_precision(model, bits))
+        stack.enter_context(meter.watch(source, target))
+        report.crossed, report.shared = recorder.crossed, recorder.translation.same_noise
+        guidance = recorder.translation.guidance
+        if guidance:
+            report.guidance, report.guided_lora = guidance.scale, guidance.adapted
+        meter.begin("sample")
+        limit = settings.share_memory(4)
+        questions = spill_questions(recorder.record_questions(settings.seed), limit)
+        judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
+        held_out = spill_questions(number_questions(judged), limit)
+        report.probes, report.held_out = len(questions), len(held_out)
+        settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+        meter.settle(settings)
+        run = _begin_run(recorder, rival, settings, report, meter, release, samples)
+        meter.begin("draw")
+        questions, held_out = _draw_samples(run, questions, held_out)
+        report.samples = _count_samples(questions), _count_samples(held_out)
+        names = choose_modules(run, questions[0])
+        report.modules = len(names)
+        meter.begin("ask")
+        wanted = _KeptChanges(run, held_out)
+        updates = fit_all_modules(run, questions, names)
+        for name in updates:
+            report.left_out.pop(name, None)
+        meter.begin("judge")
+        start, few = report.start, settings.has_few_step_lora
+        known = rival, start, bool(recorder.crossed), few
+        verdict = report.gate = judge_updates(target, updates, wanted, run.translation, *known)
+        meter.finish()
+    report.seconds, report.predictions = meter.seconds, meter.predictions
+    if verdict.decision == REFUSE and not settings.force:
+        raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
+    return _scale_updates(run, updates, verdict.strength)
+
+
+def _begin_run(
+    recorder: Recorder | CrossingRecorder,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    report: ProbeReport,
+    meter: WorkMeter,
+    release: Callable[[], None] | None,
+    samples: int | None,
+) -> ProbeRun:
+    """Builds what all stages share, once the questions are recorded."""
+    guidance = recorder.translation.guidance
+    # The recorder's key says what the samplers do, not how the source is asked.
+    asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
+    key = hash_texts(recorder.key, asked) if asked else recorder.key
+    bare = hash_texts(recorder.keys["source"], asked)
+    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
+
+    def end_asking() -> None:
+        answers.store()
+        if release is not None:
+            release()
+
+    translation = RememberingTranslation.of(recorder.translation, answers)
+    return ProbeRun(
+        recorder.source,
+        recorder.target,
+        recorder.adapter,
+        translation,
+        rival,
+        settings,
+        recorder.checkpoints,
+        key,
+        report,
+        meter,
+        end_asking,
+        samples,
+    )
+
+
+class _KeptChanges(LazySequence[WantedChange]):
+    """The target's wanted changes at held-out questions, in memory or files.
+
+    They are asked for before the fit, which needs no source any more.
+    """
+
+    def __init__(self, run: ProbeRun, questions: Sequence[Question]) -> None:
+        self.questions, self.store = questions, SpillStore(run.settings.share_memory(4))
+        models = run.source, run.target, run.adapter.updates
+        for i, wanted in enumerate(wanted_changes(*models, questions, run.translation)):
+            self.store.put(i, (wanted.plain, wanted.change, wanted.base_difference))
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def item(self, i: int) -> WantedChange:
+        return WantedChange(self.questions[i].target, *self.store.get(i))
+
+
+def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
+    scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
+    metadata = {"prolora.version": __version__, "prolora.method": "fit"}
+    shapes = {name: weight_of(run.target, name, any_kind=True).shape for name in scaled}
+    kernels = {name: tuple(shape[2:]) for name, shape in shapes.items() if len(shape) > 2}
+    adapter = run.adapter.with_updates(scaled)
+    adapter = replace(adapter, kernels=kernels, vectors={}, metadata=metadata, left_out={})
+    return ProbeTransfer(adapter, run.report)
+
+
+def _draw_samples(
+    run: ProbeRun, questions: Sequence[Question], held_out: Sequence[Question]
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """Samples for the fit and for the verdict, in batches that mix many moments."""
+    settings, limit = run.settings, run.settings.share_memory(4)
+    generator = torch.Generator().manual_seed(settings.seed)
+    assert settings.probes and settings.held_out and settings.batch
+
+    def predict_both(question: Question) -> tuple[Tensor, Tensor]:
+        with in_float32(run.source), in_float32(run.target):
+            theirs = run.translation.of_target(run.target, question)
+            if question.origin == PAIR:
+                return predict_call(run.target, question.source, run.translation.read), theirs
+            return run.translation.of_source(run.source, question), theirs
+
+    judged = []
+    for origin in ORIGINS:  # not mixed with each other: the gate compares them
+        of_origin = [question for question in held_out if question.origin == origin]
+        count = max(settings.held_out // len(ORIGINS), 1)
+        judged += mix_samples(of_origin, count, count, predict_both, generator)
+    origins = [question.origin for question in questions]
+    batch = settings.batch
+
+    def draw_some(
+        wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None, step: int
+    ) -> list[Question]:
+        rows = [i for i, origin in enumerate(origins) if wanted(origin)]
+        some = SampleSelection(questions, rows)
+        how = predict_both, generator, prompts, step, run.samples
+        return mix_samples(some, count, batch, *how) if rows else []
+
+    shares = 2 if PAIR in origins else 1
+    count, step = max(settings.probes // shares, 1), max(batch // shares, 1)
+    # Every step has samples of all origins: steps on the LoRA's own images alone cost 0.02 of the
+    # score.
+    drawn = draw_some(lambda origin: origin != PAIR, count, run.translation.find_prompts, step)
+    if PAIR in origins:
+        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count, None, 0))
+    return spill_questions(drawn, limit), spill_questions(judged, limit)
+
+
+def _alternate(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
+    """Alternates the questions of both; the rest of the longer one comes last."""
+    both = itertools.zip_longest(first, second)
+    return [question for pair in both for question in pair if question is not None]
+
+
+def _count_samples(questions: Sequence[Question]) -> int:
+    return sum(count_samples(question.source) for question in questions)

@@ -1,0 +1,160 @@
+"""Batches of LoRAs between one pair of bases: the same work wherever it is done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from ..bases.cache.basis_cache import BasisCache
+from ..bases.experts import open_experts, pair_experts
+from ..bases.identity import compute_identity
+from ..core.precision import full_precision
+from ..errors import OutputExists, ProLoRAError
+from ..files.store import Store, refusal
+from ..moving.dry_run import plan_report
+from ..moving.options import TransferOptions
+from ..moving.output_paths import make_folders, name_output
+from ..moving.pair_mover import PairMover, Task, as_refusal
+from ..moving.resume import Recipe
+from ..reports.outcome import Outcome
+from ..version import __version__
+
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What became of one LoRA on its way to one target."""
+
+    lora: str
+    target: str  # the folder below that of the results
+    status: Literal["moved", "already there", "would move", "refused"]
+    out: str = ""
+    error: str = ""
+    unread: int = 0  # updates that could not be read and stayed behind
+
+
+@dataclass(frozen=True)
+class Batch:
+    """LoRAs between one pair of bases, as paths on every machine."""
+
+    source: str
+    target: str
+    expert: str
+    loras: tuple[tuple[str, str], ...]  # each with the suffix of its result's name
+
+    @property
+    def label(self) -> str:
+        """The folder of its results: the name of the target."""
+        place = Path(self.target)
+        if place.name in ("unet", "transformer") and place.parent.name:
+            place = place.parent
+        name = place.stem if place.suffix in (".safetensors", ".gguf") else place.name
+        return re.sub(r"[^\w.-]+", "_", name).strip(".") or "target"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all batches have in common; it can be pickled."""
+
+    folder: str
+    options: TransferOptions
+    version: str = __version__
+
+    @property
+    def store(self) -> Store:
+        """The results, by the names of their targets."""
+        return Store(Path(self.folder))
+
+    def place_note(self, batch: Batch, lora: Path) -> Path:
+        """Returns the place whose note says why a LoRA was refused."""
+        return self.store.path(batch.label, str(lora), title=lora.stem, digits=_DIGITS)
+
+
+def plan_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
+    """Says what would become of the LoRAs of a batch."""
+    pair = _find_pair(batch)
+    for lora, _ in batch.loras:
+        try:
+            plan_report(lora, *pair, job.options)
+            yield Migrated(lora, batch.label, "would move")
+        except ProLoRAError as error:
+            yield Migrated(lora, batch.label, "refused", error=str(error))
+
+
+def _find_pair(batch: Batch) -> tuple[Any, Any]:
+    """Opens the two bases of a batch."""
+    pairs = pair_experts(open_experts(batch.source), open_experts(batch.target))
+    pair = next(pair for pair in pairs if pair.expert == batch.expert)
+    return pair.source, pair.target
+
+
+# The bases of the last batch of this process stay open for the next.
+_opened: dict[str, tuple[PairMover, BasisCache]] = {}
+
+
+def _open_mover(batch: Batch, job: Job) -> tuple[PairMover, BasisCache, tuple[str, ...]]:
+    """Opens a batch's bases with all that is known, and their current digests."""
+    source, target = _find_pair(batch)
+    cache = BasisCache(job.options.cache)
+    digests = tuple(compute_identity(base, cache.folder) or "" for base in (source, target))
+    key = repr((batch.source, batch.target, batch.expert, job, digests))
+    if key not in _opened:
+        _opened.clear()
+        _opened[key] = PairMover.open(source, target, job.options, cache), cache
+    return (*_opened[key], digests)
+
+
+def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
+    """Moves the LoRAs of a batch; existing results are done."""
+    with full_precision():
+        mover, cache, digests = _open_mover(batch, job)
+        ends = mover.pair.source, mover.pair.target
+        make_folders([Path(job.folder) / batch.label])
+
+        def name(task: Task, appended: str) -> None:
+            task.recipe = Recipe.of(task.lora, *ends, mover.asked, digests)
+            plain = name_output(task.lora, mover.asked.format or "auto", appended)
+            title, suffix, _ = plain.partition(".safetensors")
+            task.out = job.store.path(
+                batch.label, task.recipe.made_of, title=title, suffix=suffix, digits=_DIGITS
+            )
+
+        tasks = []
+        for lora, appended in batch.loras:
+            task = Task(Path(lora), Path())
+            task.attempt(partial(name, task, appended))
+            if task.outcome and task.outcome.error:
+                yield note_refusal(batch, job, task.lora, task.outcome.error)
+            elif job.store.have(task.out):
+                yield Migrated(lora, batch.label, "already there", str(task.out))
+            else:
+                tasks.append(task)
+        with cache.saving():
+            for task in mover.run(tasks, cache, [task.lora for task in tasks]):
+                assert task.outcome is not None
+                yield _tell(batch, job, task.outcome)
+
+
+def _tell(batch: Batch, job: Job, outcome: Outcome) -> Migrated:
+    """Reports what became of a LoRA; raises what would stop the next one, too."""
+    lora, error = outcome.lora, outcome.error
+    was_there = outcome.kept or isinstance(error, OutputExists)  # another process was faster
+    if error is not None and not was_there:
+        if isinstance(error.__cause__, OSError) and lora.exists():
+            raise error
+        return note_refusal(batch, job, lora, error)
+    refusal(job.place_note(batch, lora)).unlink(missing_ok=True)
+    status: Any = "already there" if was_there else "moved"
+    return Migrated(str(lora), batch.label, status, str(outcome.out), unread=len(outcome.unread))
+
+
+def note_refusal(batch: Batch, job: Job, lora: Path, error: BaseException) -> Migrated:
+    """Writes down why a LoRA was not moved; its next success removes the note."""
+    place = job.place_note(batch, lora)
+    job.store.refuse(place, as_refusal(error), lora=str(lora))
+    return Migrated(str(lora), batch.label, "refused", str(refusal(place)), str(error))

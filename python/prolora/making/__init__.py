@@ -1,0 +1,1 @@
+"""LoRAs that were not moved: converted, extracted, merged, baked."""

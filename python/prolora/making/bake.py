@@ -1,0 +1,358 @@
+"""LoRAs baked into their base, and what survives the rounding."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bases import Base, BaseLike, open_base
+from ..bases.base import Progress
+from ..bases.quantised.codes import read_floats
+from ..bases.quantised.weight import ScaledWeight, find_kind
+from ..bases.weights import ConvertedWeight, RowsWeight, StoredWeight, Weight
+from ..core.lowrank import LowRank
+from ..core.precision import in_full_precision
+from ..errors import InvalidOption, NonFiniteWeights, OutputError, UnsupportedFormat
+from ..files.hashing import view_bytes
+from ..files.safetensors_file import SafetensorsFile
+from ..files.store import check_free, put
+from ..moving.block_weights import Blocks, find_factors
+from ..moving.moved_before import check_moved_before
+from ..moving.options import LoraLike, TransferOptions
+from ..reports.report import Mark
+from .convert import read_plain
+from .merge_inputs import name_loras
+
+SURVIVES = 0.9
+"""Where less of a LoRA survives than this, people see it."""
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
+
+
+@dataclass(frozen=True)
+class BakedModule:
+    """One module's update ΔW, and W + ΔW rounded to Q."""
+
+    module: str
+    energy: float  # ‖ΔW‖²
+    product: float  # ⟨Q − W, ΔW⟩
+    wrong: float  # ‖Q − W − ΔW‖²
+
+    @property
+    def survived(self) -> float:
+        """The share of the update that is left."""
+        return self.product / self.energy if self.energy else 1.0
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A model that LoRAs were baked into."""
+
+    path: Path
+    base: str
+    loras: tuple[str, ...]
+    stochastic: int | None  # the seed of the rounding; None if it was to the nearest
+    dtypes: dict[str, int]  # how the changed weights are stored -> how many
+    modules: tuple[BakedModule, ...]
+    left_out: dict[str, str] = field(default_factory=dict)  # what has no place in the base -> why
+
+    @property
+    def survived(self) -> float:
+        """The share of all updates that is left after rounding."""
+        energy = sum(row.energy for row in self.modules)
+        return sum(row.product for row in self.modules) / energy if energy else 1.0
+
+    @property
+    def error(self) -> float:
+        """The rounding error of all changed weights, beside the size of the updates."""
+        energy = sum(row.energy for row in self.modules)
+        return math.sqrt(sum(row.wrong for row in self.modules) / energy) if energy else 0.0
+
+    @property
+    def mark(self) -> Mark:
+        """✔ it acts in full, ⚠ rounding took a part, or parts have no place."""
+        return "✔" if self.survived >= SURVIVES and not self.left_out else "⚠"
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a line."""
+        if self.survived >= SURVIVES:
+            return f"{self.survived:.0%} of the LoRA is in the weights of {self.base}."
+        return f"Rounding took a part of the LoRA: {self.survived:.0%} of it is left."
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what was done, as names and texts."""
+        found = []
+        if self.survived < SURVIVES:
+            way = "bake into a 16-bit model, or keep the LoRA as a file"
+            also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
+            found.append(("", f"To keep all of it: {way}{also}."))
+        stored = ", ".join(f"{kind} ×{count}" for kind, count in self.dtypes.items())
+        found.append(("changed", f"{len(self.modules)} weights ({stored}); all else byte for byte"))
+        found.append(("rounding error", f"{self.error:.2g} times the LoRA"))
+        rows = sorted(self.modules, key=lambda row: row.survived)
+        if rows and rows[0].survived < SURVIVES:
+            found.append(("least is left in", f"{rows[0].module}: {rows[0].survived:.0%}"))
+        found += [("left out", f"{name}: {why}") for name, why in self.left_out.items()]
+        return [*found, ("wrote", str(self.path))]
+
+    def __str__(self) -> str:
+        """The mark and the verdict, then the facts, a line each."""
+        facts = [f"{name}: {text}" if name else text for name, text in self.facts()]
+        return "\n".join([f"{self.mark} {self.headline}", *facts])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, ready for JSON."""
+        told = asdict(self) | {"path": str(self.path), "mark": self.mark}
+        told["modules"] = {row.module: row.survived for row in self.modules}
+        return told | {"survived": self.survived, "error": self.error, "headline": self.headline}
+
+
+@in_full_precision
+def bake(
+    loras: Sequence[LoraLike],
+    base: BaseLike,
+    out: str | os.PathLike[str],
+    *,
+    strengths: Sequence[float] | None = None,
+    blocks: Sequence[Blocks | None] | None = None,
+    stochastic: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Baked:
+    """Bakes LoRAs into a copy of their base, and says what survives the rounding.
+
+    Each weight is W + Σ strength·ΔW, computed in float32 and rounded to the type that the base
+    stores it in. Keys, order, metadata and every other tensor stay byte for byte. In memory are one
+    weight and its update.
+
+    Args:
+        loras: one or more, as `transfer` takes them.
+        base: a .safetensors checkpoint or a diffusers folder in float32, float16, bfloat16, float8
+            or ComfyUI's scaled float8.
+        out: the file, or folder, to write.
+        strengths: a factor on each LoRA; 1 by default.
+        blocks: block weights of each LoRA.
+        stochastic: seed of rounding at random: the mean is right where updates are smaller than the
+            steps of float8, and weights are noisier. None rounds to the nearest.
+        overwrite: replace what exists.
+        progress: called as progress(done, total, key).
+
+    Returns:
+        What was written, and for each module the share ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖² that is left.
+
+    Raises:
+        InvalidOption: no LoRA, or not one strength or block weights for each.
+        UnsupportedFormat: a base that cannot be written: in memory, GGUF, or quantised otherwise.
+        WrongBase: a LoRA of another model.
+        NonFiniteWeights: a result is too large for its type.
+        OutputError: `out` cannot be written, or is an input.
+    """
+    model, count = open_base(base), len(loras)
+    for name, given in (("strengths", strengths), ("blocks", blocks)):
+        if given is not None and len(given) != count:
+            raise InvalidOption(f"`{name}` is for {len(given)} LoRAs, and there are {count}")
+    if not count:
+        raise InvalidOption("give one LoRA or more")
+    path = model.path
+    if path is None:
+        raise UnsupportedFormat(f"{model.name}: is in memory; give the model as a file or a folder")
+    folder = path.is_dir()
+    # A folder is never replaced: files of two models would stand in it.
+    check_free(out, [*model.files, path], overwrite=overwrite and not folder, folder=folder)
+    if not folder and Path(out).suffix != ".safetensors":
+        raise OutputError(f"{out}: a checkpoint's name ends in .safetensors")
+    updates = _sum_updates(loras, model, strengths or [1.0] * count, blocks or [None] * count)
+    groups, left_out = _place_updates(updates, model)
+    random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
+    baking = _Baking(random)
+
+    def write(new: Path) -> None:
+        if folder:
+            shutil.copytree(path, new, ignore=_list_unused(model), dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, new)
+        for i, (stored, parts) in enumerate(groups.items()):
+            if progress:
+                progress(i, len(groups), stored.key)
+            at = new / stored.file.path.relative_to(path) if folder else new
+            baking.write_weight(at, stored, parts)
+
+    put(out, write, overwrite=overwrite and not folder, folder=folder)
+    dtypes: dict[str, int] = {}
+    for stored in groups:
+        kind = str(stored.dtype).removeprefix("torch.")
+        dtypes[kind] = dtypes.get(kind, 0) + 1
+    names, rows = tuple(name_loras(loras)), tuple(baking.rows)
+    return Baked(Path(out), model.name, names, stochastic, dtypes, rows, left_out)
+
+
+def _sum_updates(
+    loras: Sequence[LoraLike],
+    model: Base,
+    strengths: Sequence[float],
+    blocks: Sequence[Blocks | None],
+) -> dict[str, list[LowRank | Tensor]]:
+    """Reads every LoRA; returns module, or vector, -> what is added to it."""
+    found: dict[str, list[LowRank | Tensor]] = {}
+    for lora, strength, weights in zip(loras, strengths, blocks, strict=True):
+        check_moved_before(lora, model, TransferOptions())
+        adapter = read_plain(lora, model)
+        if adapter.unread or adapter.refused:
+            gone = next(iter([*adapter.unread, *adapter.refused]))
+            raise UnsupportedFormat(f"{gone}: this update cannot be read, so it cannot be baked")
+        factors = find_factors(weights, adapter, model)
+        for name, update in adapter.updates.items():
+            factor = strength * factors.get(name, 1.0)
+            found.setdefault(name, []).append(LowRank(update.up * factor, update.down))
+        for name, vector in adapter.vectors.items():
+            factor = strength * factors.get(name.rpartition(".")[0], 1.0)
+            found.setdefault(name, []).append(vector * factor)
+    return found
+
+
+Parts = list[tuple[str, Weight, list[LowRank | Tensor]]]
+
+
+def _place_updates(
+    updates: Mapping[str, list[LowRank | Tensor]], model: Base
+) -> tuple[dict[StoredWeight, Parts], dict[str, str]]:
+    """Finds the stored tensor of every update; also what has no place, with the reason."""
+    groups: dict[StoredWeight, Parts] = {}
+    left_out = {}
+    for name, added in updates.items():
+        weight = model.weights.get(name) or model.others[0].get(name)
+        if weight is None:
+            left_out[name] = f"{model.name} lacks it"
+            continue
+        root = _find_root(weight)
+        stored = root.stored if isinstance(root, ScaledWeight) else root
+        writable = isinstance(stored, StoredWeight) and isinstance(stored.file, SafetensorsFile)
+        if isinstance(root, ScaledWeight):
+            whole = root.tile[1] == math.prod(root.shape[1:])
+            writable &= root.unpack is read_floats and stored.dtype.itemsize == 1 and whole
+            writable &= stored.dtype.is_floating_point and type(root) is ScaledWeight
+        elif not weight.dtype.is_floating_point:
+            writable = False
+        if not writable or not isinstance(stored, StoredWeight):
+            kind = find_kind(weight) or str(weight.dtype)
+            raise UnsupportedFormat(
+                f"{weight.name}: is stored as {kind}, which is not written; bake into the fp16 or "
+                "bf16 version of this model"
+            )
+        groups.setdefault(stored, []).append((name, weight, added))
+    return groups, left_out
+
+
+def _find_root(weight: Weight) -> Weight:
+    """Returns what a view is a view of."""
+    while isinstance(weight, RowsWeight | ConvertedWeight):
+        weight = weight.matrix if isinstance(weight, RowsWeight) else weight.stored
+    return weight
+
+
+def _list_unused(model: Base) -> Any:
+    """Returns the filter that leaves out a folder's weights in other precisions."""
+    used = {file.resolve() for file in model.files}
+    folders = {file.parent for file in used} | {Path(model.path or "").resolve()}
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        here = Path(folder).resolve()
+        weights = [name for name in names if name.endswith(_WEIGHT_FILES)]
+        return {name for name in weights if here in folders and (here / name) not in used}
+
+    return ignore
+
+
+@dataclass
+class _Baking:
+    """The work on single weights, and what became of them."""
+
+    random: torch.Generator | None  # rounds to the nearest without one
+    rows: list[BakedModule] = field(default_factory=list)
+
+    def write_weight(self, file: Path, stored: StoredWeight, parts: Parts) -> None:
+        """Adds updates to one stored tensor of a copied file, in place."""
+        root = _find_root(parts[0][1])
+        wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        before = root.read().to(wide)
+        numbers, deltas = before.clone(), []
+        for name, weight, added in parts:
+            delta = torch.zeros(weight.shape, dtype=wide)
+            for update in added:
+                dense = update.dense() if isinstance(update, LowRank) else update
+                delta += dense.to(wide).reshape(delta.shape)
+            for view, rows in _cut_rows(weight, numbers, delta):
+                view += rows
+            deltas.append((name, weight, delta))
+        written, rounded = self._round(root, stored, numbers)
+        if not rounded.isfinite().all():
+            raise NonFiniteWeights(f"{stored.name}: the result overflows {stored.dtype}")
+        for name, weight, delta in deltas:
+            self.rows.append(_measure(name, weight, rounded - before, delta))
+        whole = SafetensorsFile(file)
+        with open(file, "r+b") as opened:
+            opened.seek(whole.data_start + whole.tensors[stored.key].start)
+            opened.write(view_bytes(written))
+        if not torch.equal(SafetensorsFile(file).read(stored.key).view(torch.uint8),
+                           written.view(torch.uint8)):  # fmt: skip
+            raise OutputError(f"{file}: {stored.key} reads back differently; is the disk faulty?")
+
+    def _round(self, root: Weight, stored: StoredWeight, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the stored tensor, and the numbers that it stands for."""
+        scale = torch.ones(())
+        if isinstance(root, ScaledWeight):
+            tiles = root.load_scales()[0][:, 0]
+            scale = tiles.repeat_interleave(root.tile[0])[: len(numbers)]
+            scale = scale.reshape(-1, *[1] * (numbers.ndim - 1))
+        codes = numbers / scale
+        if self.random is not None and stored.dtype != numbers.dtype:
+            codes = _round_at_random(codes, stored.dtype, self.random)
+        if stored.dtype.itemsize == 1:  # torch makes NaN of what is too large
+            largest = torch.finfo(stored.dtype).max
+            codes = codes.clamp(-largest, largest)
+        written = codes.to(stored.dtype).contiguous()
+        return written, written.to(numbers.dtype) * scale
+
+
+def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs views of a stored tensor's numbers with the rows that belong there."""
+    if isinstance(weight, RowsWeight):
+        yield from _cut_rows(weight.matrix, numbers[weight.start : weight.stop], delta)
+    elif isinstance(weight, ConvertedWeight) and weight.transposed:
+        yield from _cut_rows(weight.stored, numbers.mT, delta)
+    elif isinstance(weight, ConvertedWeight):
+        half = len(delta) // 2
+        yield numbers[half:], delta[:half]
+        yield numbers[:half], delta[half:]
+    else:
+        yield numbers, delta.reshape(numbers.shape)
+
+
+def _measure(name: str, weight: Weight, change: Tensor, delta: Tensor) -> BakedModule:
+    """Compares what changed with what should have."""
+    energy = product = wrong = 0.0
+    for got, wanted in _cut_rows(weight, change, delta):
+        got, wanted = got.double(), wanted.double()
+        energy += float(wanted.square().sum())
+        product += float((got * wanted).sum())
+        wrong += float((got - wanted).square().sum())
+    return BakedModule(name, energy, product, wrong)
+
+
+def _round_at_random(codes: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Rounds up or down to a float type's numbers, so that the mean is right."""
+    info = torch.finfo(dtype)
+    exponent = codes.abs().clamp_min(info.smallest_normal).log2().floor()
+    steps = codes / torch.exp2(exponent) / info.eps
+    low = steps.floor()
+    up = torch.rand(codes.shape, generator=generator, dtype=codes.dtype) < steps - low
+    return (low + up) * info.eps * torch.exp2(exponent)

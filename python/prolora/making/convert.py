@@ -1,0 +1,146 @@
+"""A LoRA in another format, precision, rank or kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .. import adapters
+from ..adapters.adapter import Adapter
+from ..adapters.algorithms import forms
+from ..adapters.contents import parse_contents
+from ..adapters.lora import Lora
+from ..bases import Base, BaseLike, open_base
+from ..core.precision import in_full_precision
+from ..errors import UnsupportedFormat
+from ..moving.base_check import explain_misfit
+from ..moving.base_pair import list_inputs
+from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.file_budget import OutputForm
+from ..moving.option_keywords import settle_options, takes_options
+from ..moving.options import LoraLike, name_lora
+from ..moving.out_rank import cut_rank
+from ..moving.output_paths import check_output
+from ..moving.result import Transfer, pack_result, save_result
+from ..moving.rows import (
+    describe_conversion,
+    describe_left_out,
+    list_tensors_left_out,
+    list_unread_modules,
+)
+from ..reports.module_report import LEFT_OUT, ModuleReport
+from .convert_options import DEFAULT_CONVERSION, ConvertOptions
+from .made_report import MadeReport
+
+
+@takes_options
+def convert(
+    lora: LoraLike,
+    base: BaseLike | None = None,
+    options: ConvertOptions = DEFAULT_CONVERSION,
+    *,
+    out: str | PathLike[str] | None = None,
+    **changes: Any,
+) -> Transfer:
+    """Converts a LoRA: into another format, precision or rank; any kind becomes a plain LoRA.
+
+    Args:
+        lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict or an `Adapter`.
+        base: the base that it was trained on. Needed where an update depends on its weights (DoRA,
+            GLoRA, OFT), and where names with underscores belong to no known family.
+        options: how to convert it.
+        out: a file to write, or a folder for format "peft"; checked before any work.
+        **changes: single options by name; they win over `options`.
+
+    Returns:
+        The LoRA, and the report: what of each update is in it.
+
+    Raises:
+        UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
+            or a result that `format` cannot hold.
+        ShapeMismatch: an update that does not fit the base.
+        NonFiniteWeights: NaN or Inf, named.
+        OutputExists: something has the name of `out`.
+        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
+            module exceeds.
+    """
+    options = settle_options(options, changes)
+    model = None if base is None else open_base(base)
+    if out is None:
+        return _run(lora, model, options)
+    options = options.for_file()
+    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite, options.format)
+    return save_result(_run(lora, model, options), Path(out), options.overwrite)
+
+
+@in_full_precision
+def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
+    adapter = read_plain(lora, base)
+    form = OutputForm.of(options)
+    vectors = adapter.vectors if options.vectors == "copy" else {}
+    left_out = list_tensors_left_out(adapter)
+    left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
+    plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
+    factors = find_factors(options.blocks, plain, base)
+    form.check(plain)
+    silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
+    left_out |= dict.fromkeys(silent, LEFT_OUT)
+    gone = [name for name in plain.updates if factors.get(name) == 0]
+    plain = weigh_adapter(plain, factors)
+    cut = {}
+    for i, (name, update) in enumerate(plain.updates.items()):
+        if options.progress:
+            options.progress(i, len(plain.updates), name)
+        cut[name] = cut_rank(update, options.out_rank, update.rank)
+    whole = plain.with_updates(cut)
+    fitted = form.fit(whole)
+    name = name_lora(lora)
+    report = MadeReport(
+        method="convert",
+        done="converted",
+        original=name.removesuffix(".safetensors"),
+        source=name,
+        target=base.name if base else "",
+        modules=(
+            *list_unread_modules(adapter),
+            *(describe_left_out(name, adapter.updates[name]) for name in gone),
+            *_describe_rows(replace(adapter, updates=plain.updates), fitted, form),
+        ),
+        blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
+        vectors=len(plain.vectors),
+        left_out=left_out,
+        unread=tuple(adapter.unread),
+        kept_energy=dict(adapter.kept_energy),
+    )
+    return pack_result(fitted, whole, report, list_inputs(lora, *filter(None, [base])), form)
+
+
+def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
+    """Reads the LoRA's updates, each as a plain LoRA; refuses one that needs a missing base."""
+    if isinstance(lora, Adapter):
+        return lora
+    names = adapters.BaseNames(base.family, base.shapes) if base else None
+    if base is not None:
+        if misfit := explain_misfit(lora, base):
+            raise misfit
+        return adapters.read_adapter(lora, read_weight=base.read, base=names)
+    opened = Lora.open(lora)
+    for slot in parse_contents(opened).slots:
+        if forms.needs_base(slot.keys.keys()):
+            raise UnsupportedFormat(
+                f"{opened.where}: the update of {slot.module.name} is "
+                f"{forms.needs_base_reason(slot.keys.keys())}; give the base model that it was "
+                "trained on, too"
+            )
+    return adapters.read_adapter(lora)
+
+
+def _describe_rows(before: Adapter, after: Adapter, form: OutputForm) -> Iterable[ModuleReport]:
+    """Yields the row of every update."""
+    for name, update in before.updates.items():
+        written = after.updates[name].to(form.dtype or after.dtype)
+        kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)
+        yield describe_conversion(name, kind, update, written, read)

@@ -1,0 +1,53 @@
+"""The choices of an extraction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.option_fields import take_option
+from ..errors import InvalidOption
+from ..moving.options import FormatLike, Output, Resources, read_dtype
+from ..moving.out_rank import OutRank, parse_size_limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(Output, Resources):
+    """How a LoRA is extracted; `extract` takes each of these by its name."""
+
+    out_rank: OutRank = take_option(
+        Output,
+        "out_rank",
+        64,
+        help="Rank of the LoRA: a number, a share of the difference's energy in every module "
+        "(0.9), or what fits a file of a size (100MB, spent where it keeps the most energy).",
+    )
+    format: FormatLike | None = take_option(
+        Output,
+        "format",
+        help="Format of the output, or the program that will read it. Default: kohya for UNets, "
+        "ComfyUI's for transformers.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses a share of a rank that there is not, too."""
+        super().__post_init__()
+        if isinstance(self.out_rank, str) and self.size_limit is None:
+            raise InvalidOption(
+                "`out_rank` of an extraction is a number, a share of energy between 0 and 1, or "
+                f'the size of a file such as "100MB", not {self.out_rank!r}'
+            )
+
+    @property
+    def size_limit(self) -> int | None:
+        """Bytes that the file may take; None where the rank is asked for otherwise."""
+        return parse_size_limit(self.out_rank)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the factors in the file."""
+        return read_dtype(self.dtype) or torch.float16
+
+
+DEFAULT_EXTRACTION = ExtractOptions()

@@ -1,0 +1,46 @@
+"""The report of a LoRA that was extracted, converted or merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..reports.lora_report import LoraReport
+from ..reports.report import InWords, Mark
+
+ENOUGH = 0.95
+"""A LoRA that keeps this share of the energy does what it was made of."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class MadeReport(LoraReport):
+    """What a LoRA holds of what it was made of.
+
+    Attributes:
+        done: what became of its modules, as "converted".
+        original: what it was made of, in words.
+        advice: what to do next; "" without advice.
+    """
+
+    done: str
+    original: str
+    advice: str = ""
+
+    def in_words(self) -> InWords:
+        """Returns the share of the original that the LoRA holds."""
+        kept, cautions = self.share_on_target, tuple(self.cautions())
+        if self.dry_run:
+            return InWords("✔", "A dry run: nothing was written.", (), cautions)
+        if kept is None:
+            return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
+        residual = 100 * max(0.0, 1 - kept) ** 0.5
+        lost = f"{residual:.3g}%" if residual >= 1e-3 else "less than 0.001%"
+        headline = f"It holds {kept:.2%} of the energy of {self.original}, and differs from it by "
+        mark: Mark = "✔" if kept >= ENOUGH else "⚠"
+        return InWords(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
+
+    def lines(self) -> list[str]:
+        """Says what else to know of the result."""
+        return [self.advice] if self.advice else []
+
+    def _tell_done(self) -> str:
+        return f"{'would be' if self.dry_run else 'were'} {self.done}"

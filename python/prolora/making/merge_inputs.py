@@ -1,0 +1,81 @@
+"""Names of the LoRAs of a merge, and checks before reading."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from ..adapters.adapter import Adapter
+from ..architectures.families import find_title, join_titles, known_families
+from ..bases.experts import HIGH, LOW, find_expert
+from ..errors import WrongBase
+from ..moving.base_check import guess_lora_families
+from ..moving.options import LoraLike
+
+
+def name_loras(loras: Sequence[LoraLike]) -> list[str]:
+    """Chooses a name for each LoRA: its file without ending, or its number.
+
+    No name occurs twice: files of one name get their folder's before it, then a number.
+    """
+    paths = [Path(lora) if isinstance(lora, str | PathLike) else None for lora in loras]
+    plain = [
+        path.name.removesuffix(".safetensors") if path else _name_in_memory(lora, i)
+        for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1)
+    ]
+    names: list[str] = []
+    for path, name in zip(paths, plain, strict=True):
+        if path and plain.count(name) > 1 and (folder := path.absolute().parent.name):
+            name = f"{folder}/{name}"
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
+    return names
+
+
+def _name_in_memory(lora: LoraLike, number: int) -> str:
+    named = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None
+    return named or f"LoRA {number}"
+
+
+def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
+    """Refuses LoRAs of different models, for which no base says what to do with them.
+
+    Raises:
+        WrongBase: names two of them, and what each is for.
+    """
+    known: list[tuple[str, tuple[str, ...]]] = []
+    for name, lora in zip(names, loras, strict=True):
+        families = guess_lora_families(lora)[0]
+        for other, theirs in known if families else ():
+            if not set(families) & set(theirs):
+                ours, others = (join_titles(map(find_title, f)) for f in (families, theirs))
+                raise WrongBase(
+                    f"{name} is for {ours}, and {other} is for {others}: one LoRA belongs to one "
+                    "base. Give `target`, the base of the result, and the base of each LoRA: they "
+                    "are moved first"
+                )
+        if families:
+            known.append((name, families))
+
+
+def check_experts(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
+    """Refuses LoRAs of both experts of one model.
+
+    The base that they are for is among them, if there is one.
+
+    Raises:
+        WrongBase: one is for high noise and one for low noise.
+    """
+    experts = {find_expert(name): name for name in reversed(names)}
+    if HIGH not in experts or LOW not in experts:
+        return
+    families = {id_ for lora in loras for id_ in guess_lora_families(lora)[0]}
+    titles = [one.title for one in known_families().values() if one.id in families and one.experts]
+    if titles:
+        raise WrongBase(
+            f"by their names {experts[HIGH]} is for high noise and {experts[LOW]} for low noise: "
+            f"{titles[0]} has an expert for each, and one LoRA belongs to one of them. Merge those "
+            "of each expert by themselves, or rename what is for both"
+        )

@@ -1,0 +1,1 @@
+"""LoRAs moved by the weights alone."""

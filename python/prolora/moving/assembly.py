@@ -1,0 +1,126 @@
+"""What a transfer gives: the adapter of the target, its header, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..adapters.formats.metadata import rewrite_metadata
+from ..adapters.formats.moves import read_moves, write_moves
+from ..bases import Base
+from ..bases.base import list_quantised
+from ..bases.identity import compute_hint, compute_short_hash
+from ..bases.pipeline_files import draws_in_few_steps, is_pipeline
+from ..core.lowrank import LowRank
+from ..files.store import replace_surrogates
+from ..reports.module_report import ModuleReport
+from ..version import __version__
+from .block_weights import BlockWeights
+from .carried_vectors import CarriedVectors, carry_vectors
+from .ledger import Ledger
+from .rows import list_missed, list_tensors_left_out
+from .transfer_report import TransferReport
+
+
+def outline_result(ledger: Ledger) -> Adapter:
+    """Outlines the target's adapter before anything is moved."""
+    adapter, plan = ledger.adapter, ledger.plan
+    updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
+    updates |= {name: adapter.updates[name] for name in plan.passed}
+    vectors = carry_vectors(ledger)
+    return assemble_adapter(adapter, updates, vectors, ledger.target, adapter.metadata)
+
+
+def assemble_adapter(
+    adapter: Adapter,
+    updates: dict[str, LowRank],
+    vectors: CarriedVectors,
+    target: Base,
+    metadata: dict[str, str],
+) -> Adapter:
+    """Assembles the target's adapter: modules, kernels, metadata."""
+    return replace(
+        adapter,
+        updates=updates,
+        kernels=list_kernels(updates, target),
+        vectors=vectors.vectors,
+        family=target.family or adapter.family,
+        metadata=metadata,
+        unread={},
+    )
+
+
+def list_kernels(modules: Iterable[str], target: Base) -> dict[str, tuple[int, ...]]:
+    """Returns module -> (kh, kw), or (k,), of the target's convolutions."""
+    shapes = {name: target.shapes.get(name, ()) for name in modules}
+    return {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
+
+
+def build_metadata(ledger: Ledger) -> dict[str, str]:
+    """Returns the LoRA's own header with the target's names, and how the result was made."""
+    source, target, options = ledger.source, ledger.target, ledger.options
+    provenance = {
+        "version": __version__,
+        "method": options.method,
+        "strength": f"{options.strength:.4g}",
+        "rank_rule": str(options.rank),
+        "threshold": str(options.threshold),
+        "match": ledger.plan.rule,
+        **({"blocks": str(BlockWeights.read(options.blocks))} if options.blocks else {}),
+        "source": source.name,
+        "target": target.name,
+        **write_moves(read_moves(ledger.adapter.metadata)),
+    }
+    hashes = {"source_hash": compute_hint(source), "target_hash": compute_hint(target)}
+    metadata = rewrite_metadata(
+        ledger.adapter.metadata,
+        target_name=target.name,
+        target_layout=target.layout,
+        target_short_hash=compute_short_hash(target),
+        provenance=provenance | {key: value for key, value in hashes.items() if value},
+    )
+    # A header must be text; names of files need not be.
+    return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
+
+
+def _find_few_steps(ledger: Ledger) -> bool | None:
+    """Returns whether the target alone draws in few steps; None where nothing tells."""
+    target, steps = ledger.target, ledger.options.target_steps
+    if draws_in_few_steps(target, steps):
+        return not draws_in_few_steps(ledger.source)
+    return None if steps is None and not is_pipeline(target.path) else False
+
+
+def build_report(
+    ledger: Ledger, modules: Iterable[ModuleReport], vectors: CarriedVectors, **known: Any
+) -> TransferReport:
+    """Builds the report of a transfer by weights.
+
+    `modules` has a row for every module of the LoRA, and one for each further target; `known` are
+    further fields of the report.
+    """
+    adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
+    return TransferReport(
+        method=options.method,
+        rank_rule=options.rank,
+        threshold=options.threshold,
+        match=plan.rule,
+        source=ledger.source.name,
+        target=ledger.target.name,
+        modules=tuple(modules),
+        decisions=plan.decisions,
+        dropped_blocks=plan.dropped,
+        renumbered=dict(plan.renumbered),
+        vectors=len(vectors.vectors),
+        left_out=list_tensors_left_out(adapter) | vectors.left_out,
+        unread=list_missed(adapter, options.text_encoder),
+        strength=options.strength,
+        blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
+        quantised=list_quantised(ledger.source, ledger.target),
+        moves=read_moves(adapter.metadata),
+        few_steps=_find_few_steps(ledger),
+        doubts=ledger.doubts,
+        **known,
+    )

@@ -1,0 +1,280 @@
+"""Two bases, opened once for all LoRAs that move between them: plan, move, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from .. import adapters
+from ..adapters.adapter import Adapter
+from ..adapters.formats.moves import read_provenance
+from ..adapters.lora import Lora
+from ..bases import Base
+from ..bases.base import Progress
+from ..bases.cache.basis_cache import BasisCache
+from ..bases.memory import Memory
+from ..comparison.block_matching import resolve_match
+from ..comparison.module_map import Match
+from ..core.precision import in_full_precision
+from .assembly import assemble_adapter, build_metadata, build_report, outline_result
+from .base_check import check_bases
+from .block_weights import weigh_adapter
+from .carried_vectors import carry_vectors
+from .decision import Looked, decide_method, label_stage
+from .file_budget import OutputForm, describe_cuts
+from .ledger import LORA_FAILURES, Clock, Ledger
+from .move_updates import move_all
+from .options import LoraLike, TransferOptions
+from .plan import make_plan
+from .result import Transfer, pack_result
+from .rows import check_coverage, outline_rows
+from .transfer_report import TransferReport
+
+Notes = Callable[[], Mapping[str, str]]
+"""What the header of a result says of its making; asked once the LoRA has been read."""
+
+Depth = Literal["updates", "outline", "header"]
+"""How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
+base; or no tensor at all."""
+
+
+@dataclass
+class BasePair:
+    """Two bases, and what was learnt of them."""
+
+    source: Base  # the base that LoRAs were trained on
+    target: Base  # the base that they move to
+    options: TransferOptions  # how they move, as it was asked
+    cache: BasisCache  # what is known of the weights
+    memory: Memory = field(init=False)  # what may be in memory at a time
+    # How modules are paired, with blocks recognised where only weights tell them; None until it is
+    # asked for.
+    match: Match | None = None
+
+    def __post_init__(self) -> None:
+        """Looks at no weight yet."""
+        options = self.options
+        self.memory = Memory(options.memory_limit, options.rank, options.device)
+
+    def match_blocks(self) -> Match:
+        """Matches the blocks of the bases, once for all LoRAs; by weights where names say little.
+
+        Raises:
+            UnrelatedBases: no block was recognised.
+            ProLoRAError: see `match_blocks` of the comparison.
+        """
+        if self.match is None:
+            self.match = resolve_match(
+                self.options.match,
+                self.source,
+                self.target,
+                cache=self.cache,
+                device=self.options.device,
+                max_memory=self.options.max_memory,
+                progress=label_stage("matching", self.options.progress),
+            )
+        return self.match
+
+    def plan(self, lora: LoraLike, depth: Depth = "updates", match: Match | None = None) -> Ledger:
+        """Reads a LoRA and plans where it goes; refuses all that needs no weights to be refused.
+
+        A dry run ends here. Weights are read only to match blocks by similarity.
+
+        Args:
+            lora: as `transfer` takes it.
+            depth: how far it is read.
+            match: in place of the pair's own.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        options, clock = self.options, Clock()
+        with clock("read"):
+            doubts = check_bases(lora, self.source, self.target, options, self.cache)
+            adapter = read_lora(lora, self.source, depth, keep_stored=True)
+        with clock("match"):
+            match = self.match_blocks() if match is None else match
+            plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
+        ledger = Ledger(adapter, plan, self.source, self.target, options, lora, clock=clock)
+        ledger.doubts = tuple(doubts)
+        outline_rows(ledger, measured=depth != "updates")
+        ledger.find_block_factors(carry_vectors(ledger).vectors)
+        check_coverage(ledger.rows.values(), options.min_coverage)
+        if (output := OutputForm.of(options)) != OutputForm():
+            output.check(outline_result(ledger))
+        # Modules left behind are measured by now, and their factors need no memory later.
+        placed = {pair.source for pair in plan.pairs} | set(plan.passed)
+        updates = {name: x for name, x in adapter.updates.items() if name in placed}
+        stored = [one for one in adapter.stored if not placed.isdisjoint(one.parts)]
+        stored += [one for one in adapter.stored if one.kind == "vector"]
+        ledger.adapter = replace(adapter, updates=updates, stored=stored)
+        return ledger
+
+    def move(self, ledgers: Iterable[Ledger], progress: Progress | None = None) -> list[Ledger]:
+        """Decides how each LoRA moves, and moves them all; each weight is looked at once.
+
+        What goes wrong with one LoRA is kept in its ledger, and stops no other.
+
+        Args:
+            ledgers: of this pair, planned.
+            progress: called as progress(done, total, target module).
+
+        Returns:
+            The ledgers, filled; a LoRA whose names turn out to pair blocks wrongly has a new one.
+        """
+        ledgers = list(ledgers)
+        results = 0
+        for i, ledger in enumerate(ledgers):
+            results += ledger.result_bytes
+            try:
+                ledgers[i] = self._decide(
+                    ledger, Looked(self.source, self.cache, self.memory, results)
+                )
+            except LORA_FAILURES as error:
+                ledger.error = error
+        left = [ledger for ledger in ledgers if ledger.error is None]
+        move_all(left, self.source, self.target, self.cache, self.memory, progress)
+        return ledgers
+
+    def preview(self, lora: LoraLike) -> TransferReport:
+        """Compares weights and says what a transfer of a LoRA would give.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        ledger = self.plan(lora, "outline")
+        ledger = self._decide(ledger, Looked(self.source, self.cache, self.memory, 0))
+        ledger.weigh_rows()
+        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+        rows, vectors = ledger.rows.values(), carry_vectors(ledger)
+        return build_report(ledger, rows, vectors, verdict=verdict, dry_run=True)
+
+    def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:
+        """Decides a ledger's method; see `decide_method`."""
+        better = decide_method(ledger, looked)
+        if better is None:
+            return ledger
+        assert ledger.lora is not None
+        again = self.plan(ledger.lora, match=better)
+        decide_method(again, looked, renumbered=True)
+        return again
+
+    def finish(
+        self, ledger: Ledger, notes: Notes | None = None, *, hashed: bool = True
+    ) -> Transfer:
+        """Assembles the target's adapter, and the report.
+
+        Args:
+            ledger: of what was moved.
+            notes: what else the header says.
+            hashed: whether the header names the bases by their hashes, which reads them completely.
+                What is never written needs no header of its own.
+
+        Raises:
+            LowCoverage: fewer modules moved than was asked for.
+            ProLoRAError: what stopped the move.
+        """
+        if ledger.error:
+            raise ledger.error
+        options = ledger.options
+        check_coverage(ledger.rows.values(), options.min_coverage, options.threshold)
+        updates = ledger.moved | {n: ledger.adapter.updates[n] for n in ledger.plan.passed}
+        vectors = carry_vectors(ledger, updates)
+        metadata = dict(ledger.adapter.metadata)
+        if hashed:
+            with ledger.clock("hash"):
+                metadata = build_metadata(ledger)
+                metadata |= prefix_notes(notes() if notes else {})
+        moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
+        moved = weigh_adapter(moved, ledger.block_factors)
+        ledger.weigh_rows()
+        with ledger.clock("fit"):
+            form = OutputForm.of(options)
+            fitted = form.fit(moved)
+        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+        kept = adapters.find_kept(fitted, form.format or "auto", form.dtype)
+        report = build_report(
+            ledger,
+            describe_cuts(ledger.rows.values(), moved, fitted),
+            vectors,
+            asked=ledger.asked or options.method,
+            verdict=verdict,
+            kept_energy={} if kept else dict(ledger.adapter.kept_energy),
+            as_stored=kept is not None,
+            base_dependent=kept.depend_on_base if kept else 0,
+            seconds=ledger.clock.seconds,
+            provenance=read_provenance(metadata) if hashed else {},
+        )
+        inputs = list_inputs(ledger.lora, self.source, self.target)
+        return pack_result(fitted, moved, report, inputs, form)
+
+
+def read_lora(
+    lora: LoraLike, source: Base, depth: Depth = "updates", *, keep_stored: bool = False
+) -> Adapter:
+    """Reads the LoRA; DoRA, OFT and GLoRA need their base for it."""
+    if isinstance(lora, Adapter):
+        return lora
+    if depth == "updates":
+        names = adapters.BaseNames(source.family, source.shapes)
+        return adapters.read_adapter(
+            lora, read_weight=source.read, base=names, keep_stored=keep_stored
+        )
+    header = depth == "header"
+    return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
+
+
+def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
+    """Opens a LoRA; what is in memory, or was opened by the caller, stays as it is."""
+    return nullcontext(lora) if isinstance(lora, Lora | Adapter) else Lora.open(lora)
+
+
+@in_full_precision
+def move_lora(
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    notes: Notes | None = None,
+    *,
+    hashed: bool = True,
+) -> Transfer:
+    """Moves one LoRA by weights; arguments as in `BasePair.finish`.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
+        pair = BasePair(source, target, options, cache)
+        (ledger,) = pair.move([pair.plan(opened)], options.progress)
+        return pair.finish(ledger, notes, hashed=hashed)
+
+
+@in_full_precision
+def preview_move(
+    lora: LoraLike, source: Base, target: Base, options: TransferOptions
+) -> TransferReport:
+    """Compares weights and says what a transfer of one LoRA would give.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    with BasisCache(options.cache).saving() as cache:
+        return BasePair(source, target, options, cache).preview(lora)
+
+
+def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
+    """Gives notes on how a file was made their names in a header."""
+    return {f"prolora.{key}": text for key, text in notes.items()}
+
+
+def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
+    """Lists the files and folders that the LoRA and the bases come from."""
+    if isinstance(lora, str | PathLike):
+        lora = Lora.open(lora)
+    there = [lora.location] if isinstance(lora, Lora) and lora.location else []
+    return [*there, *(path for base in bases for path in base.files)]

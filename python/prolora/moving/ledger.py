@@ -1,0 +1,226 @@
+"""One LoRA between two bases: what was read, where each module goes, and what became of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from ..adapters.adapter import Adapter
+from ..architectures.families import known_families
+from ..bases import Base
+from ..core.affinity import Affinity
+from ..core.lowrank import LowRank
+from ..core.methods import Method
+from ..core.precision import is_finite
+from ..core.verdict import STRANGE_COSINE, Verdict
+from ..errors import NonFiniteWeights, ProLoRAError
+from ..reports.module_report import LEFT_OUT, Measures, ModuleReport
+from .block_weights import BlockWeights, list_base_blocks
+from .options import LoraLike, TransferOptions
+from .out_rank import cut_rank
+from .plan import ModulePlan, Pair
+
+LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
+"""Errors that end the LoRA in which they happen and no other of the same call."""
+
+BYTES_A_NUMBER = 12
+"""In memory for each number of a LoRA: float32 before the move, twice the rank after it."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a method made of one update, at strength 1."""
+
+    pair: Pair  # where it comes from and goes
+    update: LowRank | None  # of the target; None where the pair is skipped
+    why: str  # it was skipped, or how it was moved
+    energy: float | None = None  # ‖ΔW_s‖²; None if not computed
+    surviving: float = 1.0  # ‖ΔW_t‖²/‖ΔW_s‖²
+    ratio: float = 1.0  # ‖ΔW_t‖/‖ΔW_s‖
+    distance: float = 0.0  # ‖ΔW_t − ΔW_s‖/‖ΔW_s‖
+    measures: Measures | None = None  # of the projection; None without one
+
+
+class Clock:
+    """Adds up wall seconds by stage."""
+
+    def __init__(self) -> None:
+        """Starts with no stage."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times the body and adds it to the stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - started)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Adds seconds to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+@dataclass
+class Ledger:
+    """One LoRA between two bases, from its plan to its result."""
+
+    # The LoRA; its updates are those with a counterpart on the target, cut to the target's rows and
+    # columns.
+    adapter: Adapter
+    plan: ModulePlan  # where its modules go
+    source: Base  # the base it comes from, cut like the updates
+    target: Base  # the base it goes to
+    options: TransferOptions  # how it is moved; once that is decided, with its method
+    # What was read, to be read anew where the names turn out to pair blocks wrongly
+    lora: LoraLike | None = None
+    # Pair, or module without one -> its row of the report. Every module has one from the plan on.
+    rows: dict[Pair | str, ModuleReport] = field(default_factory=dict)
+    # Target module -> affinity of its pair of weights
+    affinities: dict[str, Affinity] = field(default_factory=dict)
+    # The method that was asked for, once another one may have been decided
+    asked: str | None = None
+    verdict: Verdict | None = None  # on the pair of bases; None where no weight is moved
+    moved: dict[str, LowRank] = field(default_factory=dict)  # target module -> update
+    # Target module -> factor of its block, where that is not 1
+    block_factors: dict[str, float] = field(default_factory=dict)
+    # The time that was spent on this LoRA, with its share of what is done for several
+    clock: Clock = field(default_factory=Clock)
+    error: Exception | None = None  # why it was given up; others go on
+    doubts: tuple[str, ...] = ()  # what is doubtful of the bases that were given
+
+    def find_block_factors(self, vectors: Iterable[str]) -> None:
+        """Notes the factor of every target module whose block has one.
+
+        `vectors` belong to the result.
+
+        Raises:
+            InvalidOption: the factors fit no blocks of the target.
+        """
+        if self.options.blocks is None:
+            return
+        places = [*(pair.target for pair in self.plan.pairs), *self.plan.passed]
+        family = known_families().get(self.target.family or "")
+        title = family.title if family is not None else self.target.name
+        weights = BlockWeights.read(self.options.blocks)
+        table = list_base_blocks(self.target)
+        self.block_factors = weights.resolve(
+            table, {*places, *(name.rpartition(".")[0] for name in vectors)}, title
+        )
+
+    def size_verdict(self, verdict: Verdict, affinities: Mapping[str, Affinity]) -> Verdict:
+        """Returns a verdict with the LoRA's size beside the compared weights.
+
+        `affinities` is target module -> affinity.
+        """
+        weights, updates = 0.0, 0.0
+        for pair in self.plan.pairs:
+            affinity = affinities.get(pair.target)
+            if affinity is None or affinity.cosine < STRANGE_COSINE:  # left out by the verdict, too
+                continue
+            updates += self.rows[pair].energy
+            weights += affinity.source
+        return replace(verdict, size=math.sqrt(updates / weights) if weights else None)
+
+    def weigh_rows(self) -> None:
+        """Writes the factors of the blocks into the rows."""
+        if self.block_factors:
+            weighed = {key: _weigh_row(row, self.block_factors) for key, row in self.rows.items()}
+            self.rows = weighed
+
+    @property
+    def method(self) -> Method:
+        """The method, once that is decided."""
+        return self.options.chosen
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes that the moved updates take in memory, at most."""
+        factor = 2 if self.options.chosen.needs_bases else 1
+        updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
+        return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
+
+    def add(self, make: Callable[[], Sequence[Moved]]) -> None:
+        """Makes results and enters them; an error ends this LoRA.
+
+        `make` gives updates before their strength and output rank.
+        """
+        try:
+            for moved in make():
+                self.enter(moved)
+        except LORA_FAILURES as error:
+            self.error = error
+
+    def enter(self, moved: Moved) -> None:
+        """Keeps an update at its strength and output rank, and writes its row.
+
+        On the CPU.
+
+        Raises:
+            NonFiniteWeights: the update overflows.
+        """
+        pair, update, energy = moved.pair, moved.update, moved.energy
+        if energy is None:
+            energy = self.adapter.updates[pair.source].norm().square().item()
+        row = replace(
+            self.rows[pair],
+            reason=moved.why,
+            energy=energy,
+            surviving_energy=moved.surviving,
+            norm_ratio=moved.ratio,
+            copy_distance=moved.distance,
+            measures=moved.measures,
+        )
+        if update is None:
+            row = replace(row, target=None, status="skipped", rank_out=0)
+        else:
+            row = row.at_strength(self.options.strength)
+            if self.options.strength != 1:
+                update = LowRank(update.up * self.options.strength, update.down)
+            update = update.to("cpu")
+            smaller = cut_rank(update, self.options.out_rank, row.rank_in)
+            if smaller is not update:
+                row, update = row.cut(update, smaller), smaller
+            if not (is_finite(update.up) and is_finite(update.down)):
+                raise NonFiniteWeights(f"the moved update of {row.source} is not finite")
+            row = replace(row, rank_out=update.rank)
+            self.moved[pair.target] = update
+        self.write(pair, row)
+
+    def write(self, pair: Pair, row: ModuleReport) -> None:
+        """Writes the row of a pair, with what is known of its weights."""
+        if (affinity := self.affinities.get(pair.target)) is not None:
+            row = replace(row, drift=affinity.drift, cosine=affinity.cosine)
+        self.rows[pair] = row
+
+    def leave_out(self, pairs: Sequence[Pair]) -> None:
+        """Takes pairs out of the plan, whose rows say why."""
+        gone = set(pairs)
+        self.plan = replace(self.plan, pairs=[p for p in self.plan.pairs if p not in gone])
+
+
+def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
+    """Applies the factor of its block to a module's row.
+
+    `factors` is target module -> factor, where that is not 1.
+    """
+    factor = factors.get(row.target or "", 1.0)
+    if row.status != "mapped" or factor == 1:
+        return row
+    if factor == 0:
+        return replace(row, target=None, status="skipped", rank_out=0, reason=LEFT_OUT)
+    return replace(row.at_strength(factor), reason=f"{row.reason}; times {factor:g} for its block")
+
+
+@contextmanager
+def share_time(ledgers: Sequence[Ledger], stage: str) -> Iterator[None]:
+    """Times what is done for several LoRAs at once, and gives each its share."""
+    started = time.perf_counter()
+    yield
+    share = (time.perf_counter() - started) / len(ledgers)
+    for ledger in ledgers:
+        ledger.clock.add(stage, share)

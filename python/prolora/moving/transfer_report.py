@@ -1,0 +1,317 @@
+"""The report of a LoRA that was moved by weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..comparison.expectation import CLASSES, classify
+from ..comparison.module_map import BlockDecision, describe_renumbered
+from ..core.grouping import group_by
+from ..core.methods import find_method
+from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
+from ..reports.lora_report import MovedReport
+from ..reports.module_report import LEFT_OUT, ModuleReport, split_modules
+from ..reports.report import InWords, Mark
+from ..reports.table import Cell, Column, Row, Table, make_table
+from .carried_vectors import A_VECTOR
+
+AMOUNTS = (
+    (0.995, "All"),
+    (0.7, "Most"),
+    (0.58, "About two thirds"),
+    (0.42, "About half"),
+    (0.25, "About a third"),
+    (0.1, "A small part"),
+    (0.0, "Very little"),
+)
+"""From which share on a part is called how."""
+
+LITTLE = 0.4
+"""A LoRA that keeps less than this share on the target promises little."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class TransferReport(MovedReport):
+    """What a transfer kept and lost.
+
+    Attributes:
+        rank_rule: columns (int) or share of energy (float) of the bases.
+        threshold: the Φ that both sides of a pair must reach.
+        match: how modules were paired.
+        decisions: the source of each block of the target and the runner-up, where blocks were
+            matched by similarity.
+        dropped_blocks: the source's blocks that feed none, where blocks were matched by
+            similarity.
+        renumbered: the target's block -> the source's block whose weights it holds, where equal
+            names say otherwise.
+        as_stored: whether the file holds the stored tensors and scales of the LoRA as they are.
+        base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
+        few_steps: whether the target draws in few steps and the source does not; None where
+            nothing tells.
+        verdict: what the weights of the two bases promise; None in a dry run, and of a copy between
+            bases whose numbers are not read.
+    """
+
+    eyebrow: ClassVar[str] = "LoRA transfer report"
+
+    rank_rule: int | float
+    threshold: float
+    match: str
+    decisions: tuple[BlockDecision, ...] = ()
+    dropped_blocks: tuple[str, ...] = ()
+    renumbered: dict[str, str] = field(default_factory=dict)
+    as_stored: bool = False
+    base_dependent: int = 0
+    few_steps: bool | None = None
+    verdict: Verdict | None = None
+
+    def strangers(self) -> list[ModuleReport]:
+        """Returns mapped modules with weights that have nothing in common with their partners'.
+
+        In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
+        """
+        return [
+            row
+            for row in self.rows("mapped")
+            if row.cosine is not None and row.cosine < STRANGE_COSINE
+        ]
+
+    def _judge(self) -> InWords:
+        told = self._tell_without_updates() or self._tell_move()
+        return InWords(told.mark, told.headline, told.lines, tuple(self.cautions()))
+
+    def _tell_without_updates(self) -> InWords | None:
+        """Returns the verdict on a LoRA whose matrices do nothing, if certain.
+
+        None for others.
+        """
+        if any(row.energy != 0 for row in self.modules):
+            return None
+        if self.rows("mapped") and not (self.unread or self.vectors or self.left_out):
+            return InWords("⚠", "This LoRA changes nothing: it is zero.")
+        if self.dry_run:
+            return None
+        told = self._tell_vectors_alone()
+        if self.unread or not told:
+            return InWords("⚠", "All that could be read of this LoRA's updates is zero.")
+        bases = self.source, self.target
+        found = judge(self.verdict, None, bases) if self.vectors else None
+        return InWords(found.mark if found else "⚠", told)
+
+    def _tell_move(self) -> InWords:
+        """Tells what to expect, how much has a place, and what was done."""
+        bases = tuple(name.removesuffix(".safetensors") for name in (self.source, self.target))
+        target, placed, kept = bases[1], self.totals["energy_mapped"], None
+        if placed is None:
+            names, there = split_modules(self.modules)
+            there |= {row.source for row in self.modules if row.reason == LEFT_OUT}
+            placed = len(there) / len(names) if names else None
+            place = (
+                f"{len(there)} of the LoRA's {len(names)} parts ({placed or 0:.0%}) have a place "
+                f"on {target}; how much those do cannot be known beforehand."
+            )
+            place = place if names else self._tell_vectors_alone()
+        else:
+            mapped, kept = placed, self.totals["energy_surviving"]
+            everything = {row.source: row.energy for row in self.modules}
+            asked = {row.source for row in self.modules if row.reason == LEFT_OUT}
+            # These have a place, and were left out there as asked.
+            placed += sum(everything[name] for name in asked) / sum(everything.values())
+            if kept is not None and placed > 0:
+                kept *= mapped / placed
+                kept /= self.strength**2 if self.method == "copy" else 1.0
+            place = tell_place(placed, None if self.dry_run else kept, target)
+        done = "" if self.dry_run else self._tell_method()
+        if self.dry_run and (self.verdict is None or placed is None):
+            fits = bool(self.vectors) if placed is None else placed >= LITTLE
+            unknown = "The weights of the two models were not compared: whether it will work is "
+            told = place, "" if self.why else f"{unknown}not known.", self.why
+            mark: Mark = "✔" if fits else "⚠"
+            return InWords(mark, "A dry run: nothing was written.", tuple(filter(None, told)))
+        promised = self.dry_run or (self.method == "copy" and self.strength == 1)
+        found = judge(self.verdict, placed, bases, self.few_steps, promised)
+        lines = (*found.lines, place, done, self.why)
+        return InWords(found.mark, found.headline, tuple(filter(None, lines)))
+
+    def _tell_vectors_alone(self) -> str:
+        """Tells how much of a LoRA without matrices goes over; "" without vectors."""
+        behind = sum(reason.startswith(A_VECTOR) for reason in self.left_out.values())
+        what = "This LoRA is trained biases and normalisation layers alone"
+        total = self.vectors + behind
+        return f"{what}; {self.vectors} of {total} go over." if total else ""
+
+    def _tell_method(self) -> str:
+        """Says what was done in a sentence; "" of a plain copy."""
+        if self.method == "copy":
+            plain = self.strength == 1
+            return "" if plain else f"prolora copied the LoRA at strength {self.strength:.3g}."
+        return (
+            f"prolora moved the LoRA by the method {self.method}, as asked; on nearly all test "
+            "models a copy did better."
+        )
+
+    def cautions(self) -> list[str]:
+        """Lists what was lost, or needs a look."""
+        told = super().cautions()
+        if self.base_dependent:
+            told.append(
+                f"{self.base_dependent} updates are relative to the weights of {self.source} "
+                "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
+                f"{self.target} now."
+            )
+        return [*told, *self._tell_strangers()]
+
+    def sentences(self) -> list[str]:
+        """Tells what was done in numbers, with the copy baseline."""
+        told = super().sentences()
+        if self.dry_run or self.totals["energy_surviving"] is None:
+            return told
+        told += [self.verdict.sentence()] if self.verdict else []
+        told += [*describe_renumbered(self.renumbered), *self._tell_strangers()]
+        return [*told, *self._tell_energy(), *self.tell_limits()]
+
+    def _tell_vectors(self) -> list[str]:
+        told = super()._tell_vectors()
+        if told and self.strength != 1:
+            told = [f"{told[0].removesuffix('.')} at strength {self.strength:.2g}."]
+        if self.as_stored:
+            told.append("The file holds the LoRA's stored tensors and scales as they are.")
+        return told
+
+    def _tell_strangers(self) -> list[str]:
+        """Warns of paired modules with unrelated weights."""
+        pairs = [(row.source, str(row.target)) for row in self.strangers()]
+        is_odd = bool(pairs) and self.verdict is not None and self.verdict.related
+        return [describe_strangers(pairs)] if is_odd else []
+
+    def _tell_energy(self) -> list[str]:
+        """Tells what the moved modules keep of the LoRA."""
+        totals, mixed = self.totals, self.totals["energy_mixed"]
+        told = [
+            f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
+            f"'{self.method}' at strength {self.strength:.2g} keeps "
+            f"{totals['energy_surviving']:.0%} of that, and its result is "
+            f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
+        ]
+        if mixed is not None and mixed > 0.01 and find_method(self.method).needs_bases:
+            told.append(
+                f"{mixed:.0%} lay in the mixed blocks, which '{self.method}' drops; "
+                "`method='copy'` changes nothing."
+            )
+        return told
+
+    def tables(self) -> list[Table]:
+        """Tabulates where blocks came from, and what moved or did not."""
+        return [*_tabulate_stacks(self.decisions, self.dropped_blocks), *super().tables()]
+
+    def page_tables(self) -> list[Table]:
+        """Adds a row for every block, and all that a LoRA's report has."""
+        blocks = [_tabulate_blocks(self.decisions)] if self.decisions else []
+        return [*blocks, *super().page_tables()]
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns what the report holds, by name."""
+        return super().numbers() | {"decisions": [one.to_dict() for one in self.decisions]}
+
+    def _list_choices(self) -> dict[str, str]:
+        return super()._list_choices() | {
+            "rank of the subspaces": f"{self.rank_rule:g}",
+            "threshold on Φ": f"{self.threshold:g}",
+            "match": self.match,
+            "dropped blocks": self.provenance.get("dropped", ""),
+            "blocks not used": ", ".join(self.dropped_blocks),
+        }
+
+
+def judge(
+    verdict: Verdict | None,
+    placed: float | None,
+    bases: tuple[str, ...],
+    few_steps: bool | None = None,
+    promised: bool = True,
+) -> InWords:
+    """Says what to expect of a LoRA between two models, and which strengths.
+
+    Args:
+        verdict: on the two models; None if their weights were not compared.
+        placed: the share of the LoRA with a counterpart on the target; None without a LoRA.
+        bases: the names of source and target.
+        few_steps: whether the target draws in few steps; None where its files do not tell.
+        promised: whether the LoRA is copied at strength 1, the measured case.
+    """
+    source, target = bases
+    if verdict is None:
+        return InWords("⚠", "Done as asked; the two models were not compared.")
+    cut = placed is not None and placed < AMOUNTS[0][0]
+    found = CLASSES[classify(verdict, cut, bool(few_steps))]
+    mark, headline = found.mark, found.headline.format(source=source, target=target)
+    if placed is not None and placed < LITTLE and verdict.related:
+        headline = f"Expect little: most of this LoRA belongs to parts that {target} lacks."
+    if not promised:
+        return InWords(mark, headline)
+    advice = found.advice.format(target=target)
+    if few_steps is None and found.name in ("alike", "changed"):
+        advice += " If it draws in few steps, which a single file does not tell, up to 1.25."
+    seen = f"{max(0.0, found.low):.0%} to {found.high:.0%}"
+    harm = ", and some images got worse than without it" if found.low < 0 else ""
+    told = f"On small test models a copy brought {seen} of what training on the target gives{harm}."
+    return InWords(mark, headline, (advice, *([told] if found.low < 1 else [])))
+
+
+def name_amount(share: float) -> str:
+    """Writes a share in words: most, about half, a small part."""
+    return next((word for least, word in AMOUNTS if share >= least), AMOUNTS[-1][1])
+
+
+def tell_place(placed: float, kept: float | None, target: str) -> str:
+    """Tells how much of a LoRA fits the target, and how much was kept."""
+    text = f"{name_amount(placed)} of the LoRA ({placed:.0%}) has a place on {target}"
+    if kept is None:
+        return f"{text}."
+    rest = "all" if kept >= AMOUNTS[0][0] else f"{kept:.0%}"
+    return f"{text}, and {rest} of that was kept."
+
+
+def _tabulate_stacks(decisions: Sequence[BlockDecision], unused: Sequence[str]) -> list[Table]:
+    """Tabulates where blocks came from, by stack; none without matched blocks."""
+    stacks = group_by(decisions, lambda decision: decision.target.rpartition(".")[0])
+    rows = [
+        Row(
+            (
+                name.removesuffix(".transformer_blocks"),
+                _write_origins(name, several),
+                min(decision.score for decision in several),
+                min(decision.margin for decision in several),
+            )
+        )
+        for name, several in stacks.items()
+    ]
+    title = f"Blocks matched by similarity; {len(unused)} of the source's are not used"
+    columns = [Column("blocks"), Column("block←from"), Column("least score", ".2f")]
+    columns.append(Column("least margin", ".2f"))
+    return [make_table(title, columns, rows)] if rows else []
+
+
+def _tabulate_blocks(decisions: Sequence[BlockDecision]) -> Table:
+    """Tabulates the source of each block, and the runner-up."""
+    columns = [Column("block"), Column("from"), Column("runner-up"), Column("score", ".2f")]
+    columns += [Column("2nd", ".2f"), Column("margin", ".2f")]
+    rows = []
+    for one in decisions:
+        names = one.target, one.source, one.runner_up
+        short = [(name or "none").replace(".transformer_blocks.", ".") for name in names]
+        cells: list[Cell] = [*short, one.score, one.runner_up_score, one.margin]
+        rows.append(Row(tuple(cells), "" if one.source else "warn"))
+    return make_table("The source of each block", columns, rows)
+
+
+def _write_origins(stack: str, decisions: list[BlockDecision]) -> str:
+    """Writes `0←0 1←3`, with the source's stack if it differs."""
+    origins = []
+    for decision in decisions:
+        origin, _, index = (decision.source or "").rpartition(".")
+        prefix = "" if origin in ("", stack) else origin.removesuffix(".transformer_blocks") + "."
+        origins.append(f"{decision.target.rpartition('.')[2]}←{prefix}{index or 'none'}")
+    return " ".join(origins)

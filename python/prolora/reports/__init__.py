@@ -1,0 +1,1 @@
+"""Documents that know no verb, and their pages."""

@@ -1,0 +1,164 @@
+"""A report: a document that knows no verb, drawn by a terminal, a page and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from ..files.jsontext import replace_nonfinite
+from ..files.store import put_text
+from .place_map import PlaceMap
+from .table import Table
+
+Mark = Literal["✔", "⚠", "✖"]
+Spell = Callable[[str], str]
+"""Names options in a text as its reader does: by flags, by widgets."""
+
+MADE_BEFORE = "✔ It was made of the same in the same way."
+"""What is told of a kept result whose header has no verdict."""
+
+VERDICT = "prolora.verdict"
+"""The entry of a header that tells again what was told when the file was written."""
+
+
+@dataclass(frozen=True)
+class InWords:
+    """A verdict in words."""
+
+    mark: Mark  # ✔ it should work, ⚠ do not expect much, ✖ it does not work
+    headline: str  # the verdict in a sentence
+    lines: tuple[str, ...] = ()  # what to expect, what was done and why, and what to do next
+    cautions: tuple[str, ...] = ()  # what was lost, or needs a look
+
+    def __str__(self) -> str:
+        """All of it, a sentence a line."""
+        return "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
+
+    def after(self, doubts: Sequence[str]) -> InWords:
+        """Returns the verdict with doubts before it."""
+        mark: Mark = "⚠" if self.mark == "✔" else self.mark
+        return InWords(mark, doubts[0], (self.headline, *doubts[1:], *self.lines), self.cautions)
+
+
+def read_again(lines: Sequence[str]) -> InWords:
+    """Returns the verdict of an earlier run from its lines; see `InWords.__str__`."""
+    first, *others = lines
+    mark: Mark = next((known for known in get_args(Mark) if first.startswith(known)), "⚠")
+    return InWords(mark, f"{first.removeprefix(mark).strip()} (moved before)", (*others,))
+
+
+@dataclass(frozen=True)
+class PictureGrid:
+    """Small images side by side."""
+
+    columns: Sequence[str]  # headings
+    rows: Sequence[str]  # what each row shows
+    images: Sequence[Sequence[bytes]]  # PNG files, column by column
+    caption: str  # what is to be seen, in a sentence
+
+
+def is_page_path(path: str | PathLike[str]) -> bool:
+    """Returns whether a report of that name is an HTML page."""
+    return Path(path).suffix.lower() in (".html", ".htm")
+
+
+class Report:
+    """What was done, and what to expect of it; `print` writes its sentences.
+
+    Each verb has its own kind, which adds the numbers that it has.
+    """
+
+    eyebrow: ClassVar[str] = "LoRA report"
+
+    @property
+    def title(self) -> str:
+        """What the report is of."""
+        raise NotImplementedError
+
+    def in_words(self) -> InWords:
+        """Returns the verdict for people: what to expect, what was done, what was lost."""
+        raise NotImplementedError
+
+    def sentences(self) -> list[str]:
+        """Tells the numbers behind the verdict, a sentence each."""
+        return []
+
+    def tables(self) -> list[Table]:
+        """Tabulates them for a terminal."""
+        return []
+
+    def page_tables(self) -> list[Table]:
+        """Tabulates them for a page, which has room for every row."""
+        return self.tables()
+
+    @property
+    def map(self) -> PlaceMap | None:
+        """Where in the model; None without a place."""
+        return None
+
+    @property
+    def pictures(self) -> PictureGrid | None:
+        """What was drawn; None without images."""
+        return None
+
+    def facts(self) -> dict[str, str]:
+        """Returns how it was made, by name: bases, digests, options."""
+        return {}
+
+    def __str__(self) -> str:
+        """The verdict in words, then the sentences with the numbers, one a line."""
+        return "\n".join([str(self.in_words()), "", *self.sentences()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, ready for JSON; NaN becomes None."""
+        told = {"in_words": str(self.in_words()).split("\n"), "summary": self.sentences()}
+        return replace_nonfinite(self.numbers() | told)  # type: ignore[no-any-return]
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns what the report holds, by name."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    def to_json(self) -> str:
+        """Writes `to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_html(self, facts: Mapping[str, str] | None = None, spell: Spell = str) -> str:
+        """Renders the report as one HTML page without other files or network.
+
+        It has the verdict, the numbers, where in the model they lie, and how the result was made.
+
+        Args:
+            facts: more of how it was made, by name: the LoRA's file, the command.
+            spell: names options as the reader does; as in Python without it.
+        """
+        from .page.render import render_page
+
+        return render_page(self, self.facts() | dict(facts or {}), spell)
+
+    def _repr_html_(self) -> str:
+        """Renders for a notebook: the verdict, sentences and tables."""
+        from .page.render import render_summary
+
+        return render_summary(self)
+
+    def save(
+        self, path: str | PathLike[str], *, overwrite: bool = False, spell: Spell = str
+    ) -> None:
+        """Writes the report to a file, whole or not at all; what exists is refused.
+
+        Args:
+            path: the file; `to_html` if its name ends in .html or .htm, otherwise `to_dict` as
+                JSON.
+            overwrite: replace what has that name.
+            spell: as `to_html` takes it.
+
+        Raises:
+            OutputExists: something has that name.
+            OutputError: the path cannot be written.
+        """
+        text = self.to_html(spell=spell) if is_page_path(path) else self.to_json() + "\n"
+        put_text(path, text, overwrite=overwrite)

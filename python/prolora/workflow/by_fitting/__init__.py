@@ -1,1 +1,0 @@
-"""LoRAs fitted to the running models of whole pipelines."""

@@ -1,0 +1,228 @@
+"""Whether a LoRA is for a base is told by headers alone, in one line and by an exit code."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import check_families
+import pytest
+import torch
+from checkpoints import sparse_file
+from safetensors.torch import save_file
+
+import prolora
+from prolora.architectures.layouts import load_layout
+from prolora.checking.check import check
+from prolora.moving.base_fit import fit_base
+
+
+def hollow_base(folder, layout):
+    shapes = load_layout(layout).shapes
+    return sparse_file(
+        folder / f"{layout}.safetensors",
+        {f"{name}.weight": shape for name, shape in shapes.items()},
+    )
+
+
+def usual_lora(layout, prefix, leave=0):
+    shapes = {n: load_layout(layout).shapes[n] for n in load_layout(layout).adapted}
+    tensors = {}
+    for name, shape in list(shapes.items())[leave:]:
+        if len(shape) == 2:
+            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(1).expand(1, shape[1])
+            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(1).expand(shape[0], 1)
+    return tensors
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch):
+    monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
+
+
+def test_a_lora_fits_its_own_base(tmp_path):
+    answer = prolora.check(usual_lora("sdxl", "unet."), base=hollow_base(tmp_path, "sdxl"))
+    assert answer and answer.fit.answer == "fits" and answer.fit.coverage == 1
+    assert str(answer).startswith("✔ for this base: 700 of 700 modules have their place\n")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        answer.reason = "other"
+
+
+@pytest.mark.parametrize(
+    ("lora", "base", "text"),
+    [
+        (
+            "sd15",
+            "sdxl",
+            "✖ this LoRA is for Stable Diffusion 1.5; this base is Stable Diffusion XL",
+        ),
+        ("sdxl", "ssd-1b", "✖ this LoRA is for Stable Diffusion XL; this base is SSD-1B"),
+        (
+            "wan-t2v-14b",
+            "wan-t2v-1.3b",
+            "✖ this LoRA is for Wan 2.1 .*14B; this base is Wan 2.1 .*1.3B",
+        ),
+    ],
+)
+def test_a_lora_of_another_model_is_said_to_be_one(tmp_path, lora, base, text):
+    prefix = "transformer." if "wan" in lora else "unet."
+    answer = prolora.check(usual_lora(lora, prefix), base=hollow_base(tmp_path, base))
+    assert not answer and answer.fit.answer == "other"
+
+    assert re.fullmatch(text, f"{answer.mark} {answer.headline}"), str(answer)
+
+
+def test_modules_without_a_place_are_counted_and_the_first_is_named(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    key = "unet.down_blocks.1.attentions.0.transformer_blocks.9.attn1.to_q"
+    lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"] = (
+        torch.zeros(1, 640),
+        torch.zeros(640, 1),
+    )
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    assert (answer.fit.answer, answer.mark) == ("in part", "⚠")
+    assert "700 of 701 modules" in answer.headline and "transformer_blocks.9.attn1.to_q" in str(
+        answer
+    )
+    assert 0.99 < answer.fit.coverage < 1
+
+
+def test_a_module_of_another_width_has_no_place(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora[f"{key}.lora_B.weight"] = torch.zeros(1279, 1)
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    assert answer.fit.answer == "in part" and "1279×1280" in str(answer)
+
+
+def test_few_modules_that_both_have_but_that_look_like_anothers_are_unclear(tmp_path):
+    lora = {k: v for k, v in usual_lora("sdxl", "unet.").items() if ".down_blocks.1." in k}
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "ssd-1b"))
+    assert (answer.fit.answer, answer.mark) == ("unclear", "⚠") and not answer
+
+
+def test_modules_that_several_families_have_are_said_to_be_theirs_too(tmp_path):
+    lora = {k: v for k, v in usual_lora("flux1-dev", "transformer.").items() if "_blocks.0." in k}
+    for layout, also in (("flux1-dev", "Chroma"), ("chroma", "FLUX.1")):
+        answer = prolora.check(lora, base=hollow_base(tmp_path, layout))
+        assert answer and also in answer.fit.also and answer.fit.also in answer.headline
+
+
+def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path):
+    lora = usual_lora("sd15", "unet.")
+    for encoder in ("text_encoder", "text_encoder_2"):
+        key = f"{encoder}.text_model.encoder.layers.0.self_attn.q_proj"
+        lora[f"{key}.lora_A.weight"] = torch.zeros(1, 768)
+        lora[f"{key}.lora_B.weight"] = torch.zeros(768, 1)
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
+    missing = answer.to_dict()["fit"]["without_place"]
+    assert list(missing) == ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"]
+    assert "fewer than 2 text encoders" in str(answer)
+
+
+def test_an_update_that_needs_its_base_is_placed_without_it(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    ups = [k for k in lora if k.endswith("lora_B.weight")]
+    lora |= {k.replace("lora_B.weight", "dora_scale"): torch.ones(len(lora[k]), 1) for k in ups}
+    assert prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    other = prolora.check(lora, base=hollow_base(tmp_path, "sd15"))
+    assert other.fit.answer == "other" and "Stable Diffusion XL" in str(other)
+
+
+def test_an_update_beside_an_unknown_tensor_counts_as_one_without_a_place(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    key = next(k for k in lora if k.endswith("lora_B.weight"))
+    lora[key.replace("lora_B.weight", "lora_gate")] = torch.ones(3)
+    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
+    assert answer.fit.answer == "in part" and "699 of 700" in str(answer)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
+    base = hollow_base(tmp_path, "sd15")
+    lora = tmp_path / "lora.safetensors"
+    save_file({k: v.contiguous() for k, v in usual_lora("sd15", "unet.").items()}, lora)
+    if swapped:
+        found = prolora.check(base, base=base)
+        assert (found.kind, found.mark) == ("base", "✖") and "a LoRA was asked" in found.headline
+        return
+    with pytest.raises(prolora.errors.UnsupportedFormat):
+        prolora.check(lora, base=lora)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_a_family_may_stand_in_the_place_of_a_base(family):
+    found = prolora.check(usual_lora("sdxl", "unet."), base=family)
+    assert bool(found) == (family == "sdxl") and "Stable Diffusion XL" in found.headline
+
+
+@pytest.mark.parametrize(
+    ("program", "mark"), [("diffusers", "✔"), ("comfyui", "⚠"), ("forge", "✖")]
+)
+def test_a_check_says_what_a_program_does_with_a_file(program, mark):
+    found = prolora.check(usual_lora("sdxl", "unet."), program=program)
+    assert found.mark == mark and found.program in found.headline
+    with pytest.raises(prolora.errors.InvalidOption, match="comfyui"):
+        prolora.check(usual_lora("sdxl", "unet."), program="paint")
+
+
+def test_a_language_models_lora_is_not_promised_a_move(tmp_path):
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    path = tmp_path / "llama.safetensors"
+    save_file(
+        {f"{key}.lora_A.weight": torch.zeros(2, 64), f"{key}.lora_B.weight": torch.zeros(64, 2)},
+        path,
+    )
+    found = check(path)
+    assert found.reason and "language model" in found.reason
+
+
+MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
+
+
+def mini_lora():
+    shapes = prolora.open_base(MINI / "source").shapes
+    name = next(name for name in shapes if name.endswith("attn1.to_q"))
+    out, inputs = shapes[name][:2]
+    factors = {"lora_A": torch.ones(1, inputs), "lora_B": torch.full((out, 1), 1e-3)}
+    return {f"unet.{name}.{role}.weight": x for role, x in factors.items()}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
+    monkeypatch.undo()
+    target = prolora.open_base(MINI / "finetuned")
+    if apart:
+        torch.manual_seed(0)
+        target = {f"{n}.weight": torch.randn(shape) for n, shape in target.shapes.items()}
+    bases = {"source": MINI / "source", "target": target}
+    found = prolora.check(mini_lora(), **bases)
+    assert (found.mark, found.headline) == (found.move.mark, found.move.headline)
+    if apart:
+        assert found.mark == "✖" and "nothing in common" in found.headline
+        with pytest.raises(prolora.errors.UnrelatedBases):
+            prolora.transfer(mini_lora(), *bases.values())
+    else:
+        done = prolora.transfer(mini_lora(), *bases.values()).report.in_words()
+        assert (done.mark, done.headline) == (found.mark, found.headline)
+        assert done.lines[0] == found.move.lines[0]
+    with pytest.raises(prolora.errors.InvalidOption, match="takes two models"):
+        prolora.check(mini_lora(), source=MINI / "source")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "told"),
+    [
+        ("anima", "anima-2.9b", "look like a LoRA for Anima; this base is Anima 2.9B"),
+        ("koala-700m", "koala-1b", "look like a LoRA for KOALA 700M; this base is KOALA 1B"),
+        ("sd3-medium", "sd3.5-medium", "would have it in Stable Diffusion 3 Medium, too"),
+        ("bk-sdm-small", "bk-sdm-base", "would have it in BK-SDM-Small"),
+        ("ltxv-13b", "ltx2", "LTX-2.5 or LTX-Video 13B, too"),
+        ("anima", "anima", "for this base: 272 of 272 modules have their place"),
+    ],
+)
+def test_a_lora_of_another_size_fits_with_a_word_alone(own, other, told):
+    """As `bench/check_families.py` holds every size against every other."""
+    lora = check_families.make_lora(own, check_families.list_kinds(own)["attention"])
+    fit = fit_base(lora, check_families.make_base(other))
+    assert told in fit.sentence
+    assert (fit.answer == "unclear") == ("look like" in told)

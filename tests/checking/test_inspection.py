@@ -1,0 +1,268 @@
+import json
+
+import pytest
+import torch
+from lora_files import CONV, LINEAR, adapter_of, keymaps, kohya_file, save
+from safetensors.torch import load_file
+
+from prolora import adapters
+from prolora.checking.check import check
+from prolora.errors import UnsupportedFormat
+
+STEM = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+def lora_of(model, path, rank=1, keep=lambda name: "attn" in name):
+    """A LoRA on the attention of a whole model, in kohya's spelling; factors are empty pages."""
+    tensors = {}
+    for module, (kohya, _, _, shape) in keymaps()["unets"][model].items():
+        if keep(module):
+            tensors[f"{kohya}.lora_up.weight"] = torch.zeros(shape[0], rank, dtype=torch.float16)
+            down = torch.zeros(rank, shape[1], dtype=torch.float16)
+            tensors[f"{kohya}.lora_down.weight"] = down
+    return save(path, tensors)
+
+
+def base_of(model, path, single_file):
+    """The header of a base model: every weight with one column only where that is no matter."""
+    tensors = {}
+    for module, (_, _, ldm, shape) in keymaps()["unets"][model].items():
+        name = f"model.diffusion_model.{ldm}" if single_file else module
+        tensors[f"{name}.weight"] = torch.zeros(1, *shape[1:], dtype=torch.float16)
+    return save(path, tensors)
+
+
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"])
+def test_the_family_of_a_lora_is_told_by_its_modules(tmp_path, model):
+    found = check(lora_of(model, tmp_path / "lora.safetensors"))
+    assert found.family == model
+    assert not found.reason and found.kind == "lora" and found.algorithms.keys() == {"lora"}
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl", "ssd-1b", "segmind-vega"])
+def test_the_family_of_a_lora_on_self_attention_is_told_by_names_alone(tmp_path, model):
+    path = lora_of(model, tmp_path / "lora.safetensors", keep=lambda name: "attn1" in name)
+    assert check(path).family == model
+
+
+def test_sd2_is_told_from_sd1_by_the_metadata_where_names_cannot(tmp_path):
+    path = lora_of("sd21", tmp_path / "lora", keep=lambda name: "attn1" in name)
+    tensors = load_file(path)
+    assert check(save(path, tensors, {"ss_base_model_version": "sd_v2"})).family == "sd21"
+    assert check(save(path, tensors, {"ss_base_model_version": "sdxl"})).family == "sd15"
+
+
+@pytest.mark.parametrize("single_file", [True, False])
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"])
+def test_a_base_model_is_told_from_a_lora(tmp_path, model, single_file):
+    found = check(base_of(model, tmp_path / "base.safetensors", single_file))
+    assert (found.kind, found.family, (not found.reason)) == ("base", model, True)
+    assert found.modules == {"unet": len(keymaps()["unets"][model])}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_flux_checkpoint_of_its_authors_is_a_single_file_base(tmp_path, prefix):
+    shapes = {"double_blocks.0.img_attn.qkv": (12, 4), "single_blocks.0.linear1": (28, 4)}
+    weights = {f"{prefix}{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    found = check(save(tmp_path / "base.safetensors", weights))
+    assert (found.kind, found.format, (not found.reason)) == ("base", "single-file", True)
+    assert found.modules == {"transformer": 7}
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
+def test_every_format_is_told(tmp_path, format):
+    adapter = adapter_of({**LINEAR, **CONV}, [4, 4, 2], spelling="sgm", dtype=torch.bfloat16)
+    adapters.write_adapter(adapter, tmp_path / "out", format=format)
+    found = check(tmp_path / "out")
+    assert found.format == format
+    assert found.spelling == ("sgm" if format in ("kohya", "comfy") else "diffusers")
+    assert set(found.algorithms) == {"lora", "locon"} and not found.reason
+    assert found.modules == {"unet": 9} and found.ranks == {2: 3, 4: 6}
+    assert "bfloat16" in found.dtypes and found.size > 0
+
+
+def test_alphas_are_counted_with_those_that_are_missing(tmp_path):
+    tensors = {}
+    for i in range(3):
+        stem = f"lora_unet_mid_block_attentions_0_transformer_blocks_{i}_attn1_to_q"
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(4, 2)
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 4)
+        if i:
+            tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    assert check(save(tmp_path / "lora", tensors)).parts["unet"].alphas == {"1": 2, "none": 1}
+
+
+@pytest.mark.parametrize("suffix", ["oft_diag", "on_input", "modules_to_save.weight"])
+def test_types_that_are_not_supported_are_told_with_the_reason(tmp_path, suffix):
+    found = check(save(tmp_path / "lora", {f"{STEM}.{suffix}": torch.ones(1)}))
+    assert found.kind == "lora" and not found and f"{STEM}.{suffix}" in found.reason
+
+
+LYCORIS = {
+    "tucker": {
+        "lora_up.weight": (6, 2, 1, 1),
+        "lora_mid.weight": (2, 2, 3, 3),
+        "lora_down.weight": (2, 5, 1, 1),
+    },
+    "loha": {"hada_w1_a": (6, 2), "hada_w1_b": (2, 5), "hada_w2_a": (6, 2), "hada_w2_b": (2, 5)},
+    "lokr": {"lokr_w1": (2, 5), "lokr_w2_a": (3, 2), "lokr_w2_b": (2, 1)},
+    "full": {"diff": (6, 5)},
+    "lora+dora": {"lora_up.weight": (6, 2), "lora_down.weight": (2, 5), "dora_scale": (6, 1)},
+    "glora": {"a1.weight": (5, 2), "a2.weight": (2, 5), "b1.weight": (6, 2), "b2.weight": (2, 5)},
+    "oft": {"oft_blocks": (3, 2, 2)},
+}
+
+
+@pytest.mark.parametrize("algorithm", LYCORIS)
+def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(tmp_path, algorithm):
+    tensors = {f"{STEM}.{role}": torch.ones(shape) for role, shape in LYCORIS[algorithm].items()}
+    tensors[f"{STEM}.alpha"] = torch.tensor(1.0)
+    found = check(save(tmp_path / "lora", tensors))
+    assert found.kind == "lora" and not found.reason and found.algorithms == {algorithm: 1}
+    assert found.needs_base == (algorithm in ("lora+dora", "glora", "oft"))
+    assert found.ranks == ({} if algorithm in ("full", "oft") else {2: 1})
+    (place,) = found.parts.values()
+    assert place.scales == {"1" if algorithm in ("full", "oft") else "0.5": 1}
+    assert place.algorithms == {algorithm: 1}
+
+
+def test_a_fused_flux_lora_is_described_by_the_modules_it_updates(tmp_path):
+    key = "lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight"
+    tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(9, 2)}
+    found = check(save(tmp_path / "lora", tensors))
+    # Several families have this weight, and none in this size.
+    assert (found.kind, (not found.reason), found.family) == ("lora", True, None)
+    assert (found.ranks, found.modules) == ({2: 1}, {"transformer": 3})
+
+
+def test_a_lora_for_a_family_that_is_not_known_is_described(tmp_path):
+    key = "lora_unet_frob_blocks_0_nicate_qkv.lora_{}.weight"
+    tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(8, 2)}
+    found = check(save(tmp_path / "lora", tensors, {"ss_base_model_version": "frob"}))
+    assert (found.kind, (not found.reason), found.family) == ("lora", True, None)
+    assert (found.ranks, found.modules) == ({2: 1}, {"transformer": 1})
+
+
+def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
+    adapter = adapter_of({**LINEAR, "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)})
+    adapters.write_adapter(adapter, tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora")
+    tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
+    tensors["lora_unet_mid_block_attentions_0_norm.w_norm"] = torch.ones(3)
+    tensors["lora_unet_mid_block_attentions_0_norm.b_norm"] = torch.ones(3)
+    tensors["bundle_emb.trigger.clip_l"] = torch.ones(3)
+    found = check(save(tmp_path / "lora", tensors, {"ss_new_sd_model_hash": "abc"}))
+    assert {place: row.scales for place, row in found.parts.items()} == {
+        "unet": {"1": len(LINEAR)},
+        "text_encoder": {"0.25": 1},
+    }
+    assert found.parts["text_encoder"].alphas == {"1": 1}
+    assert found.vectors == {"bias": 1, "norm": 1} and sum(found.left_out.values()) == 1
+    assert found.base_hash == "abc"
+
+
+def test_the_base_is_told_by_its_hash_and_a_contradiction_is_shown(tmp_path):
+    sdxl = "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b"
+    path = lora_of("sd15", tmp_path / "lora.safetensors")
+    found = check(save(path, load_file(path), {"ss_new_sd_model_hash": sdxl}))
+    assert (found.family, found.family_claimed) == ("sd15", "sdxl")
+    assert found.base_model == "sd_xl_base_1.0.safetensors"
+    assert found.headline == "a LoRA for Stable Diffusion 1.5"
+    assert "Stable Diffusion XL" in dict(found.facts())["its metadata says"]
+
+
+def test_a_scale_that_contradicts_the_configuration_is_no_supported_file(tmp_path):
+    tensors = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4),
+        "unet.conv_in.lora_B.weight": torch.ones(6, 2),
+        "unet.conv_in.alpha": torch.tensor(1.0),
+    }
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 2})
+    found = check(save(tmp_path / "lora", tensors, {"lora_adapter_metadata": config}))
+    assert found.reason and "asks for the scale 0.5" in found.reason
+
+
+def test_a_file_of_normalisation_layers_alone_is_an_adapter(tmp_path):
+    key = "lora_unet_mid_block_attentions_0_norm.w_norm"
+    found = check(save(tmp_path / "lora", {key: torch.ones(3)}))
+    assert found.kind == "lora" and not found.reason and found.algorithms == {"norm": 1}
+    assert found.vectors == {"norm": 1} and found.ranks == {}
+
+
+def test_trigger_words_come_by_frequency(tmp_path):
+    tags = {"10_a": {"cat": 5, " 1girl": 9}, "2_b": {"cat": 6, "hat": 1}}
+    metadata = {
+        "ss_tag_frequency": json.dumps(tags),
+        "modelspec.trigger_phrase": "my cat",
+        "ss_sd_model_name": "/models/base.safetensors",
+    }
+    found = check(kohya_file(tmp_path / "lora", metadata=metadata))
+    assert found.trigger_words == ("my cat", "cat", "1girl", "hat")
+    assert found.base_model == "base.safetensors"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"b": "c"}}'])
+def test_damaged_tags_are_no_reason_to_fail(tmp_path, text):
+    path = kohya_file(tmp_path / "lora", metadata={"ss_tag_frequency": text})
+    assert check(path).trigger_words == ()
+
+
+def test_something_else_altogether_is_unknown(tmp_path):
+    found = check(save(tmp_path / "x", {"wte": torch.ones(2)}))
+    assert (found.kind, (not found.reason)) == ("unknown", False)
+    assert "wte" in found.reason
+    assert "no tensors" in check(save(tmp_path / "x", {})).reason
+
+
+def test_a_description_is_ready_for_json(tmp_path):
+    found = check(kohya_file(tmp_path / "lora", alpha=2.0))
+    table = json.loads(json.dumps(found.to_dict()))
+    assert table["parts"]["unet"]["ranks"] == {"4": 1} and table["ok"] is True
+
+
+def test_weights_are_never_read(tmp_path, monkeypatch):
+    from prolora.files.safetensors_file import SafetensorsFile
+
+    path = kohya_file(tmp_path / "lora", alpha=2.0)
+    read = SafetensorsFile.read
+
+    def only_scalars(file, name):
+        assert name.endswith(".alpha")
+        return read(file, name)
+
+    monkeypatch.setattr(SafetensorsFile, "read", only_scalars)
+    assert check(path).parts["unet"].alphas == {"2": 1}
+
+
+def test_a_pickle_and_a_file_that_is_cut_off_are_refused(tmp_path):
+    old = {"a": torch.ones(1)}
+    torch.save(old, tmp_path / "lora.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsupportedFormat, match="pickle"):
+        check(tmp_path / "lora.pt")
+    path = kohya_file(tmp_path / "lora")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UnsupportedFormat, match="cut off"):
+        check(path)
+
+
+def test_the_t5_of_flux_is_described_in_the_place_it_is_read_to(tmp_path):
+    tensors = {}
+    for stem, out in (
+        ("lora_unet_double_blocks_0_img_attn_qkv", 9),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 3),
+    ):
+        tensors |= {
+            f"{stem}.lora_up.weight": torch.ones(out, 2),
+            f"{stem}.lora_down.weight": torch.ones(2, 4),
+        }
+    places = check(save(tmp_path / "lora", tensors)).parts
+    assert list(places) == ["transformer", "text_encoder_2"]
+    assert all(place.scales == {"1": 1} for place in places.values())
+
+
+def test_alphas_of_a_peft_folder_are_those_of_its_configuration(tmp_path):
+    adapters.write_adapter(adapter_of(LINEAR, [4, 2]), tmp_path / "out", format="peft")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    config |= {"lora_alpha": 1, "alpha_pattern": {"to_q": 3}}
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
+    assert check(tmp_path / "out").parts["unet"].alphas == {"1": 5, "3": 1}

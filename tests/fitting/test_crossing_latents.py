@@ -1,0 +1,488 @@
+"""Probing between pipelines with different latents: images cross by pixels."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import crossing_pipelines as make
+import pytest
+import tiny_pipelines as tiny
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from prolora import FitOptions, adapters, check, fit
+from prolora import transfer as prolora_transfer
+from prolora.adapters.adapter import Adapter
+from prolora.bases import open_base, vae
+from prolora.cli.app import app
+from prolora.errors import UnsupportedFormat
+from prolora.fitting import gate, pipelines
+from prolora.fitting.checkpoint import Checkpoints
+from prolora.fitting.fit_precision import in_float32
+from prolora.fitting.pipelines import crossing, latents
+from prolora.fitting.pipelines.conditioning import CallParts, PromptTable, split_call
+from prolora.fitting.pipelines.latents import LatentSpace
+from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
+from prolora.fitting.recording import call_codec
+from prolora.fitting.recording.spill import spill_questions
+from prolora.fitting.recording.translation import Question
+
+LEAVES = {
+    "sd": ("attn1.to_v", "ff.net.2"),
+    "sdxl": ("attn2.to_k", "ff.net.2"),
+    "flux": ("attn.to_q", "proj_out"),
+}
+SIZED = {"sd": None, "sdxl": None, "pixels": None}  # pixels; 16 for all others
+FEW = FitOptions(("cat", "dog"), images=1, steps=2, fit_steps=1, force=True)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each pipeline, and a LoRA with trigger words for each source."""
+    folder = tmp_path_factory.mktemp("latents")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, save in make.MAKERS.items():
+            save(folder / name)
+        tiny.save(folder / "sd, another VAE", seed=7, vae_seed=8)
+    for name, leaves in LEAVES.items():
+        shapes = open_base(folder / name).shapes
+        _write_lora(folder / f"{name}.safetensors", shapes, leaves)
+    return folder
+
+
+def _write_lora(file: Path, shapes: dict[str, tuple[int, ...]], leaves: tuple[str, ...]) -> None:
+    """A diffusers file of rank 2 with a header that says what words it was trained with."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    part = "transformer" if "flux" in file.stem else "unet"
+    for name, shape in shapes.items():
+        if name.endswith(leaves) and "blocks." in name and len(shape) == 2:
+            up = 0.3 * torch.randn(shape[0], 2, generator=generator)
+            down = torch.randn(2, shape[1], generator=generator) / shape[1] ** 0.5
+            tensors |= {
+                f"{part}.{name}.lora_B.weight": up,
+                f"{part}.{name}.lora_A.weight": down,
+            }
+    header = {
+        "modelspec.trigger_phrase": "sks cat",
+        "ss_tag_frequency": json.dumps({"10_sks": {"neon": 7, "night": 3}}),
+    }
+    save_file(tensors, file, header)
+
+
+def observe(room: Path, name: str) -> pipelines.CrossingSide:
+    size = SIZED.get(name, 16)
+    settings = FitOptions(("cat", "dog"), images=1, steps=2, size=size)
+    return pipelines.CrossingSide.of(pipelines.open_pipeline(room / name), settings)
+
+
+def _scaled(pipe: Any, z: Tensor) -> Tensor:
+    config = pipe.vae.config
+    return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def _with_statistics(pipe: Any, z: Tensor) -> Tensor:
+    """As StableDiffusionXLImg2ImgPipeline.prepare_latents."""
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
+    )
+    return (z - mean) * config.scaling_factor / std
+
+
+ENCODED = {
+    "sd": lambda pipe, x: _scaled(pipe, pipe.vae.encode(x).latent_dist.mode()),
+    "sdxl": lambda pipe, x: _with_statistics(pipe, pipe.vae.encode(x).latent_dist.mode()),
+    "flux": lambda pipe, x: pipe._pack_latents(
+        _scaled(pipe, pipe.vae.encode(x).latent_dist.mode()), 1, 8, 8, 8
+    ),
+    "flux2": lambda pipe, x: pipe._pack_latents(pipe._encode_vae_image(x, None)),
+    "qwen": lambda pipe, x: pipe._pack_latents(
+        (
+            pipe.vae.encode(x[:, :, None]).latent_dist.mode()
+            - torch.tensor(pipe.vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        )
+        / torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1),
+        1,
+        4,
+        8,
+        8,
+    ),
+    "pixels": lambda pipe, x: x,
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@torch.no_grad()
+def test_latents_show_what_the_pipeline_shows_and_images_become_its_latents(room, name):
+    side = observe(room, name)
+    pipeline, settings = side.pipeline, side.settings
+    final = pipeline.sample_final("cat", settings, 3)
+    latent = final.latent
+    assert len(final.times) == settings.steps
+    assert side.read_noise(final).shape == side.table.like.latent[:1].shape
+    arguments = pipeline._build_arguments("cat", settings, 3, "pt")
+    shown = torch.as_tensor(pipeline.pipe(**arguments)[0])
+    pixels = side.space.decode(latent)
+    assert side.pixels == tuple(pixels.shape[-2:]) == (32 if name == "sdxl" else 16,) * 2
+    if name != "pixels":  # whose pipeline returns them as they are
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pixels, shown, rtol=1e-4, atol=1e-5)
+    pixels = side.space.decode(latent)
+    encoded = side.space.encode(pixels)
+    assert encoded.shape == side.table.like.latent[:1].shape
+    expected = ENCODED[name](pipeline.pipe, pixels)
+    torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(side.space.as_latent(side.space.as_image(encoded)), encoded)
+
+
+def run(room: Path, source: str, target: str, out: Path, *more: str) -> dict[str, Any]:
+    line = ["fit", str(room / f"{source}.safetensors"), "--source", str(room / source)]
+    line += ["--target", str(room / target), "-o", str(out), "--force"]
+    line += ["--prompt", "cat", "--prompt", "dog", "--images", "1", "--steps", "1"]
+    result = CliRunner().invoke(app, [*line, "--fit-steps", "1", "--json", *more])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+CROSSED = {
+    "sd, to sdxl": ["--resume", "kept"],
+    "sdxl, to flux": ["--size", "32"],
+    "flux, to flux2": ["--size", "16"],
+    "flux, to qwen": ["--size", "16"],
+}
+BETWEEN = ("sdxl, to flux", "flux, to flux2")
+"""Their sides also occur in the other two, or in memory above."""
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(pair, marks=pytest.mark.slow if pair in BETWEEN else ()) for pair in CROSSED],
+)
+def test_a_lora_crosses_to_a_file_of_the_target(room, tmp_path, monkeypatch, pair):
+    monkeypatch.chdir(tmp_path)
+    source, target = pair.split(", to ")
+    out, more = tmp_path / "out.safetensors", CROSSED[pair]
+    report = run(room, source, target, out, *more, "--report", "report.html")
+    shapes = open_base(room / target).shapes
+    updates = adapters.read_adapter(out).updates
+    assert updates
+    for name, update in updates.items():
+        assert tuple(shapes[name]) == tuple(update.shape)
+        assert update.up.isfinite().all()
+    rows = [row for row in report["modules"] if row["rank_out"]]
+    assert {row["target"] for row in rows} == set(updates)
+    strength = report["probe"]["gate"]["strength"]
+    assert strength in (gate.RAISED, *gate.STRENGTHS)
+    assert adapters.read_adapter(out).metadata["prolora.strength"] == f"{strength:.4g}"
+    assert (report["probe"]["crossed"], report["probe"]["shared"]) == (6, False)
+    sentences = " ".join(report["summary"])
+    assert "6 images crossed as pixels" in sentences
+    assert check(out).trigger_words[:2] == ("sks cat", "neon")
+    if "--resume" in more:
+        monkeypatch.setattr(
+            pipelines.CrossingRecorder, "_sample", lambda *_: pytest.fail("sampled")
+        )
+        again = run(room, source, target, Path("again.safetensors"), *more)
+        assert again["probe"]["resumed"] == 1
+        assert Path("again.safetensors").read_bytes() == out.read_bytes()
+
+
+def test_a_lora_moved_by_weights_keeps_its_words(room, tmp_path):
+    out = tmp_path / "out.safetensors"
+    lora, other = room / "sd.safetensors", room / "sd, another VAE"
+    for format in ("kohya", "diffusers"):
+        prolora_transfer(lora, room / "sd", other, method="copy").save(
+            out, format=format, overwrite=True
+        )
+        assert check(out).trigger_words == ("sks cat", "neon", "night")
+
+
+class LinearVAE(nn.Module):
+    """An invertible linear map of pixels: patches of a side, rotated and stretched."""
+
+    def __init__(self, patch: int, stretch: float, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        width = 3 * patch**2
+        rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        self.patch, self.matrix = patch, nn.Parameter(stretch * rotation, requires_grad=False)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor]:
+        patches = F.pixel_unshuffle(pixels, self.patch)
+        return (torch.einsum("ij,njhw->nihw", self.matrix, patches),)
+
+    def decode(self, latent: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        patches = torch.einsum("ij,njhw->nihw", self.matrix.inverse(), latent)
+        return (F.pixel_shuffle(patches, self.patch),)
+
+
+class BestDenoiser(nn.Module):
+    """The best prediction where images are normal with any mean and covariance."""
+
+    config = SimpleNamespace(in_channels=3)
+
+    def __init__(self, space: LatentSpace, schedule: NoiseSchedule, seed: int) -> None:
+        super().__init__()
+        self.space, self.schedule = space, schedule
+        generator = torch.Generator().manual_seed(seed)
+        mean, root = (torch.randn(*s, generator=generator).double() for s in ((48,), (48, 48)))
+        origin = self._flatten(torch.zeros(1, 48))
+        matrix = (self._flatten(torch.eye(48)) - origin).mT
+        self.mean = origin[0] + matrix @ mean
+        self.covariance = matrix @ root @ root.mT @ matrix.mT / 48
+
+    def _flatten(self, pixels: Tensor) -> Tensor:
+        encoded = self.space.encode(pixels.reshape(-1, 3, 4, 4))
+        return self.space.as_image(encoded).double().flatten(1)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        image = self.space.as_image(hidden_states).double()
+        level = self.schedule.level_at(timestep)[:, None, None]
+        (a, b), (c, d) = self.schedule.scales(level), self.schedule.weights(level)
+        noisy = a**2 * self.covariance + b**2 * torch.eye(48).double()
+        rest = image.flatten(1)[..., None] - a * self.mean[:, None]
+        clean = self.mean[:, None] + a * self.covariance @ torch.linalg.solve(noisy, rest)
+        prediction = (c * clean + d * image.flatten(1)[..., None]).reshape(image.shape)
+        return (self.space.as_latent(prediction).to(hidden_states),)
+
+
+def side_of(space: LatentSpace, schedule: NoiseSchedule, seed: int) -> pipelines.CrossingSide:
+    model = BestDenoiser(space, schedule, seed)
+    like = space.encode(torch.zeros(1, 3, 4, 4))
+    table = PromptTable(model, [{}, {}], CallParts(like, torch.zeros(1), {}))
+    pipeline = SimpleNamespace(denoiser=model, name="best")
+    return pipelines.CrossingSide(pipeline, FEW, schedule, table, space, (4, 4))
+
+
+ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
+KINDS = {
+    "ε": NoiseSchedule("epsilon", ALPHAS),
+    "flow": NoiseSchedule("flow", None, times=Times(1000.0, 0.0)),
+    "negative flow counted backwards": NoiseSchedule("flow", None, sign=-1, times=Times(-1.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(KINDS, KINDS)))
+def test_between_linear_vaes_the_best_models_answer_as_one(one, other):
+    """Of one image with corresponding noise, where the VAEs' spaces differ by a rotation."""
+    spaces = (
+        LatentSpace(LinearVAE(1, 2.0, 0), scale=torch.full((3,), 2.0), shift=torch.zeros(3)),
+        LatentSpace(
+            LinearVAE(2, 0.3, 1),
+            tokens=True,
+            scale=torch.full((12,), 0.3),
+            shift=torch.linspace(-1, 1, 12),
+        ),
+    )
+    plain, adapted = (
+        [side_of(s, KINDS[k], seed) for s, k in zip(spaces, (one, other), strict=True)]
+        for seed in (1, 2)
+    )
+    ours, theirs = plain
+    generator = torch.Generator().manual_seed(0)
+    clean = ours.space.encode(torch.randn(3, 3, 4, 4, generator=generator))
+    noise = torch.randn(clean.shape, generator=generator)
+    there = crossing.cross_clean(ours, theirs, clean)
+    noise_there = crossing.cross_clean(ours, theirs, noise) - crossing.cross_clean(
+        ours, theirs, torch.zeros_like(noise)
+    )
+    assert float(noise_there.norm()) == pytest.approx(float(noise.norm()), rel=1e-5)
+    level = torch.tensor([0.1, 0.5, 0.85]).double()
+    question = Question(
+        ours.build_call(clean, noise, level, [0, 0, 0]),
+        theirs.build_call(there, noise_there, level, [0, 0, 0]),
+    )
+    translation = crossing.CrossedTranslation.of(ours, theirs)
+    answers = [
+        (
+            translation.of_source(pair[0].pipeline.denoiser, question),
+            translation.of_target(pair[1].pipeline.denoiser, question),
+        )
+        for pair in (plain, adapted)
+    ]
+    for crossed_answer, best in answers:
+        torch.testing.assert_close(crossed_answer, best, rtol=1e-3, atol=1e-4)
+    change = [after - before for before, after in zip(*answers, strict=True)]
+    torch.testing.assert_close(change[0], change[1], rtol=1e-3, atol=1e-4)
+
+
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+def same_questions(one: list[Question], other: list[Question]) -> bool:
+    """Whether all calls are the same, to the bit."""
+    ours, theirs = (
+        [call_codec.encode_calls([call]) for q in side for call in (q.source, q.target)]
+        for side in (one, other)
+    )
+    return len(ours) == len(theirs) and all(
+        a[1] == b[1] and all(map(torch.equal, a[0], b[0]))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def test_an_interrupted_sampling_goes_on_and_samples_nothing_twice(room, tmp_path):
+    ours, theirs = observe(room, "sd"), observe(room, "sd, another VAE")
+    shapes = open_base(room / "sd").shapes
+    loras = adapters.read_adapter(room / "sd.safetensors")
+    assert set(loras.updates) <= set(shapes)
+    counted: list[int] = []
+
+    def record(folder: Path | None, until: int | None = None) -> pipelines.CrossingRecorder:
+        def count(_: str) -> None:
+            counted.append(1)
+            if len(counted) == until:
+                raise Interrupted
+
+        return pipelines.CrossingRecorder(
+            ours, theirs, loras, Checkpoints(folder), "samplers", count
+        )
+
+    with torch.no_grad():
+        expected = record(None).record_questions(0)
+        assert len(counted) == 3
+        counted.clear()
+        stopped = record(tmp_path / "kept", until=2)
+        assert not (tmp_path / "kept").exists()  # nothing before the first sampling
+        with pytest.raises(Interrupted):
+            stopped.record_questions(0)
+        counted.clear()
+        resumed = record(tmp_path / "kept")
+        assert same_questions(resumed.record_questions(0), expected)
+        assert len(counted) == 2  # the second image was sampled and not yet kept
+        again = record(tmp_path / "kept")
+        assert same_questions(again.record_questions(0), expected)
+        assert len(counted) == 2
+        spilled = list(spill_questions(expected, 1))
+        assert same_questions(spilled, expected)
+    assert again.key == resumed.key
+    other = replace(theirs, space=replace(theirs.space, vae=tiny.vae(seed=9)))
+    changed = replace(again, theirs=other)
+    assert (changed.keys, changed.key == again.key) == (again.keys, False)
+
+
+def test_a_dry_run_and_progress_count_what_is_sampled(room, tmp_path, monkeypatch):
+    steps: list[tuple[int, int, str]] = []
+
+    def stop(*step: Any) -> None:
+        steps.append(step)
+        if "sampling" in step[2]:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):  # the samplings that observe are not counted
+        cross_to(room, room / "sd, another VAE", progress=stop)
+    assert [step[2].split(",")[0] for step in steps[1:]] == [
+        "opening both pipelines",
+        "sampling the source",
+    ]
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    report = run(room, "sdxl", "flux", tmp_path / "out.safetensors", "--dry-run")
+    rows = {row["target"] for row in report["modules"] if row["target"]}
+    assert "transformer_blocks.0.attn.to_q" in rows
+    assert not any("norm" in name for name in rows)
+
+
+def test_a_denoiser_in_half_precision_and_one_of_pixels_are_asked_in_float32(room, tmp_path):
+    shutil.copytree(room / "sd", tmp_path / "half")
+    unet = pipelines.open_pipeline(room / "sd").denoiser
+    unet.half().save_pretrained(tmp_path / "half" / "unet")
+    half, other = observe(tmp_path, "half"), observe(room, "pixels")
+    assert half.pipeline.denoiser.dtype == torch.float16
+    recorder = pipelines.CrossingRecorder(half, other, Adapter({}, format="diffusers"))
+    with in_float32(half.pipeline.denoiser), torch.no_grad():
+        questions = recorder.record_questions(0)
+        wanted = recorder.translation.of_source(half.pipeline.denoiser, questions[0])
+        plain = recorder.translation.of_target(other.pipeline.denoiser, questions[0])
+    asked = [q for q in questions if q.origin != "pair"]
+    # Both noise levels of an image are asked in one call, as many as the sampler's calls hold.
+    assert [q.origin for q in asked] == ["source", "adapted", "target"]
+    for question in asked:
+        for side, call in ((half, question.source), (other, question.target)):
+            assert split_call(side.pipeline.denoiser, call).latent.dtype == torch.float32
+    assert wanted.shape == plain.shape == (2, 3, 16, 16)  # without the learned variance
+    assert wanted.dtype == torch.float32
+    assert wanted.isfinite().all()
+
+
+@pytest.mark.parametrize("broken", ["no VAE", "no encoder"])
+def test_what_no_image_can_cross_to_is_refused_before_it_is_loaded(
+    room, tmp_path, monkeypatch, broken
+):
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    target = tmp_path / "target"
+    shutil.copytree(room / "sdxl", target)
+    if broken == "no VAE":
+        shutil.rmtree(target / "vae")
+    else:
+        file = target / "vae" / "diffusion_pytorch_model.safetensors"
+        kept = {k: v for k, v in load_file(file).items() if not k.startswith("encoder.")}
+        save_file(kept, file)
+    with pytest.raises(UnsupportedFormat, match="not pixels" if broken == "no VAE" else broken):
+        cross_to(room, target)
+    assert vae.can_fit(room / "sd", room / "sdxl")
+    assert "latents_mean" in vae.explain_vae_difference(room / "sd", room / "sdxl")
+    assert not vae.can_fit(room / "sd", target)
+
+
+def cross_to(room: Path, target: Path, options: FitOptions = FEW, **more: Any) -> Any:
+    lora = room / "sd.safetensors"
+    return fit(lora, room / "sd", target, options, **more)
+
+
+def test_latents_that_cannot_be_read_are_refused():
+    pipe = SimpleNamespace(vae=LinearVAE(1, 1.0, 0))
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for given, words in (
+        (None, "never decodes"),
+        (x.tanh(), "no multiple of its latents"),
+        (x * torch.tensor([1.0, 0.0, 2.0])[:, None, None], "no multiple of its latents"),
+        (x[..., :3], "cannot tell how they correspond"),
+    ):
+        with pytest.raises(UnsupportedFormat, match=words):
+            latents.observe_latents(pipe, x, x, given, "name")
+    with pytest.raises(UnsupportedFormat, match="given more than a latent"):
+        latents.observe_latents(pipe, torch.cat([x, x], 1), x, x, "name")
+    with pytest.raises(UnsupportedFormat, match="not a square"):
+        latents.observe_latents(pipe, x, torch.zeros(1, 5, 3), x, "name")
+    pipe.vae.encode = lambda _: SimpleNamespace(codes=x)
+    with pytest.raises(UnsupportedFormat, match="cannot encode what it decodes"):
+        latents.observe_latents(pipe, x, x, x, "name")
+    pipe.vae.encode = lambda pixels: (pixels[..., :2],)
+    with pytest.raises(UnsupportedFormat, match="encodes them as"):
+        latents.observe_latents(pipe, x, x, x, "name")
+    pipe.vae.encode = None
+    with pytest.raises(UnsupportedFormat, match="no encoder"):
+        latents.check_shown(pipe, "name")
+
+
+def test_texts_of_different_lengths_are_asked_one_by_one(room):
+    settings = FitOptions(("cat", "dog cat dog"), images=2, steps=2)
+    ours, theirs = (
+        pipelines.CrossingSide.of(
+            pipelines.open_pipeline(room / name), replace(settings, size=size)
+        )
+        for name, size in (("qwen", 16), ("sdxl", None))
+    )
+    assert len(theirs.table.like.latent) == 2  # both branches of the guidance in one call
+    recorder = pipelines.CrossingRecorder(ours, theirs, Adapter({}, format="diffusers"))
+    with torch.no_grad():
+        questions = recorder.record_questions(0)
+        assert {
+            len(theirs.space.as_image(split_call(theirs.pipeline.denoiser, q.target).latent))
+            for q in questions
+        } == {1}
+        held_out = recorder.record_questions(3, held_out=True)
+    assert {q.origin for q in questions} - {q.origin for q in held_out} == {"pair"}

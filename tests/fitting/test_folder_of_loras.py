@@ -1,0 +1,176 @@
+"""A folder of LoRAs in one command: each gets what it gets alone, and the models are asked less."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora.errors import OutputError
+from prolora.fitting import checkpoint, pipelines
+
+FEW = prolora.FitOptions(("cat", "dog"), images=2, steps=4, fit_steps=2, force=True)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pipelines, a third with another VAE, and the LoRAs a, b, c; b has a text encoder's part.
+
+    What each becomes alone lies in "alone" and "alone-across".
+    """
+    folder = tmp_path_factory.mktemp("folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source")
+        tiny.save(folder / "target", seed=5, text=12)
+        tiny.save(folder / "across", seed=5, vae_seed=3)
+        source = pipelines.open_pipeline(folder / "source")
+        for name, leaves in (("a", ("attn1.to_v",)), ("b", ("ff.net.2",)), ("c", ("to_out.0",))):
+            tiny.write_lora(folder / f"{name}.safetensors", tiny.updates(source.denoiser, leaves))
+        tensors = load_file(folder / "b.safetensors")
+        for name, module in source.pipe.text_encoder.named_modules():
+            if name.endswith("mlp.fc1"):
+                key, (m, n) = f"lora_te_text_model_{name.replace('.', '_')}", module.weight.shape
+                tensors[f"{key}.lora_up.weight"] = 0.3 * torch.ones(m, 2)
+                tensors[f"{key}.lora_down.weight"] = 0.3 * torch.ones(2, n)
+                tensors[f"{key}.alpha"] = torch.tensor(2.0)
+        save_file(tensors, folder / "b.safetensors")
+        (folder / "broken.safetensors").write_bytes(b"no LoRA")
+        for target in ("target", "across"):
+            out = folder / f"alone-{target}"
+            out.mkdir()
+            for name in "abc" if target == "target" else "ac":
+                ends = folder / f"{name}.safetensors", folder / "source", folder / target
+                prolora.fit(*ends, out / f"{name}.safetensors", out=FEW)
+    return folder
+
+
+def fit_all(room: Path, out: Path, names: str = "abc", target: str = "target", **more: object):
+    loras = [room / f"{'broken' if name == '-' else name}.safetensors" for name in names]
+    return prolora.fit_many(loras, room / "source", room / target, out, FEW, **more)
+
+
+def assert_as_alone(room: Path, out: Path, names: str = "abc", target: str = "target") -> None:
+    """Every result has the bytes that it has alone, and nothing else is there."""
+    assert {entry.name for entry in out.iterdir()} == {f"{name}.safetensors" for name in names}
+    for name in names:
+        alone = room / f"alone-{target}" / f"{name}.safetensors"
+        assert (out / alone.name).read_bytes() == alone.read_bytes(), name
+
+
+@pytest.mark.parametrize("target", ["target", "across"])
+def test_each_lora_of_a_folder_gets_what_it_gets_alone_for_fewer_predictions(
+    room, tmp_path, target, monkeypatch
+):
+    opened = []
+    load = pipelines.open_pipeline
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *a: opened.append(a[0]) or load(*a))
+    names = "acb" if target == "target" else "ac"
+    first, refused, second, *_ = fit_all(room, tmp_path / "out", f"a-{names[1:]}", target)
+    assert isinstance(refused.error, prolora.errors.UnsupportedFormat)
+    assert_as_alone(room, tmp_path / "out", names, target)
+    assert opened == [room / "source", room / target]
+    made = [done.report.probe.predictions for done in (first, second)]
+    counts = [sum(map(sum, stages.values())) for stages in made]
+    until = [sum(sum(stages[name]) for name in ("sample", "draw", "ask")) for stages in made]
+    print(f"{target}: {counts} in all, {until} until the fit, {until[1] / until[0]:.2f}")
+    assert until[1] <= 0.55 * until[0]
+    assert counts[1] <= 0.8 * counts[0]
+
+
+def test_a_run_that_is_killed_in_the_second_lora_goes_on_and_leaves_nothing_behind(room, tmp_path):
+    out, child = tmp_path / "out", os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)
+            fit_all(room, out)
+        os._exit(0)
+    while not (out / "a.safetensors").exists():
+        time.sleep(0.01)
+    while not any(out.glob(".prolora-parts/calls-adapted-*")):
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not (out / "b.safetensors").exists()
+    first, second, _ = fit_all(room, out)
+    assert first.kept and second.status == "moved"
+    assert_as_alone(room, out)
+
+
+def test_what_a_killed_run_between_other_models_left_is_not_used(room, tmp_path):
+    left = tmp_path / "out" / ".prolora-parts"
+    left.mkdir(parents=True)
+    (left / "calls-source-0.safetensors").write_bytes(b"of other models")
+    fit_all(room, tmp_path / "out", "ac")
+    assert_as_alone(room, tmp_path / "out", "ac")
+
+
+def test_ctrl_c_leaves_nothing_behind(room, tmp_path):
+    def stop(done: int, total: int, name: str) -> None:
+        if "LoRA 2" in name:
+            assert any(out.glob(".prolora-parts/*"))
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fit_all(room, out, progress=stop)
+    assert_as_alone(room, out, "a")
+
+
+def test_what_the_next_lora_cannot_use_goes_when_a_lora_is_done(room, tmp_path):
+    kept: list[set[str]] = []
+
+    def look(done: int, total: int, name: str) -> None:
+        if "LoRA 2" in name and not kept:
+            files = out.glob(".prolora-parts/*.safetensors")
+            kept.append({file.name.rpartition("-")[0] for file in files})
+
+    out = tmp_path / "out"
+    fit_all(room, out, "ac", progress=look)
+    calls = {"calls-source-0", "calls-source-3", "calls-target-2", "calls-target-5"}
+    assert kept == [calls | {"answers"}]
+
+
+@pytest.mark.parametrize("fails", ["at once", "later"])
+def test_a_disk_without_room_for_it_costs_predictions_and_no_lora(
+    room, tmp_path, fails, monkeypatch, caplog
+):
+    write, written = checkpoint.write_safetensors, []
+
+    def fill_up(path: Path, *args: object, **more: object) -> None:
+        written.append(path)
+        if fails == "at once" or len(written) > 4:
+            raise OutputError(f"{path}: {os.strerror(errno.ENOSPC)}")
+        write(path, *args, **more)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", fill_up)
+    assert [done.status for done in fit_all(room, tmp_path / "out", "ac")] == ["moved", "moved"]
+    assert_as_alone(room, tmp_path / "out", "ac")
+    assert "as nothing can be kept" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_cache_folder_that_cannot_be_written_stops_no_fit(room, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o500)
+    assert all(done.report for done in fit_all(room, tmp_path / "out", "ac", cache=cache))
+    assert_as_alone(room, tmp_path / "out", "ac")
+
+
+def test_a_folder_that_was_asked_for_stays_and_holds_all_parts(room, tmp_path):
+    fit_all(room, tmp_path / "out", "ac", resume=tmp_path / "kept")
+    assert_as_alone(room, tmp_path / "out", "ac")
+    names = [file.name for file in (tmp_path / "kept").iterdir()]
+    assert sum(name.startswith("joint-") for name in names) == 2
+    assert sum(name.startswith("calls-adapted-") for name in names) == 4

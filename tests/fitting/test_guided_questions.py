@@ -1,0 +1,407 @@
+"""A source that is asked with its guidance, for targets that are run without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import crossing_pipelines as crossing
+import pytest
+import tiny_pipelines as tiny
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LCMScheduler
+from fitting import fit_models
+from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
+from torch import Tensor, nn
+
+from prolora import FitOptions, LowRank, fit
+from prolora import fitting as probe
+from prolora.adapters.adapter import Adapter
+from prolora.errors import InvalidOption
+from prolora.fitting import pipelines
+from prolora.fitting.pipelines.conditioning import split_call
+from prolora.fitting.pipelines.flow_convention import watch_steps
+from prolora.fitting.pipelines.guidance import observe_guidance, read_guidance_scale
+from prolora.fitting.recording.trajectories import Call, record_calls
+from prolora.fitting.recording.translation import PAIR, Question, Translation
+from prolora.fitting.recording.wanted import wanted_changes
+
+
+def dit(_) -> DiTPipeline:
+    """A thousand classes, as of ImageNet."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+    )
+    for weight in transformer.parameters():  # new ones predict nothing
+        weight.data = 0.3 * torch.randn_like(weight)
+    return DiTPipeline(transformer, tiny.vae(), DDIMScheduler(**tiny.ALPHAS))
+
+
+def scale_of(make, folder, guidance: float | None, prompts=SETTINGS.prompts) -> float | None:
+    pipeline = opened(make, folder)
+    settings = replace(SETTINGS, guidance=guidance, prompts=prompts)
+    return observe_guidance(pipeline, settings, pipeline.tabulate_prompts(settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "guidance", "scale"),
+    [
+        (stable_diffusion, None, 7.5),
+        (stable_diffusion, 3.0, 3.0),
+        (stable_diffusion, 1.0, 1.0),
+        (sd3, 4.0, 4.0),
+        (z_image, 4.0, 5.0),  # c + g·(c − u)
+        (z_image, 0.0, 1.0),
+        (flux, 4.0, 1.0),  # an input of the model, and no second branch
+    ],
+)
+def test_the_scale_is_that_of_what_the_scheduler_is_given(make, guidance, scale, tmp_path):
+    assert scale_of(make, tmp_path, guidance) == pytest.approx(scale, rel=1e-3)
+
+
+def test_guidance_away_from_the_empty_prompt_alone_is_none(tmp_path):
+    assert scale_of(stable_diffusion, tmp_path, 3.0, ()) == 1
+    # An empty prompt among others is the other branch's, and hides nothing.
+    assert scale_of(stable_diffusion, tmp_path, 3.0, ("", "cat")) == pytest.approx(3)
+
+
+def test_what_is_no_sum_of_both_branches_has_no_scale():
+    prompted, free = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).double()
+    guided = free + 3 * (prompted - free)
+    assert read_guidance_scale(-guided, [prompted], [free]) == pytest.approx(3)
+    assert read_guidance_scale(guided.sin(), [prompted], [free]) is None
+    assert read_guidance_scale(prompted - free, [prompted], [free]) is None
+    assert read_guidance_scale(guided, [prompted], [prompted]) == 1
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, sd3, z_image])
+def test_the_source_is_asked_what_its_pipeline_gives_to_the_scheduler(make, tmp_path):
+    source, target = opened(make, tmp_path), opened(make, tmp_path)
+    settings = replace(SETTINGS, guidance=4.0, target_guidance=1.0 if make is not z_image else 0.0)
+    pair = pipelines.pair_pipelines(source, target, settings)
+    used: list[Tensor] = []
+    with watch_steps(source.pipe.scheduler, lambda output, _: used.append(output)):
+        calls = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
+    kept = pair.translation.keep_prompted(calls)
+    assert len(kept) == len(used) == SETTINGS.images * SETTINGS.steps
+    for call, output in zip(kept, used, strict=True):
+        assert call.origin == "source"
+        parts = split_call(source.denoiser, call)
+        assert len(parts.latent) == 1 and pair.translation.guidance
+        question = pair.translation.question(call)
+        answer = pair.translation.of_source(source.denoiser, question).reshape(output.shape)
+        # Z-Image's pipeline negates what its model predicts.
+        assert min(float((answer - sign * output).norm()) for sign in (1, -1)) < 1e-4 * float(
+            output.norm()
+        )
+    asked = record_calls(target.denoiser, target.sampler(pair.of_target), 0, "target")
+    assert pair.translation.keep_prompted(asked) == asked
+
+
+def test_pipelines_that_are_both_guided_or_both_not_are_asked_plainly(tmp_path):
+    source, target = opened(stable_diffusion, tmp_path), opened(stable_diffusion, tmp_path)
+    for settings in (SETTINGS, replace(SETTINGS, guidance=1.0)):
+        assert pipelines.pair_pipelines(source, target, settings).translation.guidance is None
+    unguided = replace(SETTINGS, guidance=1.0, target_guidance=5.0)
+    assert pipelines.pair_pipelines(source, target, unguided).translation.guidance is None
+
+
+def test_crossed_images_are_asked_with_guidance_and_never_without_a_prompt(tmp_path):
+    source, target = opened(stable_diffusion, tmp_path), opened(flux, tmp_path)
+    sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
+    recorder = pipelines.CrossingRecorder(*sides, probe_adapter(source))
+    guidance = recorder.translation.guidance
+    assert guidance and guidance.scale == pytest.approx(7.5, rel=1e-3)
+    with torch.no_grad():
+        questions = recorder.record_questions(0, held_out=True)
+        asked = questions[0]
+        plain = replace(recorder.translation, guidance=None)
+        call = asked.source
+        bare = guidance.without_prompt(call)
+        c, u = (
+            plain.of_source(source.denoiser, replace(asked, source=part)) for part in (call, bare)
+        )
+        guided = recorder.translation.of_source(source.denoiser, asked)
+    # x₀ is affine in the prediction, so guidance of one is guidance of the other.
+    torch.testing.assert_close(guided, u + guidance.scale * (c - u), rtol=1e-3, atol=1e-3)
+    for question in questions:
+        parts = split_call(source.denoiser, question.source)
+        table = sides[0].table
+        assert all(table.has_prompt(parts, i) for i in range(len(parts.latent)))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_few_step_target_is_asked_on_the_way_from_a_noise_to_its_image(steps, tmp_path):
+    source, target = opened(sd3, tmp_path), opened(sd3, tmp_path)
+    settings = replace(SETTINGS, target_steps=steps)
+    sides = pipelines.observe_sides(source, target, settings, shared=True)
+    recorder = pipelines.CrossingRecorder(*sides, probe_adapter(source))
+    with torch.no_grad():
+        pairs = [q for q in recorder.record_questions(0) if q.origin == PAIR]
+    assert pairs
+    for question in pairs:
+        number = question.target.trajectories[0]
+        generator = torch.Generator().manual_seed(number)
+        drawn = torch.randn(1, 4, 8, 8, generator=generator)  # as the pipeline draws it
+        for call in (question.source, question.target):
+            parts = split_call(target.denoiser, call)
+            level = sides[1].schedule.level_at(parts.time)
+            a, b = (part.float()[:, None, None, None] for part in sides[1].schedule.scales(level))
+            noise = (parts.latent - a * call.clean) / b
+            own = float((noise - drawn).abs().max()) < 1e-3
+            assert own == (steps == 1)
+
+
+def test_class_numbers_next_to_that_of_no_class_are_prompts(tmp_path):
+    """Class 990 is nearly 1000, that of no class, and as different from it as class 1."""
+    source, target = opened(dit, tmp_path), opened(dit, tmp_path)
+    for prompts in (("990", "999"), ("1", "990")):
+        settings = replace(SETTINGS, prompts=prompts, size=None, target_guidance=1.0)
+        pair = pipelines.pair_pipelines(source, target, settings)
+        assert pair.translation.guidance
+        assert pair.translation.guidance.scale == pytest.approx(4, rel=1e-3)
+        calls = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
+        kept = pair.translation.keep_prompted(calls)
+        assert len(kept) == len(calls) == SETTINGS.images * SETTINGS.steps
+        parts = [split_call(source.denoiser, call) for call in kept]
+        classes = {int(p.conditioning["class_labels",]) for p in parts}
+        assert classes == {int(prompt) for prompt in prompts}
+
+
+def test_images_of_the_empty_prompt_alone_are_asked_about(tmp_path):
+    source, target = opened(stable_diffusion, tmp_path), opened(stable_diffusion, tmp_path)
+    settings = replace(SETTINGS, prompts=("", "cat"), images=1, target_guidance=1.0)
+    pair = pipelines.pair_pipelines(source, target, settings)
+    runs = [
+        record_calls(source.denoiser, source.sampler(pair.settings), seed, origin)
+        for seed, origin in enumerate(("source", "adapted"))
+    ]
+    assert pair.translation.keep_prompted(runs[0]) == runs[0]  # both branches have no prompt
+    kept = pair.translation.keep_prompted([*runs[0], *runs[1]])
+    assert [call.origin for call in kept] == 2 * ["source"] + 2 * ["adapted"]
+    rows = [len(split_call(source.denoiser, call).latent) for call in kept]
+    assert rows == [2, 2, 1, 1]
+    result = fit_models(
+        source.denoiser,
+        target.denoiser,
+        updates(source.denoiser),
+        source.sampler(pair.settings),
+        target.sampler(pair.of_target),
+        force=True,
+        fit_steps=1,
+        **vars(pair.translation),
+    )
+    assert result.report.guidance == pytest.approx(7.5, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory) -> list[pipelines.Pipeline]:
+    """SDXL, and a target that guides with a negative prompt alone."""
+    folder = tmp_path_factory.mktemp("crossed")
+    makers = crossing.save_sdxl, crossing.save_qwen_image
+    return [pipelines.open_pipeline(save(folder / save.__name__)) for save in makers]
+
+
+@pytest.mark.parametrize(("guidance", "asked"), [(None, 1), (1.0, 5)])
+def test_a_target_that_guides_with_a_negative_prompt_alone_is_no_student(guidance, asked, crossed):
+    source, target = crossed
+    settings = replace(SETTINGS, size=None, target_guidance=guidance)
+    sides = pipelines.observe_sides(source, target, settings, shared=False)
+    translation = pipelines.CrossingRecorder(*sides, probe_adapter(source)).translation
+    scale = translation.guidance.scale if translation.guidance else 1
+    assert scale == pytest.approx(asked, rel=1e-3)
+
+
+def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
+    source, target = opened(stable_diffusion, tmp_path), opened(flux, tmp_path)
+    monkeypatch.setattr("prolora.fitting.pipelines.guidance.observe_guidance", lambda *_: None)
+    sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
+    assert pipelines.CrossingRecorder(*sides, probe_adapter(source)).translation.guidance is None
+    assert "stable_diffusion: what its guidance makes" in caplog.text
+
+
+@pytest.fixture
+def probe_twin(tmp_path):
+    """Fits to a twin of the source that is sampled in three steps, the source in four."""
+    tiny.save(tmp_path / "source")
+    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
+    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    probing = FitOptions(
+        ("cat", "dog"),
+        images=1,
+        steps=4,
+        size=16,
+        target_steps=3,
+        fit_steps=1,
+        force=True,
+        resume=tmp_path / "kept",
+    )
+    ends = tmp_path / "source", tmp_path / "twin"
+
+    def probed(**changes: float) -> probe.ProbeReport:
+        asked = replace(probing, **changes)
+        return fit(lora, *ends, asked, again=True).report.probe
+
+    return probed
+
+
+def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(probe_twin):
+    """Three steps beside four are too many for pairs of images."""
+    unguided = probe_twin(target_guidance=1.0)
+    assert unguided.guidance == pytest.approx(7.5, rel=1e-3)
+    assert unguided.probes == unguided.held_out == 4 + 4 + 3 and not unguided.crossed
+
+
+@pytest.mark.slow
+def test_samples_of_another_guidance_of_the_target_are_others(probe_twin):
+    """Although the source is asked alike."""
+    guided = probe_twin(target_guidance=3.0)
+    assert guided.guidance == 1 and guided.resumed == 0
+    assert probe_twin(target_guidance=5.0).resumed == 0
+    assert probe_twin(target_guidance=5.0).resumed == 1
+
+
+def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
+    pipeline = opened(stable_diffusion, tmp_path)
+    settings = replace(SETTINGS, steps=25)
+    usual = pipeline.derive_target_settings(settings)
+    assert (usual.steps, usual.guidance) == (25, None)
+    pipeline.pipe.scheduler = LCMScheduler(**tiny.ALPHAS)
+    few = pipeline.derive_target_settings(settings)
+    assert (few.steps, few.guidance) == (4, 1.0)  # and without guidance, unless it takes a scale
+    assert settings.for_target(True, embeds_guidance=True).guidance is None
+    assert pipeline.derive_target_settings(replace(settings, guidance=3.0)).guidance == 3.0
+    assert pipeline.derive_target_settings(replace(settings, target_steps=2)).steps == 2
+    assert pipeline.derive_target_settings(SETTINGS).steps == SETTINGS.steps == 2
+
+
+def test_a_source_that_guides_by_two_calls_asks_a_student_of_its_guidance(tmp_path):
+    folder = crossing.save_flux2(tmp_path / "klein")
+    source, target = pipelines.open_pipeline(folder), pipelines.open_pipeline(folder)
+    source.pipe.register_to_config(is_distilled=False)
+    for pipeline in (source, target):  # a new model hardly listens to its prompt
+        for weight in pipeline.denoiser.parameters():
+            weight.data *= 3
+    pair = pipelines.pair_pipelines(source, target, SETTINGS)
+    assert pair.translation.guidance
+    assert pair.translation.guidance.scale == pytest.approx(4, rel=1e-3)
+    samplers = source.sampler(pair.settings), target.sampler(pair.of_target)
+    used: list[Tensor] = []
+    with watch_steps(source.pipe.scheduler, lambda output, _: used.append(output)):
+        calls = record_calls(source.denoiser, samplers[0], 0, "source")
+    kept = pair.translation.keep_prompted(calls)
+    assert len(calls) == 2 * len(kept) == 2 * len(used)
+    for call, output in zip(kept, used, strict=True):
+        answer = pair.translation.of_source(source.denoiser, pair.translation.question(call))
+        torch.testing.assert_close(answer, output, rtol=1e-3, atol=1e-3)
+    lora = updates(source.denoiser)
+    ends = source.denoiser, target.denoiser, lora
+    fitted = fit_models(*ends, *samplers, fit_steps=1, force=True, **vars(pair.translation))
+    assert fitted.report.probes == 3 * len(used)  # those without the prompt are not asked
+
+
+def probe_adapter(source: pipelines.Pipeline):
+    """A LoRA of the source."""
+    return Adapter(updates(source.denoiser), format="diffusers")
+
+
+def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_asked(tmp_path):
+    tiny.save(tmp_path / "source")
+    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
+    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    probing = FitOptions(("cat", "dog"), images=1, steps=2, size=16, fit_steps=1, force=True)
+    few = replace(probing, target_steps=1, target_guidance=1.0)
+    ends = tmp_path / "source", tmp_path / "twin"
+    moved = fit(lora, *ends, few, again=True)
+    report = moved.report.probe
+    assert report.guidance == pytest.approx(7.5, rel=1e-3)
+    # Three origins of one image, and the pair of the first two, at as many levels as the source's.
+    assert report.probes == 4 * 2 and report.crossed == 6 and report.shared
+    text = " ".join(report.sentences())
+    assert "The target is run without guidance, so the source was asked with its own, 7.5." in text
+    plain = fit(lora, *ends, probing, again=True).report.probe
+    assert plain.guidance == 1 and plain.probes == 3 * 2
+    assert "guidance" not in " ".join(plain.sentences())
+
+
+def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_path):
+    tiny.save(tmp_path / "source")
+    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
+    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    probing = FitOptions(("cat", "dog"), images=1, steps=3, size=16, fit_steps=1, force=True)
+    few = replace(probing, lora_steps=1, lora_guidance=1.0)
+    ends = tmp_path / "source", tmp_path / "twin"
+    report = fit(lora, *ends, few, again=True).report.probe
+    # Source and target are guided, and so nothing is asked with guidance.
+    assert (report.guidance, report.guided_lora, report.probes) == (1, True, 3 + 1 + 3)
+    few = replace(few, target_guidance=1.0)
+    report = fit(lora, *ends, few, again=True).report.probe
+    assert report.guidance == pytest.approx(7.5, rel=1e-3) and not report.guided_lora
+    assert report.probes == 3 + 1 + 3 and not report.crossed
+    assert "with its own, 7.5, and with the LoRA without." in " ".join(report.sentences())
+
+
+def test_a_few_step_lora_has_no_pairs_of_images(tmp_path):
+    source, target = opened(sd3, tmp_path), opened(sd3, tmp_path)
+    for settings, paired in ((SETTINGS, True), (replace(SETTINGS, lora_steps=1), False)):
+        sides = pipelines.observe_sides(source, target, settings, shared=True)
+        recorder = pipelines.CrossingRecorder(*sides, probe_adapter(source))
+        with torch.no_grad():
+            origins = {question.origin for question in recorder.record_questions(0)}
+        assert (PAIR in origins) == paired
+
+
+@pytest.mark.parametrize("bad", [{"lora_steps": 0}, {"target_steps": 0}, {"lora_guidance": "x"}])
+def test_impossible_samplings_are_refused(bad):
+    with pytest.raises(InvalidOption, match=next(iter(bad))):
+        FitOptions(**bad)
+
+
+class Prompted(nn.Module):
+    """Predicts W·(x + loudness · prompt)."""
+
+    def __init__(self, loudness: float = 1.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layer = nn.Linear(6, 6, bias=False)
+        self.layer.weight.data = 0.4 * torch.randn(6, 6, generator=generator)
+        self.loudness = loudness
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        return self.layer(x + self.loudness * prompt)
+
+
+def drop_prompt(call: Call) -> Call:
+    """The call without its prompt."""
+    return replace(call, args=(call.args[0], torch.zeros_like(call.args[1])))
+
+
+def sampler(model: Prompted):
+    def sample(seed: int) -> None:
+        x, prompt = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(seed))
+        for _ in range(3):
+            x = x - 0.1 * model(x, prompt)
+
+    return sample
+
+
+def test_the_change_of_a_few_step_lora_is_from_the_guided_source_to_its_plain_answer():
+    source, student = Prompted(), Prompted(loudness=3.0)
+    lora = {"layer": LowRank(torch.ones(6, 1), torch.ones(1, 6) / 6)}
+
+    x, prompt = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(5))
+    call = Call((x, prompt), {}, "source")
+    translation = Translation(guidance=probe.Guidance(3.0, drop_prompt, adapted=False))
+    asked = [Question(call, call)]
+    (wanted,) = wanted_changes(source, student, lora, asked, translation)
+    with torch.no_grad():
+        after = (x + prompt) @ (source.layer.weight + lora["layer"].dense()).mT
+    torch.testing.assert_close(wanted.change, after - student(x, prompt).detach())

@@ -1,0 +1,176 @@
+"""What a kept fit was made from: after any change nothing of it is used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_probe import lora, permuted, run, source
+from torch import nn
+
+from prolora import FitOptions, LowRank, fit
+from prolora import fitting as probe
+from prolora.bases import open_base
+from prolora.errors import OutputError
+from prolora.files.safetensors_file import SafetensorsFile
+from prolora.fitting import pipelines
+from prolora.fitting.common_parts import CommonParts
+
+__all__ = ["lora", "source"]  # fixtures
+
+QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
+JOINT = {"fit_steps": 2, "rank": 3, "force": True}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pipelines, a LoRA, and the folder of a fit between them."""
+    folder = tmp_path_factory.mktemp("kept")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source")
+        unet = pipelines.open_pipeline(folder / "source").denoiser
+        tiny.save(folder / "target", seed=5)
+        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+        fitted(folder)
+    return folder
+
+
+def fitted(folder: Path, kept: Path | None = None) -> probe.ProbeReport:
+    asked = {**vars(QUICK), "resume": kept or folder / "kept"}
+    files = folder / "lora.safetensors", folder / "source", folder / "target"
+    return fit(*files, FitOptions(**asked)).report.probe
+
+
+@pytest.fixture
+def changed(room: Path, tmp_path: Path) -> Path:
+    """A copy to change something in."""
+    return Path(shutil.copytree(room, tmp_path / "room"))
+
+
+def write_json(file: Path, **settings: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def exchange_tokens(folder: Path) -> None:
+    tokens = next((folder / "source" / "tokenizer").glob("tokenizer.json"), None)
+    tokens = tokens or folder / "source" / "tokenizer" / "vocab.json"
+    tokens.write_text(tokens.read_text().replace('"a"', '"_"', 1).replace('"b"', '"a"', 1))
+
+
+def change_a_number(folder: Path) -> None:
+    weights = folder / "target" / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+
+
+CHANGES = {
+    "norm_eps": lambda x: write_json(x / "source" / "unet" / "config.json", norm_eps=1e-3),
+    "act_fn": lambda x: write_json(x / "target" / "unet" / "config.json", act_fn="gelu"),
+    "beta_end": lambda x: write_json(
+        x / "target" / "scheduler" / "scheduler_config.json", beta_end=0.02
+    ),
+    "hidden_act": lambda x: write_json(
+        x / "target" / "text_encoder" / "config.json", hidden_act="gelu"
+    ),
+    "tokens": exchange_tokens,
+    "a number": change_a_number,
+}
+
+
+def test_a_fit_with_the_same_inputs_is_used_again(changed):
+    (changed / "target" / "README.md").write_text("mine")
+    (changed / "target" / "unet" / "notes.md").write_text("mine")
+    assert fitted(changed).resumed == 1
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_after_a_change_of_a_pipeline_nothing_is_used(changed, change):
+    CHANGES[change](changed)
+    before = {file.name: file.read_bytes() for file in (changed / "kept").iterdir()}
+    assert fitted(changed).resumed == 0
+    after = {file.name: file.read_bytes() for file in (changed / "kept").iterdir()}
+    assert after.items() > before.items() and len(after) == 2 * len(before)
+
+
+@pytest.mark.parametrize("package", ["torch", "diffusers", "transformers"])
+def test_after_a_change_of_a_package_nothing_is_used(source, lora, tmp_path, package, monkeypatch):
+    told = importlib.metadata.version
+    kept = {"resume": tmp_path / "kept", "described": "three steps"}
+    run(source, permuted(source), lora, **kept, **JOINT)
+
+    def version(name: str) -> str:
+        return "9.9" if name == package else told(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert run(source, permuted(source), lora, **kept, **JOINT).report.resumed == 0
+
+
+def test_after_a_change_of_a_module_in_memory_nothing_is_used(source, lora, tmp_path):
+    class Gelu(nn.LayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.gelu(super().forward(x))
+
+    target = permuted(source)
+    kept = {"resume": tmp_path / "kept", "described": "three steps"}
+    run(source, target, lora, **kept, **JOINT)
+    source.blocks[1].norm.eps = 1e-2
+    assert run(source, target, lora, **kept, **JOINT).report.resumed == 0
+    source.blocks[1].norm.eps = 1e-5
+    assert run(source, target, lora, **kept, **JOINT).report.resumed == 1
+    target.blocks[0].down.bias.data[3] += 1e-6
+    assert run(source, target, lora, **kept, **JOINT).report.resumed == 0
+    target.blocks[0].down.bias.data[3] -= 1e-6
+    target.blocks[2].norm = Gelu(12, elementwise_affine=False)
+    assert run(source, target, lora, **kept, **JOINT).report.resumed == 0
+
+
+def test_nothing_is_written_through_a_link_in_the_folder(source, lora, tmp_path):
+    kept = {"resume": tmp_path / "kept", "described": "three steps"}
+    run(source, source, lora, **kept, **JOINT)
+    victim = tmp_path / "victim.safetensors"
+    victim.write_bytes(b"mine")
+    linked = next((tmp_path / "kept").glob("joint-*"))
+    linked.unlink()
+    linked.symlink_to(victim)
+    with pytest.raises(OutputError, match="link"):
+        run(source, source, lora, **kept, **JOINT)
+    assert victim.read_bytes() == b"mine"
+
+
+def test_another_lora_uses_what_the_bases_were_asked(source, lora, tmp_path):
+    kept = {"resume": tmp_path, "described": "three steps"}
+    run(source, permuted(source), lora, **kept, **JOINT)
+    weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
+    assert run(source, permuted(source), weaker, **kept, **JOINT).report.resumed == 0
+    assert len(list(tmp_path.glob("calls-source-*"))) == 2
+
+
+def test_one_value_of_any_tensor_is_noticed(changed):
+    """One bit of one value: nothing is known by samples, and no time has to differ."""
+    pick, sides = random.Random(0), [open_base(changed / side) for side in ("source", "target")]
+
+    def key() -> Path:
+        return CommonParts(changed / "kept").open_checkpoints(*sides)._path("joint", "")
+
+    files, whole = sorted(changed.glob("*/*/*.safetensors")), key()
+    for _ in range(100):
+        path = pick.choice(files)
+        tensors, before = SafetensorsFile(path).tensors, path.read_bytes()
+        info = tensors[pick.choice(list(tensors))]
+        place = info.start + pick.randrange(math.prod(info.shape) * info.dtype.itemsize)
+        flipped = before[place] ^ 1 << pick.randrange(8)
+        path.write_bytes(before[:place] + bytes([flipped]) + before[place + 1 :])
+        assert key() != whole
+        path.write_bytes(before)
+    assert key() == whole

@@ -1,0 +1,241 @@
+"""Probing on pipelines of diffusers' many classes, a few thousand weights each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from fitting import fit_models
+from test_probe_kinds import t5
+from torch import nn
+from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+
+from prolora import FitOptions, LowRank, ProLoRAError
+from prolora import fitting as probe
+from prolora.architectures.modules import find_block, is_adaptable
+from prolora.fitting import pipelines
+from prolora.fitting.fitted_modules import find_called, group_by_block
+from prolora.fitting.pipelines.conditioning import split_call
+from prolora.fitting.recording.trajectories import record_calls
+
+SETTINGS = FitOptions(("cat", "dog cat"), images=2, steps=2, size=16)
+
+
+def stable_diffusion(folder) -> Any:
+    unet = UNet2DConditionModel(**tiny.UNET, cross_attention_dim=8)
+    parts = tiny.vae(), tiny.text_encoder(8), tiny.tokenizer(folder), unet
+    scheduler = DDIMScheduler(**tiny.ALPHAS)
+    return StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
+
+
+def sd3(folder) -> Any:
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    clip = [
+        part
+        for _ in range(2)
+        for part in (tiny.text_encoder(8, CLIPTextModelWithProjection), tiny.tokenizer(folder))
+    ]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(transformer, scheduler, tiny.vae(), *clip, *t5())
+
+
+def flux(folder) -> Any:
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    clip = tiny.text_encoder(8), tiny.tokenizer(folder)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return FluxPipeline(scheduler, tiny.vae(), *clip, *t5(), transformer)
+
+
+def z_image(folder) -> Any:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 16, 16],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        nn.init.normal_(token)
+    tokenizer = t5()[1]
+    tokenizer.model_max_length = 512
+    tokenizer.chat_template = "cat {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return ZImagePipeline(scheduler, tiny.vae(), encoder, tokenizer, transformer)
+
+
+def opened(make: Callable[..., Any], folder, seed: int = 0) -> pipelines.Pipeline:
+    torch.manual_seed(seed)
+    pipe = make(folder / "vocabulary")
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    return pipelines.Pipeline(pipe, make.__name__)
+
+
+def updates(model: nn.Module) -> dict[str, LowRank]:
+    generator = torch.Generator().manual_seed(1)
+    made = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_adaptable(name) and name.endswith(("v", "w2", "2")):
+            m, n = module.weight.shape
+            up = 0.3 * torch.randn(m, 2, generator=generator)
+            made[name] = LowRank(up, torch.randn(2, n, generator=generator) / n**0.5)
+    return made
+
+
+def adaptable_modules(model: nn.Module) -> list[str]:
+    """The linear modules in blocks that no norm is made of."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and find_block(name) and is_adaptable(name)
+    ]
+
+
+def fit(pair: pipelines.PipelinePair, **options: Any) -> probe.ProbeTransfer:
+    return fit_models(
+        pair.source.denoiser,
+        pair.target.denoiser,
+        updates(pair.source.denoiser),
+        pair.source.sampler(pair.settings),
+        pair.target.sampler(pair.settings),
+        force=True,
+        probes=16,
+        held_out=8,
+        batch=8,
+        **vars(pair.translation),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "blocks"),
+    [
+        pytest.param(sd3, ["transformer_blocks.0", "transformer_blocks.1"], marks=pytest.mark.slow),
+        (z_image, ["noise_refiner.0", "context_refiner.0", "layers.0"]),
+    ],
+)
+def test_a_class_that_nobody_named_takes_the_change(make, blocks, tmp_path):
+    source = opened(make, tmp_path)
+    target = opened(make, tmp_path)
+    for weight in target.denoiser.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    pair = pipelines.pair_pipelines(source, target, SETTINGS)
+    assert pair.log_snr is None
+    call = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[0]
+    assert list(group_by_block(find_called(source.denoiser, call))) == blocks
+    result = fit(pair, fit_steps=4)
+    assert result.report.gate.share["all"] > 0.1  # after four steps
+    assert result.adapter.updates.keys() == updates(source.denoiser).keys()
+
+
+def test_a_unet_for_noise_asks_a_transformer_for_flow_at_equal_log_snr(tmp_path):
+    source, target = opened(stable_diffusion, tmp_path), opened(sd3, tmp_path)
+    pair = pipelines.pair_pipelines(source, target, SETTINGS)
+    assert pair.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
+    for origin, pipeline in (("source", source), ("target", target)):
+        for call in record_calls(pipeline.denoiser, pipeline.sampler(pair.settings), 0, origin):
+            question = pair.translation.question(call)
+            noise, flow = (
+                split_call(p.denoiser, c)
+                for p, c in ((source, question.source), (target, question.target))
+            )
+            alpha = source.schedule.alpha(noise.time[0])
+            level = flow.time[0].double() / 1000  # SD3 counts to 1000
+            torch.testing.assert_close(
+                level / (1 - level), ((1 - alpha) / alpha).sqrt(), rtol=1e-5, atol=0
+            )
+            torch.testing.assert_close(
+                flow.latent / (1 - level), noise.latent / alpha.sqrt(), check_dtype=False
+            )
+    report = fit(pair, fit_steps=1).report
+    report.log_snr = pair.log_snr
+    assert "equal log-SNR, from -5.4 to 7.1" in report.sentences()[1]
+    assert report.modules == len(adaptable_modules(target.denoiser))
+
+
+def test_packed_latents_are_asked_of_a_model_that_takes_a_list_and_counts_backwards(tmp_path):
+    source, target = opened(flux, tmp_path), opened(z_image, tmp_path)
+    pair = pipelines.pair_pipelines(source, target, SETTINGS)
+    call = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
+    question = pair.translation.question(call)
+    packed, listed = (
+        split_call(p.denoiser, c) for p, c in ((source, call), (target, question.target))
+    )
+    assert listed.listed
+    torch.testing.assert_close(listed.time, 1 - packed.time, check_dtype=False)
+    image = source.pipe._unpack_latents(packed.latent, 16, 16, source.pipe.vae_scale_factor)
+    torch.testing.assert_close(listed.latent[:, :, 0], image)
+    back = split_call(source.denoiser, pair.translation.translate_back(question.target))
+    torch.testing.assert_close(back.latent, packed.latent)
+    answers = (
+        pair.translation.of_source(source.denoiser, question),
+        pair.translation.of_target(target.denoiser, question),
+    )
+    assert answers[0].shape == answers[1].shape == listed.latent.shape
+    prediction = source.denoiser(*call.args, **call.kwargs)[0]
+    image = source.pipe._unpack_latents(prediction, 16, 16, source.pipe.vae_scale_factor)
+    torch.testing.assert_close(answers[0][:, :, 0], -image)  # Z-Image predicts x₀ − ε
+    assert fit(pair, fit_steps=1).report.modules == len(adaptable_modules(target.denoiser))
+
+
+def test_latents_of_other_shapes_are_refused(tmp_path):
+    source, target = opened(sd3, tmp_path), opened(stable_diffusion, tmp_path)
+    other = {**tiny.UNET, "in_channels": 3, "out_channels": 3}
+    target.pipe.unet = UNet2DConditionModel(**other, cross_attention_dim=8).eval()
+    target = pipelines.Pipeline(target.pipe, "target")
+    with pytest.raises(ProLoRAError, match=r"sd3 denoises \[4, 8, 8\] numbers and target \[3"):
+        pipelines.pair_pipelines(source, target, SETTINGS)

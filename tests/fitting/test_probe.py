@@ -1,0 +1,248 @@
+"""Probing on toy denoisers whose right answer is known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fitting import fit_models
+from torch import Tensor, nn
+
+from prolora import LowRank, ProLoRAError
+from prolora import fitting as probe
+from prolora.errors import UnrelatedBases
+from prolora.fitting.recording.trajectories import predict_call, record_calls
+from prolora.fitting.updates import run_beside
+
+WIDTH, BLOCKS = 12, 3
+
+
+class BasicTransformerBlock(nn.Module):
+    """The name is what probing looks for; inside, a residual feed-forward layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x)) + t[:, None, None]))
+
+
+class Denoiser(nn.Module):
+    """(n, 5 tokens, 4) and times (n,) -> a velocity of the same shape."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(BasicTransformerBlock(width) for _ in range(BLOCKS))
+        self.leave = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h, t)
+        return self.leave(h)
+
+
+def sampler(model: nn.Module):
+    def sample(seed: int) -> None:
+        x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(seed))
+        for i in range(3):
+            x = x - model(x, torch.full((12,), 1 - i / 3)) / 3
+
+    return sample
+
+
+def permuted(model: Denoiser) -> Denoiser:
+    """The same function with the channels of the residual stream in another order."""
+    twin = copy.deepcopy(model)
+    order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(5))
+    twin.enter.weight.data, twin.enter.bias.data = (
+        model.enter.weight.data[order],
+        model.enter.bias.data[order],
+    )
+    twin.leave.weight.data = model.leave.weight.data[:, order]
+    for new, old in zip(twin.blocks, model.blocks, strict=True):
+        new.up.weight.data = old.up.weight.data[:, order]
+        new.down.weight.data = old.down.weight.data[order]
+        new.down.bias.data = old.down.bias.data[order]
+    return twin
+
+
+@pytest.fixture
+def source() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser()
+
+
+@pytest.fixture
+def lora() -> dict[str, LowRank]:
+    generator = torch.Generator().manual_seed(1)
+
+    def update(m: int, n: int) -> LowRank:
+        return LowRank(
+            0.3 * torch.randn(m, 2, generator=generator), torch.randn(2, n, generator=generator) / 3
+        )
+
+    updates = {f"blocks.{i}.up": update(2 * WIDTH, WIDTH) for i in range(BLOCKS)}
+    return updates | {f"blocks.{i}.down": update(WIDTH, 2 * WIDTH) for i in range(BLOCKS)}
+
+
+def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **options):
+    options = {"rank": 8} | options
+    return fit_models(source, target, lora, sampler(source), sampler(target), **options)
+
+
+def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(source, lora):
+    target = permuted(source)
+    result = run(source, target, lora)
+    gate = result.report.gate
+    assert gate.decision == "go"
+    assert gate.share["all"] > 0.9
+    assert max(gate.disagreement.values()) < 1e-6
+    # New inputs, with the written LoRA in the target's weights; copying is far off.
+    x, t = torch.randn(64, 5, 4, generator=torch.Generator().manual_seed(9)), torch.full((64,), 0.6)
+
+    def change(model: nn.Module, updates: dict[str, LowRank]) -> Tensor:
+        with torch.no_grad():
+            plain = model(x, t)
+            with run_beside(model, updates):
+                return model(x, t) - plain
+
+    wanted = change(source, lora)
+    probed, copied = change(target, result.adapter.updates), change(target, lora)
+    assert (probed - wanted).square().sum() < 0.15 * wanted.square().sum()
+    assert (copied - wanted).square().sum() > 0.5 * wanted.square().sum()
+
+
+class InMilliseconds(Denoiser):
+    """The same denoiser, which takes its times in thousandths and predicts half the velocity."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t / 1000) / 2
+
+
+def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source, lora):
+    target = InMilliseconds()
+    target.load_state_dict(permuted(source).state_dict())
+
+    def sample(seed: int) -> None:
+        x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(seed))
+        for i in range(3):
+            x = x - 2 * target(x, torch.full((12,), 1000 - i / 0.003)) / 3
+
+    result = fit_models(
+        source,
+        target,
+        lora,
+        sampler(source),
+        sample,
+        rank=8,
+        translate=lambda call: probe.Call((call.args[0], call.args[1] * 1000), {}),
+        translate_back=lambda call: probe.Call((call.args[0], call.args[1] / 1000), {}),
+        convert=lambda call, prediction: prediction / 2,
+    )
+    assert result.report.gate.share["all"] > 0.9
+    assert max(result.report.gate.disagreement.values()) < 1e-6
+
+
+def test_unrelated_bases_are_refused_unless_forced(source, lora):
+    torch.manual_seed(99)
+    stranger = Denoiser(width=16)
+    weak = {n: LowRank(0.1 * u.up, u.down) for n, u in lora.items()}
+    with pytest.raises(UnrelatedBases, match="differ by"):
+        run(source, stranger, weak)
+    forced = run(source, stranger, weak, force=True)
+    assert forced.report.gate.decision == "refuse"
+    assert {u.shape[0] for u in forced.adapter.updates.values()} == {16, 32}
+
+
+def test_copying_is_advised_where_it_reaches_as_much_on_the_same_probes(source, lora):
+    same = run(source, copy.deepcopy(source), lora).report.gate
+    assert same.decision == "copy"
+    assert same.copy_share["all"] > 0.999
+    other = run(source, permuted(source), lora).report.gate
+    assert other.decision == "go"
+    assert other.copy_share["all"] < 0.5
+    torch.manual_seed(99)
+    wider = run(source, Denoiser(width=16), lora, force=True).report.gate
+    assert wider.copy_share is None
+
+
+def test_the_models_are_left_as_they_were(source, lora):
+    target = permuted(source).train()
+    before = copy.deepcopy(source.state_dict()), copy.deepcopy(target.state_dict())
+    run(source, target, lora, force=True)
+    for model, kept in zip((source, target), before, strict=True):
+        assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
+    assert target.training
+
+
+def test_the_same_seed_gives_the_same_bits(source, lora):
+    target = permuted(source)
+    one, two = (run(source, target, lora, force=True) for _ in range(2))
+    for name, update in one.adapter.updates.items():
+        assert torch.equal(update.up, two.adapter.updates[name].up)
+        assert torch.equal(update.down, two.adapter.updates[name].down)
+
+
+def test_what_lies_outside_the_blocks_is_fitted_under_its_name(source, lora):
+    outside = LowRank(torch.zeros(4, 1), torch.zeros(1, WIDTH))
+    result = run(source, permuted(source), lora | {"leave": outside}, force=True, fit_steps=2)
+    assert result.adapter.updates.keys() == {*lora, "leave"}
+    assert not result.report.left_out
+
+
+def test_what_is_never_called_gets_nothing(source, lora):
+    class Blind(Denoiser):
+        """The first block's `up` is read and not called, as in torch's attention."""
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            block, h = self.blocks[0], self.enter(x)
+            inner = nn.functional.linear(block.norm(h), block.up.weight, block.up.bias)
+            h = h + block.down(torch.tanh(inner + t[:, None, None]))
+            for block in self.blocks[1:]:
+                h = block(h, t)
+            return self.leave(h)
+
+    class Silent(Denoiser):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x * self.leave.bias
+
+    result = run(source, Blind(), lora, force=True, fit_steps=2)
+    assert result.adapter.updates.keys() == lora.keys() - {"blocks.0.up"}
+    with pytest.raises(ProLoRAError, match=r"Silent calls no linear layer .* it calls none"):
+        run(source, Silent(), lora, force=True)
+
+
+def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
+    with pytest.raises(ProLoRAError, match="float32"):
+        run(source, copy.deepcopy(source).double(), lora)
+    with pytest.raises(ProLoRAError, match=r"no module blocks\.7\.up"):
+        run(source, source, {"blocks.7.up": next(iter(lora.values()))})
+
+
+def test_a_sampler_that_never_calls_the_model_is_refused(source):
+    with pytest.raises(ProLoRAError, match="never called"):
+        record_calls(source, lambda seed: None, 0, "source")
+
+
+def test_recorded_calls_replay_to_the_same_prediction(source):
+    calls = record_calls(source, sampler(source), 3, "source")
+    x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(predict_call(source, calls[0]), source(x, torch.ones(12)))
+    assert len(calls) == 3
+
+
+def test_every_module_is_afterwards_in_the_mode_it_was_in(source, lora):
+    target = permuted(source)
+    target.train()
+    target.blocks[1].eval()
+    before = {name: module.training for name, module in target.named_modules()}
+    run(source, target, lora, fit_steps=1, force=True)
+    assert {name: module.training for name, module in target.named_modules()} == before

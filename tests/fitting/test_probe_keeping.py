@@ -1,0 +1,199 @@
+"""Probing that is interrupted goes on, and what does not fit in memory lies in files."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+
+import pytest
+import torch
+from test_probe import Denoiser, lora, permuted, run, source
+from torch import Tensor
+
+from prolora import LowRank
+from prolora import fitting as probe
+from prolora.fitting import checkpoint
+from prolora.fitting.recording import call_codec
+from prolora.fitting.recording.spill import SpillStore
+from prolora.fitting.recording.trajectories import Call, record_calls
+
+__all__ = ["lora", "source"]  # fixtures
+
+QUICK = {"fit_steps": 3, "rank": 3, "force": True}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def assert_equal(one: probe.ProbeTransfer, two: probe.ProbeTransfer) -> None:
+    assert one.adapter.updates.keys() == two.adapter.updates.keys()
+    for name, update in one.adapter.updates.items():
+        assert torch.equal(update.up, two.adapter.updates[name].up)
+        assert torch.equal(update.down, two.adapter.updates[name].down)
+
+
+def test_a_fit_waits_for_its_states_a_twentieth_of_its_time_at_most(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    kept = checkpoint.Checkpoints(tmp_path)
+
+    def store_slowly(*_) -> None:
+        now[0] += 30
+
+    monkeypatch.setattr(kept, "store", store_slowly)
+    state = kept.state_file("fit", "key")
+    now[0] += checkpoint.SECONDS_BETWEEN_STATES
+    assert state.due()
+    state.store({}, {})
+    now[0] += 599
+    assert not state.due()
+    now[0] += 1
+    assert state.due()
+
+
+@pytest.mark.parametrize("stopped", [3, 7])  # in either half of the steps
+def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypatch, stopped):
+    target = permuted(source)
+    joint = {"fit_steps": 9, "batch": 12, "rank": 3, "force": True}
+    complete = run(source, target, lora, **joint)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(checkpoint, "MOST_WAITING", math.inf)
+    kept = {"resume": tmp_path, "described": "three steps"}
+
+    def stop(done: int, total: int, name: str) -> None:
+        if name.startswith(f"step {stopped}"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(source, target, lora, progress=stop, **kept, **joint)
+    assert len(list(tmp_path.glob("fit-*"))) == 1
+    seen = []
+    again = run(
+        source, target, lora, progress=lambda *step: seen.append(step[2][:6]), **kept, **joint
+    )
+    assert f"step {stopped}" in seen
+    assert f"step {stopped - 1}" not in seen
+    assert_equal(complete, again)
+    assert again.report.steps == complete.report.steps
+    assert not list(tmp_path.glob("fit-*"))
+
+
+def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
+    target = permuted(source)
+    kept = {"resume": tmp_path, "described": "three steps"}
+    first = run(source, target, lora, **kept, **QUICK)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 6 + 2
+    for i, file in enumerate(files):  # cut off, a bit flipped, another file under its name
+        damaged = bytearray(file.read_bytes())
+        damaged[-1] ^= 1
+        file.write_bytes([damaged[:40], damaged, files[0].read_bytes()][i % 3])
+    second = run(source, target, lora, **kept, **QUICK)
+    assert second.report.resumed == 0
+    assert_equal(first, second)
+    assert run(source, target, lora, **kept, **QUICK).report.resumed == 1
+    # Another LoRA: only the bases' own trajectories are of use.
+    weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
+    third = run(source, target, weaker, **kept, **QUICK)
+    assert third.report.resumed == 0
+    assert len(list(tmp_path.glob("*.safetensors"))) == 8 + 2 + 1
+    # Asked with guidance: the trajectories are of use, and what was fitted to other answers is not.
+    guidance = probe.Guidance(3.0, lambda call: call)
+    fourth = run(source, target, lora, guidance=guidance, **kept, **QUICK)
+    assert fourth.report.resumed == 0
+    assert len(list(tmp_path.glob("*.safetensors"))) == 8 + 2 + 1 + 2
+    with pytest.raises(ValueError, match="samplers"):
+        run(source, target, lora, resume=tmp_path, **QUICK)
+
+
+def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = permuted(source)
+    complete = run(source, target, lora, **QUICK)
+    assert not list(tmp_path.iterdir())
+    most = []
+    put = SpillStore.put
+
+    def counted(shelf: SpillStore, key, bundle) -> None:
+        put(shelf, key, bundle)
+        most.append((shelf.held, shelf.spilled))
+
+    monkeypatch.setattr(SpillStore, "put", counted)
+    bounded = run(source, target, lora, max_memory=8000, **QUICK)
+    assert_equal(complete, bounded)
+    assert max(held for held, _ in most) <= 4000
+    assert max(spilled for _, spilled in most) > 4000
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_stays_the_same_is_recorded_once(source):
+    class Told(Denoiser):
+        def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None) -> Tensor:
+            return super().forward(x, t)
+
+    model = Told()
+
+    def sample(seed: int) -> None:
+        for step in (3, 2, 1):
+            model(torch.full((2, 5, 4), float(step)), torch.ones(2), text=torch.arange(6.0))
+
+    calls = record_calls(model, sample, 0, "source")
+    assert calls[0].kwargs["text"] is calls[2].kwargs["text"]
+    assert calls[0].args[0] is not calls[1].args[0]
+    assert calls[0].args[1] is calls[1].args[1]
+
+
+def test_calls_come_back_from_a_file_as_they_were():
+    shared = torch.randn(2, 3)
+    call = Call((shared, 3), {"a": {"b": [shared, None], "c": (True, "x")}, "d": 0.5}, "target")
+    tensors, text = call_codec.encode_calls([call])
+    assert len(tensors) == 1
+    back = call_codec.decode_calls(tensors, text)[0]
+    assert back.origin == "target"
+    assert back.args[1] == 3
+    assert back.kwargs["a"]["c"] == (True, "x")
+    assert back.kwargs["a"]["b"][0] is back.args[0]
+    assert back.kwargs["a"]["b"][1] is None
+
+
+def test_one_value_that_was_expanded_is_kept_like_any_other(tmp_path):
+    """The time of a call with one sample is such a tensor, of stride 0."""
+    times = {str(x.dtype): x.expand(1).clone() for x in (torch.tensor(7), torch.tensor(0.5))}
+    assert all(time.stride() == (0,) for time in times.values())
+    kept = checkpoint.Checkpoints(tmp_path)
+    kept.store("times", "key", times)
+    again, _ = kept.recall("times", "key")
+    assert all(torch.equal(again[name], time) for name, time in times.items())
+
+
+def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, lora, tmp_path):
+    target = permuted(source)
+    quick = {"fit_steps": 3, "rank": 3, "force": True}
+    complete = run(source, target, lora, **quick)
+    kept = {"resume": tmp_path, "described": "three steps"}
+    assert_equal(complete, run(source, target, lora, max_memory=8000, **kept, **quick))
+    again = run(source, target, lora, **kept, **quick)
+    assert again.report.resumed == 1
+    assert again.report.steps == complete.report.steps
+    assert_equal(complete, again)
+
+
+def test_equal_tensors_of_many_calls_are_in_memory_once(tmp_path):
+    """The text embeddings of an image are the same in each of its steps, as copies from a GPU."""
+    store = SpillStore(4 * 100 + 5 * 40)
+    embeddings = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
+    for i, latent in enumerate(latents):
+        store.put(i, (latent, embeddings.clone()))
+    assert (store.held, store.spilled) == (4 * 100 + 5 * 40, 4 * 110)  # the last one is beyond it
+    for i, latent in enumerate(latents):
+        kept = store.get(i)
+        assert torch.equal(kept[0], latent) and torch.equal(kept[1], embeddings)
+    alike = torch.zeros(10), torch.zeros(10, dtype=torch.int32), torch.zeros(2, 5)
+    store = SpillStore()
+    store.put("a", alike)
+    assert store.held == 3 * 40  # of another type or shape is another tensor
+    assert all(
+        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(store.get("a"), alike, strict=True)
+    )

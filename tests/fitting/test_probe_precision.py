@@ -1,0 +1,162 @@
+"""Models stored in half precision give what their float32 copies give."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from small_diffusers import make_model
+from test_probe import lora, permuted, run, source
+from test_probe_diffusers import UNET, loras
+from torch import nn
+
+from prolora.fitting.fit_precision import in_float32, in_precision
+from prolora.fitting.recording.trajectories import Call, output_of, predict_call
+from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
+from prolora.fitting.solver.linearisation import ProbeBatch
+from prolora.fitting.updates import run_beside
+
+__all__ = ["lora", "source"]  # fixtures
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_stored_models_are_probed_as_their_float32_copies(source, lora, dtype):
+    target = permuted(source)
+    halves = [model.to(dtype) for model in (source, target)]
+    before = [copy.deepcopy(model.state_dict()) for model in halves]
+    wide = [copy.deepcopy(model).float() for model in halves]
+    few = {"fit_steps": 3, "force": True}
+    halved, wanted = run(*halves, lora, **few), run(*wide, lora, **few)
+    assert halved.report.gate == wanted.report.gate
+    for name, update in halved.adapter.updates.items():
+        assert torch.equal(update.dense(), wanted.adapter.updates[name].dense())
+    for model, kept in zip(halves, before, strict=True):
+        for name, weight in model.state_dict().items():
+            assert weight.dtype == dtype
+            assert torch.equal(weight, kept[name])
+
+
+def test_a_unet_in_half_precision_computes_in_float32():
+    torch.manual_seed(0)
+    half = UNet2DConditionModel(**UNET).bfloat16()
+    wide = copy.deepcopy(half).float()
+    x, text = torch.randn(2, 1, 8, 8), torch.randn(2, 3, 8)
+    call = Call((x.bfloat16(), torch.tensor(500)), {"encoder_hidden_states": text.bfloat16()})
+    same = Call(
+        (x.bfloat16().float(), torch.tensor(500)),
+        {"encoder_hidden_states": text.bfloat16().float()},
+    )
+    update = loras(wide, r".*attn1\.to_v")
+    with in_float32(half), run_beside(half, update), run_beside(wide, update):
+        assert torch.equal(predict_call(half, call), predict_call(wide, same))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_failing_pass_leaves_the_stored_weights_in_place():
+    class Fails(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError("inside")
+
+    model = nn.Sequential(Fails(3, 3)).half()
+    weight = model[0].weight
+    with in_float32(model), pytest.raises(KeyError):
+        model(torch.ones(1, 3))
+    assert model[0].weight is weight
+    assert not model[0]._forward_pre_hooks
+
+
+def in_16_bits(model: nn.Module, call: Call) -> torch.Tensor:
+    with in_precision(model, "bfloat16"):
+        return predict_call(model, call)
+
+
+@pytest.mark.parametrize("kind", ["unet", "flux", "qwen"])
+def test_a_model_of_diffusers_in_bfloat16_predicts_what_torchs_autocast_makes_of_it(kind):
+    model, call = make_model(kind)
+    update = loras(model, r".*(attn|attn1)\.to_v")
+    assert update
+    with run_beside(model, update):
+        wide = predict_call(model, call)
+        narrow = in_16_bits(model, call)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            oracle = predict_call(model, call)
+    assert narrow.dtype == torch.float32 and torch.equal(narrow, oracle.float())
+    error = float((narrow - wide).norm() / wide.norm())
+    assert 1e-4 < error < 5e-2
+    # Stored in 16 bits, its products see the same numbers, and nothing else is rounded.
+    model.bfloat16()
+    with run_beside(model, update):
+        stored = in_16_bits(model, call)
+        with in_float32(model):
+            exact = predict_call(model, call)
+    assert stored.dtype == torch.float32
+    assert float((stored - exact).norm() / exact.norm()) < 5e-2
+
+
+def test_what_asks_for_float32_within_16_bits_gets_it():
+    model, call = make_model("unet")
+    model.half()
+    with in_float32(model):
+        wide = predict_call(model, call)
+    with in_precision(model, "bfloat16"):
+        narrow = predict_call(model, call)
+        with in_float32(model):
+            assert torch.equal(predict_call(model, call), wide)
+        assert torch.equal(predict_call(model, call), narrow)
+    assert not torch.equal(narrow, wide)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_ends_with_a_pass_that_fails():
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert self.inner(x).dtype == torch.bfloat16
+            raise KeyError("inside")
+
+    model = Fails()
+    with in_precision(model, "bfloat16"), pytest.raises(KeyError):
+        model(torch.ones(1, 3))
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("unet", torch.float16), ("flux", torch.bfloat16)],
+)
+def test_a_fit_in_16_bits_reaches_what_float32_does_with_factors_and_sums_in_float32(kind, dtype):
+    """The first trial must not be so short that its difference is rounding alone."""
+    model, call = make_model(kind)
+    model.to(dtype).requires_grad_(False)
+    names = [n for n, _ in model.named_modules() if n.endswith(("to_v", "to_q", "ff.net.2"))]
+    reached = {}
+    for bits in ("float32", "bfloat16"):
+        with in_precision(model, bits):
+            plain = predict_call(model, call)
+            generator = torch.Generator().manual_seed(0)
+            wanted = plain + 0.1 * torch.randn(plain.shape, generator=generator)
+            probes = [ProbeBatch(call, plain, wanted)]
+            problem = JointProblem(model, names, output_of, partial(list, probes), 6, 1.0, 2)
+            fit = fit_jointly(problem)
+        reached[bits] = fit.history[-1]
+        tensors = [t for u in fit.updates.values() for t in (u.up, u.down)]
+        tensors += [s.basis for s in fit.curvature.reads.values()]
+        assert {t.dtype for t in tensors} == {torch.float32}
+    assert reached["bfloat16"] > 0.93 * reached["float32"] > 0.2, reached
+
+
+def test_a_whole_probing_in_16_bits_mixes_samples_and_reaches_what_float32_reaches(source, lora):
+    target = permuted(source)
+    few = {"fit_steps": 4, "force": True}
+    shares = {}
+    for bits in ("float32", "bfloat16"):
+        report = run(source, target, lora, **few, precision=bits).report
+        shares[bits] = report.gate.share["all"]
+    assert shares["bfloat16"] == pytest.approx(shares["float32"], abs=0.05)
+    assert shares["float32"] > 0.3

@@ -1,0 +1,131 @@
+"""Settings of a fit refuse values that no fit can use, and name them."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import prolora
+from prolora import FitOptions, LowRank
+from prolora import fitting as probe
+from prolora.errors import InvalidOption
+from prolora.fitting.settings import FitSettings, read_prompts
+
+
+def test_no_text_of_a_fit_names_an_option_of_the_command_line():
+    """Errors reach people who call it from Python or from another program."""
+    package = Path(prolora.__file__).parent
+    rooms = (package / "fitting",)
+    named = [
+        f"{file.relative_to(package)}: {found}"
+        for room in rooms
+        for file in sorted(room.rglob("*.py"))
+        for found in re.findall(r"(?<![\w-])--[a-z][a-z-]+", file.read_text("utf-8"))
+    ]
+    assert not named
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompts", "a cat"),
+        ("prompts", (1, 2)),
+        ("prompts", None),
+        ("images", 0),
+        ("steps", 2.0),
+        ("steps", 0),
+        ("fit_steps", -3),
+        ("fit_steps", 1.5),
+        ("size", 100),
+        ("size", 0),
+        ("guidance", math.nan),
+        ("target_guidance", math.nan),
+        ("target_steps", 0),
+        ("start", "one"),
+        ("rank", 2.5),
+        ("rank", 0),
+        ("rank", math.nan),
+        ("rank", "32"),
+        ("probes", -1),
+        ("batch", True),
+        ("seed", -1),
+        ("seed", "one"),
+        ("curvature_damping", math.inf),
+        ("max_memory", "much"),
+        ("max_memory", math.nan),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any):
+    for kind in (FitSettings, FitOptions):
+        with pytest.raises(InvalidOption, match=name):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("text_encoder", "project"),
+        ("format", "zip"),
+        ("dtype", "int8"),
+        ("min_coverage", math.nan),
+    ],
+)
+def test_an_option_of_what_is_written_is_refused_by_name(name: str, value: Any):
+    with pytest.raises(InvalidOption, match=name):
+        FitOptions(**{name: value})
+
+
+def test_values_in_range_are_taken():
+    assert FitSettings(rank=0.95, max_memory=1).share_memory(2) == 0
+    assert FitSettings(max_memory="2GiB").share_memory(2) == 1 << 30
+    assert FitSettings(rank=8.0).share_memory(2) is None
+    assert FitSettings(("a cat",), size=64, guidance=1).size == 64
+    assert FitSettings(["a cat"]) == FitSettings(("a cat",))
+
+
+def test_where_to_compute_and_what_is_written_change_no_fit():
+    """Of what a fit depends on, the text is the same; what is sampled is told apart from it."""
+    plain, other = FitOptions(), FitOptions(force=True, format="peft", device="cpu", max_memory=1)
+    assert plain.describe_fit() == other.describe_fit()
+    assert plain.describe_fit() != FitOptions(fit_steps=3).describe_fit()
+    assert plain.describe_samples() == FitOptions(fit_steps=3).describe_samples()
+    assert plain.describe_samples() != FitOptions(images=3).describe_samples()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_vram": "12GB"},
+        {"device": "cpu"},
+        {"dtype": "float16"},
+        {"overwrite": True},
+        {"text_encoder": "skip"},
+    ],
+)
+def test_models_at_hand_refuse_what_only_pipelines_and_files_heed(given):
+    def forbidden(seed: int) -> None:
+        raise AssertionError("sampled before the refusal")
+
+    model, update = nn.Linear(2, 2), LowRank(torch.ones(2, 1), torch.ones(1, 2))
+    samplers = probe.Samplers(forbidden, forbidden)
+    with pytest.raises(InvalidOption, match=f"^{next(iter(given))}: "):
+        probe.fit_to_models(model, model, {"": update}, samplers, FitOptions(**given))
+    with pytest.raises(AssertionError, match="sampled"):
+        probe.fit_to_models(model, model, {"": update}, samplers, FitOptions(images=3))
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    empty = tmp_path / "prompts.txt"
+    empty.write_text("\n \n")
+    with pytest.raises(InvalidOption, match="has no prompts"):
+        read_prompts(empty)
+    with pytest.raises(InvalidOption, match="cannot be read"):
+        read_prompts(tmp_path / "missing.txt")
+    empty.write_text("a cat\n\n a dog \n")
+    assert read_prompts(empty) == ("a cat", "a dog")

@@ -1,0 +1,203 @@
+"""Stages of a fit give their memory back: text encoders, the source, and what only samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import crossing_pipelines as make
+import pytest
+import tiny_pipelines as tiny
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import prolora
+from prolora import FitOptions
+from prolora.cli.app import app
+from prolora.errors import TooLittleMemory
+from prolora.fitting import pipelines
+from prolora.fitting.pipelines import stages
+from prolora.fitting.recording import call_codec
+from prolora.fitting.recording.trajectories import record_calls
+from prolora.fitting.solver import joint
+
+FEW = FitOptions(("cat", "dog"), images=1, steps=2, fit_steps=2, force=True)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make.save_ends(tmp_path_factory.mktemp("stages"))
+
+
+def count_numbers(*models: nn.Module) -> int:
+    return sum(p.numel() for model in models for p in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("name", ["source", "other"])
+def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
+    plain, kept = (pipelines.open_pipeline(room / name) for _ in range(2))
+    encoders = kept.memory.encoders
+    runs = []
+    for encoder in encoders.values():
+        encoder.register_forward_hook(lambda *_: runs.append(1))
+    kept.encode_prompts(FEW)
+    kept.release_encoders()
+    assert count_numbers(*encoders.values()) == 0
+    once = len(runs)
+    for seed in (0, 1):
+        one, other = (
+            record_calls(p.denoiser, p.sampler(FEW), seed, "source") for p in (plain, kept)
+        )
+        for a, b in zip(one, other, strict=True):
+            assert call_codec.encode_calls([a])[1] == call_codec.encode_calls([b])[1]
+            pairs = (call_codec.encode_calls([call])[0] for call in (a, b))
+            assert all(torch.equal(x, y) for x, y in zip(*pairs, strict=True))
+    assert len(runs) == once
+    # A prompt that nobody foresaw brings them back.
+    for pipeline in (plain, kept):
+        pipeline.sample_latents("a bird", FEW, 3)
+    assert len(runs) > once and count_numbers(*encoders.values())
+    stored = dict(next(iter(plain.memory.encoders.values())).named_parameters())
+    for key, tensor in next(iter(encoders.values())).named_parameters():
+        assert torch.equal(tensor, stored[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["target", "other"])
+def test_the_target_alone_has_weights_while_it_is_fitted(room, target, monkeypatch):
+    opened, seen = [], []
+    load, work = pipelines.open_pipeline, joint.fit_in_factors
+
+    def remember(*args):
+        opened.append(load(*args))
+        return opened[-1]
+
+    def fit_in_factors(*args):
+        ours, theirs = ([*p.memory.pipe.components.values()] for p in opened[-2:])
+        modules = [part for part in (*ours, *theirs) if isinstance(part, nn.Module)]
+        rest = [part for part in modules if part is not opened[-1].denoiser]
+        seen.append((count_numbers(*rest), count_numbers(opened[-1].denoiser)))
+        return work(*args)
+
+    monkeypatch.setattr(pipelines, "open_pipeline", remember)
+    monkeypatch.setattr(joint, "fit_in_factors", fit_in_factors)
+    done = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
+    assert seen[0][0] == 0 and seen[0][1] > 1000
+    # As without.
+    monkeypatch.setattr(pipelines.Pipeline, "release", lambda *_, **__: None)
+    monkeypatch.setattr(stages.PromptMemory, "release", lambda *_: None)
+    same = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
+    assert seen[1][0] > 1000
+    assert done.report.probe.gate == same.report.probe.gate
+    for name, update in done.adapter.updates.items():
+        assert torch.equal(update.up, same.adapter.updates[name].up)
+
+
+def test_a_vae_takes_large_images_tile_by_tile_and_its_own_size_as_before(room):
+    pipeline = pipelines.open_pipeline(room / "source")
+    vae = pipeline.pipe.vae
+    assert vae.use_tiling and vae.use_slicing
+    side = vae.config.sample_size // pipeline.pipe.vae_scale_factor
+    latent = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+    tiled = vae.decode(latent).sample
+    vae.disable_tiling()
+    assert torch.equal(tiled, vae.decode(latent).sample)
+
+
+def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(room, monkeypatch):
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(TooLittleMemory, match=r"two pipelines alone need \d+"):
+        prolora.fit(
+            room / "lora.safetensors", room / "source", room / "target", FEW, max_memory="1MB"
+        )
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named_before_a_model_is_loaded(
+    room, tmp_path, monkeypatch
+):
+    """Without it the LoRA moved by weights would be missing: another fit, and nobody told."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(prolora.errors.OutputError, match="the cache folder cannot be made"):
+        prolora.fit(
+            room / "lora.safetensors",
+            room / "source",
+            room / "target",
+            FEW,
+            cache=tmp_path / "file" / "cache",
+        )
+
+
+def test_what_the_models_need_is_counted_from_their_files(room):
+    pipeline = pipelines.open_pipeline(room / "other")
+    models = {n: p for n, p in pipeline.pipe.components.items() if isinstance(p, nn.Module)}
+    encoders = [model for name, model in models.items() if name.startswith("text_encoder")]
+    others = [model for name, model in models.items() if not name.startswith("text_encoder")]
+    sizes = [
+        4 * sum(p.numel() for m in part for p in m.parameters()) for part in (encoders, others)
+    ]
+    counted = pipelines.estimate_bytes(room / "other")
+    for size, estimate in zip(sizes, counted, strict=True):
+        assert size <= estimate <= 1.01 * size + 4096  # stored buffers
+
+
+def test_the_source_in_full_and_the_targets_encoders_are_never_there_together(room, monkeypatch):
+    """The least that is needed counts the text encoders of one pipeline at a time."""
+    from prolora.fitting import running
+
+    (ours, others), (theirs, rest) = (
+        pipelines.estimate_bytes(room / name) for name in ("source", "other")
+    )
+    monkeypatch.setattr(running, "resident_bytes", lambda: 0)
+    least = max(ours + others, others + theirs + rest)
+    ends = room / "source", room / "other"
+    running._check_memory(least, *ends, None)
+    with pytest.raises(TooLittleMemory):
+        running._check_memory(least - 1, *ends, None)
+    assert least < ours + others + theirs + rest
+    # Weights go on to a card, one pipeline after the other.
+    running._check_memory(max(ours + others, theirs + rest), *ends, "cuda:0")
+
+
+@pytest.mark.slow
+def test_a_pruned_transformer_starts_from_its_copy_by_the_command_line(tmp_path):
+    """Blocks are recognised by their weights, although they are numbered otherwise."""
+    make.save_flux(tmp_path / "source")
+    config = dict(pipelines.open_pipeline(tmp_path / "source").denoiser.config)
+    torch.manual_seed(3)
+    transformer = FluxTransformer2DModel.from_config(config | {"num_layers": 4})
+    transformer.save_pretrained(tmp_path / "source" / "transformer")
+    shutil.copytree(tmp_path / "source", tmp_path / "pruned")
+    found = tiny.updates(transformer, ("attn.to_q", "attn.to_v"))
+    lora = tmp_path / "lora.safetensors"
+    keys = {"lora_A": "down", "lora_B": "up"}
+    save_file(
+        {
+            f"transformer.{name}.{key}.weight": getattr(update, side).contiguous()
+            for name, update in found.items()
+            for key, side in keys.items()
+        },
+        lora,
+    )
+    del transformer.transformer_blocks[1]
+    transformer.register_to_config(num_layers=3)
+    transformer.save_pretrained(tmp_path / "pruned" / "transformer")
+    line = ["fit", lora, "--source", tmp_path / "source", "--target", tmp_path / "pruned"]
+    line += ["-o", tmp_path / "out.safetensors", "--prompt", "cat", "--images", "1", "--steps", "2"]
+    line += ["--size", "16", "--fit-steps", "2", "--json", "--force"]
+    result = CliRunner().invoke(app, [str(word) for word in line])
+    assert result.exit_code == 0, (result.output, result.exception)
+    probe = json.loads(result.stdout)["probe"]
+    assert probe["start"] == "copy"
+    # Two of the three blocks that are left have another number than on the source.
+    assert probe["gate"]["copy_share"]["all"] > 0.3
+    named = prolora.fit(
+        *(lora, tmp_path / "source", tmp_path / "pruned"),
+        FitOptions(("cat",), images=1, steps=2, size=16, fit_steps=2, force=True),
+        match="name",
+    )
+    assert named.report.probe.gate.copy_share is None  # names alone pair no block

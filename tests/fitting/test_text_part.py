@@ -1,0 +1,274 @@
+"""The source is asked with the part of its LoRA that lies in the text encoders."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import prolora
+from prolora import LowRank, ProLoRAError, adapters
+from prolora.adapters.adapter import Adapter
+from prolora.architectures.modules import is_in_text_encoder
+from prolora.fitting import pipelines
+from prolora.fitting.pipelines.flow_convention import watch_steps
+from prolora.fitting.recording.recorder import Recorder
+from prolora.fitting.recording.wanted import wanted_changes
+from prolora.fitting.settings import FitSettings
+from prolora.fitting.updates import run_beside
+
+SETTINGS = FitSettings(
+    ("cat", "dog cat"), images=2, steps=2, size=16, guidance=4.0, target_guidance=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """Two pipelines of unlike text encoders, and a kohya LoRA with a part in that of the first."""
+    folder = tmp_path_factory.mktemp("text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source", seed=1)
+        tiny.save(folder / "target", seed=1, text=12)
+        source = pipelines.open_pipeline(folder / "source")
+    tiny.write_lora_with_text(folder / "lora.safetensors", source.pipe)
+    return folder
+
+
+def parts_of(room: Path) -> tuple[dict[str, LowRank], dict[str, LowRank]]:
+    """The updates of the denoiser, and those of the text encoder."""
+    updates = adapters.read_adapter(room / "lora.safetensors").updates
+    text = {name: u for name, u in updates.items() if is_in_text_encoder(name)}
+    assert text and len(text) < len(updates)
+    return {n: u for n, u in updates.items() if n not in text}, text
+
+
+def opened(room: Path) -> tuple[pipelines.Pipeline, pipelines.Pipeline]:
+    return tuple(pipelines.open_pipeline(room / name) for name in ("source", "target"))
+
+
+def recorder_of(room: Path) -> tuple[pipelines.PipelinePair, Recorder]:
+    updates, text = parts_of(room)
+    pair = pipelines.pair_pipelines(*opened(room), SETTINGS, text)
+    adapter = Adapter(updates, format="diffusers")
+    denoisers = pair.source.denoiser, pair.target.denoiser
+    samplers = pair.samplers(lambda origin: None)
+    return pair, Recorder(*denoisers, adapter, samplers, pair.translation, text_updates=text)
+
+
+def test_the_source_with_its_lora_is_what_diffusers_makes_of_the_same_file(room):
+    """Its samplings and answers, both branches of the guidance, with the text encoder's part."""
+    pair, recorder = recorder_of(room)
+    theirs = pipelines.open_pipeline(room / "source")
+    theirs.pipe.load_lora_weights(room / "lora.safetensors")
+    used: list[Tensor] = []
+    with watch_steps(theirs.pipe.scheduler, lambda output, _: used.append(output.clone())):
+        theirs.sampler(SETTINGS)(1)
+    asked = [q for q in recorder.record_questions(0) if q.origin == "adapted"]
+    assert len(asked) == len(used) == SETTINGS.images * SETTINGS.steps
+    with torch.no_grad(), run_beside(recorder.source, recorder.adapter.updates):
+        for question, output in zip(asked, used, strict=True):
+            answer = pair.translation.of_source(recorder.source, question, adapted=True)
+            torch.testing.assert_close(answer, output, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_text_encoders_part_changes_is_wanted_of_the_target(room):
+    pair, recorder = recorder_of(room)
+    questions = recorder.record_questions(0)
+    with torch.no_grad():
+        alone = list(
+            wanted_changes(recorder.source, recorder.target, {}, questions, pair.translation)
+        )
+        plain = replace(pair.translation, adapt=lambda call: call)
+        nothing = list(wanted_changes(recorder.source, recorder.target, {}, questions, plain))
+    assert all(float(wanted.change.norm()) > 1e-3 for wanted in alone)
+    assert all(float(wanted.change.norm()) == 0 for wanted in nothing)
+
+
+def test_images_that_cross_are_drawn_and_asked_with_it(room):
+    updates, text = parts_of(room)
+    source, target = opened(room)
+    sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
+    part = pipelines.TextPart.of(source, text, sides[0].settings)
+    adapter = Adapter(updates, format="diffusers")
+    recorder = pipelines.CrossingRecorder(*sides, adapter, text_part=part)
+    bare = pipelines.CrossingRecorder(*sides, adapter)
+    with torch.no_grad():
+        ours, theirs = (
+            [q for q in r.record_questions(0, held_out=True) if q.origin == "adapted"]
+            for r in (recorder, bare)
+        )
+        assert not torch.equal(ours[0].target.kwargs["sample"], theirs[0].target.kwargs["sample"])
+        with run_beside(source.denoiser, updates):
+            adapted = recorder.translation.of_source(source.denoiser, ours[0], adapted=True)
+            without = bare.translation.of_source(source.denoiser, ours[0], adapted=True)
+    assert float((adapted - without).norm()) > 1e-3 * float(without.norm())
+
+
+def test_text_encoders_are_as_before_once_their_part_was_in_place(room):
+    _, text = parts_of(room)
+    source = pipelines.open_pipeline(room / "source")
+    encoder = source.pipe.text_encoder
+    ids = torch.tensor([[52, 1, 2, 53, 53, 53, 53, 53]])
+    with torch.no_grad():
+        before = encoder(ids).last_hidden_state
+        with pipelines.run_text_encoders_beside(source, text):
+            beside = encoder(ids).last_hidden_state
+        after = encoder(ids).last_hidden_state
+    assert torch.equal(before, after) and not torch.allclose(before, beside, atol=1e-2)
+    with pytest.raises(ProLoRAError, match="has no text_encoder_2, which the LoRA has"):
+        with pipelines.run_text_encoders_beside(
+            source, {"text_encoder_2.x": LowRank(torch.zeros(1, 1), torch.zeros(1, 1))}
+        ):
+            pass
+
+
+def test_kept_calls_of_a_lora_depend_on_its_text_part(room, tmp_path):
+    from prolora.fitting.checkpoint import Checkpoints
+
+    updates, text = parts_of(room)
+    source, target = (p.denoiser for p in opened(room))
+    adapter = Adapter(updates, format="diffusers")
+    kept = Checkpoints(tmp_path / "kept")
+    known = {"checkpoints": kept, "samplers_text": "s"}
+    keys = [
+        Recorder(source, target, adapter, (None,) * 3, None, text_updates=part, **known).keys
+        for part in ({}, text)
+    ]
+    assert keys[0]["adapted"] != keys[1]["adapted"]
+    assert keys[0]["source"] == keys[1]["source"]
+
+
+FEW = {"prompts": ("cat", "dog"), "images": 1, "steps": 2, "fit_steps": 3, "force": True}
+
+
+def fitted(room: Path, target: str, **options) -> prolora.Transfer:
+    return prolora.fit(room / "lora.safetensors", room / "source", room / target, **FEW | options)
+
+
+def test_what_has_no_text_encoder_to_go_to_is_fitted_into_the_blocks(room):
+    moved, alone = (fitted(room, "target", text_encoder=way) for way in ("copy", "skip"))
+    for done, reason in ((moved, "fitted into the target's modules"), (alone, "left out as asked")):
+        rows = [row for row in done.report.modules if is_in_text_encoder(row.source)]
+        assert rows and all(row.status == "skipped" and reason in row.reason for row in rows)
+        assert not any(is_in_text_encoder(name) for name in done.adapter.updates)
+    name = next(iter(moved.adapter.updates))
+    one, other = (done.adapter.updates[name].dense() for done in (moved, alone))
+    assert not torch.allclose(one, other, rtol=0.05, atol=1e-4)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple[str, Tensor]]:
+    """(Pipeline, its conditioning for the first prompt) of each table that is made."""
+    found = []
+    table = pipelines.Pipeline.tabulate_prompts
+
+    def record(self, settings):
+        made = table(self, settings)
+        found.append((self.name, made.entries[0]["encoder_hidden_states",].clone()))
+        return made
+
+    monkeypatch.setattr(pipelines.Pipeline, "tabulate_prompts", record)
+    return found
+
+
+def conditioning(room: Path, text: dict[str, LowRank]) -> Tensor:
+    """What diffusers' encoder of the source says of the first prompt beside its weights."""
+    source = pipelines.open_pipeline(room / "source")
+    with pipelines.run_text_encoders_beside(source, text), torch.no_grad():
+        return source.pipe.encode_prompt(SETTINGS.prompts[0], "cpu", 1, False)[0]
+
+
+@pytest.fixture(scope="module")
+def twin(room) -> Path:
+    """A pipeline of the source's text encoder, and a UNet that is a little other."""
+    shutil.copytree(room / "source", room / "twin")
+    unet = load_file(room / "twin/unet/diffusion_pytorch_model.safetensors")
+    unet = {name: weight * 1.01 for name, weight in unet.items()}
+    save_file(unet, room / "twin/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    return room / "twin"
+
+
+def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room, twin, seen):
+    """The target is asked as it will be run: with the part that the written file holds."""
+    moved = fitted(room, "twin")
+    assert {name for name in moved.adapter.updates if is_in_text_encoder(name)} == set(
+        parts_of(room)[1]
+    )
+    assert {name for name, _ in seen} == {"source", "twin"}
+    beside = conditioning(room, parts_of(room)[1])
+    for _, entry in seen:
+        torch.testing.assert_close(entry, beside)
+        assert not torch.allclose(entry, conditioning(room, {}), atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["target", "source"])
+def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
+    room, target, tmp_path
+):
+    """Encoders were emptied meanwhile; `again` allows a target that is the source."""
+
+    def run(file: Path) -> prolora.Transfer:
+        options = FEW | {"resume": tmp_path / "kept", "again": True}
+        return prolora.fit(file, room / "source", room / target, **options)
+
+    first, second = run(room / "lora.safetensors"), run(room / "lora.safetensors")
+    assert (first.report.probe.resumed, second.report.probe.resumed) == (0, 1)
+    for name, update in first.adapter.updates.items():
+        assert torch.equal(update.up, second.adapter.updates[name].up)
+    tensors = load_file(room / "lora.safetensors")
+    other = {n: 2 * t if "lora_te" in n and "up" in n else t for n, t in tensors.items()}
+    save_file(other, tmp_path / "other.safetensors")
+    assert run(tmp_path / "other.safetensors").report.probe.resumed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["target", "twin"])
+def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompts_before(
+    room, twin, target, monkeypatch
+):
+    """Of another encoder and of the same one, which both models run with the LoRA's part."""
+    options = prolora.FitOptions(
+        SETTINGS.prompts, images=2, steps=2, size=16, fit_steps=1, force=True, again=True
+    )
+    ends = room / "lora.safetensors", room / "source", room / target
+    filled = []
+    memory = pipelines.pipeline.PromptMemory
+    monkeypatch.setattr(memory, "_fill", lambda *_: filled.append(1))
+    freed = prolora.fit(*ends, options)
+    assert not filled
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "release", lambda *_: None)
+    monkeypatch.setattr(pipelines.Pipeline, "release", lambda *_, **__: None)
+    held = prolora.fit(*ends, options)
+    # Without any memory of what the encoders said, they are asked every time.
+    monkeypatch.setattr(memory, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(memory, "under", lambda self, state, enter: enter())
+    plain = prolora.fit(*ends, options)
+    for other in (held, plain):
+        assert freed.report.probe.gate == other.report.probe.gate
+        for name, update in freed.adapter.updates.items():
+            assert torch.equal(update.up, other.adapter.updates[name].up)
+
+
+def test_encoders_that_are_read_again_run_with_the_loras_part(room):
+    source, text = pipelines.open_pipeline(room / "source"), parts_of(room)[1]
+    with pipelines.run_text_encoders_beside(source, text):
+        wanted = source.tabulate_prompts(SETTINGS)
+    source.memory.answers.clear()
+    source.release_encoders()
+    with pipelines.run_text_encoders_beside(source, text):
+        got = source.tabulate_prompts(SETTINGS)
+    plain = source.tabulate_prompts(SETTINGS)
+    for ours, theirs, bare in zip(wanted.entries, got.entries, plain.entries, strict=True):
+        for path, value in ours.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value, theirs[path]) and not torch.equal(value, bare[path])

@@ -1,0 +1,271 @@
+"""Folders of LoRAs: weights are looked at once for all, one bad file stops none, runs go on."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from mini import lora_tensors, shapes, source_weights, write_case
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora import adapters
+from prolora.files.safetensors_file import SafetensorsFile
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three LoRAs that differ in values, ranks and modules, and the two bases."""
+    lora, source, target = write_case(tmp_path)
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    for name, rank, modules in (("a", 4, 12), ("b", 2, 12), ("c", 4, 5)):
+        kept = {"lora_unet_" + module.replace(".", "_") for module in list(shapes(3))[:modules]}
+        tensors = {
+            key: tensor
+            for key, tensor in lora_tensors(rank).items()
+            if key.partition(".")[0] in kept
+        }
+        save_file(tensors, loras / f"{name}.safetensors")
+    lora.unlink()
+    return sorted(loras.iterdir()), source, target, tmp_path / "moved"
+
+
+def counted(monkeypatch):
+    """Modules whose weight is read, in order."""
+    read, real = [], prolora.Base.read
+    monkeypatch.setattr(
+        prolora.Base, "read", lambda base, name: read.append((base.name, name)) or real(base, name)
+    )
+    return read
+
+
+@pytest.mark.parametrize("method", ["auto", "prolora", "copy"])
+def test_together_they_become_what_each_becomes_alone(folder, tmp_path, method):
+    loras, source, target, moved = folder
+    options = {"method": method, "threshold": 0}
+    for outcome in prolora.transfer_many(loras, source, target, moved, **options):
+        alone = tmp_path / "alone.safetensors"
+        report = prolora.transfer(
+            outcome.lora, source, target, out=alone, overwrite=True, **options
+        ).report
+        assert (
+            outcome.status == "moved"
+            and outcome.report.totals["mapped"] == (report.totals["mapped"])
+        )
+        both = adapters.read_adapter(outcome.out).updates, adapters.read_adapter(alone).updates
+        assert both[0].keys() == both[1].keys()
+        for name, update in both[0].items():
+            wanted = both[1][name].dense()
+            assert (update.dense() - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("method, reads", [("prolora", 2), ("auto", 1)])
+def test_a_weight_is_read_as_often_for_many_as_for_one(folder, monkeypatch, method, reads):
+    loras, source, target, moved = folder
+    read = counted(monkeypatch)
+    prolora.transfer_many(loras, source, target, moved, method=method)
+    # Once to be judged, and once to be used, if the method uses it.
+    assert {read.count(which) for which in read} == {reads}
+
+
+def test_one_bad_lora_stops_no_other(folder):
+    loras, source, target, moved = folder
+    bad = loras[1]
+    tensors = load_file(bad)
+    tensors[next(iter(tensors))].view(-1)[0] = torch.nan
+    save_file(tensors, bad)
+    loras.insert(0, bad.with_name("no-lora.safetensors"))
+    loras[0].write_bytes(b"nothing")
+    outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
+    assert [outcome.status for outcome in outcomes] == ["failed", "moved", "failed", "moved"]
+    assert isinstance(outcomes[2].error, prolora.errors.NonFiniteWeights)
+    assert sorted(path.name for path in moved.iterdir()) == ["a.safetensors", "c.safetensors"]
+
+
+def test_what_is_there_already_is_left_alone_and_said(folder, monkeypatch):
+    loras, source, target, moved = folder
+    first = prolora.transfer_many(loras[:2], source, target, moved)
+    times = [outcome.out.stat().st_mtime_ns for outcome in first]
+    again = prolora.transfer_many(loras, source, target, moved)
+    assert [o.status for o in again] == ["already there", "already there", "moved"]
+    assert [o.out.stat().st_mtime_ns for o in again[:2]] == times
+    assert again[0].to_dict()["status"] == "already there"
+    redone = prolora.transfer_many(loras, source, target, moved, overwrite=True)
+    assert [o.status for o in redone] == ["moved"] * 3
+
+
+@pytest.mark.parametrize("role", ["alpha", "dora_scale"])
+def test_what_stays_behind_unread_is_told_of_a_result_that_is_there_already(folder, role):
+    loras, source, target, moved = folder
+    tensors = load_file(loras[0])
+    if role == "alpha":  # the rest of an update whose name was damaged
+        name = next(key for key in tensors if key.endswith(".alpha"))
+        tensors[name.replace("attn1", "attn9")] = tensors.pop(name)
+    else:  # depends on a text encoder that the base does not hold
+        stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(6, 2)
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 5)
+        tensors[f"{stem}.dora_scale"] = torch.ones(6, 1)
+    save_file(tensors, loras[0])
+    first = prolora.transfer_many(loras, source, target, moved)
+    again = prolora.transfer_many(loras, source, target, moved)
+    assert [o.status for o in again] == ["already there"] * 3
+    assert first[0].unread and [o.unread for o in again] == [o.unread for o in first]
+    assert again[0].to_dict()["unread"] == list(first[0].unread)
+    assert not again[1].unread and "unread" not in again[1].to_dict()
+
+
+def test_a_result_of_anything_else_is_refused_and_stays(folder):
+    loras, source, target, moved = folder
+    prolora.transfer_many(loras, source, target, moved)
+
+    def statuses(**options):
+        found = prolora.transfer_many(loras, source, target, moved, **options)
+        return [outcome.status for outcome in found]
+
+    assert statuses() == statuses(cache=moved.parent / "c") == ["already there"] * 3
+    assert statuses(strength=0.5) == statuses(dtype=torch.float16) == ["failed"] * 3
+    save_file(lora_tensors(3), loras[0])  # another LoRA of that name
+    out = moved / loras[1].name
+    out.write_bytes(out.read_bytes()[:-8])  # cut off
+    assert statuses() == ["failed", "failed", "already there"]
+    assert statuses(overwrite=True) == ["moved"] * 3
+    assert SafetensorsFile(out).metadata["prolora.lora_hash"].startswith("sha256:")
+    weights = next(target.glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))] *= 1.01
+    save_file(tensors, weights)  # another base of that name
+    assert statuses() == ["failed"] * 3
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(folder):
+    loras, source, target, moved = folder
+    code = f"""
+import sys, time, prolora
+from prolora.bases import memory
+memory.LORA_BYTES = 1
+save = prolora.Transfer.save
+def slow(done, path, **k):
+    save(done, path, **k)
+    print("saved", flush=True)
+    time.sleep(60)
+prolora.Transfer.save = slow
+prolora.transfer_many({list(map(str, loras))!r}, {str(source)!r}, {str(target)!r}, {str(moved)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "saved\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    outcomes = prolora.transfer_many(loras, source, target, moved)
+    assert [o.status for o in outcomes] == ["already there", "moved", "moved"]
+
+
+def test_progress_names_the_loras_and_what_is_done(folder):
+    loras, source, target, moved = folder
+    said = []
+    prolora.transfer_many(
+        loras, source, target, moved, method="prolora", progress=lambda *what: said.append(what)
+    )
+    assert all(name.startswith("LoRA 1–3 of 3: ") for _, _, name in said)
+    words = [(done, total, name.partition(": ")[2]) for done, total, name in said]
+    names = [lora.name for lora in loras]
+    assert words[:3] == [(i, 3, f"reading {name}") for i, name in enumerate(names)]
+    assert words[-4:-1] == [(i, 3, f"writing {name}") for i, name in enumerate(names)]
+    assert words[-5][:2] == (8, 8) and words[-1] == (3, 3, "")
+
+
+def test_inputs_are_never_written_to(folder):
+    loras, source, target, _ = folder
+    before = {path: path.read_bytes() for path in loras}
+    outcomes = prolora.transfer_many(loras, source, target, loras[0].parent, overwrite=True)
+    assert all(isinstance(outcome.error, prolora.errors.OutputError) for outcome in outcomes)
+    assert {path: path.read_bytes() for path in loras} == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OverflowError("int too large"),
+        MemoryError(),
+        RuntimeError("out of memory"),
+        RecursionError("too deep"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("where", ["read_adapter", "write_adapter", "cut_rank"])
+def test_an_error_inside_one_lora_stops_no_other(folder, monkeypatch, error, where):
+    loras, source, target, moved = folder
+    module, is_bad = {
+        "read_adapter": (adapters, lambda lora, **_: lora.path == loras[1]),
+        "write_adapter": (adapters, lambda adapter, path, **_: path.name == loras[1].name),
+        # Of the second LoRA alone every update has rank 2.
+        "cut_rank": (
+            sys.modules["prolora.moving.ledger"],
+            lambda update, *_: update.rank == 2,
+        ),
+    }[where]
+    real = getattr(module, where)
+
+    def fail(*arguments, **options):
+        if is_bad(*arguments, **options):
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, where, fail)
+    outcomes = prolora.transfer_many(loras, source, target, moved, method="copy")
+    assert [outcome.status for outcome in outcomes] == ["moved", "failed", "moved"]
+    assert isinstance(outcomes[1].error, prolora.ProLoRAError)
+    said = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
+    assert said in str(outcomes[1].error)
+    assert outcomes[1].to_dict()["error"]["message"]
+
+
+def test_files_that_no_system_or_parser_takes_stop_no_other(folder):
+    loras, source, target, moved = folder
+    huge, long = loras[0].with_name("huge.safetensors"), loras[0].with_name("x" * 300)
+    tensors = load_file(loras[0])
+    save_file(tensors, huge, {"unet.r": "1" + "0" * 400})
+    raw = huge.read_bytes()
+    huge.write_bytes(raw.replace(b'"1' + b"0" * 400 + b'"', b"  1" + b"0" * 399 + b"0"))
+    outcomes = prolora.transfer_many([huge, long, *loras], source, target, moved)
+    assert [outcome.status for outcome in outcomes][1:] == ["failed"] + ["moved"] * 3
+
+
+def test_an_interruption_is_no_failure_of_a_lora(folder, monkeypatch):
+    loras, source, target, moved = folder
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters, "read_adapter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prolora.transfer_many(loras, source, target, moved)
+
+
+def test_a_folder_of_which_a_part_is_gone_is_refused(folder):
+    """What a run left that was killed between the two files."""
+    loras, source, target, moved = folder
+    options = {"format": "peft", "method": "copy"}
+    (outcome,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
+    (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
+    assert again.status == "already there"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (outcome.out / name).unlink()
+        (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
+        assert "exists" in str(again.error)
+        (again,) = prolora.transfer_many(
+            loras[:1], source, target, moved, overwrite=True, **options
+        )
+        assert again.status == "moved"
+
+
+def test_a_result_of_bases_in_memory_is_not_known_again_since_they_may_be_others(folder):
+    loras, _, target, moved = folder
+    weights = source_weights()
+    for factor, status in ((1.0, "moved"), (2.0, "failed")):
+        source = {f"{name}.weight": factor * weight for name, weight in weights.items()}
+        (outcome,) = prolora.transfer_many(loras[:1], source, target, moved, method="copy")
+        assert outcome.status == status

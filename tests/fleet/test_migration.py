@@ -1,0 +1,226 @@
+"""A collection on its way to other bases: what has its name is done, whoever did it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fleet_files import results, some_tensors, write_collection
+from mini import write_folder
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora.errors import InvalidOption, MissingFile, OutputError
+from prolora.fleet import migration, on_ray
+from prolora.moving.base_pair import BasePair
+
+HOW = {"method": "copy"}
+RAY = "ray::", "raylet", "gcs_server"
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """The LoRAs, the source, and two targets."""
+    return write_collection(tmp_path)
+
+
+def run(collection, folder, **how):
+    """Status -> how many, of a migration."""
+    loras, source, targets = collection
+    found = prolora.migrate(loras, source, targets, folder, **{**HOW, **how})
+    return {s: sum(m.status == s for m in found) for s in {m.status for m in found}}
+
+
+def test_results_have_readable_names_and_a_second_run_does_nothing(collection, tmp_path):
+    assert run(collection, tmp_path / "out") == {"moved": 8, "refused": 2}
+    made = results(tmp_path / "out")
+    assert len(made) == 8
+    for name in made:
+        target, _, file = name.partition("/")
+        assert target in ("target", "target2")
+        assert file.split("-")[0] in "abc" and len(file.split("-")[1]) == 12 + len(".safetensors")
+    times = [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").rglob("*.saf*"))]
+    assert run(collection, tmp_path / "out") == {"already there": 8, "refused": 2}
+    assert times == [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").rglob("*.saf*"))]
+    assert run(collection, tmp_path / "again") == {"moved": 8, "refused": 2}
+    assert results(tmp_path / "again") == made
+
+
+def test_a_refusal_is_written_beside_the_results_until_it_is_none(collection, tmp_path):
+    loras, *_ = collection
+    run(collection, tmp_path / "out")
+    notes = sorted((tmp_path / "out").rglob("*.failed.json"))
+    assert [note.parent.name for note in notes] == ["target", "target2"]
+    told = json.loads(notes[0].read_text())
+    assert told["lora"].endswith("notes.safetensors") and told["error"] == "unsupported-format"
+    save_file(some_tensors(3, 4), loras / "notes.safetensors")
+    assert run(collection, tmp_path / "out") == {"moved": 2, "already there": 8}
+    assert not list((tmp_path / "out").rglob("*.failed.json"))
+
+
+@pytest.mark.parametrize("changed", ["lora", "source", "target", "option"])
+def test_whatever_a_result_is_made_of_is_in_its_name(collection, tmp_path, changed):
+    """One value of any of them: the old result is not taken for the new one."""
+    loras, source, (target, _) = collection
+    lora, how = loras / "a.safetensors", dict(HOW)
+
+    def move():
+        (moved,) = prolora.migrate(lora, source, target, tmp_path / "out", **how)
+        return moved
+
+    first = move()
+    if changed == "option":
+        how["strength"] = 0.5
+    else:
+        base = {"source": source, "target": target}.get(changed)
+        file = lora if base is None else base / "diffusion_pytorch_model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-random.randrange(1, 9)] ^= 1
+        file.write_bytes(data)
+    second = move()
+    assert second.status == "moved" and second.out != first.out
+    assert move().status == "already there"
+
+
+def test_several_sources_are_told_apart_by_what_fits(collection, tmp_path):
+    loras, source, (target, _) = collection
+    names = load_file(source / "diffusion_pytorch_model.safetensors")
+    wide = {name: tensor.repeat(2, 1) for name, tensor in names.items()}
+    other = write_folder(
+        tmp_path / "other", {n.removesuffix(".weight"): w for n, w in wide.items()}
+    )
+    found = prolora.migrate(loras, [other, source], target, tmp_path / "out", **HOW)
+    assert {m.status for m in found if "notes" not in m.lora} == {"moved"}
+    twin = write_folder(
+        tmp_path / "twin", {n.removesuffix(".weight"): w + 1 for n, w in names.items()}
+    )
+    found = prolora.migrate(loras, [twin, source], target, tmp_path / "out2", **HOW)
+    assert {m.status for m in found} == {"refused"} and "one `source`" in found[0].error
+
+
+def test_shards_do_the_whole_together(collection, tmp_path, monkeypatch):
+    monkeypatch.setattr(migration, "_BATCH", 1)
+    for shard in ("1/3", "2/3", "3/3"):
+        run(collection, tmp_path / "out", shard=shard)
+    run(collection, tmp_path / "whole")
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/-3"):
+        with pytest.raises(InvalidOption, match="shard"):
+            run(collection, tmp_path / "out", shard=wrong)
+
+
+def test_a_dry_run_writes_nothing(collection, tmp_path):
+    assert run(collection, tmp_path / "out", dry_run=True) == {"would move": 8, "refused": 2}
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_migration_can_do_is_refused_at_once(collection, tmp_path):
+    loras, source, targets = collection
+    for how in ({"method": "best"}, {"overwrite": True}):
+        with pytest.raises(InvalidOption):
+            run(collection, tmp_path / "out", **how)
+    with pytest.raises(MissingFile):
+        prolora.migrate(loras, tmp_path / "nothing", targets, tmp_path / "out")
+    with pytest.raises(OutputError):
+        prolora.migrate(loras, source, targets, loras / "a.safetensors", **HOW)
+
+
+CODE = """
+import sys, prolora
+loras, source, folder, *targets = sys.argv[1:]
+prolora.migrate(loras, source, targets, folder, method="copy")
+"""
+
+
+def start(collection, folder):
+    """A process that migrates."""
+    loras, source, targets = collection
+    words = [sys.executable, "-c", CODE, loras, source, folder, *targets]
+    return subprocess.Popen(list(map(str, words)))
+
+
+def many(tmp_path, count):
+    """A collection with so many LoRAs more."""
+    loras, source, targets = write_collection(tmp_path)
+    for number in range(count):
+        save_file(some_tensors(1 + number, 12), loras / f"lora-{number}.safetensors")
+    return loras, source, targets
+
+
+@pytest.mark.slow
+def test_kills_and_two_drivers_lose_nothing(tmp_path):
+    collection = many(tmp_path, 16)
+    expected = run(collection, tmp_path / "expected")["moved"]
+    out, drawn = tmp_path / "out", random.Random(0)
+    for _ in range(4):
+        before = len(results(out)) if out.exists() else 0
+        process = start(collection, out)
+        while process.poll() is None and len(list(out.rglob("*.saf*"))) < before + 3:
+            time.sleep(0.01)
+        time.sleep(drawn.random() / 20)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    drivers = [start(collection, out) for _ in range(2)]
+    assert [driver.wait() for driver in drivers] == [0, 0]
+    assert results(out) == results(tmp_path / "expected") and len(results(out)) == expected
+
+
+def processes_of(*words):
+    """Those whose command has one of the words in it."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    lines = found.stdout.splitlines()
+    return {line.split()[0] for line in lines if any(word in line for word in words)}
+
+
+@pytest.mark.slow
+def test_ray_moves_the_same_and_a_hung_or_killed_process_takes_nothing_along(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    collection = many(tmp_path, 6)
+    run(collection, tmp_path / "expected")
+    before = processes_of(*RAY)
+    monkeypatch.setattr(on_ray, "TIME_LIMIT", 15.0)
+    struck = []
+
+    def strike(done, total, name):
+        """Freezes one worker and kills another, after some results."""
+        if done in (3, 6) and len(struck) < 2:
+            works = [x for x in processes_of("ray::_work") if x not in struck]
+            if works:
+                struck.append(works[0])
+                os.kill(int(works[0]), signal.SIGSTOP if len(struck) == 1 else signal.SIGKILL)
+
+    monkeypatch.setattr(migration, "_BATCH", 4)
+    counts = run(collection, tmp_path / "out", ray="local", progress=strike)
+    assert len(struck) == 2 and counts["refused"] == 2
+    assert results(tmp_path / "out") == results(tmp_path / "expected")
+    for _ in range(100):
+        if not processes_of(*RAY) - before:
+            break
+        time.sleep(0.1)
+    assert not processes_of(*RAY) - before
+
+
+def test_a_missing_ray_is_named(collection, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(prolora.ProLoRAError, match=r"prolora\[ray\]"):
+        run(collection, tmp_path / "out", ray="local")
+
+
+def test_a_lora_that_is_exchanged_while_it_moves_is_refused(collection, tmp_path, monkeypatch):
+    loras, source, (target, _) = collection
+    lora, plan = loras / "a.safetensors", BasePair.plan
+
+    def exchange(pair, taken, *rest):
+        save_file(some_tensors(3, 12), lora)
+        return plan(pair, taken, *rest)
+
+    monkeypatch.setattr(BasePair, "plan", exchange)
+    (moved,) = prolora.migrate(lora, source, target, tmp_path / "out", **HOW)
+    assert moved.status == "refused" and "was changed while it was in use" in moved.error
+    monkeypatch.undo()
+    (moved,) = prolora.migrate(lora, source, target, tmp_path / "out", **HOW)
+    assert moved.status == "moved" and not list((tmp_path / "out").rglob("*.failed.json"))

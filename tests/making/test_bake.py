@@ -1,0 +1,194 @@
+"""A baked model is the base with the update in it, to the last bit, and says what survived."""
+
+import json
+import re
+
+import mini
+import pytest
+import torch
+from family_files import make_authors_file, name_weights
+from family_shapes import list_authors_keys
+from safetensors.torch import load_file, save_file
+
+from prolora.architectures.families import known_families
+from prolora.architectures.layouts import load_layout
+from prolora.bases import open_base
+from prolora.errors import (
+    InvalidOption,
+    NonFiniteWeights,
+    OutputError,
+    OutputExists,
+    ProLoRAError,
+    UnsupportedFormat,
+)
+from prolora.files.safetensors_file import SafetensorsFile
+from prolora.making.bake import bake
+
+MODULE = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [
+        ("pixart", r"transformer_blocks\.0\.attn1\.to_[qkv]"),
+        ("sd3", r"transformer_blocks\.0\.attn\.add_[qkv]_proj|norm_out\.linear"),
+        ("flux", r"transformer_blocks\.0\.attn\.to_[qkv]|norm_out\.linear"),
+    ],
+)
+def test_an_update_equal_to_the_weights_doubles_the_authors_file(family, pattern, tmp_path):
+    """Fused matrices and exchanged halves get their rows where the authors have them."""
+    known = known_families()[family]
+    layout = load_layout(known.layouts[0])
+    names = {name: x for name, x in layout.shapes.items() if re.fullmatch(pattern, name)}
+    file = make_authors_file(known, layout.id, names.__contains__)
+    columns = list_authors_keys(known, names)
+    rows = {key: x % 97 for key, x in name_weights(file.stored).items()}
+    stored = {key: x.half().expand(-1, columns[key][1]).contiguous() for key, x in rows.items()}
+    assert len(stored) < len(names)
+    base, lora, out = (tmp_path / f"{name}.safetensors" for name in ("base", "lora", "out"))
+    save_file(stored | {"kept": torch.arange(5)}, base, {"a": "header"})
+    updates = {}
+    for name, x in file.expected.items():
+        updates[f"transformer.{name}.lora_A.weight"] = torch.ones(1, names[name][1])
+        updates[f"transformer.{name}.lora_B.weight"] = (x % 97).float()
+    save_file(updates, lora)
+    done = bake([lora], base, out)
+    baked, wanted = load_file(out), {key: 2 * x for key, x in stored.items()}
+    assert [key for key, x in baked.items() if not torch.equal(x, wanted.get(key, x))] == []
+    assert done.survived == pytest.approx(1) and done.error == 0 and done.mark == "✔"
+    assert torch.equal(baked["kept"], torch.arange(5))
+    one, other = SafetensorsFile(base), SafetensorsFile(out)
+    assert one.tensors == other.tensors and one.metadata == other.metadata
+
+
+def make_case(tmp_path, dtype=torch.bfloat16, share=0.1, scale=None):
+    """A base of two weights [64, 48] and a LoRA on the first, of a share of its norm."""
+    torch.manual_seed(0)
+    weight, up, down = torch.randn(64, 48) * 0.1, torch.randn(64, 4), torch.randn(4, 48)
+    up *= share * weight.norm() / (up @ down).norm()
+    codes = (weight / (scale or 1)).to(dtype)
+    kept = "transformer_blocks.0.attn.to_k"
+    tensors = {f"{MODULE}.weight": codes, f"{kept}.weight": codes.clone()}
+    if scale:
+        tensors |= {f"{name}.scale_weight": torch.tensor(scale) for name in (MODULE, kept)}
+        tensors["scaled_fp8"] = torch.empty(0, dtype=dtype)
+    save_file(tensors, tmp_path / "base.safetensors")
+    names = ("lora_A", "lora_B")
+    lora = {f"transformer.{MODULE}.{n}.weight": x for n, x in zip(names, (down, up), strict=True)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    before = codes.float() * (scale or 1)
+    return tmp_path / "lora.safetensors", tmp_path / "base.safetensors", before, up @ down
+
+
+def round_to(x, dtype, scale):
+    return (x / (scale or 1)).to(dtype).float() * (scale or 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "share"),
+    [
+        (torch.float32, None, 0.1),
+        (torch.float16, None, 0.1),
+        (torch.bfloat16, None, 0.01),
+        (torch.float8_e4m3fn, None, 0.02),
+        (torch.float8_e4m3fn, 0.002, 0.02),
+        (torch.float8_e5m2, 0.0001, 0.1),
+    ],
+)
+def test_what_survives_is_what_a_float64_sum_says(tmp_path, dtype, scale, share):
+    lora, base, before, delta = make_case(tmp_path, dtype, share, scale)
+    done = bake([lora], base, tmp_path / "out.safetensors")
+    wanted = round_to(before + delta, dtype, scale)
+    got = open_base(tmp_path / "out.safetensors").read(MODULE).float()
+    assert torch.equal(got, wanted)
+    change, delta = (wanted - before).double(), delta.double()
+    assert done.survived == pytest.approx(
+        float((change * delta).sum() / delta.square().sum()), 1e-5
+    )
+    error = float((change - delta).norm() / delta.norm())
+    assert done.error == pytest.approx(error, rel=1e-5, abs=1e-6)
+    assert (done.mark == "⚠") == (done.survived < 0.9)
+    assert json.loads(json.dumps(done.to_dict()))["modules"] == {MODULE: done.survived}
+
+
+def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
+    lora, base, before, delta = make_case(tmp_path, torch.float8_e4m3fn, 0.005, 0.002)
+    nearest = bake([lora], base, tmp_path / "nearest.safetensors")
+    seeds = [
+        bake([lora], base, tmp_path / f"{seed}.safetensors", stochastic=seed) for seed in range(60)
+    ]
+    again = bake([lora], base, tmp_path / "again.safetensors", stochastic=7)
+    assert again.survived == seeds[7].survived
+    assert nearest.survived < 0.5 and "stochastic" in str(nearest)
+    mean = sum(done.survived for done in seeds) / len(seeds)
+    spread = torch.tensor([done.survived for done in seeds]).std() / len(seeds) ** 0.5
+    assert abs(mean - 1) < 4 * spread
+    read = [open_base(tmp_path / f"{seed}.safetensors").read(MODULE).float() for seed in range(60)]
+    one_step = (torch.stack(read) - before - delta).abs().amax(0)
+    assert (one_step <= before.abs().clamp_min(0.002 * 2**-6) * 0.26 + delta.abs()).all()
+
+
+def test_several_loras_are_added_with_their_strengths(tmp_path):
+    lora, base, before, delta = make_case(tmp_path, torch.float32)
+    bake([lora, lora], base, tmp_path / "out.safetensors", strengths=[0.5, -2.0])
+    got = open_base(tmp_path / "out.safetensors").read(MODULE)
+    assert torch.allclose(got, before - 1.5 * delta, atol=1e-6)
+
+
+def test_biases_and_norms_are_added_too(tmp_path):
+    lora, base, _, _ = make_case(tmp_path, torch.float16)
+    bias, more = torch.arange(64.0).half(), torch.full((64,), 0.5)
+    save_file(load_file(base) | {f"{MODULE}.bias": bias}, base)
+    save_file({f"diffusion_model.{MODULE}.diff_b": more}, lora)
+    done = bake([lora], base, tmp_path / "out.safetensors", strengths=[2.0])
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"{MODULE}.bias"], bias + 1)
+    assert [row.module for row in done.modules] == [f"{MODULE}.bias"]
+
+
+def test_a_folder_keeps_everything_else_and_no_weights_in_another_precision(tmp_path):
+    base = mini.write_folder(tmp_path / "pipe" / "unet", mini.source_weights()).parent
+    (base / "model_index.json").write_text("{}")
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
+    save_file(mini.lora_tensors(), tmp_path / "lora.safetensors")
+    bake([tmp_path / "lora.safetensors"], base, tmp_path / "baked")
+    files = {str(x.relative_to(tmp_path / "baked")) for x in (tmp_path / "baked").rglob("*.*")}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert files == {"model_index.json", "unet/config.json", weights}
+    kept = load_file(base / weights)
+    for name, x in load_file(tmp_path / "baked" / weights).items():
+        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        lora = mini.lora_tensors()
+        delta = lora[f"{key}.lora_up.weight"] @ lora[f"{key}.lora_down.weight"] * 0.5
+        assert torch.allclose(x, kept[name] + delta, atol=1e-5), name
+    with pytest.raises(OutputError):
+        bake([tmp_path / "lora.safetensors"], base, tmp_path / "baked", overwrite=True)
+
+
+def test_what_cannot_be_baked_is_refused_before_anything_is_written(tmp_path):
+    lora, base, _, _ = make_case(tmp_path)
+    out = tmp_path / "out.safetensors"
+    codes = {f"{MODULE}.weight": torch.zeros(64, 48, dtype=torch.int8)}
+    save_file(codes, tmp_path / "codes.safetensors")
+    for error, given in (
+        (UnsupportedFormat, ([lora], load_file(base), out)),
+        (ProLoRAError, ([lora], tmp_path / "codes.safetensors", out)),
+        (OutputError, ([lora], base, base)),
+        (OutputError, ([lora], base, tmp_path / "out.gguf")),
+        (InvalidOption, ([], base, out)),
+    ):
+        with pytest.raises(error):
+            bake(*given)
+    with pytest.raises(InvalidOption):
+        bake([lora], base, out, strengths=[1.0, 2.0])
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(OutputExists):
+        bake([lora], base, out)
+    assert out.read_text() == "mine"
+
+
+def test_values_that_overflow_refuse_the_model(tmp_path):
+    lora, base, _, _ = make_case(tmp_path, torch.float16)
+    with pytest.raises(NonFiniteWeights, match="overflows"):
+        bake([lora], base, tmp_path / "out.safetensors", strengths=[1e9])
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["base.safetensors", "lora.safetensors"]

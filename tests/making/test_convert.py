@@ -1,0 +1,220 @@
+"""Every kind of LoRA becomes a plain one in every format, and the residual that is told is true."""
+
+import pytest
+import torch
+from diagonal import pair_up
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_files import LINEAR, adapter_of, factors, tiny_unet_config
+from mini import write_case
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora import adapters
+from prolora.making.made_report import MadeReport
+from prolora.reports.module_report import ModuleReport
+
+FORMATS = ["kohya", "diffusers", "peft", "comfy"]
+KOHYA = {f"lora_unet_{name.replace('.', '_')}": name for name in LINEAR}
+
+
+def make_base():
+    generator = torch.Generator().manual_seed(3)
+    return {f"{n}.weight": torch.randn(s, generator=generator) for n, s in LINEAR.items()}
+
+
+def make_lora(kind, rank, seed):
+    """(tensors in LyCORIS' keys, {module: dense update} by its formulas in float64)."""
+    tensors, dense = {}, {}
+    base = make_base()
+    for i, (key, name) in enumerate(KOHYA.items()):
+        out, inputs = LINEAR[name]
+        up, down = factors((out, inputs), rank, seed + i)
+        alpha = 2.0
+        scale = alpha / rank
+        if kind in ("lora", "dora"):
+            tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+            delta = up.double() @ down.double() * scale
+        if kind == "dora":
+            weight = base[f"{name}.weight"].double()
+            magnitude = 1 + torch.rand(out, 1, generator=torch.Generator().manual_seed(i))
+            tensors[f"{key}.dora_scale"] = magnitude
+            merged = weight + delta
+            delta = merged / merged.norm(dim=1, keepdim=True) * magnitude.double() - weight
+        if kind == "loha":
+            up2, down2 = factors((out, inputs), rank, seed + i + 50)
+            names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+            parts = (up, down, up2, down2)
+            tensors |= {f"{key}.{n}": x for n, x in zip(names, parts, strict=True)}
+            delta = (up.double() @ down.double()) * (up2.double() @ down2.double()) * scale
+        if kind == "lokr":
+            small = torch.randn(2, 2, generator=torch.Generator().manual_seed(seed + i))
+            up, down = factors((out // 2, inputs // 2), rank, seed + i)
+            tensors |= {f"{key}.lokr_w1": small, f"{key}.lokr_w2_a": up, f"{key}.lokr_w2_b": down}
+            delta = torch.kron(small.double(), up.double() @ down.double()) * scale
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        dense[name] = delta
+    return tensors, dense
+
+
+def residual(adapter, dense):
+    """√(Σ‖written − wanted‖² / Σ‖wanted‖²), dense and in float64."""
+    lost = kept = 0.0
+    for name, wanted in dense.items():
+        update = adapter.updates[name]
+        lost += float((update.up.double() @ update.down.double() - wanted).norm() ** 2)
+        kept += float(wanted.norm() ** 2)
+    return (lost / kept) ** 0.5
+
+
+def told(report):
+    return max(0.0, 1 - report.share_on_target) ** 0.5
+
+
+@given(
+    kind=st.sampled_from(["lora", "dora", "loha", "lokr"]),
+    format=st.sampled_from(FORMATS),
+    rank=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_every_kind_goes_round_every_format(kind, format, rank, seed):
+    tensors, dense = make_lora(kind, rank, seed)
+    base = make_base() if kind == "dora" else None
+    done = prolora.convert(tensors, base, format=format, dtype="float32")
+    written = done.state_dict(format, dtype="float32")
+    back = adapters.read_adapter(written, base=adapters.BaseNames(None, LINEAR))
+    assert set(back.updates) == set(LINEAR) and not back.algorithms
+    assert residual(back, dense) < 1e-5
+    assert told(done.report) < 1e-5
+    again = prolora.convert(written, format="kohya", dtype="float32")
+    assert residual(again.adapter, dense) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize(
+    ("out_rank", "dtype"), pair_up([1, 2, 0.8, "50%", "6kB"], ["float32", "float16", "bfloat16"])
+)
+def test_the_residual_that_is_told_is_the_dense_one(kind, out_rank, dtype, tmp_path):
+    tensors, dense = make_lora(kind, 4, 7)
+    lora, base, out = (tmp_path / f"{n}.safetensors" for n in ("lora", "base", "out"))
+    save_file(tensors, lora)
+    save_file(make_base(), base)
+    report = prolora.convert(
+        lora, base if kind == "dora" else None, out=out, out_rank=out_rank, dtype=dtype
+    ).report
+    true = residual(adapters.read_adapter(out), dense)
+    assert true > 0.01  # something was cut
+    assert told(report) == pytest.approx(true, rel=2e-3)
+    assert f"differs from it by {100 * told(report):.3g}%" in report.in_words().headline
+    if out_rank == "6kB":
+        assert out.stat().st_size <= 6_000
+
+
+def test_rounding_counts_as_a_residual(tmp_path):
+    tensors, dense = make_lora("lora", 4, 1)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    out = tmp_path / "out.safetensors"
+    report = prolora.convert(tmp_path / "lora.safetensors", out=out, dtype="bfloat16").report
+    true = residual(adapters.read_adapter(out), dense)
+    assert 1e-4 < true < 1e-2
+    assert told(report) == pytest.approx(true, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kept", "shown"),
+    [(1.0, "less than 0.001%"), (0.9872, "11.3%"), (0.0, "100%"), (1 - 1e-8, "0.01%")],
+)
+def test_people_read_what_is_lost_in_per_cent(kept, shown):
+    row = ModuleReport("m", "m", "mapped", "lora", (8, 8), 4, 4, 1.0, rank_cut_energy=1 - kept)
+    report = MadeReport(
+        method="convert", done="converted", source="a", original="a", modules=(row,)
+    )
+    assert report.in_words().headline.endswith(f"differs from it by {shown}.")
+
+
+def test_what_needs_its_base_is_refused_without_it_in_plain_words():
+    tensors, _ = make_lora("dora", 2, 0)
+    with pytest.raises(
+        prolora.errors.UnsupportedFormat, match="give the base model that it was trained on"
+    ):
+        prolora.convert(tensors)
+
+
+def test_a_base_that_is_not_the_loras_is_refused():
+    tensors, _ = make_lora("lora", 2, 0)
+    other = {n: w for n, w in make_base().items() if "mid_block" not in n}
+    with pytest.raises(prolora.errors.UnsupportedFormat, match="do not exist in the source base"):
+        prolora.convert(tensors, other)
+
+
+def test_updates_that_cannot_be_read_stay_behind_by_name():
+    tensors, _ = make_lora("lora", 2, 0)
+    key = next(iter(KOHYA))
+    tensors[f"{key}.lora_gate"] = torch.ones(2)
+    report = prolora.convert(tensors).report
+    assert report.unread == (KOHYA[key],) and len(report.rows("refused")) == 1
+    assert report.coverage == pytest.approx(1 - 1 / len(LINEAR))
+
+
+def test_the_header_is_kept_and_inputs_are_not_overwritten(tmp_path):
+    tensors, _ = make_lora("lora", 2, 0)
+    lora = tmp_path / "lora.safetensors"
+    save_file(tensors, lora, {"ss_output_name": "mine", "modelspec.trigger_phrase": "zzz"})
+    prolora.convert(lora, out=tmp_path / "out.safetensors", dtype="float16")
+    from prolora.files.safetensors_file import SafetensorsFile
+
+    header = SafetensorsFile(tmp_path / "out.safetensors").metadata
+    assert header["ss_output_name"] == "mine" and header["modelspec.trigger_phrase"] == "zzz"
+    with pytest.raises(prolora.errors.OutputError):
+        prolora.convert(lora, out=lora)
+    assert set(load_file(lora)) == set(tensors)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_diffusers_reads_a_converted_file_with_the_same_update(format):
+    """Its own converter and loader, on the modules of a live UNet."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
+
+    unet = UNet2DConditionModel(**tiny_unet_config())
+    shapes = {n: tuple(unet.get_submodule(n).weight.shape) for n in LINEAR}
+    lora = adapter_of(shapes, rank=2)
+    before = {n: unet.get_submodule(n).weight.detach().clone() for n in shapes}
+    came = adapters.encode_state_dict(lora, format="peft")
+    state = prolora.convert(came, format=format, dtype="float32").state_dict(format)
+    alphas = None
+    if format == "kohya":
+        read = StableDiffusionXLLoraLoaderMixin.lora_state_dict
+        state, alphas = read(state, unet_config=unet.config)[:2]
+    unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
+    unet.fuse_lora()
+    for name, update in lora.updates.items():
+        layer = unet.get_submodule(name)
+        weight = getattr(layer, "base_layer", layer).weight
+        delta = (weight - before[name]).flatten(1)
+        assert torch.allclose(delta, update.up @ update.down, atol=1e-4), name
+
+
+def test_a_result_is_written_as_it_was_asked_for(tmp_path):
+    came, _ = make_lora("lora", 2, 0)
+    tensors = adapters.encode_state_dict(adapters.read_adapter(came), format="diffusers")
+    done = prolora.convert(tensors, format="kohya", dtype="float16")
+    for made in (done, prolora.merge([tensors, tensors], format="kohya", dtype="float16")):
+        made.save(tmp_path / "out.safetensors", overwrite=True)
+        written = load_file(tmp_path / "out.safetensors")
+        assert all(key.startswith("lora_unet_") for key in written)
+        assert {x.dtype for x in written.values()} == {torch.float16}
+        assert made.state_dict().keys() == written.keys()
+    # What is asked of `save` counts more.
+    out = tmp_path / "out.safetensors"
+    done.save(out, format="diffusers", dtype="float32", overwrite=True)
+    written = load_file(tmp_path / "out.safetensors")
+    assert all(
+        not key.startswith("lora_unet_") and x.dtype == torch.float32 for key, x in written.items()
+    )
+
+
+def test_a_limit_that_nothing_was_cut_for_is_not_told_as_one(tmp_path):
+    lora, _, _ = write_case(tmp_path)
+    assert prolora.convert(lora, out_rank="100MB").report.file_limit is None
+    assert prolora.convert(lora, out_rank="14kB").report.file_limit == 14_000

@@ -1,0 +1,141 @@
+"""Biases, normalisation layers and text encoders through a whole transfer."""
+
+import pytest
+import torch
+from mini import lora_tensors, source_weights, target_weights, write_case
+from safetensors.torch import save_file
+
+import prolora
+from prolora.adapters import Adapter
+from prolora.bases import open_base
+from prolora.bases.identity import compute_hint
+from prolora.core.lowrank import LowRank
+from prolora.errors import OutputError, ShapeMismatch, UnsupportedFormat
+from prolora.moving.carried_vectors import carry_vectors
+from prolora.moving.ledger import Ledger
+from prolora.moving.options import TransferOptions
+from prolora.moving.plan import make_plan
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+STEM = "lora_unet_" + BLOCK.replace(".", "_")
+ENCODER = "text_encoder.text_model.encoder.layers.0"
+NORMS = {
+    f"{STEM}_norm1.w_norm": torch.full((24,), 2.0),
+    f"{STEM}_norm1.b_norm": torch.full((24,), 3.0),
+    f"{STEM.replace('blocks_0', 'blocks_2')}_norm1.w_norm": torch.ones(24),
+    f"{STEM}_norm9.w_norm": torch.ones(24),
+    f"{STEM}_norm2.w_norm": torch.ones(7),
+    "lora_te_text_model_encoder_layers_0_layer_norm1.w_norm": torch.ones(8),
+}
+TEXT = {
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(8, 2),
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 8),
+}
+
+
+@pytest.fixture
+def bases(tmp_path):
+    return write_case(tmp_path)[1:]
+
+
+def moved(tmp_path, bases, tensors, **options):
+    save_file(tensors, tmp_path / "in")
+    report = prolora.transfer(
+        tmp_path / "in", *bases, out=tmp_path / "out", overwrite=True, **options
+    ).report
+    return report, prolora.adapters.read_adapter(tmp_path / "out")
+
+
+def test_norms_go_where_the_matrices_of_their_block_go(tmp_path, bases):
+    report, adapter = moved(tmp_path, bases, lora_tensors() | NORMS, method="copy", strength=0.5)
+    expected = {
+        f"{BLOCK}.norm1.weight": 1.0,
+        f"{BLOCK}.norm1.bias": 1.5,
+        f"{ENCODER}.layer_norm1.weight": 1.0,
+    }
+    assert {name: vector[0].item() for name, vector in adapter.vectors.items()} == expected
+    assert report.vectors == 3
+    # The dropped block, a norm no vocabulary has, and one of another width, each by name.
+    assert len(report.left_out) == 3
+    assert "no such module of that width" in report.left_out[f"{BLOCK}.norm2.weight"]
+    assert "does not know" in report.left_out[f"{STEM}_norm9.w_norm"]
+
+
+def test_norms_follow_the_block_rule_and_not_the_name():
+    def base(blocks):
+        shapes = {f"up_blocks.1.attentions.{i}.proj_in": (8, 8) for i in blocks}
+        return open_base({f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()})
+
+    table = {
+        f"up_blocks.1.attentions.{t}.proj_in": f"up_blocks.1.attentions.{s}.proj_in"
+        for t, s in ((0, 0), (1, 2))
+    }
+    source, target = base((0, 1, 2)), base((0, 1))
+    update = LowRank(torch.ones(8, 1), torch.ones(1, 8))
+    vectors = {
+        f"up_blocks.1.attentions.{i}.norm.weight": torch.full((8,), 1.0 + i) for i in range(3)
+    }
+    adapter = Adapter({"up_blocks.1.attentions.2.proj_in": update}, vectors=vectors)
+    plan = make_plan(adapter, source, target, table)
+    found = carry_vectors(Ledger(adapter, plan, source, target, TransferOptions()))
+    assert {name: vector[0].item() for name, vector in found.vectors.items()} == {
+        "up_blocks.1.attentions.0.norm.weight": 1.0,
+        "up_blocks.1.attentions.1.norm.weight": 3.0,
+    }
+    assert list(found.left_out) == ["up_blocks.1.attentions.1.norm.weight"]
+
+
+def test_a_bias_stays_behind_with_the_update_of_its_module(tmp_path, bases):
+    tensors = lora_tensors() | {f"{STEM}_attn1_to_q.diff_b": torch.ones(24)}
+    options = dict(method="prolora", rank=4, threshold=1.0)
+    save_file(tensors | TEXT, tmp_path / "in")
+    report = prolora.transfer(tmp_path / "in", *bases, **options).report
+    assert report.totals["mapped"] == 1  # the text encoder: no pair of drifted weights has Φ = 1
+    assert "update of its module was left out" in report.left_out[f"{BLOCK}.attn1.to_q.bias"]
+
+
+@pytest.mark.parametrize("method", ["auto", "copy", "prolora"])
+@pytest.mark.parametrize("tensors", [TEXT, NORMS], ids=["text encoder", "norms"])
+def test_a_lora_of_nothing_that_is_projected_needs_no_verdict(tmp_path, bases, tensors, method):
+    report, adapter = moved(tmp_path, bases, tensors, method=method)
+    assert report.verdict is None and "auto" not in " ".join(report.sentences())
+    assert len(adapter.updates) == (tensors is TEXT) and len(adapter.vectors) == report.vectors
+    error = ShapeMismatch if tensors is TEXT else OutputError
+    with pytest.raises(error, match=r"left out as asked|no module is left"):
+        moved(tmp_path, bases, tensors, text_encoder="skip", vectors="skip")
+
+
+def test_a_format_that_cannot_hold_the_result_is_refused_before_any_weight_is_read(
+    tmp_path, bases, monkeypatch
+):
+    from prolora.bases import Base
+
+    def read(base, module):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Base, "read", read)
+    with pytest.raises(UnsupportedFormat, match="no keys for trained normalisation layers"):
+        moved(tmp_path, bases, lora_tensors() | NORMS, format="diffusers")
+    with pytest.raises(UnsupportedFormat, match="PEFT folder holds one model"):
+        moved(tmp_path, bases, lora_tensors() | TEXT, format="peft")
+
+
+def test_norms_left_out_as_asked_are_no_hindrance(tmp_path, bases):
+    tensors = lora_tensors() | NORMS
+    report, adapter = moved(tmp_path, bases, tensors, format="diffusers", vectors="skip")
+    assert adapter.vectors == {} and report.vectors == 0 and len(report.left_out) == 6
+
+
+def test_the_header_says_which_files_the_bases_were(tmp_path):
+    import hashlib
+
+    files = {}
+    for name, weights in (("source", source_weights()), ("target", target_weights())):
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_file({f"{key}.weight": tensor for key, tensor in weights.items()}, files[name])
+    metadata = moved(tmp_path, files.values(), lora_tensors())[1].metadata
+    for name, file in files.items():
+        assert metadata[f"prolora.{name}_hash"] == compute_hint(prolora.open_base(file))
+    assert "ss_new_sd_model_hash" not in metadata
+    short = hashlib.sha256(file.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+    assert metadata["ss_sd_model_hash"] == short

@@ -1,0 +1,168 @@
+"""What help() and an editor show of the public functions, and what a wrong option ends in."""
+
+import dataclasses
+import inspect
+import math
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from mini import write_case
+
+import prolora
+from prolora.core.methods import METHODS
+from prolora.core.option_fields import read_shown
+from prolora.fitting.fit_options import FitOptions
+from prolora.making.convert_options import ConvertOptions
+from prolora.making.extract_options import ExtractOptions
+from prolora.making.merge_options import MergeOptions
+from prolora.moving.options import MethodChoice, TransferOptions
+
+TRANSFERS = [prolora.transfer, prolora.transfer_many]
+FITS = [prolora.fit, prolora.fit_many]
+FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
+FUNCTIONS += [(prolora.migrate, TransferOptions)]
+FUNCTIONS += [(prolora.extract, ExtractOptions), (prolora.convert, ConvertOptions)]
+FUNCTIONS += [(prolora.merge, MergeOptions)]
+
+
+@pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
+def test_help_shows_every_option_with_its_default(function, kind):
+    parameters = inspect.signature(function).parameters
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    text = pydoc.plain(pydoc.render_doc(function))
+    for field in dataclasses.fields(kind):
+        parameter = parameters[field.name]
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default == field.default
+        assert parameter.annotation == field.type
+        assert f"{field.name}: " in text
+
+
+def test_type_checkers_read_what_the_options_tell():
+    """The stub is the one that docs/make_stub.py writes."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, root / "docs" / "make_stub.py", "--check"], check=True)
+
+
+def test_every_option_has_its_text():
+    for kind in {kind for _, kind in FUNCTIONS}:
+        assert all(read_shown(known).help for known in dataclasses.fields(kind))
+
+
+def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
+    with pytest.raises(prolora.errors.InvalidOption, match="'metod'; did you mean method"):
+        prolora.transfer(*write_case(tmp_path), metod="copy")
+
+
+FUNCTIONS += [(prolora.load_moved_lora, TransferOptions)]
+
+
+@pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
+def test_options_of_another_function_are_refused_with_the_right_ones(function, kind):
+    """Before anything else is looked at: none of these is a LoRA or a base."""
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    others = {of: taker for taker, of in FUNCTIONS if of is not kind}
+    for other, taker in others.items():
+        with pytest.raises(prolora.errors.InvalidOption) as refused:
+            function(*[None] * len(needed), options=other())
+        told = str(refused.value)
+        assert f"{function.__name__}() takes {kind.__name__}, not {other.__name__}" in told
+        assert f"{taker.__name__}()" in told
+    for wrong in ({"dtype": "float16"}, kind, None):
+        with pytest.raises(prolora.errors.InvalidOption, match=f"takes {kind.__name__}"):
+            function(*[None] * len(needed), options=wrong)
+
+
+def test_the_methods_are_those_of_the_table_and_auto():
+    assert get_args(MethodChoice) == ("auto", *METHODS)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("threshold", math.nan),
+        ("threshold", -0.1),
+        ("threshold", "0.5"),
+        ("min_coverage", math.nan),
+        ("min_coverage", 1.5),
+        ("max_memory", math.nan),
+        ("max_memory", math.inf),
+        ("max_memory", "a lot"),
+        ("strength", math.nan),
+        ("strength", 1e160),
+        ("strength", [1.0]),
+        ("out_rank", None),
+        ("out_rank", True),
+        ("out_rank", [8]),
+        ("out_rank", math.nan),
+        ("method", "magic"),
+        ("vectors", "project"),
+        ("text_encoder", "maybe"),
+        ("format", "zip"),
+        ("dtype", "int8"),
+        ("rank", math.nan),
+        ("rank", 0),
+    ],
+)
+def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
+    case = write_case(tmp_path)
+    with pytest.raises(prolora.errors.InvalidOption, match=name):
+        prolora.transfer(*case, **{name: value})
+    with pytest.raises(prolora.errors.InvalidOption, match=name):
+        prolora.transfer_many(case[:1], *case[1:], tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
+    given = TransferOptions(
+        rank=np.int64(8),
+        min_coverage=np.float32(0.5),
+        threshold=np.float64(0.25),
+        strength=np.float16(0.5),
+        out_rank=np.int64(4),
+        max_memory=np.int64(1 << 40),
+    )
+    plain = TransferOptions(
+        rank=8,
+        min_coverage=0.5,
+        threshold=0.25,
+        strength=0.5,
+        out_rank=4,
+        max_memory=1 << 40,
+    )
+    assert given == plain and repr(given) == repr(plain)
+    given = FitOptions(images=np.int64(3), guidance=np.float32(2), rank=np.int64(4))
+    assert repr(given) == repr(FitOptions(images=3, guidance=2.0, rank=4))
+    lora, source, target = write_case(tmp_path)
+    options = {"method": "prolora", "cache": tmp_path / "cache"}
+    for name, number in (("a", np.float64(0.5)), ("b", 0.5)):
+        out = tmp_path / name
+        prolora.transfer(lora, source, target, out=out, rank=number, threshold=number, **options)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    # One basis for each weight, by whichever number it was asked for.
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 16
+
+
+def test_memory_and_dtypes_may_be_texts(tmp_path):
+    lora, source, target = write_case(tmp_path)
+    assert TransferOptions(max_memory="2GiB").memory_limit == 2 << 30
+    assert TransferOptions(max_memory=2e9).memory_limit == 2_000_000_000
+    with pytest.raises(prolora.errors.TooLittleMemory):
+        prolora.transfer(lora, source, target, max_memory="1MB")
+    for name, dtype in (("a", "float16"), ("b", torch.float16)):
+        prolora.transfer(lora, source, target, out=tmp_path / name, dtype=dtype)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
+    done = prolora.transfer(*write_case(tmp_path))
+    assert repr(done.adapter) == "Adapter(8 modules of rank 4, kohya, float32)"
+    counts = "8 mapped, 4 skipped, 0 refused"
+    assert repr(done.report) == f"TransferReport('copy', source → target: {counts})"
+    assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"

@@ -1,0 +1,207 @@
+"""What can be refused is refused before a base is hashed or a model is loaded."""
+
+import math
+import os
+import shutil
+import sys
+from functools import partial
+
+import pytest
+import torch
+from mini import lora_tensors, shapes, write_case
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora import errors
+from prolora.adapters.lora import Lora
+from prolora.bases import identity, memory
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+@pytest.fixture
+def unhashed(monkeypatch):
+    """Hashing any byte of a base ends the test."""
+
+    def refuse(*arguments):
+        pytest.fail("a base was hashed")
+
+    for name in ("hash_file", "read_blocks"):
+        monkeypatch.setattr(identity, name, refuse)
+
+
+# More than a LoRA has keys: a few would be left out by name.
+SURPRISES = {f"surprise{i}.weight": torch.ones(1) for i in range(999)}
+
+
+def spoil(lora, what):
+    tensors = load_file(lora)
+    first = next(iter(tensors))
+    if what == "no LoRA":
+        lora.write_bytes(b"nothing")
+        return
+    if what == "unknown key":
+        tensors |= SURPRISES
+    elif what == "NaN":
+        tensors[first.partition(".")[0] + ".lora_up.weight"][0, 0] = math.nan
+    elif what == "shape":
+        tensors[first.partition(".")[0] + ".lora_up.weight"] = torch.ones(25, 4)
+    elif what == "other architecture":
+        tensors = {
+            f"transformer.single_transformer_blocks.0.proj_mlp.lora_{x}.weight": t
+            for x, t in (("A", torch.ones(2, 8)), ("B", torch.ones(32, 2)))
+        }
+    save_file(tensors, lora)
+
+
+@pytest.mark.parametrize("what", ["no LoRA", "unknown key", "NaN", "shape", "other architecture"])
+def test_a_bad_lora_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed, what):
+    lora, source, target = case
+    spoil(lora, what)
+    with pytest.raises(prolora.ProLoRAError):
+        prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors")
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
+    assert outcome.status == "failed"
+
+
+def test_low_coverage_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed):
+    options = {"method": "prolora", "rank": 0.9, "min_coverage": 0.6, "threshold": 0.9999}
+    with pytest.raises(errors.LowCoverage):
+        prolora.transfer(*case, out=tmp_path / "out.safetensors", **options)
+
+
+def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_path, unhashed):
+    lora, source, target = case
+    file = next(target.glob("*.safetensors"))
+    good, out = load_file(file), tmp_path / "out.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file({key: torch.randn(x.shape, generator=generator) for key, x in good.items()}, file)
+    with pytest.raises(errors.UnrelatedBases):
+        prolora.transfer(lora, source, target, out=out)
+    good[next(iter(good))][0, 0] = math.nan
+    save_file(good, file)
+    with pytest.raises(errors.NonFiniteWeights):
+        prolora.transfer(lora, source, target, out=out, method="copy")
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"max_memory": 1 << 20}, errors.TooLittleMemory),
+        ({"out_rank": "1kB"}, errors.OutputError),
+        ({"out": "lora.safetensors/out.safetensors"}, errors.OutputError),
+        ({"out": "source"}, errors.OutputError),
+    ],
+    ids=["memory", "size", "no folder", "an input"],
+)
+def test_what_has_no_room_is_refused_before_a_base_is_hashed(
+    case, tmp_path, unhashed, options, error
+):
+    out = tmp_path / options.pop("out", "out.safetensors")
+    with pytest.raises(error):
+        prolora.transfer(*case, out=out, **options)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a"), errors.SolverFailure("a"), OSError("a")])
+def test_what_stops_a_move_is_raised_before_a_base_is_hashed(
+    case, tmp_path, unhashed, monkeypatch, error
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sys.modules["prolora.moving.ledger"], "cut_rank", fail)
+    with pytest.raises(type(error), match="a"):
+        prolora.transfer(*case, out=tmp_path / "out.safetensors")
+
+
+def test_the_bases_are_hashed_for_a_result(case, tmp_path, unhashed):
+    with pytest.raises(pytest.fail.Exception, match="hashed"):
+        prolora.transfer(*case, out=tmp_path / "out.safetensors")
+
+
+def test_a_result_of_another_lora_is_told_without_hashing_a_base(case, tmp_path, monkeypatch):
+    lora, source, target = case
+    prolora.transfer_many([lora], source, target, tmp_path / "moved")
+    save_file(lora_tensors(2) | SURPRISES, lora)
+    monkeypatch.setattr(identity, "hash_file", lambda *a: pytest.fail("a base was hashed"))
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
+    assert outcome.status == "failed"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_base_folder_whose_name_is_no_text_can_be_used(case, tmp_path):
+    lora, source, target = case
+    odd = tmp_path / os.fsdecode(b"t\xe9rget")
+    try:
+        shutil.copytree(target, odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    out = tmp_path / "out.safetensors"
+    report = prolora.transfer(lora, source, odd, out=out).report
+    report.save(tmp_path / "report.json")
+    assert set(prolora.adapters.read_adapter(out).updates) == set(shapes(2))
+    (outcome,) = prolora.transfer_many([lora], source, odd, tmp_path / "moved")
+    assert outcome.status == "moved"
+
+
+@pytest.fixture
+def no_weight(monkeypatch):
+    monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
+
+
+def test_a_dry_run_refuses_the_coverage_that_a_transfer_refuses(case, no_weight):
+    said = []
+    for run in (partial(prolora.transfer, dry_run=True), prolora.transfer):
+        with pytest.raises(errors.LowCoverage, match=r"8 of 12 .*coverage 0\.67") as refused:
+            run(*case, min_coverage=0.7)
+        said.append(str(refused.value))
+    assert said[0] == said[1] and "--" not in said[0]
+    assert prolora.transfer(*case, min_coverage=0.6, dry_run=True).report.coverage == pytest.approx(
+        8 / 12
+    )
+
+
+def test_where_no_module_has_a_place_dry_run_and_transfer_refuse(case, tmp_path, no_weight):
+    lora, source, target = case
+    dropped = {key: x for key, x in load_file(lora).items() if "transformer_blocks_2" in key}
+    save_file(dropped, lora)
+    for run in (partial(prolora.transfer, dry_run=True), prolora.transfer):
+        with pytest.raises(errors.ShapeMismatch, match=r"no module .* has a place on the target"):
+            run(lora, source, target)
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
+    assert isinstance(outcome.error, errors.ShapeMismatch)
+
+
+def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
+    case, no_weight, monkeypatch
+):
+    """The bound holds a comparison of the weights, and not their subspaces."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    limit = memory.SLACK + 100_000
+    memory.Memory(limit).check([(24, 96)], "affinity")
+    with pytest.raises(errors.TooLittleMemory):
+        memory.Memory(limit).check([(24, 96)], "bases")
+    with pytest.raises(errors.TooLittleMemory):
+        prolora.transfer(*case, method="prolora", max_memory=limit)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "PEFT folder"])
+def test_a_file_of_100_gb_of_zeros_is_refused_by_its_header_before_it_is_hashed(
+    case, tmp_path, monkeypatch, folder
+):
+    _, source, target = case
+    lora = tmp_path / "zeros"
+    weights = lora / "adapter_model.safetensors" if folder else lora.with_suffix(".safetensors")
+    weights.parent.mkdir(exist_ok=True)
+    with open(weights, "wb") as file:
+        file.truncate(100 << 30)
+    lora = lora if folder else weights
+    fail = property(lambda file: pytest.fail("the LoRA was hashed"))
+    monkeypatch.setattr(Lora, "digest", fail)
+    with pytest.raises(errors.UnsupportedFormat, match="zeros"):
+        prolora.transfer(lora, source, target, out=tmp_path / "moved.safetensors")
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
+    assert isinstance(outcome.error, errors.UnsupportedFormat)

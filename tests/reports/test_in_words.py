@@ -1,0 +1,121 @@
+"""The verdict in words: a mark, what to expect, what was done; no word of the mathematics."""
+
+import re
+
+import pytest
+from reports import make_report, make_row
+
+from prolora.core.verdict import Verdict
+from prolora.fitting.fit_numbers import ProbeReport
+from prolora.fitting.fit_report import FitReport
+from prolora.fitting.gate import Gate
+from prolora.moving.carried_vectors import A_VECTOR
+from prolora.moving.transfer_report import judge, name_amount
+
+MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
+
+RELATED, CHANGED = Verdict(0.1, 0.99, 0.5), Verdict(0.15, 0.99, 0.3)
+DISTANT, APART = Verdict(0.9, 0.8, 0.5), Verdict(1.4, 0.0, 0.1)
+NAMES = ("s", "t")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "placed", "few_steps", "mark", "said", "advice"),
+    [
+        (RELATED, 1.0, False, "✔", "This should work", "at strength 1."),
+        (RELATED, None, False, "✔", "This should work", "at strength 1."),
+        (RELATED, 1.0, None, "✔", "This should work", "which a single file does not tell"),
+        (RELATED, 0.2, False, "⚠", "most of this LoRA belongs to parts that t lacks", "best"),
+        (CHANGED, 1.0, False, "⚠", "t has learnt more than s", "try 0.5 and 0.8"),
+        (RELATED, 0.9, False, "⚠", "t lacks parts", "`method='best'`"),
+        (RELATED, 1.0, True, "⚠", "t draws in few steps", "at strength 1 to 1.25"),
+        (DISTANT, 1.0, False, "⚠", "half of it at best", "`fit()`"),
+        (APART, 1.0, False, "✖", "nothing in common", "train it on t"),
+        (Verdict(0.0, 1.0, 0.0), 1.0, False, "✔", "works as it is", "at strength 1."),
+        (None, 1.0, False, "⚠", "were not compared", ""),
+    ],
+)
+def test_a_mark_says_how_it_stands_and_the_next_line_which_strengths_to_try(
+    verdict, placed, few_steps, mark, said, advice
+):
+    told = judge(verdict, placed, NAMES, few_steps)
+    assert told.mark == mark and said in told.headline
+    assert advice in " ".join(told.lines[:1])
+
+
+def test_harm_is_called_harm():
+    told = " ".join(judge(CHANGED, 1.0, NAMES).lines)
+    assert "brought 0% to 99% of what training" in told and "got worse than without it" in told
+    assert "got worse" not in " ".join(judge(RELATED, 1.0, NAMES).lines)
+
+
+def test_nothing_is_promised_of_another_method_or_strength():
+    for known in ({"method": "prolora"}, {"method": "copy", "strength": 0.5}):
+        told = str(make_report(**known, asked=known["method"], verdict=CHANGED).in_words())
+        assert "small test models" not in told and "0.8" not in told
+
+
+@pytest.mark.parametrize("method", ["copy", "prolora"])
+@pytest.mark.parametrize("verdict", [RELATED, CHANGED, DISTANT, APART, None])
+def test_no_line_of_the_verdict_needs_the_mathematics(method, verdict):
+    report = make_report(method=method, asked="auto", verdict=verdict)
+    told = report.in_words()
+    for line in (told.headline, *told.lines):
+        assert not MATHS.search(line.replace("weights", "")), line
+        assert line[0].isupper() or line.startswith("prolora")
+        assert line.endswith(".")
+    assert 1 <= len(told.lines) <= 4
+
+
+def test_what_is_lost_is_said_in_words_too():
+    rows = [make_row("a"), make_row("b", "refused", reason="its file is damaged")]
+    report = make_report(rows, unread=("b",), left_out={"emb": "an embedding"})
+    cautions = " ".join(report.in_words().cautions)
+    assert "b: its file is damaged" in cautions and "emb: an embedding" in cautions
+    assert "1 update of the file could" in cautions and "1 tensor of the file stays" in cautions
+    two = make_report(rows, unread=("b", "a"), left_out={"emb": "x", "emb2": "y"}).in_words()
+    assert "2 updates of the file could" in str(two) and "2 tensors of the file stay " in str(two)
+
+
+def test_a_dry_run_says_that_nothing_was_written():
+    told = make_report(dry_run=True, verdict=None).in_words()
+    assert "nothing was written" in told.headline and "Next" not in str(told)
+
+
+@pytest.mark.parametrize(
+    ("share", "word"),
+    [
+        (1.2, "All"),
+        (0.9, "Most"),
+        (0.66, "About two thirds"),
+        (0.5, "About half"),
+        (0.0, "Very little"),
+    ],
+)
+def test_shares_have_names(share, word):
+    assert name_amount(share) == word
+
+
+@pytest.mark.parametrize(("is_refused", "step"), [(True, "draw some images"), (False, "try it at")])
+def test_a_fit_that_did_not_succeed_is_not_recommended(is_refused, step):
+    decision = "refuse" if is_refused else "go"
+    gate = Gate(decision, 1.0, {"all": 0.1}, {"all": 0.1}, "because.")
+    known = {"source": "a", "target": "b", "probe": ProbeReport(4, 4, 0.9, gate=gate)}
+    told = FitReport(method="fit", **known).in_words()
+    assert told.lines[-1].startswith(f"Next: {step}")
+
+
+def test_of_a_lora_without_updates_only_what_is_known_is_said():
+    zero, behind = [make_row("a", energy=0.0)], {"a.bias": f"{A_VECTOR}, left out as asked"}
+    for rows, fields, mark, said in (
+        ([], {"vectors": 1, "left_out": behind, "verdict": None}, "⚠", "1 of 2 go over"),
+        ([], {"vectors": 1, "verdict": APART}, "✖", "1 of 1 go over"),
+        ([], {"left_out": behind}, "⚠", "0 of 1 go over"),
+        (zero, {}, "⚠", "This LoRA changes nothing"),
+        (zero, {"unread": ("a",)}, "⚠", "All that could be read"),
+        (zero, {"left_out": {"emb": "an embedding"}}, "⚠", "All that could be read"),
+    ):
+        told = make_report(rows, **fields).in_words()
+        assert told.mark == mark and said in told.headline, fields
+    planned = make_report([], dry_run=True, left_out=behind).in_words()
+    assert planned.mark == "⚠" and "0 of 1 go over" in planned.lines[0]
