@@ -28,7 +28,7 @@ INTRODUCTION = """\
 
 Everything that `import prolora` gives, in the words of its docstrings (`python docs/make_api.py`).
 [guide.md](guide.md) shows the common jobs, [method.md](method.md) the equations,
-[errors.md](errors.md) what is refused.
+[errors.md](errors.md) what is refused. What takes `options` takes each of them by its name, too.
 Eight names are enough for most:
 
 | name | what it does |
@@ -181,6 +181,7 @@ def _render_object(item: Any, name: str) -> str:
     # The signature has the types; a sentence about a result is one, however many lines it takes.
     text = re.sub(r"^(- \*\*\S+\*\*) \(`[^\n]*?`\) –", r"\1 –", text, flags=re.M)
     text = re.sub(r"(?<=\*\*Returns:\*\*\n\n)(?:- [^\n]*\n)+", lambda x: _join(x[0]), text)
+    text = re.sub(r"^- \*\*\*\*\w+\*\* – single options by name.*\n", "", text, flags=re.M)
     text = re.sub(r"(?<=#### )`(\w+)`\n\n```python\n(\1: .*)\n```\n", r"`\2`\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -237,6 +237,11 @@ def test_rows_that_were_added_for_the_matrix_unit_are_no_rows_of_the_weight(tmp_
         meant = write_layer(kind, tmp_path / "x.safetensors", **bias)
         base = open_base(tmp_path / "x.safetensors")
         assert torch.equal(base.read(Q), meant[:rows])
+    write_layer(
+        "comfy nvfp4", tmp_path / "x.safetensors", **{f"{Q}.weight_scale_2": torch.zeros(())}
+    )
+    with pytest.raises(UnsupportedFormat, match="zero or not finite"):
+        open_base(tmp_path / "x.safetensors").read(Q)
 
 
 @pytest.mark.parametrize("shape", [(64,), (64, 1), (1, 64)])

@@ -26,6 +26,13 @@ def dense(part):
     return part.up.double() @ part.down.double()
 
 
+def test_updates_that_work_against_others_change_nothing_of_how_these_share():
+    """A product below 0 counts as 0."""
+    along, down = torch.eye(4)[:, :1], torch.ones(1, 3)
+    one, against = LowRank(along, down), LowRank(torch.tensor([[-1.0], [1], [0], [0]]), down)
+    assert balance_updates([one, one, against]) == pytest.approx([0.5, 0.5, 1])
+
+
 @given(
     m=st.integers(1, 24),
     n=st.integers(1, 24),

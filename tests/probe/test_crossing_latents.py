@@ -24,7 +24,7 @@ from prolora import FitOptions, adapters, check, fit
 from prolora import transfer as prolora_transfer
 from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base, vae
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.errors import UnsupportedFormat
 from prolora.probe import gate, pipelines
 from prolora.probe.checkpoint import Checkpoints

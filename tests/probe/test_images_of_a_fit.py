@@ -21,7 +21,7 @@ from reports import make_report, make_row
 from typer.testing import CliRunner
 
 import prolora
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.probe import pipelines
 from prolora.workflow.by_fitting import showing
 from prolora.workflow.page.picture_file import write_png
@@ -116,7 +116,7 @@ def test_where_nothing_can_be_copied_the_column_is_left_out(room, tmp_path):
 def test_a_page_asks_for_images_and_nothing_else_does(room, tmp_path, monkeypatch):
     line = ["fit", room / "lora.safetensors", "--source", room / "sd15", "--target"]
     line += [room / "tuned", "-o", tmp_path / "out.safetensors", "--prompt", "cat", "--images", "1"]
-    line += ["--steps", "2", "--fit-steps", "1", "--force", "--report"]
+    line += ["--steps", "2", "--fit-steps", "1", "--force", "--overwrite", "--report"]
 
     def run(report: str) -> str:
         words = [*map(str, line), str(tmp_path / report)]

@@ -35,7 +35,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from prolora import FitOptions, adapters
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.probe import pipelines
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.recording.trajectories import record_calls

@@ -19,7 +19,7 @@ import prolora
 from prolora import FitOptions, ProLoRAError, adapters, fit
 from prolora import transfer as prolora_transfer
 from prolora.bases import identity, vae
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.errors import OutputError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from prolora.probe import pipelines
 from prolora.probe.pipelines import conversion, schedules

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import prolora
 from prolora import FitOptions
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.errors import TooLittleMemory
 from prolora.probe import pipelines
 from prolora.probe.fitting import joint

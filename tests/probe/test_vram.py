@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import prolora
 from prolora import FitOptions
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.files.sizes import parse_size
 from prolora.probe import pipelines, swapping

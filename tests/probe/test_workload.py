@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import prolora
-from prolora.cli import app
+from prolora.cli.app import app
 from prolora.probe import pipelines, workload
 from prolora.probe.settings import FitSettings
 from prolora.probe.workload import STAGES, Workload, WorkMeter

@@ -2,6 +2,7 @@
 
 import copy
 
+import check_families
 import pytest
 import torch
 from hypothesis import given
@@ -230,6 +231,25 @@ def test_biases_of_text_encoders_are_extracted_too():
     assert torch.equal(done.adapter.vectors[f"{layer}.layer_norm1.weight"], torch.full((16,), 0.75))
     assert not done.report.left_out
     done.state_dict("kohya")
+
+
+def test_a_convolution_along_a_line_keeps_its_kernel():
+    base, name = make_base(), "mid_block.attentions.0.line"
+    base[f"{name}.weight"] = torch.zeros(8, 6, 3)
+    tuned = {**base, f"{name}.weight": torch.randn(8, 6, 3)}
+    done = prolora.extract(base, tuned, out_rank=2, dtype="float32")
+    assert done.adapter.kernels == {name: (3,)}
+    assert done.state_dict("diffusers")[f"unet.{name}.lora_A.weight"].shape == (2, 6, 3)
+
+
+def test_a_bound_on_memory_counts_all_of_the_result():
+    base, tuned = (check_families.make_base("anima") for _ in range(2))
+    report = prolora.extract(base, tuned, dry_run=True, out_rank=256).report
+    factors = sum(4 * row.rank_out * sum(row.shape) for row in report.rows("mapped"))
+    assert factors > 2e9
+    with pytest.raises(prolora.errors.TooLittleMemory):
+        prolora.extract(base, tuned, dry_run=True, out_rank=256, max_memory=0.7 * factors)
+    prolora.extract(base, tuned, dry_run=True, out_rank=256, max_memory=2 * factors)
 
 
 def test_bases_of_other_shapes_are_refused_with_the_first_module():

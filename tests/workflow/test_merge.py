@@ -553,8 +553,25 @@ def test_what_has_no_place_weighs_as_much_as_its_lora(tmp_path):
     fits = write_lora(tmp_path / "fits.safetensors", placed)
     weak = prolora.merge([lora, fits], target, [source, None], strengths=[0.001, 1]).report
     assert weak.share_on_target > 0.999
+    one, other = (
+        prolora.merge([lora, fits], target, [source, None], strengths=[x, 1]).report
+        for x in (1, 0.3)
+    )
+    behind = [[row.energy for row in r.modules if row.status != "mapped"] for r in (one, other)]
+    assert behind[1] == pytest.approx([0.09 * energy for energy in behind[0]]) and behind[0]
     twice = prolora.merge([lora, lora], target, [source, source]).report
     assert all("has no place in the result" in line for line in twice.in_words().lines)
+
+
+def test_of_two_losses_the_larger_is_told():
+    updates = adapters.read_adapter(make_lora(2, 0)[0]).updates
+    first, *others = updates
+    parts = [
+        adapters.Adapter(updates, kept_energy={first: 0.6, others[0]: 0.9}),
+        adapters.Adapter(updates, kept_energy={first: 0.7}),
+    ]
+    for some in (parts, parts[::-1]):
+        assert prolora.merge(some).report.kept_energy == {first: 0.6, others[0]: 0.9}
 
 
 def test_loras_that_cancel_are_told_to_change_nothing(tmp_path):

@@ -14,8 +14,8 @@ from mini import write_case
 
 import prolora
 from prolora.adapters.formats import programs
-from prolora.cli import app
-from prolora.cli.options import OPTIONS, write_flag
+from prolora.cli.app import app
+from prolora.cli.flags import list_options, write_flag
 from prolora.errors import name_options
 
 PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
@@ -68,16 +68,16 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
             assert callable(getattr(prolora, name))
             continue
         # A name alone may also be of something else in Python.
-        assert name in OPTIONS | unflagged or not value, name
+        assert name in list_options() | unflagged or not value, name
     flags = list_flags()
-    for option in OPTIONS:
+    for option in list_options():
         assert write_flag(option) in flags, option
     keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
     for function in (prolora.check, prolora.migrate):
         keywords |= set(inspect.signature(function).parameters)
     for options in (prolora.FitOptions, prolora.MergeOptions):
         keywords |= {field.name for field in dataclasses.fields(options)}
-    told = {name for name, value in named if value != "()" and (value or name in OPTIONS)}
+    told = {name for name, value in named if value != "()" and (value or name in list_options())}
     assert told <= keywords
 
 

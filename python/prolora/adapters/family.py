@@ -161,7 +161,7 @@ def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     module name -> out × in, 0 where it is not known.
     """
     model = {name: shape for name, shape in shapes.items() if not is_in_text_encoder(name)}
-    unets = any(find_component(name) == "unet" for name in model)
+    unets = not any(find_component(name) == "transformer" for name in model)
     return recognise_families((NamedMatrix(n, True, s) for n, s in model.items()), unets).layouts
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.family import SPELLINGS
 from ..architectures.loaders import known_loaders
 from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
@@ -132,7 +133,7 @@ def find_kept(
         dtype: likewise.
     """
     # One format and one program are called diffusers; what is asked for is the format.
-    asked = format in groups.SPELLINGS or format not in ("auto", *known_loaders())
+    asked = format in SPELLINGS or format not in ("auto", *known_loaders())
     kinds = {one.kind for one in adapter.stored}
     if asked or dtype is not None or not kinds:
         return None

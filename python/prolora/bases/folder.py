@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def find_model_folder(path: Path, subfolder: str | None) -> Path:
     """
     if subfolder is not None:
         folder = path / subfolder
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UnsupportedFormat(f"{path}: has no folder {subfolder}")
         return folder
     if experts := find_expert_folders(path):
@@ -68,7 +69,7 @@ def find_expert_folders(path: Path) -> list[Path]:
     """Returns the folders of a model's two experts, high noise first, if any."""
     for names in EXPERT_FOLDERS:
         folders = [path / name for name in names]
-        if all(folder.is_dir() for folder in folders):
+        if all(map(os.path.isdir, folders)):
             return folders
     return []
 

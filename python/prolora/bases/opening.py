@@ -113,11 +113,13 @@ def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     """Opens a file or a folder, local or on the hub."""
-    path, named = Path(source), Path(source).resolve()
-    while named.name.split(".")[0] in _GENERIC:
-        named = named.parent
-    name = named.name or path.name
-    if not os.path.exists(path):
+    path = Path(source)
+    if os.path.exists(path):
+        named = path.resolve()
+        while named.name.split(".")[0] in _GENERIC:
+            named = named.parent
+        name = named.name or path.name
+    else:
         id_ = find_hub_id(source)
         if id_ is None:
             wanted = "file, folder or model of the hub (org/name)"

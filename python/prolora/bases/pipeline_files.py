@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class PipelineIndex:
 
 def is_pipeline(folder: str | Path | None) -> bool:
     """Returns whether a path is the folder of a whole diffusers pipeline."""
-    return folder is not None and (Path(folder) / PIPELINE_INDEX).is_file()
+    return folder is not None and os.path.isfile(os.path.join(folder, PIPELINE_INDEX))
 
 
 def read_pipeline_index(folder: Path) -> PipelineIndex:

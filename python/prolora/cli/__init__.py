@@ -4,6 +4,6 @@
 decides which one it is.
 """
 
-from .app import app, main
+from .running import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -16,36 +13,22 @@ from rich.table import Table
 from ..version import __version__
 from . import check as checking
 from . import doctor as doctor_facts
-from .console import answer, err, out, prepare_streams, progress_bar
+from .console import answer, out, progress_bar
 from .convert import convert
 from .demo import APART, Demo
-from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
+from .exits import ExitCode, make_app, write_epilog
 from .extract import extract
 from .fit import FitCommand, fit
+from .flags import JsonOption, OverwriteOption, path_option
 from .merge import merge
 from .migrate import migrate
-from .options import JsonOption, OverwriteOption, path_option
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
-
-log = logging.getLogger(__name__)
-
-# What all of typer's complaints about a command line are; recent versions export no name for it.
-CommandLineError: Any = typer.BadParameter.__base__
 
 _OF_MOVES = tuple(code for code in ExitCode if code <= ExitCode.INCOMPLETE)
 """How a command that moves LoRAs may end, but for signals."""
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    epilog=write_epilog(
-        "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
-        codes=tuple(ExitCode),
-    ),
-)
+app = make_app()
 app.command(
     cls=TransferCommand,
     epilog=write_epilog(
@@ -63,16 +46,7 @@ app.command(
         codes=_OF_MOVES,
     ),
 )(fit)
-app.command(
-    epilog=write_epilog(
-        "prolora check my-lora.safetensors",
-        "prolora check my-lora.safetensors --base sdxl --for comfyui",
-        "prolora check loras/*.safetensors --base sd_xl_base_1.0.safetensors",
-        "prolora check my-lora.safetensors --source sdxl/ --target ssd-1b/",
-        codes=tuple(checking.MEANINGS),
-        meanings=checking.MEANINGS,
-    )
-)(checking.check)
+checking.add_to(app)
 app.command(
     epilog=write_epilog(
         "prolora extract sdxl/ my-finetune.safetensors -o my-finetune-lora.safetensors",
@@ -172,38 +146,3 @@ def facts_table(facts: Mapping[str, object]) -> Table:
         given |= set(re.findall(r" \(.+?\)", text))
         lines.append((name, text))
     return draw_facts(lines)
-
-
-def main() -> None:
-    """Runs the command line; an expected error becomes one message and an exit code."""
-    # An ordinary exit when told to stop, so that temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
-    prepare_streams()
-    answer.begin()
-    try:
-        code = app(standalone_mode=False)
-    except CommandLineError as error:
-        # Not typer's own message, which would obey the escape sequences of file names.
-        if type(error).__name__ != "NoArgsIsHelpError":
-            # Typer passes on how the library below it calls a wrong choice.
-            message = error.format_message().replace("Value error, ", "")
-            print_error(message)
-            command = error.ctx.command_path if error.ctx else "prolora"
-            err.print_line(f"Try '{command} -h' for help.")
-        sys.exit(ExitCode.REFUSED)
-    except HANDLED as error:
-        log.debug("the error in full", exc_info=error)
-        answer.give_error(error)
-        print_error(*describe_error(error))
-        sys.exit(find_exit_code(error))
-    if code == ExitCode.INTERRUPTED:
-        err.print_line("Stopped; nothing was written, but for LoRAs that were finished before.")
-    sys.exit(code)
-
-
-def print_error(message: str, command: str = "") -> None:
-    """Prints what went wrong, and on a line of its own the command that helps."""
-    err.print("Error:", style="bold red", end=" ")
-    err.print_line(message)
-    if command:
-        err.print_line(command)

@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ProLoRAError, name_options
-from .options import write_flag
+from .flags import write_flag
 
 ShowProgress = Callable[[int, int, str], None]
 TABLE_WIDTH = 80

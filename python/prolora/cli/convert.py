@@ -10,7 +10,8 @@ from ..bases import open_base
 from ..workflow.convert import convert as convert_lora
 from ..workflow.convert_options import ConvertOptions
 from .console import progress_bar
-from .options import base_argument, base_option, expand_options, path_argument
+from .flags import base_argument, base_option, path_argument
+from .options import expand_options
 from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made_lora
 

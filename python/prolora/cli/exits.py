@@ -6,6 +6,8 @@ import errno
 from collections.abc import Mapping
 from enum import IntEnum
 
+import typer
+
 from ..errors import LowCoverage, ProLoRAError
 
 
@@ -57,6 +59,20 @@ def write_epilog(
         explained = "; ".join(f"{code:d} {meanings[code]}" for code in codes)
         paragraphs.append(f"[bold]Exit codes[/bold]: {explained}.")
     return "\n\n".join(paragraphs)
+
+
+def make_app() -> typer.Typer:
+    """Makes an app without commands."""
+    return typer.Typer(
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+        epilog=write_epilog(
+            "prolora transfer lora.safetensors --source sdxl/ --target ssd-1b/ -o new.safetensors",
+            codes=tuple(ExitCode),
+        ),
+    )
 
 
 def find_exit_code(error: BaseException) -> ExitCode:

@@ -11,7 +11,8 @@ from ..errors import InvalidOption
 from ..workflow.extract import extract as extract_lora
 from ..workflow.extract_options import ExtractOptions
 from .console import progress_bar
-from .options import base_argument, base_option, expand_options
+from .flags import base_argument, base_option
+from .options import expand_options
 from .output_options import FileOutput
 from .transfer import check_output_given, check_outputs, tell_made_lora
 

@@ -19,14 +19,8 @@ from ..workflow.outcome import Outcome
 from ..workflow.report import is_page_path
 from ..workflow.result import Transfer
 from .console import err, progress_bar
-from .options import (
-    BriefCommand,
-    HelpAllOption,
-    base_option,
-    expand_options,
-    find_cache,
-    take_bases,
-)
+from .flags import base_option
+from .options import BriefCommand, HelpAllOption, expand_options, find_cache, take_bases
 from .output_options import FileOutput
 from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, tell_outcomes
 

@@ -14,7 +14,8 @@ from ..workflow.bake import bake
 from ..workflow.merge import merge as merge_loras
 from ..workflow.merge_options import MergeOptions
 from .console import answer, out, progress_bar
-from .options import base_option, expand_options, find_cache, split_bases
+from .flags import base_option, split_bases
+from .options import expand_options, find_cache
 from .output_options import FileOutput
 from .tables import MARKS, draw_facts
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_made_lora

@@ -16,14 +16,8 @@ from ..workflow.fleet.migration import migrate as run_migration
 from ..workflow.options import TransferOptions
 from .console import answer, err, out, progress_bar
 from .exits import ExitCode
-from .options import (
-    JsonOption,
-    base_option,
-    expand_options,
-    find_cache,
-    path_option,
-    take_bases,
-)
+from .flags import JsonOption, base_option, path_option
+from .options import expand_options, find_cache, take_bases
 
 _SHOWN = 8
 """Reasons for refusals that are shown."""

@@ -19,10 +19,9 @@ from typer.core import TyperCommand, TyperOption
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
 from ..core.option_fields import read_shown
-from ..errors import InvalidOption, OutputError, ProLoRAError
-from ..files.hub import keep_path, spell_path
-from ..workflow.check import check as check_file
-from ..workflow.options import TransferOptions
+from ..errors import InvalidOption, OutputError
+from ..files.hub import spell_path
+from .flags import FLAGS, base_option, parse_path
 
 log = logging.getLogger(__name__)
 
@@ -56,46 +55,6 @@ def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.
         annotation=Annotated[kind, option],
     )
     return [parameter]
-
-
-def parse_path(text: str | Path) -> Path:
-    """Reads a path; '' is refused, since it would mean the current folder."""
-    if not str(text):
-        raise typer.BadParameter("the path is empty")
-    return Path(text)
-
-
-def parse_input(text: str | Path) -> Path:
-    """Reads a path or an id on the hub; what is typed as a path, as `./a/b`, stays one."""
-    parse_path(text)
-    return keep_path(text)
-
-
-def parse_base(text: str) -> str:
-    """Returns a base as text, since it may be an id on the hub; '' is refused."""
-    if not text:
-        raise typer.BadParameter("the name of the base is empty")
-    return text
-
-
-def base_option(help: str, metavar: str = "BASE") -> Any:
-    """Makes an option that takes a base model."""
-    return typer.Option(parser=parse_base, metavar=metavar, help=help)
-
-
-def base_argument(help: str, metavar: str = "BASE") -> Any:
-    """Makes an argument that is a base model."""
-    return typer.Argument(parser=parse_base, metavar=metavar, help=help)
-
-
-def path_option(help: str, *flags: str, metavar: str = "FILE") -> Any:
-    """Makes an option that takes a path; `flags` are those that differ from its name."""
-    return typer.Option(*flags, parser=parse_path, metavar=metavar, help=help)
-
-
-def path_argument(help: str, metavar: str = "FILE") -> Any:
-    """Makes an argument that is a path, or an id on the hub."""
-    return typer.Argument(parser=parse_input, metavar=metavar, help=help)
 
 
 def parse_share(text: str | float) -> float:
@@ -155,53 +114,8 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 ADDED = {"cache": " none keeps nothing; default: PROLORA_CACHE, or the user's cache folder."}
 """What the command line says of an option, too."""
 
-FLAGS = {"format": ("--format", "--for")}
-"""Options with another flag than their name."""
-
-
-COMMANDS = {"transfer_many": "transfer"}
-"""Functions that are commands of another name."""
-
-OPTIONS = {
-    *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *("source target ray shard target_guidance".split()),
-    "strengths",
-}
-"""What messages may name, and a command has a flag for."""
-
-
-def write_flag(option: str, value: str | None = None) -> str | None:
-    """Writes an option of Python as a flag, `--match name`; a function as its command."""
-    if value == "()":
-        return f"`prolora {COMMANDS.get(option, option)}`"
-    if option not in OPTIONS:
-        return None
-    flag = FLAGS.get(option, (f"--{option.replace('_', '-')}",))[0]
-    return flag if value in (None, "True") else f"{flag} {value}"
-
-
-OverwriteOption = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace what exists, which is refused otherwise."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 NO_CACHE = Path("none")
 """The word for no folder."""
-
-
-def split_bases(files: list[Path], most: int) -> tuple[list[Path], list[str]]:
-    """Splits base models off the end of a list of files."""
-    bases: list[str] = []
-    while len(files) > 1 and len(bases) < most and _is_base(files[-1]):
-        files, bases = files[:-1], [str(files[-1]), *bases]
-    return files, bases
-
-
-def _is_base(file: Path) -> bool:
-    try:
-        return check_file(file).kind == "base"
-    except ProLoRAError:
-        return False
 
 
 def take_bases(words: list[Any], source: Any, target: Any) -> tuple[list[Any], tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from .options import JsonOption, path_option
+from .flags import JsonOption, path_option
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How a terminal draws a table, and lists what failed."""
+"""How a terminal draws a table and a verdict."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from ..workflow.outcome import Outcome
-from ..workflow.outcomes_page import OutcomesReport
 from ..workflow.report import InWords
 from ..workflow.table import Table
 from .console import PlainConsole
-from .exits import describe_error
 
 MARKS = {"✔": "bold green", "⚠": "bold yellow", "✖": "bold red"}
 TONES = {"total": "bold", "warn": "yellow", "faint": "dim", "": None}
@@ -66,13 +63,3 @@ def show_words(console: PlainConsole, words: InWords) -> None:
         console.print(line)
     for line in words.cautions:
         console.print(line, style="yellow")
-
-
-def failure_lines(outcomes: list[Outcome]) -> list[str]:
-    """Lists why LoRAs were not moved, a line each."""
-    lines, several = [], OutcomesReport(outcomes)
-    for outcome in outcomes:
-        if outcome.error:
-            message, command = describe_error(outcome.error)
-            lines += [f"{several.name(outcome)}: {message}", *filter(None, [command])]
-    return lines

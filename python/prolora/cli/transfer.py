@@ -29,19 +29,12 @@ from ..workflow.output_paths import check_results_folder, is_peft_folder
 from ..workflow.report import is_page_path
 from ..workflow.result import Transfer
 from .console import answer, err, out, progress_bar, weigh_stages
-from .exits import IncompleteResult
-from .options import (
-    BriefCommand,
-    ExpertBases,
-    HelpAllOption,
-    expand_options,
-    find_cache,
-    path_argument,
-    write_flag,
-)
+from .exits import IncompleteResult, describe_error
+from .flags import path_argument, write_flag
+from .options import BriefCommand, ExpertBases, HelpAllOption, expand_options, find_cache
 from .output_options import FileOutput
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
-from .tables import failure_lines, show_tables, show_words
+from .tables import show_tables, show_words
 
 STDOUT = Path("-")
 """The path that stands for standard output."""
@@ -318,3 +311,13 @@ def show_report(report: LoraReport) -> None:
         show_tables(out, report.tables())
         for sentence in report.sentences():
             out.print(sentence)
+
+
+def failure_lines(outcomes: list[Outcome]) -> list[str]:
+    """Lists why LoRAs were not moved, a line each."""
+    lines, several = [], OutcomesReport(outcomes)
+    for outcome in outcomes:
+        if outcome.error:
+            message, command = describe_error(outcome.error)
+            lines += [f"{several.name(outcome)}: {message}", *filter(None, [command])]
+    return lines

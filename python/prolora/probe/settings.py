@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Literal, TypeVar, get_args
@@ -324,7 +324,7 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
 
 def _is_number(value: object) -> bool:
     """Returns whether a value is a finite number."""
-    return isinstance(value, float | int) and math.isfinite(value)
+    return isinstance(value, float | int) and abs(value) <= sys.float_info.max
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -119,10 +119,10 @@ def fit_base(opened: Lora, base: ExpertsLike) -> BaseFit:
     is_unet = any(find_component(name) == "unet" for name in shapes)
     matrices = () if is_unet else list_matrices(opened)
     families = guess_families(shapes, opened.metadata, matrices=matrices)
+    sizes = guess_sizes({row.source: (row.shape[0], row.shape[1]) for row in rows})
     foreign = bool(families) and model.family is not None and model.family not in families
     answer: Answer = "in part"
     coverage, moved_to = measure_coverage(rows), ""
-    sizes = guess_sizes({row.source: (row.shape[0], row.shape[1]) for row in rows})
     if coverage == 1:
         moved_to = "" if foreign else find_newer_base(opened.metadata, model.name)
         # All blocks of a smaller size, and not of this one.

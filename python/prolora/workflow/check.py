@@ -94,7 +94,7 @@ def open_lora(lora: LoraSource) -> Lora | None:
     """Opens an adapter; None for what can be nothing but a base model."""
     if isinstance(lora, str | os.PathLike):
         path = Path(lora)
-        others = path.is_dir() and not any((path / name).exists() for name in ADAPTER_FILES)
+        others = os.path.isdir(path) and not any((path / name).exists() for name in ADAPTER_FILES)
         if others or path.suffix.lower() == ".gguf":
             return None
     return Lora.open(lora)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from pathlib import Path
 
 from ..bases import BaseLike, open_pair
 from ..bases.cache.basis_cache import BasisCache
@@ -39,5 +39,5 @@ def plan_report(
 
 def keep_known_cache(options: TransferOptions) -> TransferOptions:
     """Drops a cache folder that a dry run would have to make."""
-    known = options.cache is not None and Path(options.cache).is_dir()
+    known = options.cache is not None and os.path.isdir(os.fspath(options.cache))
     return options if known else replace(options, cache=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -101,7 +102,7 @@ def merge(
     options = options.for_file()
     job = _Merge.open(loras, target, sources, options)
     check_name(out)
-    if Path(out).is_dir() and not job.writes_folder:
+    if os.path.isdir(out) and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite, options.format)
     return save_result(job.run(hashed=True), Path(out), options.overwrite)

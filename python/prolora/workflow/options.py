@@ -295,7 +295,8 @@ class TransferOptions(Output, BaseResources):
             raise InvalidOption(str(error)) from error
         if self.blocks is not None:
             BlockWeights.read(self.blocks)
-        if self.target_steps is not None and self.target_steps < 1:
+        steps = self.target_steps
+        if steps is not None and not (isinstance(steps, int) and steps >= 1):
             raise InvalidOption(f"`target_steps` must be 1 or more, not {self.target_steps!r}")
         for name in ("threshold", "min_coverage"):
             value = getattr(self, name)  # NaN would switch a check off

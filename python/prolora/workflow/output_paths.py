@@ -43,9 +43,9 @@ def check_output(
 
 
 def check_name(path: StrPath) -> None:
-    """Refuses an empty path, which pathlib takes for the current folder."""
-    if not os.fspath(path):
-        raise OutputError("the output has an empty name")
+    """Refuses an empty path, which means the current folder, and a NUL in one."""
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise OutputError(f"the output has {'a NUL in its' if path else 'an empty'} name")
 
 
 def check_results_folder(folder: StrPath, count: int) -> None:
@@ -107,7 +107,7 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
     """
     taken: dict[tuple[str, ...], Path] = {}
     for lora, output in zip(loras, outputs, strict=True):
-        if is_broken_id(lora):
+        if is_broken_id(lora) or "\0" in os.fspath(output):  # its reader says so
             continue
         other = taken.setdefault(fold_path(Path(os.path.realpath(output))), lora)
         if other is not lora:

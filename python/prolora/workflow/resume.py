@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -108,7 +109,7 @@ class Recipe:
 
     def is_made(self, out: Path) -> bool:
         """Returns whether `out` is a result of this recipe, by its header."""
-        if not (out.exists() and self.source.files and self.target.files):
+        if not (os.path.exists(out) and self.source.files and self.target.files):
             return False  # bases in memory cannot be known again
         try:
             with Lora.open(out) as result:
@@ -195,5 +196,5 @@ def _jsonable(value: Any) -> Any:
         # In block weights the last name that fits decides; in a map the order means nothing.
         return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
-        return hash_file(Path(value)) if Path(value).exists() else str(value)
+        return hash_file(Path(value)) if os.path.isfile(value) else str(value)
     return value if isinstance(value, str | int | float | None) else repr(value)

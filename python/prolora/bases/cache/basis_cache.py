@@ -113,7 +113,7 @@ class BasisCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise output_error(self.folder, error, "the cache folder cannot be made") from error
 
     def of(

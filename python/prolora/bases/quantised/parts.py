@@ -45,7 +45,7 @@ class CheckpointParts:
     weights: Mapping[str, Weight]  # all keys of the checkpoint
     metadata: tuple[Metadata, ...]  # of the header of each of its files
     where: str  # its name in messages
-    _joined: dict[str, Mapping[str, Weight]] = field(default_factory=dict)
+    _joined: dict[str, Weight | None] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
         """The keys that belong to nothing yet."""
@@ -67,28 +67,17 @@ class CheckpointParts:
         return part
 
     def join(self, keys: Iterable[str], name: str, weight: Weight) -> None:
-        """Replaces some keys by one weight."""
-        place = list(dict.fromkeys(key for key in keys if key in self.weights))
-        self._joined |= {key: {} for key in place}
-        self._joined[place[0]] = {name: weight}
+        """Replaces some keys by one weight under the name of one of them."""
+        self._joined |= dict.fromkeys(keys) | {name: weight}
 
     def drop(self, key: str) -> None:
         """Leaves out what says nothing of a weight."""
-        self._joined[key] = {}
+        self._joined[key] = None
 
     def list_weights(self) -> dict[str, Weight]:
-        """Returns the weights, in the order of the file.
-
-        Raises:
-            UnsupportedFormat: a weight is stored both as codes and as it is.
-        """
-        listed: dict[str, Weight] = {}
-        for key, weight in self.weights.items():
-            for name, joined in self._joined.get(key, {key: weight}).items():
-                if name in listed:
-                    raise self.refuse(f"{key} is a second {name}")
-                listed[name] = joined
-        return listed
+        """Returns the weights, in the order of the file."""
+        listed = ((key, self._joined.get(key, weight)) for key, weight in self.weights.items())
+        return {key: weight for key, weight in listed if weight is not None}
 
     def read_note(self, key: str) -> dict[str, object]:
         """Reads the JSON text in a tensor of bytes.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 from ... import adapters
 from ...adapters.adapter import Adapter
@@ -142,7 +142,9 @@ def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) ->
 def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
     """Reports as `plan_fit`, and compares the weights to say whether they serve."""
     report = plan_fit(lora, source, target, options)
-    known = options.cache is not None and Path(options.cache).is_dir()  # it makes no folder
+    known = options.cache is not None and os.path.isdir(
+        os.fspath(options.cache)
+    )  # it makes no folder
     moving = replace(options.as_moved("auto"), cache=options.cache if known else None)
     try:
         found = preview_move(lora, source, target, moving)

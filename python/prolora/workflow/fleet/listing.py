@@ -48,7 +48,7 @@ def _list_member(member: str | os.PathLike[str], around: str = "") -> Iterator[P
             folders = [path]  # of a list, one line does not stop the others
         for folder in folders:
             yield from _walk(folder) if folder.is_dir() else [folder]
-    elif path.is_dir():
+    elif os.path.isdir(path):
         yield from _walk(path)
     elif path.suffix.lower() == _WEIGHTS or around:
         yield path

@@ -105,7 +105,7 @@ def _take_shard(batches: list[Batch], shard: str | None) -> list[Batch]:
     """Returns the batches of one job of several."""
     if shard is None:
         return batches
-    number, _, count = shard.partition("/")
+    number, _, count = str(shard).partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise InvalidOption(f"shard is a part of the work, as 2/8, not {shard!r}")
     return batches[int(number) - 1 :: int(count)]

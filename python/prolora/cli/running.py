@@ -1,0 +1,60 @@
+"""The way into a command, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Any
+
+import typer
+
+from . import check
+from .console import answer, err, prepare_streams
+from .exits import HANDLED, ExitCode, describe_error, find_exit_code, make_app
+
+log = logging.getLogger(__name__)
+
+# What all of typer's complaints about a command line are; recent versions export no name for it.
+CommandLineError: Any = typer.BadParameter.__base__
+
+
+def main() -> None:
+    """Runs the command line; an expected error becomes one message and an exit code."""
+    if sys.argv[1:2] == ["check"]:  # which needs no torch, where a second would be spent
+        app = make_app()
+        app.callback()(lambda: None)  # a single command would have no name
+        check.add_to(app)
+    else:
+        from .app import app
+    # An ordinary exit when told to stop, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
+    prepare_streams()
+    answer.begin()
+    try:
+        code = app(standalone_mode=False)
+    except CommandLineError as error:
+        # Not typer's own message, which would obey the escape sequences of file names.
+        if type(error).__name__ != "NoArgsIsHelpError":
+            # Typer passes on how the library below it calls a wrong choice.
+            message = error.format_message().replace("Value error, ", "")
+            print_error(message)
+            command = error.ctx.command_path if error.ctx else "prolora"
+            err.print_line(f"Try '{command} -h' for help.")
+        sys.exit(ExitCode.REFUSED)
+    except HANDLED as error:
+        log.debug("the error in full", exc_info=error)
+        answer.give_error(error)
+        print_error(*describe_error(error))
+        sys.exit(find_exit_code(error))
+    if code == ExitCode.INTERRUPTED:
+        err.print_line("Stopped; nothing was written, but for LoRAs that were finished before.")
+    sys.exit(code)
+
+
+def print_error(message: str, command: str = "") -> None:
+    """Prints what went wrong, and on a line of its own the command that helps."""
+    err.print("Error:", style="bold red", end=" ")
+    err.print_line(message)
+    if command:
+        err.print_line(command)
