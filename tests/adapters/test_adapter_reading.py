@@ -145,6 +145,8 @@ def test_metadata_of_the_file_is_kept_and_can_be_replaced(tmp_path):
         ("hra_u", "PEFT"),
         ("oft_r", "OFT"),
         ("bias_indices", "sparse bias"),
+        ("lambda_layer", "T-LoRA"),
+        ("q_layer.weight", "T-LoRA"),
     ],
 )
 def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what):

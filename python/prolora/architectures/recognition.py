@@ -121,15 +121,15 @@ def share_rows(weight: AuthorsWeight, shape: tuple[int, int]) -> dict[str, tuple
 
 
 def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Returns the published sizes of a family in which all modules have these shapes."""
-    fitting = []
-    for id_ in family.layouts:
-        layout = load_layout(id_).shapes
-        if all(
-            name in layout and _are_equal(shape, matrix_shape(layout[name]))
-            for name, shape in shapes.items()
-        ):
-            fitting.append(id_)
+    """Returns the sizes of a family with these shapes; if none has, with those in blocks."""
+    layouts = {id_: load_layout(id_).shapes for id_ in family.layouts}
+    for some in (shapes, {n: shape for n, shape in shapes.items() if find_block(n)} or shapes):
+        if fitting := [
+            id_
+            for id_, layout in layouts.items()
+            if all(n in layout and _are_equal(s, matrix_shape(layout[n])) for n, s in some.items())
+        ]:
+            break
     return fitting
 
 
