@@ -365,7 +365,15 @@ def tabulate(rows: list[dict[str, Any]]) -> str:
         marks = [row["seen"][way] for row in part if way in row["seen"]]
         return f"{sum(marks) / len(marks):.2f}" if marks else "–"
 
-    ways = ("copy @ 0.5", "copy @ 1", "prolora 0.9", "fit @ 1", "fit @ 1.25", "fit, as written")
+    ways = (
+        "copy @ 0.5",
+        "copy @ 0.8",
+        "copy @ 1",
+        "prolora 0.9",
+        "fit @ 1",
+        "fit @ 1.25",
+        "fit, as written",
+    )
     head = ["move", "idea", "n", *ways, "gate", "seen: trained", "copy @ 1", "fit, as written"]
     lines = []
     for key, part in groups.items():

@@ -86,7 +86,7 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
             *(*damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"),
         ],
     ),
-    "demo": (write_inputs, lambda box: ["demo", "-o", box.out / "demo"]),
+    "demo": (write_inputs, lambda box: ["demo", "-o", box.out / "demo", "--target", "pruned"]),
 }
 
 

@@ -237,9 +237,9 @@ def test_rows_that_were_added_for_the_matrix_unit_are_no_rows_of_the_weight(tmp_
         meant = write_layer(kind, tmp_path / "x.safetensors", **bias)
         base = open_base(tmp_path / "x.safetensors")
         assert torch.equal(base.read(Q), meant[:rows])
-    write_layer(
-        "comfy nvfp4", tmp_path / "x.safetensors", **{f"{Q}.weight_scale_2": torch.zeros(())}
-    )
+    nothing = {f"{Q}.weight_scale_2": torch.zeros(()), f"{Q}.bias": torch.zeros(9)}
+    write_layer("comfy nvfp4", tmp_path / "x.safetensors", **nothing)
+    assert open_base(tmp_path / "x.safetensors").shapes[Q][0] == 32  # 9 rows are padded to 16
     with pytest.raises(UnsupportedFormat, match="zero or not finite"):
         open_base(tmp_path / "x.safetensors").read(Q)
 

@@ -52,7 +52,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out.mkdir()
             for name in "abc" if target == "target" else "ac":
                 ends = folder / f"{name}.safetensors", folder / "source", folder / target
-                prolora.fit(*ends, out / f"{name}.safetensors", out=FEW)
+                prolora.fit(*ends, FEW, out=out / f"{name}.safetensors")
     return folder
 
 

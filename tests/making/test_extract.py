@@ -244,12 +244,12 @@ def test_a_convolution_along_a_line_keeps_its_kernel():
 
 def test_a_bound_on_memory_counts_all_of_the_result():
     base, tuned = (check_families.make_base("anima") for _ in range(2))
-    report = prolora.extract(base, tuned, dry_run=True, out_rank=256).report
+    report = prolora.extract(base, tuned, dry_run=True, out_rank=1024).report
     factors = sum(4 * row.rank_out * sum(row.shape) for row in report.rows("mapped"))
     assert factors > 2e9
     with pytest.raises(prolora.errors.TooLittleMemory):
-        prolora.extract(base, tuned, dry_run=True, out_rank=256, max_memory=0.7 * factors)
-    prolora.extract(base, tuned, dry_run=True, out_rank=256, max_memory=2 * factors)
+        prolora.extract(base, tuned, dry_run=True, out_rank=1024, max_memory=0.7 * factors)
+    prolora.extract(base, tuned, dry_run=True, out_rank=1024, max_memory=2 * factors)
 
 
 def test_bases_of_other_shapes_are_refused_with_the_first_module():
