@@ -307,5 +307,7 @@ def test_several_loras_go_into_a_folder_and_a_run_that_was_cut_off_goes_on(room,
     again = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert [outcome["status"] for outcome in again] == ["already there", "failed", "moved"]
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == written
-    other = json.loads(CliRunner().invoke(app, [*line, "--json", "--rank", "1"]).stdout)
-    assert [outcome["status"] for outcome in other] == ["moved", "failed", "moved"]
+    more = [*line, "--json", "--rank", "1"]
+    for how, status in ((more, "failed"), ([*more, "--overwrite"], "moved")):
+        other = json.loads(CliRunner().invoke(app, how).stdout)
+        assert [outcome["status"] for outcome in other] == [status, "failed", status]

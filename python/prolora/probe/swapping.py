@@ -49,7 +49,7 @@ class BlockSwapping:
     parameter's name. What autograd saves of a block that is computed again are those tensors, which
     are freed once its gradients are known. So predictions and gradients equal the whole model's on
     the card. Blocks run in turn, forwards and backwards, so that always the same ones stay, and the
-    next one is known.
+    next one is known from the second pass on.
 
     diffusers' group offloading does not do that: it moves the parameters themselves, so that blocks
     that are computed again stay on the card (torch ends that pass before its hook), or else are
@@ -79,6 +79,7 @@ class BlockSwapping:
         )
         self._begun: dict[str, Any] = {}  # block -> its copies, at most one
         self._stored: list[tuple[nn.Module, str, Any]] = []
+        self._order: list[str] = []  # of the blocks that are away, as they first ran
         self._last = 0
         inside = {id(p) for block in self.blocks.values() for p in block.parameters()}
         for parameter in model.parameters():
@@ -102,6 +103,7 @@ class BlockSwapping:
         it can.
         """
         self._begun.clear()
+        self._order.clear()
         names, sizes = list(self.blocks), list(self.sizes.values())
         stay = count_staying(sizes, room)
         self.away = names[stay:]
@@ -126,13 +128,15 @@ class BlockSwapping:
             self._stored.append((module, key, parameter))
             visiting: Any = weight
             module._parameters[key] = visiting
-        number = self.away.index(name)
+        if name not in self._order:
+            self._order.append(name)
+        number = self._order.index(name)
         # On as before; after the last one come the backward pass and its blocks from the end.
         step = number - self._last or -1
         following = number + (step if abs(step) == 1 else 1)
         self._last = number
-        if self.ahead and 0 <= following < len(self.away):
-            self._begun[self.away[following]] = self._start(self.away[following])
+        if self.ahead and 0 <= following < len(self._order):
+            self._begun[self._order[following]] = self._start(self._order[following])
 
     def _start(self, name: str) -> Any:
         return self._copies.start([w.detach() for *_, w in _list_weights(self.blocks[name])])
