@@ -255,4 +255,6 @@ def test_a_dry_run_doubts_a_source_whose_blocks_the_lora_leaves_out():
     doubts = check_bases(lora, source, target, TransferOptions())
     (told,) = doubts
     assert "all blocks of Anima; the source, anima-2.9b, is Anima 2.9B." in told
-    assert not check_bases(lora, check_families.make_base("anima"), target, TransferOptions())
+    own = check_families.make_base("anima")
+    half = check_families.make_lora("anima", check_families.list_kinds("anima")["half"])
+    assert not any(check_bases(some, own, target, TransferOptions()) for some in (lora, half))

@@ -255,6 +255,7 @@ def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompt
     held = prolora.fit(*ends, options)
     # Without any memory of what the encoders said, they are asked every time.
     monkeypatch.setattr(memory, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(memory, "restore", lambda *_: None)
     monkeypatch.setattr(memory, "under", lambda self, state, enter: enter())
     plain = prolora.fit(*ends, options)
     for other in (held, plain):

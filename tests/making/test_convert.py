@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import adapters
+from prolora.core.lowrank import LowRank
 from prolora.making.made_report import MadeReport
 from prolora.reports.module_report import ModuleReport
 
@@ -218,3 +219,11 @@ def test_a_limit_that_nothing_was_cut_for_is_not_told_as_one(tmp_path):
     lora, _, _ = write_case(tmp_path)
     assert prolora.convert(lora, out_rank="100MB").report.file_limit is None
     assert prolora.convert(lora, out_rank="14kB").report.file_limit == 14_000
+
+
+def test_what_reading_cut_off_counts_in_energy_and_loss():
+    update = LowRank(torch.diag(torch.tensor([2.0, 1])), torch.eye(2))
+    adapter = adapters.Adapter({"mid_block.x": update}, kept_energy={"mid_block.x": 0.5})
+    (row,) = prolora.convert(adapter, out_rank=1, dtype="float32").report.modules
+    assert row.energy == pytest.approx(10)  # 5 that were read, of twice as much
+    assert row.rank_cut_energy == pytest.approx(0.5 + 0.5 / 5)
