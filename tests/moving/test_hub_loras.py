@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import prolora
-from prolora import cli
 from prolora.adapters.adapter_folder import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from prolora.cli.app import app
 from prolora.files import hub
 from prolora.fleet.listing import list_loras
 
@@ -246,7 +246,7 @@ def test_what_is_written_as_a_path_on_the_command_line_is_not_either(cloud, case
             ["convert", name, "-o", "converted.safetensors"],
         ):
             monkeypatch.setattr("sys.argv", ["prolora", *line])
-            stop = CliRunner().invoke(cli.app, line)
+            stop = CliRunner().invoke(app, line)
             assert isinstance(stop.exception, prolora.errors.MissingFile), (line, stop.output)
             assert "Hub" not in str(stop.exception)
 
