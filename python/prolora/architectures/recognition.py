@@ -66,11 +66,13 @@ def recognise_families(modules: Iterable[NamedMatrix], unets: bool = False) -> R
         if len(parts) == len(by_any)
     }
     able = tuple(families[id_] for id_ in shapes)
-    exact = {
-        id_: fitting
-        for id_, modules_of in shapes.items()
-        if (fitting := _fit_layouts(families[id_], modules_of))
-    }
+    exact: dict[str, list[str]] = {}
+    for within_blocks in (False, True):  # where no family fits, a module beside them may be changed
+        exact = exact or {
+            id_: fitting
+            for id_, modules_of in shapes.items()
+            if (fitting := _fit_layouts(families[id_], modules_of, within_blocks))
+        }
     if exact:
         exact = _prefer_filled(exact, shapes)
         layouts = tuple(layout for id_ in exact for layout in exact[id_])
@@ -120,17 +122,15 @@ def share_rows(weight: AuthorsWeight, shape: tuple[int, int]) -> dict[str, tuple
     }
 
 
-def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Returns the sizes of a family with these shapes; if none has, with those in blocks."""
-    layouts = {id_: load_layout(id_).shapes for id_ in family.layouts}
-    for some in (shapes, {n: shape for n, shape in shapes.items() if find_block(n)} or shapes):
-        if fitting := [
-            id_
-            for id_, layout in layouts.items()
-            if all(n in layout and _are_equal(s, matrix_shape(layout[n])) for n, s in some.items())
-        ]:
-            break
-    return fitting
+def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]], within: bool) -> list[str]:
+    """Returns the family's sizes with these shapes, everywhere or within blocks."""
+    some = {name: shape for name, shape in shapes.items() if find_block(name) or not within}
+    layouts = {id_: load_layout(id_).shapes for id_ in family.layouts if some}
+    return [
+        id_
+        for id_, layout in layouts.items()
+        if all(n in layout and _are_equal(s, matrix_shape(layout[n])) for n, s in some.items())
+    ]
 
 
 def _prefer_filled(
