@@ -48,9 +48,10 @@ HOST_DEVICE OverlapPlace overlap_place(const OverlapTableArgs<T>& args, Index bl
   const OverlapGroup<T>& group = args.groups[g];
   const Index cols = ceil_div(group.kt, kOverlapBlock);
   const Index per_matrix = ceil_div(group.ks, kOverlapBlock) * cols;
-  const auto [matrix, in_matrix] = divide(block - group.first_block, per_matrix);
-  const auto [row, col] = divide(in_matrix, cols);
-  return {g, matrix, row, col};
+  // Not by `divide`: for sm_80 the compiler keeps more alive then, and spills.
+  const Index in_group = block - group.first_block;
+  const Index in_matrix = in_group % per_matrix;
+  return {g, in_group / per_matrix, in_matrix / cols, in_matrix % cols};
 }
 
 // Number t of the edge of a block c of [rows, cols] entries.
