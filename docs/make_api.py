@@ -13,13 +13,12 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import griffe
 import griffe2md
-
-import prolora
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
@@ -123,8 +122,21 @@ def render_page() -> str:
 
 def _find(package: Any, name: str) -> Any:
     """Finds a public name where it is loaded from, or any other by its path."""
-    home = prolora._HOMES.get(name)
+    home = _read_homes().get(name)
     return package[f"{home}.{name}" if home else name]
+
+
+@cache
+def _read_homes() -> dict[str, str]:
+    """Reads where the public names stand."""
+    tree = ast.parse((ROOT / "python" / "prolora" / "__init__.py").read_text("utf-8"))
+    (homes,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
+    )
+    found: dict[str, str] = ast.literal_eval(homes)
+    return found
 
 
 def _begin(item: Any) -> str:
