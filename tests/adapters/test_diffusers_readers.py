@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 from diagonal import mark_size
 from family_loras import make_updates, measure_difference
+from loader_programs.diffusers import DIFFUSERS_PIPELINES
 from published_models import PUBLISHED
 from published_unets import UNETS
 
@@ -22,42 +23,6 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers.configuration_utils import FrozenDict  # noqa: E402
 from diffusers.utils import convert_unet_state_dict_to_peft  # noqa: E402
 
-PIPELINES = {
-    "auraflow": "AuraFlowPipeline",
-    "bk-sdm": "StableDiffusionPipeline",
-    "bria-fibo": "BriaFiboPipeline",
-    "chroma": "ChromaPipeline",
-    "cogvideox": "CogVideoXPipeline",
-    "cogview4": "CogView4Pipeline",
-    "cosmos": "AnimaModularPipeline",
-    "ernie-image": "ErnieImagePipeline",
-    "flux": "FluxPipeline",
-    "flux2": "Flux2Pipeline",
-    "flux3": "Flux3ModularPipeline",
-    "hidream": "HiDreamImagePipeline",
-    "hunyuan-video": "HunyuanVideoPipeline",
-    "hunyuan-video-1.5": "HunyuanVideo15ModularPipeline",
-    "ideogram4": "Ideogram4Pipeline",
-    "kandinsky5": "Kandinsky5T2VPipeline",
-    "koala": "StableDiffusionXLPipeline",
-    "krea2": "Krea2Pipeline",
-    "ltx2": "LTX2Pipeline",
-    "ltxv": "LTXPipeline",
-    "lumina2": "Lumina2Pipeline",
-    "minimax-h3": "MiniMaxH3ModularPipeline",
-    "mochi": "MochiPipeline",
-    "qwen-image": "QwenImagePipeline",
-    "qwen-image-2.1": "QwenImage21Pipeline",
-    "sana": "SanaPipeline",
-    "sd15": "StableDiffusionPipeline",
-    "sd21": "StableDiffusionPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "sdxl": "StableDiffusionXLPipeline",
-    "segmind-vega": "StableDiffusionXLPipeline",
-    "ssd-1b": "StableDiffusionXLPipeline",
-    "wan": "WanPipeline",
-    "z-image": "ZImagePipeline",
-}
 FAMILIES = known_families()
 CASES = [
     pytest.param(id_, layout, format, marks=mark_size(layout))
@@ -74,9 +39,9 @@ CASES = [
 
 def read_by_diffusers(id_, layout, tensors):
     """Canonical module -> update, as the pipeline of the family reads the tensors."""
-    pipeline = getattr(diffusers, PIPELINES[id_], None)
+    pipeline = getattr(diffusers, DIFFUSERS_PIPELINES[id_], None)
     if pipeline is None:
-        pytest.skip(f"this diffusers has no {PIPELINES[id_]}")
+        pytest.skip(f"this diffusers has no {DIFFUSERS_PIPELINES[id_]}")
     config, prefix = {}, "transformer."
     if FAMILIES[id_].unet:
         config, prefix = {"unet_config": make_config(layout)}, "unet."

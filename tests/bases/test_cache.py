@@ -1,6 +1,7 @@
 """The basis cache: the same bases, sooner; and never a wrong one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -344,3 +345,77 @@ def test_a_table_that_is_a_pipe_or_a_device_is_not_waited_for(tmp_path):
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name in ("pipe", "endless", "missing"):
         assert JsonTable(tmp_path / name).get("key") is None
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(stack, tmp_path, monkeypatch):
+    BasisCache(tmp_path).bases(stack, 5)
+    path = files_of(tmp_path)[0]
+    wanted, read_all = basis_file.read_basis(path), basis_file.SafetensorsFile.read_all
+
+    def replaced(file):
+        monkeypatch.undo()
+        again = path.with_suffix(".again")
+        again.write_bytes(path.read_bytes())
+        os.replace(again, path)
+        return read_all(file)
+
+    monkeypatch.setattr(basis_file.SafetensorsFile, "read_all", replaced)
+    found = basis_file.read_basis(path)
+    assert torch.equal(found.tensors["U"], wanted.tensors["U"])
+
+
+def test_a_basis_of_another_shape_under_the_right_name_is_not_believed(stack, tmp_path, caplog):
+    """Whole and with right checksums, but not written by us."""
+    wanted = BasisCache(tmp_path).bases(stack[:1], 5)
+    (path,) = files_of(tmp_path)
+    other = prolora.truncated_svd(weights(30, 30, 9)[None], 5)[0]
+    basis_file.write_basis(path, basis_file.make_stored_basis(other, 1e-3, {"name": path.stem}))
+    cache = BasisCache(tmp_path)
+    same(cache.bases(stack[:1], 5), wanted)
+    assert cache.misses == 1 and "made again" in caplog.text
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path):
+    slow = """
+import time, prolora.bases.cache.basis_file as b
+real = b.dump_safetensors
+def dump(path, tensors, header):
+    real(path, tensors, header)
+    with open(path, "r+b") as file:
+        file.truncate(200)  # as it is halfway
+    print("writing", flush=True)
+    time.sleep(60)
+b.dump_safetensors = dump
+"""
+    process = child(slow + FILL, tmp_path)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(list(tmp_path.rglob("*.tmp"))) == 1 and not files_of(tmp_path)
+    stack = torch.stack([weights(60, 60, s) for s in range(12)])
+    cache = BasisCache(tmp_path)
+    wanted = BasisCache(tmp_path / "other").bases(stack, 5)
+    same(cache.bases(stack, 5), wanted)
+    assert cache.misses == 12
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
+def test_a_full_disk_costs_only_time_and_is_said_once(tmp_path):
+    # The kernel refuses to write beyond 1 kB, in the middle of a file.
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+"""
+    process = child(limit + FILL, tmp_path)
+    out, err = process.communicate()
+    stack = torch.stack([weights(60, 60, s) for s in range(12)])
+    assert process.returncode == 0 and err.count("bases are not kept") == 1
+    assert float(out) == float(BasisCache(tmp_path / "x").bases(stack, 5).S.double().sum())
+    assert not [
+        path
+        for path in tmp_path.iterdir()
+        if path.name != "x"
+        for path in path.rglob("*")
+        if path.is_file()
+    ]

@@ -119,3 +119,10 @@ def test_what_is_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
     for name in ("hf://org", "hf://org/m/../../x", "hf://org/m@a b/c"):
         with pytest.raises(UnsupportedFormat, match="a hub id is"):
             hub.parse_hub_id(name)
+
+
+def test_what_the_hub_answers_is_passed_on(cloud):
+    with pytest.raises(
+        UnsupportedFormat, match=r"org/m: no such file or folder, and the .* Hub .* 404: org/m"
+    ):
+        open_base("org/m")

@@ -286,3 +286,44 @@ def test_bases_mean_the_same_as_arguments_and_as_options(prolora, case, tmp_path
         assert all(torch.equal(written[0][key], written[1][key]) for key in written[0])
     code, said, _ = prolora("check", lora, source, target)
     assert said == prolora("check", lora, "--source", source, "--target", target)[1] and said
+
+
+def test_a_lora_that_was_moved_before_is_refused_before_blocks_are_matched(
+    prolora, case, tmp_path, monkeypatch
+):
+    from prolora.comparison import block_matching
+
+    lora, source, target = case
+    moved = tmp_path / "moved.safetensors"
+    line = ("--source", source, "--target", target)
+    prolora("transfer", lora, *line, "--method", "copy", "-o", moved)
+    monkeypatch.setattr(block_matching, "match_blocks", lambda *a, **k: pytest.fail("matched"))
+    out = tmp_path / "again.safetensors"
+    code, _, errors = prolora("transfer", moved, *line, "--match", "similarity", "-o", out)
+    assert code == 2 and "already mov" in errors
+
+
+def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, monkeypatch):
+    from prolora.bases.cache import basis_cache
+
+    real, calls = basis_cache.truncated_svd, []
+    monkeypatch.setattr(
+        basis_cache, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
+    )
+    lora, source, target = case
+    others = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for other in others:
+        other.write_bytes(lora.read_bytes())
+    code, _, _ = prolora(
+        "transfer",
+        *others,
+        "--source",
+        source,
+        "--target",
+        target,
+        "-o",
+        tmp_path / "moved",
+        "--method",
+        "prolora",
+    )
+    assert code == 0 and sum(calls) == 16 and len(list((tmp_path / "moved").iterdir())) == 3

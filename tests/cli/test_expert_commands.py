@@ -58,3 +58,11 @@ def test_other_commands_say_that_a_folder_has_two_experts(prolora, tmp_path):
     folder = write_pipeline(tmp_path / "wan22")
     code, _, errors = prolora("extract", folder, folder, "-o", tmp_path / "x.safetensors")
     assert code == 2 and "name one of them" in errors
+
+
+def test_the_report_replaces_no_result_of_an_expert(prolora, files, tmp_path):
+    lora, source, high, low = files
+    line = ("transfer", lora, "--source", source, "--target", high, "--target", low)
+    report = tmp_path / "moved_low_noise.safetensors"
+    code, _, errors = prolora(*line, "-o", tmp_path / "moved.safetensors", "--report", report)
+    assert code == 2 and "would replace the LoRA" in errors

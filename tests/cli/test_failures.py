@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prolora import cli
+from prolora import adapters, cli
 from prolora.errors import output_error
 
 OUT = ("-o", "o.safetensors")
@@ -164,3 +164,39 @@ def test_a_program_is_told_of_a_refusal_once(prolora, line, tmp_path):
     assert json.loads(text)["status"] == "failed"
     code, text, _ = prolora(*line, "--prompt", "cat", "-o", moved, "--json")
     assert code == 2 and json.loads(text)["error"]["code"] == "invalid-option"
+
+
+def test_the_report_replaces_no_lora_of_the_run(prolora, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.safetensors"
+    for report in ("out.safetensors", "./out.safetensors", "OUT.safetensors", tmp_path / "lora/.."):
+        code, _, text = prolora(*line, "-o", out, "--report", report)
+        assert code == 2 and text.startswith("Error: ") and not out.exists(), report
+    (tmp_path / "moved").mkdir()
+    for report in ("moved/lora.safetensors", "moved/../moved/LORA.safetensors"):
+        code, _, text = prolora(*line, "-o", "moved", "--report", report)
+        assert code == 2 and "would replace the LoRA" in text
+        assert not list((tmp_path / "moved").iterdir())
+    (tmp_path / "peft").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        code, _, _ = prolora(*line, "-o", "peft", "--format", "peft", "--report", f"peft/{name}")
+        assert code == 2 and not list((tmp_path / "peft").iterdir())
+
+
+def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
+    out, link = tmp_path / "out.safetensors", tmp_path / "link.json"
+    link.symlink_to(out)
+    code, _, text = prolora(*line, "-o", out, "--report", link)
+    assert code == 2 and "would replace the LoRA" in text and not out.exists()
+
+
+def test_the_report_replaces_nothing(prolora, line, tmp_path):
+    out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    assert prolora(*line, "-o", out, "--report", report)[0] == 0
+    assert json.loads(report.read_text())["totals"]["mapped"] == 8
+    before = out.read_bytes()
+    other = tmp_path / "other.safetensors"
+    code, _, text = prolora(*line, "-o", other, "--report", out)
+    assert code == 2 and "exists" in text and not other.exists()
+    assert out.read_bytes() == before
+    assert len(adapters.read_adapter(out).updates) == 8

@@ -107,12 +107,17 @@ def test_merge_moves_what_has_another_base_and_tells_what_of_each_is_kept(
 def test_merge_into_a_base_bakes_and_says_what_survived(prolora, case, tmp_path):
     lora, source, target = case
     words = ("merge", lora, "--into", source)
-    code, text, err = prolora(*words, "-o", tmp_path / "baked", "--strengths", "0.5")
+    page = tmp_path / "report.html"
+    code, text, err = prolora(
+        *words, "-o", tmp_path / "baked", "--strengths", "0.5", "--report", page
+    )
     assert code == 0 and "100% of the LoRA is in the weights" in text, err
+    assert "What is left of each update" in page.read_text("utf-8")
     code, text, _ = prolora(*words, "-o", tmp_path / "json", "--json", "--stochastic", "1")
     assert code == 0 and json.loads(text)["survived"] == pytest.approx(1)
-    code, _, err = prolora(*words, "-o", tmp_path / "none", "--target", target)
-    assert code == 2 and "--into" in err and not (tmp_path / "none").exists()
+    for flag, value in (("--target", target), ("--format", "kohya"), ("--dtype", "float16")):
+        code, _, err = prolora(*words, "-o", tmp_path / "none", flag, value)
+        assert code == 2 and flag in err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("command", ["extract", "convert", "merge"])

@@ -287,3 +287,21 @@ def test_compiled_by_torch_it_is_as_deaf_to_the_callers_settings():
     torch._dynamo.reset()
     assert set(seen) == {(False, "highest")}
     torch.testing.assert_close(found, move(delta.dense()))
+
+
+def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_it_was(monkeypatch):
+    seen = []
+
+    def spy(matrix, **options):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
+        return eigh(matrix, **options)
+
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", spy)
+    with float32_products("medium"), torch.autocast("cpu", torch.bfloat16):
+        for shape in ("gram-f32", "gram-f64"):
+            truncated_svd(CASES[shape][0], 8)
+        assert torch.is_autocast_enabled("cpu")
+        assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.bfloat16
+    # The first look, one of each rung, and the window that the float32 rung refines in float64.
+    assert seen == [(False, "highest")] * 4

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from property_examples import examples
+from reference import Exchanged
 from spectra import related, weights
 
 from prolora import METHODS, LowRank, project, truncated_svd
@@ -215,17 +216,7 @@ def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
 
     fake = types.ModuleType("fakecupy")
 
-    class ndarray:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def __dlpack__(self, **options):
-            return self.tensor.__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return self.tensor.__dlpack_device__()
-
-    ndarray.__module__ = "fakecupy.core"
+    ndarray = type("ndarray", (Exchanged,), {"__module__": "fakecupy.core"})
     fake.from_dlpack = lambda x: ndarray(torch.from_dlpack(x))
     monkeypatch.setitem(sys.modules, "fakecupy", fake)
     source, target, delta = case(9, 7, 2, seed=0)

@@ -5,12 +5,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from reference import Exchanged
 from spectra import related, weights
 
 import prolora
 from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
 from prolora.comparison.block_matching import match_blocks, resolve_match
-from prolora.core.validation import check_device, check_operand
+from prolora.core.validation import check_device, check_operand, resolve_device
 from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
 from prolora.making.extract_options import ExtractOptions
 from prolora.moving.option_keywords import settle_options
@@ -347,19 +348,6 @@ def test_a_weight_of_a_module_is_taken_detached():
     assert not truncated_svd(leaves[0], 3).U.requires_grad
 
 
-class Exchanged:
-    """An array as a library gives it that names itself by its namespace alone, as jax does."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __dlpack__(self, **options):
-        return self.tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.tensor.__dlpack_device__()
-
-
 def test_the_namespace_of_an_array_says_how_to_make_another_one(monkeypatch):
     delta, source, target = case()
     expected = project(delta, source, target, rank=3)
@@ -386,3 +374,11 @@ def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():
     ):
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(function, (source,), (delta,))
+
+
+@pytest.mark.parametrize("gpu, device", [(False, "cpu"), (True, "cuda")])
+def test_the_device_auto_is_a_gpu_where_there_is_one(monkeypatch, gpu, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    assert resolve_device("auto") == device
+    assert resolve_device(None) == device

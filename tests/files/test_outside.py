@@ -23,7 +23,6 @@ ALLOWED = {
     "architectures/layouts.py": "a table of the package",
     "architectures/loaders.py": "a table of the package",
     "reports/page/render.py": "a table of the package",
-    "making/bake.py": "the model that it writes itself",
     "bases/identity.py": "a digest in the cache, of 64 characters",
     "bases/memory.py": "the system's word on this process",
     "cli/doctor.py": "the system's word on its memory",

@@ -228,10 +228,7 @@ def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
 @pytest.fixture
 def probe_twin(tmp_path):
     """Fits to a twin of the source that is sampled in three steps, the source in four."""
-    tiny.save(tmp_path / "source")
-    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
-    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
-    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    lora, *ends = write_twins(tmp_path)
     probing = FitOptions(
         ("cat", "dog"),
         images=1,
@@ -242,7 +239,6 @@ def probe_twin(tmp_path):
         force=True,
         resume=tmp_path / "kept",
     )
-    ends = tmp_path / "source", tmp_path / "twin"
 
     def probed(**changes: float) -> probe.ProbeReport:
         asked = replace(probing, **changes)
@@ -311,14 +307,19 @@ def probe_adapter(source: pipelines.Pipeline):
     return Adapter(updates(source.denoiser), format="diffusers")
 
 
+def write_twins(folder):
+    """A LoRA, its source, and the same model with another schedule."""
+    tiny.save(folder / "source")
+    unet = pipelines.open_pipeline(folder / "source").denoiser
+    tiny.save(folder / "twin", unet=unet, scheduler="euler")
+    lora = tiny.write_lora(folder / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    return lora, folder / "source", folder / "twin"
+
+
 def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_asked(tmp_path):
-    tiny.save(tmp_path / "source")
-    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
-    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
-    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    lora, *ends = write_twins(tmp_path)
     probing = FitOptions(("cat", "dog"), images=1, steps=2, size=16, fit_steps=1, force=True)
     few = replace(probing, target_steps=1, target_guidance=1.0)
-    ends = tmp_path / "source", tmp_path / "twin"
     moved = fit(lora, *ends, few, again=True)
     report = moved.report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3)
@@ -332,13 +333,9 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
 
 
 def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_path):
-    tiny.save(tmp_path / "source")
-    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
-    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
-    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    lora, *ends = write_twins(tmp_path)
     probing = FitOptions(("cat", "dog"), images=1, steps=3, size=16, fit_steps=1, force=True)
     few = replace(probing, lora_steps=1, lora_guidance=1.0)
-    ends = tmp_path / "source", tmp_path / "twin"
     report = fit(lora, *ends, few, again=True).report.probe
     # Source and target are guided, and so nothing is asked with guidance.
     assert (report.guidance, report.guided_lora, report.probes) == (1, True, 3 + 1 + 3)

@@ -653,3 +653,70 @@ def test_samples_of_one_image_are_one_trajectory(source):
 
 def test_an_interval_over_one_trajectory_is_no_evidence():
     assert gate.Gain(0.5, math.inf, 1).lowest == -math.inf
+
+
+class ByKeyword(nn.Module):
+    """A model that names its layer's argument, as diffusers' motion modules do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(input=x)
+        return made
+
+
+def test_a_layer_that_is_called_by_keyword_is_fitted_as_any_other():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=False)
+    x, update = torch.randn(400, 6), torch.randn(5, 6)
+    plain = layer(x).detach()
+    probes = [ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)]
+    usual = fit(nn.Sequential(layer), ["0"], probes, 2, 1e-6)
+    named = fit(ByKeyword(layer), ["layer"], probes, 2, 1e-6)
+    torch.testing.assert_close(named.updates["layer"].dense(), usual.updates["0"].dense())
+
+
+@pytest.mark.parametrize("order", ["nmmmmmm", "nnmmmmmm", "mnmnmnmnmm", "mmmmmmn"])
+def test_probes_that_miss_nothing_do_not_end_a_fit(order):
+    model, drawn, update = alternating(order)
+    batches = iter(drawn)
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), len(order), 1e-6, 5)
+    result = fit_jointly(problem)
+    left = float((result.updates["0"].dense() - update).square().sum() / update.square().sum())
+    assert left < 1e-3
+    assert len(result.history) == len(order)
+    assert all(math.isfinite(share) for share in result.history)
+
+
+def test_a_fit_of_one_step_takes_no_other():
+    model, drawn, _ = alternating("m")
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: drawn[0], 1, 1.0, 3)
+    assert len(fit_in_factors(problem).history) == 1
+
+
+def test_the_fit_is_sized_by_what_was_sampled():
+    large = probe.FitSettings().sized(7200)
+    assert (large.probes, large.held_out, large.batch) == (1152, 192, 48)
+    small = probe.FitSettings(batch=6).sized(960)
+    assert (small.probes, small.held_out, small.batch) == (220, 48, 6)
+    assert 3 * small.probes + 7 * small.held_out + 5 * 11 * small.fit_steps < 3 * 960
+    assert probe.FitSettings().sized(10).batch == 4
+
+
+def test_progress_names_every_step(source, lora):
+    seen = []
+    run(
+        source,
+        permuted(source),
+        lora,
+        force=True,
+        fit_steps=3,
+        progress=lambda done, total, name: seen.append((done, total, name)),
+    )
+    names = [name.split(",")[0] for _, _, name in seen]
+    rest = [name for name in names if name not in ("asking", "judging")]
+    assert rest == ["step 1", "step 2", "step 3", "judged"]
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1][0] == seen[-1][1]

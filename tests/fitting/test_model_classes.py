@@ -68,16 +68,7 @@ def sd3(folder) -> Any:
 
 def flux(folder) -> Any:
     transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
+        **tiny.FLUX, in_channels=16, num_layers=1, num_single_layers=1
     )
     clip = tiny.text_encoder(8), tiny.tokenizer(folder)
     scheduler = FlowMatchEulerDiscreteScheduler()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 
+import tiny_pipelines as tiny
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from fitting import fit_models
@@ -25,17 +26,13 @@ FLUX = {
     "axes_dims_rope": [2, 2, 4],
 }
 UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "cross_attention_dim": 8,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [8, 16],
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-    "use_linear_projection": True,
+    **tiny.UNET,
+    **{
+        "in_channels": 1,
+        "out_channels": 1,
+        "cross_attention_dim": 8,
+        "use_linear_projection": True,
+    },
 }
 
 

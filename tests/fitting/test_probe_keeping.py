@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from test_probe import Denoiser, lora, permuted, run, source
+from fitting import fit_models
+from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor
 
-from prolora import LowRank
+from prolora import LowRank, ProLoRAError
 from prolora import fitting as probe
 from prolora.fitting import checkpoint
 from prolora.fitting.recording import call_codec
@@ -197,3 +199,18 @@ def test_equal_tensors_of_many_calls_are_in_memory_once(tmp_path):
     assert all(
         torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(store.get("a"), alike, strict=True)
     )
+
+
+def test_no_folder_is_made_for_what_is_refused(source, tmp_path):
+    sample = sampler(source)
+    kept = tmp_path / "kept"
+    with pytest.raises(ProLoRAError, match="no updates"):
+        fit_models(source, source, {}, sample, sample, resume=kept, described="any")
+    assert not kept.exists()
+
+
+def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(source, permuted(source), lora, **QUICK)
+    assert not list(Path.cwd().iterdir())
+    assert sampler(source)(0) is None

@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import adapters
+from prolora.bases.cache import basis_cache as cache_module
 from prolora.files.safetensors_file import SafetensorsFile
+from prolora.moving.pair_mover import Task
 
 
 @pytest.fixture
@@ -269,3 +273,48 @@ def test_a_result_of_bases_in_memory_is_not_known_again_since_they_may_be_others
         source = {f"{name}.weight": factor * weight for name, weight in weights.items()}
         (outcome,) = prolora.transfer_many(loras[:1], source, target, moved, method="copy")
         assert outcome.status == status
+
+
+def test_groups_that_fit_into_memory_do_not_factorise_again(folder, monkeypatch):
+    loras, source, target, moved = folder
+    monkeypatch.setattr(sys.modules["prolora.bases.memory"], "LORA_BYTES", 1)
+    real, calls = cache_module.truncated_svd, []
+    monkeypatch.setattr(
+        cache_module, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
+    )
+    outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
+    assert [outcome.status for outcome in outcomes] == ["moved"] * 3 and sum(calls) == 16
+
+
+def test_results_that_the_caller_names_by_what_they_are_made_of_lie_side_by_side(folder):
+    loras, source, target, moved = folder
+    missing = loras[0].with_name("missing.safetensors")
+
+    def move(**options):
+        return prolora.transfer_many(
+            [*loras, missing],
+            source,
+            target,
+            moved,
+            naming=lambda lora, digest: f"{lora.stem}/one-{digest}",
+            **options,
+        )
+
+    first, other = move(), move(strength=0.5)
+    assert [o.status for o in first] == [o.status for o in other] == ["moved"] * 3 + ["failed"]
+    assert len({o.out for o in first[:3] + other[:3]}) == 6
+    assert first[0].out.parent == moved / "a" and first[0].out.suffix == ".safetensors"
+    assert [o.status for o in move()] == ["already there"] * 3 + ["failed"]
+    with pytest.raises(prolora.errors.OutputError, match="overwrite each other"):
+        prolora.transfer_many(loras, source, target, moved, naming=lambda lora, digest: "one")
+
+
+def test_the_time_of_a_lora_that_failed_counts_the_step_that_failed():
+    task = Task(Path("lora"), Path("out"))
+
+    def fail():
+        time.sleep(0.02)
+        raise prolora.errors.UnsupportedFormat("no LoRA")
+
+    assert task.attempt(fail) is None
+    assert task.outcome.seconds == task.seconds >= 0.02

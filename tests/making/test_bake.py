@@ -55,7 +55,8 @@ def test_an_update_equal_to_the_weights_doubles_the_authors_file(family, pattern
     done = bake([lora], base, out)
     baked, wanted = load_file(out), {key: 2 * x for key, x in stored.items()}
     assert [key for key, x in baked.items() if not torch.equal(x, wanted.get(key, x))] == []
-    assert done.survived == pytest.approx(1) and done.error == 0 and done.mark == "✔"
+    assert done.whole.survived == pytest.approx(1) and done.whole.error == 0
+    assert done.in_words().mark == "✔"
     assert torch.equal(baked["kept"], torch.arange(5))
     one, other = SafetensorsFile(base), SafetensorsFile(out)
     assert one.tensors == other.tensors and one.metadata == other.metadata
@@ -102,13 +103,13 @@ def test_what_survives_is_what_a_float64_sum_says(tmp_path, dtype, scale, share)
     got = open_base(tmp_path / "out.safetensors").read(MODULE).float()
     assert torch.equal(got, wanted)
     change, delta = (wanted - before).double(), delta.double()
-    assert done.survived == pytest.approx(
+    assert done.whole.survived == pytest.approx(
         float((change * delta).sum() / delta.square().sum()), 1e-5
     )
     error = float((change - delta).norm() / delta.norm())
-    assert done.error == pytest.approx(error, rel=1e-5, abs=1e-6)
-    assert (done.mark == "⚠") == (done.survived < 0.9)
-    assert json.loads(json.dumps(done.to_dict()))["modules"] == {MODULE: done.survived}
+    assert done.whole.error == pytest.approx(error, rel=1e-5, abs=1e-6)
+    assert (done.in_words().mark == "⚠") == (done.whole.survived < 0.9)
+    assert json.loads(json.dumps(done.to_dict()))["modules"] == {MODULE: done.whole.survived}
 
 
 def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
@@ -118,10 +119,10 @@ def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
         bake([lora], base, tmp_path / f"{seed}.safetensors", stochastic=seed) for seed in range(60)
     ]
     again = bake([lora], base, tmp_path / "again.safetensors", stochastic=7)
-    assert again.survived == seeds[7].survived
-    assert nearest.survived < 0.5 and "stochastic" in str(nearest)
-    mean = sum(done.survived for done in seeds) / len(seeds)
-    spread = torch.tensor([done.survived for done in seeds]).std() / len(seeds) ** 0.5
+    assert again.whole.survived == seeds[7].whole.survived
+    assert nearest.whole.survived < 0.5 and "stochastic" in str(nearest)
+    mean = sum(done.whole.survived for done in seeds) / len(seeds)
+    spread = torch.tensor([done.whole.survived for done in seeds]).std() / len(seeds) ** 0.5
     assert abs(mean - 1) < 4 * spread
     read = [open_base(tmp_path / f"{seed}.safetensors").read(MODULE).float() for seed in range(60)]
     one_step = (torch.stack(read) - before - delta).abs().amax(0)

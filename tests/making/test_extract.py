@@ -385,3 +385,33 @@ def test_all_that_no_lora_holds_is_named_with_its_norm_and_counts_in_the_share()
     assert "another model" in left["first_stage_model"] and "1 of its" in left["first_stage_model"]
     more[f"{vae}.bias"] = model[f"{vae}.bias"]
     assert not prolora.extract(model, more, out_rank=2).report.left_out
+
+
+def test_the_inputs_and_foreign_files_are_not_overwritten(tmp_path):
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    save_file(make_base(), old)
+    save_file(make_base(1), new)
+    for out in (old, new):
+        with pytest.raises(prolora.errors.OutputError):
+            prolora.extract(old, new, out=out)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"mine")
+    with pytest.raises(prolora.errors.OutputExists):
+        prolora.extract(old, new, out=other)
+    assert other.read_bytes() == b"mine"
+
+
+def test_too_little_memory_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
+    with pytest.raises(prolora.errors.TooLittleMemory):
+        prolora.extract(make_base(), make_base(1), max_memory="1MB")
+
+
+def test_an_interrupted_extraction_leaves_nothing(tmp_path):
+    def stop(done, total, name):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prolora.extract(make_base(), make_base(1), out=tmp_path / "x.safetensors", progress=stop)
+    assert not list(tmp_path.iterdir())

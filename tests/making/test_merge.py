@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import prolora
 from prolora import adapters, errors
 from prolora.files.safetensors_file import SafetensorsFile
+from prolora.making import merge
 
 
 def make_lora(rank, seed, modules=None):
@@ -579,3 +581,63 @@ def test_loras_that_cancel_are_told_to_change_nothing(tmp_path):
     said = prolora.merge([lora, lora], out=tmp_path / "out.safetensors", strengths=[1, -1]).report
     assert (tmp_path / "out.safetensors").is_file()
     assert "changes nothing" in said.in_words().headline and said.in_words().mark == "⚠"
+
+
+@pytest.mark.parametrize("method", ["sum", "balanced"])
+def test_what_is_zero_in_all_loras_is_zero_in_the_merge(method):
+    module = BLOCK.format(0, MODULES[0])
+    stem = "lora_unet_" + module.replace(".", "_")
+    loras = [make_lora(1, i)[0] | {f"{stem}.diff_b": torch.zeros(24)} for i in range(2)]
+    for lora in loras:
+        lora[f"{stem}.lora_up.weight"] = torch.zeros_like(lora[f"{stem}.lora_up.weight"])
+    merged = prolora.merge(loras, method=method).adapter
+    assert torch.equal(merged.vectors[f"{module}.bias"], torch.zeros(24))
+    assert not merged.updates[module].dense().any()
+    assert all(u.dense().any() for name, u in merged.updates.items() if name != module)
+
+
+def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():
+    sizes = {
+        "transformer_blocks.0.attn.to_q": (3072, 3072),
+        "transformer_blocks.0.img_mlp.net.0.proj": (12288, 3072),  # Qwen-Image's
+        "transformer_blocks.0.norm1.linear": (18432, 3072),  # FLUX.1's, and others'
+    }
+    either, one, other = (
+        {f"transformer.{n}.lora_A.weight": torch.zeros(1, i)}
+        | {f"transformer.{n}.lora_B.weight": torch.zeros(o, 1)}
+        for n, (o, i) in sizes.items()
+    )
+    for pair in ([either, one], [either, other]):
+        assert len(prolora.merge(pair).adapter.updates) == 2
+    with pytest.raises(errors.WrongBase, match=r"LoRA 3 is for .*FLUX.*LoRA 2 is for Qwen-Image"):
+        prolora.merge([either, one, other])
+
+
+def test_an_update_that_cannot_be_read_is_told_as_one(tmp_path):
+    strange = {f"lora_te3_strange.lora_{x}.weight": torch.ones(2, 2) for x in ("up", "down")}
+    odd = write_lora(tmp_path / "odd.safetensors", lora_tensors() | strange)
+    lora, source, target = write_case(tmp_path)
+    assert len(prolora.merge([odd, lora]).report.unread) == 1
+    assert len(prolora.merge([odd, lora], target, [source, source]).report.unread) == 1
+
+
+def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, monkeypatch):
+    lora, *_ = write_case(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(merge, "read_plain", lambda *x: pytest.fail("a LoRA was read"))
+    with pytest.raises(errors.OutputError, match="is a folder; name the file"):
+        prolora.merge([lora, lora], out=tmp_path / "out")
+
+
+def test_a_call_that_progress_ends_writes_nothing(tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path in paths:
+        save_file(lora_tensors(), path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prolora.merge(paths, out=tmp_path / "out.safetensors", progress=stop)
+    assert {path.name for path in Path(tmp_path).iterdir()} == {"a.safetensors", "b.safetensors"}
+    assert load_file(paths[0])

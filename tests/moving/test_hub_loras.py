@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
@@ -332,3 +333,54 @@ for id_ in ids:
             assert told.startswith(f"{'hub-unavailable' if offline else 'missing-file'} {name}: no")
     wanted = [SOLE, f"peft/{PEFT_CONFIG}", f"peft/{PEFT_WEIGHTS}"]
     assert sorted(fetched) == sorted(wanted)
+
+
+def test_without_the_client_the_message_says_how_to_get_it(cloud, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(prolora.errors.MissingFile, match=re.escape('pip install "prolora[hub]"')):
+        prolora.check("org/name")
+
+
+def test_two_of_one_name_that_are_no_ids_fail_alone_too(cloud, case):
+    lora, source, target = case
+    publish(cloud, lora, SOLE, repo="a/one")
+    wrong = ["hf://b@x y/one", "hf://c@x y/one", "hf://b@x y/one"]
+    for method in ("auto", "best"):
+        done = prolora.transfer_many(["a/one", *wrong], source, target, method, method=method)
+        assert [one.status for one in done] == ["moved", "failed", "failed", "failed"]
+        assert all("a hub id is hf://org/name" in str(one.error) for one in done[1:])
+    fitted = prolora.fit_many(wrong, source, target, "fitted")
+    assert all("a hub id is hf://org/name" in str(one.error) for one in fitted)
+
+
+def test_what_is_written_as_a_path_is_not_asked_for_on_the_hub(cloud, case):
+    _, source, target = case
+    cloud.refusal = AssertionError("the hub was asked")
+    names = ["./org/a", "org/b/", "../org/c", "org/list.txt", "org/x.sft", "org/x.zip"]
+    for one in prolora.transfer_many(names, source, target, "out"):
+        assert "Hub" not in str(one.error) and one.error.code == "missing-file"
+    with pytest.raises(prolora.errors.MissingFile, match="no such file") as error:
+        prolora.transfer("./org/style", source, target, out="out.safetensors")
+    assert "Hub" not in str(error.value)
+
+
+def test_the_real_client_reads_a_cache_that_is_here(case, tmp_path):
+    """Laid out as the hub's documentation says, with refs, blobs and links to them."""
+    commit, home = "f" * 40, tmp_path / "home"
+    folder = home / "hub" / "models--org--style"
+    for part in ("refs", "blobs", f"snapshots/{commit}"):
+        (folder / part).mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copy(case[0], folder / "blobs" / "abc")
+    (folder / "snapshots" / commit / SOLE).symlink_to("../../blobs/abc")
+    program = """
+import prolora
+for id_ in ids:
+    try:
+        print(prolora.check(id_).kind)
+    except prolora.ProLoRAError as error:
+        print(error.code)
+"""
+    ids = ["org/style", f"org/style@{commit}", "org/style@v2", "org/none"]
+    said = ask_client(program, ids, "http://127.0.0.1:9", home, offline=True)
+    assert said == ["lora", "lora", "hub-unavailable", "hub-unavailable"]

@@ -98,16 +98,7 @@ def save_flux(folder: Path, seed: int = 2) -> Path:
         **{**tiny.VAE, "latent_channels": 8}, scaling_factor=0.3611, shift_factor=0.1159
     )
     transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=32,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
+        **tiny.FLUX, in_channels=32, num_layers=1, num_single_layers=1
     )
     config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     FluxPipeline(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tiny_pipelines as tiny
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
 from torch import nn
@@ -29,18 +30,7 @@ def _make_unet() -> tuple[nn.Module, Call]:
 
 
 def _make_flux() -> tuple[nn.Module, Call]:
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=4,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
+    model = FluxTransformer2DModel(**tiny.FLUX, in_channels=16, num_layers=3, num_single_layers=4)
     inputs = {
         "hidden_states": torch.randn(2, 16, 16),
         "timestep": torch.tensor([0.503, 0.2]),

@@ -142,11 +142,11 @@ def _judge_docstring(node: ast.AST) -> Iterator[tuple[int, str, str]]:
     line = getattr(node, "lineno", 1)
     marks = getattr(node, "decorator_list", [])
     is_property = any("property" in ast.unparse(mark) for mark in marks)
-    if kind == "function" and not is_property and not node.name.startswith("__"):
+    if kind == "function" and not is_property:
         word = first.split()[0].strip(".,:;")
         if not VERB.fullmatch(word) or word in NO_VERB:
             yield line, "begins with no verb", first
-        if node.name.startswith("_") and re.search(r"^\s*(Args|Returns):", text, re.M):
+        if node.name[:2].count("_") == 1 and re.search(r"^\s*(Args|Returns):", text, re.M):
             yield line, "tells types of a private function", first
     if len(first.split()) > MOST_WORDS[kind]:
         yield line, f"has more than {MOST_WORDS[kind]} words", first

@@ -40,6 +40,15 @@ VAE = {
     "norm_num_groups": 4,
     "sample_size": 16,
 }
+FLUX = {
+    "patch_size": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 8,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 4, 8),
+}
 ALPHAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

@@ -75,7 +75,7 @@ class Adapter:
     stored: list[StoredUpdate] = field(default_factory=list, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        """One line: the number of modules, their ranks and their storage."""
+        """Returns one line: the number of modules, their ranks and their storage."""
         ranks = sorted({update.rank for update in self.updates.values()})
         of = f" of rank {ranks[0]}" if len(ranks) == 1 else ""
         of = f" of ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else of

@@ -45,7 +45,7 @@ class Base:
     files: list[Path] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """One line: the name, the number of weights and the layout."""
+        """Returns one line: the name, the number of weights and the layout."""
         layout = f", {self.layout}" if self.layout else ""
         return f"Base({self.name!r}, {len(self.weights)} weights{layout})"
 

@@ -32,7 +32,7 @@ class GpuCopies:
     """Copies from pinned memory in a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
-        """device: of the type cuda."""
+        """Opens the stream on a CUDA device."""
         self.device = device
         self.stream = torch.cuda.Stream(device)
 

@@ -100,7 +100,7 @@ class Check:
         return max(marks, key="✔⚠✖".index, default="✔")
 
     def __bool__(self) -> bool:
-        """Whether nothing speaks against it; a move that works in part is worth a try."""
+        """Returns True if nothing speaks against it; a move that works in part is worth a try."""
         return self.mark == "✔" or (self.mark == "⚠" and self.move is not None)
 
     @property
@@ -135,7 +135,7 @@ class Check:
         return f"Check({self.path!r}: {self.mark} {self.headline})"
 
     def __str__(self) -> str:
-        """The mark and the verdict, then the facts, a line each."""
+        """Writes the mark and the verdict, then the facts, a line each."""
         facts = [f"{name}: {text}" if name else text for name, text in self.facts()]
         return "\n".join([f"{self.mark} {self.headline}", *facts])
 

@@ -84,7 +84,7 @@ class PlainConsole(Console):
     """A console that takes every string as plain text, in tables too."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        """A console on standard output, or on standard error."""
+        """Opens a console on standard output, or on standard error."""
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -120,7 +120,7 @@ class JsonAnswer:
     """What `--json` prints: one document, which is the error where nothing else was printed."""
 
     def __init__(self) -> None:
-        """Of a command that begins."""
+        """Begins with nothing printed."""
         self._given = False
 
     def begin(self) -> None:

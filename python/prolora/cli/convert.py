@@ -12,7 +12,7 @@ from ..making.convert_options import ConvertOptions
 from .console import progress_bar
 from .flags import base_argument, base_option, path_argument
 from .options import expand_options
-from .output_options import FileOutput
+from .output_options import OutputFlags
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
 
@@ -20,7 +20,7 @@ from .transfer import check_output_given, check_outputs, tell_made_lora
 def convert(
     lora: Annotated[Path, path_argument("LoRA file, PEFT folder or hub id.", metavar="LORA")],
     converting: ConvertOptions,
-    output: FileOutput,
+    output: OutputFlags,
     place: Annotated[str | None, base_argument("As --base.")] = None,
     base: Annotated[
         str | None, base_option("Base model it was trained on; needed for DoRA, GLoRA and OFT.")

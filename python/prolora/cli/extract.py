@@ -13,14 +13,14 @@ from ..making.extract_options import ExtractOptions
 from .console import progress_bar
 from .flags import base_argument, base_option
 from .options import expand_options
-from .output_options import FileOutput
+from .output_options import OutputFlags
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
 
 @expand_options("max_memory", "card")
 def extract(
     extracting: ExtractOptions,
-    output: FileOutput,
+    output: OutputFlags,
     first: Annotated[str | None, base_argument("As --base.")] = None,
     second: Annotated[str | None, base_argument("As --tuned.", metavar="TUNED")] = None,
     base: Annotated[str | None, base_option("Base model that the LoRA is to be used with.")] = None,

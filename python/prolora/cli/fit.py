@@ -21,7 +21,7 @@ from ..reports.report import is_page_path
 from .console import err, progress_bar
 from .flags import base_option
 from .options import BriefCommand, HelpAllOption, expand_options, find_cache, take_bases
-from .output_options import FileOutput
+from .output_options import OutputFlags
 from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, tell_outcomes
 
 SHOWN = 4
@@ -57,7 +57,7 @@ def fit(
     loras: LoraArguments,
     bases: Pipelines,
     fitting: FitOptions,
-    output: FileOutput,
+    output: OutputFlags,
     prompts: Annotated[
         list[str],
         typer.Option(
@@ -90,7 +90,7 @@ def read_prompt(text: str) -> tuple[str, ...]:
 
 
 def plan_fits(
-    loras: list[Path], source: Base, target: Base, output: FileOutput, options: FitOptions
+    loras: list[Path], source: Base, target: Base, output: OutputFlags, options: FitOptions
 ) -> list[Outcome]:
     """Plans each fit."""
     known = options.for_file()
@@ -102,7 +102,7 @@ def plan_fits(
 
 
 def fit_loras(
-    loras: list[Path], source: Base, target: Base, output: FileOutput, options: FitOptions
+    loras: list[Path], source: Base, target: Base, output: OutputFlags, options: FitOptions
 ) -> list[Outcome]:
     """Fits one LoRA into a file, or several into a folder, one after the other."""
     path = cast(Path, output.output)

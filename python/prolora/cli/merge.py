@@ -10,15 +10,23 @@ import typer
 
 from ..bases import Base, open_base
 from ..errors import InvalidOption
+from ..files.store import check_free
 from ..making.bake import bake
 from ..making.merge import merge as merge_loras
 from ..making.merge_options import MergeOptions
 from .console import answer, out, progress_bar
-from .flags import base_option, split_bases
+from .flags import base_option, split_bases, write_flag
 from .options import expand_options, find_cache
-from .output_options import FileOutput
-from .tables import MARKS, draw_facts
-from .transfer import LoraArguments, check_output_given, check_outputs, tell_made_lora
+from .output_options import OutputFlags
+from .tables import show_words
+from .transfer import (
+    STDOUT,
+    LoraArguments,
+    check_output_given,
+    check_outputs,
+    spell_flags,
+    tell_made_lora,
+)
 
 
 @dataclass
@@ -69,7 +77,7 @@ def merge(
     loras: LoraArguments,
     merging: MergeOptions,
     bases: MergedBases,
-    output: FileOutput,
+    output: OutputFlags,
 ) -> None:
     """Merge several LoRAs into one, each moved from its own base first if it has another."""
     check_output_given(output)
@@ -86,15 +94,20 @@ def merge(
 
 
 def bake_all(
-    loras: list[Path], merging: MergeOptions, bases: MergedBases, output: FileOutput
+    loras: list[Path], merging: MergeOptions, bases: MergedBases, output: OutputFlags
 ) -> None:
     """Bakes LoRAs into a model, and tells what survived."""
-    if bases.target is not None or bases.source or output.report:
-        raise InvalidOption(
-            "--into makes a model of its own base: leave out --target, --source and --report"
-        )
+    usual = MergeOptions()
+    taken = "strengths", "blocks", "overwrite", "progress"
+    ignored = {name for name in vars(usual) if getattr(merging, name) != getattr(usual, name)}
+    ignored |= {name for name in ("target", "source") if getattr(bases, name)}
+    if ignored := ignored - set(taken):
+        flags = ", ".join(str(write_flag(name)) for name in sorted(ignored))
+        raise InvalidOption(f"--into makes a model as its base is, and takes no {flags}")
+    if output.report not in (None, STDOUT):
+        check_free(output.report, overwrite=merging.overwrite)
     with progress_bar("bake", output.show_tables) as progress:
-        baked = bake(
+        report = bake(
             loras,
             cast(str, bases.into),
             cast(Path, output.output),
@@ -104,8 +117,9 @@ def bake_all(
             overwrite=merging.overwrite,
             progress=progress,
         )
-    if output.as_json:
-        answer.give(baked.to_dict())
+    if not output.show_tables:
+        answer.give(report.to_dict())
     else:
-        out.print_line(f"{baked.mark} {baked.headline}", style=MARKS[baked.mark])
-        out.print(draw_facts(baked.facts()))
+        show_words(out, report.in_words())
+    if output.report not in (None, STDOUT):
+        report.save(output.report, overwrite=merging.overwrite, spell=spell_flags)

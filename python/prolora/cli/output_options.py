@@ -12,7 +12,7 @@ from .flags import JsonOption, path_option
 
 
 @dataclass
-class FileOutput:
+class OutputFlags:
     """Options of what is written and shown."""
 
     panel: ClassVar[str] = "Output"

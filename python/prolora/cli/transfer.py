@@ -32,7 +32,7 @@ from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult, describe_error
 from .flags import path_argument, write_flag
 from .options import BriefCommand, ExpertBases, HelpAllOption, expand_options, find_cache
-from .output_options import FileOutput
+from .output_options import OutputFlags
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
 from .tables import show_tables, show_words
 
@@ -78,7 +78,7 @@ def transfer(
     loras: LoraArguments,
     bases: ExpertBases,
     moving: TransferOptions,
-    output: FileOutput,
+    output: OutputFlags,
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
@@ -93,7 +93,7 @@ def transfer(
     tell_outcomes(outcomes, output, card, moving.overwrite)
 
 
-def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
+def check_output_given(output: OutputFlags, loras: Sequence[Path] = ()) -> None:
     """Refuses a missing -o, or a file for several LoRAs."""
     if output.output is not None:
         check_results_folder(output.output, len(loras))
@@ -103,7 +103,7 @@ def check_output_given(output: FileOutput, loras: Sequence[Path] = ()) -> None:
 
 def check_outputs(
     loras: list[Path],
-    output: FileOutput,
+    output: OutputFlags,
     options: Any,
     files: list[Path],
     pairs: Sequence[ExpertPair] = (),
@@ -131,7 +131,7 @@ def check_outputs(
 
 def tell_outcomes(
     outcomes: list[Outcome],
-    output: FileOutput,
+    output: OutputFlags,
     card: Path | None,
     overwrite: bool,
 ) -> None:
@@ -152,7 +152,7 @@ def tell_outcomes(
 
 
 def tell_made_lora(
-    made_of: Path, report: LoraReport, output: FileOutput, overwrite: bool = False
+    made_of: Path, report: LoraReport, output: OutputFlags, overwrite: bool = False
 ) -> None:
     """Tells the outcome of one LoRA that was made without being moved."""
     out = made_of if output.output is None else output.output
@@ -164,7 +164,7 @@ def plan_all(
     loras: list[Path],
     source: Experts,
     target: Experts,
-    output: FileOutput,
+    output: OutputFlags,
     options: TransferOptions,
 ) -> list[Outcome]:
     """Plans each transfer."""
@@ -184,7 +184,7 @@ def plan_each(
     loras: list[Path],
     outs: list[Path],
     plan: Callable[[int, Path, Progress | None], Transfer],
-    output: FileOutput,
+    output: OutputFlags,
 ) -> list[Outcome]:
     """Plans one LoRA after the other; one of several that is refused does not stop the others."""
     with progress_bar("plan", output.show_tables) as progress:
@@ -198,7 +198,7 @@ def move_loras(
     loras: list[Path],
     source: Experts,
     target: Experts,
-    output: FileOutput,
+    output: OutputFlags,
     options: TransferOptions,
 ) -> list[Outcome]:
     """Moves one LoRA into files, one per expert, or several into a folder."""
@@ -215,7 +215,7 @@ def move_loras(
     return outcomes
 
 
-def write_outcomes(outcomes: list[Outcome], output: FileOutput, overwrite: bool) -> None:
+def write_outcomes(outcomes: list[Outcome], output: OutputFlags, overwrite: bool) -> None:
     """Prints the outcomes as JSON, and writes the JSON or page of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     if output.as_json or output.report == STDOUT:
@@ -267,7 +267,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
             )
 
 
-def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
+def show_outcomes(outcomes: list[Outcome], output: OutputFlags) -> None:
     """Shows the whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
         show_tables(out, OutcomesReport(outcomes).tables())

@@ -65,7 +65,7 @@ class Basis:
     rungs: tuple[str, ...]
 
     def __repr__(self) -> str:
-        """As Basis(64×48, rank 8, float32, gram-f64, bound 2e-07)."""
+        """Writes Basis(64×48, rank 8, float32, gram-f64, bound 2e-07)."""
         known = f"rank {format_range(self.rank)}, {format_storage(self.U)}, {self.rung}"
         return (
             f"Basis({format_shape(self.shape)}, {known}, bound {format_range(self.bound, '.0e')})"

@@ -38,7 +38,7 @@ class LowRank:
             )
 
     def __repr__(self) -> str:
-        """As LowRank(64×48, rank 8, float32)."""
+        """Writes LowRank(64×48, rank 8, float32)."""
         shape, storage = format_shape(self.shape), format_storage(self.up)
         return f"LowRank({shape}, rank {self.rank}, {storage})"
 

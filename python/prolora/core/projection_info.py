@@ -51,7 +51,7 @@ class ProjectionInfo:
     ok: Tensor
 
     def __repr__(self) -> str:
-        """As ProjectionInfo(energy kept 0.59, 0.64 norms from the copy, bound 4e-07)."""
+        """Writes ProjectionInfo(energy kept 0.59, 0.64 norms from the copy, bound 4e-07)."""
         kept, distance, bound = (
             format_range(self.surviving_energy, ".2f"),
             format_range(self.copy_distance, ".2f"),

@@ -48,7 +48,7 @@ class Similarity:
     chance_right: Tensor
 
     def __repr__(self) -> str:
-        """As Similarity(left 0.93, right 0.91, by chance 0.17 and 0.12)."""
+        """Writes Similarity(left 0.93, right 0.91, by chance 0.17 and 0.12)."""
         left, right, chance_left, chance_right = (
             format_range(x, ".2f")
             for x in (self.left, self.right, self.chance_left, self.chance_right)

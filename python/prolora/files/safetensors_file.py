@@ -115,12 +115,7 @@ class SafetensorsFile:
         return self._read(name, info.stored, info.shape, info.start)
 
     def read_number(self, name: str) -> float:
-        """Reads a tensor of one real number, without torch.
-
-        Raises:
-            KeyError: no such tensor.
-            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
-        """
+        """Reads a tensor of one real number, without torch."""
         info = self.tensors[name]
         if info.stored not in (*CODES, "BF16"):
             return float(self.read(name).double())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,104 +17,22 @@ from torch import Tensor
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.quantised.codes import read_floats
-from ..bases.quantised.weight import ScaledWeight, find_kind
+from ..bases.quantised.weight import ScaledWeight, find_kind, look_inside
 from ..bases.weights import ConvertedWeight, RowsWeight, StoredWeight, Weight
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption, NonFiniteWeights, OutputError, UnsupportedFormat
-from ..files.hashing import view_bytes
 from ..files.safetensors_file import SafetensorsFile
+from ..files.safetensors_writing import replace_tensor
 from ..files.store import check_free, put
 from ..moving.block_weights import Blocks, find_factors
 from ..moving.moved_before import check_moved_before
 from ..moving.options import LoraLike, TransferOptions
-from ..reports.report import Mark
+from .bake_report import BakedModule, BakeReport
 from .convert import read_plain
 from .merge_inputs import name_loras
 
-SURVIVES = 0.9
-"""Where less of a LoRA survives than this, people see it."""
-
 _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
-
-
-@dataclass(frozen=True)
-class BakedModule:
-    """One module's update ΔW, and W + ΔW rounded to Q."""
-
-    module: str
-    energy: float  # ‖ΔW‖²
-    product: float  # ⟨Q − W, ΔW⟩
-    wrong: float  # ‖Q − W − ΔW‖²
-
-    @property
-    def survived(self) -> float:
-        """The share of the update that is left."""
-        return self.product / self.energy if self.energy else 1.0
-
-
-@dataclass(frozen=True)
-class Baked:
-    """A model that LoRAs were baked into."""
-
-    path: Path
-    base: str
-    loras: tuple[str, ...]
-    stochastic: int | None  # the seed of the rounding; None if it was to the nearest
-    dtypes: dict[str, int]  # how the changed weights are stored -> how many
-    modules: tuple[BakedModule, ...]
-    left_out: dict[str, str] = field(default_factory=dict)  # what has no place in the base -> why
-
-    @property
-    def survived(self) -> float:
-        """The share of all updates that is left after rounding."""
-        energy = sum(row.energy for row in self.modules)
-        return sum(row.product for row in self.modules) / energy if energy else 1.0
-
-    @property
-    def error(self) -> float:
-        """The rounding error of all changed weights, beside the size of the updates."""
-        energy = sum(row.energy for row in self.modules)
-        return math.sqrt(sum(row.wrong for row in self.modules) / energy) if energy else 0.0
-
-    @property
-    def mark(self) -> Mark:
-        """✔ it acts in full, ⚠ rounding took a part, or parts have no place."""
-        return "✔" if self.survived >= SURVIVES and not self.left_out else "⚠"
-
-    @property
-    def headline(self) -> str:
-        """The verdict in a line."""
-        if self.survived >= SURVIVES:
-            return f"{self.survived:.0%} of the LoRA is in the weights of {self.base}."
-        return f"Rounding took a part of the LoRA: {self.survived:.0%} of it is left."
-
-    def facts(self) -> list[tuple[str, str]]:
-        """Returns what was done, as names and texts."""
-        found = []
-        if self.survived < SURVIVES:
-            way = "bake into a 16-bit model, or keep the LoRA as a file"
-            also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
-            found.append(("", f"To keep all of it: {way}{also}."))
-        stored = ", ".join(f"{kind} ×{count}" for kind, count in self.dtypes.items())
-        found.append(("changed", f"{len(self.modules)} weights ({stored}); all else byte for byte"))
-        found.append(("rounding error", f"{self.error:.2g} times the LoRA"))
-        rows = sorted(self.modules, key=lambda row: row.survived)
-        if rows and rows[0].survived < SURVIVES:
-            found.append(("least is left in", f"{rows[0].module}: {rows[0].survived:.0%}"))
-        found += [("left out", f"{name}: {why}") for name, why in self.left_out.items()]
-        return [*found, ("wrote", str(self.path))]
-
-    def __str__(self) -> str:
-        """The mark and the verdict, then the facts, a line each."""
-        facts = [f"{name}: {text}" if name else text for name, text in self.facts()]
-        return "\n".join([f"{self.mark} {self.headline}", *facts])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns everything, ready for JSON."""
-        told = asdict(self) | {"path": str(self.path), "mark": self.mark}
-        told["modules"] = {row.module: row.survived for row in self.modules}
-        return told | {"survived": self.survived, "error": self.error, "headline": self.headline}
 
 
 @in_full_precision
@@ -127,7 +46,7 @@ def bake(
     stochastic: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Baked:
+) -> BakeReport:
     """Bakes LoRAs into a copy of their base, and says what survives the rounding.
 
     Each weight is W + Σ strength·ΔW, computed in float32 and rounded to the type that the base
@@ -187,12 +106,16 @@ def bake(
             baking.write_weight(at, stored, parts)
 
     put(out, write, overwrite=overwrite and not folder, folder=folder)
-    dtypes: dict[str, int] = {}
-    for stored in groups:
-        kind = str(stored.dtype).removeprefix("torch.")
-        dtypes[kind] = dtypes.get(kind, 0) + 1
-    names, rows = tuple(name_loras(loras)), tuple(baking.rows)
-    return Baked(Path(out), model.name, names, stochastic, dtypes, rows, left_out)
+    dtypes = Counter(str(stored.dtype).removeprefix("torch.") for stored in groups)
+    return BakeReport(
+        path=str(out),
+        base=model.name,
+        loras=tuple(name_loras(loras)),
+        stochastic=stochastic,
+        dtypes=dict(dtypes.most_common()),
+        modules=tuple(baking.rows),
+        left_out=left_out,
+    )
 
 
 def _sum_updates(
@@ -233,7 +156,7 @@ def _place_updates(
         if weight is None:
             left_out[name] = f"{model.name} lacks it"
             continue
-        root = _find_root(weight)
+        root = look_inside(weight)
         stored = root.stored if isinstance(root, ScaledWeight) else root
         writable = isinstance(stored, StoredWeight) and isinstance(stored.file, SafetensorsFile)
         if isinstance(root, ScaledWeight):
@@ -250,13 +173,6 @@ def _place_updates(
             )
         groups.setdefault(stored, []).append((name, weight, added))
     return groups, left_out
-
-
-def _find_root(weight: Weight) -> Weight:
-    """Returns what a view is a view of."""
-    while isinstance(weight, RowsWeight | ConvertedWeight):
-        weight = weight.matrix if isinstance(weight, RowsWeight) else weight.stored
-    return weight
 
 
 def _list_unused(model: Base) -> Any:
@@ -281,7 +197,7 @@ class _Baking:
 
     def write_weight(self, file: Path, stored: StoredWeight, parts: Parts) -> None:
         """Adds updates to one stored tensor of a copied file, in place."""
-        root = _find_root(parts[0][1])
+        root = look_inside(parts[0][1])
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
         before = root.read().to(wide)
         numbers, deltas = before.clone(), []
@@ -298,13 +214,8 @@ class _Baking:
             raise NonFiniteWeights(f"{stored.name}: the result overflows {stored.dtype}")
         for name, weight, delta in deltas:
             self.rows.append(_measure(name, weight, rounded - before, delta))
-        whole = SafetensorsFile(file)
-        with open(file, "r+b") as opened:
-            opened.seek(whole.data_start + whole.tensors[stored.key].start)
-            opened.write(view_bytes(written))
-        if not torch.equal(SafetensorsFile(file).read(stored.key).view(torch.uint8),
-                           written.view(torch.uint8)):  # fmt: skip
-            raise OutputError(f"{file}: {stored.key} reads back differently; is the disk faulty?")
+        assert isinstance(stored.file, SafetensorsFile)  # all others are refused before
+        replace_tensor(file, stored.file, stored.key, written)
 
     def _round(self, root: Weight, stored: StoredWeight, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the stored tensor, and the numbers that it stands for."""

@@ -67,7 +67,7 @@ class BlockWeights:
         return cls(tuple(map(_read_factor, items)))
 
     def __str__(self) -> str:
-        """The notation."""
+        """Returns the notation."""
         if self.numbers:
             return ",".join(f"{x:g}" for x in self.numbers)
         return ", ".join(f"{name}={x:g}" for name, x in self.named)
@@ -161,7 +161,7 @@ class _Pattern:
         self._range = _RANGE.fullmatch(name)
 
     def __call__(self, module: str) -> bool:
-        """Whether a module is meant."""
+        """Returns True if a module is meant."""
         place = self._table.find_place(module)
         if self._places is not None:
             return place in self._places

@@ -41,7 +41,7 @@ class Transfer:
     dtype: DtypeLike | None = None
 
     def __repr__(self) -> str:
-        """One line: the LoRA and what became of its modules."""
+        """Returns one line: the LoRA and what became of its modules."""
         return f"Transfer({self.adapter!r}, {self.report!r})"
 
     def save(

@@ -74,7 +74,7 @@ class LoraReport(Report):
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """One line: the method, the two bases and the counts."""
+        """Returns one line: the method, the two bases and the counts."""
         counts = ", ".join(f"{len(self.rows(status))} {status}" for status in STATUSES)
         dry = "dry run, " if self.dry_run else ""
         return f"{type(self).__name__}({dry}{self.method!r}, {self.title}: {counts})"

@@ -35,7 +35,7 @@ class InWords:
     cautions: tuple[str, ...] = ()  # what was lost, or needs a look
 
     def __str__(self) -> str:
-        """All of it, a sentence a line."""
+        """Returns all of it, a sentence a line."""
         return "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
 
     def after(self, doubts: Sequence[str]) -> InWords:
@@ -110,7 +110,7 @@ class Report:
         return {}
 
     def __str__(self) -> str:
-        """The verdict in words, then the sentences with the numbers, one a line."""
+        """Writes the verdict in words, then the sentences with the numbers, one a line."""
         return "\n".join([str(self.in_words()), "", *self.sentences()])
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """One batched eigensolver for a stack: cuSOLVER's, played by a library on host memory, or none."""
 
 import itertools
+import logging
+import threading
 
 import pytest
 import torch
@@ -350,3 +352,70 @@ def test_a_stack_of_the_cpu_equals_its_members():
         pair = solvers.descending_eigh(one[None])
         assert values[i].equal(pair[0][0]) and vectors[i].equal(pair[1][0])
     assert all(a >= b for row in values for a, b in itertools.pairwise(row))
+
+
+@pytest.mark.parametrize("name", list(cusolver.SIGNATURES))
+def test_a_library_that_lacks_a_function_is_refused(name):
+    with pytest.raises(SolverUnavailable, match=f"has no {name}$"):
+        Cusolver(FakeCusolver(missing=[name]))
+
+
+def test_threads_at_once_take_a_handle_each_and_later_calls_take_them_again(monkeypatch):
+    both = threading.Barrier(2, timeout=20)
+    library = use(monkeypatch, FakeCusolver(lambda *_: both.wait()))
+    symmetric = make_stack(2, 6)
+    for _ in range(2):
+        threads = [threading.Thread(target=solvers.descending_eigh, args=[symmetric]) for _ in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert library.sessions == 2 and len(library.calls) == 4
+
+
+def test_the_choice_is_made_once_for_a_device_and_a_dtype_and_logged(monkeypatch, caplog):
+    made = []
+
+    def choose_solver(device, dtype):
+        made.append(dtype)
+        return StackSolver(LOOP, None, "no library")
+
+    monkeypatch.setattr(batched_eigh, "choose_solver", choose_solver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    batched_eigh.stack_solver.cache_clear()
+    gpu = torch.device("cuda", 0)
+    with caplog.at_level(logging.INFO):
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            assert batched_eigh.stack_solver(gpu, dtype).solve is None
+        assert batched_eigh.describe_solver() == f"{LOOP} (no library)"
+    batched_eigh.stack_solver.cache_clear()
+    assert made == DTYPES and len(caplog.records) == 2
+    assert f"{LOOP} (no library)" in caplog.text
+    assert batched_eigh.stack_solver(torch.device("cpu"), torch.float32).solve is None
+
+
+def test_where_torch_has_loaded_no_cusolver_there_is_none(monkeypatch):
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA, and so brings a cuSOLVER")
+    for name, open_solver in batched_eigh.CANDIDATES.items():
+        if name.startswith("cuSOLVER"):
+            with pytest.raises(SolverUnavailable, match="no libcusolver"):
+                open_solver()
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.raises(SolverUnavailable, match="ROCm"):
+        batched_eigh.open_cusolver()
+
+
+def test_the_library_is_found_in_the_memory_map(monkeypatch, tmp_path):
+    lines = [
+        "7f00-7f01 r-xp 00000000 08:01 12  /opt/my env/lib/libcusolver.so.11",
+        "7f01-7f02 r--p 00001000 08:01 12  /opt/my env/lib/libcusolver.so.11",
+        "7f02-7f03 r-xp 00000000 08:01 13  /opt/my env/lib/libcusolverMg.so.11",
+        "7f03-7f04 rw-p 00000000 00:00 0   [heap]",
+    ]
+    maps = tmp_path / "maps"
+    maps.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(cusolver, "Path", lambda path: maps)
+    assert cusolver._mapped_libraries() == ["/opt/my env/lib/libcusolver.so.11"]
+    maps.unlink()
+    assert cusolver._mapped_libraries() == []

@@ -9,7 +9,7 @@ from spectra import planted, power_law, sine
 
 from prolora import LowRank, ProLoRAError, truncated_svd
 from prolora.core.exceptions import SolverFailure
-from prolora.core.svd import stacks
+from prolora.core.svd import solvers, stacks
 from prolora.errors import NonFiniteWeights
 
 SLOW = pytest.mark.slow
@@ -334,3 +334,20 @@ def test_a_product_of_factors_is_cut_in_float64_where_float32_does_not_converge(
         update.up[0, 0] = torch.nan
         with pytest.raises(NonFiniteWeights, match="thin factors"):
             update.truncate(3)
+
+
+@pytest.mark.parametrize("quality", ["1e-3, orthonormal", "unrelated vectors"])
+@pytest.mark.parametrize("rung", STACKS)
+def test_nor_where_nobody_checks_what_the_solver_gives(monkeypatch, rung, quality):
+    measure = solvers._measure_pairs
+    monkeypatch.setattr(solvers, "_measure_pairs", lambda *pairs: [0 * x for x in measure(*pairs)])
+    check_quality(monkeypatch, rung, quality, whole_stacks=True)
+
+
+def test_too_little_memory_is_no_reason_to_try_what_takes_more(monkeypatch):
+    def exhausted(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.linalg, "eigh", exhausted)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        truncated_svd(torch.randn(20, 30), 4)

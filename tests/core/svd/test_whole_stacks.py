@@ -6,7 +6,7 @@ from spectra import planted, power_law, sine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prolora import truncated_svd
-from prolora.core.svd import stacks
+from prolora.core.svd import krylov, stacks
 
 SMALL, LARGE = 400, 800
 # What makes the host wait for a number on a GPU.
@@ -147,3 +147,24 @@ def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(
         assert (counter.panels > 3) == (rung == "krylov")  # through the kernel
     assert counts[0] == counts[1]
     assert 0 < counts[0][1] <= 8
+
+
+def test_a_gpu_s_stack_fills_a_share_of_its_memory_and_gives_way_by_halves():
+    gib = 1 << 30
+    assert stacks._gpu_budget(75 * gib, 80 * gib) == 8 * gib
+    assert stacks._gpu_budget(20 * gib, 24 * gib) == 6 * gib
+    assert stacks._gpu_budget(7 * gib, 8 * gib) == 2 * gib
+    assert stacks._gpu_budget(5 * gib, 80 * gib) == 2 * gib
+    assert stacks._gpu_budget(0, 80 * gib) <= 1
+
+
+@pytest.mark.parametrize("capability, cost", [((9, 0), 2), ((8, 9), 40), ((12, 0), 40)])
+def test_cards_with_slow_float64_form_a_gram_matrix_only_where_that_saves_float64(
+    monkeypatch, capability, cost
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert stacks.float64_cost(torch.device("cuda")) == cost
+    assert stacks.float64_cost(torch.device("cpu")) == 2
+    wide, square = (1280, 10240), (1280, 1280)
+    assert krylov._gram_pays(wide, 512, 128, cost) == (cost == 2)
+    assert not krylov._gram_pays(square, 512, 128, cost)

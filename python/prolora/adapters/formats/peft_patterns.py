@@ -66,7 +66,7 @@ class PatternTable:
         return default if place == len(self._values) else self._values[place]
 
     def __iter__(self) -> Iterator[float]:
-        """All numbers of the table."""
+        """Yields all numbers of the table."""
         return iter(self._values)
 
 

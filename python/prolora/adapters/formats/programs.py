@@ -29,7 +29,7 @@ class Readers(NamedTuple):
     untried: tuple[str, ...] = ()  # of the readers: programs not tried with its text encoders
 
     def __str__(self) -> str:
-        """In words: who reads all of the file, a part or nothing."""
+        """Says who reads all of the file, a part or nothing."""
         parts = [
             f"read by {', '.join(self.whole)}" if self.whole else "",
             f"in part by {', '.join(self.part)}" if self.part else "",

@@ -48,7 +48,7 @@ class CheckpointParts:
     _joined: dict[str, Weight | None] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
-        """The keys that belong to nothing yet."""
+        """Yields the keys that belong to nothing yet."""
         return (key for key in self.weights if key not in self._joined)
 
     def get(self, key: str) -> Weight | None:

@@ -178,12 +178,12 @@ class UnreadableWeight(DerivedWeight):
 
 def is_unreadable(weight: Weight) -> bool:
     """Returns whether a weight's numbers are not read."""
-    return isinstance(_look_inside(weight), UnreadableWeight)
+    return isinstance(look_inside(weight), UnreadableWeight)
 
 
 def find_kind(weight: Weight) -> str | None:
     """Returns how a weight is quantised; None if it stores its own numbers."""
-    weight = _look_inside(weight)
+    weight = look_inside(weight)
     if isinstance(weight, QuantisedWeight | UnreadableWeight):
         return weight.kind
     if isinstance(weight, StoredWeight) and isinstance(weight.file, GgufFile):
@@ -191,7 +191,7 @@ def find_kind(weight: Weight) -> str | None:
     return "float8 without scales" if weight.dtype.itemsize == 1 else None
 
 
-def _look_inside(weight: Weight) -> Weight:
+def look_inside(weight: Weight) -> Weight:
     """Returns what a view is a view of, else the weight itself."""
     while isinstance(weight, RowsWeight | ConvertedWeight):
         weight = weight.matrix if isinstance(weight, RowsWeight) else weight.stored

@@ -30,7 +30,7 @@ class FormedGram:
         return self.precise.float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The rows of x [b, c, d], float64, times G."""
+        """Multiplies the rows of x [b, c, d], float64, by G."""
         return x @ self.precise
 
     def rough(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class ImpliedGram:
         return self.single.double()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The rows of x [b, c, d], float64, times G."""
+        """Multiplies the rows of x [b, c, d], float64, by G."""
         return x @ self.precise @ self.precise.mT
 
     def rough(self, x: Tensor) -> Tensor:

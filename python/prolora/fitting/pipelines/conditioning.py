@@ -100,7 +100,7 @@ class PredictionReader:
         return cls(next((x.shape[1] for x in latents if x.dim() == 4), None))
 
     def __call__(self, result: Any) -> Tensor:
-        """The prediction [n, ...] of a model's return value."""
+        """Returns the prediction [n, ...] of a model's return value."""
         output = stack_output(result)
         return output[:, : self.channels] if output.dim() == 4 else output
 

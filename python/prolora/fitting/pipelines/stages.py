@@ -67,7 +67,7 @@ class PromptMemory:
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer of `encode_prompt`; a known one where it was asked the same before."""
+        """Returns the answer of `encode_prompt`; a known one where it was asked the same before."""
         assert self._encode is not None
         key = _write_key((self.state, args, sorted(kwargs.items())))
         asked = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.device))

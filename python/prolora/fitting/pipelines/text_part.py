@@ -92,7 +92,7 @@ class PromptSwapper:
     theirs: PromptTable  # has the same prompts in the same order
 
     def __call__(self, call: Call) -> Call:
-        """The call with the other conditioning."""
+        """Returns the call with the other conditioning."""
         parts = split_call(self.ours.model, call)
         prompts = [self.ours.prompt_of(parts, i) for i in range(len(parts.latent))]
         swapped = self.theirs.build_call(parts.latent, parts.time, prompts)

@@ -21,7 +21,7 @@ class LazySequence(Sequence[T]):
     @overload
     def __getitem__(self, i: slice) -> list[T]: ...
     def __getitem__(self, i: int | slice) -> T | list[T]:
-        """Item i, or several."""
+        """Returns item i, or several."""
         if isinstance(i, slice):
             return [self.item(k) for k in range(*i.indices(len(self)))]
         index = i + len(self) if i < 0 else i
@@ -38,7 +38,7 @@ class SampleSelection(LazySequence[T]):
         self.items, self.rows = items, rows
 
     def __len__(self) -> int:
-        """The number of items."""
+        """Returns the number of items."""
         return len(self.rows)
 
     def item(self, i: int) -> T:

@@ -1,0 +1,94 @@
+"""What of LoRAs survived when they were baked into a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..reports.report import InWords, Mark, Report
+from ..reports.table import Column, Row, Table, make_table
+
+SURVIVES = 0.9
+"""Where less of a LoRA survives than this, people see it."""
+
+
+@dataclass(frozen=True)
+class BakedModule:
+    """One module's update ΔW, and W + ΔW rounded to Q."""
+
+    module: str
+    energy: float  # ‖ΔW‖²
+    product: float  # ⟨Q − W, ΔW⟩
+    wrong: float  # ‖Q − W − ΔW‖²
+
+    @property
+    def survived(self) -> float:
+        """The share of the update that is left."""
+        return self.product / self.energy if self.energy else 1.0
+
+    @property
+    def error(self) -> float:
+        """The rounding error beside the size of the update."""
+        return math.sqrt(self.wrong / self.energy) if self.energy else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BakeReport(Report):
+    """What is left of LoRAs in a baked model."""
+
+    path: str
+    base: str
+    loras: tuple[str, ...]
+    stochastic: int | None  # the seed of the rounding; None if it was to the nearest
+    dtypes: dict[str, int]  # how the changed weights are stored -> how many
+    modules: tuple[BakedModule, ...]
+    left_out: dict[str, str] = field(default_factory=dict)  # what has no place in the base -> why
+
+    eyebrow: ClassVar[str] = "Baked model"
+
+    @property
+    def title(self) -> str:
+        """What was baked into what."""
+        return f"{', '.join(self.loras)} in {self.base}"
+
+    @property
+    def whole(self) -> BakedModule:
+        """All updates as one."""
+        energy, product = (
+            sum(getattr(row, n) for row in self.modules) for n in ("energy", "product")
+        )
+        return BakedModule("all", energy, product, sum(row.wrong for row in self.modules))
+
+    def in_words(self) -> InWords:
+        """Returns what is left, and how to keep more."""
+        share = self.whole.survived
+        mark: Mark = "✔" if share >= SURVIVES and not self.left_out else "⚠"
+        left_out = tuple(f"{name} is left out: {why}." for name, why in self.left_out.items())
+        if share >= SURVIVES:
+            headline = f"{share:.0%} of the LoRA is in the weights of {self.base}."
+            return InWords(mark, headline, (f"wrote {self.path}",), left_out)
+        also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
+        way = f"To keep all: bake into a 16-bit model, or keep the LoRA as a file{also}."
+        headline = f"Rounding took a part of the LoRA: {share:.0%} of it is left."
+        return InWords(mark, headline, (way, f"wrote {self.path}"), left_out)
+
+    def sentences(self) -> list[str]:
+        """Tells what was changed, and how exactly."""
+        stored = ", ".join(f"{count} in {kind}" for kind, count in self.dtypes.items())
+        told = [f"{stored} were changed; everything else is byte for byte that of {self.base}."]
+        return [*told, f"The rounding error is {self.whole.error:.2g} times the LoRA."]
+
+    def tables(self) -> list[Table]:
+        """Tabulates the modules, those with the least left first."""
+        columns = Column("module"), Column("left", ".0%", has_bar=True), Column("error", ".2g")
+        rows = sorted(self.modules, key=lambda row: row.survived)
+        cells = (Row((row.module, row.survived, row.error)) for row in rows)
+        return [make_table("What is left of each update", columns, cells, "modules")]
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns what the report holds, by name."""
+        names = ("path", "base", "loras", "stochastic", "dtypes", "left_out")
+        told = {name: getattr(self, name) for name in names}
+        told |= {"survived": self.whole.survived, "error": self.whole.error}
+        return told | {"modules": {row.module: row.survived for row in self.modules}}
