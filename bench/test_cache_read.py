@@ -8,7 +8,7 @@ import torch
 from prolora.bases.cache import basis_file
 from prolora.core.basis import FACTS
 
-SIDE, COLUMNS = 1280, 128  # SDXL's attention at the rank of bench/second_lora.py
+SIDE, COLUMNS = 1280, 128  # SDXL's attention at the rank of docs/performance.md
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ LIMITS = {
     "test lines": 43000,
     "bench lines": 11708,
     "words of api.md": 9885,
-    "words of docs": 20501,
+    "words of docs": 20547,
     "words of README": 639,
     "options": 113,
     "most options of a command": 27,
