@@ -12,7 +12,6 @@ from typing import Any
 
 from ..adapters import outline_adapter, read_adapter
 from ..adapters.contents import parse_contents
-from ..adapters.left_out import find_unknown_updates
 from ..adapters.lora import Lora
 from ..bases import Base
 from ..comparison.module_map import Matching
@@ -129,8 +128,7 @@ class Recipe:
         """
         base = self.source
         outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
-        unknown = find_unknown_updates(outline.left_out)
-        return (*list_missed(outline, self.options.text_encoder), *unknown)
+        return list_missed(outline, self.options.text_encoder)
 
 
 def make_file(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters.left_out import find_unknown_updates
 from ..errors import ProLoRAError
 from ..files.hub import spell_path
 from .lora_report import LoraReport
@@ -47,9 +46,7 @@ class Outcome:
     @property
     def unread(self) -> tuple[str, ...]:
         """Updates of the LoRA that could not be read and stay behind."""
-        if self.report is None:
-            return self.behind
-        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
+        return self.behind if self.report is None else self.report.unread
 
     @property
     def words(self) -> InWords:
