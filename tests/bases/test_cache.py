@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from mini import source_weights, write_case, write_folder
+from safetensors.torch import load_file
 from spectra import weights
 
 import prolora
 from prolora.bases.cache import basis_cache as cache_module
 from prolora.bases.cache import basis_file
-from prolora.bases.cache.basis_cache import TOLERANCE, BasisCache, default_folder
+from prolora.bases.cache.basis_cache import BasisCache, default_folder
 from prolora.bases.cache.tables import JsonTable
 from prolora.comparison.block_matching import match_blocks
 
@@ -51,31 +52,12 @@ def test_the_second_time_the_bases_come_from_the_folder_bit_for_bit(
     assert (again.hits, again.misses) == (4, 0)
 
 
-@pytest.mark.parametrize("shape, rank", [((300, 200), 60), ((64, 640), 0.95), ((40, 40), 40)])
-def test_sixteen_bits_are_as_exact_as_the_bound_says(tmp_path, shape, rank):
-    stack = torch.stack([weights(*shape, seed) for seed in range(2)])
-    stack[0, 3] *= 50  # an outlier, whose singular vector has one large entry
-    exact = prolora.truncated_svd(stack.double(), rank)
-    plain = prolora.truncated_svd(stack, rank)
-    kept = BasisCache(tmp_path).bases(stack, rank)
-    for i in range(2):
-        k = int(exact.rank[i])
-        assert int(kept.rank[i]) == k
-        for true, got in ((exact.U, kept.U), (exact.V, kept.V)):
-            true, got = true[i, :, :k], got[i, :, :k].double()
-            error = torch.linalg.matrix_norm(true @ true.mT - got @ got.mT, ord=2)
-            assert error <= kept.bound[i] <= TOLERANCE and kept.ok[i]
-            assert kept.bound[i] >= plain.bound[i]
-    assert all(basis_file.read_basis(path).compact for path in files_of(tmp_path))
-
-
-def test_a_basis_that_sixteen_bits_would_spoil_keeps_its_digits(tmp_path):
-    basis = prolora.truncated_svd(weights(50, 40, 0)[None], 10)[0]
-    stored = basis_file.make_stored_basis(basis, float(basis.bound) + 1e-7, {"name": "x"})
-    assert not stored.compact and torch.equal(stored.tensors["U"], basis.U)
-    assert stored.facts["bound"] == float(basis.bound)
-    wide = prolora.truncated_svd(weights(50, 40, 0)[None].double(), 10)[0]
-    assert basis_file.make_stored_basis(wide, 1e-3, {}).tensors["V"].dtype == torch.float64
+@pytest.mark.parametrize("rank", [5, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_cache_changes_no_bit_of_a_basis(stack, tmp_path, rank, dtype):
+    plain = prolora.truncated_svd(stack.to(dtype), rank)
+    same(BasisCache(tmp_path).bases(stack.to(dtype), rank), plain)
+    same(BasisCache(tmp_path).bases(stack.to(dtype), rank), plain)
 
 
 def test_only_what_is_missing_is_computed(stack, tmp_path):
@@ -145,16 +127,13 @@ def test_a_file_that_is_cut_off_once_it_was_read_does_no_harm(stack, tmp_path):
     """Mapped memory would end the process here, by SIGBUS."""
     BasisCache(tmp_path).bases(stack.repeat(1, 6, 6), 50)
     path = files_of(tmp_path)[0]
-    stored = basis_file.read_basis(path)
-    out = torch.empty(stored.shape[0], stored.columns)
-    stored.fill("U", out)
-    wanted = out.clone()
+    held = basis_file.read_basis(path).tensors["U"]
+    wanted = held.clone()
     os.truncate(path, 100)
-    stored.fill("U", out)
-    assert torch.equal(out, wanted)
+    assert torch.equal(held, wanted)
 
 
-@pytest.mark.parametrize("name", ["U", "V", "S", "U.scale"])
+@pytest.mark.parametrize("name", ["U", "V", "S"])
 def test_a_file_whose_tensors_do_not_fit_together_is_made_again(stack, tmp_path, name, caplog):
     """Whole and with right checksums, but not written by us."""
     wanted = BasisCache(tmp_path).bases(stack[:1], 5)
@@ -283,11 +262,10 @@ def test_a_transfer_with_a_warm_cache_writes_the_same_lora_and_reads_no_weight(
     no_svd(monkeypatch)
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
     prolora.transfer(lora, source, target, out=outs[2], cache=tmp_path / "cache", method="prolora")
-    assert outs[1].read_bytes() == outs[2].read_bytes()
-    plain, warm = prolora.adapters.read_adapter(outs[0]), prolora.adapters.read_adapter(outs[2])
-    for name, update in plain.updates.items():
-        wanted = update.dense()
-        assert (warm.updates[name].dense() - wanted).norm() < 2e-3 * wanted.norm()
+    plain, *cached = (load_file(out) for out in outs)
+    for tensors in cached:
+        assert tensors.keys() == plain.keys()
+        assert all(torch.equal(tensors[key], plain[key]) for key in plain)
 
 
 def test_without_a_cache_nothing_is_kept(tmp_path, monkeypatch):
@@ -369,7 +347,7 @@ def test_a_basis_of_another_shape_under_the_right_name_is_not_believed(stack, tm
     wanted = BasisCache(tmp_path).bases(stack[:1], 5)
     (path,) = files_of(tmp_path)
     other = prolora.truncated_svd(weights(30, 30, 9)[None], 5)[0]
-    basis_file.write_basis(path, basis_file.make_stored_basis(other, 1e-3, {"name": path.stem}))
+    basis_file.write_basis(path, basis_file.make_stored_basis(other, path.stem))
     cache = BasisCache(tmp_path)
     same(cache.bases(stack[:1], 5), wanted)
     assert cache.misses == 1 and "made again" in caplog.text

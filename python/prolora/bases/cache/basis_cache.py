@@ -47,7 +47,7 @@ from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
-VERSION = 4
+VERSION = 5
 TOLERANCE = 1e-3  # of bases, `truncated_svd`'s default
 _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
@@ -298,11 +298,11 @@ class BasisCache:
         return stored
 
     def _compute(self, rank: Rank, names: Sequence[str], weights: Tensor) -> list[StoredBasis]:
-        """Bases of a stack [c, m, n], as they are kept: warm or cold, the result is the same."""
+        """Computes and keeps the bases of a stack [c, m, n]."""
         computed = truncated_svd(weights, rank, tol=TOLERANCE).to("cpu")
         bases = []
         for i, name in enumerate(names):
-            stored = basis_file.make_stored_basis(computed[i], TOLERANCE, {"name": name})
+            stored = basis_file.make_stored_basis(computed[i], name)
             self._try(partial(self._write, self._path(name), stored))
             bases.append(stored)
         return bases
@@ -332,17 +332,15 @@ class BasisCache:
         self.misses += len(missing)
         self.hits += len(stored) - len(missing)
         parts = [basis for basis in stored if basis is not None]
-        width, dtype = max(basis.columns for basis in parts), parts[0].dtype
+        width, dtype = max(basis.columns for basis in parts), parts[0].tensors["S"].dtype
         factors = {
-            "U": torch.empty(len(parts), shape[0], width, dtype=dtype),
+            "U": torch.zeros(len(parts), shape[0], width, dtype=dtype),
             "S": torch.zeros(len(parts), width, dtype=dtype),
-            "V": torch.empty(len(parts), shape[1], width, dtype=dtype),
+            "V": torch.zeros(len(parts), shape[1], width, dtype=dtype),
         }
-
         for i, basis in enumerate(parts):
-            basis.fill("U", factors["U"][i])
-            basis.fill("V", factors["V"][i])
-            factors["S"][i, : basis.columns] = basis.tensors["S"]
+            for name, factor in factors.items():
+                factor[i][..., : basis.columns] = basis.tensors[name]
         facts = {
             part: torch.tensor([basis.facts[part] for basis in parts], dtype=_DTYPES[part])
             for part in FACTS
