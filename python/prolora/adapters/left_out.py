@@ -25,7 +25,7 @@ def measure_update(keys: Mapping[str, str], source: Lora) -> Size | None:
 
 
 def measure_unread(keys: Collection[str], source: Lora) -> Size:
-    """Returns (out, in, rank) of an update, or of the largest tensor where there is none."""
+    """Returns (out, in, rank) of an update, else of the largest tensor."""
     roles = {parsed[1]: key for key in keys if (parsed := tensor_keys.split_role(key))}
     shapes = [source.headers[key].shape for key in keys]
     largest = max(shapes, key=math.prod) or (1,)
