@@ -38,7 +38,7 @@ from prolora.making.merge import Sources
 from prolora.fleet.migration import StrPath
 from prolora.fleet.batches import Migrated
 from prolora.bases.experts import Experts, ExpertsLike, open_experts as open_experts
-from prolora.moving.batch import Naming
+from prolora.best import Naming
 
 __all__ = [
     "DEFAULT_RANK",

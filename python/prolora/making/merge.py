@@ -27,7 +27,7 @@ from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
 from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, ShapeMismatch
 from ..moving.base_check import are_one_base, explain_misfit, guess_lora_families
-from ..moving.base_pair import move_lora, prefix_notes
+from ..moving.base_pair import BasePair, prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.file_budget import OutputForm, describe_cuts
 from ..moving.moved_before import check_moved_before
@@ -227,8 +227,7 @@ class _Merge:
 
     def _read(self, i: int) -> None:
         """Reads a LoRA, and moves it where it has another base than the result."""
-        lora, source, name = self.loras[i], self.origins[i], self.names[i]
-        moved_from = ""
+        lora, source, name, moved_from = self.loras[i], self.origins[i], self.names[i], ""
         if self.target is None or source is None:
             if self.target is not None:
                 self._check_belongs(lora, name, self.target)
@@ -236,7 +235,8 @@ class _Merge:
             behind = list_unread_modules(adapter)
             self.unread += adapter.unread
         else:
-            done = move_lora(lora, source, self.target, self.options.for_moving(), hashed=False)
+            how = self.options.for_moving()
+            done = BasePair.open(source, self.target, how).transfer(lora, hashed=False)
             adapter, moved_from = done.adapter, source.name
             behind = [row for row in done.report.modules if row.status != "mapped"]
             self.unread += done.report.unread
