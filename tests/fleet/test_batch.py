@@ -275,7 +275,7 @@ def test_a_result_of_bases_in_memory_is_not_known_again_since_they_may_be_others
         assert outcome.status == status
 
 
-def test_groups_that_fit_into_memory_do_not_factorise_again(folder, monkeypatch):
+def test_groups_that_fit_into_memory_do_not_factorise_again(folder, monkeypatch, aged):
     loras, source, target, moved = folder
     monkeypatch.setattr(sys.modules["prolora.bases.memory"], "LORA_BYTES", 1)
     real, calls = cache_module.truncated_svd, []
