@@ -1,5 +1,6 @@
 """`.ci/run` without its tools: stand-ins that note what runs, and one of them fails."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -155,3 +156,34 @@ def test_a_run_in_which_nothing_fails_takes_every_step_and_ends_with_the_tests(b
     ]
     assert not (ROOT / "prolora-demo").exists()
     check_nothing_is_left_of(tmp_path)
+
+
+def reach(*changed):
+    spec = importlib.util.spec_from_file_location("reached", ROOT / ".ci" / "reached.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.reach_tests(list(changed), module.list_rooms())
+
+
+def test_a_change_reaches_the_tests_of_its_room_and_of_all_rooms_above():
+    above = {f"tests/{room}" for room in ("cli", "checking", "fleet", "making", "integrations")}
+    assert reach("python/prolora/making/merge.py", "docs/guide.md") == above
+    assert reach("python/prolora/cli/app.py", "integrations/comfyui/nodes.py") == {
+        "tests/cli",
+        "tests/integrations",
+    }
+    assert reach("python/prolora/best.py") == above - {"tests/making"} - {
+        "tests/checking",
+        "tests/fleet",
+    }
+    assert reach("tests/moving/test_plan.py", "bench/own_ops.py", "tests/test_ci.py") == {
+        "tests/moving"
+    }
+    assert "tests/core" in reach("python/prolora/core/basis.py")
+
+
+@pytest.mark.parametrize(
+    "path", ["pyproject.toml", "csrc/ops.h", "tests/support/mini.py", ".ci/run"]
+)
+def test_a_change_outside_the_rooms_reaches_all_tests(path):
+    assert reach("docs/guide.md", path) is None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from sandbox import digest
 from torch import Tensor
@@ -114,9 +113,3 @@ def state_differences(report: Path) -> set[str]:
     rows = [row for row in said["modules"] if row["status"] != "mapped"]
     lines = {f"{row['source']} {row['status']}" for row in rows}
     return lines | {f"renumbered {pair}" for pair in said.get("renumbered", {}).items()}
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The header's metadata."""
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})

@@ -51,7 +51,9 @@ def test_a_lost_alpha_is_told_with_the_strength_that_mends_it(lora, alpha, facto
     change(lora, drop_alphas, {"ss_network_alpha": alpha})
     found = check(lora)
     (defect,) = found.defects
-    assert f"{factor}× as strongly" in defect.text and defect.mend.endswith(f"strength {strength}")
+    assert f"{factor}× as strongly" in defect.text and defect.mend == (
+        f"load it at strength {strength}; or `convert()` it with `alpha={alpha}`"
+    )
     assert found.mark == "⚠" and not found and str(defect) in str(found)
 
 
@@ -66,7 +68,7 @@ def test_some_lost_alphas_are_counted(lora):
     first = next(key for key in load_file(lora) if key.endswith(".alpha"))
     change(lora, lambda key, x: None if key == first else x, {"ss_network_alpha": "2"})
     (defect,) = check(lora).defects
-    assert "1 of 3 alphas" in defect.text
+    assert "1 of 3 alphas" in defect.text and defect.mend.endswith("`alpha=2`")
 
 
 @pytest.mark.parametrize(

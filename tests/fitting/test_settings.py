@@ -56,7 +56,6 @@ def test_no_text_of_a_fit_names_an_option_of_the_command_line():
         ("batch", True),
         ("seed", -1),
         ("seed", "one"),
-        ("curvature_damping", math.inf),
         ("max_memory", "much"),
         ("max_memory", math.nan),
     ],

@@ -150,8 +150,6 @@ def test_what_is_foreseen_grows_with_what_is_asked_for():
     assert set(few) <= set(STAGES)
     student = Workload(FitSettings(), 4, (2, 1)).predictions["sample"]
     assert student == (9600 // 2, 48 * 4)
-    lora = Workload(FitSettings(lora_steps=4), 25).predictions["sample"]
-    assert lora == (48 * 2 * (25 + 4), 2400)
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,8 @@ def test_together_they_become_what_each_becomes_alone(folder, tmp_path, method):
 
 
 @pytest.mark.parametrize("method, reads", [("prolora", 2), ("auto", 1)])
-def test_a_weight_is_read_as_often_for_many_as_for_one(folder, monkeypatch, method, reads):
+def test_a_weight_is_read_as_often_for_many_as_for_one(folder, monkeypatch, aged, method, reads):
     loras, source, target, moved = folder
-    monkeypatch.setattr(cache_module, "SETTLING_TIME", 0)
     read = counted(monkeypatch)
     prolora.transfer_many(loras, source, target, moved, method=method)
     # Once to be judged, and once to be used, if the method uses it.
@@ -265,7 +264,7 @@ def test_a_result_of_bases_in_memory_is_not_known_again_since_they_may_be_others
         assert outcome.status == status
 
 
-def test_many_loras_without_a_cache_do_not_factorise_again(folder, monkeypatch):
+def test_many_loras_without_a_cache_do_not_factorise_again(folder, monkeypatch, aged):
     loras, source, target, moved = folder
     real, calls = cache_module.truncated_svd, []
     monkeypatch.setattr(

@@ -85,7 +85,7 @@ def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
     with pytest.raises(prolora.errors.OutputError, match="has an empty name"):
         prolora.transfer(*case, out="")
     with pytest.raises(prolora.errors.OutputError, match="has an empty name"):
-        prolora.merge([case[0]] * 2, case[2], [case[1]] * 2, out="")
+        prolora.merge([case[0]] * 2, case[1], out="")
     done = prolora.transfer(*case)
     with pytest.raises(prolora.errors.OutputError, match="has an empty name"):
         done.save("")

@@ -279,25 +279,6 @@ def test_text_encoders_are_projected_where_both_bases_hold_them():
     assert "cannot be projected" in plan.refused[name] and len(plan.pairs) == 1
 
 
-def stack_of_blocks(count, width=6):
-    """A base of one place of blocks, and an adapter of rank 1 to 3 on each module."""
-    generator = torch.Generator().manual_seed(count)
-    names = [
-        f"down_blocks.1.attentions.0.transformer_blocks.{i}.attn1.{leaf}"
-        for i in range(count)
-        for leaf in ("to_q", "to_k")
-    ]
-    weights = {name: torch.randn(width, width, generator=generator) for name in names}
-    updates = {
-        name: LowRank(
-            torch.randn(width, 1 + i % 3, generator=generator),
-            torch.randn(1 + i % 3, width, generator=generator),
-        )
-        for i, name in enumerate(names)
-    }
-    return open_base(weights), Adapter(updates)
-
-
 def test_a_kernel_of_another_shape_and_equal_size_is_refused():
     name = "down_blocks.0.resnets.0.conv1"
     lora = {

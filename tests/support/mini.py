@@ -28,16 +28,6 @@ def target_weights(drift: float = 0.1) -> dict[str, Tensor]:
     return {name: related(source[name], drift, 100 + i) for i, name in enumerate(shapes(2))}
 
 
-def target_along_few(drift: float = 0.1) -> dict[str, Tensor]:
-    """The first two blocks, drifted along five directions, as fine-tunes drift."""
-    drifted = {}
-    for i, (name, (m, n)) in enumerate(shapes(2).items()):
-        weight, generator = source_weights()[name], torch.Generator().manual_seed(i)
-        away = torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator)
-        drifted[name] = weight + drift * weight.norm() * away / away.norm()
-    return drifted
-
-
 def lora_tensors(rank: int = 4, alpha: float | None = 2.0) -> dict[str, Tensor]:
     """A kohya LoRA on every module of the source."""
     generator = torch.Generator().manual_seed(7)

@@ -1,4 +1,4 @@
-"""CLIP, DINOv2 and CSD of a few thousand random weights, saved as transformers saves them."""
+"""CLIP of a few thousand random weights, saved as transformers saves it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from pathlib import Path
 import tiny_pipelines as tiny
 import torch
 from transformers import (
-    BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    Dinov2Config,
-    Dinov2Model,
 )
 
 SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
@@ -33,22 +28,4 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
     CLIPModel(config).save_pretrained(folder)
     words = tiny.tokenizer(folder / "vocabulary")
     CLIPProcessor(CLIPImageProcessor(**SHOWN), words).save_pretrained(folder)
-    return folder
-
-
-def save_csd(folder: Path, seed: int = 1) -> Path:
-    """A vision model with a projection, as the style descriptor is one."""
-    torch.manual_seed(seed)
-    config = CLIPVisionConfig(**SIZE, **IMAGE, projection_dim=12)
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    CLIPImageProcessor(**SHOWN).save_pretrained(folder)
-    return folder
-
-
-def save_dinov2(folder: Path, seed: int = 2) -> Path:
-    """Its own image processor crops the centre."""
-    torch.manual_seed(seed)
-    kept = {key: value for key, value in SIZE.items() if key != "intermediate_size"}
-    Dinov2Model(Dinov2Config(**kept, **IMAGE)).save_pretrained(folder)
-    BitImageProcessor(**SHOWN).save_pretrained(folder)
     return folder

@@ -32,8 +32,8 @@ IMAGE_DOUBT = 0.09
 """Share of the wanted change by which a weaker strength must be better there. Noise that the target
 does not see makes weaker ones look better than they are (docs/results.md)."""
 RAISED = 1.25
-"""Strength of a fit from nothing, for all but few-step LoRAs. Least squares on what another model
-does give too weak a change (docs/results.md)."""
+"""Strength of a fit from nothing. Least squares on what another model does give too weak a change
+(docs/results.md)."""
 OTHER_LOOK = 1.0
 """Disagreement of bases that draw different images: above it more of the change does harm."""
 DOUBT = 1.0
@@ -101,7 +101,6 @@ def judge_updates(
     copied: Mapping[str, LowRank] | None = None,
     start: str = "zero",
     images: bool = False,
-    few_step: bool = False,
 ) -> Gate:
     """Chooses the strength and the decision.
 
@@ -113,7 +112,6 @@ def judge_updates(
         copied: the rival, compared where it fits the target's modules.
         start: where the fit started, "zero" or "copy".
         images: whether the models were asked about images, and the fit followed pairs of them too.
-        few_step: whether the LoRA is for few steps.
     """
     read, same_noise = translation.read, translation.same_noise
     disagreement = measure_disagreement(held_out)
@@ -139,7 +137,7 @@ def judge_updates(
     else:
         decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
     rival = (copy_share, copy_strength, gain)
-    if start == "zero" and decision == GO and not few_step and disagreement["all"] <= OTHER_LOOK:
+    if start == "zero" and decision == GO and disagreement["all"] <= OTHER_LOOK:
         strength = RAISED
     return Gate(decision, strength, share, disagreement, reason, *rival, effect)
 

@@ -212,8 +212,7 @@ def _run_models(
         stack.enter_context(meter.watch(source, target))
         report.crossed, report.shared = recorder.crossed, recorder.translation.same_noise
         guidance = recorder.translation.guidance
-        if guidance:
-            report.guidance, report.guided_lora = guidance.scale, guidance.adapted
+        report.guidance = guidance.scale if guidance else 1.0
         meter.begin("sample")
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)
@@ -234,9 +233,8 @@ def _run_models(
         for name in updates:
             report.left_out.pop(name, None)
         meter.begin("judge")
-        start, few = report.start, settings.has_few_step_lora
-        known = rival, start, bool(recorder.crossed), few
-        verdict = report.gate = judge_updates(target, updates, wanted, run.translation, *known)
+        known = run.translation, rival, report.start, bool(recorder.crossed)
+        verdict = report.gate = judge_updates(target, updates, wanted, *known)
         meter.finish()
     report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
@@ -256,7 +254,7 @@ def _begin_run(
     """Builds what all stages share, once the questions are recorded."""
     guidance = recorder.translation.guidance
     # The recorder's key says what the samplers do, not how the source is asked.
-    asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
+    asked = f"guidance {guidance.scale:.4g}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key
     bare = hash_texts(recorder.keys["source"], asked)
     answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))

@@ -61,7 +61,7 @@ class ImageGrid:
         if self._is_open("source"):
             self._draw("source", 0, self.settings[0], {})
             with text_encoders():
-                self._draw("source + LoRA", 0, self.settings[0].with_lora(), updates)
+                self._draw("source + LoRA", 0, self.settings[0], updates)
 
     def draw_target(
         self, copied: Mapping[str, LowRank], fitted: Mapping[str, LowRank] | None

@@ -57,7 +57,7 @@ class Workload:
     @cached_property
     def steps(self) -> dict[str, int]:
         """Steps of each sampler."""
-        steps = self.settings.steps, self.settings.with_lora().steps, self.target_steps
+        steps = self.settings.steps, self.settings.steps, self.target_steps
         return dict(zip(ORIGINS, steps, strict=True))
 
     @cached_property

@@ -13,17 +13,11 @@ ENOUGH = 0.95
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class MadeReport(LoraReport):
-    """What a LoRA holds of what it was made of.
+    """What a LoRA holds of what it was made of."""
 
-    Attributes:
-        done: what became of its modules, as "converted".
-        original: what it was made of, in words.
-        advice: what to do next; "" without advice.
-    """
-
-    done: str
-    original: str
-    advice: str = ""
+    done: str  # what became of its modules, as "converted"
+    original: str  # what it was made of, in words
+    advice: str = ""  # what to do next; "" without advice
 
     def in_words(self) -> InWords:
         """Returns the share of the original that the LoRA holds."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..architectures.modules import matrix_shape
 from ..bases import Base
-from ..bases.base import Progress, find_unreadable
+from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
 from ..bases.vae import RUN_INSTEAD, can_fit
@@ -53,10 +53,6 @@ def _measure_pairs(ledger: Ledger, cache: BasisCache, memory: Memory) -> None:
     """Notes the affinities and the verdict; see `decide_method`."""
     pairs, options, results = ledger.plan.pairs, ledger.options, ledger.result_bytes
     shapes = {matrix_shape(pair.shape) for pair in pairs}
-    if options.method == "copy":
-        ours = find_unreadable(ledger.source, [pair.source for pair in pairs])
-        if ours or find_unreadable(ledger.target, [pair.target for pair in pairs]):
-            return  # there is nothing to compare
     memory.check(shapes, "affinity", results)
     if options.chosen.needs_bases:
         memory.check(shapes, "bases", results)

@@ -50,8 +50,7 @@ class TransferReport(MovedReport):
         base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
         few_steps: whether the target draws in few steps and the source does not; None where
             nothing tells.
-        verdict: what the weights of the two bases promise; None in a dry run, and of a copy between
-            bases whose numbers are not read.
+        verdict: what the weights of the two bases promise; None in a dry run.
     """
 
     eyebrow: ClassVar[str] = "LoRA transfer report"

@@ -122,8 +122,7 @@ class CrossingRecorder:
         """Questions about the images of three origins, and for the fit about pairs of images.
 
         The source draws the same prompts from the same noise with the LoRA and without it; each
-        such pair is one trajectory, and a question about it is of the target alone. A few-step LoRA
-        changes how images are reached and not which, so its pairs would teach nothing. A few-step
+        such pair is one trajectory, and a question about it is of the target alone. A few-step
         target has learnt the straight way from a noise to the image that its teacher draws from it,
         so it is asked on that way.
         """
@@ -131,7 +130,6 @@ class CrossingRecorder:
         sampled = {origin: self._load_or_sample(origin, seeds[origin]) for origin in ORIGINS}
         levels = sampled["target"]["levels"]
         prompts = max(len(self.ours.settings.prompts), 1)
-        few_step_lora = self.ours.settings.has_few_step_lora
         questions = []
         drawn: dict[tuple[str, int], Tensor] = {}
         for i, origin in enumerate(ORIGINS):
@@ -145,7 +143,7 @@ class CrossingRecorder:
                     calls = self._ask_image(pair, state, (number,))
                     ours, theirs = (replace(call, origin=origin) for call in calls)
                     questions.append(Question(ours, theirs))
-                if origin == "adapted" and not held_out and not few_step_lora:
+                if origin == "adapted" and not held_out:
                     images = drawn["source", k], pair[1]
                     noise = self._cross_noise(sampled["source"]["noises"][k][None])
                     for state in self._draw_states(prompt, levels, -1 - number):
@@ -249,8 +247,7 @@ class CrossingRecorder:
                 text = self.text_part.updates if self.text_part else {}
                 encoders = run_text_encoders_beside(side.pipeline, text)
                 with run_beside(self.source, self.adapter.updates), encoders:
-                    adapted = replace(side, settings=side.settings.with_lora())
-                    sampled = self._sample(adapted, seed, origin)
+                    sampled = self._sample(side, seed, origin)
             else:
                 sampled = self._sample(side, seed, origin)
             self.checkpoints.store(name, key, sampled)

@@ -159,7 +159,4 @@ def guide_source(
         )
     if scale is None or scale == 1:
         return None
-    adapted = True
-    if settings[0].lora_guidance is not None:
-        adapted = pipelines[0].tabulate_prompts(settings[0].with_lora()).guided
-    return Guidance(scale, _PromptDropper(source), _PromptKeeper(source), adapted)
+    return Guidance(scale, _PromptDropper(source), _PromptKeeper(source))

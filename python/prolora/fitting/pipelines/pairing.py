@@ -51,7 +51,7 @@ class PipelinePair:
         adapted = self.source if self.text_part is None else self.text_part
         return (
             self.source.sampler(self.settings, lambda: on_image("source")),
-            adapted.sampler(self.settings.with_lora(), lambda: on_image("adapted")),
+            adapted.sampler(self.settings, lambda: on_image("adapted")),
             self.target.sampler(self.of_target, lambda: on_image("target")),
         )
 

@@ -91,11 +91,9 @@ class Pipeline:
 
     def encode_prompts(self, settings: FitSettings) -> None:
         """Encodes all prompts of the samplings, with and without the LoRA, and the empty one."""
-        ways = [settings, *([settings.with_lora()] if settings.has_few_step_lora else [])]
-        for way in ways:
-            for prompt in dict.fromkeys((*_prompts_or_empty(way), "")):
-                if "prompt" in self.accepted:
-                    self._capture_call(prompt, way)
+        for prompt in dict.fromkeys((*_prompts_or_empty(settings), "")):
+            if "prompt" in self.accepted:
+                self._capture_call(prompt, settings)
 
     def release_encoders(self) -> None:
         """Frees the text encoders; their answers stay, and a new prompt reloads them.

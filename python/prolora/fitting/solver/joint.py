@@ -17,6 +17,8 @@ from .joint_fit import JointProblem, cut_updates
 from .linearisation import ProbeBatch
 from .start import StartingPoint, choose_start, move_part_way
 
+DAMPING = 1.0
+"""Of the curvature, relative to its mean diagonal."""
 BATCHES_TO_TRY_COPY = 4
 """Batches of full size whose samples decide where the fit starts."""
 
@@ -47,17 +49,14 @@ def fit_all_modules(
     read, same_noise = translation.read, translation.same_noise
     start = choose_start(run.settings.start, run.target, run.rival, first, read, same_noise)
     report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
-    updates = _fit_part_way(run, batches, names, start, key) if start.trust else dict(run.rival)
+    updates = _fit_part_way(run, batches, names, start) if start.trust else dict(run.rival)
     facts = {"steps": report.steps, "start": [start.name, start.trust, start.reason]}
     checkpoints.store_updates("joint", key, updates, facts)
-    state_file = checkpoints.state_file("fit", key)
-    if state_file:
-        state_file.remove()
     return updates
 
 
 def _fit_part_way(
-    run: ProbeRun, batches: _BatchQueue, names: list[str], start: StartingPoint, key: str
+    run: ProbeRun, batches: _BatchQueue, names: list[str], start: StartingPoint
 ) -> dict[str, LowRank]:
     """Returns updates part of the way from start to fit, and outside copies."""
     inside = {name: update for name, update in start.updates.items() if name in names}
@@ -71,7 +70,7 @@ def _fit_part_way(
         run.translation.read,
         batches.draw,
         settings.fit_steps,
-        settings.curvature_damping,
+        DAMPING,
         int(rank) if rank >= 1 else own,
         will_be_cut=start.trust < 1 or rank < 1,
     )
@@ -80,7 +79,6 @@ def _fit_part_way(
             problem,
             inside,
             lambda step: run.meter.reach(step / settings.fit_steps, f"step {step + 1}"),
-            run.checkpoints.state_file("fit", key),
         )
     run.report.steps = fit.history
     if start.trust < 1:

@@ -39,9 +39,10 @@ class LeadingSpectrum:
         count: of the rows, faded as F is.
     """
 
-    def __init__(self, basis: Tensor | None = None, trace: float = 0.0, count: float = 0.0) -> None:
-        """Starts with no rows, or with what was kept of some."""
-        self.basis, self.trace, self.count = basis, trace, count
+    def __init__(self) -> None:
+        """Starts with no rows."""
+        self.basis: Tensor | None = None
+        self.trace = self.count = 0.0
 
     def fade(self) -> None:
         """Lets what was added so far count less."""
@@ -123,11 +124,6 @@ class JointCurvature:
         self.damping, self.generator = damping, generator
         self.reads: dict[str, LeadingSpectrum] = {}
         self.writes: dict[str, LeadingSpectrum] = {}
-
-    @property
-    def sides(self) -> dict[str, dict[str, LeadingSpectrum]]:
-        """Both by their names."""
-        return {"reads": self.reads, "writes": self.writes}
 
     def fade(self) -> None:
         """Lets what was added so far count less."""

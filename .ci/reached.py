@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""The tests that the changes since a revision can reach, one a line; none where all are reached.
+
+A change of a room reaches its own tests and those of every room above it in tests/test_rooms.py;
+pages and benches reach the tests beside the rooms, which always run; anything else reaches all.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = (".md", ".png", ".html", ".js", ".yml")
+
+
+def list_rooms() -> list[str]:
+    """Reads the rooms, the uppermost first."""
+    tree = ast.parse((ROOT / "tests" / "test_rooms.py").read_text("utf-8"))
+    value = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ROOMS"
+    )
+    return [room for level in ast.literal_eval(value) for room in sorted(level)]
+
+
+def reach_tests(changed: list[str], rooms: list[str]) -> set[str] | None:
+    """Returns folders of tests that a change reaches; None stands for all of them."""
+    reached: set[str] = set()
+    for path in changed:
+        top, name, *_ = f"{path}/".split("/")
+        if path.startswith("python/prolora/"):
+            room = path.split("/")[2].removesuffix(".py")
+            if room not in rooms:
+                return None
+            reached |= {"integrations", *rooms[: rooms.index(room) + 1]}
+        elif top == "integrations" or (top == "tests" and name in rooms):
+            reached.add(name if top == "tests" else top)
+        elif not (
+            top == "bench" or path.endswith(PAGES) or (top == "tests" and name.startswith("test_"))
+        ):
+            return None
+    return {f"tests/{name}" for name in reached if (ROOT / "tests" / name).is_dir()}
+
+
+def list_changes(revision: str) -> list[str]:
+    """Lists the files that differ from a revision, new ones too."""
+    commands = ["diff", "--name-only", revision], ["ls-files", "--others", "--exclude-standard"]
+    said = [subprocess.check_output(["git", *c], cwd=ROOT, text=True) for c in commands]
+    return [line for text in said for line in text.splitlines()]
+
+
+if __name__ == "__main__":
+    tests = reach_tests(list_changes(sys.argv[1]), list_rooms())
+    beside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py")}
+    print(*sorted(tests | beside if tests is not None else ()), sep="\n", end="")
