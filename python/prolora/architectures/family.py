@@ -93,7 +93,8 @@ class Family:
     title: str  # for people, "Qwen-Image"
     layouts: tuple[str, ...]  # ids of its published sizes, see `layouts.load_layout`
     # The authors' (and ComfyUI's) module -> diffusers' module, or what else it holds. Patterns, in
-    # which N is the number of a block. A module that is not listed has the same name in both.
+    # which N is the number of a block, unless one names it. A module that is not listed has the same
+    # name in both.
     authors: Mapping[str, str | Fused | Swapped] = field(default_factory=dict)
     # Other names of the authors' modules -> the authors' name, or the modules whose rows such a
     # matrix has. They are read and never written. The parts of a fused matrix counted from 0
@@ -132,8 +133,7 @@ class Family:
 
     def find_pattern(self, module: str) -> str | None:
         """Returns the pattern of a canonical module, None if no published size has it."""
-        match = _match_pattern(module, self._modules, dotted=True)
-        return match[0] if match else None
+        return next((trial for trial, _ in list_trials(module, ".") if trial in self.shapes), None)
 
     def find_shapes(self, module: str) -> tuple[tuple[int, ...], ...]:
         """Returns the shapes of a canonical module in the published sizes, of any block."""
@@ -231,10 +231,10 @@ def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]],
 
 
 def _choose_places(places: list[int]) -> Iterator[tuple[int, ...]]:
-    """Yields sets of numbers to replace: the first, none, each other one, every two."""
-    yield tuple(places[:1])
+    """Yields sets of numbers to replace: none, the first, each other one, every two."""
+    yield ()
     if places:
-        yield ()
+        yield (places[0],)
     yield from ((place,) for place in places[1:])
     yield from itertools.combinations(places, 2)
 
