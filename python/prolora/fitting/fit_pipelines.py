@@ -40,7 +40,6 @@ from .fit_plan import FitJob, check_fittable, explain_need, outline_fit, plan_mo
 from .fit_report import FitReport, RivalReport
 from .fit_rows import build_fit_report, list_modules, outline_report
 from .gate import COPY
-from .run import ProbeTransfer
 from .running import fit_models, plan_memory_of_card
 from .solver.start import NO_COPY
 
@@ -151,17 +150,6 @@ def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -
     except ProLoRAError:
         return report
     return replace(report, why=_tell_serving(source, target, options, found))
-
-
-def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
-    """Wraps a result of `probe.fit_to_models` with header and report."""
-    options = FitOptions()
-    adapter = read_lora(lora, source, "updates")
-    plan = plan_modules(adapter, source, target, options.text_encoder)
-    job = FitJob(adapter, plan, source, target, options)
-    updates = dict(made.adapter.updates)
-    fitted, report = _finish_fit(job, _outline_result(job), updates, made.report, {})
-    return Transfer(fitted, report, list_inputs(lora, source, target), "auto", options.dtype)
 
 
 def _outline_result(job: FitJob) -> Adapter:

@@ -63,19 +63,21 @@ def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     Raises:
         ProLoRAError: the target calls no module that could take the LoRA's change.
     """
-    source = find_called(run.source, question.source)
-    target = find_called(run.target, question.target)
-    chosen = choose_fitted(run.adapter.updates, source, target)
+    recorder = run.recorder
+    source = find_called(recorder.source, question.source)
+    target = find_called(recorder.target, question.target)
+    chosen = choose_fitted(recorder.adapter.updates, source, target)
     if not chosen:
         raise ProLoRAError(
-            f"{type(run.target).__name__} calls no linear layer or convolution of the kinds that "
-            f"the LoRA adapts, which is what a fit changes; it calls {', '.join(target) or 'none'}"
+            f"{type(recorder.target).__name__} calls no linear layer or convolution of the kinds "
+            "that the LoRA adapts, which is what a fit changes; it calls "
+            f"{', '.join(target) or 'none'}"
         )
     roles, taken = find_roles(source), {find_roles(target)[name] for name in chosen}
     alike = have_like_blocks(source, target)
-    for name in run.adapter.updates:
+    for name in recorder.adapter.updates:
         if name not in source:
-            can = can_be_fitted(run.source.get_submodule(name))
+            can = can_be_fitted(recorder.source.get_submodule(name))
             run.report.left_out[name] = _NEVER_CALLED if can else NO_KIND
         elif alike and roles[name] not in taken:
             run.report.left_out[name] = _NO_PLACE

@@ -110,7 +110,7 @@ def price_predictions(
 
 
 class WorkMeter:
-    """A counter of predicted samples that tells how much of all stages is done.
+    """A counter of predicted samples, and what is left of all stages.
 
     Progress is told in the predictions that were foreseen, each stage weighted by what one costs in
     it, with the time that is left at the speed so far.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -196,6 +196,44 @@ class PromptTable:
                 "translate"
             )
         return best
+
+    def swap_prompts(self, theirs: PromptTable, call: Call) -> Call:
+        """Returns a call with the conditioning that another table has of its prompts."""
+        parts = split_call(self.model, call)
+        prompts = [self.prompt_of(parts, i) for i in range(len(parts.latent))]
+        return theirs.replace_prompts(call, parts, prompts)
+
+    def replace_prompts(self, call: Call, parts: CallParts, prompts: Sequence[int]) -> Call:
+        """Returns a call, split into parts, with other prompts."""
+        made = self.build_call(parts.latent, parts.time, prompts)
+        return replace(call, args=made.args, kwargs=made.kwargs)
+
+    def drop_prompts(self, call: Call) -> Call:
+        """Returns a call without its prompts."""
+        parts = split_call(self.model, call)
+        return self.replace_prompts(call, parts, [len(self.entries) - 1] * len(parts.latent))
+
+    def find_prompts(self, call: Call) -> list[bool]:
+        """Finds the samples of a call that have a prompt."""
+        parts = split_call(self.model, call)
+        return [self.has_prompt(parts, i) for i in range(len(parts.latent))]
+
+    def keep_prompted(self, call: Call) -> Call | None:
+        """Returns the samples of a call that have a prompt; None for none."""
+        found = self.find_prompts(call)
+        if all(found):
+            return call
+        rows = [i for i, prompted in enumerate(found) if prompted]
+        if not rows:
+            return None
+        parts = split_call(self.model, call)
+        kept = replace(
+            parts,
+            latent=parts.latent[rows],
+            time=parts.time[rows] if parts.time.dim() else parts.time,
+            conditioning=stack_conditionings([sample_conditioning(parts, i) for i in rows]),
+        )
+        return build_call(self.model, kept)
 
     def has_prompt(self, parts: CallParts, i: int) -> bool:
         """Returns whether sample i of a call has a prompt.

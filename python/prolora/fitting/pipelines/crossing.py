@@ -12,9 +12,8 @@ change of x₀ that the LoRA makes crosses in the same way (docs/fit.md).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +27,9 @@ from .conversion import align_rows
 from .guidance import guide_source
 from .latent_layouts import LatentLayout, check_shapes
 from .latents import LatentSpace, SharedLatents, check_shown
-from .pipeline import FinalSample, Pipeline, describe_pipeline, share_size
+from .pipeline import FinalSample, Pipeline, share_size
 from .schedules import NoiseSchedule
-from .text_part import PromptSwapper, TextPart
+from .text_part import TextPart
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class CrossedTranslation(Translation):
             (ours.settings, theirs.settings),
             (ours.table, theirs.table),
         )
-        adapt = PromptSwapper(ours.table, text_part.table) if text_part else same_call
+        adapt = partial(ours.table.swap_prompts, text_part.table) if text_part else same_call
         return cls(read=theirs.read, guidance=guidance, adapt=adapt, ours=ours, theirs=theirs)
 
     def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
@@ -205,8 +204,3 @@ def draw_noise(
         return spaces[0].as_latent(noise), spaces[1].as_latent(noise).to(pair[1])
     ours, theirs = (torch.randn(x.shape, generator=generator).to(x) for x in pair)
     return ours, theirs
-
-
-def describe_crossing(ours: CrossingSide, theirs: CrossingSide) -> str:
-    """Describes the samplers in a text: part of the keys of kept latents."""
-    return json.dumps([describe_pipeline(side.pipeline, side.settings) for side in (ours, theirs)])

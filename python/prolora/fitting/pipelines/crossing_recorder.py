@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -51,7 +51,8 @@ class CrossingRecorder:
     adapter: Adapter  # the LoRA of the source
     # Where final latents are kept
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
-    samplers_text: str = ""  # what the samplers do; part of the keys of what is kept
+    # Origin -> hash of what its images depend on, besides the seed and the models
+    keys: Mapping[str, str] = field(default_factory=lambda: hash_origins({}, ""))
     # Called with the origin of an image after it was sampled
     on_image: Callable[[str], None] | None = None
     # Updates of the source's text encoders that the LoRA is run with
@@ -98,13 +99,6 @@ class CrossingRecorder:
         except ProLoRAError:
             return 1
         return min(len(side.table.like.latent) for side in sides)
-
-    @cached_property
-    def keys(self) -> dict[str, str]:
-        """Origin -> hash of what its images depend on, besides the seed and the models."""
-        text = self.text_part.updates if self.text_part else {}
-        updates = {**self.adapter.updates, **text}
-        return hash_origins(self.checkpoints, updates, self.samplers_text)
 
     @cached_property
     def key(self) -> str:
