@@ -106,13 +106,7 @@ class CommonParts:
 def share_parts(
     resume: str | PathLike[str] | None, folder: Path, several: bool
 ) -> Iterator[CommonParts]:
-    """Yields the shared parts of fits, while they go on.
-
-    Args:
-        resume: the folder that was asked for.
-        folder: of the results, which holds a temporary one if none was asked for.
-        several: whether there is more than one LoRA.
-    """
+    """Yields the shared parts of fits, while they go on."""
     with contextlib.ExitStack() as stack:
         kept = resume
         if resume is None and several:

@@ -54,30 +54,17 @@ SERVES = (
 
 
 def fit_to_pipelines(
-    lora: LoraLike,
-    source: Base,
-    target: Base,
-    options: FitOptions,
-    notes: Notes | None = None,
+    lora: LoraLike,  # what is fitted
+    source: Base,  # the base it was trained on
+    target: Base,  # the base it goes to
+    options: FitOptions,  # how
+    notes: Notes | None = None,  # what else the header says of the result
     common: CommonParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses what it can before loading them.
 
     What moving by weights alone makes of the LoRA is its rival: where that does no worse on
     held-out probes, it is the result.
-
-    Args:
-        lora: what is fitted.
-        source: the base it was trained on.
-        target: the base it goes to.
-        options: how.
-        notes: what else the header says of the result.
-        common: what this fit shares with other LoRAs' fits; None for a fit alone.
-
-    Raises:
-        UnrelatedBases: the held-out probes speak against both, and `force` is not set.
-        ShapeMismatch: the fit is to start from a copy, and none fits.
-        ProLoRAError: see `prolora.fit` and `probe.fit_to_models`.
     """
     job = prepare_fit(lora, source, target, options)
     written = options.format or "auto", options.dtype
@@ -115,10 +102,6 @@ def prepare_fit(
     """Reads and plans; refuses all that can be refused without running a model.
 
     `depth` says how far the LoRA is read.
-
-    Raises:
-        LowCoverage: fewer modules have a counterpart than was asked for.
-        ProLoRAError: see `prolora.fit`.
     """
     check_fittable(source, target)
     # Running models of equal weights may differ in schedule, steps and guidance.

@@ -54,15 +54,7 @@ def _find_place(name: str) -> object:
 
 
 def choose_modules(run: ProbeRun, question: Question) -> list[str]:
-    """Returns the target's modules that get an update; the report lists what of the LoRA does not.
-
-    Args:
-        run: the probing.
-        question: any one; both models run on it.
-
-    Raises:
-        ProLoRAError: the target calls no module that could take the LoRA's change.
-    """
+    """Returns the target's modules that get an update; the report lists what is left out."""
     recorder = run.recorder
     source = find_called(recorder.source, question.source)
     target = find_called(recorder.target, question.target)
@@ -90,11 +82,6 @@ def choose_fitted(lora: Iterable[str], source: Shapes, target: Shapes) -> list[s
     Between models with like blocks these are the modules of the LoRA's roles: of its names inside
     blocks, and of its names outside. Elsewhere roles do not correspond: then they are all modules
     in blocks that are of the LoRA's kinds and neither normalise nor modulate.
-
-    Args:
-        lora: modules of the source.
-        source: the source's modules that can be fitted.
-        target: the target's.
     """
     adapted = [name for name in lora if name in source]
     if have_like_blocks(source, target):

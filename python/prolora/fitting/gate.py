@@ -94,24 +94,18 @@ class Gate:
 
 
 def judge_updates(
-    target: nn.Module,
-    updates: Mapping[str, LowRank],
-    held_out: Sequence[WantedChange],
-    translation: Translation,
+    target: nn.Module,  # the target without updates
+    updates: Mapping[str, LowRank],  # the fitted ones
+    held_out: Sequence[WantedChange],  # probes of all origins that the fit did not see
+    translation: Translation,  # how the models were asked
     copied: Mapping[str, LowRank] | None = None,
-    start: str = "zero",
+    start: str = "zero",  # where the fit started, "zero" or "copy"
     images: bool = False,
 ) -> Gate:
     """Chooses the strength and the decision.
 
-    Args:
-        target: the target without updates.
-        updates: the fitted ones.
-        held_out: probes of all origins that the fit did not see.
-        translation: how the models were asked.
-        copied: the rival, compared where it fits the target's modules.
-        start: where the fit started, "zero" or "copy".
-        images: whether the models were asked about images, and the fit followed pairs of them too.
+    `copied` is the rival, compared where it fits the target's modules; `images` says that the
+    models were asked about images, and the fit followed pairs of them too.
     """
     read, same_noise = translation.read, translation.same_noise
     disagreement = measure_disagreement(held_out)

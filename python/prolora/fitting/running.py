@@ -220,12 +220,7 @@ def _open_both(
 
 
 def plan_memory_of_card(job: FitJob) -> CardPlan | None:
-    """Plans how the pipelines run within `max_vram`; None without such a bound.
-
-    Raises:
-        InvalidOption: the fit runs on no card.
-        TooLittleMemory: see `plan_card`.
-    """
+    """Plans how the pipelines run within `max_vram`; None without such a bound."""
     options, source, target = job.options, job.source.path, job.target.path
     if options.card_limit is None:
         return None
@@ -249,11 +244,7 @@ def _is_card(device: DeviceLike) -> bool:
 
 
 def _check_memory(limit: int, source: Path, target: Path, device: DeviceLike) -> None:
-    """Refuses a bound that the models alone exceed, before they are loaded.
-
-    Raises:
-        TooLittleMemory: says the least that is needed.
-    """
+    """Refuses a bound that the models alone exceed, before they are loaded."""
     (ours, others), (theirs, rest) = (pipelines.estimate_bytes(path) for path in (source, target))
     on_host = not _is_card(device)
     least = resident_bytes() + max(ours + others, theirs + rest + (others if on_host else 0))
@@ -268,9 +259,6 @@ def _memory_left(limit: int) -> int:
     """Returns the memory that a bound leaves for calls and streams.
 
     Once the models are loaded.
-
-    Raises:
-        TooLittleMemory: nothing is left.
     """
     taken = resident_bytes()
     if taken >= limit:

@@ -138,12 +138,7 @@ def settle_settings(
 
 
 def read_pixels(result: Any) -> Tensor:
-    """Reads the pixels [3, h, w] from 0 to 1 in a pipeline's result.
-
-    Raises:
-        NonFiniteWeights: the image holds NaN or infinities.
-        ProLoRAError: it gives no image.
-    """
+    """Reads the pixels [3, h, w] from 0 to 1 in a pipeline's result."""
     images = getattr(result, "images", None)
     images = images if isinstance(images, Tensor) else torch.as_tensor(images)
     image = images[0]

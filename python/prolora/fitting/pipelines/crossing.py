@@ -50,10 +50,6 @@ class CrossingSide:
 
         `settings` without a size take the pipeline's; `shared` says that the other side denoises
         the same latents.
-
-        Raises:
-            UnsupportedFormat: its times or its latents cannot be read, or it cannot turn images
-                into latents.
         """
         if not shared:
             check_shown(pipeline.pipe, pipeline.name)
@@ -164,16 +160,7 @@ def observe_sides(
 ) -> tuple[CrossingSide, CrossingSide]:
     """Observes both sides of a crossing.
 
-    Args:
-        source: the pipeline that the LoRA was made for.
-        target: the other one.
-        settings: what is sampled; without a size each side has its pipeline's, or both the
-            smaller one where they share latents.
-        shared: whether both denoise the same latents.
-
-    Raises:
-        UnsupportedFormat: see `CrossingSide.of`.
-        ProLoRAError: shared latents have different shapes.
+    Without a size each side has its pipeline's, or both the smaller one where they share latents.
     """
     if shared:
         settings = share_size(settings, source, target)

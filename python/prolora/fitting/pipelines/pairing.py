@@ -68,10 +68,6 @@ def pair_pipelines(
     Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps
     to see what their times mean. `text_updates` of the source's text encoders are run with the
     LoRA.
-
-    Raises:
-        UnsupportedFormat: the times or predictions of a flow cannot be read.
-        ProLoRAError: the latents have different shapes.
     """
     names = source.name, target.name
     settings = share_size(settings, source, target)

@@ -28,10 +28,6 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
     """Runs a pipeline's text encoders with updates beside their weights.
 
     The names of the updates begin with the text encoder's.
-
-    Raises:
-        ProLoRAError: the pipeline has no such text encoder, or that has no such module.
-        ShapeMismatch: an update does not fit its weight.
     """
     by_encoder: dict[str, dict[str, LowRank]] = {}
     for name, update in updates.items():

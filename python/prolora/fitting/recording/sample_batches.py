@@ -29,11 +29,11 @@ class _CannotShareBatch(Exception):
 
 
 def mix_samples(
-    questions: Sequence[Question],
-    limit: int,
-    most: int,
-    predict: PredictBoth,
-    generator: torch.Generator,
+    questions: Sequence[Question],  # recorded on one or more trajectories
+    limit: int,  # number of samples; all are taken where there are fewer
+    most: int,  # largest number of samples in a batch
+    predict: PredictBoth,  # both models' predictions at a question
+    generator: torch.Generator,  # of the draw
     find_prompts: FindPrompts | None = None,
     step: int = 0,
     size: int | None = None,
@@ -46,21 +46,10 @@ def mix_samples(
     batch what they predict for the calls. Where they do not (one time for all samples of a call),
     complete calls are drawn instead.
 
-    Args:
-        questions: recorded on one or more trajectories.
-        limit: number of samples; all are taken where there are fewer.
-        most: largest number of samples in a batch.
-        predict: both models' predictions at a question.
-        generator: of the draw.
-        find_prompts: which samples of a call of the source have a prompt. Of the others at most
-            WITHOUT_PROMPT are drawn, as far as there are enough with one.
-        step: samples of a step of the fit. In each step the samples about the LoRA's own images
-            then have batches to themselves, so that what is asked about the others serves the next
-            LoRA. 0 joins all alike.
-        size: number of samples in a batch; None: as many as the largest call holds.
-
-    Returns:
-        The questions; one that is joined from several origins has the origin "mixed".
+    Of the samples without a prompt at most WITHOUT_PROMPT are drawn. In each `step` of the fit the
+    samples about the LoRA's own images have batches to themselves, so that what is asked about the
+    others serves the next LoRA; 0 joins all alike. What is joined from several origins has the
+    origin "mixed".
     """
     facts = [(count_samples(question.source), question.origin) for question in questions]
     sizes = [size for size, _ in facts]

@@ -62,11 +62,7 @@ class SpillStore:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def put(self, key: Hashable, bundle: Bundle) -> None:
-        """Stores tensors of one device; the key must be new.
-
-        Raises:
-            OutputError: the folder for temporary files is full, or there is none.
-        """
+        """Stores tensors of one device; the key must be new."""
         device = bundle[0].device if bundle else torch.device("cpu")
         bundle = tuple(t.detach().cpu() for t in bundle)
         names = [hash_parts([f"{t.dtype} {tuple(t.shape)} ", t]) for t in bundle]
