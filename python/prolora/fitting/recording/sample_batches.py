@@ -194,7 +194,7 @@ def _join_values(values: list[Any], rows: list[tuple[int, int]]) -> Any:
 
 
 def _has_rows(value: Any, size: int) -> bool:
-    """Returns True for tensors of as many rows as samples, and lists of as many tensors."""
+    """Returns True for a tensor or list of tensors with a row for each sample."""
     if isinstance(value, list):
         return len(value) == size and all(isinstance(item, Tensor) for item in value)
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
