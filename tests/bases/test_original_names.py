@@ -105,8 +105,8 @@ def test_a_transfer_does_not_depend_on_how_flux_is_stored():
     )
     moved = []
     for pair in ((source, target), (fused(source, "FLUX"), fused(target, "FLUX"))):
-        options = {"method": "prolora", "threshold": 0.0}
-        moved.append(prolora.transfer(adapter, *pair, **options).adapter.updates)
+        done = prolora.transfer(adapter, *pair, method="prolora", threshold=0.0)
+        moved.append(done.adapter.updates)
     assert moved[0].keys() == moved[1].keys() and len(moved[0]) == len(adapter.updates)
     for name, update in moved[0].items():
         assert torch.equal(update.up, moved[1][name].up)
