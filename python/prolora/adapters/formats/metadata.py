@@ -153,12 +153,6 @@ def _describe_ranks(kept: dict[str, str], format: str, ranks: set[int]) -> None:
         kept["ss_network_dim"] = kept["ss_network_alpha"] = dim
 
 
-def blank_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns entries as long as `compute_hashes`', for any tensors."""
-    blank = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
-    return blank | ({SPECIFIED_HASH: "0x" + "0" * 64} if _is_specified(metadata) else {})
-
-
 def compute_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Returns the hashes in a kohya file's header: kohya's two and `modelspec`'s.
 
