@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters.left_out import find_unknown_updates
 from ..errors import ProLoRAError
 from ..files.hub import spell_path
 from .lora_report import LoraReport
@@ -41,9 +40,7 @@ class Outcome:
     @property
     def unread(self) -> tuple[str, ...]:
         """Updates of the LoRA that could not be read and stay behind."""
-        if self.report is None:
-            return ()
-        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
+        return self.report.unread if self.report else ()
 
     @property
     def words(self) -> InWords:

@@ -1,33 +1,22 @@
-"""Header metadata of LoRA files: changes by a transfer, and kohya's hashes."""
+"""Header metadata of LoRA files, and what a transfer changes of it."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import safetensors.torch
-from torch import Tensor
-
-from ...files.hashing import hash_parts, view_bytes
-from ...files.safetensors_writing import encode_header, order_tensors
 from ..training_words import combine_tags
 from .model_ids import SPECIFICATION, find_ids
 from .moves import PREFIX
 from .peft_config import METADATA_KEY
 
-# The bytes of a file that kohya's older hash covers.
-_WINDOW = 0x100000, 0x110000
-
 _LISTED = ("modelspec.trigger_phrase", "modelspec.tags", "modelspec.author")
 _STATED_BASE = (f"{PREFIX}target", f"{PREFIX}target_hash")
 
 # True only of the file they were written into.
-SPECIFIED_HASH = "modelspec.hash_sha256"
 _OF_THE_FILE = (
     "sshs_model_hash",
     "sshs_legacy_hash",
-    SPECIFIED_HASH,
+    "modelspec.hash_sha256",
     METADATA_KEY,
 )
 
@@ -151,6 +140,7 @@ def _describe_ranks(kept: dict[str, str], format: str, ranks: set[int]) -> None:
     if format == "kohya" or "ss_network_dim" in kept:
         dim = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
         kept["ss_network_dim"] = kept["ss_network_alpha"] = dim
+<<<<<<< HEAD
 
 
 def compute_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -196,3 +186,5 @@ def _hash_pieces(start: int, pieces: Iterable[memoryview]) -> dict[str, str]:
         window.update(piece[max(0, _WINDOW[0] - at) : max(0, _WINDOW[1] - at)])
         at += len(piece)
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}
+=======
+>>>>>>> main
