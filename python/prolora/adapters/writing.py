@@ -141,22 +141,6 @@ def find_kept(
     return find_stored(adapter, check_format(adapter, format)) if resolved is adapter else None
 
 
-<<<<<<< HEAD
-=======
-def adapter_file_size(
-    adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
-) -> int:
-    """Returns the bytes of `write_adapter`'s file, or of a PEFT folder's two.
-
-    Only shapes of updates count, not their numbers. Arguments and errors as for `write_adapter`.
-    """
-    adapter, chosen, stored = _settle_storage(adapter, format, dtype)
-    header = _file_metadata(adapter, chosen)
-    size = safetensors_size(encoding.outline_tensors(adapter, chosen, stored), header)
-    return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
-
-
->>>>>>> main
 def _settle_storage(
     adapter: Adapter, format: str, dtype: torch.dtype | None
 ) -> tuple[Adapter, str, torch.dtype]:

@@ -18,12 +18,8 @@ from ...core.precision import is_finite
 from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from .. import vectors
 from ..adapter import Adapter, StoredUpdate
-<<<<<<< HEAD
-from .groups import find_authors, find_paths, group_modules
-=======
 from ..keys import module_names
-from .groups import Group, find_authors, find_paths, group_modules
->>>>>>> main
+from .groups import find_authors, find_paths, group_modules
 from .peft_patterns import PatternTable
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
