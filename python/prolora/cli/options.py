@@ -83,7 +83,7 @@ def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
 
 
 def parse_out_rank(text: str | float) -> int | float | str:
-    """Reads '16' as an int, '0.95' as a share; 'exact', '50%' and '100MB' stay text."""
+    """Reads '16' as an int, '0.95' as a share; 'exact' and '50%' stay text."""
     try:
         return parse_rank(text)
     except ValueError:

@@ -25,12 +25,11 @@ from .base_check import check_bases
 from .block_weights import weigh_adapter
 from .carried_vectors import carry_vectors
 from .decision import decide_method, label_stage
-from .file_budget import OutputForm, describe_cuts
 from .ledger import Clock, Ledger
 from .move_updates import move_updates
-from .options import LoraLike, TransferOptions
+from .options import LoraLike, TransferOptions, read_dtype
 from .plan import make_plan
-from .result import Notes, Transfer, list_inputs, pack_result
+from .result import Notes, Transfer, list_inputs
 from .resume import make_file
 from .rows import check_coverage, outline_rows
 from .transfer_report import TransferReport
@@ -111,8 +110,8 @@ class BasePair:
         outline_rows(ledger, measured=depth != "updates")
         ledger.find_block_factors(carry_vectors(ledger).vectors)
         check_coverage(ledger.rows.values(), options.min_coverage)
-        if (output := OutputForm.of(options)) != OutputForm():
-            output.check(outline_result(ledger))
+        if options.format is not None:
+            adapters.check_format(outline_result(ledger), options.format)
         # Modules left behind are measured by now, and their factors need no memory later.
         placed = {pair.source for pair in plan.pairs} | set(plan.passed)
         updates = {name: x for name, x in adapter.updates.items() if name in placed}
@@ -220,14 +219,12 @@ class BasePair:
         moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
         moved = weigh_adapter(moved, ledger.block_factors)
         ledger.weigh_rows()
-        with ledger.clock("fit"):
-            form = OutputForm.of(options)
-            fitted = form.fit(moved)
         verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
-        kept = adapters.find_kept(fitted, form.format or "auto", form.dtype)
+        written = options.format or "auto", read_dtype(options.dtype)
+        kept = adapters.find_kept(moved, *written)
         report = build_report(
             ledger,
-            describe_cuts(ledger.rows.values(), moved, fitted),
+            ledger.rows.values(),
             vectors,
             asked=ledger.asked or options.method,
             verdict=verdict,
@@ -238,7 +235,7 @@ class BasePair:
             provenance=read_provenance(metadata) if hashed else {},
         )
         inputs = list_inputs(ledger.lora, self.source, self.target)
-        return pack_result(fitted, moved, report, inputs, form)
+        return Transfer(moved, report, inputs, *written)
 
 
 def read_lora(

@@ -147,8 +147,7 @@ class Output(FileOutput):
     out_rank: OutRank = option(
         "exact",
         "Rank of the output: a number, a share of an update's energy (0.99), a share of the LoRA's "
-        "own rank (50%), what fits a file of a size (100MB, spent where it keeps the most "
-        'energy), or "exact".',
+        'own rank (50%), or "exact".',
         panel=OUTPUT,
         metavar="RANK",
     )

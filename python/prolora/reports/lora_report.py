@@ -51,7 +51,6 @@ class LoraReport(Report):
         quantised: name of a base -> how its weights are quantised, and how many; none for a base
             that is stored as numbers.
         blocks: the factors by block that were asked for; "" without.
-        file_limit: bytes of the file that the updates were cut for; None where they were not.
         dry_run: True where nothing was written. Rows then carry no measures.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
@@ -68,7 +67,6 @@ class LoraReport(Report):
     kept_energy: dict[str, float] = field(default_factory=dict)
     quantised: dict[str, str] = field(default_factory=dict)
     blocks: str = ""
-    file_limit: int | None = None
     dry_run: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
@@ -222,17 +220,9 @@ class LoraReport(Report):
         return f"{count_things(self.left_out, 'tensor')} of the file {stay} behind"
 
     def tell_limits(self) -> list[str]:
-        """Tells what a bound on the file cost, and which bases are inexact."""
-        told, totals = [], self.totals
-        if self.file_limit is not None:
-            ranks = [row.rank_out for row in self.rows("mapped")]
-            told.append(
-                f"Cut to fit {self.file_limit / 1e6:.4g} MB: ranks {min(ranks)} to {max(ranks)}, "
-                f"at the price of {totals['energy_cut']:.1%} of the energy."
-            )
-        if totals["flagged"]:
-            told.append(f"{totals['flagged']} modules missed the accuracy tolerance (see 'ok').")
-        return told
+        """Tells which bases are inexact."""
+        flagged = self.totals["flagged"]
+        return [f"{flagged} modules missed the accuracy tolerance (see 'ok')."] if flagged else []
 
     def to_records(self) -> list[dict[str, Any]]:
         """Returns a flat dict for every row, as `pandas.DataFrame` takes them.

@@ -43,21 +43,9 @@ class Group:
             fused_updates.fused_rank(self.matrix, self.parts) if self.matrix else self._first.rank
         )
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of the factors in the file."""
-        m, n = self._first.shape
-        return (fused_updates.fused_height(self.matrix, self.parts) if self.matrix else m), n
-
     def update(self) -> LowRank:
         """Builds the factors in the file."""
         return fused_updates.fuse_updates(self.matrix, self.parts) if self.matrix else self._first
-
-    def split(self, update: LowRank) -> dict[str, LowRank]:
-        """Splits other factors of the same shape into module -> its part."""
-        if self.matrix:
-            return fused_updates.unfuse_update(self.matrix, update, self.parts)
-        return {self.modules[0]: update}
 
     @property
     def _first(self) -> LowRank:
