@@ -93,8 +93,7 @@ class Family:
     title: str  # for people, "Qwen-Image"
     layouts: tuple[str, ...]  # ids of its published sizes, see `layouts.load_layout`
     # The authors' (and ComfyUI's) module -> diffusers' module, or what else it holds. Patterns, in
-    # which N is the number of a block, unless one names it. A module that is not listed has the same
-    # name in both.
+    # which N is the number of a block. A module that is not listed has the same name in both.
     authors: Mapping[str, str | Fused | Swapped] = field(default_factory=dict)
     # Other names of the authors' modules -> the authors' name, or the modules whose rows such a
     # matrix has. They are read and never written. The parts of a fused matrix counted from 0
