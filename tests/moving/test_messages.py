@@ -90,7 +90,7 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
             "&#x27;x&#x27;; --match name pairs it",
         ),
         ("take `again=True` to move it", "take --again to move it"),
-        ("`min_coverage` must be", "--min-coverage must be"),
+        ("`out_rank` must be", "--out-rank must be"),
         ("`max_memory=2 GiB` is too little", "--max-memory 2 GiB is too little"),
         ("made by `transfer_many()`", "made by `prolora transfer`"),
         ("`auto` and `no_such`", "`auto` and `no_such`"),
