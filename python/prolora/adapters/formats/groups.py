@@ -260,8 +260,10 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
     spelling = _kohya_spelling(adapter)
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
+    family = _guess_family(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
-    two_layers = _guess_family(adapter) not in ONE_LAYER_UNETS
+    clip = "qwen3_06b" if family == "cosmos" else clip
+    two_layers = family not in ONE_LAYER_UNETS
     transformer = find_spelling(adapter, format)
     paths: dict[str, str] = {}
     path: str | None
