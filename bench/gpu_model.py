@@ -17,6 +17,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "dispatches.json"
 LAUNCH = 5e-6
 WAIT = 20e-6
+DIGIT_PRODUCTS = 21
 SKINNY = 128
 """Products with a dimension up to this reach about half of a card's rate."""
 
@@ -29,13 +30,14 @@ class Card:
     float32: float  # of large products without tensor cores
     float32_skinny: float  # of products with a narrow block
     float64: float  # of large products
+    int8: float  # of precise_product's, half of what tensor cores do by mma.sync at most
     memory: float  # bandwidth
     stack: int  # bytes that a stack of matrices may take (prolora.core.svd.stacks)
     slow_float64: bool  # whether that asks it for no Gram matrix of wide weights
 
 
-H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 8 << 30, False)
-RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 0.9e12, 6 << 30, True)
+H100 = Card("H100", 60e12, 35e12, 50e12, 600e12, 3.0e12, 8 << 30, False)
+RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 330e12, 0.9e12, 6 << 30, True)
 CARDS = (H100, RTX_4090)
 
 SDXL = {
@@ -95,7 +97,8 @@ def estimate_call(call: list[Any], scale: float, card: Card, batched: bool) -> f
             rate = card.float64 * (0.5 if min(shape[1:]) <= SKINNY and card is H100 else 1)
         else:
             rate = card.float32_skinny if min(shape[1:]) <= SKINNY else card.float32
-        return max(3e-6, bytes_s, scale * flops / rate)
+        by_torch = max(3e-6, bytes_s, scale * flops / rate)
+        return min(by_torch, estimate_digits(call, scale, card)) if _is_own(call) else by_torch
     b, rows, columns = round(scale * shape[0]), shape[1], shape[2]
     d = min(rows, columns)
     if op == "eigh":
@@ -109,6 +112,33 @@ def estimate_call(call: list[Any], scale: float, card: Card, batched: bool) -> f
     if op == "qr":
         return 0.3e-3 * b
     return b * 30e-6 * d  # svd, looped
+
+
+def _is_own(call: list[Any]) -> bool:
+    """Whether a trial between precise_product and torch decides about a call."""
+    return bool(call[1] == "precise_product")
+
+
+def estimate_digits(call: list[Any], scale: float, card: Card) -> float:
+    """Seconds of precise_product by its kernels: 21 products of digits, and what they move.
+
+    Of each operand 8 bytes a number are read, 6 written and 6 read; rows and columns of 64 share
+    them through the L2 cache.
+    """
+    b, rows, depth, columns = call[4]
+    digits = 6.0 * b * (rows + columns) * depth
+    moved = scale * (call[6] + 2 * digits)
+    return 9e-6 + max(scale * call[5] * DIGIT_PRODUCTS / card.int8, moved / card.memory)
+
+
+def estimate_own(case: dict[str, Any], matrices: int, card: Card) -> float:
+    """Seconds of a stack in which precise_product and panel_qr run, where they win."""
+    scale, own = matrices / case["matrices"], 0.0
+    for call in case["calls"]:
+        seconds = estimate_call(call, scale, card, True)
+        if _is_own(call) and seconds == estimate_digits(call, scale, card) or call[1] == "panel":
+            own += call[-1] * seconds
+    return own
 
 
 def estimate_stack(

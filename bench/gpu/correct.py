@@ -68,7 +68,6 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     yield Step("128 columns", 4, compare_small_svds)
     yield Step("krylov_block", 12, compare_blocks)
     yield Step("side stream", 4, use_side_stream)
-    yield Step("transfer", 20, compare_transfer)
     yield Step("registers", 6, list_registers, tool="" if bench.dry else "cuobjdump")
 
 
@@ -76,6 +75,7 @@ def list_further_steps() -> Iterator[Step]:
     """What there is no time for in this call; `anchors` begins with it."""
     yield Step("default calls", 30, compare_default_calls)
     yield Step("several chunks", 12, compare_chunks)
+    yield Step("transfer", 20, compare_transfer)
     yield Step("trials", 40, try_kernels)
 
 

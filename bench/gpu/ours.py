@@ -15,6 +15,7 @@ import prolora
 from prolora.core.ops import native, torch_twin
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops.precise_product import precise_product
 from prolora.core.ops.project_pair import project_pair
 from prolora.core.ops.small_svd import small_singular_values, small_svd
 from prolora.core.svd.block_basis import BlockBasis
@@ -43,7 +44,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     for stack in STACKS:
         yield Step(describe(stack), 36, partial(time_stack, stack=stack))
     for name, run in KERNELS.items():
-        yield Step(name, 24, run)
+        yield Step(name, 21, run)
     yield Step("principal angles", 30, time_angles)
 
 
@@ -257,6 +258,20 @@ def time_project_pair(bench: Bench) -> None:
         )
 
 
+def time_precise_product(bench: Bench) -> None:
+    """A Gram matrix of 16 and 32 bits, and what a refinement multiplies by one."""
+    for b, d, n in ((64, 1280, 1280), (8, 3072, 3072), (16, 1280, 10240)):
+        for dtype in (torch.bfloat16, torch.float32):
+            w = make_weights(bench.batch(b), bench.size(d), bench.size(n), bench.device).to(dtype)
+            both = partial(precise_product, w), partial(torch_twin.precise_product, w)
+            name = str(dtype).removeprefix("torch.")
+            compare_kernel(bench, f"{b} x {d}x{n}, {name}, with itself", *both)
+    gram = random(bench.batch(64), bench.size(1280), bench.size(1280), device=bench.device).double()
+    x = gram[:, : bench.size(1200)]
+    both = partial(precise_product, x, gram), partial(torch_twin.precise_product, x, gram)
+    compare_kernel(bench, "64 x 1200x1280, by 1280²", *both)
+
+
 KERNELS = {
     "small_svd": time_small_svd,
     "small_singular_values": time_small_singular_values,
@@ -264,6 +279,7 @@ KERNELS = {
     "krylov_block": time_krylov_block,
     "overlap_table": time_overlap_table,
     "project_pair": time_project_pair,
+    "precise_product": time_precise_product,
 }
 
 
