@@ -1,18 +1,16 @@
 """Which keys of a LoRA a program reads, by the program's own code: the counts of docs/formats.md.
 
     python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
-    python bench/loader_matrix.py PROGRAM CHECKOUT --text
     python bench/loader_matrix.py table
 
-The first adds its counts to bench/results/loaders.json (or FILE), the second adds to those what
-becomes of text encoders (which the first does too), the third makes
+The first adds its counts to bench/results/loaders.json (or FILE), the second makes
 python/prolora/architectures/loaders.json from them: what prolora knows of programs.
 
 CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
 of a family, in every spelling that files have, goes through what the program does before it touches
 a weight. Of blocks, it has the first two and the last of every stack. A module counts as read if
-the program took every key of it for a matrix of that shape. A program whose packages are missing
-here gets empty ones in their place.
+the program took every key of it for a matrix of that shape; of diffusers, with its rows in order. A
+program whose packages are missing here gets empty ones in their place.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 from families import linear_shapes
 from loader_programs import PROGRAMS, Keys, Open, Read
+from loader_programs.common import number_rows
 from torch import Tensor
 
 from prolora.adapters import Adapter
@@ -128,7 +127,7 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
 def make_adapter(family: Family, layout: str, keep: Callable[[str], bool]) -> Adapter:
     """A LoRA of rank 1."""
     updates = {
-        name: LowRank(torch.ones(m, 1), torch.ones(1, n))
+        name: LowRank(number_rows(m), torch.ones(1, n))
         for name, (m, n) in list_linear(family.id, layout).items()
         if keep(name)
     }
@@ -257,19 +256,6 @@ def find_readable(
             beside = run(lambda name, names=set(names): name in base or name in names)[0]
             read |= {name: beside.get(name, False) for name in names}
     return {name: read.get(name, False) for name in modules}
-
-
-def add_text(open_program: Open, tables: dict[str, Any]) -> None:
-    """Adds to counts that are there what becomes of text encoders."""
-    for id_, sizes in tables.items():
-        family = known_families()[id_]
-        for layout, rows in sizes.items():
-            encoders = load_layout(layout).text_encoders
-            read = open_program(family, layout) if TEXT_MODULES.keys() & set(encoders) else None
-            for row in list_rows(family) if read else ():
-                if row[0] in rows and (text := measure_text(family, layout, read, row)):
-                    rows[row[0]]["text"] = text
-            print(f"{id_}: {layout}", flush=True)
 
 
 def describe_checkout(checkout: Path) -> str:
@@ -409,7 +395,6 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, nargs="?")
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
-    parser.add_argument("--text", action="store_true", help="add text encoders to the counts")
     parser.add_argument("--whole", action="store_true", help="all blocks (diffusers counts them)")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -426,10 +411,6 @@ def main() -> None:
     open_program = program.open(arguments.checkout.resolve())
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
     before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
-    if arguments.text:
-        add_text(open_program, raw[arguments.program]["families"])
-        arguments.json.write_text(format_counts(raw), "utf-8")
-        return
     facts = {"title": program.title, "version": version, "how": "run", "families": before}
     raw[arguments.program] = facts
     for table in tabulate(

@@ -13,10 +13,8 @@ SIDE, COLUMNS = 1280, 128  # SDXL's attention at the rank of docs/performance.md
 
 @pytest.fixture
 def path(tmp_path):
-    tensors = {"S": torch.ones(COLUMNS)}
-    for name in "UV":
-        tensors[name] = torch.randint(-9, 9, (SIDE, COLUMNS), dtype=torch.int16)
-        tensors[f"{name}.scale"] = torch.ones(COLUMNS)
+    tensors = {"U": torch.randn(SIDE, COLUMNS), "S": torch.ones(COLUMNS)}
+    tensors["V"] = torch.randn(SIDE, COLUMNS)
     facts = dict.fromkeys(FACTS, 0.0) | {"rung": "krylov", "name": "0" * 64}
     file = tmp_path / "basis.safetensors"
     basis_file.write_basis(file, basis_file.StoredBasis(tensors, facts))

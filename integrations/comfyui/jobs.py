@@ -33,15 +33,10 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where the results of one target go, and what they are called.
+    """Where the results of one target go, and what they are called."""
 
-    Attributes:
-        root: ComfyUI's folder of LoRAs.
-        target: the target's name below ComfyUI's folder of such models.
-    """
-
-    root: Path
-    target: str
+    root: Path  # ComfyUI's folder of LoRAs
+    target: str  # its name below ComfyUI's folder of such models
 
     @property
     def folder(self) -> Path:
@@ -53,13 +48,7 @@ class Place:
         )
 
     def name(self, lora: str, label: str, digest: str) -> Path:
-        """A result's path below `folder`: in folders as the LoRA is, what tells most first.
-
-        Args:
-            lora: its name in ComfyUI's list.
-            label: of the settings.
-            digest: of all that the result is made of.
-        """
+        """A result's path below `folder`: in folders as the LoRA is, what tells most first."""
         inside = Path(lora)
         parts = (make_plain(inside.stem), label, digest)
         return inside.with_name("-".join(part for part in parts if part))
@@ -67,19 +56,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Moved:
-    """What became of a LoRA.
+    """What became of a LoRA."""
 
-    Attributes:
-        path: of the result.
-        told: the verdict; of a LoRA that was moved before, that of the first time.
-        share: of the LoRA that found a place, where known.
-        error: why it could not be moved, in a sentence.
-    """
-
-    path: Path
-    told: Any = None
-    share: float | None = None
-    error: str | None = None
+    path: Path  # of the result
+    told: Any = None  # the verdict; of a LoRA that was moved before, that of the first time
+    share: float | None = None  # of the LoRA that found a place, where known
+    error: str | None = None  # why it could not be moved, in a sentence
 
     @property
     def page(self) -> Path | None:
@@ -236,9 +218,22 @@ def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
     """
     if outcome.error is not None:
         return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
-    if outcome.report is not None:
+    if outcome.report is not None and not outcome.kept:
         outcome.report.save(outcome.out.with_suffix(".html"), overwrite=True, spell=words.say)
     return Moved(outcome.out, outcome.words, outcome.share)
+
+
+def check(lora: Path, base: Path | None) -> str:
+    """Says what `prolora check` says of a LoRA in ComfyUI.
+
+    Raises:
+        ValueError: a file cannot be read; a sentence says why.
+    """
+    try:
+        found = prolora.check(lora, base=base, program="comfyui")
+    except prolora.ProLoRAError as error:
+        raise ValueError(words.explain(error)) from None
+    return "\n".join(map(words.say, str(found).split("\n")))
 
 
 def advise(source: Path, target: Path, lora: Path, progress: Progress) -> str:

@@ -12,6 +12,7 @@ from . import host, jobs, words
 CHOOSE = "choose…"
 FROM_LORA = "from the LoRA"
 ALL_LORAS = "(all)"
+ANY_MODEL = "any model"
 
 _JOB = ("lora", "folder", "trained_on", "use_on", "method", "rank", "format")
 """The inputs that say what is written."""
@@ -36,11 +37,7 @@ def _combo(
 ) -> tuple[list[str], dict[str, Any]]:
     """An input to choose from; the first choice is the usual one.
 
-    Args:
-        choices: the names.
-        tooltip: what it means.
-        label: what the user reads; None means the input's name.
-        folded: shown on request only (`web/report.js` does that).
+    Without a label people read its name; `web/report.js` shows what is folded on request.
     """
     known = {"tooltip": tooltip, "default": choices[0], "folded": folded}
     return list(choices), known | ({"display_name": label} if label else {})
@@ -180,6 +177,15 @@ class _ProloraNode:
     CATEGORY = "loaders/prolora"
     FUNCTION = "run"
     OUTPUT_NODE = True
+    RETURN_TYPES: tuple[str, ...] = ("STRING",)
+    RETURN_NAMES: tuple[str, ...] = ("report",)
+    OUTPUT_TOOLTIPS: tuple[str, ...] = ("What to know, in a few lines.",)
+    INPUTS: tuple[str, ...] = ()  # of the shared ones
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        return _take(*cls.INPUTS)
 
     @classmethod
     def IS_CHANGED(cls, **values: Any) -> str:
@@ -200,11 +206,7 @@ class MoveLora(_ProloraNode):
     RETURN_TYPES = (LoraName("COMBO"), "STRING")
     RETURN_NAMES = ("LoRA", "report")
     OUTPUT_TOOLTIPS = ("Connect it to lora_name of Load LoRA.", "What to expect, in six lines.")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What ComfyUI asks for, each time that it lists the nodes."""
-        return _take("lora", "trained_on", "use_on", "method", "rank", "format")
+    INPUTS = ("lora", "trained_on", "use_on", "method", "rank", "format")
 
     def run(self, lora: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
         """The name of the result in ComfyUI's list, and the report."""
@@ -327,8 +329,6 @@ class MoveFolder(_ProloraNode):
         "Moves every LoRA of a folder. One that cannot be moved stops no other, and those that "
         "were moved before are left alone."
     )
-    RETURN_TYPES = ("STRING",)
-    RETURN_NAMES = ("report",)
     OUTPUT_TOOLTIPS = ("A line for each LoRA.",)
 
     @classmethod
@@ -387,21 +387,35 @@ class Advise(_ProloraNode):
         "Looks into the files of two models and says whether LoRAs of one work on the other. "
         "Writes nothing."
     )
-    RETURN_TYPES = ("STRING",)
-    RETURN_NAMES = ("report",)
-    OUTPUT_TOOLTIPS = ("What to expect, in a few lines.",)
+    INPUTS = ("lora", "trained_on", "use_on")
 
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What ComfyUI asks for, each time that it lists the nodes."""
-        return _take("trained_on", "use_on", "lora")
-
-    def run(self, trained_on: str, use_on: str, lora: str) -> dict[str, Any]:
+    def run(self, lora: str, trained_on: str, use_on: str) -> dict[str, Any]:
         """What to expect."""
         target = _find_target(use_on)
         path = _find_lora(lora)
         source = host.find_base(_find_source(trained_on, lora))
         return _show(jobs.advise(source, target, path, host.make_progress()), None)
+
+
+class CheckLora(_ProloraNode):
+    """Says what a LoRA is, and whether it acts."""
+
+    DESCRIPTION = (
+        "Reads the LoRA: what it is for, how much of it ComfyUI applies, and what is wrong with it."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        tooltip = "Is the LoRA for this model? Its file is read; it is not loaded."
+        model = _combo([ANY_MODEL, *host.map_bases()], tooltip)
+        lora = _combo([CHOOSE, *host.list_loras()], "The LoRA to look at.", "LoRA")
+        return {"required": {"lora": lora, "model": model}}
+
+    def run(self, lora: str, model: str) -> dict[str, Any]:
+        """What `prolora check` says."""
+        base = None if model == ANY_MODEL else host.find_base(model)
+        return _show(jobs.check(_find_lora(lora), base), None)
 
 
 _NODES = {
@@ -410,6 +424,7 @@ _NODES = {
     "ProloraBeforeAndAfter": (BeforeAndAfter, "Draw before and after"),
     "ProloraMoveFolder": (MoveFolder, "Move folder of LoRAs"),
     "ProloraAdvise": (Advise, "Can this LoRA move?"),
+    "ProloraCheckLora": (CheckLora, "What is this LoRA?"),
 }
 NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in _NODES.items()}
 NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in _NODES.items()}

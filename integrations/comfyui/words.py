@@ -26,8 +26,8 @@ _WIDGETS = {
     "format": "“file for”",
 }
 # prolora's optional parts; ComfyUI's Python may have prolora from a wheel, without an index.
-_EXTRA = re.compile(r"pip install [\"']prolora\[(gguf|onnx|probe)\][\"']")
-_PACKAGES = {"gguf": "gguf", "onnx": "onnx", "probe": "diffusers and accelerate"}
+_EXTRA = re.compile(r"pip install [\"']prolora\[(gguf|probe)\][\"']")
+_PACKAGES = {"gguf": "gguf", "probe": "diffusers and accelerate"}
 _INSTALL = "install {} for the Python that runs ComfyUI"
 _BY_FIT = (
     "Nothing was written. If you have both as whole pipelines, choose those and the method “best”."
@@ -72,14 +72,14 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
     if wrong := re.search(r"This LoRA is for [^(]*The source you gave, [^(]*", str(error)):
         told = re.sub("The source you gave, (.*), is ", r"“trained on” is \1: ", wrong[0])
         return f"{told.rstrip()} Choose the model that the LoRA was trained on."
-    return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
+    return say(str(error)) or "This LoRA cannot be moved between these two models."
 
 
 def say(text: str) -> str:
     """A message of prolora's in the words of the widgets, without what a node cannot do."""
     text = _EXTRA.sub(lambda found: _INSTALL.format(_PACKAGES[found[1]]), text)
     clauses = re.split(r"(?<=[.;:])\s+", name_options(text, _name_widget))
-    return " ".join(clause for clause in clauses if not _FOR_OTHERS.search(clause))
+    return " ".join(c for c in clauses if not _FOR_OTHERS.search(c)).rstrip(";: ")
 
 
 def _name_widget(option: str, value: str | None) -> str | None:
@@ -97,27 +97,14 @@ def foresee(name: str) -> str:
 
 
 def tell_progress(share: float, name: str, foreseen: str = "") -> str:
-    """How far a job is, and how long it takes where prolora foresees that.
-
-    Args:
-        share: of the job that is done.
-        name: of what is done now, with the time that is left where that is known.
-        foreseen: is said while that time is not yet known.
-    """
+    """How far a job is, and how long it takes: as its name tells, else as was foreseen."""
     left = re.search(r", ([^,]+) left$", name)
     told = f"Working: {share:.0%} done" + (f", about {left[1]} left." if left else ".")
     return told if left or not foreseen else f"{told}\n{foreseen}"
 
 
 def tell_report(told: Any, name: str, way: str, next_step: str) -> str:
-    """At most six lines on a LoRA that was moved.
-
-    Args:
-        told: the verdict.
-        name: of the result in ComfyUI's list.
-        way: from which model to which.
-        next_step: what the user does now.
-    """
+    """At most six lines on a LoRA that was moved; `name` is its own in ComfyUI's list."""
     kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
     moved = " ".join([f"Moved {way}.", *kept[:1]])
     lines = [f"{told.mark} {told.headline}", moved, *kept[1:]]
@@ -126,14 +113,7 @@ def tell_report(told: Any, name: str, way: str, next_step: str) -> str:
 
 
 def tell_in_one_line(name: str, told: Any, share: float | None, error: str | None) -> str:
-    """What became of a LoRA among many.
-
-    Args:
-        name: of the LoRA in ComfyUI's list.
-        told: the verdict, where it was moved.
-        share: of it that found a place.
-        error: why it cannot be moved.
-    """
+    """What became of a LoRA among many: the verdict, and the share that found a place."""
     if error is not None:
         return f"✖ {name}: {error}"
     before = " before" if "(moved before)" in told.headline else ""

@@ -34,11 +34,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from prolora.core.rank_rule import Rank
 from prolora.reports.lora_report import LoraReport
-from prolora.making.merge import Sources
 from prolora.fleet.migration import StrPath
 from prolora.fleet.batches import Migrated
 from prolora.bases.experts import Experts, ExpertsLike, open_experts as open_experts
-from prolora.moving.batch import Naming
+from prolora.best import Naming
 
 __all__ = [
     "DEFAULT_RANK",
@@ -91,6 +90,7 @@ def convert(
     out_rank: OutRank = ...,
     vectors: VectorsMode = ...,
     blocks: Blocks | None = ...,
+    alpha: float | None = ...,
 ) -> Transfer: ...
 
 def extract(
@@ -125,15 +125,12 @@ def fit(
     guidance: float | None = ...,
     target_steps: int | None = ...,
     target_guidance: float | None = ...,
-    lora_steps: int | None = ...,
-    lora_guidance: float | None = ...,
     rank: float | None = ...,
     start: Start = ...,
     fit_steps: int = ...,
     probes: int | None = ...,
     held_out: int | None = ...,
     batch: int | None = ...,
-    curvature_damping: float = ...,
     seed: int = ...,
     precision: Precision = ...,
     force: bool = ...,
@@ -167,15 +164,12 @@ def fit_many(
     guidance: float | None = ...,
     target_steps: int | None = ...,
     target_guidance: float | None = ...,
-    lora_steps: int | None = ...,
-    lora_guidance: float | None = ...,
     rank: float | None = ...,
     start: Start = ...,
     fit_steps: int = ...,
     probes: int | None = ...,
     held_out: int | None = ...,
     batch: int | None = ...,
-    curvature_damping: float = ...,
     seed: int = ...,
     precision: Precision = ...,
     force: bool = ...,
@@ -227,14 +221,10 @@ def load_moved_lora(
 def merge(
     loras: Sequence[LoraLike],
     target: BaseLike | None = ...,
-    sources: Sources = ...,
     options: MergeOptions = ...,
     *,
     out: str | PathLike[str] | None = ...,
     progress: Progress | None = ...,
-    device: DeviceLike = ...,
-    max_memory: int | str | None = ...,
-    cache: str | PathLike[str] | None = ...,
     format: FormatLike | None = ...,
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,

@@ -10,7 +10,6 @@ file is there, so that they meet the writing.
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import time
@@ -27,8 +26,6 @@ from foreign import write_lora
 from hostile import bases
 from safetensors.torch import save_file
 from sandbox import Box, Row, choose, judge_ending, wait
-
-from prolora.fitting import checkpoint
 
 Words = list[object]
 
@@ -103,8 +100,6 @@ _LONGEST = 4
 
 def run_scenario(scenario: Scenario, box: Box, scale: float, seed: int) -> Row:
     """Kills a command again and again, each time from the beginning."""
-    # A state at every step, not every few minutes.
-    checkpoint.SECONDS_BETWEEN_STATES, checkpoint.MOST_WAITING = 0.0, math.inf
     row = Row("kills", scenario.name)
     box.begin()
     scenario.prepare(box)

@@ -77,7 +77,7 @@ def test_every_format_is_told(tmp_path, format):
     assert found.format == format
     assert found.spelling == ("sgm" if format in ("kohya", "comfy") else "diffusers")
     assert set(found.algorithms) == {"lora", "locon"} and not found.reason
-    assert found.modules == {"unet": 9} and found.ranks == {2: 3, 4: 6}
+    assert found.modules == {"unet": 9} and found.parts["unet"].ranks == {2: 3, 4: 6}
     assert "bfloat16" in found.dtypes and found.size > 0
 
 
@@ -120,7 +120,7 @@ def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(tmp_path, 
     found = check(save(tmp_path / "lora", tensors))
     assert found.kind == "lora" and not found.reason and found.algorithms == {algorithm: 1}
     assert found.needs_base == (algorithm in ("lora+dora", "glora", "oft"))
-    assert found.ranks == ({} if algorithm in ("full", "oft") else {2: 1})
+    assert found.parts["unet"].ranks == ({} if algorithm in ("full", "oft") else {2: 1})
     (place,) = found.parts.values()
     assert place.scales == {"1" if algorithm in ("full", "oft") else "0.5": 1}
     assert place.algorithms == {algorithm: 1}
@@ -132,7 +132,7 @@ def test_a_fused_flux_lora_is_described_by_the_modules_it_updates(tmp_path):
     found = check(save(tmp_path / "lora", tensors))
     # Several families have this weight, and none in this size.
     assert (found.kind, (not found.reason), found.family) == ("lora", True, None)
-    assert (found.ranks, found.modules) == ({2: 1}, {"transformer": 3})
+    assert (found.parts["transformer"].ranks, found.modules) == ({2: 1}, {"transformer": 3})
 
 
 def test_a_lora_for_a_family_that_is_not_known_is_described(tmp_path):
@@ -140,7 +140,7 @@ def test_a_lora_for_a_family_that_is_not_known_is_described(tmp_path):
     tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(8, 2)}
     found = check(save(tmp_path / "lora", tensors, {"ss_base_model_version": "frob"}))
     assert (found.kind, (not found.reason), found.family) == ("lora", True, None)
-    assert (found.ranks, found.modules) == ({2: 1}, {"transformer": 1})
+    assert (found.parts["transformer"].ranks, found.modules) == ({2: 1}, {"transformer": 1})
 
 
 def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
@@ -186,7 +186,7 @@ def test_a_file_of_normalisation_layers_alone_is_an_adapter(tmp_path):
     key = "lora_unet_mid_block_attentions_0_norm.w_norm"
     found = check(save(tmp_path / "lora", {key: torch.ones(3)}))
     assert found.kind == "lora" and not found.reason and found.algorithms == {"norm": 1}
-    assert found.vectors == {"norm": 1} and found.ranks == {}
+    assert found.vectors == {"norm": 1} and not found.parts
 
 
 def test_trigger_words_come_by_frequency(tmp_path):

@@ -11,19 +11,17 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LCMScheduler
 from fitting import fit_models
 from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
-from torch import Tensor, nn
+from torch import Tensor
 
-from prolora import FitOptions, LowRank, fit
+from prolora import FitOptions, fit
 from prolora import fitting as probe
 from prolora.adapters.adapter import Adapter
-from prolora.errors import InvalidOption
 from prolora.fitting import pipelines
 from prolora.fitting.pipelines.conditioning import split_call
 from prolora.fitting.pipelines.flow_convention import watch_steps
 from prolora.fitting.pipelines.guidance import observe_guidance, read_guidance_scale
-from prolora.fitting.recording.trajectories import Call, record_calls
-from prolora.fitting.recording.translation import PAIR, Question, Translation
-from prolora.fitting.recording.wanted import wanted_changes
+from prolora.fitting.recording.trajectories import record_calls
+from prolora.fitting.recording.translation import PAIR
 
 
 def dit(_) -> DiTPipeline:
@@ -330,75 +328,3 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
     plain = fit(lora, *ends, probing, again=True).report.probe
     assert plain.guidance == 1 and plain.probes == 3 * 2
     assert "guidance" not in " ".join(plain.sentences())
-
-
-def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_path):
-    lora, *ends = write_twins(tmp_path)
-    probing = FitOptions(("cat", "dog"), images=1, steps=3, size=16, fit_steps=1, force=True)
-    few = replace(probing, lora_steps=1, lora_guidance=1.0)
-    report = fit(lora, *ends, few, again=True).report.probe
-    # Source and target are guided, and so nothing is asked with guidance.
-    assert (report.guidance, report.guided_lora, report.probes) == (1, True, 3 + 1 + 3)
-    few = replace(few, target_guidance=1.0)
-    report = fit(lora, *ends, few, again=True).report.probe
-    assert report.guidance == pytest.approx(7.5, rel=1e-3) and not report.guided_lora
-    assert report.probes == 3 + 1 + 3 and not report.crossed
-    assert "with its own, 7.5, and with the LoRA without." in " ".join(report.sentences())
-
-
-def test_a_few_step_lora_has_no_pairs_of_images(tmp_path):
-    source, target = opened(sd3, tmp_path), opened(sd3, tmp_path)
-    for settings, paired in ((SETTINGS, True), (replace(SETTINGS, lora_steps=1), False)):
-        sides = pipelines.observe_sides(source, target, settings, shared=True)
-        recorder = pipelines.CrossingRecorder(*sides, probe_adapter(source))
-        with torch.no_grad():
-            origins = {question.origin for question in recorder.record_questions(0)}
-        assert (PAIR in origins) == paired
-
-
-@pytest.mark.parametrize("bad", [{"lora_steps": 0}, {"target_steps": 0}, {"lora_guidance": "x"}])
-def test_impossible_samplings_are_refused(bad):
-    with pytest.raises(InvalidOption, match=next(iter(bad))):
-        FitOptions(**bad)
-
-
-class Prompted(nn.Module):
-    """Predicts W·(x + loudness · prompt)."""
-
-    def __init__(self, loudness: float = 1.0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.layer = nn.Linear(6, 6, bias=False)
-        self.layer.weight.data = 0.4 * torch.randn(6, 6, generator=generator)
-        self.loudness = loudness
-
-    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
-        return self.layer(x + self.loudness * prompt)
-
-
-def drop_prompt(call: Call) -> Call:
-    """The call without its prompt."""
-    return replace(call, args=(call.args[0], torch.zeros_like(call.args[1])))
-
-
-def sampler(model: Prompted):
-    def sample(seed: int) -> None:
-        x, prompt = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(seed))
-        for _ in range(3):
-            x = x - 0.1 * model(x, prompt)
-
-    return sample
-
-
-def test_the_change_of_a_few_step_lora_is_from_the_guided_source_to_its_plain_answer():
-    source, student = Prompted(), Prompted(loudness=3.0)
-    lora = {"layer": LowRank(torch.ones(6, 1), torch.ones(1, 6) / 6)}
-
-    x, prompt = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(5))
-    call = Call((x, prompt), {}, "source")
-    translation = Translation(guidance=probe.Guidance(3.0, drop_prompt, adapted=False))
-    asked = [Question(call, call)]
-    (wanted,) = wanted_changes(source, student, lora, asked, translation)
-    with torch.no_grad():
-        after = (x + prompt) @ (source.layer.weight + lora["layer"].dense()).mT
-    torch.testing.assert_close(wanted.change, after - student(x, prompt).detach())

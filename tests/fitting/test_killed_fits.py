@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import prolora
-from prolora.fitting import checkpoint, pipelines
+from prolora.fitting import pipelines
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,10 +45,8 @@ def in_child(work: Callable[[], object], seconds: float | None = None) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_killed_at_random_moments_ends_in_the_same_bytes(kind, tmp_path, monkeypatch):
+def test_a_fit_killed_at_random_moments_ends_in_the_same_bytes(kind, tmp_path):
     changes, options = KINDS[kind]
-    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
-    monkeypatch.setattr(checkpoint, "MOST_WAITING", math.inf)
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 
@@ -35,50 +34,22 @@ def assert_equal(one: probe.ProbeTransfer, two: probe.ProbeTransfer) -> None:
         assert torch.equal(update.down, two.adapter.updates[name].down)
 
 
-def test_a_fit_waits_for_its_states_a_twentieth_of_its_time_at_most(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    kept = checkpoint.Checkpoints(tmp_path)
-
-    def store_slowly(*_) -> None:
-        now[0] += 30
-
-    monkeypatch.setattr(kept, "store", store_slowly)
-    state = kept.state_file("fit", "key")
-    now[0] += checkpoint.SECONDS_BETWEEN_STATES
-    assert state.due()
-    state.store({}, {})
-    now[0] += 599
-    assert not state.due()
-    now[0] += 1
-    assert state.due()
-
-
-@pytest.mark.parametrize("stopped", [3, 7])  # in either half of the steps
-def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypatch, stopped):
+def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path):
     target = permuted(source)
-    joint = {"fit_steps": 9, "batch": 12, "rank": 3, "force": True}
-    complete = run(source, target, lora, **joint)
-    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
-    monkeypatch.setattr(checkpoint, "MOST_WAITING", math.inf)
+    complete = run(source, target, lora, **QUICK)
     kept = {"resume": tmp_path, "described": "three steps"}
 
     def stop(done: int, total: int, name: str) -> None:
-        if name.startswith(f"step {stopped}"):
+        if name.startswith("step 2"):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        run(source, target, lora, progress=stop, **kept, **joint)
-    assert len(list(tmp_path.glob("fit-*"))) == 1
-    seen = []
-    again = run(
-        source, target, lora, progress=lambda *step: seen.append(step[2][:6]), **kept, **joint
-    )
-    assert f"step {stopped}" in seen
-    assert f"step {stopped - 1}" not in seen
+        run(source, target, lora, progress=stop, **kept, **QUICK)
+    assert len(list(tmp_path.glob("calls-*"))) == 6
+    again = run(source, target, lora, **kept, **QUICK)
     assert_equal(complete, again)
     assert again.report.steps == complete.report.steps
-    assert not list(tmp_path.glob("fit-*"))
+    assert "sample" not in again.report.predictions or not sum(again.report.predictions["sample"])
 
 
 def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):

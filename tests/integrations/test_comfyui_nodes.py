@@ -136,14 +136,9 @@ def test_what_is_chosen_first_is_nothing_and_says_what_to_choose(pack, models):
     folder = {"folder": "choose…", **BASES, **WIDGETS}
     with pytest.raises(ValueError, match="under “folder”"):
         run(pack, "ProloraMoveFolder", **folder)
-    with pytest.raises(ValueError, match="under “LoRA”"):
-        run(
-            pack,
-            "ProloraAdvise",
-            trained_on="from the LoRA",
-            use_on="target.safetensors",
-            lora="choose…",
-        )
+    for node, other in (("ProloraAdvise", BASES), ("ProloraCheckLora", {"model": "any model"})):
+        with pytest.raises(ValueError, match="under “LoRA”"):
+            run(pack, node, lora="choose…", **other)
     assert "choose another one" in refuse(pack, use_on="gone.safetensors")
     assert "choose another one" in refuse(pack, lora="gone.safetensors")
     assert not (models / "loras" / "zz-moved").exists()
@@ -351,6 +346,22 @@ def test_advice_writes_nothing(pack, models):
     (apart,), _ = run(pack, "ProloraAdvise", **LORA, **stranger)
     assert apart.startswith("✖ ") and "at strength 1" not in apart
     assert sorted(models.rglob("*")) == before
+
+
+def test_what_a_lora_is_is_said_as_the_command_says_it(pack, models):
+    def look(lora, model="any model"):
+        (report,), _ = run(pack, "ProloraCheckLora", lora=f"{lora}.safetensors", model=model)
+        return report
+
+    told = str(prolora.check(models / "loras/one.safetensors", program="comfyui"))
+    assert look("one") == told and "ComfyUI" in told and "`" not in told
+    assert look("one", "target.safetensors").startswith("⚠ in part for this base")
+    lost = {key: x for key, x in lora_tensors().items() if not key.endswith("alpha")}
+    save_file(lost, models / "loras/lost.safetensors", {"ss_network_alpha": "1"})
+    assert "Mend: load it at strength 0.25" in look("lost") and "`" not in look("lost")
+    (models / "loras/bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        look("bad")
 
 
 def test_a_folder_is_moved_without_what_was_moved_before(pack, models):

@@ -1,5 +1,8 @@
 """Every kind of LoRA becomes a plain one in every format, and the residual that is told is true."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diagonal import pair_up
@@ -227,3 +230,45 @@ def test_what_reading_cut_off_counts_in_energy_and_loss():
     (row,) = prolora.convert(adapter, out_rank=1, dtype="float32").report.modules
     assert row.energy == pytest.approx(10)  # 5 that were read, of twice as much
     assert row.rank_cut_energy == pytest.approx(0.5 + 0.5 / 5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "dora"])
+@pytest.mark.parametrize("came", [None, 0.0, 3.0])
+def test_an_alpha_that_is_lost_or_wrong_is_set(kind, came, tmp_path):
+    right, _ = make_lora(kind, 2, 0)
+    right = {k: torch.tensor(5.0) if k.endswith("alpha") else x for k, x in right.items()}
+    wrong = {k: x for k, x in right.items() if not k.endswith("alpha")}
+    if came is not None:
+        wrong |= {k: torch.tensor(came) for k in right.keys() - wrong.keys()}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    base = make_base() if kind == "dora" else None
+    wanted = prolora.convert(right, base).adapter
+    done = prolora.convert(tmp_path / "wrong.safetensors", base, alpha=5).adapter
+    for name, update in wanted.updates.items():
+        assert torch.equal(done.updates[name].dense(), update.dense())
+
+
+def test_an_alpha_is_refused_where_something_else_tells_it():
+    tensors, _ = make_lora("lora", 2, 0)
+    with pytest.raises(prolora.errors.InvalidOption, match="updates in memory"):
+        prolora.convert(adapters.read_adapter(tensors), alpha=1)
+    peft = prolora.convert(tensors, format="peft")
+    config = SimpleNamespace(to_dict=peft.peft_config)
+    with pytest.raises(prolora.errors.InvalidOption, match="`lora_alpha` in its PEFT"):
+        prolora.convert((peft.state_dict("peft"), config), alpha=1)
+    for alpha in (0, -1, float("nan"), True):
+        with pytest.raises(prolora.errors.InvalidOption, match="a number above 0"):
+            prolora.convert(tensors, alpha=alpha)
+
+
+def test_the_rank_that_keeps_enough_is_told_and_keeps_it():
+    tensors, _ = make_lora("lora", 4, 7)
+    words = prolora.convert(tensors, out_rank=1).report.in_words()
+    (line,) = words.lines
+    told = re.fullmatch(r"Rank (\d) would keep 95% .*", line)
+    assert words.mark == "⚠" and told
+    rank = int(told[1])
+    kept = [prolora.convert(tensors, out_rank=r).report.share_on_target for r in (rank - 1, rank)]
+    assert kept[0] < 0.95 <= kept[1]
+    # Rounding and what cannot be read are no matter of rank.
+    assert not prolora.convert(tensors).report.in_words().lines

@@ -160,10 +160,9 @@ def test_a_pairing_that_is_wrong_in_part_is_pointed_out():
     assert not fine.report.strangers() and "Careful" not in " ".join(fine.report.sentences())
 
 
-def test_the_report_holds_every_decision_with_its_runner_up_and_margin(tmp_path):
-    done = prolora.transfer(
-        lora_tensors(), source_weights(), student(), match="similarity", cache=tmp_path, **COPY
-    )
+def test_the_report_holds_every_decision_with_its_runner_up_and_margin():
+    bases = source_weights(), student()
+    done = prolora.transfer(lora_tensors(), *bases, match="similarity", **COPY)
     told = json.loads(done.report.to_json())
     place = BLOCK.format(0, "").rpartition(".0.")[0]
     assert [(d["target"], d["source"]) for d in told["decisions"]] == [
@@ -175,7 +174,7 @@ def test_the_report_holds_every_decision_with_its_runner_up_and_margin(tmp_path)
         assert decision["margin"] > 0.3
     assert told["dropped_blocks"] == [f"{place}.0"]
     assert told["match"].startswith("similarity: 2 of 2 blocks")
-    assert "match" in told["seconds"] and list(tmp_path.rglob("*.safetensors"))
+    assert "match" in told["seconds"]
 
 
 def test_updates_of_a_dropped_block_are_skipped():

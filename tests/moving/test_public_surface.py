@@ -119,7 +119,7 @@ def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
     assert not (tmp_path / "out").exists()
 
 
-def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
+def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path, aged):
     given = TransferOptions(
         rank=np.int64(8),
         min_coverage=np.float32(0.5),

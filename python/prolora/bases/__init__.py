@@ -8,7 +8,7 @@ from ..architectures.layouts import (
     known_layouts,
     load_layout,
 )
-from .base import Base, check_finite, check_readable
+from .base import Base, check_finite
 from .opening import BaseLike, open_base, open_pair
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Correspondence",
     "Layout",
     "check_finite",
-    "check_readable",
     "find_correspondence",
     "identify_layout",
     "known_layouts",

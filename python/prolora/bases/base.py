@@ -18,7 +18,7 @@ from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
 from .keys.canonical_names import name_others
 from .keys.family_names import find_family
-from .quantised.weight import find_kind, is_unreadable
+from .quantised.weight import find_kind
 from .weights import Weight
 
 Progress = Callable[[int, int, str], None]
@@ -124,24 +124,6 @@ def stack_weights(weights: Sequence[Tensor]) -> Tensor:
 def list_quantised(*bases: Base) -> dict[str, str]:
     """Returns name -> how its weights are quantised, for quantised bases."""
     return {base.name: base.quantised_as for base in bases if base.quantised_as}
-
-
-def find_unreadable(base: Base, modules: Iterable[str]) -> str | None:
-    """Returns the first module whose numbers are not read; None if all are."""
-    held = ((name, base.weights[name]) for name in modules)
-    return next((name for name, weight in held if is_unreadable(weight)), None)
-
-
-def check_readable(base: Base, modules: Iterable[str]) -> None:
-    """Refuses the first needed module whose numbers are not read.
-
-    Before time is spent on any other.
-
-    Raises:
-        UnsupportedFormat: names the tensor, and how it is quantised.
-    """
-    if (module := find_unreadable(base, modules)) is not None:
-        base.read(module)
 
 
 def check_finite(base: Base, modules: Iterable[str]) -> None:

@@ -84,11 +84,6 @@ class Check:
         return self.families[0] if len(self.families) == 1 else None
 
     @property
-    def ranks(self) -> dict[int, int]:
-        """Rank -> number of updates, of all parts."""
-        return dict(sorted(sum((Counter(x.ranks) for x in self.parts.values()), Counter()).items()))
-
-    @property
     def mark(self) -> Mark:
         """✔ it can be used as asked, ⚠ perhaps or in part, ✖ it cannot."""
         if self.reason or self.kind == "unknown":

@@ -50,13 +50,17 @@ def find_defects(
     lost = [slot for slot in slots if not {"alpha", "scale"} & slot.keys.keys()]
     factor = max((slot.form.rank / trained for slot in lost), default=1.0) if trained else 1.0
     if factor != 1.0:
-        text = f"It acts {factor:.3g}× as strongly as it was trained: "
-        if len(lost) == len(slots):
-            text += f"alpha is missing, and its header says {trained:g}."
-            found.append(Defect("⚠", text, f"load it at strength {1 / factor:.3g}"))
-        else:
-            text += f"{len(lost)} of {len(slots)} alphas are missing, and its header says "
-            found.append(Defect("⚠", f"{text}{trained:g}.", "download it again"))
+        every = len(lost) == len(slots)
+        what = "alpha is" if every else f"{len(lost)} of {len(slots)} alphas are"
+        text = (
+            f"It acts {factor:.3g}× as strongly as it was trained: {what} missing, and its header "
+        )
+        mend = f"load it at strength {1 / factor:.3g}" if every else "download it again"
+        mend += f"; or `convert()` it with `alpha={trained:g}`"
+        found.append(Defect("⚠", f"{text}says {trained:g}.", mend))
+    elif any(slot.module.format == "kohya" and "magnitude" in slot.keys for slot in lost):
+        text = "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
+        found.append(Defect("⚠", text, "if its alpha was not its rank, `convert()` with `alpha`"))
     odd = {
         slot.module.name: slot
         for slot in slots
@@ -71,8 +75,11 @@ def find_defects(
             f"{len(odd)} of {len(slots)} updates have an unusual scale: alpha over rank is "
             f"{scale * rank:.4g}/{rank} = {scale:.3g}, and trainers write {WEAKEST} to {STRONGEST}."
         )
-        mend = f"where images show too {'little' if abs(scale) < 1 else 'much'} of it, load it at "
-        found.append(Defect("⚠", text, f"{mend}strength {1 / scale:.3g}" if scale else ""))
+        much = "little" if abs(scale) < 1 else "much"
+        mend = f"`convert()` it with `alpha={trained:g}`, as its header has it" if trained else ""
+        if scale and not mend:
+            mend = f"where images show too {much} of it, load it at strength {1 / scale:.3g}"
+        found.append(Defect("⚠", text, mend))
     return tuple(found)
 
 

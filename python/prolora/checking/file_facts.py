@@ -70,10 +70,9 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
         scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     except ProLoRAError as error:
         return _describe_refused(opened, found, str(error))
-    found = _describe_contents(opened, contents, scales, found, program)
     look = find_deep_defects if deep else lambda *_: ()
     defects = *find_defects(contents.slots, scales, opened), *look(contents.slots, scales, opened)
-    return replace(found, defects=defects)
+    return replace(_describe_contents(opened, contents, scales, found, program), defects=defects)
 
 
 def _describe_contents(
@@ -134,8 +133,7 @@ def _count_skipped(
     return count_skipped(family, name_row(family, format, spelling), modules, program)
 
 
-def _describe_part(slots: Iterable[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
-    slots = list(slots)
+def _describe_part(slots: list[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
     ranks = Counter(slot.form.rank for slot in slots if slot.form.rank)
     return Part(
         len(slots),

@@ -68,7 +68,7 @@ def list_options() -> set[str]:
     from ..moving.options import TransferOptions
 
     shown = {f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel}
-    return shown | set("source target ray shard target_guidance strengths".split())
+    return shown | set("source target ray shard target_guidance strengths alpha".split())
 
 
 def write_flag(option: str, value: str | None = None) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from ..bases import Base, open_base
+from ..bases import open_base
 from ..errors import InvalidOption
 from ..files.store import check_free
 from ..making.bake import bake
@@ -16,7 +16,7 @@ from ..making.merge import merge as merge_loras
 from ..making.merge_options import MergeOptions
 from .console import answer, out, progress_bar
 from .flags import base_option, split_bases, write_flag
-from .options import expand_options, find_cache
+from .options import expand_options
 from .output_options import OutputFlags
 from .tables import show_words
 from .transfer import (
@@ -31,22 +31,12 @@ from .transfer import (
 
 @dataclass
 class MergedBases:
-    """The bases of the result and of LoRAs to move first."""
+    """The base of the result, or the one to bake into."""
 
     target: Annotated[
         str | None,
-        base_option(
-            "Base model of the result; needed where a LoRA has another, and for DoRA, GLoRA "
-            "and OFT."
-        ),
+        base_option("Base model that all were trained on; needed for DoRA, GLoRA and OFT."),
     ] = None
-    source: Annotated[
-        list[str],
-        base_option(
-            "Base model of a LoRA, once for each in their order; those with another than "
-            "--target are moved first."
-        ),
-    ] = field(default_factory=list)
     into: Annotated[
         str | None,
         base_option("Bake the LoRAs into a copy of this base model; -o names the new model."),
@@ -59,37 +49,26 @@ class MergedBases:
         ),
     ] = None
 
-    def open(self, loras: list[Path]) -> tuple[list[Path], Base | None, list[Base]]:
-        """Opens all, each once; without options they stand behind the LoRAs, the target last."""
-        if self.target is None and not self.source:
-            loras, words = split_bases(loras, len(loras))
-            self.target, self.source = words[-1] if words else None, words[:-1]
-        known: dict[str, Base] = {}
-        for name in (self.target, *self.source):
-            if name is not None and name not in known:
-                known[name] = open_base(name)
-        target = None if self.target is None else known[self.target]
-        return loras, target, [known[name] for name in self.source]
 
-
-@expand_options("max_memory", "cache", "dry_run", "card")
+@expand_options("dry_run", "card")
 def merge(
     loras: LoraArguments,
     merging: MergeOptions,
     bases: MergedBases,
     output: OutputFlags,
 ) -> None:
-    """Merge several LoRAs into one, each moved from its own base first if it has another."""
+    """Merge several LoRAs of one base into one, or bake them into it."""
     check_output_given(output)
     if bases.into is not None:
         return bake_all(loras, merging, bases, output)
-    loras, target, sources = bases.open(loras)
-    files = [file for base in (target, *sources) if base is not None for file in base.files]
-    check_outputs(loras[:1], output, merging, [*loras[1:], *files])
+    if bases.target is None:
+        loras, words = split_bases(loras, 1)
+        bases.target = words[0] if words else None
+    target = None if bases.target is None else open_base(bases.target)
+    check_outputs(loras[:1], output, merging, [*loras[1:], *(target.files if target else [])])
     with progress_bar("merge", output.show_tables) as progress:
-        known = find_cache(merging, takes_default=bool(sources))
-        options = replace(known, progress=progress)
-        report = merge_loras(loras, target, sources, options, out=output.output).report
+        options = replace(merging, progress=progress)
+        report = merge_loras(loras, target, options, out=output.output).report
     tell_made_lora(loras[0], report, output, merging.overwrite)
 
 
@@ -100,7 +79,7 @@ def bake_all(
     usual = MergeOptions()
     taken = "strengths", "blocks", "overwrite", "progress"
     ignored = {name for name in vars(usual) if getattr(merging, name) != getattr(usual, name)}
-    ignored |= {name for name in ("target", "source") if getattr(bases, name)}
+    ignored |= {"target"} if bases.target else set()
     if ignored := ignored - set(taken):
         flags = ", ".join(str(write_flag(name)) for name in sorted(ignored))
         raise InvalidOption(f"--into makes a model as its base is, and takes no {flags}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 from ..architectures.modules import matrix_shape
-from ..bases import Base, check_finite, check_readable
+from ..bases import Base, check_finite
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Room
@@ -37,10 +37,7 @@ def measure_affinities(
 
     Raises:
         NonFiniteWeights: names the first tensor that holds NaN or Inf, and its file.
-        UnsupportedFormat: a weight is quantised in a way whose numbers are not read.
     """
-    check_readable(source, [pair[0] for pair in pairs])
-    check_readable(target, [pair[1] for pair in pairs])
     cache = cache or BasisCache(None)
     notes = cache.pairs(source, target)
     places = [(cache.place(source, one), cache.place(target, other)) for one, other in pairs]

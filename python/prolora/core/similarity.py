@@ -179,7 +179,7 @@ def angle_quantiles(
 
     The angles are `principal_angles`' by an eighth to a half of the work, since bases are
     orthonormal (`orthonormal_angles`). With bases in float32 they err by about 1e-7, and by 1e-4
-    next to a right angle; with bases in 16 bits (`bases.cache.basis_file`) by 1e-5 and 1e-3.
+    next to a right angle.
 
     Args:
         source: bases of a stack of matrices [b, m, n].

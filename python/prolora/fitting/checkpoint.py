@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -23,14 +22,7 @@ from ..version import __version__
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_STATES = 180.0
-"""Least seconds between two states of a fit, which are as large as one or two of the LoRAs in
-float32 that it writes."""
-
-MOST_WAITING = 0.05
-"""Of the time that a fit may wait for its states to be written."""
-
-_OF_ONE_LORA = ("calls-adapted-", "latents-adapted-", "joint-", "fit-")
+_OF_ONE_LORA = ("calls-adapted-", "latents-adapted-", "joint-")
 """What the names of parts begin with that serve no other LoRA."""
 _SUM, _NOTE = "prolora.fitting.sum", "prolora.fitting.note"
 
@@ -68,17 +60,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: str | PathLike[str] | None,
+        folder: str | PathLike[str] | None,  # new, or with results of these or other inputs
         inputs: Callable[[], Mapping[str, Facts]] = dict,
         is_optional: bool = False,
     ) -> None:
         """Takes a folder, made with the first result; None keeps nothing.
 
-        Args:
-            folder: new, or with results of these or other inputs.
-            inputs: called for a folder: everything that all results depend on, beside versions.
-            is_optional: the results may be lost: where the folder cannot be written, a warning
-                says so and nothing is kept any more.
+        `inputs` gives all that results depend on beside versions; optional ones may be lost, with a
+        warning, where the folder cannot be written.
         """
         self.folder = None if folder is None else Path(folder)
         self.is_optional = is_optional
@@ -104,11 +93,7 @@ class Checkpoints:
         return tensors, note
 
     def store(self, name: str, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
-        """Stores tensors and a note.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Stores tensors and a note."""
         path = self._path(name, key)
         if path is None:
             return
@@ -121,12 +106,6 @@ class Checkpoints:
             log.warning("the next LoRA is asked everything, as nothing can be kept: %s", error)
             self.folder = None
 
-    def remove(self, name: str, key: str) -> None:
-        """Deletes what is stored under a name and key."""
-        path = self._path(name, key)
-        if path is not None:
-            path.unlink(missing_ok=True)
-
     def remove_own_parts(self) -> None:
         """Deletes what serves no other LoRA, and what was neither read nor written since then."""
         for path in self.folder.glob("*.safetensors") if self.folder else ():
@@ -135,11 +114,7 @@ class Checkpoints:
         self._used.clear()
 
     def _path(self, name: str, key: str) -> Path | None:
-        """Returns the path of a result.
-
-        Raises:
-            OutputError: something else has that name.
-        """
+        """Returns the path of a result."""
         if self.folder is None:
             return None
         path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"
@@ -166,43 +141,3 @@ class Checkpoints:
         """Stores updates by module, and facts that JSON can hold."""
         if self.folder is not None:
             self.store(name, key, _name_factors(updates), json.dumps(facts))
-
-    def state_file(self, name: str, key: str) -> StateFile | None:
-        """Returns where the state of a long fit is kept; None without a folder."""
-        return None if self.folder is None else StateFile(self, name, key)
-
-
-class StateFile:
-    """The state of a long fit, stored every few minutes.
-
-    The fit waits for it: a copy to be written beside it would take as much memory again.
-    """
-
-    def __init__(self, checkpoints: Checkpoints, name: str, key: str) -> None:
-        """Takes the folder, and the name and key in it."""
-        self.checkpoints, self.name, self.key = checkpoints, name, key
-        self.last, self.took = time.monotonic(), 0.0
-
-    def due(self) -> bool:
-        """Returns whether it is time to store again.
-
-        SECONDS_BETWEEN_STATES must have passed, and enough for what the last one took.
-        """
-        passed = time.monotonic() - self.last
-        return passed >= max(SECONDS_BETWEEN_STATES, self.took / MOST_WAITING)
-
-    def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replaces the stored state."""
-        began = time.monotonic()
-        self.checkpoints.store(self.name, self.key, tensors, json.dumps(facts))
-        self.last = time.monotonic()
-        self.took = self.last - began
-
-    def recall(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Returns the state that was stored last."""
-        stored = self.checkpoints.recall(self.name, self.key)
-        return None if stored is None else (stored[0], json.loads(stored[1]))
-
-    def remove(self) -> None:
-        """Deletes the state: the fit is finished."""
-        self.checkpoints.remove(self.name, self.key)

@@ -42,7 +42,6 @@ class ProbeReport:
     shared: bool = False  # both denoise the same latents, so that images need not cross as pixels
     # That the source was asked with, since the target is run without; 1 is none
     guidance: float = 1.0
-    guided_lora: bool = True  # was the source with the LoRA asked with that, too?
     derived_prompts: tuple[str, ...] = ()  # made from the LoRA's header, where none were given
     not_drawn: str = ""  # why the page has no images, where they were asked for
 
@@ -65,8 +64,8 @@ class ProbeReport:
             )
         if self.guidance != 1:
             lines.append(
-                f"The target is run without guidance, so the source was asked with its own, "
-                f"{self.guidance:.3g}{'' if self.guided_lora else ', and with the LoRA without'}."
+                "The target is run without guidance, so the source was asked with its own, "
+                f"{self.guidance:.3g}."
             )
         if self.crossed:
             lines.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -17,18 +16,10 @@ from ..core.methods import MethodChoice
 from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ..moving.assembly import build_metadata, list_kernels
 from ..moving.base_check import check_bases
-from ..moving.base_pair import (
-    BasePair,
-    Depth,
-    Notes,
-    list_inputs,
-    prefix_notes,
-    preview_move,
-    read_lora,
-)
+from ..moving.base_pair import BasePair, Depth, prefix_notes, read_lora
 from ..moving.ledger import Ledger
 from ..moving.options import FIT, LoraLike
-from ..moving.result import Transfer
+from ..moving.result import Notes, Transfer, list_inputs
 from ..moving.rows import check_coverage
 from ..moving.transfer_report import TransferReport
 from ..reports.lora_report import LoraReport
@@ -40,7 +31,6 @@ from .fit_plan import FitJob, check_fittable, explain_need, outline_fit, plan_mo
 from .fit_report import FitReport, RivalReport
 from .fit_rows import build_fit_report, list_modules, outline_report
 from .gate import COPY
-from .run import ProbeTransfer
 from .running import fit_models, plan_memory_of_card
 from .solver.start import NO_COPY
 
@@ -55,30 +45,17 @@ SERVES = (
 
 
 def fit_to_pipelines(
-    lora: LoraLike,
-    source: Base,
-    target: Base,
-    options: FitOptions,
-    notes: Notes | None = None,
+    lora: LoraLike,  # what is fitted
+    source: Base,  # the base it was trained on
+    target: Base,  # the base it goes to
+    options: FitOptions,  # how
+    notes: Notes | None = None,  # what else the header says of the result
     common: CommonParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses what it can before loading them.
 
     What moving by weights alone makes of the LoRA is its rival: where that does no worse on
     held-out probes, it is the result.
-
-    Args:
-        lora: what is fitted.
-        source: the base it was trained on.
-        target: the base it goes to.
-        options: how.
-        notes: what else the header says of the result.
-        common: what this fit shares with other LoRAs' fits; None for a fit alone.
-
-    Raises:
-        UnrelatedBases: the held-out probes speak against both, and `force` is not set.
-        ShapeMismatch: the fit is to start from a copy, and none fits.
-        ProLoRAError: see `prolora.fit` and `probe.fit_to_models`.
     """
     job = prepare_fit(lora, source, target, options)
     written = options.format or "auto", options.dtype
@@ -116,10 +93,6 @@ def prepare_fit(
     """Reads and plans; refuses all that can be refused without running a model.
 
     `depth` says how far the LoRA is read.
-
-    Raises:
-        LowCoverage: fewer modules have a counterpart than was asked for.
-        ProLoRAError: see `prolora.fit`.
     """
     check_fittable(source, target)
     # Running models of equal weights may differ in schedule, steps and guidance.
@@ -142,26 +115,12 @@ def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) ->
 def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
     """Reports as `plan_fit`, and compares the weights to say whether they serve."""
     report = plan_fit(lora, source, target, options)
-    known = options.cache is not None and os.path.isdir(
-        os.fspath(options.cache)
-    )  # it makes no folder
-    moving = replace(options.as_moved("auto"), cache=options.cache if known else None)
+    moving = options.as_moved("auto")
     try:
-        found = preview_move(lora, source, target, moving)
+        found = BasePair.open(source, target, moving, dry_run=True).foresee(lora, weighed=True)
     except ProLoRAError:
         return report
     return replace(report, why=_tell_serving(source, target, options, found))
-
-
-def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
-    """Wraps a result of `probe.fit_to_models` with header and report."""
-    options = FitOptions()
-    adapter = read_lora(lora, source, "updates")
-    plan = plan_modules(adapter, source, target, options.text_encoder)
-    job = FitJob(adapter, plan, source, target, options)
-    updates = dict(made.adapter.updates)
-    fitted, report = _finish_fit(job, _outline_result(job), updates, made.report, {})
-    return Transfer(fitted, report, list_inputs(lora, source, target), "auto", options.dtype)
 
 
 def _outline_result(job: FitJob) -> Adapter:
@@ -198,7 +157,7 @@ def move_rival(job: FitJob) -> Rival | None:
             options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
             try:
                 pair = BasePair(job.source, job.target, options, cache)
-                (ledger,) = pair.move([pair.plan(job.adapter)])
+                ledger = pair.move(pair.plan(job.adapter))
                 return Rival(pair.finish(ledger, hashed=False), ledger, refusal)
             except UnrelatedBases as error:
                 refusal = error

@@ -38,7 +38,6 @@ _OF_FIT = (
     "held_out",
     "fit_steps",
     "batch",
-    "curvature_damping",
     "seed",
     "precision",
 )
@@ -48,8 +47,6 @@ _OF_SAMPLES = (
     "steps",
     "size",
     "guidance",
-    "lora_steps",
-    "lora_guidance",
     "precision",
 )
 
@@ -101,15 +98,6 @@ class FitSettings:
         panel=SAMPLING,
         metavar="SCALE",
     )
-    lora_steps: int | None = option(
-        None,
-        "Steps of the source with the LoRA, where it is a few-step LoRA. Default: as without.",
-    )
-    lora_guidance: float | None = option(
-        None,
-        "Guidance scale of the source with the LoRA; 1 for most few-step LoRAs. Default: as "
-        "without.",
-    )
     rank: float | None = option(
         None,
         "Rank of every update that is fitted and written. A number below 1 is the share of each "
@@ -138,9 +126,6 @@ class FitSettings:
     held_out: int | None = option(None, "Samples for the verdict. Default: what the fit needs.")
     batch: int | None = option(
         None, "Least number of samples of a step. Default: what the rank needs."
-    )
-    curvature_damping: float = option(
-        1.0, "Damping of the curvature, relative to its mean diagonal."
     )
     seed: int = option(
         0,
@@ -202,10 +187,10 @@ class FitSettings:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         for name in ("images", "steps", "fit_steps"):
             check_count(name, getattr(self, name))
-        for name in ("size", "target_steps", "lora_steps", "probes", "held_out", "batch"):
+        for name in ("size", "target_steps", "probes", "held_out", "batch"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        for name in ("guidance", "target_guidance", "lora_guidance"):
+        for name in ("guidance", "target_guidance"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise InvalidOption(f"{name} must be a number, not {value!r}")
@@ -217,10 +202,6 @@ class FitSettings:
             value, words = getattr(self, name), get_args(kind)
             if value not in words:
                 raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")
-        if not _is_number(self.curvature_damping) or self.curvature_damping <= 0:
-            raise InvalidOption(
-                f"curvature_damping must be a positive number, not {self.curvature_damping!r}"
-            )
         for name in ("shown_prompts", "seed"):
             check_count(name, getattr(self, name), least=0)
         self.memory_limit  # noqa: B018 (raises where it is no size)
@@ -229,20 +210,6 @@ class FitSettings:
     def memory_limit(self) -> int | None:
         """`max_memory` in bytes."""
         return parse_limit(self.max_memory)
-
-    @property
-    def has_few_step_lora(self) -> bool:
-        """Whether the source is sampled in another way with the LoRA in its weights."""
-        return self.lora_steps is not None or self.lora_guidance is not None
-
-    def with_lora(self: Settings) -> Settings:
-        """Returns the settings of the sampling of the source with the LoRA."""
-        steps, guidance = self.lora_steps, self.lora_guidance
-        return replace(
-            self,
-            steps=self.steps if steps is None else steps,
-            guidance=self.guidance if guidance is None else guidance,
-        )
 
     def for_target(self: Settings, few: bool, embeds_guidance: bool) -> Settings:
         """Returns the settings of the target's own sampler.
@@ -263,8 +230,6 @@ class FitSettings:
             guidance=guidance,
             target_steps=None,
             target_guidance=None,
-            lora_steps=None,
-            lora_guidance=None,
         )
 
     def sized(self: Settings, recorded: int) -> Settings:
@@ -274,9 +239,6 @@ class FitSettings:
         LoRA, target), five in a step (a backward pass costs about two) and about seven in the
         verdict. Together fit and verdict then take about three times the sampling. More than
         MAX_SAMPLES of each gain little (docs/results.md).
-
-        Args:
-            recorded: number of samples in all calls, held-out ones included.
         """
         probes, held_out, batch = (
             max(1, min(most, int(share * recorded)))
@@ -307,11 +269,7 @@ class FitSettings:
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
-    """Reads the lines of a text file, without empty ones.
-
-    Raises:
-        InvalidOption: the file cannot be read, or has no prompts.
-    """
+    """Reads the lines of a text file, without empty ones."""
     try:
         lines = read_text(file).splitlines()
     except UnsupportedFormat as error:
@@ -328,11 +286,7 @@ def _is_number(value: object) -> bool:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuses an option that is no whole number, or one below the least.
-
-    Raises:
-        InvalidOption: names the option.
-    """
+    """Refuses an option that is no whole number, or one below the least."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidOption(f"{name} must be an integer of {least} or more, not {value!r}")
 

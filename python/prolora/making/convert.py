@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents
-from ..adapters.lora import Lora
+from ..adapters.keys.tensor_keys import split_role
+from ..adapters.lora import Header, Lora
 from ..bases import Base, BaseLike, open_base
+from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
-from ..errors import UnsupportedFormat
+from ..core.recompression import product_energies
+from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import explain_misfit
-from ..moving.base_pair import list_inputs
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.file_budget import OutputForm
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, name_lora
 from ..moving.out_rank import cut_rank
 from ..moving.output_paths import check_output
-from ..moving.result import Transfer, pack_result, save_result
+from ..moving.result import Transfer, list_inputs, pack_result, save_result
 from ..moving.rows import (
     describe_conversion,
     describe_left_out,
@@ -33,7 +38,7 @@ from ..moving.rows import (
 )
 from ..reports.module_report import LEFT_OUT, ModuleReport
 from .convert_options import DEFAULT_CONVERSION, ConvertOptions
-from .made_report import MadeReport
+from .made_report import ENOUGH, MadeReport
 
 
 @takes_options
@@ -78,6 +83,9 @@ def convert(
 
 @in_full_precision
 def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
+    original, inputs = name_lora(lora), list_inputs(lora, *filter(None, [base]))
+    if options.alpha is not None:
+        lora = _set_alpha(lora, options.alpha)
     adapter = read_plain(lora, base)
     form = OutputForm.of(options)
     vectors = adapter.vectors if options.vectors == "copy" else {}
@@ -97,12 +105,11 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         cut[name] = cut_rank(update, options.out_rank, update.rank)
     whole = plain.with_updates(cut)
     fitted = form.fit(whole)
-    name = name_lora(lora)
     report = MadeReport(
         method="convert",
         done="converted",
-        original=name.removesuffix(".safetensors"),
-        source=name,
+        original=original.removesuffix(".safetensors"),
+        source=original,
         target=base.name if base else "",
         modules=(
             *list_unread_modules(adapter),
@@ -115,7 +122,41 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         unread=tuple(adapter.unread),
         kept_energy=dict(adapter.kept_energy),
     )
-    return pack_result(fitted, whole, report, list_inputs(lora, *filter(None, [base])), form)
+    if (report.share_on_target or ENOUGH) < ENOUGH:
+        energy = sum(row.energy for row in report.modules)
+        if rank := _find_rank(plain.updates.values(), ENOUGH * energy):
+            report = replace(report, advice=f"Rank {rank} would keep {ENOUGH:.0%} (`out_rank`).")
+    return pack_result(fitted, whole, report, inputs, form)
+
+
+def _set_alpha(lora: LoraLike, alpha: float) -> Lora:
+    """Opens a LoRA with another alpha for every update that has a rank."""
+    if isinstance(lora, Adapter):
+        raise InvalidOption("`alpha` is for a file: updates in memory hold their scale")
+    opened = Lora.open(lora)
+    headers, alphas = dict(opened.headers), set()
+    for slot in parse_contents(opened).slots:
+        if slot.peft:
+            raise InvalidOption(f"{opened.where}: set `lora_alpha` in its PEFT configuration")
+        if slot.form.rank:
+            path = split_role(next(iter(slot.keys.values())))
+            alphas.add(slot.keys.get("alpha") or f"{path and path[0]}.alpha")
+            headers.pop(slot.keys.get("scale", ""), None)
+    headers |= dict.fromkeys(alphas, Header("F32", ()))
+
+    def read(key: str) -> Tensor:
+        return torch.tensor(float(alpha)) if key in alphas else opened.read(key)
+
+    return replace(opened, headers=headers, read=read, file=None, parsed={})
+
+
+def _find_rank(updates: Collection[LowRank], energy: float) -> int:
+    """Returns the rank at which all updates together hold an energy; 0 if none does."""
+    columns = torch.zeros(max(update.rank for update in updates), dtype=torch.float64)
+    for update in updates:
+        columns[: update.rank] += product_energies(update.up, update.down)
+    enough = columns.cumsum(0) >= energy
+    return int(enough.int().argmax()) + 1 if enough.any() else 0
 
 
 def read_plain(lora: LoraLike, base: Base | None) -> Adapter:

@@ -22,7 +22,7 @@ from ..adapters.formats.moves import read_provenance
 from ..architectures.families import known_families
 from ..architectures.modules import find_component, is_in_text_encoder, matrix_shape
 from ..bases import Base, BaseLike, open_base
-from ..bases.base import check_finite, check_readable, list_quantised, stack_weights
+from ..bases.base import check_finite, list_quantised, stack_weights
 from ..bases.describe import explain_no_layer
 from ..bases.identity import compute_identity, compute_short_hash
 from ..bases.memory import Memory
@@ -146,8 +146,6 @@ class _Difference:
     def check(self) -> None:
         """Refuses what can be refused by headers, and writes the row of every module."""
         self._check_bases()
-        for held in (self.base, self.tuned):
-            check_readable(held, held.shapes)
         shared = [name for name in self.base.shapes if name in self.tuned.shapes]
         if not shared:
             raise ShapeMismatch(f"{self.base.name} and {self.tuned.name} share no module")
@@ -338,7 +336,7 @@ class _Difference:
         """Outlines the LoRA of some updates, without vectors and header."""
         base = self.base
         shapes = {name: base.shapes[name] for name in updates}
-        kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
+        kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
         dtype = self.options.stored_dtype
         return Adapter(updates, kernels, format=self._usual_format, family=base.family, dtype=dtype)
 

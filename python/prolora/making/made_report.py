@@ -13,17 +13,11 @@ ENOUGH = 0.95
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class MadeReport(LoraReport):
-    """What a LoRA holds of what it was made of.
+    """What a LoRA holds of what it was made of."""
 
-    Attributes:
-        done: what became of its modules, as "converted".
-        original: what it was made of, in words.
-        advice: what to do next; "" without advice.
-    """
-
-    done: str
-    original: str
-    advice: str = ""
+    done: str  # what became of its modules, as "converted"
+    original: str  # what it was made of, in words
+    advice: str = ""  # what to do next; "" without advice
 
     def in_words(self) -> InWords:
         """Returns the share of the original that the LoRA holds."""
@@ -34,7 +28,8 @@ class MadeReport(LoraReport):
             return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
         residual = 100 * max(0.0, 1 - kept) ** 0.5
         lost = f"{residual:.3g}%" if residual >= 1e-3 else "less than 0.001%"
-        headline = f"It holds {kept:.2%} of the energy of {self.original}, and differs from it by "
+        original = f"what was read of {self.original}" if self.unread else self.original
+        headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by "
         mark: Mark = "✔" if kept >= ENOUGH else "⚠"
         return InWords(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
 

@@ -1,4 +1,4 @@
-"""Several LoRAs as one, each moved from its own base first."""
+"""Several LoRAs of one base as one."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
 from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, ShapeMismatch
-from ..moving.base_check import are_one_base, explain_misfit, guess_lora_families
-from ..moving.base_pair import move_lora, prefix_notes
+from ..moving.base_check import explain_misfit, guess_lora_families
+from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.file_budget import OutputForm, describe_cuts
 from ..moving.moved_before import check_moved_before
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike
+from ..moving.options import LoraLike, TransferOptions
 from ..moving.out_rank import cut_rank
 from ..moving.output_paths import check_name, check_output
 from ..moving.result import Transfer, pack_result, save_result
@@ -41,7 +41,6 @@ from ..moving.rows import (
     describe_left_out,
     list_tensors_left_out,
     list_unread_modules,
-    scale_energies,
 )
 from ..reports.module_report import LEFT_OUT, ModuleReport
 from ..reports.module_tables import write_shape
@@ -51,15 +50,11 @@ from .merge_inputs import check_experts, check_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 
-Sources = Sequence[BaseLike | None]
-"""The base of each LoRA, in their order; None where it is that of the result."""
-
 
 @takes_options
 def merge(
     loras: Sequence[LoraLike],
     target: BaseLike | None = None,
-    sources: Sources = (),
     options: MergeOptions = DEFAULT_MERGE,
     *,
     out: str | PathLike[str] | None = None,
@@ -67,15 +62,12 @@ def merge(
 ) -> Transfer:
     """Merges LoRAs into one.
 
-    Modules that only one of them has are kept. A LoRA with a base of its own is moved to `target`
-    first, as `transfer` does it by default.
+    Modules that only one of them has are kept. A LoRA of another base is moved by `transfer` first.
 
     Args:
         loras: two or more, as `transfer` takes them.
-        target: the base that the result is for. Needed where a LoRA has another one, and where an
-            update depends on its weights (DoRA, GLoRA, OFT).
-        sources: the base of each LoRA, in their order, or none of them; None for one that was
-            trained on `target`.
+        target: the base that all are for. Needed where an update depends on its weights (DoRA,
+            GLoRA, OFT).
         options: how to merge them.
         out: a file to write, or a folder for format "peft"; checked before any work.
         **changes: single options by name; they win over `options`.
@@ -84,9 +76,8 @@ def merge(
         The LoRA in memory, and the report: what of each LoRA is in it, and where they overlap.
 
     Raises:
-        InvalidOption: fewer than two LoRAs, or not one strength or base for each.
-        WrongBase: the LoRAs are for different models, and their bases are not given; they are for
-            both experts of one, and none is moved; or a LoRA is of `target` and not of its source.
+        InvalidOption: fewer than two LoRAs, or not one strength for each.
+        WrongBase: the LoRAs are for different models, or for both experts of one.
         ShapeMismatch: two LoRAs have a module in different shapes.
         UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
             or a result that `format` cannot hold.
@@ -94,13 +85,12 @@ def merge(
         OutputExists: something has the name of `out`.
         OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
             module exceeds.
-        ProLoRAError: what `transfer` raises, of a LoRA that is moved.
     """
     options = settle_options(options, changes)
     if out is None:
-        return _Merge.open(loras, target, sources, options).run(hashed=False)
+        return _Merge.open(loras, target, options).run(hashed=False)
     options = options.for_file()
-    job = _Merge.open(loras, target, sources, options)
+    job = _Merge.open(loras, target, options)
     check_name(out)
     if os.path.isdir(out) and not job.writes_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
@@ -114,13 +104,10 @@ class _Merge:
 
     loras: list[LoraLike]  # as they were given
     target: Base | None  # the base of the result
-    sources: list[Base | None]  # the base of each LoRA
     options: MergeOptions  # how they are merged
     names: list[str]  # of each LoRA in reports
     strengths: list[float]  # the factor on each
-    # The base that each is moved from; None for one that is of the target already
-    origins: list[Base | None] = field(default_factory=list)
-    parts: list[Adapter] = field(default_factory=list)  # each LoRA, on the base of the result
+    parts: list[Adapter] = field(default_factory=list)  # each LoRA
     facts: list[MergedPart] = field(default_factory=list)  # what is known of each
     behind: list[ModuleReport] = field(default_factory=list)  # the rows of modules that stay behind
     left_out: dict[str, str] = field(default_factory=dict)  # tensor -> why it is not in the result
@@ -128,13 +115,9 @@ class _Merge:
 
     @classmethod
     def open(
-        cls,
-        loras: Sequence[LoraLike],
-        target: BaseLike | None,
-        sources: Sources,
-        options: MergeOptions,
+        cls, loras: Sequence[LoraLike], target: BaseLike | None, options: MergeOptions
     ) -> _Merge:
-        """Checks the numbers of all, and opens the bases."""
+        """Checks the numbers of all, and opens the base."""
         if not isinstance(loras, Sequence) or isinstance(loras, str) or len(loras) < 2:
             raise InvalidOption("a merge takes two LoRAs or more")
         if isinstance(loras[0], Mapping) and hasattr(loras[1], "to_dict"):
@@ -142,27 +125,18 @@ class _Merge:
                 "(state dict, peft.LoraConfig) is one LoRA, and a merge takes two or more: give a "
                 "list with this pair in it"
             )
-        if not isinstance(sources, Sequence) or isinstance(sources, str):
-            raise InvalidOption("`sources` must be a base or None for each LoRA, or none at all")
         count, strengths = len(loras), options.strengths
         for name, given, hint in (
             ("strengths", strengths, "give one for each"),
             ("blocks", options.blocks, "separate those of each LoRA by ;"),
-            ("sources", sources or None, "give the base of each in their order, or none at all"),
         ):
             if given is not None and len(given) != count:
                 raise InvalidOption(
                     f"`{name}` is for {len(given)} LoRAs, and there are {count}; {hint}"
                 )
-        if target is None and any(source is not None for source in sources):
-            raise InvalidOption(
-                "LoRAs have bases of their own, and `target` is missing: which base is the result "
-                "for?"
-            )
         return cls(
             list(loras),
             None if target is None else open_base(target),
-            [None if s is None else open_base(s) for s in sources or [None] * count],
             options,
             name_loras(loras),
             list(strengths or [1.0] * count),
@@ -176,8 +150,7 @@ class _Merge:
     @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
-        bases = [base for base in (self.target, *self.sources) if base is not None]
-        return [*self._list_files(), *(file for base in bases for file in base.files)]
+        return [*self._list_files(), *(self.target.files if self.target else [])]
 
     def _list_files(self) -> list[Path]:
         """Returns the paths of the LoRAs that are not in memory."""
@@ -185,11 +158,10 @@ class _Merge:
 
     @in_full_precision
     def run(self, *, hashed: bool) -> Transfer:
-        """Reads, moves and merges; `hashed` also writes a header, which reads the base's bytes."""
-        names = self.names
+        """Reads and merges; `hashed` also writes a header, which reads the base's bytes."""
         if self.target is None:
-            check_families(names, self.loras)
-        self._check_experts()
+            check_families(self.names, self.loras)
+        check_experts([*self.names, *([self.target.name] if self.target else [])], self.loras)
         for i in range(len(self.loras)):
             self._read(i)
         self._check_modules()
@@ -211,44 +183,20 @@ class _Merge:
         report = self._report(told, fitted, merged, dtype)
         return pack_result(fitted, merged, report, self.inputs, form)
 
-    def _check_experts(self) -> None:
-        """Finds the LoRAs to move; refuses unmoved ones of the other expert."""
-        target = self.target
-        self.origins = [
-            None if s is None or target is None or are_one_base(s, target) else s
-            for s in self.sources
-        ]
-        known = list(zip(self.names, self.loras, self.origins, strict=True))
-        kept = {name: lora for name, lora, origin in known if origin is None}
-        check_experts([*kept, *([target.name] if target else [])], list(kept.values()))
-        for name, lora, origin in known:
-            if origin is not None:
-                check_experts([name, origin.name], [lora])
-
     def _read(self, i: int) -> None:
-        """Reads a LoRA, and moves it where it has another base than the result."""
-        lora, source, name = self.loras[i], self.origins[i], self.names[i]
-        moved_from = ""
-        if self.target is None or source is None:
-            if self.target is not None:
-                self._check_belongs(lora, name, self.target)
-            adapter = read_plain(lora, self.target)
-            behind = list_unread_modules(adapter)
-            self.unread += adapter.unread
-        else:
-            done = move_lora(lora, source, self.target, self.options.for_moving(), hashed=False)
-            adapter, moved_from = done.adapter, source.name
-            behind = [row for row in done.report.modules if row.status != "mapped"]
-            self.unread += done.report.unread
-            self.left_out |= {f"{name}: {x}": why for x, why in done.report.left_out.items()}
+        """Reads a LoRA."""
+        lora, name = self.loras[i], self.names[i]
+        if self.target is not None:
+            self._check_belongs(lora, name, self.target)
+        adapter = read_plain(lora, self.target)
+        self.behind += list_unread_modules(adapter)
+        self.unread += adapter.unread
         blocks = self.options.blocks[i] if self.options.blocks is not None else None
         factors = find_factors(blocks, adapter, self.target)
-        gone = [name for name in adapter.updates if factors.get(name) == 0]
-        square = self.strengths[i] ** 2
-        behind = scale_energies(behind, square)
-        lost = sum(row.energy for row in behind)
-        silenced = [describe_left_out(n, adapter.updates[n]) for n in gone]
-        self.behind += [*behind, *scale_energies(silenced, square)]
+        for module, update in adapter.updates.items():
+            if factors.get(module) == 0:
+                gone = LowRank(update.up * self.strengths[i], update.down)
+                self.behind.append(describe_left_out(module, gone))
         silent = [name for name in adapter.vectors if factors.get(name.rpartition(".")[0]) == 0]
         self.left_out |= {f"{name}: {vector}": LEFT_OUT for vector in silent}
         adapter = weigh_adapter(adapter, factors) if factors else adapter
@@ -261,12 +209,9 @@ class _Merge:
             self.strengths[i],
             "" if blocks is None else str(BlockWeights.read(blocks)),
             trigger=read_training_words(adapter.metadata).trigger,
-            moved_from=moved_from,
-            stated_base="" if moved_from else Path(stated).name,
+            stated_base=Path(stated).name,
             digest=f"sha256:{digest}" if digest else "",
             modules=len(adapter.updates),
-            energy=lost,
-            placeless=lost,
         )
         self.facts.append(fact)
 
@@ -275,14 +220,14 @@ class _Merge:
         wrong: ProLoRAError | None = explain_misfit(lora, target)
         if wrong is None:
             try:
-                check_moved_before(lora, target, self.options.for_moving())
+                check_moved_before(lora, target, TransferOptions())
                 return
             except AlreadyMoved as error:
                 wrong = error
         why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
         raise type(wrong)(
-            f"{name} is not a LoRA of the base of the result; give its own base, and it is moved "
-            f"first ({why})"
+            f"{name} is not a LoRA of the base of the result; move it there first: `transfer()` "
+            f"({why})"
         ) from wrong
 
     def _check_modules(self) -> None:
@@ -361,7 +306,7 @@ class _Merge:
         self, merged: Adapter, dtype: torch.dtype
     ) -> tuple[tuple[MergedPart, ...], tuple[ModuleOverlap, ...]]:
         """Measures what of each LoRA is in the result, and their overlap."""
-        energies, kept = [fact.energy for fact in self.facts], [0.0] * len(self.parts)
+        energies, kept = [0.0] * len(self.parts), [0.0] * len(self.parts)
         overlaps: list[ModuleOverlap] = []
         for module, update in merged.updates.items():
             parts, written = self._list_updates(module), update.to(dtype)
@@ -370,10 +315,7 @@ class _Merge:
                 energies[i] += inner_product(part, part)
                 kept[i] += inner_product(part, written)
         known = zip(self.facts, energies, kept, strict=True)
-        told = (
-            replace(f, energy=e, kept=k / e, placeless=f.placeless / e) if e else replace(f, kept=1)
-            for f, e, k in known
-        )
+        told = (replace(f, energy=e, kept=k / e if e else 1) for f, e, k in known)
         return tuple(told), tuple(overlaps)
 
     def _describe(self, combined: dict[str, str]) -> dict[str, str]:
@@ -382,7 +324,7 @@ class _Merge:
         `combined` are the headers of all as one.
         """
         target = self.target
-        told = ("name", "strength", "blocks", "trigger", "moved_from", "digest")
+        told = ("name", "strength", "blocks", "trigger", "digest")
         merged = [{k: v for k in told if (v := getattr(fact, k)) != ""} for fact in self.facts]
         notes = {
             "version": __version__,
@@ -393,9 +335,8 @@ class _Merge:
         }
         if target is None:
             return combined | prefix_notes(notes)
-        bases = dict.fromkeys(fact.moved_from for fact in self.facts if fact.moved_from)
         notes |= {"target": target.name, "target_hash": compute_hint(target)}
-        notes["source"] = ", ".join(bases) or target.name
+        notes["source"] = target.name
         rewritten = rewrite_metadata(
             combined,
             target_name=target.name,

@@ -40,7 +40,7 @@ def _name_in_memory(lora: LoraLike, number: int) -> str:
 
 
 def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
-    """Refuses LoRAs of different models, for which no base says what to do with them.
+    """Refuses LoRAs of different models.
 
     Raises:
         WrongBase: names two of them, and what each is for.
@@ -53,8 +53,7 @@ def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
                 ours, others = (join_titles(map(find_title, f)) for f in (families, theirs))
                 raise WrongBase(
                     f"{name} is for {ours}, and {other} is for {others}: one LoRA belongs to one "
-                    "base. Give `target`, the base of the result, and the base of each LoRA: they "
-                    "are moved first"
+                    "base. Move one of them to the base of the other first: `transfer()`"
                 )
         if families:
             known.append((name, families))

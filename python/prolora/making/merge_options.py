@@ -9,14 +9,14 @@ from typing import Literal, get_args
 from ..core.option_fields import option, take_option
 from ..errors import InvalidOption
 from ..moving.block_weights import Blocks, BlockWeights
-from ..moving.options import LARGEST_STRENGTH, METHOD, BaseResources, Output, TransferOptions
+from ..moving.options import LARGEST_STRENGTH, METHOD, Output, TransferOptions
 
 MergeMethod = Literal["sum", "balanced"]
 MERGE_METHODS: tuple[str, ...] = get_args(MergeMethod)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(Output, BaseResources):
+class MergeOptions(Output):
     """How LoRAs are merged; `merge` takes each of these by its name."""
 
     method: MergeMethod = option(
@@ -63,16 +63,6 @@ class MergeOptions(Output, BaseResources):
                 f"{LARGEST_STRENGTH:.0e} at most, not {strengths!r}"
             )
         object.__setattr__(self, "strengths", tuple(map(float, strengths)))
-
-    def for_moving(self) -> TransferOptions:
-        """Returns the options for moving a LoRA with another base."""
-        return TransferOptions(
-            vectors=self.vectors,
-            cache=self.cache,
-            device=self.device,
-            max_memory=self.max_memory,
-            progress=self.progress,
-        )
 
 
 def _is_strength(factor: object) -> bool:

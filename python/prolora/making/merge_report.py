@@ -17,7 +17,6 @@ from .made_report import MadeReport
 LOSING, SAME = 0.5, 1.05
 """Shares of a LoRA in the result: below the first it mostly loses; above the second others
 do a part of it, too."""
-_TOLD = 0.005  # of a LoRA that has no place
 CANCELS, DOUBLES = 0.6, 1.5
 """Where ‖ΣΔW‖² is below or above these parts of Σ‖ΔW‖², LoRAs cancel or do one thing twice."""
 
@@ -30,12 +29,10 @@ class MergedPart:
     strength: float = 1.0  # the factor on it
     blocks: str = ""  # the factors by block on it; "" without
     trigger: str = ""  # its trigger phrase; "" without one
-    moved_from: str = ""  # the base that it was moved from; "" where it was not moved
     stated_base: str = ""  # the base that its header names; "" without one
     digest: str = ""  # "sha256:…" of its file; "" of a LoRA in memory
     modules: int = 0  # how many it has
-    energy: float = 0.0  # Σ‖ΔW‖² of all of it, strength included; also of modules left behind
-    placeless: float = 0.0  # the share of it in modules without a counterpart
+    energy: float = 0.0  # Σ‖ΔW‖² of all of it, strength included
     # Σ⟨ΔW_merged, ΔW⟩/Σ‖ΔW‖²: 1 if all of it is in the result; more where another does the same,
     # less where another works against it or a cut left it out.
     kept: float = 0.0
@@ -57,14 +54,10 @@ class ModuleOverlap:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class MergeReport(MadeReport):
-    """What became of the LoRAs of a merge.
+    """What became of the LoRAs of a merge."""
 
-    Attributes:
-        parts: a row for each LoRA.
-        overlaps: a row for each module and each two LoRAs that have it.
-    """
-
-    parts: tuple[MergedPart, ...]
+    parts: tuple[MergedPart, ...]  # a row for each LoRA
+    # A row for each module and each two LoRAs that have it
     overlaps: tuple[ModuleOverlap, ...] = ()
 
     def lines(self) -> list[str]:
@@ -78,7 +71,7 @@ class MergeReport(MadeReport):
             f"Careful: {part.name} mostly loses; give it a higher strength, or the result a higher "
             "rank."
             for part in self.parts
-            if part.kept < LOSING or part.placeless > 1 - LOSING
+            if part.kept < LOSING
         ]
         for first, second, rows in self._pairs():
             names = f"{self.parts[first].name} and {self.parts[second].name}"
@@ -95,8 +88,8 @@ class MergeReport(MadeReport):
         if len({*map(fold_base_name, bases.values())}) > 1:
             told = ", ".join(f"{name} on {base}" for name, base in bases.items())
             said.append(
-                f"By their headers these LoRAs were trained on different bases: {told}. Give the "
-                "base of the result and that of each LoRA, and they are moved first."
+                f"By their headers these LoRAs were trained on different bases: {told}. Where "
+                "these differ much, move the others to the first: `transfer()`."
             )
         return said
 
@@ -119,12 +112,9 @@ class MergeReport(MadeReport):
 
 def _tell_kept(part: MergedPart) -> str:
     amount = f"{min(part.kept, 1):.0%} of it is in the result"
-    if part.placeless > _TOLD:
-        amount = f"{part.placeless:.0%} of it has no place in the result"
-    elif part.kept > SAME:
+    if part.kept > SAME:
         amount = "all of it is in the result, and another LoRA does some of the same"
-    moved = f", moved from {part.moved_from}" if part.moved_from else ""
-    return f"{part.name} at strength {part.strength:.3g}{moved}: {amount}."
+    return f"{part.name} at strength {part.strength:.3g}: {amount}."
 
 
 def _count(some: Sequence[str], rows: Sequence[ModuleOverlap]) -> str:

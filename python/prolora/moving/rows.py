@@ -75,11 +75,6 @@ def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
     ]
 
 
-def scale_energies(rows: Iterable[ModuleReport], factor: float) -> list[ModuleReport]:
-    """Multiplies the energies of rows by a factor."""
-    return [replace(row, energy=row.energy * factor) for row in rows]
-
-
 def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> ModuleReport:
     """Makes the row of a LoRA's module on a base.
 

@@ -50,8 +50,7 @@ class TransferReport(MovedReport):
         base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
         few_steps: whether the target draws in few steps and the source does not; None where
             nothing tells.
-        verdict: what the weights of the two bases promise; None in a dry run, and of a copy between
-            bases whose numbers are not read.
+        verdict: what the weights of the two bases promise; None in a dry run.
     """
 
     eyebrow: ClassVar[str] = "LoRA transfer report"
@@ -189,8 +188,9 @@ class TransferReport(MovedReport):
     def _tell_energy(self) -> list[str]:
         """Tells what the moved modules keep of the LoRA."""
         totals, mixed = self.totals, self.totals["energy_mixed"]
+        whole = "energy that was read" if self.unread else "LoRA's energy"
         told = [
-            f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
+            f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
             f"'{self.method}' at strength {self.strength:.2g} keeps "
             f"{totals['energy_surviving']:.0%} of that, and its result is "
             f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."

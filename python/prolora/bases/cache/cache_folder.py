@@ -15,7 +15,7 @@ from pathlib import Path
 from ...files.sizes import parse_size
 
 LIMIT_VARIABLE = "PROLORA_CACHE_SIZE"
-DEFAULT_LIMIT = "32GiB"  # the bases of some ten models of SDXL's size
+DEFAULT_LIMIT = "32GiB"  # the bases of some five models of SDXL's size
 
 _FILE = re.compile(r"[0-9a-f]{32}\.(?:safetensors|json|txt)")
 

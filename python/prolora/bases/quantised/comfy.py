@@ -27,7 +27,7 @@ from .codes import (
     unblock_scales,
 )
 from .parts import PREFIXES, CheckpointParts
-from .weight import ScaledWeight, UnreadableWeight, scale_rows
+from .weight import ScaledWeight, scale_rows
 
 QUANTISATION_KEY = "_quantization_metadata"
 _NOTE = ".comfy_quant"
@@ -150,21 +150,11 @@ def _join_layer(parts: CheckpointParts, module: str, note: Note) -> None:
             raise _refuse_unscaled(parts, f"{module}.weight")
         return  # as without a note
     if not isinstance(format_, str) or format_ not in _FORMATS:
-        stored = parts.check_codes(f"{module}.weight")
-        count = math.prod(stored.shape) * stored.dtype.itemsize  # of 8 bits, or half of 4
-        shape = parts.guess_shape(module, (count, 2 * count), stored.shape[0])
-        if shape is None:
-            raise parts.refuse(f"{module} is quantised as {format_!r:.60}, {_UNKNOWN}")
-        key = f"{module}.weight"
-        keys = [key, *parts.behind_weights.get(key, ())]
-        parts.join(keys, key, UnreadableWeight(f"{format_!r:.60}", stored, shape))
-        return
+        raise parts.refuse(
+            f"{module}.weight is quantised as {format_!r:.60}, which is not read: use the fp16 or "
+            "bf16 version, or GGUF"
+        )
     _FORMATS[format_](parts, module, note)
-
-
-_UNKNOWN = (
-    "whose numbers and shape are not known; give a version in fp16, bf16 or another quantisation"
-)
 
 
 def _join_nvfp4(parts: CheckpointParts, module: str, note: Note) -> None:
@@ -252,26 +242,12 @@ def _join_awq(parts: CheckpointParts, module: str, note: Note) -> None:
     parts.join([key, *keys], key, weight)
 
 
-def _join_w4a8(parts: CheckpointParts, module: str, note: Note) -> None:
-    """Joins a format with known shapes, whose numbers are not read."""
-    key = f"{module}.weight"
-    stored = _check_codes(parts, key, _BYTES, 1)
-    scale = parts.need(f"{key}_s_rel", key)
-    group = note.get("group_size", 16)
-    if type(group) is not int or group < 1 or len(scale.shape) != 2 or not all(scale.shape):
-        raise parts.refuse(f"{module}: its note has the group size {group!r:.40}")
-    shape = stored.shape[0], scale.shape[1] * group
-    names = [key, *(f"{key}_{part}" for part in ("s_rel", "s_channel", "codebook", "correction"))]
-    parts.join(names, key, UnreadableWeight("asym_w4a8_int8", stored, shape))
-
-
 _FORMATS: dict[str, Callable[[CheckpointParts, str, Note], None]] = {
     "nvfp4": _join_nvfp4,
     "mxfp8": _join_mxfp8,
     "int8_tensorwise": _join_int8,
     "convrot_w4a4": _join_int4,
     "awq_w4a16": _join_awq,
-    "asym_w4a8_int8": _join_w4a8,
 }
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
-from ...architectures.family import Family
-from ...architectures.recognition import NamedMatrix, recognise_families
 from ...errors import UnsupportedFormat
 from ...files.jsontext import parse_json_object
 from ..weights import Weight
@@ -30,12 +27,6 @@ def read_sizes(value: object) -> tuple[int, ...] | None:
         return None
     whole = all(type(n) is int and 0 < n < _LARGEST_SIZE for n in value)
     return tuple(value) if whole else None
-
-
-def _strip_prefix(name: str) -> str:
-    """Strips the prefix of a model from a file of several."""
-    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    return name.removeprefix(prefix)
 
 
 @dataclass
@@ -91,51 +82,10 @@ class CheckpointParts:
         text = bytes(weight.read().flatten().tolist())
         return parse_json_object(text, f"{self.where}: {key}")
 
-    @cached_property
-    def behind_weights(self) -> dict[str, list[str]]:
-        """Key `<module>.weight` -> the keys `<module>.weight_…`, which are parts of it."""
-        found: dict[str, list[str]] = {}
-        for key in self.weights:
-            module, weight, _ = key.rpartition(".weight_")
-            if weight:
-                found.setdefault(f"{module}.weight", []).append(key)
-        return found
-
     def count_outputs(self, module: str) -> int | None:
         """Returns the rows of a module's weight by its bias; None without one."""
         bias = self.weights.get(f"{module}.bias")
         return bias.shape[0] or None if bias is not None and len(bias.shape) == 1 else None
-
-    def guess_shape(
-        self, module: str, numbers: Collection[int], rows: int | None = None
-    ) -> tuple[int, ...] | None:
-        """Guesses the shape of coded weights by the family's published sizes.
-
-        Args:
-            module: `<module>.weight` holds the codes.
-            numbers: how many numbers it can have.
-            rows: how many rows, where that is known.
-
-        Returns:
-            The one shape that fits; None where several differ or none fits.
-        """
-        found = set()
-        for family in self._families:
-            held = family.find_weight(_strip_prefix(module))
-            for shape in family.find_shapes(held.parts[0]) if held else ():
-                unit, rest = divmod(shape[0], held.shares[0]) if held else (0, 1)
-                whole = (unit * sum(held.shares) if held else 0, *shape[1:])
-                if not rest and math.prod(whole) in numbers and rows in (None, whole[0]):
-                    found.add(whole)
-        return found.pop() if len(found) == 1 else None
-
-    @cached_property
-    def _families(self) -> tuple[Family, ...]:
-        """The families that have all modules of the checkpoint by their names."""
-        matrices = (key for key, weight in self.weights.items() if len(weight.shape) > 1)
-        # Behind `.weight` some put the parts of theirs.
-        names = {_strip_prefix(key.partition(".weight")[0]) for key in matrices if ".weight" in key}
-        return recognise_families(NamedMatrix(name) for name in sorted(names)).able
 
     def check_codes(
         self, key: str, dtypes: Collection[torch.dtype] = (), axes: int | None = None

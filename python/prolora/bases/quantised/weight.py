@@ -1,4 +1,4 @@
-"""Weights stored as codes with scales, or with unknown arithmetic."""
+"""Weights stored as codes with scales."""
 
 from __future__ import annotations
 
@@ -145,46 +145,10 @@ def scale_rows(kind: str, stored: Weight, scale: Weight, divisor: float = 1.0) -
     return ScaledWeight(kind, stored, (scale,), stored.shape, tile, divisor=divisor)
 
 
-@dataclass(frozen=True)
-class UnreadableWeight(DerivedWeight):
-    """A weight with known name and shape, and codes of unknown meaning."""
-
-    kind: str  # how it is quantised, for people
-    stored: Weight  # the codes
-    shape: tuple[int, ...]  # of the numbers
-
-    @property
-    def origin(self) -> Origin | None:
-        """The codes."""
-        origin = self.stored.origin
-        return origin and origin.then(self.kind)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float32, as of all quantised weights."""
-        return torch.float32
-
-    def read(self) -> Tensor:
-        """Refuses, always.
-
-        Raises:
-            UnsupportedFormat: says how the weight is quantised.
-        """
-        raise UnsupportedFormat(
-            f'{self.name}: is quantised as {self.kind}, whose numbers are not read; method "copy" '
-            "needs none, and everything else the fp16 or bf16 version of this model"
-        )
-
-
-def is_unreadable(weight: Weight) -> bool:
-    """Returns whether a weight's numbers are not read."""
-    return isinstance(look_inside(weight), UnreadableWeight)
-
-
 def find_kind(weight: Weight) -> str | None:
     """Returns how a weight is quantised; None if it stores its own numbers."""
     weight = look_inside(weight)
-    if isinstance(weight, QuantisedWeight | UnreadableWeight):
+    if isinstance(weight, QuantisedWeight):
         return weight.kind
     if isinstance(weight, StoredWeight) and isinstance(weight.file, GgufFile):
         return weight.file.tensors[weight.key].quantised_as

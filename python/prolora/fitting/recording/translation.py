@@ -47,9 +47,6 @@ class Guidance:
     # A call that the source's sampler made -> its samples that have a prompt, None without any: the
     # target never sees the others.
     keep_prompted: Callable[[Call], Call | None] = same_call
-    # Is the source guided with the LoRA in its weights, too? Few-step LoRAs are run without: they
-    # have learnt the guidance.
-    adapted: bool = True
 
 
 PAIR = "pair"
@@ -133,7 +130,7 @@ class Translation:
         """
         adapt = self.adapt if adapted else same_call
         prediction = predict_call(model, adapt(call), read)
-        if self.guidance is None or (adapted and not self.guidance.adapted):
+        if self.guidance is None:
             return prediction
         free = predict_call(model, adapt(self.guidance.without_prompt(call)), read)
         return free + self.guidance.scale * (prediction - free)

@@ -9,22 +9,9 @@ import torch
 from torch import Tensor
 
 from ...core.lowrank import LowRank
-from ..checkpoint import StateFile
-from ..swapping import place_of
-from ..updates import Factors, weight_of
-from .joint_fit import (
-    ROUNDING,
-    JointFit,
-    JointProblem,
-    KeptState,
-    fit_jointly,
-    pack_factors,
-    pack_spectra,
-    restore_spectra,
-    unpack_factors,
-)
+from ..updates import Factors
+from .joint_fit import ROUNDING, JointFit, JointProblem, fit_jointly
 from .linearisation import Linearisation, TargetFunction
-from .spectra import JointCurvature
 
 STEPS = 2
 """Steps that take about as many predictions as one Gauss–Newton step: a forward and a backward pass
@@ -35,14 +22,12 @@ of the wanted change is missing; where a share m is missing, √m times that."""
 _RISE = 1 / 8
 """Share of the steps in which their length rises; from there it falls linearly to 0."""
 _MEAN, _SQUARE = 0.9, 0.999  # the past's share in the means of slopes and of their squares
-_TAKEN = "taken"
 
 
 def fit_in_factors(
     problem: JointProblem,
     initial: Mapping[str, LowRank] | None = None,
     on_step: Callable[[int], None] = lambda _: None,
-    store: StateFile | None = None,
 ) -> JointFit:
     """Runs the first half of the steps by `fit_jointly`, then Adam.
 
@@ -51,33 +36,23 @@ def fit_in_factors(
     from the probes.
     """
     half = problem.steps if initial else (problem.steps + 1) // 2
-    kept = store.recall() if store else None
-    if kept is not None and _TAKEN in kept[1]:
-        for _ in range(half):
-            problem.draw()  # the same probes come to the same steps
-        walk = _Walk.restore(problem, kept)
-    else:
-        first = fit_jointly(replace(problem, steps=half), initial, on_step, store, kept)
-        if half == problem.steps:
-            return first
-        walk = _Walk.start(first, problem.will_be_cut)
-        del first, kept
+    first = fit_jointly(replace(problem, steps=half), initial, on_step)
+    if half == problem.steps:
+        return first
+    walk = _Walk.start(first)
+    curvature, history = first.curvature if problem.will_be_cut else None, [*first.history]
+    del first
     steps = STEPS * (problem.steps - half)
     function = TargetFunction(problem.target, problem.read, problem.damping)
-    done = len(walk.history) - half
     for step in range(steps):
         probes = problem.draw()
-        if step < done:
-            continue
         if step % STEPS == 0:
             on_step(half + step // STEPS)
         point = function.linearise(probes, walk.factors, renew=False)
+        history.append(point.reached)
         walk.take_step(point, _length_of_step(step, steps))
-        if store and store.due():
-            store.store(*walk.pack())
-    return JointFit(
-        {name: LowRank(*pair) for name, pair in walk.factors.items()}, walk.curvature, walk.history
-    )
+    updates = {name: LowRank(*pair) for name, pair in walk.factors.items()}
+    return JointFit(updates, curvature, history)
 
 
 def _length_of_step(step: int, steps: int) -> float:
@@ -101,12 +76,10 @@ class _Walk:
     sizes: dict[str, tuple[float, float]]
     means: Factors  # module -> means of slopes by B and A, in 16 bits
     squares: Factors  # module -> mean squares of slopes in every row of B and every column of A
-    taken: int  # steps that changed anything
-    history: list[float]  # share of the wanted change reached, before every step of the whole fit
-    curvature: JointCurvature | None  # of the first half, as long as a cut will need it
+    taken: int = 0  # steps that changed anything
 
     @classmethod
-    def start(cls, first: JointFit, will_be_cut: bool) -> _Walk:
+    def start(cls, first: JointFit) -> _Walk:
         """Starts where the Gauss–Newton steps arrived."""
         factors: Factors = {}
         for name, update in first.updates.items():
@@ -121,12 +94,10 @@ class _Walk:
             name: (_zeros(up, (len(up), 1)), _zeros(down, (1, down.shape[1])))
             for name, (up, down) in factors.items()
         }
-        curvature = first.curvature if will_be_cut else None
-        return cls(factors, sizes, means, squares, 0, list(first.history), curvature)
+        return cls(factors, sizes, means, squares)
 
     def take_step(self, point: Linearisation, length: float) -> None:
         """Takes one step if these probes miss something."""
-        self.history.append(point.reached)
         if 1 - point.reached < ROUNDING:
             return  # the rest is rounding of float32
         self.taken += 1
@@ -143,35 +114,6 @@ class _Walk:
                 usual = (square / (1 - _SQUARE**self.taken)).sqrt()
                 usual[usual == 0] = torch.inf  # what nothing reaches does not move
                 self.factors[name][i].add_(mean / usual, alpha=length * self.sizes[name][i])
-
-    def pack(self) -> KeptState:
-        """Packs everything that later steps depend on."""
-        tensors = pack_factors("now", self.factors) | pack_factors("mean", self.means)
-        tensors |= pack_factors("square", self.squares)
-        facts = {"sizes": self.sizes, _TAKEN: self.taken, "history": self.history}
-        if self.curvature is not None:
-            spectra, facts["spectra"] = pack_spectra(self.curvature)
-            tensors |= spectra
-        return tensors, facts
-
-    @classmethod
-    def restore(cls, problem: JointProblem, kept: KeptState) -> _Walk:
-        """Restores a packed state on the devices of the weights."""
-        tensors, facts = kept
-        devices = {name: place_of(weight_of(problem.target, name)) for name in facts["sizes"]}
-        curvature = None
-        if "spectra" in facts:
-            curvature = JointCurvature(problem.damping, torch.Generator())
-            restore_spectra(curvature, tensors, facts["spectra"], devices)
-        return cls(
-            unpack_factors("now", tensors, devices),
-            {name: (up, down) for name, (up, down) in facts["sizes"].items()},
-            unpack_factors("mean", tensors, devices),
-            unpack_factors("square", tensors, devices),
-            facts[_TAKEN],
-            facts["history"],
-            curvature,
-        )
 
 
 def _size(factor: Tensor) -> float:

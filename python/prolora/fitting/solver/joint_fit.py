@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.lowrank import LowRank
-from ..checkpoint import StateFile
 from ..recording.translation import Read
 from ..swapping import place_of
 from ..updates import Factors, weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction
-from .spectra import JointCurvature, LeadingSpectrum
+from .spectra import JointCurvature
 
 _REFRESH = 4  # steps between two estimates of the curvature
 ROUNDING = 1e-6
@@ -53,11 +51,9 @@ class JointFit:
 
 
 def fit_jointly(
-    problem: JointProblem,
-    initial: Mapping[str, LowRank] | None = None,
+    problem: JointProblem,  # what is minimised
+    initial: Mapping[str, LowRank] | None = None,  # updates to start from, of some of the modules
     on_step: Callable[[int], None] = lambda _: None,
-    store: StateFile | None = None,
-    kept: KeptState | None = None,
 ) -> JointFit:
     """Minimises Σ ‖f(W + B·A) − wanted‖² by Gauss–Newton steps on fresh probes.
 
@@ -67,28 +63,12 @@ def fit_jointly(
     lengths of the last step, so that they include the curvature of f over that length. A step costs
     one forward and backward pass and two forward passes; nothing is tuned by hand. The LoRA runs
     beside the weights, and no tensor of a weight's size is made.
-
-    Args:
-        problem: what is minimised.
-        initial: updates to start from, of some of the modules.
-        on_step: called with the number of steps done, before each step.
-        store: keeps the state between steps, so that an interrupted fit goes on, bit for bit.
-        kept: the state to go on from.
     """
     function = TargetFunction(problem.target, problem.read, problem.damping)
     state = _FitState(start_factors(problem, initial or {}))
-    if kept is not None:
-        state.restore(kept, function)
-    first = state.step
     for step in range(problem.steps):
-        probes = problem.draw()
-        if step < first:
-            continue  # drawn all the same: the same probes come to the same steps
         on_step(step)
-        _take_step(function, state, probes)
-        state.step += 1
-        if store and store.due():
-            store.store(*state.pack(function))
+        _take_step(function, state, problem.draw(), step)
     reached = function.curvature.writes
     updates = {name: LowRank(*pair) for name, pair in state.factors.items() if name in reached}
     return JointFit(updates, function.curvature, state.history)
@@ -117,13 +97,15 @@ def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Fact
     return factors
 
 
-def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[ProbeBatch]) -> None:
+def _take_step(
+    function: TargetFunction, state: _FitState, probes: Sequence[ProbeBatch], step: int
+) -> None:
     """Takes one Gauss–Newton step if these probes miss something and a length helps.
 
     Neither failure says anything about the probes of the next step. Where no length helps, the next
     one takes its differences over half the way.
     """
-    renew = state.step < 2 or state.last_step is None or state.step % _REFRESH == 0
+    renew = step < 2 or state.last_step is None or step % _REFRESH == 0
     point = function.linearise(probes, state.factors, renew)
     state.history.append(point.reached)
     if 1 - point.reached < ROUNDING:
@@ -143,13 +125,13 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
         return
     state.lengths[0] = max(lengths[0], 0.1 * state.lengths[0])
     kept = state.last_step = state.last_step or {}  # also one of the lines, and replaced on the way
-    for name, step in direction.items():
-        for i, part in enumerate(step):
+    for name, change in direction.items():
+        for i, part in enumerate(change):
             part.mul_(lengths[0])
             for length, line in zip(lengths[1:], lines[1:], strict=True):
                 part.add_(length * line[name][i].float())
             state.factors[name][i].add_(part)
-        kept[name] = step[0].bfloat16(), step[1].bfloat16()
+        kept[name] = change[0].bfloat16(), change[1].bfloat16()
 
 
 def _longest(point: Linearisation, direction: Factors) -> float:
@@ -166,10 +148,6 @@ def _longest(point: Linearisation, direction: Factors) -> float:
     return point.missing / slope if slope > 0 else 0.0
 
 
-KeptState = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and facts ready for JSON."""
-
-
 @dataclass
 class _FitState:
     """Everything that later steps depend on, beside curvature and generator."""
@@ -182,74 +160,6 @@ class _FitState:
     lengths: list[float] = field(default_factory=lambda: [0.0, MAX_MOMENTUM])
     # Share of the wanted change reached, before every step
     history: list[float] = field(default_factory=list)
-    step: int = 0  # steps done, those without a change included
-
-    def pack(self, function: TargetFunction) -> KeptState:
-        """Packs the state, with the curvature and the generator of the function."""
-        spectra, sides = pack_spectra(function.curvature)
-        tensors = pack_factors("now", self.factors) | pack_factors("before", self.last_step or {})
-        tensors |= spectra | {"generator": function.generator.get_state()}
-        facts = {
-            "step": self.step,
-            "lengths": self.lengths,
-            "history": self.history,
-            "spectra": sides,
-        }
-        return tensors, facts
-
-    def restore(self, kept: KeptState, function: TargetFunction) -> None:
-        """Sets the state, and the curvature and the generator of the function."""
-        tensors, facts = kept
-        function.generator.set_state(tensors["generator"])
-        devices = {name: up.device for name, (up, _) in self.factors.items()}
-        restore_spectra(function.curvature, tensors, facts["spectra"], devices)
-        self.factors = unpack_factors("now", tensors, devices)
-        self.last_step = unpack_factors("before", tensors, devices) or None
-        self.lengths, self.history, self.step = facts["lengths"], facts["history"], facts["step"]
-
-
-def pack_factors(group: str, factors: Factors) -> dict[str, Tensor]:
-    """Returns the factors of all modules by names of a group."""
-    ups = {f"{group}.up/{name}": up for name, (up, _) in factors.items()}
-    return ups | {f"{group}.down/{name}": down for name, (_, down) in factors.items()}
-
-
-def unpack_factors(
-    group: str, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]
-) -> Factors:
-    """Restores a group of `pack_factors`, module by module on these devices."""
-    return {
-        name: (tensors[f"{group}.up/{name}"].to(device), tensors[f"{group}.down/{name}"].to(device))
-        for name, device in devices.items()
-        if f"{group}.up/{name}" in tensors
-    }
-
-
-Spectra = dict[str, dict[str, list[float]]]
-"""Side -> module -> trace and count, ready for JSON."""
-
-
-def pack_spectra(curvature: JointCurvature) -> tuple[dict[str, Tensor], Spectra]:
-    """Returns a curvature's eigenvectors by side and module, and its numbers."""
-    tensors, numbers = dict[str, Tensor](), Spectra()
-    for side, known in curvature.sides.items():
-        numbers[side] = {name: [s.trace, s.count] for name, s in known.items()}
-        tensors |= {f"{side}/{n}": s.basis for n, s in known.items() if s.basis is not None}
-    return tensors, numbers
-
-
-def restore_spectra(
-    curvature: JointCurvature,
-    tensors: Mapping[str, Tensor],
-    numbers: Spectra,
-    devices: Mapping[str, torch.device],
-) -> None:
-    """Sets what `pack_spectra` took, on these devices."""
-    for side, known in curvature.sides.items():
-        for name, (trace, count) in numbers[side].items():
-            basis = tensors.get(f"{side}/{name}")
-            placed = None if basis is None else basis.to(devices[name])
-            known[name] = LeadingSpectrum(placed, trace, count)
 
 
 def cut_updates(fit: JointFit, rank: float) -> dict[str, LowRank]:

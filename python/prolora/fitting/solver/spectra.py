@@ -39,9 +39,10 @@ class LeadingSpectrum:
         count: of the rows, faded as F is.
     """
 
-    def __init__(self, basis: Tensor | None = None, trace: float = 0.0, count: float = 0.0) -> None:
-        """Starts with no rows, or with what was kept of some."""
-        self.basis, self.trace, self.count = basis, trace, count
+    def __init__(self) -> None:
+        """Starts with no rows."""
+        self.basis: Tensor | None = None
+        self.trace = self.count = 0.0
 
     def fade(self) -> None:
         """Lets what was added so far count less."""
@@ -72,11 +73,7 @@ class LeadingSpectrum:
         self.basis = basis[-min(KEPT, kept) :].contiguous()
 
     def damp(self, damping: float, least: float = 0.0) -> DampedSpectrum:
-        """Returns F + s·I with s = damping · (mean diagonal), and at least `least`.
-
-        Raises:
-            SolverFailure: F is not finite.
-        """
+        """Returns F + s·I with s = damping · (mean diagonal), and at least `least`."""
         assert self.basis is not None
         if not math.isfinite(self.trace):
             raise SolverFailure("what it reads or what reaches its output is NaN or too large")
@@ -124,11 +121,6 @@ class JointCurvature:
         self.reads: dict[str, LeadingSpectrum] = {}
         self.writes: dict[str, LeadingSpectrum] = {}
 
-    @property
-    def sides(self) -> dict[str, dict[str, LeadingSpectrum]]:
-        """Both by their names."""
-        return {"reads": self.reads, "writes": self.writes}
-
     def fade(self) -> None:
         """Lets what was added so far count less."""
         for spectrum in (*self.reads.values(), *self.writes.values()):
@@ -151,12 +143,7 @@ class JointCurvature:
             dB = tokens · S⁻¹ (G·Aᵀ) (A·R·Aᵀ)⁻¹
             dA = tokens · (Bᵀ·S·B)⁻¹ [(Bᵀ·G)·R⁻¹ − (Bᵀ·G·Aᵀ)(A·R·Aᵀ)⁻¹·A]
 
-        Args:
-            factors: (B, A) by module.
-            gradient: (G·Aᵀ, Bᵀ·G), their gradients.
-
-        Raises:
-            SolverFailure: a factor of a module is not finite; the message names it.
+        `factors` are (B, A) by module, `gradient` (G·Aᵀ, Bᵀ·G).
         """
         sizes = [s.trace / s.basis.shape[1] for s in self.writes.values() if s.basis is not None]
         least = _ROUNDING * max((size for size in sizes if math.isfinite(size)), default=0.0)
