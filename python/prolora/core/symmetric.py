@@ -1,4 +1,4 @@
-"""Gram matrices of which one half is computed."""
+"""Gram matrices, computed by one half."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ library.define("precise_product(Tensor x, Tensor? y=None) -> Tensor")
 
 
 def run_precise_product(kernels: ModuleType, x: Tensor, y: Tensor | None, cuda: bool) -> Tensor:
-    """Runs the kernel on x [b, r, p] and y [b, c, p], or x again -> float64 [b, r, c]."""
+    """Runs the kernel: x [b, r, p], y [b, c, p] or x again -> float64 [b, r, c]."""
     x = x.contiguous()
     y = x if y is None else y.contiguous()
     b, rows, depth = x.shape
@@ -74,7 +74,7 @@ torch.library.register_fake("prolora::precise_product", _precise_product_fake)
 
 
 def precise_product(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Multiplies the rows of x by those of y, or by each other: x yᵀ, x xᵀ.
+    """Multiplies rows by rows: x yᵀ, or x xᵀ without y.
 
     On integer units the result errs by some 2⁻⁴⁴ of the two rows' lengths, and rows that hold NaN
     or Inf give NaN.
