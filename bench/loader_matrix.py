@@ -2,11 +2,15 @@
 
     python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
     python bench/loader_matrix.py PROGRAM CHECKOUT --text
+    python bench/loader_matrix.py PROGRAM CHECKOUT --alpha
+    python bench/loader_matrix.py PROGRAM CHECKOUT --files FOLDER
     python bench/loader_matrix.py table
 
 The first adds its counts to bench/results/loaders.json (or FILE), the second adds to those what
-becomes of text encoders (which the first does too), the third makes
-python/prolora/architectures/loaders.json from them: what prolora knows of programs.
+becomes of text encoders (which the first does too), the third what becomes of kohya's files without
+alphas, and of others with them. The fourth adds which kinds of updates it reads in the files of
+docs/make_conformance.py, and prints where `prolora check --for` counts otherwise. The last makes
+python/prolora/architectures/loaders.json from the counts: what prolora knows of programs.
 
 CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
 of a family, in every spelling that files have, goes through what the program does before it touches
@@ -31,11 +35,14 @@ from typing import Any
 import torch
 from families import linear_shapes
 from loader_programs import PROGRAMS, Keys, Open, Read
+from safetensors.torch import load_file
 from torch import Tensor
 
 from prolora.adapters import Adapter
+from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
 from prolora.adapters.formats.groups import file_paths
+from prolora.adapters.lora import Lora
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Spelling
@@ -46,6 +53,7 @@ from prolora.architectures.modules import (
     find_component,
     is_in_text_encoder,
 )
+from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 
@@ -181,11 +189,19 @@ def list_rows(family: Family) -> list[tuple[str, str, Spelling | None]]:
 
 
 def encode(
-    adapter: Adapter, format: str, spelling: Spelling | None
+    adapter: Adapter, format: str, spelling: Spelling | None, swapped: bool = False
 ) -> tuple[dict[str, Tensor], Keys]:
-    """The tensors of a file, and which of them each module has; fused ones share theirs."""
+    """The tensors of a file, and which of them each module has; fused ones share theirs.
+
+    `swapped` leaves out alphas in a format that has them, and adds them in others.
+    """
     adapter = Adapter(adapter.updates, family=adapter.family, style=spelling, format=format)
     tensors = encode_adapter(adapter, format, torch.float32)
+    if swapped:
+        plain = {key: x for key, x in tensors.items() if not key.endswith(".alpha")}
+        paths = {key.removesuffix(".weight").rpartition(".")[0] for key in plain}
+        added = {f"{path}.alpha": torch.ones(()) for path in paths}
+        tensors = plain if plain.keys() < tensors.keys() else plain | added
     by_path: dict[str, list[str]] = {}
     for key in tensors:
         path = key.removesuffix(".weight").rpartition(".")[0]
@@ -195,7 +211,11 @@ def encode(
 
 
 def measure(
-    family: Family, layout: str, read: Read, row: tuple[str, str, Spelling | None]
+    family: Family,
+    layout: str,
+    read: Read,
+    row: tuple[str, str, Spelling | None],
+    swapped: bool = False,
 ) -> dict[str, object] | None:
     """Counts of keys and the patterns of modules that are not read whole."""
     usual = set(load_layout(layout).adapted)
@@ -203,7 +223,7 @@ def measure(
 
     def run(keep: Callable[[str], bool]) -> tuple[dict[str, bool], int, int]:
         adapter = make_adapter(family, layout, keep)
-        tensors, keys = encode(adapter, format, spelling)
+        tensors, keys = encode(adapter, format, spelling, swapped)
         try:
             taken = read(dict(tensors), keys) & tensors.keys()
         except PROGRAM_ERRORS as error:
@@ -270,6 +290,65 @@ def add_text(open_program: Open, tables: dict[str, Any]) -> None:
                 if row[0] in rows and (text := measure_text(family, layout, read, row)):
                     rows[row[0]]["text"] = text
             print(f"{id_}: {layout}", flush=True)
+
+
+def add_alphas(open_program: Open, tables: dict[str, Any]) -> None:
+    """Adds to counts that are there what alphas change, or their absence."""
+    for id_, sizes in tables.items():
+        family = known_families()[id_]
+        for layout, rows in sizes.items():
+            read = open_program(family, layout)
+            for row in list_rows(family) if read else ():
+                before = rows.get(row[0], {"unread": ["*"]})
+                if before["unread"] == ["*"]:
+                    continue
+                found = measure(family, layout, read, row, swapped=True)
+                if any(found.get(key) != before.get(key) for key in ("unread", "stops")):
+                    before["alpha"] = found
+            print(f"{id_}: {layout}", flush=True)
+
+
+def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
+    """Kinds that a program reads whole in every file of which it reads a plain LoRA whole.
+
+    Prints each file of which it takes another number of updates than `check` says.
+    """
+    reads: dict[str, Read | None] = {}
+    tried: dict[str, set[tuple[str, str]]] = {}  # kind -> families and formats
+    wholes: dict[str, set[tuple[str, str]]] = {}  # those that are read whole
+    counts = {True: 0, False: 0}
+    for file in sorted(folder.glob("*.safetensors")):
+        found, slots = check(file, program=program), parse_contents(Lora.open(file)).slots
+        family = known_families().get(found.family or "")
+        if family is None:
+            continue
+        if family.id not in reads:
+            try:
+                reads[family.id] = open_program(family, family.layouts[0])
+            except PROGRAM_ERRORS:  # an older version has another such model
+                reads[family.id] = None
+        if (read := reads[family.id]) is None:
+            continue
+        keys = {name: [*slot.keys.values()] for slot in slots for name in slot.module.modules}
+        try:
+            taken = read(load_file(file), keys)
+        except PROGRAM_ERRORS:
+            taken = set()
+        took, every = sum(set(of) <= taken for of in keys.values()), len(keys)
+        place, (kind, *_) = (family.id, found.format), found.algorithms
+        tried.setdefault(kind, set()).add(place)
+        if took == every:
+            wholes.setdefault(kind, set()).add(place)
+        told = found.readers.part if found.skipped else ()
+        if found.program in found.readers.whole + found.readers.none + told:
+            reaches = found.program not in found.readers.none
+            said = (every - sum((found.skipped or {}).values())) * reaches
+            counts[said == took] += 1
+            if said != took:
+                print(f"{file.name}: {said} of {every}, and the program takes {took}", flush=True)
+    print(f"{counts[True]} files alike, {counts[False]} not", flush=True)
+    fair = {kind: of & wholes.get("lora", set()) for kind, of in tried.items()}
+    return sorted(kind for kind, of in fair.items() if of and of <= wholes.get(kind, set()))
 
 
 def describe_checkout(checkout: Path) -> str:
@@ -344,20 +423,27 @@ def summarise(id_: str, sizes: Sizes) -> dict[str, object]:
 def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What prolora knows of programs, from the counts."""
     programs = {
-        id_: {key: facts[key] for key in ("title", "version", "how")} for id_, facts in raw.items()
+        id_: {key: facts[key] for key in ("title", "version", "how", "kinds") if key in facts}
+        for id_, facts in raw.items()
     }
     families: dict[str, Any] = {}
     for program, facts in raw.items():
         for id_, sizes in facts["families"].items():
             of = families.setdefault(id_, {"": []})
             of[""].append(program)
-            for row, unread in summarise(id_, sizes).items():
+            changed = {
+                layout: {r + loaders.ALPHA: x["alpha"] for r, x in rows.items() if "alpha" in x}
+                for layout, rows in sizes.items()
+            }
+            for row, unread in (summarise(id_, sizes) | summarise(id_, changed)).items():
                 if unread is None:
                     unread = ["?"]
                 elif len(unread) > MOST_LISTED:
                     unread = ["!"] if "!" in unread else None
                 if unread != ["*"]:
                     of.setdefault(row, {})[program] = unread
+                elif row.endswith(loaders.ALPHA):
+                    of.setdefault(row, {})[program] = ["!"]
                 text = [
                     counts[row]["text"]
                     for counts in sizes.values()
@@ -380,7 +466,7 @@ def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
                 row: of
                 for row, of in rows.items()
                 if not row
-                or (one := row.removesuffix(loaders.TEXT)) in own
+                or (one := row.removesuffix(loaders.TEXT).removesuffix(loaders.ALPHA)) in own
                 or [] in rows.get(one, {}).values()
             }
     return kept
@@ -410,6 +496,8 @@ def main() -> None:
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--text", action="store_true", help="add text encoders to the counts")
+    parser.add_argument("--alpha", action="store_true", help="add what alphas change")
+    parser.add_argument("--files", type=Path, help="what docs/make_conformance.py wrote")
     parser.add_argument("--whole", action="store_true", help="all blocks (diffusers counts them)")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -426,8 +514,15 @@ def main() -> None:
     open_program = program.open(arguments.checkout.resolve())
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
     before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
-    if arguments.text:
-        add_text(open_program, raw[arguments.program]["families"])
+    if arguments.files:
+        kinds = compare_files(open_program, arguments.program, arguments.files)
+        raw[arguments.program]["kinds"] = kinds
+        print(kinds)
+        arguments.json.write_text(format_counts(raw), "utf-8")
+        return
+    if arguments.text or arguments.alpha:
+        add = add_text if arguments.text else add_alphas
+        add(open_program, raw[arguments.program]["families"])
         arguments.json.write_text(format_counts(raw), "utf-8")
         return
     facts = {"title": program.title, "version": version, "how": "run", "families": before}

@@ -106,11 +106,12 @@ def open_program(checkout: Path) -> Open:
                 if key.startswith(prefix):
                     path, _, end = key.removeprefix(prefix).partition(".lora_")
                     sizes.setdefault(path, {})[end[:1]] = tensor
+            parts = {"A", "B", *("m" for key in tensors if "dora" in key or "magnitude" in key)}
             found = {
                 path
                 for path, size in sizes.items()
                 if path in shapes
-                and {"A", "B"} <= size.keys()
+                and parts <= size.keys()
                 and (len(size["B"]), size["A"][0].numel()) == matrix_shape(shapes[path])
             }
             return take_modules(found | texts, keys)

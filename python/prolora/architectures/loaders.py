@@ -6,7 +6,7 @@ each leaves unread: patterns of modules. An empty list is a file read whole; a m
 nothing. `!` before the patterns: the program stops at a file with one of them. null: it leaves more
 modules than are listed. `?`: how much it leaves is not known. A row with `TEXT` behind its name has
 the text encoders that programs leave unread in such a file; for a missing program this is not
-known.
+known. A row with `ALPHA` behind it replaces what it names where alphas are, or are not, as usual.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from .modules import find_component, is_in_text_encoder
 
 Reach = Literal["whole", "part", "none"]
 """How much of a file a program reads."""
-TEXT = " + text"
-"""Behind the name of a row: what programs do with text encoders."""
+TEXT, ALPHA = " + text", " ± alpha"
+"""Behind the name of a row: what programs do with text encoders; with alphas where the format has
+none by itself, without them where it has."""
 
 
 class Loader(NamedTuple):
@@ -35,12 +36,14 @@ class Loader(NamedTuple):
     # "run": its code ran in `bench/loader_matrix.py`; "recorded": it ran before that script was
     # written; "compared": its results were compared with ours.
     how: str
+    kinds: tuple[str, ...] = ()  # of updates that it reads; () if only plain LoRAs were tried
 
 
 @cache
 def known_loaders() -> dict[str, Loader]:
     """Returns id -> program; `format` takes the ids."""
-    return {id_: Loader(**facts) for id_, facts in _read_table()["programs"].items()}
+    read = _read_table()["programs"].items()
+    return {id_: Loader(**facts | {"kinds": (*facts.get("kinds", ()),)}) for id_, facts in read}
 
 
 def name_row(family: Family, format: str, spelling: Spelling | None) -> str:
@@ -63,16 +66,19 @@ def is_usual(family: Family, spelling: Spelling) -> bool:
     return name_row(family, "", spelling) in usual
 
 
-def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Reach]:
+def find_reach(
+    family: Family, row: str, modules: Iterable[str], swapped: bool = False
+) -> dict[str, Reach]:
     """Returns program -> how much it reads of a file, if that is known.
 
-    `row` comes from `name_row`; `modules` are the canonical names that the file updates.
+    `row` comes from `name_row`; `modules` are the canonical names that the file updates; `swapped`
+    says that alphas are there in a format without, or missing in one that has them.
     """
     names = list(modules)
     patterns = {family.find_pattern(name) for name in names} - {None}
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     reach: dict[str, Reach] = dict.fromkeys(rows[""], "none")
-    for program, unread in rows.get(row, {}).items():
+    for program, unread in (rows.get(row, {}) | rows.get(row + ALPHA * swapped, {})).items():
         if unread == ["?"]:
             del reach[program]
         elif unread is None:
@@ -93,7 +99,7 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
 
 
 def count_skipped(
-    family: Family, row: str, modules: Iterable[str], program: str
+    family: Family, row: str, modules: Iterable[str], program: str, swapped: bool = False
 ) -> dict[str, int] | None:
     """Counts the modules that a program leaves out, by pattern or text encoder.
 
@@ -101,6 +107,7 @@ def count_skipped(
     """
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     unread, lost = (rows.get(name, {}).get(program, []) for name in (row, row + TEXT))
+    unread = rows.get(row + ALPHA * swapped, {}).get(program, unread)
     if unread is None or unread == ["?"] or program not in rows.get(row, {}):
         return None
     names = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from .check_result import Check, Part, count_values
 from .defects import find_deep_defects, find_defects
 
 _TOP_TAGS = 10
+PLAIN = "lora", "locon", "norm"
+"""Kinds that programs were tried with name by name."""
 
 
 def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) -> Check:
@@ -92,8 +94,7 @@ def _describe_contents(
     families = guess_families(whole, opened.metadata, spelling, list_matrices(opened))
     kinds = count_values([slot.kind for slot in slots] or ["norm"])
     format = "peft" if opened.config is not None else paths[0].format
-    # Programs were not tried with other kinds.
-    tried = not set(kinds) - {"lora", "locon"}
+    readers, skipped = _ask_programs(slots, families, (format, spelling), whole, program)
     language = not families and is_language_model(shapes)
     # Text encoders go last.
     ordered = sorted(slots, key=lambda slot: find_component(slot.module.name) in TEXT_ENCODERS)
@@ -114,24 +115,38 @@ def _describe_contents(
         modules=count_values(map(find_component, shapes)),
         vectors=count_values("bias" if x.tensor == "bias" else "norm" for x in contents.vectors),
         left_out=count_values(contents.left_out.values()),
-        readers=find_readers(families, format, spelling, whole) if tried else Readers(),
+        readers=readers,
         program=known_loaders()[program].title if program else "",
-        skipped=_count_skipped(families, format, spelling, whole, program) if tried else None,
+        skipped=skipped,
     )
 
 
-def _count_skipped(
+def _ask_programs(
+    slots: Sequence[Slot],
     families: tuple[str, ...],
-    format: str,
-    spelling: Spelling | None,
-    modules: Iterable[str],
+    spelled: tuple[str, Spelling | None],
+    modules: Collection[str],
     program: str | None,
-) -> dict[str, int] | None:
-    """Counts what a program leaves out of a file, by pattern; None where this is not known."""
+) -> tuple[Readers, dict[str, int] | None]:
+    """Tells who reads how much of a file, and what one program leaves out, as `Check` has them."""
+    alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
+    swapped = (spelled[0] != "kohya") in alphas
+    readers = find_readers(families, *spelled, modules, swapped)
+    kinds, loaders = {slot.kind for slot in slots} - {*PLAIN}, known_loaders()
+    if not kinds <= {kind for one in loaders.values() for kind in one.kinds}:
+        return Readers(), None
+    if kinds:
+        reads = {x.title: kinds <= {*x.kinds} for x in loaders.values() if x.kinds}
+        whole, part = (tuple(filter(reads.get, some)) for some in readers[:2])
+        lost = tuple(x for x in readers.whole + readers.part if reads.get(x) is False)
+        mixed = lost if any(slot.kind in PLAIN for slot in slots) else ()
+        none = readers.none if mixed else lost + readers.none
+        readers = Readers(whole, part + mixed, none, readers.untried)
     if program is None or len(families) != 1:
-        return None
+        return readers, None
     family = known_families()[families[0]]
-    return count_skipped(family, name_row(family, format, spelling), modules, program)
+    row = name_row(family, *spelled)
+    return readers, count_skipped(family, row, modules, program, swapped)
 
 
 def _describe_part(slots: Iterable[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
