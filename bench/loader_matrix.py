@@ -1,22 +1,21 @@
 """Which keys of a LoRA a program reads, by the program's own code: the counts of docs/formats.md.
 
     python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
-    python bench/loader_matrix.py PROGRAM CHECKOUT --text
     python bench/loader_matrix.py PROGRAM CHECKOUT --alpha
     python bench/loader_matrix.py PROGRAM CHECKOUT --files FOLDER
     python bench/loader_matrix.py table
 
-The first adds its counts to bench/results/loaders.json (or FILE), the second adds to those what
-becomes of text encoders (which the first does too), the third what becomes of kohya's files without
-alphas, and of others with them. The fourth adds which kinds of updates it reads in the files of
-docs/make_conformance.py, and prints where `prolora check --for` counts otherwise. The last makes
-python/prolora/architectures/loaders.json from the counts: what prolora knows of programs.
+The first adds its counts to bench/results/loaders.json (or FILE), the second what becomes of
+kohya's files without alphas, and of others with them. The third adds which kinds of updates the
+program reads in the files of docs/make_conformance.py, and prints where `prolora check --for`
+counts otherwise. The last makes python/prolora/architectures/loaders.json from the counts: what
+prolora knows of programs.
 
 CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
 of a family, in every spelling that files have, goes through what the program does before it touches
 a weight. Of blocks, it has the first two and the last of every stack. A module counts as read if
-the program took every key of it for a matrix of that shape. A program whose packages are missing
-here gets empty ones in their place.
+the program took every key of it for a matrix of that shape; of diffusers, with its rows in order. A
+program whose packages are missing here gets empty ones in their place.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from families import linear_shapes
 from loader_programs import PROGRAMS, Keys, Open, Read
+from loader_programs.common import number_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,6 +43,7 @@ from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
 from prolora.adapters.formats.groups import file_paths
 from prolora.adapters.lora import Lora
+from prolora.adapters.slots import Slot
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Spelling
@@ -53,6 +54,7 @@ from prolora.architectures.modules import (
     find_component,
     is_in_text_encoder,
 )
+from prolora.architectures.recognition import share_rows
 from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
@@ -136,7 +138,7 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
 def make_adapter(family: Family, layout: str, keep: Callable[[str], bool]) -> Adapter:
     """A LoRA of rank 1."""
     updates = {
-        name: LowRank(torch.ones(m, 1), torch.ones(1, n))
+        name: LowRank(number_rows(m), torch.ones(1, n))
         for name, (m, n) in list_linear(family.id, layout).items()
         if keep(name)
     }
@@ -279,19 +281,6 @@ def find_readable(
     return {name: read.get(name, False) for name in modules}
 
 
-def add_text(open_program: Open, tables: dict[str, Any]) -> None:
-    """Adds to counts that are there what becomes of text encoders."""
-    for id_, sizes in tables.items():
-        family = known_families()[id_]
-        for layout, rows in sizes.items():
-            encoders = load_layout(layout).text_encoders
-            read = open_program(family, layout) if TEXT_MODULES.keys() & set(encoders) else None
-            for row in list_rows(family) if read else ():
-                if row[0] in rows and (text := measure_text(family, layout, read, row)):
-                    rows[row[0]]["text"] = text
-            print(f"{id_}: {layout}", flush=True)
-
-
 def add_alphas(open_program: Open, tables: dict[str, Any]) -> None:
     """Adds to counts that are there what alphas change, or their absence."""
     for id_, sizes in tables.items():
@@ -306,6 +295,19 @@ def add_alphas(open_program: Open, tables: dict[str, Any]) -> None:
                 if any(found.get(key) != before.get(key) for key in ("unread", "stops")):
                     before["alpha"] = found
             print(f"{id_}: {layout}", flush=True)
+
+
+def number_parts(tensors: dict[str, Tensor], slots: list[Slot]) -> dict[str, Tensor]:
+    """Numbers the rows of every column, anew in each part of a fused weight."""
+    for slot in slots:
+        for key in slot.keys.values():
+            if tensors[key].shape[1:] == (1,):
+                size, matrix = (len(tensors[key]), 1), slot.module.matrix
+                parts = share_rows(matrix, size).values() if matrix else [size]
+                rows = torch.cat([number_rows(m) for m, _ in parts])
+                swapped = matrix and matrix.is_swapped((slot.form.out, slot.form.inputs))
+                tensors[key] = rows.roll(len(rows) // 2, 0) if swapped else rows
+    return tensors
 
 
 def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
@@ -331,7 +333,7 @@ def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
             continue
         keys = {name: [*slot.keys.values()] for slot in slots for name in slot.module.modules}
         try:
-            taken = read(load_file(file), keys)
+            taken = read(number_parts(load_file(file), slots), keys)
         except PROGRAM_ERRORS:
             taken = set()
         took, every = sum(set(of) <= taken for of in keys.values()), len(keys)
@@ -495,7 +497,6 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, nargs="?")
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
-    parser.add_argument("--text", action="store_true", help="add text encoders to the counts")
     parser.add_argument("--alpha", action="store_true", help="add what alphas change")
     parser.add_argument("--files", type=Path, help="what docs/make_conformance.py wrote")
     parser.add_argument("--whole", action="store_true", help="all blocks (diffusers counts them)")
@@ -520,9 +521,8 @@ def main() -> None:
         print(kinds)
         arguments.json.write_text(format_counts(raw), "utf-8")
         return
-    if arguments.text or arguments.alpha:
-        add = add_text if arguments.text else add_alphas
-        add(open_program, raw[arguments.program]["families"])
+    if arguments.alpha:
+        add_alphas(open_program, raw[arguments.program]["families"])
         arguments.json.write_text(format_counts(raw), "utf-8")
         return
     facts = {"title": program.title, "version": version, "how": "run", "families": before}

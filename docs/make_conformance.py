@@ -68,23 +68,33 @@ def choose_modules(family: Family) -> list[str]:
 
 def list_paths(family: Family, format: str) -> dict[str, tuple[int, int]]:
     """Returns the path of every update in a file, and its size; fused weights as one."""
-    found: dict[str, tuple[int, int]] = {}
-    layout = load_layout(family.layouts[0])
+    shapes = load_layout(family.layouts[0]).shapes
+    updates: list[dict[str, LowRank]] = []
     for name in choose_modules(family):
         held = None if family.unet else family.find_weight_holding(name)
-        updates = {
-            part: LowRank(torch.zeros(m, 1), torch.zeros(1, n))
-            for part in (held.parts if held else (name,))
-            for m, n in [layout.shapes[part][:2]]
-        }
-        with suppress(UnsupportedFormat):  # this format has no name for it
-            tensors = encode_adapter(Adapter(updates, family=family.id), format, torch.float16)
-            sizes: dict[str, dict[str, Tensor]] = {}
-            for key, tensor in tensors.items():
-                path, role = split_role(key) or ("", "")
-                sizes.setdefault(path, {})[role] = tensor
-            found |= {path: (len(of["up"]), of["down"].shape[1]) for path, of in sizes.items()}
-    return found
+        parts = held.parts if held else (name,)
+        sizes = {part: shapes[part][:2] for part in parts}
+        zeros = {n: LowRank(torch.zeros(m, 1), torch.zeros(1, k)) for n, (m, k) in sizes.items()}
+        updates.append(zeros)
+    try:
+        return _measure_paths(family, format, {n: x for one in updates for n, x in one.items()})
+    except UnsupportedFormat:  # it has no name for some of them
+        found: dict[str, tuple[int, int]] = {}
+        for one in updates:
+            with suppress(UnsupportedFormat):
+                found |= _measure_paths(family, format, one)
+        return found
+
+
+def _measure_paths(
+    family: Family, format: str, updates: dict[str, LowRank]
+) -> dict[str, tuple[int, int]]:
+    tensors = encode_adapter(Adapter(updates, family=family.id), format, torch.float16)
+    sizes: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, role = split_role(key) or ("", "")
+        sizes.setdefault(path, {})[role] = tensor
+    return {path: (len(of["up"]), of["down"].shape[1]) for path, of in sizes.items()}
 
 
 def make_file(family: Family, format: str, kind: str) -> dict[str, Tensor]:

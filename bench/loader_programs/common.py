@@ -63,6 +63,18 @@ def with_alphas(taken: set[str], tensors: Iterable[str]) -> set[str]:
     }
 
 
+def number_rows(rows: int) -> Tensor:
+    """The first factor of a LoRA of rank 1, by which a reader's rows can be told apart."""
+    return torch.arange(1.0, rows + 1)[:, None]
+
+
+def keeps_rows(up: Tensor) -> bool:
+    """Whether a factor that `number_rows` made still has its rows in order, at any scale."""
+    sums = up.double().flatten(1).sum(1)
+    wanted = number_rows(len(up)).double().flatten()
+    return torch.allclose(sums / sums.sum(), wanted / wanted.sum(), rtol=1e-3)
+
+
 def take_modules(read: Iterable[str], keys: Keys) -> set[str]:
     """The keys that hold nothing but modules that were read."""
     read = set(read)

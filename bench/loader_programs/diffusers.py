@@ -10,7 +10,7 @@ from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import TEXT_ENCODERS, is_in_text_encoder, matrix_shape
 
-from .common import Keys, Open, Read, enter, take_modules
+from .common import Keys, Open, Read, enter, keeps_rows, take_modules
 from .text_encoders import build_encoder
 
 DIFFUSERS_PIPELINES = {
@@ -66,9 +66,7 @@ def open_program(checkout: Path) -> Open:
         pipeline = getattr(diffusers, DIFFUSERS_PIPELINES.get(family.id, " "), None)
         if not hasattr(pipeline, "lora_state_dict") or layout in DIFFUSERS_LACKS:
             return None
-        # Anima's adapter of text is a model of its own in diffusers.
         shapes = load_layout(layout).shapes
-        shapes = {n: shape for n, shape in shapes.items() if not n.startswith("llm_adapter.")}
         options = {}
         if family.unet:
             layers = 1 if family.id in ("koala", "bk-sdm") else 2
@@ -103,8 +101,11 @@ def open_program(checkout: Path) -> Open:
                 state = convert_unet_state_dict_to_peft(state)
             prefix, sizes = ("unet." if family.unet else "transformer."), {}
             for key, tensor in state.items():
-                if key.startswith(prefix):
-                    path, _, end = key.removeprefix(prefix).partition(".lora_")
+                # Anima's adapter of text is a model of its own in diffusers.
+                apart = key.startswith("text_conditioner.")
+                name = key.replace("text_conditioner.", f"{prefix}llm_adapter.", 1)
+                if name.startswith(prefix) and apart == ("llm_adapter." in name):
+                    path, _, end = name.removeprefix(prefix).partition(".lora_")
                     sizes.setdefault(path, {})[end[:1]] = tensor
             parts = {"A", "B", *("m" for key in tensors if "dora" in key or "magnitude" in key)}
             found = {
@@ -113,6 +114,7 @@ def open_program(checkout: Path) -> Open:
                 if path in shapes
                 and parts <= size.keys()
                 and (len(size["B"]), size["A"][0].numel()) == matrix_shape(shapes[path])
+                and keeps_rows(size["B"])
             }
             return take_modules(found | texts, keys)
 

@@ -218,7 +218,7 @@ def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
     """
     if outcome.error is not None:
         return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
-    if outcome.report is not None:
+    if outcome.report is not None and not outcome.kept:
         outcome.report.save(outcome.out.with_suffix(".html"), overwrite=True, spell=words.say)
     return Moved(outcome.out, outcome.words, outcome.share)
 

@@ -37,7 +37,7 @@ from prolora.reports.lora_report import LoraReport
 from prolora.fleet.migration import StrPath
 from prolora.fleet.batches import Migrated
 from prolora.bases.experts import Experts, ExpertsLike, open_experts as open_experts
-from prolora.moving.batch import Naming
+from prolora.best import Naming
 
 __all__ = [
     "DEFAULT_RANK",

@@ -7,24 +7,18 @@ the target draws in few steps. Elsewhere fits were at times worse than the copy 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .bases import Base, BaseLike, open_pair, vae
 from .bases.base import Progress
-from .bases.experts import (
-    ExpertPair,
-    Experts,
-    ExpertsLike,
-    choose_pairs,
-    open_experts,
-    pair_experts,
-)
-from .core.precision import in_full_precision
+from .bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
 from .errors import (
     InvalidOption,
     LowCoverage,
@@ -34,14 +28,14 @@ from .errors import (
     UnsupportedFormat,
 )
 from .files.hub import keep_path
-from .moving.base_pair import Notes, move_lora
-from .moving.batch import Naming, make_each, move_many
-from .moving.dry_run import keep_known_cache, plan_report
+from .files.store import digest
+from .moving.base_pair import BasePair
+from .moving.batch import make_each
 from .moving.option_keywords import settle_options, takes_options
 from .moving.options import BEST, DEFAULT_OPTIONS, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from .moving.result import Transfer, pack_plan
-from .moving.resume import make_file
+from .moving.result import Notes, Transfer, pack_plan
+from .moving.resume import Recipe, make_file
 from .reports.lora_report import LoraReport, MovedReport
 from .reports.outcome import Outcome
 
@@ -49,6 +43,8 @@ if TYPE_CHECKING:
     from .fitting.common_parts import CommonParts
     from .fitting.fit_options import FitOptions
 
+Naming = Callable[[Path, str], str]
+"""(LoRA, digest of all that its result is made of) -> the result's path below the folder."""
 UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat, LowCoverage)
 """Refusals of a move by weights that a fit may get around; what it cannot, it refuses as well."""
 
@@ -97,25 +93,12 @@ def transfer(
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
-    bases = open_pair(source, target)
-    if options.method == BEST:
-        return BestWay.of(*bases, options).run(lora, out, dry_run=dry_run)
-    if dry_run:
-        return pack_plan(plan_report(lora, *bases, options))
-    if out is None:
-        return move_lora(lora, *bases, options)
-    options = options.for_file()
-    return make_file(
-        (lora, *bases),
-        out,
-        [options],
-        lambda opened: plan_report(opened, *bases, options),
-        lambda opened, notes: move_lora(opened, *bases, options, notes[0]),
-    )
+    options = options if out is None else options.for_file()
+    way = _choose_way(*open_pair(source, target), options, dry_run)
+    return pack_plan(way.foresee(lora)) if dry_run else way.run(lora, out, options.progress)
 
 
 @takes_options
-@in_full_precision
 def transfer_many(
     loras: Iterable[str | PathLike[str]],
     source: ExpertsLike | Experts,
@@ -163,56 +146,71 @@ def transfer_many(
         ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
     options = settle_options(options, changes).for_file()
-    paths = [keep_path(lora) for lora in loras]
+    paths, results, refused = [keep_path(lora) for lora in loras], Path(folder), {}
     check_results_folder(folder, len(paths))
-    old, new = open_experts(source), open_experts(target)
-    pairs = pair_experts(old, new)
-    if options.method != BEST:
-        return move_many(paths, pairs, folder, options, naming)
-    if naming is not None:
-        raise InvalidOption("results of method 'best' keep their names: leave `naming` out")
-    return _move_best(paths, pairs, Path(folder), options)
+    pairs = pair_experts(open_experts(source), open_experts(target))
+    moves = [(lora, *chosen) for lora in paths for chosen in choose_pairs(lora, pairs)]
+    format, outs = options.format or "auto", []
+    for i, (lora, pair, end) in enumerate(moves):
+        name = name_output(lora, format, end)
+        try:
+            if naming is not None:
+                made_of = Recipe.of(lora, pair.source, pair.target, options).made_of
+                name = naming(lora, digest(made_of)[:12]) + name_output(lora, format, end, stem="")
+        except ProLoRAError as error:
+            refused[i] = error
+        outs.append(results / name)
+    live = [i for i in range(len(moves)) if i not in refused]
+    check_distinct([moves[i][0] for i in live], [outs[i] for i in live])
+    used = {id(pair): pair for _, pair, _ in moves}
+    with ExitStack() as stack:
+        if options.cache is None and options.chosen.needs_bases and len(moves) > len(used):
+            kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="prolora-"))
+            options = replace(options, cache=kept)
+        ways = {key: _choose_way(one.source, one.target, options) for key, one in used.items()}
+        make_folders({results, *(out.parent for out in outs)})
+        for way in ways.values():
+            if isinstance(way, BasePair):
+                way.match_blocks()
+        able = [way for way in ways.values() if isinstance(way, BestWay) and way.runs]
+        if able:
+            from .fitting.common_parts import share_parts
 
-
-def _move_best(
-    loras: list[Path], pairs: list[ExpertPair], folder: Path, options: TransferOptions
-) -> list[Outcome]:
-    """Moves one LoRA after the other; what a fit asks without one is asked once."""
-    ways = {id(pair): BestWay.of(pair.source, pair.target, options) for pair in pairs}
-    moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
-    paths = [lora for lora, _, _ in moves]
-    outs = [folder / name_output(lora, options.format or "auto", end) for lora, _, end in moves]
-    check_distinct(paths, outs)
-    make_folders({folder})
-    runs = any(way.runs for way in ways.values())
-    with _share_parts(folder, len(loras) > 1) if runs else nullcontext() as common:
+            common = stack.enter_context(share_parts(None, results, len(paths) > 1))
+            for way in able:
+                way.common = common
 
         def make(i: int, out: Path, progress: Progress | None) -> Transfer:
-            way = ways[id(moves[i][1])].labelled(progress)
-            return way.run(moves[i][0], out, common=common)
+            if i in refused:
+                raise refused[i]
+            return ways[id(moves[i][1])].run(moves[i][0], out, progress)
 
-        return make_each(paths, outs, make, options.progress)
-
-
-def _share_parts(folder: Path, several: bool) -> Any:
-    from .fitting.common_parts import share_parts
-
-    return share_parts(None, folder, several)
+        return make_each([lora for lora, _, _ in moves], outs, make, options.progress)
 
 
-@dataclass(frozen=True)
+def _choose_way(
+    source: Base, target: Base, options: TransferOptions, dry_run: bool = False
+) -> BasePair | BestWay:
+    """Opens the way that the options ask for."""
+    if options.method == BEST:
+        return BestWay.of(source, target, options, dry_run)
+    return BasePair.open(source, target, options, dry_run=dry_run)
+
+
+@dataclass
 class BestWay:
     """Two bases, and both ways to move a LoRA between them."""
 
-    source: Base  # the base of the LoRA
-    target: Base  # the base it goes to
-    by_weights: TransferOptions  # the options of a move by weights
+    pair: BasePair  # by weights
     by_fit: FitOptions  # the options of a fit
     runs: bool  # a fit can run both
     latents: str | None  # why their latents differ; None where they do not
+    common: CommonParts | None = None  # what the fits of several LoRAs share
 
     @classmethod
-    def of(cls, source: Base, target: Base, options: TransferOptions) -> BestWay:
+    def of(
+        cls, source: Base, target: Base, options: TransferOptions, dry_run: bool = False
+    ) -> BestWay:
         """Looks at the folders; `options` belong to method "best".
 
         Raises:
@@ -234,106 +232,85 @@ class BestWay:
         fit = FitOptions(**{name: getattr(options, name) for name in OF_A_FIT_TOO})
         if latents is not None:  # images cross, of which a fit takes more (docs/evidence.md)
             fit = replace(fit, images=2 * fit.images)
-        return cls(source, target, replace(options, method="auto"), fit, runs, latents)
-
-    def labelled(self, progress: Progress | None) -> BestWay:
-        """Returns the same with another callback."""
-        weights = replace(self.by_weights, progress=progress)
-        return replace(self, by_weights=weights, by_fit=replace(self.by_fit, progress=progress))
+        by_weights = replace(options, method="auto")
+        return cls(BasePair.open(source, target, by_weights, dry_run=dry_run), fit, runs, latents)
 
     def run(
         self,
         lora: LoraLike,
         out: str | PathLike[str] | None = None,
-        *,
-        dry_run: bool = False,
-        common: CommonParts | None = None,
+        progress: Progress | None = None,
     ) -> Transfer:
-        """Moves a LoRA, or plans it; arguments as in `transfer`."""
-        if dry_run:
-            way = replace(self, by_weights=keep_known_cache(self.by_weights))
-            return pack_plan(way._plan(lora))
-        if out is None:
-            return self._move(lora, [None, None], common)
-        way = replace(self, by_weights=self.by_weights.for_file(), by_fit=self.by_fit.for_file())
-        return make_file(
-            (lora, self.source, self.target),
-            out,
-            [way.by_weights, way.by_fit],
-            lambda opened: plan_report(opened, self.source, self.target, way.by_weights),
-            lambda opened, notes: way._move(opened, notes, common),
+        """Moves a LoRA into memory or to a path; keeps a result of the same recipe there."""
+        by_weights = replace(self.pair.options, progress=progress)
+        way = replace(
+            self,
+            pair=replace(self.pair, options=by_weights),
+            by_fit=replace(self.by_fit, progress=progress),
         )
+        if out is None:
+            return way._move(lora, [None, None])
+        ends = lora, self.pair.source, self.pair.target
+        return make_file(ends, out, [by_weights, way.by_fit], way.pair.foresee, way._move)
 
-    def _move(
-        self, lora: LoraLike, notes: list[Notes | None], common: CommonParts | None
-    ) -> Transfer:
+    def _move(self, lora: LoraLike, notes: list[Notes | None]) -> Transfer:
         """Moves a LoRA by weights or by a fit; the report says why."""
-        moved = self._try_weights(lora, notes[0])
-        need = self.explain_need(moved.report if isinstance(moved, Transfer) else moved)
-        if need:
-            from .fitting import fit_pipelines as pipeline
+        moved, need = self._try_weights(partial(self.pair.transfer, lora, notes[0]))
+        if not need:
+            told = _tell_why(moved.report, self._explain_no_fit())
+            return cast(Transfer, replace(moved, report=told))
+        from .fitting.fit_pipelines import fit_to_pipelines
 
-            try:
-                ends = lora, self.source, self.target
-                done = pipeline.fit_to_pipelines(*ends, self.by_fit, notes[1], common)
-                return replace(done, report=_tell_fitted(done.report, need))
-            except ProLoRAError as error:
-                if isinstance(moved, ProLoRAError):
-                    raise
-                why = f"A fit was tried because {need}, but: {error}."
-                return replace(moved, report=_tell_why(moved.report, why))
-        if isinstance(moved, ProLoRAError):
-            raise moved
-        return replace(moved, report=self._tell_weights(moved.report))
-
-    def _plan(self, lora: LoraLike) -> LoraReport:
-        """Plans what `_move` would do; it reads the weights, which decide."""
-        moved = self._try_weights(lora)
-        found = moved.report if isinstance(moved, Transfer) else moved
-        need = self.explain_need(found)
-        if need:
-            from .fitting import fit_pipelines as pipeline
-
-            report = pipeline.plan_fit(lora, self.source, self.target, self.by_fit)
-            return _tell_fitted(report, need)
-        if isinstance(found, ProLoRAError):
-            raise found
-        return replace(self._tell_weights(found), dry_run=True)
-
-    def _try_weights(self, lora: LoraLike, notes: Notes | None = None) -> Transfer | ProLoRAError:
-        """Moves a LoRA by weights alone, or returns why this fails."""
-        if self.latents is not None:
-            return UnrelatedBases(self.latents)
         try:
-            return move_lora(lora, self.source, self.target, self.by_weights, notes)
+            ends = lora, self.pair.source, self.pair.target
+            done = fit_to_pipelines(*ends, self.by_fit, notes[1], self.common)
+            return replace(done, report=_tell_fitted(done.report, need))
+        except ProLoRAError as error:
+            if isinstance(moved, ProLoRAError):
+                raise
+            why = f"A fit was tried because {need}, but: {error}."
+            return cast(Transfer, replace(moved, report=_tell_why(moved.report, why)))
+
+    def foresee(self, lora: LoraLike) -> LoraReport:
+        """Plans what `run` would do; it reads the weights, which decide."""
+        found, need = self._try_weights(partial(self.pair.foresee, lora, weighed=True))
+        if not need:
+            return _tell_why(found, self._explain_no_fit())
+        from .fitting.fit_pipelines import plan_fit
+
+        report = plan_fit(lora, self.pair.source, self.pair.target, self.by_fit)
+        return _tell_fitted(report, need)
+
+    def _try_weights(self, step: Callable[[], Any]) -> tuple[Any, str]:
+        """Does a step by weights alone; returns its result or refusal, and why a fit is called for.
+
+        Raises:
+            ProLoRAError: the refusal, where no fit is called for.
+        """
+        found: Any = UnrelatedBases(self.latents) if self.latents is not None else None
+        try:
+            found = found or step()
         except UNMOVED as error:
-            return error
+            found = error
+        need = self.latents or ""
+        if self.runs and self.latents is None:
+            from .fitting.fit_plan import explain_need
 
-    def explain_need(self, found: LoraReport | ProLoRAError) -> str:
-        """Returns why a fit is called for; "" where weights serve, or no model can run."""
+            told = found.report if isinstance(found, Transfer) else found
+            need = explain_need(told, self.pair.source, self.pair.target, self.by_fit.target_steps)
+        if isinstance(found, ProLoRAError) and not need:
+            raise found
+        return found, need
+
+    def _explain_no_fit(self) -> str:
+        """Says why the LoRA is moved by weights."""
         if not self.runs:
-            return ""
-        if isinstance(found, UnrelatedBases) and self.latents is not None:
-            return self.latents
-        from .fitting.fit_plan import explain_need
-
-        return explain_need(found, self.source, self.target, self.by_fit.target_steps)
-
-    def _tell_weights(self, report: LoraReport) -> LoraReport:
-        """Adds to a report of a move by weights why no fit was made."""
-        if not self.runs:
-            why = "No fit was tried: it runs both models, given as folders of whole pipelines."
-        else:
-            from .fitting.fit_plan import foresee_work
-
-            images = foresee_work(self.source, self.target, self.by_fit).as_images
-            why = (
-                f"No fit was made: all of the LoRA has a place on {self.target.name}, which draws "
-                "in many steps as far as its files tell (`target_steps` says otherwise); fits were "
-                "at times worse there on test models. One would take about as long as drawing "
-                f"{images:,} images with {self.source.name}."
-            )
-        return _tell_why(report, why)
+            return "No fit was tried: it runs both models, given as folders of whole pipelines."
+        return (
+            f"No fit was made: all of the LoRA has a place on {self.pair.target.name}, which draws "
+            "in many steps as far as its files tell (`target_steps` says otherwise); fits were at "
+            "times worse there on test models."
+        )
 
 
 def _tell_fitted(report: LoraReport, need: str) -> LoraReport:

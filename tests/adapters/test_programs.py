@@ -114,7 +114,8 @@ def test_a_program_that_reads_some_modules_reads_a_file_with_others_in_part():
 @pytest.mark.parametrize(
     ("family", "format", "module", "left"),
     [
-        ("cosmos", "diffusers", "llm_adapter.blocks.0.self_attn.q_proj", "part"),
+        ("cosmos", "diffusers", "llm_adapter.blocks.0.self_attn.q_proj", "whole"),
+        ("flux2", "comfy", "norm_out.linear", "part"),
         ("chroma", "kohya", "distilled_guidance_layer.in_proj", "none"),
         ("wan", "comfy", "vace_blocks.0.attn1.to_q", "none"),
         ("wan", "kohya", "vace_blocks.0.attn1.to_q", "none"),

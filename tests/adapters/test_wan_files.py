@@ -1,8 +1,14 @@
 """LoRAs for Wan as people have them: norms, biases, and tensors that are no matrices."""
 
+import pytest
 import torch
+from lora_files import relative_error, save
+from typer.testing import CliRunner
 
+import prolora
 from prolora.adapters import encode_state_dict, read_adapter
+from prolora.cli.app import app
+from prolora.cli.exits import ExitCode, find_exit_code
 
 WIDTH = 80
 
@@ -33,7 +39,6 @@ def wan_file():
 NO_MATRICES = {
     "diffusion_model.blocks.0.diff_m": torch.randn(1, 6, WIDTH),
     "diffusion_model.blocks.0.modulation.diff": torch.randn(1, 6, WIDTH),
-    "diffusion_model.patch_embedding.diff": torch.randn(WIDTH, 16, 1, 2, 2),
 }
 
 
@@ -41,7 +46,7 @@ def test_norms_and_biases_keep_their_names_and_what_is_no_matrix_is_left_out_by_
     tensors = wan_file()
     adapter = read_adapter(tensors | NO_MATRICES)
     assert adapter.family == "wan"
-    assert adapter.left_out.keys() == NO_MATRICES.keys()
+    assert adapter.left_out.keys() == adapter.unread.keys() == NO_MATRICES.keys()
     assert "blocks.0.attn1.to_q" in adapter.updates and len(adapter.vectors) == 12
     written = encode_state_dict(adapter, dtype=torch.float32)
     for key, tensor in tensors.items():
@@ -51,11 +56,60 @@ def test_norms_and_biases_keep_their_names_and_what_is_no_matrix_is_left_out_by_
             assert any(torch.equal(written.get(stem + s, torch.zeros(1)), tensor) for s in suffixes)
 
 
-def test_an_update_of_a_convolution_over_time_is_left_out_and_counts_as_skipped():
-    volume = {
-        "diffusion_model.patch_embedding.lora_up.weight": torch.randn(WIDTH, 2, 1, 1, 1),
-        "diffusion_model.patch_embedding.lora_down.weight": torch.randn(2, 16, 1, 2, 2),
+PATCHES = "diffusion_model.patch_embedding"
+
+
+def volumes():
+    """Updates over time, of one ΔW: factors, a difference, a LoKr, a Tucker core."""
+    up, down = torch.randn(WIDTH, 2, 1, 1, 1), torch.randn(2, 16, 1, 2, 2)
+    whole = torch.einsum("or,rikhw->oikhw", up.flatten(1), down)
+    core = {"lora_up": up, "lora_mid": down, "lora_down": torch.eye(16).reshape(16, 16, 1, 1, 1)}
+    small, large = torch.ones(1, 1), whole
+    yield {"lora_up.weight": up, "lora_down.weight": down}, whole
+    yield {"diff": whole}, whole
+    yield {"lokr_w1": small, "lokr_w2": large}, whole
+    core |= {"lora_up": torch.cat([up, torch.zeros(WIDTH, 14, 1, 1, 1)], 1)}
+    core |= {"lora_mid": torch.cat([down, torch.zeros(14, 16, 1, 2, 2)])}
+    yield {f"{role}.weight": tensor for role, tensor in core.items()}, whole
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_update_of_a_convolution_over_time_is_moved_whatever_its_kind(number, tmp_path):
+    torch.manual_seed(number)
+    tensors, whole = list(volumes())[number]
+    tensors = {f"{PATCHES}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    tensors |= {f"{PATCHES}.diff_b": torch.randn(WIDTH)}
+    adapter = read_adapter(wan_file() | tensors)
+    assert not adapter.left_out and adapter.kernels == {"patch_embedding": (1, 2, 2)}
+    assert relative_error(adapter.updates["patch_embedding"].dense(), whole.flatten(1)) < 1e-6
+    written = encode_state_dict(adapter, dtype=torch.float32)
+    up, down = (written[f"{PATCHES}.lora_{role}.weight"] for role in "BA")
+    assert up.shape[2:] == (1, 1, 1) and down.shape[1:] == (16, 1, 2, 2)  # as PEFT's Conv3d
+    lora = save(tmp_path / "wan.safetensors", wan_file() | tensors)
+    base = {"patch_embedding.weight": torch.randn(WIDTH, 16, 1, 2, 2)}
+    base |= {
+        f"{name}.weight": torch.randn(*update.shape)
+        for name, update in adapter.updates.items()
+        if name != "patch_embedding"
     }
-    adapter = read_adapter(wan_file() | volume)
-    assert adapter.unread == {"patch_embedding": (WIDTH, 64, 2)}
-    assert "over time" in adapter.left_out["patch_embedding"]
+    moved = prolora.transfer(lora, base, base, method="copy", again=True, vectors="skip")
+    assert moved.report.coverage == 1 and not moved.report.unread
+    written = moved.adapter
+    assert written.kernels == adapter.kernels
+    assert relative_error(written.updates["patch_embedding"].dense(), whole.flatten(1)) < 2e-3
+
+
+def test_what_is_no_matrix_is_told_by_one_rule_and_shares_are_of_what_was_read(tmp_path):
+    """A table, a modulation and factors of an unknown module alike: exit code 4, and words."""
+    odd = {"odd.lora_up.weight": torch.randn(8, 2)}
+    odd |= {"odd.lora_down.weight": torch.randn(2, 8)}
+    ends = []
+    for more in (*({key: tensor} for key, tensor in NO_MATRICES.items()), odd):
+        lora = save(tmp_path / "wan.safetensors", wan_file() | more)
+        out = str(tmp_path / f"{len(ends)}.safetensors")
+        ends.append(CliRunner().invoke(app, ["convert", str(lora), "-o", out]))
+    for end in ends:
+        told = " ".join(end.output.split())
+        assert find_exit_code(end.exception) == ExitCode.INCOMPLETE
+        assert "of the energy of what was read of" in told
+        assert "could not be read and stays behind" in told

@@ -11,6 +11,8 @@ from prolora.bases.cache.cache_folder import LIMIT_VARIABLE, measure_cache, trim
 
 HEX = 32 * "0"
 
+pytestmark = pytest.mark.usefixtures("aged")
+
 
 def fill(folder, base):
     with BasisCache(folder).saving() as cache:

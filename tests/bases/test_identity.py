@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora.bases import identity, open_base
-from prolora.bases.cache import basis_cache
 from prolora.bases.cache.basis_cache import BasisCache
 from prolora.bases.identity import compute_identity, digest_file, have_equal_files
 from prolora.errors import OutputExists, UnsupportedFormat, WrongBase
@@ -56,15 +55,15 @@ def test_a_file_that_is_changed_through_shared_memory_is_hashed_again(mapped):
     assert digest_file(open_base(path).files[0]) == sha256(path) != first
 
 
-def test_the_index_forgets_a_file_that_is_changed_through_shared_memory(mapped, monkeypatch):
-    monkeypatch.setattr(basis_cache, "SETTLING_TIME", -(10**18))
+def test_the_basis_of_a_file_is_not_found_once_that_is_changed_through_shared_memory(mapped, aged):
     path, memory = mapped
     folder = path.parent / "cache"
     with BasisCache(folder).saving() as cache:
         cache.of(open_base(path), [NAME], 4)
-    assert BasisCache(folder).digest(open_base(path), NAME)
+    place = cache.place(open_base(path), NAME)
+    assert BasisCache(folder).place(open_base(path), NAME) == place
     memory[-3] ^= 1
-    assert BasisCache(folder).digest(open_base(path), NAME) is None
+    assert BasisCache(folder).place(open_base(path), NAME) != place
 
 
 def test_a_file_of_equal_path_size_and_time_is_hashed_again(tmp_path):

@@ -46,6 +46,27 @@ def test_a_sound_file_has_no_defect(lora):
     assert found and not found.defects
 
 
+def test_a_dora_of_ai_toolkit_without_alpha_is_read_at_scale_1_with_a_word(lora):
+    """In kohya's format alone: in PEFT's its alpha is the rank."""
+
+    def rename(dotted):
+        tensors = load_file(lora)
+        for key in list(tensors):
+            value, stem = tensors.pop(key), key.partition(".")[0]
+            name = f"transformer.transformer_blocks.{stem[22]}.attn.to_q" if dotted else stem
+            tensors[f"{name}.{key.partition('.')[2]}".replace("alpha", "magnitude")] = value
+        return {k: torch.ones(6) if "magnitude" in k else t for k, t in tensors.items()}
+
+    found = check(save(lora.with_name("plain"), rename(dotted=False)))
+    assert found.algorithms == {"lora+dora": 3}
+    assert [one.text for one in found.defects] == [
+        "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
+    ]
+    assert not check(save(lora.with_name("peft"), rename(dotted=True))).defects
+    tensors = rename(dotted=False) | {k: t for k, t in load_file(lora).items() if "alpha" in k}
+    assert not check(save(lora.with_name("whole"), tensors)).defects
+
+
 @pytest.mark.parametrize(("alpha", "factor", "strength"), [("1", "4", "0.25"), ("16", "0.25", "4")])
 def test_a_lost_alpha_is_told_with_the_strength_that_mends_it(lora, alpha, factor, strength):
     change(lora, drop_alphas, {"ss_network_alpha": alpha})

@@ -71,7 +71,7 @@ def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tm
 
 
 def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
-    prolora, case, tmp_path, monkeypatch
+    prolora, case, tmp_path, monkeypatch, aged
 ):
     lora, source, target = case
     folder = tmp_path / "default"

@@ -11,6 +11,7 @@ from prolora.bases.cache.basis_cache import BasisCache
 from prolora.comparison import overlap
 from prolora.core.similarity import ANGLE_SHARES
 
+pytestmark = pytest.mark.usefixtures("aged")
 OPTIONS = {"method": "prolora", "rank": 0.9, "threshold": 0}
 
 

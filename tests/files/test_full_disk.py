@@ -55,6 +55,7 @@ def test_an_output_that_does_not_fit_leaves_the_old_one(disk: Path) -> None:
     assert sorted(os.listdir(disk)) == ["ballast", "x.json", "x.safetensors"]
 
 
+@pytest.mark.usefixtures("aged")
 def test_a_cache_that_is_full_costs_only_time(
     disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -81,7 +81,6 @@ def test_where_all_of_a_lora_has_a_place_the_result_is_that_by_weights(room):
     ours, theirs = done.state_dict(), usual.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert "No fit was made: all of the LoRA has a place on tuned" in str(done.report)
-    assert "images with source" in done.report.why
 
 
 def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(room, tmp_path):
@@ -185,7 +184,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long(
     assert not cache.exists()
     assert report.dry_run and ("Both models would be run because" in report.why) is runs
     assert report.why in str(report.in_words())
-    assert "as long as drawing" in (report.work if runs else report.why)
+    assert not runs or "as long as drawing" in report.work
 
 
 @pytest.mark.slow

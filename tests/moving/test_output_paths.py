@@ -32,10 +32,9 @@ def test_a_link_onto_another_input_of_the_call_is_not_written_through(case, tmp_
     moved = tmp_path / "moved"
     moved.mkdir()
     (moved / first.name).symlink_to(second)
-    outcomes = prolora.transfer_many([first, second], source, target, moved)
-    assert [outcome.status for outcome in outcomes] == ["failed", "moved"]
-    assert isinstance(outcomes[0].error, prolora.errors.OutputError)
-    assert "second.safetensors" in str(outcomes[0].error)
+    for overwrite in (False, True):
+        with pytest.raises(prolora.errors.OutputError, match=second.name):
+            prolora.transfer_many([first, second], source, target, moved, overwrite=overwrite)
     assert second.read_bytes() == before
 
 

@@ -239,7 +239,7 @@ def _add_update(
         if weight is None:
             _leave_out(adapter, slot)
             return
-        kernel = tuple(weight.shape[2:]) if weight.dim() in (3, 4) else None
+        kernel = tuple(weight.shape[2:]) or None
         algorithm = slot.form.algorithm
         truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
     else:
@@ -312,7 +312,7 @@ def _add_stand_in(
         if magnitudes:
             dora_oft_glora.magnitude_axis(magnitudes, (slot.form.out, *base_shapes[0][1:]), where)
         inputs = math.prod(base_shapes[0][1:])
-        kernel = base_shapes[0][2:] if len(base_shapes[0]) in (3, 4) else None
+        kernel = base_shapes[0][2:] or None
     rank = max(1, slot.form.rank)
     # Expanded, they take no room, whatever the shape.
     up = (norms.float() / rank)[:, None].expand(slot.form.out, rank)

@@ -15,7 +15,7 @@ from .algorithms.forms import Form
 from .formats.peft_config import PeftScaling
 from .keys import tensor_keys
 from .keys.module_names import ModulePath
-from .left_out import Size, find_neighbours, find_volumes, leave_out_foreign, measure_update
+from .left_out import Size, find_neighbours, measure_unread, measure_update
 from .lora import Lora
 from .vectors import VectorSlot
 
@@ -55,10 +55,10 @@ class Contents:
 
     slots: list[Slot]  # one for each update
     vectors: list[VectorSlot]  # one for each bias and each tensor of a normalisation layer
-    left_out: dict[str, str]  # tensors that are neither -> the reason
+    left_out: dict[str, str]  # tensor, or path of an update, that is neither -> the reason
     # Id of the family whose names the modules have, None where several have them
     family: str | None = None
-    # Path of an update that is left out -> its (out, in, rank)
+    # Those of them that may be an update -> (out, in, rank)
     unread: dict[str, Size] = field(default_factory=dict)
     # Modules that are left out because a tensor beside them is not read
     refused: set[str] = field(default_factory=set)
@@ -106,8 +106,8 @@ def group_keys(source: Lora, family: Family | None) -> Contents:
                     f"{source.where}: {other.key} and {key} are both the {vector.name}; remove one "
                     "of the two"
                 )
-        elif parsed.role == "diff" and len(header.shape) not in (2, 4):
-            left_out[key] = "a difference of a table or of a convolution over time: not moved"
+        elif parsed.role == "diff" and len(header.shape) not in (2, 4, 5):
+            left_out[key] = "a difference of a table: not moved"
         else:
             slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
             if parsed.role in slot.keys:
@@ -121,46 +121,46 @@ def group_keys(source: Lora, family: Family | None) -> Contents:
 
 
 def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents:
-    """Leaves out and names what is not moved.
+    """Accounts for all tensors of the file: those that no update takes are named, with the reason.
 
     A tensor that is not read refuses the update that it stands beside: it may change what that
     does. One that stands alone is left out, if there is not too much of it.
     """
     slots = {slot.module.name: slot for slot in contents.slots}
-    left_out = contents.left_out
+    told = contents.left_out
     neighbours = _find_neighbours(contents, unknown, slots)
-    read = {slot.keys.get("scale") for slot in slots.values()}
-    foreign = [key for key in unknown if key not in neighbours and key not in read]
+    scales = {slot.keys.get("scale") for slot in slots.values()}
+    foreign = [key for key in unknown if key not in neighbours and key not in scales]
     if 2 * len(foreign) > len(source.headers) or (foreign and not slots):
         _refuse_unknown(foreign, source)
-    unread = leave_out_foreign(foreign, left_out, source)
-    reasons = dict.fromkeys(
-        find_volumes({name: slot.keys for name, slot in slots.items()}, source),
-        "an update of a convolution over time: not moved",
-    )
-    refused = {name for name, _ in neighbours.values()}
-    for name, suffix in neighbours.values():
-        reasons[name] = f"an update with a tensor {suffix!r:.80} that prolora does not read"
+    reasons = {
+        name: f"an update with a tensor {suffix!r:.80} that prolora does not read"
+        for name, suffix in neighbours.values()
+    }
+    owners = {key: name for key, (name, _) in neighbours.items()}
     for name in [name for name in reasons if name in slots]:
-        size = measure_update(slots[name].keys, source)
-        if size:
-            unread[name] = size
-        if size or name not in refused:  # an incomplete update refuses the file
-            left_out[name] = reasons[name]
-            del slots[name]
-    vector_slots = []
-    for vector in contents.vectors:
-        name = vector.module.name
-        if name in refused or (vector.scaled and name in reasons):  # scaled by an unknown factor
-            left_out[vector.key] = reasons[name]
-        else:
-            vector_slots.append(vector)
+        if measure_update(slots[name].keys, source):  # an incomplete update refuses the file
+            owners |= dict.fromkeys(slots.pop(name).keys.values(), name)
+    owners |= {v.key: v.module.name for v in contents.vectors if v.module.name in reasons}
+    vector_slots = [vector for vector in contents.vectors if vector.key not in owners]
+    used = {key for slot in slots.values() for key in slot.keys.values()}
+    used |= {vector.key for vector in vector_slots}
+    behind: dict[str, list[str]] = {}
+    for key in source.headers:
+        if key not in used:
+            path = None if key in told else tensor_keys.find_path(key)
+            behind.setdefault(owners.get(key) or path or key, []).append(key)
+    left_out, unread = {}, {}
+    for name, keys in behind.items():
+        left_out[name] = reasons.get(name) or told.get(name) or tensor_keys.FOREIGN
+        if left_out[name] not in tensor_keys.NO_UPDATES:
+            unread[name] = measure_unread(keys, source)
     if not slots and not vector_slots:
         key, reason = next(iter(left_out.items()))
         if all(_EMBEDDING.match(name) for name in source.headers):
             raise _refuse_embedding(source)
         raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
-    return Contents(list(slots.values()), vector_slots, left_out, unread=unread, refused=refused)
+    return Contents(list(slots.values()), vector_slots, left_out, unread=unread, refused={*reasons})
 
 
 def _find_neighbours(

@@ -66,8 +66,6 @@ def write_adapter(
     adapter = _move_to_cpu(adapter)
     tensors = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
     header = _file_metadata(adapter, chosen, kept)
-    if chosen == "kohya":
-        header.update(headers.compute_hashes(tensors, header))
 
     def write(output: Path) -> None:
         if chosen == "peft":
@@ -152,8 +150,6 @@ def adapter_file_size(
     """
     adapter, chosen, stored = _settle_storage(adapter, format, dtype)
     header = _file_metadata(adapter, chosen)
-    if chosen == "kohya":
-        header.update(headers.blank_hashes(header))
     size = safetensors_size(encoding.outline_tensors(adapter, chosen, stored), header)
     return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
 

@@ -2,11 +2,12 @@
 
 `bench/loader_matrix.py` runs the programs and makes `loaders.json`. For every family it has the
 programs that have models of it (under ""), and for every way of spelling a file (`name_row`) what
-each leaves unread: patterns of modules. An empty list is a file read whole; a missing program reads
-nothing. `!` before the patterns: the program stops at a file with one of them. null: it leaves more
-modules than are listed. `?`: how much it leaves is not known. A row with `TEXT` behind its name has
-the text encoders that programs leave unread in such a file; for a missing program this is not
-known. A row with `ALPHA` behind it replaces what it names where alphas are, or are not, as usual.
+each leaves unread, or reads with its rows in another order: patterns of modules. An empty list is a
+file read whole; a missing program reads nothing. `!` before the patterns: the program stops at a
+file with one of them. null: it leaves more modules than are listed. `?`: how much it leaves is not
+known. A row with `TEXT` behind its name has the text encoders that programs leave unread in such a
+file; for a missing program this is not known. A row with `ALPHA` behind it replaces the one before
+where alphas are not as usual in the format.
 """
 
 from __future__ import annotations

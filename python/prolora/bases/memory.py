@@ -19,8 +19,6 @@ from ..files.sizes import format_size
 
 # One stack of weights in float32, without a bound.
 STACK_BYTES = 96 << 20
-# LoRAs that are moved together, without a bound: their factors before and after.
-LORA_BYTES = 4 << 30
 # What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
 # for each of mn entries, of d² (Gram matrix), of (m + n)k (basis) and of k². Above what was
 # measured (docs/performance.md).
@@ -93,13 +91,6 @@ class Memory:
         if self.limit is None:
             return Room(None, self.rank, on_gpu)
         return Room(self.limit - resident_bytes() - results - SLACK, self.rank, on_gpu)
-
-    @property
-    def lora_bytes(self) -> int:
-        """Bytes for LoRAs that are moved together."""
-        if self.limit is None:
-            return LORA_BYTES
-        return min(LORA_BYTES, max(0, self.limit - resident_bytes() - SLACK) // 3)
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,12 @@ def check(
         found = replace(found, fit=fit_base(opened, base))
     if source is not None and target is not None:
         from ..bases import open_base
-        from ..moving.base_pair import preview_move
+        from ..moving.base_pair import BasePair
         from ..moving.options import TransferOptions
 
-        options = TransferOptions(cache=cache, progress=progress)
+        pair = open_base(source), open_base(target), TransferOptions(cache=cache, progress=progress)
         try:
-            told = preview_move(lora, open_base(source), open_base(target), options).in_words()
+            told = BasePair.open(*pair).foresee(lora, weighed=True).in_words()
         except UnrelatedBases as error:
             told = InWords("✖", str(error))
         found = replace(found, move=told)

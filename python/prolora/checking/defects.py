@@ -56,6 +56,9 @@ def find_defects(
         mend = f"load it at strength {1 / factor:.3g}" if every else "download it again"
         mend += f"; or `convert()` it with `alpha={trained:g}`"
         found.append(Defect("⚠", f"{text}says {trained:g}.", mend))
+    elif any(slot.module.format == "kohya" and "magnitude" in slot.keys for slot in lost):
+        text = "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
+        found.append(Defect("⚠", text, "if its alpha was not its rank, `convert()` with `alpha`"))
     odd = {
         slot.module.name: slot
         for slot in slots

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,9 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
         scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     except ProLoRAError as error:
         return _describe_refused(opened, found, str(error))
-    found = _describe_contents(opened, contents, scales, found, program)
     look = find_deep_defects if deep else lambda *_: ()
     defects = *find_defects(contents.slots, scales, opened), *look(contents.slots, scales, opened)
-    return replace(found, defects=defects)
+    return replace(_describe_contents(opened, contents, scales, found, program), defects=defects)
 
 
 def _describe_contents(
@@ -149,8 +148,7 @@ def _ask_programs(
     return readers, count_skipped(family, row, modules, program, swapped)
 
 
-def _describe_part(slots: Iterable[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
-    slots = list(slots)
+def _describe_part(slots: list[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:
     ranks = Counter(slot.form.rank for slot in slots if slot.form.rank)
     return Part(
         len(slots),

@@ -165,7 +165,7 @@ def prepare_streams() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
-_LORAS = re.compile(r"LoRA (\d+)(?:–(\d+))? of (\d+): ")
+_LORAS = re.compile(r"LoRA (\d+) of (\d+): ")
 
 
 def weigh_stages(show: ShowProgress, stages: Mapping[str, float]) -> ShowProgress:
@@ -178,17 +178,15 @@ def weigh_stages(show: ShowProgress, stages: Mapping[str, float]) -> ShowProgres
 
     def update(done: int, total: int, name: str) -> None:
         nonlocal reached
-        first, last, count = 1, 1, 1
-        if told := _LORAS.match(name):
-            first, count = int(told[1]), int(told[3])
-            last = int(told[2] or first)
+        told = _LORAS.match(name)
+        this, count = (int(told[1]), int(told[2])) if told else (1, 1)
         what = name[told.end() if told else 0 :]
         words = [*stages]
         at = next((i for i, word in enumerate(words) if word and what.startswith(word)), None)
         at = words.index("") if at is None else at
         share = sum(stages[word] for word in words[:at])
         share += stages[words[at]] * done / max(1, total)
-        reached = max(reached, (first - 1 + (last - first + 1) * share) / count)
+        reached = max(reached, (this - 1 + share) / count)
         show(round(1000 * reached), 1000, name)
 
     return update

@@ -41,23 +41,24 @@ class Alignment:
 
 
 def align_bases(
-    names: Sequence[tuple[str, str]], source: Basis, target: Basis, notes: JsonTable
+    names: Sequence[tuple[str | None, ...]], source: Basis, target: Basis, notes: JsonTable
 ) -> Alignment:
     """Returns the alignment of a stack of pairs; computes only what notes lack.
 
     Args:
-        names: of each pair the names of its two bases (`BasisCache.names`).
+        names: of each pair the names of its two bases (`BasisCache.names`), or None.
         source: the source's bases, [b, m, n].
         target: the target's.
         notes: the table of the two base models (`BasisCache.pairs`); what is computed goes there.
     """
-    keys = [" ".join((KEY_PREFIX, *pair)) for pair in names]
-    known = [_check_row(notes.get(key)) for key in keys]
+    keys = [None if None in pair else " ".join((KEY_PREFIX, *map(str, pair))) for pair in names]
+    known = [_check_row(notes.get(key)) if key else None for key in keys]
     missing = [i for i, row in enumerate(known) if row is None]
     if missing:
         computed = _compute_rows(source.take(missing), target.take(missing))
         for i, row in zip(missing, computed, strict=True):
-            notes.put(keys[i], row)
+            if key := keys[i]:
+                notes.put(key, row)
             known[i] = row
     rows = [row for row in known if row is not None]
     columns = torch.tensor(rows, dtype=torch.float64, device=source.U.device)[:, :OVERLAPS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -17,18 +16,10 @@ from ..core.methods import MethodChoice
 from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ..moving.assembly import build_metadata, list_kernels
 from ..moving.base_check import check_bases
-from ..moving.base_pair import (
-    BasePair,
-    Depth,
-    Notes,
-    list_inputs,
-    prefix_notes,
-    preview_move,
-    read_lora,
-)
+from ..moving.base_pair import BasePair, Depth, prefix_notes, read_lora
 from ..moving.ledger import Ledger
 from ..moving.options import FIT, LoraLike
-from ..moving.result import Transfer
+from ..moving.result import Notes, Transfer, list_inputs
 from ..moving.rows import check_coverage
 from ..moving.transfer_report import TransferReport
 from ..reports.lora_report import LoraReport
@@ -142,12 +133,9 @@ def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) ->
 def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
     """Reports as `plan_fit`, and compares the weights to say whether they serve."""
     report = plan_fit(lora, source, target, options)
-    known = options.cache is not None and os.path.isdir(
-        os.fspath(options.cache)
-    )  # it makes no folder
-    moving = replace(options.as_moved("auto"), cache=options.cache if known else None)
+    moving = options.as_moved("auto")
     try:
-        found = preview_move(lora, source, target, moving)
+        found = BasePair.open(source, target, moving, dry_run=True).foresee(lora, weighed=True)
     except ProLoRAError:
         return report
     return replace(report, why=_tell_serving(source, target, options, found))
@@ -198,7 +186,7 @@ def move_rival(job: FitJob) -> Rival | None:
             options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
             try:
                 pair = BasePair(job.source, job.target, options, cache)
-                (ledger,) = pair.move([pair.plan(job.adapter)])
+                ledger = pair.move(pair.plan(job.adapter))
                 return Rival(pair.finish(ledger, hashed=False), ledger, refusal)
             except UnrelatedBases as error:
                 refusal = error

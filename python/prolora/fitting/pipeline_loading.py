@@ -6,7 +6,7 @@ from typing import Any
 
 from ..bases import BaseLike, open_pair
 from ..errors import InvalidOption
-from ..moving.base_pair import move_lora
+from ..moving.base_pair import BasePair
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 from ..reports.lora_report import LoraReport
@@ -51,7 +51,7 @@ def load_moved_lora(
     options = settle_options(options, changes)
     if options.method == BEST:
         raise InvalidOption("models in memory take a LoRA by weights alone: auto, copy or prolora")
-    done = move_lora(lora, *open_pair(source, pipe), options)
+    done = BasePair.open(*open_pair(source, pipe), options).transfer(lora)
     before = _list_adapters(pipe)
     pipe.load_lora_weights(done.state_dict("diffusers"), adapter_name=adapter_name)
     if adapter_weight != 1:

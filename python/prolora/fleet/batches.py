@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..bases.cache.basis_cache import BasisCache
 from ..bases.experts import open_experts, pair_experts
 from ..bases.identity import compute_identity
-from ..core.precision import full_precision
 from ..errors import OutputExists, ProLoRAError
 from ..files.store import Store, refusal
-from ..moving.dry_run import plan_report
+from ..moving.base_pair import BasePair
+from ..moving.batch import LORA_FAILURES, as_refusal
 from ..moving.options import TransferOptions
 from ..moving.output_paths import make_folders, name_output
-from ..moving.pair_mover import PairMover, Task, as_refusal
+from ..moving.result import save_result
 from ..moving.resume import Recipe
 from ..reports.outcome import Outcome
 from ..version import __version__
@@ -77,10 +75,10 @@ class Job:
 
 def plan_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
     """Says what would become of the LoRAs of a batch."""
-    pair = _find_pair(batch)
+    pair = BasePair.open(*_find_pair(batch), job.options, dry_run=True)
     for lora, _ in batch.loras:
         try:
-            plan_report(lora, *pair, job.options)
+            pair.foresee(lora)
             yield Migrated(lora, batch.label, "would move")
         except ProLoRAError as error:
             yield Migrated(lora, batch.label, "refused", error=str(error))
@@ -94,56 +92,50 @@ def _find_pair(batch: Batch) -> tuple[Any, Any]:
 
 
 # The bases of the last batch of this process stay open for the next.
-_opened: dict[str, tuple[PairMover, BasisCache]] = {}
+_opened: dict[str, BasePair] = {}
 
 
-def _open_mover(batch: Batch, job: Job) -> tuple[PairMover, BasisCache, tuple[str, ...]]:
+def _open_bases(batch: Batch, job: Job) -> tuple[BasePair, tuple[str, ...]]:
     """Opens a batch's bases with all that is known, and their current digests."""
     source, target = _find_pair(batch)
-    cache = BasisCache(job.options.cache)
-    digests = tuple(compute_identity(base, cache.folder) or "" for base in (source, target))
+    folder = None if job.options.cache is None else Path(job.options.cache)
+    digests = tuple(compute_identity(base, folder) or "" for base in (source, target))
     key = repr((batch.source, batch.target, batch.expert, job, digests))
     if key not in _opened:
         _opened.clear()
-        _opened[key] = PairMover.open(source, target, job.options, cache), cache
-    return (*_opened[key], digests)
+        _opened[key] = BasePair.open(source, target, job.options)
+        _opened[key].match_blocks()
+    return _opened[key], digests
 
 
 def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
     """Moves the LoRAs of a batch; existing results are done."""
-    with full_precision():
-        mover, cache, digests = _open_mover(batch, job)
-        ends = mover.pair.source, mover.pair.target
-        make_folders([Path(job.folder) / batch.label])
-
-        def name(task: Task, appended: str) -> None:
-            task.recipe = Recipe.of(task.lora, *ends, mover.asked, digests)
-            plain = name_output(task.lora, mover.asked.format or "auto", appended)
+    pair, digests = _open_bases(batch, job)
+    make_folders([Path(job.folder) / batch.label])
+    for name, appended in batch.loras:
+        lora, out = Path(name), Path()
+        try:
+            recipe = Recipe.of(lora, pair.source, pair.target, job.options, digests)
+            plain = name_output(lora, job.options.format or "auto", appended)
             title, suffix, _ = plain.partition(".safetensors")
-            task.out = job.store.path(
-                batch.label, task.recipe.made_of, title=title, suffix=suffix, digits=_DIGITS
+            out = job.store.path(
+                batch.label, recipe.made_of, title=title, suffix=suffix, digits=_DIGITS
             )
-
-        tasks = []
-        for lora, appended in batch.loras:
-            task = Task(Path(lora), Path())
-            task.attempt(partial(name, task, appended))
-            if task.outcome and task.outcome.error:
-                yield note_refusal(batch, job, task.lora, task.outcome.error)
-            elif job.store.have(task.out):
-                yield Migrated(lora, batch.label, "already there", str(task.out))
-            else:
-                tasks.append(task)
-        with cache.saving():
-            for task in mover.run(tasks, cache, [task.lora for task in tasks]):
-                assert task.outcome is not None
-                yield _tell(batch, job, task.outcome)
+            if job.store.have(out):
+                yield Migrated(name, batch.label, "already there", str(out))
+                continue
+            with recipe.lora as opened:
+                done = save_result(pair.transfer(opened, recipe.describe), out, overwrite=False)
+            outcome = Outcome(lora, out, done.report)
+        except LORA_FAILURES as error:
+            outcome = Outcome(lora, out, error=as_refusal(error))
+        yield _tell(batch, job, outcome)
 
 
 def _tell(batch: Batch, job: Job, outcome: Outcome) -> Migrated:
     """Reports what became of a LoRA; raises what would stop the next one, too."""
     lora, error = outcome.lora, outcome.error
-    was_there = outcome.kept or isinstance(error, OutputExists)  # another process was faster
+    was_there = isinstance(error, OutputExists)  # another process was faster
     if error is not None and not was_there:
         if isinstance(error.__cause__, OSError) and lora.exists():
             raise error

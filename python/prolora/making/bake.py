@@ -129,8 +129,8 @@ def _sum_updates(
     for lora, strength, weights in zip(loras, strengths, blocks, strict=True):
         check_moved_before(lora, model, TransferOptions())
         adapter = read_plain(lora, model)
-        if adapter.unread or adapter.refused:
-            gone = next(iter([*adapter.unread, *adapter.refused]))
+        if adapter.unread:
+            gone = next(iter(adapter.unread))
             raise UnsupportedFormat(f"{gone}: this update cannot be read, so it cannot be baked")
         factors = find_factors(weights, adapter, model)
         for name, update in adapter.updates.items():

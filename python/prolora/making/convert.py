@@ -23,14 +23,13 @@ from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import explain_misfit
-from ..moving.base_pair import list_inputs
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.file_budget import OutputForm
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, name_lora
 from ..moving.out_rank import cut_rank
 from ..moving.output_paths import check_output
-from ..moving.result import Transfer, pack_result, save_result
+from ..moving.result import Transfer, list_inputs, pack_result, save_result
 from ..moving.rows import (
     describe_conversion,
     describe_left_out,

@@ -336,7 +336,7 @@ class _Difference:
         """Outlines the LoRA of some updates, without vectors and header."""
         base = self.base
         shapes = {name: base.shapes[name] for name in updates}
-        kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
+        kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
         dtype = self.options.stored_dtype
         return Adapter(updates, kernels, format=self._usual_format, family=base.family, dtype=dtype)
 

@@ -28,7 +28,8 @@ class MadeReport(LoraReport):
             return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
         residual = 100 * max(0.0, 1 - kept) ** 0.5
         lost = f"{residual:.3g}%" if residual >= 1e-3 else "less than 0.001%"
-        headline = f"It holds {kept:.2%} of the energy of {self.original}, and differs from it by "
+        original = f"what was read of {self.original}" if self.unread else self.original
+        headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by "
         mark: Mark = "✔" if kept >= ENOUGH else "⚠"
         return InWords(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
 

@@ -55,7 +55,7 @@ def assemble_adapter(
 def list_kernels(modules: Iterable[str], target: Base) -> dict[str, tuple[int, ...]]:
     """Returns module -> (kh, kw), or (k,), of the target's convolutions."""
     shapes = {name: target.shapes.get(name, ()) for name in modules}
-    return {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
+    return {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
 
 
 def build_metadata(ledger: Ledger) -> dict[str, str]:

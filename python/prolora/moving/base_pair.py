@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from pathlib import Path
 from typing import Literal
 
 from .. import adapters
@@ -24,18 +24,16 @@ from .assembly import assemble_adapter, build_metadata, build_report, outline_re
 from .base_check import check_bases
 from .block_weights import weigh_adapter
 from .carried_vectors import carry_vectors
-from .decision import Looked, decide_method, label_stage
+from .decision import decide_method, label_stage
 from .file_budget import OutputForm, describe_cuts
-from .ledger import LORA_FAILURES, Clock, Ledger
-from .move_updates import move_all
+from .ledger import Clock, Ledger
+from .move_updates import move_updates
 from .options import LoraLike, TransferOptions
 from .plan import make_plan
-from .result import Transfer, pack_result
+from .result import Notes, Transfer, list_inputs, pack_result
+from .resume import make_file
 from .rows import check_coverage, outline_rows
 from .transfer_report import TransferReport
-
-Notes = Callable[[], Mapping[str, str]]
-"""What the header of a result says of its making; asked once the LoRA has been read."""
 
 Depth = Literal["updates", "outline", "header"]
 """How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
@@ -54,6 +52,15 @@ class BasePair:
     # How modules are paired, with blocks recognised where only weights tell them; None until it is
     # asked for.
     match: Match | None = None
+
+    @classmethod
+    def open(
+        cls, source: Base, target: Base, options: TransferOptions, *, dry_run: bool = False
+    ) -> BasePair:
+        """Opens the cache that the options name; a dry run makes no folder for it."""
+        known = options.cache is not None and os.path.isdir(os.fspath(options.cache))
+        cache = BasisCache(options.cache if known or not dry_run else None)
+        return cls(source, target, options, cache)
 
     def __post_init__(self) -> None:
         """Looks at no weight yet."""
@@ -114,54 +121,77 @@ class BasePair:
         ledger.adapter = replace(adapter, updates=updates, stored=stored)
         return ledger
 
-    def move(self, ledgers: Iterable[Ledger], progress: Progress | None = None) -> list[Ledger]:
-        """Decides how each LoRA moves, and moves them all; each weight is looked at once.
-
-        What goes wrong with one LoRA is kept in its ledger, and stops no other.
-
-        Args:
-            ledgers: of this pair, planned.
-            progress: called as progress(done, total, target module).
+    def move(self, ledger: Ledger) -> Ledger:
+        """Decides how a planned LoRA moves, and moves it.
 
         Returns:
-            The ledgers, filled; a LoRA whose names turn out to pair blocks wrongly has a new one.
-        """
-        ledgers = list(ledgers)
-        results = 0
-        for i, ledger in enumerate(ledgers):
-            results += ledger.result_bytes
-            try:
-                ledgers[i] = self._decide(
-                    ledger, Looked(self.source, self.cache, self.memory, results)
-                )
-            except LORA_FAILURES as error:
-                ledger.error = error
-        left = [ledger for ledger in ledgers if ledger.error is None]
-        move_all(left, self.source, self.target, self.cache, self.memory, progress)
-        return ledgers
-
-    def preview(self, lora: LoraLike) -> TransferReport:
-        """Compares weights and says what a transfer of a LoRA would give.
+            The ledger, filled; a new one where the names turn out to pair blocks wrongly.
 
         Raises:
             ProLoRAError: see `prolora.transfer`.
         """
-        ledger = self.plan(lora, "outline")
-        ledger = self._decide(ledger, Looked(self.source, self.cache, self.memory, 0))
+        ledger = self._decide(ledger)
+        move_updates(ledger, self.cache, self.memory, self.options.progress)
+        return ledger
+
+    def _decide(self, ledger: Ledger) -> Ledger:
+        """Decides a ledger's method; see `decide_method`."""
+        better = decide_method(ledger, self.cache, self.memory)
+        if better is None:
+            return ledger
+        assert ledger.lora is not None
+        again = self.plan(ledger.lora, match=better)
+        decide_method(again, self.cache, self.memory, renumbered=True)
+        return again
+
+    @in_full_precision
+    def foresee(self, lora: LoraLike, *, weighed: bool = False) -> TransferReport:
+        """Reports what a transfer would map, skip and refuse, from the LoRA's own numbers.
+
+        `weighed` compares the weights of the bases, and says what to expect. Without it they are
+        read only to match blocks by similarity, and what the threshold would skip counts as mapped.
+        Energies of updates that are made with weights of the base (DoRA, OFT, GLoRA) are not known.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        with use_lora(lora) as opened, self.cache.saving():
+            ledger = self.plan(opened, "outline")
+            ledger = self._decide(ledger) if weighed else ledger
         ledger.weigh_rows()
         verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
         rows, vectors = ledger.rows.values(), carry_vectors(ledger)
         return build_report(ledger, rows, vectors, verdict=verdict, dry_run=True)
 
-    def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:
-        """Decides a ledger's method; see `decide_method`."""
-        better = decide_method(ledger, looked)
-        if better is None:
-            return ledger
-        assert ledger.lora is not None
-        again = self.plan(ledger.lora, match=better)
-        decide_method(again, looked, renumbered=True)
-        return again
+    @in_full_precision
+    def transfer(
+        self, lora: LoraLike, notes: Notes | None = None, *, hashed: bool = True
+    ) -> Transfer:
+        """Plans, moves and finishes one LoRA; arguments as in `finish`.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        with use_lora(lora) as opened, self.cache.saving():
+            return self.finish(self.move(self.plan(opened)), notes, hashed=hashed)
+
+    def run(
+        self,
+        lora: LoraLike,
+        out: str | PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Transfer:
+        """Moves a LoRA into memory or to a path; keeps a result of the same recipe there."""
+        pair = replace(self, options=replace(self.options, progress=progress))
+        if out is None:
+            return pair.transfer(lora)
+        return make_file(
+            (lora, self.source, self.target),
+            out,
+            [pair.options],
+            pair.foresee,
+            lambda opened, notes: pair.transfer(opened, notes[0]),
+        )
 
     def finish(
         self, ledger: Ledger, notes: Notes | None = None, *, hashed: bool = True
@@ -178,8 +208,6 @@ class BasePair:
             LowCoverage: fewer modules moved than was asked for.
             ProLoRAError: what stopped the move.
         """
-        if ledger.error:
-            raise ledger.error
         options = ledger.options
         check_coverage(ledger.rows.values(), options.min_coverage, options.threshold)
         updates = ledger.moved | {n: ledger.adapter.updates[n] for n in ledger.plan.passed}
@@ -233,48 +261,6 @@ def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
     return nullcontext(lora) if isinstance(lora, Lora | Adapter) else Lora.open(lora)
 
 
-@in_full_precision
-def move_lora(
-    lora: LoraLike,
-    source: Base,
-    target: Base,
-    options: TransferOptions,
-    notes: Notes | None = None,
-    *,
-    hashed: bool = True,
-) -> Transfer:
-    """Moves one LoRA by weights; arguments as in `BasePair.finish`.
-
-    Raises:
-        ProLoRAError: see `prolora.transfer`.
-    """
-    with use_lora(lora) as opened, BasisCache(options.cache).saving() as cache:
-        pair = BasePair(source, target, options, cache)
-        (ledger,) = pair.move([pair.plan(opened)], options.progress)
-        return pair.finish(ledger, notes, hashed=hashed)
-
-
-@in_full_precision
-def preview_move(
-    lora: LoraLike, source: Base, target: Base, options: TransferOptions
-) -> TransferReport:
-    """Compares weights and says what a transfer of one LoRA would give.
-
-    Raises:
-        ProLoRAError: see `prolora.transfer`.
-    """
-    with BasisCache(options.cache).saving() as cache:
-        return BasePair(source, target, options, cache).preview(lora)
-
-
 def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
     """Gives notes on how a file was made their names in a header."""
     return {f"prolora.{key}": text for key, text in notes.items()}
-
-
-def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
-    """Lists the files and folders that the LoRA and the bases come from."""
-    if isinstance(lora, str | PathLike):
-        lora = Lora.open(lora)
-    there = [lora.location] if isinstance(lora, Lora) and lora.location else []
-    return [*there, *(path for base in bases for path in base.files)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..architectures.modules import matrix_shape
 from ..bases import Base
@@ -19,23 +19,12 @@ from ..errors import UnrelatedBases
 from .ledger import Ledger, Moved
 
 
-@dataclass(frozen=True)
-class Looked:
-    """With what weights are looked at."""
-
-    source: Base  # the base that LoRAs were trained on, cut to the target's widths
-    cache: BasisCache  # what is known of the weights
-    memory: Memory  # the bound
-    results: int  # bytes that this LoRA and those before it will take
-
-
-def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -> Match | None:
+def decide_method(
+    ledger: Ledger, cache: BasisCache, memory: Memory, *, renumbered: bool = False
+) -> Match | None:
     """Looks at the pairs of weights and decides how to move the LoRA.
 
-    Args:
-        ledger: of the LoRA.
-        looked: what it takes.
-        renumbered: whether the names were put right already.
+    `renumbered` says that the names were put right already.
 
     Returns:
         None, or the match to plan with instead: method "auto" saw that the names pair blocks
@@ -46,46 +35,44 @@ def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -
         UnrelatedBases: method "auto", and the weights have nothing in common.
         TooLittleMemory: the bound is below what one weight needs.
     """
-    _measure_pairs(ledger, looked)
+    _measure_pairs(ledger, cache, memory)
     options = ledger.options
     if options.method == AUTO:
         cosines = {module: affinity.cosine for module, affinity in ledger.affinities.items()}
         by_names = not ledger.plan.decisions  # names told which block is which
         if by_names and not renumbered:
-            match = recognise_blocks(options.match, looked.source, ledger.target, cosines)
+            match = recognise_blocks(options.match, ledger.source, ledger.target, cosines)
             if match is not options.match:
                 return match
-        _leave_out_strangers(ledger, looked.source)
+        _leave_out_strangers(ledger)
     ledger.asked, ledger.options = options.method, replace(options, method=options.chosen.name)
     return None
 
 
-def _measure_pairs(ledger: Ledger, looked: Looked) -> None:
+def _measure_pairs(ledger: Ledger, cache: BasisCache, memory: Memory) -> None:
     """Notes the affinities and the verdict; see `decide_method`."""
-    pairs, options, memory = ledger.plan.pairs, ledger.options, looked.memory
+    pairs, options, results = ledger.plan.pairs, ledger.options, ledger.result_bytes
     shapes = {matrix_shape(pair.shape) for pair in pairs}
-    memory.check(shapes, "affinity", looked.results)
+    memory.check(shapes, "affinity", results)
     if options.chosen.needs_bases:
-        memory.check(shapes, "bases", looked.results)
+        memory.check(shapes, "bases", results)
     with ledger.clock("check"):
         places = [(pair.source, pair.target) for pair in pairs]
         progress = label_stage("checking", options.progress)
-        room = memory.room(looked.results)
-        affinities = measure_affinities(
-            looked.source, ledger.target, places, progress, looked.cache, room
-        )
+        room = memory.room(results)
+        affinities = measure_affinities(ledger.source, ledger.target, places, progress, cache, room)
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
     ledger.verdict = judge_pairs(affinities) if affinities else None
     ledger.affinities = {pair.target: a for pair, a in zip(pairs, affinities, strict=True)}
 
 
-def _leave_out_strangers(ledger: Ledger, source: Base) -> None:
+def _leave_out_strangers(ledger: Ledger) -> None:
     """Takes the pairs out of the plan whose weights have nothing in common.
 
     Raises:
         UnrelatedBases: that is so of the whole bases.
     """
-    verdict, target = ledger.verdict, ledger.target
+    verdict, source, target = ledger.verdict, ledger.source, ledger.target
     if verdict is None:
         return
     if not verdict.related:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,18 +16,12 @@ from ..core.lowrank import LowRank
 from ..core.methods import Method
 from ..core.precision import is_finite
 from ..core.verdict import STRANGE_COSINE, Verdict
-from ..errors import NonFiniteWeights, ProLoRAError
+from ..errors import NonFiniteWeights
 from ..reports.module_report import LEFT_OUT, Measures, ModuleReport
 from .block_weights import BlockWeights, list_base_blocks
 from .options import LoraLike, TransferOptions
 from .out_rank import cut_rank
 from .plan import ModulePlan, Pair
-
-LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
-"""Errors that end the LoRA in which they happen and no other of the same call."""
-
-BYTES_A_NUMBER = 12
-"""In memory for each number of a LoRA: float32 before the move, twice the rank after it."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,8 @@ class Clock:
         try:
             yield
         finally:
-            self.add(stage, time.perf_counter() - started)
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Adds seconds to a stage."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+            spent = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
 
 @dataclass
@@ -88,9 +79,7 @@ class Ledger:
     moved: dict[str, LowRank] = field(default_factory=dict)  # target module -> update
     # Target module -> factor of its block, where that is not 1
     block_factors: dict[str, float] = field(default_factory=dict)
-    # The time that was spent on this LoRA, with its share of what is done for several
-    clock: Clock = field(default_factory=Clock)
-    error: Exception | None = None  # why it was given up; others go on
+    clock: Clock = field(default_factory=Clock)  # the time that was spent
     doubts: tuple[str, ...] = ()  # what is doubtful of the bases that were given
 
     def find_block_factors(self, vectors: Iterable[str]) -> None:
@@ -143,17 +132,6 @@ class Ledger:
         factor = 2 if self.options.chosen.needs_bases else 1
         updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
         return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
-
-    def add(self, make: Callable[[], Sequence[Moved]]) -> None:
-        """Makes results and enters them; an error ends this LoRA.
-
-        `make` gives updates before their strength and output rank.
-        """
-        try:
-            for moved in make():
-                self.enter(moved)
-        except LORA_FAILURES as error:
-            self.error = error
 
     def enter(self, moved: Moved) -> None:
         """Keeps an update at its strength and output rank, and writes its row.
@@ -214,13 +192,3 @@ def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
     if factor == 0:
         return replace(row, target=None, status="skipped", rank_out=0, reason=LEFT_OUT)
     return replace(row.at_strength(factor), reason=f"{row.reason}; times {factor:g} for its block")
-
-
-@contextmanager
-def share_time(ledgers: Sequence[Ledger], stage: str) -> Iterator[None]:
-    """Times what is done for several LoRAs at once, and gives each its share."""
-    started = time.perf_counter()
-    yield
-    share = (time.perf_counter() - started) / len(ledgers)
-    for ledger in ledgers:
-        ledger.clock.add(stage, share)

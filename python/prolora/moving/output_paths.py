@@ -98,24 +98,32 @@ def is_peft_folder(lora: Path) -> bool:
 
 
 def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Refuses results that overwrite each other.
+    """Refuses results that overwrite each other, or another LoRA's file.
 
     What only looks like an id on the hub has no result.
 
     Raises:
         OutputError: two would be one file, on a volume that ignores case and Unicode forms too.
     """
+    inputs = {_resolve(lora): lora for lora in loras if "\0" not in os.fspath(lora)}
     taken: dict[tuple[str, ...], Path] = {}
     for lora, output in zip(loras, outputs, strict=True):
         if is_broken_id(lora) or "\0" in os.fspath(output):  # its reader says so
             continue
-        other = taken.setdefault(fold_path(Path(os.path.realpath(output))), lora)
+        place = _resolve(output)
+        if inputs.get(place, lora) is not lora:
+            raise OutputError(f"{output} is the input {inputs[place]}; choose another folder")
+        other = taken.setdefault(place, lora)
         if other is not lora:
             raise OutputError(
                 f"two inputs would become {output.name} and overwrite each other: "
                 f"{spell_path(other)} and {spell_path(lora)} (some volumes ignore upper "
                 "and lower case and the form of accents)"
             )
+
+
+def _resolve(path: Path) -> tuple[str, ...]:
+    return fold_path(Path(os.path.realpath(path)))
 
 
 def _fold_name(name: str) -> str:

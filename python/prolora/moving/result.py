@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -13,12 +14,17 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..adapters.lora import Lora
+from ..bases import Base
 from ..files.store import replace_surrogates
 from ..reports.lora_report import LoraReport
 from ..reports.report import VERDICT
 from .file_budget import OutputForm
-from .options import DtypeLike, FormatLike, read_dtype
+from .options import DtypeLike, FormatLike, LoraLike, read_dtype
 from .output_paths import check_output
+
+Notes = Callable[[], Mapping[str, str]]
+"""What the header of a result says of its making; asked once the LoRA has been read."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,6 +138,14 @@ def save_result(done: Transfer, out: Path, overwrite: bool) -> Transfer:
     done.save(out, overwrite=overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done, report=replace(done.report, seconds=seconds))
+
+
+def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
+    """Lists the files and folders that the LoRA and the bases come from."""
+    if isinstance(lora, str | PathLike):
+        lora = Lora.open(lora)
+    there = [lora.location] if isinstance(lora, Lora) and lora.location else []
+    return [*there, *(path for base in bases for path in base.files)]
 
 
 def pack_plan(report: LoraReport) -> Transfer:

@@ -10,9 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..adapters import outline_adapter, read_adapter
+from ..adapters import read_adapter
 from ..adapters.contents import parse_contents
-from ..adapters.left_out import find_unknown_updates
 from ..adapters.lora import Lora
 from ..bases import Base
 from ..comparison.module_map import Matching
@@ -23,11 +22,9 @@ from ..files.hub import keep_path
 from ..reports.lora_report import MovedReport
 from ..reports.report import MADE_BEFORE, VERDICT
 from ..version import __version__
-from .base_pair import Notes, list_inputs
 from .options import LoraLike
 from .output_paths import check_name, check_output
-from .result import Transfer, save_result
-from .rows import list_missed
+from .result import Notes, Transfer, list_inputs, save_result
 
 States = list[list[str | int]]
 BaseName = str | States
@@ -121,17 +118,6 @@ class Recipe:
         made = metadata.get("prolora.lora_hash"), metadata.get("prolora.version")
         return made == (self.lora_hash, __version__) and told == json.loads(json.dumps(self.facts))
 
-    def list_unread(self) -> tuple[str, ...]:
-        """Returns the updates of the LoRA that stay behind because they cannot be read.
-
-        Raises:
-            ProLoRAError: the LoRA cannot be read.
-        """
-        base = self.source
-        outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
-        unknown = find_unknown_updates(outline.left_out)
-        return (*list_missed(outline, self.options.text_encoder), *unknown)
-
 
 def make_file(
     ends: tuple[LoraLike, Base, Base],
@@ -158,8 +144,8 @@ def make_file(
     with Lora.open(keep_path(lora)) as file:
         recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
         if not options.overwrite and any(recipe.is_made(path) for recipe in recipes):
-            before = read_verdict(path)[0] or (MADE_BEFORE,)
-            return Transfer(read_adapter(out), replace(plan(file), before=before))
+            made = read_adapter(out)
+            return Transfer(made, replace(plan(file), before=read_verdict(made.metadata)))
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
         done = make(file, [recipe.describe for recipe in recipes])
         if options.progress:
@@ -168,17 +154,14 @@ def make_file(
         return save_result(done, path, options.overwrite)
 
 
-def read_verdict(out: Path) -> tuple[tuple[str, ...], float | None]:
-    """Reads a result's verdict and share; nothing of other files."""
+def read_verdict(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Reads the verdict in a result's header."""
     try:
-        with Lora.open(out) as result:
-            told = json.loads(result.metadata.get(VERDICT, "{}"))
-        words, share = told.get("words", ()), told.get("share")
-    except (ProLoRAError, ValueError, RecursionError, AttributeError):
-        return (), None
-    if not isinstance(words, list) or not all(isinstance(line, str) for line in words):
-        return (), None
-    return tuple(words), share if isinstance(share, float | int) else None
+        words = json.loads(metadata[VERDICT])["words"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        words = []
+    told = isinstance(words, list) and all(isinstance(line, str) for line in words)
+    return tuple(words) if words and told else (MADE_BEFORE,)
 
 
 def _list_states(files: Iterable[Path]) -> States:

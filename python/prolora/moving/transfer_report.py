@@ -188,8 +188,9 @@ class TransferReport(MovedReport):
     def _tell_energy(self) -> list[str]:
         """Tells what the moved modules keep of the LoRA."""
         totals, mixed = self.totals, self.totals["energy_mixed"]
+        whole = "energy that was read" if self.unread else "LoRA's energy"
         told = [
-            f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
+            f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
             f"'{self.method}' at strength {self.strength:.2g} keeps "
             f"{totals['energy_surviving']:.0%} of that, and its result is "
             f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."

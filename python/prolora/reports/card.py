@@ -43,7 +43,7 @@ def write_card(card: Path, outcomes: Iterable[Outcome], overwrite: bool = False)
         OutputError: the card cannot be written.
     """
     written = [one for one in outcomes if not one.planned and not one.error]
-    if any(one.report for one in written):
+    if not all(one.kept for one in written):
         put_text(card, _render_card(written), overwrite=overwrite)
 
 
@@ -88,7 +88,7 @@ def _describe_data(
 
 def _describe_lora(one: Outcome, header: dict[str, str], move: Move) -> list[str]:
     said = ["Moved in an earlier run."]
-    if one.report:
+    if one.report and not one.kept:
         words = one.report.in_words()
         lines = [line for line in words.lines if not line.startswith("Next:")]
         said = [f"{words.mark} {words.headline}", *lines, *words.cautions]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters.left_out import find_unknown_updates
 from ..errors import ProLoRAError
 from ..files.hub import spell_path
 from .lora_report import LoraReport
@@ -23,12 +22,9 @@ class Outcome:
     Attributes:
         lora: the input.
         out: where the result is, or would have been.
-        report: None if it failed, or was there already.
+        report: None if it failed; of what was there already, from headers.
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
-        before: the verdict of what was kept.
-        before_share: its share.
-        behind: updates of the LoRA that could not be read, where there is no report to say so.
         planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
     """
@@ -38,32 +34,25 @@ class Outcome:
     report: LoraReport | None = None
     error: ProLoRAError | None = None
     kept: bool = False
-    before: tuple[str, ...] = ()
-    before_share: float | None = None
-    behind: tuple[str, ...] = ()
     planned: bool = False
     seconds: float = 0.0
 
     @property
     def unread(self) -> tuple[str, ...]:
         """Updates of the LoRA that could not be read and stay behind."""
-        if self.report is None:
-            return self.behind
-        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
+        return self.report.unread if self.report else ()
 
     @property
     def words(self) -> InWords:
         """The verdict, or the error."""
         if self.error:
             return InWords("✖", str(self.error))
-        if self.report is None:
-            return read_again(self.before or (MADE_BEFORE,))
-        return self.report.in_words()
+        return self.report.in_words() if self.report else read_again((MADE_BEFORE,))
 
     @property
     def share(self) -> float | None:
         """What found a place, 0 … 1."""
-        return self.report.totals["energy_mapped"] if self.report else self.before_share
+        return self.report.totals["energy_mapped"] if self.report else None
 
     @property
     def status(self) -> OutcomeStatus:
@@ -83,6 +72,4 @@ class Outcome:
         }
         if self.error:
             entry["error"] = self.error.to_dict()
-        if self.behind:
-            entry["unread"] = list(self.behind)
         return entry | (self.report.to_dict() if self.report else {})

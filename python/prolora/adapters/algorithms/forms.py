@@ -68,7 +68,8 @@ class Form:
     out: int  # rows of ΔW
     inputs: int  # columns of ΔW as a matrix, in·kh·kw; 0 where only the base weight knows
     rank: int  # the rank the file states, which alpha is divided by; 0 for none
-    kernel: Shape | None = None  # (kh, kw) of a convolution, (k,) of one along a line
+    # (kh, kw) of a convolution, (k,) of one along a line, (kt, kh, kw) of one over time
+    kernel: Shape | None = None
 
 
 def kind_of_roles(roles: Set[str]) -> str:
@@ -136,15 +137,13 @@ def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
 def _lora_form(shapes: Mapping[str, Shape]) -> Form | None:
     down, up = shapes["down"], shapes["up"]
     core = shapes.get("mid", down)
-    fits = len(down) in ((2, 4) if "mid" in shapes else (2, 3, 4)) and len(up) in (2, len(core))
-    fits = fits and len(core) == (4 if "mid" in shapes else len(down))
+    fits = {len(down), len(up)} <= {2, len(core)} and 2 + ("mid" in shapes) <= len(core) <= 5
     if not fits or up[1] != core[0] or math.prod(up[2:]) != 1:
         return None
     if "mid" in shapes:
         if core[1] != down[0] or math.prod(down[2:]) != 1:
             return None
-        kernel = (core[2], core[3])
-        return Form("tucker", up[0], down[1] * math.prod(kernel), down[0], kernel)
+        return Form("tucker", up[0], down[1] * math.prod(core[2:]), down[0], core[2:])
     if len(down) == 2:
         return Form("lora", up[0], down[1], down[0])
     algorithm = "lora" if set(down[2:]) == {1} else "locon"
@@ -160,11 +159,11 @@ def _loha_form(shapes: Mapping[str, Shape]) -> Form | None:
         fits = fits and w1_a[1] == w1_b[0] and w2_a[1] == w2_b[0]
         return Form("loha", w1_a[0], w1_b[1], w1_b[0]) if fits else None
     t1, t2 = shapes["hada_t1"], shapes["hada_t2"]
-    fits = len(t1) == 4 and len(t2) == 4 and t1[2:] == t2[2:]
+    fits = 2 < len(t1) <= 5 and t1[2:] == t2[2:]
     fits = fits and (w1_a[1], w1_b[1]) == (w2_a[1], w2_b[1])
     fits = fits and t1[:2] == (w1_a[0], w1_b[0]) and t2[:2] == (w2_a[0], w2_b[0])
-    kernel = (t1[2], t1[3]) if fits else (0, 0)
-    return Form("loha", w1_a[1], w1_b[1] * math.prod(kernel), w1_b[0], kernel) if fits else None
+    inputs = w1_b[1] * math.prod(t1[2:])
+    return Form("loha", w1_a[1], inputs, w1_b[0], t1[2:]) if fits else None
 
 
 def _lokr_form(shapes: Mapping[str, Shape]) -> Form | None:
@@ -180,29 +179,27 @@ def _lokr_form(shapes: Mapping[str, Shape]) -> Form | None:
         rank = shapes["lokr_w2_b"][0]
     else:
         rank = shapes["lokr_w1_b"][0] if "lokr_w1_b" in shapes else 0
-    kernel = (w2[2], w2[3]) if len(w2) == 4 else None
-    return Form("lokr", w1[0] * w2[0], w1[1] * math.prod(w2[1:]), rank, kernel)
+    return Form("lokr", w1[0] * w2[0], w1[1] * math.prod(w2[1:]), rank, w2[2:] or None)
 
 
 def _whole_or_product(shapes: Mapping[str, Shape], half: str) -> Shape | None:
-    """Returns the shape of one half of a LoKr: [m, n] or [m, n, kh, kw]."""
+    """Returns the shape of one half of a LoKr: [m, n] or [m, n, …] with a kernel."""
     if half in shapes:
-        return shapes[half] if len(shapes[half]) in (2, 4) else None
+        return shapes[half] if 2 <= len(shapes[half]) <= 5 else None
     a, b, core = shapes[f"{half}_a"], shapes[f"{half}_b"], shapes.get("lokr_t2")
-    if len(a) != 2 or len(b) not in (2, 4):
+    if len(a) != 2 or not 2 <= len(b) <= 5:
         return None
     if half == "lokr_w2" and core is not None:
-        fits = len(core) == 4 and len(b) == 2 and core[:2] == (a[0], b[0])
+        fits = 2 < len(core) <= 5 and len(b) == 2 and core[:2] == (a[0], b[0])
         return (a[1], b[1], *core[2:]) if fits else None
     return (a[0], *b[1:]) if a[1] == b[0] else None
 
 
 def _difference_form(shapes: Mapping[str, Shape]) -> Form | None:
     diff = shapes["diff"]
-    if len(diff) not in (2, 4):
+    if len(diff) not in (2, 4, 5):
         return None
-    kernel = (diff[2], diff[3]) if len(diff) == 4 else None
-    return Form("full", diff[0], math.prod(diff[1:]), 0, kernel)
+    return Form("full", diff[0], math.prod(diff[1:]), 0, diff[2:] or None)
 
 
 def _glora_form(shapes: Mapping[str, Shape]) -> Form | None:
@@ -211,7 +208,7 @@ def _glora_form(shapes: Mapping[str, Shape]) -> Form | None:
     On a convolution a1 and a2 act on its input channels.
     """
     a1, a2, b1, b2 = (shapes[role] for role in ("a1", "a2", "b1", "b2"))
-    if any(len(shape) not in (2, 4) for shape in (a1, a2, b1, b2)):
+    if any(not 2 <= len(shape) <= 5 for shape in (a1, a2, b1, b2)):
         return None
     fits = a1[1] == a2[0] and a1[0] == a2[1] and math.prod(a1[2:]) == math.prod(a2[2:]) == 1
     product = _lora_form({"up": b1, "down": b2} | ({"mid": shapes["bm"]} if "bm" in shapes else {}))

@@ -64,7 +64,7 @@ def lora_product(tensors: Tensors) -> LowRank:
     if "mid" not in tensors:
         return LowRank(up, down.flatten(1))
     work = torch.promote_types(down.dtype, torch.float32)
-    core = torch.einsum("rskl,si->rikl", tensors["mid"].double(), down.flatten(1).double())
+    core = torch.einsum("rs...,si->ri...", tensors["mid"].double(), down.flatten(1).double())
     return LowRank(up.to(work), core.flatten(1).to(work))
 
 
@@ -81,7 +81,7 @@ def _hadamard_half(tensors: Tensors, number: int) -> tuple[Tensor, Tensor]:
     core = tensors.get(f"hada_t{number}")
     if core is None:
         return a, b
-    return a.mT, torch.einsum("ijkl,jn->inkl", core.double(), b).flatten(1)
+    return a.mT, torch.einsum("ij...,jn->in...", core.double(), b).flatten(1)
 
 
 def _kronecker_half(tensors: Tensors, half: str) -> Tensor:
@@ -91,7 +91,7 @@ def _kronecker_half(tensors: Tensors, half: str) -> Tensor:
 
 
 def _second_half(tensors: Tensors) -> Tensor:
-    """Returns w₂ as a matrix [c, d·kh·kw].
+    """Returns w₂ as a matrix [c, d·k], k of all the kernel.
 
     The columns of kron(w₁, w₂) have the order of ΔW's.
     """
@@ -99,4 +99,4 @@ def _second_half(tensors: Tensors) -> Tensor:
     if core is None:
         return _kronecker_half(tensors, "lokr_w2").flatten(1)
     a, b = tensors["lokr_w2_a"].double(), tensors["lokr_w2_b"].double()
-    return torch.einsum("ijkl,ip,jr->prkl", core.double(), a, b).flatten(1)
+    return torch.einsum("ij...,ip,jr->pr...", core.double(), a, b).flatten(1)

@@ -18,6 +18,7 @@ from ...core.precision import is_finite
 from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from .. import vectors
 from ..adapter import Adapter, StoredUpdate
+from ..keys import module_names
 from .groups import Group, find_authors, find_paths, group_modules
 from .peft_patterns import PatternTable
 
@@ -223,11 +224,15 @@ def peft_config(
     ranks = {
         name: owners[name].rank if name in owners else update.rank
         for name, update in adapter.updates.items()
-        if component in (None, find_component(name))
+        if component in (None, _find_model(name))
     }
     scales = {name: owners[name].scale for name in ranks if name in owners}
-    local = {_config_name(name): rank for name, rank in ranks.items()}
-    alphas = {_config_name(n): _whole(scales.get(n, 1.0) * rank) for n, rank in ranks.items()}
+    inside = module_names.ADAPTER if component == "text_conditioner" else ""
+    local = {_config_name(n).removeprefix(inside): rank for n, rank in ranks.items()}
+    alphas = {
+        _config_name(n).removeprefix(inside): _whole(scales.get(n, 1.0) * rank)
+        for n, rank in ranks.items()
+    }
     common, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (local, alphas))
     dora = any(owners[name].kind.endswith("+dora") for name in scales)
     return ({"use_dora": True} if dora else {}) | {
@@ -241,6 +246,11 @@ def peft_config(
         "bias": "none",
         "lora_bias": any(_has_lora_bias(adapter, name) for name in adapter.vectors),
     }
+
+
+def _find_model(name: str) -> str:
+    """Returns the model that holds a module in diffusers."""
+    return "text_conditioner" if name.startswith(module_names.ADAPTER) else find_component(name)
 
 
 def _config_name(name: str) -> str:
@@ -283,7 +293,7 @@ def diffusers_metadata(
     if not configured and (owners or len({x.rank for x in adapter.updates.values()}) <= 1):
         return None
     table: dict[str, Any] = {}
-    for component in dict.fromkeys(map(find_component, adapter.updates)):
+    for component in dict.fromkeys(map(_find_model, adapter.updates)):
         config = peft_config(adapter, component=component, owners=owners)
         table |= {f"{component}.{option}": value for option, value in config.items()}
     return table

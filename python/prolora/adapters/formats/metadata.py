@@ -1,33 +1,22 @@
-"""Header metadata of LoRA files: changes by a transfer, and kohya's hashes."""
+"""Header metadata of LoRA files, and what a transfer changes of it."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import safetensors.torch
-from torch import Tensor
-
-from ...files.hashing import hash_parts, view_bytes
-from ...files.safetensors_writing import encode_header, order_tensors
 from ..training_words import combine_tags
 from .model_ids import SPECIFICATION, find_ids
 from .moves import PREFIX
 from .peft_config import METADATA_KEY
 
-# The bytes of a file that kohya's older hash covers.
-_WINDOW = 0x100000, 0x110000
-
 _LISTED = ("modelspec.trigger_phrase", "modelspec.tags", "modelspec.author")
 _STATED_BASE = (f"{PREFIX}target", f"{PREFIX}target_hash")
 
 # True only of the file they were written into.
-SPECIFIED_HASH = "modelspec.hash_sha256"
 _OF_THE_FILE = (
     "sshs_model_hash",
     "sshs_legacy_hash",
-    SPECIFIED_HASH,
+    "modelspec.hash_sha256",
     METADATA_KEY,
 )
 
@@ -151,54 +140,3 @@ def _describe_ranks(kept: dict[str, str], format: str, ranks: set[int]) -> None:
     if format == "kohya" or "ss_network_dim" in kept:
         dim = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
         kept["ss_network_dim"] = kept["ss_network_alpha"] = dim
-
-
-def blank_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns entries as long as `compute_hashes`', for any tensors."""
-    blank = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
-    return blank | ({SPECIFIED_HASH: "0x" + "0" * 64} if _is_specified(metadata) else {})
-
-
-def compute_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the hashes in a kohya file's header: kohya's two and `modelspec`'s.
-
-    The last covers all bytes after the header, in files that state their architecture.
-    """
-    hashes = kohya_hashes(tensors, metadata)
-    if _is_specified(metadata):
-        hashes[SPECIFIED_HASH] = f"0x{hash_parts(order_tensors(tensors).values())}"
-    return hashes
-
-
-def _is_specified(metadata: Mapping[str, str]) -> bool:
-    return "modelspec.architecture" in metadata
-
-
-def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the two hashes by which A1111's relatives know a LoRA.
-
-    Both are taken of the file as it would be with only the `ss_*` metadata, so that editing a title
-    changes neither. The first covers everything after the header, the second 64 KiB at 1 MiB.
-    """
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    # As safetensors lays a file out: here no copy of all tensors is made, which it needs twice.
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1:
-        # Rust wants plain dense tensors; views of one storage would be refused.
-        data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, training)
-        view = memoryview(data)
-        return _hash_pieces(8 + int.from_bytes(view[:8], "little"), [view])
-    ordered = dict(sorted(tensors.items()))
-    header = encode_header(ordered, training)
-    body = map(view_bytes, ordered.values())
-    return _hash_pieces(len(header), itertools.chain([memoryview(header)], body))
-
-
-def _hash_pieces(start: int, pieces: Iterable[memoryview]) -> dict[str, str]:
-    """Hashes a file in pieces; its tensors begin at byte `start`."""
-    whole, window, at = hashlib.sha256(), hashlib.sha256(), 0
-    for piece in pieces:
-        whole.update(piece[max(0, start - at) :])
-        window.update(piece[max(0, _WINDOW[0] - at) : max(0, _WINDOW[1] - at)])
-        at += len(piece)
-    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}

@@ -34,6 +34,9 @@ _UNET_BLOCKS = (
 _WRAPPED = re.compile(
     r"(?:(?:model|network|module|net|unet|diffusion_model)\.)*(?P<name>(?:[a-z]+_[a-z]+|out)(?:\..+)?)"
 )
+ADAPTER = "llm_adapter."
+"""Anima's adapter of text, which is a model of its own in diffusers."""
+_CONDITIONER, _ADAPTER = "text_conditioner.", f"transformer.{ADAPTER}"
 _IDENTIFIER = re.compile(r"[A-Za-z][\w.\-]*")
 _IN_A_LIST_UNDERSCORED = re.compile(r"[A-Za-z]\w*?_\d+_[A-Za-z]\w*")
 _KOHYA_TEXT = re.compile(r"lora_te(\d?)([_.])(.+)")
@@ -102,6 +105,10 @@ def parse_module_path(path: str, family: Family | None = None) -> ModulePath | N
         path: without the suffix that says which factor it is.
         family: whose names the modules of a transformer have; None where no family is known.
     """
+    if path.startswith(_CONDITIONER):
+        inside = path.removeprefix(_CONDITIONER)
+        module = parse_module_path(_ADAPTER + inside, family)
+        return module and module._replace(prefix=_CONDITIONER, local=inside)
     cut = _cut_prefix(path)
     if cut is None:
         return _parse_text(path)
@@ -116,6 +123,8 @@ def parse_module_path(path: str, family: Family | None = None) -> ModulePath | N
 
 def find_transformer_name(path: str) -> tuple[str, bool] | None:
     """Returns (name, has dots) for a possible module of a transformer, else None."""
+    if path.startswith(_CONDITIONER):
+        path = _ADAPTER + path.removeprefix(_CONDITIONER)
     cut = _cut_prefix(path)
     if cut is None or cut.component == "unet." or _parse_text(path) or _find_in_unet(cut):
         return None
@@ -371,4 +380,5 @@ def spell_module(name: str, spelling: Spelling, family: Family | None) -> str | 
             return None
         # A module that is in no table, such as a norm, has the name it came with.
         local = weight.name if weight else name
-    return spelling.prefix + (local if spelling.dotted else local.replace(".", "_"))
+    path = spelling.prefix + (local if spelling.dotted else local.replace(".", "_"))
+    return _CONDITIONER + path.removeprefix(_ADAPTER) if path.startswith(_ADAPTER) else path

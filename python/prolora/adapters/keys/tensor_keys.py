@@ -78,9 +78,12 @@ class RefusedKey:
     path: str  # the module path in front of the telling suffix
 
 
+FOREIGN = "a tensor of no LoRA, or of a module that prolora does not know"
 FOREIGN_VECTOR = "a trained bias or normalisation layer of a module that prolora does not know"
 _REPLACED_NORM = "a normalisation layer that replaces the base model's, not an update of it"
 _PACKED_EMBEDDING = "an embedding packed with the LoRA: not part of it"
+NO_UPDATES = (_REPLACED_NORM, _PACKED_EMBEDDING)
+"""Reasons of what is left out without a loss; all else may be an update."""
 # The first match decides.
 _LEFT_OUT = [
     (re.compile(r"\.norm\.(query_norm|key_norm)\.scale$"), _REPLACED_NORM),

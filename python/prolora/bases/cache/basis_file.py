@@ -7,14 +7,13 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.basis import FACTS, Basis
+from ...core.basis import FACTORS, FACTS, Basis
 from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.hashing import view_bytes
 from ...files.safetensors_file import SafetensorsFile
@@ -22,34 +21,20 @@ from ...files.safetensors_writing import dump_safetensors
 from ...files.store import put
 
 METADATA_KEY = "prolora.basis"
+_DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 
 
-@dataclass(frozen=True)
-class StoredBasis:
-    """The basis of one weight [m, n], as its file stores it."""
+def write_basis(path: Path, basis: Basis, name: str) -> None:
+    """Keeps the basis of one weight, without forcing it to the disk.
 
-    tensors: Mapping[str, Tensor]  # "U" [m, k], "S" [k], "V" [n, k]
-    # The numbers known of it (`core.basis.FACTS`), its `rung`, its `name`, and where it was first
-    # needed (`base`, `module`, `rule`).
-    facts: Mapping[str, Any]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape m × n of the weight."""
-        return self.tensors["U"].shape[0], self.tensors["V"].shape[0]
-
-    @property
-    def columns(self) -> int:
-        """The columns in use, k."""
-        return self.tensors["S"].shape[0]
-
-
-def write_basis(path: Path, stored: StoredBasis) -> None:
-    """Keeps a basis, without forcing it to the disk: its checksum tells after a crash."""
-    facts = dict(stored.facts) | {"checksum": compute_checksum(stored.tensors)}
+    Its checksum tells after a crash.
+    """
+    tensors = {part: getattr(basis, part).contiguous() for part in FACTORS}
+    facts: dict[str, Any] = {part: getattr(basis, part).item() for part in FACTS}
+    facts |= {"rung": basis.rung, "name": name, "checksum": compute_checksum(tensors)}
     text = json.dumps(facts, sort_keys=True)
     header = {METADATA_KEY: text, f"{METADATA_KEY}.crc32": str(zlib.crc32(text.encode()))}
-    write = lambda new: dump_safetensors(new, stored.tensors, header)  # noqa: E731
+    write = lambda new: dump_safetensors(new, tensors, header)  # noqa: E731
     put(path, write, overwrite=True, durable=False)
 
 
@@ -61,15 +46,8 @@ def compute_checksum(tensors: Mapping[str, Tensor]) -> int:
     return total
 
 
-def make_stored_basis(basis: Basis, name: str) -> StoredBasis:
-    """Returns the basis of one weight [m, n] as its file holds it."""
-    tensors = {part: getattr(basis, part).detach().cpu().contiguous() for part in ("U", "S", "V")}
-    facts: dict[str, Any] = {part: getattr(basis, part).item() for part in FACTS}
-    return StoredBasis(tensors, facts | {"rung": basis.rung, "name": name})
-
-
-def read_basis(path: Path) -> StoredBasis:
-    """Reads a basis and checks its numbers against their checksum.
+def read_basis(path: Path) -> tuple[Basis, str]:
+    """Reads a basis and its name, and checks its numbers against their checksum.
 
     The file is read, not mapped: what was checked stays what it was, whatever happens to the file.
 
@@ -87,7 +65,8 @@ def read_basis(path: Path) -> StoredBasis:
         if facts["checksum"] != compute_checksum(tensors):
             raise UnsupportedFormat("its content is not what was written")
         _check_parts(tensors, facts)
-        return StoredBasis(tensors, facts)
+        numbers = {part: torch.tensor(facts[part], dtype=_DTYPES[part]) for part in FACTS}
+        return Basis(**tensors, **numbers, rungs=(str(facts["rung"]),)), str(facts["name"])
 
 
 @contextmanager
