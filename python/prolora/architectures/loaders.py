@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, NamedTuple
@@ -37,21 +37,24 @@ class Loader(NamedTuple):
     # "run": its code ran in `bench/loader_matrix.py`; "recorded": it ran before that script was
     # written; "compared": its results were compared with ours.
     how: str
-    kinds: tuple[str, ...] = ()  # of updates that it reads; () if only plain LoRAs were tried
+    kinds: Sequence[str] = ()  # of updates that it reads; () if only plain LoRAs were tried
 
 
 @cache
 def known_loaders() -> dict[str, Loader]:
     """Returns id -> program; `format` takes the ids."""
-    read = _read_table()["programs"].items()
-    return {id_: Loader(**facts | {"kinds": (*facts.get("kinds", ()),)}) for id_, facts in read}
+    return {id_: Loader(**facts) for id_, facts in _read_table()["programs"].items()}
 
 
-def name_row(family: Family, format: str, spelling: Spelling | None) -> str:
-    """Returns the table's row for a UNet's format or another model's spelling."""
-    if spelling is None or family.unet:
-        return format
-    return f"{spelling.prefix}|{spelling.names if family.authors else 'diffusers'}"
+def name_row(family: Family, format: str, spelling: Spelling | None, swapped: bool = False) -> str:
+    """Returns the table's row for a UNet's format or another model's spelling.
+
+    `swapped`: alphas are there in a format without, or missing in one that has them.
+    """
+    row = format
+    if spelling is not None and not family.unet:
+        row = f"{spelling.prefix}|{spelling.names if family.authors else 'diffusers'}"
+    return row + ALPHA * swapped
 
 
 def is_read(family: Family, spelling: Spelling) -> bool:
@@ -67,19 +70,17 @@ def is_usual(family: Family, spelling: Spelling) -> bool:
     return name_row(family, "", spelling) in usual
 
 
-def find_reach(
-    family: Family, row: str, modules: Iterable[str], swapped: bool = False
-) -> dict[str, Reach]:
+def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Reach]:
     """Returns program -> how much it reads of a file, if that is known.
 
-    `row` comes from `name_row`; `modules` are the canonical names that the file updates; `swapped`
-    says that alphas are there in a format without, or missing in one that has them.
+    `row` comes from `name_row`; `modules` are the canonical names that the file updates.
     """
     names = list(modules)
     patterns = {family.find_pattern(name) for name in names} - {None}
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     reach: dict[str, Reach] = dict.fromkeys(rows[""], "none")
-    for program, unread in (rows.get(row, {}) | rows.get(row + ALPHA * swapped, {})).items():
+    plain = row.removesuffix(ALPHA)
+    for program, unread in (rows.get(plain, {}) | rows.get(row, {})).items():
         if unread == ["?"]:
             del reach[program]
         elif unread is None:
@@ -91,7 +92,7 @@ def find_reach(
         elif "!" not in unread and not patterns <= set(unread):
             reach[program] = "part"
     encoders = {find_component(name) for name in names if is_in_text_encoder(name)}
-    for program, lost in rows.get(row + TEXT, {}).items() if encoders else ():
+    for program, lost in rows.get(plain + TEXT, {}).items() if encoders else ():
         if program in reach:
             parts: set[Reach] = {reach[program]} if patterns else set()
             parts |= {"none" if one in lost else "whole" for one in encoders}
@@ -100,16 +101,17 @@ def find_reach(
 
 
 def count_skipped(
-    family: Family, row: str, modules: Iterable[str], program: str, swapped: bool = False
+    family: Family, row: str, modules: Iterable[str], program: str
 ) -> dict[str, int] | None:
     """Counts the modules that a program leaves out, by pattern or text encoder.
 
     Arguments as for `find_reach`. None where the table does not tell.
     """
     rows: Any = _read_table()["families"].get(family.id, {"": []})
-    unread, lost = (rows.get(name, {}).get(program, []) for name in (row, row + TEXT))
-    unread = rows.get(row + ALPHA * swapped, {}).get(program, unread)
-    if unread is None or unread == ["?"] or program not in rows.get(row, {}):
+    plain = row.removesuffix(ALPHA)
+    reads, lost = rows.get(plain, {}) | rows.get(row, {}), rows.get(plain + TEXT, {})
+    unread, lost = reads.get(program), lost.get(program, [])
+    if unread is None or unread == ["?"]:
         return None
     names = [
         find_component(name) if is_in_text_encoder(name) else family.find_pattern(name) or name
@@ -125,7 +127,8 @@ def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
     """
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     has_text = any(map(is_in_text_encoder, modules))
-    return set(rows[""]) - rows.get(row + TEXT, {}).keys() if has_text else set()
+    tried = rows.get(row.removesuffix(ALPHA) + TEXT, {}).keys()
+    return set(rows[""]) - tried if has_text else set()
 
 
 @cache

@@ -117,14 +117,13 @@ class Check:
         if self.program in self.readers.whole:
             return f"{self.program} applies all of it"
         if self.program not in self.readers.part + self.readers.none:
-            why = "it has no such model, or was not tried with such a file"
-            why = why if self.families else "it is of no known family"
+            why = "no such model, or no such file was tried" if self.families else "no known family"
             return f"what {self.program} does with it is not known: {why}"
         much = "a part of it" if self.program in self.readers.part else "nothing of it"
         if self.skipped and self.program in self.readers.part:
             every, left = sum(self.modules.values()), sum(self.skipped.values())
-            first = next(iter(self.skipped))
-            much = f"{every - left} of {every} updates, and skips {left}, as of {first}"
+            much = f"{every - left} of {every} updates, and skips {left}, as of "
+            much += next(iter(self.skipped))
         id_ = next(key for key, one in known_loaders().items() if one.title == self.program)
         return f"{self.program} applies {much}; `convert()` it with `format={id_}`"
 

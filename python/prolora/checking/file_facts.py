@@ -37,8 +37,7 @@ from .check_result import Check, Part, count_values
 from .defects import find_deep_defects, find_defects
 
 _TOP_TAGS = 10
-PLAIN = "lora", "locon", "norm"
-"""Kinds that programs were tried with name by name."""
+PLAIN = "lora", "locon", "norm"  # kinds that all programs were tried with
 
 
 def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) -> Check:
@@ -95,9 +94,7 @@ def _describe_contents(
     format = "peft" if opened.config is not None else paths[0].format
     readers, skipped = _ask_programs(slots, families, (format, spelling), whole, program)
     language = not families and is_language_model(shapes)
-    # Text encoders go last.
-    ordered = sorted(slots, key=lambda slot: find_component(slot.module.name) in TEXT_ENCODERS)
-    by_part = group_by(ordered, lambda slot: find_component(slot.module.name))
+    by_part = group_by(slots, lambda slot: find_component(slot.module.name))
     return replace(
         found,
         reason="it is a language model's, and prolora takes diffusion models alone" * language,
@@ -108,8 +105,8 @@ def _describe_contents(
         families=tuple(families),
         sizes=tuple(guess_sizes(whole)),
         parts={
-            name: _describe_part(some, opened, scales)
-            for name, some in sorted(by_part.items(), key=lambda item: item[0] in TEXT_ENCODERS)
+            name: _describe_part(by_part[name], opened, scales)
+            for name in sorted(by_part, key=TEXT_ENCODERS.__contains__)  # these go last
         },
         modules=count_values(map(find_component, shapes)),
         vectors=count_values("bias" if x.tensor == "bias" else "norm" for x in contents.vectors),
@@ -144,8 +141,8 @@ def _ask_programs(
     if program is None or len(families) != 1:
         return readers, None
     family = known_families()[families[0]]
-    row = name_row(family, *spelled)
-    return readers, count_skipped(family, row, modules, program, swapped)
+    row = name_row(family, *spelled, swapped)
+    return readers, count_skipped(family, row, modules, program)
 
 
 def _describe_part(slots: list[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:

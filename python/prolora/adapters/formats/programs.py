@@ -53,11 +53,11 @@ def find_readers(
         format: of the file.
         spelling: of a transformer's modules in it; None for a UNet.
         modules: canonical names of the modules that the file updates.
-        swapped: as in `loaders.find_reach`.
+        swapped: as in `loaders.name_row`.
     """
     known = _known(families)
-    rows = [(one, loaders.name_row(one, format, spelling), modules) for one in known]
-    of_each = [loaders.find_reach(*row, swapped) for row in rows]
+    rows = [(one, loaders.name_row(one, format, spelling, swapped), modules) for one in known]
+    of_each = [loaders.find_reach(*row) for row in rows]
     found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
         amounts = {reach.get(id_) for reach in of_each}
