@@ -89,8 +89,8 @@ def test_fused_and_split_files_are_the_same_base_bit_by_bit(id_, family, dtype, 
     same_bits(open_base({f"model.diffusion_model.{k}": w for k, w in joined.items()}), wanted)
 
 
-def test_a_transfer_does_not_depend_on_how_flux_is_stored(tmp_path):
-    """The LoRA that comes out has equal bits, and its basis cache is shared."""
+def test_a_transfer_does_not_depend_on_how_flux_is_stored():
+    """The LoRA that comes out has equal bits."""
     source, target = tiny("flux1-dev"), tiny("flux1-schnell")
     generator = torch.Generator().manual_seed(3)
     adapter = Adapter(
@@ -105,11 +105,9 @@ def test_a_transfer_does_not_depend_on_how_flux_is_stored(tmp_path):
     )
     moved = []
     for pair in ((source, target), (fused(source, "FLUX"), fused(target, "FLUX"))):
-        options = {"method": "prolora", "threshold": 0.0, "cache": tmp_path / "cache"}
-        moved.append(prolora.transfer(adapter, *pair, **options).adapter.updates)
-        count = len(list((tmp_path / "cache").rglob("*.safetensors")))
+        done = prolora.transfer(adapter, *pair, method="prolora", threshold=0.0)
+        moved.append(done.adapter.updates)
     assert moved[0].keys() == moved[1].keys() and len(moved[0]) == len(adapter.updates)
-    assert count == 2 * len(adapter.updates)
     for name, update in moved[0].items():
         assert torch.equal(update.up, moved[1][name].up)
         assert torch.equal(update.down, moved[1][name].down)

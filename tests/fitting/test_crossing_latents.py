@@ -34,6 +34,7 @@ from prolora.fitting.pipelines.conditioning import CallParts, PromptTable, split
 from prolora.fitting.pipelines.latents import LatentSpace
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 from prolora.fitting.recording import call_codec
+from prolora.fitting.recording.recorder import hash_origins
 from prolora.fitting.recording.spill import spill_questions
 from prolora.fitting.recording.translation import Question
 
@@ -347,9 +348,8 @@ def test_an_interrupted_sampling_goes_on_and_samples_nothing_twice(room, tmp_pat
             if len(counted) == until:
                 raise Interrupted
 
-        return pipelines.CrossingRecorder(
-            ours, theirs, loras, Checkpoints(folder), "samplers", count
-        )
+        keys = hash_origins(loras.updates, "samplers" if folder else "")
+        return pipelines.CrossingRecorder(ours, theirs, loras, Checkpoints(folder), keys, count)
 
     with torch.no_grad():
         expected = record(None).record_questions(0)

@@ -27,8 +27,8 @@ from prolora.fitting.gate import (
 )
 from prolora.fitting.pipelines.conditioning import split_call
 from prolora.fitting.recording.call_codec import decode_calls, encode_calls
-from prolora.fitting.recording.lazy import SampleSelection
 from prolora.fitting.recording.sample_batches import mix_samples
+from prolora.fitting.recording.spill import LazySequence
 from prolora.fitting.recording.trajectories import Call
 from prolora.fitting.recording.translation import PAIR, Question, Translation
 from prolora.fitting.recording.wanted import WantedChange, wanted_changes
@@ -124,7 +124,7 @@ def test_pairs_are_cut_joined_and_kept_with_their_images():
 
 def test_pairs_take_turns_with_answers():
     assert _alternate([1, 2, 3], [7]) == [1, 7, 2, 3]
-    assert list(SampleSelection("abcd", [3, 1])) == ["d", "b"]
+    assert list(LazySequence(2, lambda i: "abcd"[3 - 2 * i])) == ["d", "b"]
 
 
 def decide(

@@ -60,17 +60,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: str | PathLike[str] | None,
+        folder: str | PathLike[str] | None,  # new, or with results of these or other inputs
         inputs: Callable[[], Mapping[str, Facts]] = dict,
         is_optional: bool = False,
     ) -> None:
         """Takes a folder, made with the first result; None keeps nothing.
 
-        Args:
-            folder: new, or with results of these or other inputs.
-            inputs: called for a folder: everything that all results depend on, beside versions.
-            is_optional: the results may be lost: where the folder cannot be written, a warning
-                says so and nothing is kept any more.
+        `inputs` gives all that results depend on beside versions; optional ones may be lost, with a
+        warning, where the folder cannot be written.
         """
         self.folder = None if folder is None else Path(folder)
         self.is_optional = is_optional
@@ -96,11 +93,7 @@ class Checkpoints:
         return tensors, note
 
     def store(self, name: str, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
-        """Stores tensors and a note.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Stores tensors and a note."""
         path = self._path(name, key)
         if path is None:
             return
@@ -121,11 +114,7 @@ class Checkpoints:
         self._used.clear()
 
     def _path(self, name: str, key: str) -> Path | None:
-        """Returns the path of a result.
-
-        Raises:
-            OutputError: something else has that name.
-        """
+        """Returns the path of a result."""
         if self.folder is None:
             return None
         path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"

@@ -7,17 +7,15 @@ import shutil
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..bases import Base
 from ..bases.cache.basis_cache import default_folder
 from ..bases.pipeline_identity import Facts, describe_pipeline_folder
 from ..core.validation import DeviceLike
 from ..errors import UnrelatedBases
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoints
-    from .pipelines import Pipeline
+from . import pipelines
+from .checkpoint import Checkpoints
+from .pipelines import Pipeline
 
 PARTS = ".prolora-parts"
 """The folder of parts that were not asked for, beside the results until all are made."""
@@ -42,8 +40,6 @@ class CommonParts:
 
     def open_checkpoints(self, source: Base, target: Base) -> Checkpoints:
         """Returns the kept results of these two pipelines."""
-        from .checkpoint import Checkpoints
-
         known = default_folder()  # remembers digests, where there is a cache at all
         memory = known if known.is_dir() else None
 
@@ -78,8 +74,6 @@ class CommonParts:
 
         See `Pipeline.restore`.
         """
-        from . import pipelines
-
         if side not in self._models:
             self._models[side] = pipelines.open_pipeline(folder, device)
         return self._models[side]
@@ -106,13 +100,7 @@ class CommonParts:
 def share_parts(
     resume: str | PathLike[str] | None, folder: Path, several: bool
 ) -> Iterator[CommonParts]:
-    """Yields the shared parts of fits, while they go on.
-
-    Args:
-        resume: the folder that was asked for.
-        folder: of the results, which holds a temporary one if none was asked for.
-        several: whether there is more than one LoRA.
-    """
+    """Yields the shared parts of fits, while they go on."""
     with contextlib.ExitStack() as stack:
         kept = resume
         if resume is None and several:

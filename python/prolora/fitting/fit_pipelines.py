@@ -20,7 +20,6 @@ from ..moving.base_pair import BasePair, Depth, prefix_notes, read_lora
 from ..moving.ledger import Ledger
 from ..moving.options import FIT, LoraLike
 from ..moving.result import Notes, Transfer, list_inputs
-from ..moving.rows import check_coverage
 from ..moving.transfer_report import TransferReport
 from ..reports.lora_report import LoraReport
 from ..reports.module_report import ModuleReport
@@ -31,7 +30,6 @@ from .fit_plan import FitJob, check_fittable, explain_need, outline_fit, plan_mo
 from .fit_report import FitReport, RivalReport
 from .fit_rows import build_fit_report, list_modules, outline_report
 from .gate import COPY
-from .run import ProbeTransfer
 from .running import fit_models, plan_memory_of_card
 from .solver.start import NO_COPY
 
@@ -46,30 +44,17 @@ SERVES = (
 
 
 def fit_to_pipelines(
-    lora: LoraLike,
-    source: Base,
-    target: Base,
-    options: FitOptions,
-    notes: Notes | None = None,
+    lora: LoraLike,  # what is fitted
+    source: Base,  # the base it was trained on
+    target: Base,  # the base it goes to
+    options: FitOptions,  # how
+    notes: Notes | None = None,  # what else the header says of the result
     common: CommonParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses what it can before loading them.
 
     What moving by weights alone makes of the LoRA is its rival: where that does no worse on
     held-out probes, it is the result.
-
-    Args:
-        lora: what is fitted.
-        source: the base it was trained on.
-        target: the base it goes to.
-        options: how.
-        notes: what else the header says of the result.
-        common: what this fit shares with other LoRAs' fits; None for a fit alone.
-
-    Raises:
-        UnrelatedBases: the held-out probes speak against both, and `force` is not set.
-        ShapeMismatch: the fit is to start from a copy, and none fits.
-        ProLoRAError: see `prolora.fit` and `probe.fit_to_models`.
     """
     job = prepare_fit(lora, source, target, options)
     written = options.format or "auto", options.dtype
@@ -107,10 +92,6 @@ def prepare_fit(
     """Reads and plans; refuses all that can be refused without running a model.
 
     `depth` says how far the LoRA is read.
-
-    Raises:
-        LowCoverage: fewer modules have a counterpart than was asked for.
-        ProLoRAError: see `prolora.fit`.
     """
     check_fittable(source, target)
     # Running models of equal weights may differ in schedule, steps and guidance.
@@ -118,8 +99,6 @@ def prepare_fit(
     check_bases(lora, source, target, moving, may_be_one=True)
     adapter = read_lora(lora, source, depth)
     plan = plan_modules(adapter, source, target, options.text_encoder)
-    rows = outline_report(adapter, plan, source, target, options).modules
-    check_coverage(rows, options.min_coverage)
     job = FitJob(adapter, plan, source, target, options)
     return replace(job, card=plan_memory_of_card(job))
 
@@ -139,17 +118,6 @@ def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -
     except ProLoRAError:
         return report
     return replace(report, why=_tell_serving(source, target, options, found))
-
-
-def describe_fit(lora: LoraLike, source: Base, target: Base, made: ProbeTransfer) -> Transfer:
-    """Wraps a result of `probe.fit_to_models` with header and report."""
-    options = FitOptions()
-    adapter = read_lora(lora, source, "updates")
-    plan = plan_modules(adapter, source, target, options.text_encoder)
-    job = FitJob(adapter, plan, source, target, options)
-    updates = dict(made.adapter.updates)
-    fitted, report = _finish_fit(job, _outline_result(job), updates, made.report, {})
-    return Transfer(fitted, report, list_inputs(lora, source, target), "auto", options.dtype)
 
 
 def _outline_result(job: FitJob) -> Adapter:
@@ -183,7 +151,7 @@ def move_rival(job: FitJob) -> Rival | None:
     refusal = None
     with BasisCache(job.options.cache).saving() as cache:
         for method in methods:
-            options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
+            options = replace(job.options.as_moved(method), dtype=None)
             try:
                 pair = BasePair(job.source, job.target, options, cache)
                 ledger = pair.move(pair.plan(job.adapter))

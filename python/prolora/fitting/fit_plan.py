@@ -53,12 +53,7 @@ class FitJob:
 
 
 def check_fittable(source: Base, target: Base) -> None:
-    """Refuses bases that cannot be fitted, before any model is loaded.
-
-    Raises:
-        UnsupportedFormat: a base that is not a pipeline folder, or different latents between which
-            no image can cross.
-    """
+    """Refuses bases that cannot be fitted, before any model is loaded."""
     for side, base in (("source", source), ("target", target)):
         if not is_pipeline(base.path):
             raise UnsupportedFormat(
@@ -77,12 +72,7 @@ def check_fittable(source: Base, target: Base) -> None:
 def plan_modules(
     adapter: Adapter, source: Base, target: Base, text_encoder: PassedOn
 ) -> ModulePlan:
-    """Plans which modules are carried over or skipped; all others are fitted.
-
-    Raises:
-        UnsupportedFormat: a module that the source does not have.
-        ShapeMismatch: an update that does not fit the source.
-    """
+    """Plans which modules are carried over or skipped; all others are fitted."""
     plan = ModulePlan(rule=RULE)
     names = _place_text_part(adapter, source, target, text_encoder, plan)
     check_fits_source(adapter, names, source)

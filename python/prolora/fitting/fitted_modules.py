@@ -54,28 +54,22 @@ def _find_place(name: str) -> object:
 
 
 def choose_modules(run: ProbeRun, question: Question) -> list[str]:
-    """Returns the target's modules that get an update; the report lists what of the LoRA does not.
-
-    Args:
-        run: the probing.
-        question: any one; both models run on it.
-
-    Raises:
-        ProLoRAError: the target calls no module that could take the LoRA's change.
-    """
-    source = find_called(run.source, question.source)
-    target = find_called(run.target, question.target)
-    chosen = choose_fitted(run.adapter.updates, source, target)
+    """Returns the target's modules that get an update; the report lists what is left out."""
+    recorder = run.recorder
+    source = find_called(recorder.source, question.source)
+    target = find_called(recorder.target, question.target)
+    chosen = choose_fitted(recorder.adapter.updates, source, target)
     if not chosen:
         raise ProLoRAError(
-            f"{type(run.target).__name__} calls no linear layer or convolution of the kinds that "
-            f"the LoRA adapts, which is what a fit changes; it calls {', '.join(target) or 'none'}"
+            f"{type(recorder.target).__name__} calls no linear layer or convolution of the kinds "
+            "that the LoRA adapts, which is what a fit changes; it calls "
+            f"{', '.join(target) or 'none'}"
         )
     roles, taken = find_roles(source), {find_roles(target)[name] for name in chosen}
     alike = have_like_blocks(source, target)
-    for name in run.adapter.updates:
+    for name in recorder.adapter.updates:
         if name not in source:
-            can = can_be_fitted(run.source.get_submodule(name))
+            can = can_be_fitted(recorder.source.get_submodule(name))
             run.report.left_out[name] = _NEVER_CALLED if can else NO_KIND
         elif alike and roles[name] not in taken:
             run.report.left_out[name] = _NO_PLACE
@@ -88,11 +82,6 @@ def choose_fitted(lora: Iterable[str], source: Shapes, target: Shapes) -> list[s
     Between models with like blocks these are the modules of the LoRA's roles: of its names inside
     blocks, and of its names outside. Elsewhere roles do not correspond: then they are all modules
     in blocks that are of the LoRA's kinds and neither normalise nor modulate.
-
-    Args:
-        lora: modules of the source.
-        source: the source's modules that can be fitted.
-        target: the target's.
     """
     adapted = [name for name in lora if name in source]
     if have_like_blocks(source, target):

@@ -94,24 +94,18 @@ class Gate:
 
 
 def judge_updates(
-    target: nn.Module,
-    updates: Mapping[str, LowRank],
-    held_out: Sequence[WantedChange],
-    translation: Translation,
+    target: nn.Module,  # the target without updates
+    updates: Mapping[str, LowRank],  # the fitted ones
+    held_out: Sequence[WantedChange],  # probes of all origins that the fit did not see
+    translation: Translation,  # how the models were asked
     copied: Mapping[str, LowRank] | None = None,
-    start: str = "zero",
+    start: str = "zero",  # where the fit started, "zero" or "copy"
     images: bool = False,
 ) -> Gate:
     """Chooses the strength and the decision.
 
-    Args:
-        target: the target without updates.
-        updates: the fitted ones.
-        held_out: probes of all origins that the fit did not see.
-        translation: how the models were asked.
-        copied: the rival, compared where it fits the target's modules.
-        start: where the fit started, "zero" or "copy".
-        images: whether the models were asked about images, and the fit followed pairs of them too.
+    `copied` is the rival, compared where it fits the target's modules; `images` says that the
+    models were asked about images, and the fit followed pairs of them too.
     """
     read, same_noise = translation.read, translation.same_noise
     disagreement = measure_disagreement(held_out)
@@ -126,16 +120,15 @@ def judge_updates(
     effect = None
     if images:
         effect = _measure_gain(held_out, missing, [energy_of(w.change) for w in held_out])
+    least = least_gain(disagreement["all"], "copy" if images else start)
     if translation.guidance is not None or (images and not same_noise):
         least = 0.0
-    else:
-        least = least_gain(disagreement["all"], "copy" if images else start)
     if effect is not None:
         compared = disagreement if same_noise else None
-        rules = (effect, copy_share, gain, compared, least)
-        decision, reason = decide_on_images(strength, share, *rules)
+        decided = decide_on_images(strength, share, effect, copy_share, gain, compared, least)
     else:
-        decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
+        decided = decide_gate(strength, share, disagreement, copy_share, gain, least)
+    decision, reason = decided
     rival = (copy_share, copy_strength, gain)
     if start == "zero" and decision == GO and disagreement["all"] <= OTHER_LOOK:
         strength = RAISED
@@ -192,50 +185,35 @@ def decide_on_images(
     fields of `Gate`; `disagreement` is None where each model saw noise of its own, which makes most
     of what their predictions differ by; `least` as for `decide_gate`.
     """
-    differ = 0.0 if disagreement is None else disagreement["all"]
+    apart = disagreement or dict.fromkeys(("all", "adapted", "target"), 0.0)
     copied = copy_share["all"] if copy_share else -math.inf
     if gain is not None and gain.lowest <= least:
-        return COPY, _explain_copy(share["all"], copied, gain, differ, least)
-    refusal = _refuse_images(share, effect, copied, disagreement)
-    if refusal is not None:
-        return REFUSE, refusal
-    reason = (
-        f"{effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change reached on held-out "
-        f"images ({effect.trajectories} samplings)"
-    )
-    return (GO if strength == 1.0 else WEAKEN), reason
-
-
-def _refuse_images(
-    share: Mapping[str, float],
-    effect: Gain,
-    copied: float,
-    disagreement: Mapping[str, float] | None,
-) -> str | None:
-    """Says why a fit that was asked about images is refused, if it is."""
+        return COPY, _explain_copy(share["all"], copied, gain, apart["all"], least)
+    differ = max(apart["adapted"], apart["target"])
+    seen = f"{effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change"
+    samplings = f"({effect.trajectories} samplings)"
     if effect.share == 0 and effect.error == 0:
-        return "the LoRA changes nothing that the models' predictions show"
-    differ = max(disagreement[o] for o in ("adapted", "target")) if disagreement else 0.0
+        return REFUSE, "the LoRA changes nothing that the models' predictions show"
     if differ > MAX_DISAGREEMENT and copied < MIN_SHARE:
-        return _explain_disagreement(differ)
+        return REFUSE, _explain_disagreement(differ)
     if effect.lowest <= 0:
-        return (
-            f"only {effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change was reached "
-            f"on held-out images, which may be chance ({effect.trajectories} samplings); more "
+        return REFUSE, (
+            f"only {seen} was reached on held-out images, which may be chance {samplings}; more "
             "images may help"
         )
     if share["adapted"] < MIN_IMAGE_SHARE:
-        return (
+        return REFUSE, (
             f"only {share['adapted']:.0%} of the wanted change was reached on held-out images of "
             f"the LoRA (at least {MIN_IMAGE_SHARE:.0%} is required); more images "
             "or a larger rank may help"
         )
     if share["target"] < 0:
-        return (
+        return REFUSE, (
             "on held-out images of the target the fit does worse than no LoRA "
             f"({share['target']:.0%} of the wanted change); more images may help"
         )
-    return None
+    reason = f"{seen} reached on held-out images {samplings}"
+    return (GO if strength == 1.0 else WEAKEN), reason
 
 
 def _explain_disagreement(difference: float) -> str:

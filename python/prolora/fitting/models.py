@@ -19,12 +19,7 @@ LARGEST = 1e15
 
 
 def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
-    """Refuses what probing cannot handle, before anything is sampled.
-
-    Raises:
-        ProLoRAError: no updates, a dtype other than HALVES and float32, or no such module.
-        NonFiniteWeights: see `check_weights`.
-    """
+    """Refuses what probing cannot handle, before anything is sampled."""
     if not adapter.updates:
         raise ProLoRAError("the LoRA has no updates")
     for side, model in (("source", source), ("target", target)):
@@ -42,15 +37,7 @@ def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None
 
 
 def check_weights(model: nn.Module, where: str) -> None:
-    """Refuses a model with which every sampling would end in NaN, naming the tensor.
-
-    Args:
-        model: its parameters and the buffers that are stored with them are looked at.
-        where: what messages call it.
-
-    Raises:
-        NonFiniteWeights: a value is NaN, Inf or beyond LARGEST.
-    """
+    """Refuses a model with which every sampling would end in NaN, naming the tensor."""
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from ..adapters.adapter import Adapter
 from ..core.lowrank import LowRank
-from .checkpoint import Checkpoints
 from .fit_numbers import ProbeReport
-from .recording.translation import Translation
+from .known_answers import KnownAnswers
+from .pipelines.crossing_recorder import CrossingRecorder
+from .recording.recorder import Recorder
+from .recording.translation import Question
+from .recording.wanted import WantedChange, wanted_changes
 from .settings import FitSettings
 from .workload import WorkMeter
 
@@ -20,17 +20,19 @@ from .workload import WorkMeter
 class ProbeRun:
     """One probing."""
 
-    source: nn.Module  # the source model, without its LoRA
-    target: nn.Module  # the target model, without updates
-    adapter: Adapter  # the LoRA of the source
-    translation: Translation  # turns the source's calls and predictions into the target's
+    recorder: Recorder | CrossingRecorder  # both models, the LoRA, and how they are asked
+    answers: KnownAnswers  # of both models without the LoRA
     # Updates of the target that the fit is compared with, and may start from
     rival: Mapping[str, LowRank]
     settings: FitSettings  # of the fit, with all numbers set
-    checkpoints: Checkpoints  # where fitted updates are kept
     key: str  # hash of the models, the LoRA and the samplers; part of the keys of what is kept
     report: ProbeReport  # filled in by the stages
     meter: WorkMeter  # is told how far they are
-    # Called once everything was asked; from then on the target alone runs
-    release: Callable[[], None] | None = None
+    release: Callable[[], None]  # called once everything was asked: now the target alone runs
     samples: int | None = None  # in a batch of the fit; None: as in the samplers' calls
+
+    def wanted_changes(self, questions: Sequence[Question]) -> Iterator[WantedChange]:
+        """Asks both models, and yields what the target should do at each question."""
+        recorder = self.recorder
+        models = recorder.source, recorder.target, recorder.adapter.updates
+        return wanted_changes(*models, questions, recorder.translation, self.answers)

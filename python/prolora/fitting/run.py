@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +23,22 @@ from .fit_numbers import ProbeReport
 from .fit_precision import in_float32, in_precision
 from .fitted_modules import choose_modules
 from .gate import REFUSE, fitting_updates, judge_updates
-from .known_answers import KnownAnswers, RememberingTranslation
+from .known_answers import KnownAnswers
 from .models import check_models, frozen
+from .pipelines.crossing_recorder import CrossingRecorder
 from .probe_run import ProbeRun
-from .recording.lazy import LazySequence, SampleSelection
-from .recording.recorder import ORIGINS, Recorder
+from .recording.recorder import ORIGINS, Recorder, hash_origins
 from .recording.sample_batches import FindPrompts, count_samples, mix_samples
-from .recording.spill import SpillStore, spill_questions
+from .recording.spill import LazySequence, SpillStore, spill_questions
 from .recording.trajectories import Sample, predict_call
 from .recording.translation import PAIR, Question, Translation
-from .recording.wanted import WantedChange, wanted_changes
+from .recording.wanted import WantedChange
 from .settings import FitSettings
 from .solver.joint import fit_all_modules
 from .solver.start import check_start
 from .trajectory_numbers import number_questions
 from .updates import weight_of
 from .workload import Workload, WorkMeter
-
-if TYPE_CHECKING:
-    from .pipelines.crossing_recorder import CrossingRecorder
 
 DEFAULT_SETTINGS = FitSettings()
 SAME_QUESTIONS = Translation()
@@ -103,8 +99,7 @@ def fit_to_models(
         lora: a file, an adapter, or updates by the source's module names.
         samplers: of both models.
         settings: of the fit; what they say of prompts, images and steps of the samplers is for
-            pipelines. `prolora.FitOptions` do, too, but for what they add for pipelines and files,
-            such as `max_vram`.
+            pipelines.
         translation: asks both models the same question, where they take different inputs or
             predict different quantities; and the guidance that the source is asked with.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
@@ -121,7 +116,8 @@ def fit_to_models(
     Returns:
         The target's adapter and the report. The models' weights are afterwards as before.
     """
-    _check_settings(settings)
+    if type(settings) is not FitSettings:
+        raise InvalidOption("settings must be FitSettings: models at hand heed no others")
     if settings.resume is not None and not samplers.described:
         raise InvalidOption("resume needs samplers whose `described` says what they do")
     if isinstance(lora, str | PathLike):
@@ -145,25 +141,12 @@ def fit_to_models(
                 "the target": describe_live_module(target),
             },
         ),
-        f"{samplers.described} {settings.precision}",
+        hash_origins(
+            adapter.updates,
+            f"{samplers.described} {settings.precision}" if settings.resume is not None else "",
+        ),
     )
-    return _run_models(recorder, rival, settings)
-
-
-def _check_settings(settings: FitSettings) -> None:
-    """Refuses options of pipelines and files, which models at hand would pass over.
-
-    Raises:
-        InvalidOption: names the option.
-    """
-    usual, known = type(settings)(), {field.name for field in fields(FitSettings)}
-    for field in fields(settings):
-        name = field.name
-        if name not in known and getattr(settings, name) != getattr(usual, name):
-            raise InvalidOption(
-                f"{name}: is for pipelines in folders and for results that are written; a fit of "
-                "models at hand runs them where they are, as they are, and gives the LoRA back"
-            )
+    return _run_models(recorder, rival, settings, None, None, None)
 
 
 @in_full_precision
@@ -180,9 +163,6 @@ def fit_from_recorder(
     They share no recorded calls. `release` is called once everything was sampled and asked; from
     then on the target alone runs. The sampler tells `meter` every image. `samples` is the number
     in a batch of the fit; None: as in the samplers' calls.
-
-    Raises:
-        ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
@@ -193,12 +173,11 @@ def _run_models(
     recorder: Recorder | CrossingRecorder,
     rival: Mapping[str, LowRank],
     settings: FitSettings,
-    release: Callable[[], None] | None = None,
-    meter: WorkMeter | None = None,
-    samples: int | None = None,
+    release: Callable[[], None] | None,
+    meter: WorkMeter | None,
+    samples: int | None,
 ) -> ProbeTransfer:
-    """Runs fit and verdict with both models frozen, in the settings' precision."""
-    source, target, bits = recorder.source, recorder.target, settings.precision
+    """Asks, solves, judges and finishes, with both models frozen in the settings' precision."""
     meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
     if settings.rank is None:
         own = max(update.rank for update in recorder.adapter.updates.values())
@@ -206,35 +185,21 @@ def _run_models(
     assert settings.rank is not None
     report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
     with ExitStack() as stack:
-        for model in (source, target):
+        for model in (recorder.source, recorder.target):
             stack.enter_context(frozen(model))
-            stack.enter_context(in_precision(model, bits))
-        stack.enter_context(meter.watch(source, target))
-        report.crossed, report.shared = recorder.crossed, recorder.translation.same_noise
-        guidance = recorder.translation.guidance
-        report.guidance = guidance.scale if guidance else 1.0
-        meter.begin("sample")
-        limit = settings.share_memory(4)
-        questions = spill_questions(recorder.record_questions(settings.seed), limit)
-        judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-        held_out = spill_questions(number_questions(judged), limit)
-        report.probes, report.held_out = len(questions), len(held_out)
-        settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-        meter.settle(settings)
-        run = _begin_run(recorder, rival, settings, report, meter, release, samples)
-        meter.begin("draw")
-        questions, held_out = _draw_samples(run, questions, held_out)
-        report.samples = _count_samples(questions), _count_samples(held_out)
+            stack.enter_context(in_precision(model, settings.precision))
+        stack.enter_context(meter.watch(recorder.source, recorder.target))
+        run, questions, judged = _ask(recorder, rival, settings, report, meter, release, samples)
         names = choose_modules(run, questions[0])
         report.modules = len(names)
         meter.begin("ask")
-        wanted = _KeptChanges(run, held_out)
+        held_out = _ask_held_out(run, judged)
         updates = fit_all_modules(run, questions, names)
         for name in updates:
             report.left_out.pop(name, None)
         meter.begin("judge")
-        known = run.translation, rival, report.start, bool(recorder.crossed)
-        verdict = report.gate = judge_updates(target, updates, wanted, *known)
+        known = recorder.translation, rival, report.start, bool(recorder.crossed)
+        verdict = report.gate = judge_updates(recorder.target, updates, held_out, *known)
         meter.finish()
     report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
@@ -242,7 +207,7 @@ def _run_models(
     return _scale_updates(run, updates, verdict.strength)
 
 
-def _begin_run(
+def _ask(
     recorder: Recorder | CrossingRecorder,
     rival: Mapping[str, LowRank],
     settings: FitSettings,
@@ -250,62 +215,51 @@ def _begin_run(
     meter: WorkMeter,
     release: Callable[[], None] | None,
     samples: int | None,
-) -> ProbeRun:
-    """Builds what all stages share, once the questions are recorded."""
+) -> tuple[ProbeRun, Sequence[Question], Sequence[Question]]:
+    """Records the questions, and draws samples of them for the fit and for the verdict."""
     guidance = recorder.translation.guidance
+    report.crossed, report.shared = recorder.crossed, recorder.translation.same_noise
+    report.guidance = guidance.scale if guidance else 1.0
+    meter.begin("sample")
+    limit = settings.share_memory(4)
+    questions = spill_questions(recorder.record_questions(settings.seed), limit)
+    judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
+    held_out = spill_questions(number_questions(judged), limit)
+    report.probes, report.held_out = len(questions), len(held_out)
+    settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+    meter.settle(settings)
     # The recorder's key says what the samplers do, not how the source is asked.
     asked = f"guidance {guidance.scale:.4g}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key
     bare = hash_texts(recorder.keys["source"], asked)
-    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
+    answers = KnownAnswers(recorder.translation, recorder.checkpoints, bare, limit)
 
     def end_asking() -> None:
         answers.store()
         if release is not None:
             release()
 
-    translation = RememberingTranslation.of(recorder.translation, answers)
-    return ProbeRun(
-        recorder.source,
-        recorder.target,
-        recorder.adapter,
-        translation,
-        rival,
-        settings,
-        recorder.checkpoints,
-        key,
-        report,
-        meter,
-        end_asking,
-        samples,
-    )
+    run = ProbeRun(recorder, answers, rival, settings, key, report, meter, end_asking, samples)
+    meter.begin("draw")
+    questions, held_out = _draw_samples(run, questions, held_out)
+    report.samples = _count_samples(questions), _count_samples(held_out)
+    return run, questions, held_out
 
 
-class _KeptChanges(LazySequence[WantedChange]):
-    """The target's wanted changes at held-out questions, in memory or files.
-
-    They are asked for before the fit, which needs no source any more.
-    """
-
-    def __init__(self, run: ProbeRun, questions: Sequence[Question]) -> None:
-        self.questions, self.store = questions, SpillStore(run.settings.share_memory(4))
-        models = run.source, run.target, run.adapter.updates
-        for i, wanted in enumerate(wanted_changes(*models, questions, run.translation)):
-            self.store.put(i, (wanted.plain, wanted.change, wanted.base_difference))
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def item(self, i: int) -> WantedChange:
-        return WantedChange(self.questions[i].target, *self.store.get(i))
+def _ask_held_out(run: ProbeRun, questions: Sequence[Question]) -> Sequence[WantedChange]:
+    """Asks held-out questions before the fit, which needs no source any more."""
+    store = SpillStore(run.settings.share_memory(4))
+    for i, wanted in enumerate(run.wanted_changes(questions)):
+        store.put(i, (wanted.plain, wanted.change, wanted.base_difference))
+    return LazySequence(len(questions), lambda i: WantedChange(questions[i].target, *store.get(i)))
 
 
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
     scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
     metadata = {"prolora.version": __version__, "prolora.method": "fit"}
-    shapes = {name: weight_of(run.target, name, any_kind=True).shape for name in scaled}
+    shapes = {n: weight_of(run.recorder.target, n, any_kind=True).shape for n in scaled}
     kernels = {name: tuple(shape[2:]) for name, shape in shapes.items() if len(shape) > 2}
-    adapter = run.adapter.with_updates(scaled)
+    adapter = run.recorder.adapter.with_updates(scaled)
     adapter = replace(adapter, kernels=kernels, vectors={}, metadata=metadata, left_out={})
     return ProbeTransfer(adapter, run.report)
 
@@ -313,17 +267,19 @@ def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: floa
 def _draw_samples(
     run: ProbeRun, questions: Sequence[Question], held_out: Sequence[Question]
 ) -> tuple[Sequence[Question], Sequence[Question]]:
-    """Samples for the fit and for the verdict, in batches that mix many moments."""
+    """Draws samples for the fit and for the verdict, in batches that mix many moments."""
     settings, limit = run.settings, run.settings.share_memory(4)
+    source, target = run.recorder.source, run.recorder.target
+    translation = run.recorder.translation
     generator = torch.Generator().manual_seed(settings.seed)
     assert settings.probes and settings.held_out and settings.batch
 
     def predict_both(question: Question) -> tuple[Tensor, Tensor]:
-        with in_float32(run.source), in_float32(run.target):
-            theirs = run.translation.of_target(run.target, question)
+        with in_float32(source), in_float32(target):
+            theirs = run.answers.of_target(target, question)
             if question.origin == PAIR:
-                return predict_call(run.target, question.source, run.translation.read), theirs
-            return run.translation.of_source(run.source, question), theirs
+                return predict_call(target, question.source, translation.read), theirs
+            return run.answers.of_source(source, question), theirs
 
     judged = []
     for origin in ORIGINS:  # not mixed with each other: the gate compares them
@@ -334,10 +290,10 @@ def _draw_samples(
     batch = settings.batch
 
     def draw_some(
-        wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None, step: int
+        paired: bool, count: int, prompts: FindPrompts | None, step: int
     ) -> list[Question]:
-        rows = [i for i, origin in enumerate(origins) if wanted(origin)]
-        some = SampleSelection(questions, rows)
+        rows = [i for i, origin in enumerate(origins) if (origin == PAIR) == paired]
+        some = LazySequence(len(rows), lambda i: questions[rows[i]])
         how = predict_both, generator, prompts, step, run.samples
         return mix_samples(some, count, batch, *how) if rows else []
 
@@ -345,13 +301,13 @@ def _draw_samples(
     count, step = max(settings.probes // shares, 1), max(batch // shares, 1)
     # Every step has samples of all origins: steps on the LoRA's own images alone cost 0.02 of the
     # score.
-    drawn = draw_some(lambda origin: origin != PAIR, count, run.translation.find_prompts, step)
+    drawn = draw_some(False, count, translation.find_prompts, step)
     if PAIR in origins:
-        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count, None, 0))
+        drawn = _alternate(drawn, draw_some(True, count, None, 0))
     return spill_questions(drawn, limit), spill_questions(judged, limit)
 
 
-def _alternate(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
+def _alternate(first: list[Question], second: list[Question]) -> list[Question]:
     """Alternates the questions of both; the rest of the longer one comes last."""
     both = itertools.zip_longest(first, second)
     return [question for pair in both for question in pair if question is not None]

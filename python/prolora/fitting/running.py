@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,19 +21,21 @@ from ..core.validation import DeviceLike
 from ..errors import InvalidOption, TooLittleMemory
 from ..files.sizes import format_size
 from ..reports.report import PictureGrid
+from . import pipelines
+from .checkpoint import Checkpoints, hash_updates
 from .common_parts import CommonParts
 from .default_prompts import derive_prompts
 from .fit_numbers import ProbeReport
 from .fit_plan import FitJob, LoraParts, foresee_work
+from .gate import fits_target
+from .models import check_models
+from .pipelines import CardPlan, CrossingRecorder, Pipeline
+from .pipelines.schedules import FLOW
+from .recording.recorder import Recorder, hash_origins
+from .run import ProbeTransfer, fit_from_recorder
 from .settings import FitSettings
 from .showing import ImageGrid
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoints
-    from .pipelines import CardPlan, CrossingRecorder, Pipeline
-    from .recording.recorder import Recorder
-    from .run import ProbeTransfer
-    from .workload import WorkMeter
+from .workload import SHOW, WorkMeter
 
 OPENING = "opening both pipelines"
 
@@ -47,24 +49,13 @@ class _RunningFit:
     asked: LoraParts
     rival: Mapping[str, LowRank]  # the target's updates in its UNet or transformer without a fit
     grid: ImageGrid  # images for a page
-    shared: bool  # latents
     checkpoints: Checkpoints
     meter: WorkMeter
     card: CardPlan | None
 
-    def show_source(self) -> None:
-        """Draws the source, with the LoRA's part beside its text encoders."""
-        from .pipelines import run_text_encoders_beside
-
-        text = functools.partial(run_text_encoders_beside, self.models[0], self.asked.text)
-        self.grid.draw_source(self.asked.denoiser.updates, text)
-
     def fit_pair(self) -> ProbeTransfer:
         """Fits between pipelines with the same latents."""
-        from .pipelines import pair_pipelines
-        from .recording.recorder import Recorder
-
-        pair = pair_pipelines(*self.models, self.sampled, self.asked.text)
+        pair = pipelines.pair_pipelines(*self.models, self.sampled, self.asked.text)
         recorder = Recorder(
             pair.source.denoiser,
             pair.target.denoiser,
@@ -72,53 +63,42 @@ class _RunningFit:
             pair.samplers(self.meter.count_image),
             pair.translation,
             self.checkpoints,
-            self._describe(pair.describe_sampling),
-            self.asked.text,
+            self._hash_origins((pair.settings, pair.of_target)),
         )
         return self._fit(recorder, pair.log_snr)
 
-    def fit_crossing(self) -> ProbeTransfer:
-        """Fits by images that cross."""
-        from . import pipelines
-        from .models import check_models
-
+    def fit_crossing(self, shared: bool) -> ProbeTransfer:
+        """Fits by images that cross; `shared` says that both have the same latents."""
         models = self.models
         check_models(models[0].denoiser, models[1].denoiser, self.asked.denoiser)
-        for model in () if self.shared else models:
+        for model in () if shared else models:
             pipelines.check_shown(model.pipe, model.name)
-        ours, theirs = pipelines.observe_sides(*models, self.sampled, self.shared)
+        ours, theirs = pipelines.observe_sides(*models, self.sampled, shared)
         recorder = pipelines.CrossingRecorder(
             ours,
             theirs,
             self.asked.denoiser,
             self.checkpoints,
-            self._describe(functools.partial(pipelines.describe_crossing, ours, theirs)),
+            self._hash_origins((ours.settings, theirs.settings)),
             self.meter.count_image,
             text_part=pipelines.TextPart.of(models[0], self.asked.text, ours.settings),
         )
         return self._fit(recorder, recorder.log_snr)
 
-    def _describe(self, samplers: Callable[[], str]) -> str:
-        """Describes the samplers and what text encoders run with, for kept results."""
-        from .checkpoint import hash_updates
-
+    def _hash_origins(self, settings: tuple[FitSettings, FitSettings]) -> dict[str, str]:
+        """Hashes what each origin's samplings depend on, for kept results."""
         if self.checkpoints.folder is None:
-            return ""
-        return samplers() + (hash_updates(self.asked.carried) if self.asked.carried else "")
+            return hash_origins({}, "")
+        samplers = json.dumps([*map(pipelines.describe_pipeline, self.models, settings)])
+        samplers += hash_updates(self.asked.carried) if self.asked.carried else ""
+        return hash_origins({**self.asked.denoiser.updates, **self.asked.text}, samplers)
 
     def _fit(
         self, recorder: Recorder | CrossingRecorder, log_snr: tuple[float, float] | None
     ) -> ProbeTransfer:
-        from .run import fit_from_recorder
-
-        result = fit_from_recorder(
-            recorder,
-            self.rival,
-            self.sampled,
-            self._release,
-            self.meter,
-            self.card.samples if self.card else None,
-        )
+        samples = self.card.samples if self.card else None
+        how = self.sampled, self._release, self.meter, samples
+        result = fit_from_recorder(recorder, self.rival, *how)
         result.report.log_snr = log_snr
         return result
 
@@ -127,27 +107,26 @@ class _RunningFit:
 
         The source is shown before.
         """
-        from .workload import SHOW
-
         source, target = self.models
         if self.grid.prompts:
             self.meter.begin(SHOW)
-            self.show_source()
+            self._show_source()
         source.release(keep_denoiser=False)
         target.release(keep_denoiser=True)
         if self.card is not None and target.swapping is not None:
             target.swapping.keep(self.card.fitting)
 
+    def _show_source(self) -> None:
+        """Draws the source, with the LoRA's part beside its text encoders."""
+        text = partial(pipelines.run_text_encoders_beside, self.models[0], self.asked.text)
+        self.grid.draw_source(self.asked.denoiser.updates, text)
+
     def show_result(self, result: ProbeTransfer) -> None:
         """Draws the rest of the grid, where one is asked for; the report gets the time."""
-        from .gate import fits_target
-        from .workload import SHOW
-
         report, started = result.report, time.perf_counter()
         if self.grid.prompts:
-            self.show_source()
-            copied = self.rival
-            copied = copied if fits_target(self.models[1].denoiser, copied) else {}
+            self._show_source()
+            copied = self.rival if fits_target(self.models[1].denoiser, self.rival) else {}
             self.grid.draw_target(copied, result.adapter.updates if report.trust else None)
             report.not_drawn = self.grid.failure
             spent = time.perf_counter() - started
@@ -162,10 +141,6 @@ def fit_models(
     `rival` are the updates that the target would get by weights alone, if any; `common` are the
     pipelines as another fit has left them, and where results are kept.
     """
-    from . import pipelines
-    from .pipelines.schedules import FLOW
-    from .workload import WorkMeter
-
     source, target, options = job.source, job.target, job.options
     foreseen = foresee_work(source, target, options)
     if options.progress:
@@ -190,12 +165,12 @@ def fit_models(
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
         of_target = models[1].derive_target_settings(sampled)
         meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
-        fit = _RunningFit(models, sampled, asked, moved, grid, shared, checkpoints, meter, job.card)
+        fit = _RunningFit(models, sampled, asked, moved, grid, checkpoints, meter, job.card)
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
         crosses = not shared or mixed or pipelines.takes_few_steps(sampled, of_target)
-        result = fit.fit_crossing() if crosses else fit.fit_pair()
+        result = fit.fit_crossing(shared) if crosses else fit.fit_pair()
         fit.show_result(result)
     shown = grid.to_page(source.name, target.name)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
@@ -215,8 +190,6 @@ def _open_both(
 
     `stack` keeps what runs beside text encoders in place.
     """
-    from . import pipelines
-
     source, target, options = job.source.path, job.target.path, job.options
     assert source is not None and target is not None
     sampled = replace(options, prompts=_choose_prompts(job))
@@ -247,14 +220,7 @@ def _open_both(
 
 
 def plan_memory_of_card(job: FitJob) -> CardPlan | None:
-    """Plans how the pipelines run within `max_vram`; None without such a bound.
-
-    Raises:
-        InvalidOption: the fit runs on no card.
-        TooLittleMemory: see `plan_card`.
-    """
-    from .pipelines import plan_card
-
+    """Plans how the pipelines run within `max_vram`; None without such a bound."""
     options, source, target = job.options, job.source.path, job.target.path
     if options.card_limit is None:
         return None
@@ -267,7 +233,9 @@ def plan_memory_of_card(job: FitJob) -> CardPlan | None:
     own = max((update.rank for update in job.adapter.updates.values()), default=1)
     rank = int(options.rank) if options.rank and options.rank >= 1 else own
     decodes = vae.explain_different_latents(source, target) is not None
-    return plan_card(options.card_limit, (source, target), options, max(rank, own), decodes)
+    return pipelines.plan_card(
+        options.card_limit, (source, target), options, max(rank, own), decodes
+    )
 
 
 def _is_card(device: DeviceLike) -> bool:
@@ -276,14 +244,8 @@ def _is_card(device: DeviceLike) -> bool:
 
 
 def _check_memory(limit: int, source: Path, target: Path, device: DeviceLike) -> None:
-    """Refuses a bound that the models alone exceed, before they are loaded.
-
-    Raises:
-        TooLittleMemory: says the least that is needed.
-    """
-    from .pipelines import estimate_bytes
-
-    (ours, others), (theirs, rest) = (estimate_bytes(path) for path in (source, target))
+    """Refuses a bound that the models alone exceed, before they are loaded."""
+    (ours, others), (theirs, rest) = (pipelines.estimate_bytes(path) for path in (source, target))
     on_host = not _is_card(device)
     least = resident_bytes() + max(ours + others, theirs + rest + (others if on_host else 0))
     if least > limit:
@@ -297,9 +259,6 @@ def _memory_left(limit: int) -> int:
     """Returns the memory that a bound leaves for calls and streams.
 
     Once the models are loaded.
-
-    Raises:
-        TooLittleMemory: nothing is left.
     """
     taken = resident_bytes()
     if taken >= limit:

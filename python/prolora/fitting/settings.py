@@ -239,9 +239,6 @@ class FitSettings:
         LoRA, target), five in a step (a backward pass costs about two) and about seven in the
         verdict. Together fit and verdict then take about three times the sampling. More than
         MAX_SAMPLES of each gain little (docs/results.md).
-
-        Args:
-            recorded: number of samples in all calls, held-out ones included.
         """
         probes, held_out, batch = (
             max(1, min(most, int(share * recorded)))
@@ -272,11 +269,7 @@ class FitSettings:
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
-    """Reads the lines of a text file, without empty ones.
-
-    Raises:
-        InvalidOption: the file cannot be read, or has no prompts.
-    """
+    """Reads the lines of a text file, without empty ones."""
     try:
         lines = read_text(file).splitlines()
     except UnsupportedFormat as error:
@@ -293,11 +286,7 @@ def _is_number(value: object) -> bool:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuses an option that is no whole number, or one below the least.
-
-    Raises:
-        InvalidOption: names the option.
-    """
+    """Refuses an option that is no whole number, or one below the least."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidOption(f"{name} must be an integer of {least} or more, not {value!r}")
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from ..core.lowrank import LowRank
 from ..errors import NonFiniteWeights, ProLoRAError
 from ..reports.page.picture_file import write_png
 from ..reports.report import PictureGrid
+from .fit_precision import in_float32
+from .pipelines.pipeline import Pipeline, share_size
 from .settings import FitSettings
-
-if TYPE_CHECKING:
-    from .pipelines import Pipeline
+from .updates import run_beside
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,14 @@ class ImageGrid:
     ) -> ImageGrid:
         """Makes a grid of some of the sampled prompts, perhaps without rows.
 
-        `shared` says that both have the same latents, and so the same noise.
+        `shared` says that both have the same latents, and so the same noise; then a missing size
+        becomes the smaller default.
         """
-        settings = settle_settings(models, sampled, shared)
+        ours = share_size(sampled, *models) if shared else sampled
         known = sampled.prompts or ("",)
         count = min(sampled.shown_prompts, len(known))
         rows = tuple(known[i * len(known) // count] for i in range(count))
-        return cls(models, settings, rows, carried)
+        return cls(models, (ours, models[1].derive_target_settings(ours)), rows, carried)
 
     def draw_source(
         self,
@@ -58,10 +59,10 @@ class ImageGrid:
 
         `text_encoders` puts the LoRA's part beside its text encoders.
         """
-        if self._is_open("source"):
-            self._draw("source", 0, self.settings[0], {})
+        if "source" not in self.columns:
+            self._draw("source", 0, {})
             with text_encoders():
-                self._draw("source + LoRA", 0, self.settings[0], updates)
+                self._draw("source + LoRA", 0, updates)
 
     def draw_target(
         self, copied: Mapping[str, LowRank], fitted: Mapping[str, LowRank] | None
@@ -70,29 +71,16 @@ class ImageGrid:
 
         No column is drawn for an empty copy or a missing fit.
         """
-        if self._is_open("target"):
-            self._draw("target", 1, self.settings[1], {})
-            for name, updates in (("target + copy", copied), ("target + fit", fitted)):
-                if updates:
-                    self._draw(name, 1, self.settings[1], updates)
+        self._draw("target", 1, {})
+        for name, updates in (("target + copy", copied), ("target + fit", fitted)):
+            if updates:
+                self._draw(name, 1, updates)
 
-    def _is_open(self, name: str) -> bool:
-        return bool(self.prompts) and not self.failure and name not in self.columns
-
-    def _draw(
-        self,
-        name: str,
-        side: int,
-        settings: FitSettings,
-        updates: Mapping[str, LowRank],
-    ) -> None:
+    def _draw(self, name: str, side: int, updates: Mapping[str, LowRank]) -> None:
         """Draws one column; the noise of a row is the same in all."""
-        from .fit_precision import in_float32
-        from .updates import run_beside
-
-        model, drawn = self.models[side], []
-        if self.failure:
+        if self.failure or not self.prompts:
             return
+        model, settings, drawn = self.models[side], self.settings[side], []
         try:
             model.restore()  # the VAE may be away
             with in_float32(model.denoiser), run_beside(model.denoiser, updates):
@@ -123,27 +111,8 @@ class ImageGrid:
         return PictureGrid(tuple(self.columns), self.prompts, tuple(self.columns.values()), caption)
 
 
-def settle_settings(
-    models: tuple[Pipeline, Pipeline], sampled: FitSettings, shared: bool
-) -> tuple[FitSettings, FitSettings]:
-    """Returns source and target settings; a missing size becomes the smaller default.
-
-    `shared` says that both have the same latents, and so the same noise.
-    """
-    from .pipelines.pipeline import share_size
-
-    if shared:
-        sampled = share_size(sampled, *models)
-    return sampled, models[1].derive_target_settings(sampled)
-
-
 def read_pixels(result: Any) -> Tensor:
-    """Reads the pixels [3, h, w] from 0 to 1 in a pipeline's result.
-
-    Raises:
-        NonFiniteWeights: the image holds NaN or infinities.
-        ProLoRAError: it gives no image.
-    """
+    """Reads the pixels [3, h, w] from 0 to 1 in a pipeline's result."""
     images = getattr(result, "images", None)
     images = images if isinstance(images, Tensor) else torch.as_tensor(images)
     image = images[0]

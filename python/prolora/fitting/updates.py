@@ -31,14 +31,7 @@ def run_beside(
     Of every module y = W·x it adds B·(A·x) to y, so that nothing is of a weight's size. Inside
     `in_float32` that is the sum in float32, whatever the weights are stored in.
 
-    Args:
-        model: the model.
-        updates: module -> B·A [m, n]; for a convolution n is its flattened weight's.
-        strength: factor of all of them.
-
-    Raises:
-        ProLoRAError: the model has no such module.
-        ShapeMismatch: an update and its weight differ in shape.
+    `updates` are module -> B·A [m, n]; for a convolution n is its flattened weight's.
     """
     factors = {}
     for name, update in updates.items():
@@ -149,9 +142,6 @@ def weight_of(model: nn.Module, name: str, any_kind: bool = False) -> Tensor:
     """Returns the weight of a module that a fit can change.
 
     `any_kind` also takes any convolution or an embedding.
-
-    Raises:
-        ProLoRAError: the model has no such module, or it is of another kind.
     """
     try:
         module = model.get_submodule(name)

@@ -98,17 +98,22 @@ class Workload:
         )
 
 
-def price_predictions(predictions: Mapping[str, tuple[int, int]]) -> float:
-    """Prices all stages in predictions."""
-    return sum(STAGES[stage] * sum(predicted) for stage, predicted in predictions.items())
+def price_predictions(
+    predictions: Mapping[str, tuple[int, int]], sizes: tuple[int, int] = (1, 1)
+) -> float:
+    """Prices all stages in predictions of a model of size 1."""
+    return sum(
+        STAGES[stage] * made * size
+        for stage, both in predictions.items()
+        for made, size in zip(both, sizes, strict=True)
+    )
 
 
 class WorkMeter:
-    """A counter of predicted samples that reports progress and time left.
+    """A counter of predicted samples, and what is left of all stages.
 
-    Progress is told as predictions done of all that were foreseen, weighted by the time that they
-    are measured to take, over all stages. The name says what is done, and the time that is left as
-    soon as a few predictions were timed.
+    Progress is told in the predictions that were foreseen, each stage weighted by what one costs in
+    it, with the time that is left at the speed so far.
 
     Attributes:
         seconds: wall time by stage.
@@ -121,31 +126,29 @@ class WorkMeter:
         self.seconds: dict[str, float] = {}
         self.predictions: dict[str, tuple[int, int]] = {}
         self._total = sum(map(sum, workload.predictions.values()))
-        self._told = 0.0
         self._sizes = 1, 1
-        self._stage, self._reached = "", 0.0
-        self._began = self._since = self._tick = time.perf_counter()
-        self._made = [0, 0]
-        self._costs: list[tuple[float, int]] = [(0.0, 0), (0.0, 0)]
-        self._rates: tuple[float, float] | None = None
-        self._slot = self._drawn = 0
+        self._stage, self._made = "", [0, 0]
+        self._drawn = dict.fromkeys(ORIGINS, 0)
+        self._done = self._skipped = 0.0  # shares of all; what was kept takes no time
+        self._began = self._since = time.perf_counter()
 
     @contextlib.contextmanager
     def watch(self, source: nn.Module, target: nn.Module) -> Iterator[None]:
         """Counts what the models predict in the block."""
-        sizes = [sum(p.numel() for p in model.parameters()) for model in (source, target)]
-        self._sizes = max(sizes[0], 1), max(sizes[1], 1)
+        models = source, target
+        ours, theirs = (max(sum(p.numel() for p in model.parameters()), 1) for model in models)
+        self._sizes = ours, theirs
 
         def watch_one(i: int, model: nn.Module) -> Any:
             def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
                 self._made[i] += count_samples(Call(args, kwargs))
                 if self._stage == "judge":
-                    done = self._made[1] / max(self.workload.predictions["judge"][1], 1)
-                    self.reach(min(done, 0.95), "judging")
+                    foreseen = max(self.workload.predictions["judge"][1], 1)
+                    self.reach(min(self._made[1] / foreseen, 0.95), "judging")
 
             return model.register_forward_hook(count, with_kwargs=True)
 
-        with keep_hooks(watch_one(i, model) for i, model in enumerate((source, target))):
+        with keep_hooks(watch_one(i, model) for i, model in enumerate(models)):
             yield
 
     def settle(self, settings: FitSettings) -> None:
@@ -160,7 +163,11 @@ class WorkMeter:
             self.predictions[self._stage] = ours + self._made[0], theirs + self._made[1]
             before = self.seconds.get(self._stage, 0.0)
             self.seconds[self._stage] = before + now - self._since
-        self._stage, self._since, self._tick, self._made, self._reached = stage, now, now, [0, 0], 0
+        self._stage, self._since, self._made = stage, now, [0, 0]
+        if stage in self.workload.predictions:
+            share = self._share_done(0)
+            self._skipped += max(share - self._done, 0)
+            self._done = max(share, self._done)
 
     def finish(self) -> None:
         """Ends the last stage."""
@@ -168,91 +175,37 @@ class WorkMeter:
         self._tell(1.0, "judged")
 
     def count_image(self, origin: str) -> None:
-        """Notes a sampled image of one of ORIGINS; those before it that were kept are none."""
-        i = int(origin == "target")
-        now, made = time.perf_counter(), sum(self._made) - sum(n for _, n in self._costs)
-        seconds, known = self._costs[i]
-        if not known:
-            branches = list(self.workload.branches)
-            branches[i] = max(round(made / self.workload.steps[origin]), 1)
-            self.workload = replace(self.workload, branches=(branches[0], branches[1]))
-        self._costs[i], self._tick = (seconds + now - self._tick, known + made), now
-        images = self.workload.settings.images
-        if self._drawn == images or ORIGINS[self._slot % 3] != origin:
-            self._drawn = 0
-            self._slot += 1
-            while ORIGINS[self._slot % 3] != origin:
-                self._slot += 1
-        self._drawn += 1
-        self._tell(None, _IMAGES[origin])
+        """Notes a sampled image of one of ORIGINS; those that were kept are none."""
+        self._drawn[origin] += 1
+        costs = {
+            one: steps * self._sizes[one == "target"] for one, steps in self.workload.steps.items()
+        }
+        drawn = sum(cost * self._drawn[one] for one, cost in costs.items())
+        share = drawn / (2 * self.workload.settings.images * sum(costs.values()))
+        self.reach(share, _IMAGES[origin])
 
     def reach(self, share: float, name: str) -> None:
         """Notes how much of the stage is done."""
-        self._reached = share
-        self._tell(None, name)
+        self._tell(self._share_done(share), name)
 
-    def _tell(self, done: float | None, name: str) -> None:
+    def _share_done(self, share: float) -> float:
+        """Returns the share of all stages, where this one has reached a share."""
+        foreseen, stages = self.workload.predictions, [*STAGES]
+        before = stages[: stages.index(self._stage)]
+        done = price_predictions({s: foreseen[s] for s in before if s in foreseen}, self._sizes)
+        now = {s: foreseen[s] for s in (self._stage,) if s in foreseen}
+        done += share * price_predictions(now, self._sizes)
+        return done / price_predictions(foreseen, self._sizes)
+
+    def _tell(self, done: float, name: str) -> None:
         """Calls the caller's function, where there is one."""
-        progress = self.workload.settings.progress
-        if progress is None:
-            return
-        left = self._estimate_left()
-        if done is None and left is not None:
-            elapsed = time.perf_counter() - self._began
-            done = elapsed / max(elapsed + left, 1e-9)
-        self._told = max(self._told, done or 0.0)
-        if left is not None and self._stage:
+        self._done = max(done, self._done)
+        timed = self._done - self._skipped
+        if self._stage and timed > 0:
+            left = (time.perf_counter() - self._began) * (1 - self._done) / timed
             name = f"{name}, {write_time(left)} left"
-        progress(int(self._told * self._total), self._total, name)
-
-    def _estimate_left(self) -> float | None:
-        """Seconds until the end; None as long as nothing was timed."""
-        rates = self._rates = self._estimate_rates() or self._rates
-        if rates is None:
-            return None
-        stages, foreseen = list(STAGES), self.workload.predictions
-        later = stages[stages.index(self._stage) + 1 :] if self._stage else []
-        left = sum(
-            self._price(foreseen[stage], stage, rates) for stage in later if stage in foreseen
-        )
-        if self._stage == "sample":
-            return left + self._price(self._count_left(), "sample", rates)
-        if not self._stage or self._stage not in foreseen:
-            return left
-        if self._reached > 0:
-            spent = time.perf_counter() - self._since
-            return left + spent * (1 - self._reached) / self._reached
-        return left + self._price(foreseen[self._stage], self._stage, rates)
-
-    def _price(self, made: tuple[float, float], stage: str, rates: tuple[float, float]) -> float:
-        return STAGES[stage] * (made[0] * rates[0] + made[1] * rates[1])
-
-    def _count_left(self) -> tuple[float, float]:
-        """Predictions of both models in the samplings that are left."""
-        images, foreseen = self.workload.settings.images, self.workload.predictions["sample"]
-        left = [0, 0]
-        for slot in range(self._slot, 2 * len(ORIGINS)):
-            count = images - (self._drawn if slot == self._slot else 0)
-            left[int(ORIGINS[slot % 3] == "target")] += count
-        ours, theirs = (n / m for n, m in zip(foreseen, self.workload.images, strict=True))
-        return left[0] * ours, left[1] * theirs
-
-    def _estimate_rates(self) -> tuple[float, float] | None:
-        """Seconds of a prediction of the source and of the target.
-
-        One that was not timed yet counts by its size. Where all samplings were kept, both are of
-        what is asked.
-        """
-        rates = [seconds / made if made else None for seconds, made in self._costs]
-        if rates == [None, None] and self._stage == "ask" and self._reached > 0:
-            ours, theirs = self.workload.predictions["ask"]
-            spent = (time.perf_counter() - self._since) / self._reached
-            parts = ours * self._sizes[0] + theirs * self._sizes[1]
-            return spent * self._sizes[0] / parts, spent * self._sizes[1] / parts
-        scale = self._sizes[1] / self._sizes[0]
-        if rates[0] is None:
-            return None if rates[1] is None else (rates[1] / scale, rates[1])
-        return rates[0], rates[0] * scale if rates[1] is None else rates[1]
+        if self.workload.settings.progress:
+            self.workload.settings.progress(int(self._done * self._total), self._total, name)
 
 
 def write_time(seconds: float) -> str:

@@ -1,10 +1,10 @@
 """Diffusers pipeline folders as the models, samplers and translations that probing needs."""
 
-from .crossing import CrossingSide, describe_crossing, observe_sides, takes_few_steps
+from .crossing import CrossingSide, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
 from .latents import LatentSpace, SharedLatents, check_shown
 from .pairing import PipelinePair, pair_pipelines
-from .pipeline import Pipeline
+from .pipeline import Pipeline, describe_pipeline
 from .pipeline_opening import open_pipeline
 from .stages import estimate_bytes
 from .text_part import TextPart, run_text_encoders_beside
@@ -20,7 +20,7 @@ __all__ = [
     "SharedLatents",
     "TextPart",
     "check_shown",
-    "describe_crossing",
+    "describe_pipeline",
     "estimate_bytes",
     "observe_sides",
     "open_pipeline",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,7 @@ class CallParts:
 
 
 def split_call(model: nn.Module, call: Call) -> CallParts:
-    """Splits a call by the parameter names of the model's `forward`.
-
-    Raises:
-        ProLoRAError: the model takes no time, or latents of different sizes.
-    """
+    """Splits a call by the parameter names of the model's `forward`."""
     arguments = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     arguments |= arguments.pop("kwargs", {})
     latent = arguments.pop(next(iter(arguments)))
@@ -77,9 +73,6 @@ def stack_output(result: Any) -> Tensor:
     """Returns the prediction [n, ...] in a model's return value.
 
     Some return a list of samples.
-
-    Raises:
-        ProLoRAError: it holds no tensor.
     """
     if isinstance(result, list) and all(isinstance(sample, Tensor) for sample in result):
         return torch.stack(result)
@@ -137,11 +130,7 @@ def sample_conditioning(parts: CallParts, i: int) -> Conditioning:
 
 
 def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
-    """Stacks the conditioning of several samples for one call.
-
-    Raises:
-        ProLoRAError: the texts differ in length.
-    """
+    """Stacks the conditioning of several samples for one call."""
     stacked: Conditioning = {}
     for path, value in rows[0].items():
         values = [other[path] for other in rows]
@@ -181,11 +170,7 @@ class PromptTable:
         self._stacked: dict[tuple[int, ...], Conditioning] = {}
 
     def prompt_of(self, parts: CallParts, i: int) -> int:
-        """Returns the index of the entry in sample i of a call.
-
-        Raises:
-            ProLoRAError: no entry is the sample's.
-        """
+        """Returns the index of the entry in sample i of a call."""
         conditioning = sample_conditioning(parts, i)
         distances = [conditioning_distance(conditioning, entry) for entry in self.entries]
         best = min(range(len(distances)), key=lambda k: distances[k])
@@ -196,6 +181,44 @@ class PromptTable:
                 "translate"
             )
         return best
+
+    def swap_prompts(self, theirs: PromptTable, call: Call) -> Call:
+        """Returns a call with the conditioning that another table has of its prompts."""
+        parts = split_call(self.model, call)
+        prompts = [self.prompt_of(parts, i) for i in range(len(parts.latent))]
+        return theirs.replace_prompts(call, parts, prompts)
+
+    def replace_prompts(self, call: Call, parts: CallParts, prompts: Sequence[int]) -> Call:
+        """Returns a call, split into parts, with other prompts."""
+        made = self.build_call(parts.latent, parts.time, prompts)
+        return replace(call, args=made.args, kwargs=made.kwargs)
+
+    def drop_prompts(self, call: Call) -> Call:
+        """Returns a call without its prompts."""
+        parts = split_call(self.model, call)
+        return self.replace_prompts(call, parts, [len(self.entries) - 1] * len(parts.latent))
+
+    def find_prompts(self, call: Call) -> list[bool]:
+        """Finds the samples of a call that have a prompt."""
+        parts = split_call(self.model, call)
+        return [self.has_prompt(parts, i) for i in range(len(parts.latent))]
+
+    def keep_prompted(self, call: Call) -> Call | None:
+        """Returns the samples of a call that have a prompt; None for none."""
+        found = self.find_prompts(call)
+        if all(found):
+            return call
+        rows = [i for i, prompted in enumerate(found) if prompted]
+        if not rows:
+            return None
+        parts = split_call(self.model, call)
+        kept = replace(
+            parts,
+            latent=parts.latent[rows],
+            time=parts.time[rows] if parts.time.dim() else parts.time,
+            conditioning=stack_conditionings([sample_conditioning(parts, i) for i in rows]),
+        )
+        return build_call(self.model, kept)
 
     def has_prompt(self, parts: CallParts, i: int) -> bool:
         """Returns whether sample i of a call has a prompt.
@@ -210,13 +233,7 @@ class PromptTable:
         return any(conditioning_distance(conditioning, e) < free for e in self.entries[:-1])
 
     def build_call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
-        """Builds a call of the model.
-
-        Args:
-            latent: [n, ...].
-            time: [] or [n]; it takes the dtype and the axes that the pipeline gives a time.
-            prompts: an index of the entries for each sample.
-        """
+        """Builds a call of the model; a time [] or [n] gets the pipeline's dtype and axes."""
         if tuple(prompts) not in self._stacked:
             self._stacked[tuple(prompts)] = stack_conditionings([self.entries[k] for k in prompts])
         conditioning = self._stacked[tuple(prompts)]  # one copy for all steps of an image

@@ -43,12 +43,7 @@ def convert_prediction(
     From f = c·x₀ + d·x on both sides: f' = (c'/c)·f + (d'·r − (c'/c)·d)·x, where x' = r·x. So a
     change of x₀ is a change c'/c times that of f.
 
-    Args:
-        ours: schedule of the model that predicted.
-        theirs: schedule of the other model.
-        latent: x [n, ...], the input of the model that predicted.
-        time: at which it predicted, [] or [n].
-        prediction: [n, ...].
+    `latent` x [n, ...] is the input of the model that predicted, at times [] or [n].
     """
     if ours.predicts_alike(theirs):
         return prediction if ours.sign == theirs.sign else -prediction
@@ -67,12 +62,6 @@ def clip_state(
 
     A state with more noise than the bound becomes the state of x₀ = 0 and the same ε at the bound;
     one with less keeps its signal. States within the bounds are returned as they are.
-
-    Args:
-        schedule: of the model.
-        levels: lowest and highest noise level.
-        latent: [n, ...].
-        time: [] or [n].
     """
     level = schedule.level_at(time)
     bound = level.clamp(*levels)

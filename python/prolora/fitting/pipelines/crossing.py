@@ -12,9 +12,8 @@ change of x₀ that the LoRA makes crosses in the same way (docs/fit.md).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +27,9 @@ from .conversion import align_rows
 from .guidance import guide_source
 from .latent_layouts import LatentLayout, check_shapes
 from .latents import LatentSpace, SharedLatents, check_shown
-from .pipeline import FinalSample, Pipeline, describe_pipeline, share_size
+from .pipeline import FinalSample, Pipeline, share_size
 from .schedules import NoiseSchedule
-from .text_part import PromptSwapper, TextPart
+from .text_part import TextPart
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,6 @@ class CrossingSide:
 
         `settings` without a size take the pipeline's; `shared` says that the other side denoises
         the same latents.
-
-        Raises:
-            UnsupportedFormat: its times or its latents cannot be read, or it cannot turn images
-                into latents.
         """
         if not shared:
             check_shown(pipeline.pipe, pipeline.name)
@@ -126,7 +121,7 @@ class CrossedTranslation(Translation):
             (ours.settings, theirs.settings),
             (ours.table, theirs.table),
         )
-        adapt = PromptSwapper(ours.table, text_part.table) if text_part else same_call
+        adapt = partial(ours.table.swap_prompts, text_part.table) if text_part else same_call
         return cls(read=theirs.read, guidance=guidance, adapt=adapt, ours=ours, theirs=theirs)
 
     def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
@@ -165,16 +160,7 @@ def observe_sides(
 ) -> tuple[CrossingSide, CrossingSide]:
     """Observes both sides of a crossing.
 
-    Args:
-        source: the pipeline that the LoRA was made for.
-        target: the other one.
-        settings: what is sampled; without a size each side has its pipeline's, or both the
-            smaller one where they share latents.
-        shared: whether both denoise the same latents.
-
-    Raises:
-        UnsupportedFormat: see `CrossingSide.of`.
-        ProLoRAError: shared latents have different shapes.
+    Without a size each side has its pipeline's, or both the smaller one where they share latents.
     """
     if shared:
         settings = share_size(settings, source, target)
@@ -205,8 +191,3 @@ def draw_noise(
         return spaces[0].as_latent(noise), spaces[1].as_latent(noise).to(pair[1])
     ours, theirs = (torch.randn(x.shape, generator=generator).to(x) for x in pair)
     return ours, theirs
-
-
-def describe_crossing(ours: CrossingSide, theirs: CrossingSide) -> str:
-    """Describes the samplers in a text: part of the keys of kept latents."""
-    return json.dumps([describe_pipeline(side.pipeline, side.settings) for side in (ours, theirs)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -51,7 +51,8 @@ class CrossingRecorder:
     adapter: Adapter  # the LoRA of the source
     # Where final latents are kept
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
-    samplers_text: str = ""  # what the samplers do; part of the keys of what is kept
+    # Origin -> hash of what its images depend on, besides the seed and the models
+    keys: Mapping[str, str] = field(default_factory=lambda: hash_origins({}, ""))
     # Called with the origin of an image after it was sampled
     on_image: Callable[[str], None] | None = None
     # Updates of the source's text encoders that the LoRA is run with
@@ -100,13 +101,6 @@ class CrossingRecorder:
         return min(len(side.table.like.latent) for side in sides)
 
     @cached_property
-    def keys(self) -> dict[str, str]:
-        """Origin -> hash of what its images depend on, besides the seed and the models."""
-        text = self.text_part.updates if self.text_part else {}
-        updates = {**self.adapter.updates, **text}
-        return hash_origins(self.checkpoints, updates, self.samplers_text)
-
-    @cached_property
     def key(self) -> str:
         """Hash of what all questions together depend on, the VAEs included."""
         if self.checkpoints.folder is None:
@@ -140,14 +134,12 @@ class CrossingRecorder:
                 number = seeds[origin] * len(latents) + k
                 prompt = (seeds[origin] + k) % prompts
                 for state in self._draw_states(prompt, levels, len(ORIGINS) * number + i):
-                    calls = self._ask_image(pair, state, (number,))
-                    ours, theirs = (replace(call, origin=origin) for call in calls)
-                    questions.append(Question(ours, theirs))
+                    questions.append(self._ask_image(origin, pair, state, number))
                 if origin == "adapted" and not held_out:
                     images = drawn["source", k], pair[1]
                     noise = self._cross_noise(sampled["source"]["noises"][k][None])
                     for state in self._draw_states(prompt, levels, -1 - number):
-                        questions.append(self._pair_images(images, state, (number,), noise))
+                        questions.append(self._pair_images(images, state, number, noise))
         return questions
 
     def _cross_image(self, origin: str, latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,21 +172,31 @@ class CrossingRecorder:
             yield DrawnStates(at[part], rows[part], generator)
 
     def _ask_image(
-        self, pair: tuple[Tensor, Tensor], state: DrawnStates, number: tuple[int]
-    ) -> tuple[Call, Call]:
+        self, origin: str, pair: tuple[Tensor, Tensor], state: DrawnStates, number: int
+    ) -> Question:
         """Builds both sides' calls about the two latents of one image."""
-        count = len(state.levels)
-        cleans = [clean.expand(count, *clean.shape[1:]) for clean in pair]
+        ours, theirs = (clean.expand(len(state.levels), *clean.shape[1:]) for clean in pair)
         sides = self.ours, self.theirs
-        noises = draw_noise(sides, (cleans[0], cleans[1]), state.generator)
-        ours, theirs = (
-            replace(
-                side.build_call(clean, noise, state.levels, state.prompts),
-                trajectories=number * count,
-            )
-            for side, clean, noise in zip(sides, cleans, noises, strict=True)
+        noises = draw_noise(sides, (ours, theirs), state.generator)
+        return Question(
+            self._build_call(sides[0], origin, ours, noises[0], state, number),
+            self._build_call(sides[1], origin, theirs, noises[1], state, number),
         )
-        return ours, theirs
+
+    @staticmethod
+    def _build_call(
+        side: CrossingSide,
+        origin: str,
+        clean: Tensor,
+        noise: Tensor,
+        state: DrawnStates,
+        number: int,
+    ) -> Call:
+        """Builds a side's call, as one of an origin and of a numbered image."""
+        call = side.build_call(clean, noise, state.levels, state.prompts)
+        numbers = (number,) * len(state.levels)
+        kept = clean if origin == PAIR else None
+        return replace(call, origin=origin, trajectories=numbers, clean=kept)
 
     def _cross_noise(self, noise: Tensor) -> Tensor | None:
         """Returns an image's noise for a target of few steps; else None.
@@ -210,7 +212,7 @@ class CrossingRecorder:
         self,
         images: tuple[Tensor, Tensor],
         state: DrawnStates,
-        number: tuple[int],
+        number: int,
         noise: Tensor | None,
     ) -> Question:
         """Builds the target's calls about an image without and with the LoRA.
@@ -223,32 +225,21 @@ class CrossingRecorder:
         if noise is None:
             noise = torch.randn(cleans[0].shape, generator=state.generator)
         noise = noise.to(cleans[0]).expand_as(cleans[0])
-        before, after = (
-            replace(
-                self.theirs.build_call(clean, noise, state.levels, state.prompts),
-                origin=PAIR,
-                trajectories=number * count,
-                clean=clean,
-            )
-            for clean in cleans
-        )
-        return Question(before, after)
+        how = noise, state, number
+        return Question(*(self._build_call(self.theirs, PAIR, x, *how) for x in cleans))
 
     def _load_or_sample(self, origin: str, seed: int) -> dict[str, Tensor]:
         """Returns final latents of an origin's images, their noise and levels of calls."""
         side = self.theirs if origin == "target" else self.ours
-        name, key = (
-            f"latents-{origin}-{seed}",
-            hash_texts("latents, noises", self.keys[origin], str(seed)),
-        )
+        name = f"latents-{origin}-{seed}"
+        key = hash_texts("latents, noises", self.keys[origin], str(seed))
         kept = self.checkpoints.recall(name, key)
         if kept is None:
-            if origin == "adapted":
-                text = self.text_part.updates if self.text_part else {}
-                encoders = run_text_encoders_beside(side.pipeline, text)
-                with run_beside(self.source, self.adapter.updates), encoders:
-                    sampled = self._sample(side, seed, origin)
-            else:
+            adapted = origin == "adapted"
+            text = self.text_part.updates if adapted and self.text_part else {}
+            encoders = run_text_encoders_beside(side.pipeline, text)
+            updates = self.adapter.updates if adapted else {}
+            with run_beside(side.pipeline.denoiser, updates), encoders:
                 sampled = self._sample(side, seed, origin)
             self.checkpoints.store(name, key, sampled)
         else:

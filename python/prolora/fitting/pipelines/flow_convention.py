@@ -49,25 +49,13 @@ class _Observed:
 
 
 def observe_flow(
-    schedule: NoiseSchedule,
-    scheduler: Any,
-    denoiser: nn.Module,
-    sample: Callable[[], None],
-    name: str,
+    schedule: NoiseSchedule,  # as read from the scheduler
+    scheduler: Any,  # of the pipeline
+    denoiser: nn.Module,  # of the pipeline
+    sample: Callable[[], None],  # runs the pipeline from noise, in STEPS steps
+    name: str,  # of the pipeline, for messages
 ) -> NoiseSchedule:
-    """Returns the schedule of a flow with its times and its sign.
-
-    Args:
-        schedule: as read from the scheduler.
-        scheduler: of the pipeline.
-        denoiser: of the pipeline.
-        sample: runs the pipeline from noise, in STEPS steps.
-        name: of the pipeline, for messages.
-
-    Raises:
-        UnsupportedFormat: its times are not linear in the noise level, or the scheduler's input is
-            no multiple of the prediction.
-    """
+    """Returns the schedule of a flow with its times and its sign."""
     observed = _Observed()
 
     def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -88,17 +76,11 @@ def observe_flow(
 
 @contextmanager
 def watch_steps(
-    scheduler: Any,
+    scheduler: Any,  # of a pipeline
     on_step: Callable[[Tensor, Any], None] | None = None,
-    on_result: Callable[[Tensor], object] | None = None,
+    on_result: Callable[[Tensor], object] | None = None,  # called with the latents after the step
 ) -> Iterator[None]:
-    """Calls functions at every step of a scheduler, also inside another such block.
-
-    Args:
-        scheduler: of a pipeline.
-        on_step: called with the prediction and the time, before the step.
-        on_result: called with the latents after the step.
-    """
+    """Calls functions at every step of a scheduler, also inside another such block."""
     step, before = scheduler.step, vars(scheduler).get("step")
 
     @functools.wraps(step)  # pipelines look at its parameters

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,14 +19,7 @@ from ..hooks import FirstCallReached, keep_hooks
 from ..recording.trajectories import Call
 from ..recording.translation import Guidance
 from ..settings import FitSettings
-from .conditioning import (
-    PredictionReader,
-    PromptTable,
-    build_call,
-    sample_conditioning,
-    split_call,
-    stack_conditionings,
-)
+from .conditioning import PredictionReader, PromptTable, split_call
 from .flow_convention import watch_steps
 from .pipeline import Pipeline
 
@@ -87,43 +79,6 @@ def read_guidance_scale(
     return float(weights[0]) / total
 
 
-@dataclass(frozen=True)
-class _PromptDropper:
-    """A call of a model -> the same without its prompt."""
-
-    table: PromptTable
-
-    def __call__(self, call: Call) -> Call:
-        parts = split_call(self.table.model, call)
-        last = len(self.table.entries) - 1
-        return replace(
-            self.table.build_call(parts.latent, parts.time, [last] * len(parts.latent)),
-            origin=call.origin,
-        )
-
-
-@dataclass(frozen=True)
-class _PromptKeeper:
-    """A call of a model -> its samples that have a prompt."""
-
-    table: PromptTable
-
-    def __call__(self, call: Call) -> Call | None:
-        parts = split_call(self.table.model, call)
-        rows = [i for i in range(len(parts.latent)) if self.table.has_prompt(parts, i)]
-        if len(rows) == len(parts.latent):
-            return call
-        if not rows:
-            return None
-        kept = replace(
-            parts,
-            latent=parts.latent[rows],
-            time=parts.time[rows] if parts.time.dim() else parts.time,
-            conditioning=stack_conditionings([sample_conditioning(parts, i) for i in rows]),
-        )
-        return build_call(self.table.model, kept)
-
-
 def lacks_negative_prompt(pipeline: Pipeline, settings: FitSettings) -> bool:
     """Returns whether a pipeline guides only with a negative prompt.
 
@@ -159,4 +114,4 @@ def guide_source(
         )
     if scale is None or scale == 1:
         return None
-    return Guidance(scale, _PromptDropper(source), _PromptKeeper(source))
+    return Guidance(scale, source.drop_prompts, source.keep_prompted)

@@ -32,11 +32,7 @@ class LatentLayout:
         return cls(PACKED if latent.dim() == 3 and _packs_patches(pipe) else OTHER)
 
     def unpack(self, latent: Tensor) -> Tensor:
-        """Returns the latent as an image [n, c, h, w].
-
-        Raises:
-            ProLoRAError: packed tokens do not form a square.
-        """
+        """Returns the latent as an image [n, c, h, w]."""
         if self.kind == FRAME:
             return latent[:, :, 0]
         if self.kind != PACKED:
@@ -85,11 +81,7 @@ def check_shapes(
     layouts: tuple[LatentLayout, LatentLayout],
     names: tuple[str, str],
 ) -> None:
-    """Refuses latents that are not the same numbers in two layouts.
-
-    Raises:
-        ProLoRAError: names the shapes.
-    """
+    """Refuses latents that are not the same numbers in two layouts."""
     source, target = (
         tuple((layout.unpack(latent) if layouts[0] != layouts[1] else latent).shape[1:])
         for layout, latent in zip(layouts, shapes, strict=True)

@@ -74,11 +74,7 @@ class LatentSpace:
 
     @staticmethod
     def as_image(latent: Tensor) -> Tensor:
-        """Reshapes latents to [n, c, h, w]; tokens must form a square.
-
-        Raises:
-            UnsupportedFormat: they do not, or there are several frames.
-        """
+        """Reshapes latents to [n, c, h, w]; tokens must form a square."""
         if latent.dim() == 3:
             n, tokens, channels = latent.shape
             side = math.isqrt(tokens)
@@ -128,11 +124,7 @@ class SharedLatents:
 
 
 def check_shown(pipe: Any, name: str) -> None:
-    """Refuses a pipeline whose latents cannot be turned into images and back.
-
-    Raises:
-        UnsupportedFormat: it has no VAE and denoises no pixels, or a VAE without an encoder.
-    """
+    """Refuses a pipeline whose latents cannot be turned into images and back."""
     vae = getattr(pipe, "vae", None)
     if vae is None:
         denoiser: Any = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
@@ -152,16 +144,8 @@ def observe_latents(
 ) -> LatentSpace:
     """Observes the latent space of a pipeline on one sampling.
 
-    Args:
-        pipe: the diffusers pipeline.
-        like: latents as the denoiser is given them.
-        final: the latents after the scheduler's last step.
-        given: what the VAE was given to decode; None where it never was.
-        name: of the pipeline, for messages.
-
-    Raises:
-        UnsupportedFormat: what its VAE is given is not the latents channel by channel, or it
-            cannot encode what it decodes.
+    `like` are latents as the denoiser is given them, `final` those after the scheduler's last step,
+    `given` what the VAE was given to decode; None where it never was.
     """
     space = LatentSpace(getattr(pipe, "vae", None), tokens=like.dim() == 3, frame=like.dim() == 5)
     image = space.as_image(final)
@@ -201,11 +185,7 @@ def _observe_decoding(
 
 
 def _check_round_trip(space: LatentSpace, image: Tensor, name: str) -> None:
-    """Decodes and encodes a latent, and compares the shapes.
-
-    Raises:
-        UnsupportedFormat: the VAE cannot, or what comes back has another shape.
-    """
+    """Decodes and encodes a latent, and compares the shapes."""
     latent = space.as_latent(image)
     vae = type(space.vae).__name__
     try:
@@ -258,11 +238,7 @@ def capture_decoded(vae: Any, sample: Callable[[], object]) -> Tensor | None:
 
 
 def _read_encoded(encoded: Any) -> Tensor:
-    """Reads the latents in a result of a VAE's `encode`: a mode or a tensor.
-
-    Raises:
-        ProLoRAError: it holds neither.
-    """
+    """Reads the latents in a result of a VAE's `encode`: a mode or a tensor."""
     if hasattr(encoded, "latent_dist"):
         mode: Tensor = encoded.latent_dist.mode()
         return mode

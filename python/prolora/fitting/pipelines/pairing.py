@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.lowrank import LowRank
 from ..recording.trajectories import Call, Sample
@@ -23,9 +24,9 @@ from .conversion import (
 )
 from .guidance import guide_source
 from .latent_layouts import LatentLayout, check_shapes
-from .pipeline import Pipeline, describe_pipeline, share_size
+from .pipeline import Pipeline, share_size
 from .schedules import FLOW, NoiseSchedule, level_log_snr
-from .text_part import PromptSwapper, TextPart
+from .text_part import TextPart
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,6 @@ class PipelinePair:
             self.target.sampler(self.of_target, lambda: on_image("target")),
         )
 
-    def describe_sampling(self) -> str:
-        """Describes the samplers in a text: part of the keys of recorded calls."""
-        sides = ((self.source, self.settings), (self.target, self.of_target))
-        return json.dumps([describe_pipeline(*side) for side in sides])
-
 
 def pair_pipelines(
     source: Pipeline,
@@ -72,10 +68,6 @@ def pair_pipelines(
     Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps
     to see what their times mean. `text_updates` of the source's text encoders are run with the
     LoRA.
-
-    Raises:
-        UnsupportedFormat: the times or predictions of a flow cannot be read.
-        ProLoRAError: the latents have different shapes.
     """
     names = source.name, target.name
     settings = share_size(settings, source, target)
@@ -91,85 +83,55 @@ def pair_pipelines(
     latents = tables[0].like.latent, tables[1].like.latent
     layouts = LatentLayout.of(source.pipe, latents[0]), LatentLayout.of(target.pipe, latents[1])
     check_shapes(latents, layouts, names)
+    sides = _AskedModel(tables[0], ours, layouts[0]), _AskedModel(tables[1], theirs, layouts[1])
+
+    def clip(call: Call) -> Call:
+        return call if levels is None else sides[call.origin == "target"].clip(levels, call)
+
     translation = Translation(
-        _CallTranslator(*tables, ours, theirs, *layouts),
-        _CallTranslator(tables[1], tables[0], theirs, ours, layouts[1], layouts[0]),
-        _PredictionConverter(source.denoiser, ours, theirs, *layouts),
+        partial(sides[0].translate, sides[1]),
+        partial(sides[1].translate, sides[0]),
+        partial(sides[0].convert, sides[1]),
         PredictionReader.of(*latents),
-        same_call if levels is None else _CallClipper(source, target, ours, theirs, levels),
+        clip,
         guide_source((source, target), (settings, of_target), tables),
-        same_call if part is None else PromptSwapper(tables[0], part.table),
-        same_call if part is None else PromptSwapper(part.table, tables[0]),
-        _PromptFinder(tables[0]) if tables[0].guided else None,
+        same_call if part is None else partial(tables[0].swap_prompts, part.table),
+        same_call if part is None else partial(part.table.swap_prompts, tables[0]),
+        tables[0].find_prompts if tables[0].guided else None,
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
     return PipelinePair(source, target, settings, of_target, translation, log_snr, part)
 
 
-@dataclass(frozen=True)
-class _CallTranslator:
-    """A call of one model -> the other's: same x₀, ε and log-SNR, its own text embeddings."""
-
-    ours: PromptTable
-    theirs: PromptTable
-    schedule: NoiseSchedule
-    their_schedule: NoiseSchedule
-    layout: LatentLayout
-    their_layout: LatentLayout
-
-    def __call__(self, call: Call) -> Call:
-        parts = split_call(self.ours.model, call)
-        prompts = [self.ours.prompt_of(parts, i) for i in range(len(parts.latent))]
-        time = translate_time(self.schedule, self.their_schedule, parts.time)
-        latent = translate_state(self.schedule, self.their_schedule, parts.latent, parts.time)
-        latent = self.layout.translate(latent, self.their_layout)
-        return self.theirs.build_call(latent, time, prompts)
-
-
-@dataclass(frozen=True)
-class _PromptFinder:
-    """A finder of the samples with a prompt in a model's call."""
+class _AskedModel(NamedTuple):
+    """A model as calls are translated to it."""
 
     table: PromptTable
-
-    def __call__(self, call: Call) -> list[bool]:
-        parts = split_call(self.table.model, call)
-        return [self.table.has_prompt(parts, i) for i in range(len(parts.latent))]
-
-
-@dataclass(frozen=True)
-class _CallClipper:
-    """A mover of recorded calls to noise levels of both models."""
-
-    source: Pipeline
-    target: Pipeline
     schedule: NoiseSchedule
-    their_schedule: NoiseSchedule
-    levels: tuple[float, float]
+    layout: LatentLayout
 
-    def __call__(self, call: Call) -> Call:
-        of_target = call.origin == "target"
-        model = (self.target if of_target else self.source).denoiser
-        schedule = self.their_schedule if of_target else self.schedule
+    def translate(self, other: _AskedModel, call: Call) -> Call:
+        """Returns the other's call: same x₀, ε and log-SNR, its own text embeddings."""
+        parts = split_call(self.table.model, call)
+        prompts = [self.table.prompt_of(parts, i) for i in range(len(parts.latent))]
+        time = translate_time(self.schedule, other.schedule, parts.time)
+        latent = translate_state(self.schedule, other.schedule, parts.latent, parts.time)
+        latent = self.layout.translate(latent, other.layout)
+        return other.table.build_call(latent, time, prompts)
+
+    def convert(self, other: _AskedModel, call: Call, prediction: Tensor) -> Tensor:
+        """Returns a prediction in the other's terms."""
+        parts = split_call(self.table.model, call)
+        given = parts.latent, parts.time, prediction
+        converted = convert_prediction(self.schedule, other.schedule, *given)
+        return self.layout.translate(converted, other.layout)
+
+    def clip(self, levels: tuple[float, float], call: Call) -> Call:
+        """Moves a call to noise levels of both models."""
+        model = self.table.model
         parts = split_call(model, call)
-        latent, time = clip_state(schedule, self.levels, parts.latent, parts.time)
+        latent, time = clip_state(self.schedule, levels, parts.latent, parts.time)
         if latent is parts.latent:
             return call
         time = time.to(parts.time.dtype if parts.time.is_floating_point() else torch.float32)
         return build_call(model, replace(parts, latent=latent, time=time))
-
-
-@dataclass(frozen=True)
-class _PredictionConverter:
-    """A prediction of the source -> the one in the target's terms."""
-
-    model: nn.Module
-    ours: NoiseSchedule
-    theirs: NoiseSchedule
-    layout: LatentLayout
-    their_layout: LatentLayout
-
-    def __call__(self, call: Call, prediction: Tensor) -> Tensor:
-        parts = split_call(self.model, call)
-        converted = convert_prediction(self.ours, self.theirs, parts.latent, parts.time, prediction)
-        return self.layout.translate(converted, self.their_layout)

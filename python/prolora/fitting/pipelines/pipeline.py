@@ -61,11 +61,7 @@ class Pipeline:
     """
 
     def __init__(self, pipe: Any, name: str, memory: PromptMemory | None = None) -> None:
-        """Wraps a diffusers pipeline; `name` is for messages.
-
-        Raises:
-            UnsupportedFormat: it has neither unet nor transformer, or its scheduler is unknown.
-        """
+        """Wraps a diffusers pipeline; `name` is for messages."""
         self.pipe, self.name, self.memory = pipe, name, memory
         part = next((part for part in MODELS if getattr(pipe, part, None) is not None), None)
         if part is None:
@@ -139,14 +135,7 @@ class Pipeline:
     ) -> Any:
         """Samples the latents of one image from noise; returns what the pipeline gives.
 
-        Args:
-            prompt: of the image.
-            settings: steps, size and guidance.
-            seed: of the noise.
-            output: "latent", or "pt" for pixels.
-
-        Raises:
-            ProLoRAError: the pipeline needs more than a prompt, an image for example.
+        `output` is "latent", or "pt" for pixels.
         """
         arguments = self._build_arguments(prompt, settings, seed, output)
         hook = self.denoiser.register_forward_pre_hook(_repeat_time, with_kwargs=True, prepend=True)
@@ -169,9 +158,6 @@ class Pipeline:
         What a pipeline returns as latents is already denormalised in some (FLUX.2 klein), so the
         latents are taken from its scheduler. Arguments as for `sample_latents`; a sampling that
         `FirstCallReached` ends after its last step counts.
-
-        Raises:
-            UnsupportedFormat: its scheduler is never stepped.
         """
         calls: list[CallParts] = []
         results: list[Tensor] = []
@@ -234,9 +220,6 @@ class Pipeline:
         """Tabulates each prompt's conditioning from the first call of a sampling.
 
         The unconditional branch of the guidance comes last; without guidance, the empty prompt.
-
-        Raises:
-            ProLoRAError: the guidance has more than two branches.
         """
         prompts = _prompts_or_empty(settings)
         calls = [split_call(self.denoiser, self._capture_call(p, settings)) for p in prompts]
@@ -298,11 +281,7 @@ class Pipeline:
         return calls
 
     def observe_schedule(self, settings: FitSettings) -> NoiseSchedule:
-        """Returns the schedule; a flow's with its times and its sign.
-
-        Raises:
-            UnsupportedFormat: see `observe_flow`.
-        """
+        """Returns the schedule; a flow's with its times and its sign."""
         if self.schedule.kind != FLOW:
             return self.schedule
         short = replace(settings, steps=STEPS)
@@ -320,9 +299,6 @@ class Pipeline:
         """Observes the latents on a sampling of two steps.
 
         `like` are latents [n, ...] as the denoiser is given them.
-
-        Raises:
-            UnsupportedFormat: see `observe_latents`.
         """
         short = replace(settings, steps=2)
         prompt = _prompts_or_empty(settings)[0]

@@ -32,12 +32,6 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
 
     The denoiser stays in the half precision it is stored in (see `precision`); the other models
     become float32. A device of None leaves all models on the CPU.
-
-    Raises:
-        UnsupportedFormat: it is not a pipeline folder, needs code that is not in diffusers or
-            transformers, or has weights as pickles only; or diffusers (transformers, for text
-            encoders) is missing or cannot load it.
-        NonFiniteWeights: a weight holds NaN, Inf or a number that no sampling survives.
     """
     index = read_runnable_index(folder)
     try:
@@ -92,11 +86,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def read_runnable_index(folder: Path) -> PipelineIndex:
-    """Reads model_index.json; refuses a pipeline that would run code of other packages.
-
-    Raises:
-        UnsupportedFormat: see `open_pipeline`.
-    """
+    """Reads model_index.json; refuses a pipeline that would run code of other packages."""
     if not is_pipeline(folder):
         raise UnsupportedFormat(
             f"{folder}: the models are run, so each base must be the folder of a whole "
@@ -125,11 +115,7 @@ def _find_pipeline(diffusers: Any, name: str, folder: Path) -> Any:
 
 
 def _find_class(diffusers: Any, name: str, kind: str, folder: Path) -> Any:
-    """Finds a class of diffusers by name; it must be derived from `kind`.
-
-    Raises:
-        UnsupportedFormat: there is no such class.
-    """
+    """Finds a class of diffusers by name; it must be derived from `kind`."""
     found = getattr(diffusers, name, None)
     if not isinstance(found, type) or not issubclass(found, getattr(diffusers, kind)):
         raise UnsupportedFormat(

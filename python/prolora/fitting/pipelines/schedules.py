@@ -51,11 +51,7 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: Any, name: str) -> NoiseSchedule:
-        """Reads the convention of a diffusers scheduler.
-
-        Raises:
-            UnsupportedFormat: the scheduler has another convention.
-        """
+        """Reads the convention of a diffusers scheduler."""
         config = scheduler.config
         kind = getattr(config, "prediction_type", None)
         alphas = getattr(scheduler, "alphas_cumprod", None)

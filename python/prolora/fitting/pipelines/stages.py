@@ -212,9 +212,6 @@ def estimate_bytes(folder: Path) -> tuple[int, int]:
     """Estimates a pipeline's weights in bytes: text encoders, other models.
 
     The denoiser stays as it is stored; the other models are in float32.
-
-    Raises:
-        UnsupportedFormat: it is no pipeline folder, or its weights cannot be read.
     """
     index = read_pipeline_index(folder)
     encoders = others = 0

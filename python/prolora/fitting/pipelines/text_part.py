@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError
 from ..checkpoint import hash_updates
-from ..recording.trajectories import Call, Sample
+from ..recording.trajectories import Sample
 from ..settings import FitSettings
 from ..updates import run_beside
-from .conditioning import PromptTable, split_call
+from .conditioning import PromptTable
 from .pipeline import Pipeline
 
 _INNER = "text_model."
@@ -28,10 +28,6 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
     """Runs a pipeline's text encoders with updates beside their weights.
 
     The names of the updates begin with the text encoder's.
-
-    Raises:
-        ProLoRAError: the pipeline has no such text encoder, or that has no such module.
-        ShapeMismatch: an update does not fit its weight.
     """
     by_encoder: dict[str, dict[str, LowRank]] = {}
     for name, update in updates.items():
@@ -82,18 +78,3 @@ class TextPart:
                 run(seed)
 
         return sample
-
-
-@dataclass(frozen=True)
-class PromptSwapper:
-    """A replacer of a call's conditioning by another table's."""
-
-    ours: PromptTable  # has the prompts of the call
-    theirs: PromptTable  # has the same prompts in the same order
-
-    def __call__(self, call: Call) -> Call:
-        """Returns the call with the other conditioning."""
-        parts = split_call(self.ours.model, call)
-        prompts = [self.ours.prompt_of(parts, i) for i in range(len(parts.latent))]
-        swapped = self.theirs.build_call(parts.latent, parts.time, prompts)
-        return replace(call, args=swapped.args, kwargs=swapped.kwargs)

@@ -84,27 +84,17 @@ class _PipelineSize:
 
 
 def plan_card(
-    limit: int,
-    folders: tuple[Path, Path],
-    settings: FitSettings,
-    rank: int,
-    crosses: bool,
+    limit: int,  # bytes of the card's memory
+    folders: tuple[Path, Path],  # of source and target
+    settings: FitSettings,  # size of the images, and precision
+    rank: int,  # of the LoRA and of the fit
+    crosses: bool,  # whether images are decoded and encoded
 ) -> CardPlan:
     """Returns how a fit keeps within a card's memory.
 
     The first way that leaves room for all blocks: as asked, in 16 bits, with small tiles. Else
     blocks visit, and the number of samples in a batch is the one with the fewest copies of blocks.
     Nothing is loaded; what a pass keeps is estimated from the shapes of the weights.
-
-    Args:
-        limit: bytes of the card's memory.
-        folders: of source and target.
-        settings: size of the images, and precision.
-        rank: of the LoRA and of the fit.
-        crosses: whether images are decoded and encoded.
-
-    Raises:
-        TooLittleMemory: swapped blocks leave too little room; says the least that is needed.
     """
     sides = _measure(folders[0], settings.size), _measure(folders[1], settings.size)
     every = [sum(side.blocks) for side in sides]
@@ -187,11 +177,7 @@ def _target_alone(side: _PipelineSize, precision: Precision, samples: int, rank:
 
 
 def _measure(folder: Path, size: int | None) -> _PipelineSize:
-    """Measures a pipeline by its headers.
-
-    Raises:
-        UnsupportedFormat: a file that is missing or damaged.
-    """
+    """Measures a pipeline by its headers."""
     index = read_pipeline_index(folder)
     assert index.denoiser is not None
     part = folder / index.denoiser

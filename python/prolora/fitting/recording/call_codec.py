@@ -15,11 +15,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
-    """Encodes calls as tensors, each object once, and a text of their positions.
-
-    Raises:
-        ProLoRAError: an argument is neither a tensor nor a plain value.
-    """
+    """Encodes calls as tensors, each object once, and a text of their positions."""
     tensors: list[Tensor] = []
     positions: dict[int, int] = {}
 

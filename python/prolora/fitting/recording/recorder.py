@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -32,15 +31,8 @@ class Recorder:
     translation: Translation  # turns each recorded call into a question to both models
     # Where recorded calls are kept
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
-    samplers_text: str = ""  # what the samplers do; part of the keys of what is kept
-    # Of the source's text encoders that the LoRA is sampled with
-    text_updates: Mapping[str, LowRank] = field(default_factory=dict)
-
-    @cached_property
-    def keys(self) -> dict[str, str]:
-        """Origin -> hash of what its trajectories depend on, besides the seed and the models."""
-        updates = {**self.adapter.updates, **self.text_updates}
-        return hash_origins(self.checkpoints, updates, self.samplers_text)
+    # Origin -> hash of what its trajectories depend on, besides the seed and the models
+    keys: Mapping[str, str] = field(default_factory=lambda: hash_origins({}, ""))
 
     @property
     def key(self) -> str:
@@ -79,14 +71,12 @@ class Recorder:
         return load_or_record(self.checkpoints, f"calls-{origin}-{seed}", key, device, record)
 
 
-def hash_origins(
-    checkpoints: Checkpoints, updates: Mapping[str, LowRank], samplers_text: str
-) -> dict[str, str]:
-    """Returns origin -> hash of what its samplings depend on.
+def hash_origins(updates: Mapping[str, LowRank], samplers_text: str) -> dict[str, str]:
+    """Returns origin -> hash of what its samplings depend on; "" where nothing is kept.
 
-    Without the seed and the folder's inputs.
+    `samplers_text` says what the samplers do, and `updates` are what the LoRA is sampled with.
     """
-    if checkpoints.folder is None:
+    if not samplers_text:
         return dict.fromkeys(ORIGINS, "")
     plain = hash_texts(samplers_text)
     adapted = hash_texts(samplers_text, hash_updates(updates))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,11 +28,11 @@ class _CannotShareBatch(Exception):
 
 
 def mix_samples(
-    questions: Sequence[Question],
-    limit: int,
-    most: int,
-    predict: PredictBoth,
-    generator: torch.Generator,
+    questions: Sequence[Question],  # recorded on one or more trajectories
+    limit: int,  # number of samples; all are taken where there are fewer
+    most: int,  # largest number of samples in a batch
+    predict: PredictBoth,  # both models' predictions at a question
+    generator: torch.Generator,  # of the draw
     find_prompts: FindPrompts | None = None,
     step: int = 0,
     size: int | None = None,
@@ -46,21 +45,10 @@ def mix_samples(
     batch what they predict for the calls. Where they do not (one time for all samples of a call),
     complete calls are drawn instead.
 
-    Args:
-        questions: recorded on one or more trajectories.
-        limit: number of samples; all are taken where there are fewer.
-        most: largest number of samples in a batch.
-        predict: both models' predictions at a question.
-        generator: of the draw.
-        find_prompts: which samples of a call of the source have a prompt. Of the others at most
-            WITHOUT_PROMPT are drawn, as far as there are enough with one.
-        step: samples of a step of the fit. In each step the samples about the LoRA's own images
-            then have batches to themselves, so that what is asked about the others serves the next
-            LoRA. 0 joins all alike.
-        size: number of samples in a batch; None: as many as the largest call holds.
-
-    Returns:
-        The questions; one that is joined from several origins has the origin "mixed".
+    Of the samples without a prompt at most WITHOUT_PROMPT are drawn. In each `step` of the fit the
+    samples about the LoRA's own images have batches to themselves, so that what is asked about the
+    others serves the next LoRA; 0 joins all alike. What is joined from several origins has the
+    origin "mixed".
     """
     facts = [(count_samples(question.source), question.origin) for question in questions]
     sizes = [size for size, _ in facts]
@@ -75,7 +63,7 @@ def mix_samples(
         if size > 1 or len(questions) > 1:
             _check_joined_batch(questions, chosen[: min(size, 4)], predict)
         return [
-            _join_samples([_cut_sample(questions[i], row, sizes[i]) for i, row in batch])
+            _join_samples(questions, batch, sizes)
             for batch in _form_batches(chosen, size, step, own)
         ]
     except _CannotShareBatch:
@@ -140,9 +128,7 @@ def _check_joined_batch(questions: Sequence[Question], chosen: _Rows, predict: P
     """Raises _CannotShareBatch unless a joined batch and its calls have the same predictions."""
     sizes = [count_samples(question.source) for question in questions]
     try:
-        joined = predict(
-            _join_samples([_cut_sample(questions[i], row, sizes[i]) for i, row in chosen])
-        )
+        joined = predict(_join_samples(questions, chosen, sizes))
     except (RuntimeError, ValueError, IndexError) as error:
         # A tensor that all samples share may happen to have as many rows as there are samples.
         raise _CannotShareBatch from error
@@ -154,90 +140,61 @@ def _check_joined_batch(questions: Sequence[Question], chosen: _Rows, predict: P
                 raise _CannotShareBatch  # also where one of them is not finite
 
 
-def _cut_sample(question: Question, row: int, size: int) -> Question:
-    """Cuts one sample out of a question."""
-
-    def part(call: Call) -> Call:
-        return replace(
-            call,
-            args=tuple(_cut_rows(value, row, size) for value in call.args),
-            kwargs={key: _cut_rows(value, row, size) for key, value in call.kwargs.items()},
-            trajectories=call.trajectories[row : row + 1],
-            clean=None if call.clean is None else call.clean[row : row + 1],
-        )
-
-    return Question(part(question.source), part(question.target))
-
-
-def _cut_rows(value: Any, row: int, size: int) -> Any:
-    """Cuts one row out of every tensor with as many rows as samples.
-
-    Anything else is unchanged. A list of as many tensors as samples is cut as well.
-    """
-    if isinstance(value, list) and len(value) == size:
-        if all(isinstance(item, Tensor) for item in value):
-            return _ListRow([value[row]])
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-        return _SampleRow(value[row : row + 1])
-    if isinstance(value, dict):
-        return {key: _cut_rows(item, row, size) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_cut_rows(item, row, size) for item in value)
-    return value
-
-
-class _SampleRow:
-    """Marks a tensor that was cut, and so must be joined."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class _ListRow(_SampleRow):
-    """Marks a list of tensors that was cut."""
-
-    def __init__(self, items: list[Tensor]) -> None:
-        super().__init__(items[0])
-        self.items = items
-
-
-def _join_samples(questions: list[Question]) -> Question:
-    """Joins several samples to one question."""
-    origins = {question.origin for question in questions}
+def _join_samples(questions: Sequence[Question], chosen: _Rows, sizes: Sequence[int]) -> Question:
+    """Joins samples of several questions of these sizes to one."""
+    picked = [questions[i] for i, _ in chosen]
+    rows = [(row, sizes[i]) for i, row in chosen]
+    origins = {question.origin for question in picked}
     origin = origins.pop() if len(origins) == 1 else "mixed"
 
     def one(calls: list[Call]) -> Call:
-        args = _merge_values([call.args for call in calls])
-        numbers = tuple(number for call in calls for number in call.trajectories)
-        kwargs = _merge_values([call.kwargs for call in calls])
-        parts = [call.clean for call in calls if call.clean is not None]
+        both = list(zip(calls, rows, strict=True))
+        args = _join_values([call.args for call in calls], rows)
+        kwargs = _join_values([call.kwargs for call in calls], rows)
+        numbers = tuple(n for call, (row, _) in both for n in call.trajectories[row : row + 1])
+        parts = [call.clean[row : row + 1] for call, (row, _) in both if call.clean is not None]
         return Call(args, kwargs, origin, numbers, torch.cat(parts) if parts else None)
 
-    return Question(one([q.source for q in questions]), one([q.target for q in questions]))
+    return Question(one([q.source for q in picked]), one([q.target for q in picked]))
 
 
-def _merge_values(values: list[Any]) -> Any:
-    """Joins rows; anything else must be the same in all calls."""
+def _join_values(values: list[Any], rows: list[tuple[int, int]]) -> Any:
+    """Joins a row of whatever has one for each sample; anything else must be the same in all.
+
+    `rows` are pairs of a row and the number of samples, for each value.
+    """
     first = values[0]
     if any(type(value) is not type(first) for value in values):
         raise _CannotShareBatch
-    if isinstance(first, _ListRow):
-        return [item for value in values for item in value.items]
-    if isinstance(first, _SampleRow):
-        if len({value.tensor.shape for value in values}) > 1:
+    cut = {_has_rows(value, size) for value, (_, size) in zip(values, rows, strict=True)}
+    if len(cut) > 1:
+        raise _CannotShareBatch
+    if cut == {True}:
+        if isinstance(first, list):
+            return [value[row] for value, (row, _) in zip(values, rows, strict=True)]
+        parts = [value[row : row + 1] for value, (row, _) in zip(values, rows, strict=True)]
+        if len({part.shape for part in parts}) > 1:
             raise _CannotShareBatch
-        return torch.cat([value.tensor for value in values])
+        return torch.cat(parts)
     if isinstance(first, dict):
         if any(value.keys() != first.keys() for value in values):
             raise _CannotShareBatch
-        return {key: _merge_values([value[key] for value in values]) for key in first}
+        return {key: _join_values([value[key] for value in values], rows) for key in first}
     if isinstance(first, list | tuple):
         if any(len(value) != len(first) for value in values):
             raise _CannotShareBatch
-        return type(first)(_merge_values(list(items)) for items in zip(*values, strict=True))
+        items = zip(*values, strict=True)
+        return type(first)(_join_values(list(several), rows) for several in items)
     if isinstance(first, Tensor):
         if any(value.shape != first.shape or not torch.equal(value, first) for value in values):
             raise _CannotShareBatch
     elif any(value is not first and value != first for value in values):
         raise _CannotShareBatch
     return first
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    """Returns True for a tensor or list of tensors with a row for each sample."""
+    if isinstance(value, list):
+        return len(value) == size and all(isinstance(item, Tensor) for item in value)
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,30 @@ from ...files.safetensors_file import SafetensorsFile
 from ...files.safetensors_writing import dump_safetensors
 from ...files.sizes import format_size
 from .call_codec import decode_calls, encode_calls
-from .lazy import LazySequence
 from .translation import Question
 
 Bundle = tuple[Tensor, ...]
 """Tensors of one device that are stored together."""
+
+T = TypeVar("T")
+
+
+class LazySequence(Sequence[T]):
+    """A sequence whose items are computed, or read from files, on access."""
+
+    def __init__(self, count: int, item: Callable[[int], T]) -> None:
+        """Takes the length, and a function of 0 ≤ i < count."""
+        self._count, self._item = count, item
+
+    def __len__(self) -> int:
+        """Returns the number of items."""
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        """Computes item i."""
+        if not 0 <= i < self._count:
+            raise IndexError(i)
+        return self._item(i)
 
 
 class SpillStore:
@@ -42,11 +62,7 @@ class SpillStore:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def put(self, key: Hashable, bundle: Bundle) -> None:
-        """Stores tensors of one device; the key must be new.
-
-        Raises:
-            OutputError: the folder for temporary files is full, or there is none.
-        """
+        """Stores tensors of one device; the key must be new."""
         device = bundle[0].device if bundle else torch.device("cpu")
         bundle = tuple(t.detach().cpu() for t in bundle)
         names = [hash_parts([f"{t.dtype} {tuple(t.shape)} ", t]) for t in bundle]
@@ -90,21 +106,9 @@ def spill_questions(questions: Sequence[Question], limit: int | None) -> Sequenc
     tensors = encode_calls([questions[0].source])[0] if questions else []
     if limit is None and all(tensor.device.type == "cpu" for tensor in tensors):
         return questions
-    return _SpilledQuestions(questions, limit)
-
-
-class _SpilledQuestions(LazySequence[Question]):
-    """Questions in a store, each decoded on access."""
-
-    def __init__(self, questions: Sequence[Question], limit: int | None) -> None:
-        self.store, self.texts = SpillStore(limit), list[str]()
-        for i, question in enumerate(questions):
-            tensors, text = encode_calls([question.source, question.target])
-            self.store.put(i, tuple(tensors))
-            self.texts.append(text)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def item(self, i: int) -> Question:
-        return Question(*decode_calls(self.store.get(i), self.texts[i]))
+    store, texts = SpillStore(limit), list[str]()
+    for i, question in enumerate(questions):
+        tensors, text = encode_calls([question.source, question.target])
+        store.put(i, tuple(tensors))
+        texts.append(text)
+    return LazySequence(len(texts), lambda i: Question(*decode_calls(store.get(i), texts[i])))

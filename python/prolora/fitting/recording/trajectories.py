@@ -32,11 +32,7 @@ class Call:
 
 
 def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:
-    """Records the calls that a sampler, bound to `model`, makes to it, in order.
-
-    Raises:
-        ProLoRAError: the sampler never called the model, or makes NaN or Inf.
-    """
+    """Records the calls that a sampler, bound to `model`, makes to it, in order."""
     calls: list[Call] = []
     pool = _TensorPool()
 
@@ -57,11 +53,7 @@ def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> li
 
 
 def check_sampled(latent: Tensor | None, origin: str) -> None:
-    """Refuses a sampling with NaN or Inf before more of it is done.
-
-    Raises:
-        ProLoRAError: the latents hold NaN or Inf.
-    """
+    """Refuses a sampling with NaN or Inf before more of it is done."""
     if latent is not None and not bool(torch.isfinite(latent).all()):
         whose = "source with its LoRA" if origin == "adapted" else origin
         raise ProLoRAError(
@@ -97,11 +89,7 @@ class _TensorPool:
 
 
 def output_of(result: Any) -> Tensor:
-    """Returns the predicted tensor: the value itself, a tuple's first, or `.sample`.
-
-    Raises:
-        ProLoRAError: none of these is a tensor.
-    """
+    """Returns the predicted tensor: the value itself, a tuple's first, or `.sample`."""
     if isinstance(result, Tensor):
         return result
     if isinstance(result, tuple | list):

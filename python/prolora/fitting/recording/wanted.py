@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
+from ..known_answers import KnownAnswers
 from ..updates import run_beside
 from .trajectories import Call, predict_call
 from .translation import PAIR, Question, Translation
@@ -34,19 +35,22 @@ def wanted_changes(
     updates: Mapping[str, LowRank],
     questions: Sequence[Question],
     translation: Translation,
+    answers: KnownAnswers | None = None,
 ) -> Iterator[WantedChange]:
     """Yields what the target should do at each question.
 
-    `updates` are the LoRA's, by module of the source.
+    `updates` are the LoRA's, by module of the source; `answers` remember what does not depend on
+    them.
     """
+    plainly = answers or translation
     for question in questions:
         if question.origin == PAIR:
             yield _change_of_pair(target, question, translation)
             continue
-        before = translation.of_source(source, question)
+        before = plainly.of_source(source, question)
         with run_beside(source, updates):
             after = translation.of_source(source, question, adapted=True)
-        plain = translation.of_target(target, question)
+        plain = plainly.of_target(target, question)
         yield WantedChange(question.target, plain, after - before, plain - before)
 
 

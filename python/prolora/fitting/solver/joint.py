@@ -10,7 +10,7 @@ from ..checkpoint import hash_texts, hash_updates
 from ..probe_run import ProbeRun
 from ..recording.spill import SpillStore
 from ..recording.translation import PAIR, Question
-from ..recording.wanted import WantedChange, wanted_changes
+from ..recording.wanted import WantedChange
 from ..updates import run_beside
 from .fit_refinement import fit_in_factors
 from .joint_fit import JointProblem, cut_updates
@@ -30,7 +30,8 @@ def fit_all_modules(
 
     The run's report gets the steps and the start.
     """
-    checkpoints, report = run.checkpoints, run.report
+    target, translation = run.recorder.target, run.recorder.translation
+    checkpoints, report = run.recorder.checkpoints, run.report
     key = ""
     if checkpoints.folder is not None:
         key = hash_texts(run.key, run.settings.describe_fit(), hash_updates(run.rival))
@@ -42,12 +43,10 @@ def fit_all_modules(
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
-    if run.release is not None:
-        run.release()
+    run.release()
     run.meter.begin("fit")
-    translation = run.translation
     read, same_noise = translation.read, translation.same_noise
-    start = choose_start(run.settings.start, run.target, run.rival, first, read, same_noise)
+    start = choose_start(run.settings.start, target, run.rival, first, read, same_noise)
     report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
     updates = _fit_part_way(run, batches, names, start) if start.trust else dict(run.rival)
     facts = {"steps": report.steps, "start": [start.name, start.trust, start.reason]}
@@ -61,20 +60,20 @@ def _fit_part_way(
     """Returns updates part of the way from start to fit, and outside copies."""
     inside = {name: update for name, update in start.updates.items() if name in names}
     outside = {name: update for name, update in start.updates.items() if name not in names}
-    settings, rank = run.settings, run.settings.rank
+    settings, rank, target = run.settings, run.settings.rank, run.recorder.target
     assert rank is not None
-    own = max(update.rank for update in run.adapter.updates.values())
+    own = max(update.rank for update in run.recorder.adapter.updates.values())
     problem = JointProblem(
-        run.target,
+        target,
         names,
-        run.translation.read,
+        run.recorder.translation.read,
         batches.draw,
         settings.fit_steps,
         DAMPING,
         int(rank) if rank >= 1 else own,
         will_be_cut=start.trust < 1 or rank < 1,
     )
-    with run_beside(run.target, outside):  # these copies do not change during the fit
+    with run_beside(target, outside):  # these copies do not change during the fit
         fit = fit_in_factors(
             problem,
             inside,
@@ -99,10 +98,7 @@ class _BatchQueue:
     def ask_models(self) -> list[WantedChange]:
         """Computes and stores the wanted prediction of every probe; returns the first few."""
         run, first = self.run, list[WantedChange]()
-        asked = wanted_changes(
-            run.source, run.target, run.adapter.updates, self.questions, run.translation
-        )
-        for i, wanted in enumerate(asked):
+        for i, wanted in enumerate(run.wanted_changes(self.questions)):
             sizes = [len(other.plain) for other in first]
             few = sum(sizes) < BATCHES_TO_TRY_COPY * max(sizes, default=1)
             if few and wanted.call.origin != PAIR:

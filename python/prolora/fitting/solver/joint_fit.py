@@ -51,8 +51,8 @@ class JointFit:
 
 
 def fit_jointly(
-    problem: JointProblem,
-    initial: Mapping[str, LowRank] | None = None,
+    problem: JointProblem,  # what is minimised
+    initial: Mapping[str, LowRank] | None = None,  # updates to start from, of some of the modules
     on_step: Callable[[int], None] = lambda _: None,
 ) -> JointFit:
     """Minimises Σ ‖f(W + B·A) − wanted‖² by Gauss–Newton steps on fresh probes.
@@ -63,11 +63,6 @@ def fit_jointly(
     lengths of the last step, so that they include the curvature of f over that length. A step costs
     one forward and backward pass and two forward passes; nothing is tuned by hand. The LoRA runs
     beside the weights, and no tensor of a weight's size is made.
-
-    Args:
-        problem: what is minimised.
-        initial: updates to start from, of some of the modules.
-        on_step: called with the number of steps done, before each step.
     """
     function = TargetFunction(problem.target, problem.read, problem.damping)
     state = _FitState(start_factors(problem, initial or {}))

@@ -138,11 +138,7 @@ class TargetFunction:
 
     @contextlib.contextmanager
     def _record_factors(self, names: Mapping[str, Any]) -> Iterator[list[RemovableHandle]]:
-        """Adds the modules' inputs and their outputs' gradients to the curvature.
-
-        Yields:
-            The hooks on the outputs, to be removed before another backward pass.
-        """
+        """Adds the modules' inputs and their outputs' gradients to the curvature."""
         output_hooks: list[RemovableHandle] = []
 
         def record(name: str, x: Tensor, y: Tensor) -> None:
@@ -170,13 +166,8 @@ class TargetFunction:
     ) -> list[float]:
         """Finds the lengths c ≥ 0 that minimise ‖missing − Σ cᵢ·J·lineᵢ‖.
 
-        Args:
-            point: where the target is linearised.
-            lines: one direction, or a direction and the last step.
-            trial: the lengths over which J·lineᵢ is taken, as a difference of predictions.
-
-        Returns:
-            One length a line; the last step's is at most MAX_MOMENTUM.
+        `lines` are a direction, and the last step; `trial` the lengths over which J·lineᵢ is taken
+        as a difference of predictions. The last step's length is at most MAX_MOMENTUM.
         """
         size = len(lines)
         right = torch.zeros(size, dtype=torch.float64)

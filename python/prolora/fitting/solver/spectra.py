@@ -73,11 +73,7 @@ class LeadingSpectrum:
         self.basis = basis[-min(KEPT, kept) :].contiguous()
 
     def damp(self, damping: float, least: float = 0.0) -> DampedSpectrum:
-        """Returns F + s·I with s = damping · (mean diagonal), and at least `least`.
-
-        Raises:
-            SolverFailure: F is not finite.
-        """
+        """Returns F + s·I with s = damping · (mean diagonal), and at least `least`."""
         assert self.basis is not None
         if not math.isfinite(self.trace):
             raise SolverFailure("what it reads or what reaches its output is NaN or too large")
@@ -147,12 +143,7 @@ class JointCurvature:
             dB = tokens · S⁻¹ (G·Aᵀ) (A·R·Aᵀ)⁻¹
             dA = tokens · (Bᵀ·S·B)⁻¹ [(Bᵀ·G)·R⁻¹ − (Bᵀ·G·Aᵀ)(A·R·Aᵀ)⁻¹·A]
 
-        Args:
-            factors: (B, A) by module.
-            gradient: (G·Aᵀ, Bᵀ·G), their gradients.
-
-        Raises:
-            SolverFailure: a factor of a module is not finite; the message names it.
+        `factors` are (B, A) by module, `gradient` (G·Aᵀ, Bᵀ·G).
         """
         sizes = [s.trace / s.basis.shape[1] for s in self.writes.values() if s.basis is not None]
         least = _ROUNDING * max((size for size in sizes if math.isfinite(size)), default=0.0)

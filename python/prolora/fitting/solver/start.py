@@ -37,21 +37,17 @@ class StartingPoint:
 
 
 def check_start(asked: Start, target: nn.Module, copied: Mapping[str, LowRank]) -> None:
-    """Refuses a start that does not exist, before anything is sampled.
-
-    Raises:
-        ShapeMismatch: "copy" is asked for, and no copy fits the target.
-    """
+    """Refuses a start that does not exist, before anything is sampled."""
     if asked == "copy" and not (copied and fits_target(target, copied)):
         raise ShapeMismatch(NO_COPY)
 
 
 def choose_start(
-    asked: Start,
-    target: nn.Module,
-    copied: Mapping[str, LowRank],
-    probes: Sequence[WantedChange],
-    read: Callable[[Any], Tensor],
+    asked: Start,  # "auto", "zero" or "copy"
+    target: nn.Module,  # the target without updates
+    copied: Mapping[str, LowRank],  # updates of the target; may be empty
+    probes: Sequence[WantedChange],  # some of the fit's probes
+    read: Callable[[Any], Tensor],  # return value of the target -> its prediction
     same_noise: bool = True,
 ) -> StartingPoint:
     """Chooses between zero and copied updates.
@@ -62,14 +58,8 @@ def choose_start(
     DOUBT·disagreement, a fit would harm. If the two errors are independent, the best point on the
     line from the copy to the wanted change is at 1 − DOUBT·disagreement/m of the way.
 
-    Args:
-        asked: "auto", "zero" or "copy".
-        target: the target without updates.
-        copied: updates of the target; may be empty.
-        probes: some of the fit's probes.
-        read: return value of the target -> its prediction.
-        same_noise: whether both models saw the same noise; if not, their disagreement says nothing
-            of the wanted change, and the fit goes all the way.
+    Without `same_noise` the bases' disagreement says nothing of the wanted change, and the fit goes
+    all the way.
     """
     fitting = bool(copied) and fits_target(target, copied)
     if asked == "zero" or not fitting:
