@@ -124,7 +124,7 @@ def _ask_programs(
     modules: Collection[str],
     program: str | None,
 ) -> tuple[Readers, dict[str, int] | None]:
-    """Tells who reads how much of a file, and what one program leaves out, as `Check` has them."""
+    """Tells who reads how much of a file, and what one program skips."""
     alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
     swapped = (spelled[0] != "kohya") in alphas
     readers = find_readers(families, *spelled, modules, swapped)
