@@ -46,16 +46,6 @@ def test_a_dry_run_of_several_loras_says_what_would_move(prolora, case, tmp_path
     assert [(o["status"], o["out"]) for o in outcomes] == [("would move", None)] * 2
 
 
-def test_low_coverage_fails_and_writes_nothing(prolora, case, tmp_path):
-    lora, source, target = case
-    out = tmp_path / "out.safetensors"
-    line = ("transfer", lora, "--source", source, "--target", target, "--min-coverage", 0.9)
-    for extra in (("-o", out), ("--dry-run",)):
-        code, _, text = prolora(*line, *extra)
-        assert code == 3 and "overage" in text
-    assert not out.exists()
-
-
 def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tmp_path):
     lora, source, target = case
     bad = tmp_path / "bad.safetensors"

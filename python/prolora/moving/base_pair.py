@@ -31,7 +31,7 @@ from .options import LoraLike, TransferOptions, read_dtype
 from .plan import make_plan
 from .result import Notes, Transfer, list_inputs
 from .resume import make_file
-from .rows import check_coverage, outline_rows
+from .rows import outline_rows
 from .transfer_report import TransferReport
 
 Depth = Literal["updates", "outline", "header"]
@@ -109,7 +109,6 @@ class BasePair:
         ledger.doubts = tuple(doubts)
         outline_rows(ledger, measured=depth != "updates")
         ledger.find_block_factors(carry_vectors(ledger).vectors)
-        check_coverage(ledger.rows.values(), options.min_coverage)
         if options.format is not None:
             adapters.check_format(outline_result(ledger), options.format)
         # Modules left behind are measured by now, and their factors need no memory later.
@@ -204,11 +203,9 @@ class BasePair:
                 What is never written needs no header of its own.
 
         Raises:
-            LowCoverage: fewer modules moved than was asked for.
             ProLoRAError: what stopped the move.
         """
         options = ledger.options
-        check_coverage(ledger.rows.values(), options.min_coverage, options.threshold)
         updates = ledger.moved | {n: ledger.adapter.updates[n] for n in ledger.plan.passed}
         vectors = carry_vectors(ledger, updates)
         metadata = dict(ledger.adapter.metadata)

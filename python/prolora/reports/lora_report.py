@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,12 +135,6 @@ class LoraReport(Report):
         mean = weighted_mean(shares)
         return None if mean is None else total * mean
 
-    def reasons(self) -> dict[tuple[str, str], int]:
-        """Counts each (status, reason) among modules that are not mapped."""
-        return dict(
-            Counter((row.status, row.reason) for row in self.modules if row.status != "mapped")
-        )
-
     def tables(self) -> list[Table]:
         """Tabulates what moved, and what did not."""
         mapped = self.rows("mapped")
@@ -223,14 +216,6 @@ class LoraReport(Report):
         """Tells which bases are inexact."""
         flagged = self.totals["flagged"]
         return [f"{flagged} modules missed the accuracy tolerance (see 'ok')."] if flagged else []
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """Returns a flat dict for every row, as `pandas.DataFrame` takes them.
-
-        Every record has the same keys: the fields of `ModuleReport` without `measures`, and the
-        fields of `Measures`, which are None where nothing was projected. What is not known is None.
-        """
-        return [row.to_record() for row in self.modules]
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
