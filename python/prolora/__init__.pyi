@@ -146,7 +146,6 @@ def fit(
     text_encoder: PassedOn = ...,
     match: Match = ...,
     again: bool = ...,
-    min_coverage: float = ...,
     max_vram: int | str | None = ...,
 ) -> Transfer: ...
 
@@ -185,7 +184,6 @@ def fit_many(
     text_encoder: PassedOn = ...,
     match: Match = ...,
     again: bool = ...,
-    min_coverage: float = ...,
     max_vram: int | str | None = ...,
 ) -> list[Outcome]: ...
 
@@ -215,7 +213,6 @@ def load_moved_lora(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> LoraReport: ...
 
 def merge(
@@ -263,7 +260,6 @@ def migrate(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> list[Migrated]: ...
 
 def transfer(
@@ -292,7 +288,6 @@ def transfer(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> Transfer: ...
 
 def transfer_many(
@@ -321,5 +316,4 @@ def transfer_many(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> list[Outcome]: ...
