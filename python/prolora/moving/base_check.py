@@ -95,9 +95,12 @@ def _explain_other_base(
     The first is None if it may be that base.
     """
     same = is_identical(source, last.target_hash, short_hash, cache.folder if cache else None)
-    if same:
-        return None, ""
     named, moved = fold_base_name(source.name), fold_base_name(last.target)
+    if same and (named == moved or not last.target_hash.startswith("hint:")):
+        return None, ""
+    if same:
+        doubt = f"{source.name} has its size and equal pieces, so it is taken for the same model"
+        return None, f"The LoRA was moved to {last.target}; {doubt}."
     told_by_name = moved not in (fold_base_name(last.source), *_ANY_MODEL)
     if told_by_name and named == moved:
         told = "another hash" if same is False else "no hash to compare"
