@@ -7,8 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoints, hash_tensors, hash_texts
-from .recording.call_codec import encode_calls
-from .recording.trajectories import Call
+from .recording.trajectories import Call, encode_calls
 from .recording.translation import PAIR, Question, Translation
 
 OF_LORA = ("adapted", PAIR)

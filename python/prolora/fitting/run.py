@@ -19,12 +19,12 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints, hash_texts
+from .energies import number_questions
 from .fit_numbers import ProbeReport
-from .fit_precision import in_float32, in_precision
 from .fitted_modules import choose_modules
 from .gate import REFUSE, fitting_updates, judge_updates
 from .known_answers import KnownAnswers
-from .models import check_models, frozen
+from .models import check_models, frozen, in_float32, in_precision
 from .pipelines.crossing_recorder import CrossingRecorder
 from .probe_run import ProbeRun
 from .recording.recorder import ORIGINS, Recorder, hash_origins
@@ -36,7 +36,6 @@ from .recording.wanted import WantedChange
 from .settings import FitSettings
 from .solver.joint import fit_all_modules
 from .solver.start import check_start
-from .trajectory_numbers import number_questions
 from .updates import weight_of
 from .workload import Workload, WorkMeter
 

@@ -23,12 +23,10 @@ from ..recording.trajectories import Call
 from ..recording.translation import Question, Translation, same_call
 from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, split_call
-from .conversion import align_rows
 from .guidance import guide_source
-from .latent_layouts import LatentLayout, check_shapes
-from .latents import LatentSpace, SharedLatents, check_shown
+from .latents import LatentLayout, LatentSpace, SharedLatents, check_shapes, check_shown
 from .pipeline import FinalSample, Pipeline, share_size
-from .schedules import NoiseSchedule
+from .schedules import NoiseSchedule, align_rows
 from .text_part import TextPart
 
 

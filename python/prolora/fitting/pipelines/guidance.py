@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fit_precision import in_float32
 from ..hooks import FirstCallReached, keep_hooks
+from ..models import in_float32
 from ..recording.trajectories import Call
 from ..recording.translation import Guidance
 from ..settings import FitSettings

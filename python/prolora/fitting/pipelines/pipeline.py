@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ...bases.folder import MODELS
 from ...bases.pipeline_files import FEW_STEP_SCHEDULERS
 from ...errors import ProLoRAError, UnsupportedFormat
-from ..fit_precision import in_float32
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
+from ..models import in_float32
 from ..recording.trajectories import Call, Sample
 from ..settings import FitSettings
 from ..swapping import BlockSwapping

@@ -21,8 +21,7 @@ from ...bases.pipeline_files import (
 from ...core.validation import DeviceLike
 from ...errors import UnsupportedFormat
 from ...files.outside import load_pretrained
-from ..fit_precision import HALVES
-from ..models import check_weights
+from ..models import HALVES, check_weights
 from .pipeline import Pipeline
 from .stages import PromptMemory, hide_progress_bars
 

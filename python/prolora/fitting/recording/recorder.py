@@ -12,8 +12,7 @@ from ...adapters.adapter import Adapter
 from ...core.lowrank import LowRank
 from ..checkpoint import Checkpoints, hash_texts, hash_updates
 from ..updates import run_beside
-from .call_codec import decode_calls, encode_calls
-from .trajectories import Call, Sample, record_calls
+from .trajectories import Call, Sample, decode_calls, encode_calls, record_calls
 from .translation import Question, Translation
 
 ORIGINS = ("source", "adapted", "target")

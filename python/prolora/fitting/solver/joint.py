@@ -12,8 +12,7 @@ from ..recording.spill import SpillStore
 from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange
 from ..updates import run_beside
-from .fit_refinement import fit_in_factors
-from .joint_fit import JointProblem, cut_updates
+from .joint_fit import JointProblem, cut_updates, fit_in_factors
 from .linearisation import ProbeBatch
 from .start import StartingPoint, choose_start, move_part_way
 
