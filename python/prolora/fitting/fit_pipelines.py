@@ -59,7 +59,8 @@ def fit_to_pipelines(
     """
     job = prepare_fit(lora, source, target, options)
     written = options.format or "auto", options.dtype
-    blank = _outline_result(job)
+    outline = outline_fit(job.adapter, job.plan, source, target)
+    blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
     adapters.check_format(blank, written[0])
     common = common or CommonParts(options.resume)
     rival = move_rival(job)
@@ -123,12 +124,6 @@ def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -
     return replace(report, why=_tell_serving(source, target, options, found))
 
 
-def _outline_result(job: FitJob) -> Adapter:
-    """Outlines the target's adapter, before its updates have values."""
-    outline = outline_fit(job.adapter, job.plan, job.source, job.target)
-    return replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
-
-
 @dataclass(frozen=True)
 class Rival:
     """What moving by weights alone makes of the LoRA: the result, and how that was decided."""
@@ -180,7 +175,9 @@ def _finish_fit(
     rows = _list_rows(job, fitted, strength, how)
     updates = fitted | {name: adapter.updates[name] for name in plan.passed}
     made = {"prolora.method": FIT, "prolora.strength": f"{strength:.4g}"}
-    metadata = _describe_result(job) | made | _describe_gate(probe, job.options) | notes
+    options = job.options.as_moved("copy")
+    written = build_metadata(Ledger(adapter, plan, job.source, target, options))
+    metadata = written | made | _describe_gate(probe, job.options) | notes
     for name in _OF_TRANSFERS:
         metadata.pop(f"prolora.{name}", None)
     moved = replace(
@@ -198,12 +195,6 @@ def _finish_fit(
         provenance=read_provenance(metadata),
     )
     return moved, report
-
-
-def _describe_result(job: FitJob) -> dict[str, str]:
-    """Writes a result's header as any transfer's."""
-    options = job.options.as_moved("copy")
-    return build_metadata(Ledger(job.adapter, job.plan, job.source, job.target, options))
 
 
 def _list_rows(

@@ -41,9 +41,13 @@ class KnownAnswers:
         """Returns the answer to a question, the known one for the very same."""
         if self.checkpoints.folder is None or asked[0].origin in OF_LORA:
             return predict()
-        name = "-".join(_hash_call(call) for call in asked)
+        encoded = [encode_calls([call]) for call in asked]
+        name = "-".join(
+            hash_texts(text, hash_tensors({str(i): t for i, t in enumerate(tensors)}))[:32]
+            for tensors, text in encoded
+        )
         if name in self.answers:
-            device = next(t.device for t in encode_calls(asked[-1:])[0] if t.is_floating_point())
+            device = next(t.device for t in encoded[-1][0] if t.is_floating_point())
             return self.answers[name].to(device)
         answer = predict()
         if self.limit is None or self._size + answer.nbytes <= self.limit:
@@ -57,9 +61,3 @@ class KnownAnswers:
         if self._fresh:
             self.checkpoints.store("answers", self.key, self.answers)
             self._fresh = False
-
-
-def _hash_call(call: Call) -> str:
-    tensors, text = encode_calls([call])
-    named = {str(i): tensor for i, tensor in enumerate(tensors)}
-    return hash_texts(text, hash_tensors(named))[:32]

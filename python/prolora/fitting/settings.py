@@ -197,7 +197,12 @@ class FitSettings:
         if self.size is not None and self.size % 8:
             raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
         if self.rank is not None:
-            _check_rank(self.rank)
+            rank = self.rank
+            if not _is_number(rank) or rank <= 0 or (rank > 1 and rank != int(rank)):
+                raise InvalidOption(
+                    "rank must be an integer of 1 or more, or a share between 0 and 1, not "
+                    f"{rank!r}"
+                )
         for name, kind in (("start", Start), ("precision", Precision)):
             value, words = getattr(self, name), get_args(kind)
             if value not in words:
@@ -289,10 +294,3 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuses an option that is no whole number, or one below the least."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidOption(f"{name} must be an integer of {least} or more, not {value!r}")
-
-
-def _check_rank(rank: float) -> None:
-    if not _is_number(rank) or rank <= 0 or (rank > 1 and rank != int(rank)):
-        raise InvalidOption(
-            f"rank must be an integer of 1 or more, or a share between 0 and 1, not {rank!r}"
-        )

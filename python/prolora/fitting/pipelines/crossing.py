@@ -142,15 +142,10 @@ class CrossedTranslation(Translation):
 
 def cross_clean(ours: CrossingSide, theirs: CrossingSide, latent: Tensor) -> Tensor:
     """Moves latents [n, ...] to the other side by their pixels."""
-    return theirs.space.encode(show_images(ours, latent, theirs.pixels))
-
-
-def show_images(side: CrossingSide, latent: Tensor, size: tuple[int, int]) -> Tensor:
-    """Decodes latents to pixels [n, 3, h, w], resized to a size."""
-    pixels = side.space.decode(latent)
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+    pixels, size = ours.space.decode(latent), theirs.pixels
+    if tuple(pixels.shape[-2:]) != size:
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+    return theirs.space.encode(pixels)
 
 
 def observe_sides(
