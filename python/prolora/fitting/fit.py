@@ -20,8 +20,8 @@ from ..moving.result import Transfer, pack_plan
 from ..moving.resume import make_file
 from ..reports.outcome import Outcome
 from .common_parts import CommonParts, share_parts
-from .fit_options import DEFAULT_FIT, FitOptions
 from .fit_pipelines import fit_to_pipelines, plan_fit, weigh_fit
+from .settings import DEFAULT_FIT, FitOptions
 
 
 @takes_options

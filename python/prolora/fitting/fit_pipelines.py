@@ -26,13 +26,12 @@ from ..reports.lora_report import LoraReport
 from ..reports.module_report import ModuleReport
 from .common_parts import CommonParts
 from .fit_numbers import ProbeReport
-from .fit_options import FitOptions
 from .fit_plan import FitJob, check_fittable, explain_need, outline_fit, plan_modules
-from .fit_report import FitReport, RivalReport
-from .fit_rows import build_fit_report, list_modules, outline_report
+from .fit_report import FitReport, RivalReport, build_fit_report, list_modules, outline_report
 from .gate import COPY
 from .running import fit_models, plan_memory_of_card
-from .solver.start import NO_COPY
+from .settings import FitOptions
+from .solver.joint import NO_COPY
 
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""

@@ -25,9 +25,8 @@ from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, split_call
 from .guidance import guide_source
 from .latents import LatentLayout, LatentSpace, SharedLatents, check_shapes, check_shown
-from .pipeline import FinalSample, Pipeline, share_size
+from .pipeline import FinalSample, Pipeline, TextPart, share_size
 from .schedules import NoiseSchedule, align_rows
-from .text_part import TextPart
 
 
 @dataclass(frozen=True)

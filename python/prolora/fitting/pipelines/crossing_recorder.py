@@ -20,8 +20,8 @@ from ..updates import run_beside
 from .conditioning import stack_conditionings
 from .crossing import CrossedTranslation, CrossingSide, cross_clean, draw_noise, takes_few_steps
 from .latents import SharedLatents
+from .pipeline import TextPart, run_text_encoders_beside
 from .schedules import level_log_snr
-from .text_part import TextPart, run_text_encoders_beside
 
 _QUESTIONS = 2**30  # seeds of draws for questions, beyond the samplers' seeds
 FREE_SHARE = 0.2

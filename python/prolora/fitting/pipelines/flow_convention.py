@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedFormat
-from ..hooks import keep_hooks
 from ..recording.trajectories import Call
+from ..updates import keep_hooks
 from .conditioning import split_call, stack_output
 from .schedules import NoiseSchedule, Times
 

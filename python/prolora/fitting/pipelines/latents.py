@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ProLoRAError, UnsupportedFormat
-from ..hooks import FirstCallReached
+from ..updates import FirstCallReached
 
 IMAGE, FRAME, PACKED, OTHER = "image", "frame", "packed", "other"
 

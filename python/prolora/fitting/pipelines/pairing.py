@@ -17,7 +17,7 @@ from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, build_call, split_call
 from .guidance import guide_source
 from .latents import LatentLayout, check_shapes
-from .pipeline import Pipeline, share_size
+from .pipeline import Pipeline, TextPart, share_size
 from .schedules import (
     FLOW,
     NoiseSchedule,
@@ -28,7 +28,6 @@ from .schedules import (
     translate_state,
     translate_time,
 )
-from .text_part import TextPart
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ProLoRAError
-from ..hooks import keep_hooks
+from ..updates import keep_hooks
 
 Sample = Callable[[int], Any]
 """Runs a pipeline from pure noise with the given seed; the return value is not used."""
