@@ -26,7 +26,6 @@ from diffusers import (
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
 )
-from probe_cost import SDXL
 from torch import nn
 
 from prolora.errors import TooLittleMemory
@@ -40,6 +39,22 @@ CARDS = (8, 12, 16, 24)
 PASSES = 4.25
 """Visits of a block in a Gauss–Newton step: forward, backward, two trials, and in every fourth step
 the curvature. Two of Adam's make four."""
+SDXL = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "layers_per_block": 2,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 VAE["down_block_types"] = ("DownEncoderBlock2D",) * 4
 VAE["up_block_types"] = ("UpDecoderBlock2D",) * 4

@@ -14,8 +14,8 @@ import resource
 import time
 
 import torch
+from card_plans import SDXL
 from diffusers import UNet2DConditionModel
-from probe_cost import SDXL
 
 from prolora.architectures.modules import find_block
 from prolora.fitting.models import frozen, in_float32

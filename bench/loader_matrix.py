@@ -1,10 +1,15 @@
 """Which keys of a LoRA a program reads, by the program's own code: the counts of docs/formats.md.
 
     python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
+    python bench/loader_matrix.py PROGRAM CHECKOUT --alpha
+    python bench/loader_matrix.py PROGRAM CHECKOUT --files FOLDER
     python bench/loader_matrix.py table
 
-The first adds its counts to bench/results/loaders.json (or FILE), the second makes
-python/prolora/architectures/loaders.json from them: what prolora knows of programs.
+The first adds its counts to bench/results/loaders.json (or FILE), the second what becomes of
+kohya's files without alphas, and of others with them. The third adds which kinds of updates the
+program reads in the files of docs/make_conformance.py, and prints where `prolora check --for`
+counts otherwise. The last makes python/prolora/architectures/loaders.json from the counts: what
+prolora knows of programs.
 
 CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
 of a family, in every spelling that files have, goes through what the program does before it touches
@@ -30,11 +35,15 @@ import torch
 from families import linear_shapes
 from loader_programs import PROGRAMS, Keys, Open, Read
 from loader_programs.common import number_rows
+from safetensors.torch import load_file
 from torch import Tensor
 
 from prolora.adapters import Adapter
+from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
 from prolora.adapters.formats.groups import file_paths
+from prolora.adapters.lora import Lora
+from prolora.adapters.slots import Slot
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Spelling
@@ -45,6 +54,8 @@ from prolora.architectures.modules import (
     find_component,
     is_in_text_encoder,
 )
+from prolora.architectures.recognition import share_rows
+from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 
@@ -180,11 +191,19 @@ def list_rows(family: Family) -> list[tuple[str, str, Spelling | None]]:
 
 
 def encode(
-    adapter: Adapter, format: str, spelling: Spelling | None
+    adapter: Adapter, format: str, spelling: Spelling | None, swapped: bool = False
 ) -> tuple[dict[str, Tensor], Keys]:
-    """The tensors of a file, and which of them each module has; fused ones share theirs."""
+    """The tensors of a file, and which of them each module has; fused ones share theirs.
+
+    `swapped` leaves out alphas in a format that has them, and adds them in others.
+    """
     adapter = Adapter(adapter.updates, family=adapter.family, style=spelling, format=format)
     tensors = encode_adapter(adapter, format, torch.float32)
+    if swapped:
+        plain = {key: x for key, x in tensors.items() if not key.endswith(".alpha")}
+        paths = {key.removesuffix(".weight").rpartition(".")[0] for key in plain}
+        added = {f"{path}.alpha": torch.ones(()) for path in paths}
+        tensors = plain if plain.keys() < tensors.keys() else plain | added
     by_path: dict[str, list[str]] = {}
     for key in tensors:
         path = key.removesuffix(".weight").rpartition(".")[0]
@@ -194,7 +213,11 @@ def encode(
 
 
 def measure(
-    family: Family, layout: str, read: Read, row: tuple[str, str, Spelling | None]
+    family: Family,
+    layout: str,
+    read: Read,
+    row: tuple[str, str, Spelling | None],
+    swapped: bool = False,
 ) -> dict[str, object] | None:
     """Counts of keys and the patterns of modules that are not read whole."""
     usual = set(load_layout(layout).adapted)
@@ -202,7 +225,7 @@ def measure(
 
     def run(keep: Callable[[str], bool]) -> tuple[dict[str, bool], int, int]:
         adapter = make_adapter(family, layout, keep)
-        tensors, keys = encode(adapter, format, spelling)
+        tensors, keys = encode(adapter, format, spelling, swapped)
         try:
             taken = read(dict(tensors), keys) & tensors.keys()
         except PROGRAM_ERRORS as error:
@@ -256,6 +279,78 @@ def find_readable(
             beside = run(lambda name, names=set(names): name in base or name in names)[0]
             read |= {name: beside.get(name, False) for name in names}
     return {name: read.get(name, False) for name in modules}
+
+
+def add_alphas(open_program: Open, tables: dict[str, Any]) -> None:
+    """Adds to counts that are there what alphas change, or their absence."""
+    for id_, sizes in tables.items():
+        family = known_families()[id_]
+        for layout, rows in sizes.items():
+            read = open_program(family, layout)
+            for row in list_rows(family) if read else ():
+                before = rows.get(row[0], {"unread": ["*"]})
+                if before["unread"] == ["*"]:
+                    continue
+                found = measure(family, layout, read, row, swapped=True)
+                if any(found.get(key) != before.get(key) for key in ("unread", "stops")):
+                    before["alpha"] = found
+            print(f"{id_}: {layout}", flush=True)
+
+
+def number_parts(tensors: dict[str, Tensor], slots: list[Slot]) -> dict[str, Tensor]:
+    """Numbers the rows of every column, anew in each part of a fused weight."""
+    for slot in slots:
+        for key in slot.keys.values():
+            if tensors[key].shape[1:] == (1,):
+                size, matrix = (len(tensors[key]), 1), slot.module.matrix
+                parts = share_rows(matrix, size).values() if matrix else [size]
+                rows = torch.cat([number_rows(m) for m, _ in parts])
+                swapped = matrix and matrix.is_swapped((slot.form.out, slot.form.inputs))
+                tensors[key] = rows.roll(len(rows) // 2, 0) if swapped else rows
+    return tensors
+
+
+def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
+    """Kinds that a program reads whole in every file of which it reads a plain LoRA whole.
+
+    Prints each file of which it takes another number of updates than `check` says.
+    """
+    reads: dict[str, Read | None] = {}
+    tried: dict[str, set[tuple[str, str]]] = {}  # kind -> families and formats
+    wholes: dict[str, set[tuple[str, str]]] = {}  # those that are read whole
+    counts = {True: 0, False: 0}
+    for file in sorted(folder.glob("*.safetensors")):
+        found, slots = check(file, program=program), parse_contents(Lora.open(file)).slots
+        family = known_families().get(found.family or "")
+        if family is None:
+            continue
+        if family.id not in reads:
+            try:
+                reads[family.id] = open_program(family, family.layouts[0])
+            except PROGRAM_ERRORS:  # an older version has another such model
+                reads[family.id] = None
+        if (read := reads[family.id]) is None:
+            continue
+        keys = {name: [*slot.keys.values()] for slot in slots for name in slot.module.modules}
+        try:
+            taken = read(number_parts(load_file(file), slots), keys)
+        except PROGRAM_ERRORS:
+            taken = set()
+        took, every = sum(set(of) <= taken for of in keys.values()), len(keys)
+        place, (kind, *_) = (family.id, found.format), found.algorithms
+        tried.setdefault(kind, set()).add(place)
+        if took == every:
+            wholes.setdefault(kind, set()).add(place)
+        told = found.readers.part if found.skipped else ()
+        if found.program in found.readers.whole + found.readers.none + told:
+            reaches = found.program not in found.readers.none
+            said = (every - sum((found.skipped or {}).values())) * reaches
+            counts[said == took] += 1
+            if said != took:
+                print(f"{file.name}: {said} of {every}, and the program takes {took}", flush=True)
+    print(f"{counts[True]} files alike, {counts[False]} not", flush=True)
+    fair = {kind: of & wholes.get("lora", set()) for kind, of in tried.items()}
+    return sorted(kind for kind, of in fair.items() if of and of <= wholes.get(kind, set()))
 
 
 def describe_checkout(checkout: Path) -> str:
@@ -330,20 +425,27 @@ def summarise(id_: str, sizes: Sizes) -> dict[str, object]:
 def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What prolora knows of programs, from the counts."""
     programs = {
-        id_: {key: facts[key] for key in ("title", "version", "how")} for id_, facts in raw.items()
+        id_: {key: facts[key] for key in ("title", "version", "how", "kinds") if key in facts}
+        for id_, facts in raw.items()
     }
     families: dict[str, Any] = {}
     for program, facts in raw.items():
         for id_, sizes in facts["families"].items():
             of = families.setdefault(id_, {"": []})
             of[""].append(program)
-            for row, unread in summarise(id_, sizes).items():
+            changed = {
+                layout: {r + loaders.ALPHA: x["alpha"] for r, x in rows.items() if "alpha" in x}
+                for layout, rows in sizes.items()
+            }
+            for row, unread in (summarise(id_, sizes) | summarise(id_, changed)).items():
                 if unread is None:
                     unread = ["?"]
                 elif len(unread) > MOST_LISTED:
                     unread = ["!"] if "!" in unread else None
                 if unread != ["*"]:
                     of.setdefault(row, {})[program] = unread
+                elif row.endswith(loaders.ALPHA):
+                    of.setdefault(row, {})[program] = ["!"]
                 text = [
                     counts[row]["text"]
                     for counts in sizes.values()
@@ -366,7 +468,7 @@ def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
                 row: of
                 for row, of in rows.items()
                 if not row
-                or (one := row.removesuffix(loaders.TEXT)) in own
+                or (one := row.removesuffix(loaders.TEXT).removesuffix(loaders.ALPHA)) in own
                 or [] in rows.get(one, {}).values()
             }
     return kept
@@ -395,6 +497,8 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, nargs="?")
     parser.add_argument("--version", default="", help="what the program calls this version")
     parser.add_argument("--families", nargs="*", default=[])
+    parser.add_argument("--alpha", action="store_true", help="add what alphas change")
+    parser.add_argument("--files", type=Path, help="what docs/make_conformance.py wrote")
     parser.add_argument("--whole", action="store_true", help="all blocks (diffusers counts them)")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -411,6 +515,16 @@ def main() -> None:
     open_program = program.open(arguments.checkout.resolve())
     version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
     before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
+    if arguments.files:
+        kinds = compare_files(open_program, arguments.program, arguments.files)
+        raw[arguments.program]["kinds"] = kinds
+        print(kinds)
+        arguments.json.write_text(format_counts(raw), "utf-8")
+        return
+    if arguments.alpha:
+        add_alphas(open_program, raw[arguments.program]["families"])
+        arguments.json.write_text(format_counts(raw), "utf-8")
+        return
     facts = {"title": program.title, "version": version, "how": "run", "families": before}
     raw[arguments.program] = facts
     for table in tabulate(

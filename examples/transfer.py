@@ -9,4 +9,3 @@ lora = FAMILY / "loras/neon.safetensors"
 
 moved = prolora.transfer(lora, FAMILY / "source", FAMILY / "pruned", out="moved.safetensors")
 print(moved.report)
-print(moved.report.reasons())

@@ -108,6 +108,9 @@ def open_program(checkout: Path) -> Open:
                 name, rows = target, None
                 if isinstance(target, tuple):
                     name, rows = target[0], target[1]
+                if getattr(patch, "name", "") != "lora":  # all keys of a file are in every patch
+                    taken |= getattr(patch, "loaded_keys", set())
+                    continue
                 up, down = patch.weights[0], patch.weights[1]
                 shape = list(shapes[name])
                 if rows is not None:

@@ -107,11 +107,12 @@ def open_program(checkout: Path) -> Open:
                 if name.startswith(prefix) and apart == ("llm_adapter." in name):
                     path, _, end = name.removeprefix(prefix).partition(".lora_")
                     sizes.setdefault(path, {})[end[:1]] = tensor
+            parts = {"A", "B", *("m" for key in tensors if "dora" in key or "magnitude" in key)}
             found = {
                 path
                 for path, size in sizes.items()
                 if path in shapes
-                and {"A", "B"} <= size.keys()
+                and parts <= size.keys()
                 and (len(size["B"]), size["A"][0].numel()) == matrix_shape(shapes[path])
                 and keeps_rows(size["B"])
             }

@@ -145,7 +145,6 @@ def fit(
     text_encoder: PassedOn = ...,
     match: Match = ...,
     again: bool = ...,
-    min_coverage: float = ...,
     max_vram: int | str | None = ...,
 ) -> Transfer: ...
 
@@ -184,7 +183,6 @@ def fit_many(
     text_encoder: PassedOn = ...,
     match: Match = ...,
     again: bool = ...,
-    min_coverage: float = ...,
     max_vram: int | str | None = ...,
 ) -> list[Outcome]: ...
 
@@ -214,7 +212,6 @@ def load_moved_lora(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> LoraReport: ...
 
 def merge(
@@ -262,7 +259,6 @@ def migrate(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> list[Migrated]: ...
 
 def transfer(
@@ -291,7 +287,6 @@ def transfer(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> Transfer: ...
 
 def transfer_many(
@@ -320,5 +315,4 @@ def transfer_many(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
-    min_coverage: float = ...,
 ) -> list[Outcome]: ...

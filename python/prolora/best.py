@@ -21,7 +21,6 @@ from .bases.base import Progress
 from .bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
 from .errors import (
     InvalidOption,
-    LowCoverage,
     ProLoRAError,
     ShapeMismatch,
     UnrelatedBases,
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 Naming = Callable[[Path, str], str]
 """(LoRA, digest of all that its result is made of) -> the result's path below the folder."""
-UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat, LowCoverage)
+UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat)
 """Refusals of a move by weights that a fit may get around; what it cannot, it refuses as well."""
 
 
@@ -90,7 +89,6 @@ def transfer(
             module exceeds.
         TooLittleMemory: max_memory is below what the largest weight needs.
         UnrelatedBases: method "auto", and the weights have nothing in common.
-        LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
     options = options if out is None else options.for_file()

@@ -26,7 +26,6 @@ __all__ = [
     "HubUnavailable",
     "InvalidOption",
     "KernelFailure",
-    "LowCoverage",
     "MissingFile",
     "NoDerivative",
     "NonFiniteWeights",
@@ -65,12 +64,6 @@ class HubUnavailable(MissingFile):
     """An input that the Hub did not give: no network or access."""
 
     code = "hub-unavailable"
-
-
-class LowCoverage(ProLoRAError):
-    """Fewer modules, or less energy, than the caller asked for."""
-
-    code = "low-coverage"
 
 
 class WrongBase(ProLoRAError):
@@ -139,7 +132,7 @@ _NAMED = re.compile(
 def name_options(text: str, name: Callable[[str, str | None], str | None]) -> str:
     """Renames the options in a message to the reader's names.
 
-    Messages write options and functions as Python does, in backticks: `min_coverage`,
+    Messages write options and functions as Python does, in backticks: `max_memory`,
     `match='name'`, `check()`. A command line replaces them by flags, and a node by its widgets.
 
     Args:

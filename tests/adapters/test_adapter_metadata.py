@@ -157,12 +157,3 @@ def test_a_manager_finds_what_the_specification_requires():
         assert ("modelspec.prediction_type" in result) is kept
         assert result["modelspec.date"] == "2024-01-01"
     assert not [key for key in moved() if key == "modelspec.date"]  # same call, same bits
-
-
-@pytest.mark.parametrize("format", ["kohya", "comfy", "peft"])
-def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path, format):
-    adapter, out = adapter_of({"conv_in": (16, 16)}, 4, metadata=KOHYA), tmp_path / "out"
-    adapters.write_adapter(adapter, out, format=format)
-    files = [file for file in (out, *out.glob("*")) if file.is_file()]
-    size = adapters.writing.adapter_file_size(adapter, format=format)
-    assert size == sum(file.stat().st_size for file in files)

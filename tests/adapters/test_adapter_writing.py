@@ -367,7 +367,6 @@ def test_any_adapter_survives_any_format(tmp_path_factory, ranks, format, spelli
     shapes = {name: ALL[name] for name in ranks}
     adapter = adapter_of(shapes, list(ranks.values()), spelling=spelling)
     adapters.write_adapter(adapter, path, format=format, dtype=dtype)
-    assert adapters.adapter_file_size(adapter, format=format, dtype=dtype) == path.stat().st_size
     same_updates(adapter, dense(adapters.read_adapter(path)), max(8 * torch.finfo(dtype).eps, 1e-6))
 
 

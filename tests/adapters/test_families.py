@@ -1,7 +1,9 @@
 """Which family a LoRA is taken for: none rather than the wrong one."""
 
 import pytest
+import torch
 
+from prolora.adapters import BaseNames, encode_state_dict, read_adapter
 from prolora.adapters.family_guess import guess_families, guess_family
 
 
@@ -31,3 +33,37 @@ def test_metadata_decide_between_families_of_equal_sizes_and_veto_all_others():
     assert "flux" in both
     assert guess_family(shapes, {"ss_base_model_version": "flux1"}) == "flux"
     assert guess_family(shapes, {"ss_base_model_version": "qwen_image"}) is None
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfy", "diffusers"])
+def test_the_text_encoder_of_anima_is_read_and_written_by_every_name(format):
+    """sd-scripts trains Qwen3; there may be more of it than of the transformer."""
+    leaves = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"]
+    inside = [f"layers.{i}.{leaf}" for i in range(3) for leaf in (*leaves, "mlp.down_proj")]
+    starts = {
+        "kohya": ("lora_unet_blocks_0_self_attn_q_proj", "lora_te_"),
+        "comfy": ("diffusion_model.blocks.0.self_attn.q_proj", "text_encoders.qwen3_06b."),
+        "diffusers": ("transformer.transformer_blocks.0.attn1.to_q", "text_encoder."),
+    }
+    starts["comfy"] = starts["comfy"][0], f"{starts['comfy'][1]}transformer.model."
+    main, start = starts[format]
+    stems = [start + (name.replace(".", "_") if format == "kohya" else name) for name in inside]
+    factors = ("lora_up", "lora_down") if format == "kohya" else ("lora_B", "lora_A")
+    tensors = {}
+    for i, stem in enumerate([main, *stems]):
+        width = 2048 if stem == main else 1024
+        tensors[f"{stem}.{factors[0]}.weight"] = torch.full((width, 2), i + 1.0)
+        tensors[f"{stem}.{factors[1]}.weight"] = torch.ones(2, width)
+    adapter = read_adapter(tensors, base=BaseNames("cosmos"))
+    names = ["transformer_blocks.0.attn1.to_q", *(f"text_encoder.{name}" for name in inside)]
+    assert list(adapter.updates) == names and not adapter.left_out
+    assert adapter.family == "cosmos"
+    written = encode_state_dict(adapter, dtype=torch.float32)
+    assert {key for key in written if not key.endswith("alpha")} == tensors.keys()
+    others = {name: encode_state_dict(adapter, format=name) for name in starts}
+    for name, other in others.items():
+        assert any(key.startswith(starts[name][1]) for key in other)
+    scripts = {
+        k.replace("text_encoder.", "text_encoder.qwen3."): t for k, t in others["diffusers"].items()
+    }
+    assert read_adapter(scripts).updates.keys() == adapter.updates.keys()

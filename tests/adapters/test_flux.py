@@ -374,7 +374,6 @@ def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling,
     style = ONETRAINER if (format, spelling) == ("kohya", "diffusers") else None
     adapter = small(rank, format=format, spelling=spelling, style=style)
     adapters.write_adapter(adapter, tmp_path / "out", dtype=dtype)
-    assert adapters.adapter_file_size(adapter, dtype=dtype) == (tmp_path / "out").stat().st_size
     back = adapters.read_adapter(tmp_path / "out")
     assert (back.format, back.spelling) == (format, spelling)
     same(back, adapter.updates, max(8 * torch.finfo(dtype).eps, 1e-6))
@@ -544,7 +543,4 @@ def test_kohya_asked_for_by_name_has_kohyas_own_names(prefix, tmp_path):
         found = adapters.encode_state_dict(adapter, format=format)
         assert {key.partition(".")[0] for key in found} == paths
         adapters.write_adapter(adapter, tmp_path / format, format=format)
-        assert adapters.adapter_file_size(adapter, format=format) == (
-            (tmp_path / format).stat().st_size
-        )
         same(adapters.read_adapter(found), adapter.updates)

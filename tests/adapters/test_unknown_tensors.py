@@ -17,7 +17,7 @@ from prolora.adapters.contents import parse_contents
 from prolora.adapters.keys.module_names import spell_module
 from prolora.adapters.lora import Header, Lora
 from prolora.core.grouping import group_by
-from prolora.errors import LowCoverage, ProLoRAError, UnsupportedFormat
+from prolora.errors import ProLoRAError, UnsupportedFormat
 
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
 PROJ_IN = "mid_block.attentions.0.proj_in"
@@ -192,8 +192,6 @@ def test_an_update_with_an_unknown_tensor_is_refused_by_name_and_no_other(suffix
         assert found.coverage == 0.5 and found.totals["refused"] == 1
         (row,) = (row for row in found.modules if row.status == "refused")
         assert row.source == PROJ_IN and repr(suffix) in row.reason
-    with pytest.raises(LowCoverage):
-        prolora.transfer(lora, base, base, method="copy", again=True, min_coverage=0.9)
     described = prolora.check(lora)
     assert any(repr(suffix) in reason for reason in described.left_out)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from family_files import (
-    AuthorsFile,
     assert_equal_tensors,
     is_parameter,
     make_authors_file,
@@ -17,13 +16,6 @@ from prolora.architectures.families import known_families
 
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 lora_files = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
-
-
-def make_file(id_: str, layout: str) -> AuthorsFile:
-    """All but Mochi's last modulation of text, which the table leaves out."""
-    return make_authors_file(
-        known_families()[id_], layout, lambda name: not name.endswith("norm1_context.linear_1")
-    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +32,7 @@ def test_an_authors_checkpoint_is_what_diffusers_makes_of_it(
     id_: str, layout: str, convert: str
 ) -> None:
     """All weights, row by row; the converters may ask for norms and biases too."""
-    file = make_file(id_, layout)
+    file = make_authors_file(known_families()[id_], layout)
     stored, expected = Checkpoint(name_weights(file.stored)), name_weights(file.expected)
     got = getattr(single_file, convert)(stored, config={})
     assert_equal_tensors({key: got[key] for key in expected}, expected)
@@ -70,7 +62,7 @@ def test_a_lora_of_comfyui_is_what_diffusers_makes_of_it(
 
 def test_a_minimax_lora_of_musubi_is_what_diffusers_makes_of_it() -> None:
     """Everything a LoRA can train there, also outside the blocks."""
-    file = make_file("minimax-h3", "minimax-h3")
+    file = make_authors_file(known_families()["minimax-h3"], "minimax-h3")
     got = lora_files._convert_non_diffusers_minimax_h3_lora_to_diffusers(
         make_lora(file.stored, "lora_unet_", dotted=False, kohya=True)
     )

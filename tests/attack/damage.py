@@ -32,7 +32,7 @@ from sandbox import Box, Row, Run, choose, judge_ending
 
 from prolora.cli.exits import ExitCode
 
-REFUSALS = (ExitCode.REFUSED, ExitCode.LOW_COVERAGE)
+REFUSALS = (ExitCode.REFUSED, ExitCode.NOT_FOR_IT)
 Words = list[object]
 
 

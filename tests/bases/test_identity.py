@@ -11,11 +11,13 @@ import pytest
 import torch
 from mini import source_weights, write_case
 from safetensors.torch import save_file
+from torch import nn
 
 import prolora
 from prolora.bases import identity, open_base
 from prolora.bases.cache.basis_cache import BasisCache
 from prolora.bases.identity import compute_identity, digest_file, have_equal_files
+from prolora.bases.pipeline_identity import describe_live_module, digest_facts
 from prolora.errors import OutputExists, UnsupportedFormat, WrongBase
 from prolora.files.safetensors_file import SafetensorsFile
 
@@ -208,3 +210,19 @@ def flip(file, place):
         value = opened.read(1)[0]
         opened.seek(place)
         opened.write(bytes([value ^ 1]))
+
+
+def test_a_model_in_memory_is_known_by_what_it_is_and_not_by_where_it_was():
+    """Its path, its commit and whether it is being trained make no other model."""
+    facts = []
+    for place in ("here", "there"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+        for tensor in model.parameters():
+            nn.init.ones_(tensor)
+        names = ("_name_or_path", "name_or_path", "_commit_hash")
+        model.config = {"width": 2} | dict.fromkeys(names, place)
+        facts.append(describe_live_module(model.train(place == "here")))
+    assert facts[0] == facts[1] and facts[0]["configuration: width"] == "2"
+    assert not any("training" in key or "path" in key for key in facts[0])
+    model[1].p = 0.25
+    assert digest_facts(describe_live_module(model)) != digest_facts(facts[1])

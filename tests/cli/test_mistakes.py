@@ -235,7 +235,6 @@ MISTAKES = {
     "a misspelt option": ((*MOVE, *TO, "--metod", "copy"), "No such option: --metod"),
     "a misspelt command": (("tranfer",), "No such command 'tranfer'. Did you mean 'transfer'?"),
     "a word for a number": ((*MOVE, *TO, "--strength", "two"), "should be a valid number"),
-    "a share above one": ((*MOVE, *TO, "--min-coverage", "2"), "'2' is not a number from 0 to 1"),
     "a rank that is none": ((*MOVE, *TO, "--rank", "many"), "takes an integer or a share"),
     "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),
     "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size such as"),

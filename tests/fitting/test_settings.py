@@ -72,7 +72,6 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any):
         ("text_encoder", "project"),
         ("format", "zip"),
         ("dtype", "int8"),
-        ("min_coverage", math.nan),
     ],
 )
 def test_an_option_of_what_is_written_is_refused_by_name(name: str, value: Any):

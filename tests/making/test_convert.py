@@ -9,14 +9,13 @@ from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import LINEAR, adapter_of, factors, tiny_unet_config
-from mini import write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import adapters
 from prolora.core.lowrank import LowRank
 from prolora.making.made_report import MadeReport
-from prolora.reports.module_report import ModuleReport
+from prolora.reports.module_report import LEFT_OUT, ModuleReport
 
 FORMATS = ["kohya", "diffusers", "peft", "comfy"]
 KOHYA = {f"lora_unet_{name.replace('.', '_')}": name for name in LINEAR}
@@ -96,7 +95,7 @@ def test_every_kind_goes_round_every_format(kind, format, rank, seed):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 @pytest.mark.parametrize(
-    ("out_rank", "dtype"), pair_up([1, 2, 0.8, "50%", "6kB"], ["float32", "float16", "bfloat16"])
+    ("out_rank", "dtype"), pair_up([1, 2, 0.8, "50%"], ["float32", "float16", "bfloat16"])
 )
 def test_the_residual_that_is_told_is_the_dense_one(kind, out_rank, dtype, tmp_path):
     tensors, dense = make_lora(kind, 4, 7)
@@ -110,8 +109,6 @@ def test_the_residual_that_is_told_is_the_dense_one(kind, out_rank, dtype, tmp_p
     assert true > 0.01  # something was cut
     assert told(report) == pytest.approx(true, rel=2e-3)
     assert f"differs from it by {100 * told(report):.3g}%" in report.in_words().headline
-    if out_rank == "6kB":
-        assert out.stat().st_size <= 6_000
 
 
 def test_rounding_counts_as_a_residual(tmp_path):
@@ -158,6 +155,20 @@ def test_updates_that_cannot_be_read_stay_behind_by_name():
     report = prolora.convert(tensors).report
     assert report.unread == (KOHYA[key],) and len(report.rows("refused")) == 1
     assert report.coverage == pytest.approx(1 - 1 / len(LINEAR))
+
+
+def test_biases_are_kept_or_left_out_as_asked_and_by_their_block():
+    tensors, _ = make_lora("lora", 2, 0)
+    tensors |= {f"{key}.diff_b": torch.full((LINEAR[n][0],), 2.0) for key, n in KOHYA.items()}
+    first, *rest = (f"{name}.bias" for name in LINEAR)
+    whole = prolora.convert(tensors)
+    assert list(whole.adapter.vectors) == [first, *rest] and not whole.report.left_out
+    none = prolora.convert(tensors, vectors="skip")
+    assert not none.adapter.vectors and none.report.vectors == 0
+    assert none.report.left_out == dict.fromkeys([first, *rest], "left out as asked")
+    part = prolora.convert(tensors, blocks={first.removesuffix(".bias"): 0.0})
+    assert list(part.adapter.vectors) == rest and part.report.left_out == {first: LEFT_OUT}
+    assert part.report.vectors == len(rest)
 
 
 def test_the_header_is_kept_and_inputs_are_not_overwritten(tmp_path):
@@ -216,12 +227,6 @@ def test_a_result_is_written_as_it_was_asked_for(tmp_path):
     assert all(
         not key.startswith("lora_unet_") and x.dtype == torch.float32 for key, x in written.items()
     )
-
-
-def test_a_limit_that_nothing_was_cut_for_is_not_told_as_one(tmp_path):
-    lora, _, _ = write_case(tmp_path)
-    assert prolora.convert(lora, out_rank="100MB").report.file_limit is None
-    assert prolora.convert(lora, out_rank="14kB").report.file_limit == 14_000
 
 
 def test_what_reading_cut_off_counts_in_energy_and_loss():

@@ -79,7 +79,7 @@ def test_modules_that_one_lora_has_are_kept():
     assert len(done.report.overlaps) == 1
 
 
-@pytest.mark.parametrize("out_rank", [1, 3, 0.6, "50%", "16kB"])
+@pytest.mark.parametrize("out_rank", [1, 3, 0.6, "50%"])
 def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_rank, tmp_path):
     made = [make_lora(3, 0), make_lora(2, 5)]
     paths = [tmp_path / f"{name}.safetensors" for name in ("strong", "weak")]
@@ -99,8 +99,6 @@ def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_ran
             products += float((merged * strength * delta).sum())
             norms += float((strength * delta).norm() ** 2)
         assert part.kept == pytest.approx(products / norms, rel=1e-3)
-    if out_rank == "16kB":
-        assert out.stat().st_size <= 16_000
     if out_rank == 1:
         assert any("weak mostly loses" in line for line in report.in_words().cautions)
 

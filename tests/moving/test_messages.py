@@ -17,6 +17,7 @@ from prolora.adapters.formats import programs
 from prolora.cli.app import app
 from prolora.cli.flags import list_options, write_flag
 from prolora.errors import name_options
+from prolora.making.convert_options import ConvertOptions
 
 PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -75,7 +76,7 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
     keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
     for function in (prolora.check, prolora.migrate):
         keywords |= set(inspect.signature(function).parameters)
-    for options in (prolora.FitOptions, prolora.MergeOptions):
+    for options in (prolora.FitOptions, prolora.MergeOptions, ConvertOptions):
         keywords |= {field.name for field in dataclasses.fields(options)}
     told = {name for name, value in named if value != "()" and (value or name in list_options())}
     assert told <= keywords
@@ -90,7 +91,7 @@ def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
             "&#x27;x&#x27;; --match name pairs it",
         ),
         ("take `again=True` to move it", "take --again to move it"),
-        ("`min_coverage` must be", "--min-coverage must be"),
+        ("`out_rank` must be", "--out-rank must be"),
         ("`max_memory=2 GiB` is too little", "--max-memory 2 GiB is too little"),
         ("made by `transfer_many()`", "made by `prolora transfer`"),
         ("`auto` and `no_such`", "`auto` and `no_such`"),

@@ -101,9 +101,13 @@ def test_it_is_refused_before_a_weight_is_read_or_a_base_is_hashed(files, monkey
             prolora.transfer(moved, a, c, **options)
 
 
-def test_a_renamed_file_is_the_same_base(files, tmp_path):
+def test_a_renamed_file_is_taken_for_the_same_base_with_a_word(files, tmp_path):
+    """Its header has a hash of pieces alone, which fine-tunes may share."""
     moved, _, b, c = files
+    assert not prolora.transfer(moved, b, c, method="copy").report.doubts
     other = b.rename(tmp_path / "quite-another-name.safetensors")
+    (doubt,) = prolora.transfer(moved, other, c, method="copy").report.doubts
+    assert "quite-another-name.safetensors has its size and equal pieces" in doubt
     assert len(read_moves(move(moved, other, c, tmp_path / "out.safetensors"))) == 2
 
 

@@ -67,13 +67,11 @@ FUNCTIONS += [(prolora.load_moved_lora, TransferOptions)]
 def test_options_of_another_function_are_refused_with_the_right_ones(function, kind):
     """Before anything else is looked at: none of these is a LoRA or a base."""
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    others = {of: taker for taker, of in FUNCTIONS if of is not kind}
-    for other, taker in others.items():
+    for other in {of for _, of in FUNCTIONS if of is not kind}:
         with pytest.raises(prolora.errors.InvalidOption) as refused:
             function(*[None] * len(needed), options=other())
         told = str(refused.value)
         assert f"{function.__name__}() takes {kind.__name__}, not {other.__name__}" in told
-        assert f"{taker.__name__}()" in told
     for wrong in ({"dtype": "float16"}, kind, None):
         with pytest.raises(prolora.errors.InvalidOption, match=f"takes {kind.__name__}"):
             function(*[None] * len(needed), options=wrong)
@@ -89,8 +87,6 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("threshold", math.nan),
         ("threshold", -0.1),
         ("threshold", "0.5"),
-        ("min_coverage", math.nan),
-        ("min_coverage", 1.5),
         ("max_memory", math.nan),
         ("max_memory", math.inf),
         ("max_memory", "a lot"),
@@ -122,7 +118,6 @@ def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
 def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path, aged):
     given = TransferOptions(
         rank=np.int64(8),
-        min_coverage=np.float32(0.5),
         threshold=np.float64(0.25),
         strength=np.float16(0.5),
         out_rank=np.int64(4),
@@ -130,7 +125,6 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path, aged):
     )
     plain = TransferOptions(
         rank=8,
-        min_coverage=0.5,
         threshold=0.25,
         strength=0.5,
         out_rank=4,

@@ -102,25 +102,6 @@ def test_pairs_below_the_threshold_get_no_update_and_keep_their_numbers(case):
         assert "below the threshold" in row.reason and row.target is None
 
 
-def test_coverage_below_the_minimum_writes_nothing(case, tmp_path):
-    lora, source, target = case
-    out = tmp_path / "out.safetensors"
-    with pytest.raises(errors.LowCoverage, match="8 of 12"):
-        prolora.transfer(lora, source, target, out=out, min_coverage=0.7, method="prolora")
-    with pytest.raises(errors.LowCoverage, match="after the threshold"):
-        prolora.transfer(
-            lora,
-            source,
-            target,
-            out=out,
-            min_coverage=0.6,
-            threshold=0.9999,
-            method="prolora",
-            rank=0.9,
-        )
-    assert not out.exists()
-
-
 def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypatch):
     lora, source, target = case
     done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)

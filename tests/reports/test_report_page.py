@@ -92,7 +92,6 @@ def make_pages(name):
     return [
         dataclasses.replace(report, grid=grid).to_html({name: name}),
         OutcomesReport([moved, failed]).to_html({"command": name}),
-        report._repr_html_(),
     ]
 
 
@@ -158,7 +157,6 @@ def test_what_has_no_number_is_shown_without_one(report):
         assert page.inside["h1"][0].endswith("A dry run: nothing was written.")
         assert "kept" not in "".join(page.inside.get("title", []))
         assert "nan" not in page.text.lower()
-        Page(shown._repr_html_())
 
 
 def test_the_page_says_where_blocks_came_from():
@@ -171,13 +169,6 @@ def test_the_page_says_where_blocks_came_from():
 def test_strange_numbers_in_names_are_no_obstacle(number):
     rows = [make_row(f"blocks.{number}.a.{number}.b"), make_row(f"a.{number}"), make_row("")]
     Page(make_report(rows).to_html())
-
-
-def test_a_notebook_gets_a_small_part_without_script_or_style(report):
-    page = Page(report._repr_html_())
-    assert {"table", "ul"} <= {tag for tag, _ in page.tags}
-    assert not {"script", "style", "html", "img"} & {tag for tag, _ in page.tags}
-    assert len(report._repr_html_()) < 12_000
 
 
 def test_the_report_of_a_transfer_knows_its_digests(tmp_path):

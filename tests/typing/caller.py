@@ -60,7 +60,7 @@ prolora.TransferOptions(metod="copy")  # mistake
 prolora.TransferOptions("copy")  # mistake
 prolora.transfer(lora, source, target, out=out, format="webui")  # mistake
 prolora.transfer_many(lora, source, target, "folder")  # mistake
-prolora.transfer(lora, source, target, min_coverage="0.5", dry_run=True)  # mistake
+prolora.transfer(lora, source, target, threshold="0.5", dry_run=True)  # mistake
 prolora.migrate([lora], "a", "b", "folder", metod="copy")  # mistake
 prolora.migrate([lora], "a", "b", "folder", shard=2)  # mistake
 prolora.fit(lora, source, target, prompts="a cat")  # mistake

@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
-    from .formats.groups import Group as Group
-    from .formats.groups import group_modules as group_modules
-    from .formats.groups import resolve_format as resolve_format
     from .lora import Lora as Lora
     from .naming import BaseNames as BaseNames
     from .reading import outline_adapter as outline_adapter
     from .reading import read_adapter as read_adapter
-    from .writing import adapter_file_size as adapter_file_size
     from .writing import check_format as check_format
     from .writing import describe_peft_config as describe_peft_config
     from .writing import encode_state_dict as encode_state_dict
@@ -24,12 +20,11 @@ if TYPE_CHECKING:
 # Loaded when asked for: headers are read without torch.
 _HOMES = {
     "adapter": ["Adapter"],
-    "formats.groups": ["Group", "group_modules", "resolve_format"],
     "lora": ["Lora"],
     "naming": ["BaseNames"],
     "reading": ["outline_adapter", "read_adapter"],
     "writing": [
-        *("adapter_file_size", "check_format", "describe_peft_config"),
+        *("check_format", "describe_peft_config"),
         *("encode_state_dict", "find_kept", "write_adapter"),
     ],
 }

@@ -7,7 +7,7 @@ of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -100,22 +100,6 @@ def fuse_updates(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> LowRank:
         top += height
     down = first.down if shared else torch.cat([parts[name].down for name in present])
     return LowRank(up, down)
-
-
-def unfuse_update(
-    whole: AuthorsWeight, update: LowRank, modules: Iterable[str]
-) -> dict[str, LowRank]:
-    """Splits an update of the fused weight so that `fuse_updates` restores it.
-
-    All parts keep the whole `down`, so that its rank stays what it is; `split_update` leaves out
-    what a part does not use.
-    """
-    if len(whole.parts) == 1:
-        return {whole.parts[0]: _swap_update(whole, update)}
-    tops = update.up.split(split_rows(whole, update.shape[0], whole.name))
-    tops_by_name = dict(zip(whole.parts, tops, strict=True))
-    # Copies: parts must not share memory that a caller may write to.
-    return {name: LowRank(tops_by_name[name].clone(), update.down.clone()) for name in modules}
 
 
 def _swap_update(whole: AuthorsWeight, update: LowRank) -> LowRank:

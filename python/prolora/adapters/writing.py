@@ -13,7 +13,7 @@ from ..architectures.family import SPELLINGS
 from ..architectures.loaders import known_loaders
 from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
-from ..files.safetensors_writing import fill_safetensors, safetensors_size
+from ..files.safetensors_writing import fill_safetensors
 from ..files.store import put
 from .adapter import Adapter
 from .adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
@@ -139,19 +139,6 @@ def find_kept(
         return None  # programs were tried with these alone
     resolved, _ = groups.resolve_format(adapter, format)
     return find_stored(adapter, check_format(adapter, format)) if resolved is adapter else None
-
-
-def adapter_file_size(
-    adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
-) -> int:
-    """Returns the bytes of `write_adapter`'s file, or of a PEFT folder's two.
-
-    Only shapes of updates count, not their numbers. Arguments and errors as for `write_adapter`.
-    """
-    adapter, chosen, stored = _settle_storage(adapter, format, dtype)
-    header = _file_metadata(adapter, chosen)
-    size = safetensors_size(encoding.outline_tensors(adapter, chosen, stored), header)
-    return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
 
 
 def _settle_storage(

@@ -44,7 +44,8 @@ class DepthTable:
             return self._find_ldm_place(module)
         block = find_block(module)
         if block is None:
-            return self._find_flux_end(module) if is_flux else ""
+            name = self.list_names(module)[-1] if is_flux else ""
+            return "IN" if "_in" in name else "OUT" if name.startswith("final_layer") else ""
         if is_flux and block.stack in _FLUX_STACKS:
             return f"{_FLUX_STACKS[block.stack]}{int(block.number):02}"
         return f"{block.stack}.{block.number}"
@@ -113,13 +114,6 @@ class DepthTable:
         if match[1] == "middle_block":
             return MIDDLE
         return f"{'IN' if match[1] == 'input_blocks' else 'OUT'}{int(match[2]):02}"
-
-    def _find_flux_end(self, module: str) -> str:
-        """Returns IN or OUT for a module before or after FLUX's blocks."""
-        name = self.list_names(module)[-1]
-        if "_in" in name:
-            return "IN"
-        return "OUT" if name.startswith("final_layer") else ""
 
 
 def stack_order(stack: str) -> tuple[object, ...]:

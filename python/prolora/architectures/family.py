@@ -132,8 +132,7 @@ class Family:
 
     def find_pattern(self, module: str) -> str | None:
         """Returns the pattern of a canonical module, None if no published size has it."""
-        match = _match_pattern(module, self._modules, dotted=True)
-        return match[0] if match else None
+        return next((trial for trial, _ in list_trials(module, ".") if trial in self.shapes), None)
 
     def find_shapes(self, module: str) -> tuple[tuple[int, ...], ...]:
         """Returns the shapes of a canonical module in the published sizes, of any block."""
@@ -231,10 +230,10 @@ def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]],
 
 
 def _choose_places(places: list[int]) -> Iterator[tuple[int, ...]]:
-    """Yields sets of numbers to replace: the first, none, each other one, every two."""
-    yield tuple(places[:1])
+    """Yields sets of numbers to replace: none, the first, each other one, every two."""
+    yield ()
     if places:
-        yield ()
+        yield (places[0],)
     yield from ((place,) for place in places[1:])
     yield from itertools.combinations(places, 2)
 

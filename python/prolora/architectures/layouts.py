@@ -204,7 +204,11 @@ def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         telling = set().union(*(layout.outside for layout in fitting))
         present = {name for name in telling if name in shapes}
         fitting = [layout for layout in fitting if layout.outside == present]
-        equal = [layout for layout in fitting if _has_equal_outside(layout, shapes)]
+        equal = [
+            layout
+            for layout in fitting
+            if all(shapes[n] == _drop_kernel(layout.shapes[n]) for n in layout.outside)
+        ]
         fitting = equal or fitting
     return fitting[0].id if fitting else None
 
@@ -225,11 +229,6 @@ def _may_be(id_: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def _read_shape(text: str) -> tuple[int, ...]:
     """Reads a shape as tables write it, `640x320x3x3`."""
     return tuple(map(int, text.split("x")))
-
-
-def _has_equal_outside(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Returns whether all modules outside the blocks have the layout's shapes."""
-    return all(shapes[name] == _drop_kernel(layout.shapes[name]) for name in layout.outside)
 
 
 def _has_blocks(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:

@@ -160,11 +160,7 @@ def _leaf_to_ldm(kind: str, rest: str) -> str | None:
 
 def _has_attention(block: int, siblings: Iterable[str]) -> bool:
     """Returns whether an up block has attention: all but a four-block UNet's first."""
-    if block > 0:
+    names = [] if block > 0 else [*siblings]
+    if any(name.startswith("up_blocks.0.attentions.") for name in names):
         return True
-    four_blocks = False
-    for name in siblings:
-        if name.startswith("up_blocks.0.attentions."):
-            return True
-        four_blocks = four_blocks or name.startswith(("down_blocks.3.", "up_blocks.3."))
-    return not four_blocks
+    return not any(name.startswith(("down_blocks.3.", "up_blocks.3.")) for name in names)

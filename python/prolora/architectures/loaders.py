@@ -6,14 +6,15 @@ each leaves unread, or reads with its rows in another order: patterns of modules
 file read whole; a missing program reads nothing. `!` before the patterns: the program stops at a
 file with one of them. null: it leaves more modules than are listed. `?`: how much it leaves is not
 known. A row with `TEXT` behind its name has the text encoders that programs leave unread in such a
-file; for a missing program this is not known.
+file; for a missing program this is not known. A row with `ALPHA` behind it replaces the one before
+where alphas are not as usual in the format.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, NamedTuple
@@ -23,8 +24,9 @@ from .modules import find_component, is_in_text_encoder
 
 Reach = Literal["whole", "part", "none"]
 """How much of a file a program reads."""
-TEXT = " + text"
-"""Behind the name of a row: what programs do with text encoders."""
+TEXT, ALPHA = " + text", " ± alpha"
+"""Behind the name of a row: what programs do with text encoders; with alphas where the format has
+none by itself, without them where it has."""
 
 
 class Loader(NamedTuple):
@@ -35,6 +37,7 @@ class Loader(NamedTuple):
     # "run": its code ran in `bench/loader_matrix.py`; "recorded": it ran before that script was
     # written; "compared": its results were compared with ours.
     how: str
+    kinds: Sequence[str] = ()  # of updates that it reads; () if only plain LoRAs were tried
 
 
 @cache
@@ -43,11 +46,15 @@ def known_loaders() -> dict[str, Loader]:
     return {id_: Loader(**facts) for id_, facts in _read_table()["programs"].items()}
 
 
-def name_row(family: Family, format: str, spelling: Spelling | None) -> str:
-    """Returns the table's row for a UNet's format or another model's spelling."""
-    if spelling is None or family.unet:
-        return format
-    return f"{spelling.prefix}|{spelling.names if family.authors else 'diffusers'}"
+def name_row(family: Family, format: str, spelling: Spelling | None, swapped: bool = False) -> str:
+    """Returns the table's row for a UNet's format or another model's spelling.
+
+    `swapped`: alphas are there in a format without, or missing in one that has them.
+    """
+    row = format
+    if spelling is not None and not family.unet:
+        row = f"{spelling.prefix}|{spelling.names if family.authors else 'diffusers'}"
+    return row + ALPHA * swapped
 
 
 def is_read(family: Family, spelling: Spelling) -> bool:
@@ -72,7 +79,8 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
     patterns = {family.find_pattern(name) for name in names} - {None}
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     reach: dict[str, Reach] = dict.fromkeys(rows[""], "none")
-    for program, unread in rows.get(row, {}).items():
+    plain = row.removesuffix(ALPHA)
+    for program, unread in (rows.get(plain, {}) | rows.get(row, {})).items():
         if unread == ["?"]:
             del reach[program]
         elif unread is None:
@@ -84,7 +92,7 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
         elif "!" not in unread and not patterns <= set(unread):
             reach[program] = "part"
     encoders = {find_component(name) for name in names if is_in_text_encoder(name)}
-    for program, lost in rows.get(row + TEXT, {}).items() if encoders else ():
+    for program, lost in rows.get(plain + TEXT, {}).items() if encoders else ():
         if program in reach:
             parts: set[Reach] = {reach[program]} if patterns else set()
             parts |= {"none" if one in lost else "whole" for one in encoders}
@@ -100,8 +108,10 @@ def count_skipped(
     Arguments as for `find_reach`. None where the table does not tell.
     """
     rows: Any = _read_table()["families"].get(family.id, {"": []})
-    unread, lost = (rows.get(name, {}).get(program, []) for name in (row, row + TEXT))
-    if unread is None or unread == ["?"] or program not in rows.get(row, {}):
+    plain = row.removesuffix(ALPHA)
+    reads, lost = rows.get(plain, {}) | rows.get(row, {}), rows.get(plain + TEXT, {})
+    unread, lost = reads.get(program), lost.get(program, [])
+    if unread is None or unread == ["?"]:
         return None
     names = [
         find_component(name) if is_in_text_encoder(name) else family.find_pattern(name) or name
@@ -117,7 +127,8 @@ def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
     """
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     has_text = any(map(is_in_text_encoder, modules))
-    return set(rows[""]) - rows.get(row + TEXT, {}).keys() if has_text else set()
+    tried = rows.get(row.removesuffix(ALPHA) + TEXT, {}).keys()
+    return set(rows[""]) - tried if has_text else set()
 
 
 @cache

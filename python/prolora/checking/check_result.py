@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..adapters.formats.moves import Move, describe_moves
 from ..adapters.formats.programs import Readers
 from ..architectures.families import find_title, join_titles
+from ..architectures.loaders import known_loaders
 from ..reports.report import InWords, Mark
 from .defects import Defect
 
@@ -89,9 +90,8 @@ class Check:
         if self.reason or self.kind == "unknown":
             return "✖"
         marks = [told.mark for told in (self.fit, self.move, *self.defects) if told]
-        if self.program and self.kind == "lora" and self.families:
-            whole, part = self.readers.whole, self.readers.part
-            marks.append("✔" if self.program in whole else "⚠" if self.program in part else "✖")
+        if self.program and self.kind == "lora" and self.program not in self.readers.whole:
+            marks.append("✖" if self.program in self.readers.none else "⚠")
         return max(marks, key="✔⚠✖".index, default="✔")
 
     def __bool__(self) -> bool:
@@ -116,14 +116,16 @@ class Check:
     def _tell_program(self) -> str:
         if self.program in self.readers.whole:
             return f"{self.program} applies all of it"
-        if not self.families:
-            return f"of no known family, so that what {self.program} does with it is not known"
+        if self.program not in self.readers.part + self.readers.none:
+            why = "no such model, or no such file was tried" if self.families else "no known family"
+            return f"what {self.program} does with it is not known: {why}"
         much = "a part of it" if self.program in self.readers.part else "nothing of it"
         if self.skipped and self.program in self.readers.part:
             every, left = sum(self.modules.values()), sum(self.skipped.values())
-            first = next(iter(self.skipped))
-            much = f"{every - left} of {every} updates, and skips {left}, as of {first}"
-        return f"{self.program} applies {much}; convert it for that program (`convert()`)"
+            much = f"{every - left} of {every} updates, and skips {left}, as of "
+            much += next(iter(self.skipped))
+        id_ = next(key for key, one in known_loaders().items() if one.title == self.program)
+        return f"{self.program} applies {much}; `convert()` it with `format={id_}`"
 
     def __repr__(self) -> str:
         """Returns one line: the file and the verdict."""

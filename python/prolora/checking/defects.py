@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isclose
 from statistics import median
-from typing import TYPE_CHECKING
 
 from ..adapters.algorithms.forms import MAGNITUDES, NUMBERS
 from ..adapters.lora import Lora
 from ..adapters.slots import Slot
 from ..reports.report import Mark
-
-if TYPE_CHECKING:  # headers tell a lot without torch
-    from torch import Tensor
 
 WEAKEST, STRONGEST = 1 / 16, 2.0
 """Trainers write scales alpha / rank between these; others are mostly a lost or a doubled alpha."""
@@ -45,8 +42,9 @@ def find_defects(
 ) -> tuple[Defect, ...]:
     """Finds what header and scales tell: alphas that are lost or unusual."""
     slots = [slot for slot in slots if slot.form.rank and slot.peft is None]
-    trained = _read_trained_alpha(opened.metadata)
-    found = []
+    trained, found = 0.0, []  # alpha in the trainer's header
+    with suppress(TypeError, ValueError):
+        trained = float(json.loads(opened.metadata.get("ss_network_alpha", "0")))
     lost = [slot for slot in slots if not {"alpha", "scale"} & slot.keys.keys()]
     factor = max((slot.form.rank / trained for slot in lost), default=1.0) if trained else 1.0
     if factor != 1.0:
@@ -83,14 +81,6 @@ def find_defects(
     return tuple(found)
 
 
-def _read_trained_alpha(metadata: Mapping[str, str]) -> float:
-    """Returns the alpha in the trainer's header; 0 without one."""
-    try:
-        return float(json.loads(metadata.get("ss_network_alpha", "0")))
-    except (TypeError, ValueError):
-        return 0.0
-
-
 def find_deep_defects(
     slots: Iterable[Slot], scales: Mapping[str, float], opened: Lora
 ) -> tuple[Defect, ...]:
@@ -109,7 +99,8 @@ def find_deep_defects(
         sizes[name] = scale if all(x.any() for x in factors) else 0.0
         if parts.keys() >= {"up", "down"} and "mid" not in parts:
             up, down = parts["up"].flatten(1), parts["down"].flatten(1)
-            sizes[name] = scale * _measure_product(up, down)
+            product = ((up.mT @ up) * (down @ down.mT)).sum()  # ‖up·down‖², of the rank's size
+            sizes[name] = scale * float(product.clamp_min(0).sqrt())
             if scale * float(up.norm(dim=1).max() * down.norm(dim=0).max()) > LARGEST_HALF:
                 over.append(name)
     found = []
@@ -129,8 +120,3 @@ def find_deep_defects(
     if sizes and not acting:
         found.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
     return tuple(found)
-
-
-def _measure_product(up: Tensor, down: Tensor) -> float:
-    """Returns ‖up·down‖ from two Gram matrices of the rank's size."""
-    return float(((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0).sqrt())

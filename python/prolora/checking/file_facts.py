@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from .check_result import Check, Part, count_values
 from .defects import find_deep_defects, find_defects
 
 _TOP_TAGS = 10
+PLAIN = "lora", "locon", "norm"  # kinds that all programs were tried with
 
 
 def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) -> Check:
@@ -91,12 +92,9 @@ def _describe_contents(
     families = guess_families(whole, opened.metadata, spelling, list_matrices(opened))
     kinds = count_values([slot.kind for slot in slots] or ["norm"])
     format = "peft" if opened.config is not None else paths[0].format
-    # Programs were not tried with other kinds.
-    tried = not set(kinds) - {"lora", "locon"}
+    readers, skipped = _ask_programs(slots, families, (format, spelling), whole, program)
     language = not families and is_language_model(shapes)
-    # Text encoders go last.
-    ordered = sorted(slots, key=lambda slot: find_component(slot.module.name) in TEXT_ENCODERS)
-    by_part = group_by(ordered, lambda slot: find_component(slot.module.name))
+    by_part = group_by(slots, lambda slot: find_component(slot.module.name))
     return replace(
         found,
         reason="it is a language model's, and prolora takes diffusion models alone" * language,
@@ -107,30 +105,44 @@ def _describe_contents(
         families=tuple(families),
         sizes=tuple(guess_sizes(whole)),
         parts={
-            name: _describe_part(some, opened, scales)
-            for name, some in sorted(by_part.items(), key=lambda item: item[0] in TEXT_ENCODERS)
+            name: _describe_part(by_part[name], opened, scales)
+            for name in sorted(by_part, key=TEXT_ENCODERS.__contains__)  # these go last
         },
         modules=count_values(map(find_component, shapes)),
         vectors=count_values("bias" if x.tensor == "bias" else "norm" for x in contents.vectors),
         left_out=count_values(contents.left_out.values()),
-        readers=find_readers(families, format, spelling, whole) if tried else Readers(),
+        readers=readers,
         program=known_loaders()[program].title if program else "",
-        skipped=_count_skipped(families, format, spelling, whole, program) if tried else None,
+        skipped=skipped,
     )
 
 
-def _count_skipped(
+def _ask_programs(
+    slots: Sequence[Slot],
     families: tuple[str, ...],
-    format: str,
-    spelling: Spelling | None,
-    modules: Iterable[str],
+    spelled: tuple[str, Spelling | None],
+    modules: Collection[str],
     program: str | None,
-) -> dict[str, int] | None:
-    """Counts what a program leaves out of a file, by pattern; None where this is not known."""
+) -> tuple[Readers, dict[str, int] | None]:
+    """Tells who reads how much of a file, and what one program skips."""
+    alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
+    swapped = (spelled[0] != "kohya") in alphas
+    readers = find_readers(families, *spelled, modules, swapped)
+    kinds, loaders = {slot.kind for slot in slots} - {*PLAIN}, known_loaders()
+    if not kinds <= {kind for one in loaders.values() for kind in one.kinds}:
+        return Readers(), None
+    if kinds:
+        reads = {x.title: kinds <= {*x.kinds} for x in loaders.values() if x.kinds}
+        whole, part = (tuple(filter(reads.get, some)) for some in readers[:2])
+        lost = tuple(x for x in readers.whole + readers.part if reads.get(x) is False)
+        mixed = lost if any(slot.kind in PLAIN for slot in slots) else ()
+        none = readers.none if mixed else lost + readers.none
+        readers = Readers(whole, part + mixed, none, readers.untried)
     if program is None or len(families) != 1:
-        return None
+        return readers, None
     family = known_families()[families[0]]
-    return count_skipped(family, name_row(family, format, spelling), modules, program)
+    row = name_row(family, *spelled, swapped)
+    return readers, count_skipped(family, row, modules, program)
 
 
 def _describe_part(slots: list[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:

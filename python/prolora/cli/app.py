@@ -25,7 +25,7 @@ from .migrate import migrate
 from .tables import draw_facts
 from .transfer import TransferCommand, show_report, transfer
 
-_OF_MOVES = tuple(code for code in ExitCode if code <= ExitCode.INCOMPLETE)
+_OF_MOVES = (ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.INCOMPLETE)
 """How a command that moves LoRAs may end, but for signals."""
 
 app = make_app()
@@ -70,7 +70,7 @@ app.command(
     epilog=write_epilog(
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ --target new/ -o moved/",
         "prolora migrate loras/ --source sdxl/ --target ssd-1b/ -o moved/ --shard 2/8",
-        codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.INCOMPLETE),
+        codes=_OF_MOVES,
     ),
 )(migrate)
 

@@ -18,7 +18,7 @@ from .tables import MARKS, draw_facts
 MEANINGS = {
     ExitCode.DONE: "nothing speaks against using the files as asked",
     ExitCode.REFUSED: "a file cannot be read",
-    ExitCode.LOW_COVERAGE: "a LoRA is for another model or program, or has modules without a place",
+    ExitCode.NOT_FOR_IT: "a LoRA is for another model or program, or has modules without a place",
 }
 
 
@@ -70,7 +70,7 @@ def check(
             text, style = f"{found.mark} {found.headline}", MARKS[found.mark]
             if found.reason:
                 code = ExitCode.REFUSED
-            code = code if found or code else ExitCode.LOW_COVERAGE
+            code = code if found or code else ExitCode.NOT_FOR_IT
         if not as_json:
             start = f"{file.name}: " if len(files) > 1 else ""
             out.print_line(f"{start}{text}", style=style)

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import typer
 
-from ..errors import LowCoverage, ProLoRAError
+from ..errors import ProLoRAError
 
 
 class ExitCode(IntEnum):
@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
     DONE = 0
     FAILED = 1
     REFUSED = 2
-    LOW_COVERAGE = 3
+    NOT_FOR_IT = 3
     INCOMPLETE = 4
     INTERRUPTED = 130
     TERMINATED = 143
@@ -27,7 +27,7 @@ MEANINGS = {
     ExitCode.DONE: "done as asked",
     ExitCode.FAILED: "the system failed while reading or writing, or memory is short",
     ExitCode.REFUSED: "refused, as a damaged file or a wrong command line; or some LoRAs failed",
-    ExitCode.LOW_COVERAGE: "fewer modules can move than --min-coverage asks for",
+    ExitCode.NOT_FOR_IT: "`check`: a file is not for the base or program, or in part",
     ExitCode.INCOMPLETE: "done, without updates of a LoRA that could not be read",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
     ExitCode.TERMINATED: "stopped by SIGTERM",
@@ -77,8 +77,6 @@ def make_app() -> typer.Typer:
 
 def find_exit_code(error: BaseException) -> ExitCode:
     """Returns the exit code of a command that ended in one of `HANDLED`."""
-    if isinstance(error, LowCoverage):
-        return ExitCode.LOW_COVERAGE
     if isinstance(error, IncompleteResult):
         return ExitCode.INCOMPLETE
     full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EIO)  # of an output

@@ -57,17 +57,6 @@ def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.
     return [parameter]
 
 
-def parse_share(text: str | float) -> float:
-    """Reads a number from 0 to 1; NaN, which no comparison would ever find too low, is refused."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise typer.BadParameter(f"{text!r} is not a number from 0 to 1")
-    return share
-
-
 def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
     """Reads '320' as an int, '0.9' as a share of energy; an error names the flag."""
     if not isinstance(text, str):  # a default
@@ -83,7 +72,7 @@ def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
 
 
 def parse_out_rank(text: str | float) -> int | float | str:
-    """Reads '16' as an int, '0.95' as a share; 'exact', '50%' and '100MB' stay text."""
+    """Reads '16' as an int, '0.95' as a share; 'exact' and '50%' stay text."""
     try:
         return parse_rank(text)
     except ValueError:
@@ -104,8 +93,6 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "rank": parse_rank,
     "out_rank": parse_out_rank,
     "strengths": parse_strengths,
-    "threshold": parse_share,
-    "min_coverage": parse_share,
     "resume": parse_path,
     "cache": parse_path,
 }

@@ -67,13 +67,6 @@ def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
             file.write(view_bytes(tensor))
 
 
-def safetensors_size(tensors: Tensors, metadata: Metadata) -> int:
-    """Returns the bytes of a `dump_safetensors` file; meta tensors are allowed."""
-    ordered = order_tensors(tensors)
-    data = sum(tensor.numel() * tensor.dtype.itemsize for tensor in ordered.values())
-    return len(encode_header(ordered, metadata)) + data
-
-
 def order_tensors(tensors: Tensors) -> Tensors:
     """Sorts wide dtypes first: every tensor stays aligned for readers that map files."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))

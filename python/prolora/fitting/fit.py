@@ -65,7 +65,6 @@ def fit(
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         TooLittleMemory: max_memory is below what the models need.
         UnrelatedBases: the held-out samples speak against the fit and against moving by weights.
-        LowCoverage: fewer modules have a place than `min_coverage` asks for.
         OutputExists: something else has the name of `out`.
         OutputError: `out` or the folder of kept parts cannot be written.
     """

@@ -20,7 +20,6 @@ from ..moving.base_pair import BasePair, Depth, prefix_notes, read_lora
 from ..moving.ledger import Ledger
 from ..moving.options import FIT, LoraLike
 from ..moving.result import Notes, Transfer, list_inputs
-from ..moving.rows import check_coverage
 from ..moving.transfer_report import TransferReport
 from ..reports.lora_report import LoraReport
 from ..reports.module_report import ModuleReport
@@ -100,8 +99,6 @@ def prepare_fit(
     check_bases(lora, source, target, moving, may_be_one=True)
     adapter = read_lora(lora, source, depth)
     plan = plan_modules(adapter, source, target, options.text_encoder)
-    rows = outline_report(adapter, plan, source, target, options).modules
-    check_coverage(rows, options.min_coverage)
     job = FitJob(adapter, plan, source, target, options)
     return replace(job, card=plan_memory_of_card(job))
 
@@ -148,7 +145,7 @@ def move_rival(job: FitJob) -> Rival | None:
     refusal = None
     with BasisCache(job.options.cache).saving() as cache:
         for method in methods:
-            options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
+            options = replace(job.options.as_moved(method), dtype=None)
             try:
                 pair = BasePair(job.source, job.target, options, cache)
                 ledger = pair.move(pair.plan(job.adapter))

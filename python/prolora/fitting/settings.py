@@ -323,7 +323,6 @@ class FitOptions(FileOutput, BaseResources, FitSettings):
         panel="",
     )
     again: bool = take_option(TransferOptions, "again", panel=FITTING)
-    min_coverage: float = take_option(TransferOptions, "min_coverage", panel="")
     max_memory: int | str | None = take_option(FitSettings, "max_memory")
     max_vram: int | str | None = option(
         None,
@@ -359,7 +358,6 @@ class FitOptions(FileOutput, BaseResources, FitSettings):
             text_encoder=self.text_encoder,
             match=self.match,
             again=True,  # the bases were looked at before
-            min_coverage=self.min_coverage,
             format=self.format,
             dtype=self.dtype,
             cache=self.cache,

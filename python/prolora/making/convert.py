@@ -24,12 +24,11 @@ from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import explain_misfit
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
-from ..moving.file_budget import OutputForm
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, name_lora
+from ..moving.options import LoraLike, name_lora, read_dtype
 from ..moving.out_rank import cut_rank
 from ..moving.output_paths import check_output
-from ..moving.result import Transfer, list_inputs, pack_result, save_result
+from ..moving.result import Transfer, list_inputs, save_result
 from ..moving.rows import (
     describe_conversion,
     describe_left_out,
@@ -69,8 +68,7 @@ def convert(
         ShapeMismatch: an update that does not fit the base.
         NonFiniteWeights: NaN or Inf, named.
         OutputExists: something has the name of `out`.
-        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
-            module exceeds.
+        OutputError: `out` cannot be written, or is an input.
     """
     options = settle_options(options, changes)
     model = None if base is None else open_base(base)
@@ -87,13 +85,14 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
     if options.alpha is not None:
         lora = _set_alpha(lora, options.alpha)
     adapter = read_plain(lora, base)
-    form = OutputForm.of(options)
+    dtype = read_dtype(options.dtype)
     vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
     left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
     plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
     factors = find_factors(options.blocks, plain, base)
-    form.check(plain)
+    if options.format is not None:
+        adapters.check_format(plain, options.format)
     silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
     left_out |= dict.fromkeys(silent, LEFT_OUT)
     gone = [name for name in plain.updates if factors.get(name) == 0]
@@ -103,8 +102,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         if options.progress:
             options.progress(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
-    whole = plain.with_updates(cut)
-    fitted = form.fit(whole)
+    made = plain.with_updates(cut)
     report = MadeReport(
         method="convert",
         done="converted",
@@ -114,7 +112,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         modules=(
             *list_unread_modules(adapter),
             *(describe_left_out(name, adapter.updates[name]) for name in gone),
-            *_describe_rows(replace(adapter, updates=plain.updates), fitted, form),
+            *_describe_rows(replace(adapter, updates=plain.updates), made, dtype),
         ),
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
         vectors=len(plain.vectors),
@@ -126,7 +124,7 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         energy = sum(row.energy for row in report.modules)
         if rank := _find_rank(plain.updates.values(), ENOUGH * energy):
             report = replace(report, advice=f"Rank {rank} would keep {ENOUGH:.0%} (`out_rank`).")
-    return pack_result(fitted, whole, report, inputs, form)
+    return Transfer(made, report, inputs, options.format or "auto", dtype)
 
 
 def _set_alpha(lora: LoraLike, alpha: float) -> Lora:
@@ -179,9 +177,11 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
     return adapters.read_adapter(lora)
 
 
-def _describe_rows(before: Adapter, after: Adapter, form: OutputForm) -> Iterable[ModuleReport]:
+def _describe_rows(
+    before: Adapter, after: Adapter, dtype: torch.dtype | None
+) -> Iterable[ModuleReport]:
     """Yields the row of every update."""
     for name, update in before.updates.items():
-        written = after.updates[name].to(form.dtype or after.dtype)
+        written = after.updates[name].to(dtype or after.dtype)
         kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)
         yield describe_conversion(name, kind, update, written, read)

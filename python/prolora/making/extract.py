@@ -35,11 +35,10 @@ from ..core.recompression import balance_factors
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat, WrongBase
 from ..files.hashing import flatten_bytes
 from ..moving.base_check import are_one_base
-from ..moving.file_budget import OutputForm, describe_cuts
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import FormatLike
 from ..moving.output_paths import check_output
-from ..moving.result import Transfer, pack_plan, pack_result, save_result
+from ..moving.result import Transfer, pack_plan, save_result
 from ..moving.rows import describe_difference, outline_difference
 from ..reports.module_report import ModuleReport
 from ..version import __version__
@@ -48,8 +47,6 @@ from .made_report import MadeReport
 
 _MOST_NUMBERS = 1 << 22  # of a table, subtracted at a time
 _TOO_SMALL = "differs by less than 1e-20, which no LoRA in half precision holds"
-LARGEST_RANK = 256
-"""Columns that an extraction to the size of a file chooses from, in each module."""
 
 
 @takes_options
@@ -84,8 +81,7 @@ def extract(
         NonFiniteWeights: NaN or Inf in a weight, named.
         TooLittleMemory: max_memory is below what the largest weight needs.
         OutputExists: something has the name of `out`.
-        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
-            module exceeds.
+        OutputError: `out` cannot be written, or is an input.
     """
     options = settle_options(options, changes)
     old, new = open_base(base), open_base(tuned)
@@ -110,16 +106,15 @@ def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False)
     adapter = replace(pair.outline(pair.updates), vectors=pair.vectors)
     if hashed:
         adapter = replace(adapter, metadata=pair.describe())
-    form = pair.form
-    fitted = form.fit(adapter)
     report = pair.report(
-        modules=describe_cuts(pair.rows.values(), adapter, fitted),
+        modules=tuple(pair.rows.values()),
         vectors=len(pair.vectors),
         left_out=pair.left_out,
         seconds=seconds,
         provenance=read_provenance(adapter.metadata),
     )
-    return pack_result(fitted, adapter, report, [*base.files, *tuned.files], form)
+    files = [*base.files, *tuned.files]
+    return Transfer(adapter, report, files, pair.format, options.stored_dtype)
 
 
 @dataclass
@@ -135,13 +130,9 @@ class _Difference:
     left_out: dict[str, str] = field(default_factory=dict)  # vector -> why it is not in the result
 
     @property
-    def form(self) -> OutputForm:
-        """What the result is to be written as."""
-        return OutputForm(
-            self.options.format or cast(FormatLike, self.outline({}).format),
-            self.options.stored_dtype,
-            self.options.size_limit,
-        )
+    def format(self) -> FormatLike:
+        """The format of the result."""
+        return self.options.format or cast(FormatLike, self.outline({}).format)
 
     def check(self) -> None:
         """Refuses what can be refused by headers, and writes the row of every module."""
@@ -166,16 +157,14 @@ class _Difference:
             for name, row in self.rows.items()
             if row.status == "mapped"
         }
-        self.form.check(self.outline(hollow))
+        adapters.check_format(self.outline(hollow), self.format)
         shapes = {(row.shape[0], row.shape[1]) for row in self.rows.values()}
         self.memory.check(shapes, "comparison", self._count_result_bytes())
 
     @property
     def memory(self) -> Memory:
         """What may be in memory at a time."""
-        rank = self.options.out_rank
-        columns = LARGEST_RANK if isinstance(rank, str) else rank
-        return Memory(self.options.memory_limit, columns, self.options.device)
+        return Memory(self.options.memory_limit, self.options.rank, self.options.device)
 
     def _count_result_bytes(self) -> int:
         """Counts the bytes of all modules' factors."""
@@ -183,10 +172,8 @@ class _Difference:
 
     def _most_columns(self, shape: tuple[int, int]) -> int:
         """Columns of a module's update at most."""
-        rank = self.options.out_rank
-        if isinstance(rank, float):
-            return min(shape)
-        return min(*shape, LARGEST_RANK if isinstance(rank, str) else rank)
+        rank = self.options.rank
+        return min(shape) if isinstance(rank, float) else min(*shape, rank)
 
     def _check_bases(self) -> None:
         """Refuses equal bases, and bases with unequal modules."""
@@ -241,7 +228,7 @@ class _Difference:
             for base in (self.base, self.tuned):
                 check_finite(base, names)  # says which tensor, and where in it
         moved = [i for i, norm in enumerate(norms) if norm > 0]
-        rank = self.options.out_rank
+        rank = self.options.rank
         columns = rank if isinstance(rank, float) else rows[0].rank_out
         basis = truncated_svd(difference[moved], columns) if moved else None
         filled = []
@@ -327,7 +314,7 @@ class _Difference:
         updates = {module: self.updates[module]} if module in self.updates else {}
         held = replace(self.outline(updates), vectors={name: torch.zeros(vector.shape)})
         try:
-            adapters.check_format(held, self.form.format or "auto")
+            adapters.check_format(held, self.format)
         except (UnsupportedFormat, ShapeMismatch):
             return "the format has no key for it"
         return ""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from ..core.option_fields import take_option
+from ..core.rank_rule import Rank
 from ..errors import InvalidOption
 from ..moving.options import FormatLike, Output, Resources, read_dtype
-from ..moving.out_rank import OutRank, parse_size_limit
+from ..moving.out_rank import OutRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,8 @@ class ExtractOptions(Output, Resources):
         Output,
         "out_rank",
         64,
-        help="Rank of the LoRA: a number, a share of the difference's energy in every module "
-        "(0.9), or what fits a file of a size (100MB, spent where it keeps the most energy).",
+        help="Rank of the LoRA: a number, or a share of the difference's energy in every module "
+        "(0.9).",
     )
     format: FormatLike | None = take_option(
         Output,
@@ -33,16 +34,17 @@ class ExtractOptions(Output, Resources):
     def __post_init__(self) -> None:
         """Refuses a share of a rank that there is not, too."""
         super().__post_init__()
-        if isinstance(self.out_rank, str) and self.size_limit is None:
+        if isinstance(self.out_rank, str):
             raise InvalidOption(
-                "`out_rank` of an extraction is a number, a share of energy between 0 and 1, or "
-                f'the size of a file such as "100MB", not {self.out_rank!r}'
+                "`out_rank` of an extraction is a number or a share of energy between 0 and 1, not "
+                f"{self.out_rank!r}"
             )
 
     @property
-    def size_limit(self) -> int | None:
-        """Bytes that the file may take; None where the rank is asked for otherwise."""
-        return parse_size_limit(self.out_rank)
+    def rank(self) -> Rank:
+        """`out_rank`, which is no text."""
+        assert not isinstance(self.out_rank, str)
+        return self.out_rank
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import MERGE, read_moves, read_provenance
@@ -29,13 +30,12 @@ from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, Sha
 from ..moving.base_check import explain_misfit, guess_lora_families
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
-from ..moving.file_budget import OutputForm, describe_cuts
 from ..moving.moved_before import check_moved_before
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions
+from ..moving.options import LoraLike, TransferOptions, read_dtype
 from ..moving.out_rank import cut_rank
 from ..moving.output_paths import check_name, check_output
-from ..moving.result import Transfer, pack_result, save_result
+from ..moving.result import Transfer, save_result
 from ..moving.rows import (
     describe_conversion,
     describe_left_out,
@@ -83,8 +83,7 @@ def merge(
             or a result that `format` cannot hold.
         NonFiniteWeights: NaN or Inf, named.
         OutputExists: something has the name of `out`.
-        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
-            module exceeds.
+        OutputError: `out` cannot be written, or is an input.
     """
     options = settle_options(options, changes)
     if out is None:
@@ -165,9 +164,10 @@ class _Merge:
         for i in range(len(self.loras)):
             self._read(i)
         self._check_modules()
-        outline, form = self._outline(), OutputForm.of(self.options)
-        form.check(outline)
-        dtype = form.dtype or outline.dtype
+        outline, asked = self._outline(), read_dtype(self.options.dtype)
+        if self.options.format is not None:
+            adapters.check_format(outline, self.options.format)
+        dtype = asked or outline.dtype
         updates: dict[str, LowRank] = {}
         rows: list[ModuleReport] = []
         for i, name in enumerate(outline.updates):
@@ -178,10 +178,8 @@ class _Merge:
         merged = outline.with_updates(updates)
         if hashed:
             merged = replace(merged, metadata=self._describe(merged.metadata))
-        fitted = form.fit(merged)
-        told = describe_cuts(rows, merged, fitted)
-        report = self._report(told, fitted, merged, dtype)
-        return pack_result(fitted, merged, report, self.inputs, form)
+        report = self._report(rows, merged, dtype)
+        return Transfer(merged, report, self.inputs, self.options.format or "auto", asked)
 
     def _read(self, i: int) -> None:
         """Reads a LoRA."""
@@ -348,10 +346,10 @@ class _Merge:
         return rewritten | {key: combined[key] for key in kept}
 
     def _report(
-        self, rows: Sequence[ModuleReport], fitted: Adapter, result: Adapter, dtype: torch.dtype
+        self, rows: Sequence[ModuleReport], result: Adapter, dtype: torch.dtype
     ) -> MergeReport:
-        """Reports what became of each LoRA; `fitted` is `result`, cut to the size of a file."""
-        parts, overlaps = self._measure(fitted, dtype)
+        """Reports what became of each LoRA."""
+        parts, overlaps = self._measure(result, dtype)
         left_out = dict(self.left_out)
         kept_energy: dict[str, float] = {}
         for name, part in zip(self.names, self.parts, strict=True):

@@ -25,14 +25,13 @@ from .base_check import check_bases
 from .block_weights import weigh_adapter
 from .carried_vectors import carry_vectors
 from .decision import decide_method, label_stage
-from .file_budget import OutputForm, describe_cuts
 from .ledger import Clock, Ledger
 from .move_updates import move_updates
-from .options import LoraLike, TransferOptions
+from .options import LoraLike, TransferOptions, read_dtype
 from .plan import make_plan
-from .result import Notes, Transfer, list_inputs, pack_result
+from .result import Notes, Transfer, list_inputs
 from .resume import make_file
-from .rows import check_coverage, outline_rows
+from .rows import outline_rows
 from .transfer_report import TransferReport
 
 Depth = Literal["updates", "outline", "header"]
@@ -110,9 +109,8 @@ class BasePair:
         ledger.doubts = tuple(doubts)
         outline_rows(ledger, measured=depth != "updates")
         ledger.find_block_factors(carry_vectors(ledger).vectors)
-        check_coverage(ledger.rows.values(), options.min_coverage)
-        if (output := OutputForm.of(options)) != OutputForm():
-            output.check(outline_result(ledger))
+        if options.format is not None:
+            adapters.check_format(outline_result(ledger), options.format)
         # Modules left behind are measured by now, and their factors need no memory later.
         placed = {pair.source for pair in plan.pairs} | set(plan.passed)
         updates = {name: x for name, x in adapter.updates.items() if name in placed}
@@ -205,11 +203,9 @@ class BasePair:
                 What is never written needs no header of its own.
 
         Raises:
-            LowCoverage: fewer modules moved than was asked for.
             ProLoRAError: what stopped the move.
         """
         options = ledger.options
-        check_coverage(ledger.rows.values(), options.min_coverage, options.threshold)
         updates = ledger.moved | {n: ledger.adapter.updates[n] for n in ledger.plan.passed}
         vectors = carry_vectors(ledger, updates)
         metadata = dict(ledger.adapter.metadata)
@@ -220,14 +216,12 @@ class BasePair:
         moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
         moved = weigh_adapter(moved, ledger.block_factors)
         ledger.weigh_rows()
-        with ledger.clock("fit"):
-            form = OutputForm.of(options)
-            fitted = form.fit(moved)
         verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
-        kept = adapters.find_kept(fitted, form.format or "auto", form.dtype)
+        written = options.format or "auto", read_dtype(options.dtype)
+        kept = adapters.find_kept(moved, *written)
         report = build_report(
             ledger,
-            describe_cuts(ledger.rows.values(), moved, fitted),
+            ledger.rows.values(),
             vectors,
             asked=ledger.asked or options.method,
             verdict=verdict,
@@ -238,7 +232,7 @@ class BasePair:
             provenance=read_provenance(metadata) if hashed else {},
         )
         inputs = list_inputs(ledger.lora, self.source, self.target)
-        return pack_result(fitted, moved, report, inputs, form)
+        return Transfer(moved, report, inputs, *written)
 
 
 def read_lora(

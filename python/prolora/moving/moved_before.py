@@ -96,9 +96,14 @@ def _explain_other_base(
     """
     memory = cache.folder if cache else None
     same = is_identical(source, last.target_hash, short_hash, memory)
-    if same:
-        return None, ""
     named = fold_base_name(source.name)
+    if same and (named == fold_base_name(last.target) or not last.target_hash.startswith("hint:")):
+        return None, ""
+    if same:
+        return None, (
+            f"The LoRA was moved to {last.target}; {source.name} has its size and equal pieces, so "
+            "it is taken for the same model."
+        )
     told_by_name = fold_base_name(last.target) not in (fold_base_name(last.source), *_ANY_MODEL)
     if told_by_name and named == fold_base_name(last.target):
         told = "another hash" if same is False else "no hash to compare"

@@ -55,13 +55,16 @@ def takes_options(function: Function) -> Function:
     signature = inspect.signature(function)
     default = signature.parameters["options"].default
     place = list(signature.parameters).index("options")
-    _TAKERS.setdefault(type(default).__name__, []).append(f"{function.__name__}()")
 
     @functools.wraps(function)
     def check_and_call(*args: Any, **keywords: Any) -> Any:
         given = args[place] if len(args) > place else keywords.get("options", default)
         if not isinstance(given, type(default)):
-            raise _refuse_kind(given, type(default), function.__name__)
+            raise InvalidOption(
+                f"{function.__name__}() takes {type(default).__name__}, not "
+                f"{getattr(given, '__name__', type(given).__name__)}; each option may also be "
+                "given by its name"
+            )
         return function(*args, **keywords)
 
     told = fields(default)
@@ -87,17 +90,3 @@ def takes_options(function: Function) -> Function:
     shown: Any = check_and_call
     shown.__signature__ = signature.replace(parameters=parameters)
     return cast(Function, shown)
-
-
-_TAKERS: dict[str, list[str]] = {}
-"""Name of the options -> the functions that take them."""
-
-
-def _refuse_kind(given: object, kind: type, function: str) -> InvalidOption:
-    """Returns a refusal that names what takes these options, and what the function takes."""
-    name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
-    takers = f", which is of {', '.join(_TAKERS[name])}" if name in _TAKERS else ""
-    return InvalidOption(
-        f"{function}() takes {kind.__name__}, not {name}{takers}; each option may also be given by "
-        "its name"
-    )

@@ -66,7 +66,7 @@ METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
 BEST: TransferMethod = "best"
 OF_A_FIT_TOO = (
-    *("text_encoder", "match", "again", "target_steps", "min_coverage", "format", "dtype"),
+    *("text_encoder", "match", "again", "target_steps", "format", "dtype"),
     "overwrite",
     *("cache", "device", "max_memory", "progress"),
 )
@@ -147,8 +147,7 @@ class Output(FileOutput):
     out_rank: OutRank = option(
         "exact",
         "Rank of the output: a number, a share of an update's energy (0.99), a share of the LoRA's "
-        "own rank (50%), what fits a file of a size (100MB, spent where it keeps the most "
-        'energy), or "exact".',
+        'own rank (50%), or "exact".',
         panel=OUTPUT,
         metavar="RANK",
     )
@@ -279,12 +278,6 @@ class TransferOptions(Output, BaseResources):
         metavar="STEPS",
         decides=False,
     )
-    min_coverage: float = option(
-        0.0,
-        "Fail if a smaller share of the LoRA's modules, 0 … 1, can move.",
-        panel=MATCHING,
-        metavar="SHARE",
-    )
 
     def __post_init__(self) -> None:
         """Refuses values that no transfer can use, before anything is read."""
@@ -298,10 +291,9 @@ class TransferOptions(Output, BaseResources):
         steps = self.target_steps
         if steps is not None and not (isinstance(steps, int) and steps >= 1):
             raise InvalidOption(f"`target_steps` must be 1 or more, not {self.target_steps!r}")
-        for name in ("threshold", "min_coverage"):
-            value = getattr(self, name)  # NaN would switch a check off
-            if not (isinstance(value, float | int) and 0 <= value <= 1):
-                raise InvalidOption(f"`{name}` must be a number between 0 and 1, not {value!r}")
+        value = self.threshold  # NaN would switch the check off
+        if not (isinstance(value, float | int) and 0 <= value <= 1):
+            raise InvalidOption(f"`threshold` must be a number between 0 and 1, not {value!r}")
         if not (isinstance(self.strength, float | int) and 0 < self.strength <= LARGEST_STRENGTH):
             raise InvalidOption(
                 f"`strength` must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "

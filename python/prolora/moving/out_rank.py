@@ -6,14 +6,12 @@ import math
 import re
 
 from ..core.lowrank import LowRank
-from ..files.sizes import parse_size
 
 OutRank = int | float | str
 
 EXACT = "exact"
 OUT_RANK_FORMS = (
-    '"exact", an int ≥ 1, a share of the energy between 0 and 1, a percentage such as "50%", or '
-    'the size of a file such as "100MB"'
+    '"exact", an int ≥ 1, a share of the energy between 0 and 1, or a percentage such as "50%"'
 )
 
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -25,24 +23,10 @@ def parse_percentage(out_rank: OutRank) -> float | None:
     return float(match[1]) if match else None
 
 
-def parse_size_limit(out_rank: OutRank) -> int | None:
-    """Returns the bytes of "100MB"; None for any other form.
-
-    A number without a unit is a rank.
-    """
-    if not isinstance(out_rank, str) or not out_rank.strip()[-1:].isalpha():
-        return None
-    try:
-        return parse_size(out_rank)
-    except ValueError:
-        return None
-
-
 def is_out_rank(out_rank: object) -> bool:
     """Returns whether a value is one of `OUT_RANK_FORMS`."""
     if isinstance(out_rank, str):
-        number = parse_percentage(out_rank) or parse_size_limit(out_rank) or 0
-        return out_rank == EXACT or number > 0
+        return out_rank == EXACT or (parse_percentage(out_rank) or 0) > 0
     if isinstance(out_rank, float):
         return 0 < out_rank < 1
     return isinstance(out_rank, int) and not isinstance(out_rank, bool) and out_rank >= 1
@@ -52,10 +36,9 @@ def cut_rank(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
     """Cuts the update [m, n] to its output rank; unchanged if nothing is cut.
 
     `out_rank` "exact" keeps it; an int keeps at most that many singular values; a float the fewest
-    that hold this share of Σσ²; "50%" half as many as the LoRA's own rank `rank_in`, rounded up; a
-    size keeps it too, as it bounds all updates together (see `OutputForm.fit`).
+    that hold this share of Σσ²; "50%" half as many as the LoRA's own rank `rank_in`, rounded up.
     """
-    if out_rank == EXACT or parse_size_limit(out_rank) is not None:
+    if out_rank == EXACT:
         return update
     if isinstance(out_rank, float):
         return update.truncate(energy=out_rank)

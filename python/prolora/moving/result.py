@@ -19,7 +19,6 @@ from ..bases import Base
 from ..files.store import replace_surrogates
 from ..reports.lora_report import LoraReport
 from ..reports.report import VERDICT
-from .file_budget import OutputForm
 from .options import DtypeLike, FormatLike, LoraLike, read_dtype
 from .output_paths import check_output
 
@@ -119,22 +118,13 @@ class Transfer:
         return adapters.describe_peft_config(self.adapter)
 
 
-def pack_result(
-    fitted: Adapter, whole: Adapter, report: LoraReport, inputs: list[Path], form: OutputForm
-) -> Transfer:
-    """Packs a result as it fits a form; reports whether it was cut."""
-    told = replace(report, file_limit=None if fitted is whole else form.limit)
-    return Transfer(fitted, told, inputs, form.format or "auto", form.dtype)
-
-
 def save_result(done: Transfer, out: Path, overwrite: bool) -> Transfer:
     """Writes a result with its verdict, and returns it with the time of writing."""
     started = time.perf_counter()
-    if done.report.file_limit is None:  # of a file that is cut to a size, each byte is counted
-        words, share = str(done.report.in_words()), done.report.totals["energy_mapped"]
-        told = json.dumps({"words": words.split("\n"), "share": share})
-        metadata = done.adapter.metadata | {VERDICT: replace_surrogates(told)}
-        done = replace(done, adapter=replace(done.adapter, metadata=metadata))
+    words, share = str(done.report.in_words()), done.report.totals["energy_mapped"]
+    told = json.dumps({"words": words.split("\n"), "share": share})
+    metadata = done.adapter.metadata | {VERDICT: replace_surrogates(told)}
+    done = replace(done, adapter=replace(done.adapter, metadata=metadata))
     done.save(out, overwrite=overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done, report=replace(done.report, seconds=seconds))

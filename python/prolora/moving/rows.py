@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -11,8 +10,7 @@ from ..adapters.adapter import Adapter
 from ..architectures.modules import is_in_text_encoder
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
-from ..errors import LowCoverage
-from ..reports.module_report import LEFT_OUT, ModuleReport, measure_coverage, split_modules
+from ..reports.module_report import LEFT_OUT, ModuleReport
 from .ledger import Ledger
 from .options import TextEncoderMode
 
@@ -163,27 +161,3 @@ def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, .
 def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
     """Returns tensor of the file that is no update and is not moved -> why."""
     return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}
-
-
-def check_coverage(
-    rows: Iterable[ModuleReport], minimum: float, threshold: float | None = None
-) -> None:
-    """Refuses a transfer of fewer modules of the LoRA than was asked for.
-
-    `threshold` is the one on Φ, once it has decided; None before a weight is looked at.
-    """
-    rows = list(rows)
-    coverage = measure_coverage(rows)
-    if coverage >= minimum:
-        return
-    names, placed = split_modules(rows)
-    text = (
-        f"{len(placed)} of {len(names)} modules find a place on the target "
-        f"(coverage {coverage:.2f}), fewer than the coverage {minimum:g} that was asked for"
-    )
-    if threshold is not None:
-        text += (
-            f", after the threshold {threshold:g} on Φ, and without pairs that have nothing in "
-            "common; lower the threshold, or try method copy"
-        )
-    raise LowCoverage(f"{text}; nothing written")

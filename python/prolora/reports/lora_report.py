@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +50,6 @@ class LoraReport(Report):
         quantised: name of a base -> how its weights are quantised, and how many; none for a base
             that is stored as numbers.
         blocks: the factors by block that were asked for; "" without.
-        file_limit: bytes of the file that the updates were cut for; None where they were not.
         dry_run: True where nothing was written. Rows then carry no measures.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
@@ -68,7 +66,6 @@ class LoraReport(Report):
     kept_energy: dict[str, float] = field(default_factory=dict)
     quantised: dict[str, str] = field(default_factory=dict)
     blocks: str = ""
-    file_limit: int | None = None
     dry_run: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
@@ -137,12 +134,6 @@ class LoraReport(Report):
             return None
         mean = weighted_mean(shares)
         return None if mean is None else total * mean
-
-    def reasons(self) -> dict[tuple[str, str], int]:
-        """Counts each (status, reason) among modules that are not mapped."""
-        return dict(
-            Counter((row.status, row.reason) for row in self.modules if row.status != "mapped")
-        )
 
     def tables(self) -> list[Table]:
         """Tabulates what moved, and what did not."""
@@ -222,25 +213,9 @@ class LoraReport(Report):
         return f"{count_things(self.left_out, 'tensor')} of the file {stay} behind"
 
     def tell_limits(self) -> list[str]:
-        """Tells what a bound on the file cost, and which bases are inexact."""
-        told, totals = [], self.totals
-        if self.file_limit is not None:
-            ranks = [row.rank_out for row in self.rows("mapped")]
-            told.append(
-                f"Cut to fit {self.file_limit / 1e6:.4g} MB: ranks {min(ranks)} to {max(ranks)}, "
-                f"at the price of {totals['energy_cut']:.1%} of the energy."
-            )
-        if totals["flagged"]:
-            told.append(f"{totals['flagged']} modules missed the accuracy tolerance (see 'ok').")
-        return told
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """Returns a flat dict for every row, as `pandas.DataFrame` takes them.
-
-        Every record has the same keys: the fields of `ModuleReport` without `measures`, and the
-        fields of `Measures`, which are None where nothing was projected. What is not known is None.
-        """
-        return [row.to_record() for row in self.modules]
+        """Tells which bases are inexact."""
+        flagged = self.totals["flagged"]
+        return [f"{flagged} modules missed the accuracy tolerance (see 'ok')."] if flagged else []
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""

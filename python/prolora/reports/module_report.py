@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..core.lowrank import LowRank
@@ -170,18 +170,6 @@ class ModuleReport:
         if self.status != "mapped":
             record |= dict.fromkeys(_OF_A_MOVE)
         return record
-
-    def to_record(self) -> dict[str, Any]:
-        """Flattens `to_dict`, without NaN; every row has the same keys."""
-        record = self.to_dict()
-        del record["measures"]
-        record |= {
-            entry.name: getattr(self.measures, entry.name, None) for entry in fields(Measures)
-        }
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
 
 
 def measure_coverage(rows: Iterable[ModuleReport]) -> float:

@@ -139,12 +139,6 @@ class Report:
 
         return render_page(self, self.facts() | dict(facts or {}), spell)
 
-    def _repr_html_(self) -> str:
-        """Renders for a notebook: the verdict, sentences and tables."""
-        from .page.render import render_summary
-
-        return render_summary(self)
-
     def save(
         self, path: str | PathLike[str], *, overwrite: bool = False, spell: Spell = str
     ) -> None:

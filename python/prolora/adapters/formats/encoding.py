@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedF
 from .. import vectors
 from ..adapter import Adapter, StoredUpdate
 from ..keys import module_names
-from .groups import Group, find_authors, find_paths, group_modules
+from .groups import find_authors, find_paths, group_modules
 from .peft_patterns import PatternTable
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
@@ -42,39 +42,15 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
         NonFiniteWeights: a factor is not finite, or overflows in `dtype`.
         OutputError: a factor is too small for `dtype` to hold.
     """
-
-    def factors(group: Group, alpha: int) -> LowRank:
-        update = group.update()
-        if _has_alpha(format) and update.rank != alpha:
-            update = LowRank(update.up.double() * (update.rank / alpha), update.down)
-        return _cast_factors(group.modules[0], update, dtype)
-
-    return _encode_groups(adapter, format, dtype, factors)
-
-
-def outline_tensors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Computes `encode_adapter` without numbers: factors are on the meta device."""
-
-    def factors(group: Group, _: int) -> LowRank:
-        m, n = group.shape
-        return LowRank(
-            torch.empty(m, group.rank, dtype=dtype, device="meta"),
-            torch.empty(group.rank, n, dtype=dtype, device="meta"),
-        )
-
-    return _encode_groups(adapter, format, dtype, factors)
-
-
-def _encode_groups(
-    adapter: Adapter, format: str, dtype: torch.dtype, factors: Callable[[Group, int], LowRank]
-) -> dict[str, Tensor]:
-    """Returns the tensors by key; `factors` makes a group's, given the file's alpha."""
     tensors: dict[str, Tensor] = {}
     groups = group_modules(adapter, format)
     alpha = common_rank(group.rank for group in groups)
     for group in groups:
-        name = group.modules[0]
-        up, down = _shape_factors(name, factors(group, alpha), adapter.kernels.get(name))
+        name, update = group.modules[0], group.update()
+        if _has_alpha(format) and update.rank != alpha:
+            update = LowRank(update.up.double() * (update.rank / alpha), update.down)
+        factors = _cast_factors(name, update, dtype)
+        up, down = _shape_factors(name, factors, adapter.kernels.get(name))
         if _has_alpha(format):
             tensors[f"{group.path}.lora_up.weight"] = up
             tensors[f"{group.path}.lora_down.weight"] = down

@@ -43,21 +43,9 @@ class Group:
             fused_updates.fused_rank(self.matrix, self.parts) if self.matrix else self._first.rank
         )
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of the factors in the file."""
-        m, n = self._first.shape
-        return (fused_updates.fused_height(self.matrix, self.parts) if self.matrix else m), n
-
     def update(self) -> LowRank:
         """Builds the factors in the file."""
         return fused_updates.fuse_updates(self.matrix, self.parts) if self.matrix else self._first
-
-    def split(self, update: LowRank) -> dict[str, LowRank]:
-        """Splits other factors of the same shape into module -> its part."""
-        if self.matrix:
-            return fused_updates.unfuse_update(self.matrix, update, self.parts)
-        return {self.modules[0]: update}
 
     @property
     def _first(self) -> LowRank:
@@ -272,8 +260,10 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
     spelling = _kohya_spelling(adapter)
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
+    family = _guess_family(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
-    two_layers = _guess_family(adapter) not in ONE_LAYER_UNETS
+    clip = "qwen3_06b" if family == "cosmos" else clip
+    two_layers = family not in ONE_LAYER_UNETS
     transformer = find_spelling(adapter, format)
     paths: dict[str, str] = {}
     path: str | None

@@ -44,6 +44,7 @@ def find_readers(
     format: str,
     spelling: Spelling | None,
     modules: Collection[str] = (),
+    swapped: bool = False,
 ) -> Readers:
     """Returns how much each tried program reads of a LoRA file.
 
@@ -52,9 +53,10 @@ def find_readers(
         format: of the file.
         spelling: of a transformer's modules in it; None for a UNet.
         modules: canonical names of the modules that the file updates.
+        swapped: as in `loaders.name_row`.
     """
     known = _known(families)
-    rows = [(one, loaders.name_row(one, format, spelling), modules) for one in known]
+    rows = [(one, loaders.name_row(one, format, spelling, swapped), modules) for one in known]
     of_each = [loaders.find_reach(*row) for row in rows]
     found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():

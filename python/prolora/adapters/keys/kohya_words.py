@@ -27,7 +27,13 @@ _T5 = """
 block layer SelfAttention EncDecAttention DenseReluDense q k v o wi wi_0 wi_1 wo
 """
 
-_WORDS = frozenset(tuple(word.split("_")) for word in (_UNET + _SGM + _CLIP + _T5).split())
+_LANGUAGE_MODEL = """
+o_proj gate_proj up_proj down_proj input_layernorm post_attention_layernorm q_norm k_norm
+"""
+
+_WORDS = frozenset(
+    tuple(word.split("_")) for word in (_UNET + _SGM + _CLIP + _T5 + _LANGUAGE_MODEL).split()
+)
 _LONGEST = max(map(len, _WORDS))
 
 

@@ -51,8 +51,13 @@ _COMFY_TEXT = {
     "clip_h": "text_encoder",
     "clip_g": "text_encoder_2",
     "t5xxl": "text_encoder_3",
+    "qwen3_06b": "text_encoder",
 }
-_COMFY_TEXT_PATH = re.compile(r"text_encoders\.(clip_[lgh]|t5xxl)\.transformer\.(.+)")
+_COMFY_TEXT_PATH = re.compile(
+    r"text_encoders\.(clip_[lgh]|t5xxl|qwen3_06b)\.transformer\.(?:model\.(?=layers\.))?(.+)"
+)
+# Of a language model, as Anima's Qwen3.
+_LANGUAGE_MODEL = "layers."
 _T5 = re.compile(
     r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w[io](?:_[01])?)"
 )
@@ -262,7 +267,7 @@ def _from_kohya_text(number: str, words: str) -> ModulePath | None:
     OneTrainer counts FLUX's T5 as the second, kohya as the third.
     """
     is_t5 = _T5.fullmatch(words) is not None
-    if not is_t5 and words.split(".")[0] not in ("text_model", "text_projection"):
+    if not is_t5 and words.split(".")[0] not in ("text_model", "text_projection", "layers"):
         return None
     numbers = {"2": 2, "3": 3} if is_t5 else {"": 1, "1": 1, "2": 2}
     if number not in numbers:
@@ -306,6 +311,7 @@ def _clip_local(name: str) -> str:
     transformers 5 dropped the outer `text_model.` of its own modules; diffusers before 0.18 named
     the projections of text encoders like a UNet's.
     """
+    name = name.removeprefix("qwen3.")  # sd-scripts' own, of Anima
     if name.startswith("encoder.layers."):
         name = f"text_model.{name}"
     head, _, tail = name.rpartition(".")
@@ -337,7 +343,8 @@ def to_kohya(
     if is_t5(name):
         return "lora_te3_" + local.replace(".", "_")
     if where == "text_encoder":
-        return ("lora_te1_" if sdxl else "lora_te_") + local.replace(".", "_")
+        numbered = sdxl and not local.startswith(_LANGUAGE_MODEL)
+        return ("lora_te1_" if numbered else "lora_te_") + local.replace(".", "_")
     return "lora_te2_" + local.replace(".", "_") if where == "text_encoder_2" else None
 
 
@@ -352,7 +359,8 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
     Args:
         name: canonical.
         siblings: other canonical names of the same model; see `ldm.diffusers_to_ldm`.
-        clip: what ComfyUI calls the first text encoder: "clip_l", or "clip_h" in SD2.x.
+        clip: what ComfyUI calls the first text encoder: "clip_l", "clip_h" in SD2.x, "qwen3_06b" in
+            Anima.
     """
     where, local = find_component(name), local_name(name)
     if where == "unet":
@@ -360,6 +368,8 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
         return path and f"diffusion_model.{path}"
     if is_t5(name):
         return f"text_encoders.t5xxl.transformer.{local}"
+    if local.startswith(_LANGUAGE_MODEL):
+        return f"text_encoders.{clip}.transformer.model.{local}" if clip == "qwen3_06b" else None
     if where == "text_encoder":
         return f"text_encoders.{clip}.transformer.{local}"
     return f"text_encoders.clip_g.transformer.{local}" if where == "text_encoder_2" else None

@@ -1,9 +1,8 @@
 """Mochi 1: text to video.
 
 The feed-forward's first layer makes (gate, value) in the authors' files and (value, gate) in
-diffusers, the last modulation (shift, scale) and (scale, shift). `mod_y` of the last block is left
-out: it makes fewer rows than the others and has a name of its own in diffusers,
-`norm1_context.linear_1`.
+diffusers, the last modulation (shift, scale) and (scale, shift). `mod_y` of the last block makes
+fewer rows than the others and has a name of its own in diffusers, `norm1_context.linear_1`.
 """
 
 from ..family import Family, Swapped, fuse_qkv
@@ -22,6 +21,7 @@ FAMILY = Family(
         "t5_yproj": "time_embed.caption_proj",
         "blocks.N.mod_x": "transformer_blocks.N.norm1.linear",
         "blocks.N.mod_y": "transformer_blocks.N.norm1_context.linear",
+        "blocks.47.mod_y": "transformer_blocks.47.norm1_context.linear_1",
         "blocks.N.attn.qkv_x": fuse_qkv("transformer_blocks.N.attn1.to_{}"),
         "blocks.N.attn.qkv_y": fuse_qkv("transformer_blocks.N.attn1.add_{}_proj"),
         "blocks.N.attn.proj_x": "transformer_blocks.N.attn1.to_out.0",

@@ -27,19 +27,15 @@ def render_page(report: Any, facts: Mapping[str, str], spell: Callable[[str], st
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    known = {"style": style, "script": script, "policy": policy, "version": __version__}
+    known: dict[str, Any] = {
+        "style": style,
+        "script": script,
+        "policy": policy,
+        "version": __version__,
+    }
     drawn = draw_map(report.map) if report.map and report.map.spots else None
-    return _render("page.html", report, spell=spell, facts=facts, drawn=drawn, **known)
-
-
-def render_summary(report: Any) -> str:
-    """Renders the verdict and tables for a notebook, without script and style."""
-    return _render("summary.html", report, spell=str)
-
-
-def _render(template: str, report: Any, **known: Any) -> str:
-    words = report.in_words()
-    return _environment().get_template(template).render(report=report, words=words, **known)
+    known |= {"report": report, "words": report.in_words(), "spell": spell, "facts": facts}
+    return _environment().get_template("page.html").render(drawn=drawn, **known)
 
 
 @cache

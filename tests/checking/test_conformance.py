@@ -1,0 +1,52 @@
+"""The set of small LoRAs that docs/make_conformance.py makes, and what a check says of each."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from property_examples import AT_NIGHT
+from safetensors.torch import save
+
+from prolora.adapters.contents import parse_contents
+from prolora.adapters.lora import Lora
+from prolora.architectures.layouts import load_layout
+from prolora.checking.check import check
+
+MAKER = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_conformance.py"))
+FILES = list(MAKER["list_files"]())
+# BK-SDM's first size is SD1.5 less a few blocks; of a U-Net's OFT no width is known.
+READ_AS = {"bk-sdm": "sd15", "sd21": "sd15"}
+KINDS = {"dora": "lora+dora", "lora-without-alpha": "lora"}
+
+
+@pytest.mark.parametrize("case", FILES if AT_NIGHT else FILES[::4], ids=lambda case: case[0])
+def test_a_sound_file_of_every_family_kind_and_spelling_is_told_as_what_it_is(case):
+    _, family, format, kind = case
+    tensors = MAKER["make_file"](family, format, kind)
+    assert len(save(tensors)) < 4e6
+    found = check(tensors)
+    assert found.mark == "✔" and not found.defects and not found.left_out, str(found)
+    assert {family.id, READ_AS.get(family.id)} & {*found.families}
+    assert {*found.algorithms} == {KINDS.get(kind, kind)}
+    assert found.needs_base == (kind in ("dora", "glora", "oft"))
+    slots = parse_contents(Lora.open(tensors)).slots
+    updated = {name for slot in slots for name in slot.module.modules}
+    assert found.family != family.id or updated <= load_layout(family.layouts[0]).shapes.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "said"),
+    [
+        ("flux-lokr-comfy", "comfyui", "✔ ComfyUI applies all of it"),
+        ("flux-lokr-comfy", "diffusers", "✖ diffusers applies nothing of it; `convert()` it with"),
+        ("flux-lokr-comfy", "forge", "⚠ what Forge does with it is not known"),
+        ("flux-lora-without-alpha-kohya", "sd-scripts", "✖ sd-scripts applies nothing of it"),
+        ("flux-lora-kohya", "sd-scripts", "⚠ sd-scripts applies 25 of 27 updates, and skips 2, as"),
+        ("flux2-lora-comfy", "diffusers", "✖ diffusers applies nothing of it"),
+        ("flux2-lora-comfy", "a1111", "⚠ what A1111 does with it is not known: no such model"),
+    ],
+)
+def test_what_a_program_does_with_kinds_and_alphas_is_what_its_own_code_did(name, program, said):
+    """`python bench/loader_matrix.py PROGRAM CHECKOUT --files FOLDER` asks the code itself."""
+    _, *case = next(case for case in FILES if case[0] == f"{name}.safetensors")
+    assert str(check(MAKER["make_file"](*case), program=program)).startswith(said)
