@@ -15,7 +15,6 @@ import torch
 from ..bases.cache.basis_cache import default_folder
 from ..bases.cache.cache_folder import measure_cache
 from ..core.ops import native
-from ..core.svd import batched_eigh
 from ..files.sizes import format_size
 from ..version import __version__
 
@@ -48,7 +47,6 @@ def describe_kernels() -> dict[str, str | int | bool]:
         "cpu threads": torch.get_num_threads(),
         "torch sees a GPU": torch.cuda.is_available(),
         **native.describe_installation(),
-        "GPU eigensolver": batched_eigh.describe_solver(),
     }
 
 

@@ -110,7 +110,8 @@ class Recipe:
             return False  # bases in memory cannot be known again
         try:
             with Lora.open(out) as result:
-                parse_contents(result)
+                if parse_contents(result).left_out:
+                    return False  # it is damaged: a result has nothing that is not read
                 metadata = result.metadata
             told = json.loads(metadata.get("prolora.recipe", ""))
         except (ProLoRAError, ValueError, RecursionError):
