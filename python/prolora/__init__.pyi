@@ -7,7 +7,7 @@ from prolora.adapters.adapter import Adapter as Adapter
 from prolora.bases import Base as Base, open_base as open_base
 from prolora.core.basis import Basis as Basis, truncated_svd as truncated_svd
 from prolora.checking.check_result import Check as Check
-from prolora.fitting.fit_options import FitOptions as FitOptions, PassedOn
+from prolora.fitting.settings import FitOptions as FitOptions, PassedOn, Precision, Start
 from prolora.adapters.lora import Lora as Lora
 from prolora.core.lowrank import LowRank as LowRank
 from prolora.making.merge_options import MergeMethod, MergeOptions as MergeOptions
@@ -27,7 +27,6 @@ from prolora.bases.base import Progress
 from prolora.moving.block_weights import Blocks
 from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike
-from prolora.fitting.settings import Precision, Start
 from prolora.comparison.module_map import Match
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -39,7 +39,7 @@ from .reports.outcome import Outcome
 
 if TYPE_CHECKING:
     from .fitting.common_parts import CommonParts
-    from .fitting.fit_options import FitOptions
+    from .fitting.settings import FitOptions
 
 Naming = Callable[[Path, str], str]
 """(LoRA, digest of all that its result is made of) -> the result's path below the folder."""
@@ -215,7 +215,7 @@ class BestWay:
             ProLoRAError: this copy of prolora cannot fit.
         """
         try:
-            from .fitting.fit_options import FitOptions
+            from .fitting.settings import FitOptions
         except ModuleNotFoundError as error:
             raise ProLoRAError(
                 f"method 'best' may run the models, and this copy of prolora lacks {error.name}; "

@@ -19,8 +19,8 @@ from ..moving.output_paths import check_distinct, check_results_folder, make_fol
 from ..moving.result import Transfer, make_file, pack_plan
 from ..reports.outcome import Outcome
 from .common_parts import CommonParts, share_parts
-from .fit_options import DEFAULT_FIT, FitOptions
 from .fit_pipelines import fit_to_pipelines, plan_fit, weigh_fit
+from .settings import DEFAULT_FIT, FitOptions
 
 
 @takes_options
