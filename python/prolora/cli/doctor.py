@@ -106,17 +106,10 @@ def describe_cache(folder: Path) -> str:
 
 
 def _describe_memory() -> str:
-    """Describes total and free memory, as far as the system says."""
+    """Describes the memory, if the system says."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total = page * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return "not known"
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return format_size(total)
-    available = next((line for line in lines if line.startswith("MemAvailable")), None)
-    if available is None:
-        return format_size(total)
-    return f"{format_size(int(available.split()[1]) << 10)} free of {format_size(total)}"
+    return format_size(total)
