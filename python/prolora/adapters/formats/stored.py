@@ -124,7 +124,7 @@ def verify_stored(
     adapter: Adapter,
     where: StrPath,
 ) -> None:
-    """Opens an output, which has the bytes that were meant, and compares what they mean.
+    """Opens an output and compares what its keys and scales mean.
 
     Args:
         output: a file, a PEFT folder or a state dict.
