@@ -228,9 +228,7 @@ def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
 def test_an_array_without_data_is_refused_by_name():
     """As jax traces one: it has `__dlpack__`, and nothing behind it."""
     tracer = type("Tracer", (), {"__dlpack__": lambda self: None, "dtype": "float32"})
-    with pytest.raises(
-        UnsupportedTensor, match=r"delta, Tracer of float32, cannot become a tensor"
-    ):
+    with pytest.raises(UnsupportedTensor, match="delta, Tracer of float32, cannot become"):
         project(tracer(), torch.ones(3, 4), torch.ones(3, 4), rank=1)
 
 
