@@ -71,8 +71,6 @@ class _RunningFit:
         """Fits by images that cross; `shared` says that both have the same latents."""
         models = self.models
         check_models(models[0].denoiser, models[1].denoiser, self.asked.denoiser)
-        for model in () if shared else models:
-            pipelines.check_shown(model.pipe, model.name)
         ours, theirs = pipelines.observe_sides(*models, self.sampled, shared)
         recorder = pipelines.CrossingRecorder(
             ours,

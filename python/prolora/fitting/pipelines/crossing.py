@@ -48,8 +48,6 @@ class CrossingSide:
         `settings` without a size take the pipeline's; `shared` says that the other side denoises
         the same latents.
         """
-        if not shared:
-            check_shown(pipeline.pipe, pipeline.name)
         settings = replace(settings, size=settings.size or pipeline.size)
         table = pipeline.tabulate_prompts(settings)
         space: LatentSpace | SharedLatents
@@ -156,6 +154,9 @@ def observe_sides(
     """
     if shared:
         settings = share_size(settings, source, target)
+    else:
+        check_shown(source.pipe, source.name)
+        check_shown(target.pipe, target.name)
     ours = CrossingSide.of(source, settings, shared)
     theirs = CrossingSide.of(target, target.derive_target_settings(settings), shared)
     if isinstance(ours.space, SharedLatents) and isinstance(theirs.space, SharedLatents):
