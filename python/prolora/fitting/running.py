@@ -79,7 +79,7 @@ class _RunningFit:
             self.checkpoints,
             self._hash_origins((ours.settings, theirs.settings)),
             self.meter.count_image,
-            text_part=pipelines.TextPart.of(models[0], self.asked.text, ours.settings),
+            self.asked.text,
         )
         return self._fit(recorder, recorder.log_snr)
 
