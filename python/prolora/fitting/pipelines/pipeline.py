@@ -25,7 +25,7 @@ from ..models import in_float32
 from ..recording.trajectories import Call, Sample
 from ..settings import FitSettings
 from ..swapping import BlockSwapping
-from ..updates import FirstCallReached, capture_first_call, keep_hooks, run_beside
+from ..updates import FirstCallReached, keep_hooks, run_beside
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -323,12 +323,20 @@ class Pipeline:
 
     def _capture_call(self, prompt: str, settings: FitSettings) -> Call:
         """Captures the first call of the denoiser for a prompt."""
-        inputs = capture_first_call(self.denoiser, lambda: self.sample_latents(prompt, settings, 0))
-        if inputs is None:
+        calls: list[Call] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(Call(args, kwargs))
+            raise FirstCallReached
+
+        hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+        with keep_hooks([hook]), suppress(FirstCallReached):
+            self.sample_latents(prompt, settings, 0)
+        if not calls:
             raise ProLoRAError(
                 f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser"
             )
-        return Call(*inputs)
+        return calls[0]
 
 
 def share_size(settings: FitSettings, *pipelines: Pipeline) -> FitSettings:
