@@ -61,7 +61,6 @@ FLUX = {
     (3072, 15360): 38,
 }
 GOALS = [
-    ("64 × 1280², k = 128", {(1280, 1280): 64}, 128, H100, "0.06 s"),
     ("SDXL, 700 weights, k = 128", SDXL, 128, H100, "0.65 s, then 0.45 s"),
     ("FLUX.1, 418 weights, k = 128", FLUX, 128, H100, "1.5 s"),
     ("SDXL → SSD-1B, 544 weights, energy 0.9", PAIRS, 0.9, RTX_4090, "3 s"),

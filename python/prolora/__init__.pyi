@@ -16,7 +16,7 @@ from prolora.errors import ProLoRAError as ProLoRAError
 from prolora.reports.report import Report as Report
 from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
 from prolora.moving.result import Transfer as Transfer
-from prolora.moving.options import DtypeLike, FormatLike, LoraLike, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
+from prolora.moving.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
 from prolora.version import __version__ as __version__
 from prolora.making.bake import bake as bake
 from prolora.checking.check import check as check
@@ -24,7 +24,6 @@ from prolora.bases.opening import BaseLike
 from prolora.making.convert_options import ConvertOptions
 from os import PathLike
 from prolora.bases.base import Progress
-from prolora.moving.out_rank import OutRank
 from prolora.moving.block_weights import Blocks
 from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike

@@ -33,8 +33,7 @@ from .moving.batch import make_each
 from .moving.option_keywords import settle_options, takes_options
 from .moving.options import BEST, DEFAULT_OPTIONS, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from .moving.result import Notes, Transfer, pack_plan
-from .moving.resume import Recipe, make_file
+from .moving.result import Notes, Recipe, Transfer, make_file, pack_plan
 from .reports.lora_report import LoraReport, MovedReport
 from .reports.outcome import Outcome
 

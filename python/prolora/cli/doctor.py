@@ -6,17 +6,22 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
 from ..bases.cache.basis_cache import default_folder
 from ..bases.cache.cache_folder import measure_cache
 from ..core.ops import native
 from ..files.sizes import format_size
 from ..version import __version__
+from .console import answer, out
+from .flags import JsonOption
+from .tables import draw_facts
 
 # Extras for people who develop prolora.
 _FOR_DEVELOPERS = frozenset({"dev", "study", "test"})
@@ -106,17 +111,32 @@ def describe_cache(folder: Path) -> str:
 
 
 def _describe_memory() -> str:
-    """Describes total and free memory, as far as the system says."""
+    """Describes the memory, if the system says."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total = page * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return "not known"
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return format_size(total)
-    available = next((line for line in lines if line.startswith("MemAvailable")), None)
-    if available is None:
-        return format_size(total)
-    return f"{format_size(int(available.split()[1]) << 10)} free of {format_size(total)}"
+    return format_size(total)
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, what is missing and how to get it: kernels, extras, memory, cache."""
+    facts = describe_kernels() | describe_surroundings()
+    if as_json:
+        answer.give(facts)
+    else:
+        out.print(tell_verdict(), style="bold")
+        out.print(facts_table(facts))
+
+
+def facts_table(facts: Mapping[str, object]) -> Table:
+    """Writes a line for each fact; a reason that several have is given once."""
+    lines, given = [], set[str]()
+    for name, value in facts.items():
+        text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        for reason in set(re.findall(r" \(.+?\)", text)) & given:
+            text = text.replace(reason, "")
+        given |= set(re.findall(r" \(.+?\)", text))
+        lines.append((name, text))
+    return draw_facts(lines)

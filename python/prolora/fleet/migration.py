@@ -19,8 +19,13 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.experts import Experts, choose_pairs, open_experts, pair_experts
 from ..errors import InvalidOption, ProLoRAError, UnsupportedFormat
-from ..moving.base_check import explain_misfit, is_named_base, is_stated_base
-from ..moving.moved_before import check_moved_before, read_header
+from ..moving.base_check import (
+    check_moved_before,
+    explain_misfit,
+    is_named_base,
+    is_stated_base,
+    read_header,
+)
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import BEST, DEFAULT_OPTIONS, TransferOptions
 from .batches import Batch, Job, Migrated, move_batch, note_refusal, plan_batch

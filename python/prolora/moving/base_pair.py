@@ -20,17 +20,15 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
-from .assembly import assemble_adapter, build_metadata, build_report, outline_result
+from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors, outline_result
 from .base_check import check_bases
 from .block_weights import weigh_adapter
-from .carried_vectors import carry_vectors
 from .decision import decide_method, label_stage
 from .ledger import Clock, Ledger
 from .move_updates import move_updates
 from .options import LoraLike, TransferOptions, read_dtype
 from .plan import make_plan
-from .result import Notes, Transfer, list_inputs
-from .resume import make_file
+from .result import Notes, Transfer, list_inputs, make_file
 from .rows import outline_rows
 from .transfer_report import TransferReport
 
