@@ -232,7 +232,7 @@ def merge(
 
 def migrate(
     loras: StrPath | Iterable[StrPath],
-    source: StrPath | Sequence[StrPath],
+    source: StrPath,
     target: StrPath | Sequence[StrPath],
     folder: StrPath,
     options: TransferOptions = ...,

@@ -32,9 +32,8 @@ from .result import Notes, Transfer, list_inputs, make_file
 from .rows import outline_rows
 from .transfer_report import TransferReport
 
-Depth = Literal["updates", "outline", "header"]
-"""How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
-base; or no tensor at all."""
+Depth = Literal["updates", "outline"]
+"""How far a LoRA is read for its plan: all, or all but what first has to be made with its base."""
 
 
 @dataclass
@@ -244,8 +243,7 @@ def read_lora(
         return adapters.read_adapter(
             lora, read_weight=source.read, base=names, keep_stored=keep_stored
         )
-    header = depth == "header"
-    return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
+    return adapters.outline_adapter(lora, source.shapes, source.family)
 
 
 def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
