@@ -349,6 +349,13 @@ def test_a_link_in_the_cache_leads_no_writing_to_a_file_of_others(tmp_path, monk
     assert victim.read_text() == "a week of training"
 
 
+def test_bases_in_memory_never_share_a_name_though_the_first_are_gone():
+    """Their names are places in memory, which others would get."""
+    cache = BasisCache(None)
+    places = {cache.place(prolora.open_base({"a.weight": torch.eye(2)}), "a") for _ in range(30)}
+    assert len(places) == 30
+
+
 def test_a_damaged_table_costs_only_time(tmp_path, caplog):
     table = JsonTable(tmp_path / "table")
     table.put("key", 1)

@@ -108,8 +108,11 @@ def test_what_libraries_say_while_they_load_goes_through_prolora_s_log(capsys):
     handler = logging.StreamHandler(said)
     handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
     logging.getLogger().addHandler(handler)
+    theirs = logging.getLogger("transformers")
+    before = list(theirs.handlers)
     try:
         with hide_progress_bars():
+            assert len(theirs.handlers) == len(before) - 1
             pytest.importorskip("transformers").utils.logging.get_logger("transformers.x").warning(
                 "\x1b[1mbold\x9b"
             )
@@ -117,4 +120,4 @@ def test_what_libraries_say_while_they_load_goes_through_prolora_s_log(capsys):
         logging.getLogger().removeHandler(handler)
     assert "bold" in said.getvalue() and not {"\x1b", "\x9b"} & {*said.getvalue()}
     assert "bold" not in capsys.readouterr().err
-    assert not logging.getLogger("transformers").propagate
+    assert not theirs.propagate and {*theirs.handlers} == {*before}
