@@ -28,7 +28,7 @@ from gpu.stages import stage_of
 from torch import Tensor
 
 import prolora
-from prolora.core import basis
+from prolora.core.svd import krylov, stacks
 
 HEADLINES = [(64, 1280, 1280, 128), (8, 3072, 3072, 128), (64, 1280, 1280, 0.99)]
 """The stacks that the goals are about: (matrices, rows, columns, rank)."""
@@ -62,17 +62,10 @@ def make_weights(b: int, m: int, n: int) -> Tensor:
 def as_on_a_gpu(slow_float64: bool = False) -> Any:
     """The chunks and rungs that a GPU would get, on the CPU."""
     with ExitStack() as stack:
-        if hasattr(basis, "CPU_CHUNK_BYTES"):  # before there was a switch for it
-            chunk = basis.GPU_CHUNK_BYTES
-            stack.enter_context(mock.patch.object(basis, "CPU_CHUNK_BYTES", chunk))
-            stack.enter_context(mock.patch.object(basis.gram, "suits_gram", lambda *_: False))
-        else:
-            from prolora.core.svd import krylov, stacks
-
-            stack.enter_context(mock.patch.object(stacks, "CPU_AS_GPU", True))
-            if slow_float64:
-                cost = stacks.SLOW_FLOAT64_COST
-                stack.enter_context(mock.patch.object(krylov, "float64_cost", lambda _: cost))
+        stack.enter_context(mock.patch.object(stacks, "CPU_AS_GPU", True))
+        if slow_float64:
+            cost = stacks.SLOW_FLOAT64_COST
+            stack.enter_context(mock.patch.object(krylov, "float64_cost", lambda _: cost))
         yield
 
 

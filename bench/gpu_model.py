@@ -17,6 +17,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "dispatches.json"
 LAUNCH = 5e-6
 WAIT = 20e-6
+DIGIT_PRODUCTS = 21
 SKINNY = 128
 """Products with a dimension up to this reach about half of a card's rate."""
 
@@ -29,13 +30,14 @@ class Card:
     float32: float  # of large products without tensor cores
     float32_skinny: float  # of products with a narrow block
     float64: float  # of large products
+    int8: float  # of precise_product's, half of what tensor cores do by mma.sync at most
     memory: float  # bandwidth
     stack: int  # bytes that a stack of matrices may take (prolora.core.svd.stacks)
     slow_float64: bool  # whether that asks it for no Gram matrix of wide weights
 
 
-H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 8 << 30, False)
-RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 0.9e12, 6 << 30, True)
+H100 = Card("H100", 60e12, 35e12, 50e12, 600e12, 3.0e12, 8 << 30, False)
+RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 330e12, 0.9e12, 6 << 30, True)
 CARDS = (H100, RTX_4090)
 
 SDXL = {
@@ -59,17 +61,16 @@ FLUX = {
     (3072, 15360): 38,
 }
 GOALS = [
-    ("64 × 1280², k = 128", {(1280, 1280): 64}, 128, H100, "0.06 s"),
     ("SDXL, 700 weights, k = 128", SDXL, 128, H100, "0.65 s, then 0.45 s"),
     ("FLUX.1, 418 weights, k = 128", FLUX, 128, H100, "1.5 s"),
     ("SDXL → SSD-1B, 544 weights, energy 0.9", PAIRS, 0.9, RTX_4090, "3 s"),
 ]
 
 
-def estimate_eigh(b: int, d: int, dtype: str, card: Card, batched: bool) -> float:
-    """Seconds of `b` symmetric eigenproblems of size d.
+def estimate_eigh(b: int, d: int, dtype: str, card: Card) -> float:
+    """Seconds of `b` symmetric eigenproblems of size d by torch 2.12 or later.
 
-    torch's loop takes 18 µs a matrix and row. XsyevBatched was seen (jax#31368, float32, a card
+    Earlier ones loop, at 18 µs a matrix and row. XsyevBatched was seen (jax#31368, float32, a card
     that is not named) to take 0.64, 1.3, 3.3, 6.0 and 11.5 ms for 1, 8, 32, 64 and 128 problems of
     size 128, and 1.7, 3.1, 8.2 and 14.6 ms for 1, 8, 32 and 64 of size 512: a latency, and a time
     for each problem. A power law carries that on to other sizes, and a problem takes at least its
@@ -78,13 +79,11 @@ def estimate_eigh(b: int, d: int, dtype: str, card: Card, batched: bool) -> floa
     wide = dtype == "float64"
     rate = card.float64 if wide else card.float32_skinny
     flops, moved = 9.0 * d**3, d**3 / 3 * (8 if wide else 4)
-    if not batched and d > 32:
-        return b * max(18e-6 * d, flops / rate)
     latency, each = 0.55e-3 * (d / 128) ** 0.72, 0.086e-3 * (d / 128) ** 0.63
     return latency + b * max(each, moved / card.memory, flops / rate)
 
 
-def estimate_call(call: list[Any], scale: float, card: Card, batched: bool) -> float:
+def estimate_call(call: list[Any], scale: float, card: Card) -> float:
     """Seconds of one kind of call on the GPU; `scale` times as many matrices as were counted."""
     _, op, kind, dtype, shape, flops, moved, _ = call
     bytes_s = scale * moved / card.memory
@@ -95,11 +94,14 @@ def estimate_call(call: list[Any], scale: float, card: Card, batched: bool) -> f
             rate = card.float64 * (0.5 if min(shape[1:]) <= SKINNY and card is H100 else 1)
         else:
             rate = card.float32_skinny if min(shape[1:]) <= SKINNY else card.float32
-        return max(3e-6, bytes_s, scale * flops / rate)
+        torchs = max(3e-6, bytes_s, scale * flops / rate)
+        return (
+            min(torchs, estimate_digits(call, scale, card)) if op == "precise_product" else torchs
+        )
     b, rows, columns = round(scale * shape[0]), shape[1], shape[2]
     d = min(rows, columns)
     if op == "eigh":
-        return estimate_eigh(b, d, dtype, card, batched)
+        return estimate_eigh(b, d, dtype, card)
     if op in ("cholesky", "triangular"):
         rate = 0.2 * (card.float64 if dtype == "float64" else card.float32)
         return max(40e-6, bytes_s, b * d * d * max(rows, columns) / rate)
@@ -111,14 +113,20 @@ def estimate_call(call: list[Any], scale: float, card: Card, batched: bool) -> f
     return b * 30e-6 * d  # svd, looped
 
 
-def estimate_stack(
-    case: dict[str, Any], matrices: int, card: Card, batched: bool
-) -> dict[str, float]:
+def estimate_digits(call: list[Any], scale: float, card: Card) -> float:
+    """Seconds of precise_product by its kernels; digits are written and read once."""
+    b, rows, depth, columns = call[4]
+    digits = 6.0 * b * (rows + columns) * depth
+    moved = scale * (call[6] + 2 * digits)
+    return 9e-6 + max(scale * call[5] * DIGIT_PRODUCTS / card.int8, moved / card.memory)
+
+
+def estimate_stack(case: dict[str, Any], matrices: int, card: Card) -> dict[str, float]:
     """Seconds of each stage for a stack of so many matrices, from the counts of another stack."""
     scale = matrices / case["matrices"]
     on_gpu, on_host = Counter[str](), Counter[str]()
     for call in case["calls"]:
-        on_gpu[call[0]] += call[-1] * estimate_call(call, scale, card, batched)
+        on_gpu[call[0]] += call[-1] * estimate_call(call, scale, card)
         on_host[call[0]] += call[-1] * LAUNCH
     for stage, counts in case["stages"].items():
         on_host[stage] += WAIT * counts.get("synchronisations", 0)
@@ -130,14 +138,13 @@ def estimate_model(
     shapes: dict[tuple[int, int], int],
     rank: int | float,
     card: Card,
-    batched: bool = True,
 ) -> dict[str, float]:
     """Seconds of each stage for all weights of a model."""
     total = Counter[str]()
     for (m, n), count in shapes.items():
         case = find_case(cases, m, n, rank)
         stacks = count_stacks(m, n, rank, count, card)
-        for stage, seconds in estimate_stack(case, count / stacks, card, batched).items():
+        for stage, seconds in estimate_stack(case, count / stacks, card).items():
             total[stage] += stacks * seconds
     return dict(total)
 

@@ -18,6 +18,7 @@ from prolora.core.ops import native, torch_twin
 from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
+from prolora.core.ops.precise_product import precise_product, run_precise_product
 from prolora.core.ops.project_pair import project_pair, run_project_pair
 from prolora.core.ops.small_svd import run_small_svd, small_svd
 from prolora.core.overlap_tables import overlap_tables
@@ -206,6 +207,18 @@ def test_panel_qr(benchmark, device, path, shape):
     q, lower, _ = kernel(panel)
     torch.testing.assert_close(lower @ q, panel, rtol=0, atol=1e-4)
     compare(benchmark, kernel, torch_qr, (panel,))
+
+
+@pytest.mark.parametrize("path", ["op", "kernel"])
+def test_precise_product(benchmark, device, path):
+    """path: as in test_small_svd; a CPU's kernel is the oracle of a GPU's, and slow."""
+    whole = benchmark.enabled and (path == "op" or device == "cuda")
+    w = random((4, 1280, 1280) if whole else (1, 96, 128), torch.bfloat16, device)
+    kernel = choose_path(
+        path, precise_product, lambda *given: run_precise_product(*given[:2], None, given[2])
+    )
+    torch.testing.assert_close(kernel(w), torch_twin.precise_product(w), rtol=0, atol=1e-9)
+    compare(benchmark, kernel, torch_twin.precise_product, (w,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

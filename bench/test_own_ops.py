@@ -12,6 +12,7 @@ import prolora
 from prolora.core.svd import krylov, stacks
 
 D, K, R = 768, 96, 8
+KRYLOV, PROJECTED = {"krylov_block", "panel_qr"}, {"precise_product", "project_pair"}
 
 
 class OwnOps(TorchDispatchMode):
@@ -52,14 +53,14 @@ def project(delta, rank):
 
 # What a call runs; krylov_block where weights are stored in 16 bits and it wins its trial.
 CALLS = {
-    "truncated_svd, k = d/8": (truncated(K), {"krylov_block", "panel_qr"}),
-    "truncated_svd, energy 0.99": (truncated(0.99), set()),
+    "truncated_svd, k = d/8": (truncated(K), {*KRYLOV, "precise_product"}),
+    "truncated_svd, energy 0.99": (truncated(0.99), {"precise_product"}),
     "principal_angles, 128 columns": (angles(128), {"small_singular_values"}),
     "principal_angles, 192 columns": (angles(192), set()),
-    "project, thin, k = d/8": (project("thin", K), {"krylov_block", "panel_qr", "project_pair"}),
-    "project, dense, k = d/8": (project("dense", K), {"krylov_block", "panel_qr", "project_pair"}),
-    "project, thin, by default": (project("thin", 0.99), {"project_pair"}),
-    "project, dense, by default": (project("dense", 0.99), {"project_pair"}),
+    "project, thin, k = d/8": (project("thin", K), {*KRYLOV, *PROJECTED}),
+    "project, dense, k = d/8": (project("dense", K), {*KRYLOV, *PROJECTED}),
+    "project, thin, by default": (project("thin", 0.99), PROJECTED),
+    "project, dense, by default": (project("dense", 0.99), PROJECTED),
 }
 
 

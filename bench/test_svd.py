@@ -63,20 +63,6 @@ def gram(w, k):
     return torch.linalg.eigh(w @ w.mT)[1].flip(-1)
 
 
-def cupy_gram(w, k):
-    """cupy.linalg.eigh of the Gram matrices, float32, as one batch."""
-    if not w.is_cuda or w.shape[-2] > w.shape[-1]:
-        return None
-    try:
-        import cupy
-    except ImportError:
-        return None
-    torch.cuda.synchronize()
-    found = cupy.linalg.eigh(cupy.from_dlpack(w @ w.mT))[1]
-    cupy.cuda.get_current_stream().synchronize()
-    return torch.from_dlpack(found).flip(-1)
-
-
 def lowrank(w, k):
     """torch.svd_lowrank(q=k+8, niter=4)."""
     if isinstance(k, float):
@@ -112,7 +98,7 @@ def test_truncated_svd(benchmark, device, case):
     }
     if benchmark.enabled:
         ours = statistics.median(seconds(prolora.truncated_svd, (w, k)) for _ in range(3))
-        for baseline in (lapack, gram, cupy_gram, lowrank):
+        for baseline in (lapack, gram, lowrank):
             found = baseline(w, k)
             if found is None:
                 continue

@@ -126,6 +126,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.attr("interface") = kInterface;
   m.attr("cuda_architectures") = PROLORA_CUDA_ARCHITECTURES;
   m.attr("max_krylov_width") = kMaxKrylovWidth;
+  m.attr("max_precise_depth") = kMaxPreciseDepth;
   m.attr("max_svd_columns") = kMaxSvdColumns;
   m.attr("overlap_block") = kOverlapBlock;
   m.def("cuda_devices", &devices,

@@ -9,6 +9,7 @@
 #include "krylov_block.h"
 #include "overlap_table.h"
 #include "panel_qr.h"
+#include "precise_product.h"
 #include "project_pair.h"
 #include "serial.h"
 #include "small_svd.h"
@@ -190,6 +191,26 @@ void panel_qr_cpu(const PanelQrArgs<T>& args) {
       }
     }
     if (!enough_memory) throw std::bad_alloc{};
+  }
+}
+
+template <class T>
+void precise_product_cpu(const PreciseProductArgs<T>& args) {
+  if constexpr (std::is_same_v<T, double>) {
+    throw std::runtime_error("precise_product: started as float32, whatever its operands are");
+  } else {
+    check_precise_size(args);
+    const auto split = [](const auto& rows) {
+      for (Index row = 0; row < rows.count; ++row) split_row(SerialWarp{}, rows, row);
+    };
+    as_stored(args.x_stored, [&](auto x) { split(rows_of_x<decltype(x)>(args)); });
+    if (args.y) as_stored(args.y_stored, [&](auto y) { split(rows_of_y<decltype(y)>(args)); });
+#pragma omp parallel for schedule(static) if (args.batch > 1)
+    for (Index matrix = 0; matrix < args.batch; ++matrix) {
+      each_tile(tile_grid<SerialDigitTile>(args.rows, args.cols), [&](Index row, Index col) {
+        precise_product(SerialDigitTile{}, args, matrix, row, col);
+      });
+    }
   }
 }
 

@@ -17,6 +17,7 @@
   OP(krylov_block, KrylovBlockArgs)                  \
   OP(overlap_table, OverlapTableArgs)                \
   OP(panel_qr, PanelQrArgs)                          \
+  OP(precise_product, PreciseProductArgs)            \
   OP(project_pair, ProjectPairArgs)                  \
   OP(small_singular_values, SmallSingularValuesArgs) \
   OP(small_svd, SmallSvdArgs)
@@ -25,7 +26,7 @@ namespace prolora {
 
 // Raised whenever a struct below or the meaning of an op changes, so that Python notices an
 // extension that was built from other sources (INTERFACE in core/ops/native.py).
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 using Index = std::int64_t;
 
@@ -57,8 +58,8 @@ struct OverlapTableArgs {
 // The widest block of krylov_block: its panel's matrices fit in any GPU's shared memory.
 constexpr Index kMaxKrylovWidth = 64;
 
-// How the weights of krylov_block are stored.
-enum class StoredAs : Index { kFloat16, kBfloat16 };
+// How an operand is stored: krylov_block takes the first two, precise_product all.
+enum class StoredAs : Index { kFloat16, kBfloat16, kFloat32, kFloat64 };
 
 template <class T>
 struct KrylovBlockArgs {
@@ -85,6 +86,19 @@ struct PanelQrArgs {
   Index* rank;          // [batch], rows kept; -1: not found this way
   std::byte* scratch;   // panel_qr_scratch_cuda bytes; the CPU brings its own
   Index batch, r, m;
+};
+
+// The most numbers that a sum of precise_product has.
+constexpr Index kMaxPreciseDepth = 21824;
+
+template <class T>
+struct PreciseProductArgs {
+  const void* x;        // [batch, rows, depth]
+  const void* y;        // [batch, cols, depth], or null: x
+  double* product;      // [batch, rows, cols]
+  std::int8_t* digits;  // [6, batch (rows + cols), pitch], scratch; without y of the rows alone
+  double* scales;       // [batch (rows + cols)], scratch; the same
+  Index batch, rows, cols, depth, pitch, x_stored, y_stored;
 };
 
 template <class T>

@@ -30,6 +30,20 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const unsigned 
           "r"(b[0]), "r"(b[1])));
 }
 
+// c += a b for integers, a [16, 32], b [32, 8], four of 8 bits a register, c [16, 8]. With g and t as
+// above, and 4 t standing for 4 t to 4 t + 3:
+//   a: (g, 4 t), (g + 8, 4 t), (g, 16 + 4 t), (g + 8, 16 + 4 t)
+//   b: (4 t, g), (16 + 4 t, g)
+//   c: as above
+__device__ __forceinline__ void multiply_add_s8(int (&c)[4], const unsigned (&a)[4],
+                                                const unsigned (&b)[2]) {
+  PROLORA_SM80(
+      asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+r"(c[0]),
+          "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+          "r"(b[0]), "r"(b[1])));
+}
+
 // Begins a copy of 16 bytes, the first `bytes` of them from global memory, the rest 0. Both
 // addresses are aligned to 16 bytes.
 __device__ __forceinline__ void copy_16_bytes(void* shared, const void* global, int bytes) {

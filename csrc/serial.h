@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "precise_product.h"
 #include "tile.h"
 
 // The iterations of the next loop do not depend on each other. (Clang checks that at run time.)
@@ -153,6 +154,29 @@ struct SerialTile {
         use(i, j, SerialWarp{}.sum<T>(depth, [&](Index p) {
           return value_of(x[p * a.depth_step()]) * value_of(y[p * b.depth_step()]);
         }));
+      }
+    }
+  }
+};
+
+// That of precise_product.h: sums by weight of one result after the other.
+struct SerialDigitTile {
+  static constexpr int kRows = 64;
+  static constexpr int kCols = 64;
+
+  template <class Use>
+  void product(const DigitRows& x, const DigitRows& y, Use use) const {
+    for (Index i = 0; i < x.size; ++i) {
+      for (Index j = 0; j < y.size; ++j) {
+        std::int32_t sums[kDigits] = {};
+        for (int s = 0; s < kDigits; ++s) {
+          for (int r = 0; r < kDigits - s; ++r) {
+            const std::int8_t* a = x.data + r * x.step + i * x.pitch;
+            const std::int8_t* b = y.data + s * y.step + j * y.pitch;
+            for (Index p = 0; p < x.pitch; ++p) sums[r + s] += a[p] * b[p];
+          }
+        }
+        use(int(i), int(j), weigh_sums([&](int weight) { return sums[weight]; }));
       }
     }
   }

@@ -266,7 +266,7 @@ def test_the_stages_of_a_transfer_and_the_rows_of_its_report_have_one_home(trees
         "moving/ledger.py",
         "moving/rows.py",
         "fitting/fit_pipelines.py",
-        "fitting/fit_rows.py",
+        "fitting/fit_report.py",
     }
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import prolora
 from prolora.core.ops import krylov_block, native, trial
-from prolora.core.svd import batched_eigh, block_basis, solvers, stacks
+from prolora.core.svd import block_basis, solvers, stacks
 
 from .clock import time_call
 from .machine import ROOT
@@ -58,7 +57,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
             needed = "" if bench.dry else "compute-sanitizer"
             yield Step(f"{tool} {op}", 11, partial(sanitize, op=op, tool=tool), tool=needed)
     for size in EIGENPROBLEMS:
-        yield Step(f"eigh {size}", 16, partial(time_eigh, d=size))
+        yield Step(f"eigh {size}", 12, partial(time_eigh, d=size))
     for i, shape in enumerate(SHAPES):  # each dtype on two of them
         dtype = DTYPES[i % len(DTYPES)]
         name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
@@ -345,7 +344,7 @@ def compare_transfer(bench: Bench) -> None:
 def run_tests(bench: Bench) -> None:
     """The tests that a card selects; at toy size only that pytest finds tests."""
     core = ROOT / "tests" / "core"
-    folders = [core / "ops", core / "test_devices.py", core / "svd" / "test_batched_eigh.py"]
+    folders = [core / "ops", core / "test_devices.py"]
     chosen = [path for path in folders if Path(path).exists()]
     chosen_tests = ("-k", "torch", "--co") if bench.dry else ("-k", "cuda")
     words = ("-q", "-p", "no:cacheprovider", *chosen_tests)
@@ -369,10 +368,15 @@ def run_tests(bench: Bench) -> None:
 
 
 def time_eigh(bench: Bench, d: int) -> None:
-    """Stacks of several sizes by XsyevBatched, by torch's own eigh, and by what prolora chooses."""
+    """Stacks of several sizes: XsyevBatched from torch 2.12 on, and with prolora's checks."""
+    solving = {
+        "descending_eigh": solvers.descending_eigh,
+        "torch.linalg.eigh": torch.linalg.eigh,
+        "torch.linalg.eigvalsh": torch.linalg.eigvalsh,
+    }
     for dtype in (torch.float32, torch.float64):
         w = make_weights(1, bench.size(d), bench.size(d), bench.device).to(dtype)
-        for name, solve in _eigensolvers(bench).items():
+        for name, solve in solving.items():
             for batch in sorted({bench.batch(b) for b in BATCHES}):
                 stack = (w @ w.mT).repeat(batch, 1, 1)
                 case = f"{batch} x {d}², {str(dtype).removeprefix('torch.')}"
@@ -380,20 +384,6 @@ def time_eigh(bench: Bench, d: int) -> None:
                 bench.record(name, ms, "ms", case, repeats=repeats)
                 if ms > TOO_LONG:
                     break
-
-
-def _eigensolvers(bench: Bench) -> dict[str, Callable[[Tensor], Any]]:
-    """Name -> what solves a stack; XsyevBatched overwrites its input, so that it gets a copy."""
-    known: dict[str, Callable[[Tensor], Any]] = {
-        "descending_eigh": solvers.descending_eigh,
-        "torch.linalg.eigh": torch.linalg.eigh,
-        "torch.linalg.eigvalsh": torch.linalg.eigvalsh,
-    }
-    if bench.device == "cuda":
-        solve = batched_eigh.open_cusolver()
-        known["XsyevBatched"] = lambda stack: solve(stack.clone(), True)
-        known["XsyevBatched, values"] = lambda stack: solve(stack.clone(), False)
-    return known
 
 
 def sanitize(bench: Bench, op: str, tool: str) -> None:

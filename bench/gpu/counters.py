@@ -169,6 +169,8 @@ def _describe(
         return Call(stage, name, "product", dtype, shape, 2 * prod(shape), moved)
     if name == "krylov_block":
         return _describe_block(stage, args, made)
+    if name == "precise_product":
+        return _describe_precise(stage, args, moved)
     if name in FACTORISATIONS and largest is not None:
         x = args[1] if name == "linalg_solve_triangular" else args[0]
         shape = (prod(x.shape[:-2]), *x.shape[-2:])
@@ -186,6 +188,14 @@ def _describe_block(stage: str, args: Any, made: list[Tensor]) -> Call:
     moved = 2 * _size(w) + 4 * basis + sum(_size(x) for x in made)
     shape = (b, width, d, 2 * n + 4 * size)
     return Call(stage, "krylov_block", "product", "float32", shape, flops, moved)
+
+
+def _describe_precise(stage: str, args: Any, moved: int) -> Call:
+    """A product in float64, of which five eighths are computed where x is multiplied by itself."""
+    x, y = (*args, None)[:2]
+    shape = (*x.shape[:2], x.shape[2], (x if y is None else y).shape[1])
+    flops = 2 * prod(shape) * (5 if y is None else 8) // 8
+    return Call(stage, "precise_product", "product", "float64", shape, flops, moved)
 
 
 def _is_view(func: Any, tensors: list[Tensor], made: list[Tensor]) -> bool:

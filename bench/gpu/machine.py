@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -41,27 +40,14 @@ def find_commit() -> str:
 
 
 def find_versions() -> str:
-    """Of torch, its CUDA and cuSOLVER, and the driver; "none" for what is not there."""
+    """Of torch, its CUDA and the driver; "none" for what is not there."""
     driver = _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     parts = {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
-        "cuSOLVER": find_cusolver() if torch.cuda.is_available() else None,
         "driver": driver.splitlines()[0] if driver else None,
     }
     return ", ".join(f"{name} {version or 'none'}" for name, version in parts.items())
-
-
-def find_cusolver() -> str | None:
-    """The version of the cuSOLVER that torch has loaded, as 12004."""
-    from prolora.core.svd.cusolver import SolverUnavailable, open_library
-
-    version = ctypes.c_int()
-    try:
-        failed = open_library().cusolverGetVersion(ctypes.byref(version))
-    except (SolverUnavailable, AttributeError):
-        return None
-    return None if failed else str(version.value)
 
 
 def hash_sources() -> str:

@@ -15,6 +15,7 @@ from prolora.core.ops import trial
 from prolora.core.ops.krylov_block import STORED, krylov_block
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops.precise_product import precise_product
 from prolora.core.ops.project_pair import project_pair
 from prolora.core.ops.small_svd import small_singular_values, small_svd
 from prolora.core.svd import krylov
@@ -74,12 +75,22 @@ def run_project_pair(device: str, large: bool) -> None:
         project_pair(us, ut, random(b, r, m, device=device))
 
 
+def run_precise_product(device: str, large: bool) -> None:
+    """With itself and with another, of every dtype; tiles that are cut, a step that is."""
+    b, rows, depth = (64, 1280, 1280) if large else (2, 101, 70)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        x = random(b, rows, depth, device=device, dtype=dtype)
+        precise_product(x)
+        precise_product(x[:, :37], x)
+
+
 KERNELS: dict[str, Callable[[str, bool], Any]] = {
     "small_svd": run_small_svd,
     "panel_qr": run_panel_qr,
     "krylov_block": run_krylov_block,
     "overlap_table": run_overlap_table,
     "project_pair": run_project_pair,
+    "precise_product": run_precise_product,
 }
 
 

@@ -15,6 +15,7 @@ import prolora
 from prolora.core.ops import native, torch_twin
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops.precise_product import precise_product
 from prolora.core.ops.project_pair import project_pair
 from prolora.core.ops.small_svd import small_singular_values, small_svd
 from prolora.core.svd.block_basis import BlockBasis
@@ -33,7 +34,6 @@ STACKS = [
     (64, 640, 640, 128),
     (16, 10240, 1280, 128),
     (64, 1280, 1280, 320),
-    (64, 320, 320, 128),
     (64, 1280, 1280, 0.9),
 ]
 
@@ -257,6 +257,16 @@ def time_project_pair(bench: Bench) -> None:
         )
 
 
+def time_precise_product(bench: Bench) -> None:
+    """Gram matrices, and what a refinement multiplies by one."""
+    for b, d, n, dtype in ((64, 1280, 1280, torch.bfloat16), (8, 3072, 3072, torch.float32)):
+        w = make_weights(bench.batch(b), bench.size(d), bench.size(n), bench.device).to(dtype)
+        gram = torch_twin.precise_product(w)
+        for what, given in (("with itself", (w,)), ("by its Gram matrix", (gram, gram))):
+            both = partial(precise_product, *given), partial(torch_twin.precise_product, *given)
+            compare_kernel(bench, f"{b} x {d}x{n}, {dtype}, {what}", *both)
+
+
 KERNELS = {
     "small_svd": time_small_svd,
     "small_singular_values": time_small_singular_values,
@@ -264,6 +274,7 @@ KERNELS = {
     "krylov_block": time_krylov_block,
     "overlap_table": time_overlap_table,
     "project_pair": time_project_pair,
+    "precise_product": time_precise_product,
 }
 
 

@@ -11,8 +11,6 @@ RULES = [
     ("solvers", "estimate_skew", ""),
     ("solvers", "attempt", ""),
     ("solvers", "", "eigensolver"),
-    ("batched_eigh", "", "eigensolver"),
-    ("cusolver", "", "eigensolver"),
     ("panel_qr", "", "panel"),
     ("panels", "", "panel"),
     ("krylov", "_orthonormal_panel", "panel"),

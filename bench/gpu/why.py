@@ -31,7 +31,7 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     yield Step("profile", 40, profile)
     for op in list(KERNELS)[: 1 if bench.dry else None]:
         tool = "" if bench.dry else "ncu"
-        yield Step(f"ncu {op}", 38, partial(run_ncu, op=op), tool=tool)
+        yield Step(f"ncu {op}", 32, partial(run_ncu, op=op), tool=tool)
     yield Step("sdxl to ssd-1b", 230, transfer_whole)
 
 

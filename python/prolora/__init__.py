@@ -16,7 +16,7 @@ _HOMES = {
     "Base": "bases",
     "Basis": "core.basis",
     "Check": "checking.check_result",
-    "FitOptions": "fitting.fit_options",
+    "FitOptions": "fitting.settings",
     "Lora": "adapters.lora",
     "LowRank": "core.lowrank",
     "MergeOptions": "making.merge_options",

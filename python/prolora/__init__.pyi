@@ -7,7 +7,7 @@ from prolora.adapters.adapter import Adapter as Adapter
 from prolora.bases import Base as Base, open_base as open_base
 from prolora.core.basis import Basis as Basis, truncated_svd as truncated_svd
 from prolora.checking.check_result import Check as Check
-from prolora.fitting.fit_options import FitOptions as FitOptions, PassedOn
+from prolora.fitting.settings import FitOptions as FitOptions, PassedOn, Precision, Start
 from prolora.adapters.lora import Lora as Lora
 from prolora.core.lowrank import LowRank as LowRank
 from prolora.making.merge_options import MergeMethod, MergeOptions as MergeOptions
@@ -16,7 +16,7 @@ from prolora.errors import ProLoRAError as ProLoRAError
 from prolora.reports.report import Report as Report
 from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
 from prolora.moving.result import Transfer as Transfer
-from prolora.moving.options import DtypeLike, FormatLike, LoraLike, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
+from prolora.moving.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
 from prolora.version import __version__ as __version__
 from prolora.making.bake import bake as bake
 from prolora.checking.check import check as check
@@ -24,11 +24,9 @@ from prolora.bases.opening import BaseLike
 from prolora.making.convert_options import ConvertOptions
 from os import PathLike
 from prolora.bases.base import Progress
-from prolora.moving.out_rank import OutRank
 from prolora.moving.block_weights import Blocks
 from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike
-from prolora.fitting.settings import Precision, Start
 from prolora.comparison.module_map import Match
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -234,7 +232,7 @@ def merge(
 
 def migrate(
     loras: StrPath | Iterable[StrPath],
-    source: StrPath | Sequence[StrPath],
+    source: StrPath,
     target: StrPath | Sequence[StrPath],
     folder: StrPath,
     options: TransferOptions = ...,

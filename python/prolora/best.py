@@ -33,14 +33,13 @@ from .moving.batch import make_each
 from .moving.option_keywords import settle_options, takes_options
 from .moving.options import BEST, DEFAULT_OPTIONS, OF_A_FIT_TOO, LoraLike, TransferOptions
 from .moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from .moving.result import Notes, Transfer, pack_plan
-from .moving.resume import Recipe, make_file
+from .moving.result import Notes, Recipe, Transfer, make_file, pack_plan
 from .reports.lora_report import LoraReport, MovedReport
 from .reports.outcome import Outcome
 
 if TYPE_CHECKING:
     from .fitting.common_parts import CommonParts
-    from .fitting.fit_options import FitOptions
+    from .fitting.settings import FitOptions
 
 Naming = Callable[[Path, str], str]
 """(LoRA, digest of all that its result is made of) -> the result's path below the folder."""
@@ -216,7 +215,7 @@ class BestWay:
             ProLoRAError: this copy of prolora cannot fit.
         """
         try:
-            from .fitting.fit_options import FitOptions
+            from .fitting.settings import FitOptions
         except ModuleNotFoundError as error:
             raise ProLoRAError(
                 f"method 'best' may run the models, and this copy of prolora lacks {error.name}; "

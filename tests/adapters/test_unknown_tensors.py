@@ -43,6 +43,13 @@ def test_a_tensor_beside_an_update_refuses_it_however_its_name_is_joined(suffix)
     assert adapter.refused == {PROJ_IN} and set(adapter.updates) == {PROJ_OUT}
 
 
+def test_one_update_with_many_unknown_tensors_refuses_no_other():
+    """They are of that update, and not what most of the file is."""
+    beside = {f"gain{i}": random(6) for i in range(7)}
+    adapter = adapters.read_adapter(two_modules(**beside))
+    assert adapter.refused == {PROJ_IN} and set(adapter.updates) == {PROJ_OUT}
+
+
 class ToolkitDoRA(nn.Module):
     """A layer as ai-toolkit's DoRA module applies it: the norm is of rows, the scale is 1.
 

@@ -300,8 +300,8 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
         lambda box: [quick(box, "--report", box.out / "report.json")],
     ),
     "card": (place("out/README.md"), lambda box: [quick(box, "--card")]),
-    "subspaces": (place("cache/v*/*/*.safetensors"), use_cache),
-    "pair in the cache": (place("cache/v*/pairs-*.json"), use_cache),
+    "subspaces": (place("cache/bases/*.safetensors"), use_cache),
+    "pair in the cache": (place("cache/tables/*.json"), use_cache),
 }
 
 

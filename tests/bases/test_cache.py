@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from spectra import weights
 
 import prolora
+from prolora.bases import identity
 from prolora.bases.cache import basis_cache as cache_module
 from prolora.bases.cache import basis_file
 from prolora.bases.cache.basis_cache import BasisCache, default_folder
@@ -326,6 +327,26 @@ def test_matching_with_a_warm_cache_reads_no_weight(tmp_path, monkeypatch):
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
     warm = match_blocks(*map(prolora.open_base, (source, target)), cache=tmp_path / "cache")
     assert warm == cold and warm.table == plain.table
+
+
+def test_a_link_in_the_cache_leads_no_writing_to_a_file_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "_SETTLING_TIME", -(10**18))
+    victim = tmp_path / "victim"
+    victim.write_text("a week of training")
+    (tmp_path / "table").symlink_to(victim)
+    table = JsonTable(tmp_path / "table")
+    table.put("key", 1)
+    table.save()
+    assert JsonTable(tmp_path / "table").get("key") == 1
+    base = tmp_path / "base"
+    base.write_text("weights")
+    digest = identity.digest_file(base, tmp_path / "notes")
+    identity._known.clear()
+    for note in (tmp_path / "notes").rglob("*.txt"):
+        note.unlink()
+        note.symlink_to(victim)
+    assert identity.digest_file(base, tmp_path / "notes") == digest
+    assert victim.read_text() == "a week of training"
 
 
 def test_a_damaged_table_costs_only_time(tmp_path, caplog):

@@ -10,7 +10,7 @@ import torch
 from prolora import ProLoRAError, adapters, open_base
 from prolora.cli import demo
 from prolora.errors import UnrelatedBases
-from prolora.fitting.fit_precision import in_float32
+from prolora.fitting.models import in_float32
 from prolora.fitting.pipelines import open_pipeline
 from prolora.moving.options import FIT
 

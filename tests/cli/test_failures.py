@@ -162,7 +162,7 @@ def test_a_program_is_told_of_a_refusal_once(prolora, line, tmp_path):
     code, text, _ = prolora(*line, "-o", moved, "--json")
     assert code == 2 and json.loads(text)["error"]["code"] == "output-exists"
     assert json.loads(text)["status"] == "failed"
-    code, text, _ = prolora(*line, "--prompt", "cat", "-o", moved, "--json")
+    code, text, _ = prolora(*line, "--out-rank", "0", "-o", moved, "--json")
     assert code == 2 and json.loads(text)["error"]["code"] == "invalid-option"
 
 

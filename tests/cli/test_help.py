@@ -78,25 +78,6 @@ def test_the_short_help_of_fit_has_what_most_people_need(prolora, monkeypatch):
         assert f"--{name}" not in whole  # for studies, in Python
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--prompt", "a cat"),
-        ("--target-guidance", "1"),
-        ("--resume", "kept"),
-        ("--force",),
-        ("--images", "4"),
-        ("--max-vram=8GB",),
-    ],
-)
-def test_what_a_transfer_does_not_take_is_found_at_fit(prolora, case, tmp_path, words):
-    lora, source, target = case
-    line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
-    code, _, text = prolora(*line, *words)
-    assert code == 2 and "`prolora fit`" in flatten(text)
-    assert not (tmp_path / "x").exists()
-
-
 def test_a_name_that_is_no_choice_is_refused_with_the_choices(prolora, case, tmp_path):
     lora, source, target = case
     line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")

@@ -239,7 +239,7 @@ MISTAKES = {
     "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),
     "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size such as"),
     "too little memory": ((*MOVE, *TO, "--max-memory", "1kB"), "is too little: the largest weight"),
-    "prompts without a fit": ((*MOVE, *TO, "--prompt", "cat"), "`prolora fit`"),
+    "prompts without a fit": ((*MOVE, *TO, "--prompt", "cat"), "No such option"),
     "a map that is missing": (
         (*MOVE, *TO, "--match", "similar"),
         'match takes "auto", "name", "similarity" or a JSON file',

@@ -69,9 +69,20 @@ def test_zeros_and_columns_that_repeat_have_the_overlap_of_what_they_span():
     assert found.left[0, 2] == 0 and found.products[2].abs().sum() == 0
 
 
-def test_updates_of_two_shapes_are_refused():
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_what_is_rounding_depends_on_the_largest_singular_value_alone(size):
+    """One large column, one a thousandth of it, and one of rounding."""
+    axes = torch.eye(6, dtype=torch.float64)
+    down = axes[:3] * torch.tensor([[1.0], [1e-3], [1e-9]]) * size
+    found = measure_overlap([LowRank(axes[:, :3], down), LowRank(axes[:, 1:3], axes[1:3])])
+    assert float(found.left[0, 1]) == pytest.approx(0.5)  # of two columns, one is common
+    assert float(found.left[0, 0]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("what", [merge_updates, measure_overlap])
+def test_updates_of_two_shapes_are_refused(what):
     with pytest.raises(ShapeMismatch, match="one shape"):
-        merge_updates([update(4, 5, 1, 0), update(5, 4, 1, 0)])
+        what([update(4, 5, 1, 0), update(5, 4, 1, 0)])
 
 
 @given(

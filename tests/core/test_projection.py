@@ -13,7 +13,7 @@ from reference import Exchanged
 from spectra import related, weights
 
 from prolora import METHODS, LowRank, project, truncated_svd
-from prolora.errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases
+from prolora.errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases, UnsupportedTensor
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 METHOD = st.sampled_from(sorted(METHODS))
@@ -223,6 +223,13 @@ def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
     found = project(ndarray(delta.dense()), ndarray(source), ndarray(target), rank=3)
     assert type(found) is ndarray
     torch.testing.assert_close(found.tensor, project(delta.dense(), source, target, rank=3))
+
+
+def test_an_array_without_data_is_refused_by_name():
+    """As jax traces one: it has `__dlpack__`, and nothing behind it."""
+    tracer = type("Tracer", (), {"__dlpack__": lambda self: None, "dtype": "float32"})
+    with pytest.raises(UnsupportedTensor, match="delta, Tracer of float32, cannot become"):
+        project(tracer(), torch.ones(3, 4), torch.ones(3, 4), rank=1)
 
 
 def test_a_zero_update_stays_zero_and_its_account_is_finite():

@@ -64,6 +64,31 @@ inline void multiply_add_tf32(float (&c)[4], const unsigned (&a)[4], const unsig
   });
 }
 
+inline void multiply_add_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const Fragments mine{a, b};
+  const int lane = emulator::running.current->lane;
+  emulator::collective(~0u, &mine, [&](auto fragments_of) {
+    const auto dot = [](unsigned x, unsigned y) {
+      int sum = 0;
+      for (int n = 0; n < 32; n += 8) sum += std::int8_t(x >> n) * std::int8_t(y >> n);
+      return sum;
+    };
+    std::int64_t sums[4] = {c[0], c[1], c[2], c[3]};
+    for (int t = 0; t < 4; ++t) {
+      const Fragments* row = fragments_of(lane / 4 * 4 + t);
+      for (int j = 0; j < 2; ++j) {
+        const Fragments* column = fragments_of((lane % 4 * 2 + j) * 4 + t);
+        for (int n = 0; n < 4; ++n) sums[n % 2 * 2 + j] += dot(row->a[n], column->b[n / 2]);
+      }
+    }
+    for (int n = 0; n < 4; ++n) {
+      c[n] = int(sums[n]);
+      if (c[n] != sums[n]) throw std::runtime_error("mma: a sum that an int32 does not hold");
+    }
+    return 0;
+  });
+}
+
 inline void begin_copy(void* shared, const void* global, int size, int bytes) {
   const auto* first = reinterpret_cast<const char*>(emulator::running.dynamic_shared.data());
   const auto* end = first + emulator::running.dynamic_shared.size() * sizeof(double);

@@ -27,7 +27,6 @@ ALLOWED = {
     "bases/memory.py": "the system's word on this process",
     "cli/doctor.py": "the system's word on its memory",
     "core/ops/trial.py": "what core keeps of its own trials",
-    "core/svd/cusolver.py": "the system's word on loaded libraries",
 }
 
 

@@ -28,12 +28,12 @@ from prolora.cli.app import app
 from prolora.errors import UnsupportedFormat
 from prolora.fitting import gate, pipelines
 from prolora.fitting.checkpoint import Checkpoints
-from prolora.fitting.fit_precision import in_float32
+from prolora.fitting.models import in_float32
 from prolora.fitting.pipelines import crossing, latents
 from prolora.fitting.pipelines.conditioning import CallParts, PromptTable, split_call
 from prolora.fitting.pipelines.latents import LatentSpace
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
-from prolora.fitting.recording import call_codec
+from prolora.fitting.recording import trajectories
 from prolora.fitting.recording.recorder import hash_origins
 from prolora.fitting.recording.spill import spill_questions
 from prolora.fitting.recording.translation import Question
@@ -326,7 +326,7 @@ class Interrupted(Exception):
 def same_questions(one: list[Question], other: list[Question]) -> bool:
     """Whether all calls are the same, to the bit."""
     ours, theirs = (
-        [call_codec.encode_calls([call]) for q in side for call in (q.source, q.target)]
+        [trajectories.encode_calls([call]) for q in side for call in (q.source, q.target)]
         for side in (one, other)
     )
     return len(ours) == len(theirs) and all(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prolora.fitting.hooks import capture_first_call, keep_hooks
+from prolora.fitting.updates import capture_first_call, keep_hooks
 
 
 def test_a_run_ends_at_the_first_call_and_gives_its_arguments():

@@ -20,17 +20,27 @@ from prolora import LowRank
 from prolora import fitting as probe
 from prolora.errors import ShapeMismatch
 from prolora.fitting import gate
-from prolora.fitting.energies import measure_disagreement
-from prolora.fitting.recording.call_codec import decode_calls, encode_calls
+from prolora.fitting.energies import measure_disagreement, number_trajectories, sum_by_trajectory
 from prolora.fitting.recording.sample_batches import count_samples, mix_samples
-from prolora.fitting.recording.trajectories import Call, predict_call, record_calls
+from prolora.fitting.recording.trajectories import (
+    Call,
+    decode_calls,
+    encode_calls,
+    predict_call,
+    record_calls,
+)
 from prolora.fitting.recording.translation import Guidance, Question, Translation, same_call
 from prolora.fitting.recording.wanted import WantedChange
-from prolora.fitting.solver import fit_refinement as refinement
-from prolora.fitting.solver.fit_refinement import STEPS, fit_in_factors
-from prolora.fitting.solver.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
+from prolora.fitting.solver import joint_fit as refinement
+from prolora.fitting.solver.joint_fit import (
+    STEPS,
+    JointFit,
+    JointProblem,
+    cut_updates,
+    fit_in_factors,
+    fit_jointly,
+)
 from prolora.fitting.solver.linearisation import ProbeBatch, TargetFunction
-from prolora.fitting.trajectory_numbers import number_trajectories, sum_by_trajectory
 
 __all__ = ["lora", "source"]  # fixtures
 

@@ -1,11 +1,16 @@
 """A moved LoRA in a diffusers pipeline, without a file in between."""
 
+import io
+import logging
+
 import pytest
 import torch
 
 import prolora
 from prolora import TransferOptions
+from prolora.cli.console import PlainFormatter
 from prolora.errors import InvalidOption, UnsupportedFormat
+from prolora.fitting.pipelines.stages import hide_progress_bars
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -95,3 +100,21 @@ def test_a_model_takes_the_lora_through_peft_alone(case):
     assert all(torch.equal(held[key].float(), tensors[key].float()) for key in tensors)
     layers = [layer for layer in pipe.unet.modules() if hasattr(layer, "lora_A")]
     assert {factor for layer in layers for factor in layer.scaling.values()} == {1.0}
+
+
+def test_what_libraries_say_while_they_load_goes_through_prolora_s_log(capsys):
+    """transformers writes names of a file's tensors, and control characters of its own."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        with hide_progress_bars():
+            pytest.importorskip("transformers").utils.logging.get_logger("transformers.x").warning(
+                "\x1b[1mbold\x9b"
+            )
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert "bold" in said.getvalue() and not {"\x1b", "\x9b"} & {*said.getvalue()}
+    assert "bold" not in capsys.readouterr().err
+    assert not logging.getLogger("transformers").propagate

@@ -15,7 +15,7 @@ from torch import Tensor
 from prolora import FitOptions
 from prolora.errors import UnsupportedFormat
 from prolora.fitting import pipelines
-from prolora.fitting.pipelines import conversion, flow_convention, schedules
+from prolora.fitting.pipelines import flow_convention, schedules
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
@@ -64,39 +64,39 @@ def test_the_best_models_of_all_kinds_give_the_same_answer():
     clean, noise = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)).double()
     for one, other in PAIRS:
         ours, theirs = SCHEDULES[one], SCHEDULES[other]
-        level = levels_within(*(conversion.common_levels(ours, theirs) or (0.1, 0.9)))
+        level = levels_within(*(schedules.common_levels(ours, theirs) or (0.1, 0.9)))
         time = ours.time_at(level)
         level = ours.level_at(time)
         a, b = (s[:, None] for s in ours.scales(level))
         x = a * clean + b * noise
-        there = conversion.translate_time(ours, theirs, time)
-        theirs_x = conversion.translate_state(ours, theirs, x, time)
+        there = schedules.translate_time(ours, theirs, time)
+        theirs_x = schedules.translate_state(ours, theirs, x, time)
         a, b = (s[:, None] for s in theirs.scales(level))
         torch.testing.assert_close(theirs_x, a * clean + b * noise, msg=f"{one} → {other}")
         for model in (Gaussian(1), Gaussian(2)):
-            got = conversion.convert_prediction(ours, theirs, x, time, model.predict(ours, x, time))
+            got = schedules.convert_prediction(ours, theirs, x, time, model.predict(ours, x, time))
             best = model.predict(theirs, theirs_x, there)
             torch.testing.assert_close(got, best, rtol=1e-6, atol=1e-6, msg=f"{one} → {other}")
 
 
 def test_states_beyond_the_common_range_are_moved_to_its_ends():
     flow, table = SCHEDULES["flow"], SCHEDULES["ε"]
-    low, high = levels = conversion.common_levels(flow, table)
+    low, high = levels = schedules.common_levels(flow, table)
     assert schedules.level_log_snr(high) == pytest.approx(math.log(ALPHAS[-1] / (1 - ALPHAS[-1])))
     assert schedules.level_log_snr(low) == pytest.approx(math.log(ALPHAS[0] / (1 - ALPHAS[0])))
     noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    latent, time = conversion.clip_state(flow, levels, noise, torch.tensor([1.0, 0.5, 1e-4]))
+    latent, time = schedules.clip_state(flow, levels, noise, torch.tensor([1.0, 0.5, 1e-4]))
     assert time.tolist() == pytest.approx([high, 0.5, low])
     torch.testing.assert_close(latent[0], high * noise[0])
     torch.testing.assert_close(latent[1], noise[1])
     torch.testing.assert_close(latent[2], (1 - low) / (1 - 1e-4) * noise[2])
     inside = torch.tensor(0.5)
-    assert conversion.clip_state(flow, levels, noise, inside)[0] is noise
+    assert schedules.clip_state(flow, levels, noise, inside)[0] is noise
     # ε says nothing of x₀ where there is noise alone: asked only where its error stays bounded.
-    ends = conversion.common_levels(SCHEDULES["ε that ends in noise"], flow)
+    ends = schedules.common_levels(SCHEDULES["ε that ends in noise"], flow)
     assert schedules.level_log_snr(ends[1]) == pytest.approx(schedules.LEAST_LOG_SNR)
-    assert conversion.common_levels(SCHEDULES["v that ends in noise"], flow)[1] == 1.0
-    assert conversion.common_levels(table, SCHEDULES["ε of fewer times"]) is None
+    assert schedules.common_levels(SCHEDULES["v that ends in noise"], flow)[1] == 1.0
+    assert schedules.common_levels(table, SCHEDULES["ε of fewer times"]) is None
 
 
 def test_schedulers_say_what_their_models_predict():

@@ -14,7 +14,7 @@ from torch import Tensor
 from prolora import LowRank, ProLoRAError
 from prolora import fitting as probe
 from prolora.fitting import checkpoint
-from prolora.fitting.recording import call_codec
+from prolora.fitting.recording import trajectories
 from prolora.fitting.recording.spill import SpillStore
 from prolora.fitting.recording.trajectories import Call, record_calls
 
@@ -120,9 +120,9 @@ def test_text_that_stays_the_same_is_recorded_once(source):
 def test_calls_come_back_from_a_file_as_they_were():
     shared = torch.randn(2, 3)
     call = Call((shared, 3), {"a": {"b": [shared, None], "c": (True, "x")}, "d": 0.5}, "target")
-    tensors, text = call_codec.encode_calls([call])
+    tensors, text = trajectories.encode_calls([call])
     assert len(tensors) == 1
-    back = call_codec.decode_calls(tensors, text)[0]
+    back = trajectories.decode_calls(tensors, text)[0]
     assert back.origin == "target"
     assert back.args[1] == 3
     assert back.kwargs["a"]["c"] == (True, "x")

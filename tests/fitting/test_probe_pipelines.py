@@ -22,8 +22,8 @@ from prolora.bases import identity, vae
 from prolora.cli.app import app
 from prolora.errors import OutputError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from prolora.fitting import pipelines
-from prolora.fitting.fit_precision import in_float32
-from prolora.fitting.pipelines import conversion, schedules
+from prolora.fitting.models import in_float32
+from prolora.fitting.pipelines import schedules
 from prolora.fitting.pipelines.conditioning import split_call
 from prolora.fitting.recording.trajectories import record_calls
 
@@ -98,17 +98,17 @@ def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
         schedules.NoiseSchedule("v_prediction", a**1.5),
     )
     time = torch.tensor([40.0, 500.0, 900.0])
-    there = conversion.translate_time(ours, theirs, time)
+    there = schedules.translate_time(ours, theirs, time)
     torch.testing.assert_close(theirs.alpha(there), ours.alpha(time))
     alpha = ours.alpha(time).float()[:, None, None, None]
     x = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     close = {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(
-        conversion.convert_prediction(ours, theirs, x, time, noise), velocity, **close
+        schedules.convert_prediction(ours, theirs, x, time, noise), velocity, **close
     )
     torch.testing.assert_close(
-        conversion.convert_prediction(theirs, ours, x, there, velocity), noise, **close
+        schedules.convert_prediction(theirs, ours, x, there, velocity), noise, **close
     )
 
 

@@ -13,7 +13,7 @@ from test_probe import lora, permuted, run, source
 from test_probe_diffusers import UNET, loras
 from torch import nn
 
-from prolora.fitting.fit_precision import in_float32, in_precision
+from prolora.fitting.models import in_float32, in_precision
 from prolora.fitting.recording.trajectories import Call, output_of, predict_call
 from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prolora import LowRank, ProLoRAError
-from prolora.fitting.fit_precision import in_float32
-from prolora.fitting.models import frozen
+from prolora.fitting.models import frozen, in_float32
 from prolora.fitting.recording.trajectories import Call
-from prolora.fitting.solver.fit_refinement import fit_in_factors
-from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly, start_factors
+from prolora.fitting.solver.joint_fit import (
+    JointProblem,
+    fit_in_factors,
+    fit_jointly,
+    start_factors,
+)
 from prolora.fitting.solver.linearisation import ProbeBatch, recompute_blocks
 from prolora.fitting.solver.spectra import JointCurvature, LeadingSpectrum
 from prolora.fitting.updates import run_beside

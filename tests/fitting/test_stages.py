@@ -21,7 +21,7 @@ from prolora.cli.app import app
 from prolora.errors import TooLittleMemory
 from prolora.fitting import pipelines
 from prolora.fitting.pipelines import stages
-from prolora.fitting.recording import call_codec
+from prolora.fitting.recording import trajectories
 from prolora.fitting.recording.trajectories import record_calls
 from prolora.fitting.solver import joint
 
@@ -53,8 +53,8 @@ def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
             record_calls(p.denoiser, p.sampler(FEW), seed, "source") for p in (plain, kept)
         )
         for a, b in zip(one, other, strict=True):
-            assert call_codec.encode_calls([a])[1] == call_codec.encode_calls([b])[1]
-            pairs = (call_codec.encode_calls([call])[0] for call in (a, b))
+            assert trajectories.encode_calls([a])[1] == trajectories.encode_calls([b])[1]
+            pairs = (trajectories.encode_calls([call])[0] for call in (a, b))
             assert all(torch.equal(x, y) for x, y in zip(*pairs, strict=True))
     assert len(runs) == once
     # A prompt that nobody foresaw brings them back.

@@ -16,10 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from prolora import LowRank
 from prolora.fitting import swapping, updates
-from prolora.fitting.fit_precision import in_precision
+from prolora.fitting.models import in_precision
 from prolora.fitting.recording.trajectories import output_of, predict_call
-from prolora.fitting.solver.fit_refinement import fit_in_factors
-from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly, start_factors
+from prolora.fitting.solver.joint_fit import (
+    JointProblem,
+    fit_in_factors,
+    fit_jointly,
+    start_factors,
+)
 from prolora.fitting.solver.linearisation import ProbeBatch, recompute_blocks
 from prolora.fitting.swapping import BlockSwapping, count_bytes, name_blocks
 

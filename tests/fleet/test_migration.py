@@ -10,8 +10,7 @@ import time
 
 import pytest
 from fleet_files import results, some_tensors, write_collection
-from mini import write_folder
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import prolora
 from prolora.errors import InvalidOption, MissingFile, OutputError
@@ -84,22 +83,6 @@ def test_whatever_a_result_is_made_of_is_in_its_name(collection, tmp_path, chang
     second = move()
     assert second.status == "moved" and second.out != first.out
     assert move().status == "already there"
-
-
-def test_several_sources_are_told_apart_by_what_fits(collection, tmp_path):
-    loras, source, (target, _) = collection
-    names = load_file(source / "diffusion_pytorch_model.safetensors")
-    wide = {name: tensor.repeat(2, 1) for name, tensor in names.items()}
-    other = write_folder(
-        tmp_path / "other", {n.removesuffix(".weight"): w for n, w in wide.items()}
-    )
-    found = prolora.migrate(loras, [other, source], target, tmp_path / "out", **HOW)
-    assert {m.status for m in found if "notes" not in m.lora} == {"moved"}
-    twin = write_folder(
-        tmp_path / "twin", {n.removesuffix(".weight"): w + 1 for n, w in names.items()}
-    )
-    found = prolora.migrate(loras, [twin, source], target, tmp_path / "out2", **HOW)
-    assert {m.status for m in found} == {"refused"} and "one `source`" in found[0].error
 
 
 def test_shards_do_the_whole_together(collection, tmp_path, monkeypatch):

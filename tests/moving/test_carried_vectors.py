@@ -11,7 +11,7 @@ from prolora.bases import open_base
 from prolora.bases.identity import compute_hint
 from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError, ShapeMismatch, UnsupportedFormat
-from prolora.moving.carried_vectors import carry_vectors
+from prolora.moving.assembly import carry_vectors
 from prolora.moving.ledger import Ledger
 from prolora.moving.options import TransferOptions
 from prolora.moving.plan import make_plan

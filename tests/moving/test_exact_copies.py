@@ -182,13 +182,13 @@ def test_a_file_of_every_family_and_spelling_is_copied_to_the_byte(tmp_path, fam
 
 
 def test_a_byte_that_reads_back_differently_is_noticed(case, tmp_path, monkeypatch):
-    from prolora.adapters import writing
+    from prolora.files import safetensors_writing
 
     def spoil(path, tensors, *rest):
-        fill(path, {key: x + 1 for key, x in tensors.items()}, *rest)
+        dump(path, {key: x + 1 for key, x in tensors.items()}, *rest)
 
-    fill = writing.fill_safetensors
-    monkeypatch.setattr(writing, "fill_safetensors", spoil)
+    dump = safetensors_writing.dump_safetensors
+    monkeypatch.setattr(safetensors_writing, "dump_safetensors", spoil)
     with pytest.raises(OutputError, match="reads back differently"):
         prolora.transfer(*case, out=tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prolora.moving.out_rank import is_out_rank
+from prolora.moving.options import is_out_rank
 
 
 @pytest.mark.parametrize("form", ["exact", "50%", "0.1%", 100, 0.5])

@@ -17,7 +17,7 @@ from mini import write_case
 import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import read_shown
-from prolora.fitting.fit_options import FitOptions
+from prolora.fitting.settings import FitOptions
 from prolora.making.convert_options import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions

@@ -9,8 +9,7 @@ from prolora.core.verdict import Verdict
 from prolora.fitting.fit_numbers import ProbeReport
 from prolora.fitting.fit_report import FitReport
 from prolora.fitting.gate import Gate
-from prolora.moving.carried_vectors import A_VECTOR
-from prolora.moving.transfer_report import judge, name_amount
+from prolora.moving.transfer_report import A_VECTOR, judge, name_amount
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 

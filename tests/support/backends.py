@@ -16,6 +16,7 @@ from prolora.core.ops import native, torch_twin
 from prolora.core.ops.krylov_block import run_krylov_block
 from prolora.core.ops.overlap_table import run_overlap_table
 from prolora.core.ops.panel_qr import run_panel_qr
+from prolora.core.ops.precise_product import run_precise_product
 from prolora.core.ops.project_pair import run_project_pair
 from prolora.core.ops.small_svd import run_small_singular_values, run_small_svd
 
@@ -58,6 +59,12 @@ class Kernels:
     def panel_qr(self, panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         scale = None if scale is None else scale.to(self.device)
         return self._call(run_panel_qr, torch_twin.panel_qr, [*self._there(panel), scale])
+
+    def precise_product(self, x: Tensor, y: Tensor | None) -> Tensor:
+        x, y = x.to(self.device), None if y is None else y.to(self.device)
+        if self.module is None:
+            return torch_twin.precise_product(x, y)
+        return run_precise_product(self.module, x, y, self.cuda).cpu()
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._call(run_small_svd, torch_twin.small_svd, self._there(a))

@@ -87,6 +87,7 @@ function fillTrainedOn(node) {
 
 function fold(widget, folded) {
   widget.hidden = folded;
+  (widget.options ??= {}).hidden = folded; // there some versions of "Nodes 2.0" look
   // Versions that hide a widget may still leave its room.
   if (folded) widget.computeSize = () => [0, -4];
   else delete widget.computeSize;

@@ -40,10 +40,9 @@ def parse_contents(source: Lora, base: BaseNames | None = None) -> Contents:
 
 
 def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
-    if source.config is not None:
-        scaling_from_config(
-            source.config, f"{source.where}: {PEFT_CONFIG}"
-        )  # may be of no LoRA at all
+    scaling = None
+    if source.config is not None:  # it may be of no LoRA at all
+        scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
     matrices = list_matrices(source)
     reading = choose_names(source, matrices, base)
     contents = group_keys(source, reading)
@@ -62,11 +61,11 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
         family = reading.id  # the authors' names are those of this family, whatever its sizes
     slots = _settle_t5(contents.slots, family)
     prefixes = {slot.module.prefix for slot in slots}
-    if source.config is not None:
-        scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
-        scalings = dict.fromkeys(prefixes, scaling)
-    else:
-        scalings = scalings_from_metadata(source.metadata, prefixes, source.where)
+    scalings = (
+        dict.fromkeys(prefixes, scaling)
+        if scaling
+        else scalings_from_metadata(source.metadata, prefixes, source.where)
+    )
     for slot in slots:
         _check_complete(slot, source)
         _check_shapes(slot, source)

@@ -83,19 +83,9 @@ def read_adapter(
     opened = Lora.open(source, metadata)
     contents = parse_contents(opened, base)
     adapter = _start_adapter(contents, opened)
-    for piece in _read_slots(opened, contents, read_weight):
-        for mine, more in (
-            (adapter.updates, piece.updates),
-            (adapter.kernels, piece.kernels),
-            (adapter.vectors, piece.vectors),
-            (adapter.algorithms, piece.algorithms),
-            (adapter.kept_energy, piece.kept_energy),
-            (adapter.left_out, piece.left_out),
-            (adapter.unread, piece.unread),
-        ):
-            mine.update(more)  # type: ignore[arg-type]
-        if keep_stored:
-            adapter.stored.extend(piece.stored)
+    for _ in _read_slots(opened, contents, read_weight, adapter):
+        if not keep_stored:
+            adapter.stored.clear()
     if adapter.left_out:
         first = next(iter(adapter.left_out.items()))
         log.warning("%s: %d tensors left out: %s: %s", opened.where, len(adapter.left_out), *first)
@@ -111,22 +101,25 @@ def read_pieces(source: LoraSource | Lora, base: BaseNames | None = None) -> Ite
     A fused weight counts as one.
     """
     opened = Lora.open(source)
-    return _read_slots(opened, parse_contents(opened, base), None)
+    return _read_slots(opened, parse_contents(opened, base))
 
 
 def _read_slots(
-    opened: Lora, contents: Contents, read_weight: ReadWeight | None
+    opened: Lora,
+    contents: Contents,
+    read_weight: ReadWeight | None = None,
+    whole: Adapter | None = None,
 ) -> Iterator[Adapter]:
-    """Yields an adapter for every slot, and one for the vectors."""
+    """Reads slot by slot, then the vectors; yields one adapter for all, or a new one for each."""
     if read_weight is None:
         _check_independent(contents, opened)
     # The header was checked before; scales come before the large tensors.
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     for slot in contents.slots:
-        piece = Adapter({})
+        piece = whole or Adapter({})
         _add_update(piece, slot, scales[slot.module.name], opened, read_weight)
         yield piece
-    piece = Adapter({})
+    piece = whole or Adapter({})
     for vector in contents.vectors:
         scale = scales.get(vector.module.name, 1.0)
         parts = vectors.read_vector(vector, scale, opened)

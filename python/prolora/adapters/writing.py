@@ -74,7 +74,7 @@ def write_adapter(
         else:
             fill_safetensors(output, tensors, header, path)
         if kept:
-            verify_stored(output, tensors, kept, adapter, path)
+            verify_stored(output, kept, adapter, path)
         else:
             verify_output(output, adapter, chosen, stored, path)
 
@@ -114,7 +114,7 @@ def encode_state_dict(
     encoded = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
     tensors = {key: tensor.detach().clone() for key, tensor in encoded.items()}
     if kept:
-        verify_stored(tensors, tensors, kept, adapter, where)
+        verify_stored(tensors, kept, adapter, where)
     else:
         verify_output(tensors, adapter, chosen, stored, where)
     return tensors

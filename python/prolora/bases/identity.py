@@ -53,7 +53,8 @@ def digest_file(path: Path, memory: Path | None = None) -> str:
     if time.time_ns() - max(state.modified, state.changed) > _SETTLING_TIME:
         _known[key] = digest
         if note is not None:
-            with suppress(OutputError):  # nothing is lost but time
+            with suppress(OSError, OutputError):  # nothing is lost but time
+                note.unlink(missing_ok=True)  # a link leads to a file of others
                 put_text(note, digest, overwrite=True)
     return digest
 

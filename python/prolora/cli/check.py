@@ -11,7 +11,7 @@ from ..checking.check import check as check_file
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
 from .console import answer, out, progress_bar
-from .exits import ExitCode, describe_error, write_epilog
+from .exits import ExitCode, describe_error
 from .flags import JsonOption, base_option, path_argument, split_bases
 from .tables import MARKS, draw_facts
 
@@ -82,17 +82,3 @@ def check(
         good = sum(record.get("ok") is True for record in records)
         out.print_line(f"{good} of {len(files)} files are as asked")
     raise typer.Exit(code)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Adds the command to an app."""
-    app.command(
-        epilog=write_epilog(
-            "prolora check my-lora.safetensors",
-            "prolora check my-lora.safetensors --base sdxl --for comfyui",
-            "prolora check loras/*.safetensors --base sd_xl_base_1.0.safetensors",
-            "prolora check my-lora.safetensors --source sdxl/ --target ssd-1b/",
-            codes=tuple(MEANINGS),
-            meanings=MEANINGS,
-        )
-    )(check)

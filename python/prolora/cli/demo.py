@@ -10,6 +10,9 @@ import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from ..adapters import read_adapter
 from ..bases.base import Progress
@@ -20,8 +23,10 @@ from ..fitting.fit import fit
 from ..fitting.settings import FitSettings, read_prompts
 from ..fitting.showing import ImageGrid
 from ..reports.lora_report import LoraReport, MovedReport
+from .console import out, progress_bar
 from .fit import SHOWN
-from .transfer import spell_flags
+from .flags import OverwriteOption, path_option
+from .transfer import show_report, spell_flags
 
 APART = "apart"
 """The member that was trained apart from the source, which weights alone move nothing to."""
@@ -138,3 +143,33 @@ def find_models() -> Path:
         if (folder / "prompts.safetensors").is_file():
             return folder
     raise ProLoRAError("this installation carries no demo models: install prolora from its source")
+
+
+def demo(
+    output: Annotated[
+        Path, path_option("Folder for the results.", "--output", "-o", metavar="FOLDER")
+    ] = Path("prolora-demo"),
+    lora: Annotated[
+        str, typer.Option(help="A shipped LoRA: neon, duotone or concept (a butterfly).")
+    ] = "neon",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="A shipped base to move to: pruned, far (another art style), few-step, or apart "
+            "(trained apart from the source, so that both models run, for a minute or two). "
+            "Default: pruned, and then apart."
+        ),
+    ] = "",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Move a shipped LoRA between small shipped models, and draw what it does."""
+    demos = [Demo.find(lora, name, output) for name in ([target] if target else ["pruned", APART])]
+    output.mkdir(parents=True, exist_ok=True)
+    for one in demos:
+        out.print_line(one.command)
+        with progress_bar("demo") as progress:
+            report = one.run(overwrite, progress)
+        show_report(report)
+        for path in (one.moved, one.page):
+            out.print_line(f"wrote {path}")
+        out.print_line(f"To see it, open {one.page} in a browser.", style="bold")

@@ -1,13 +1,10 @@
-"""What an installation has, what it lacks, and how to get that."""
+"""What runs here, and where it is computed."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,83 +12,38 @@ import torch
 from ..bases.cache.basis_cache import default_folder
 from ..bases.cache.cache_folder import measure_cache
 from ..core.ops import native
-from ..core.svd import batched_eigh
 from ..files.sizes import format_size
 from ..version import __version__
-
-# Extras for people who develop prolora.
-_FOR_DEVELOPERS = frozenset({"dev", "study", "test"})
-_REQUIREMENT = re.compile(r"([\w.-]+).*extra\s*==\s*[\"']([\w-]+)[\"']")
-
-
-@dataclass(frozen=True)
-class Extra:
-    """An optional part of prolora."""
-
-    name: str  # as pip takes it
-    packages: dict[str, str | None]  # package -> its version, None where it is missing
-
-    def describe(self) -> str:
-        """Says whether it works; if not, how to install it."""
-        missing = [package for package, version in self.packages.items() if version is None]
-        if missing:
-            return f"no {', '.join(missing)} (pip install 'prolora[{self.name}]')"
-        return ", ".join(f"{package} {version}" for package, version in self.packages.items())
+from .console import answer, out
+from .flags import JsonOption
+from .tables import draw_facts
 
 
-def describe_kernels() -> dict[str, str | int | bool]:
-    """Versions, and what runs the native ops."""
-    return {
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what runs here and what is missing: kernels, a GPU, the cache."""
+    kernels, on_gpu = native.describe_installation(), torch.cuda.is_available()
+    facts = {
         "prolora": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu threads": torch.get_num_threads(),
-        "torch sees a GPU": torch.cuda.is_available(),
-        **native.describe_installation(),
-        "GPU eigensolver": batched_eigh.describe_solver(),
+        "torch sees a GPU": on_gpu,
+        **kernels,
+        "cache": describe_cache(default_folder()),
     }
-
-
-def describe_surroundings() -> dict[str, str | int]:
-    """Describes memory, cache and extras."""
-    facts: dict[str, str | int] = {"memory": _describe_memory()}
-    if torch.cuda.is_available():
+    if on_gpu:
         free, total = torch.cuda.mem_get_info()
         facts["GPU memory"] = f"{format_size(free)} free of {format_size(total)}"
-    facts["cache"] = describe_cache(default_folder())
-    for extra in list_extras():
-        facts[f"extra {extra.name}"] = extra.describe()
-    return facts
-
-
-def tell_verdict() -> str:
-    """Tells whether LoRAs can be moved here, and where it is computed."""
-    cores = f"computing on {os.cpu_count()} cores"
-    where = "A GPU will compute" if torch.cuda.is_available() else f"No GPU: {cores}"
-    if native.describe_installation().get("compiled extension"):
-        return f"✔ Everything that moving LoRAs needs is here. {where}."
-    return f"✔ LoRAs can be moved here, in part more slowly: no extension is compiled. {where}."
-
-
-def list_extras() -> list[Extra]:
-    """Lists the extras for users, from prolora's own metadata, if installed."""
-    try:
-        requirements = metadata.requires("prolora") or []
-    except metadata.PackageNotFoundError:
-        return []
-    extras: dict[str, dict[str, str | None]] = {}
-    for requirement in requirements:
-        match = _REQUIREMENT.match(requirement)
-        if match and match[2] not in _FOR_DEVELOPERS:
-            extras.setdefault(match[2], {})[match[1]] = _find_version(match[1])
-    return [Extra(name, packages) for name, packages in sorted(extras.items())]
-
-
-def _find_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    if as_json:
+        return answer.give(facts)
+    where = "A GPU will compute" if on_gpu else f"No GPU: computing on {os.cpu_count()} cores"
+    verdict = "✔ LoRAs can be moved here, in part more slowly: no extension is compiled."
+    if kernels.get("compiled extension"):
+        verdict = "✔ Everything that moving LoRAs needs is here."
+    out.print(f"{verdict} {where}.", style="bold")
+    spelled = {True: "yes", False: "no"}
+    told = [(n, spelled[x] if isinstance(x, bool) else str(x)) for n, x in facts.items()]
+    return out.print(draw_facts(told))
 
 
 def describe_cache(folder: Path) -> str:
@@ -105,20 +57,3 @@ def describe_cache(folder: Path) -> str:
     if not os.access(parent, os.W_OK):
         return f"{folder}: cannot be written (--cache or PROLORA_CACHE names another folder)"
     return f"{folder}: {format_size(size)}, {format_size(free)} free on the disk"
-
-
-def _describe_memory() -> str:
-    """Describes total and free memory, as far as the system says."""
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total = page * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return "not known"
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return format_size(total)
-    available = next((line for line in lines if line.startswith("MemAvailable")), None)
-    if available is None:
-        return format_size(total)
-    return f"{format_size(int(available.split()[1]) << 10)} free of {format_size(total)}"

@@ -13,8 +13,7 @@ from ..bases import Base, open_base
 from ..bases.base import Progress
 from ..fitting.fit import fit as fit_lora
 from ..fitting.fit import fit_many
-from ..fitting.fit_options import FitOptions
-from ..fitting.settings import read_prompts
+from ..fitting.settings import FitOptions, read_prompts
 from ..moving.result import Transfer
 from ..reports.outcome import Outcome
 from ..reports.report import is_page_path

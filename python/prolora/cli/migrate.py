@@ -27,10 +27,7 @@ _SHOWN = 8
 class Work:
     """The bases, where the results go, and who does the work."""
 
-    source: Annotated[
-        list[str],
-        base_option("Base model of the LoRAs; of several, each LoRA's header tells which."),
-    ] = field(default_factory=list)
+    source: Annotated[str | None, base_option("Base model of the LoRAs.")] = None
     target: Annotated[list[str], base_option("Base model to move to; may be repeated.")] = field(
         default_factory=list
     )

@@ -9,9 +9,9 @@ from typing import Any
 
 import typer
 
-from . import check
+from .commands import COMMANDS, build_app
 from .console import answer, err, prepare_streams
-from .exits import HANDLED, ExitCode, describe_error, find_exit_code, make_app
+from .exits import HANDLED, ExitCode, describe_error, find_exit_code
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +21,7 @@ CommandLineError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Runs the command line; an expected error becomes one message and an exit code."""
-    if sys.argv[1:2] == ["check"]:  # which needs no torch, where a second would be spent
-        app = make_app()
-        app.callback()(lambda: None)  # a single command would have no name
-        check.add_to(app)
-    else:
-        from .app import app
+    app = build_app(next((word for word in sys.argv[1:2] if word in COMMANDS), ""))
     # An ordinary exit when told to stop, so that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
     prepare_streams()

@@ -16,7 +16,7 @@ from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..best import transfer as transfer_lora
 from ..best import transfer_many
 from ..checking.check import check
-from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
+from ..errors import OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
 from ..files.store import put_text
 from ..moving.batch import make_each
@@ -52,25 +52,9 @@ LoraArguments = Annotated[
 
 
 class TransferCommand(BriefCommand):
-    """`prolora transfer`, which refuses the options of a fit."""
+    """`prolora transfer`, whose short help has what most people need of it."""
 
     first = "source target method strength out_rank format output report dry_run help_all"
-
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Reads the command line.
-
-        Raises:
-            InvalidOption: it asks for what `prolora fit` does.
-        """
-        ours = {flag for param in self.params for flag in param.opts}
-        fit = ctx.find_root().command.get_command(ctx, "fit")
-        theirs = {flag for param in fit.params for flag in param.opts} if fit else set()
-        for flag in (word.partition("=")[0] for word in args if word.startswith("--")):
-            if flag in theirs - ours:
-                raise InvalidOption(
-                    f"{flag}: running the models is a job of its own, with its own options: `fit()`"
-                )
-        return super().parse_args(ctx, args)
 
 
 @expand_options()

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 interface: int
 cuda_architectures: str
 max_krylov_width: int
+max_precise_depth: int
 max_svd_columns: int
 overlap_block: int
 

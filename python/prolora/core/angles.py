@@ -16,9 +16,9 @@ from torch import Tensor
 from .ops.small_svd import MAX_SVD_COLUMNS, small_singular_values
 from .parallel import map_on_threads
 from .precision import EPS
-from .svd.products import lower_gram, mirror_lower
 from .svd.solvers import eigenvalue_stack
 from .svd.stacks import count_together, decides_freely
+from .symmetric import lower_gram, mirror_lower
 
 # Rows count as orthonormal if one more Cholesky step makes them so: its error is this, squared.
 NEARLY_ORTHONORMAL = 1e-6

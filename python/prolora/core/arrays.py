@@ -54,7 +54,7 @@ def to_tensor(array: MatrixLike, name: str = "the array") -> Tensor:
         )
     try:
         return torch.utils.dlpack.from_dlpack(_copy_if_foreign(array))
-    except (BufferError, RuntimeError, TypeError) as error:
+    except (AttributeError, BufferError, RuntimeError, TypeError) as error:  # a tracer of jax
         kind = f"{type(array).__name__} of {getattr(array, 'dtype', 'unknown dtype')}"
         raise UnsupportedTensor(f"{name}, {kind}, cannot become a tensor: {error}") from error
 

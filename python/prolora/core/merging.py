@@ -104,7 +104,6 @@ def balance_updates(parts: Sequence[LowRank]) -> list[float]:
             # The others already do what this update asks for.
             del active[int(found.argmin())]
             continue
-        factors[[i for i in alive if i not in active]] = 0
         short = 1 - (gram @ factors)[alive] / wanted[alive]
         if short.max() <= _SHORT or alive[int(short.argmax())] in active:
             break

@@ -16,12 +16,11 @@ from ..moving.batch import make_each
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike
 from ..moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from ..moving.result import Transfer, pack_plan
-from ..moving.resume import make_file
+from ..moving.result import Transfer, make_file, pack_plan
 from ..reports.outcome import Outcome
 from .common_parts import CommonParts, share_parts
-from .fit_options import DEFAULT_FIT, FitOptions
 from .fit_pipelines import fit_to_pipelines, plan_fit, weigh_fit
+from .settings import DEFAULT_FIT, FitOptions
 
 
 @takes_options

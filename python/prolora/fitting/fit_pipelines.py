@@ -25,13 +25,12 @@ from ..reports.lora_report import LoraReport
 from ..reports.module_report import ModuleReport
 from .common_parts import CommonParts
 from .fit_numbers import ProbeReport
-from .fit_options import FitOptions
 from .fit_plan import FitJob, check_fittable, explain_need, outline_fit, plan_modules
-from .fit_report import FitReport, RivalReport
-from .fit_rows import build_fit_report, list_modules, outline_report
+from .fit_report import FitReport, RivalReport, build_fit_report, list_modules, outline_report
 from .gate import COPY
 from .running import fit_models, plan_memory_of_card
-from .solver.start import NO_COPY
+from .settings import FitOptions
+from .solver.joint import NO_COPY
 
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
@@ -58,7 +57,8 @@ def fit_to_pipelines(
     """
     job = prepare_fit(lora, source, target, options)
     written = options.format or "auto", options.dtype
-    blank = _outline_result(job)
+    outline = outline_fit(job.adapter, job.plan, source, target)
+    blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
     adapters.check_format(blank, written[0])
     common = common or CommonParts(options.resume)
     rival = move_rival(job)
@@ -120,12 +120,6 @@ def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -
     return replace(report, why=_tell_serving(source, target, options, found))
 
 
-def _outline_result(job: FitJob) -> Adapter:
-    """Outlines the target's adapter, before its updates have values."""
-    outline = outline_fit(job.adapter, job.plan, job.source, job.target)
-    return replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
-
-
 @dataclass(frozen=True)
 class Rival:
     """What moving by weights alone makes of the LoRA: the result, and how that was decided."""
@@ -177,7 +171,9 @@ def _finish_fit(
     rows = _list_rows(job, fitted, strength, how)
     updates = fitted | {name: adapter.updates[name] for name in plan.passed}
     made = {"prolora.method": FIT, "prolora.strength": f"{strength:.4g}"}
-    metadata = _describe_result(job) | made | _describe_gate(probe, job.options) | notes
+    options = job.options.as_moved("copy")
+    written = build_metadata(Ledger(adapter, plan, job.source, target, options))
+    metadata = written | made | _describe_gate(probe, job.options) | notes
     for name in _OF_TRANSFERS:
         metadata.pop(f"prolora.{name}", None)
     moved = replace(
@@ -195,12 +191,6 @@ def _finish_fit(
         provenance=read_provenance(metadata),
     )
     return moved, report
-
-
-def _describe_result(job: FitJob) -> dict[str, str]:
-    """Writes a result's header as any transfer's."""
-    options = job.options.as_moved("copy")
-    return build_metadata(Ledger(job.adapter, job.plan, job.source, job.target, options))
 
 
 def _list_rows(

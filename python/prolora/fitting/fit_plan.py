@@ -26,8 +26,8 @@ from ..errors import ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
 from ..moving.plan import ModulePlan, check_fits_source, place_text_encoders
 from ..reports.lora_report import LoraReport
-from .fit_options import FitOptions, PassedOn
 from .fitted_modules import NO_KIND, choose_fitted
+from .settings import FitOptions, PassedOn
 from .workload import Workload
 
 if TYPE_CHECKING:

@@ -10,11 +10,10 @@ from torch import nn
 
 from ..architectures.modules import find_block, is_conditioning
 from ..errors import ProLoRAError
-from .hooks import keep_hooks
 from .probe_run import ProbeRun
 from .recording.trajectories import Call
 from .recording.translation import Question
-from .updates import can_be_fitted, weight_of
+from .updates import can_be_fitted, keep_hooks, weight_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Module -> shape of its weight."""

@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
-from .energies import energy_of, measure_disagreement, share_by_origin
+from .energies import energy_of, measure_disagreement, share_by_origin, sum_by_trajectory
 from .recording.trajectories import predict_call
 from .recording.translation import Translation
 from .recording.wanted import WantedChange
-from .trajectory_numbers import sum_by_trajectory
 from .updates import run_beside
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"

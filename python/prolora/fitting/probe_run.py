@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from ..core.lowrank import LowRank
 from .fit_numbers import ProbeReport
-from .known_answers import KnownAnswers
 from .pipelines.crossing_recorder import CrossingRecorder
 from .recording.recorder import Recorder
 from .recording.translation import Question
-from .recording.wanted import WantedChange, wanted_changes
+from .recording.wanted import KnownAnswers, WantedChange, wanted_changes
 from .settings import FitSettings
 from .workload import WorkMeter
 

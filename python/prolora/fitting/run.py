@@ -19,12 +19,11 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints, hash_texts
+from .energies import number_questions
 from .fit_numbers import ProbeReport
-from .fit_precision import in_float32, in_precision
 from .fitted_modules import choose_modules
 from .gate import REFUSE, fitting_updates, judge_updates
-from .known_answers import KnownAnswers
-from .models import check_models, frozen
+from .models import check_models, frozen, in_float32, in_precision
 from .pipelines.crossing_recorder import CrossingRecorder
 from .probe_run import ProbeRun
 from .recording.recorder import ORIGINS, Recorder, hash_origins
@@ -32,11 +31,9 @@ from .recording.sample_batches import FindPrompts, count_samples, mix_samples
 from .recording.spill import LazySequence, SpillStore, spill_questions
 from .recording.trajectories import Sample, predict_call
 from .recording.translation import PAIR, Question, Translation
-from .recording.wanted import WantedChange
+from .recording.wanted import KnownAnswers, WantedChange
 from .settings import FitSettings
-from .solver.joint import fit_all_modules
-from .solver.start import check_start
-from .trajectory_numbers import number_questions
+from .solver.joint import check_start, fit_all_modules
 from .updates import weight_of
 from .workload import Workload, WorkMeter
 

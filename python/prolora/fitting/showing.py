@@ -15,7 +15,7 @@ from ..core.lowrank import LowRank
 from ..errors import NonFiniteWeights, ProLoRAError
 from ..reports.page.picture_file import write_png
 from ..reports.report import PictureGrid
-from .fit_precision import in_float32
+from .models import in_float32
 from .pipelines.pipeline import Pipeline, share_size
 from .settings import FitSettings
 from .updates import run_beside

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from .hooks import keep_hooks
 from .recording.recorder import ORIGINS
 from .recording.sample_batches import count_samples
 from .recording.trajectories import Call
 from .settings import FitSettings
+from .updates import keep_hooks
 
 SHOW = "show"
 """The stage in which images are drawn for a page."""

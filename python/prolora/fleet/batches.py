@@ -16,8 +16,7 @@ from ..moving.base_pair import BasePair
 from ..moving.batch import LORA_FAILURES, as_refusal
 from ..moving.options import TransferOptions
 from ..moving.output_paths import make_folders, name_output
-from ..moving.result import save_result
-from ..moving.resume import Recipe
+from ..moving.result import Recipe, save_result
 from ..reports.outcome import Outcome
 from ..version import __version__
 

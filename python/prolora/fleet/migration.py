@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.family_guess import claimed_family
-from ..bases import Base
-from ..bases.cache.basis_cache import BasisCache
-from ..bases.experts import Experts, choose_pairs, open_experts, pair_experts
-from ..errors import InvalidOption, ProLoRAError, UnsupportedFormat
-from ..moving.base_check import explain_misfit, is_named_base, is_stated_base
-from ..moving.moved_before import check_moved_before, read_header
+from ..bases.experts import choose_pairs, open_experts, pair_experts
+from ..errors import InvalidOption, ProLoRAError
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import BEST, DEFAULT_OPTIONS, TransferOptions
 from .batches import Batch, Job, Migrated, move_batch, note_refusal, plan_batch
@@ -34,7 +29,7 @@ _BATCH = 32
 @takes_options
 def migrate(
     loras: StrPath | Iterable[StrPath],
-    source: StrPath | Sequence[StrPath],
+    source: StrPath,
     target: StrPath | Sequence[StrPath],
     folder: StrPath,
     options: TransferOptions = DEFAULT_OPTIONS,
@@ -52,8 +47,7 @@ def migrate(
 
     Args:
         loras: .safetensors files, folders, text files that list them, or addresses on the hub.
-        source: the bases that they were trained on; of several, a LoRA's header and keys tell which
-            one it belongs to. A base is a file, a folder or an id on the hub.
+        source: the base that they were trained on: a file, a folder or an id on the hub.
         target: the bases to move to.
         folder: where the results go.
         options: how the LoRAs are moved.
@@ -75,7 +69,8 @@ def migrate(
     if asked.method == BEST or asked.overwrite:
         raise InvalidOption("a migration moves by weights, and replaces nothing")
     job = Job(os.path.abspath(folder), replace(asked.for_file(), progress=None))
-    batches, found = assign_loras(list_loras(loras), _list_paths(source), _list_paths(target), job)
+    (base,), targets = _list_paths([source]), _list_paths(target)
+    batches, found = assign_loras(list_loras(loras), base, targets, job)
     batches = _take_shard(batches, shard)
     # Processes that do the same work meet in the middle, and not at every batch.
     random.Random().shuffle(batches)
@@ -97,7 +92,7 @@ def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
     """Paths as text, absolute where they are paths and not ids on the hub."""
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not listed:
-        raise InvalidOption("a migration needs a source and a target, at least one of each")
+        raise InvalidOption("a migration needs a target")
     return [os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in listed]
 
 
@@ -112,23 +107,20 @@ def _take_shard(batches: list[Batch], shard: str | None) -> list[Batch]:
 
 
 def assign_loras(
-    loras: list[Path], sources: list[str], targets: list[str], job: Job
+    loras: list[Path], source: str, targets: list[str], job: Job
 ) -> tuple[list[Batch], list[Migrated]]:
-    """Returns the batches of a collection, and the outcomes of LoRAs without source."""
-    opened: dict[str, Experts] = {path: open_experts(path) for path in {*sources, *targets}}
-    own, cache = {path: opened[path] for path in sources}, BasisCache(job.options.cache)
+    """Returns the batches of a collection, and the outcomes of LoRAs of no expert."""
+    experts = open_experts(source)
+    known = {target: pair_experts(experts, open_experts(target)) for target in targets}
     groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     refused = []
-    for lora in loras:
-        try:
-            source = find_source(lora, own, job.options, cache)
-            for target in targets:
-                pairs = pair_experts(opened[source], opened[target])
+    for target, pairs in known.items():
+        for lora in loras:
+            try:
                 for pair, appended in choose_pairs(lora, pairs):
                     key = source, target, pair.expert
                     groups.setdefault(key, []).append((str(lora), appended))
-        except ProLoRAError as error:
-            for target in targets:
+            except ProLoRAError as error:
                 batch = Batch("", target, "", ((str(lora), ""),))
                 refused.append(note_refusal(batch, job, lora, error))
     return [
@@ -136,49 +128,3 @@ def assign_loras(
         for key, members in groups.items()
         for i in range(0, len(members), _BATCH)
     ], refused
-
-
-def find_source(
-    lora: Path, sources: Mapping[str, Experts], options: TransferOptions, cache: BasisCache
-) -> str:
-    """Returns the path of the base that a LoRA belongs to, or refuses to guess."""
-    bases = {path: next(iter(experts.values())) for path, experts in sources.items()}
-    if len(bases) == 1:
-        return next(iter(bases))  # whether it fits is told where it moves
-    header = read_header(lora)
-    reasons = {path: explain_misfit(lora, base) for path, base in bases.items()}
-    if all(reasons.values()):
-        text = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
-        raise UnsupportedFormat(f"{lora}: it fits none of the sources. {text}")
-    fitting = {path: base for path, base in bases.items() if not reasons[path]}
-    fitting = _keep_moved_to(lora, fitting, options, cache)
-    tests = (
-        lambda base: is_stated_base(header, base, cache),
-        lambda base: is_named_base(header, base.name),
-        lambda base: base.family is not None and base.family == claimed_family(header),
-    )
-    for test in tests:
-        if len(fitting) > 1:
-            fitting = {path: base for path, base in fitting.items() if test(base)} or fitting
-    if len(fitting) > 1:
-        raise UnsupportedFormat(
-            f"{lora}: it fits {', '.join(fitting)}, and its header does not tell which of them "
-            "it was trained on; move it with one `source`"
-        )
-    return next(iter(fitting))
-
-
-def _keep_moved_to(
-    lora: Path, bases: Mapping[str, Base], options: TransferOptions, cache: BasisCache
-) -> dict[str, Base]:
-    """Drops bases that an already moved LoRA does not belong to, unless all."""
-    fitting, refusal = {}, None
-    for path, base in bases.items():
-        try:
-            check_moved_before(lora, base, options, cache)
-            fitting[path] = base
-        except ProLoRAError as error:
-            refusal = error
-    if refusal is not None and not fitting:
-        raise refusal
-    return fitting

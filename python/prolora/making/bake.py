@@ -26,8 +26,8 @@ from ..errors import InvalidOption, NonFiniteWeights, OutputError, UnsupportedFo
 from ..files.safetensors_file import SafetensorsFile
 from ..files.safetensors_writing import replace_tensor
 from ..files.store import check_free, put
+from ..moving.base_check import check_moved_before
 from ..moving.block_weights import Blocks, find_factors
-from ..moving.moved_before import check_moved_before
 from ..moving.options import LoraLike, TransferOptions
 from .bake_report import BakedModule, BakeReport
 from .convert import read_plain

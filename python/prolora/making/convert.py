@@ -25,8 +25,7 @@ from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import explain_misfit
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, name_lora, read_dtype
-from ..moving.out_rank import cut_rank
+from ..moving.options import LoraLike, cut_rank, name_lora, read_dtype
 from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
 from ..moving.rows import (

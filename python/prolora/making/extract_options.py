@@ -9,8 +9,7 @@ import torch
 from ..core.option_fields import take_option
 from ..core.rank_rule import Rank
 from ..errors import InvalidOption
-from ..moving.options import FormatLike, Output, Resources, read_dtype
-from ..moving.out_rank import OutRank
+from ..moving.options import FormatLike, Output, OutRank, Resources, read_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

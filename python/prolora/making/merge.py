@@ -27,13 +27,11 @@ from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
 from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, ShapeMismatch
-from ..moving.base_check import explain_misfit, guess_lora_families
+from ..moving.base_check import check_moved_before, explain_misfit, guess_lora_families
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
-from ..moving.moved_before import check_moved_before
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions, read_dtype
-from ..moving.out_rank import cut_rank
+from ..moving.options import LoraLike, TransferOptions, cut_rank, read_dtype
 from ..moving.output_paths import check_name, check_output
 from ..moving.result import Transfer, save_result
 from ..moving.rows import (

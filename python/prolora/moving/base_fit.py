@@ -20,8 +20,7 @@ from ..bases.experts import ExpertsLike, open_experts
 from ..errors import ShapeMismatch, UnsupportedFormat
 from ..reports.module_report import ModuleReport, measure_coverage, split_modules
 from ..reports.report import Mark
-from .base_check import describe_kind
-from .moved_before import find_newer_base
+from .base_check import describe_kind, find_newer_base
 from .plan import explain_other_shape
 from .rows import describe_place, list_unread_modules
 

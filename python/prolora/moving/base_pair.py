@@ -20,23 +20,20 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
-from .assembly import assemble_adapter, build_metadata, build_report, outline_result
+from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors, outline_result
 from .base_check import check_bases
 from .block_weights import weigh_adapter
-from .carried_vectors import carry_vectors
 from .decision import decide_method, label_stage
 from .ledger import Clock, Ledger
 from .move_updates import move_updates
 from .options import LoraLike, TransferOptions, read_dtype
 from .plan import make_plan
-from .result import Notes, Transfer, list_inputs
-from .resume import make_file
+from .result import Notes, Transfer, list_inputs, make_file
 from .rows import outline_rows
 from .transfer_report import TransferReport
 
-Depth = Literal["updates", "outline", "header"]
-"""How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
-base; or no tensor at all."""
+Depth = Literal["updates", "outline"]
+"""How far a LoRA is read for its plan: all, or all but what first has to be made with its base."""
 
 
 @dataclass
@@ -246,8 +243,7 @@ def read_lora(
         return adapters.read_adapter(
             lora, read_weight=source.read, base=names, keep_stored=keep_stored
         )
-    header = depth == "header"
-    return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
+    return adapters.outline_adapter(lora, source.shapes, source.family)
 
 
 def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:

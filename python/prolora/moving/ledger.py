@@ -19,8 +19,7 @@ from ..core.verdict import STRANGE_COSINE, Verdict
 from ..errors import NonFiniteWeights
 from ..reports.module_report import LEFT_OUT, Measures, ModuleReport
 from .block_weights import BlockWeights, list_base_blocks
-from .options import LoraLike, TransferOptions
-from .out_rank import cut_rank
+from .options import LoraLike, TransferOptions, cut_rank
 from .plan import ModulePlan, Pair
 
 

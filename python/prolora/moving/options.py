@@ -6,6 +6,8 @@ the fields.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..adapters.lora import Lora, LoraSource
 from ..bases.base import Progress
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..core.arrays import make_fields_plain
+from ..core.lowrank import LowRank
 from ..core.methods import Method, MethodChoice, find_method
 from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
@@ -28,7 +31,49 @@ from ..errors import InvalidOption
 from ..files.hub import spell_path
 from ..files.sizes import parse_limit
 from .block_weights import Blocks, BlockWeights
-from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
+
+OutRank = int | float | str
+
+EXACT = "exact"
+OUT_RANK_FORMS = (
+    '"exact", an int ≥ 1, a share of the energy between 0 and 1, or a percentage such as "50%"'
+)
+
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+
+
+def parse_percentage(out_rank: OutRank) -> float | None:
+    """Returns the number before the % of "50%"; None for any other form."""
+    match = _PERCENT.fullmatch(out_rank) if isinstance(out_rank, str) else None
+    return float(match[1]) if match else None
+
+
+def is_out_rank(out_rank: object) -> bool:
+    """Returns whether a value is one of `OUT_RANK_FORMS`."""
+    if isinstance(out_rank, str):
+        return out_rank == EXACT or (parse_percentage(out_rank) or 0) > 0
+    if isinstance(out_rank, float):
+        return 0 < out_rank < 1
+    return isinstance(out_rank, int) and not isinstance(out_rank, bool) and out_rank >= 1
+
+
+def cut_rank(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
+    """Cuts the update [m, n] to its output rank; unchanged if nothing is cut.
+
+    `out_rank` "exact" keeps it; an int keeps at most that many singular values; a float the fewest
+    that hold this share of Σσ²; "50%" half as many as the LoRA's own rank `rank_in`, rounded up.
+    """
+    if out_rank == EXACT:
+        return update
+    if isinstance(out_rank, float):
+        return update.truncate(energy=out_rank)
+    share = parse_percentage(out_rank)
+    if share is None:
+        most = int(out_rank)
+    else:
+        most = max(1, math.ceil((rank_in or update.rank) * share / 100))
+    return update.truncate(rank=most) if most < update.rank else update
+
 
 LoraLike: TypeAlias = "LoraSource | Lora | Adapter"
 """A .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,

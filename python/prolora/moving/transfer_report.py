@@ -8,14 +8,12 @@ from typing import Any, ClassVar
 
 from ..comparison.expectation import CLASSES, classify
 from ..comparison.module_map import BlockDecision, describe_renumbered
-from ..core.grouping import group_by
 from ..core.methods import find_method
 from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
 from ..reports.lora_report import MovedReport
 from ..reports.module_report import LEFT_OUT, ModuleReport, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Cell, Column, Row, Table, make_table
-from .carried_vectors import A_VECTOR
 
 AMOUNTS = (
     (0.995, "All"),
@@ -27,6 +25,9 @@ AMOUNTS = (
     (0.0, "Very little"),
 )
 """From which share on a part is called how."""
+
+A_VECTOR = "a trained bias or normalisation layer"
+"""How reasons begin for which such a tensor stays behind."""
 
 LITTLE = 0.4
 """A LoRA that keeps less than this share on the target promises little."""
@@ -204,12 +205,8 @@ class TransferReport(MovedReport):
 
     def tables(self) -> list[Table]:
         """Tabulates where blocks came from, and what moved or did not."""
-        return [*_tabulate_stacks(self.decisions, self.dropped_blocks), *super().tables()]
-
-    def page_tables(self) -> list[Table]:
-        """Adds a row for every block, and all that a LoRA's report has."""
         blocks = [_tabulate_blocks(self.decisions)] if self.decisions else []
-        return [*blocks, *super().page_tables()]
+        return [*blocks, *super().tables()]
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
@@ -274,26 +271,6 @@ def tell_place(placed: float, kept: float | None, target: str) -> str:
     return f"{text}, and {rest} of that was kept."
 
 
-def _tabulate_stacks(decisions: Sequence[BlockDecision], unused: Sequence[str]) -> list[Table]:
-    """Tabulates where blocks came from, by stack; none without matched blocks."""
-    stacks = group_by(decisions, lambda decision: decision.target.rpartition(".")[0])
-    rows = [
-        Row(
-            (
-                name.removesuffix(".transformer_blocks"),
-                _write_origins(name, several),
-                min(decision.score for decision in several),
-                min(decision.margin for decision in several),
-            )
-        )
-        for name, several in stacks.items()
-    ]
-    title = f"Blocks matched by similarity; {len(unused)} of the source's are not used"
-    columns = [Column("blocks"), Column("block←from"), Column("least score", ".2f")]
-    columns.append(Column("least margin", ".2f"))
-    return [make_table(title, columns, rows)] if rows else []
-
-
 def _tabulate_blocks(decisions: Sequence[BlockDecision]) -> Table:
     """Tabulates the source of each block, and the runner-up."""
     columns = [Column("block"), Column("from"), Column("runner-up"), Column("score", ".2f")]
@@ -305,13 +282,3 @@ def _tabulate_blocks(decisions: Sequence[BlockDecision]) -> Table:
         cells: list[Cell] = [*short, one.score, one.runner_up_score, one.margin]
         rows.append(Row(tuple(cells), "" if one.source else "warn"))
     return make_table("The source of each block", columns, rows)
-
-
-def _write_origins(stack: str, decisions: list[BlockDecision]) -> str:
-    """Writes `0←0 1←3`, with the source's stack if it differs."""
-    origins = []
-    for decision in decisions:
-        origin, _, index = (decision.source or "").rpartition(".")
-        prefix = "" if origin in ("", stack) else origin.removesuffix(".transformer_blocks") + "."
-        origins.append(f"{decision.target.rpartition('.')[2]}←{prefix}{index or 'none'}")
-    return " ".join(origins)

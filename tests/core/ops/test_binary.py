@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prolora.core.ops import krylov_block, native, small_svd, torch_twin
+from prolora.core.ops import krylov_block, native, precise_product, small_svd, torch_twin
 
 _C = native.EXTENSION.kernels
 if _C is None:
@@ -27,6 +27,8 @@ REGISTERS = {
     "panel_qr_kernel": 168,
     "sum_thin_parts_kernel": 64,
     "finish_block_kernel": 168,
+    "split_rows_kernel": 128,
+    "precise_product_kernel": 255,
 }
 TILE_KERNELS = (
     "overlap_table_kernel",
@@ -118,6 +120,7 @@ def test_sizes_that_python_repeats_are_those_of_the_kernels():
     assert _C.interface == native.INTERFACE
     assert _C.overlap_block == torch_twin.BLOCK
     assert _C.max_krylov_width == krylov_block.MAX_WIDTH
+    assert _C.max_precise_depth == precise_product.MAX_DEPTH
     assert _C.max_svd_columns == small_svd.MAX_SVD_COLUMNS
 
 

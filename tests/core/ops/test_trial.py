@@ -10,7 +10,7 @@ from backends import load
 from spectra import planted, power_law
 
 import prolora
-from prolora.core.ops import native, project_pair, torch_twin, trial
+from prolora.core.ops import native, precise_product, project_pair, torch_twin, trial
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
 from prolora.core.ops.small_svd import small_singular_values, small_svd
@@ -100,6 +100,16 @@ def test_a_kernel_that_is_wrong_is_left_and_the_log_warns(card, monkeypatch, cap
         found = project_pair.project_pair(*operands())
     torch.testing.assert_close(found, torch_twin.project_pair(*operands()))
     assert not chosen()[1] and "off by" in caplog.text
+
+
+@pytest.mark.parametrize(("factor", "wins"), [(1 + 1e-8, False), (1.0, True)])
+def test_a_product_that_is_no_better_than_float32_is_left(card, monkeypatch, factor, wins):
+    """Whatever its operands are: what comes of it is taken for float64's."""
+    slow_torch(monkeypatch, "precise_product")
+    run = precise_product.run_precise_product
+    monkeypatch.setattr(precise_product, "run_precise_product", lambda *x: run(*x) * factor)
+    precise_product.precise_product(operands()[2].half())
+    assert chosen()[1] == wins
 
 
 def test_a_kernel_that_does_not_launch_is_left_and_the_log_warns(card, caplog):

@@ -3,14 +3,19 @@
 Judged by the planted subspace and by LAPACK's ratios, never by comparing singular vectors.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from backends import load
 from safetensors.torch import load_file
 from spectra import orthonormal, planted, power_law, sine
 
 from prolora import truncated_svd
+from prolora.core.ops import torch_twin
+from prolora.core.ops.precise_product import run_precise_product
+from prolora.core.svd import stacks
 
 EPS32 = torch.finfo(torch.float32).eps
 MINI = Path(__file__).parents[3] / "examples" / "mini_family" / "weights"
@@ -107,8 +112,18 @@ def errors(weight, u, v, basis):
     return max(sines), max(projections)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def way(request, monkeypatch):
+    """As a CPU goes, or as a GPU does where its float64 products come from the kernel's text."""
+    if request.param == "gpu":
+        extension = load("cpu", "_C")
+        by_kernel = partial(run_precise_product, extension, cuda=False)
+        monkeypatch.setattr(torch_twin, "precise_product", lambda x, y=None: by_kernel(x, y))
+        monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+
+
 @pytest.mark.parametrize("name", ZOO)
-def test_the_bound_holds_and_ok_means_a_projector_good_to_a_thousandth(name):
+def test_the_bound_holds_and_ok_means_a_projector_good_to_a_thousandth(way, name):
     m, n, values, k = ZOO[name]
     weight = planted(m, n, values)[0].float()
     # The subspaces of the weight as stored: rounding to float32 moves those that were planted.

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ...architectures.family import AuthorsWeight
@@ -121,17 +120,15 @@ def _has_place(one: StoredUpdate, format: str) -> bool:
 
 def verify_stored(
     output: Path | Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
     kept: KeptTensors,
     adapter: Adapter,
     where: StrPath,
 ) -> None:
-    """Opens an output and compares every byte, and what its keys and scales mean.
+    """Opens an output and compares what its keys and scales mean.
 
     Args:
         output: a file, a PEFT folder or a state dict.
-        tensors: that were written.
-        kept: whose they are.
+        kept: whose tensors it has.
         adapter: what the output means.
         where: its name in messages.
 
@@ -140,13 +137,6 @@ def verify_stored(
     """
     try:
         with Lora.open(output) as back:
-            if back.headers.keys() != tensors.keys():
-                raise OutputError(f"{where}: reads back with other tensors than written")
-            for key, tensor in tensors.items():
-                if not _are_equal(back.read(key), tensor):
-                    raise OutputError(
-                        f"{where}: {key} reads back differently from what was written"
-                    )
             contents = parse_contents(back, BaseNames(adapter.family, adapter.updates))
             meant = {name for name in kept.owners if name in adapter.updates}
             seen: set[str] = set()
@@ -165,11 +155,3 @@ def verify_stored(
     if seen != meant or vectors != set(adapter.vectors):
         name = next(iter((seen ^ meant) | (vectors ^ set(adapter.vectors))))
         raise OutputError(f"{where}: reads back with other modules than written: {name}")
-
-
-def _are_equal(one: Tensor, other: Tensor) -> bool:
-    """Tells whether two tensors have equal bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    flat = (x.contiguous().flatten().view(torch.uint8) for x in (one, other))
-    return torch.equal(*flat)

@@ -75,7 +75,6 @@ class RefusedKey:
     """A key of an adapter type that is not read."""
 
     algorithm: str  # short name of the adapter type
-    path: str  # the module path in front of the telling suffix
 
 
 FOREIGN = "a tensor of no LoRA, or of a module that prolora does not know"
@@ -177,8 +176,8 @@ def parse_key(
         family: whose names the modules of a transformer have, if that is known.
     """
     for pattern, algorithm in _REFUSED:
-        if match := pattern.search(key):
-            return RefusedKey(algorithm, key[: match.start()])
+        if pattern.search(key):
+            return RefusedKey(algorithm)
     for pattern, reason in _LEFT_OUT:
         if pattern.search(key):
             return LeftOutKey(reason)

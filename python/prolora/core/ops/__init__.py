@@ -3,11 +3,12 @@
     krylov_block           a block of a Krylov iteration, from weights in their stored 16 bits
     overlap_table          block sums and shells of (UsᵀUt)², for all layers and sides in one call
     panel_qr               orthonormal rows of thin panels
+    precise_product        products as if in float64, from 8-bit integers on tensor cores
     project_pair           rows through the subspaces of two bases, range and complement at once
     small_singular_values  the singular values of a stack of small matrices
     small_svd              thin SVD of a stack of small matrices
 
-All but the first take float32 or float64, contiguous or not. They run on any device, and under
+All but `krylov_block` take float32 or float64, contiguous or not. They run on any device, and under
 FakeTensor and torch.compile. `torch_twin` says in torch what each computes; `native` decides which
 of the two runs. The list of ops is PROLORA_OPS in csrc/ops.h and ON_CPU in `native`.
 """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..parallel import map_on_threads
+from ..symmetric import lower_gram, mirror_lower
 
 BLOCK = 64
 """Rows and columns of a block of an overlap table: kOverlapBlock in csrc/ops.h."""
@@ -222,6 +223,13 @@ def substitute_rows(factor: Tensor, panel: Tensor, unit: Tensor, dropped: Tensor
     # From the right, where the rows are the columns that LAPACK wants.
     solved: Tensor = torch.linalg.solve_triangular(factor.mT, scaled.mT, upper=True, left=False)
     return solved.mT
+
+
+def precise_product(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Multiplies in float64: x [b, r, p], y [b, c, p], any dtype -> x yᵀ, or x xᵀ."""
+    if y is None:
+        return mirror_lower(lower_gram(x))
+    return x.double() @ y.double().mT
 
 
 def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..exceptions import SolverFailure
 from ..precision import EPS
 from ..rank_rule import Rank, count_columns
+from ..symmetric import lower_gram
 from .factors import sample_residual
-from .products import lower_gram, multiply_narrow
+from .products import multiply_narrow
 from .solvers import SKEW_64, estimate_skew, full_svd, measured_eigh
 from .triplets import Evidence, Triplets, mark_failed, residual_and_angle, rounding_error
 

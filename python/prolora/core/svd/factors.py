@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.precise_product import precise_product
 from ..precision import EPS32
+from ..symmetric import lower_gram, mirror_lower
 from .cut import Cut
-from .products import lower_gram, mirror_lower
 from .solvers import PROBES, estimate_skew, random_probes
 from .stacks import decides_freely
 
@@ -106,7 +107,7 @@ def _measure_rounding(w: Tensor, norm: Tensor, x: Tensor, images: Tensor) -> Ten
     """
     every = max(1, w.shape[-1] // SAMPLE)
     sample = w[..., ::every].double()  # [b, d, SAMPLE]
-    missed = images[..., ::every] - x.double() @ sample
+    missed = images[..., ::every] - precise_product(x, sample.mT)
     seen = torch.linalg.vector_norm(sample, dim=(-2, -1)).clamp_min(1e-300)
     lost: Tensor = 2 * norm * torch.linalg.vector_norm(missed, dim=(-2, -1)) / seen
     return lost

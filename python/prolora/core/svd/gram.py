@@ -13,12 +13,13 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.precise_product import precise_product
 from ..precision import EPS32
 from ..rank_rule import Rank, count_columns
 from .complement import complement_triplets
 from .cut import Cut, make_cut, make_even_cut
 from .head import find_head
-from .products import FormedGram, lower_gram, mirror_lower
+from .products import FormedGram
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
 from .stacks import decides_freely
@@ -50,7 +51,7 @@ def suits_gram(d: int, rank: Rank) -> bool:
 
 def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     """Computes leading triplets of w [b, d, n], float32, d ≤ n; `norm` [b] is ‖w‖_F."""
-    gram = FormedGram(mirror_lower(lower_gram(w)))
+    gram = FormedGram(precise_product(w))
     values, vectors, top, head = _solve_in_single(gram, w, norm)
     sound = values.isfinite().all(-1)
     values = values.nan_to_num(0.0).clamp_min(0)

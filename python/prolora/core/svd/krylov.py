@@ -23,11 +23,12 @@ from torch import Tensor
 
 from ..ops import native, trial
 from ..ops.krylov_block import STORED
+from ..ops.precise_product import precise_product
 from ..rank_rule import Rank
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .head import LeadingPairs, find_head
-from .products import AnyGram, FormedGram, ImpliedGram, lower_gram, mirror_lower
+from .products import AnyGram, FormedGram, ImpliedGram
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
 from .stacks import decides_freely, float64_cost, take_places
@@ -216,7 +217,7 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | No
     if stored is not None:
         stored = stored if stored.mT.is_contiguous() else stored.contiguous()
     elif _gram_pays((d, n), USUAL_BASIS * k, k, float64_cost(w.device)):
-        gram = FormedGram(mirror_lower(lower_gram(w)))
+        gram = FormedGram(precise_product(w))
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
     start = start.to(w.device, non_blocking=True).mT.expand(b, -1, -1)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from .stacks import take_places
-
-# Row blocks of a Gram matrix, and how tall they must be to be worth it.
-BLOCKS = 4
-MIN_BLOCK = 64
-# Columns of a float32 matrix that are taken to float64 at a time.
-PANEL = 640
+from ..ops.precise_product import precise_product
+from .stacks import decides_freely, take_places
 
 
 @dataclass
@@ -31,7 +24,8 @@ class FormedGram:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiplies the rows of x [b, c, d], float64, by G."""
-        return x @ self.precise
+        # G is its transpose; a CPU multiplies as it always did, to the last bit.
+        return x @ self.precise if decides_freely(x) else precise_product(x, self.precise)
 
     def rough(self, x: Tensor) -> Tensor:
         """Multiplies in float32."""
@@ -55,7 +49,7 @@ class ImpliedGram:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiplies the rows of x [b, c, d], float64, by G."""
-        return x @ self.precise @ self.precise.mT
+        return precise_product(precise_product(x, self.precise.mT), self.precise)
 
     def rough(self, x: Tensor) -> Tensor:
         """Multiplies in float32."""
@@ -75,37 +69,6 @@ def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:
     if w.stride(-1) == 1 or w.stride(-2) != 1:
         return w @ x
     return (x.mT @ w.mT).mT
-
-
-def lower_gram(w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Computes wwᵀ of w [..., d, n] in `dtype`; only its lower triangle means anything.
-
-    `eigh` and `cholesky` read no more, and five eighths of the flops fill it. A w of another dtype
-    is converted panel by panel, because a full copy would be twice its size.
-    """
-    *batch, d, n = w.shape
-    flat = w.reshape(-1, d, n)
-    gram = w.new_empty(len(flat), d, d, dtype=dtype)
-    for i, panel in enumerate(flat.split(n if w.dtype == dtype else PANEL, -1)):
-        part = panel.to(dtype)
-        for low, high in _row_blocks(d):
-            rows = gram[:, low:high, :high]
-            torch.baddbmm(rows, part[:, low:high], part[:, :high].mT, beta=min(i, 1), out=rows)
-    return gram.reshape(*batch, d, d)
-
-
-def mirror_lower(lower: Tensor) -> Tensor:
-    """Completes the symmetric matrix whose lower part `lower_gram` gave; in place."""
-    d = lower.shape[-1]
-    for low, high in _row_blocks(d):
-        lower[..., :low, low:high] = lower[..., low:high, :low].mT
-    return lower
-
-
-def _row_blocks(d: int) -> list[tuple[int, int]]:
-    blocks = max(1, min(BLOCKS, d // MIN_BLOCK))
-    edges = [d * i // blocks for i in range(blocks + 1)]
-    return list(itertools.pairwise(edges))
 
 
 AnyGram = FormedGram | ImpliedGram

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.precise_product import precise_product
 from ..precision import EPS
 from .bounds import Pairs, Repair, bound_dropped, bound_span_angle, measure_residuals
 from .cut import Cut
@@ -203,10 +204,10 @@ def rayleigh_ritz(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x: [b, q, d], any basis, nearly orthonormal; y: xG [b, q, d]. Returns the eigenvalues [b, q],
     descending, the eigenvectors and their products with G.
     """
-    factor, failed = torch.linalg.cholesky_ex(x @ x.mT)
-    half = torch.linalg.solve_triangular(factor, x @ y.mT, upper=False)
+    factor, failed = torch.linalg.cholesky_ex(precise_product(x, x))
+    half = torch.linalg.solve_triangular(factor, precise_product(x, y), upper=False)
     within = torch.linalg.solve_triangular(factor, half.mT.contiguous(), upper=False)
     values, vectors = descending_eigh(torch.where(failed[:, None, None] == 0, within, 0.0))
     rotation = torch.linalg.solve_triangular(factor.mT, vectors, upper=True).mT
     values = torch.where(failed[:, None] == 0, values, torch.nan)
-    return values, rotation @ x, rotation @ y
+    return values, precise_product(rotation, x.mT), precise_product(rotation, y.mT)

@@ -1,9 +1,8 @@
-"""LAPACK, cuSOLVER and what replaces them, as solvers that may fail: caught and measured here."""
+"""LAPACK and cuSOLVER, as solvers that may fail: caught and measured here."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,12 +11,8 @@ import torch
 from torch import Tensor
 
 from ..exceptions import KernelFailure
-from .batched_eigh import solver_at
-from .cusolver import SolverUnavailable
 from .products import multiply_narrow
 from .stacks import decides_freely
-
-logger = logging.getLogger(__name__)
 
 Out = TypeVar("Out")
 # Random vectors that the orthonormality of many columns is judged by.
@@ -48,7 +43,7 @@ def attempt(solve: Callable[[], Out]) -> Out | None:
 def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of [b, d, d] by descending eigenvalue, checked.
 
-    On a GPU in one batched call where there is one, without waiting for the device.
+    On a GPU in one batched call, if torch is 2.12 or later: earlier ones go matrix by matrix.
 
     symmetric: float32 or float64; only the lower triangle is read. Returns values [b, d] and
     vectors [b, d, d] as columns; NaN for a matrix that the solver failed on, and where the vectors
@@ -59,12 +54,12 @@ def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 def measured_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `descending_eigh` and an upper estimate of ‖VᵀV − I‖_F, float64 [b]."""
-    values, vectors, info = _solve_stack(symmetric, with_vectors=True)
+    values, vectors = _solve_stack(symmetric, with_vectors=True)
     lower = symmetric.tril()
     norm, allowed = _symmetric_norm(lower), _allowed_error(symmetric)
     skew, residual = _measure_pairs(lower, values, vectors)
     # Comparisons with NaN are false.
-    trusted = (info == 0) & norm.isfinite() & (skew <= allowed) & (residual <= allowed * norm)
+    trusted = norm.isfinite() & (skew <= allowed) & (residual <= allowed * norm)
     vectors = vectors.flip(-1)
     if not decides_freely(trusted) or not bool(trusted.all()):
         vectors.masked_fill_(~trusted[:, None, None], torch.nan)
@@ -77,46 +72,34 @@ def eigenvalue_stack(symmetric: Tensor) -> Tensor:
     NaN for a matrix that the solver failed on, and where the sum of the values or of their squares
     is not that of the matrix.
     """
-    values, _, info = _solve_stack(symmetric, with_vectors=False)
+    values, _ = _solve_stack(symmetric, with_vectors=False)
     lower = symmetric.tril()
     norm, allowed = _symmetric_norm(lower), _allowed_error(symmetric)
     trace = lower.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=norm.dtype)
     trace_error = (values.sum(-1, dtype=norm.dtype) - trace).abs()
     norm_error = (torch.linalg.vector_norm(values, dim=-1, dtype=norm.dtype) - norm).abs()
-    trusted = (info == 0) & norm.isfinite() & (norm_error <= allowed * norm)
+    trusted = norm.isfinite() & (norm_error <= allowed * norm)
     trusted &= trace_error <= allowed * math.sqrt(symmetric.shape[-1]) * norm
     return torch.where(trusted[:, None], values, torch.nan).flip(-1)
 
 
-def _solve_stack(symmetric: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ascending values, vectors as columns (or none), and int32 [b], 0 where converged."""
-    batched = solver_at(symmetric.device, symmetric.dtype, symmetric.shape[-1])
-    if batched.solve is not None:
-        # A copy, which the solver may overwrite. What it does with NaN and Inf nobody says.
-        copy = symmetric.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).contiguous()
-        try:
-            return batched.solve(copy, with_vectors)
-        except SolverUnavailable as error:
-            _warn_once(f"{batched.name} gives way to torch.linalg.eigh: {error}")
+def _solve_stack(symmetric: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor]:
+    """Returns ascending values and vectors as columns (or none); values of NaN where it failed."""
+    # What a GPU's solver does with NaN and Inf nobody says; a CPU's refuses them.
+    finite = symmetric if symmetric.is_cpu else symmetric.nan_to_num(0.0, 0.0, 0.0)
 
     def solve() -> tuple[Tensor, Tensor]:
         if with_vectors:
-            values, vectors = torch.linalg.eigh(symmetric)
+            values, vectors = torch.linalg.eigh(finite)
             return values, vectors
-        return torch.linalg.eigvalsh(symmetric), symmetric
+        return torch.linalg.eigvalsh(finite), symmetric
 
     pair = attempt(solve)
     if pair is None and len(symmetric) > 1:
         parts = [_solve_stack(one[None], with_vectors) for one in symmetric]
-        values, vectors, info = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-        return values, vectors, info
-    info = torch.zeros(len(symmetric), dtype=torch.int32, device=symmetric.device)
-    return (symmetric[..., 0], symmetric, info + 1) if pair is None else (*pair, info)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+        values, vectors = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        return values, vectors
+    return (torch.full_like(symmetric[..., 0], torch.nan), symmetric) if pair is None else pair
 
 
 def full_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

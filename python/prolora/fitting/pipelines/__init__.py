@@ -4,10 +4,9 @@ from .crossing import CrossingSide, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
 from .latents import LatentSpace, SharedLatents, check_shown
 from .pairing import PipelinePair, pair_pipelines
-from .pipeline import Pipeline, describe_pipeline
+from .pipeline import Pipeline, TextPart, describe_pipeline, run_text_encoders_beside
 from .pipeline_opening import open_pipeline
 from .stages import estimate_bytes
-from .text_part import TextPart, run_text_encoders_beside
 from .vram import CardPlan, plan_card
 
 __all__ = [

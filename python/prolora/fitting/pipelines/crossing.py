@@ -23,13 +23,10 @@ from ..recording.trajectories import Call
 from ..recording.translation import Question, Translation, same_call
 from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, split_call
-from .conversion import align_rows
 from .guidance import guide_source
-from .latent_layouts import LatentLayout, check_shapes
-from .latents import LatentSpace, SharedLatents, check_shown
-from .pipeline import FinalSample, Pipeline, share_size
-from .schedules import NoiseSchedule
-from .text_part import TextPart
+from .latents import LatentLayout, LatentSpace, SharedLatents, check_shapes, check_shown
+from .pipeline import FinalSample, Pipeline, TextPart, share_size
+from .schedules import NoiseSchedule, align_rows
 
 
 @dataclass(frozen=True)
@@ -144,15 +141,10 @@ class CrossedTranslation(Translation):
 
 def cross_clean(ours: CrossingSide, theirs: CrossingSide, latent: Tensor) -> Tensor:
     """Moves latents [n, ...] to the other side by their pixels."""
-    return theirs.space.encode(show_images(ours, latent, theirs.pixels))
-
-
-def show_images(side: CrossingSide, latent: Tensor, size: tuple[int, int]) -> Tensor:
-    """Decodes latents to pixels [n, 3, h, w], resized to a size."""
-    pixels = side.space.decode(latent)
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+    pixels, size = ours.space.decode(latent), theirs.pixels
+    if tuple(pixels.shape[-2:]) != size:
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+    return theirs.space.encode(pixels)
 
 
 def observe_sides(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ from ..recording.translation import PAIR, Question
 from ..updates import run_beside
 from .conditioning import stack_conditionings
 from .crossing import CrossedTranslation, CrossingSide, cross_clean, draw_noise, takes_few_steps
-from .latents import LatentSpace, SharedLatents
+from .latents import SharedLatents
+from .pipeline import TextPart, run_text_encoders_beside
 from .schedules import level_log_snr
-from .text_part import TextPart, run_text_encoders_beside
 
 _QUESTIONS = 2**30  # seeds of draws for questions, beyond the samplers' seeds
 FREE_SHARE = 0.2
@@ -106,11 +105,13 @@ class CrossingRecorder:
         if self.checkpoints.folder is None:
             return ""
         spaces = self.ours.space, self.theirs.space
-        vaes = (s.vae for s in spaces)
-        hashes = ["" if v is None else digest_facts(describe_live_module(v)) for v in vaes]
-        return hash_texts(
-            "across latents", *self.keys.values(), *hashes, *map(repr, map(_norms, spaces))
-        )
+        told = []
+        for space in spaces:
+            known = {name: value for name, value in vars(space).items() if name != "vae"}
+            plain = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in known.items()}
+            vae = "" if space.vae is None else digest_facts(describe_live_module(space.vae))
+            told += [vae, repr(plain)]
+        return hash_texts("across latents", *self.keys.values(), *told)
 
     def record_questions(self, seed: int, held_out: bool = False) -> list[Question]:
         """Questions about the images of three origins, and for the fit about pairs of images.
@@ -269,9 +270,3 @@ class CrossingRecorder:
             "noises": torch.cat(noises),
             "levels": levels.round(decimals=6).unique().flip(0),
         }
-
-
-def _norms(space: LatentSpace | SharedLatents) -> dict[str, Any]:
-    """Returns all of a space but the VAE, as plain values."""
-    known = {name: value for name, value in vars(space).items() if name != "vae"}
-    return {n: v.tolist() if isinstance(v, Tensor) else v for n, v in known.items()}

@@ -10,15 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedFormat
-from ..hooks import keep_hooks
 from ..recording.trajectories import Call
+from ..updates import keep_hooks
 from .conditioning import split_call, stack_output
 from .schedules import NoiseSchedule, Times
 
@@ -26,26 +25,6 @@ STEPS = 3
 """Sampling steps that are observed."""
 _TOLERANCE = 0.01  # share of the range of times; pipelines round them to half precision
 _USUAL = ((1.0, 0.0), (-1.0, 1.0))  # slope and offset of times, in units of 1 or of the scheduler
-
-
-@dataclass
-class _Observed:
-    """One sampling: for each step, the scheduler's time, and what the model was given and gave."""
-
-    times: list[tuple[float, float]] = field(default_factory=list)
-    signs: list[float] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    asked: float = 0.0
-
-    def add_call(self, time: Tensor, output: Any) -> None:
-        self.asked = float(time.double().mean())
-        self.outputs.append(stack_output(output).detach().double().cpu())
-
-    def add_step(self, used: Tensor, time: Any) -> None:
-        if self.outputs:
-            self.times.append((self.asked, float(torch.as_tensor(time).double().mean())))
-            self.signs.append(_sum_of_shares(used.detach().double().cpu(), self.outputs))
-        self.outputs = []
 
 
 def observe_flow(
@@ -56,22 +35,30 @@ def observe_flow(
     name: str,  # of the pipeline, for messages
 ) -> NoiseSchedule:
     """Returns the schedule of a flow with its times and its sign."""
-    observed = _Observed()
+    asked: list[Tensor] = []  # the model's times in a step, and its predictions
+    outputs: list[Tensor] = []
+    times: list[tuple[float, float]] = []  # the model's and the scheduler's of each step
+    signs: list[float] = []
 
     def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        observed.add_call(split_call(model, Call(args, kwargs)).time, out)
+        asked.append(split_call(model, Call(args, kwargs)).time.double().mean())
+        outputs.append(stack_output(out).detach().double().cpu())
+
+    def end_step(used: Tensor, time: Any) -> None:
+        if outputs:
+            times.append((float(asked[-1]), float(torch.as_tensor(time).double().mean())))
+            signs.append(_sum_of_shares(used.detach().double().cpu(), outputs))
+        outputs.clear()
 
     hook = denoiser.register_forward_hook(record, with_kwargs=True)
-    with keep_hooks([hook]), watch_steps(scheduler, observed.add_step):
+    with keep_hooks([hook]), watch_steps(scheduler, end_step):
         sample()
-    if not observed.times:
+    if not times:
         raise UnsupportedFormat(
             f"{name}: its scheduler {type(scheduler).__name__} was never stepped, so the noise "
             "level of its calls is unknown"
         )
-    return schedule.with_flow(
-        _fit_times(schedule, observed.times, name), _read_sign(observed.signs, name)
-    )
+    return schedule.with_flow(_fit_times(schedule, times, name), _read_sign(signs, name))
 
 
 @contextmanager

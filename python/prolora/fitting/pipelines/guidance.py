@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fit_precision import in_float32
-from ..hooks import FirstCallReached, keep_hooks
+from ..models import in_float32
 from ..recording.trajectories import Call
 from ..recording.translation import Guidance
 from ..settings import FitSettings
+from ..updates import FirstCallReached, keep_hooks
 from .conditioning import PredictionReader, PromptTable, split_call
 from .flow_convention import watch_steps
 from .pipeline import Pipeline

@@ -15,18 +15,19 @@ from ..recording.trajectories import Call, Sample
 from ..recording.translation import Translation, same_call
 from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, build_call, split_call
-from .conversion import (
+from .guidance import guide_source
+from .latents import LatentLayout, check_shapes
+from .pipeline import Pipeline, TextPart, share_size
+from .schedules import (
+    FLOW,
+    NoiseSchedule,
     clip_state,
     common_levels,
     convert_prediction,
+    level_log_snr,
     translate_state,
     translate_time,
 )
-from .guidance import guide_source
-from .latent_layouts import LatentLayout, check_shapes
-from .pipeline import Pipeline, share_size
-from .schedules import FLOW, NoiseSchedule, level_log_snr
-from .text_part import TextPart
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ The first call of its denoiser, that is.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from ...bases.folder import MODELS
 from ...bases.pipeline_files import FEW_STEP_SCHEDULERS
+from ...core.lowrank import LowRank
 from ...errors import ProLoRAError, UnsupportedFormat
-from ..fit_precision import in_float32
-from ..hooks import FirstCallReached, capture_first_call, keep_hooks
+from ..checkpoint import hash_updates
+from ..models import in_float32
 from ..recording.trajectories import Call, Sample
 from ..settings import FitSettings
 from ..swapping import BlockSwapping
+from ..updates import FirstCallReached, capture_first_call, keep_hooks, run_beside
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -357,3 +360,64 @@ def _parse_class(prompt: str, name: str) -> int:
         raise ValueError(
             f"{name} takes classes and no texts: give their numbers as prompts, not {prompt!r}"
         ) from None
+
+
+_INNER = "text_model."
+"""What the module names of CLIP's text models start with in files, and no longer in memory."""
+
+
+@contextlib.contextmanager
+def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank]) -> Iterator[None]:
+    """Runs a pipeline's text encoders with updates beside their weights.
+
+    The names of the updates begin with the text encoder's.
+    """
+    by_encoder: dict[str, dict[str, LowRank]] = {}
+    for name, update in updates.items():
+        part, _, inner = name.partition(".")
+        encoder = getattr(pipeline.pipe, part, None)
+        if encoder is None:
+            raise ProLoRAError(f"{pipeline.name}: it has no {part}, which the LoRA has {name} of")
+        modules = dict(encoder.named_modules())
+        known = inner if inner in modules else inner.removeprefix(_INNER)
+        by_encoder.setdefault(part, {})[known] = update
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for part, found in by_encoder.items():
+                stack.enter_context(run_beside(getattr(pipeline.pipe, part), found))
+            yield
+
+    memory = pipeline.memory if updates else None
+    with enter() if memory is None else memory.under(hash_updates(updates), enter):
+        yield
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Updates of the source's text encoders, and their effect on prompts."""
+
+    pipeline: Pipeline  # the source
+    updates: Mapping[str, LowRank]  # by names that begin with the text encoder's
+    table: PromptTable  # its conditioning for each prompt with the updates in place
+
+    @classmethod
+    def of(
+        cls, pipeline: Pipeline, updates: Mapping[str, LowRank], settings: FitSettings
+    ) -> TextPart | None:
+        """Encodes the prompts with the updates in place; None without updates."""
+        if not updates:
+            return None
+        with run_text_encoders_beside(pipeline, updates):
+            return cls(pipeline, updates, pipeline.tabulate_prompts(settings))
+
+    def sampler(self, settings: FitSettings, on_image: Callable[[], None] | None = None) -> Sample:
+        """Runs `Pipeline.sampler` with the updates in place."""
+        run = self.pipeline.sampler(settings, on_image)
+
+        def sample(seed: int) -> None:
+            with run_text_encoders_beside(self.pipeline, self.updates):
+                run(seed)
+
+        return sample

@@ -21,8 +21,7 @@ from ...bases.pipeline_files import (
 from ...core.validation import DeviceLike
 from ...errors import UnsupportedFormat
 from ...files.outside import load_pretrained
-from ..fit_precision import HALVES
-from ..models import check_weights
+from ..models import HALVES, check_weights
 from .pipeline import Pipeline
 from .stages import PromptMemory, hide_progress_bars
 
@@ -42,7 +41,12 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
         ) from error
     assert index.denoiser is not None
     part, parts = index.denoiser, index.parts
-    class_ = _find_pipeline(diffusers, index.class_name, folder)
+    if index.class_name == "IconPipeline":  # of the shipped family
+        from .icons import IconPipeline
+
+        class_: Any = IconPipeline
+    else:
+        class_ = _find_class(diffusers, index.class_name, "DiffusionPipeline", folder)
     model_class = _find_class(diffusers, parts[part][1], "ModelMixin", folder)
     for name in {part, "vae"} & parts.keys():
         read_component_config(folder / name)
@@ -103,15 +107,6 @@ def read_runnable_index(folder: Path) -> PipelineIndex:
     if index.denoiser is None:
         raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")
     return index
-
-
-def _find_pipeline(diffusers: Any, name: str, folder: Path) -> Any:
-    """Returns a class of diffusers, or the pipeline of the shipped family."""
-    if name == "IconPipeline":
-        from .icons import IconPipeline
-
-        return IconPipeline
-    return _find_class(diffusers, name, "DiffusionPipeline", folder)
 
 
 def _find_class(diffusers: Any, name: str, kind: str, folder: Path) -> Any:

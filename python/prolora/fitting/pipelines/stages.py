@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...bases.folder import MODELS, open_folder_weights
 from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
 from ...files.outside import load_pretrained
-from ..fit_precision import HALVES
+from ..models import HALVES
 
 TEXT_ENCODERS = "text_encoder"
 """What the names of a pipeline's text encoders begin with."""
@@ -151,7 +151,7 @@ class PromptMemory:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Hides the libraries' progress bars, which would mix with prolora's."""
+    """Hides the libraries' progress bars, which would mix with prolora's, and logs as it does."""
     import diffusers
 
     loggers: list[Any] = [diffusers.utils.logging]
@@ -162,11 +162,17 @@ def hide_progress_bars() -> Iterator[None]:
     shown = [logging for logging in loggers if logging.is_progress_bar_enabled()]
     for logging in shown:
         logging.disable_progress_bar()
+    for logging in loggers:  # their own handlers write what a file says with control characters
+        logging.disable_default_handler()
+        logging.enable_propagation()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch_dtype will have another name
             yield
     finally:
+        for logging in loggers:
+            logging.enable_default_handler()
+            logging.disable_propagation()
         for logging in shown:
             logging.enable_progress_bar()
 

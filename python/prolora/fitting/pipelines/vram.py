@@ -184,7 +184,8 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
     weights = open_folder_weights(part)[0]
     config = read_component_config(part)
     levels = len(config.get("block_out_channels") or ()) if index.denoiser == "unet" else 0
-    pixels = size or _default_pixels(config, levels)
+    sample = config.get("sample_size")  # eight pixels a latent
+    pixels = size or (8 * sample if levels and isinstance(sample, int) else 1024)
     blocks: dict[str, int] = defaultdict(int)
     wide: dict[Precision, dict[str, int]] = {way: defaultdict(int) for way in _WEIGHT_BYTES}
     kept: dict[str, int] = defaultdict(int)
@@ -210,7 +211,11 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
         others=estimate_bytes(folder)[1] - outside - sum(blocks.values()),
         outside=outside,
         blocks=list(blocks.values()),
-        widened={way: _sum_widened(parts) for way, parts in wide.items()},
+        # The largest unit, and all outside of units, which is kept for a whole pass.
+        widened={
+            way: parts.get("", 0) + max((n for unit, n in parts.items() if unit), default=0)
+            for way, parts in wide.items()
+        },
         factors=factors,
         largest=max(kept.values(), default=0),
         between=int(sum(median(several) for several in widths.values())),
@@ -218,21 +223,10 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
     )
 
 
-def _sum_widened(parts: Mapping[str, int]) -> int:
-    """Sums the largest unit and all outside of units, kept for a whole pass."""
-    return parts.get("", 0) + max((n for unit, n in parts.items() if unit), default=0)
-
-
 def _find_resnet(name: str) -> str:
     """Returns the residual block around a UNet's convolution; "" outside."""
     before, found, after = name.partition(".resnets.")
     return f"{before}.resnets.{after.split('.')[0]}" if found else ""
-
-
-def _default_pixels(config: Mapping[str, object], levels: int) -> int:
-    """Returns a side of a pipeline's default images: eight pixels a latent, or 1024."""
-    sample = config.get("sample_size")
-    return 8 * sample if levels and isinstance(sample, int) else 1024
 
 
 def _count_places(name: str, pixels: int, levels: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,7 @@ from ...adapters.adapter import Adapter
 from ...core.lowrank import LowRank
 from ..checkpoint import Checkpoints, hash_texts, hash_updates
 from ..updates import run_beside
-from .call_codec import decode_calls, encode_calls
-from .trajectories import Call, Sample, record_calls
+from .trajectories import Call, Sample, decode_calls, encode_calls, record_calls
 from .translation import Question, Translation
 
 ORIGINS = ("source", "adapted", "target")
@@ -59,16 +58,21 @@ class Recorder:
     def _load_or_record(
         self, origin: str, model: nn.Module, sample: Sample, seed: int
     ) -> list[Call]:
-        def record() -> list[Call]:
-            if origin != "adapted":
-                return record_calls(model, sample, seed, origin)
-            with run_beside(model, self.adapter.updates):
-                calls = record_calls(model, sample, seed, origin)
-            return [self.translation.unadapt(call) for call in calls]
-
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        key = hash_texts(self.keys[origin], str(seed))
-        return load_or_record(self.checkpoints, f"calls-{origin}-{seed}", key, device, record)
+        """Loads the calls of an origin that were kept, or records and keeps them."""
+        name, key = f"calls-{origin}-{seed}", hash_texts(self.keys[origin], str(seed))
+        kept = self.checkpoints.recall(name, key)
+        if kept is not None:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            tensors, text = kept
+            return decode_calls([tensors[str(i)].to(device) for i in range(len(tensors))], text)
+        with run_beside(model, self.adapter.updates if origin == "adapted" else {}):
+            calls = record_calls(model, sample, seed, origin)
+        if origin == "adapted":
+            calls = [self.translation.unadapt(call) for call in calls]
+        if self.checkpoints.folder is not None:
+            encoded, text = encode_calls(calls)
+            self.checkpoints.store(name, key, {str(i): t for i, t in enumerate(encoded)}, text)
+        return calls
 
 
 def hash_origins(updates: Mapping[str, LowRank], samplers_text: str) -> dict[str, str]:
@@ -81,23 +85,3 @@ def hash_origins(updates: Mapping[str, LowRank], samplers_text: str) -> dict[str
     plain = hash_texts(samplers_text)
     adapted = hash_texts(samplers_text, hash_updates(updates))
     return {"source": plain, "adapted": adapted, "target": plain}
-
-
-def load_or_record(
-    checkpoints: Checkpoints,
-    name: str,
-    key: str,
-    device: torch.device,
-    record: Callable[[], list[Call]],
-) -> list[Call]:
-    """Loads the calls kept under a name and key, or records and keeps them."""
-    kept = checkpoints.recall(name, key)
-    if kept is not None:
-        tensors, text = kept
-        ordered = [tensors[str(i)].to(device) for i in range(len(tensors))]
-        return decode_calls(ordered, text)
-    calls = record()
-    if checkpoints.folder is not None:
-        encoded, text = encode_calls(calls)
-        checkpoints.store(name, key, {str(i): t for i, t in enumerate(encoded)}, text)
-    return calls

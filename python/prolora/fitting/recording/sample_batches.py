@@ -57,7 +57,10 @@ def mix_samples(
     rows = [(i, row) for i, n in enumerate(sizes) for row in range(n)]
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     if find_prompts is not None:
-        rows = _prefer_prompts(rows, [find_prompts(q.source) for q in questions], limit)
+        prompted = [find_prompts(question.source) for question in questions]
+        free = [(i, row) for i, row in rows if not prompted[i][row]]
+        late = set(free[int(WITHOUT_PROMPT * limit) :])
+        rows = [row for row in rows if row not in late] + [row for row in rows if row in late]
     chosen = rows[:limit]
     try:
         if size > 1 or len(questions) > 1:
@@ -90,13 +93,6 @@ def _form_batches(chosen: _Rows, size: int, step: int, own: set[int]) -> Iterato
 
 def _cut_evenly(rows: _Rows, size: int) -> list[_Rows]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _prefer_prompts(rows: _Rows, has_prompt: list[list[bool]], limit: int) -> _Rows:
-    """Moves rows without a prompt beyond WITHOUT_PROMPT of `limit` to the end."""
-    free = [(i, row) for i, row in rows if not has_prompt[i][row]]
-    late = set(free[int(WITHOUT_PROMPT * limit) :])
-    return [row for row in rows if row not in late] + [row for row in rows if row in late]
 
 
 def _draw_calls(

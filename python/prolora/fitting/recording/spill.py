@@ -16,7 +16,7 @@ from ...files.hashing import hash_parts
 from ...files.safetensors_file import SafetensorsFile
 from ...files.safetensors_writing import dump_safetensors
 from ...files.sizes import format_size
-from .call_codec import decode_calls, encode_calls
+from .trajectories import decode_calls, encode_calls
 from .translation import Question
 
 Bundle = tuple[Tensor, ...]

@@ -1,8 +1,9 @@
-"""The probes: the calls that a sampler makes to a model, recorded so that they can be replayed."""
+"""Recorded calls of a sampler, and their form in files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ProLoRAError
-from ..hooks import keep_hooks
+from ..updates import keep_hooks
 
 Sample = Callable[[int], Any]
 """Runs a pipeline from pure noise with the given seed; the return value is not used."""
@@ -103,3 +104,67 @@ def output_of(result: Any) -> Tensor:
 def predict_call(model: nn.Module, call: Call, read: Callable[[Any], Tensor] = output_of) -> Tensor:
     """Returns the prediction of a model at a recorded call."""
     return read(model(*call.args, **call.kwargs))
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
+    """Encodes calls as tensors, each object once, and a text of their positions."""
+    tensors: list[Tensor] = []
+    positions: dict[int, int] = {}
+
+    def encode(value: Any) -> dict[str, Any]:
+        if isinstance(value, Tensor):
+            if id(value) not in positions:
+                positions[id(value)] = len(tensors)
+                tensors.append(value)
+            return {"tensor": positions[id(value)]}
+        if isinstance(value, _PLAIN):
+            return {"plain": value}
+        if isinstance(value, dict):
+            return {"dict": {str(key): encode(item) for key, item in value.items()}}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [encode(item) for item in value]}
+        raise ProLoRAError(
+            f"a model was called with a {type(value).__name__}, which cannot be kept in a file; "
+            "probe without resume and without max_memory"
+        )
+
+    rows = [
+        {
+            "args": encode(tuple(call.args)),
+            "kwargs": encode(call.kwargs),
+            "origin": call.origin,
+            "trajectories": call.trajectories,
+            "clean": encode(call.clean),
+        }
+        for call in calls
+    ]
+    return tensors, json.dumps(rows)
+
+
+def decode_calls(tensors: Sequence[Tensor], text: str) -> list[Call]:
+    """Decodes calls from the tensors and the text of `encode_calls`."""
+
+    def decode(encoded: dict[str, Any]) -> Any:
+        ((kind, value),) = encoded.items()
+        if kind == "tensor":
+            return tensors[value]
+        if kind == "plain":
+            return value
+        if kind == "dict":
+            return {key: decode(item) for key, item in value.items()}
+        items = [decode(item) for item in value]
+        return tuple(items) if kind == "tuple" else items
+
+    return [
+        Call(
+            decode(row["args"]),
+            decode(row["kwargs"]),
+            row["origin"],
+            tuple(row.get("trajectories", ())),
+            decode(row["clean"]) if "clean" in row else None,
+        )
+        for row in json.loads(text)
+    ]

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import ProLoRAError
-from ..hooks import keep_hooks
 from ..recording.trajectories import Call
 from ..recording.translation import Read
-from ..updates import Factors, input_of, place_factors, read_rows, written_rows
+from ..updates import Factors, input_of, keep_hooks, place_factors, read_rows, written_rows
 from .spectra import JointCurvature
 
 MAX_MOMENTUM = 0.9
