@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -27,7 +28,7 @@ HEADERS = ("qwen-image", "wan-t2v-14b", "wan2.2-i2v-14b", "flux2-dev", "hidream-
 RANK = 16
 _RUN = """
 import json, sys, time
-lora, source, target = json.loads(sys.argv[1])
+lora, source, target = sys.argv[1:]
 import prolora
 start = time.perf_counter()
 report = prolora.transfer(lora, source, target, dry_run=True).report
@@ -66,65 +67,45 @@ def write_hollow_base(path: Path, layout: str) -> None:
     header: dict[str, object] = {}
     end = 0
     for name, shape in load_layout(layout).shapes.items():
-        size = 2
-        for length in shape:
-            size *= length
-        header[f"{name}.weight"] = {
-            "dtype": "BF16",
-            "shape": list(shape),
-            "data_offsets": [end, end + size],
-        }
-        end += size
+        start, end = end, end + 2 * math.prod(shape)
+        at = [start, end]
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": [*shape], "data_offsets": at}
     raw = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + end)
 
 
-def measure(lora: Path, source: Path, target: Path) -> dict[str, object]:
-    """Runs one dry run in a process of its own."""
-    arguments = json.dumps([str(lora), str(source), str(target)])
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, arguments], capture_output=True, text=True, check=True
-    )
-    row: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
 def plan_from_headers(folder: Path) -> list[dict[str, object]]:
     """A dry run of every large layout."""
     rows = []
     for layout in HEADERS:
-        old, new, lora = (folder / f"{layout}.{part}.safetensors" for part in ("a", "b", "lora"))
-        write_hollow_base(old, layout)
-        write_hollow_base(new, layout)
-        write_lora(lora, layout)
-        row = {"layout": layout, "base_GB": round(old.stat().st_size / 1e9, 1)}
-        rows.append(row | measure(lora, old, new))
+        files = [folder / f"{layout}.{part}.safetensors" for part in ("lora", "a", "b")]
+        write_lora(files[0], layout)
+        for base in files[1:]:
+            write_hollow_base(base, layout)
+        row = {"layout": layout, "base_GB": round(files[1].stat().st_size / 1e9, 1)}
+        run = [sys.executable, "-c", _RUN, *map(str, files)]
+        done = subprocess.run(run, capture_output=True, text=True, check=True)
+        rows.append(row | json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-        for path in (old, new, lora):
+        for path in files:
             path.unlink()
     return rows
 
 
-def main() -> None:
-    """Reads the arguments, measures, writes the figures."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    rows = plan_from_headers(arguments.folder)
+    facts = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "prolora": __version__,
+        "rows": plan_from_headers(arguments.folder),
+    }
     if arguments.json:
-        facts = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "prolora": __version__,
-            "rows": rows,
-        }
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
