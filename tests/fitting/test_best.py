@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -32,29 +31,27 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source; targets: tuned, without the second layers, trained apart, and of other latents."""
     folder = tmp_path_factory.mktemp("best")
     deep = tiny.UNET | {"transformer_layers_per_block": 2, "cross_attention_dim": 8}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(**deep)
-        pruned = UNet2DConditionModel(**deep | {"transformer_layers_per_block": 1})
-        pruned.load_state_dict(unet.state_dict(), strict=False)
-        tuned = UNet2DConditionModel(**deep)
-        tuned.load_state_dict(
-            {name: w + 1e-3 * torch.randn_like(w) for name, w in unet.state_dict().items()}
-        )
-        apart = UNet2DConditionModel(**deep)
-        tiny.save(folder / "source", unet=unet)
-        tiny.save(folder / "tuned", unet=tuned)
-        tiny.save(folder / "pruned", unet=pruned)
-        tiny.save(folder / "apart", unet=apart)
-        tiny.save(folder / "across", unet=tuned, vae_seed=3)
-        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, LEAVES))
-        first = {
-            n: u
-            for n, u in tiny.updates(unet, LEAVES).items()
-            if "blocks.0." in n.split("attentions")[1]
-        }
-        tiny.write_lora(folder / "first.safetensors", first)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**deep)
+    pruned = UNet2DConditionModel(**deep | {"transformer_layers_per_block": 1})
+    pruned.load_state_dict(unet.state_dict(), strict=False)
+    tuned = UNet2DConditionModel(**deep)
+    tuned.load_state_dict(
+        {name: w + 1e-3 * torch.randn_like(w) for name, w in unet.state_dict().items()}
+    )
+    apart = UNet2DConditionModel(**deep)
+    tiny.save(folder / "source", unet=unet)
+    tiny.save(folder / "tuned", unet=tuned)
+    tiny.save(folder / "pruned", unet=pruned)
+    tiny.save(folder / "apart", unet=apart)
+    tiny.save(folder / "across", unet=tuned, vae_seed=3)
+    tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, LEAVES))
+    first = {
+        n: u
+        for n, u in tiny.updates(unet, LEAVES).items()
+        if "blocks.0." in n.split("attentions")[1]
+    }
+    tiny.write_lora(folder / "first.safetensors", first)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import pytest
 import tiny_pipelines as tiny
@@ -56,12 +55,10 @@ def test_any_tags_make_prompts(tables):
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for seed in (0, 5):
-            tiny.save(folder / str(seed), seed=seed)
-        unet = pipelines.open_pipeline(folder / "0").denoiser
-        file = tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("ff.net.2",)))
+    for seed in (0, 5):
+        tiny.save(folder / str(seed), seed=seed)
+    unet = pipelines.open_pipeline(folder / "0").denoiser
+    file = tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("ff.net.2",)))
     header = {"ss_tag_frequency": json.dumps({"10_sks": {"cat": 9, "dog": 3}})}
     save_file(load_file(file), folder / "tagged.safetensors", header)
     return folder
@@ -77,18 +74,16 @@ def test_both_models_are_asked_with_them_unless_prompts_are_given(room, given, m
         return sample(self, prompt, *rest, **more)
 
     monkeypatch.setattr(pipelines.Pipeline, "sample_latents", record)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        moved = prolora.fit(
-            room / "tagged.safetensors",
-            room / "0",
-            room / "5",
-            prompts=given,
-            images=2,
-            steps=1,
-            fit_steps=1,
-            force=True,
-        )
+    moved = prolora.fit(
+        room / "tagged.safetensors",
+        room / "0",
+        room / "5",
+        prompts=given,
+        images=2,
+        steps=1,
+        fit_steps=1,
+        force=True,
+    )
     prompts = derive_prompts(
         read_training_words({"ss_tag_frequency": '{"a": {"cat": 9, "dog": 3}}'})
     )

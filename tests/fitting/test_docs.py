@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,16 @@ class FewSteps:
 
 def test_the_python_example_runs_and_writes_a_lora(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(tmp_path / "source")
-        source = FewSteps(tmp_path / "source")
-        tiny.save(tmp_path / "target", unet=source.unet, scheduler="euler")
-        target = FewSteps(tmp_path / "target")
-        tiny.write_lora(
-            tmp_path / "lora.safetensors", tiny.updates(source.unet, ("attn1.to_v", "ff.net.2"))
-        )
-        example = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-        assert example and example[1].count("rank=32") == 1
-        few = example[1].replace("rank=32", "rank=32, images=2, fit_steps=2")
-        exec(few, {"source": source, "target": target})
+    tiny.save(tmp_path / "source")
+    source = FewSteps(tmp_path / "source")
+    tiny.save(tmp_path / "target", unet=source.unet, scheduler="euler")
+    target = FewSteps(tmp_path / "target")
+    tiny.write_lora(
+        tmp_path / "lora.safetensors", tiny.updates(source.unet, ("attn1.to_v", "ff.net.2"))
+    )
+    example = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert example and example[1].count("rank=32") == 1
+    few = example[1].replace("rank=32", "rank=32, images=2, fit_steps=2")
+    exec(few, {"source": source, "target": target})
     assert "modules fitted in" in capsys.readouterr().out
     assert adapters.read_adapter("moved.safetensors").updates

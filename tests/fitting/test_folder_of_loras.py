@@ -7,7 +7,6 @@ import errno
 import os
 import signal
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -30,29 +29,27 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     What each becomes alone lies in "alone" and "alone-across".
     """
     folder = tmp_path_factory.mktemp("folder")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "source")
-        tiny.save(folder / "target", seed=5, text=12)
-        tiny.save(folder / "across", seed=5, vae_seed=3)
-        source = pipelines.open_pipeline(folder / "source")
-        for name, leaves in (("a", ("attn1.to_v",)), ("b", ("ff.net.2",)), ("c", ("to_out.0",))):
-            tiny.write_lora(folder / f"{name}.safetensors", tiny.updates(source.denoiser, leaves))
-        tensors = load_file(folder / "b.safetensors")
-        for name, module in source.pipe.text_encoder.named_modules():
-            if name.endswith("mlp.fc1"):
-                key, (m, n) = f"lora_te_text_model_{name.replace('.', '_')}", module.weight.shape
-                tensors[f"{key}.lora_up.weight"] = 0.3 * torch.ones(m, 2)
-                tensors[f"{key}.lora_down.weight"] = 0.3 * torch.ones(2, n)
-                tensors[f"{key}.alpha"] = torch.tensor(2.0)
-        save_file(tensors, folder / "b.safetensors")
-        (folder / "broken.safetensors").write_bytes(b"no LoRA")
-        for target in ("target", "across"):
-            out = folder / f"alone-{target}"
-            out.mkdir()
-            for name in "abc" if target == "target" else "ac":
-                ends = folder / f"{name}.safetensors", folder / "source", folder / target
-                prolora.fit(*ends, FEW, out=out / f"{name}.safetensors")
+    tiny.save(folder / "source")
+    tiny.save(folder / "target", seed=5, text=12)
+    tiny.save(folder / "across", seed=5, vae_seed=3)
+    source = pipelines.open_pipeline(folder / "source")
+    for name, leaves in (("a", ("attn1.to_v",)), ("b", ("ff.net.2",)), ("c", ("to_out.0",))):
+        tiny.write_lora(folder / f"{name}.safetensors", tiny.updates(source.denoiser, leaves))
+    tensors = load_file(folder / "b.safetensors")
+    for name, module in source.pipe.text_encoder.named_modules():
+        if name.endswith("mlp.fc1"):
+            key, (m, n) = f"lora_te_text_model_{name.replace('.', '_')}", module.weight.shape
+            tensors[f"{key}.lora_up.weight"] = 0.3 * torch.ones(m, 2)
+            tensors[f"{key}.lora_down.weight"] = 0.3 * torch.ones(2, n)
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, folder / "b.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"no LoRA")
+    for target in ("target", "across"):
+        out = folder / f"alone-{target}"
+        out.mkdir()
+        for name in "abc" if target == "target" else "ac":
+            ends = folder / f"{name}.safetensors", folder / "source", folder / target
+            prolora.fit(*ends, FEW, out=out / f"{name}.safetensors")
     return folder
 
 

@@ -1,25 +1,29 @@
-"""Hooks are removed again, and a run ends at the first call that is asked for."""
+"""Hooks are removed again, and a pipeline ends at the first call of its denoiser."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from prolora.fitting.updates import capture_first_call, keep_hooks
+from prolora.errors import ProLoRAError
+from prolora.fitting.pipelines import Pipeline
+from prolora.fitting.updates import keep_hooks
 
 
-def test_a_run_ends_at_the_first_call_and_gives_its_arguments():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+def test_a_pipeline_ends_at_its_denoisers_first_call_and_gives_the_arguments():
+    model, runs = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), []
     x = torch.randn(2, 3)
-    args, kwargs = capture_first_call(model[1], lambda: (model(x), pytest.fail("ran on")))
-    torch.testing.assert_close(args[0], model[0](x))
-    assert kwargs == {}
-    assert not model[1]._forward_pre_hooks
-
-
-def test_a_run_without_a_call_gives_none():
-    assert capture_first_call(nn.Linear(3, 3), lambda: None) is None
+    pipeline = SimpleNamespace(denoiser=model[1], name="one", pipe=None)
+    pipeline.sample_latents = lambda *_: (model(x), runs.append("ran on"))
+    call = Pipeline._capture_call(pipeline, "cat", None)
+    torch.testing.assert_close(call.args[0], model[0](x))
+    assert call.kwargs == {} and not runs and not model[1]._forward_pre_hooks
+    pipeline.sample_latents = lambda *_: None
+    with pytest.raises(ProLoRAError, match="one: its NoneType never ran its denoiser"):
+        Pipeline._capture_call(pipeline, "cat", None)
 
 
 def test_hooks_are_removed_where_the_block_raises():

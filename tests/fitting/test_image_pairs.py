@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -156,32 +155,30 @@ def test_the_gate_of_crossed_images_asks_for_a_sure_effect():
 
 def test_an_ε_model_and_a_flow_with_one_vae_see_the_same_images_and_noise(tmp_path, monkeypatch):
     """From folder to file, and the two states of every question are of one x₀ and one ε."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for make in (stable_diffusion, flux):
-            opened(make, tmp_path).pipe.save_pretrained(tmp_path / make.__name__)
-        source, target = (tmp_path / make.__name__ for make in (stable_diffusion, flux))
-        models = [pipelines.open_pipeline(folder) for folder in (source, target)]
-        sides = pipelines.observe_sides(*models, SETTINGS, shared=True)
-        for model in models:
-            monkeypatch.setattr(type(model.pipe.vae), "encode", lambda *_: pytest.fail("encoded"))
-        recorder = pipelines.CrossingRecorder(*sides, Adapter({}, format="diffusers"))
-        with torch.no_grad():
-            questions = recorder.record_questions(0)
-        for question in questions:
-            if question.origin == PAIR:
-                continue
-            states = []
-            for side, call in zip(sides, (question.source, question.target), strict=True):
-                parts = split_call(side.pipeline.denoiser, call)
-                a, b = side.schedule.scales(side.schedule.level_at(parts.time))
-                size = torch.hypot(a, b).float()[:, None, None, None]
-                states.append(side.space.as_image(parts.latent) / size)
-            torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3)
-        lora = tiny.write_lora(tmp_path / "l.safetensors", updates(models[0].denoiser))
-        probing = FitOptions(("cat",), images=1, steps=2, size=16, fit_steps=1, force=True)
-        moved = fit(lora, source, target, probing)
-        moved.save(tmp_path / "out.safetensors")
+    for make in (stable_diffusion, flux):
+        opened(make, tmp_path).pipe.save_pretrained(tmp_path / make.__name__)
+    source, target = (tmp_path / make.__name__ for make in (stable_diffusion, flux))
+    models = [pipelines.open_pipeline(folder) for folder in (source, target)]
+    sides = pipelines.observe_sides(*models, SETTINGS, shared=True)
+    for model in models:
+        monkeypatch.setattr(type(model.pipe.vae), "encode", lambda *_: pytest.fail("encoded"))
+    recorder = pipelines.CrossingRecorder(*sides, Adapter({}, format="diffusers"))
+    with torch.no_grad():
+        questions = recorder.record_questions(0)
+    for question in questions:
+        if question.origin == PAIR:
+            continue
+        states = []
+        for side, call in zip(sides, (question.source, question.target), strict=True):
+            parts = split_call(side.pipeline.denoiser, call)
+            a, b = side.schedule.scales(side.schedule.level_at(parts.time))
+            size = torch.hypot(a, b).float()[:, None, None, None]
+            states.append(side.space.as_image(parts.latent) / size)
+        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3)
+    lora = tiny.write_lora(tmp_path / "l.safetensors", updates(models[0].denoiser))
+    probing = FitOptions(("cat",), images=1, steps=2, size=16, fit_steps=1, force=True)
+    moved = fit(lora, source, target, probing)
+    moved.save(tmp_path / "out.safetensors")
     assert moved.report.probe.crossed == 6 and moved.report.probe.shared
     assert "with the same noise" in " ".join(moved.report.sentences())
     shapes = open_base(target).shapes

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,13 +32,11 @@ ALL = ("source", "source + LoRA", "target", "target + copy", "target + fit")
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shown")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "sd15")
-        tiny.save(folder / "tuned", seed=5)
-        make.save_flux(folder / "flux")
-        unet = pipelines.open_pipeline(folder / "sd15").denoiser
-        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    tiny.save(folder / "sd15")
+    tiny.save(folder / "tuned", seed=5)
+    make.save_flux(folder / "flux")
+    unet = pipelines.open_pipeline(folder / "sd15").denoiser
+    tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
     return folder
 
 

@@ -269,14 +269,6 @@ class WithBlindEnd(nn.Module):
         return self.used(x)
 
 
-def test_a_module_that_does_not_reach_the_prediction_gets_no_update():
-    torch.manual_seed(0)
-    x = torch.randn(50, 6)
-    probes = [ProbeBatch(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
-    result = fit(WithBlindEnd(), ["used", "idle", "asleep"], probes, 3, 1.0)
-    assert set(result.updates) == {"used"}
-
-
 class WithNormedSum(nn.Module):
     """The norm takes away what `lost` adds, up to rounding."""
 
@@ -317,6 +309,10 @@ def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
         probe.FitSettings(rank=2.5)
 
 
+def predict_both(model: nn.Module) -> Callable[[Question], tuple[Tensor, Tensor]]:
+    return lambda asked: (predict_call(model, asked.source), predict_call(model, asked.target))
+
+
 def questions(model: nn.Module, seed: int = 0) -> list[Question]:
     return [Question(call, call) for call in record_calls(model, sampler(model), seed, "source")]
 
@@ -324,10 +320,7 @@ def questions(model: nn.Module, seed: int = 0) -> list[Question]:
 def test_mixed_batches_hold_samples_of_many_calls_and_predict_the_same(source):
     asked = questions(source)
 
-    def both(question: Question) -> tuple[Tensor, Tensor]:
-        return predict_call(source, question.source), predict_call(source, question.target)
-
-    batches = mix_samples(asked, 30, 48, both, torch.Generator().manual_seed(0))
+    batches = mix_samples(asked, 30, 48, predict_both(source), torch.Generator().manual_seed(0))
     assert [count_samples(question.source) for question in batches] == [12, 12, 6]
     first = batches[0].source
     assert len(first.args[1].unique()) == 3  # times of all three calls
@@ -340,9 +333,6 @@ def test_few_samples_without_a_prompt_are_drawn_where_there_are_enough_with_one(
     """A guided sampler asks as often without as with one."""
     asked = questions(source)  # three calls of 12 samples
 
-    def both(question: Question) -> tuple[Tensor, Tensor]:
-        return predict_call(source, question.source), predict_call(source, question.target)
-
     def is_late(call: Call) -> list[bool]:
         return [i % 2 == 0 for i in range(count_samples(call))]
 
@@ -350,7 +340,7 @@ def test_few_samples_without_a_prompt_are_drawn_where_there_are_enough_with_one(
 
     def count_free(limit: int) -> int:
         generator = torch.Generator().manual_seed(0)
-        batches = mix_samples(asked, limit, 48, both, generator, is_late)
+        batches = mix_samples(asked, limit, 48, predict_both(source), generator, is_late)
         drawn = torch.cat([question.source.args[0] for question in batches])
         assert len(drawn) == min(limit, 36)
         return sum(any(torch.equal(row, other) for other in free) for row in drawn)
@@ -370,11 +360,8 @@ def test_calls_whose_samples_cannot_be_mixed_stay_whole(source, lora):
     model.load_state_dict(source.state_dict())
     calls = [Call((torch.randn(12, 5, 4), torch.tensor(t)), {}, "source") for t in (0.9, 0.5, 0.1)]
 
-    def both(question: Question) -> tuple[Tensor, Tensor]:
-        return predict_call(model, question.source), predict_call(model, question.target)
-
     asked = [Question(call, call) for call in calls]
-    batches = mix_samples(asked, 20, 48, both, torch.Generator().manual_seed(0))
+    batches = mix_samples(asked, 20, 48, predict_both(model), torch.Generator().manual_seed(0))
     assert len(batches) == 2
     assert all(any(one is other for other in asked) for one in batches)
 
@@ -397,11 +384,10 @@ def test_what_all_samples_share_is_not_cut_even_where_its_length_is_theirs(sourc
         for _ in range(3)
     ]
 
-    def both(question: Question) -> tuple[Tensor, Tensor]:
-        return predict_call(model, question.source), predict_call(model, question.target)
-
     asked = [Question(call, call) for call in calls]
-    batches = mix_samples(asked, 2 * images, 48, both, torch.Generator().manual_seed(0))
+    batches = mix_samples(
+        asked, 2 * images, 48, predict_both(model), torch.Generator().manual_seed(0)
+    )
     assert len(batches) == 2
     assert all(torch.equal(one.source.kwargs["places"], torch.arange(5.0)) for one in batches)
 

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,19 +47,15 @@ def in_child(work: Callable[[], object], seconds: float | None = None) -> int:
 def test_a_fit_killed_at_random_moments_ends_in_the_same_bytes(kind, tmp_path):
     changes, options = KINDS[kind]
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(tmp_path / "source")
-        unet = pipelines.open_pipeline(tmp_path / "source").denoiser
-        tiny.save(tmp_path / "target", seed=5, **changes)
+    tiny.save(tmp_path / "source")
+    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    tiny.save(tmp_path / "target", seed=5, **changes)
     lora = tiny.write_lora(tmp_path / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
     asked = {"images": 2, "steps": 2, "fit_steps": 6, "force": True} | options
     ends = lora, tmp_path / "source", tmp_path / "target"
 
     def fit(name: str, kept: Path | None) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            done = prolora.fit(*ends, prompts=("cat", "dog"), resume=kept, **asked)
+        done = prolora.fit(*ends, prompts=("cat", "dog"), resume=kept, **asked)
         done.save(tmp_path / name, overwrite=True)
 
     started = time.monotonic()

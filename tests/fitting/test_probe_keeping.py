@@ -50,6 +50,9 @@ def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path)
     assert_equal(complete, again)
     assert again.report.steps == complete.report.steps
     assert "sample" not in again.report.predictions or not sum(again.report.predictions["sample"])
+    whole = run(source, target, lora, **kept, **QUICK)
+    assert (whole.report.resumed, whole.report.steps) == (1, complete.report.steps)
+    assert_equal(complete, whole)
 
 
 def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
@@ -93,11 +96,12 @@ def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
         most.append((shelf.held, shelf.spilled))
 
     monkeypatch.setattr(SpillStore, "put", counted)
-    bounded = run(source, target, lora, max_memory=8000, **QUICK)
+    kept = {"resume": tmp_path / "kept", "described": "three steps"}
+    bounded = run(source, target, lora, max_memory=8000, **kept, **QUICK)
     assert_equal(complete, bounded)
     assert max(held for held, _ in most) <= 4000
     assert max(spilled for _, spilled in most) > 4000
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
 
 
 def test_text_that_stays_the_same_is_recorded_once(source):
@@ -138,18 +142,6 @@ def test_one_value_that_was_expanded_is_kept_like_any_other(tmp_path):
     kept.store("times", "key", times)
     again, _ = kept.recall("times", "key")
     assert all(torch.equal(again[name], time) for name, time in times.items())
-
-
-def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, lora, tmp_path):
-    target = permuted(source)
-    quick = {"fit_steps": 3, "rank": 3, "force": True}
-    complete = run(source, target, lora, **quick)
-    kept = {"resume": tmp_path, "described": "three steps"}
-    assert_equal(complete, run(source, target, lora, max_memory=8000, **kept, **quick))
-    again = run(source, target, lora, **kept, **quick)
-    assert again.report.resumed == 1
-    assert again.report.steps == complete.report.steps
-    assert_equal(complete, again)
 
 
 def test_equal_tensors_of_many_calls_are_in_memory_once(tmp_path):

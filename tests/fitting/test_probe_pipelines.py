@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,13 +36,11 @@ SETTINGS = FitOptions(("cat", "dog"), images=2, steps=3)
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """source; twin: the same UNet behind another scheduler; other: own text encoder, predicts v."""
     folder = tmp_path_factory.mktemp("pipelines")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "source")
-        unet = pipelines.open_pipeline(folder / "source").denoiser
-        tiny.save(folder / "twin", unet=unet, scheduler="euler")
-        tiny.save(folder / "other", seed=5, text=12, kind="v_prediction")
-        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, LEAVES))
+    tiny.save(folder / "source")
+    unet = pipelines.open_pipeline(folder / "source").denoiser
+    tiny.save(folder / "twin", unet=unet, scheduler="euler")
+    tiny.save(folder / "other", seed=5, text=12, kind="v_prediction")
+    tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, LEAVES))
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,12 @@ class Counter:
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("second")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "source")
-        tiny.save(folder / "target", seed=5)
-        tiny.save(folder / "across", seed=5, vae_seed=3)
-        unet = pipelines.open_pipeline(folder / "source").denoiser
-        for name, leaves in (("a", ("attn1.to_v",)), ("b", ("ff.net.2",))):
-            tiny.write_lora(folder / f"{name}.safetensors", tiny.updates(unet, leaves))
+    tiny.save(folder / "source")
+    tiny.save(folder / "target", seed=5)
+    tiny.save(folder / "across", seed=5, vae_seed=3)
+    unet = pipelines.open_pipeline(folder / "source").denoiser
+    for name, leaves in (("a", ("attn1.to_v",)), ("b", ("ff.net.2",))):
+        tiny.write_lora(folder / f"{name}.safetensors", tiny.updates(unet, leaves))
     return folder
 
 
@@ -65,8 +62,7 @@ def fit_counted(
         until.append(sum(counter.all for counter in counters))
         release(*args, **kwargs)
 
-    with warnings.catch_warnings(), monkeypatch.context() as patch:
-        warnings.simplefilter("ignore")
+    with monkeypatch.context() as patch:
         patch.setattr(pipelines, "open_pipeline", count)
         patch.setattr(pipelines.Pipeline, "release", note)
         done = prolora.fit(

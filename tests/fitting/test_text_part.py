@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +32,9 @@ SETTINGS = FitSettings(
 def room(tmp_path_factory) -> Path:
     """Two pipelines of unlike text encoders, and a kohya LoRA with a part in that of the first."""
     folder = tmp_path_factory.mktemp("text")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "source", seed=1)
-        tiny.save(folder / "target", seed=1, text=12)
-        source = pipelines.open_pipeline(folder / "source")
+    tiny.save(folder / "source", seed=1)
+    tiny.save(folder / "target", seed=1, text=12)
+    source = pipelines.open_pipeline(folder / "source")
     tiny.write_lora_with_text(folder / "lora.safetensors", source.pipe)
     return folder
 
@@ -96,9 +93,8 @@ def test_images_that_cross_are_drawn_and_asked_with_it(room):
     updates, text = parts_of(room)
     source, target = opened(room)
     sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
-    part = pipelines.TextPart.of(source, text, sides[0].settings)
     adapter = Adapter(updates, format="diffusers")
-    recorder = pipelines.CrossingRecorder(*sides, adapter, text_part=part)
+    recorder = pipelines.CrossingRecorder(*sides, adapter, text=text)
     bare = pipelines.CrossingRecorder(*sides, adapter)
     with torch.no_grad():
         ours, theirs = (

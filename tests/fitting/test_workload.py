@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -152,12 +151,10 @@ def test_what_is_foreseen_grows_with_what_is_asked_for():
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "sd15")
-        tiny.save(folder / "tuned", seed=5)
-        unet = pipelines.open_pipeline(folder / "sd15").denoiser
-        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    tiny.save(folder / "sd15")
+    tiny.save(folder / "tuned", seed=5)
+    unet = pipelines.open_pipeline(folder / "sd15").denoiser
+    tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
     return folder
 
 
@@ -196,9 +193,7 @@ def test_a_fit_of_pipelines_makes_the_predictions_that_it_announced(room):
     told = Told(Clock())
     ends = room / "lora.safetensors", room / "sd15", room / "tuned"
     options = prolora.FitOptions(("cat",), images=4, steps=6, fit_steps=4, force=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        done = prolora.fit(*ends, replace(options, progress=told))
+    done = prolora.fit(*ends, replace(options, progress=told))
     foreseen = Workload(options, 6).predictions
     made = done.report.probe.predictions
     for i in (0, 1):

@@ -71,7 +71,6 @@ class Checkpoints:
         """
         self.folder = None if folder is None else Path(folder)
         self.is_optional = is_optional
-        self._used: set[Path] = set()
         self._digest = ""
         if folder is not None:
             self._digest = digest_facts({"versions": describe_versions(), **inputs()})
@@ -107,11 +106,10 @@ class Checkpoints:
             self.folder = None
 
     def remove_own_parts(self) -> None:
-        """Deletes what serves no other LoRA, and what was neither read nor written since then."""
+        """Deletes what serves no other LoRA."""
         for path in self.folder.glob("*.safetensors") if self.folder else ():
-            if path.name.startswith(_OF_ONE_LORA) or path not in self._used:
+            if path.name.startswith(_OF_ONE_LORA):
                 path.unlink(missing_ok=True)
-        self._used.clear()
 
     def _path(self, name: str, key: str) -> Path | None:
         """Returns the path of a result."""
@@ -120,7 +118,6 @@ class Checkpoints:
         path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
             raise OutputError(f"{path}: is a link or no file, and no result of prolora; remove it")
-        self._used.add(path)
         return path
 
     def recall_updates(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from .. import adapters
@@ -22,7 +21,6 @@ from ..moving.options import FIT, LoraLike
 from ..moving.result import Notes, Transfer, list_inputs
 from ..moving.transfer_report import TransferReport
 from ..reports.lora_report import LoraReport
-from ..reports.module_report import ModuleReport
 from .common_parts import CommonParts
 from .fit_numbers import ProbeReport
 from .fit_plan import FitJob, check_fittable, explain_need, outline_fit, plan_modules
@@ -105,8 +103,7 @@ def prepare_fit(
 
 def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
     """Reports what would be fitted, carried over, skipped and refused, from headers alone."""
-    job = prepare_fit(lora, source, target, options, "outline")
-    return outline_report(job.adapter, job.plan, job.source, job.target, options)
+    return outline_report(prepare_fit(lora, source, target, options, "outline"))
 
 
 def weigh_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
@@ -168,7 +165,15 @@ def _finish_fit(
     adapter, plan, target = job.adapter, job.plan, job.target
     strength = probe.gate.strength if probe.gate else 1.0
     how = "fitted to the running models" if probe.trust else "copied; nothing was fitted"
-    rows = _list_rows(job, fitted, strength, how)
+    # Where the fit starts from the copied updates, copies of other kinds stay.
+    copied = {name for name in plan.skipped if name in fitted}
+    skipped = {name: reason for name, reason in plan.skipped.items() if name not in copied}
+    rows = []
+    for row in list_modules(adapter, replace(plan, skipped=skipped), fitted, how):
+        if row.source in copied:
+            row = replace(row, reason="copied; the fit goes on from there")
+        fits = row.rank_out and row.source not in plan.passed
+        rows.append(replace(row, strength=strength) if fits else row)
     updates = fitted | {name: adapter.updates[name] for name in plan.passed}
     made = {"prolora.method": FIT, "prolora.strength": f"{strength:.4g}"}
     options = job.options.as_moved("copy")
@@ -180,10 +185,7 @@ def _finish_fit(
         blank, updates=updates, kernels=list_kernels(updates, target), metadata=metadata
     )
     report = build_fit_report(
-        adapter,
-        job.source,
-        target,
-        job.options,
+        job,
         rows,
         strength=strength,
         probe=probe,
@@ -191,26 +193,6 @@ def _finish_fit(
         provenance=read_provenance(metadata),
     )
     return moved, report
-
-
-def _list_rows(
-    job: FitJob, fitted: Mapping[str, LowRank], strength: float, how: str
-) -> list[ModuleReport]:
-    """Lists what became of every module; `how` describes the fitted ones.
-
-    Where the fit starts from the copied updates, copies of other kinds stay.
-    """
-    plan = job.plan
-    copied = {name for name in plan.skipped if name in fitted}
-    skipped = {name: reason for name, reason in plan.skipped.items() if name not in copied}
-    plan = replace(plan, skipped=skipped)
-    rows = []
-    for row in list_modules(job.adapter, plan, fitted, how):
-        if row.source in copied:
-            row = replace(row, reason="copied; the fit goes on from there")
-        fits = row.rank_out and row.source not in plan.passed
-        rows.append(replace(row, strength=strength) if fits else row)
-    return rows
 
 
 def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:

@@ -123,8 +123,6 @@ def fit_to_models(
         adapter = lora if isinstance(lora, Adapter) else Adapter(dict(lora), format="diffusers")
     if rival is None:
         rival = fitting_updates(target, adapter.updates)
-    check_models(source, target, adapter)
-    check_start(settings.start, target, rival)
     recorder = Recorder(
         source,
         target,
@@ -143,7 +141,7 @@ def fit_to_models(
             f"{samplers.described} {settings.precision}" if settings.resume is not None else "",
         ),
     )
-    return _run_models(recorder, rival, settings, None, None, None)
+    return fit_from_recorder(recorder, rival, settings)
 
 
 @in_full_precision
@@ -155,26 +153,14 @@ def fit_from_recorder(
     meter: WorkMeter | None = None,
     samples: int | None = None,
 ) -> ProbeTransfer:
-    """Runs `fit_to_models` on a recorder's questions: for unlike models.
+    """Asks, solves, judges and finishes, with both models frozen in the settings' precision.
 
-    They share no recorded calls. `release` is called once everything was sampled and asked; from
+    `release` is called once everything was sampled and asked; from
     then on the target alone runs. The sampler tells `meter` every image. `samples` is the number
     in a batch of the fit; None: as in the samplers' calls.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings, release, meter, samples)
-
-
-def _run_models(
-    recorder: Recorder | CrossingRecorder,
-    rival: Mapping[str, LowRank],
-    settings: FitSettings,
-    release: Callable[[], None] | None,
-    meter: WorkMeter | None,
-    samples: int | None,
-) -> ProbeTransfer:
-    """Asks, solves, judges and finishes, with both models frozen in the settings' precision."""
     meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
     if settings.rank is None:
         own = max(update.rank for update in recorder.adapter.updates.values())

@@ -71,8 +71,6 @@ class _RunningFit:
         """Fits by images that cross; `shared` says that both have the same latents."""
         models = self.models
         check_models(models[0].denoiser, models[1].denoiser, self.asked.denoiser)
-        for model in () if shared else models:
-            pipelines.check_shown(model.pipe, model.name)
         ours, theirs = pipelines.observe_sides(*models, self.sampled, shared)
         recorder = pipelines.CrossingRecorder(
             ours,
@@ -81,7 +79,7 @@ class _RunningFit:
             self.checkpoints,
             self._hash_origins((ours.settings, theirs.settings)),
             self.meter.count_image,
-            text_part=pipelines.TextPart.of(models[0], self.asked.text, ours.settings),
+            self.asked.text,
         )
         return self._fit(recorder, recorder.log_snr)
 

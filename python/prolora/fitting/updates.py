@@ -32,28 +32,6 @@ def keep_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def capture_first_call(
-    module: nn.Module, run: Callable[[], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Captures the arguments of a module's first call; `run` ends there.
-
-    The module's forward is not run. `run` must let `FirstCallReached` pass. Returns positional and
-    keyword arguments; None where `run` ended without a call.
-    """
-    captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append((args, kwargs))
-        raise FirstCallReached
-
-    with keep_hooks([module.register_forward_pre_hook(stop, with_kwargs=True)]):
-        try:
-            run()
-        except FirstCallReached:
-            pass
-    return captured[0] if captured else None
-
-
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module -> (B [m, r], A [r, n]): the factors of an update, their gradients or their changes."""
 

@@ -4,7 +4,7 @@ from .crossing import CrossingSide, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
 from .latents import LatentSpace, SharedLatents, check_shown
 from .pairing import PipelinePair, pair_pipelines
-from .pipeline import Pipeline, TextPart, describe_pipeline, run_text_encoders_beside
+from .pipeline import Pipeline, describe_pipeline, run_text_encoders_beside
 from .pipeline_opening import open_pipeline
 from .stages import estimate_bytes
 from .vram import CardPlan, plan_card
@@ -17,7 +17,6 @@ __all__ = [
     "Pipeline",
     "PipelinePair",
     "SharedLatents",
-    "TextPart",
     "check_shown",
     "describe_pipeline",
     "estimate_bytes",

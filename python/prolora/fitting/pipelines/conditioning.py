@@ -69,18 +69,6 @@ def build_call(model: nn.Module, parts: CallParts) -> Call:
     return Call((), kwargs)
 
 
-def stack_output(result: Any) -> Tensor:
-    """Returns the prediction [n, ...] in a model's return value.
-
-    Some return a list of samples.
-    """
-    if isinstance(result, list) and all(isinstance(sample, Tensor) for sample in result):
-        return torch.stack(result)
-    if isinstance(result, tuple | list) and result:
-        return stack_output(result[0])
-    return stack_output(result.sample) if hasattr(result, "sample") else output_of(result)
-
-
 @dataclass(frozen=True)
 class PredictionReader:
     """The prediction without the variance that DiT and PixArt also predict."""
@@ -94,7 +82,7 @@ class PredictionReader:
 
     def __call__(self, result: Any) -> Tensor:
         """Returns the prediction [n, ...] of a model's return value."""
-        output = stack_output(result)
+        output = output_of(result)
         return output[:, : self.channels] if output.dim() == 4 else output
 
 

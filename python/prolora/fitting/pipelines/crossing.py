@@ -12,6 +12,7 @@ change of x₀ that the LoRA makes crosses in the same way (docs/fit.md).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -19,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.lowrank import LowRank
 from ..recording.trajectories import Call
-from ..recording.translation import Question, Translation, same_call
+from ..recording.translation import Question, Translate, Translation, same_call
 from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, split_call
 from .guidance import guide_source
 from .latents import LatentLayout, LatentSpace, SharedLatents, check_shapes, check_shown
-from .pipeline import FinalSample, Pipeline, TextPart, share_size
+from .pipeline import NO_UPDATES, FinalSample, Pipeline, run_text_encoders_beside, share_size
 from .schedules import NoiseSchedule, align_rows
 
 
@@ -48,8 +50,6 @@ class CrossingSide:
         `settings` without a size take the pipeline's; `shared` says that the other side denoises
         the same latents.
         """
-        if not shared:
-            check_shown(pipeline.pipe, pipeline.name)
         settings = replace(settings, size=settings.size or pipeline.size)
         table = pipeline.tabulate_prompts(settings)
         space: LatentSpace | SharedLatents
@@ -110,15 +110,22 @@ class CrossedTranslation(Translation):
 
     @classmethod
     def of(
-        cls, ours: CrossingSide, theirs: CrossingSide, text_part: TextPart | None = None
+        cls, ours: CrossingSide, theirs: CrossingSide, text: Mapping[str, LowRank] = NO_UPDATES
     ) -> CrossedTranslation:
-        """Makes the translation between two sides; `read` is the target's."""
+        """Makes the translation between two sides; `read` is the target's.
+
+        `text` are the LoRA's updates of the source's text encoders.
+        """
         guidance = guide_source(
             (ours.pipeline, theirs.pipeline),
             (ours.settings, theirs.settings),
             (ours.table, theirs.table),
         )
-        adapt = partial(ours.table.swap_prompts, text_part.table) if text_part else same_call
+        adapt: Translate = same_call
+        if text:
+            with run_text_encoders_beside(ours.pipeline, text):
+                adapted = ours.pipeline.tabulate_prompts(ours.settings)
+            adapt = partial(ours.table.swap_prompts, adapted)
         return cls(read=theirs.read, guidance=guidance, adapt=adapt, ours=ours, theirs=theirs)
 
     def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
@@ -156,6 +163,9 @@ def observe_sides(
     """
     if shared:
         settings = share_size(settings, source, target)
+    else:
+        check_shown(source.pipe, source.name)
+        check_shown(target.pipe, target.name)
     ours = CrossingSide.of(source, settings, shared)
     theirs = CrossingSide.of(target, target.derive_target_settings(settings), shared)
     if isinstance(ours.space, SharedLatents) and isinstance(theirs.space, SharedLatents):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
 from ...bases.pipeline_identity import describe_live_module, digest_facts
+from ...core.lowrank import LowRank
 from ...errors import ProLoRAError
 from ..checkpoint import Checkpoints, hash_texts
 from ..recording.recorder import ORIGINS, hash_origins
@@ -20,7 +21,7 @@ from ..updates import run_beside
 from .conditioning import stack_conditionings
 from .crossing import CrossedTranslation, CrossingSide, cross_clean, draw_noise, takes_few_steps
 from .latents import SharedLatents
-from .pipeline import TextPart, run_text_encoders_beside
+from .pipeline import run_text_encoders_beside
 from .schedules import level_log_snr
 
 _QUESTIONS = 2**30  # seeds of draws for questions, beyond the samplers' seeds
@@ -55,7 +56,7 @@ class CrossingRecorder:
     # Called with the origin of an image after it was sampled
     on_image: Callable[[str], None] | None = None
     # Updates of the source's text encoders that the LoRA is run with
-    text_part: TextPart | None = None
+    text: Mapping[str, LowRank] = field(default_factory=dict)
 
     @property
     def source(self) -> nn.Module:
@@ -75,7 +76,7 @@ class CrossingRecorder:
     @cached_property
     def translation(self) -> CrossedTranslation:
         """Turns the source's predictions into the target's terms."""
-        return CrossedTranslation.of(self.ours, self.theirs, self.text_part)
+        return CrossedTranslation.of(self.ours, self.theirs, self.text)
 
     @cached_property
     def log_snr(self) -> tuple[float, float]:
@@ -237,8 +238,7 @@ class CrossingRecorder:
         kept = self.checkpoints.recall(name, key)
         if kept is None:
             adapted = origin == "adapted"
-            text = self.text_part.updates if adapted and self.text_part else {}
-            encoders = run_text_encoders_beside(side.pipeline, text)
+            encoders = run_text_encoders_beside(side.pipeline, self.text if adapted else {})
             updates = self.adapter.updates if adapted else {}
             with run_beside(side.pipeline.denoiser, updates), encoders:
                 sampled = self._sample(side, seed, origin)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedFormat
-from ..recording.trajectories import Call
+from ..recording.trajectories import Call, output_of
 from ..updates import keep_hooks
-from .conditioning import split_call, stack_output
+from .conditioning import split_call
 from .schedules import NoiseSchedule, Times
 
 STEPS = 3
@@ -42,7 +42,7 @@ def observe_flow(
 
     def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         asked.append(split_call(model, Call(args, kwargs)).time.double().mean())
-        outputs.append(stack_output(out).detach().double().cpu())
+        outputs.append(output_of(out).detach().double().cpu())
 
     def end_step(used: Tensor, time: Any) -> None:
         if outputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, build_call, split_call
 from .guidance import guide_source
 from .latents import LatentLayout, check_shapes
-from .pipeline import Pipeline, TextPart, share_size
+from .pipeline import NO_UPDATES, Pipeline, run_text_encoders_beside, share_size
 from .schedules import (
     FLOW,
     NoiseSchedule,
@@ -42,18 +42,17 @@ class PipelinePair:
     # The lowest and highest log-SNR at which both are asked, for models that predict different
     # quantities; None without a bound.
     log_snr: tuple[float, float] | None = None
-    # What the LoRA changes of the source's text encoders; None for nothing
-    text_part: TextPart | None = None
+    # The LoRA's updates of the source's text encoders
+    text: Mapping[str, LowRank] = field(default_factory=dict)
 
     def samplers(self, on_image: Callable[[str], None]) -> tuple[Sample, Sample, Sample]:
         """Returns samplers of ORIGINS: the source, with its LoRA, the target.
 
         `on_image` is called with the origin of an image after it.
         """
-        adapted = self.source if self.text_part is None else self.text_part
         return (
             self.source.sampler(self.settings, lambda: on_image("source")),
-            adapted.sampler(self.settings, lambda: on_image("adapted")),
+            self.source.sampler(self.settings, lambda: on_image("adapted"), self.text),
             self.target.sampler(self.of_target, lambda: on_image("target")),
         )
 
@@ -62,13 +61,13 @@ def pair_pipelines(
     source: Pipeline,
     target: Pipeline,
     settings: FitSettings,
-    text_updates: Mapping[str, LowRank] | None = None,
+    text: Mapping[str, LowRank] = NO_UPDATES,
 ) -> PipelinePair:
     """Sets the size, and tabulates the conditioning of each model for the prompts.
 
     Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps
-    to see what their times mean. `text_updates` of the source's text encoders are run with the
-    LoRA.
+    to see what their times mean. `text` are updates of the source's text encoders, which are run
+    with the LoRA.
     """
     names = source.name, target.name
     settings = share_size(settings, source, target)
@@ -80,7 +79,8 @@ def pair_pipelines(
         theirs = target.observe_schedule(of_target)
     levels = common_levels(ours, theirs)
     tables = source.tabulate_prompts(settings), target.tabulate_prompts(of_target)
-    part = TextPart.of(source, text_updates or {}, settings)
+    with run_text_encoders_beside(source, text):
+        adapted = source.tabulate_prompts(settings) if text else tables[0]
     latents = tables[0].like.latent, tables[1].like.latent
     layouts = LatentLayout.of(source.pipe, latents[0]), LatentLayout.of(target.pipe, latents[1])
     check_shapes(latents, layouts, names)
@@ -96,12 +96,12 @@ def pair_pipelines(
         PredictionReader.of(*latents),
         clip,
         guide_source((source, target), (settings, of_target), tables),
-        same_call if part is None else partial(tables[0].swap_prompts, part.table),
-        same_call if part is None else partial(part.table.swap_prompts, tables[0]),
+        partial(tables[0].swap_prompts, adapted) if text else same_call,
+        partial(adapted.swap_prompts, tables[0]) if text else same_call,
         tables[0].find_prompts if tables[0].guided else None,
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
-    return PipelinePair(source, target, settings, of_target, translation, log_snr, part)
+    return PipelinePair(source, target, settings, of_target, translation, log_snr, text)
 
 
 class _AskedModel(NamedTuple):

@@ -25,7 +25,7 @@ from ..models import in_float32
 from ..recording.trajectories import Call, Sample
 from ..settings import FitSettings
 from ..swapping import BlockSwapping
-from ..updates import FirstCallReached, capture_first_call, keep_hooks, run_beside
+from ..updates import FirstCallReached, keep_hooks, run_beside
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -38,6 +38,8 @@ from .flow_convention import STEPS, observe_flow, watch_steps
 from .latents import LatentSpace, capture_decoded, observe_latents
 from .schedules import FLOW, NoiseSchedule
 from .stages import PromptMemory, empty_weights, shrink_tiles
+
+NO_UPDATES: Mapping[str, LowRank] = {}
 
 
 @dataclass(frozen=True)
@@ -202,20 +204,26 @@ class Pipeline:
             arguments["prompt"] = prompt
         return {k: v for k, v in arguments.items() if k in self.accepted and v is not None}
 
-    def sampler(self, settings: FitSettings, on_image: Callable[[], None] | None = None) -> Sample:
+    def sampler(
+        self,
+        settings: FitSettings,
+        on_image: Callable[[], None] | None = None,
+        text: Mapping[str, LowRank] = NO_UPDATES,
+    ) -> Sample:
         """Returns a function that samples one set of trajectories, with prompts in turn.
 
         The images of one seed share no noise with another seed's. `on_image` is called after each
-        image.
+        image; `text` are updates of the text encoders.
         """
         prompts = _prompts_or_empty(settings)
 
         def sample(seed: int) -> None:
-            for i in range(settings.images):
-                prompt = prompts[(seed + i) % len(prompts)]
-                self.sample_latents(prompt, settings, seed * settings.images + i)
-                if on_image:
-                    on_image()
+            with run_text_encoders_beside(self, text):
+                for i in range(settings.images):
+                    prompt = prompts[(seed + i) % len(prompts)]
+                    self.sample_latents(prompt, settings, seed * settings.images + i)
+                    if on_image:
+                        on_image()
 
         return sample
 
@@ -315,12 +323,20 @@ class Pipeline:
 
     def _capture_call(self, prompt: str, settings: FitSettings) -> Call:
         """Captures the first call of the denoiser for a prompt."""
-        inputs = capture_first_call(self.denoiser, lambda: self.sample_latents(prompt, settings, 0))
-        if inputs is None:
+        calls: list[Call] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(Call(args, kwargs))
+            raise FirstCallReached
+
+        hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+        with keep_hooks([hook]), suppress(FirstCallReached):
+            self.sample_latents(prompt, settings, 0)
+        if not calls:
             raise ProLoRAError(
                 f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser"
             )
-        return Call(*inputs)
+        return calls[0]
 
 
 def share_size(settings: FitSettings, *pipelines: Pipeline) -> FitSettings:
@@ -392,32 +408,3 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
     memory = pipeline.memory if updates else None
     with enter() if memory is None else memory.under(hash_updates(updates), enter):
         yield
-
-
-@dataclass(frozen=True)
-class TextPart:
-    """Updates of the source's text encoders, and their effect on prompts."""
-
-    pipeline: Pipeline  # the source
-    updates: Mapping[str, LowRank]  # by names that begin with the text encoder's
-    table: PromptTable  # its conditioning for each prompt with the updates in place
-
-    @classmethod
-    def of(
-        cls, pipeline: Pipeline, updates: Mapping[str, LowRank], settings: FitSettings
-    ) -> TextPart | None:
-        """Encodes the prompts with the updates in place; None without updates."""
-        if not updates:
-            return None
-        with run_text_encoders_beside(pipeline, updates):
-            return cls(pipeline, updates, pipeline.tabulate_prompts(settings))
-
-    def sampler(self, settings: FitSettings, on_image: Callable[[], None] | None = None) -> Sample:
-        """Runs `Pipeline.sampler` with the updates in place."""
-        run = self.pipeline.sampler(settings, on_image)
-
-        def sample(seed: int) -> None:
-            with run_text_encoders_beside(self.pipeline, self.updates):
-                run(seed)
-
-        return sample

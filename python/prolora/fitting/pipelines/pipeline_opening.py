@@ -13,8 +13,6 @@ from ...bases.folder import choose_candidate, open_folder_weights
 from ...bases.pipeline_files import (
     PIPELINE_INDEX,
     UNUSED_PARTS,
-    PipelineIndex,
-    is_pipeline,
     read_component_config,
     read_pipeline_index,
 )
@@ -32,14 +30,21 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
     The denoiser stays in the half precision it is stored in (see `precision`); the other models
     become float32. A device of None leaves all models on the CPU.
     """
-    index = read_runnable_index(folder)
+    index = read_pipeline_index(folder)
+    for name, (library, _) in index.parts.items():
+        if library not in ("diffusers", "transformers") and name not in UNUSED_PARTS:
+            raise UnsupportedFormat(
+                f"{folder / PIPELINE_INDEX}: {name} comes from {library!r}, which is code of its "
+                "own; only code of diffusers and transformers is run"
+            )
+    if index.denoiser is None:
+        raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")
     try:
         import diffusers
     except ImportError as error:
         raise UnsupportedFormat(
             'the models run through diffusers: pip install "prolora[probe]"'
         ) from error
-    assert index.denoiser is not None
     part, parts = index.denoiser, index.parts
     if index.class_name == "IconPipeline":  # of the shipped family
         from .icons import IconPipeline
@@ -87,26 +92,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     """Returns the half precision of all weights of a model, else float32."""
     dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
-
-
-def read_runnable_index(folder: Path) -> PipelineIndex:
-    """Reads model_index.json; refuses a pipeline that would run code of other packages."""
-    if not is_pipeline(folder):
-        raise UnsupportedFormat(
-            f"{folder}: the models are run, so each base must be the folder of a whole "
-            f"diffusers pipeline ({PIPELINE_INDEX}, scheduler, text encoders, unet or "
-            "transformer); weights alone cannot be sampled"
-        )
-    index = read_pipeline_index(folder)
-    for name, (library, _) in index.parts.items():
-        if library not in ("diffusers", "transformers") and name not in UNUSED_PARTS:
-            raise UnsupportedFormat(
-                f"{folder / PIPELINE_INDEX}: {name} comes from {library!r}, which is code of its "
-                "own; only code of diffusers and transformers is run"
-            )
-    if index.denoiser is None:
-        raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")
-    return index
 
 
 def _find_class(diffusers: Any, name: str, kind: str, folder: Path) -> Any:

@@ -90,10 +90,15 @@ class _TensorPool:
 
 
 def output_of(result: Any) -> Tensor:
-    """Returns the predicted tensor: the value itself, a tuple's first, or `.sample`."""
+    """Returns the predicted tensor: the value itself, a tuple's first, or `.sample`.
+
+    A list of tensors is one of samples.
+    """
     if isinstance(result, Tensor):
         return result
-    if isinstance(result, tuple | list):
+    if isinstance(result, list) and result and all(isinstance(x, Tensor) for x in result):
+        return torch.stack(result)
+    if isinstance(result, tuple | list) and result:
         return output_of(result[0])
     if hasattr(result, "sample"):
         return output_of(result.sample)
