@@ -206,15 +206,9 @@ def _explain_unreadable(tensor: Tensor) -> str:
     """Says why the numbers of a tensor cannot be read, "" if they can."""
     if tensor.is_meta:
         return "is on the meta device and holds no numbers; load the model's weights first"
-    if tensor.is_complex():
-        return f"is complex ({tensor.dtype}); a LoRA has real factors"
-    if tensor.is_quantized:
-        return f"is quantised ({tensor.dtype}); give its dequantize()"
-    if tensor.is_nested:
-        return "is a nested tensor; give its parts one by one"
-    if str(tensor.layout) != "torch.strided":
-        return f"is sparse ({tensor.layout}); give its to_dense()"
-    return ""
+    odd = tensor.is_complex() or tensor.is_quantized or tensor.is_nested
+    plain = not odd and str(tensor.layout) == "torch.strided"
+    return "" if plain else "is complex, quantised, nested or sparse; give it as plain numbers"
 
 
 def _open_file(

@@ -36,28 +36,20 @@ MAGNITUDES = frozenset({"dora_scale", "magnitude"})
 _ROLES = {
     "lora": ({"down", "up"}, {"mid", *NUMBERS, *MAGNITUDES}),
     "loha": (
-        {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+        {f"hada_w{i}_{side}" for i in (1, 2) for side in "ab"},
         {"hada_t1", "hada_t2", "alpha", "scalar", *MAGNITUDES},
     ),
     "lokr": (
         set(),
-        {
-            "lokr_w1",
-            "lokr_w1_a",
-            "lokr_w1_b",
-            "lokr_w2",
-            "lokr_w2_a",
-            "lokr_w2_b",
-            "lokr_t2",
-            "alpha",
-            "scalar",
-            *MAGNITUDES,
-        },
+        {f"lokr_w{i}{side}" for i in (1, 2) for side in ("", "_a", "_b")}
+        | {"lokr_t2", "alpha", "scalar", *MAGNITUDES},
     ),
     "full": ({"diff"}, {"alpha"}),
     "glora": ({"a1", "a2", "b1", "b2"}, {"bm", "alpha", "scalar"}),
     "oft": ({"oft_blocks"}, {"rescale", "alpha"}),
 }
+_STARTS = {"hada_": "loha", "lokr_": "lokr", "diff": "full", "oft_": "oft"}
+_STARTS |= dict.fromkeys(("a1", "a2", "b1", "b2", "bm"), "glora")
 
 
 @dataclass(frozen=True)
@@ -74,21 +66,10 @@ class Form:
 
 def kind_of_roles(roles: Set[str]) -> str:
     """Returns the kind of update that tensors of these roles make, "lora" by default."""
-    for role in sorted(roles):
-        for start, family in (
-            ("hada_", "loha"),
-            ("lokr_", "lokr"),
-            ("diff", "full"),
-            ("oft_", "oft"),
-            ("a1", "glora"),
-            ("a2", "glora"),
-            ("b1", "glora"),
-            ("b2", "glora"),
-            ("bm", "glora"),
-        ):
-            if role.startswith(start):
-                return family
-    return "lora"
+    kinds = (
+        kind for role in sorted(roles) for start, kind in _STARTS.items() if role.startswith(start)
+    )
+    return next(kinds, "lora")
 
 
 def find_missing_role(roles: Set[str]) -> str | None:

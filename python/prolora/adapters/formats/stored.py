@@ -151,7 +151,7 @@ def verify_stored(
         raise
     except ProLoRAError as error:
         raise OutputError(f"{where}: was written but cannot be read back: {error}") from error
-    vectors = {name for vector in contents.vectors for name in [vector.name]}
+    vectors = {vector.name for vector in contents.vectors}
     if seen != meant or vectors != set(adapter.vectors):
         name = next(iter((seen ^ meant) | (vectors ^ set(adapter.vectors))))
         raise OutputError(f"{where}: reads back with other modules than written: {name}")

@@ -148,11 +148,6 @@ _OTHER_KINDS = [
         re.compile(r"^oft_(unet|te\d?)_"),
         "It is an OFT adapter in kohya's spelling, which prolora does not read. " + _EXTRACT,
     ),
-    (
-        re.compile(r"^\w+:\d+:(up|down)$"),
-        "It has the numbered keys of the first LoRA trainers, which name no modules: convert it "
-        "to kohya's or diffusers' keys",
-    ),
 ]
 
 
