@@ -1,24 +1,21 @@
-"""Time and memory of whole transfers for large families, on generated weights of full size.
+"""A dry run of the largest families' bases, from headers alone: time and memory.
 
-    python bench/families.py headers FOLDER [--json FILE]
-    python bench/families.py move FOLDER [--layout flux2-klein-4b] [--json FILE]
+    python bench/families.py FOLDER [--json FILE]
 
-`headers` plans a transfer (a dry run) for the largest bases from their headers alone: the files are
-sparse, so that 40 GB of zeros take no room. `move` generates a pair of bases as `sdxl.py` does it,
-and moves a rank-16 LoRA on all attention and feed-forward matrices between them. Every run is a
-process of its own; its peak memory is VmHWM.
+The files are sparse, so that 40 GB of zeros take no room. Every run is a process of its own; its
+peak memory is VmHWM.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
-import sdxl
 import torch
 
 from prolora.adapters import Adapter, write_adapter
@@ -28,21 +25,13 @@ from prolora.core.lowrank import LowRank
 from prolora.version import __version__
 
 HEADERS = ("qwen-image", "wan-t2v-14b", "wan2.2-i2v-14b", "flux2-dev", "hidream-i1", "ltx2")
-OPTIONS = {
-    "auto": {},
-    "copy": {"method": "copy"},
-    "prolora, k = 128": {"method": "prolora", "rank": 128},
-}
 RANK = 16
 _RUN = """
 import json, sys, time
-lora, source, target, options = json.loads(sys.argv[1])
+lora, source, target = sys.argv[1:]
 import prolora
 start = time.perf_counter()
-if options.pop("dry", False):
-    report = prolora.transfer(lora, source, target, dry_run=True).report
-else:
-    report = prolora.transfer(lora, source, target, out=lora + ".moved", **options).report
+report = prolora.transfer(lora, source, target, dry_run=True).report
 seconds = time.perf_counter() - start
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({
@@ -78,89 +67,45 @@ def write_hollow_base(path: Path, layout: str) -> None:
     header: dict[str, object] = {}
     end = 0
     for name, shape in load_layout(layout).shapes.items():
-        size = 2
-        for length in shape:
-            size *= length
-        header[f"{name}.weight"] = {
-            "dtype": "BF16",
-            "shape": list(shape),
-            "data_offsets": [end, end + size],
-        }
-        end += size
+        start, end = end, end + 2 * math.prod(shape)
+        at = [start, end]
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": [*shape], "data_offsets": at}
     raw = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + end)
 
 
-def measure(
-    lora: Path, source: Path, target: Path, options: dict[str, object]
-) -> dict[str, object]:
-    """Runs one transfer in a process of its own."""
-    arguments = json.dumps([str(lora), str(source), str(target), options])
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, arguments], capture_output=True, text=True, check=True
-    )
-    row: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
 def plan_from_headers(folder: Path) -> list[dict[str, object]]:
     """A dry run of every large layout."""
     rows = []
     for layout in HEADERS:
-        old, new, lora = (folder / f"{layout}.{part}.safetensors" for part in ("a", "b", "lora"))
-        write_hollow_base(old, layout)
-        write_hollow_base(new, layout)
-        write_lora(lora, layout)
-        row = {"layout": layout, "base_GB": round(old.stat().st_size / 1e9, 1)}
-        rows.append(row | measure(lora, old, new, {"dry": True}))
+        files = [folder / f"{layout}.{part}.safetensors" for part in ("lora", "a", "b")]
+        write_lora(files[0], layout)
+        for base in files[1:]:
+            write_hollow_base(base, layout)
+        row = {"layout": layout, "base_GB": round(files[1].stat().st_size / 1e9, 1)}
+        run = [sys.executable, "-c", _RUN, *map(str, files)]
+        done = subprocess.run(run, capture_output=True, text=True, check=True)
+        rows.append(row | json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-        for path in (old, new, lora):
+        for path in files:
             path.unlink()
     return rows
 
 
-def move_pair(folder: Path, layout: str) -> list[dict[str, object]]:
-    """Whole transfers between two generated bases."""
-    sdxl.POOL = 1  # one matrix of a shape is enough, and a large one takes long to make
-    shapes = dict(sorted(linear_shapes(layout).items()))
-    source, target, lora = folder / "a", folder / "b", folder / "lora.safetensors"
-    for path, noise in ((source, 0.0), (target, sdxl.NOISE)):
-        if not path.exists():
-            sdxl.write_unet(path / "transformer", shapes, noise, 0, torch.bfloat16)
-    write_lora(lora, layout)
-    rows = []
-    for name, options in OPTIONS.items():
-        row = {"layout": layout, "options": name, "lora_rank": RANK}
-        rows.append(row | measure(lora, source, target, dict(options)))
-        print(rows[-1], flush=True)
-    return rows
-
-
-def main() -> None:
-    """Reads the arguments, measures, writes the figures."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["headers", "move"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layout", default="flux2-klein-4b")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    if arguments.what == "headers":
-        rows = plan_from_headers(arguments.folder)
-    else:
-        rows = move_pair(arguments.folder, arguments.layout)
+    facts = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "prolora": __version__,
+        "rows": plan_from_headers(arguments.folder),
+    }
     if arguments.json:
-        facts = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "prolora": __version__,
-            "rows": rows,
-        }
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

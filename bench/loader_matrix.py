@@ -518,7 +518,6 @@ def main() -> None:
     if arguments.files:
         kinds = compare_files(open_program, arguments.program, arguments.files)
         raw[arguments.program]["kinds"] = kinds
-        print(kinds)
         arguments.json.write_text(format_counts(raw), "utf-8")
         return
     if arguments.alpha:

@@ -4,16 +4,21 @@ import { loadPyodide } from "./pyodide/pyodide.mjs";
 
 const CHECK = `
 import json, prolora
-from prolora.errors import ProLoRAError
+from prolora.errors import ProLoRAError, name_options
+
+def spell(option, value):
+    if value == "()":
+        return f"\\`prolora {option}\\`"
+    return f"--{'for' if option == 'format' else option} {value or ''}".strip()
 
 def check(path, program):
     try:
         found = prolora.check(path, program=program or None)
     except ProLoRAError as error:
         return json.dumps({"mark": "✖", "headline": str(error).removeprefix(f"{path}: "), "lines": []})
-    lines = [[name, text] for name, text in found.facts()]
-    return json.dumps({"mark": found.mark, "headline": found.headline, "lines": lines,
-                       "json": found.to_dict()})
+    lines = [[name, name_options(text, spell)] for name, text in found.facts()]
+    return json.dumps({"mark": found.mark, "headline": name_options(found.headline, spell),
+                       "lines": lines, "json": found.to_dict()})
 
 def list_programs():
     from prolora.architectures.loaders import known_loaders

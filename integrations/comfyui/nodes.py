@@ -92,7 +92,7 @@ def _show(report: str, page: Path | None, *values: Any) -> dict[str, Any]:
 def _find_lora(name: str) -> Path:
     """A LoRA that was chosen."""
     if name == CHOOSE:
-        raise ValueError("Choose the LoRA that you want to move, under “LoRA”.")
+        raise ValueError("Choose the LoRA, under “LoRA”.")
     return host.find_lora(name)
 
 

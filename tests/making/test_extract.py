@@ -89,6 +89,24 @@ def test_the_share_of_energy_that_is_told_is_the_dense_one(rank, seed):
     assert f"{report.share_on_target:.2%}" in report.in_words().headline
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [("float16", 1e-5), ("bfloat16", 1), ("float16", 1)])
+def test_what_rounding_leaves_of_the_lora_is_measured_and_told(dtype, scale):
+    base, tuned = make_base(), make_base(1)
+    tuned = {key: base[key] + scale * x for key, x in tuned.items()}
+    given = base, tuned
+    exact = prolora.extract(*given, out_rank=4, dtype="float32").adapter.updates
+    done = prolora.extract(*given, out_rank=4, dtype=dtype)
+    written = adapters.read_adapter(done.state_dict("kohya")).updates
+    pairs = [(written[n].dense().double(), exact[n].dense().double()) for n in exact]
+    energy = sum(float(x.square().sum()) for _, x in pairs)
+    left = sum(float((q * x).sum()) for q, x in pairs) / energy
+    error = (sum(float((q - x).square().sum()) for q, x in pairs) / energy) ** 0.5
+    told = done.report.rounding
+    assert told.survived == pytest.approx(left, abs=1e-6)
+    assert told.error == pytest.approx(error, rel=1e-3) and error > 1e-5
+    assert f"Rounding leaves {left:.2%} of that" in done.report.in_words().lines[1]
+
+
 def test_a_share_of_energy_takes_the_fewest_columns():
     base, tuned = make_base(), make_base(1)
     for row in prolora.extract(base, tuned, out_rank=0.7).report.rows("mapped"):

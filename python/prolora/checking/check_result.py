@@ -133,7 +133,7 @@ class Check:
 
     def __str__(self) -> str:
         """Writes the mark and the verdict, then the facts, a line each."""
-        facts = [f"{name}: {text}" if name else text for name, text in self.facts()]
+        facts = [f"{n}{' ' if n in '⚠✖' else ': '}{text}".lstrip() for n, text in self.facts()]
         return "\n".join([f"{self.mark} {self.headline}", *facts])
 
     def facts(self) -> list[tuple[str, str]]:

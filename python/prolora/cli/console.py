@@ -45,7 +45,6 @@ _SUBSTITUTES = {
     "⚠": "Careful:",
     "✖": "No:",
     "→": "->",
-    "←": "<-",
     "…": "...",
     "–": "-",
     "−": "-",
@@ -62,7 +61,6 @@ _SUBSTITUTES = {
     "σ": "sigma",
     "Σ": "sum ",
     "Δ": "Delta",
-    **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
 }
 """What stands for a character that the output's encoding lacks."""
 

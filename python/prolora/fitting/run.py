@@ -1,4 +1,4 @@
-"""Probing, read from top to bottom: record, fit, judge."""
+"""Probing, read from top to bottom: ask, solve, judge, finish."""
 
 from __future__ import annotations
 
@@ -155,9 +155,9 @@ def fit_from_recorder(
 ) -> ProbeTransfer:
     """Asks, solves, judges and finishes, with both models frozen in the settings' precision.
 
-    `release` is called once everything was sampled and asked; from
-    then on the target alone runs. The sampler tells `meter` every image. `samples` is the number
-    in a batch of the fit; None: as in the samplers' calls.
+    `release` is called once everything was sampled and asked; from then on the target alone runs.
+    The sampler tells `meter` every image. `samples` is the number in a batch of the fit; None: as
+    in the samplers' calls.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
@@ -187,7 +187,7 @@ def fit_from_recorder(
     report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
-    return _scale_updates(run, updates, verdict.strength)
+    return _finish(run, updates, verdict.strength)
 
 
 def _ask(
@@ -237,7 +237,8 @@ def _ask_held_out(run: ProbeRun, questions: Sequence[Question]) -> Sequence[Want
     return LazySequence(len(questions), lambda i: WantedChange(questions[i].target, *store.get(i)))
 
 
-def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
+def _finish(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
+    """Returns the target's adapter with the updates at their strength, and the report."""
     scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
     metadata = {"prolora.version": __version__, "prolora.method": "fit"}
     shapes = {n: weight_of(run.recorder.target, n, any_kind=True).shape for n in scaled}

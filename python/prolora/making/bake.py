@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .bake_report import BakedModule, BakeReport
 from .convert import read_plain
 from .merge_inputs import name_loras
 
+_MOST_NUMBERS = 1 << 22  # in float64 at a time
 _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 
 
@@ -202,36 +204,35 @@ class _Baking:
         before = root.read().to(wide)
         numbers, deltas = before.clone(), []
         for name, weight, added in parts:
-            delta = torch.zeros(weight.shape, dtype=wide)
-            for update in added:
-                dense = update.dense() if isinstance(update, LowRank) else update
-                delta += dense.to(wide).reshape(delta.shape)
+            dense = (x.dense() if isinstance(x, LowRank) else x for x in added)
+            delta = reduce(Tensor.add_, (x.to(wide).reshape(weight.shape) for x in dense))
             for view, rows in _cut_rows(weight, numbers, delta):
                 view += rows
             deltas.append((name, weight, delta))
         written, rounded = self._round(root, stored, numbers)
         if not rounded.isfinite().all():
             raise NonFiniteWeights(f"{stored.name}: the result overflows {stored.dtype}")
+        change = rounded.sub_(before)
         for name, weight, delta in deltas:
-            self.rows.append(_measure(name, weight, rounded - before, delta))
+            self.rows.append(_measure(name, weight, change, delta))
         assert isinstance(stored.file, SafetensorsFile)  # all others are refused before
         replace_tensor(file, stored.file, stored.key, written)
 
     def _round(self, root: Weight, stored: StoredWeight, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the stored tensor, and the numbers that it stands for."""
-        scale = torch.ones(())
+        scale, codes = torch.ones(()), numbers
         if isinstance(root, ScaledWeight):
             tiles = root.load_scales()[0][:, 0]
             scale = tiles.repeat_interleave(root.tile[0])[: len(numbers)]
             scale = scale.reshape(-1, *[1] * (numbers.ndim - 1))
-        codes = numbers / scale
+            codes = numbers / scale
         if self.random is not None and stored.dtype != numbers.dtype:
             codes = _round_at_random(codes, stored.dtype, self.random)
         if stored.dtype.itemsize == 1:  # torch makes NaN of what is too large
             largest = torch.finfo(stored.dtype).max
             codes = codes.clamp(-largest, largest)
         written = codes.to(stored.dtype).contiguous()
-        return written, written.to(numbers.dtype) * scale
+        return written, written.to(numbers.dtype, copy=True).mul_(scale)
 
 
 def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -251,11 +252,13 @@ def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[
 def _measure(name: str, weight: Weight, change: Tensor, delta: Tensor) -> BakedModule:
     """Compares what changed with what should have."""
     energy = product = wrong = 0.0
-    for got, wanted in _cut_rows(weight, change, delta):
-        got, wanted = got.double(), wanted.double()
-        energy += float(wanted.square().sum())
-        product += float((got * wanted).sum())
-        wrong += float((got - wanted).square().sum())
+    for both in _cut_rows(weight, change, delta):
+        few = max(1, _MOST_NUMBERS * len(both[0]) // both[0].numel())
+        for got, wanted in zip(*(half.split(few) for half in both), strict=True):
+            got, wanted = got.double(), wanted.double()
+            energy += float(wanted.square().sum())
+            product += float((got * wanted).sum())
+            wrong += float((got - wanted).square().sum())
     return BakedModule(name, energy, product, wrong)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,9 +19,9 @@ class BakedModule:
     """One module's update ΔW, and W + ΔW rounded to Q."""
 
     module: str
-    energy: float  # ‖ΔW‖²
-    product: float  # ⟨Q − W, ΔW⟩
-    wrong: float  # ‖Q − W − ΔW‖²
+    energy: float = 0.0  # ‖ΔW‖²
+    product: float = 0.0  # ⟨Q − W, ΔW⟩
+    wrong: float = 0.0  # ‖Q − W − ΔW‖²
 
     @property
     def survived(self) -> float:
@@ -31,6 +32,12 @@ class BakedModule:
     def error(self) -> float:
         """The rounding error beside the size of the update."""
         return math.sqrt(self.wrong / self.energy) if self.energy else 0.0
+
+
+def sum_modules(rows: Iterable[BakedModule]) -> BakedModule:
+    """Returns all updates as one."""
+    kept = [(row.energy, row.product, row.wrong) for row in rows]
+    return BakedModule("all", *map(sum, zip(*kept, strict=True))) if kept else BakedModule("all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +62,7 @@ class BakeReport(Report):
     @property
     def whole(self) -> BakedModule:
         """All updates as one."""
-        energy, product = (
-            sum(getattr(row, n) for row in self.modules) for n in ("energy", "product")
-        )
-        return BakedModule("all", energy, product, sum(row.wrong for row in self.modules))
+        return sum_modules(self.modules)
 
     def in_words(self) -> InWords:
         """Returns what is left, and how to keep more."""

@@ -30,6 +30,7 @@ from ..bases.weights import Weight
 from ..core.basis import truncated_svd
 from ..core.grouping import group_by
 from ..core.lowrank import LowRank
+from ..core.merging import inner_product
 from ..core.precision import in_full_precision, working_dtype
 from ..core.recompression import balance_factors
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat, WrongBase
@@ -42,6 +43,7 @@ from ..moving.result import Transfer, pack_plan, save_result
 from ..moving.rows import describe_difference, outline_difference
 from ..reports.module_report import ModuleReport
 from ..version import __version__
+from .bake_report import BakedModule, sum_modules
 from .extract_options import DEFAULT_EXTRACTION, ExtractOptions
 from .made_report import MadeReport
 
@@ -128,6 +130,7 @@ class _Difference:
     updates: dict[str, LowRank] = field(default_factory=dict)  # module -> its update
     vectors: dict[str, Tensor] = field(default_factory=dict)  # name -> difference
     left_out: dict[str, str] = field(default_factory=dict)  # vector -> why it is not in the result
+    rounding: list[BakedModule] = field(default_factory=list)  # what is left of each update
 
     @property
     def format(self) -> FormatLike:
@@ -242,6 +245,7 @@ class _Difference:
             up, down = balance_factors(own.U, own.S, own.V)
             update = LowRank(up.float().cpu(), down.float().cpu())
             self.updates[row.source] = update
+            self.rounding.append(_measure_rounding(update, self.options.stored_dtype))
             up, down = (x.to(self.options.stored_dtype).to(difference.dtype) for x in (up, down))
             (lost,) = _measure_norms((difference[i] - up @ down)[None])
             bound = None if own.ok else own.bound.item()
@@ -370,11 +374,20 @@ class _Difference:
             done="extracted",
             original=f"the difference between {base} and {tuned}",
             advice=f"Next: load it with {base}, at strength 1.",
+            rounding=sum_modules(self.rounding) if self.rounding else None,
             source=self.base.name,
             target=self.tuned.name,
             quantised=list_quantised(self.base, self.tuned),
             **fields,
         )
+
+
+def _measure_rounding(update: LowRank, dtype: torch.dtype) -> BakedModule:
+    """Compares an update with its factors rounded to a type."""
+    written = update.to(dtype)
+    energy, product = inner_product(update, update), inner_product(update, written)
+    wrong = inner_product(written, written) - 2 * product + energy
+    return BakedModule("", energy, product, max(0.0, wrong))
 
 
 def _subtract(base: Weight, tuned: Weight, start: int = 0, stop: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..reports.lora_report import LoraReport
 from ..reports.report import InWords, Mark
+from .bake_report import BakedModule
 
 ENOUGH = 0.95
 """A LoRA that keeps this share of the energy does what it was made of."""
@@ -18,6 +19,7 @@ class MadeReport(LoraReport):
     done: str  # what became of its modules, as "converted"
     original: str  # what it was made of, in words
     advice: str = ""  # what to do next; "" without advice
+    rounding: BakedModule | None = None  # what is left of the updates in the type of the file
 
     def in_words(self) -> InWords:
         """Returns the share of the original that the LoRA holds."""
@@ -35,7 +37,11 @@ class MadeReport(LoraReport):
 
     def lines(self) -> list[str]:
         """Says what else to know of the result."""
-        return [self.advice] if self.advice else []
+        lines = [self.advice] if self.advice else []
+        if self.rounding is not None:
+            left, error = self.rounding.survived, self.rounding.error
+            lines.append(f"Rounding leaves {left:.2%} of that, with an error of {error:.2g}.")
+        return lines
 
     def _tell_done(self) -> str:
         return f"{'would be' if self.dry_run else 'were'} {self.done}"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import ProLoRAError
 from ..files.hub import spell_path
 from .lora_report import LoraReport
-from .report import MADE_BEFORE, InWords, read_again
+from .report import InWords
 
 OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
 """What became of a LoRA, in two words."""
@@ -45,9 +45,7 @@ class Outcome:
     @property
     def words(self) -> InWords:
         """The verdict, or the error."""
-        if self.error:
-            return InWords("✖", str(self.error))
-        return self.report.in_words() if self.report else read_again((MADE_BEFORE,))
+        return self.report.in_words() if self.report else InWords("✖", str(self.error))
 
     @property
     def share(self) -> float | None:

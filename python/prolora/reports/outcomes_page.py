@@ -9,7 +9,7 @@ from typing import Any
 
 from .outcome import Outcome
 from .report import InWords, Report
-from .table import NOTHING, Cell, Column, Row, Table, make_table
+from .table import NOTHING, Cell, Column, Row, Table, Tone, make_table
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class OutcomesReport(Report):
         below = tuple(str(words).split("\n"))
         if report is None:
             cells = None, None, None, outcome.share, None
-            return Row((*start, *cells), "warn" if outcome.error else "faint", below=below)
+            return Row((*start, *cells), "warn", below=below)
         numbers: list[Cell] = [len(report.rows(x)) for x in ("mapped", "skipped", "refused")]
         numbers += [outcome.share, outcome.seconds or NOTHING]
-        return Row((*start, *numbers), below=(*below, *report.sentences()))
+        tone: Tone = "faint" if outcome.kept else ""
+        return Row((*start, *numbers), tone, below=(*below, *report.sentences()))
 
     def name(self, outcome: Outcome) -> str:
         """Returns the LoRA's name, or its result's for one of two experts."""

@@ -51,7 +51,7 @@ class Table:
     def legend(self) -> dict[str, str]:
         """Returns column -> its meaning from the glossary."""
         names = (
-            column.name.split(" ")[0] if column.name[0] in "Φ≥" else column.name
+            column.name.split(" ")[0] if column.name[0] == "Φ" else column.name
             for column in self.columns
         )
         return {name: GLOSSARY[name] for name in names if name in GLOSSARY}

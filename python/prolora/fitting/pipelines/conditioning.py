@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,21 +69,18 @@ def build_call(model: nn.Module, parts: CallParts) -> Call:
     return Call((), kwargs)
 
 
-@dataclass(frozen=True)
-class PredictionReader:
-    """The prediction without the variance that DiT and PixArt also predict."""
+def make_reader(*latents: Tensor) -> Callable[[Any], Tensor]:
+    """Makes the reader of models with these latents.
 
-    channels: int | None  # of latents that are images; None for other layouts
+    It leaves out the variance that DiT and PixArt also predict.
+    """
+    channels = next((x.shape[1] for x in latents if x.dim() == 4), None)
 
-    @classmethod
-    def of(cls, *latents: Tensor) -> PredictionReader:
-        """Makes the reader of a model, or of two, with these latents."""
-        return cls(next((x.shape[1] for x in latents if x.dim() == 4), None))
-
-    def __call__(self, result: Any) -> Tensor:
-        """Returns the prediction [n, ...] of a model's return value."""
+    def read(result: Any) -> Tensor:
         output = output_of(result)
-        return output[:, : self.channels] if output.dim() == 4 else output
+        return output[:, :channels] if output.dim() == 4 else output
+
+    return read
 
 
 def _flatten_nested(values: Mapping[str, Any], above: Path = ()) -> Conditioning:

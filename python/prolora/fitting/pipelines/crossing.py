@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..recording.trajectories import Call
-from ..recording.translation import Question, Translate, Translation, same_call
+from ..recording.translation import Question, Read, Translate, Translation, same_call
 from ..settings import FitSettings
-from .conditioning import PredictionReader, PromptTable, split_call
+from .conditioning import PromptTable, make_reader, split_call
 from .guidance import guide_source
 from .latents import LatentLayout, LatentSpace, SharedLatents, check_shapes, check_shown
 from .pipeline import NO_UPDATES, FinalSample, Pipeline, run_text_encoders_beside, share_size
@@ -64,9 +64,9 @@ class CrossingSide:
         return cls(pipeline, settings, schedule, table, space, (height, width), has_free)
 
     @cached_property
-    def read(self) -> PredictionReader:
+    def read(self) -> Read:
         """Return value of the denoiser -> its prediction."""
-        return PredictionReader.of(self.table.like.latent)
+        return make_reader(self.table.like.latent)
 
     def build_call(self, clean: Tensor, noise: Tensor, level: Tensor, prompts: list[int]) -> Call:
         """Builds the call at the state a·x₀ + b·ε of noise levels [n]."""

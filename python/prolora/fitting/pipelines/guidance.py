@@ -19,7 +19,7 @@ from ..recording.trajectories import Call
 from ..recording.translation import Guidance
 from ..settings import FitSettings
 from ..updates import FirstCallReached, keep_hooks
-from .conditioning import PredictionReader, PromptTable, split_call
+from .conditioning import PromptTable, make_reader, split_call
 from .flow_convention import watch_steps
 from .pipeline import Pipeline
 
@@ -38,7 +38,7 @@ def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTab
     changes nothing; None where the scheduler's input is no such sum.
     """
     prompt = next((prompt for prompt in settings.prompts if prompt), "")
-    read = PredictionReader.of(table.like.latent)
+    read = make_reader(table.like.latent)
     with_prompt: list[Tensor] = []
     without: list[Tensor] = []
     scales: list[float | None] = []

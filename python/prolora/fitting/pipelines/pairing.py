@@ -14,7 +14,7 @@ from ...core.lowrank import LowRank
 from ..recording.trajectories import Call, Sample
 from ..recording.translation import Translation, same_call
 from ..settings import FitSettings
-from .conditioning import PredictionReader, PromptTable, build_call, split_call
+from .conditioning import PromptTable, build_call, make_reader, split_call
 from .guidance import guide_source
 from .latents import LatentLayout, check_shapes
 from .pipeline import NO_UPDATES, Pipeline, run_text_encoders_beside, share_size
@@ -93,7 +93,7 @@ def pair_pipelines(
         partial(sides[0].translate, sides[1]),
         partial(sides[1].translate, sides[0]),
         partial(sides[0].convert, sides[1]),
-        PredictionReader.of(*latents),
+        make_reader(*latents),
         clip,
         guide_source((source, target), (settings, of_target), tables),
         partial(tables[0].swap_prompts, adapted) if text else same_call,
