@@ -84,8 +84,7 @@ def transfer(
         WrongBase: the LoRA belongs to `target` and not to `source`, or the two are one model.
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         OutputExists: something else has the name of `out`.
-        OutputError: `out` cannot be written, or is an input; out_rank is a size that one column a
-            module exceeds.
+        OutputError: `out` cannot be written, or is an input.
         TooLittleMemory: max_memory is below what the largest weight needs.
         UnrelatedBases: method "auto", and the weights have nothing in common.
     """
