@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import prolora
 from prolora.adapters import encode_state_dict, read_adapter
+from prolora.adapters.algorithms.forms import Form, derive_form
 from prolora.cli.app import app
 from prolora.cli.exits import ExitCode, find_exit_code
 
@@ -113,3 +114,23 @@ def test_what_is_no_matrix_is_told_by_one_rule_and_shares_are_of_what_was_read(t
         assert find_exit_code(end.exception) == ExitCode.INCOMPLETE
         assert "of the energy of what was read of" in told
         assert "could not be read and stays behind" in told
+
+
+SHAPES = {
+    "locon": {"up": (8, 4, 1, 1, 1), "down": (4, 16, 1, 2, 2)},
+    "tucker": {"up": (8, 4), "mid": (4, 4, 1, 2, 2), "down": (4, 16)},
+    "loha": {f"hada_w{i}_{side}": (4, n) for i in (1, 2) for side, n in (("a", 8), ("b", 16))}
+    | {f"hada_t{i}": (4, 4, 1, 2, 2) for i in (1, 2)},
+    "lokr": {"lokr_w1": (2, 4), "lokr_w2_a": (4, 4), "lokr_w2_b": (4, 4, 1, 2, 2)},
+    "full": {"diff": (8, 16, 1, 2, 2)},
+    "glora": {"a1": (16, 4), "a2": (4, 16), "b1": (8, 4, 1, 1, 1), "b2": (4, 16, 1, 2, 2)},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_kind_has_a_form_over_time_and_none_beyond(kind):
+    form = derive_form(SHAPES[kind])
+    rank = 0 if kind == "full" else 4
+    assert form == Form(kind, 8, 64, rank, (1, 2, 2))
+    beyond = {role: shape + (1,) * (len(shape) == 5) for role, shape in SHAPES[kind].items()}
+    assert derive_form(beyond) is None
