@@ -18,17 +18,18 @@ from prolora.core.similarity import Similarity as Similarity, principal_angles a
 from prolora.moving.result import Transfer as Transfer
 from prolora.moving.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
 from prolora.version import __version__ as __version__
-from prolora.making.bake import bake as bake
-from prolora.checking.check import check as check
+from collections.abc import Iterable, Sequence
 from prolora.bases.opening import BaseLike
+from prolora.making.bake import os
+from prolora.moving.block_weights import Blocks
+from prolora.making.bake_report import BakeReport
+from prolora.checking.check import check as check
 from prolora.making.convert_options import ConvertOptions
 from os import PathLike
 from prolora.bases.base import Progress
-from prolora.moving.block_weights import Blocks
 from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike
 from prolora.comparison.module_map import Match
-from collections.abc import Iterable, Sequence
 from typing import Any
 from prolora.core.rank_rule import Rank
 from prolora.reports.lora_report import LoraReport
@@ -74,6 +75,24 @@ __all__ = [
     "transfer_many",
     "truncated_svd",
 ]
+
+def bake(
+    loras: Sequence[LoraLike],
+    base: BaseLike,
+    out: str | os.PathLike[str],
+    options: MergeOptions = ...,
+    *,
+    stochastic: int | None = ...,
+    progress: Progress | None = ...,
+    format: FormatLike | None = ...,
+    dtype: DtypeLike | None = ...,
+    overwrite: bool = ...,
+    out_rank: OutRank = ...,
+    vectors: VectorsMode = ...,
+    method: MergeMethod = ...,
+    strengths: Sequence[float] | None = ...,
+    blocks: str | Sequence[Blocks | None] | None = ...,
+) -> BakeReport: ...
 
 def convert(
     lora: LoraLike,

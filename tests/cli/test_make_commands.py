@@ -112,7 +112,7 @@ def test_merge_into_a_base_bakes_and_says_what_survived(prolora, case, tmp_path)
     assert "What is left of each update" in page.read_text("utf-8")
     code, text, _ = prolora(*words, "-o", tmp_path / "json", "--json", "--stochastic", "1")
     assert code == 0 and json.loads(text)["survived"] == pytest.approx(1)
-    for flag, value in (("--target", target), ("--format", "kohya"), ("--dtype", "float16")):
+    for flag, value in (("--target", target), ("--format", "kohya"), ("--out-rank", "4")):
         code, _, err = prolora(*words, "-o", tmp_path / "none", flag, value)
         assert code == 2 and flag in err and not (tmp_path / "none").exists()
 

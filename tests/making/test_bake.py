@@ -24,7 +24,7 @@ from prolora.errors import (
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.making.bake import bake
 
-MODULE = "transformer_blocks.0.attn.to_q"
+MODULE, KEPT = (f"transformer_blocks.0.attn.to_{leaf}" for leaf in "qk")
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,9 @@ def make_case(tmp_path, dtype=torch.bfloat16, share=0.1, scale=None):
     weight, up, down = torch.randn(64, 48) * 0.1, torch.randn(64, 4), torch.randn(4, 48)
     up *= share * weight.norm() / (up @ down).norm()
     codes = (weight / (scale or 1)).to(dtype)
-    kept = "transformer_blocks.0.attn.to_k"
-    tensors = {f"{MODULE}.weight": codes, f"{kept}.weight": codes.clone()}
+    tensors = {f"{MODULE}.weight": codes, f"{KEPT}.weight": codes.clone()}
     if scale:
-        tensors |= {f"{name}.scale_weight": torch.tensor(scale) for name in (MODULE, kept)}
+        tensors |= {f"{name}.scale_weight": torch.tensor(scale) for name in (MODULE, KEPT)}
         tensors["scaled_fp8"] = torch.empty(0, dtype=dtype)
     save_file(tensors, tmp_path / "base.safetensors")
     names = ("lora_A", "lora_B")
@@ -110,6 +109,22 @@ def test_what_survives_is_what_a_float64_sum_says(tmp_path, dtype, scale, share)
     assert done.whole.error == pytest.approx(error, rel=1e-5, abs=1e-6)
     assert (done.in_words().mark == "⚠") == (done.whole.survived < 0.9)
     assert json.loads(json.dumps(done.to_dict()))["modules"] == {MODULE: done.whole.survived}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("bfloat16", torch.bfloat16), ("float16", torch.half)]
+)
+def test_a_scaled_base_is_written_whole_in_another_type_where_all_survives(tmp_path, dtype, stored):
+    lora, base, before, delta = make_case(tmp_path, torch.float8_e4m3fn, 0.005, 0.002)
+    out = tmp_path / "out.safetensors"
+    assert bake([lora], base, tmp_path / "fp8.safetensors").whole.survived < 0.5
+    done = bake([lora], base, out, dtype=dtype)
+    assert done.whole.survived == pytest.approx(1, abs=0.1) and done.dtypes == {dtype: 1}
+    baked = load_file(out)
+    assert baked.keys() == {f"{MODULE}.weight", f"{KEPT}.weight"}
+    assert torch.equal(baked[f"{MODULE}.weight"], (before + delta).to(stored))
+    assert torch.equal(baked[f"{KEPT}.weight"], before.to(stored))
+    assert not open_base(out).quantised_as
 
 
 def test_stochastic_rounding_keeps_in_the_mean_what_nearest_loses(tmp_path):
@@ -161,6 +176,8 @@ def test_a_folder_keeps_everything_else_and_no_weights_in_another_precision(tmp_
         lora = mini.lora_tensors()
         delta = lora[f"{key}.lora_up.weight"] @ lora[f"{key}.lora_down.weight"] * 0.5
         assert torch.allclose(x, kept[name] + delta, atol=1e-5), name
+    with pytest.raises(InvalidOption, match="folder"):
+        bake([tmp_path / "lora.safetensors"], base, tmp_path / "other", dtype="float16")
     with pytest.raises(OutputError):
         bake([tmp_path / "lora.safetensors"], base, tmp_path / "baked", overwrite=True)
 
@@ -179,8 +196,9 @@ def test_what_cannot_be_baked_is_refused_before_anything_is_written(tmp_path):
     ):
         with pytest.raises(error):
             bake(*given)
-    with pytest.raises(InvalidOption):
-        bake([lora], base, out, strengths=[1.0, 2.0])
+    for options in ({"strengths": [1.0, 2.0]}, {"out_rank": 4}, {"method": "balanced"}):
+        with pytest.raises(InvalidOption):
+            bake([lora], base, out, **options)
     assert not out.exists()
     out.write_text("mine")
     with pytest.raises(OutputExists):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -15,7 +15,7 @@ from ..making.bake import bake
 from ..making.merge import merge as merge_loras
 from ..making.merge_options import MergeOptions
 from .console import answer, out, progress_bar
-from .flags import base_option, split_bases, write_flag
+from .flags import base_option, split_bases
 from .options import expand_options
 from .output_options import OutputFlags
 from .tables import show_words
@@ -39,7 +39,10 @@ class MergedBases:
     ] = None
     into: Annotated[
         str | None,
-        base_option("Bake the LoRAs into a copy of this base model; -o names the new model."),
+        base_option(
+            "Bake the LoRAs into a copy of this base model; -o names the new model, and --dtype "
+            "another type for all of it."
+        ),
     ] = None
     stochastic: Annotated[
         int | None,
@@ -76,26 +79,14 @@ def bake_all(
     loras: list[Path], merging: MergeOptions, bases: MergedBases, output: OutputFlags
 ) -> None:
     """Bakes LoRAs into a model, and tells what survived."""
-    usual = MergeOptions()
-    taken = "strengths", "blocks", "overwrite", "progress"
-    ignored = {name for name in vars(usual) if getattr(merging, name) != getattr(usual, name)}
-    ignored |= {"target"} if bases.target else set()
-    if ignored := ignored - set(taken):
-        flags = ", ".join(str(write_flag(name)) for name in sorted(ignored))
-        raise InvalidOption(f"--into makes a model as its base is, and takes no {flags}")
+    if bases.target is not None:
+        raise InvalidOption("--into makes a model as its base is, and takes no --target")
     if output.report not in (None, STDOUT):
         check_free(output.report, overwrite=merging.overwrite)
     with progress_bar("bake", output.show_tables) as progress:
-        report = bake(
-            loras,
-            cast(str, bases.into),
-            cast(Path, output.output),
-            strengths=merging.strengths,
-            blocks=cast(Any, merging.blocks),
-            stochastic=bases.stochastic,
-            overwrite=merging.overwrite,
-            progress=progress,
-        )
+        options = replace(merging, progress=progress)
+        made = cast(str, bases.into), cast(Path, output.output)
+        report = bake(loras, *made, options, stochastic=bases.stochastic)
     if not output.show_tables:
         answer.give(report.to_dict())
     else:

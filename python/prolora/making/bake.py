@@ -16,105 +16,114 @@ import torch
 from torch import Tensor
 
 from ..bases import Base, BaseLike, open_base
-from ..bases.base import Progress
 from ..bases.quantised.codes import read_floats
+from ..bases.quantised.comfy import QUANTISATION_KEY
 from ..bases.quantised.weight import ScaledWeight, find_kind, look_inside
 from ..bases.weights import ConvertedWeight, RowsWeight, StoredWeight, Weight
 from ..core.lowrank import LowRank
-from ..core.precision import in_full_precision
+from ..core.precision import in_full_precision, is_finite
 from ..errors import InvalidOption, NonFiniteWeights, OutputError, UnsupportedFormat
+from ..files.hashing import view_bytes
 from ..files.safetensors_file import SafetensorsFile
-from ..files.safetensors_writing import replace_tensor
+from ..files.safetensors_writing import encode_header, order_tensors, replace_tensor
 from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
 from ..moving.block_weights import Blocks, find_factors
-from ..moving.options import LoraLike, TransferOptions
+from ..moving.option_keywords import settle_options, takes_options
+from ..moving.options import LoraLike, TransferOptions, read_dtype
 from .bake_report import BakedModule, BakeReport
 from .convert import read_plain
 from .merge_inputs import name_loras
+from .merge_options import DEFAULT_MERGE, MergeOptions
 
+TAKEN = ("strengths", "blocks", "dtype", "overwrite", "progress")  # of a merge's options
 _MOST_NUMBERS = 1 << 22  # in float64 at a time
 _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 
 
 @in_full_precision
+@takes_options
 def bake(
     loras: Sequence[LoraLike],
     base: BaseLike,
     out: str | os.PathLike[str],
+    options: MergeOptions = DEFAULT_MERGE,
     *,
-    strengths: Sequence[float] | None = None,
-    blocks: Sequence[Blocks | None] | None = None,
     stochastic: int | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    **changes: Any,
 ) -> BakeReport:
     """Bakes LoRAs into a copy of their base, and says what survives the rounding.
 
     Each weight is W + Σ strength·ΔW, computed in float32 and rounded to the type that the base
-    stores it in. Keys, order, metadata and every other tensor stay byte for byte. In memory are one
-    weight and its update.
+    stores it in; keys, order, metadata and every other tensor stay byte for byte. Or `dtype` is the
+    type of all numbers of a base in one file, without scales. One weight is in memory.
 
     Args:
         loras: one or more, as `transfer` takes them.
         base: a .safetensors checkpoint or a diffusers folder in float32, float16, bfloat16, float8
             or ComfyUI's scaled float8.
         out: the file, or folder, to write.
-        strengths: a factor on each LoRA; 1 by default.
-        blocks: block weights of each LoRA.
+        options: `strengths`, `blocks`, `dtype`, `overwrite` and `progress` of a merge.
         stochastic: seed of rounding at random: the mean is right where updates are smaller than the
             steps of float8, and weights are noisier. None rounds to the nearest.
-        overwrite: replace what exists.
-        progress: called as progress(done, total, key).
+        **changes: single options by name; they win over `options`.
 
     Returns:
         What was written, and for each module the share ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖² that is left.
 
     Raises:
-        InvalidOption: no LoRA, or not one strength or block weights for each.
+        InvalidOption: no LoRA, an option of `merge` that has no use here, or not one for each.
         UnsupportedFormat: a base that cannot be written: in memory, GGUF, or quantised otherwise.
         WrongBase: a LoRA of another model.
         NonFiniteWeights: a result is too large for its type.
         OutputError: `out` cannot be written, or is an input.
     """
-    model, count = open_base(base), len(loras)
+    options = settle_options(options, changes)
+    usual, asked = vars(DEFAULT_MERGE), vars(options)
+    if ignored := [name for name in usual if name not in TAKEN and asked[name] != usual[name]]:
+        names = ", ".join(f"`{name}`" for name in ignored)
+        raise InvalidOption(f"baking makes a model as its base is, and takes no {names}")
+    model, count, dtype = open_base(base), len(loras), read_dtype(options.dtype)
+    strengths, blocks = options.strengths or [1.0] * count, options.blocks or [None] * count
     for name, given in (("strengths", strengths), ("blocks", blocks)):
-        if given is not None and len(given) != count:
+        if len(given) != count:
             raise InvalidOption(f"`{name}` is for {len(given)} LoRAs, and there are {count}")
     if not count:
         raise InvalidOption("give one LoRA or more")
-    path = model.path
-    if path is None:
+    if (path := model.path) is None:
         raise UnsupportedFormat(f"{model.name}: is in memory; give the model as a file or a folder")
-    folder = path.is_dir()
+    folder, overwrite = path.is_dir(), options.overwrite
+    if folder and dtype is not None:
+        raise InvalidOption(f"`dtype` is for a base in one file, and {model.name} is a folder")
     # A folder is never replaced: files of two models would stand in it.
     check_free(out, [*model.files, path], overwrite=overwrite and not folder, folder=folder)
     if not folder and Path(out).suffix != ".safetensors":
         raise OutputError(f"{out}: a checkpoint's name ends in .safetensors")
-    updates = _sum_updates(loras, model, strengths or [1.0] * count, blocks or [None] * count)
+    updates = _sum_updates(loras, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
-    baking = _Baking(random)
+    baking = _Baking(random, dtype)
 
     def write(new: Path) -> None:
         if folder:
             shutil.copytree(path, new, ignore=_list_unused(model), dirs_exist_ok=True)
-        else:
+        elif dtype is None:
             shutil.copyfile(path, new)
+        else:
+            _convert(model, new, dtype)
         for i, (stored, parts) in enumerate(groups.items()):
-            if progress:
-                progress(i, len(groups), stored.key)
+            if options.progress:
+                options.progress(i, len(groups), stored.key)
             at = new / stored.file.path.relative_to(path) if folder else new
             baking.write_weight(at, stored, parts)
 
     put(out, write, overwrite=overwrite and not folder, folder=folder)
-    dtypes = Counter(str(stored.dtype).removeprefix("torch.") for stored in groups)
     return BakeReport(
         path=str(out),
         base=model.name,
         loras=tuple(name_loras(loras)),
         stochastic=stochastic,
-        dtypes=dict(dtypes.most_common()),
+        dtypes=dict(Counter(str(dtype or one.dtype).split(".")[1] for one in groups).most_common()),
         modules=tuple(baking.rows),
         left_out=left_out,
     )
@@ -190,11 +199,28 @@ def _list_unused(model: Base) -> Any:
     return ignore
 
 
+def _convert(model: Base, new: Path, dtype: torch.dtype) -> None:
+    """Writes a checkpoint whose numbers are all of one type, a tensor at a time."""
+    stored = model.stored
+    kinds = {key: dtype if w.dtype.is_floating_point else w.dtype for key, w in stored.items()}
+    shapes = ((key, torch.empty(w.shape, device="meta")) for key, w in stored.items())
+    ordered = order_tensors({key: x.to(kinds[key]) for key, x in shapes})
+    told = SafetensorsFile(model.files[0]).metadata.items()
+    with open(new, "wb") as opened:
+        opened.write(encode_header(ordered, {k: text for k, text in told if k != QUANTISATION_KEY}))
+        for key in ordered:
+            tensor = stored[key].read().to(kinds[key])
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise NonFiniteWeights(f"{stored[key].name}: overflows {dtype}")
+            opened.write(view_bytes(tensor.contiguous()))
+
+
 @dataclass
 class _Baking:
     """The work on single weights, and what became of them."""
 
     random: torch.Generator | None  # rounds to the nearest without one
+    dtype: torch.dtype | None  # of all numbers; None keeps each one's
     rows: list[BakedModule] = field(default_factory=list)
 
     def write_weight(self, file: Path, stored: StoredWeight, parts: Parts) -> None:
@@ -211,27 +237,28 @@ class _Baking:
             deltas.append((name, weight, delta))
         written, rounded = self._round(root, stored, numbers)
         if not rounded.isfinite().all():
-            raise NonFiniteWeights(f"{stored.name}: the result overflows {stored.dtype}")
+            raise NonFiniteWeights(f"{stored.name}: the result overflows {written.dtype}")
         change = rounded.sub_(before)
         for name, weight, delta in deltas:
             self.rows.append(_measure(name, weight, change, delta))
         assert isinstance(stored.file, SafetensorsFile)  # all others are refused before
-        replace_tensor(file, stored.file, stored.key, written)
+        like = stored.file if self.dtype is None else SafetensorsFile(file)
+        replace_tensor(file, like, stored.key, written)
 
     def _round(self, root: Weight, stored: StoredWeight, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the stored tensor, and the numbers that it stands for."""
-        scale, codes = torch.ones(()), numbers
-        if isinstance(root, ScaledWeight):
+        scale, codes, dtype = torch.ones(()), numbers, self.dtype or stored.dtype
+        if isinstance(root, ScaledWeight) and self.dtype is None:
             tiles = root.load_scales()[0][:, 0]
             scale = tiles.repeat_interleave(root.tile[0])[: len(numbers)]
             scale = scale.reshape(-1, *[1] * (numbers.ndim - 1))
             codes = numbers / scale
-        if self.random is not None and stored.dtype != numbers.dtype:
-            codes = _round_at_random(codes, stored.dtype, self.random)
-        if stored.dtype.itemsize == 1:  # torch makes NaN of what is too large
-            largest = torch.finfo(stored.dtype).max
+        if self.random is not None and dtype != numbers.dtype:
+            codes = _round_at_random(codes, dtype, self.random)
+        if dtype.itemsize == 1:  # torch makes NaN of what is too large
+            largest = torch.finfo(dtype).max
             codes = codes.clamp(-largest, largest)
-        written = codes.to(stored.dtype).contiguous()
+        written = codes.to(dtype).contiguous()
         return written, written.to(numbers.dtype, copy=True).mul_(scale)
 
 

@@ -73,7 +73,7 @@ class BakeReport(Report):
             headline = f"{share:.0%} of the LoRA is in the weights of {self.base}."
             return InWords(mark, headline, (f"wrote {self.path}",), left_out)
         also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
-        way = f"To keep all: bake into a 16-bit model, or keep the LoRA as a file{also}."
+        way = f"To keep all: `dtype='bfloat16'`, or keep the LoRA as a file{also}."
         headline = f"Rounding took a part of the LoRA: {share:.0%} of it is left."
         return InWords(mark, headline, (way, f"wrote {self.path}"), left_out)
 
