@@ -91,8 +91,8 @@ def migrate(
 def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
     """Paths as text, absolute where they are paths and not ids on the hub."""
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    if not listed:
-        raise InvalidOption("a migration needs a target")
+    if not listed or not all(isinstance(one, str | os.PathLike) for one in listed):
+        raise InvalidOption(f"the bases of a migration are paths or ids, not {paths!r:.80}")
     return [os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in listed]
 
 
