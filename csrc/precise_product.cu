@@ -49,9 +49,8 @@ void precise_product_cuda(const PreciseProductArgs<float>& args, std::uintptr_t 
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, "precise_product") < 8) {
     throw std::runtime_error("precise_product: this GPU's tensor cores take too few integers");
   }
-  as_stored(args.x_stored, [&](auto number) {
-    run_split(rows_of_x<decltype(number)>(args), to_stream(stream));
-  });
+  as_stored(args.x_stored,
+            [&](auto number) { run_split(rows_of_x<decltype(number)>(args), to_stream(stream)); });
   if (args.y) {
     as_stored(args.y_stored, [&](auto number) {
       run_split(rows_of_y<decltype(number)>(args), to_stream(stream));

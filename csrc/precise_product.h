@@ -2,10 +2,10 @@
 //   C(i, j) = Σ_p x(i, p) y(j, p),   or Σ_p x(i, p) x(j, p),   for a batch.
 //
 // A row becomes integers of 47 bits and a power of two: x(p) = q(p) 2^(e-46), |x| <= 2^e, and these
-// six digits q = Σ_s d_s 256^(5-s), -128 <= d_s < 128 (Ozaki, Ogita, Oishi, Rump 2012; with integers
-// Ootomo, Ozaki, Yokota 2024). Digits s and t of two rows give a product of weight 256^(10-s-t). Of
-// the 36 the 21 with s + t <= 5 are taken; sums of the same weight share an int32. So the result is
-// the same bit by bit on every device, and in the emulator.
+// six digits q = Σ_s d_s 256^(5-s), -128 <= d_s < 128 (Ozaki, Ogita, Oishi, Rump 2012; with
+// integers Ootomo, Ozaki, Yokota 2024). Digits s and t of two rows give a product of weight
+// 256^(10-s-t). Of the 36 the 21 with s + t <= 5 are taken; sums of the same weight share an int32.
+// So the result is the same bit by bit on every device, and in the emulator.
 //
 // Error a term: 2^-47 of the power of either row times the other number, by rounding; and by the
 // products left out, of both powers, 5 2^-46 at most: zero in the mean, but for the square of a
@@ -16,8 +16,8 @@
 // Launches: digits of x, of y, products. 42 rows cols depth integer flops (half of it where y is
 // x: tiles above the diagonal are mirrored), 5 float64 ones a result.
 // Traffic: the operands, 6 bytes a number out and once more in, 8 a result.
-// Bound: integer tensor cores. 64 x 1280² times itself is 1.8e12 + 1.8e12/20 integer flops: 14 ms at
-// half of a RTX 4090's 660e12/s [E: estimated, not measured], where float64 takes 130 ms.
+// Bound: integer tensor cores. 64 x 1280² times itself is 1.8e12 + 1.8e12/20 integer flops: 14 ms
+// at half of a RTX 4090's 660e12/s [E: estimated, not measured], where float64 takes 130 ms.
 #pragma once
 
 #include <cmath>
@@ -66,15 +66,25 @@ HOST_DEVICE Index digit_step(const PreciseProductArgs<float>& args) {
 
 template <class Stored>
 HOST_DEVICE RowsToSplit<Stored> rows_of_x(const PreciseProductArgs<float>& args) {
-  return {static_cast<const Stored*>(args.x), args.digits, args.scales, args.batch * args.rows,
-          args.depth, args.pitch, digit_step(args)};
+  return {static_cast<const Stored*>(args.x),
+          args.digits,
+          args.scales,
+          args.batch * args.rows,
+          args.depth,
+          args.pitch,
+          digit_step(args)};
 }
 
 template <class Stored>
 HOST_DEVICE RowsToSplit<Stored> rows_of_y(const PreciseProductArgs<float>& args) {
   const Index before = args.batch * args.rows;
-  return {static_cast<const Stored*>(args.y), args.digits + before * args.pitch,
-          args.scales + before, args.batch * args.cols, args.depth, args.pitch, digit_step(args)};
+  return {static_cast<const Stored*>(args.y),
+          args.digits + before * args.pitch,
+          args.scales + before,
+          args.batch * args.cols,
+          args.depth,
+          args.pitch,
+          digit_step(args)};
 }
 
 // f with the rows as they are stored.

@@ -30,8 +30,8 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const unsigned 
           "r"(b[0]), "r"(b[1])));
 }
 
-// c += a b for integers, a [16, 32], b [32, 8], four of 8 bits a register, c [16, 8]. With g and t as
-// above, and 4 t standing for 4 t to 4 t + 3:
+// c += a b for integers, a [16, 32], b [32, 8], four of 8 bits a register, c [16, 8]. With g and t
+// as above, and 4 t standing for 4 t to 4 t + 3:
 //   a: (g, 4 t), (g + 8, 4 t), (g, 16 + 4 t), (g + 8, 16 + 4 t)
 //   b: (4 t, g), (16 + 4 t, g)
 //   c: as above
