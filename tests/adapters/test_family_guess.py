@@ -145,7 +145,7 @@ def test_nobody_is_said_to_read_a_kind_that_was_not_tried(tmp_path):
     factors = {"w1": torch.ones(4, 4), "w2": torch.ones(160, 512)}
     save_file({f"{key}.lokr_{x}": t for x, t in factors.items()}, tmp_path / "lokr.safetensors")
     told = check(tmp_path / "lokr.safetensors")
-    assert told.family == "sdxl" and told.readers == ((), (), (), ())
+    assert told.family == "sdxl" and told.readers == (("ComfyUI",), (), ("diffusers",), ())
 
 
 def write_spelled(path, layout, spell):

@@ -87,7 +87,6 @@ def test_an_embedding_of_ai_toolkit_is_left_out_by_name() -> None:
     [
         ("lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight", "LLLite"),
         ("oft_unet_down_blocks_1_attentions_0_proj_in.oft_blocks", "OFT"),
-        ("unet:0:down", "first LoRA trainers"),
     ],
 )
 def test_files_of_other_kinds_are_named(key: str, kind: str, tmp_path: Path) -> None:

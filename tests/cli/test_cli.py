@@ -164,6 +164,7 @@ def test_info_says_why_the_extension_is_not_used_once(prolora, monkeypatch):
     monkeypatch.setattr("prolora.core.ops.native.describe_installation", lambda: facts)
     code, text, _ = prolora("doctor")
     assert code == 0 and text.count("(no compiler)") == 1 and "cpu: torch" in text
+    assert "no extension is compiled" in text and "Everything" not in text
 
 
 @pytest.mark.parametrize("shown", [(), ("--json",)])

@@ -209,10 +209,7 @@ def one_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
-JOBS = (
-    *(prolora.TransferOptions, prolora.FitOptions, ExtractOptions),
-    prolora.MergeOptions,
-)
+JOBS = (prolora.TransferOptions, prolora.FitOptions, ExtractOptions)
 
 
 @pytest.mark.parametrize("kind", JOBS)

@@ -25,7 +25,6 @@ ALLOWED = {
     "reports/page/render.py": "a table of the package",
     "bases/identity.py": "a digest in the cache, of 64 characters",
     "bases/memory.py": "the system's word on this process",
-    "cli/doctor.py": "the system's word on its memory",
     "core/ops/trial.py": "what core keeps of its own trials",
 }
 

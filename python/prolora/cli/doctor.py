@@ -38,11 +38,14 @@ def doctor(as_json: JsonOption = False) -> None:
         return answer.give(facts)
     where = "A GPU will compute" if on_gpu else f"No GPU: computing on {os.cpu_count()} cores"
     verdict = "✔ LoRAs can be moved here, in part more slowly: no extension is compiled."
-    if kernels.get("compiled extension"):
+    compiled = str(kernels.get("compiled extension", "no"))
+    if compiled == "yes":
         verdict = "✔ Everything that moving LoRAs needs is here."
     out.print(f"{verdict} {where}.", style="bold")
     spelled = {True: "yes", False: "no"}
     told = [(n, spelled[x] if isinstance(x, bool) else str(x)) for n, x in facts.items()]
+    why = compiled.removeprefix("no")  # once is enough
+    told = [(n, x.replace(why, "") if why and n.startswith("op ") else x) for n, x in told]
     return out.print(draw_facts(told))
 
 

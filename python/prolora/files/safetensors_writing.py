@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -60,11 +60,18 @@ def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
     Not by the safetensors library: version 0.8 shuffles the metadata from run to run, so that one
     transfer done twice would give two different files.
     """
-    ordered = order_tensors(tensors)
+    stream_safetensors(path, tensors, metadata, tensors.__getitem__)
+
+
+def stream_safetensors(
+    path: Path, outline: Tensors, metadata: Metadata, read: Callable[[str], Tensor]
+) -> None:
+    """Writes tensors one at a time; `read` gives those that the outline names."""
+    ordered = order_tensors(outline)
     with open(path, "wb") as file:
         file.write(encode_header(ordered, metadata))
-        for tensor in ordered.values():
-            file.write(view_bytes(tensor))
+        for name in ordered:
+            file.write(view_bytes(read(name)))
 
 
 def order_tensors(tensors: Tensors) -> Tensors:

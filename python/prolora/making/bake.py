@@ -23,9 +23,8 @@ from ..bases.weights import ConvertedWeight, RowsWeight, StoredWeight, Weight
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
 from ..errors import InvalidOption, NonFiniteWeights, OutputError, UnsupportedFormat
-from ..files.hashing import view_bytes
 from ..files.safetensors_file import SafetensorsFile
-from ..files.safetensors_writing import encode_header, order_tensors, replace_tensor
+from ..files.safetensors_writing import replace_tensor, stream_safetensors
 from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
 from ..moving.block_weights import Blocks, find_factors
@@ -204,15 +203,16 @@ def _convert(model: Base, new: Path, dtype: torch.dtype) -> None:
     stored = model.stored
     kinds = {key: dtype if w.dtype.is_floating_point else w.dtype for key, w in stored.items()}
     shapes = ((key, torch.empty(w.shape, device="meta")) for key, w in stored.items())
-    ordered = order_tensors({key: x.to(kinds[key]) for key, x in shapes})
     told = SafetensorsFile(model.files[0]).metadata.items()
-    with open(new, "wb") as opened:
-        opened.write(encode_header(ordered, {k: text for k, text in told if k != QUANTISATION_KEY}))
-        for key in ordered:
-            tensor = stored[key].read().to(kinds[key])
-            if tensor.is_floating_point() and not is_finite(tensor):
-                raise NonFiniteWeights(f"{stored[key].name}: overflows {dtype}")
-            opened.write(view_bytes(tensor.contiguous()))
+    metadata = {key: text for key, text in told if key != QUANTISATION_KEY}
+
+    def read(key: str) -> Tensor:
+        tensor = stored[key].read().to(kinds[key]).contiguous()
+        if not is_finite(tensor):
+            raise NonFiniteWeights(f"{stored[key].name}: overflows {dtype}")
+        return tensor
+
+    stream_safetensors(new, {key: x.to(kinds[key]) for key, x in shapes}, metadata, read)
 
 
 @dataclass
