@@ -20,12 +20,11 @@ from prolora.moving.options import DtypeLike, FormatLike, LoraLike, OutRank, Tex
 from prolora.version import __version__ as __version__
 from collections.abc import Iterable, Sequence
 from prolora.bases.opening import BaseLike
-from prolora.making.bake import os
+from os import PathLike
 from prolora.moving.block_weights import Blocks
 from prolora.making.bake_report import BakeReport
 from prolora.checking.check import check as check
 from prolora.making.convert_options import ConvertOptions
-from os import PathLike
 from prolora.bases.base import Progress
 from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike
@@ -79,7 +78,7 @@ __all__ = [
 def bake(
     loras: Sequence[LoraLike],
     base: BaseLike,
-    out: str | os.PathLike[str],
+    out: str | PathLike[str],
     options: MergeOptions = ...,
     *,
     stochastic: int | None = ...,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 def bake(
     loras: Sequence[LoraLike],
     base: BaseLike,
-    out: str | os.PathLike[str],
+    out: str | PathLike[str],
     options: MergeOptions = DEFAULT_MERGE,
     *,
     stochastic: int | None = None,
