@@ -103,7 +103,9 @@ def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, 
     )
     missing = [key for key in results[0].missing_keys if ".lora_" in key]
     assert not missing and not results[0].unexpected_keys
-    check_layers(model, adapter, "first")
+    # Anima's adapter of text is a model of its own in diffusers (test_diffusers_readers.py).
+    own = {name: x for name, x in adapter.updates.items() if not name.startswith("llm_adapter.")}
+    check_layers(model, Adapter(own), "first")
 
 
 @every_fourth(2)
