@@ -80,7 +80,7 @@ class BakeReport(Report):
     def sentences(self) -> list[str]:
         """Tells what was changed, and how exactly."""
         stored = ", ".join(f"{count} in {kind}" for kind, count in self.dtypes.items())
-        told = [f"{stored} were changed; everything else is byte for byte that of {self.base}."]
+        told = [f"{stored} took the LoRA in; no other weight of {self.base} did."]
         return [*told, f"The rounding error is {self.whole.error:.2g} times the LoRA."]
 
     def tables(self) -> list[Table]:
