@@ -22,7 +22,7 @@ from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
-from ..moving.base_check import explain_misfit
+from ..moving.base_check import check_fits
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, cut_rank, name_lora, read_dtype
@@ -162,8 +162,7 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
         return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None
     if base is not None:
-        if misfit := explain_misfit(lora, base):
-            raise misfit
+        check_fits(lora, base)
         return adapters.read_adapter(lora, read_weight=base.read, base=names)
     opened = Lora.open(lora)
     for slot in parse_contents(opened).slots:

@@ -26,8 +26,14 @@ from ..bases.identity import compute_hint, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
-from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, ShapeMismatch
-from ..moving.base_check import check_moved_before, explain_misfit, guess_lora_families
+from ..errors import (
+    AlreadyMoved,
+    InvalidOption,
+    OutputError,
+    ShapeMismatch,
+    UnsupportedFormat,
+)
+from ..moving.base_check import check_fits, check_moved_before
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.option_keywords import settle_options, takes_options
@@ -44,7 +50,7 @@ from ..reports.module_report import LEFT_OUT, ModuleReport
 from ..reports.module_tables import write_shape
 from ..version import __version__
 from .convert import read_plain
-from .merge_inputs import check_experts, check_families, name_loras
+from .merge_inputs import check_experts, check_families, guess_lora_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 
@@ -213,18 +219,15 @@ class _Merge:
 
     def _check_belongs(self, lora: LoraLike, name: str, target: Base) -> None:
         """Refuses a LoRA of another base than that of the result, or moved to another."""
-        wrong: ProLoRAError | None = explain_misfit(lora, target)
-        if wrong is None:
-            try:
-                check_moved_before(lora, target, TransferOptions())
-                return
-            except AlreadyMoved as error:
-                wrong = error
-        why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
-        raise type(wrong)(
-            f"{name} is not a LoRA of the base of the result; move it there first: `transfer()` "
-            f"({why})"
-        ) from wrong
+        try:
+            check_fits(lora, target)
+            check_moved_before(lora, target, TransferOptions())
+        except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
+            why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
+            raise type(wrong)(
+                f"{name} is not a LoRA of the base of the result; move it there first: "
+                f"`transfer()` ({why})"
+            ) from wrong
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""
@@ -270,7 +273,7 @@ class _Merge:
         """Returns the family of the result's names, common to all modules."""
         if self.target is not None and self.target.family:
             return self.target.family
-        able, _ = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
+        able = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
         told = [part.family for part in self.parts if part.family]
         return next((family for family in told if family in able), told[0] if told else None)
 
