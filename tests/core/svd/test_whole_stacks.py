@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from dispatched import Calls
 from spectra import planted, power_law, sine
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prolora import truncated_svd
 from prolora.core.svd import krylov, stacks
@@ -100,20 +100,6 @@ def test_the_same_whole_stack_gives_the_same_bits(whole_stacks, d, rank):
         assert torch.equal(getattr(first, name), getattr(second, name))
 
 
-class Counter(TorchDispatchMode):
-    """Counts what torch is asked to do."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = self.waits = self.panels = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += 1
-        self.waits += function.overloadpacket.__name__ in WAITS
-        self.panels += str(function.overloadpacket) == "prolora.panel_qr"
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize(
     ("d", "n", "rank", "rung"),
     [
@@ -140,11 +126,12 @@ def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(
     truncated_svd(stack[:1], rank)  # random vectors are drawn once and kept
     for size in (2, 6):
         lists.clear()
-        with Counter() as counter:
+        with Calls() as calls:
             basis = truncated_svd(stack[:size], rank)
         assert basis.rungs == (rung,) * size
-        counts.append((counter.calls, counter.waits + len(lists)))
-        assert (counter.panels > 3) == (rung == "krylov")  # through the kernel
+        waits = sum(calls.counts[name] for name in WAITS) + len(lists)
+        counts.append((calls.counts.total(), waits))
+        assert (calls.counts["prolora::panel_qr"] > 3) == (rung == "krylov")  # through the kernel
     assert counts[0] == counts[1]
     assert 0 < counts[0][1] <= 8
 
