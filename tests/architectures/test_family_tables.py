@@ -21,6 +21,7 @@ from published_models import PUBLISHED
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Fused, list_parts
 from prolora.architectures.layouts import identify_layout, load_layout
+from prolora.architectures.modules import BARE, is_linear
 
 _BLOCK = re.compile(r"\.\d+\.")
 FAMILIES = known_families()
@@ -118,8 +119,7 @@ def test_what_is_no_linear_layer_is_said(family: Family, layout: str) -> None:
 
     model = build_model(PUBLISHED[layout])
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    others = {_BLOCK.sub(".N.", name) for name in list_weights(model) if name not in linear}
-    assert others <= set(family.not_linear) <= set(family.shapes)
+    assert {n for n, (_, shape) in list_weights(model).items() if is_linear(n, shape)} == linear
 
 
 @each_size("checkpoint")
@@ -220,7 +220,7 @@ def test_comfyui_has_the_same_matrices_and_cuts_them_at_the_same_rows(layout: st
     shapes = load_layout(layout).shapes
     ours, parts, parameters = {}, {}, set()
     for name, weight in list_held(family, shapes).items():
-        if family.not_linear.get(_BLOCK.sub(".N.", weight.parts[0]), "").startswith("a parameter"):
+        if BARE.search(weight.parts[0]):
             parameters.add(name)  # some are flat in ComfyUI
             continue
         start = 0
