@@ -36,16 +36,12 @@ from ..errors import (
 from ..moving.base_check import check_fits, check_moved_before
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, TransferOptions, cut_rank, read_dtype
 from ..moving.output_paths import check_name, check_output
 from ..moving.result import Transfer, save_result
-from ..moving.rows import (
-    describe_conversion,
-    describe_left_out,
-    list_tensors_left_out,
-    list_unread_modules,
-)
+from ..moving.rows import describe_conversion, describe_left_out
 from ..reports.module_report import LEFT_OUT, ModuleReport
 from ..reports.module_tables import write_shape
 from ..version import __version__
@@ -95,7 +91,8 @@ def merge(
     options = options.for_file()
     job = _Merge.open(loras, target, options)
     check_name(out)
-    if os.path.isdir(out) and not job.writes_folder:
+    to_folder = options.format == "peft" or any(path.is_dir() for path in job.inputs)
+    if os.path.isdir(out) and not to_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite, options.format)
     return save_result(job.run(hashed=True), Path(out), options.overwrite)
@@ -146,18 +143,10 @@ class _Merge:
         )
 
     @property
-    def writes_folder(self) -> bool:
-        """Whether the result can be a PEFT folder."""
-        return self.options.format == "peft" or any(path.is_dir() for path in self._list_files())
-
-    @property
     def inputs(self) -> list[Path]:
-        """The files and folders that are read."""
-        return [*self._list_files(), *(self.target.files if self.target else [])]
-
-    def _list_files(self) -> list[Path]:
-        """Returns the paths of the LoRAs that are not in memory."""
-        return [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
+        """The files and folders that are read, the LoRAs first."""
+        files = [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
+        return [*files, *(self.target.files if self.target else [])]
 
     @in_full_precision
     def run(self, *, hashed: bool) -> Transfer:

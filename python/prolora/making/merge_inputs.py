@@ -25,10 +25,10 @@ def name_loras(loras: Sequence[LoraLike]) -> list[str]:
     No name occurs twice: files of one name get their folder's before it, then a number.
     """
     paths = [Path(lora) if isinstance(lora, str | PathLike) else None for lora in loras]
-    plain = [
-        path.name.removesuffix(".safetensors") if path else _name_in_memory(lora, i)
-        for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1)
-    ]
+    plain = []
+    for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1):
+        stated = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None
+        plain.append(path.name.removesuffix(".safetensors") if path else stated or f"LoRA {i}")
     names: list[str] = []
     for path, name in zip(paths, plain, strict=True):
         if path and plain.count(name) > 1 and (folder := path.absolute().parent.name):
@@ -36,11 +36,6 @@ def name_loras(loras: Sequence[LoraLike]) -> list[str]:
         numbered = (f"{name} ({number})" for number in itertools.count(2))
         names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
     return names
-
-
-def _name_in_memory(lora: LoraLike, number: int) -> str:
-    named = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None
-    return named or f"LoRA {number}"
 
 
 def guess_lora_families(lora: LoraLike) -> tuple[str, ...]:

@@ -29,9 +29,10 @@ from ..bases.identity import EMPTY_SHORT_HASH, compute_short_hash, have_equal_fi
 from ..errors import AlreadyMoved, ShapeMismatch, UnsupportedFormat, WrongBase
 from ..reports.module_report import ModuleReport, measure_coverage, split_modules
 from ..reports.report import Mark
+from .ledger import list_unread_modules
 from .options import LoraLike, TransferOptions, begin_message
 from .plan import OTHER_MODEL, check_fits_source, explain_other_shape
-from .rows import describe_place, list_unread_modules
+from .rows import describe_place
 
 # Words of file names for the form in which a model is stored, not for the model.
 _FORMS = re.compile(
