@@ -1,4 +1,4 @@
-"""How the weights of two bases move a LoRA, by stacks of shapes."""
+"""Moves by the weights of two bases: decided, then done by stacks."""
 
 from __future__ import annotations
 
