@@ -21,9 +21,9 @@ import torch
 from prolora.adapters.lora import Lora
 from prolora.architectures.families import find_title, known_families
 from prolora.architectures.layouts import known_layouts, load_layout
-from prolora.architectures.modules import find_block, is_attention, matrix_shape
+from prolora.architectures.modules import find_block, is_attention, is_linear, matrix_shape
 from prolora.bases import Base
-from prolora.moving.base_fit import BaseFit, fit_base
+from prolora.moving.base_check import BaseFit, fit_base
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,13 @@ def make_base(layout: str) -> Base:
 def list_kinds(layout: str) -> dict[str, list[str]]:
     """Kind -> the modules that a LoRA of it has."""
     shapes = load_layout(layout).shapes
-    family = next(f for f in known_families().values() if layout in f.layouts)
     blocks = {n: at for n, s in shapes.items() if len(s) == 2 and (at := find_block(n))}
     every = Counter(stack for stack, _ in {at[:2] for at in blocks.values()})
     half = [n for n, at in blocks.items() if 2 * int(at.number) < every[at.stack]]
     return {
         "attention": [name for name in blocks if is_attention(name)],
         "blocks": list(blocks),
-        "all": [n for n, s in shapes.items() if len(s) == 2 and n not in family.not_linear],
+        "all": [n for n, s in shapes.items() if is_linear(n, s)],
         "half": half,
     }
 

@@ -53,6 +53,7 @@ from prolora.architectures.modules import (
     find_block,
     find_component,
     is_in_text_encoder,
+    is_linear,
 )
 from prolora.architectures.recognition import share_rows
 from prolora.checking.check import check
@@ -127,7 +128,7 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
     shapes = {
         name: shape
         for name, shape in shapes.items()
-        if family.find_pattern(name) not in family.not_linear and not name.startswith(UNUSED)
+        if is_linear(name, shape) and not name.startswith(UNUSED)
     }
     if family.unet or WHOLE:
         return shapes

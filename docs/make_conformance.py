@@ -24,6 +24,7 @@ from prolora.adapters.keys.tensor_keys import split_key
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import UNUSED, load_layout
+from prolora.architectures.modules import is_linear
 from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
@@ -59,8 +60,7 @@ def choose_modules(family: Family) -> list[str]:
     """Returns a module of every kind; of a U-Net also those that tell its depth."""
     chosen: dict[str, str] = {}
     for name, shape in load_layout(family.layouts[0]).shapes.items():
-        linear = len(shape) == 2 and family.find_pattern(name) not in family.not_linear
-        if linear and not name.startswith(UNUSED):
+        if is_linear(name, shape) and not name.startswith(UNUSED):
             tells = family.unet and name.endswith("attn2.to_k")
             chosen.setdefault(name if tells else re.sub(r"\d+", "N", name), name)
     return list(chosen.values())

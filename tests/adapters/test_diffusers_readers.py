@@ -81,7 +81,7 @@ def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, la
     def is_read(module):
         return find_reach(family, row, [module]).get("diffusers") == "whole"
 
-    updates = make_updates(family, layout, is_read)
+    updates = make_updates(layout, is_read)
     written = encode_state_dict(Adapter(updates, family=id_), format=format)
     read = read_by_diffusers(id_, layout, written)
     assert read.keys() == updates.keys()
@@ -95,7 +95,7 @@ def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, la
 )
 def test_what_a_reader_of_diffusers_stopped_at_still_stops_it(id_, layout, format):
     """Where this fails, diffusers has learned it, and the table is to be made again."""
-    updates = make_updates(FAMILIES[id_], layout)
+    updates = make_updates(layout)
     written = encode_state_dict(Adapter(updates, family=id_), format=format)
     with pytest.raises(ValueError, match=r"Incompatible keys|should be empty"):
         read_by_diffusers(id_, layout, written)

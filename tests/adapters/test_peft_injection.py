@@ -64,7 +64,7 @@ def make_adapter(id_, model):
     """Updates of all linear layers of the first two blocks of every list."""
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     family = FAMILIES[id_]
-    updates = make_updates(family, family.layouts[0], linear.__contains__)
+    updates = make_updates(family.layouts[0], linear.__contains__)
     assert updates.keys() == {name for name in linear if is_early(name)}
     return Adapter(updates, family=id_)
 

@@ -5,7 +5,6 @@ import tracemalloc
 
 import pytest
 import torch
-from checkpoints import authors_name
 from diagonal import mark_size
 from family_oracles import (
     COLUMNS,
@@ -22,6 +21,7 @@ from published_models import PUBLISHED
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Fused, list_parts
 from prolora.architectures.layouts import identify_layout, load_layout
+from prolora.architectures.modules import BARE, is_linear
 
 _BLOCK = re.compile(r"\.\d+\.")
 FAMILIES = known_families()
@@ -119,8 +119,7 @@ def test_what_is_no_linear_layer_is_said(family: Family, layout: str) -> None:
 
     model = build_model(PUBLISHED[layout])
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    others = {_BLOCK.sub(".N.", name) for name in list_weights(model) if name not in linear}
-    assert others <= set(family.not_linear) <= set(family.shapes)
+    assert {n for n, (_, shape) in list_weights(model).items() if is_linear(n, shape)} == linear
 
 
 @each_size("checkpoint")
@@ -213,15 +212,6 @@ def make_model(family, layout):
     return build_model(PUBLISHED[layout], **ORACLES[family.id].changes)
 
 
-@pytest.mark.parametrize("title", ["FLUX", "SD3", "PixArt"])
-def test_the_authors_names_are_those_of_rules_of_their_own(title: str) -> None:
-    """Written the other way round, from diffusers' names."""
-    family = FAMILIES[{"FLUX": "flux"}.get(title, title.lower())]
-    for module in modules_of(family):
-        held = family.find_weight_holding(module)
-        assert held is not None and held.name == authors_name(module, title)
-
-
 @pytest.mark.parametrize("layout", read_comfyui_names())
 def test_comfyui_has_the_same_matrices_and_cuts_them_at_the_same_rows(layout: str) -> None:
     """All of its model's matrices, and the rows that its key map gives to diffusers' names."""
@@ -230,7 +220,7 @@ def test_comfyui_has_the_same_matrices_and_cuts_them_at_the_same_rows(layout: st
     shapes = load_layout(layout).shapes
     ours, parts, parameters = {}, {}, set()
     for name, weight in list_held(family, shapes).items():
-        if family.not_linear.get(_BLOCK.sub(".N.", weight.parts[0]), "").startswith("a parameter"):
+        if BARE.search(weight.parts[0]):
             parameters.add(name)  # some are flat in ComfyUI
             continue
         start = 0

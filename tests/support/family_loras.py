@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
+from prolora.architectures.modules import is_linear
 from prolora.core.lowrank import LowRank
 
 _BLOCK = re.compile(r"(?:^|\.)\w*(?:blocks?(?:\.[a-z_]+)?|layers|refiner)\.(\d+)\.")
@@ -21,16 +21,13 @@ def is_early(module: str, blocks: int = 2) -> bool:
 
 
 def make_updates(
-    family: Family, layout: str, keep: Callable[[str], bool] = lambda module: True
+    layout: str, keep: Callable[[str], bool] = lambda module: True
 ) -> dict[str, LowRank]:
     """Canonical module -> an update, for the linear layers of the first blocks."""
     generator = torch.Generator().manual_seed(len(layout))
     updates = {}
     for name, shape in load_layout(layout).shapes.items():
-        pattern = re.sub(r"\.\d+(?=\.)", ".N", name, count=1)
-        if len(shape) != 2 or pattern in family.not_linear:
-            continue
-        if is_early(name) and keep(name):
+        if is_linear(name, shape) and is_early(name) and keep(name):
             up = torch.randn(shape[0], 1, generator=generator)
             updates[name] = LowRank(up, torch.randn(1, shape[1], generator=generator))
     return updates

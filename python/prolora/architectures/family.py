@@ -105,10 +105,6 @@ class Family:
     # How metadata names a member of the family (the beginning of `ss_base_model_version` or
     # `modelspec.architecture`, in lower case) -> its title.
     claims: Mapping[str, str] = field(default_factory=dict)
-    # Pairs that people move LoRAs between, as sentences for the docs
-    siblings: tuple[str, ...] = ()
-    # Pattern of a module -> what it is, if not a plain linear layer
-    not_linear: Mapping[str, str] = field(default_factory=dict)
     experts: bool = False  # may there be two models, for high and for low noise?
     unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 
+from .modules import BARE
+
 # In FLUX and SD3 two streams attend together, and FLUX's single blocks fuse the feed-forward's
 # second half with the attention's output.
 _ATTENTION = re.compile(
@@ -21,8 +23,6 @@ _ATTENTION = re.compile(
 _FEED_FORWARD = re.compile(
     r"\.(?:audio_)?ff(?:_context|n)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
 )
-# Parameters that are no layers: no LoRA trains them, and files have them in other shapes.
-_BARE = re.compile(r"_(?:table|tokens?|embed)$")
 # Layers of HiDream-O1 that nothing runs: some files have them.
 UNUSED = ("visual.deepstack_merger_list.",)
 # Text encoders, and Anima's adapter, which is a model of its own in diffusers' folders.
@@ -80,7 +80,7 @@ class Layout:
         if name.startswith(BESIDE):
             return False
         if name.startswith(self.unnamed_stacks):
-            return not _BARE.search(name)
+            return not BARE.search(name)
         return bool(_ATTENTION.search(name) or _FEED_FORWARD.search(name))
 
 

@@ -47,6 +47,10 @@ _CONDITIONING = re.compile(
     r"|\w*table\w*)(?:[._]|$)",
     re.IGNORECASE,
 )
+# Parameters and tables of a transformer with two axes or more that are no linear layers.
+BARE = re.compile(
+    r"(?:_table|tokens?|[._]embed|(?:pos|index)_embedding|_indicator|_frequencies|ff_i\.gate)$"
+)
 _TRANSFORMER_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 
 
@@ -134,6 +138,11 @@ def is_adaptable(module: str) -> bool:
 def is_conditioning(local: str) -> bool:
     """Returns whether a module, by its name in a block, normalises or modulates."""
     return _CONDITIONING.search(local) is not None
+
+
+def is_linear(module: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a weight of a known transformer is a linear layer's."""
+    return len(shape) == 2 and not BARE.search(module)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

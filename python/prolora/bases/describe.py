@@ -7,6 +7,7 @@ from collections import Counter
 
 from ..architectures.families import known_families
 from ..architectures.modules import (
+    BARE,
     find_block,
     find_stage,
     is_adaptable,
@@ -29,7 +30,6 @@ _EMBEDDING = re.compile(
     r"|embedding_table|relative_attention_bias)$"
 )
 _LAYERS = (".weight", ".in_proj_weight", "text_projection")  # ends of keys of layers' weights
-_FIRST_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def classify_model(base: Base) -> str:
@@ -80,14 +80,13 @@ def _describe_adm(base: Base) -> str:
 def explain_no_layer(base: Base, module: str) -> str:
     """Says what a weight is that no program adds a LoRA's update to; "" for a layer's."""
     family, weight = known_families().get(base.family or ""), base.weights[module]
-    what = family.not_linear.get(_FIRST_NUMBER.sub(".N", module, 1)) if family else None
-    if what is None and _EMBEDDING.search(module):
-        what = "an embedding"
-    elif what is None and len(weight.shape) > 4:
-        what = "a convolution over frames, height and width"
-    elif what is None and not weight.name.partition("[")[0].endswith(_LAYERS):
-        what = "a parameter"
-    return what or ""
+    if not weight.name.partition("[")[0].endswith(_LAYERS):
+        return "a parameter"
+    is_known = family is not None and not family.unet
+    if len(weight.shape) > 4 or (is_known and len(weight.shape) > 2):
+        return "a convolution"
+    is_table = _EMBEDDING.search(module) or (is_known and BARE.search(module))
+    return "an embedding" if is_table else ""
 
 
 def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -22,19 +22,15 @@ from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
-from ..moving.base_check import explain_misfit
+from ..moving.base_check import check_fits
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, cut_rank, name_lora, read_dtype
 from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
-from ..moving.rows import (
-    describe_conversion,
-    describe_left_out,
-    list_tensors_left_out,
-    list_unread_modules,
-)
-from ..reports.module_report import LEFT_OUT, ModuleReport
+from ..moving.rows import describe_conversion, describe_left_out
+from ..reports.module_report import LEFT_OUT
 from .convert_options import DEFAULT_CONVERSION, ConvertOptions
 from .made_report import ENOUGH, MadeReport
 
@@ -111,7 +107,16 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         modules=(
             *list_unread_modules(adapter),
             *(describe_left_out(name, adapter.updates[name]) for name in gone),
-            *_describe_rows(replace(adapter, updates=plain.updates), made, dtype),
+            *(
+                describe_conversion(
+                    name,
+                    adapter.algorithms.get(name, "lora"),
+                    update,
+                    cut[name].to(dtype or made.dtype),
+                    adapter.kept_energy.get(name, 1.0),
+                )
+                for name, update in plain.updates.items()
+            ),
         ),
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
         vectors=len(plain.vectors),
@@ -162,8 +167,7 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
         return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None
     if base is not None:
-        if misfit := explain_misfit(lora, base):
-            raise misfit
+        check_fits(lora, base)
         return adapters.read_adapter(lora, read_weight=base.read, base=names)
     opened = Lora.open(lora)
     for slot in parse_contents(opened).slots:
@@ -174,13 +178,3 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
                 "trained on, too"
             )
     return adapters.read_adapter(lora)
-
-
-def _describe_rows(
-    before: Adapter, after: Adapter, dtype: torch.dtype | None
-) -> Iterable[ModuleReport]:
-    """Yields the row of every update."""
-    for name, update in before.updates.items():
-        written = after.updates[name].to(dtype or after.dtype)
-        kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)
-        yield describe_conversion(name, kind, update, written, read)

@@ -212,20 +212,26 @@ class Recipe:
         """Returns the two entries of a result's header."""
         return {"lora_hash": self.lora_hash, "recipe": json.dumps(self.facts, sort_keys=True)}
 
-    def is_made(self, out: Path) -> bool:
-        """Returns whether `out` is a result of this recipe, by its header."""
-        if not (os.path.exists(out) and self.source.files and self.target.files):
-            return False  # bases in memory cannot be known again
-        try:
-            with Lora.open(out) as result:
-                if parse_contents(result).left_out:
-                    return False  # it is damaged: a result has nothing that is not read
-                metadata = result.metadata
+
+def _read_made(recipes: Sequence[Recipe], out: Path) -> Adapter | None:
+    """Reads a result of one of some recipes, by its header; None for anything else."""
+    files = recipes[0].source.files and recipes[0].target.files  # of bases that can be known again
+    if not (files and os.path.exists(out)):
+        return None
+    try:
+        with Lora.open(out) as result:
+            metadata, known = result.metadata, [recipe.describe() for recipe in recipes]
             told = json.loads(metadata.get("prolora.recipe", ""))
-        except (ProLoRAError, ValueError, RecursionError):
-            return False
-        made = metadata.get("prolora.lora_hash"), metadata.get("prolora.version")
-        return made == (self.lora_hash, __version__) and told == json.loads(json.dumps(self.facts))
+            made = metadata.get("prolora.lora_hash"), metadata.get("prolora.version")
+            if (
+                made == (recipes[0].lora_hash, __version__)
+                and told in (json.loads(one["recipe"]) for one in known)
+                and not parse_contents(result).left_out  # a result has nothing that is not read
+            ):
+                return read_adapter(result)
+    except (ProLoRAError, ValueError, RecursionError):
+        pass
+    return None
 
 
 def make_file(
@@ -249,8 +255,7 @@ def make_file(
         return save_result(make(lora, [None for _ in ways]), path, options.overwrite)
     with Lora.open(keep_path(lora)) as file:
         recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
-        if not options.overwrite and any(recipe.is_made(path) for recipe in recipes):
-            made = read_adapter(out)
+        if not options.overwrite and (made := _read_made(recipes, path)):
             return Transfer(made, replace(plan(file), before=read_verdict(made.metadata)))
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
         done = make(file, [recipe.describe for recipe in recipes])

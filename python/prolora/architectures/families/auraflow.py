@@ -35,6 +35,4 @@ FAMILY = Family(
     | {f"double_layers.N.mlpC.{x}": f"{_JOINT}.ff_context.{y}" for x, y in _FEED_FORWARD.items()}
     | {f"single_layers.N.mlp.{x}": f"{_SINGLE}.ff.{y}" for x, y in _FEED_FORWARD.items()},
     claims={"auraflow": "AuraFlow"},  # ai-toolkit
-    siblings=("AuraFlow and Pony V7",),
-    not_linear={"pos_embed.pos_embed": "a parameter", "register_tokens": "a parameter"},
 )

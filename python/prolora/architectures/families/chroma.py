@@ -26,5 +26,4 @@ FAMILY = Family(
         "chroma": "Chroma",  # sd-scripts, ai-toolkit, OneTrainer
         "chroma_radiance": "Chroma Radiance",  # ai-toolkit
     },
-    siblings=("Chroma and Chroma Radiance",),
 )

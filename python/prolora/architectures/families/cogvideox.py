@@ -29,7 +29,5 @@ FAMILY = Family(
         "blocks.N.norm1.linear": "transformer_blocks.N.norm1.linear",
         "blocks.N.norm2.linear": "transformer_blocks.N.norm2.linear",
     },
-    siblings=("CogVideoX 5B from text and from images",),
     # A convolution in 1.0, a linear layer in 1.5.
-    not_linear={"patch_embed.proj": "a convolution over height and width in CogVideoX 1.0"},
 )

@@ -50,6 +50,4 @@ FAMILY = Family(
         "anima": "Anima",
         "cosmos": "Cosmos-Predict2",
     },
-    siblings=("Anima, Anima 2.9B and Anima 3.8B, which have 28, 40 and 52 blocks",),
-    not_linear={"llm_adapter.embed": "an embedding of tokens"},
 )

@@ -7,6 +7,4 @@ FAMILY = Family(
     title="ERNIE-Image",
     layouts=("ernie-image",),
     claims={"ernie": "ERNIE-Image"},  # OneTrainer; ai-toolkit writes "ernie_image"
-    siblings=("ERNIE-Image and Turbo",),
-    not_linear={"x_embedder.proj": "a convolution of kernel 1"},
 )

@@ -73,5 +73,4 @@ FAMILY = Family(
         "flux.1": "FLUX.1",  # ai-toolkit, musubi-tuner
         "flux_kontext": "FLUX.1 Kontext",  # musubi-tuner
     },
-    siblings=("FLUX.1 dev, Krea, Kontext, Fill and schnell; Chroma, which was made from schnell",),
 )

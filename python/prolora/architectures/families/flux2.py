@@ -38,5 +38,4 @@ FAMILY = Family(
         "flux_2_": "FLUX.2",  # musubi-tuner, and below
         "flux.2": "FLUX.2",  # and OneTrainer
     },
-    siblings=("each FLUX.2 klein and its base, 4B and 9B",),
 )

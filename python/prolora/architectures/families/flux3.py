@@ -46,5 +46,4 @@ FAMILY = Family(
         "final_layer.image.adaLN_modulation.1": Swapped("norm_out.linear"),
         "final_layer.image.linear": "proj_out",
     },
-    siblings=("FLUX.3 [klein] and its distillation to a few steps",),
 )

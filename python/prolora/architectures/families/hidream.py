@@ -13,9 +13,4 @@ FAMILY = Family(
         "hidream_i1": "HiDream-I1",  # ai-toolkit
         "hidream-i1": "HiDream-I1",  # OneTrainer
     },
-    siblings=("HiDream-I1 Full, Dev and Fast",),
-    not_linear={
-        "double_stream_blocks.N.block.ff_i.gate": "a parameter, which chooses the experts",
-        "single_stream_blocks.N.block.ff_i.gate": "a parameter, which chooses the experts",
-    },
 )

@@ -20,8 +20,4 @@ FAMILY = Family(
         "hidream_o1": "HiDream-O1",  # ai-toolkit, musubi-tuner
         "hidream-o1": "HiDream-O1",  # musubi-tuner
     },
-    not_linear={
-        "language_model.embed_tokens": "an embedding of tokens",
-        "visual.pos_embed": "an embedding of places",
-    },
 )

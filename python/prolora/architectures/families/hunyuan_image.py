@@ -46,6 +46,4 @@ FAMILY = Family(
         "guidance_in.mlp.2": "guidance_in.out_layer",
     },
     claims={"hunyuan-image": "HunyuanImage 2.1"},  # sd-scripts
-    siblings=("HunyuanImage 2.1 and its distillation",),
-    not_linear={"x_embedder.proj": "a convolution of kernel 1"},
 )

@@ -77,7 +77,6 @@ SPLIT_ALIASES: dict[str, str | Fused] = {
     for stream in ("img", "txt")
     for number, part in enumerate("qkv")
 }
-CONVOLUTION = "a convolution over frames, height and width"
 
 FAMILY = Family(
     id="hunyuan-video",
@@ -101,15 +100,5 @@ FAMILY = Family(
         "hunyuan_video": "HunyuanVideo",
         "hunyuan-video": "HunyuanVideo",
         "framepack": "FramePack",
-    },
-    siblings=(
-        "HunyuanVideo from text and from images",
-        "HunyuanVideo and FramePack",
-    ),
-    not_linear={
-        "x_embedder.proj": CONVOLUTION,
-        "clean_x_embedder.proj": CONVOLUTION,
-        "clean_x_embedder.proj_2x": CONVOLUTION,
-        "clean_x_embedder.proj_4x": CONVOLUTION,
     },
 )

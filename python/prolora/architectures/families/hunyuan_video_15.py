@@ -6,7 +6,6 @@ Its authors keep q, k and v of the blocks apart; ComfyUI's files fuse them.
 from ..family import Family
 from .hunyuan_video import (
     ALIASES,
-    CONVOLUTION,
     DOUBLE_BLOCKS,
     FIRST_AND_LAST,
     SPLIT_ALIASES,
@@ -42,13 +41,5 @@ FAMILY = Family(
         # musubi-tuner writes both.
         "hunyuan_video_1_5": "HunyuanVideo 1.5",
         "hunyuan-video-1.5": "HunyuanVideo 1.5",
-    },
-    siblings=(
-        "HunyuanVideo 1.5 from text and from images, at 480p and 720p",
-        "HunyuanVideo 1.5 and its distillations",
-    ),
-    not_linear={
-        "x_embedder.proj": CONVOLUTION,
-        "cond_type_embed": "an embedding of three kinds of conditions",
     },
 )

@@ -13,5 +13,4 @@ FAMILY = Family(
     # musubi-tuner writes "ideogram4" and "ideogram-4", ai-toolkit "ideogram4", OneTrainer
     # "ideogram".
     claims={"ideogram": "Ideogram 4"},
-    not_linear={"embed_image_indicator": "an embedding of two kinds of tokens"},
 )

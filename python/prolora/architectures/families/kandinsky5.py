@@ -16,5 +16,4 @@ FAMILY = Family(
         "kandinsky5": "Kandinsky 5",
         "kandinsky-5": "Kandinsky 5",
     },
-    siblings=("Kandinsky 5 and its distillations",),
 )

@@ -39,9 +39,4 @@ FAMILY = Family(
         "krea2": "Krea 2",  # ai-toolkit, musubi-tuner
         "krea-2": "Krea 2",  # musubi-tuner, OneTrainer
     },
-    siblings=("Krea 2 Raw and Turbo",),
-    not_linear={
-        "final_layer.scale_shift_table": "a parameter",
-        "transformer_blocks.N.scale_shift_table": "a parameter, which the authors store flat",
-    },
 )

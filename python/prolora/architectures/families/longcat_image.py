@@ -18,5 +18,4 @@ FAMILY = Family(
         "time_in.out_layer": "time_embed.timestep_embedder.linear_2",
     },
     claims={"longcat": "LongCat-Image"},
-    siblings=("LongCat-Image, Dev and Edit",),
 )

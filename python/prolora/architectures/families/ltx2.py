@@ -19,14 +19,6 @@ _MODULATIONS = {
     "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
 }
 _LAYERS = ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
-_BLOCK_TABLES = (
-    "scale_shift_table",
-    "audio_scale_shift_table",
-    "prompt_scale_shift_table",
-    "audio_prompt_scale_shift_table",
-    "video_a2v_cross_attn_scale_shift_table",
-    "audio_a2v_cross_attn_scale_shift_table",
-)
 
 FAMILY = Family(
     id="ltx2",
@@ -48,11 +40,4 @@ FAMILY = Family(
         },
     },
     claims={"ltx2": "LTX-2"},  # ai-toolkit
-    siblings=("LTX-2 and its distillation to a few steps", "LTX-2, 2.3 and 2.5"),
-    not_linear={
-        "scale_shift_table": "a parameter",
-        "audio_scale_shift_table": "a parameter",
-        "keyframes_abs_pos_embedding": "a parameter",
-        **{f"transformer_blocks.N.{table}": "a parameter" for table in _BLOCK_TABLES},
-    },
 )

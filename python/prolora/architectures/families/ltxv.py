@@ -16,9 +16,4 @@ FAMILY = Family(
             "time_embed.emb.timestep_embedder.linear_2"
         ),
     },
-    siblings=("LTX-Video and its distillations",),
-    not_linear={
-        "scale_shift_table": "a parameter",
-        "transformer_blocks.N.scale_shift_table": "a parameter",
-    },
 )

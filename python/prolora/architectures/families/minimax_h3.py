@@ -38,5 +38,4 @@ FAMILY = Family(
         "final_layer.audio_out": "audio_proj_out",
     },
     claims={"minimax_h3": "MiniMax-H3"},  # ai-toolkit
-    siblings=("MiniMax-H3 and its distillations to a few steps",),
 )

@@ -33,8 +33,4 @@ FAMILY = Family(
         "final_layer.mod": Swapped("norm_out.linear"),
         "final_layer.linear": "proj_out",
     },
-    not_linear={
-        "patch_embed.proj": "a convolution over height and width",
-        "pos_frequencies": "a parameter",
-    },
 )

@@ -11,5 +11,4 @@ FAMILY = Family(
     title="OmniGen2",
     layouts=("omnigen2",),
     claims={"omnigen2": "OmniGen2"},  # ai-toolkit
-    not_linear={"image_index_embedding": "a parameter, which tells the images apart"},
 )

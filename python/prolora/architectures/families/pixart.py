@@ -34,9 +34,4 @@ FAMILY = Family(
         "final_layer.linear": "proj_out",
     },
     claims={"pixart": "PixArt"},  # ai-toolkit, OneTrainer
-    not_linear={
-        "pos_embed.proj": "a convolution of 2×2 pixels",
-        "scale_shift_table": "a parameter",
-        "transformer_blocks.N.scale_shift_table": "a parameter",
-    },
 )

@@ -13,5 +13,4 @@ FAMILY = Family(
         "qwen_image": "Qwen-Image",  # ai-toolkit, musubi-tuner
         "qwen-image": "Qwen-Image",  # musubi-tuner, OneTrainer
     },
-    siblings=("Qwen-Image, Edit, Edit 2509, Edit 2511, 2512, and their Lightning students",),
 )

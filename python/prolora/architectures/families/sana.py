@@ -8,13 +8,4 @@ FAMILY = Family(
     layouts=("sana-0.6b", "sana-1.6b", "sana-4.8b", "sana-sprint-0.6b", "sana-sprint-1.6b"),
     spellings={"diffusers": DIFFUSERS, "peft": PEFT},
     claims={"sana": "Sana"},  # OneTrainer
-    siblings=("Sana and Sana Sprint",),
-    not_linear={
-        "scale_shift_table": "a parameter",
-        "transformer_blocks.N.scale_shift_table": "a parameter",
-        "patch_embed.proj": "a convolution of kernel 1",
-        "transformer_blocks.N.ff.conv_inverted": "a convolution of kernel 1",
-        "transformer_blocks.N.ff.conv_depth": "a convolution of kernel 3, each channel by itself",
-        "transformer_blocks.N.ff.conv_point": "a convolution of kernel 1",
-    },
 )

@@ -39,5 +39,4 @@ FAMILY = Family(
         "stable-diffusion-v3": "Stable Diffusion 3",  # OneTrainer
         "sd_3": "Stable Diffusion 3",  # ai-toolkit
     },
-    not_linear={"pos_embed.proj": "a convolution of 2×2 pixels"},
 )

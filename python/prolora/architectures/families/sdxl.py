@@ -11,6 +11,5 @@ FAMILY = Family(
         "sdxl": "Stable Diffusion XL",  # sd-scripts, ai-toolkit, OneTrainer
         "stable-diffusion-xl": "Stable Diffusion XL",
     },
-    siblings=("SDXL, Pony, Illustrious and NoobAI, and its students of few steps",),
     unet=True,
 )

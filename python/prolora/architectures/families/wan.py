@@ -60,17 +60,4 @@ FAMILY = Family(
         "wan_2.2_5b": "Wan 2.2 TI2V 5B",
         "wan": "Wan",
     },
-    siblings=(
-        "Wan 2.1 14B and Wan 2.2 A14B, text to video and image to video, in all directions",
-        "Wan 2.1 image to video at 480p and 720p",
-        "Wan and its distillations to a few steps",
-    ),
-    not_linear={
-        "patch_embedding": "a convolution over frames, height and width",
-        "scale_shift_table": "a parameter",
-        "blocks.N.scale_shift_table": "a parameter",
-        "vace_blocks.N.scale_shift_table": "a parameter",
-        "vace_patch_embedding": "a convolution over frames, height and width",
-        "condition_embedder.image_embedder.pos_embed": "a parameter",
-    },
 )

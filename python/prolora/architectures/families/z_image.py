@@ -30,6 +30,4 @@ FAMILY = Family(
         "z_image": "Z-Image",  # musubi-tuner, and below
         "z-image": "Z-Image",  # and OneTrainer
     },
-    siblings=("Z-Image and Z-Image Turbo",),
-    not_linear={"x_pad_token": "a parameter", "cap_pad_token": "a parameter"},
 )
