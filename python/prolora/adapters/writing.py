@@ -104,8 +104,8 @@ def encode_state_dict(
 
 
 @dataclass(frozen=True)
-class _Output:
-    """What is written of an adapter."""
+class _Encoded:
+    """An adapter as it is written."""
 
     adapter: Adapter
     format: str
@@ -147,7 +147,7 @@ def _prepare(
     where: StrPath,
     *,
     configured: bool = True,
-) -> _Output:
+) -> _Encoded:
     """Encodes an adapter; `configured` allows stored tensors with scales beside them."""
     kept = find_kept(adapter, format, dtype)
     kept = kept if configured or not (kept and kept.need_config) else None
@@ -160,7 +160,7 @@ def _prepare(
         raise OutputError(f"{where}: not written, because no module is left in the adapter")
     adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
     tensors = kept.read() if kept else encoding.encode_adapter(adapter, format, stored)
-    return _Output(adapter, format, stored, where, kept, tensors)
+    return _Encoded(adapter, format, stored, where, kept, tensors)
 
 
 def find_kept(

@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """What a file of one format holds of an adapter, under which names."""
+    """Groups and names of an adapter in a file of one format."""
 
     groups: list[Group]
     # Module with vectors, fused weights under their own name -> its path
