@@ -12,8 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..architectures.layouts import find_correspondence
 from ..architectures.modules import find_block, is_adaptable, is_in_text_encoder
-from ..bases import Base, find_correspondence
+from ..bases import Base
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
