@@ -15,7 +15,7 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents
-from ..adapters.keys.tensor_keys import split_role
+from ..adapters.keys.tensor_keys import split_key
 from ..adapters.lora import Header, Lora
 from ..bases import Base, BaseLike, open_base
 from ..core.lowrank import LowRank
@@ -139,8 +139,8 @@ def _set_alpha(lora: LoraLike, alpha: float) -> Lora:
         if slot.peft:
             raise InvalidOption(f"{opened.where}: set `lora_alpha` in its PEFT configuration")
         if slot.form.rank:
-            path = split_role(next(iter(slot.keys.values())))
-            alphas.add(slot.keys.get("alpha") or f"{path and path[0]}.alpha")
+            path, _ = split_key(next(iter(slot.keys.values())))
+            alphas.add(slot.keys.get("alpha") or f"{path}.alpha")
             headers.pop(slot.keys.get("scale", ""), None)
     headers |= dict.fromkeys(alphas, Header("F32", ()))
 

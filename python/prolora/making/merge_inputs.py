@@ -11,8 +11,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
 from ..adapters.family_guess import guess_families
 from ..adapters.lora import Lora
-from ..adapters.naming import list_matrices
-from ..adapters.slots import measure_modules
+from ..adapters.slots import list_matrices, measure_modules
 from ..architectures.families import find_title, join_titles, known_families
 from ..bases.experts import HIGH, LOW, find_expert
 from ..errors import ProLoRAError, WrongBase

@@ -16,9 +16,8 @@ from ..adapters.contents import parse_contents
 from ..adapters.family_guess import guess_families, guess_family, guess_sizes, is_language_model
 from ..adapters.formats.moves import describe_moves, read_moves
 from ..adapters.lora import Lora
-from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
-from ..adapters.slots import measure_modules
+from ..adapters.slots import list_matrices, measure_modules
 from ..architectures.families import find_title, join_titles
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base, load_layout
