@@ -99,7 +99,6 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("out_rank", [8]),
         ("out_rank", math.nan),
         ("method", "magic"),
-        ("vectors", "project"),
         ("text_encoder", "maybe"),
         ("format", "zip"),
         ("dtype", "int8"),

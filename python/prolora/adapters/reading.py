@@ -21,7 +21,7 @@ from .algorithms import dora_oft_glora, forms
 from .algorithms import lora_products as products
 from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
-from .keys.tensor_keys import find_path
+from .keys.tensor_keys import split_key
 from .lora import Lora, LoraSource, read_finite
 from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
@@ -251,7 +251,7 @@ def _add_update(
 
 def _cut_paths(keys: Iterable[str]) -> dict[str, str]:
     """Returns what stands behind the module path of each key -> the key."""
-    return {key.removeprefix(find_path(key) or key): key for key in keys}
+    return {key.removeprefix(split_key(key)[0]): key for key in keys}
 
 
 def _store_parts(

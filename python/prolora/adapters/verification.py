@@ -14,7 +14,7 @@ from ..core.merging import subtract_updates
 from ..errors import OutputError, ProLoRAError
 from . import vectors
 from .adapter import Adapter
-from .formats import groups
+from .formats.groups import lay_out
 from .lora import StrPath
 from .naming import BaseNames
 from .reading import read_pieces
@@ -105,7 +105,7 @@ def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
 def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
     """Returns module -> ‖up‖·‖down‖ of factors that it shares in the file."""
     sizes: dict[str, float] = {}
-    for group in groups.group_modules(adapter, format):
+    for group in lay_out(adapter, format).groups:
         if len(group.parts) > 1:
             updates = group.parts.values()
             up = math.hypot(*(update.up.norm().item() for update in updates))

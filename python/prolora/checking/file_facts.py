@@ -23,8 +23,8 @@ from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora
-from ..adapters.naming import list_matrices, most_common_spelling
-from ..adapters.slots import Contents, Slot, measure_modules
+from ..adapters.naming import most_common_spelling
+from ..adapters.slots import Contents, Slot, list_matrices, measure_modules
 from ..adapters.training_words import read_training_words
 from ..architectures.families import known_families
 from ..architectures.family import Spelling
@@ -168,14 +168,14 @@ def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
 
     A base, an adapter of another kind, or neither.
     """
-    kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
+    is_adapter = any(map(tensor_keys.is_of_adapter, opened.headers))
     if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
         try:
             return replace(check_model(opened.path), path=found.path, size=found.size)
         except ProLoRAError as error:
-            if not any(kinds):
+            if not is_adapter:
                 return replace(found, kind="base", reason=str(error))
-    return replace(found, kind="lora" if any(kinds) else "unknown", reason=reason)
+    return replace(found, kind="lora" if is_adapter else "unknown", reason=reason)
 
 
 def check_model(path: Any) -> Check:

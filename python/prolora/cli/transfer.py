@@ -201,16 +201,16 @@ def move_loras(
 
 def write_outcomes(outcomes: list[Outcome], output: OutputFlags, overwrite: bool) -> None:
     """Prints the outcomes as JSON, and writes the JSON or page of --report."""
-    records = [outcome.to_dict() for outcome in outcomes]
-    if output.as_json or output.report == STDOUT:
-        answer.give(records[0] if len(records) == 1 else records)
-    if output.report in (None, STDOUT):
-        return
-    if is_page_path(output.report):
-        page = render_outcomes(outcomes)
-    else:
-        page = json.dumps(records[0] if len(records) == 1 else records, indent=1) + "\n"
-    put_text(output.report, page, overwrite=overwrite)
+    path = None if output.report == STDOUT else output.report
+    as_page = path is not None and is_page_path(path)
+    if not output.show_tables or not (path is None or as_page):
+        records = [outcome.to_dict() for outcome in outcomes]
+        told = records[0] if len(records) == 1 else records
+    if not output.show_tables:
+        answer.give(told)
+    if path is not None:
+        text = render_outcomes(outcomes) if as_page else json.dumps(told, indent=1) + "\n"
+        put_text(path, text, overwrite=overwrite)
 
 
 def render_outcomes(outcomes: list[Outcome]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -15,26 +15,22 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents
-from ..adapters.keys.tensor_keys import split_role
+from ..adapters.keys.tensor_keys import split_key
 from ..adapters.lora import Header, Lora
 from ..bases import Base, BaseLike, open_base
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
-from ..moving.base_check import explain_misfit
+from ..moving.base_check import check_fits
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, cut_rank, name_lora, read_dtype
 from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
-from ..moving.rows import (
-    describe_conversion,
-    describe_left_out,
-    list_tensors_left_out,
-    list_unread_modules,
-)
-from ..reports.module_report import LEFT_OUT, ModuleReport
+from ..moving.rows import describe_conversion, describe_left_out
+from ..reports.module_report import LEFT_OUT
 from .convert_options import DEFAULT_CONVERSION, ConvertOptions
 from .made_report import ENOUGH, MadeReport
 
@@ -85,14 +81,12 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         lora = _set_alpha(lora, options.alpha)
     adapter = read_plain(lora, base)
     dtype = read_dtype(options.dtype)
-    vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
-    left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
-    plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
+    plain = replace(adapter, algorithms={}, unread={}, left_out={}, refused=set())
     factors = find_factors(options.blocks, plain, base)
     if options.format is not None:
         adapters.check_format(plain, options.format)
-    silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
+    silent = [name for name in plain.vectors if factors.get(name.rpartition(".")[0]) == 0]
     left_out |= dict.fromkeys(silent, LEFT_OUT)
     gone = [name for name in plain.updates if factors.get(name) == 0]
     plain = weigh_adapter(plain, factors)
@@ -111,7 +105,16 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         modules=(
             *list_unread_modules(adapter),
             *(describe_left_out(name, adapter.updates[name]) for name in gone),
-            *_describe_rows(replace(adapter, updates=plain.updates), made, dtype),
+            *(
+                describe_conversion(
+                    name,
+                    adapter.algorithms.get(name, "lora"),
+                    update,
+                    cut[name].to(dtype or made.dtype),
+                    adapter.kept_energy.get(name, 1.0),
+                )
+                for name, update in plain.updates.items()
+            ),
         ),
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
         vectors=len(plain.vectors),
@@ -136,8 +139,8 @@ def _set_alpha(lora: LoraLike, alpha: float) -> Lora:
         if slot.peft:
             raise InvalidOption(f"{opened.where}: set `lora_alpha` in its PEFT configuration")
         if slot.form.rank:
-            path = split_role(next(iter(slot.keys.values())))
-            alphas.add(slot.keys.get("alpha") or f"{path and path[0]}.alpha")
+            path, _ = split_key(next(iter(slot.keys.values())))
+            alphas.add(slot.keys.get("alpha") or f"{path}.alpha")
             headers.pop(slot.keys.get("scale", ""), None)
     headers |= dict.fromkeys(alphas, Header("F32", ()))
 
@@ -162,8 +165,7 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
         return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None
     if base is not None:
-        if misfit := explain_misfit(lora, base):
-            raise misfit
+        check_fits(lora, base)
         return adapters.read_adapter(lora, read_weight=base.read, base=names)
     opened = Lora.open(lora)
     for slot in parse_contents(opened).slots:
@@ -174,13 +176,3 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
                 "trained on, too"
             )
     return adapters.read_adapter(lora)
-
-
-def _describe_rows(
-    before: Adapter, after: Adapter, dtype: torch.dtype | None
-) -> Iterable[ModuleReport]:
-    """Yields the row of every update."""
-    for name, update in before.updates.items():
-        written = after.updates[name].to(dtype or after.dtype)
-        kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)
-        yield describe_conversion(name, kind, update, written, read)

@@ -2,8 +2,8 @@
 
 No weight is read here. Every module of the adapter ends in the plan exactly once: as a pair, as
 skipped with the reason, or as refused with the reason. Three reasons to skip arise elsewhere: an
-overlap Φ below the threshold (`apply_method.py`), a pair of weights that have nothing in
-common (`decision.py`), and an update that depends on a weight that the base does not
+overlap Φ below the threshold (`move_updates.py`), a pair of weights that have nothing in
+common (`move_updates.py`), and an update that depends on a weight that the base does not
 hold (`adapters/reading.py`).
 """
 
