@@ -81,14 +81,12 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         lora = _set_alpha(lora, options.alpha)
     adapter = read_plain(lora, base)
     dtype = read_dtype(options.dtype)
-    vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
-    left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
-    plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
+    plain = replace(adapter, algorithms={}, unread={}, left_out={}, refused=set())
     factors = find_factors(options.blocks, plain, base)
     if options.format is not None:
         adapters.check_format(plain, options.format)
-    silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
+    silent = [name for name in plain.vectors if factors.get(name.rpartition(".")[0]) == 0]
     left_out |= dict.fromkeys(silent, LEFT_OUT)
     gone = [name for name in plain.updates if factors.get(name) == 0]
     plain = weigh_adapter(plain, factors)

@@ -247,7 +247,7 @@ class _Merge:
         return Adapter(
             updates,
             kernels,
-            vectors=self._merge_vectors() if self.options.vectors == "copy" else {},
+            vectors=self._merge_vectors(),
             format=first.format,
             spelling=first.spelling,
             family=self._choose_family(updates),
@@ -345,8 +345,6 @@ class _Merge:
         for name, part in zip(self.names, self.parts, strict=True):
             for tensor, why in list_tensors_left_out(part).items():
                 left_out[f"{name}: {tensor}"] = why
-            for vector in part.vectors.keys() - result.vectors.keys():
-                left_out[f"{name}: {vector}"] = "left out as asked"
             for module, share in part.kept_energy.items():
                 kept_energy[module] = min(share, kept_energy.get(module, 1.0))
         names = " + ".join(self.names)

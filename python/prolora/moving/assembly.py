@@ -57,11 +57,8 @@ def _find_places(
     ledger: Ledger, module: str, width: int, moved: Collection[str] | None
 ) -> tuple[list[str], str]:
     """Returns the target modules for a vector, or why there are none."""
-    options = ledger.options
-    if options.vectors == "skip":
-        return [], "left out as asked"
     if is_in_text_encoder(module):  # its vectors follow its updates
-        if options.text_encoder == "skip":
+        if ledger.options.text_encoder == "skip":
             return [], "text encoder, left out as asked"
         encoder = module.partition(".")[0] + "."
         skipped = (why for name, why in ledger.plan.skipped.items() if name.startswith(encoder))
