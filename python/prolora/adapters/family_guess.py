@@ -113,7 +113,7 @@ def claimed_version(metadata: Mapping[str, str]) -> str | None:
 
 
 def _find_claim(metadata: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Returns the id of the family and the name of the model that the metadata claims."""
+    """Returns family and name of the model that the metadata claims."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").lower()
         for start, *claim in _claims():
