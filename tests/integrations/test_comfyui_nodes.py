@@ -19,8 +19,8 @@ from mini import lora_tensors, source_weights, target_weights
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.best import BestWay
 from prolora.fitting import pipelines
+from prolora.fitting.best_way import BestWay
 from prolora.fitting.workload import Workload
 
 ROOT = Path(__file__).parents[2]

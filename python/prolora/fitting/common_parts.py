@@ -92,11 +92,11 @@ def share_parts(
     resume: str | PathLike[str] | None, folder: Path, several: bool
 ) -> Iterator[CommonParts]:
     """Yields the shared parts of fits, while they go on."""
-    with contextlib.ExitStack() as stack:
-        kept = resume
-        if resume is None and several:
-            with contextlib.suppress(OSError):
-                parts = folder / PARTS  # what a killed run has left there goes on
-                parts.mkdir(exist_ok=True)
-                stack.callback(shutil.rmtree, kept := parts, ignore_errors=True)
-        yield CommonParts(kept, is_temporary=kept is not resume)
+    if resume is not None or not several:
+        yield CommonParts(resume)
+        return
+    parts = folder / PARTS  # what a killed run has left there goes on
+    try:
+        yield CommonParts(parts, is_temporary=True)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)

@@ -60,9 +60,7 @@ def fit_models(
     shared = vae.explain_different_latents(source.path, target.path) is None
     with contextlib.ExitStack() as stack:
         models = _open_both(job, asked, common, stack)
-        takes_prompts = all("prompt" in model.accepted for model in models)
-        derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
-        sampled: FitSettings = replace(options, prompts=options.prompts or derived)
+        sampled: FitSettings = replace(options, prompts=_choose_prompts(job))
         if card is not None:
             sampled = replace(sampled, precision=card.precision)
         grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
@@ -96,7 +94,8 @@ def fit_models(
         report = result.report
         copied = moved if fits_target(models[1].denoiser, moved) else {}
         grid.draw_target(copied, result.adapter.updates if report.trust else None)
-    report.log_snr, report.derived_prompts, report.not_drawn = log_snr, derived, grid.failure
+    report.log_snr, report.not_drawn = log_snr, grid.failure
+    report.derived_prompts = () if options.prompts else sampled.prompts
     if grid.prompts:
         report.seconds["show"] = grid.seconds
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}

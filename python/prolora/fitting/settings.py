@@ -62,8 +62,7 @@ class FitSettings:
 
     prompts: tuple[str, ...] = option(
         (),
-        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header. "
-        "Class numbers for models that take classes.",
+        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header.",
     )
     images: int = option(
         24,
