@@ -110,14 +110,8 @@ class BaseFit:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON; only modules without a counterpart."""
         names, placed = split_modules(self.modules)
-        return {
-            "base": self.base,
-            "answer": self.answer,
+        return vars(self) | {
             "sentence": self.sentence,
-            "lora_title": self.lora_title,
-            "base_title": self.base_title,
-            "also": self.also,
-            "moved_to": self.moved_to,
             "modules": len(names),
             "placed": len(placed),
             "coverage": self.coverage,
