@@ -151,7 +151,7 @@ class OutputFlags:
     output: Annotated[
         Path | None,
         path_option(
-            "Output file (.safetensors), or a folder where several LoRAs are moved.",
+            "Output file (.safetensors), or a folder.",
             "--output",
             "-o",
             metavar="PATH",
