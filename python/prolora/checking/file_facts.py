@@ -17,7 +17,6 @@ from ..adapters.family_guess import (
     guess_family,
     guess_sizes,
     is_language_model,
-    known_base,
 )
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import Readers, find_readers
@@ -46,9 +45,8 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
     `program` is a key of `known_loaders()`; `deep` reads every tensor.
     """
     metadata = opened.metadata
-    known = known_base(metadata)
     fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-    named = known[0] if known else next(filter(None, map(metadata.get, fields)), "")
+    named = next(filter(None, map(metadata.get, fields)), "")
     hashes = map(metadata.get, ("ss_new_sd_model_hash", "ss_sd_model_hash"))
     words = read_training_words(metadata)
     tags = [tag for tag in words.list_tags(_TOP_TAGS) if tag != words.trigger]

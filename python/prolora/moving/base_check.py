@@ -19,8 +19,9 @@ from ..adapters.lora import Lora
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import list_matrices, measure_modules
 from ..architectures.families import find_title, join_titles
+from ..architectures.layouts import load_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
-from ..bases import Base, load_layout
+from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.experts import ExpertsLike, open_experts
