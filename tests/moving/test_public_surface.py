@@ -18,7 +18,7 @@ import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import read_shown
 from prolora.fitting.settings import FitOptions
-from prolora.making.convert_options import ConvertOptions
+from prolora.making.convert import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions
 from prolora.moving.options import MethodChoice, TransferOptions

@@ -69,7 +69,7 @@ def fit_to_pipelines(
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
     gate, files = report.gate, list_inputs(lora, source, target)
-    noted = prefix_notes(notes() if notes else {})
+    noted = prefix_notes(notes or {})
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")

@@ -14,13 +14,14 @@ from typing import Any, Literal
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
 from ..adapters.family_guess import guess_families, guess_family, guess_sizes, is_language_model
-from ..adapters.formats.moves import describe_moves, read_moves
+from ..adapters.formats.moves import Move, describe_moves, read_moves
 from ..adapters.lora import Lora
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import list_matrices, measure_modules
 from ..architectures.families import find_title, join_titles
+from ..architectures.layouts import load_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
-from ..bases import Base, load_layout
+from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.experts import ExpertsLike, open_experts
@@ -109,14 +110,8 @@ class BaseFit:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON; only modules without a counterpart."""
         names, placed = split_modules(self.modules)
-        return {
-            "base": self.base,
-            "answer": self.answer,
+        return vars(self) | {
             "sentence": self.sentence,
-            "lora_title": self.lora_title,
-            "base_title": self.base_title,
-            "also": self.also,
-            "moved_to": self.moved_to,
             "modules": len(names),
             "placed": len(placed),
             "coverage": self.coverage,
@@ -146,7 +141,10 @@ def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
     answer: Answer = "in part"
     coverage, moved_to = measure_coverage(rows), ""
     if coverage == 1:
-        moved_to = "" if foreign else _find_newer_base(header, model.name)
+        last = (read_moves(header) or (Move(),))[-1]
+        old, new = fold_base_name(model.name), fold_base_name(last.target)
+        if last.source == model.name and not (foreign or new == old or old in _ANY_MODEL):
+            moved_to = last.target
         # All blocks of a smaller size, and not of this one.
         other = bool(sizes) and model.layout is not None and model.layout not in sizes
         answer = "unclear" if foreign or moved_to or other else "fits"
@@ -325,18 +323,6 @@ def check_moved_before(
         f"is {source.name}; give {last.target} as the source, or take `again=True` to move it all "
         "the same"
     )
-
-
-def _find_newer_base(metadata: Mapping[str, str], base: str) -> str:
-    """Returns the base that a LoRA was moved to last from this one.
-
-    "" for none; the names must be equal.
-    """
-    moves = read_moves(metadata)
-    if not moves or moves[-1].source != base:
-        return ""
-    old, new = fold_base_name(base), fold_base_name(moves[-1].target)
-    return "" if new == old or old in _ANY_MODEL else moves[-1].target
 
 
 def read_header(lora: LoraLike) -> Mapping[str, str]:

@@ -209,7 +209,7 @@ class BasePair:
             moved = weigh_adapter(moved, ledger.block_factors)
         if hashed:
             with ledger.clock("hash"):
-                noted = prefix_notes(notes() if notes else {})
+                noted = prefix_notes(notes or {})
                 moved = replace(moved, metadata=build_metadata(ledger) | noted)
         written = options.format or "auto", read_dtype(options.dtype)
         kept = adapters.find_kept(moved, *written)
