@@ -4,6 +4,15 @@
 decides which one it is.
 """
 
-from .running import main
+import sys
 
-__all__ = ["main"]
+
+def main() -> None:
+    """Runs the command line, which takes seconds to load."""
+    try:
+        from .running import run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped; nothing was written.\n")
+        sys.exit(130)

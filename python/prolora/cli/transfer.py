@@ -273,6 +273,8 @@ def show_outcomes(outcomes: list[Outcome], output: OutputFlags) -> None:
     if outcomes[0].kept:
         show_words(out, outcomes[0].words)
         out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
+        if output.report is not None:
+            out.print_line("Its numbers are not computed again: --overwrite makes it anew.")
     elif report is not None:
         show_report(report)
         if not report.dry_run:

@@ -94,10 +94,12 @@ def bake(
     folder, overwrite = path.is_dir(), options.overwrite
     if folder and dtype is not None:
         raise InvalidOption(f"`dtype` is for a base in one file, and {model.name} is a folder")
-    # A folder is never replaced: files of two models would stand in it.
-    check_free(out, [*model.files, path], overwrite=overwrite and not folder, folder=folder)
-    if not folder and Path(out).suffix != ".safetensors":
-        raise OutputError(f"{out}: a checkpoint's name ends in .safetensors")
+    if folder and overwrite:  # files of two models would stand in it
+        raise InvalidOption("`overwrite` is for a model in one file: a folder is never replaced")
+    check_free(out, [*model.files, path], overwrite=overwrite, folder=folder)
+    if folder == (Path(out).suffix == ".safetensors"):
+        kind = "name a folder" if folder else "a checkpoint's name ends in .safetensors"
+        raise OutputError(f"{out}: {model.name} is a {'folder' if folder else 'file'}; {kind}")
     updates = _sum_updates(loras, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
@@ -116,7 +118,7 @@ def bake(
             at = new / stored.file.path.relative_to(path) if folder else new
             baking.write_weight(at, stored, parts)
 
-    put(out, write, overwrite=overwrite and not folder, folder=folder)
+    put(out, write, overwrite=overwrite, folder=folder)
     return BakeReport(
         path=str(out),
         base=model.name,

@@ -347,11 +347,12 @@ class _Merge:
                 left_out[f"{name}: {tensor}"] = why
             for module, share in part.kept_energy.items():
                 kept_energy[module] = min(share, kept_energy.get(module, 1.0))
-        names = " + ".join(self.names)
+        names, balanced = " + ".join(self.names), self.options.method == "balanced"
         return MergeReport(
             method=MERGE,
             done="merged",
-            original=names,
+            original=f"the balanced sum of {names}" if balanced else names,
+            balanced=balanced,
             source=names,
             target=self.target.name if self.target else "",
             modules=(*self.behind, *rows),

@@ -169,7 +169,7 @@ class FileOutput(VerbOptions):
     )
     overwrite: bool = option(
         False,
-        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
+        "Replace what exists; without it, the same transfer or fit is kept and all else refused.",
         panel=OUTPUT,
         decides=False,
     )
