@@ -127,9 +127,7 @@ def test_rounding_counts_as_a_residual(tmp_path):
 )
 def test_people_read_what_is_lost_in_per_cent(kept, shown):
     row = ModuleReport("m", "m", "mapped", "lora", (8, 8), 4, 4, 1.0, rank_cut_energy=1 - kept)
-    report = MadeReport(
-        method="convert", done="converted", source="a", original="a", modules=(row,)
-    )
+    report = MadeReport(method="convert", source="a", original="a", modules=(row,))
     assert report.in_words().headline.endswith(f"differs from it by {shown}.")
 
 

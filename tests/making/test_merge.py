@@ -391,11 +391,11 @@ def test_a_state_dict_with_its_configuration_is_one_lora():
     ("count", "changes", "text"),
     [
         (1, {}, "two LoRAs or more"),
-        (2, {"strengths": [1]}, "`strengths` is for 1 LoRAs, and there are 2"),
+        (2, {"strengths": [1]}, "`strengths` has 1, and there are 2 LoRAs"),
         (2, {"strengths": [1, 0]}, "none of them 0"),
         (2, {"strengths": [1, float("nan")]}, "none of them 0"),
         (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
-        (2, {"blocks": "1,0"}, "`blocks` is for 1 LoRAs"),
+        (2, {"blocks": "1,0"}, "`blocks` has 1, and there are 2"),
         (2, {"blocks": "1,x;"}, "which is not a number"),
         (2, {"blocks": "none.such=1;"}, "block or module of"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),

@@ -84,9 +84,7 @@ def bake(
         raise InvalidOption(f"baking makes a model as its base is, and takes no {names}")
     model, count, dtype = open_base(base), len(loras), read_dtype(options.dtype)
     strengths, blocks = options.strengths or [1.0] * count, options.blocks or [None] * count
-    for name, given in (("strengths", strengths), ("blocks", blocks)):
-        if len(given) != count:
-            raise InvalidOption(f"`{name}` is for {len(given)} LoRAs, and there are {count}")
+    options.check_count(count)
     if not count:
         raise InvalidOption("give one LoRA or more")
     if (path := model.path) is None:
@@ -113,8 +111,7 @@ def bake(
         else:
             _convert(model, new, dtype)
         for i, (stored, parts) in enumerate(groups.items()):
-            if options.progress:
-                options.progress(i, len(groups), stored.key)
+            options.tell(i, len(groups), stored.key)
             at = new / stored.file.path.relative_to(path) if folder else new
             baking.write_weight(at, stored, parts)
 

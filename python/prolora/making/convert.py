@@ -128,14 +128,12 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
     plain = weigh_adapter(plain, factors)
     cut = {}
     for i, (name, update) in enumerate(plain.updates.items()):
-        if options.progress:
-            options.progress(i, len(plain.updates), name)
+        options.tell(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
     made = plain.with_updates(cut)
     title = original.removesuffix(".safetensors")
     report = MadeReport(
         method="convert",
-        done="converted",
         original=title if before is None else f"{title} with alpha {options.alpha:g}",
         source=original,
         target=base.name if base else "",

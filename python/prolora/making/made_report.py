@@ -13,7 +13,6 @@ from .bake_report import BakedModule
 class MadeReport(LoraReport):
     """What a LoRA holds of what it was made of."""
 
-    done: str  # what became of its modules, as "converted"
     original: str  # what it was made of, in words
     advice: str = ""  # what to do next; "" without advice
     rounding: BakedModule | None = None  # what is left of the updates in the type of the file
@@ -47,4 +46,5 @@ class MadeReport(LoraReport):
         return lines
 
     def _tell_done(self) -> str:
-        return f"{'would be' if self.dry_run else 'were'} {self.done}"
+        done = f"{self.method.removesuffix('e')}ed"
+        return f"{'would be' if self.dry_run else 'were'} {done}"

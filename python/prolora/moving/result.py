@@ -250,9 +250,8 @@ def make_file(
             return Transfer(made, report)
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
         done = make(file, [recipe.describe for recipe in recipes])
-        if options.progress:
-            moved = len(done.adapter.updates)
-            options.progress(moved, moved, f"writing {path.name}")
+        moved = len(done.adapter.updates)
+        options.tell(moved, moved, f"writing {path.name}")
         return save_result(done, path, options.overwrite)
 
 
