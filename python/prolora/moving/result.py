@@ -32,8 +32,8 @@ from ..version import __version__
 from .options import DtypeLike, FormatLike, LoraLike, read_dtype
 from .output_paths import check_name, check_output
 
-Notes = Callable[[], Mapping[str, str]]
-"""What the header of a result says of its making; asked once the LoRA has been read."""
+Notes = Mapping[str, str]
+"""What the header of a result says of its making."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,7 +226,7 @@ def make_file(
     out: str | PathLike[str],
     ways: Sequence[Any],
     plan: Callable[[Lora], MovedReport],
-    make: Callable[[LoraLike, list[Notes | None]], Transfer],
+    make: Callable[[LoraLike, list[Notes]], Transfer],
 ) -> Transfer:
     """Makes a result at a path; one of the same recipe is kept, and its verdict told again.
 
@@ -239,7 +239,7 @@ def make_file(
     path, options = Path(out), ways[0]
     if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
         check_output(path, list_inputs(lora, *bases), options.overwrite, options.format)
-        return save_result(make(lora, [None for _ in ways]), path, options.overwrite)
+        return save_result(make(lora, [{} for _ in ways]), path, options.overwrite)
     with Lora.open(keep_path(lora)) as file:
         recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
         known_again = all(base.files for base in bases) and not options.overwrite
@@ -249,7 +249,7 @@ def make_file(
             report = replace(plan(file), method=method, provenance=origin, before=before)
             return Transfer(made, report)
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
-        done = make(file, [recipe.describe for recipe in recipes])
+        done = make(file, [recipe.describe() for recipe in recipes])
         moved = len(done.adapter.updates)
         options.tell(moved, moved, f"writing {path.name}")
         return save_result(done, path, options.overwrite)
