@@ -81,6 +81,8 @@ SPELLINGS = (
 )
 MOST_LISTED = 32
 """Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
+NOT_TRIED = ("audio_injector.", "casual_audio_encoder.", "face_", "fps_projection.")
+"""What S2V, Animate and SkyReels-V2 have beside Wan's blocks, which LoRAs leave alone."""
 PROGRAM_ERRORS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 _CLIP_L, _CLIP_G, _CLIP_H = (768, 3072), (1280, 5120), (1024, 4096)
 _LAYER = "text_model.encoder.layers.0"
@@ -128,7 +130,7 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
     shapes = {
         name: shape
         for name, shape in shapes.items()
-        if is_linear(name, shape) and not name.startswith(UNUSED)
+        if is_linear(name, shape) and not name.startswith((*UNUSED, *NOT_TRIED))
     }
     if family.unet or WHOLE:
         return shapes

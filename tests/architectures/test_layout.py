@@ -39,25 +39,29 @@ FEED_FORWARD = {
 }
 # Where names do not tell attention and feed-forward apart: all matrices of the blocks.
 IN_BLOCKS = {
+    "ace-step-1.5": 24 * 11,
     "auraflow": 4 * 16 + 32 * 8,
+    "boogu-image": 8 * (1 + 8 + 4 + 2 * 3 + 5) + 32 * 8 + 2 * 8 + 2 * 8 + 2 * 7,
     "chroma": 19 * 12 + 38 * 5 + 5 * 2,
     "chroma-radiance": 19 * 12 + 38 * 5 + 5 * 2 + 4,
     "hidream-o1": 36 * 7 + 27 * 4,
     "hidream-i1": 16 * (9 + 15 + 3) + 32 * (5 + 15) + 49,
     "krea2": 28 * 8 + 4 * 8,
+    "llada-image": 30 * 8 + 2 * 8 + 2 * 7 + 2 * 7,
     "lumina2": 26 * 8 + 2 * 8 + 2 * 7,
     "omnigen2": 32 * 8 + 2 * 8 + 2 * 8 + 2 * 7,
     "qwen-image-2.1": 32 * 7,
     "flux2-dev": 8 * 12 + 48 * 2,
     "flux2-klein-9b": 8 * 12 + 24 * 2,
     "flux2-klein-4b": 5 * 12 + 20 * 2,
+    "mageflow": 12 * 14,
     "qwen-image": 60 * 14,
     "z-image": 30 * 8 + 2 * 8 + 2 * 7,
 }
 ENCODE_TEXT_THEMSELVES = ("hidream-o1",)
 # Layouts that another one shares all its blocks with.
 FLUX_TWINS = ("flux1-dev", "flux1-schnell", "flux1-fill", "chroma", "chroma-radiance")
-TWINS = (*FLUX_TWINS, "pixart-alpha", "pixart-sigma")
+TWINS = (*FLUX_TWINS, "pixart-alpha", "pixart-sigma", "llada-image")
 # (source, target): over all attention of the target, (mapped, of the same shape).
 PAIRS = {
     ("sdxl", "ssd-1b"): (272, 272),

@@ -137,12 +137,13 @@ def find_transformer_name(path: str) -> tuple[str, bool] | None:
 
 
 _KOHYA_STARTS = ("lora_unet", "lora_transformer", "lycoris")
-# As some tools write it; the last is musubi-tuner's, of HiDream-O1.
-_LONGER_STARTS = ("lora_unet_unet_", "lora_unet__", "lora_unet_model_")
+# As some tools write it; musubi-tuner's of HiDream-O1, and of ACE-Step.
+_LONGER_STARTS = ("lora_unet_unet_", "lora_unet__", "lora_unet_model_", "lora_unet_decoder_")
 # The longest first.
 _DOTTED_STARTS = (
     ("model.diffusion_model.", "comfy"),
     ("diffusion_model.model.", "comfy"),  # ai-toolkit's first HiDream-O1
+    ("diffusion_model.decoder.", "comfy"),  # ACE-Step's
     ("diffusion_model.", "comfy"),
     ("base_model.model.diffusion_model.", "comfy"),
     ("base_model.model.transformer.", "diffusers"),
@@ -176,8 +177,9 @@ def _cut_prefix(path: str) -> _Path | None:
 
 def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
     """Finds a module of a transformer in the table of its family."""
-    rest = _PROCESSOR.sub("", cut.rest) if cut.dotted else cut.rest
-    name = family.find_module(rest, dotted=cut.dotted)
+    name = family.find_module(cut.rest, dotted=cut.dotted)
+    if name is None and cut.dotted:
+        name = family.find_module(_PROCESSOR.sub("", cut.rest))
     format = cut.format
     if name is not None:
         spelling = Spelling(cut.prefix, "diffusers", cut.dotted)
@@ -188,12 +190,12 @@ def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
     weight = family.find_weight(cut.rest, dotted=cut.dotted)
     if weight is None:
         return None
+    spelling = Spelling(cut.prefix, "authors", cut.dotted)
     if format == "comfy" and ".processor." in cut.rest:
         format = "diffusers"
-    elif format == "peft":
+    elif format == "peft" and family.spellings.get("peft") != spelling:
         # The authors' names behind PEFT's prefix have no format of their own (fal's).
         format = "diffusers"
-    spelling = Spelling(cut.prefix, "authors", cut.dotted)
     name = weight.parts[0] if len(weight.parts) == 1 else weight.name
     return ModulePath(name, format, cut.component, name, True, weight, spelling)
 
