@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
@@ -58,7 +57,8 @@ def write_case(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder, scripts = (Path(word).resolve() for word in sys.argv[1:])
+    words = sys.argv[1:] if len(sys.argv) == 3 else sys.exit(__doc__)
+    folder, scripts = (Path(word).resolve() for word in words)
     torch.manual_seed(0)
     write_case(folder)
     ways = {"prolora": [], "sd-scripts": [scripts], "lean": [scripts, "--mem_eff_load_save"]}
@@ -70,7 +70,7 @@ if __name__ == "__main__":
         after, peak = resource.getrusage(resource.RUSAGE_CHILDREN), done.stdout.split()[-1]
         user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
         print(f"{way}: {user:.1f} + {system:.1f} CPU s, {int(peak) / 2**20:.2f} GiB", flush=True)
-    ours, theirs = (safe_open(folder / f"{way}.safetensors", "pt") for way in list(ways)[:2])
-    both = [[x.get_tensor(key).view(torch.int16) for x in (ours, theirs)] for key in ours.keys()]
+    ours, theirs = (load_file(folder / f"{way}.safetensors") for way in list(ways)[:2])
+    both = [[x[key].view(torch.int16) for x in (ours, theirs)] for key in ours]
     total, other = sum(x.numel() for x, _ in both), sum(int((x != y).sum()) for x, y in both)
     print(f"{other} of {total} numbers differ")

@@ -23,7 +23,7 @@ from prolora.architectures.families import find_title, known_families
 from prolora.architectures.layouts import known_layouts, load_layout
 from prolora.architectures.modules import find_block, is_attention, is_linear, matrix_shape
 from prolora.bases import Base
-from prolora.moving.base_fit import BaseFit, fit_base
+from prolora.moving.base_check import BaseFit, fit_base
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from torch import Tensor
 from prolora.adapters import Adapter
 from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
-from prolora.adapters.formats.groups import file_paths
+from prolora.adapters.formats.groups import lay_out
 from prolora.adapters.lora import Lora
 from prolora.adapters.slots import Slot
 from prolora.architectures import loaders
@@ -211,7 +211,8 @@ def encode(
     for key in tensors:
         path = key.removesuffix(".weight").rpartition(".")[0]
         by_path.setdefault(path, []).append(key)
-    keys = {name: by_path[path] for name, path in file_paths(adapter, format).items()}
+    groups = lay_out(adapter, format).groups
+    keys = {name: by_path[group.path] for group in groups for name in group.modules}
     return tensors, keys
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prolora.adapters import Adapter
 from prolora.adapters.formats.encoding import encode_adapter
-from prolora.adapters.keys.tensor_keys import split_role
+from prolora.adapters.keys.tensor_keys import split_key
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import UNUSED, load_layout
@@ -92,7 +92,7 @@ def _measure_paths(
     tensors = encode_adapter(Adapter(updates, family=family.id), format, torch.float16)
     sizes: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        path, role = split_role(key) or ("", "")
+        path, role = split_key(key)
         sizes.setdefault(path, {})[role] = tensor
     return {path: (len(of["up"]), of["down"].shape[1]) for path, of in sizes.items()}
 

@@ -194,7 +194,8 @@ def test_mutants_that_no_test_notices_are_listed(tmp_path):
     """In a repository of its own: two functions, one tested."""
     (tmp_path / "python" / "prolora" / "room").mkdir(parents=True)
     (tmp_path / "tests" / "room").mkdir(parents=True)
-    shutil.copytree(ATTACK, tmp_path / "tests" / "attack")
+    for name in ("attack", "support"):
+        shutil.copytree(ATTACK.parent / name, tmp_path / "tests" / name)
     code = "def larger(a, b):\n    return max(a, b)\n\n\ndef count(a):\n    return a + 1\n\n\n"
     code += "def unused(a):\n    return a - 1\n"
     for name in ("", "room/"):

@@ -16,7 +16,7 @@ from prolora.errors import ProLoRAError as ProLoRAError
 from prolora.reports.report import Report as Report
 from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
 from prolora.moving.result import Transfer as Transfer
-from prolora.moving.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions, VectorsMode
+from prolora.moving.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions
 from prolora.version import __version__ as __version__
 from collections.abc import Iterable, Sequence
 from prolora.bases.opening import BaseLike
@@ -24,7 +24,7 @@ from os import PathLike
 from prolora.moving.block_weights import Blocks
 from prolora.making.bake_report import BakeReport
 from prolora.checking.check import check as check
-from prolora.making.convert_options import ConvertOptions
+from prolora.making.convert import ConvertOptions
 from prolora.bases.base import Progress
 from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike
@@ -87,7 +87,6 @@ def bake(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
     method: MergeMethod = ...,
     strengths: Sequence[float] | None = ...,
     blocks: str | Sequence[Blocks | None] | None = ...,
@@ -104,7 +103,6 @@ def convert(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
     blocks: Blocks | None = ...,
     alpha: float | None = ...,
 ) -> Transfer: ...
@@ -123,7 +121,6 @@ def extract(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
 ) -> Transfer: ...
 
 def fit(
@@ -152,9 +149,9 @@ def fit(
     force: bool = ...,
     resume: str | PathLike[str] | None = ...,
     shown_prompts: int = ...,
-    max_memory: int | str | None = ...,
     progress: Progress | None = ...,
     device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
     cache: str | PathLike[str] | None = ...,
     format: FormatLike | None = ...,
     dtype: DtypeLike | None = ...,
@@ -190,9 +187,9 @@ def fit_many(
     force: bool = ...,
     resume: str | PathLike[str] | None = ...,
     shown_prompts: int = ...,
-    max_memory: int | str | None = ...,
     progress: Progress | None = ...,
     device: DeviceLike = ...,
+    max_memory: int | str | None = ...,
     cache: str | PathLike[str] | None = ...,
     format: FormatLike | None = ...,
     dtype: DtypeLike | None = ...,
@@ -219,7 +216,6 @@ def load_moved_lora(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
     method: TransferMethod = ...,
     strength: float = ...,
     rank: Rank = ...,
@@ -242,7 +238,6 @@ def merge(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
     method: MergeMethod = ...,
     strengths: Sequence[float] | None = ...,
     blocks: str | Sequence[Blocks | None] | None = ...,
@@ -266,7 +261,6 @@ def migrate(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
     method: TransferMethod = ...,
     strength: float = ...,
     rank: Rank = ...,
@@ -294,7 +288,6 @@ def transfer(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
     method: TransferMethod = ...,
     strength: float = ...,
     rank: Rank = ...,
@@ -322,7 +315,6 @@ def transfer_many(
     dtype: DtypeLike | None = ...,
     overwrite: bool = ...,
     out_rank: OutRank = ...,
-    vectors: VectorsMode = ...,
     method: TransferMethod = ...,
     strength: float = ...,
     rank: Rank = ...,

@@ -62,7 +62,7 @@ def test_every_module_of_a_text_encoder_translates_both_ways(prefix, encoder, mo
 @pytest.mark.parametrize("model", UNETS)
 def test_every_name_survives_every_dotted_format(model):
     for module in keymaps()["unets"][model]:
-        for path in (module_names.to_diffusers(module), module, f"base_model.model.{module}"):
+        for path in (f"unet.{module}", module, f"base_model.model.{module}"):
             assert module_names.parse_module_path(path).name == module
 
 

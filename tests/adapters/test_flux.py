@@ -452,11 +452,13 @@ def test_attention_that_several_families_have_gets_no_names_of_one_of_them():
     name = "transformer_blocks.0.attn.to_q"
     adapter = adapters.Adapter({name: LowRank(*factors((8, 8), 1, 0))}, format="diffusers")
     with pytest.raises(UnsupportedFormat, match=r"can be of .*FLUX.*different names"):
-        groups.file_paths(adapter, "kohya")
-    told = replace(adapter, family="flux")
-    assert groups.file_paths(told, "kohya")[name] == "lora_unet_double_blocks_0_img_attn_qkv"
-    told = replace(adapter, family="qwen-image")
-    assert groups.file_paths(told, "kohya")[name] == "lora_unet_transformer_blocks_0_attn_to_q"
+        groups.lay_out(adapter, "kohya")
+    for family, path in (
+        ("flux", "lora_unet_double_blocks_0_img_attn_qkv"),
+        ("qwen-image", "lora_unet_transformer_blocks_0_attn_to_q"),
+    ):
+        told = replace(adapter, family=family)
+        assert groups.lay_out(told, "kohya").groups[0].path == path
 
 
 @pytest.mark.parametrize(

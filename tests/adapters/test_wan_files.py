@@ -93,7 +93,7 @@ def test_an_update_of_a_convolution_over_time_is_moved_whatever_its_kind(number,
         for name, update in adapter.updates.items()
         if name != "patch_embedding"
     }
-    moved = prolora.transfer(lora, base, base, method="copy", again=True, vectors="skip")
+    moved = prolora.transfer(lora, base, base, method="copy", again=True)
     assert moved.report.coverage == 1 and not moved.report.unread
     written = moved.adapter
     assert written.kernels == adapter.kernels

@@ -18,16 +18,8 @@ from prolora.architectures.families import known_families
 from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.bases import open_base
 
-TRANSFORMERS = {
-    "flux1-dev": "FLUX",
-    "flux1-schnell": "FLUX",
-    "flux1-fill": "FLUX",
-    "sd3-medium": "SD3",
-    "sd3.5-medium": "SD3",
-    "sd3.5-large": "SD3",
-    "pixart-alpha": "PixArt",
-    "pixart-sigma": "PixArt",
-}
+FAMILIES = ("flux1", "sd3", "pixart")
+TRANSFORMERS = [id_ for id_ in layouts.known_layouts() if id_.startswith(FAMILIES)]
 UNETS = [id_ for id_ in layouts.known_layouts() if "conv_in" in layouts.load_layout(id_).shapes]
 LAYOUTS = [*UNETS, *TRANSFORMERS]
 # Parameters that are no layers: their keys have no `.weight`.
@@ -35,9 +27,9 @@ BARE = ("_table", "_token", "_tokens", "pos_embed", "emb_pos", "modulation")
 FULL = "diffusion_pytorch_model.safetensors"
 # Buffers and norms that the real files have beside their weights.
 BESIDE = {
-    "FLUX": {"double_blocks.0.img_attn.norm.query_norm.scale": (128,)},
-    "SD3": {"pos_embed": (1, 64, 1536), "joint_blocks.0.x_block.attn.ln_q.weight": (64,)},
-    "PixArt": {"y_embedder.y_embedding": (120, 4096), "pos_embed": (1, 64, 1152)},
+    "flux1": {"double_blocks.0.img_attn.norm.query_norm.scale": (128,)},
+    "sd3": {"pos_embed": (1, 64, 1536), "joint_blocks.0.x_block.attn.ln_q.weight": (64,)},
+    "pixart": {"y_embedder.y_embedding": (120, 4096), "pos_embed": (1, 64, 1152)},
 }
 
 
@@ -54,7 +46,7 @@ def single_file(id_):
     """The keys of a single-file checkpoint, without prefix."""
     shapes = shapes_of(id_)
     if id_ in TRANSFORMERS:
-        return keys(fused_shapes(shapes, TRANSFORMERS[id_]))
+        return keys(fused_shapes(shapes, id_))
     layers = 1 if id_.startswith(("bk", "koala")) else 2
     named = {
         diffusers_to_ldm(name, siblings=shapes, layers_per_block=layers): shape
@@ -89,7 +81,8 @@ def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
 def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
     """Beside another model, as in the files people download."""
     stored = {prefix + key: shape for key, shape in single_file(id_).items()}
-    stored |= {prefix + key: shape for key, shape in BESIDE.get(TRANSFORMERS.get(id_), {}).items()}
+    beside = [more for family, more in BESIDE.items() if id_.startswith(family)]
+    stored |= {prefix + key: shape for more in beside for key, shape in more.items()}
     if prefix:
         stored |= {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3), "vae.x.weight": (2, 2)}
     base = open_base(sparse_file(tmp_path / "x.safetensors", stored, "BF16"))

@@ -5,7 +5,6 @@ import tracemalloc
 
 import pytest
 import torch
-from checkpoints import authors_name
 from diagonal import mark_size
 from family_oracles import (
     COLUMNS,
@@ -201,15 +200,6 @@ def make_model(family, layout):
     from make_layouts import build_model
 
     return build_model(PUBLISHED[layout], **ORACLES[family.id].changes)
-
-
-@pytest.mark.parametrize("title", ["FLUX", "SD3", "PixArt"])
-def test_the_authors_names_are_those_of_rules_of_their_own(title: str) -> None:
-    """Written the other way round, from diffusers' names."""
-    family = FAMILIES[{"FLUX": "flux"}.get(title, title.lower())]
-    for module in modules_of(family):
-        held = family.find_weight_holding(module)
-        assert held is not None and held.name == authors_name(module, title)
 
 
 @pytest.mark.parametrize("layout", read_comfyui_names())

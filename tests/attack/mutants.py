@@ -28,7 +28,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -37,6 +36,9 @@ import pytest
 from mutations import Mutant, list_mutants
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+from structure import list_imports  # noqa: E402
+
 PACKAGE = "python/prolora"
 PREPARED = ("torch", "numpy", "safetensors.torch", "hypothesis", "typer.testing", "rich.table")
 PREPARED += ("diffusers", "transformers", "peft", "gguf", "matplotlib")
@@ -76,61 +78,30 @@ def copy_repository(place: Path) -> Path:
 # --- which tests are near --------------------------------------------------------------------
 
 
-@cache
-def list_imports(path: Path) -> frozenset[str]:
-    """The files of the package that a file imports, below the repository."""
-    found = set()
-    package = path.relative_to(ROOT).parent.parts
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                parts = package[: len(package) - node.level + 1]
-                start = "/".join([*parts, *(node.module or "").split(".")]).rstrip("/")
-            elif (node.module or "").split(".")[0] == "prolora":
-                start = "python/" + (node.module or "").replace(".", "/")
-            else:
-                continue
-            for name in ("", *(f"/{alias.name}" for alias in node.names)):
-                for file in (f"{start}{name}.py", f"{start}{name}/__init__.py"):
-                    if (ROOT / file).is_file():
-                        found.add(file)
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                file = "python/" + alias.name.replace(".", "/") + ".py"
-                if (ROOT / file).is_file():
-                    found.add(file)
-    return frozenset(found)
-
-
 def list_near_tests(file: str, most: int = FILES) -> list[str]:
     """Files of tests, the nearest first.
 
     Distance 0 is a test named after the file, 1 one that imports it, 2 one that imports a file
     which imports it, and so on; those of the same room count as two steps nearer.
     """
-    stem, room = Path(file).stem, Path(file).relative_to(PACKAGE).parts[0]
-    tests = sorted((ROOT / "tests").rglob("test_*.py"))
-    distance: dict[str, float] = {file: 0}
-    waiting = [file]
-    importers = defaultdict(set)
-    for path in (ROOT / PACKAGE).rglob("*.py"):
-        for imported in list_imports(path):
-            importers[imported].add(path.relative_to(ROOT).as_posix())
+    package, start = ROOT / PACKAGE, Path(file).relative_to(PACKAGE)
+    distance, waiting, importers = {start: 0}, [start], defaultdict(set)
+    for path in package.rglob("*.py"):
+        for imported in list_imports(path, package):
+            importers[imported].add(path.relative_to(package))
     while waiting:
         name = waiting.pop(0)
-        for other in importers[name]:
-            if other not in distance and other != f"{PACKAGE}/__init__.py":
-                distance[other] = distance[name] + 1
-                waiting.append(other)
+        for other in importers[name] - distance.keys() - {Path("__init__.py")}:
+            distance[other] = distance[name] + 1
+            waiting.append(other)
     order = []
-    for path in tests:
-        name = path.relative_to(ROOT).as_posix()
-        far = 1 + min((distance[i] for i in list_imports(path) if i in distance), default=9)
-        if set(stem.split("_")) <= set(path.stem.split("_")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        far = 1 + min((distance.get(i, 9) for i in list_imports(path, package)), default=9)
+        if set(start.stem.split("_")) <= set(path.stem.split("_")):
             far = 0
-        here = path.relative_to(ROOT / "tests").parts[0] == room
+        here = path.relative_to(ROOT / "tests").parts[0] == start.parts[0]
         if far < 9 or here:
-            order.append((far - 2 * here, name))
+            order.append((far - 2 * here, path.relative_to(ROOT).as_posix()))
     return [name for _, name in sorted(order)[:most]]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import prolora
 from prolora.architectures.layouts import load_layout
 from prolora.checking.check import check
-from prolora.moving.base_fit import fit_base
+from prolora.moving.base_check import fit_base
 
 
 def hollow_base(folder, layout):

@@ -1,12 +1,11 @@
 """Principal angles of whole stacks, as a GPU takes them: right, flagged, and in few calls."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatched import Calls
 
 from prolora import principal_angles, truncated_svd
 from prolora.core import angles
@@ -142,18 +141,6 @@ def test_quantiles_of_the_first_values_are_torchs():
     found = angles.leading_quantiles(values, counts, shares)
     for row, count, all_values in zip(found, counts, values, strict=True):
         torch.testing.assert_close(row, all_values[:count].quantile(shares))
-
-
-class Calls(TorchDispatchMode):
-    """Counts what is dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("k", [12, 130])

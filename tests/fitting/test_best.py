@@ -14,10 +14,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 import prolora
-from prolora.best import BestWay
 from prolora.errors import InvalidOption, UnrelatedBases
-from prolora.fitting import fit_pipelines as pipeline
-from prolora.fitting import pipelines
+from prolora.fitting import best_way, pipelines
+from prolora.fitting.best_way import BestWay
 from prolora.moving.options import FIT, OF_A_FIT_TOO
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -154,7 +153,7 @@ def test_a_fit_that_is_refused_leaves_what_weights_give(room, monkeypatch):
     def refuse(*_: object) -> None:
         raise UnrelatedBases("the fit is refused: it is no good")
 
-    monkeypatch.setattr(pipeline, "fit_to_pipelines", refuse)
+    monkeypatch.setattr(best_way, "fit_to_pipelines", refuse)
     usual = prolora.transfer(*ends(room, "pruned")).state_dict()
     done = prolora.transfer(*ends(room, "pruned"), method="best")
     assert all(torch.equal(x, usual[n]) for n, x in done.state_dict().items())
@@ -212,7 +211,7 @@ def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as cut:
-        cut.setattr(pipeline, "fit_to_pipelines", interrupt)
+        cut.setattr(best_way, "fit_to_pipelines", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prolora.transfer_many(*how, method="best", overwrite=True)
     assert out.read_bytes() == earlier

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_probe import lora, permuted, run, source
 
 from prolora import FitOptions, ProLoRAError, fit
-from prolora.errors import NonFiniteWeights, OutputError
+from prolora.errors import NonFiniteWeights
 from prolora.fitting import pipelines
-from prolora.fitting.recording.spill import SpillStore
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -108,20 +106,3 @@ def test_a_wrong_kind_in_the_index_of_a_pipeline_is_refused(room, change):
     with pytest.raises(ProLoRAError) as refusal:
         fit(room / "lora.safetensors", room / "source", room / "target")
     assert "Error" not in str(refusal.value)
-
-
-def test_a_full_folder_for_temporary_files_is_told_with_the_way_out(monkeypatch):
-    full = OSError(28, "No space left on device")
-    store = SpillStore(0)
-    monkeypatch.setattr(
-        "prolora.fitting.recording.spill.dump_safetensors", lambda *_: (_ for _ in ()).throw(full)
-    )
-    monkeypatch.setenv("TMPDIR", "/small")
-    with pytest.raises(OutputError, match=r"^/small: .*4.0 KiB.*No space left.*use another disk"):
-        store.put("a", (torch.zeros(1024),))
-
-
-def test_a_missing_folder_for_temporary_files_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with pytest.raises(OutputError, match="No such file"):
-        SpillStore(0).put("a", (torch.zeros(1024),))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import time
@@ -15,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.errors import OutputError
-from prolora.fitting import checkpoint, pipelines
+from prolora.fitting import pipelines
 
 FEW = prolora.FitOptions(("cat", "dog"), images=2, steps=4, fit_steps=2, force=True)
 pytestmark = pytest.mark.slow
@@ -137,24 +135,6 @@ def test_what_the_next_lora_cannot_use_goes_when_a_lora_is_done(room, tmp_path):
     fit_all(room, out, "ac", progress=look)
     calls = {"calls-source-0", "calls-source-3", "calls-target-2", "calls-target-5"}
     assert kept == [calls | {"answers"}]
-
-
-@pytest.mark.parametrize("fails", ["at once", "later"])
-def test_a_disk_without_room_for_it_costs_predictions_and_no_lora(
-    room, tmp_path, fails, monkeypatch, caplog
-):
-    write, written = checkpoint.write_safetensors, []
-
-    def fill_up(path: Path, *args: object, **more: object) -> None:
-        written.append(path)
-        if fails == "at once" or len(written) > 4:
-            raise OutputError(f"{path}: {os.strerror(errno.ENOSPC)}")
-        write(path, *args, **more)
-
-    monkeypatch.setattr(checkpoint, "write_safetensors", fill_up)
-    assert [done.status for done in fit_all(room, tmp_path / "out", "ac")] == ["moved", "moved"]
-    assert_as_alone(room, tmp_path / "out", "ac")
-    assert "as nothing can be kept" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")

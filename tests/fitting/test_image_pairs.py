@@ -25,8 +25,8 @@ from prolora.fitting.gate import (
     decide_on_images,
 )
 from prolora.fitting.pipelines.conditioning import split_call
+from prolora.fitting.recording.at_rest import LazySequence
 from prolora.fitting.recording.sample_batches import mix_samples
-from prolora.fitting.recording.spill import LazySequence
 from prolora.fitting.recording.trajectories import Call, decode_calls, encode_calls
 from prolora.fitting.recording.translation import PAIR, Question, Translation
 from prolora.fitting.recording.wanted import WantedChange, wanted_changes

@@ -125,7 +125,7 @@ def test_a_page_asks_for_images_and_nothing_else_does(room, tmp_path, monkeypatc
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)" alt="([^"]+)"', section)
     assert [alt for _, alt in pictures] == [f"{name}: cat" for name in ALL]
     assert all(read(base64.b64decode(data)).shape == (16, 16, 3) for data, _ in pictures)
-    monkeypatch.setattr(showing.ImageGrid, "_draw", lambda *_: pytest.fail("it was drawn"))
+    monkeypatch.setattr(showing, "write_png", lambda *_: pytest.fail("it was drawn"))
     assert json.loads(run("report.json"))["probe"]["not_drawn"] == ""
 
 

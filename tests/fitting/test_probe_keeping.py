@@ -1,8 +1,7 @@
-"""Probing that is interrupted goes on, and what does not fit in memory lies in files."""
+"""Probing that is interrupted goes on, and what a card need not hold rests in memory."""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from torch import Tensor
 from prolora import LowRank, ProLoRAError
 from prolora import fitting as probe
 from prolora.fitting import checkpoint
-from prolora.fitting.recording import trajectories
-from prolora.fitting.recording.spill import SpillStore
+from prolora.fitting.recording import at_rest, trajectories
 from prolora.fitting.recording.trajectories import Call, record_calls
+from prolora.fitting.recording.translation import Question
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -83,27 +82,6 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
         run(source, target, lora, resume=tmp_path, **QUICK)
 
 
-def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    target = permuted(source)
-    complete = run(source, target, lora, **QUICK)
-    assert not list(tmp_path.iterdir())
-    most = []
-    put = SpillStore.put
-
-    def counted(shelf: SpillStore, key, bundle) -> None:
-        put(shelf, key, bundle)
-        most.append((shelf.held, shelf.spilled))
-
-    monkeypatch.setattr(SpillStore, "put", counted)
-    kept = {"resume": tmp_path / "kept", "described": "three steps"}
-    bounded = run(source, target, lora, max_memory=8000, **kept, **QUICK)
-    assert_equal(complete, bounded)
-    assert max(held for held, _ in most) <= 4000
-    assert max(spilled for _, spilled in most) > 4000
-    assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
-
-
 def test_text_that_stays_the_same_is_recorded_once(source):
     class Told(Denoiser):
         def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None) -> Tensor:
@@ -144,24 +122,23 @@ def test_one_value_that_was_expanded_is_kept_like_any_other(tmp_path):
     assert all(torch.equal(again[name], time) for name, time in times.items())
 
 
-def test_equal_tensors_of_many_calls_are_in_memory_once(tmp_path):
-    """The text embeddings of an image are the same in each of its steps, as copies from a GPU."""
-    store = SpillStore(4 * 100 + 5 * 40)
-    embeddings = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    latents = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
-    for i, latent in enumerate(latents):
-        store.put(i, (latent, embeddings.clone()))
-    assert (store.held, store.spilled) == (4 * 100 + 5 * 40, 4 * 110)  # the last one is beyond it
-    for i, latent in enumerate(latents):
-        kept = store.get(i)
-        assert torch.equal(kept[0], latent) and torch.equal(kept[1], embeddings)
-    alike = torch.zeros(10), torch.zeros(10, dtype=torch.int32), torch.zeros(2, 5)
-    store = SpillStore()
-    store.put("a", alike)
-    assert store.held == 3 * 40  # of another type or shape is another tensor
-    assert all(
-        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(store.get("a"), alike, strict=True)
-    )
+def test_questions_of_a_card_rest_in_memory_and_come_back_to_it(monkeypatch):
+    """The text embeddings of an image are the same in each of its steps, and rest there once."""
+    embeddings = torch.randn(100, device="meta")
+    calls = [Call((torch.zeros(6, device="meta"), embeddings), {"i": i}) for i in range(3)]
+    rested: list[Tensor] = []
+
+    def rest(tensor: Tensor) -> Tensor:
+        rested.append(tensor)
+        return torch.empty_like(tensor, device="cpu")
+
+    monkeypatch.setattr(Tensor, "cpu", rest)
+    aside = at_rest.lay_questions_aside([Question(call, call) for call in calls])
+    assert len(rested) == 3 + 1 and len(aside) == 3
+    back = aside[1].target
+    assert back.kwargs == {"i": 1} and all(tensor.is_meta for tensor in back.args)
+    here = [Question(Call((torch.zeros(2),), {}), Call((torch.ones(2),), {}))]
+    assert at_rest.lay_questions_aside(here) is here
 
 
 def test_no_folder_is_made_for_what_is_refused(source, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ import prolora
 from prolora import FitOptions
 from prolora.cli.app import app
 from prolora.errors import TooLittleMemory
-from prolora.fitting import pipelines
+from prolora.fitting import pipelines, running
 from prolora.fitting.pipelines import stages
 from prolora.fitting.recording import trajectories
 from prolora.fitting.recording.trajectories import record_calls
@@ -116,6 +117,15 @@ def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(ro
         )
 
 
+def test_a_bound_that_recorded_images_pass_is_refused_with_what_all_of_them_need(room, monkeypatch):
+    taken = itertools.chain([0], itertools.count(10**9, 2 * 10**8))
+    monkeypatch.setattr(running, "resident_bytes", lambda: next(taken))
+    ends = room / "lora.safetensors", room / "source", room / "target"
+    words = r"recorded of 50% of the images this run takes 1\.5 GiB, and will need about 2\.0 GiB"
+    with pytest.raises(TooLittleMemory, match=words):
+        prolora.fit(*ends, FEW, max_memory=15 * 10**8)
+
+
 def test_a_cache_folder_that_cannot_be_made_is_named_before_a_model_is_loaded(
     room, tmp_path, monkeypatch
 ):
@@ -147,8 +157,6 @@ def test_what_the_models_need_is_counted_from_their_files(room):
 
 def test_the_source_in_full_and_the_targets_encoders_are_never_there_together(room, monkeypatch):
     """The least that is needed counts the text encoders of one pipeline at a time."""
-    from prolora.fitting import running
-
     (ours, others), (theirs, rest) = (
         pipelines.estimate_bytes(room / name) for name in ("source", "other")
     )

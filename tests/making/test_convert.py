@@ -157,15 +157,12 @@ def test_updates_that_cannot_be_read_stay_behind_by_name():
     assert report.coverage == pytest.approx(1 - 1 / len(LINEAR))
 
 
-def test_biases_are_kept_or_left_out_as_asked_and_by_their_block():
+def test_biases_are_kept_or_left_out_by_their_block():
     tensors, _ = make_lora("lora", 2, 0)
     tensors |= {f"{key}.diff_b": torch.full((LINEAR[n][0],), 2.0) for key, n in KOHYA.items()}
     first, *rest = (f"{name}.bias" for name in LINEAR)
     whole = prolora.convert(tensors)
     assert list(whole.adapter.vectors) == [first, *rest] and not whole.report.left_out
-    none = prolora.convert(tensors, vectors="skip")
-    assert not none.adapter.vectors and none.report.vectors == 0
-    assert none.report.left_out == dict.fromkeys([first, *rest], "left out as asked")
     part = prolora.convert(tensors, blocks={first.removesuffix(".bias"): 0.0})
     assert list(part.adapter.vectors) == rest and part.report.left_out == {first: LEFT_OUT}
     assert part.report.vectors == len(rest)

@@ -62,10 +62,10 @@ def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, t
         prolora.transfer(moved, a, c, out=out)
     text = str(refused.value)
     assert "already moved from a.safetensors to b.safetensors" in text
-    assert "the source is a.safetensors, the base that it was moved from" in text
+    assert "but the source is a.safetensors; give" in text
     assert "give b.safetensors as the source, or take `again=True`" in text
     assert not out.exists()
-    with pytest.raises(errors.AlreadyMoved, match="another model by name and hash"):
+    with pytest.raises(errors.AlreadyMoved, match=r"but the source is c\.safetensors; give b"):
         prolora.transfer(moved, c, a)
 
 
@@ -107,7 +107,7 @@ def test_a_renamed_file_is_taken_for_the_same_base_with_a_word(files, tmp_path):
     assert not prolora.transfer(moved, b, c, method="copy").report.doubts
     other = b.rename(tmp_path / "quite-another-name.safetensors")
     (doubt,) = prolora.transfer(moved, other, c, method="copy").report.doubts
-    assert "quite-another-name.safetensors has its size and equal pieces" in doubt
+    assert "to b.safetensors; whether quite-another-name.safetensors is that model" in doubt
     assert len(read_moves(move(moved, other, c, tmp_path / "out.safetensors"))) == 2
 
 
@@ -118,7 +118,7 @@ def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path
     save_file({key: tensor.half() for key, tensor in load_file(b).items()}, half)
     report = prolora.transfer(moved, half, c, out=tmp_path / "out.safetensors").report
     (doubt,) = report.doubts
-    assert "moved to b.safetensors; B_fp16.safetensors has that name and another hash" in doubt
+    assert "moved to b.safetensors; whether B_fp16.safetensors is that model cannot" in doubt
     swapped = tmp_path / "half" / "b.safetensors"
     swapped.write_bytes(a.read_bytes())
     assert move(moved, swapped, c, tmp_path / "out.safetensors")
@@ -130,7 +130,7 @@ def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
     b = write_folder(tmp_path / "b" / "m", target_weights())
     moved = tmp_path / "moved.safetensors"
     prolora.transfer(lora, a, b, out=moved, method="copy")
-    with pytest.raises(errors.AlreadyMoved, match="the source is a/m, another file"):
+    with pytest.raises(errors.AlreadyMoved, match="the source is a/m; give b/m"):
         prolora.transfer(moved, a, b)
     assert prolora.transfer(moved, b, a, method="copy")
 

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 import pydoc
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import get_args
@@ -18,7 +18,7 @@ import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import read_shown
 from prolora.fitting.settings import FitOptions
-from prolora.making.convert_options import ConvertOptions
+from prolora.making.convert import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions
 from prolora.moving.options import MethodChoice, TransferOptions
@@ -44,10 +44,11 @@ def test_help_shows_every_option_with_its_default(function, kind):
         assert f"{field.name}: " in text
 
 
-def test_type_checkers_read_what_the_options_tell():
+def test_type_checkers_read_what_the_options_tell(monkeypatch):
     """The stub is the one that docs/make_stub.py writes."""
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, root / "docs" / "make_stub.py", "--check"], check=True)
+    monkeypatch.setattr(sys, "argv", ["make_stub.py", "--check"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(f"{Path(__file__).parents[2]}/docs/make_stub.py", run_name="__main__")
 
 
 def test_every_option_has_its_text():
@@ -98,7 +99,6 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("out_rank", [8]),
         ("out_rank", math.nan),
         ("method", "magic"),
-        ("vectors", "project"),
         ("text_encoder", "maybe"),
         ("format", "zip"),
         ("dtype", "int8"),

@@ -21,8 +21,7 @@ from prolora.comparison.module_map import BlockDecision
 from prolora.fitting.fit_numbers import ProbeReport
 from prolora.fitting.fit_report import FitReport
 from prolora.reports.module_tables import map_modules
-from prolora.reports.outcome import Outcome
-from prolora.reports.outcomes_page import OutcomesReport
+from prolora.reports.outcome import Outcome, OutcomesReport
 from prolora.reports.page.drawing import CHARACTER, LABEL_SIZE
 from prolora.reports.report import PictureGrid
 

@@ -1,7 +1,6 @@
 """Checkpoints of real names and shapes without their room on the disk, in every spelling.
 
-The authors' names are built here from diffusers' by rules of their own, the other way round than
-the reader, so that neither proves itself.
+The authors' names are those of ComfyUI's models.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+
+from family_oracles import read_comfyui_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
@@ -90,98 +91,20 @@ def product(shape: tuple[int, ...]) -> int:
     return size
 
 
-FLUX = [
-    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
-    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.(?:0\.proj|(2))", r"double_blocks.\1.img_mlp.{}"),
-    (
-        r"transformer_blocks\.(\d+)\.ff_context\.net\.(?:0\.proj|(2))",
-        r"double_blocks.\1.txt_mlp.{}",
-    ),
-    (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
-    (r"single_transformer_blocks\.(\d+)\.(?:attn\.to_[qkv]|proj_mlp)", r"single_blocks.\1.linear1"),
-    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
-    (r"x_embedder", "img_in"),
-    (r"context_embedder", "txt_in"),
-    (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
-    (r"proj_out", "final_layer.linear"),
-]
-SD3 = [
-    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
-    (
-        r"transformer_blocks\.(\d+)\.norm1_context\.linear",
-        r"joint_blocks.\1.context_block.adaLN_modulation.1",
-    ),
-    (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"joint_blocks.\1.x_block.attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_[qkv]", r"joint_blocks.\1.x_block.attn2.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"joint_blocks.\1.context_block.attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"joint_blocks.\1.x_block.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"joint_blocks.\1.x_block.attn2.proj"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
-    (
-        r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj",
-        r"joint_blocks.\1.context_block.mlp.fc1",
-    ),
-    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
-    (r"pos_embed\.proj", "x_embedder.proj"),
-    (r"context_embedder", "context_embedder"),
-    (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
-    (r"proj_out", "final_layer.linear"),
-]
-PIXART = [
-    (r"transformer_blocks\.(\d+)\.attn1\.to_[qkv]", r"blocks.\1.attn.qkv"),
-    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn.proj"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_q", r"blocks.\1.cross_attn.q_linear"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_[kv]", r"blocks.\1.cross_attn.kv_linear"),
-    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.proj"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"blocks.\1.mlp.fc1"),
-    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"blocks.\1.mlp.fc2"),
-    (r"transformer_blocks\.(\d+)\.scale_shift_table", r"blocks.\1.scale_shift_table"),
-    (r"scale_shift_table", "final_layer.scale_shift_table"),
-    (r"pos_embed\.proj", "x_embedder.proj"),
-    (r"proj_out", "final_layer.linear"),
-    (r"adaln_single\.linear", "t_block.1"),
-    (r"caption_projection\.linear_(\d)", r"y_embedder.y_proj.fc\1"),
-]
-_EMBEDDERS = {
-    "FLUX": {
-        "timestep_embedder": "time_in",
-        "guidance_embedder": "guidance_in",
-        "text_embedder": "vector_in",
-    },
-    "SD3": {"timestep_embedder": "t_embedder", "text_embedder": "y_embedder"},
-    "PixArt": {
-        "timestep_embedder": "t_embedder",
-        "resolution_embedder": "csize_embedder",
-        "aspect_ratio_embedder": "ar_embedder",
-    },
-}
-_RULES = {"FLUX": FLUX, "SD3": SD3, "PixArt": PIXART}
+def authors_name(module: str, layout: str) -> str:
+    """What the authors of a published size call the matrix that a module is part of."""
+    if module.endswith("scale_shift_table"):  # a parameter, which no LoRA of ComfyUI's updates
+        place = "" if "blocks" in module else "final_layer."
+        return place + module.removeprefix("transformer_")
+    names = read_comfyui_names()["flux1-dev" if layout == "flux1-fill" else layout]
+    return str(names["parts"][module][0])
 
 
-def authors_name(module: str, family: str) -> str:
-    """What the authors of "FLUX", "SD3" or "PixArt" call the matrix that a module is part of."""
-    match = re.fullmatch(r"(?:time_text_embed|adaln_single\.emb)\.(\w+)\.linear_(\d)", module)
-    if match:
-        layers = ("in_layer", "out_layer") if family == "FLUX" else ("mlp.0", "mlp.2")
-        return f"{_EMBEDDERS[family][match[1]]}.{layers[int(match[2]) - 1]}"
-    for pattern, name in _RULES[family]:
-        if match := re.fullmatch(pattern, module):
-            return re.sub(pattern, name, module).format("2" if "net.2" in module else "0")
-    raise KeyError(module)
-
-
-def fused_shapes(shapes: Shapes, family: str) -> dict[str, tuple[int, ...]]:
+def fused_shapes(shapes: Shapes, layout: str) -> dict[str, tuple[int, ...]]:
     """The authors' matrices: rows of the modules they hold added up."""
     fused: dict[str, tuple[int, ...]] = {}
     for module, shape in shapes.items():
-        name = authors_name(module, family)
+        name = authors_name(module, layout)
         rows = fused.get(name, (0,))[0] + shape[0]
         fused[name] = (rows, *shape[1:])
     return fused

@@ -1,7 +1,11 @@
 """Weights with known singular subspaces, for tests."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from prolora import Basis
 
 
 def orthonormal(m: int, k: int, generator: torch.Generator) -> Tensor:
@@ -22,6 +26,31 @@ def power_law(d: int, exponent: float) -> Tensor:
     return torch.arange(1, d + 1, dtype=torch.float64) ** -exponent
 
 
+def spiked(d: int, n: int, spikes: int, seed: int = 0) -> Tensor:
+    """The singular values of a random d × n matrix, with `spikes` values above them."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(d, n, dtype=torch.float64, generator=generator)
+    bulk = torch.linalg.svdvals(noise / n**0.5)
+    return torch.cat([torch.linspace(6, 3, spikes, dtype=torch.float64), bulk[spikes:]])
+
+
+def clusters(d: int, size: int, width: float) -> Tensor:
+    """Groups of `size` values that lie within `width` of each other."""
+    jitter = torch.rand(d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    levels = 0.8 ** (torch.arange(d) // size)
+    return (levels * (1 + width * jitter)).sort(descending=True)[0]
+
+
+def steps(d: int, k: int) -> Tensor:
+    """k equal values above the others, which are equal too."""
+    return torch.tensor([4.0] * k + [1.0] * (d - k), dtype=torch.float64)
+
+
+def rank_above(d: int, k: int) -> Tensor:
+    """A rank that is a little above k."""
+    return torch.linspace(2, 1, k + 22, dtype=torch.float64)
+
+
 def weights(m: int, n: int, seed: int, exponent: float = 0.5) -> Tensor:
     """A float32 weight with a power-law spectrum."""
     return planted(m, n, power_law(min(m, n), exponent), seed)[0].float()
@@ -40,3 +69,19 @@ def sine(x: Tensor, y: Tensor) -> float:
     """Sine of the largest principal angle between two orthonormal bases of equal width."""
     x, y = x.double(), y.double()
     return float(torch.linalg.matrix_norm(y - x @ (x.mT @ y), 2)) if x.numel() else 0.0
+
+
+def lapack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and Vᵀ in float64."""
+    return torch.linalg.svd(weight.double(), full_matrices=False)
+
+
+def true_error(exact: Sequence[Tensor], basis: Basis) -> float:
+    """The largest sine of a basis to U and V of `exact`, or how far it is from orthonormal."""
+    k, (u, _, vt) = int(basis.rank), exact
+    wrong = 0.0
+    for right, found in ((u[:, :k], basis.U[:, :k]), (vt.mT[:, :k], basis.V[:, :k])):
+        found = found.double()
+        skew = torch.linalg.matrix_norm(found.mT @ found - torch.eye(k).double(), 2) if k else 0.0
+        wrong = max(wrong, sine(right, torch.linalg.qr(found)[0]), float(skew))
+    return wrong

@@ -1,7 +1,7 @@
 """What the structure of the package measures, and which of its rules are broken.
 
-    python tests/support/structure.py [python/prolora]     # the numbers, of another tree too
-    pytest tests/test_rooms.py       # the rules
+    python tests/support/structure.py [FOLDER]     # the sizes, of another tree too
+    pytest tests/test_rooms.py                     # the rules
 
 Only sources are read; nothing is imported.
 """
@@ -13,10 +13,11 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "prolora"
-MOST_PARAMETERS, MOST_LINES, MOST_FILE_LINES = 8, 80, 450
+MOST_PARAMETERS, MOST_LINES = 8, 80
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Words that say nothing beside the name.
 EMPTY_WORDS = {"a", "an", "the", "of", "as", "is", "to", "it", "all", "its", "for", "in", "and"}
@@ -24,10 +25,15 @@ EMPTY_WORDS = {"a", "an", "the", "of", "as", "is", "to", "it", "all", "its", "fo
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
+def parse_file(file: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(file.read_text("utf-8"))
+
+
 def parse_files(package: Path = PACKAGE) -> dict[Path, ast.Module]:
     """Path below the package -> its syntax tree."""
-    files = sorted(package.rglob("*.py"))
-    return {file.relative_to(package): ast.parse(file.read_text("utf-8")) for file in files}
+    return {file.relative_to(package): parse_file(file) for file in sorted(package.rglob("*.py"))}
 
 
 # A twin in torch stands beside every op, under its name; a command is called as the function that
@@ -168,28 +174,36 @@ def find_flags(trees: dict[Path, ast.Module]) -> list[str]:
     return named
 
 
-def list_imports(file: Path, tree: ast.Module, known: set[Path]) -> set[Path]:
-    """The files of the package that a file imports anywhere, for types too."""
+@cache
+def list_imports(file: Path, package: Path = PACKAGE) -> frozenset[Path]:
+    """The files below the package that a file imports anywhere, for types too."""
     imported: set[Path] = set()
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.ImportFrom) and node.level):
+    for node in ast.walk(parse_file(file)):
+        if isinstance(node, ast.ImportFrom):
+            start = file.parents[node.level - 1] if node.level else package.parent
+            bases = [start.joinpath(*(node.module or "").split("."))]
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            bases = [package.parent.joinpath(*alias.name.split(".")) for alias in node.names]
+            names = []
+        else:
             continue
-        base = Path(*file.parent.parts[: len(file.parent.parts) - node.level + 1])
-        base = base.joinpath(*(node.module or "").split(".")) if node.module else base
-        places = [base, *(base / alias.name for alias in node.names)]
-        candidates = [place.parent / f"{place.name}.py" for place in places if place.name]
-        candidates += [base / alias.name / "__init__.py" for alias in node.names]
-        # A package's own names come from its __init__, its modules do not need it.
-        if not any(path in known for path in candidates):
-            candidates = [base / "__init__.py"]
-        imported |= {path for path in candidates if path in known}
-    return imported - {file}
+        for base in bases:
+            modules = [f"{base}.py", *(base / f"{name}.py" for name in names)]
+            modules += [base / name / "__init__.py" for name in names]
+            # A package's own names come from its __init__, its modules do not need it.
+            found = [Path(m) for m in modules if Path(m).is_file()] or [base / "__init__.py"]
+            imported |= {
+                path.relative_to(package) for path in found if path.is_relative_to(package)
+            }
+    return frozenset(
+        path for path in imported if (package / path).is_file() and package / path != file
+    )
 
 
 def find_circles(trees: dict[Path, ast.Module]) -> list[list[str]]:
     """Groups of files that import each other, one way or another."""
-    known = set(trees)
-    edges = {file: list_imports(file, tree, known) for file, tree in trees.items()}
+    edges = {file: list_imports(PACKAGE / file) for file in trees}
     reach: dict[Path, set[Path]] = {}
     for file in trees:
         seen, stack = set(), list(edges[file])
@@ -240,54 +254,17 @@ def find_planners(trees: dict[Path, ast.Module]) -> list[str]:
     ]
 
 
-def count_tellings(trees: dict[Path, ast.Module]) -> dict[str, int]:
-    """Option of a transfer -> public signatures and classes that tell it again.
-
-    Told are parameters and fields with a default; a function that takes the object tells nothing.
-    """
-    places: dict[str, list[str]] = defaultdict(list)
-    options = next(
-        node
-        for tree in trees.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and node.name == "TransferOptions"
-    )
-    names = [field.target.id for field in options.body if isinstance(field, ast.AnnAssign)]
-    for file, tree in trees.items():
-        if file.parts[0] in ("adapters", "bases", "comparison", "core", "files", "reports"):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, Function):
-                taken = _list_defaults(node) if not node.name.startswith("_") else []
-            elif isinstance(node, ast.ClassDef):
-                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-                taken = [getattr(field.target, "id", "") for field in fields if field.value]
-            else:
-                continue
-            for name in set(taken) & set(names):
-                places[name].append(f"{file}:{node.name}")
-    told = {name: len(places[name]) for name in names}
-    return dict(sorted(told.items(), key=lambda item: -item[1]))
-
-
-def _list_defaults(function: Function) -> list[str]:
-    """The parameters that need not be given."""
-    told = function.args.args[len(function.args.args) - len(function.args.defaults) :]
-    keywords = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    return [arg.arg for arg in (*told, *(arg for arg, default in keywords if default))]
-
-
-def count_code_lines(text: str) -> int:
+def count_code_lines(file: Path) -> int:
     """Counts the lines that are no blank, comment, docstring or import."""
     passed: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse_file(file)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             passed |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         if isinstance(node, ast.Module | ast.ClassDef | Function) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 passed |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    lines = enumerate(text.splitlines(), 1)
+    lines = enumerate(file.read_text("utf-8").splitlines(), 1)
     return sum(
         bool(x.strip()) and not x.strip().startswith("#") for i, x in lines if i not in passed
     )
@@ -300,7 +277,7 @@ def measure_sizes(root: Path = PACKAGE.parents[1]) -> dict[str, int]:
     lines = {file: text.count("\n") for file, text in texts.items()}
     sizes = {
         "product lines": sum(lines.values()),
-        "product code lines": sum(count_code_lines(text) for text in texts.values()),
+        "product code lines": sum(count_code_lines(package / file) for file in texts),
         "longest file": max(lines.values()),
     }
     for file, count in sorted(lines.items()):
@@ -321,29 +298,6 @@ def measure_sizes(root: Path = PACKAGE.parents[1]) -> dict[str, int]:
     return sizes
 
 
-def measure(package: Path = PACKAGE) -> dict[str, object]:
-    """Every number, by its name."""
-    trees = parse_files(package)
-    return {
-        "files": len(trees),
-        **measure_sizes(package.parents[1]),
-        "names told twice": find_names_told_twice(trees),
-        f"functions of more than {MOST_PARAMETERS} parameters": find_wide_signatures(trees),
-        f"functions of more than {MOST_LINES} lines": find_long_functions(trees),
-        "docstrings that restate a name": find_restating_docstrings(trees),
-        "flags named outside cli/": find_flags(trees),
-        "circles of files": find_circles(trees),
-        "places that begin the stages of a transfer": find_planners(trees),
-        "functions that make or change rows of a report": find_row_writers(trees),
-        "most signatures that tell one option": max(count_tellings(trees).values()),
-        "signatures by option": count_tellings(trees),
-    }
-
-
 if __name__ == "__main__":
-    for name, found in measure(*map(Path, sys.argv[1:])).items():
-        count = found if isinstance(found, int) else len(found)  # type: ignore[arg-type]
-        print(f"{count:6}  {name}")
-        if not isinstance(found, int):
-            for item in list(found.items() if isinstance(found, dict) else found)[:40]:
-                print("         ", item if isinstance(item, str) else " ".join(map(str, item)))
+    for name, size in measure_sizes(*map(Path, sys.argv[1:])).items():
+        print(f"{size:6}  {name}")

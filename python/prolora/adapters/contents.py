@@ -15,11 +15,11 @@ from .adapter_folder import PEFT_CONFIG
 from .algorithms import forms
 from .family_guess import guess_family
 from .formats.peft_config import METADATA_KEY, scaling_from_config, scalings_from_metadata
-from .keys import module_names
+from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
 from .lora import Lora
-from .naming import BaseNames, choose_names, list_matrices, most_common_spelling, split_rows
-from .slots import Contents, Slot, explain_refusal, group_keys
+from .naming import BaseNames, choose_names, most_common_spelling, split_rows
+from .slots import Contents, Slot, group_keys, list_matrices
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
@@ -142,7 +142,9 @@ def _check_shapes(slot: Slot, source: Lora) -> None:
                 "as floating point"
             )
     if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
-        raise UnsupportedFormat(explain_refusal(source, slot.keys["oft_blocks"], "boft"))
+        raise UnsupportedFormat(
+            tensor_keys.explain_refusal(source.where, slot.keys["oft_blocks"], tensor_keys.BOFT)
+        )
     for role in sorted(forms.NUMBERS):
         if role in headers and headers[role].shape not in ((), (1,), (1, 1)):
             raise ShapeMismatch(

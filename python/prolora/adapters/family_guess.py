@@ -16,25 +16,6 @@ _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
-# SHA-256 of the files most LoRAs are trained on.
-_KNOWN_FILES = {
-    "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa": (
-        "v1-5-pruned-emaonly.safetensors",
-        "sd15",
-    ),
-    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": (
-        "sd_xl_base_1.0.safetensors",
-        "sdxl",
-    ),
-    "4610115bb0c89560703c892c59ac2742fa821e60ef5871b33493ba544683abd7": (
-        "flux1-dev.safetensors",
-        "flux",
-    ),
-    "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a": (
-        "flux1-schnell.safetensors",
-        "flux",
-    ),
-}
 
 
 def guess_family(
@@ -122,36 +103,34 @@ def choose_reading(
 
 
 def claimed_family(metadata: Mapping[str, str]) -> str | None:
-    """Returns the family that the metadata claims by hash, version or architecture."""
-    known = known_base(metadata)
-    if known:
-        return known[1]
-    start = _find_claim(metadata)
-    return _claims()[start] if start else None
-
-
-def _find_claim(metadata: Mapping[str, str]) -> str | None:
-    """Returns the key of `_claims` that the metadata begins with."""
-    for key in ("ss_base_model_version", "modelspec.architecture"):
-        value = metadata.get(key, "").lower()
-        # The longest beginning: "flux2" is not "flux".
-        for start in sorted(_claims(), key=len, reverse=True):
-            if value.startswith(start):
-                return start
-    return None
-
-
-@cache
-def _claims() -> dict[str, str]:
-    """Returns how versions and architectures begin in metadata -> family."""
-    return {start: family.id for family in known_families().values() for start in family.claims}
+    """Returns the family that the metadata claims by version or architecture."""
+    return _find_claim(metadata)[0]
 
 
 def claimed_version(metadata: Mapping[str, str]) -> str | None:
     """Returns the metadata's name of the model: "FLUX.1 Kontext", "Wan 2.2"."""
-    start = _find_claim(metadata)
-    family = known_families()[_claims()[start]] if start else None
-    return family.claims[start] if family and start else None
+    return _find_claim(metadata)[1]
+
+
+def _find_claim(metadata: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Returns family and name of the model that the metadata claims."""
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        value = metadata.get(key, "").lower()
+        for start, *claim in _claims():
+            if value.startswith(start):
+                return claim[0], claim[1]
+    return None, None
+
+
+@cache
+def _claims() -> list[tuple[str, str, str]]:
+    """Lists how versions and architectures begin in metadata, with family and model.
+
+    The longest beginning comes first: "flux2" is not "flux".
+    """
+    families = known_families().values()
+    listed = [(start, one.id, name) for one in families for start, name in one.claims.items()]
+    return sorted(listed, key=lambda claim: -len(claim[0]))
 
 
 def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
@@ -163,11 +142,6 @@ def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     model = {name: shape for name, shape in shapes.items() if not is_in_text_encoder(name)}
     unets = not any(find_component(name) == "transformer" for name in model)
     return recognise_families((NamedMatrix(n, True, s) for n, s in model.items()), unets).layouts
-
-
-def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """Returns (file name, family) of a known base model by its full hash."""
-    return _KNOWN_FILES.get(metadata.get("ss_new_sd_model_hash", "").lower())
 
 
 def _unet_family(unet: list[str], context: int | None) -> str | None:

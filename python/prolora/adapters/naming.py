@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ..architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
@@ -13,9 +12,8 @@ from ..architectures.ldm import ADM, is_adm
 from ..architectures.modules import find_block, is_in_adm
 from ..architectures.recognition import NamedMatrix
 from ..errors import ShapeMismatch
-from .algorithms import forms
 from .family_guess import choose_reading
-from .keys import module_names, tensor_keys
+from .keys import tensor_keys
 from .keys.module_names import ModulePath
 from .lora import Lora
 
@@ -29,35 +27,6 @@ class BaseNames(NamedTuple):
     modules: Collection[str] = ()  # its canonical module names; empty if they are not known
 
 
-def list_matrices(source: Lora) -> list[NamedMatrix]:
-    """Lists possible modules of a transformer, with the shapes of their updates.
-
-    The names are the file's.
-    """
-    keys: dict[tuple[str, bool], dict[str, str]] = {}
-    for key in source.headers:
-        path = tensor_keys.find_path(key)
-        name = path and module_names.find_transformer_name(path)
-        if name:
-            _, role = tensor_keys.split_role(key) or ("", "")
-            keys.setdefault(name, {})[role] = key
-    return [NamedMatrix(*name, _measure_matrix(roles, source)) for name, roles in keys.items()]
-
-
-def _measure_matrix(keys: Mapping[str, str], source: Lora) -> tuple[int, int]:
-    """Returns out × in of the update in some tensors; 0 where unclear."""
-    shapes = {role: source.headers[key].shape for role, key in keys.items() if role}
-    form = None
-    if {"up", "down", "diff"}.isdisjoint(shapes) and forms.find_missing_role(shapes.keys()) is None:
-        form = forms.derive_form(shapes)  # of a product, such as a LoKr
-    if form is not None:
-        return form.out, form.inputs
-    up, down, full = (shapes.get(role, ()) for role in ("up", "down", "diff"))
-    if len(full) > 1:
-        return full[0], math.prod(full[1:])
-    return up[0] if len(up) > 1 else 0, math.prod(down[1:]) if len(down) > 1 else 0
-
-
 def choose_names(
     source: Lora, matrices: Iterable[NamedMatrix], base: BaseNames | None
 ) -> Family | None:
@@ -69,7 +38,7 @@ def choose_names(
     if base and base.modules:
         numbered = any(is_in_adm(name) and find_block(name) for name in base.modules)
     else:
-        paths = {tensor_keys.find_path(key) or "" for key in source.headers}
+        paths = {tensor_keys.split_key(key)[0] for key in source.headers}
         numbered = any(map(_ADM_ATTENTION.search, paths)) and is_adm(paths)
     if numbered:
         return ADM

@@ -19,9 +19,8 @@ from . import fused_updates, vectors
 from .adapter import Adapter, StoredUpdate
 from .algorithms import dora_oft_glora, forms
 from .algorithms import lora_products as products
-from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
-from .keys.tensor_keys import find_path
+from .keys.tensor_keys import split_key
 from .lora import Lora, LoraSource, read_finite
 from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
@@ -111,8 +110,6 @@ def _read_slots(
     whole: Adapter | None = None,
 ) -> Iterator[Adapter]:
     """Reads slot by slot, then the vectors; yields one adapter for all, or a new one for each."""
-    if read_weight is None:
-        _check_independent(contents, opened)
     # The header was checked before; scales come before the large tensors.
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     for slot in contents.slots:
@@ -154,39 +151,26 @@ def outline_adapter(
     """
     opened = Lora.open(source)
     contents = parse_contents(opened, BaseNames(family, shapes))
-    if headers_only:
-        adapter = _start_adapter(contents, opened)
-        for slot in contents.slots:
-            _add_stand_in(adapter, slot, shapes, opened, torch.zeros(1))
-        return adapter
-    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     adapter = _start_adapter(contents, opened)
+    read = [] if headers_only else contents.slots
+    scales = {slot.module.name: read_scale(slot, opened) for slot in read}
     for slot in contents.slots:
-        roles, scale = slot.keys.keys(), scales[slot.module.name]
-        if forms.needs_base(roles):
-            _add_stand_in(adapter, slot, shapes, opened, torch.tensor([math.nan]))
+        roles, scale = slot.keys.keys(), scales.get(slot.module.name, 0.0)
+        if headers_only:
+            norms = torch.zeros(1)
+        elif forms.needs_base(roles):
+            norms = torch.tensor([math.nan])
         elif forms.kind_of_roles(roles) == "lora":
             _add_update(adapter, slot, scale, opened, None)
+            continue
         else:
             tensors = {role: read_finite(opened, key) for role, key in slot.keys.items()}
             norms = scale * products.measure_rows(slot.form.algorithm, tensors)
-            _add_stand_in(adapter, slot, shapes, opened, norms)
-    for vector in contents.vectors:
-        adapter.vectors.update(
-            vectors.read_vector(vector, scales.get(vector.module.name, 1.0), opened)
-        )
+        _add_stand_in(adapter, slot, shapes, opened, norms)
+    for vector in [] if headers_only else contents.vectors:
+        scale = scales.get(vector.module.name, 1.0)
+        adapter.vectors.update(vectors.read_vector(vector, scale, opened))
     return adapter
-
-
-def _check_independent(contents: Contents, source: Lora) -> None:
-    """Refuses an update that depends on base weights without a base."""
-    for slot in contents.slots:
-        if forms.needs_base(slot.keys.keys()):
-            why = forms.needs_base_reason(slot.keys.keys())
-            raise UnsupportedFormat(
-                f"{source.where}: the update of {slot.module.name} is {why}; give the base model "
-                "it was trained on (read_weight=open_base(…).read)"
-            )
 
 
 def _start_adapter(contents: Contents, source: Lora) -> Adapter:
@@ -237,9 +221,9 @@ def _add_update(
         truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
     else:
         truncated = products.factor_update(slot.form.algorithm, tensors)
-        truncated = TruncatedUpdate(
-            _scale_update(truncated.update, scale, slot, source), truncated.kept
-        )
+        if scale != 1.0 and not is_finite(truncated.update.up.mul_(scale)):
+            key = slot.keys.get("up", next(iter(slot.keys.values())))
+            raise NonFiniteWeights(f"{source.where}: {key} times {scale:.6g} overflows")
     update = LowRank(truncated.update.up.float(), truncated.update.down.float())
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
@@ -251,7 +235,7 @@ def _add_update(
 
 def _cut_paths(keys: Iterable[str]) -> dict[str, str]:
     """Returns what stands behind the module path of each key -> the key."""
-    return {key.removeprefix(find_path(key) or key): key for key in keys}
+    return {key.removeprefix(split_key(key)[0]): key for key in keys}
 
 
 def _store_parts(
@@ -313,17 +297,6 @@ def _add_stand_in(
     _store_parts(adapter, slot, LowRank(up, down), kernel, 1.0, where)
 
 
-def _scale_update(update: LowRank, scale: float, slot: Slot, source: Lora) -> LowRank:
-    """Multiplies `up` by the scale."""
-    if scale == 1.0:
-        return update
-    up = update.up.mul_(scale)
-    if not is_finite(up):
-        key = slot.keys.get("up", next(iter(slot.keys.values())))
-        raise NonFiniteWeights(f"{source.where}: {key} times {scale:.6g} overflows")
-    return LowRank(up, update.down)
-
-
 def _leave_out(adapter: Adapter, slot: Slot) -> None:
     """Records an update that depends on a missing text encoder of the base."""
     why = forms.needs_base_reason(slot.keys.keys())
@@ -370,7 +343,12 @@ def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tens
 
     None as for `_look_up_base`.
     """
-    assert read_weight is not None  # _check_independent
+    if read_weight is None:
+        raise UnsupportedFormat(
+            f"{where}: the update of {slot.module.name} is "
+            f"{forms.needs_base_reason(slot.keys.keys())}; give the base model it was trained on "
+            "(read_weight=open_base(…).read)"
+        )
     parts = _look_up_base(slot, read_weight, where)
     if parts is None:
         return None

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..architectures.family import Family
-from ..architectures.recognition import share_rows
+from ..architectures.recognition import NamedMatrix, share_rows
 from ..errors import UnsupportedFormat
 from .algorithms import forms
 from .algorithms.forms import Form
 from .formats.peft_config import PeftScaling
 from .keys import tensor_keys
-from .keys.module_names import ModulePath
-from .left_out import Size, find_neighbours, measure_unread, measure_update
+from .keys.module_names import ModulePath, find_transformer_name, parse_module_path
 from .lora import Lora
 from .vectors import VectorSlot
 
 # Of a textual-inversion embedding: the names that A1111, kohya and SDXL's trainers write.
 _EMBEDDING = re.compile(r"(emb_params|string_to_param\..*|clip_[lg]|t5xxl)$")
 _CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
+
+
+Size = tuple[int, int, int]
+"""(out, in, rank) of an update."""
 
 
 @dataclass
@@ -86,38 +89,46 @@ def group_keys(source: Lora, family: Family | None) -> Contents:
     """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
+    modules: dict[str, ModulePath | None] = {"": None}
     slots: dict[str, Slot] = {}
     vector_slots: dict[str, VectorSlot] = {}
     left_out: dict[str, str] = {}
     unknown = []
     for key, header in source.headers.items():
-        parsed = tensor_keys.parse_key(key, header.shape, family)
-        if isinstance(parsed, tensor_keys.RefusedKey):
-            raise UnsupportedFormat(explain_refusal(source, key, parsed.algorithm))
-        if isinstance(parsed, tensor_keys.LeftOutKey):
-            left_out[key] = parsed.reason
-        elif parsed is None:
+        if refused := tensor_keys.find_refused(key):
+            raise UnsupportedFormat(tensor_keys.explain_refusal(source.where, key, refused))
+        path, role = tensor_keys.split_key(key)
+        if path not in modules:
+            modules[path] = parse_module_path(path, family)
+        module, axes = modules[path], len(header.shape)
+        if role == "diff" and axes == 1:
+            role = "weight"
+        if reason := tensor_keys.find_left_out(key):
+            left_out[key] = reason
+        elif module is None and role in tensor_keys.VECTORS:
+            left_out[key] = tensor_keys.FOREIGN_VECTOR
+        elif module is None:
             unknown.append(key)
-        elif isinstance(parsed, tensor_keys.VectorKey):
-            vector = VectorSlot(parsed.module, parsed.tensor, key, parsed.scaled)
+        elif role in tensor_keys.VECTORS:
+            vector = VectorSlot(module, tensor_keys.VECTORS[role], key, role == "scaled_bias")
             other = vector_slots.setdefault(vector.name, vector)
             if other is not vector:
-                raise UnsupportedFormat(
-                    f"{source.where}: {other.key} and {key} are both the {vector.name}; remove one "
-                    "of the two"
-                )
-        elif parsed.role == "diff" and len(header.shape) not in (2, 4, 5):
+                raise _refuse_double(source, other.key, key, f"both the {vector.name}")
+        elif role == "diff" and axes not in (2, 4, 5):
             left_out[key] = "a difference of a table: not moved"
         else:
-            slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
-            if parsed.role in slot.keys:
-                raise UnsupportedFormat(
-                    f"{source.where}: {slot.keys[parsed.role]} and {key} are the same factor of "
-                    f"{parsed.module.name}; remove one of the two"
+            slot = slots.setdefault(module.name, Slot(module))
+            if role in slot.keys:
+                raise _refuse_double(
+                    source, slot.keys[role], key, f"the same factor of {module.name}"
                 )
-            slot.keys[parsed.role] = key
+            slot.keys[role] = key
     contents = Contents(list(slots.values()), list(vector_slots.values()), left_out)
     return _leave_out(contents, unknown, source)
+
+
+def _refuse_double(source: Lora, one: str, other: str, what: str) -> UnsupportedFormat:
+    return UnsupportedFormat(f"{source.where}: {one} and {other} are {what}; remove one of the two")
 
 
 def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents:
@@ -148,7 +159,7 @@ def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents
     behind: dict[str, list[str]] = {}
     for key in source.headers:
         if key not in used:
-            path = None if key in told else tensor_keys.find_path(key)
+            path = None if key in told else tensor_keys.split_key(key)[0]
             behind.setdefault(owners.get(key) or path or key, []).append(key)
     left_out, unread = {}, {}
     for name, keys in behind.items():
@@ -183,19 +194,11 @@ def _find_neighbours(
     return neighbours | find_neighbours([vector.key for vector in vectors], own)
 
 
-def explain_refusal(source: Lora, key: str, algorithm: str) -> str:
-    """Explains to the user why an adapter type is not read."""
-    return (
-        f"{source.where}: {key} makes this {tensor_keys.REASONS[algorithm]}, which prolora does "
-        f"not read. {tensor_keys.REMEDIES[algorithm]}"
-    )
-
-
 def _refuse_unknown(unknown: list[str], source: Lora) -> None:
     """Says what the first keys that are not understood look like."""
     first = unknown[0]
     if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
-        tensor_keys.split_factor(key) for key in source.headers
+        tensor_keys.split_key(key)[1] in ("down", "up") for key in source.headers
     ):
         raise UnsupportedFormat(
             f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as `source` "
@@ -214,3 +217,64 @@ def _refuse_embedding(source: Lora) -> UnsupportedFormat:
     return UnsupportedFormat(
         f"{source.where}: a textual-inversion embedding, not a LoRA; it cannot be moved"
     )
+
+
+def list_matrices(source: Lora) -> list[NamedMatrix]:
+    """Lists possible modules of a transformer, with the shapes of their updates.
+
+    The names are the file's; 0 stands for a size that one tensor alone does not tell.
+    """
+    keys: dict[tuple[str, bool], dict[str, str]] = {}
+    for key in source.headers:
+        path, role = tensor_keys.split_key(key)
+        name = find_transformer_name(path) if path else None
+        if name:
+            keys.setdefault(name, {})[role] = key
+    matrices = []
+    for name, roles in keys.items():
+        size = measure_update(roles, source)
+        up, down = (source.headers[roles[x]].shape if x in roles else () for x in ("up", "down"))
+        sides = up[0] if len(up) > 1 else 0, math.prod(down[1:]) if len(down) > 1 else 0
+        matrices.append(NamedMatrix(*name, size[:2] if size else sides))
+    return matrices
+
+
+def measure_update(keys: Mapping[str, str], source: Lora) -> Size | None:
+    """Returns (out, in, rank) of an update from its shapes, None if unclear.
+
+    `keys` is role -> key.
+    """
+    shapes = {role: source.headers[key].shape for role, key in keys.items()}
+    if forms.find_missing_role(shapes.keys()) is None and (form := forms.derive_form(shapes)):
+        return form.out, form.inputs, max(1, form.rank)
+    return None
+
+
+def measure_unread(keys: Collection[str], source: Lora) -> Size:
+    """Returns (out, in, rank) of an update, else of the largest tensor."""
+    roles = {tensor_keys.split_key(key)[1]: key for key in keys}
+    shapes = [source.headers[key].shape for key in keys]
+    largest = max(shapes, key=math.prod) or (1,)
+    return measure_update(roles, source) or (largest[0], math.prod(largest[1:]), 1)
+
+
+def find_neighbours(
+    keys: Collection[str], updates: Mapping[str, Iterable[str]]
+) -> dict[str, tuple[str, str]]:
+    """Returns key -> (module, suffix) of tensors beside an update, not part of it.
+
+    `keys` are the tensors that are not read; `updates` is module -> the keys that are read.
+    """
+    if not keys:
+        return {}
+    paths = {tensor_keys.split_key(key)[0]: name for name, own in updates.items() for key in own}
+    found = {}
+    for key in keys:
+        end = len(key)
+        # kohya's names join by underscores: `…_to_q_gain` stands beside `…_to_q`.
+        while key not in found and (end := max(key.rfind(mark, 0, end) for mark in "._")) > 0:
+            # `to_q_lora.down` is a factor of `to_q`.
+            name = paths.get(key[:end]) or paths.get(key[:end].removesuffix("_lora"))
+            if name is not None:
+                found[key] = name, key[end + 1 :]
+    return found

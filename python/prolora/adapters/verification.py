@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
 from ..errors import OutputError, ProLoRAError
-from . import vectors
 from .adapter import Adapter
-from .formats import groups
+from .formats.groups import lay_out
 from .lora import StrPath
 from .naming import BaseNames
 from .reading import read_pieces
+from .vectors import vectors_match
 
 
 def verify_output(
@@ -45,10 +45,10 @@ def verify_output(
         for piece in read_pieces(output, BaseNames(adapter.family, adapter.updates)):
             for name, update in piece.updates.items():
                 wanted = adapter.updates.get(name)
-                if wanted is None:
-                    foreign |= _nonzero_updates(piece, {name})
+                if wanted is None:  # rows of zeros in a fused weight are no update
+                    foreign |= {name} if update.norm() > 0 else set()
                 elif not _updates_match(update, wanted, dtype, shared.get(name, 0.0)):
-                    raise _difference(where, name)
+                    raise OutputError(f"{where}: {name} {_DIFFERS}")
             # Drops the factors, which may be large: only their names count from here on.
             back.updates.update(dict.fromkeys(piece.updates, _NOTHING))
             back.kernels.update(piece.kernels)
@@ -65,47 +65,24 @@ def verify_output(
     if missing or foreign or back.kernels != adapter.kernels:
         changed = sorted(missing | foreign) or ["a convolution's kernel"]
         raise OutputError(f"{where}: reads back with other modules than written: {changed[0]}")
-    _compare_vectors(back.vectors, adapter.vectors, dtype, where)
+    for name in back.vectors.keys() | adapter.vectors.keys():
+        one, other = back.vectors.get(name), adapter.vectors.get(name)
+        if one is None or other is None:
+            same = not any(x is not None and x.any() for x in (one, other))  # part of a fused bias
+        else:
+            same = vectors_match(one, other, dtype)
+        if not same:
+            raise OutputError(f"{where}: {name} {_DIFFERS}")
 
 
+_DIFFERS = "reads back differently from what was written"
 _NOTHING = LowRank(*[torch.zeros(1, 1, device="cpu")] * 2)
-
-
-def _difference(where: StrPath, name: str) -> OutputError:
-    return OutputError(f"{where}: {name} reads back differently from what was written")
-
-
-def _compare_vectors(
-    back: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: torch.dtype, where: StrPath
-) -> None:
-    """Refuses vectors that read back differently.
-
-    Raises:
-        OutputError: one is missing, or is off by more than the rounding of `dtype`.
-    """
-    for name in _nonzero_vectors(wanted) | _nonzero_vectors(back):
-        one, other = back.get(name), wanted.get(name)
-        if one is None or other is None or not vectors.vectors_match(one, other, dtype):
-            raise _difference(where, name)
-
-
-def _nonzero_vectors(vectors_by_name: Mapping[str, Tensor]) -> set[str]:
-    """Returns the vectors that are not all zeros: a part of a fused bias may be."""
-    return {name for name, vector in vectors_by_name.items() if vector.any()}
-
-
-def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
-    """Returns the modules whose update is not zero.
-
-    Rows of zeros in a fused weight are no update.
-    """
-    return {name for name in modules if adapter.updates[name].norm() > 0}
 
 
 def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
     """Returns module -> ‖up‖·‖down‖ of factors that it shares in the file."""
     sizes: dict[str, float] = {}
-    for group in groups.group_modules(adapter, format):
+    for group in lay_out(adapter, format).groups:
         if len(group.parts) > 1:
             updates = group.parts.values()
             up = math.hypot(*(update.up.norm().item() for update in updates))

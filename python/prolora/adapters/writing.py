@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ..files.store import put
 from .adapter import Adapter
 from .adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
-from .formats import metadata as headers
+from .formats.metadata import clean_metadata
 from .formats.peft_config import METADATA_KEY
 from .formats.stored import KeptTensors, find_stored, verify_stored
 from .lora import StrPath
@@ -59,26 +61,17 @@ def write_adapter(
         OutputExists: something has that name.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
-    kept = find_kept(adapter, format, dtype)
-    adapter, chosen, stored = _settle_storage(adapter, format, dtype)
-    if not adapter.updates and not adapter.vectors:
-        raise OutputError(f"{path}: not written, because no module is left in the adapter")
-    adapter = _move_to_cpu(adapter)
-    tensors = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
-    header = _file_metadata(adapter, chosen, kept)
+    output = _prepare(adapter, format, dtype, path)
+    folder = output.format == "peft"
 
-    def write(output: Path) -> None:
-        if chosen == "peft":
-            fill_safetensors(output / PEFT_WEIGHTS, tensors, header, path)
-            (output / PEFT_CONFIG).write_bytes(_config_text(adapter, kept).encode())
-        else:
-            fill_safetensors(output, tensors, header, path)
-        if kept:
-            verify_stored(output, kept, adapter, path)
-        else:
-            verify_output(output, adapter, chosen, stored, path)
+    def write(place: Path) -> None:
+        weights = place / PEFT_WEIGHTS if folder else place
+        fill_safetensors(weights, output.tensors, output.header(), path)
+        if folder:
+            (place / PEFT_CONFIG).write_bytes(output.config().encode())
+        output.verify(place)
 
-    put(path, write, overwrite=overwrite, folder=chosen == "peft")
+    put(path, write, overwrite=overwrite, folder=folder)
 
 
 @in_full_precision
@@ -104,20 +97,70 @@ def encode_state_dict(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
         OutputError: no module is left in the adapter, or it reads back differently.
     """
-    kept = find_kept(adapter, format, dtype)
-    kept = None if kept and kept.need_config else kept
-    adapter, chosen, stored = _settle_storage(adapter, format, dtype)
-    where = "the state dict"
-    if not adapter.updates and not adapter.vectors:
-        raise OutputError(f"{where}: not made, because no module is left in the adapter")
-    adapter = _move_to_cpu(adapter)
-    encoded = kept.read() if kept else encoding.encode_adapter(adapter, chosen, stored)
-    tensors = {key: tensor.detach().clone() for key, tensor in encoded.items()}
-    if kept:
-        verify_stored(tensors, kept, adapter, where)
-    else:
-        verify_output(tensors, adapter, chosen, stored, where)
+    output = _prepare(adapter, format, dtype, "the state dict", configured=False)
+    tensors = {key: tensor.detach().clone() for key, tensor in output.tensors.items()}
+    output.verify(tensors)
     return tensors
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """An adapter as it is written."""
+
+    adapter: Adapter
+    format: str
+    dtype: torch.dtype
+    where: StrPath
+    kept: KeptTensors | None  # the stored tensors, where they are written as they are
+    tensors: dict[str, Tensor]
+
+    def header(self) -> dict[str, str]:
+        """Returns the file's metadata, without kohya's hashes."""
+        ranks = None
+        if self.kept is None:
+            ranks = {group.rank for group in groups.lay_out(self.adapter, self.format).groups}
+        header = clean_metadata(self.adapter.metadata, self.format, ranks)
+        if self.format == "diffusers":
+            owners = self.kept.owners if self.kept else {}
+            if table := encoding.diffusers_metadata(self.adapter, owners):
+                header[METADATA_KEY] = json.dumps(table)
+        return header
+
+    def config(self) -> str:
+        """Returns the text of PEFT's adapter_config.json."""
+        owners = self.kept.owners if self.kept else {}
+        config = encoding.peft_config(self.adapter, owners=owners)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def verify(self, written: Path | Mapping[str, Tensor]) -> None:
+        """Reads an output back and compares it."""
+        if self.kept:
+            verify_stored(written, self.kept, self.adapter, self.where)
+        else:
+            verify_output(written, self.adapter, self.format, self.dtype, self.where)
+
+
+def _prepare(
+    adapter: Adapter,
+    format: str,
+    dtype: torch.dtype | None,
+    where: StrPath,
+    *,
+    configured: bool = True,
+) -> _Encoded:
+    """Encodes an adapter; `configured` allows stored tensors with scales beside them."""
+    kept = find_kept(adapter, format, dtype)
+    kept = kept if configured or not (kept and kept.need_config) else None
+    adapter, format = groups.resolve_format(adapter, format)
+    groups.lay_out(adapter, format)
+    stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
+    if stored not in _DTYPES:
+        raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
+    if not adapter.updates and not adapter.vectors:
+        raise OutputError(f"{where}: not written, because no module is left in the adapter")
+    adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
+    tensors = kept.read() if kept else encoding.encode_adapter(adapter, format, stored)
+    return _Encoded(adapter, format, stored, where, kept, tensors)
 
 
 def find_kept(
@@ -137,42 +180,8 @@ def find_kept(
         return None
     if format != "auto" and kinds - {"lora", "locon", "vector"}:
         return None  # programs were tried with these alone
-    resolved, _ = groups.resolve_format(adapter, format)
-    return find_stored(adapter, check_format(adapter, format)) if resolved is adapter else None
-
-
-def _settle_storage(
-    adapter: Adapter, format: str, dtype: torch.dtype | None
-) -> tuple[Adapter, str, torch.dtype]:
-    """Returns the adapter in the spelling to write, format and dtype."""
-    adapter, format = groups.resolve_format(adapter, format)
-    return adapter, check_format(adapter, format), _storage_dtype(adapter, dtype)
-
-
-def _move_to_cpu(adapter: Adapter) -> Adapter:
-    return adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
-
-
-def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
-    """Returns the dtype of the factors in the file."""
-    stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
-    if stored not in _DTYPES:
-        raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
-    return stored
-
-
-def _file_metadata(
-    adapter: Adapter, format: str, kept: KeptTensors | None = None
-) -> dict[str, str]:
-    """Returns the file's metadata without kohya's hashes."""
-    header = headers.clean_metadata(
-        adapter.metadata, format, None if kept else encoding.file_ranks(adapter, format)
-    )
-    owners = kept.owners if kept else {}
-    table = encoding.diffusers_metadata(adapter, owners) if format == "diffusers" else None
-    if table is not None:
-        header[METADATA_KEY] = json.dumps(table)
-    return header
+    resolved, format = groups.resolve_format(adapter, format)
+    return find_stored(adapter, format) if resolved is adapter else None
 
 
 def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -185,25 +194,12 @@ def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
     return encoding.peft_config(adapter)
 
 
-def _config_text(adapter: Adapter, kept: KeptTensors | None = None) -> str:
-    """Writes PEFT's adapter_config.json as text."""
-    config = encoding.peft_config(adapter, owners=kept.owners if kept else {})
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
 def check_format(adapter: Adapter, format: str) -> str:
     """Resolves "auto" and refuses a format that cannot hold the adapter.
 
     Raises:
         UnsupportedFormat: it is unknown, or has no name for a module or vector.
     """
-    if format not in encoding.FORMATS:
-        adapter, format = groups.resolve_format(adapter, format)
-    chosen = adapter.format if format == "auto" else format
-    if chosen not in encoding.FORMATS:
-        raise UnsupportedFormat(
-            f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"
-        )
-    groups.file_paths(adapter, chosen)
-    encoding.vector_paths(adapter, chosen)
-    return chosen
+    adapter, format = groups.resolve_format(adapter, format)
+    groups.lay_out(adapter, format)
+    return format

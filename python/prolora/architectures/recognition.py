@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from .families import known_families
@@ -50,7 +50,11 @@ def recognise_families(modules: Iterable[NamedMatrix], unets: bool = False) -> R
     equals, the family with more weights in the published proportions. The modules belong to a
     transformer or, with `unets`, to a UNet, and to no text encoder.
     """
-    given = list(dict.fromkeys(modules))
+    return _recognise(tuple(dict.fromkeys(modules)), unets)
+
+
+@lru_cache(maxsize=16)  # the LoRAs of a folder mostly have the same modules
+def _recognise(given: tuple[NamedMatrix, ...], unets: bool) -> Recognition:
     families = {id_: one for id_, one in known_families().items() if one.unet == unets}
     known: dict[str, dict[NamedMatrix, dict[str, tuple[int, int]]]] = {id_: {} for id_ in families}
     for module in given:

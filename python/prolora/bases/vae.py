@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..architectures.modules import find_block
-from ..errors import UnrelatedBases, UnsupportedFormat
+from ..errors import UnsupportedFormat
 from .folder import MODELS, open_folder_weights
 from .pipeline_files import is_pipeline, read_component_config
 
@@ -30,7 +30,7 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
 
     A latent means something only to the VAE it belongs to: where the VAEs differ, one model's
     latents are noise to the other, and no question can be asked of both. None where nothing speaks
-    against it; `check_latents` looks at the weights as well.
+    against it; `explain_different_latents` looks at the weights as well.
     """
     left, right = (_read_configuration(folder) for folder in (source, target))
     if left is None and right is None:
@@ -123,21 +123,6 @@ def explain_different_latents(source: Path, target: Path) -> str | None:
                 f"{MIN_COSINE} is asked for), so a latent of one means nothing to the other"
             )
     return reason
-
-
-def check_latents(source: Path, target: Path) -> None:
-    """Refuses pipelines with different latents, since no LoRA can be measured there.
-
-    Raises:
-        UnrelatedBases: the configurations of the VAEs differ, or the weights of their encoders.
-        UnsupportedFormat: a VAE without readable safetensors.
-    """
-    reason = explain_different_latents(source, target)
-    if reason is not None:
-        raise UnrelatedBases(
-            f"a copy on {target.name} cannot be measured by {source.name}: {reason}. "
-            "a fit moves a LoRA between latents by way of images"
-        )
 
 
 def _read_configuration(folder: Path) -> dict[str, Any] | None:

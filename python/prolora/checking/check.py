@@ -70,7 +70,7 @@ def check(
         return found
     if opened is None or found.kind != "lora":
         return replace(found, reason=found.reason or "a LoRA was asked about")
-    from ..moving.base_fit import fit_base, fit_family
+    from ..moving.base_check import fit_base, fit_family
 
     if isinstance(base, str) and base in known_families() and not os.path.exists(base):
         found = replace(found, fit=fit_family(found.families, base))

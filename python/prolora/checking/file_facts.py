@@ -17,14 +17,13 @@ from ..adapters.family_guess import (
     guess_family,
     guess_sizes,
     is_language_model,
-    known_base,
 )
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora
-from ..adapters.naming import list_matrices, most_common_spelling
-from ..adapters.slots import Contents, Slot, measure_modules
+from ..adapters.naming import most_common_spelling
+from ..adapters.slots import Contents, Slot, list_matrices, measure_modules
 from ..adapters.training_words import read_training_words
 from ..architectures.families import known_families
 from ..architectures.family import Spelling
@@ -46,9 +45,8 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
     `program` is a key of `known_loaders()`; `deep` reads every tensor.
     """
     metadata = opened.metadata
-    known = known_base(metadata)
     fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-    named = known[0] if known else next(filter(None, map(metadata.get, fields)), "")
+    named = next(filter(None, map(metadata.get, fields)), "")
     hashes = map(metadata.get, ("ss_new_sd_model_hash", "ss_sd_model_hash"))
     words = read_training_words(metadata)
     tags = [tag for tag in words.list_tags(_TOP_TAGS) if tag != words.trigger]
@@ -168,14 +166,14 @@ def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
 
     A base, an adapter of another kind, or neither.
     """
-    kinds = [tensor_keys.parse_key(key, x.shape, None) for key, x in opened.headers.items()]
+    is_adapter = any(map(tensor_keys.is_of_adapter, opened.headers))
     if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
         try:
             return replace(check_model(opened.path), path=found.path, size=found.size)
         except ProLoRAError as error:
-            if not any(kinds):
+            if not is_adapter:
                 return replace(found, kind="base", reason=str(error))
-    return replace(found, kind="lora" if any(kinds) else "unknown", reason=reason)
+    return replace(found, kind="lora" if is_adapter else "unknown", reason=reason)
 
 
 def check_model(path: Any) -> Check:

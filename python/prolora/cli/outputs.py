@@ -12,7 +12,7 @@ from ..adapters.adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..bases.experts import ExpertPair
 from ..errors import OutputError
 from ..files.store import check_free
-from ..moving.output_paths import fold_path, name_output
+from ..moving.output_paths import name_output, resolve_path
 
 # Ends of other kinds of LoRA files, which people write out of habit.
 _OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")
@@ -30,7 +30,7 @@ def check_report(
     `outputs` are the files and PEFT folders that this run writes.
     """
     taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
-    if _resolve_path(report) in map(_resolve_path, taken):
+    if resolve_path(report) in map(resolve_path, taken):
         raise OutputError(f"{report}: the report would replace the LoRA; give it another name")
     check_free(report, [*loras, *bases], overwrite=overwrite)
 
@@ -67,14 +67,6 @@ def check_lora_name(path: Path, is_folder: bool) -> None:
             f"{path}: programs read a LoRA from a file that ends in .safetensors: write "
             f"{name}.safetensors; or make a folder of that name first, to keep the LoRA's name"
         )
-
-
-def _resolve_path(path: Path) -> tuple[str, ...]:
-    """Resolves a path so that all its spellings on any volume are equal.
-
-    Links are followed.
-    """
-    return fold_path(Path(os.path.realpath(path)))
 
 
 def read_command() -> str:

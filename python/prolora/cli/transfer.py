@@ -25,14 +25,19 @@ from ..moving.output_paths import check_results_folder, is_peft_folder
 from ..moving.result import Transfer
 from ..reports.card import check_card, write_card
 from ..reports.lora_report import LoraReport
-from ..reports.outcome import Outcome
-from ..reports.outcomes_page import OutcomesReport
+from ..reports.outcome import Outcome, OutcomesReport
 from ..reports.report import is_page_path
 from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult, describe_error
 from .flags import path_argument, write_flag
-from .options import BriefCommand, ExpertBases, HelpAllOption, expand_options, find_cache
-from .output_options import OutputFlags
+from .options import (
+    BriefCommand,
+    ExpertBases,
+    HelpAllOption,
+    OutputFlags,
+    expand_options,
+    find_cache,
+)
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
 from .tables import show_tables, show_words
 
@@ -201,16 +206,16 @@ def move_loras(
 
 def write_outcomes(outcomes: list[Outcome], output: OutputFlags, overwrite: bool) -> None:
     """Prints the outcomes as JSON, and writes the JSON or page of --report."""
-    records = [outcome.to_dict() for outcome in outcomes]
-    if output.as_json or output.report == STDOUT:
-        answer.give(records[0] if len(records) == 1 else records)
-    if output.report in (None, STDOUT):
-        return
-    if is_page_path(output.report):
-        page = render_outcomes(outcomes)
-    else:
-        page = json.dumps(records[0] if len(records) == 1 else records, indent=1) + "\n"
-    put_text(output.report, page, overwrite=overwrite)
+    path = None if output.report == STDOUT else output.report
+    as_page = path is not None and is_page_path(path)
+    if not output.show_tables or not (path is None or as_page):
+        records = [outcome.to_dict() for outcome in outcomes]
+        told = records[0] if len(records) == 1 else records
+    if not output.show_tables:
+        answer.give(told)
+    if path is not None:
+        text = render_outcomes(outcomes) if as_page else json.dumps(told, indent=1) + "\n"
+        put_text(path, text, overwrite=overwrite)
 
 
 def render_outcomes(outcomes: list[Outcome]) -> str:

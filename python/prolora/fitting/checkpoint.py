@@ -62,15 +62,12 @@ class Checkpoints:
         self,
         folder: str | PathLike[str] | None,  # new, or with results of these or other inputs
         inputs: Callable[[], Mapping[str, Facts]] = dict,
-        is_optional: bool = False,
     ) -> None:
         """Takes a folder, made with the first result; None keeps nothing.
 
-        `inputs` gives all that results depend on beside versions; optional ones may be lost, with a
-        warning, where the folder cannot be written.
+        `inputs` gives all that results depend on beside versions.
         """
         self.folder = None if folder is None else Path(folder)
-        self.is_optional = is_optional
         self._digest = ""
         if folder is not None:
             self._digest = digest_facts({"versions": describe_versions(), **inputs()})
@@ -97,13 +94,7 @@ class Checkpoints:
         if path is None:
             return
         marks = {_SUM: hash_texts(path.name, hash_tensors(tensors), note), _NOTE: note}
-        try:
-            write_safetensors(path, dict(tensors), marks, overwrite=True)
-        except OutputError as error:
-            if not self.is_optional:
-                raise
-            log.warning("the next LoRA is asked everything, as nothing can be kept: %s", error)
-            self.folder = None
+        write_safetensors(path, dict(tensors), marks, overwrite=True)
 
     def remove_own_parts(self) -> None:
         """Deletes what serves no other LoRA."""

@@ -27,7 +27,7 @@ class CommonParts:
     Attributes:
         folder: where results are kept; None keeps nothing.
         is_temporary: the folder was not asked for. Then parts that the next LoRA cannot use are
-            removed from it, and a fit goes on without it where it cannot be written.
+            removed from it.
     """
 
     def __init__(self, folder: str | PathLike[str] | None, is_temporary: bool = False) -> None:
@@ -35,7 +35,6 @@ class CommonParts:
         self.folder = None if folder is None else Path(folder)
         self.is_temporary = is_temporary
         self._models: dict[str, Pipeline] = {}
-        self._asked: object = None
         self._checkpoints: Checkpoints | None = None
 
     def open_checkpoints(self, source: Base, target: Base) -> Checkpoints:
@@ -51,23 +50,15 @@ class CommonParts:
             }
 
         if self._checkpoints is None:
-            self._checkpoints = Checkpoints(self.folder, describe, self.is_temporary)
+            self._checkpoints = Checkpoints(self.folder, describe)
         return self._checkpoints
 
-    def make_room(self, asked: object, all_of_it: bool) -> None:
-        """Frees the rest of the fit before, so that memory does not grow.
-
-        The target stays where no text encoder has to be read beside it. `asked` are the prompts and
-        what runs in the text encoders; `all_of_it` lets the target go in any case.
-        """
-        for side, model in self._models.items():
-            stays = side == "target" and asked == self._asked and not all_of_it
-            model.release(keep_denoiser=stays)
-        self._asked = asked
-
-    def forget_models(self) -> None:
-        """Lets the pipelines go; the next fit loads them anew."""
-        self._models.clear()
+    def make_room(self, anew: bool) -> None:
+        """Frees the weights of the fit before; `anew` lets the pipelines go altogether."""
+        for model in self._models.values():
+            model.release(keep_denoiser=False)
+        if anew:
+            self._models.clear()
 
     def open(self, side: str, folder: Path, device: DeviceLike) -> Pipeline:
         """Opens a pipeline, or returns it as the last fit left it.
@@ -101,11 +92,11 @@ def share_parts(
     resume: str | PathLike[str] | None, folder: Path, several: bool
 ) -> Iterator[CommonParts]:
     """Yields the shared parts of fits, while they go on."""
-    with contextlib.ExitStack() as stack:
-        kept = resume
-        if resume is None and several:
-            with contextlib.suppress(OSError):
-                parts = folder / PARTS  # what a killed run has left there goes on
-                parts.mkdir(exist_ok=True)
-                stack.callback(shutil.rmtree, kept := parts, ignore_errors=True)
-        yield CommonParts(kept, is_temporary=kept is not resume)
+    if resume is not None or not several:
+        yield CommonParts(resume)
+        return
+    parts = folder / PARTS  # what a killed run has left there goes on
+    try:
+        yield CommonParts(parts, is_temporary=True)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)

@@ -34,7 +34,7 @@ class ProbeReport:
     resumed: int = 0  # 1 where the fit was read back from the folder of an earlier probing
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
     # Stage -> samples that the source and that the target predicted
-    predictions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    predictions: dict[str, list[int]] = field(default_factory=dict)
     # The lowest and highest log-SNR at which both models were asked, where they predict different
     # quantities or have different latents (pipelines only); None without a bound.
     log_snr: tuple[float, float] | None = None

@@ -11,14 +11,14 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import read_moves
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
-from ..moving.options import FIT
-from ..moving.plan import ModulePlan
-from ..moving.rows import (
+from ..moving.ledger import (
     describe_unchanged,
     list_missed,
     list_tensors_left_out,
     list_unread_modules,
 )
+from ..moving.options import FIT
+from ..moving.plan import ModulePlan
 from ..moving.transfer_report import LITTLE, TransferReport, name_amount, tell_place
 from ..reports.lora_report import MovedReport
 from ..reports.module_report import ModuleReport, split_modules

@@ -26,9 +26,9 @@ from .gate import REFUSE, fitting_updates, judge_updates
 from .models import check_models, frozen, in_float32, in_precision
 from .pipelines.crossing_recorder import CrossingRecorder
 from .probe_run import ProbeRun
+from .recording.at_rest import LazySequence, lay_aside, lay_questions_aside
 from .recording.recorder import ORIGINS, Recorder, hash_origins
 from .recording.sample_batches import FindPrompts, count_samples, mix_samples
-from .recording.spill import LazySequence, SpillStore, spill_questions
 from .recording.trajectories import Sample, predict_call
 from .recording.translation import PAIR, Question, Translation
 from .recording.wanted import KnownAnswers, WantedChange
@@ -204,10 +204,9 @@ def _ask(
     report.crossed, report.shared = recorder.crossed, recorder.translation.same_noise
     report.guidance = guidance.scale if guidance else 1.0
     meter.begin("sample")
-    limit = settings.share_memory(4)
-    questions = spill_questions(recorder.record_questions(settings.seed), limit)
+    questions = lay_questions_aside(recorder.record_questions(settings.seed))
     judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-    held_out = spill_questions(number_questions(judged), limit)
+    held_out = lay_questions_aside(number_questions(judged))
     report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
     meter.settle(settings)
@@ -215,7 +214,7 @@ def _ask(
     asked = f"guidance {guidance.scale:.4g}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key
     bare = hash_texts(recorder.keys["source"], asked)
-    answers = KnownAnswers(recorder.translation, recorder.checkpoints, bare, limit)
+    answers = KnownAnswers(recorder.translation, recorder.checkpoints, bare)
 
     def end_asking() -> None:
         answers.store()
@@ -231,10 +230,11 @@ def _ask(
 
 def _ask_held_out(run: ProbeRun, questions: Sequence[Question]) -> Sequence[WantedChange]:
     """Asks held-out questions before the fit, which needs no source any more."""
-    store = SpillStore(run.settings.share_memory(4))
-    for i, wanted in enumerate(run.wanted_changes(questions)):
-        store.put(i, (wanted.plain, wanted.change, wanted.base_difference))
-    return LazySequence(len(questions), lambda i: WantedChange(questions[i].target, *store.get(i)))
+    found = [
+        lay_aside((wanted.plain, wanted.change, wanted.base_difference))
+        for wanted in run.wanted_changes(questions)
+    ]
+    return LazySequence(len(found), lambda i: WantedChange(questions[i].target, *found[i]()))
 
 
 def _finish(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
@@ -252,7 +252,7 @@ def _draw_samples(
     run: ProbeRun, questions: Sequence[Question], held_out: Sequence[Question]
 ) -> tuple[Sequence[Question], Sequence[Question]]:
     """Draws samples for the fit and for the verdict, in batches that mix many moments."""
-    settings, limit = run.settings, run.settings.share_memory(4)
+    settings = run.settings
     source, target = run.recorder.source, run.recorder.target
     translation = run.recorder.translation
     generator = torch.Generator().manual_seed(settings.seed)
@@ -288,7 +288,7 @@ def _draw_samples(
     drawn = draw_some(False, count, translation.find_prompts, step)
     if PAIR in origins:
         drawn = _alternate(drawn, draw_some(True, count, None, 0))
-    return spill_questions(drawn, limit), spill_questions(judged, limit)
+    return lay_questions_aside(drawn), lay_questions_aside(judged)
 
 
 def _alternate(first: list[Question], second: list[Question]) -> list[Question]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,103 +31,12 @@ from .models import check_models
 from .pipelines import CardPlan, CrossingRecorder, Pipeline
 from .pipelines.schedules import FLOW
 from .recording.recorder import Recorder, hash_origins
-from .run import ProbeTransfer, fit_from_recorder
+from .run import fit_from_recorder
 from .settings import FitSettings
 from .showing import ImageGrid
-from .workload import SHOW, WorkMeter
+from .workload import WorkMeter
 
 OPENING = "opening both pipelines"
-
-
-@dataclass(frozen=True)
-class _RunningFit:
-    """A fit with both models at hand."""
-
-    models: tuple[Pipeline, Pipeline]
-    sampled: FitSettings
-    asked: LoraParts
-    rival: Mapping[str, LowRank]  # the target's updates in its UNet or transformer without a fit
-    grid: ImageGrid  # images for a page
-    checkpoints: Checkpoints
-    meter: WorkMeter
-    card: CardPlan | None
-
-    def fit_pair(self) -> ProbeTransfer:
-        """Fits between pipelines with the same latents."""
-        pair = pipelines.pair_pipelines(*self.models, self.sampled, self.asked.text)
-        recorder = Recorder(
-            pair.source.denoiser,
-            pair.target.denoiser,
-            self.asked.denoiser,
-            pair.samplers(self.meter.count_image),
-            pair.translation,
-            self.checkpoints,
-            self._hash_origins((pair.settings, pair.of_target)),
-        )
-        return self._fit(recorder, pair.log_snr)
-
-    def fit_crossing(self, shared: bool) -> ProbeTransfer:
-        """Fits by images that cross; `shared` says that both have the same latents."""
-        models = self.models
-        check_models(models[0].denoiser, models[1].denoiser, self.asked.denoiser)
-        ours, theirs = pipelines.observe_sides(*models, self.sampled, shared)
-        recorder = pipelines.CrossingRecorder(
-            ours,
-            theirs,
-            self.asked.denoiser,
-            self.checkpoints,
-            self._hash_origins((ours.settings, theirs.settings)),
-            self.meter.count_image,
-            self.asked.text,
-        )
-        return self._fit(recorder, recorder.log_snr)
-
-    def _hash_origins(self, settings: tuple[FitSettings, FitSettings]) -> dict[str, str]:
-        """Hashes what each origin's samplings depend on, for kept results."""
-        if self.checkpoints.folder is None:
-            return hash_origins({}, "")
-        samplers = json.dumps([*map(pipelines.describe_pipeline, self.models, settings)])
-        samplers += hash_updates(self.asked.carried) if self.asked.carried else ""
-        return hash_origins({**self.asked.denoiser.updates, **self.asked.text}, samplers)
-
-    def _fit(
-        self, recorder: Recorder | CrossingRecorder, log_snr: tuple[float, float] | None
-    ) -> ProbeTransfer:
-        samples = self.card.samples if self.card else None
-        how = self.sampled, self._release, self.meter, samples
-        result = fit_from_recorder(recorder, self.rival, *how)
-        result.report.log_snr = log_snr
-        return result
-
-    def _release(self) -> None:
-        """Frees what does not run again once both models were asked: all but the target's denoiser.
-
-        The source is shown before.
-        """
-        source, target = self.models
-        if self.grid.prompts:
-            self.meter.begin(SHOW)
-            self._show_source()
-        source.release(keep_denoiser=False)
-        target.release(keep_denoiser=True)
-        if self.card is not None and target.swapping is not None:
-            target.swapping.keep(self.card.fitting)
-
-    def _show_source(self) -> None:
-        """Draws the source, with the LoRA's part beside its text encoders."""
-        text = partial(pipelines.run_text_encoders_beside, self.models[0], self.asked.text)
-        self.grid.draw_source(self.asked.denoiser.updates, text)
-
-    def show_result(self, result: ProbeTransfer) -> None:
-        """Draws the rest of the grid, where one is asked for; the report gets the time."""
-        report, started = result.report, time.perf_counter()
-        if self.grid.prompts:
-            self._show_source()
-            copied = self.rival if fits_target(self.models[1].denoiser, self.rival) else {}
-            self.grid.draw_target(copied, result.adapter.updates if report.trust else None)
-            report.not_drawn = self.grid.failure
-            spent = time.perf_counter() - started
-            report.seconds[SHOW] = report.seconds.get(SHOW, 0.0) + spent
 
 
 def fit_models(
@@ -139,7 +47,7 @@ def fit_models(
     `rival` are the updates that the target would get by weights alone, if any; `common` are the
     pipelines as another fit has left them, and where results are kept.
     """
-    source, target, options = job.source, job.target, job.options
+    source, target, options, card = job.source, job.target, job.options, job.card
     foreseen = foresee_work(source, target, options)
     if options.progress:
         total = sum(map(sum, foreseen.predictions.values()))
@@ -152,28 +60,93 @@ def fit_models(
     shared = vae.explain_different_latents(source.path, target.path) is None
     with contextlib.ExitStack() as stack:
         models = _open_both(job, asked, common, stack)
-        takes_prompts = all("prompt" in model.accepted for model in models)
-        derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
-        sampled: FitSettings = replace(options, prompts=options.prompts or derived)
-        if job.card is not None:
-            sampled = replace(sampled, precision=job.card.precision)
+        sampled: FitSettings = replace(options, prompts=_choose_prompts(job))
+        if card is not None:
+            sampled = replace(sampled, precision=card.precision)
         grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
-        checkpoints = common.open_checkpoints(source, target)
-        if options.memory_limit is not None:
-            sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
+        beside = partial(pipelines.run_text_encoders_beside, models[0], asked.text)
+        grid.draw_source(asked.denoiser.updates, beside)
         of_target = models[1].derive_target_settings(sampled)
         meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
-        fit = _RunningFit(models, sampled, asked, moved, grid, checkpoints, meter, job.card)
+        loaded = resident_bytes()
+
+        def count_image(origin: str) -> None:
+            meter.count_image(origin)
+            if options.memory_limit is not None:
+                _check_recorded(options.memory_limit, loaded, meter)
+
+        def release() -> None:
+            """Frees what does not run again once both models were asked."""
+            models[0].release(keep_denoiser=False)
+            models[1].release(keep_denoiser=True)
+            if card is not None and models[1].swapping is not None:
+                models[1].swapping.keep(card.fitting)
+
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-        crosses = not shared or mixed or pipelines.takes_few_steps(sampled, of_target)
-        result = fit.fit_crossing(shared) if crosses else fit.fit_pair()
-        fit.show_result(result)
-    shown = grid.to_page(source.name, target.name)
+        few = pipelines.takes_few_steps(sampled, of_target)
+        make = _record_images if not shared or mixed or few else _record_calls
+        checkpoints = common.open_checkpoints(source, target)
+        recorder, log_snr = make(models, sampled, asked, shared, checkpoints, count_image)
+        samples = card.samples if card else None
+        result = fit_from_recorder(recorder, moved, sampled, release, meter, samples)
+        report = result.report
+        copied = moved if fits_target(models[1].denoiser, moved) else {}
+        grid.draw_target(copied, result.adapter.updates if report.trust else None)
+    report.log_snr, report.not_drawn = log_snr, grid.failure
+    report.derived_prompts = () if options.prompts else sampled.prompts
+    if grid.prompts:
+        report.seconds["show"] = grid.seconds
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
-    result.report.derived_prompts = derived
-    return fitted, result.report, shown
+    return fitted, report, grid.to_page(source.name, target.name)
+
+
+def _record_calls(
+    models: tuple[Pipeline, Pipeline],
+    sampled: FitSettings,
+    asked: LoraParts,
+    shared: bool,
+    checkpoints: Checkpoints,
+    on_image: Callable[[str], None],
+) -> tuple[Recorder, tuple[float, float] | None]:
+    """Returns what records the calls of pipelines with the same latents, and its log-SNR."""
+    del shared  # they are
+    pair = pipelines.pair_pipelines(*models, sampled, asked.text)
+    keys = _hash_origins(models, (pair.settings, pair.of_target), asked, checkpoints)
+    how = pair.samplers(on_image), pair.translation, checkpoints, keys
+    recorder = Recorder(pair.source.denoiser, pair.target.denoiser, asked.denoiser, *how)
+    return recorder, pair.log_snr
+
+
+def _record_images(
+    models: tuple[Pipeline, Pipeline],
+    sampled: FitSettings,
+    asked: LoraParts,
+    shared: bool,
+    checkpoints: Checkpoints,
+    on_image: Callable[[str], None],
+) -> tuple[CrossingRecorder, tuple[float, float]]:
+    """Returns what asks both models about images, and its log-SNR."""
+    check_models(models[0].denoiser, models[1].denoiser, asked.denoiser)
+    sides = pipelines.observe_sides(*models, sampled, shared)
+    keys = _hash_origins(models, (sides[0].settings, sides[1].settings), asked, checkpoints)
+    recorder = CrossingRecorder(*sides, asked.denoiser, checkpoints, keys, on_image, asked.text)
+    return recorder, recorder.log_snr
+
+
+def _hash_origins(
+    models: tuple[Pipeline, Pipeline],
+    settings: tuple[FitSettings, FitSettings],
+    asked: LoraParts,
+    checkpoints: Checkpoints,
+) -> dict[str, str]:
+    """Hashes what each origin's samplings depend on, for kept results."""
+    if checkpoints.folder is None:
+        return hash_origins({}, "")
+    samplers = json.dumps([*map(pipelines.describe_pipeline, models, settings)])
+    samplers += hash_updates(asked.carried) if asked.carried else ""
+    return hash_origins({**asked.denoiser.updates, **asked.text}, samplers)
 
 
 def _choose_prompts(job: FitJob) -> tuple[str, ...]:
@@ -191,10 +164,8 @@ def _open_both(
     source, target, options = job.source.path, job.target.path, job.options
     assert source is not None and target is not None
     sampled = replace(options, prompts=_choose_prompts(job))
-    encoded = sampled.prompts, asked.text, asked.carried
-    if job.card is not None:
-        common.forget_models()  # blocks that were swapped are not read again in place
-    common.make_room(encoded, options.memory_limit is not None)
+    # Blocks that were swapped are not read again in place.
+    common.make_room(anew=job.card is not None)
     if options.memory_limit is not None:
         _check_memory(options.memory_limit, source, target, options.device)
     models: list[Pipeline] = []
@@ -253,15 +224,14 @@ def _check_memory(limit: int, source: Path, target: Path, device: DeviceLike) ->
         )
 
 
-def _memory_left(limit: int) -> int:
-    """Returns the memory that a bound leaves for calls and streams.
-
-    Once the models are loaded.
-    """
+def _check_recorded(limit: int, loaded: int, meter: WorkMeter) -> None:
+    """Refuses a bound that sampled images and their calls exceed."""
     taken = resident_bytes()
-    if taken >= limit:
+    if taken > limit:
+        share = meter.images / sum(meter.workload.images)
+        needed = loaded + (taken - loaded) / share
         raise TooLittleMemory(
-            f"a bound of {format_size(limit)} on memory is too little: the two pipelines alone "
-            f"take {format_size(taken)}"
+            f"a bound of {format_size(limit)} on memory is too little: with what is recorded of "
+            f"{share:.0%} of the images this run takes {format_size(taken)}, and will need about "
+            f"{format_size(needed)}; sample fewer images, or in fewer steps"
         )
-    return limit - taken

@@ -62,8 +62,7 @@ class FitSettings:
 
     prompts: tuple[str, ...] = option(
         (),
-        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header. "
-        "Class numbers for models that take classes.",
+        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header.",
     )
     images: int = option(
         24,
@@ -162,14 +161,6 @@ class FitSettings:
         "the LoRA and without. They take time of their own.",
         decides=False,
     )
-    max_memory: int | str | None = option(
-        None,
-        'Memory that may be taken, as "2GiB"; recorded calls beyond it go to temporary files. '
-        "Refused if it is too little.",
-        panel="Resources",
-        metavar="SIZE",
-        decides=False,
-    )
     progress: Progress | None = option(
         None,
         "Called as progress(done, total, name); what it raises ends the call, and nothing is "
@@ -212,12 +203,6 @@ class FitSettings:
                 raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")
         for name in ("shown_prompts", "seed"):
             check_count(name, getattr(self, name), least=0)
-        self.memory_limit  # noqa: B018 (raises where it is no size)
-
-    @property
-    def memory_limit(self) -> int | None:
-        """`max_memory` in bytes."""
-        return parse_limit(self.max_memory)
 
     def for_target(self: Settings, few: bool, embeds_guidance: bool) -> Settings:
         """Returns the settings of the target's own sampler.
@@ -270,11 +255,6 @@ class FitSettings:
         """Returns the settings that samples depend on, once a side's own are settled."""
         return {name: getattr(self, name) for name in _OF_SAMPLES}
 
-    def share_memory(self, parts: int) -> int | None:
-        """Divides `max_memory` into equal parts; None without a bound."""
-        limit = self.memory_limit
-        return None if limit is None else limit // parts
-
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
     """Reads the lines of a text file, without empty ones."""
@@ -323,7 +303,6 @@ class FitOptions(FileOutput, BaseResources, FitSettings):
         panel="",
     )
     again: bool = take_option(TransferOptions, "again", panel=FITTING)
-    max_memory: int | str | None = take_option(FitSettings, "max_memory")
     max_vram: int | str | None = option(
         None,
         'Memory of the card that may be taken, as "12GB". Where it is too little, the fit computes '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class ImageGrid:
     # What is drawn so far: heading -> PNG files, one for each row
     columns: dict[str, list[bytes]] = field(default_factory=dict)
     failure: str = ""  # why the images are missing
+    seconds: float = 0.0  # that drawing took
 
     @classmethod
     def of(
@@ -55,14 +57,13 @@ class ImageGrid:
         updates: Mapping[str, LowRank],
         text_encoders: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Draws the source without and with the LoRA, once.
+        """Draws the source without and with the LoRA.
 
         `text_encoders` puts the LoRA's part beside its text encoders.
         """
-        if "source" not in self.columns:
-            self._draw("source", 0, {})
-            with text_encoders():
-                self._draw("source + LoRA", 0, updates)
+        self._draw("source", 0, {})
+        with text_encoders():
+            self._draw("source + LoRA", 0, updates)
 
     def draw_target(
         self, copied: Mapping[str, LowRank], fitted: Mapping[str, LowRank] | None
@@ -81,6 +82,7 @@ class ImageGrid:
         if self.failure or not self.prompts:
             return
         model, settings, drawn = self.models[side], self.settings[side], []
+        started = time.perf_counter()
         try:
             model.restore()  # the VAE may be away
             with in_float32(model.denoiser), run_beside(model.denoiser, updates):
@@ -91,6 +93,7 @@ class ImageGrid:
         except Exception as error:  # diffusers and its models raise any type
             self.failure = f"{name}: {error}"
             log.warning("the page gets no images: %s", self.failure)
+        self.seconds += time.perf_counter() - started
 
     def to_page(self, source: str, target: str) -> PictureGrid | None:
         """Returns what the page shows, unless something could not be drawn."""

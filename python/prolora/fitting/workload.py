@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,9 +18,7 @@ from .recording.trajectories import Call
 from .settings import FitSettings
 from .updates import keep_hooks
 
-SHOW = "show"
-"""The stage in which images are drawn for a page."""
-STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, SHOW: 1.0, "fit": 1.8, "judge": 1.0}
+STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, "fit": 1.8, "judge": 1.0}
 """Stage -> what a prediction in it costs, compared with one alone: steps of a fit go back, too."""
 _IMAGES = {
     "source": "sampling the source",
@@ -99,7 +97,7 @@ class Workload:
 
 
 def price_predictions(
-    predictions: Mapping[str, tuple[int, int]], sizes: tuple[int, int] = (1, 1)
+    predictions: Mapping[str, Sequence[int]], sizes: tuple[int, int] = (1, 1)
 ) -> float:
     """Prices all stages in predictions of a model of size 1."""
     return sum(
@@ -118,18 +116,18 @@ class WorkMeter:
     Attributes:
         seconds: wall time by stage.
         predictions: stage -> samples that the source and the target predicted.
+        images: images that were sampled; those that were kept are none.
     """
 
     def __init__(self, workload: Workload) -> None:
         """Takes what is foreseen; its settings have the caller's function."""
         self.workload = workload
         self.seconds: dict[str, float] = {}
-        self.predictions: dict[str, tuple[int, int]] = {}
+        self.predictions: dict[str, list[int]] = {}
+        self.images = 0
         self._total = sum(map(sum, workload.predictions.values()))
         self._sizes = 1, 1
-        self._stage, self._made = "", [0, 0]
-        self._drawn = dict.fromkeys(ORIGINS, 0)
-        self._done = self._skipped = 0.0  # shares of all; what was kept takes no time
+        self._stage = ""
         self._began = self._since = time.perf_counter()
 
     @contextlib.contextmanager
@@ -141,10 +139,10 @@ class WorkMeter:
 
         def watch_one(i: int, model: nn.Module) -> Any:
             def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-                self._made[i] += count_samples(Call(args, kwargs))
+                if self._stage:  # what is observed before is no part of it
+                    self.predictions[self._stage][i] += count_samples(Call(args, kwargs))
                 if self._stage == "judge":
-                    foreseen = max(self.workload.predictions["judge"][1], 1)
-                    self.reach(min(self._made[1] / foreseen, 0.95), "judging")
+                    self.tell("judging")
 
             return model.register_forward_hook(count, with_kwargs=True)
 
@@ -159,53 +157,37 @@ class WorkMeter:
         """Ends the stage at work; begins another, or none with ""."""
         now = time.perf_counter()
         if self._stage:
-            ours, theirs = self.predictions.get(self._stage, (0, 0))
-            self.predictions[self._stage] = ours + self._made[0], theirs + self._made[1]
-            before = self.seconds.get(self._stage, 0.0)
-            self.seconds[self._stage] = before + now - self._since
-        self._stage, self._since, self._made = stage, now, [0, 0]
-        if stage in self.workload.predictions:
-            share = self._share_done(0)
-            self._skipped += max(share - self._done, 0)
-            self._done = max(share, self._done)
+            self.seconds[self._stage] = now - self._since
+        if stage:
+            self.predictions[stage] = [0, 0]
+        self._stage, self._since = stage, now
 
     def finish(self) -> None:
         """Ends the last stage."""
         self.begin("")
-        self._tell(1.0, "judged")
+        self.tell("judged")
 
     def count_image(self, origin: str) -> None:
-        """Notes a sampled image of one of ORIGINS; those that were kept are none."""
-        self._drawn[origin] += 1
-        costs = {
-            one: steps * self._sizes[one == "target"] for one, steps in self.workload.steps.items()
-        }
-        drawn = sum(cost * self._drawn[one] for one, cost in costs.items())
-        share = drawn / (2 * self.workload.settings.images * sum(costs.values()))
-        self.reach(share, _IMAGES[origin])
+        """Notes a sampled image of one of ORIGINS."""
+        self.images += 1
+        self.tell(_IMAGES[origin])
 
-    def reach(self, share: float, name: str) -> None:
-        """Notes how much of the stage is done."""
-        self._tell(self._share_done(share), name)
-
-    def _share_done(self, share: float) -> float:
-        """Returns the share of all stages, where this one has reached a share."""
-        foreseen, stages = self.workload.predictions, [*STAGES]
-        before = stages[: stages.index(self._stage)]
-        done = price_predictions({s: foreseen[s] for s in before if s in foreseen}, self._sizes)
-        now = {s: foreseen[s] for s in (self._stage,) if s in foreseen}
-        done += share * price_predictions(now, self._sizes)
-        return done / price_predictions(foreseen, self._sizes)
-
-    def _tell(self, done: float, name: str) -> None:
-        """Calls the caller's function, where there is one."""
-        self._done = max(done, self._done)
-        timed = self._done - self._skipped
-        if self._stage and timed > 0:
-            left = (time.perf_counter() - self._began) * (1 - self._done) / timed
-            name = f"{name}, {write_time(left)} left"
+    def tell(self, name: str) -> None:
+        """Calls the caller's function, where there is one, with what is done and left."""
+        foreseen = self.workload.predictions
+        done = every = price_predictions(foreseen, self._sizes)
+        if self._stage:
+            stages = [*STAGES]
+            before = stages[: stages.index(self._stage)]
+            done = price_predictions({s: foreseen[s] for s in before if s in foreseen}, self._sizes)
+            made = {self._stage: self.predictions[self._stage]}
+            most = {self._stage: foreseen.get(self._stage, (0, 0))}
+            done += min(price_predictions(both, self._sizes) for both in (made, most))
+            if timed := price_predictions(self.predictions, self._sizes):
+                left = (time.perf_counter() - self._began) * (every - done) / timed
+                name = f"{name}, {write_time(left)} left"
         if self.workload.settings.progress:
-            self.workload.settings.progress(int(self._done * self._total), self._total, name)
+            self.workload.settings.progress(int(done / every * self._total), self._total, name)
 
 
 def write_time(seconds: float) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,58 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents
-from ..adapters.keys.tensor_keys import split_role
+from ..adapters.keys.tensor_keys import split_key
 from ..adapters.lora import Header, Lora
 from ..bases import Base, BaseLike, open_base
 from ..core.lowrank import LowRank
+from ..core.option_fields import option, take_option
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
-from ..moving.base_check import explain_misfit
-from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.base_check import check_fits
+from ..moving.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
+from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, cut_rank, name_lora, read_dtype
+from ..moving.options import (
+    LARGEST_STRENGTH,
+    OUTPUT,
+    LoraLike,
+    Output,
+    TransferOptions,
+    cut_rank,
+    name_lora,
+    read_dtype,
+)
 from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
-from ..moving.rows import (
-    describe_conversion,
-    describe_left_out,
-    list_tensors_left_out,
-    list_unread_modules,
-)
-from ..reports.module_report import LEFT_OUT, ModuleReport
-from .convert_options import DEFAULT_CONVERSION, ConvertOptions
+from ..moving.rows import describe_conversion, describe_left_out
+from ..reports.module_report import LEFT_OUT
 from .made_report import ENOUGH, MadeReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Output):
+    """How a LoRA is converted; `convert` takes each of these by its name."""
+
+    blocks: Blocks | None = take_option(TransferOptions, "blocks", panel=OUTPUT)
+    alpha: float | None = option(
+        None,
+        "Alpha of every update, in place of what the file has: each acts at alpha / rank.",
+        panel=OUTPUT,
+        metavar="ALPHA",
+    )
+
+    def __post_init__(self) -> None:
+        """Reads the factors by block, too."""
+        super().__post_init__()
+        if self.blocks is not None:
+            BlockWeights.read(self.blocks)
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (number and 0 < self.alpha <= LARGEST_STRENGTH):
+            raise InvalidOption(f"`alpha` is a number above 0, not {self.alpha!r}")
+
+
+DEFAULT_CONVERSION = ConvertOptions()
 
 
 @takes_options
@@ -85,14 +115,12 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         lora = _set_alpha(lora, options.alpha)
     adapter = read_plain(lora, base)
     dtype = read_dtype(options.dtype)
-    vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
-    left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
-    plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
+    plain = replace(adapter, algorithms={}, unread={}, left_out={}, refused=set())
     factors = find_factors(options.blocks, plain, base)
     if options.format is not None:
         adapters.check_format(plain, options.format)
-    silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
+    silent = [name for name in plain.vectors if factors.get(name.rpartition(".")[0]) == 0]
     left_out |= dict.fromkeys(silent, LEFT_OUT)
     gone = [name for name in plain.updates if factors.get(name) == 0]
     plain = weigh_adapter(plain, factors)
@@ -111,7 +139,16 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         modules=(
             *list_unread_modules(adapter),
             *(describe_left_out(name, adapter.updates[name]) for name in gone),
-            *_describe_rows(replace(adapter, updates=plain.updates), made, dtype),
+            *(
+                describe_conversion(
+                    name,
+                    adapter.algorithms.get(name, "lora"),
+                    update,
+                    cut[name].to(dtype or made.dtype),
+                    adapter.kept_energy.get(name, 1.0),
+                )
+                for name, update in plain.updates.items()
+            ),
         ),
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
         vectors=len(plain.vectors),
@@ -136,8 +173,8 @@ def _set_alpha(lora: LoraLike, alpha: float) -> Lora:
         if slot.peft:
             raise InvalidOption(f"{opened.where}: set `lora_alpha` in its PEFT configuration")
         if slot.form.rank:
-            path = split_role(next(iter(slot.keys.values())))
-            alphas.add(slot.keys.get("alpha") or f"{path and path[0]}.alpha")
+            path, _ = split_key(next(iter(slot.keys.values())))
+            alphas.add(slot.keys.get("alpha") or f"{path}.alpha")
             headers.pop(slot.keys.get("scale", ""), None)
     headers |= dict.fromkeys(alphas, Header("F32", ()))
 
@@ -162,8 +199,7 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
         return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None
     if base is not None:
-        if misfit := explain_misfit(lora, base):
-            raise misfit
+        check_fits(lora, base)
         return adapters.read_adapter(lora, read_weight=base.read, base=names)
     opened = Lora.open(lora)
     for slot in parse_contents(opened).slots:
@@ -174,13 +210,3 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
                 "trained on, too"
             )
     return adapters.read_adapter(lora)
-
-
-def _describe_rows(
-    before: Adapter, after: Adapter, dtype: torch.dtype | None
-) -> Iterable[ModuleReport]:
-    """Yields the row of every update."""
-    for name, update in before.updates.items():
-        written = after.updates[name].to(dtype or after.dtype)
-        kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)
-        yield describe_conversion(name, kind, update, written, read)

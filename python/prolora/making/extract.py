@@ -273,8 +273,7 @@ class _Difference:
                 only = self.base if name in ours else self.tuned
                 self.left_out[name] = f"only {only.name} holds it, or in another shape"
             elif norm := self._measure(name, ours[name], theirs[name]):
-                skip = self.options.vectors == "skip"
-                reason = "left out as asked" if skip else self._refuse_vector(name, ours[name])
+                reason = self._refuse_vector(name, ours[name])
                 if not reason:
                     self.vectors[name] = _subtract(ours[name], theirs[name]).float()
                 self._tell_other(name, ours[name].shape, norm, reason)

@@ -26,25 +26,27 @@ from ..bases.identity import compute_hint, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
-from ..errors import AlreadyMoved, InvalidOption, OutputError, ProLoRAError, ShapeMismatch
-from ..moving.base_check import check_moved_before, explain_misfit, guess_lora_families
+from ..errors import (
+    AlreadyMoved,
+    InvalidOption,
+    OutputError,
+    ShapeMismatch,
+    UnsupportedFormat,
+)
+from ..moving.base_check import check_fits, check_moved_before
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, TransferOptions, cut_rank, read_dtype
 from ..moving.output_paths import check_name, check_output
 from ..moving.result import Transfer, save_result
-from ..moving.rows import (
-    describe_conversion,
-    describe_left_out,
-    list_tensors_left_out,
-    list_unread_modules,
-)
+from ..moving.rows import describe_conversion, describe_left_out
 from ..reports.module_report import LEFT_OUT, ModuleReport
 from ..reports.module_tables import write_shape
 from ..version import __version__
 from .convert import read_plain
-from .merge_inputs import check_experts, check_families, name_loras
+from .merge_inputs import check_experts, check_families, guess_lora_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 
@@ -89,7 +91,8 @@ def merge(
     options = options.for_file()
     job = _Merge.open(loras, target, options)
     check_name(out)
-    if os.path.isdir(out) and not job.writes_folder:
+    to_folder = options.format == "peft" or any(path.is_dir() for path in job.inputs)
+    if os.path.isdir(out) and not to_folder:
         raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite, options.format)
     return save_result(job.run(hashed=True), Path(out), options.overwrite)
@@ -140,18 +143,10 @@ class _Merge:
         )
 
     @property
-    def writes_folder(self) -> bool:
-        """Whether the result can be a PEFT folder."""
-        return self.options.format == "peft" or any(path.is_dir() for path in self._list_files())
-
-    @property
     def inputs(self) -> list[Path]:
-        """The files and folders that are read."""
-        return [*self._list_files(), *(self.target.files if self.target else [])]
-
-    def _list_files(self) -> list[Path]:
-        """Returns the paths of the LoRAs that are not in memory."""
-        return [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
+        """The files and folders that are read, the LoRAs first."""
+        files = [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
+        return [*files, *(self.target.files if self.target else [])]
 
     @in_full_precision
     def run(self, *, hashed: bool) -> Transfer:
@@ -213,18 +208,15 @@ class _Merge:
 
     def _check_belongs(self, lora: LoraLike, name: str, target: Base) -> None:
         """Refuses a LoRA of another base than that of the result, or moved to another."""
-        wrong: ProLoRAError | None = explain_misfit(lora, target)
-        if wrong is None:
-            try:
-                check_moved_before(lora, target, TransferOptions())
-                return
-            except AlreadyMoved as error:
-                wrong = error
-        why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
-        raise type(wrong)(
-            f"{name} is not a LoRA of the base of the result; move it there first: `transfer()` "
-            f"({why})"
-        ) from wrong
+        try:
+            check_fits(lora, target)
+            check_moved_before(lora, target, TransferOptions())
+        except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
+            why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
+            raise type(wrong)(
+                f"{name} is not a LoRA of the base of the result; move it there first: "
+                f"`transfer()` ({why})"
+            ) from wrong
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""
@@ -255,7 +247,7 @@ class _Merge:
         return Adapter(
             updates,
             kernels,
-            vectors=self._merge_vectors() if self.options.vectors == "copy" else {},
+            vectors=self._merge_vectors(),
             format=first.format,
             spelling=first.spelling,
             family=self._choose_family(updates),
@@ -270,7 +262,7 @@ class _Merge:
         """Returns the family of the result's names, common to all modules."""
         if self.target is not None and self.target.family:
             return self.target.family
-        able, _ = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
+        able = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
         told = [part.family for part in self.parts if part.family]
         return next((family for family in told if family in able), told[0] if told else None)
 
@@ -353,8 +345,6 @@ class _Merge:
         for name, part in zip(self.names, self.parts, strict=True):
             for tensor, why in list_tensors_left_out(part).items():
                 left_out[f"{name}: {tensor}"] = why
-            for vector in part.vectors.keys() - result.vectors.keys():
-                left_out[f"{name}: {vector}"] = "left out as asked"
             for module, share in part.kept_energy.items():
                 kept_energy[module] = min(share, kept_energy.get(module, 1.0))
         names = " + ".join(self.names)

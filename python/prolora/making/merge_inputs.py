@@ -8,10 +8,13 @@ from os import PathLike
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
+from ..adapters.contents import parse_contents
+from ..adapters.family_guess import guess_families
+from ..adapters.lora import Lora
+from ..adapters.slots import list_matrices, measure_modules
 from ..architectures.families import find_title, join_titles, known_families
 from ..bases.experts import HIGH, LOW, find_expert
-from ..errors import WrongBase
-from ..moving.base_check import guess_lora_families
+from ..errors import ProLoRAError, WrongBase
 from ..moving.options import LoraLike
 
 
@@ -21,10 +24,10 @@ def name_loras(loras: Sequence[LoraLike]) -> list[str]:
     No name occurs twice: files of one name get their folder's before it, then a number.
     """
     paths = [Path(lora) if isinstance(lora, str | PathLike) else None for lora in loras]
-    plain = [
-        path.name.removesuffix(".safetensors") if path else _name_in_memory(lora, i)
-        for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1)
-    ]
+    plain = []
+    for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1):
+        stated = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None
+        plain.append(path.name.removesuffix(".safetensors") if path else stated or f"LoRA {i}")
     names: list[str] = []
     for path, name in zip(paths, plain, strict=True):
         if path and plain.count(name) > 1 and (folder := path.absolute().parent.name):
@@ -34,9 +37,17 @@ def name_loras(loras: Sequence[LoraLike]) -> list[str]:
     return names
 
 
-def _name_in_memory(lora: LoraLike, number: int) -> str:
-    named = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None
-    return named or f"LoRA {number}"
+def guess_lora_families(lora: LoraLike) -> tuple[str, ...]:
+    """Returns the possible families of a LoRA, from the header alone."""
+    if isinstance(lora, Adapter):
+        sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
+        return guess_families(sizes, lora.metadata)
+    opened = Lora.open(lora)
+    try:
+        sizes = measure_modules(parse_contents(opened).slots)
+    except ProLoRAError:  # its reader says why
+        return ()
+    return guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
 
 
 def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
@@ -47,7 +58,7 @@ def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
     """
     known: list[tuple[str, tuple[str, ...]]] = []
     for name, lora in zip(names, loras, strict=True):
-        families = guess_lora_families(lora)[0]
+        families = guess_lora_families(lora)
         for other, theirs in known if families else ():
             if not set(families) & set(theirs):
                 ours, others = (join_titles(map(find_title, f)) for f in (families, theirs))
@@ -70,7 +81,7 @@ def check_experts(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
     experts = {find_expert(name): name for name in reversed(names)}
     if HIGH not in experts or LOW not in experts:
         return
-    families = {id_ for lora in loras for id_ in guess_lora_families(lora)[0]}
+    families = {id_ for lora in loras for id_ in guess_lora_families(lora)}
     titles = [one.title for one in known_families().values() if one.id in families and one.experts]
     if titles:
         raise WrongBase(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,73 +18,58 @@ from ..bases.identity import compute_hint, compute_short_hash
 from ..bases.pipeline_files import draws_in_few_steps, is_pipeline
 from ..core.lowrank import LowRank
 from ..files.store import replace_surrogates
-from ..reports.module_report import LEFT_OUT, ModuleReport
+from ..reports.module_report import LEFT_OUT
 from ..version import __version__
 from .block_weights import BlockWeights
-from .ledger import Ledger
+from .ledger import Ledger, list_missed, list_tensors_left_out
 from .plan import ModulePlan
-from .rows import list_missed, list_tensors_left_out
 from .transfer_report import A_VECTOR, TransferReport
 
 
-@dataclass
-class CarriedVectors:
-    """What became of an adapter's vectors."""
-
-    # Of the target, "module.bias" or "module.weight" -> what is added
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    # Vector of the adapter -> why it has no counterpart
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
-def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> CarriedVectors:
+def carry_vectors(
+    ledger: Ledger, moved: Collection[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Moves the vectors of an adapter to the target.
 
     A text encoder's stay as they are; all others are multiplied by the strength. `moved` are target
     modules that got an update; a bias stays behind with its module. None: as if every module of the
     plan got one.
+
+    Returns:
+        "module.bias" or "module.weight" of the target -> what is added; vector of the adapter ->
+        why it has no counterpart.
     """
-    carried = CarriedVectors()
+    carried, left_out = {}, {}
     for name, vector in ledger.adapter.vectors.items():
         module, _, tensor = name.rpartition(".")
         places, reason = _find_places(ledger, module, len(vector), moved)
-        if not places:
-            carried.left_out[name] = reason
         strength = 1.0 if is_in_text_encoder(module) else ledger.options.strength
         if places and all(ledger.block_factors.get(place) == 0 for place in places):
-            carried.left_out[name] = f"{A_VECTOR}: {LEFT_OUT}"
-            places = []
+            places, reason = [], LEFT_OUT
+        if not places:
+            left_out[name] = f"{A_VECTOR}: {reason}"
         for place in places:
-            scaled = vector if strength == 1 else vector * strength
-            carried.vectors[f"{place}.{tensor}"] = scaled
-    return carried
+            carried[f"{place}.{tensor}"] = vector if strength == 1 else vector * strength
+    return carried, left_out
 
 
 def _find_places(
     ledger: Ledger, module: str, width: int, moved: Collection[str] | None
 ) -> tuple[list[str], str]:
     """Returns the target modules for a vector, or why there are none."""
-    if ledger.options.vectors == "skip":
-        return [], f"{A_VECTOR}, left out as asked"
-    if is_in_text_encoder(module):
-        return _find_text_encoder(module, ledger)
+    if is_in_text_encoder(module):  # its vectors follow its updates
+        if ledger.options.text_encoder == "skip":
+            return [], "text encoder, left out as asked"
+        encoder = module.partition(".")[0] + "."
+        skipped = (why for name, why in ledger.plan.skipped.items() if name.startswith(encoder))
+        reason = next(skipped, "")
+        return [] if reason else [module], reason
     places = list(_find_partners(module, width, ledger.plan, ledger.source, ledger.target))
     if not places:
-        return [], f"{A_VECTOR}: the target has no such module of that width"
+        return [], "the target has no such module of that width"
     if moved is not None and any(row.source == module for row in ledger.rows.values()):
         places = [place for place in places if place in moved]
-    return places, f"{A_VECTOR}: the update of its module was left out"
-
-
-def _find_text_encoder(module: str, ledger: Ledger) -> tuple[list[str], str]:
-    """Returns the module itself: a text encoder's vectors follow its updates."""
-    if ledger.options.text_encoder == "skip":
-        return [], f"{A_VECTOR}: text encoder, left out as asked"
-    encoder = module.partition(".")[0] + "."
-    for name, reason in ledger.plan.skipped.items():
-        if name.startswith(encoder):
-            return [], f"{A_VECTOR}: {reason}"
-    return [module], ""
+    return places, "the update of its module was left out"
 
 
 def _find_partners(
@@ -114,30 +99,16 @@ def _find_partners(
                 yield place
 
 
-def outline_result(ledger: Ledger) -> Adapter:
-    """Outlines the target's adapter before anything is moved."""
-    adapter, plan = ledger.adapter, ledger.plan
-    updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
-    updates |= {name: adapter.updates[name] for name in plan.passed}
-    vectors = carry_vectors(ledger)
-    return assemble_adapter(adapter, updates, vectors, ledger.target, adapter.metadata)
-
-
 def assemble_adapter(
-    adapter: Adapter,
-    updates: dict[str, LowRank],
-    vectors: CarriedVectors,
-    target: Base,
-    metadata: dict[str, str],
+    ledger: Ledger, updates: dict[str, LowRank], vectors: dict[str, Tensor]
 ) -> Adapter:
-    """Assembles the target's adapter: modules, kernels, metadata."""
+    """Assembles the target's adapter, with the LoRA's own header."""
     return replace(
-        adapter,
+        ledger.adapter,
         updates=updates,
-        kernels=list_kernels(updates, target),
-        vectors=vectors.vectors,
-        family=target.family or adapter.family,
-        metadata=metadata,
+        kernels=list_kernels(updates, ledger.target),
+        vectors=vectors,
+        family=ledger.target.family or ledger.adapter.family,
         unread={},
     )
 
@@ -175,42 +146,41 @@ def build_metadata(ledger: Ledger) -> dict[str, str]:
     return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
 
 
-def _find_few_steps(ledger: Ledger) -> bool | None:
-    """Returns whether the target alone draws in few steps; None where nothing tells."""
-    target, steps = ledger.target, ledger.options.target_steps
-    if draws_in_few_steps(target, steps):
-        return not draws_in_few_steps(ledger.source)
-    return None if steps is None and not is_pipeline(target.path) else False
-
-
 def build_report(
-    ledger: Ledger, modules: Iterable[ModuleReport], vectors: CarriedVectors, **known: Any
+    ledger: Ledger, vectors: tuple[Collection[str], dict[str, str]], **known: Any
 ) -> TransferReport:
     """Builds the report of a transfer by weights.
 
-    `modules` has a row for every module of the LoRA, and one for each further target; `known` are
-    further fields of the report.
+    `vectors` is what `carry_vectors` returns; `known` are further fields.
     """
-    adapter, plan, options = ledger.adapter, ledger.plan, ledger.options
+    adapter, plan, options, target = ledger.adapter, ledger.plan, ledger.options, ledger.target
+    steps = options.target_steps
+    few_steps: bool | None = None  # where nothing tells
+    if draws_in_few_steps(target, steps):
+        few_steps = not draws_in_few_steps(ledger.source)
+    elif steps is not None or is_pipeline(target.path):
+        few_steps = False
+    ledger.settle()
     return TransferReport(
         method=options.method,
         rank_rule=options.rank,
         threshold=options.threshold,
         match=plan.rule,
         source=ledger.source.name,
-        target=ledger.target.name,
-        modules=tuple(modules),
+        target=target.name,
+        modules=tuple(ledger.rows.values()),
         decisions=plan.decisions,
         dropped_blocks=plan.dropped,
         renumbered=dict(plan.renumbered),
-        vectors=len(vectors.vectors),
-        left_out=list_tensors_left_out(adapter) | vectors.left_out,
+        vectors=len(vectors[0]),
+        left_out=list_tensors_left_out(adapter) | vectors[1],
         unread=list_missed(adapter, options.text_encoder),
         strength=options.strength,
         blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
-        quantised=list_quantised(ledger.source, ledger.target),
+        quantised=list_quantised(ledger.source, target),
         moves=read_moves(adapter.metadata),
-        few_steps=_find_few_steps(ledger),
+        few_steps=few_steps,
+        verdict=ledger.verdict,
         doubts=ledger.doubts,
         **known,
     )

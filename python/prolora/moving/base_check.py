@@ -1,31 +1,38 @@
-"""Whether a LoRA belongs to the source that it is moved from: told before a weight is read.
+"""Whether a LoRA belongs to a base: told before a weight is read.
 
-Modules and shapes must fit the source. What the header says of the base is believed where it is a
-hash; a name only warns, since people rename files.
+Modules and shapes must fit. What the header says of the base is believed where it is a hash; a name
+only warns, since people rename files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
 from ..adapters.family_guess import guess_families, guess_family, guess_sizes, is_language_model
-from ..adapters.formats.moves import Move, describe_moves, read_moves
+from ..adapters.formats.moves import describe_moves, read_moves
 from ..adapters.lora import Lora
-from ..adapters.naming import list_matrices
 from ..adapters.reading import outline_adapter
-from ..adapters.slots import measure_modules
-from ..architectures.families import find_title, join_titles, known_families
-from ..architectures.modules import find_block, is_in_text_encoder
+from ..adapters.slots import list_matrices, measure_modules
+from ..architectures.families import find_title, join_titles
+from ..architectures.layouts import load_layout
+from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
+from ..bases.experts import ExpertsLike, open_experts
 from ..bases.identity import EMPTY_SHORT_HASH, compute_short_hash, have_equal_files, is_identical
-from ..errors import AlreadyMoved, ProLoRAError, ShapeMismatch, UnsupportedFormat, WrongBase
+from ..errors import AlreadyMoved, ShapeMismatch, UnsupportedFormat, WrongBase
+from ..reports.module_report import ModuleReport, measure_coverage, split_modules
+from ..reports.report import Mark
+from .ledger import list_unread_modules
 from .options import LoraLike, TransferOptions, begin_message
-from .plan import OTHER_MODEL, check_fits_source
+from .plan import OTHER_MODEL, check_fits_source, explain_other_shape
+from .rows import describe_place
 
 # Words of file names for the form in which a model is stored, not for the model.
 _FORMS = re.compile(
@@ -33,99 +40,209 @@ _FORMS = re.compile(
     r"|pruned|emaonly|ema|noema"
 )
 _QUANTISED = re.compile(r"(?<![a-z0-9])i?q\d(?:_[a-z0-9]+)*")  # GGUF's Q4_K_M and the like
-_NO_HASHES = "a file, a folder and a model in memory have no hashes to compare"
 NAMED_BASE = "base_model_name_or_path"
 """Where PEFT's configuration names the base."""
 # Names of folders and objects that any model may have.
 _ANY_MODEL = {"unet", "transformer", "transformer 2", "model", "diffusion pytorch model", ""}
-
-
-def check_moved_before(
-    lora: LoraLike, source: Base, options: TransferOptions, cache: BasisCache | None = None
-) -> str:
-    """Refuses to move a LoRA on from a base that it does not belong to; returns what is doubtful.
-
-    The header of a result names the base that it was moved to, with its hash. A renamed file is the
-    same base. A file with the same name and another hash may be the base in another precision: it
-    is accepted, and it is said what was compared.
-    """
-    metadata = read_header(lora)
-    moves = read_moves(metadata)
-    if not moves or options.again:
-        return ""
-    last = moves[-1]
-    reason, doubt = _explain_other_base(last, source, metadata.get("ss_sd_model_hash"), cache)
-    if reason is None:
-        return doubt
-    raise AlreadyMoved(
-        f"{begin_message(lora)}this LoRA was already moved {describe_moves(moves)}, but the source "
-        f"is {source.name}, {reason}; give {last.target} as the source, or take `again=True` to "
-        "move it all the same"
-    )
-
-
-def find_newer_base(metadata: Mapping[str, str], base: str) -> str:
-    """Returns the base that a LoRA was moved to last from this one.
-
-    "" for none; the names must be equal.
-    """
-    moves = read_moves(metadata)
-    if not moves or moves[-1].source != base:
-        return ""
-    old, new = fold_base_name(base), fold_base_name(moves[-1].target)
-    return "" if new == old or old in _ANY_MODEL else moves[-1].target
-
-
-def read_header(lora: LoraLike) -> Mapping[str, str]:
-    """Reads a LoRA's header and PEFT's base name; a state dict has none."""
-    if isinstance(lora, Adapter):
-        return lora.metadata
-    if isinstance(lora, Mapping):
-        return {}
-    opened = Lora.open(lora)
-    named = (opened.config or {}).get(NAMED_BASE)
-    return {NAMED_BASE: named} | opened.metadata if isinstance(named, str) else opened.metadata
-
-
-def _explain_other_base(
-    last: Move, source: Base, short_hash: str | None, cache: BasisCache | None
-) -> tuple[str | None, str]:
-    """Explains why a base is not the LoRA's last one, or doubts it.
-
-    The first is None if it may be that base.
-    """
-    same = is_identical(source, last.target_hash, short_hash, cache.folder if cache else None)
-    named, moved = fold_base_name(source.name), fold_base_name(last.target)
-    if same and (named == moved or not last.target_hash.startswith("hint:")):
-        return None, ""
-    if same:
-        doubt = f"{source.name} has its size and equal pieces, so it is taken for the same model"
-        return None, f"The LoRA was moved to {last.target}; {doubt}."
-    told_by_name = moved not in (fold_base_name(last.source), *_ANY_MODEL)
-    if told_by_name and named == moved:
-        told = "another hash" if same is False else "no hash to compare"
-        doubt = f"{source.name} has that name and {told}, so it is taken for the same model"
-        return None, f"The LoRA was moved to {last.target}; {doubt}."
-    if same is None and (not told_by_name or named in _ANY_MODEL or not source.files):
-        doubt = f"whether {source.name} is that model cannot be told: {_NO_HASHES}"
-        return None, f"The LoRA was moved to {last.target}; {doubt}."
-    if not told_by_name:
-        return "another file", ""
-    if source.name == last.source:
-        return "the base that it was moved from", ""
-    return f"another model by {f'its name ({_NO_HASHES})' if same is None else 'name and hash'}", ""
-
-
-def fold_base_name(name: str) -> str:
-    """Folds a base's name: no folders, case or words for its storage."""
-    plain = _QUANTISED.sub("", re.split(r"[/\\]", name)[-1].lower())
-    words = re.split(r"[\s._-]+", plain)
-    return " ".join(word for word in words if word and not _FORMS.fullmatch(word))
-
-
 HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
 """Where sd-scripts writes which file the base was."""
 _NAME_KEYS = ("ss_sd_model_name", NAMED_BASE)
+
+
+Answer = Literal["fits", "unclear", "in part", "other"]
+MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", "other": "✖"}
+
+
+@dataclass(frozen=True)
+class BaseFit:
+    """Whether a LoRA is for a base, by names and shapes."""
+
+    base: str  # the base's name
+    # "fits": every module has a counterpart, and the base is of a family that the LoRA can be of,
+    # or of none that is known. "unclear": every module has a counterpart, but as a whole they are
+    # another family's, or prolora moved the LoRA from this base to another. "in part": some have.
+    # "other": the LoRA is another model's.
+    answer: Answer
+    lora_title: str  # what the LoRA is for, in words; "" where nothing tells
+    base_title: str  # what the base is, in words
+    also: str  # other models that have all these modules in these sizes, in words; "" for none
+    # A row for every module of the LoRA: "mapped" with a counterpart, else the reason
+    modules: tuple[ModuleReport, ...]
+    # The base that prolora moved it to from this one, by their names; "" for none
+    moved_to: str = ""
+
+    @property
+    def coverage(self) -> float:
+        """The share of the LoRA's modules that have a place, 0 … 1."""
+        return measure_coverage(self.modules)
+
+    @property
+    def mark(self) -> Mark:
+        """✔ it is for this base, ⚠ in part or perhaps, ✖ it is not."""
+        return MARKS[self.answer]
+
+    @property
+    def sentence(self) -> str:
+        """The answer in a line."""
+        names, placed = split_modules(self.modules)
+        if not names:
+            words = {"fits": "for this family", "unclear": "perhaps for this family"}
+            start = words.get(self.answer, "not for this family")
+            return f"{start}: it is for {self.lora_title or 'a model of no known family'}"
+        counts = f"{len(placed)} of {len(names)} modules have their place"
+        if self.answer == "fits":
+            also = f"; they would have it in {self.also}, too" if self.also else ""
+            return f"for this base: {counts}{also}"
+        if self.moved_to:
+            return f"perhaps for this base: {counts}, but it was moved to {self.moved_to}"
+        if self.answer == "unclear":
+            return (
+                f"perhaps for this base: {counts}, but together they look like a LoRA for "
+                f"{self.lora_title}; this base is {self.base_title}"
+            )
+        if self.answer == "other" and self.lora_title not in ("", self.base_title):
+            return f"this LoRA is for {self.lora_title}; this base is {self.base_title}"
+        row = next((row for row in self.modules if row.status != "mapped"), None)
+        first = f"; the first without, {row.source}: {row.reason}" if row else ""
+        start = "in part for this base" if self.answer == "in part" else "not for this base"
+        return f"{start}: {counts}{first}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, ready for JSON; only modules without a counterpart."""
+        names, placed = split_modules(self.modules)
+        return vars(self) | {
+            "sentence": self.sentence,
+            "modules": len(names),
+            "placed": len(placed),
+            "coverage": self.coverage,
+            "without_place": {r.source: r.reason for r in self.modules if r.status != "mapped"},
+        }
+
+
+def fit_family(families: Collection[str], family: str) -> BaseFit:
+    """Says whether a LoRA for some families is for a named one."""
+    answer: Answer = "fits" if family in families else "other" if families else "unclear"
+    title = find_title(family)
+    return BaseFit(title, answer, join_titles(map(find_title, families)), title, "", ())
+
+
+def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
+    """Says whether a LoRA is for a base, from headers alone; of two experts the first.
+
+    Raises:
+        UnsupportedFormat: one of them cannot be read, or is no base.
+    """
+    model = next(iter(open_experts(base).values()))
+    rows, header = _place_modules(lora, model), read_header(lora)
+    shapes = {row.source: (row.shape[0], row.shape[1]) for row in rows}
+    matrices = () if isinstance(lora, Adapter) else list_matrices(Lora.open(lora))
+    families, sizes = guess_families(shapes, header, matrices=matrices), guess_sizes(shapes)
+    foreign = bool(families) and model.family is not None and model.family not in families
+    answer: Answer = "in part"
+    coverage, moved_to = measure_coverage(rows), ""
+    if coverage == 1:
+        moved_to = "" if foreign else _find_newer_base(header, model.name)
+        # All blocks of a smaller size, and not of this one.
+        other = bool(sizes) and model.layout is not None and model.layout not in sizes
+        answer = "unclear" if foreign or moved_to or other else "fits"
+    elif foreign or not any(r.target and not is_in_text_encoder(r.source) for r in rows):
+        answer = "other"
+    title, kind = join_titles(map(find_title, families)), describe_kind(model)
+    if title == kind and model.layout and answer != "fits":  # one family, and another size of it
+        title = join_titles(map(find_title, sizes)) or title
+        kind = find_title(model.layout)
+    title = title or ("a language model" if is_language_model(shapes) else "")
+    others = [size for size in sizes if size != model.layout] if model.layout else []
+    others = others or [family for family in families if family != model.family]
+    also = join_titles(map(find_title, others)) if answer == "fits" else ""
+    return BaseFit(model.name, answer, title, kind, also, tuple(rows), moved_to)
+
+
+def _place_modules(lora: LoraLike, base: Base) -> list[ModuleReport]:
+    """Returns the rows of a LoRA's modules."""
+    try:
+        adapter = _outline(lora, base)
+    except (UnsupportedFormat, ShapeMismatch):
+        if isinstance(lora, Adapter):
+            raise
+        slots = parse_contents(Lora.open(lora)).slots  # it may be unreadable without a base, too
+        if not slots:
+            raise
+        rows, sizes = [], measure_modules(slots, with_kernel=True)
+    else:
+        rows = list_unread_modules(adapter)
+        sizes = {name: (x.shape[0], x.shape[1]) for name, x in adapter.updates.items()}
+    for name, size in sizes.items():
+        rows.append(describe_place(name, size, _explain_no_place(name, size, base)))
+    return rows
+
+
+def _outline(lora: LoraLike, base: Base) -> Adapter:
+    """Outlines a LoRA from its header."""
+    if isinstance(lora, Adapter):
+        return lora
+    return outline_adapter(lora, base.shapes, base.family, headers_only=True)
+
+
+def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:
+    """Explains why a module has no counterpart on a base; None if it has."""
+    encoder = find_component(name)
+    if encoder in TEXT_ENCODERS and not any(m.startswith(f"{encoder}.") for m in base.shapes):
+        # Many files of a model come without its text encoders.
+        known = load_layout(base.layout).text_encoders if base.layout else TEXT_ENCODERS
+        number = TEXT_ENCODERS.index(encoder) + 1
+        return None if number <= len(known) else f"the base has fewer than {number} text encoders"
+    if name not in base.shapes:
+        return "the base has no such module"
+    return explain_other_shape(name, size, base) if 0 not in size else None
+
+
+def describe_kind(base: Base) -> str:
+    """Returns the title of a base's family, or what it looks like."""
+    sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
+    family = base.family or guess_family(sizes, {})
+    return find_title(family) if family else describe_base(base)
+
+
+def check_fits(lora: LoraLike, base: Base, other: Base | None = None) -> Adapter:
+    """Refuses a LoRA that does not fit its base by modules and shapes; returns its outline.
+
+    Of a file, the header alone is read. `other` is the base that it may belong to instead.
+    """
+    try:
+        return _fit_outline(lora, base)
+    except (UnsupportedFormat, ShapeMismatch) as error:
+        misfit = error
+    title, kind, fits_other = "", "", False
+    try:
+        fit = fit_base(lora, base)
+        title, kind = fit.lora_title, fit.base_title
+        if other is not None:
+            _fit_outline(lora, other)
+            title, fits_other = describe_kind(other), True
+    except (UnsupportedFormat, ShapeMismatch):
+        pass
+    sentences = []
+    if title not in ("", kind):
+        sentences = [f"This LoRA is for {title}. The source you gave, {base.name}, is {kind}."]
+    if fits_other:
+        sentences.append("It fits the target and not the source: did you swap them?")
+    where = begin_message(lora)
+    told = str(misfit).removeprefix(where)
+    if sentences:
+        refusal = WrongBase if fits_other else type(misfit)
+        text = f"{where}{' '.join(sentences)} ({told.removesuffix(OTHER_MODEL)})"
+        raise refusal(text) from misfit
+    if where.removesuffix(": ") in told or told != str(misfit) or misfit.command:
+        raise misfit
+    raise type(misfit)(f"{where}{told}")
+
+
+def _fit_outline(lora: LoraLike, base: Base) -> Adapter:
+    """Outlines a LoRA, and refuses one that does not fit."""
+    adapter = _outline(lora, base)
+    check_fits_source(adapter, [n for n in adapter.updates if not is_in_text_encoder(n)], base)
+    return adapter
 
 
 def check_bases(
@@ -141,8 +258,7 @@ def check_bases(
     Of a file the header alone is read. With `options.again` the LoRA need only fit the source;
     `may_be_one` allows source and target to be one model.
     """
-    if misfit := explain_misfit(lora, source, target):
-        raise misfit
+    outline = check_fits(lora, source, target)
     if options.again:
         return []
     doubts = [check_moved_before(lora, source, options, cache)]
@@ -165,72 +281,75 @@ def check_bases(
             f"Were source and target swapped? The LoRA's header gives the name of the target, "
             f"{target.name}, as the model that it was trained on, and not {source.name}."
         )
-    if source.layout and not isinstance(lora, Adapter):
-        sizes = measure_modules(parse_contents(Lora.open(lora)).slots, with_kernel=True)
-        blocks = {block[:2] for name in sizes if (block := find_block(name))}
-        places = {block[:2] for name in source.shapes if (block := find_block(name))}
-        stacks = {stack for stack, _ in blocks}
-        # Only where some blocks of the source are left out may it be for a smaller size.
-        found = guess_sizes(sizes) if blocks < {b for b in places if b[0] in stacks} else ()
-        if found and source.layout not in found:
-            smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
-            doubts.append(
-                f"Is this the LoRA's base? It has all blocks of {smaller}; the source, "
-                f"{source.name}, is {own}."
-            )
+    # All blocks of a smaller size, and not of the source's.
+    found = guess_sizes({name: (x.shape[0], x.shape[1]) for name, x in outline.updates.items()})
+    if source.layout and found and source.layout not in found:
+        smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
+        doubts.append(
+            f"Is this the LoRA's base? It has all blocks of {smaller}; the source, {source.name}, "
+            f"is {own}."
+        )
     return [doubt for doubt in doubts if doubt]
 
 
-def explain_misfit(
-    lora: LoraLike, source: Base, target: Base | None = None
-) -> UnsupportedFormat | ShapeMismatch | WrongBase | None:
-    """Explains why a LoRA does not fit its source, None if it may.
+def check_moved_before(
+    lora: LoraLike, source: Base, options: TransferOptions, cache: BasisCache | None = None
+) -> str:
+    """Refuses to move a LoRA on from a base that it does not belong to; returns what is doubtful.
 
-    Modules and shapes alone decide; of a file, the header alone is read. `target` is the base that
-    it may belong to instead.
+    The header of a result names the base that it was moved to, with its hash. A renamed file is the
+    same base. A file with the same name and another hash may be the base in another precision: it
+    is accepted, and that is said.
     """
-    misfit = _find_misfit(lora, source)
-    if misfit is None:
-        return None
-    fitting = target if target is not None and _find_misfit(lora, target) is None else None
-    ours, theirs = (
-        describe_kind(fitting) if fitting else _describe_lora(lora),
-        describe_kind(source),
+    metadata = read_header(lora)
+    moves = read_moves(metadata)
+    if not moves or options.again:
+        return ""
+    last, short_hash = moves[-1], metadata.get("ss_sd_model_hash")
+    same = is_identical(source, last.target_hash, short_hash, cache.folder if cache else None)
+    named, moved = fold_base_name(source.name), fold_base_name(last.target)
+    told_by_name = moved not in (fold_base_name(last.source), *_ANY_MODEL)
+    if same and (named == moved or not last.target_hash.startswith("hint:")):
+        return ""
+    unknown = not told_by_name or named in _ANY_MODEL or not source.files
+    if same or (told_by_name and named == moved) or (same is None and unknown):
+        doubt = f"whether {source.name} is that model cannot be told for certain"
+        return f"The LoRA was moved to {last.target}; {doubt}."
+    raise AlreadyMoved(
+        f"{begin_message(lora)}this LoRA was already moved {describe_moves(moves)}, but the source "
+        f"is {source.name}; give {last.target} as the source, or take `again=True` to move it all "
+        "the same"
     )
-    sentences = []
-    if ours is not None and ours != theirs:
-        sentences.append(
-            f"This LoRA is for {ours}. The source you gave, {source.name}, is {theirs}."
-        )
-    if fitting:
-        sentences.append("It fits the target and not the source: did you swap them?")
-    where = begin_message(lora)
-    told = str(misfit).removeprefix(where)
-    if not sentences:
-        named = where.removesuffix(": ") in told or told != str(misfit) or misfit.command
-        return misfit if named else type(misfit)(f"{where}{told}")
-    kind = WrongBase if fitting else type(misfit)
-    error = kind(f"{where}{' '.join(sentences)} ({told.removesuffix(OTHER_MODEL)})")
-    error.__cause__ = misfit
-    return error
 
 
-def _find_misfit(lora: LoraLike, base: Base) -> UnsupportedFormat | ShapeMismatch | None:
-    """Finds why a LoRA does not fit a base, by modules and shapes.
+def _find_newer_base(metadata: Mapping[str, str], base: str) -> str:
+    """Returns the base that a LoRA was moved to last from this one.
 
-    None if it may.
+    "" for none; the names must be equal.
     """
-    try:
-        adapter = (
-            lora
-            if isinstance(lora, Adapter)
-            else outline_adapter(lora, base.shapes, base.family, headers_only=True)
-        )
-        modules = [name for name in adapter.updates if not is_in_text_encoder(name)]
-        check_fits_source(adapter, modules, base)
-    except (UnsupportedFormat, ShapeMismatch) as error:
-        return error
-    return None
+    moves = read_moves(metadata)
+    if not moves or moves[-1].source != base:
+        return ""
+    old, new = fold_base_name(base), fold_base_name(moves[-1].target)
+    return "" if new == old or old in _ANY_MODEL else moves[-1].target
+
+
+def read_header(lora: LoraLike) -> Mapping[str, str]:
+    """Reads a LoRA's header and PEFT's base name; a state dict has none."""
+    if isinstance(lora, Adapter):
+        return lora.metadata
+    if isinstance(lora, Mapping):
+        return {}
+    opened = Lora.open(lora)
+    named = (opened.config or {}).get(NAMED_BASE)
+    return {NAMED_BASE: named} | opened.metadata if isinstance(named, str) else opened.metadata
+
+
+def fold_base_name(name: str) -> str:
+    """Folds a base's name: no folders, case or words for its storage."""
+    plain = _QUANTISED.sub("", re.split(r"[/\\]", name)[-1].lower())
+    words = re.split(r"[\s._-]+", plain)
+    return " ".join(word for word in words if word and not _FORMS.fullmatch(word))
 
 
 def is_stated_base(
@@ -267,35 +386,6 @@ def are_one_base(source: Base, target: Base) -> bool:
     if ours <= theirs or theirs <= ours:  # a pipeline's folder, and that of its model alone
         return True
     return have_equal_files(source, target)
-
-
-def _describe_lora(lora: LoraLike) -> str | None:
-    """Returns the title of a LoRA's model by modules and shapes, if known."""
-    families, names = guess_lora_families(lora)
-    if families:
-        return join_titles(known_families()[family].title for family in families)
-    return "a language model" if is_language_model(names) else None
-
-
-def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
-    """Returns a LoRA's possible families and its modules, from the header alone."""
-    if isinstance(lora, Adapter):
-        sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
-        return guess_families(sizes, lora.metadata), list(lora.updates)
-    opened = Lora.open(lora)
-    try:
-        sizes = measure_modules(parse_contents(opened).slots)
-    except ProLoRAError:  # its reader says why
-        return (), []
-    families = guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
-    return families, list(sizes)
-
-
-def describe_kind(base: Base) -> str:
-    """Returns the title of a base's family, or what it looks like."""
-    sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
-    family = base.family or guess_family(sizes, {})
-    return known_families()[family].title if family else describe_base(base)
 
 
 def _read_digits(header: Mapping[str, str], key: str, count: int) -> str:

@@ -20,16 +20,14 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
-from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors, outline_result
+from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors
 from .base_check import check_bases
-from .block_weights import weigh_adapter
-from .decision import decide_method, label_stage
-from .ledger import Clock, Ledger
-from .move_updates import move_updates
+from .block_weights import find_factors, weigh_adapter
+from .ledger import Clock, Ledger, outline_rows
+from .move_updates import decide_method, label_stage, move_updates
 from .options import LoraLike, TransferOptions, read_dtype
 from .plan import make_plan
 from .result import Notes, Transfer, list_inputs, make_file
-from .rows import outline_rows
 from .transfer_report import TransferReport
 
 Depth = Literal["updates", "outline"]
@@ -105,9 +103,13 @@ class BasePair:
         ledger = Ledger(adapter, plan, self.source, self.target, options, lora, clock=clock)
         ledger.doubts = tuple(doubts)
         outline_rows(ledger, measured=depth != "updates")
-        ledger.find_block_factors(carry_vectors(ledger).vectors)
+        updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
+        updates |= {name: adapter.updates[name] for name in plan.passed}
+        outline = assemble_adapter(ledger, updates, carry_vectors(ledger)[0])
+        if options.blocks is not None:
+            ledger.block_factors = find_factors(options.blocks, outline, self.target)
         if options.format is not None:
-            adapters.check_format(outline_result(ledger), options.format)
+            adapters.check_format(outline, options.format)
         # Modules left behind are measured by now, and their factors need no memory later.
         placed = {pair.source for pair in plan.pairs} | set(plan.passed)
         updates = {name: x for name, x in adapter.updates.items() if name in placed}
@@ -153,10 +155,7 @@ class BasePair:
         with use_lora(lora) as opened, self.cache.saving():
             ledger = self.plan(opened, "outline")
             ledger = self._decide(ledger) if weighed else ledger
-        ledger.weigh_rows()
-        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
-        rows, vectors = ledger.rows.values(), carry_vectors(ledger)
-        return build_report(ledger, rows, vectors, verdict=verdict, dry_run=True)
+        return build_report(ledger, carry_vectors(ledger), dry_run=True)
 
     @in_full_precision
     def transfer(
@@ -205,28 +204,24 @@ class BasePair:
         options = ledger.options
         updates = ledger.moved | {n: ledger.adapter.updates[n] for n in ledger.plan.passed}
         vectors = carry_vectors(ledger, updates)
-        metadata = dict(ledger.adapter.metadata)
+        moved = assemble_adapter(ledger, updates, vectors[0])
+        if ledger.block_factors:
+            moved = weigh_adapter(moved, ledger.block_factors)
         if hashed:
             with ledger.clock("hash"):
-                metadata = build_metadata(ledger)
-                metadata |= prefix_notes(notes() if notes else {})
-        moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
-        moved = weigh_adapter(moved, ledger.block_factors)
-        ledger.weigh_rows()
-        verdict = ledger.verdict and ledger.size_verdict(ledger.verdict, ledger.affinities)
+                noted = prefix_notes(notes() if notes else {})
+                moved = replace(moved, metadata=build_metadata(ledger) | noted)
         written = options.format or "auto", read_dtype(options.dtype)
         kept = adapters.find_kept(moved, *written)
         report = build_report(
             ledger,
-            ledger.rows.values(),
             vectors,
             asked=ledger.asked or options.method,
-            verdict=verdict,
             kept_energy={} if kept else dict(ledger.adapter.kept_energy),
             as_stored=kept is not None,
             base_dependent=kept.depend_on_base if kept else 0,
             seconds=ledger.clock.seconds,
-            provenance=read_provenance(metadata) if hashed else {},
+            provenance=read_provenance(moved.metadata) if hashed else {},
         )
         inputs = list_inputs(ledger.lora, self.source, self.target)
         return Transfer(moved, report, inputs, *written)

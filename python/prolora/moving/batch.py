@@ -11,7 +11,7 @@ from ..bases.base import Progress
 from ..errors import ProLoRAError, explain_os_error
 from ..reports.lora_report import MovedReport
 from ..reports.outcome import Outcome
-from .decision import label_stage
+from .move_updates import label_stage
 from .result import Transfer
 
 LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)

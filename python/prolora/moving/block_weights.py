@@ -231,7 +231,7 @@ def find_factors(blocks: Blocks | None, adapter: Adapter, base: Base | None) -> 
     if blocks is None:
         return {}
     table = list_lora_blocks(adapter) if base is None else list_base_blocks(base)
-    title = table.family.title if table.family else "this model"
+    title = table.family.title if table.family else base.name if base else "this model"
     names = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.vectors)}
     return BlockWeights.read(blocks).resolve(table, names, title)
 

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..architectures.families import known_families
+from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
 from ..core.affinity import Affinity
 from ..core.lowrank import LowRank
-from ..core.methods import Method
 from ..core.precision import is_finite
 from ..core.verdict import STRANGE_COSINE, Verdict
 from ..errors import NonFiniteWeights
-from ..reports.module_report import LEFT_OUT, Measures, ModuleReport
-from .block_weights import BlockWeights, list_base_blocks
-from .options import LoraLike, TransferOptions, cut_rank
+from ..reports.module_report import LEFT_OUT, ModuleReport
+from .options import LoraLike, TextEncoderMode, TransferOptions, cut_rank
 from .plan import ModulePlan, Pair
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a method made of one update, at strength 1."""
-
-    pair: Pair  # where it comes from and goes
-    update: LowRank | None  # of the target; None where the pair is skipped
-    why: str  # it was skipped, or how it was moved
-    energy: float | None = None  # ‖ΔW_s‖²; None if not computed
-    surviving: float = 1.0  # ‖ΔW_t‖²/‖ΔW_s‖²
-    ratio: float = 1.0  # ‖ΔW_t‖/‖ΔW_s‖
-    distance: float = 0.0  # ‖ΔW_t − ΔW_s‖/‖ΔW_s‖
-    measures: Measures | None = None  # of the projection; None without one
 
 
 class Clock:
@@ -81,49 +66,19 @@ class Ledger:
     clock: Clock = field(default_factory=Clock)  # the time that was spent
     doubts: tuple[str, ...] = ()  # what is doubtful of the bases that were given
 
-    def find_block_factors(self, vectors: Iterable[str]) -> None:
-        """Notes the factor of every target module whose block has one.
-
-        `vectors` belong to the result.
-
-        Raises:
-            InvalidOption: the factors fit no blocks of the target.
-        """
-        if self.options.blocks is None:
-            return
-        places = [*(pair.target for pair in self.plan.pairs), *self.plan.passed]
-        family = known_families().get(self.target.family or "")
-        title = family.title if family is not None else self.target.name
-        weights = BlockWeights.read(self.options.blocks)
-        table = list_base_blocks(self.target)
-        self.block_factors = weights.resolve(
-            table, {*places, *(name.rpartition(".")[0] for name in vectors)}, title
-        )
-
-    def size_verdict(self, verdict: Verdict, affinities: Mapping[str, Affinity]) -> Verdict:
-        """Returns a verdict with the LoRA's size beside the compared weights.
-
-        `affinities` is target module -> affinity.
-        """
-        weights, updates = 0.0, 0.0
+    def settle(self) -> None:
+        """Writes block factors into the rows, and the LoRA's size beside the weights it meets."""
+        factors, weights, updates = self.block_factors, 0.0, 0.0
+        self.rows = {key: _weigh_row(row, factors) for key, row in self.rows.items()}
         for pair in self.plan.pairs:
-            affinity = affinities.get(pair.target)
+            affinity = self.affinities.get(pair.target)
             if affinity is None or affinity.cosine < STRANGE_COSINE:  # left out by the verdict, too
                 continue
             updates += self.rows[pair].energy
             weights += affinity.source
-        return replace(verdict, size=math.sqrt(updates / weights) if weights else None)
-
-    def weigh_rows(self) -> None:
-        """Writes the factors of the blocks into the rows."""
-        if self.block_factors:
-            weighed = {key: _weigh_row(row, self.block_factors) for key, row in self.rows.items()}
-            self.rows = weighed
-
-    @property
-    def method(self) -> Method:
-        """The method, once that is decided."""
-        return self.options.chosen
+        if self.verdict is not None:
+            size = math.sqrt(updates / weights) if weights else None
+            self.verdict = replace(self.verdict, size=size)
 
     @property
     def result_bytes(self) -> int:
@@ -132,26 +87,18 @@ class Ledger:
         updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
         return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
 
-    def enter(self, moved: Moved) -> None:
-        """Keeps an update at its strength and output rank, and writes its row.
+    def enter(self, pair: Pair, update: LowRank | None, reason: str, **measured: Any) -> None:
+        """Keeps a moved update at its strength and output rank, on the CPU; writes its row.
 
-        On the CPU.
+        The update is as the method gave it, None where the pair is skipped; the reason says how it
+        was moved, or why not; what was measured are further fields of the row.
 
         Raises:
             NonFiniteWeights: the update overflows.
         """
-        pair, update, energy = moved.pair, moved.update, moved.energy
-        if energy is None:
-            energy = self.adapter.updates[pair.source].norm().square().item()
-        row = replace(
-            self.rows[pair],
-            reason=moved.why,
-            energy=energy,
-            surviving_energy=moved.surviving,
-            norm_ratio=moved.ratio,
-            copy_distance=moved.distance,
-            measures=moved.measures,
-        )
+        if "energy" not in measured:
+            measured["energy"] = self.adapter.updates[pair.source].norm().square().item()
+        row = replace(self.rows[pair], reason=reason, **measured)
         if update is None:
             row = replace(row, target=None, status="skipped", rank_out=0)
         else:
@@ -174,11 +121,6 @@ class Ledger:
             row = replace(row, drift=affinity.drift, cosine=affinity.cosine)
         self.rows[pair] = row
 
-    def leave_out(self, pairs: Sequence[Pair]) -> None:
-        """Takes pairs out of the plan, whose rows say why."""
-        gone = set(pairs)
-        self.plan = replace(self.plan, pairs=[p for p in self.plan.pairs if p not in gone])
-
 
 def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
     """Applies the factor of its block to a module's row.
@@ -191,3 +133,72 @@ def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
     if factor == 0:
         return replace(row, target=None, status="skipped", rank_out=0, reason=LEFT_OUT)
     return replace(row.at_strength(factor), reason=f"{row.reason}; times {factor:g} for its block")
+
+
+def outline_rows(ledger: Ledger, *, measured: bool) -> None:
+    """Writes a row for every module of the LoRA: nothing has been moved yet.
+
+    With `measured`, the rows of modules that will be moved have their energy already; all others
+    have it in any case.
+    """
+    adapter, plan = ledger.adapter, ledger.plan
+    for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
+        for name, reason in reasons.items():
+            row = describe_unchanged(adapter, name, None, reason)
+            ledger.rows[name] = replace(row, status=status, rank_out=0)
+    ledger.rows |= {row.source: row for row in list_unread_modules(adapter)}
+    energy = None if measured else 0.0
+    for pair in plan.pairs:
+        what = "would be projected"
+        ledger.write(pair, describe_unchanged(adapter, pair.source, pair.target, what, energy))
+    for name in plan.passed:
+        what = "text encoder, carried over"
+        ledger.rows[name] = describe_unchanged(adapter, name, name, what)
+
+
+def describe_unchanged(
+    adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
+) -> ModuleReport:
+    """Makes the row of a module that goes over as it is.
+
+    Its energy ‖ΔW_s‖² may be known already.
+    """
+    update = adapter.updates[name]
+    if energy is None:
+        energy = update.norm().square().item()
+    return ModuleReport(
+        source=name,
+        target=target,
+        status="mapped",
+        reason=reason,
+        shape=tuple(update.shape),
+        rank_in=update.rank,
+        rank_out=update.rank,
+        energy=energy,
+    )
+
+
+def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
+    """Lists the rows of modules with unread updates: refused, or left out."""
+    return [
+        ModuleReport(
+            source=name,
+            target=None,
+            status="refused" if name in adapter.refused else "skipped",
+            reason=adapter.left_out[name],
+            shape=(out, inputs),
+            rank_in=rank,
+        )
+        for name, (out, inputs, rank) in adapter.unread.items()
+    ]
+
+
+def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:
+    """Lists modules with unreadable updates, except those left out as asked."""
+    asked = text_encoder == "skip"
+    return tuple(name for name in adapter.unread if not (asked and is_in_text_encoder(name)))
+
+
+def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
+    """Returns tensor of the file that is no update and is not moved -> why."""
+    return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}

@@ -102,7 +102,6 @@ DtypeLike = torch.dtype | DtypeName
 """The dtype of the factors in a file, or its name."""
 
 TextEncoderMode = Literal["copy", "project", "skip"]
-VectorsMode = Literal["copy", "skip"]
 
 TransferMethod = Literal["best"] | MethodChoice
 """What a transfer takes as its method: "best" also runs the models, where that gives more."""
@@ -195,11 +194,6 @@ class Output(FileOutput):
         'own rank (50%), or "exact".',
         panel=OUTPUT,
         metavar="RANK",
-    )
-    vectors: VectorsMode = option(
-        "copy",
-        'Trained biases and normalisation layers: "copy" them, or "skip" them.',
-        words=get_args(VectorsMode),
     )
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -76,20 +77,15 @@ def name_output(lora: Path, format: str, appended: str = "", stem: str | None = 
         appended: put at the end of the name, before the suffix.
         stem: the name without both; None means the LoRA's own.
     """
-    own, suffix = split_lora_name(lora)
+    id_ = None if is_broken_id(lora) else find_hub_id(lora)  # counts by its last part
+    named = Path(id_.name) if id_ else lora
+    own, suffix = named.stem, named.suffix
+    # os.path answers "no" where a path cannot be looked at; the reader says why later.
+    if os.path.isdir(lora) or (id_ and suffix.lower() not in WEIGHT_FILES):
+        own, suffix = named.name, ".safetensors"
     if format == "peft" or (format == "auto" and is_peft_folder(lora)):
         suffix = ""
     return f"{own if stem is None else stem}{appended}{suffix}"
-
-
-def split_lora_name(lora: Path) -> tuple[str, str]:
-    """Splits a LoRA's name and suffix; a hub id counts by its last part."""
-    id_ = None if is_broken_id(lora) else find_hub_id(lora)
-    named = Path(id_.name) if id_ else lora
-    # os.path answers "no" where a path cannot be looked at; the reader says why later.
-    if os.path.isdir(lora) or (id_ and named.suffix.lower() not in WEIGHT_FILES):
-        return named.name, ".safetensors"
-    return named.stem, named.suffix
 
 
 def is_peft_folder(lora: Path) -> bool:
@@ -105,12 +101,12 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
     Raises:
         OutputError: two would be one file, on a volume that ignores case and Unicode forms too.
     """
-    inputs = {_resolve(lora): lora for lora in loras if "\0" not in os.fspath(lora)}
+    inputs = {resolve_path(lora): lora for lora in loras if "\0" not in os.fspath(lora)}
     taken: dict[tuple[str, ...], Path] = {}
     for lora, output in zip(loras, outputs, strict=True):
         if is_broken_id(lora) or "\0" in os.fspath(output):  # its reader says so
             continue
-        place = _resolve(output)
+        place = resolve_path(output)
         if inputs.get(place, lora) is not lora:
             raise OutputError(f"{output} is the input {inputs[place]}; choose another folder")
         other = taken.setdefault(place, lora)
@@ -122,18 +118,13 @@ def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
             )
 
 
-def _resolve(path: Path) -> tuple[str, ...]:
-    return fold_path(Path(os.path.realpath(path)))
+def resolve_path(path: Path) -> tuple[str, ...]:
+    """Returns the parts of a path, equal for all its spellings on any volume.
 
-
-def _fold_name(name: str) -> str:
-    """Folds case and Unicode forms, as some volumes do."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def fold_path(path: Path) -> tuple[str, ...]:
-    """Returns the parts of a path, with case and Unicode forms folded."""
-    return tuple(_fold_name(part) for part in path.parts)
+    Links are followed; case and Unicode forms are folded, as some volumes do.
+    """
+    fold = partial(unicodedata.normalize, "NFC")
+    return tuple(fold(fold(part).casefold()) for part in Path(os.path.realpath(path)).parts)
 
 
 def make_folders(folders: Iterable[Path]) -> None:

@@ -2,8 +2,8 @@
 
 No weight is read here. Every module of the adapter ends in the plan exactly once: as a pair, as
 skipped with the reason, or as refused with the reason. Three reasons to skip arise elsewhere: an
-overlap Φ below the threshold (`apply_method.py`), a pair of weights that have nothing in
-common (`decision.py`), and an update that depends on a weight that the base does not
+overlap Φ below the threshold (`move_updates.py`), a pair of weights that have nothing in
+common (`move_updates.py`), and an update that depends on a weight that the base does not
 hold (`adapters/reading.py`).
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..adapters.adapter import Adapter
+from ..architectures.layouts import load_layout
 from ..architectures.modules import (
     TEXT_ENCODERS,
     find_block,
@@ -21,7 +22,7 @@ from ..architectures.modules import (
     is_in_text_encoder,
     matrix_shape,
 )
-from ..bases import Base, load_layout
+from ..bases import Base
 from ..bases.describe import describe_base
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners

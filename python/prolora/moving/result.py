@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -152,10 +152,6 @@ def pack_plan(report: LoraReport) -> Transfer:
     return Transfer(Adapter({}), report)
 
 
-States = list[list[str | int]]
-BaseName = str | States
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What determines a result: equal for equal inputs, options and version, and else different.
@@ -163,15 +159,11 @@ class Recipe:
     A result at a path of the caller's names its bases by their files' sizes and times, so that a
     plain transfer reads no base for it: where a base was touched, the result is not known again.
     A result whose name is made of its recipe names them by the digests of all their bytes.
-
     """
 
     lora: Lora  # a file or folder
-    source: Base  # the base it was trained on
-    target: Base  # the base it moves to
-    options: Any  # as they were asked for
     lora_hash: str  # "sha256:…"
-    bases: tuple[BaseName, ...]  # how the header names source and target
+    facts: dict[str, Any]  # how the header names options and bases, as JSON can hold it
 
     @classmethod
     def of(
@@ -190,18 +182,17 @@ class Recipe:
         lora_hash = f"sha256:{opened.digest}"
         if opened is not lora:
             opened.close()
-        states = _list_states(source.files), _list_states(target.files)
-        return cls(opened, source, target, options, lora_hash, digests or states)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a result is made of, as JSON can hold it; the options are those that count."""
+        names = digests or [
+            [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(base.files)]
+            for base in (source, target)
+        ]
         chosen = {
-            field.name: _jsonable(getattr(self.options, field.name))
-            for field in fields(self.options)
-            if read_shown(field).decides and getattr(self.options, field.name) != field.default
+            field.name: _jsonable(getattr(options, field.name))
+            for field in fields(options)
+            if read_shown(field).decides and getattr(options, field.name) != field.default
         }
-        return {"options": chosen, "source": self.bases[0], "target": self.bases[1]}
+        facts = {"options": chosen, "source": names[0], "target": names[1]}
+        return cls(opened, lora_hash, facts)
 
     @property
     def made_of(self) -> list[Any]:
@@ -212,20 +203,21 @@ class Recipe:
         """Returns the two entries of a result's header."""
         return {"lora_hash": self.lora_hash, "recipe": json.dumps(self.facts, sort_keys=True)}
 
-    def is_made(self, out: Path) -> bool:
-        """Returns whether `out` is a result of this recipe, by its header."""
-        if not (os.path.exists(out) and self.source.files and self.target.files):
-            return False  # bases in memory cannot be known again
-        try:
-            with Lora.open(out) as result:
-                if parse_contents(result).left_out:
-                    return False  # it is damaged: a result has nothing that is not read
-                metadata = result.metadata
-            told = json.loads(metadata.get("prolora.recipe", ""))
-        except (ProLoRAError, ValueError, RecursionError):
-            return False
-        made = metadata.get("prolora.lora_hash"), metadata.get("prolora.version")
-        return made == (self.lora_hash, __version__) and told == json.loads(json.dumps(self.facts))
+
+def _read_made(recipes: Sequence[Recipe], out: Path) -> Adapter | None:
+    """Reads a result of one of some recipes, by its header; None for anything else."""
+    if not os.path.exists(out):
+        return None
+    try:
+        with Lora.open(out) as result:
+            header = result.metadata
+            told = json.loads(header.get("prolora.recipe", ""))
+            made = [header.get("prolora.version"), header.get("prolora.lora_hash"), told]
+            known = made in (json.loads(json.dumps(recipe.made_of)) for recipe in recipes)
+            # It is damaged where something is not read: a result has nothing of that kind.
+            return read_adapter(result) if known and not parse_contents(result).left_out else None
+    except (ProLoRAError, ValueError, RecursionError):
+        return None
 
 
 def make_file(
@@ -249,8 +241,8 @@ def make_file(
         return save_result(make(lora, [None for _ in ways]), path, options.overwrite)
     with Lora.open(keep_path(lora)) as file:
         recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
-        if not options.overwrite and any(recipe.is_made(path) for recipe in recipes):
-            made = read_adapter(out)
+        known_again = all(base.files for base in bases) and not options.overwrite
+        if known_again and (made := _read_made(recipes, path)):
             return Transfer(made, replace(plan(file), before=read_verdict(made.metadata)))
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
         done = make(file, [recipe.describe for recipe in recipes])
@@ -268,12 +260,6 @@ def read_verdict(metadata: Mapping[str, str]) -> tuple[str, ...]:
         words = []
     told = isinstance(words, list) and all(isinstance(line, str) for line in words)
     return tuple(words) if words and told else (MADE_BEFORE,)
-
-
-def _list_states(files: Iterable[Path]) -> States:
-    """Lists name, size and time of each file of a base."""
-    states = [(file.name, file.stat()) for file in sorted(files)]
-    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The rows of a report, from the plan on."""
+"""Rows of reports on LoRAs that are not moved."""
 
 from __future__ import annotations
 
@@ -6,71 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from ..adapters.adapter import Adapter
-from ..architectures.modules import is_in_text_encoder
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
 from ..reports.module_report import LEFT_OUT, ModuleReport
-from .ledger import Ledger
-from .options import TextEncoderMode
-
-
-def outline_rows(ledger: Ledger, *, measured: bool) -> None:
-    """Writes a row for every module of the LoRA: nothing has been moved yet.
-
-    With `measured`, the rows of modules that will be moved have their energy already; all others
-    have it in any case.
-    """
-    adapter, plan = ledger.adapter, ledger.plan
-    for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
-        for name, reason in reasons.items():
-            row = describe_unchanged(adapter, name, None, reason)
-            ledger.rows[name] = replace(row, status=status, rank_out=0)
-    ledger.rows |= {row.source: row for row in list_unread_modules(adapter)}
-    energy = None if measured else 0.0
-    for pair in plan.pairs:
-        what = "would be projected"
-        ledger.write(pair, describe_unchanged(adapter, pair.source, pair.target, what, energy))
-    for name in plan.passed:
-        what = "text encoder, carried over"
-        ledger.rows[name] = describe_unchanged(adapter, name, name, what)
-
-
-def describe_unchanged(
-    adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
-) -> ModuleReport:
-    """Makes the row of a module that goes over as it is.
-
-    Its energy ‖ΔW_s‖² may be known already.
-    """
-    update = adapter.updates[name]
-    if energy is None:
-        energy = update.norm().square().item()
-    return ModuleReport(
-        source=name,
-        target=target,
-        status="mapped",
-        reason=reason,
-        shape=tuple(update.shape),
-        rank_in=update.rank,
-        rank_out=update.rank,
-        energy=energy,
-    )
-
-
-def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
-    """Lists the rows of modules with unread updates: refused, or left out."""
-    return [
-        ModuleReport(
-            source=name,
-            target=None,
-            status="refused" if name in adapter.refused else "skipped",
-            reason=adapter.left_out[name],
-            shape=(out, inputs),
-            rank_in=rank,
-        )
-        for name, (out, inputs, rank) in adapter.unread.items()
-    ]
 
 
 def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> ModuleReport:
@@ -150,14 +88,3 @@ def describe_left_out(name: str, update: LowRank) -> ModuleReport:
     energy = update.norm().square().item()
     shape, rank = tuple(update.shape), update.rank
     return ModuleReport(name, None, "skipped", LEFT_OUT, shape, rank, energy=energy)
-
-
-def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:
-    """Lists modules with unreadable updates, except those left out as asked."""
-    asked = text_encoder == "skip"
-    return tuple(name for name in adapter.unread if not (asked and is_in_text_encoder(name)))
-
-
-def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
-    """Returns tensor of the file that is no update and is not moved -> why."""
-    return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}

@@ -11,7 +11,7 @@ from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.methods import find_method
 from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
 from ..reports.lora_report import MovedReport
-from ..reports.module_report import LEFT_OUT, ModuleReport, split_modules
+from ..reports.module_report import LEFT_OUT, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Cell, Column, Row, Table, make_table
 
@@ -66,17 +66,6 @@ class TransferReport(MovedReport):
     base_dependent: int = 0
     few_steps: bool | None = None
     verdict: Verdict | None = None
-
-    def strangers(self) -> list[ModuleReport]:
-        """Returns mapped modules with weights that have nothing in common with their partners'.
-
-        In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
-        """
-        return [
-            row
-            for row in self.rows("mapped")
-            if row.cosine is not None and row.cosine < STRANGE_COSINE
-        ]
 
     def _judge(self) -> InWords:
         told = self._tell_without_updates() or self._tell_move()
@@ -161,7 +150,15 @@ class TransferReport(MovedReport):
                 "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
                 f"{self.target} now."
             )
-        return [*told, *self._tell_strangers()]
+        # In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
+        strangers = [
+            (row.source, str(row.target))
+            for row in self.rows("mapped")
+            if row.cosine is not None and row.cosine < STRANGE_COSINE
+        ]
+        if strangers and self.verdict is not None and self.verdict.related:
+            told.append(describe_strangers(strangers))
+        return told
 
     def sentences(self) -> list[str]:
         """Tells what was done in numbers, with the copy baseline."""
@@ -169,8 +166,10 @@ class TransferReport(MovedReport):
         if self.dry_run or self.totals["energy_surviving"] is None:
             return told
         told += [self.verdict.sentence()] if self.verdict else []
-        told += [*describe_renumbered(self.renumbered), *self._tell_strangers()]
-        return [*told, *self._tell_energy(), *self.tell_limits()]
+        told += [*describe_renumbered(self.renumbered), *self._tell_energy()]
+        if flagged := self.totals["flagged"]:
+            told.append(f"{flagged} modules missed the accuracy tolerance (see 'ok').")
+        return told
 
     def _tell_vectors(self) -> list[str]:
         told = super()._tell_vectors()
@@ -179,12 +178,6 @@ class TransferReport(MovedReport):
         if self.as_stored:
             told.append("The file holds the LoRA's stored tensors and scales as they are.")
         return told
-
-    def _tell_strangers(self) -> list[str]:
-        """Warns of paired modules with unrelated weights."""
-        pairs = [(row.source, str(row.target)) for row in self.strangers()]
-        is_odd = bool(pairs) and self.verdict is not None and self.verdict.related
-        return [describe_strangers(pairs)] if is_odd else []
 
     def _tell_energy(self) -> list[str]:
         """Tells what the moved modules keep of the LoRA."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +158,22 @@ class LoraReport(Report):
 
     def cautions(self) -> list[str]:
         """Lists what was lost, or needs a look."""
-        return [*self._tell_left_behind(), *self._tell_factors()]
+        told = []
+        if self.unread:
+            first = self.unread[0]
+            reason = next(row.reason for row in self.modules if row.source == first)
+            told.append(
+                f"Careful: {count_things(self.unread, 'update')} of the file could not be read and "
+                f"{'stays' if len(self.unread) == 1 else 'stay'} behind; {first}: {reason}."
+            )
+        if self.left_out:
+            name, reason = next(iter(self.left_out.items()))
+            told.append(f"{self._count_left_out()}; {name}: {reason}.")
+        if self.blocks:
+            gone = sum(row.reason == LEFT_OUT for row in self.modules)
+            what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
+            told.append(f"Factors by block, as asked: {self.blocks}{what}.")
+        return told
 
     def sentences(self) -> list[str]:
         """Tells how many modules and tensors were placed, and how the file was read."""
@@ -171,13 +186,13 @@ class LoraReport(Report):
             f"{name} is quantised: {what}; what is measured of it includes the rounding."
             for name, what in self.quantised.items()
         ]
-        told += [*self._tell_factors(), *self._tell_vectors()]
+        told += self._tell_vectors()
         if self.kept_energy:
             told.append(
                 f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
                 f"one cut most keeps {min(self.kept_energy.values()):.1%} of its energy."
             )
-        return told + self._tell_left_behind()
+        return told
 
     def _tell_done(self) -> str:
         """Tells what was done with modules, and between which bases."""
@@ -187,35 +202,9 @@ class LoraReport(Report):
         what = "trained biases and normalisation tensors are carried over"
         return [f"{self.vectors} {what}."] if self.vectors else []
 
-    def _tell_factors(self) -> list[str]:
-        """Tells the factors by block, and how many modules have 0."""
-        gone = sum(row.reason == LEFT_OUT for row in self.modules)
-        what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
-        return [f"Factors by block, as asked: {self.blocks}{what}."] if self.blocks else []
-
-    def _tell_left_behind(self) -> list[str]:
-        """Tells what of the file stays behind."""
-        sentences = []
-        if self.unread:
-            first = self.unread[0]
-            reason = next(row.reason for row in self.modules if row.source == first)
-            sentences.append(
-                f"Careful: {count_things(self.unread, 'update')} of the file could not be read and "
-                f"{'stays' if len(self.unread) == 1 else 'stay'} behind; {first}: {reason}."
-            )
-        if self.left_out:
-            name, reason = next(iter(self.left_out.items()))
-            sentences.append(f"{self._count_left_out()}; {name}: {reason}.")
-        return sentences
-
     def _count_left_out(self) -> str:
         stay = "stays" if len(self.left_out) == 1 else "stay"
         return f"{count_things(self.left_out, 'tensor')} of the file {stay} behind"
-
-    def tell_limits(self) -> list[str]:
-        """Tells which bases are inexact."""
-        flagged = self.totals["flagged"]
-        return [f"{flagged} modules missed the accuracy tolerance (see 'ok')."] if flagged else []
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
@@ -285,7 +274,11 @@ class MovedReport(LoraReport):
 
     def cautions(self) -> list[str]:
         """Lists what was lost, or needs a look."""
-        return [*super().cautions(), *_tell_moved_before(self.moves)]
+        # A merge on one base names that as its source, too.
+        moves = [move for move in self.moves if move.method != MERGE or move.source != move.target]
+        lost = "what was lost there adds to what is lost now"
+        before = [f"The LoRA was moved before, {describe_moves(moves)}: {lost}."] if moves else []
+        return [*super().cautions(), *before]
 
     def _tell_done(self) -> str:
         moved = "would move" if self.dry_run else "moved"
@@ -298,18 +291,6 @@ class MovedReport(LoraReport):
     def _list_choices(self) -> dict[str, str]:
         how = f"{self.method}, asked for: {self.asked}" if self.asked else self.method
         return {"method": how, "strength": f"{self.strength:.4g}"}
-
-
-def _tell_moved_before(moves: Sequence[Move]) -> list[str]:
-    """Tells that a LoRA was moved before, and what follows."""
-    # A merge on one base names that as its source, too.
-    moves = [move for move in moves if move.method != MERGE or move.source != move.target]
-    if not moves:
-        return []
-    return [
-        f"The LoRA was moved before, {describe_moves(moves)}: what was lost there adds to what is "
-        "lost now."
-    ]
 
 
 def count_things(things: Collection[str], what: str) -> str:

@@ -20,7 +20,7 @@ MODULES = "modules"
 """The id of the table that the map leads to."""
 
 _COLUMNS: tuple[tuple[Column, Callable[[Sequence[ModuleReport]], float | None]], ...] = (
-    (Column("kept", ".0%", has_bar=True), lambda rows: average_rows(rows, share_written)),
+    (Column("kept", ".0%", has_bar=True), lambda rows: average_rows(rows, share_kept)),
     (Column("vs copy", ".2f"), lambda rows: average_rows(rows, lambda row: row.copy_distance)),
     (Column("norm", ".2f"), lambda rows: average_rows(rows, lambda row: row.norm_ratio)),
     (Column("drift", ".2f"), lambda rows: average_rows(rows, lambda row: row.drift)),
@@ -81,9 +81,11 @@ def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
     """Maps where in the model a LoRA was kept."""
     spots = []
     for row in modules:
-        share = None if is_planned else share_kept(row)
-        text = describe_module(row, share)
-        spots.append(Spot(row.source, share, row.status == "mapped", row.energy, text))
+        share, mapped = None if is_planned else share_kept(row), row.status == "mapped"
+        onto = f" to {row.target}," if row.target not in (None, row.source) else ""
+        kept = "" if share is None else f" {share:.0%} kept,"
+        said = f":{onto}{kept} {row.reason}" if mapped else f": {row.status}, {row.reason}"
+        spots.append(Spot(row.source, share, mapped, row.energy, row.source + said))
     if is_planned:
         return PlaceMap(spots, "", "would move", "would not move")
     return PlaceMap(spots)
@@ -97,22 +99,8 @@ def share_kept(row: ModuleReport) -> float | None:
     """
     if row.status != "mapped":
         return 0.0
-    share = share_written(row)
+    share = row.surviving_energy * (1 - row.rank_cut_energy)
     return None if math.isnan(share) else share
-
-
-def share_written(row: ModuleReport) -> float:
-    """Returns ‖ΔW_t‖²/‖ΔW_s‖² of what was written, or NaN."""
-    return row.surviving_energy * (1 - row.rank_cut_energy)
-
-
-def describe_module(row: ModuleReport, share: float | None) -> str:
-    """Describes a module in a line: name, what became of it, why."""
-    if row.status != "mapped":
-        return f"{row.source}: {row.status}, {row.reason}"
-    kept = "" if share is None else f" {share:.0%} kept,"
-    onto = f" to {row.target}," if row.target not in (None, row.source) else ""
-    return f"{row.source}:{onto}{kept} {row.reason}"
 
 
 def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:
@@ -128,14 +116,14 @@ def average_rows(
 ) -> float | None:
     """Averages over modules; None for a text encoder carried over uncompared."""
     is_compared = any(row.drift is not None or row.measures is not None for row in rows)
-    return _average(rows, value) if is_compared else None
+    return weighted_mean((row.energy, value(row)) for row in rows) if is_compared else None
 
 
 def average_measures(
     rows: Sequence[ModuleReport], value: Callable[[Measures], float]
 ) -> float | None:
     """Averages over modules that were projected."""
-    return _average(rows, lambda row: value(row.measures) if row.measures else None)
+    return weighted_mean((row.energy, value(row.measures)) for row in rows if row.measures)
 
 
 def find_overlap(rows: Sequence[ModuleReport]) -> float | None:
@@ -143,12 +131,3 @@ def find_overlap(rows: Sequence[ModuleReport]) -> float | None:
     left = average_measures(rows, lambda m: m.above_left)
     right = average_measures(rows, lambda m: m.above_right)
     return min((side for side in (left, right) if side is not None), default=None)
-
-
-def _average(
-    rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]
-) -> float | None:
-    """Averages by energy; updates without energy count alike."""
-    values = [(row.energy, value(row)) for row in rows]
-    mean = weighted_mean(values)
-    return weighted_mean((1.0, number) for _, number in values) if mean is None else mean

@@ -108,25 +108,20 @@ class PlaceMap:
 
 
 def _find_place(module: str) -> tuple[MapColumn, str]:
-    """Returns the column and the kind of a module."""
-    place, depth, kind = split_module(module)
+    """Returns the column and the kind of a module.
+
+    In a UNet the stack is the attention around a stack of blocks.
+    """
+    block = find_block(module)
+    if block is not None:
+        place, depth = block.stack.removesuffix(".transformer_blocks"), block.number
+        kind = block.local
+    else:
+        (place, _, kind), depth = module.rpartition("."), AROUND
     stage = find_stage(module) if place else OUTSIDE
     # Beside the stack it surrounds, and before it.
     order = stack_order(place), depth != AROUND, column_order(depth)
     return MapColumn(order, place, depth, stage), kind
-
-
-def split_module(module: str) -> tuple[str, str, str]:
-    """Splits a module's name into (stack, depth, kind).
-
-    In a UNet the stack is the attention around a stack of blocks. The depth is the number of the
-    block, or `AROUND`; the kind is the name inside the block.
-    """
-    block = find_block(module)
-    if block is not None:
-        return block.stack.removesuffix(".transformer_blocks"), block.number, block.local
-    place, _, kind = module.rpartition(".")
-    return place, AROUND, kind
 
 
 def column_order(name: str) -> tuple[object, ...]:

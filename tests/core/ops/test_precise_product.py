@@ -81,7 +81,7 @@ def test_the_emulated_gpu_and_the_cpu_give_the_same_bits(monkeypatch, dtype, nan
     x, y = random(2, 70, 90, dtype=dtype), random(2, 33, 90, seed=1, dtype=torch.float32)
     for other in (None, y, x):
         wanted = run(extension, x, other, cuda=False)
-        for seed in "013":
+        for seed in "01":
             monkeypatch.setenv("EMU_SEED", seed)
             assert torch.equal(run(emulated, x, other), wanted)
     found = run(emulated, x)

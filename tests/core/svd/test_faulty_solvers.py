@@ -5,7 +5,17 @@ from functools import cache
 import pytest
 import torch
 from diagonal import pair_up
-from spectra import planted, power_law, sine
+from spectra import (
+    clusters,
+    lapack,
+    planted,
+    power_law,
+    rank_above,
+    sine,
+    spiked,
+    steps,
+    true_error,
+)
 
 from prolora import LowRank, ProLoRAError, truncated_svd
 from prolora.core.exceptions import SolverFailure
@@ -98,18 +108,7 @@ def weight_of(case):
     """The weight of a case, and its singular vectors."""
     m, n, _ = CASES[case]
     weight = planted(m, n, power_law(min(m, n), 0.5))[0].float()
-    return weight, SVD(weight.double(), full_matrices=False)
-
-
-def true_error(exact, basis):
-    k = int(basis.rank)
-    u, _, vt = exact
-    wrong = 0.0
-    for exact, found in ((u[:, :k], basis.U[:, :k]), (vt.mT[:, :k], basis.V[:, :k])):
-        found = found.double()
-        skew = float(torch.linalg.matrix_norm(found.mT @ found - torch.eye(k).double(), 2))
-        wrong = max(wrong, sine(exact, torch.linalg.qr(found)[0]), skew)
-    return wrong
+    return weight, lapack(weight)
 
 
 # Name: (m, n, columns, the rung that works here).
@@ -228,35 +227,14 @@ QUALITIES = {
 }
 
 
-def step_at(d, k):
-    return torch.cat([torch.full((k,), 4.0), torch.ones(d - k)])
-
-
-def clusters(d, k):
-    """Groups of values within 1e-6 of each other; the cut goes through one."""
-    jitter = torch.rand(d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return (0.8 ** (torch.arange(d) // (k // 2 + 3)) * (1 + 1e-6 * jitter)).sort().values.flip(0)
-
-
-def rank_above(d, k):
-    return torch.linspace(2, 1, k + 22)
-
-
-def edge_of_noise(d, k):
-    """A few values above those of a random matrix, among which the cut goes."""
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(d, d, dtype=torch.float64, generator=generator) / d**0.5
-    return torch.cat([torch.linspace(6, 3, k // 3), torch.linalg.svdvals(noise)[k // 3 :]])
-
-
-# Name: (d, n, columns, spectra).
+# Name: (d, n, columns, singular values); the cut goes through a cluster, and among spikes.
 STACKS = {
-    "krylov": (768, 780, 24, [lambda d, k: power_law(d, 0.5), step_at, rank_above]),
+    "krylov": (768, 780, 24, [power_law(768, 0.5), steps(768, 24), rank_above(768, 24)]),
     "gram-f32": (
         *(400, 420, 80),
         [
-            *(lambda d, k: power_law(d, 0.5), lambda d, k: power_law(d, 1.0), step_at),
-            *(clusters, rank_above, edge_of_noise),
+            *(power_law(400, 0.5), power_law(400, 1.0), steps(400, 80)),
+            *(clusters(400, 43, 1e-6), rank_above(400, 80), spiked(400, 400, 26, seed=1)),
         ],
     ),
 }
@@ -265,10 +243,9 @@ STACKS = {
 @cache
 def stack_of(rung):
     """A stack with a spectrum each, and its singular vectors."""
-    d, n, k, spectra = STACKS[rung]
-    weights = [planted(d, n, values(d, k), seed)[0] for seed, values in enumerate(spectra)]
-    stack = torch.stack(weights).float()
-    return stack, SVD(stack.double(), full_matrices=False)
+    d, n, _, spectra = STACKS[rung]
+    stack = torch.stack([planted(d, n, x, seed)[0] for seed, x in enumerate(spectra)]).float()
+    return stack, lapack(stack)
 
 
 LIMITED = ("1e-5", "1e-5, orthonormal", "2e-4, orthonormal")

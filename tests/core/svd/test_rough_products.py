@@ -5,21 +5,13 @@ import torch
 from diagonal import pair_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectra import orthonormal, planted, power_law, sine
+from spectra import lapack, orthonormal, planted, power_law, true_error
 
 from prolora import truncated_svd
 from prolora.core.svd import stacks
 from prolora.core.svd.products import FormedGram, ImpliedGram
 
 D, K = 768, 48
-
-
-def true_sine(weight, basis):
-    """The largest angle to LAPACK's subspaces in float64."""
-    k = int(basis.rank)
-    u, _, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    pairs = ((u[:, :k], basis.U[:, :k]), (vt.mT[:, :k], basis.V[:, :k]))
-    return max(sine(exact, torch.linalg.qr(found.double())[0]) for exact, found in pairs)
 
 
 def off_in_all(size, dropped):
@@ -56,7 +48,7 @@ def test_no_error_of_the_float32_products_puts_the_bound_below_the_sine(monkeypa
     monkeypatch.setattr(ImpliedGram, "rough", wrong)
     weight = weight.float()
     basis = truncated_svd(weight, K)
-    assert true_sine(weight, basis) <= float(basis.bound)
+    assert true_error(lapack(weight), basis) <= float(basis.bound)
     assert basis.ok
     if size <= 1e-7:
         assert basis.rung == "krylov"
@@ -103,7 +95,7 @@ def test_on_any_spectrum_the_bound_is_not_below_the_sine(case, whole_stacks, mor
     finally:
         stacks.CPU_AS_GPU = before
     bound = float(basis.bound)
-    assert bound >= 1 or true_sine(weight, basis) <= bound
+    assert bound >= 1 or true_error(lapack(weight), basis) <= bound
     assert bool(basis.ok) == (bound <= 1e-3)
 
 

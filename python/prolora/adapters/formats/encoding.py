@@ -15,14 +15,12 @@ from torch import Tensor
 from ...architectures.modules import find_component, local_name
 from ...core.lowrank import LowRank
 from ...core.precision import is_finite
-from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
+from ...errors import NonFiniteWeights, OutputError, ShapeMismatch
 from .. import vectors
 from ..adapter import Adapter, StoredUpdate
 from ..keys import module_names
-from .groups import find_authors, find_paths, group_modules
+from .groups import has_lora_bias, lay_out
 from .peft_patterns import PatternTable
-
-FORMATS = ("kohya", "diffusers", "peft", "comfy")
 
 # Past this relative error of a factor the storage dtype has lost more than its own rounding.
 _ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}
@@ -33,7 +31,7 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
 
     Args:
         adapter: what to write.
-        format: one of `FORMATS`.
+        format: a key of `SPELLINGS`.
         dtype: float16, bfloat16, float32 or float64.
 
     Raises:
@@ -43,74 +41,27 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
         OutputError: a factor is too small for `dtype` to hold.
     """
     tensors: dict[str, Tensor] = {}
-    groups = group_modules(adapter, format)
-    alpha = common_rank(group.rank for group in groups)
-    for group in groups:
+    layout = lay_out(adapter, format)
+    alpha = common_rank(group.rank for group in layout.groups) if format == "kohya" else None
+    for group in layout.groups:
         name, update = group.modules[0], group.update()
-        if _has_alpha(format) and update.rank != alpha:
+        if alpha is not None and update.rank != alpha:
             update = LowRank(update.up.double() * (update.rank / alpha), update.down)
         factors = _cast_factors(name, update, dtype)
         up, down = _shape_factors(name, factors, adapter.kernels.get(name))
-        if _has_alpha(format):
-            tensors[f"{group.path}.lora_up.weight"] = up
-            tensors[f"{group.path}.lora_down.weight"] = down
+        one, other = ("lora_B", "lora_A") if alpha is None else ("lora_up", "lora_down")
+        tensors[f"{group.path}.{one}.weight"] = up
+        tensors[f"{group.path}.{other}.weight"] = down
+        if alpha is not None:
             tensors[f"{group.path}.alpha"] = _alpha_tensor(alpha, dtype)
-        else:
-            tensors[f"{group.path}.lora_B.weight"] = up
-            tensors[f"{group.path}.lora_A.weight"] = down
-    return tensors | _encode_vectors(adapter, format, dtype)
-
-
-def _has_alpha(format: str) -> bool:
-    return format == "kohya"
-
-
-def _encode_vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the tensors of biases and normalisation layers."""
-    whole = vectors.fuse_vectors(adapter.vectors, find_authors(adapter, format))
-    roles = vectors.vector_suffixes(whole)
+    whole = vectors.fuse_vectors(adapter.vectors, layout.authors)
+    suffixes = vectors.vector_suffixes(whole)
     if format in ("diffusers", "peft"):
-        roles = dict.fromkeys(whole, "lora_B.bias")
-    paths = vector_paths(adapter, format)
-    return {
-        f"{paths[vectors.find_vector_module(name)]}.{role}": vectors.cast_vector(
-            name, whole[name], dtype
-        )
-        for name, role in roles.items()
-    }
-
-
-def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
-    """Returns module (fused weights under their own name) -> path in its vectors' keys.
-
-    Raises:
-        UnsupportedFormat: the format cannot hold one of them: diffusers and PEFT hold only the
-            bias of a module that has an update too.
-    """
-    homeless = [name for name in adapter.vectors if not _has_lora_bias(adapter, name)]
-    if homeless and format in ("diffusers", "peft"):
-        raise UnsupportedFormat(
-            f"the {format} format has no keys for trained normalisation layers, nor for biases of "
-            f"modules without an update, and this adapter has {len(homeless)}, the first: "
-            f"{homeless[0]}. Write it with `format='kohya'` or `format='comfy'`; in Python "
-            "vectors='skip' leaves them out"
-        )
-    whole = vectors.fuse_vectors(adapter.vectors, find_authors(adapter, format))
-    return find_paths(adapter, format, list(dict.fromkeys(map(vectors.find_vector_module, whole))))
-
-
-def _has_lora_bias(adapter: Adapter, vector: str) -> bool:
-    """Returns whether the vector can be the bias of its module's second factor."""
-    return vector.endswith(".bias") and vectors.find_vector_module(vector) in adapter.updates
-
-
-def file_ranks(adapter: Adapter, format: str) -> set[int]:
-    """Returns the ranks in a file; a fused weight has the sum of its parts' ranks.
-
-    Raises:
-        UnsupportedFormat: the format has no name for a module.
-    """
-    return {group.rank for group in group_modules(adapter, format)}
+        suffixes = dict.fromkeys(whole, "lora_B.bias")
+    for name, suffix in suffixes.items():
+        path = layout.vector_paths[vectors.find_vector_module(name)]
+        tensors[f"{path}.{suffix}"] = vectors.cast_vector(name, whole[name], dtype)
+    return tensors
 
 
 def common_rank(ranks: Iterable[int]) -> int:
@@ -220,7 +171,7 @@ def peft_config(
         "target_modules": sorted(local),
         "use_rslora": False,
         "bias": "none",
-        "lora_bias": any(_has_lora_bias(adapter, name) for name in adapter.vectors),
+        "lora_bias": any(has_lora_bias(adapter, name) for name in adapter.vectors),
     }
 
 

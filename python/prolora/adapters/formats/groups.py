@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...architectures import loaders
@@ -53,79 +54,125 @@ class Group:
 
 
 @dataclass(frozen=True)
-class FileSpelling:
-    """How a file spells the modules of a transformer."""
+class FileLayout:
+    """Groups and names of an adapter in a file of one format."""
 
-    spelling: Spelling
-    family: Family | None  # None for an unknown family
-
-    @property
-    def authors(self) -> Family | None:
-        """The family, if its authors' names are used, with their fused weights."""
-        return self.family if self.spelling.names == "authors" else None
+    groups: list[Group]
+    # Module with vectors, fused weights under their own name -> its path
+    vector_paths: dict[str, str]
+    authors: Family | None  # whose fused weights the file has
 
 
-def group_modules(adapter: Adapter, format: str) -> list[Group]:
-    """Returns the groups in a file of that format."""
-    paths = file_paths(adapter, format)
-    members = group_by(paths, paths.__getitem__)
-    authors = find_authors(adapter, format)
-    return [
+def lay_out(adapter: Adapter, format: str) -> FileLayout:
+    """Finds the names that a file of a format has for all of an adapter.
+
+    Raises:
+        UnsupportedFormat: the format has no name for a module, or cannot hold a vector: diffusers
+            and PEFT hold only the bias of a module that has an update too.
+    """
+    homeless = [name for name in adapter.vectors if not has_lora_bias(adapter, name)]
+    if homeless and format in ("diffusers", "peft"):
+        raise UnsupportedFormat(
+            f"the {format} format has no keys for trained normalisation layers, nor for biases of "
+            f"modules without an update, and this adapter has {len(homeless)}, the first: "
+            f"{homeless[0]}. Write it with `format='kohya'` or `format='comfy'`; in Python "
+            "vectors='skip' leaves them out"
+        )
+    if format == "peft":
+        _check_one_component(adapter)
+    spelling, family = _find_spelling(adapter, format)
+    authors = family if spelling and spelling.names == "authors" else None
+    fused = vectors.fuse_vectors(adapter.vectors, authors)
+    with_vectors = dict.fromkeys(map(vectors.find_vector_module, fused))
+    spell = _spell_by(adapter, format, [*adapter.updates, *with_vectors], spelling, family)
+    groups = [
         Group(
             path,
             {name: adapter.updates[name] for name in modules},
             authors.find_weight_holding(modules[0]) if authors else None,
         )
-        for path, modules in members.items()
+        for path, modules in group_by(adapter.updates, spell).items()
     ]
+    return FileLayout(groups, {name: spell(name) for name in with_vectors}, authors)
 
 
-def find_authors(adapter: Adapter, format: str) -> Family | None:
-    """Returns the family whose fused weights a file has, None without any."""
-    spelling = find_spelling(adapter, format)
-    return spelling.authors if spelling else None
+def has_lora_bias(adapter: Adapter, vector: str) -> bool:
+    """Returns whether the vector can be the bias of its module's second factor."""
+    return vector.endswith(".bias") and vectors.find_vector_module(vector) in adapter.updates
 
 
-def find_spelling(adapter: Adapter, format: str) -> FileSpelling | None:
-    """Returns how a file spells an adapter's transformer; None without one.
+def _spell_by(
+    adapter: Adapter,
+    format: str,
+    modules: list[str],
+    spelling: Spelling | None,
+    family: Family | None,
+) -> Callable[[str], str]:
+    """Returns what spells a module in a format; `spelling` and `family` are a transformer's."""
+    guess = _guess_family(adapter)
+    kohya = _kohya_spelling(adapter, guess)
+    # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
+    sdxl = kohya == "sgm" or _has_several_text_encoders(adapter)
+    clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
+    clip = "qwen3_06b" if guess == "cosmos" else clip
+    two_layers = guess not in ONE_LAYER_UNETS
 
-    The spelling that the adapter came in is kept if a program reads it for this family.
+    def spell(name: str) -> str:
+        path: str | None
+        if spelling is not None and find_component(name) not in TEXT_ENCODERS:
+            path = module_names.spell_module(name, spelling, family)
+        elif format == "kohya":
+            path = module_names.to_kohya(name, spelling=kohya, siblings=modules, sdxl=sdxl)
+        elif format == "comfy":
+            path = module_names.to_comfy(name, siblings=modules, clip=clip) if two_layers else None
+        elif format == "diffusers":
+            path = f"{find_component(name)}.{local_name(name)}"
+        else:
+            path = f"base_model.model.{local_name(name)}"
+        if path is None:
+            raise UnsupportedFormat(
+                f"{name} has no name in the {format} format; write it with `format='diffusers'`"
+            )
+        return path
 
-    Args:
-        adapter: what to write.
-        format: "kohya", "diffusers", "peft" or "comfy".
+    return spell
+
+
+def _find_spelling(adapter: Adapter, format: str) -> tuple[Spelling | None, Family | None]:
+    """Returns how a file spells an adapter's transformer, and by whose names; None without one.
+
+    The spelling that the adapter came in is kept if a program reads it for this family. Diffusers'
+    and PEFT's formats have the names of the model itself and need no table. In the other two, names
+    of an unknown family are ComfyUI's, which only a file that came in one of them has.
 
     Raises:
         UnsupportedFormat: no program reads this format for the family, or the family is not told
             and the names of the format depend on it.
     """
-    names = _transformer_names(adapter)
+    names, style = _transformer_names(adapter), adapter.style
     if not names:
-        return None
+        return None, None
     families = _possible_families(adapter, names)
-    if not families:
-        return FileSpelling(_spell_described(adapter, format), None)
-    style = adapter.style
     if style is not None and format == adapter.format:
         readers = [family for family in families if loaders.is_read(family, style)]
-        if readers:
-            return FileSpelling(style, readers[0])
-    return _spell_family(families, names, format)
-
-
-def _spell_family(families: tuple[Family, ...], names: list[str], format: str) -> FileSpelling:
-    """Returns a format's spelling if all possible families agree on it."""
-    spelled = [FileSpelling(f.spellings[format], f) for f in families if format in f.spellings]
+        if readers or not families:
+            return style, next(iter(readers), None)
+    if not families:
+        known = format in ("diffusers", "peft") or adapter.format in ("kohya", "comfy")
+        if style is None or known:
+            return SPELLINGS[format], None
+        raise UnsupportedFormat(
+            f"the model is of no family that prolora knows, nor are its names in the {format} "
+            "format; write it with `format='auto'`, in the spelling it came in"
+        )
+    spelled = [(one.spellings[format], one) for one in families if format in one.spellings]
     if not spelled:
         formats = " or ".join(f"`format='{known}'`" for known in families[0].spellings)
         raise UnsupportedFormat(
             f"no program reads a LoRA for {families[0].title} in the {format} format; write it "
             f"with {formats}"
         )
-    paths = {
-        tuple(module_names.spell_module(name, one.spelling, one.family) for name in names)
-        for one in spelled
-    }
+    paths = {tuple(module_names.spell_module(name, *one) for name in names) for one in spelled}
     if len(paths) > 1:
         titles = " or ".join(family.title for family in families)
         raise UnsupportedFormat(
@@ -133,25 +180,6 @@ def _spell_family(families: tuple[Family, ...], names: list[str], format: str) -
             "write it with `format='diffusers'`"
         )
     return spelled[0]
-
-
-def _spell_described(adapter: Adapter, format: str) -> Spelling:
-    """Returns the spelling of an unknown family: the one of the adapter's file.
-
-    Diffusers' and PEFT's formats have the names of the model itself and need no table. In the other
-    two, names are ComfyUI's, which only a file that came in one of them has.
-    """
-    style = adapter.style
-    if style is not None and format == adapter.format:
-        return style
-    if format in ("diffusers", "peft"):
-        return SPELLINGS[format]
-    if style is not None and adapter.format not in ("kohya", "comfy"):
-        raise UnsupportedFormat(
-            f"the model is of no family that prolora knows, nor are its names in the {format} "
-            "format; write it with `format='auto'`, in the spelling it came in"
-        )
-    return SPELLINGS[format]
 
 
 def _transformer_names(adapter: Adapter) -> list[str]:
@@ -181,7 +209,7 @@ def _possible_families(adapter: Adapter, names: list[str]) -> tuple[Family, ...]
     return (claimed,) if claimed in families else families
 
 
-def find_families(adapter: Adapter) -> tuple[str, ...]:
+def _find_families(adapter: Adapter) -> tuple[str, ...]:
     """Returns the ids of the families that an adapter can belong to."""
     names = _transformer_names(adapter)
     if names:
@@ -195,31 +223,40 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
 
     A named program gets what the adapter came in where it reads all of that, else what it reads
     best, which may be a spelling that none of our formats has by itself. "auto" is what the adapter
-    came in; if no program reads that for this family, it is what most programs read.
+    came in; if no program reads that for this family, it is what most programs read. "kohya" means
+    kohya's own names: a FLUX LoRA of OneTrainer, whose kohya format has diffusers' names, keeps
+    those for "auto" only, since kohya's scripts do not know them.
 
     Raises:
-        UnsupportedFormat: the program reads no format of ours for this family.
+        UnsupportedFormat: no such format or program, or one that reads no format of ours for this
+            family.
     """
-    if format in SPELLINGS:
-        return respell_adapter(adapter, format), format
     modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
-    if format in loaders.known_loaders():
-        families = find_families(adapter)
+    style: Spelling | None = None
+    if format in loaders.known_loaders() and format not in SPELLINGS:
+        families = _find_families(adapter)
         readers = programs.find_readers(families, adapter.format, adapter.style, modules)
         if loaders.known_loaders()[format].title in readers.whole:
             return adapter, adapter.format
-        chosen, style = programs.choose_format(families, format, modules)
-    elif format == "auto" and (best := _replace_unread(adapter, modules)):
-        chosen, style = best
-    else:
-        return adapter, format
-    adapter = replace(adapter, format=chosen, style=style) if style else adapter
-    return adapter if style else respell_adapter(adapter, chosen), chosen
+        format, style = programs.choose_format(families, format, modules)
+    elif format == "auto":
+        best = _replace_unread(adapter, modules)
+        if best is None:
+            return adapter, adapter.format
+        format, style = best
+    elif format not in SPELLINGS:
+        raise UnsupportedFormat(f"unknown format {format!r}; use auto, {', '.join(SPELLINGS)}")
+    if style:
+        return replace(adapter, format=format, style=style), format
+    names = _transformer_names(adapter)
+    if adapter.style is not None and names and _possible_families(adapter, names):
+        adapter = replace(adapter, style=None)
+    return adapter, format
 
 
 def _replace_unread(adapter: Adapter, modules: set[str]) -> tuple[str, Spelling | None] | None:
     """Returns what most programs read if none reads the adapter's format, else None."""
-    families = [known_families()[id_] for id_ in find_families(adapter)]
+    families = [known_families()[id_] for id_ in _find_families(adapter)]
     if not families or adapter.format == "peft":  # a folder, where the others are files
         return None
     ranked = programs.rank_formats(families, modules)
@@ -230,66 +267,9 @@ def _replace_unread(adapter: Adapter, modules: set[str]) -> tuple[str, Spelling 
     return ranked[0] if ranked else None
 
 
-def respell_adapter(adapter: Adapter, format: str) -> Adapter:
-    """Returns the adapter in the spelling of a format that was asked for.
-
-    "kohya" means kohya's own names: a FLUX LoRA of OneTrainer, whose kohya format has diffusers'
-    names, keeps those for "auto" only. kohya's scripts do not know them. `format` is as asked for:
-    "auto" or a format.
-    """
-    names = _transformer_names(adapter)
-    if format not in SPELLINGS or not names or adapter.style is None:
-        return adapter
-    return replace(adapter, style=None) if _possible_families(adapter, names) else adapter
-
-
-def file_paths(adapter: Adapter, format: str) -> dict[str, str]:
-    """Returns canonical name -> module path; parts of a fused weight share one.
-
-    Raises:
-        UnsupportedFormat: the format has no name for a module.
-    """
-    paths = find_paths(adapter, format, list(adapter.updates))
-    if format == "peft":
-        _check_one_component(list(adapter.updates))
-    return paths
-
-
-def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
-    """Returns the paths of an adapter's modules, also of modules with vectors only."""
-    spelling = _kohya_spelling(adapter)
-    # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
-    sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
-    family = _guess_family(adapter)
-    clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
-    clip = "qwen3_06b" if family == "cosmos" else clip
-    two_layers = family not in ONE_LAYER_UNETS
-    transformer = find_spelling(adapter, format)
-    paths: dict[str, str] = {}
-    path: str | None
-    siblings = [*adapter.updates, *modules]
-    for name in modules:
-        if transformer is not None and find_component(name) not in TEXT_ENCODERS:
-            path = module_names.spell_module(name, transformer.spelling, transformer.family)
-        elif format == "kohya":
-            path = module_names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
-        elif format == "comfy":
-            path = module_names.to_comfy(name, siblings=siblings, clip=clip) if two_layers else None
-        elif format == "diffusers":
-            path = module_names.to_diffusers(name)
-        else:
-            path = "base_model.model." + local_name(name)
-        if path is None:
-            raise UnsupportedFormat(
-                f"{name} has no name in the {format} format; write it with `format='diffusers'`"
-            )
-        paths[name] = path
-    return paths
-
-
-def _check_one_component(modules: list[str]) -> None:
+def _check_one_component(adapter: Adapter) -> None:
     """Refuses several components: a PEFT folder belongs to one model, and does not say to which."""
-    places = {find_component(name) for name in modules}
+    places = {find_component(name) for name in adapter.updates}
     if "transformer" in places:
         places.discard("unet")  # see `_transformer_names`
     if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
@@ -299,7 +279,7 @@ def _check_one_component(modules: list[str]) -> None:
         )
 
 
-def _kohya_spelling(adapter: Adapter) -> str:
+def _kohya_spelling(adapter: Adapter, family: str | None) -> str:
     """Returns the spelling of a UNet's modules: the adapter's, with two exceptions.
 
     UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains them under these,
@@ -310,7 +290,7 @@ def _kohya_spelling(adapter: Adapter) -> str:
     modules = [*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)]
     if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
         return "diffusers"
-    return "sgm" if _guess_family(adapter) in SDXL_FAMILY else adapter.spelling
+    return "sgm" if family in SDXL_FAMILY else adapter.spelling
 
 
 def _guess_family(adapter: Adapter) -> str | None:

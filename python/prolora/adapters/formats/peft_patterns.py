@@ -15,6 +15,7 @@ from ...errors import UnsupportedFormat
 # A character that means itself; any letter, a class, or one that is escaped; and what may repeat.
 _PLAIN = r"[^\\^$*+?{}\[\]|().]"
 _ATOM = re.compile(rf"(\[\^?(?:\w-\w|[\w.])+\]|\\[dw]|\\[^\w]|\.|{_PLAIN})([*+]?)")
+_TAIL = re.compile(r"(?:(?<!\\)\w)*\Z")
 _CHOICE = re.compile(rf"(?<!\\)\((?:\?:)?((?:{_PLAIN}|[.|]|\\[^\w])*)\)(?![*+?{{])")
 
 # More than any model's modules, any name's characters, and anything that people write by hand.
@@ -34,11 +35,8 @@ class PatternTable:
         """
         if len(table) > _MOST_PATTERNS:
             raise UnsupportedFormat(f"{what} has {len(table)} patterns, more than any real one")
-        self._values = list(table.values())
-        # Tail -> (place, pattern): with a pattern for every module, most end otherwise.
-        self._patterns: dict[str, list[tuple[int, _NamePattern]]] = {}
-        wildcards = 0
-        for place, text in enumerate(table):
+        self._numbers: list[tuple[_NamePattern, float]] = []
+        for text, number in table.items():
             try:
                 patterns = [_NamePattern(variant) for variant in _list_variants(text)]
             except (ValueError, re.error) as error:
@@ -46,28 +44,20 @@ class PatternTable:
                     f"{what} has {text!r:.100}, and no foreign regular expression is run: words, "
                     "dots, .*, \\d, [0-9] and (a|b) are read. Name the modules instead"
                 ) from error
-            wildcards += sum(not pattern.is_fixed for pattern in patterns)
-            if wildcards > _MOST_WILDCARDS:
-                raise UnsupportedFormat(
-                    f"{what} has more than {_MOST_WILDCARDS} patterns with wildcards; name the "
-                    "modules instead"
-                )
-            for pattern in patterns:
-                self._patterns.setdefault(pattern.tail, []).append((place, pattern))
+            self._numbers += [(pattern, number) for pattern in patterns]
+        if sum(pattern.repeated > 0 for pattern, _ in self._numbers) > _MOST_WILDCARDS:
+            raise UnsupportedFormat(
+                f"{what} has more than {_MOST_WILDCARDS} patterns with wildcards; name the modules "
+                "instead"
+            )
 
     def get(self, name: str, default: float) -> float:
         """Returns the number for module `name`."""
-        places = [
-            next((place for place, pattern in patterns if pattern.fits(name)), len(self._values))
-            for tail, patterns in self._patterns.items()
-            if name.endswith(tail)
-        ]
-        place = min(places, default=len(self._values))
-        return default if place == len(self._values) else self._values[place]
+        return next((number for pattern, number in self._numbers if pattern.fits(name)), default)
 
     def __iter__(self) -> Iterator[float]:
         """Yields all numbers of the table."""
-        return iter(self._values)
+        return (number for _, number in self._numbers)
 
 
 def _list_variants(text: str) -> list[str]:
@@ -90,8 +80,8 @@ def _list_variants(text: str) -> list[str]:
 class _NamePattern:
     """One pattern without choices, against dotted ends of a name.
 
-    Where no atom repeats, the atoms are compared one by one. Otherwise bit i of a state says that
-    the first i atoms fit what was read; an atom that repeats is passed without a character.
+    Bit i of a state says that the first i atoms fit what was read; an atom that repeats is passed
+    without a character.
     """
 
     def __init__(self, text: str) -> None:
@@ -100,56 +90,35 @@ class _NamePattern:
         atoms = _ATOM.findall(body)
         if sum(len(atom) + len(repeat) for atom, repeat in atoms) != len(body):
             raise ValueError(f"{text!r:.100} is not understood")
-        self._begins = "start" if text.startswith("^") else "dot"
-        if atoms[:1] == [(".", "*")]:
-            self._begins = "anywhere"
-            del atoms[0]
+        self._anchored = text.startswith("^")
         self._atoms: list[str] = []
-        self._repeated = 0
+        self.repeated = 0  # atoms that may be passed or stay, as bits
         for atom, repeat in atoms:
             self._atoms += [atom] * (2 if repeat == "+" else 1)
-            self._repeated |= bool(repeat) << len(self._atoms) - 1
-        self.is_fixed = not self._repeated
-        self.tail = self._find_tail()
-        self._whole = re.compile("".join(self._atoms))
+            self.repeated |= bool(repeat) << len(self._atoms) - 1
+        self._fixed = re.compile("".join(self._atoms))
+        tail = _TAIL.search(body)
+        self._tail = tail[0] if tail else ""  # of all names that fit; most end otherwise
         self._masks: dict[str, int] = {}
 
-    def _find_tail(self) -> str:
-        """Returns the common end of all names that fit."""
-        tail = ""
-        for i, atom in reversed(list(enumerate(self._atoms))):
-            if self._repeated >> i & 1 or not _is_letter(atom):
-                break
-            tail = atom[-1] + tail
-        return tail
-
     def fits(self, name: str) -> bool:
-        """Returns whether PEFT would apply this pattern to a module with its tail."""
-        if self.is_fixed:
+        """Returns whether PEFT would apply this pattern to a module."""
+        if not name.endswith(self._tail):
+            return False
+        if not self.repeated:
             first = len(name) - len(self._atoms)
-            begins = first >= 0 and self._may_begin(name, first)
-            return begins and self._whole.fullmatch(name, first) is not None
+            begins = first == 0 or (first > 0 and not self._anchored and name[first - 1] == ".")
+            return begins and self._fixed.fullmatch(name, first) is not None
         state = 0
-        for at, letter in enumerate(name):
-            if self._may_begin(name, at):
-                state = self._pass(state | 1)
-            there = state & self._mask(letter)
-            repeated = there & self._repeated
-            state = self._pass((there ^ repeated) << 1 | repeated)
-        if self._may_begin(name, len(name)):
-            state = self._pass(state | 1)
+        for at in range(len(name) + 1):
+            if at == 0 or (not self._anchored and name[at - 1] == "."):
+                state |= 1
+            while (more := state | (state & self.repeated) << 1) != state:
+                state = more
+            if at < len(name):
+                there = state & self._mask(name[at])
+                state = (there & ~self.repeated) << 1 | (there & self.repeated)
         return bool(state >> len(self._atoms))
-
-    def _may_begin(self, name: str, at: int) -> bool:
-        if self._begins == "dot":
-            return at == 0 or name[at - 1] == "."
-        return at == 0 or self._begins == "anywhere"
-
-    def _pass(self, state: int) -> int:
-        """Returns the state with repeating atoms passed."""
-        while (more := state | (state & self._repeated) << 1) != state:
-            state = more
-        return state
 
     def _mask(self, letter: str) -> int:
         """Returns the atoms that a character fits."""
@@ -158,8 +127,3 @@ class _NamePattern:
                 (re.fullmatch(atom, letter) is not None) << i for i, atom in enumerate(self._atoms)
             )
         return self._masks[letter]
-
-
-def _is_letter(atom: str) -> bool:
-    """Returns whether an atom is one character that means itself."""
-    return atom != "." and (len(atom) == 1 or (atom[0] == "\\" and not atom[1].isalnum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from ..contents import parse_contents, read_scale
 from ..lora import Lora, StrPath
 from ..naming import BaseNames
 from ..vectors import find_vector_module
-from .encoding import vector_paths
-from .groups import group_modules
+from .groups import lay_out
 
 _CONFIGURED = ("peft", "diffusers")  # formats that have a place for a scale beside the tensors
 
@@ -61,9 +60,17 @@ def find_stored(adapter: Adapter, format: str) -> KeptTensors | None:
         for one in adapter.stored
         for name, part in one.parts.items()
     }
+    layout = lay_out(adapter, format)
+    pieces: list[tuple[str | None, Mapping[str, LowRank | Tensor], AuthorsWeight | None]] = [
+        *((group.path, group.parts, group.matrix) for group in layout.groups),
+        *(
+            (layout.vector_paths.get(find_vector_module(name)), {name: vector}, None)
+            for name, vector in adapter.vectors.items()
+        ),
+    ]
     keys: dict[str, tuple[StoredUpdate, str]] = {}
     owners: dict[str, StoredUpdate] = {}
-    for path, parts, matrix in _list_pieces(adapter, format):
+    for path, parts, matrix in pieces:
         found = {name: behind.get(id(_first_tensor(part))) for name, part in parts.items()}
         one, _ = next(iter(found.values())) or (None, "")
         old = {name: hit[1] for name, hit in found.items() if hit and hit[0] is one}
@@ -78,17 +85,6 @@ def find_stored(adapter: Adapter, format: str) -> KeptTensors | None:
 
 def _first_tensor(part: LowRank | Tensor) -> Tensor:
     return part.up if isinstance(part, LowRank) else part
-
-
-def _list_pieces(
-    adapter: Adapter, format: str
-) -> Iterator[tuple[str | None, Mapping[str, LowRank | Tensor], AuthorsWeight | None]]:
-    """Yields path, parts and fused weight of all that has its own keys."""
-    for group in group_modules(adapter, format):
-        yield group.path, group.parts, group.matrix
-    paths = vector_paths(adapter, format)
-    for name, vector in adapter.vectors.items():
-        yield paths.get(find_vector_module(name)), {name: vector}, None
 
 
 def _lie_alike(

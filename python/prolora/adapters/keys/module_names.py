@@ -40,22 +40,17 @@ _CONDITIONER, _ADAPTER = "text_conditioner.", f"transformer.{ADAPTER}"
 _IDENTIFIER = re.compile(r"[A-Za-z][\w.\-]*")
 _IN_A_LIST_UNDERSCORED = re.compile(r"[A-Za-z]\w*?_\d+_[A-Za-z]\w*")
 _KOHYA_TEXT = re.compile(r"lora_te(\d?)([_.])(.+)")
-# OneTrainer's own spelling of text encoders.
-_ONETRAINER_TEXT = {
-    "clip_l": "text_encoder",
+_KOHYA_ROOTS = ("text_model", "text_projection", "layers")
+_ENCODERS = {
+    **dict.fromkeys(("clip_l", "clip_h", "qwen3_06b"), "text_encoder"),
     "clip_g": "text_encoder_2",
-    "t5": "text_encoder_3",
+    **dict.fromkeys(("t5xxl", "t5"), "text_encoder_3"),
 }
-_COMFY_TEXT = {
-    "clip_l": "text_encoder",
-    "clip_h": "text_encoder",
-    "clip_g": "text_encoder_2",
-    "t5xxl": "text_encoder_3",
-    "qwen3_06b": "text_encoder",
-}
-_COMFY_TEXT_PATH = re.compile(
+_ONETRAINER_TEXT = re.compile(r"(clip_[lg]|t5)\.(.+)")
+_COMFY_TEXT = re.compile(
     r"text_encoders\.(clip_[lgh]|t5xxl|qwen3_06b)\.transformer\.(?:model\.(?=layers\.))?(.+)"
 )
+_PEFT = "base_model.model."
 # Of a language model, as Anima's Qwen3.
 _LANGUAGE_MODEL = "layers."
 _T5 = re.compile(
@@ -98,9 +93,8 @@ class _Path(NamedTuple):
     prefix: str  # as it stands in the file
     rest: str  # the module's name behind it
     format: str  # as in `ModulePath`
-    # The key under which diffusers files keep the scale of this component
-    component: str = "transformer."
-    dotted: bool = True  # the name has dots
+    component: str  # the key under which diffusers files keep the scale of this component
+    dotted: bool  # the name has dots
 
 
 def parse_module_path(path: str, family: Family | None = None) -> ModulePath | None:
@@ -136,21 +130,31 @@ def find_transformer_name(path: str) -> tuple[str, bool] | None:
     return cut.rest, cut.dotted
 
 
-_KOHYA_STARTS = ("lora_unet", "lora_transformer", "lycoris")
-# As some tools write it; musubi-tuner's of HiDream-O1, and of ACE-Step.
-_LONGER_STARTS = ("lora_unet_unet_", "lora_unet__", "lora_unet_model_", "lora_unet_decoder_")
-# The longest first.
-_DOTTED_STARTS = (
-    ("model.diffusion_model.", "comfy"),
-    ("diffusion_model.model.", "comfy"),  # ai-toolkit's first HiDream-O1
-    ("diffusion_model.decoder.", "comfy"),  # ACE-Step's
-    ("diffusion_model.", "comfy"),
-    ("base_model.model.diffusion_model.", "comfy"),
-    ("base_model.model.transformer.", "diffusers"),
-    ("transformer.", "diffusers"),
-    ("base_model.model.", "peft"),
-    ("net.", "diffusers"),
-    ("pipe.dit.", "diffusers"),  # DiffSynth-Studio, whose trainer names modules by its pipeline
+# Prefix, format of the file, and the key under which diffusers files keep the scale of the
+# component. The first that fits counts.
+_PREFIXES = (
+    ("lora_unet_unet_", "kohya", "transformer."),
+    ("lora_unet__", "kohya", "transformer."),
+    ("lora_unet_model_", "kohya", "transformer."),  # musubi-tuner's, of HiDream-O1
+    ("lora_unet_decoder_", "kohya", "transformer."),  # ACE-Step's
+    ("lora_unet_", "kohya", "transformer."),
+    ("lora_unet.", "kohya", "transformer."),
+    ("lora_transformer_", "kohya", "transformer."),
+    ("lora_transformer.", "kohya", "transformer."),
+    ("lycoris_", "kohya", "transformer."),
+    ("lycoris.", "kohya", "transformer."),
+    ("model.diffusion_model.", "comfy", "transformer."),
+    ("diffusion_model.model.", "comfy", "transformer."),  # ai-toolkit's first HiDream-O1
+    ("diffusion_model.decoder.", "comfy", "transformer."),  # ACE-Step's
+    ("diffusion_model.", "comfy", "transformer."),
+    ("base_model.model.diffusion_model.", "comfy", "transformer."),
+    ("base_model.model.transformer.", "diffusers", "transformer."),
+    ("transformer.", "diffusers", "transformer."),
+    ("base_model.model.", "peft", "base_model.model."),
+    ("net.", "diffusers", "transformer."),
+    ("pipe.dit.", "diffusers", "transformer."),  # DiffSynth-Studio names modules by its pipeline
+    ("unet.", "diffusers", "unet."),
+    ("", "diffusers", ""),
 )
 
 
@@ -158,21 +162,8 @@ def _cut_prefix(path: str) -> _Path | None:
     """Cuts the prefix off a UNet's or transformer's path; None for text encoders."""
     if path.startswith(("lora_te", "text_encoders.")):
         return None
-    for start in _KOHYA_STARTS:
-        if path.startswith(f"{start}_"):
-            prefix = f"{start}_"
-            for longer in _LONGER_STARTS:
-                prefix = longer if path.startswith(longer) else prefix
-            return _Path(prefix, path[len(prefix) :], "kohya", dotted=False)
-        if path.startswith(f"{start}."):
-            return _Path(f"{start}.", path[len(start) + 1 :], "kohya")
-    for prefix, format in _DOTTED_STARTS:
-        if path.startswith(prefix):
-            component = prefix if format == "peft" else "transformer."
-            return _Path(prefix, path[len(prefix) :], format, component)
-    if path.startswith("unet."):
-        return _Path("unet.", path[len("unet.") :], "diffusers", "unet.")
-    return _Path("", path, "diffusers", "")
+    prefix, format, component = next(one for one in _PREFIXES if path.startswith(one[0]))
+    return _Path(prefix, path[len(prefix) :], format, component, not prefix.endswith("_"))
 
 
 def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
@@ -252,54 +243,38 @@ def _find_in_adm(cut: _Path) -> ModulePath | None:
 
 def _parse_text(path: str) -> ModulePath | None:
     """Reads the path of a text encoder's module, in any spelling."""
+    format, prefix = "diffusers", None
     if match := _KOHYA_TEXT.fullmatch(path):
-        words = restore_dots(match[3]) if match[2] == "_" else match[3]
-        return _from_kohya_text(match[1], words) if words else None
-    if match := _COMFY_TEXT_PATH.fullmatch(path):
-        if (match[1] == "t5xxl") != bool(_T5.fullmatch(match[2])):
+        format, number = "kohya", match[1]
+        local = (restore_dots(match[3]) if match[2] == "_" else match[3]) or ""
+        # OneTrainer counts FLUX's T5 as the second, kohya as the third.
+        numbers = {"2": 1, "3": 2} if _T5.fullmatch(local) else {"": 0, "1": 0, "2": 1}
+        known = _T5.fullmatch(local) or local.split(".")[0] in _KOHYA_ROOTS
+        encoder = TEXT_ENCODERS[numbers[number]] if known and number in numbers else None
+    elif match := _COMFY_TEXT.fullmatch(path) or _ONETRAINER_TEXT.fullmatch(path):
+        # OneTrainer's is not "diffusers": its T5 is the third here; where it is the second,
+        # `contents` corrects it.
+        format, local = "comfy" if match.re is _COMFY_TEXT else "kohya", match[2]
+        is_t5 = match[1] in ("t5", "t5xxl")
+        encoder = _ENCODERS[match[1]] if is_t5 == bool(_T5.fullmatch(local)) else None
+        if format == "kohya" and not is_t5 and not local.startswith("text_"):
+            encoder = None
+    else:
+        if path.startswith(_PEFT):
+            format, path, prefix = "peft", path.removeprefix(_PEFT), _PEFT
+        path = _PROCESSOR.sub("", path)
+        encoder, _, local = path.partition(".")
+        if encoder == "text_model" or path.startswith("encoder.layers."):
+            encoder, local, prefix = TEXT_ENCODERS[0], path, prefix or ""
+        elif encoder in TEXT_ENCODERS:
+            prefix = None
+        else:
             return None
-        encoder = _COMFY_TEXT[match[1]]
-        return ModulePath(f"{encoder}.{match[2]}", "comfy", f"{encoder}.", match[2])
-    return _from_dotted_text(path)
-
-
-def _from_kohya_text(number: str, words: str) -> ModulePath | None:
-    """Finds a text encoder's module by kohya's or OneTrainer's number.
-
-    OneTrainer counts FLUX's T5 as the second, kohya as the third.
-    """
-    is_t5 = _T5.fullmatch(words) is not None
-    if not is_t5 and words.split(".")[0] not in ("text_model", "text_projection", "layers"):
+        local = _clip_local(local)
+    if not encoder or not local:
         return None
-    numbers = {"2": 2, "3": 3} if is_t5 else {"": 1, "1": 1, "2": 2}
-    if number not in numbers:
-        return None
-    encoder = TEXT_ENCODERS[numbers[number] - 1]
-    return ModulePath(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
-
-
-def _from_dotted_text(path: str) -> ModulePath | None:
-    """Finds a text encoder's module behind diffusers', OneTrainer's or PEFT's prefix."""
-    format, outer = "diffusers", ""
-    if path.startswith("base_model.model."):
-        format, outer = "peft", "base_model.model."
-        path = path.removeprefix(outer)
-    path = _PROCESSOR.sub("", path)
-    root, _, rest = path.partition(".")
-    if root in _ONETRAINER_TEXT:
-        is_t5 = _T5.fullmatch(rest) is not None
-        if is_t5 != (root == "t5") or not (is_t5 or rest.startswith("text_")):
-            return None
-        encoder = _ONETRAINER_TEXT[root]
-        # Not "diffusers": its T5 is the third here; where it is the second, `contents` corrects it.
-        return ModulePath(f"{encoder}.{rest}", "kohya", f"{encoder}.", rest)
-    if root in TEXT_ENCODERS and rest:
-        local = _clip_local(rest)
-        return ModulePath(f"{root}.{local}", format, f"{root}.", local)
-    if root == "text_model" or path.startswith("encoder.layers."):
-        local = _clip_local(path)
-        return ModulePath(f"text_encoder.{local}", format, outer, local)
-    return None
+    prefix = f"{encoder}." if prefix is None else prefix
+    return ModulePath(f"{encoder}.{local}", format, prefix, local)
 
 
 def _unet_local(name: str) -> str:
@@ -348,11 +323,6 @@ def to_kohya(
         numbered = sdxl and not local.startswith(_LANGUAGE_MODEL)
         return ("lora_te1_" if numbered else "lora_te_") + local.replace(".", "_")
     return "lora_te2_" + local.replace(".", "_") if where == "text_encoder_2" else None
-
-
-def to_diffusers(name: str) -> str:
-    """Returns the diffusers path of a module: `unet.…`, `transformer.…`, `text_encoder.…`."""
-    return f"{find_component(name)}.{local_name(name)}"
 
 
 def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -> str | None:

@@ -41,7 +41,7 @@ from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
-VERSION = 5
+VERSION = 6
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before (ns) gives no name.
 SETTLING_TIME = 2_000_000_000

@@ -2,7 +2,7 @@
 
 from .crossing import CrossingSide, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
-from .latents import LatentSpace, SharedLatents, check_shown
+from .latents import LatentSpace, check_shown
 from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline, describe_pipeline, run_text_encoders_beside
 from .pipeline_opening import open_pipeline
@@ -16,7 +16,6 @@ __all__ = [
     "LatentSpace",
     "Pipeline",
     "PipelinePair",
-    "SharedLatents",
     "check_shown",
     "describe_pipeline",
     "estimate_bytes",

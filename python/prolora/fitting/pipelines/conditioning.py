@@ -208,8 +208,8 @@ class PromptTable:
     def has_prompt(self, parts: CallParts, i: int) -> bool:
         """Returns whether sample i of a call has a prompt.
 
-        Some prompts are close to none: neighbouring class numbers, and texts whose first token
-        outweighs all others. So what counts is the nearest entry, and none where two are as near.
+        Some prompts are close to none: texts whose first token outweighs all others. So what counts
+        is the nearest entry, and none where two are as near.
         """
         conditioning = sample_conditioning(parts, i)
         free = conditioning_distance(conditioning, self.entries[-1])

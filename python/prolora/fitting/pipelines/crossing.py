@@ -2,7 +2,7 @@
 
 They are asked at the same noise level. Most of them have different latents. A flow and a model of
 another path with one VAE are asked in the same way, with the same noise and nothing to decode
-(`SharedLatents`).
+(`LatentSpace.shared`).
 
 A latent of one VAE is noise to a model of another, so a recorded call means nothing to the other
 model. The images do: the final latents of every sampling are decoded by their VAE and encoded by
@@ -26,7 +26,7 @@ from ..recording.translation import Question, Read, Translate, Translation, same
 from ..settings import FitSettings
 from .conditioning import PromptTable, make_reader, split_call
 from .guidance import guide_source
-from .latents import LatentLayout, LatentSpace, SharedLatents, check_shapes, check_shown
+from .latents import LatentLayout, LatentSpace, check_shapes, check_shown
 from .pipeline import NO_UPDATES, FinalSample, Pipeline, run_text_encoders_beside, share_size
 from .schedules import NoiseSchedule, align_rows
 
@@ -39,9 +39,8 @@ class CrossingSide:
     settings: FitSettings  # with its size
     schedule: NoiseSchedule  # of its denoiser, a flow's with its times
     table: PromptTable  # its conditioning for each prompt
-    space: LatentSpace | SharedLatents  # its latents
+    space: LatentSpace  # its latents
     pixels: tuple[int, int]  # height and width of its images
-    has_free: bool = True  # the last entry of its table is the unconditional one
 
     @classmethod
     def of(cls, pipeline: Pipeline, settings: FitSettings, shared: bool = False) -> CrossingSide:
@@ -52,16 +51,14 @@ class CrossingSide:
         """
         settings = replace(settings, size=settings.size or pipeline.size)
         table = pipeline.tabulate_prompts(settings)
-        space: LatentSpace | SharedLatents
         if shared:
-            space = SharedLatents(LatentLayout.of(pipeline.pipe, table.like.latent))
+            layout = LatentLayout.of(pipeline.pipe, table.like.latent)
+            space = LatentSpace(None, layout, shared=True)
         else:
             space = pipeline.observe_latents(settings, table.like.latent)
         height, width = space.decode(table.like.latent[:1]).shape[-2:]
         schedule = pipeline.observe_schedule(settings)
-        # Without guidance the table of a model of classes ends with a class.
-        has_free = "class_labels" not in pipeline.accepted or len(table.like.latent) > 1
-        return cls(pipeline, settings, schedule, table, space, (height, width), has_free)
+        return cls(pipeline, settings, schedule, table, space, (height, width))
 
     @cached_property
     def read(self) -> Read:
@@ -143,7 +140,7 @@ class CrossedTranslation(Translation):
     @property
     def same_noise(self) -> bool:
         """See `Translation.same_noise`."""
-        return isinstance(self.ours.space, SharedLatents)
+        return self.ours.space.shared
 
 
 def cross_clean(ours: CrossingSide, theirs: CrossingSide, latent: Tensor) -> Tensor:
@@ -168,7 +165,7 @@ def observe_sides(
         check_shown(target.pipe, target.name)
     ours = CrossingSide.of(source, settings, shared)
     theirs = CrossingSide.of(target, target.derive_target_settings(settings), shared)
-    if isinstance(ours.space, SharedLatents) and isinstance(theirs.space, SharedLatents):
+    if shared:
         latents = ours.table.like.latent, theirs.table.like.latent
         layouts = ours.space.layout, theirs.space.layout
         check_shapes(latents, layouts, (source.name, target.name))
@@ -187,7 +184,7 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor]:
     """Draws noise for each side's latent of an image: equal for shared latents."""
     spaces = tuple(side.space for side in sides)
-    if all(isinstance(space, SharedLatents) for space in spaces):
+    if spaces[0].shared:
         shape = spaces[0].as_image(pair[0]).shape
         noise = torch.randn(shape, generator=generator).to(pair[0])
         return spaces[0].as_latent(noise), spaces[1].as_latent(noise).to(pair[1])

@@ -20,7 +20,6 @@ from ..recording.translation import PAIR, Question
 from ..updates import run_beside
 from .conditioning import stack_conditionings
 from .crossing import CrossedTranslation, CrossingSide, cross_clean, draw_noise, takes_few_steps
-from .latents import SharedLatents
 from .pipeline import run_text_encoders_beside
 from .schedules import level_log_snr
 
@@ -166,8 +165,7 @@ class CrossingRecorder:
         levels, gaps = levels.repeat_interleave(times), gaps.repeat_interleave(times)
         shares = torch.rand(2, len(levels), generator=generator).double()
         at = (levels - gaps * shares[0]).clamp(*self._levels)
-        asks_free = self.ours.has_free and self.theirs.has_free
-        share = FREE_SHARE if asks_free and self.translation.guidance is None else 0.0
+        share = FREE_SHARE if self.translation.guidance is None else 0.0
         rows = [-1 if free else prompt for free in (shares[1] < share).tolist()]
         for start in range(0, len(levels), self._call_size):
             part = slice(start, start + self._call_size)
@@ -205,8 +203,8 @@ class CrossingRecorder:
 
         Only shared latents allow that.
         """
-        shared = isinstance(self.ours.space, SharedLatents)
-        if not (shared and takes_few_steps(self.ours.settings, self.theirs.settings)):
+        few = takes_few_steps(self.ours.settings, self.theirs.settings)
+        if not (self.ours.space.shared and few):
             return None
         return self.theirs.space.as_latent(self.ours.space.as_image(noise))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..updates import FirstCallReached
 
-IMAGE, FRAME, PACKED, OTHER = "image", "frame", "packed", "other"
+IMAGE, FRAME, PACKED, TOKENS, OTHER = "image", "frame", "packed", "tokens", "other"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LatentLayout:
     """The layout of a denoiser's latents."""
 
     # "image" [n, c, h, w]; "frame" [n, c, 1, h, w]; "packed" [n, h·w/4, 4c], patches of 2 × 2 as
-    # FLUX packs them; "other" in all other cases.
+    # FLUX packs them; "tokens" [n, h·w, c], whatever they hold; "other" in all other cases.
     kind: str
 
     @classmethod
@@ -41,38 +41,30 @@ class LatentLayout:
         return cls(PACKED if latent.dim() == 3 and _packs_patches(pipe) else OTHER)
 
     def unpack(self, latent: Tensor) -> Tensor:
-        """Returns the latent as an image [n, c, h, w]."""
-        if self.kind == FRAME:
+        """Returns the latent as an image [n, c, h, w]; schedulers may hold images already."""
+        if latent.dim() == 5 and latent.shape[2] == 1:
             return latent[:, :, 0]
-        if self.kind != PACKED:
+        if latent.dim() != 3 or self.kind not in (PACKED, TOKENS):
             return latent
         n, tokens, width = latent.shape
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ProLoRAError(
+            raise UnsupportedFormat(
                 f"a latent of {tokens} tokens is not a square; a fit samples squares"
             )
-        return (
-            latent.reshape(n, side, side, width // 4, 2, 2)
-            .permute(0, 3, 1, 4, 2, 5)
-            .reshape(n, width // 4, 2 * side, 2 * side)
-        )
+        image = latent.mT.reshape(n, width, side, side)
+        return image if self.kind == TOKENS else F.pixel_shuffle(image, 2)
 
     def pack(self, image: Tensor) -> Tensor:
         """Returns an image [n, c, h, w] as a latent."""
         if self.kind == FRAME:
             return image[:, :, None]
-        return _pack_patches(image) if self.kind == PACKED else image
+        image = F.pixel_unshuffle(image, 2) if self.kind == PACKED else image
+        return image.flatten(2).mT if self.kind in (PACKED, TOKENS) else image
 
     def translate(self, latent: Tensor, other: LatentLayout) -> Tensor:
         """Moves a latent to another layout, unless both are equal."""
         return latent if other == self else other.pack(self.unpack(latent))
-
-
-def _pack_patches(image: Tensor) -> Tensor:
-    n, c, h, w = image.shape
-    patches = image.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(n, h * w // 4, 4 * c)
 
 
 def _packs_patches(pipe: Any) -> bool:
@@ -80,7 +72,9 @@ def _packs_patches(pipe: Any) -> bool:
     pack = getattr(pipe, "_pack_latents", None)
     image = torch.arange(2 * 3 * 4 * 4).float().reshape(2, 3, 4, 4)
     try:
-        return pack is not None and torch.equal(pack(image, 2, 3, 4, 4), _pack_patches(image))
+        return pack is not None and torch.equal(
+            pack(image, 2, 3, 4, 4), LatentLayout(PACKED).pack(image)
+        )
     except (TypeError, ValueError, RuntimeError):
         return False
 
@@ -109,9 +103,9 @@ _TOLERANCE = 1e-3  # share of the decoded latents' norm; some pipelines round to
 class LatentSpace:
     """A denoiser's latents and the images that they stand for."""
 
-    vae: Any  # decodes and encodes; None where the denoiser sees pixels
-    tokens: bool = False  # the denoiser is given tokens [n, h·w, c]
-    frame: bool = False  # it is given an axis for frames [n, c, 1, h, w]
+    vae: Any  # decodes and encodes; None where latents cross as they are
+    layout: LatentLayout = LatentLayout(IMAGE)  # as the denoiser is given them
+    shared: bool = False  # the other model denoises the same latents
     decoded_frame: bool = False  # the VAE is given one
     fold: int = 1  # the VAE's latents are wider and higher by this factor, folded into channels
     # Of each folded channel; the VAE's latents are scale · latent + shift
@@ -153,54 +147,15 @@ class LatentSpace:
         scale, shift = (part.to(image)[:, None, None] for part in (self.scale, self.shift))
         return scale, shift
 
-    @staticmethod
-    def as_image(latent: Tensor) -> Tensor:
+    def as_image(self, latent: Tensor) -> Tensor:
         """Reshapes latents to [n, c, h, w]; tokens must form a square."""
-        if latent.dim() == 3:
-            n, tokens, channels = latent.shape
-            side = math.isqrt(tokens)
-            if side * side != tokens:
-                raise UnsupportedFormat(
-                    f"a latent of {tokens} tokens is not a square; a fit samples squares"
-                )
-            return latent.mT.reshape(n, channels, side, side)
-        if latent.dim() == 5 and latent.shape[2] == 1:
-            return latent[:, :, 0]
-        if latent.dim() != 4:
+        image = self.layout.unpack(latent)
+        if image.dim() != 4 and not self.shared:
             raise UnsupportedFormat(f"latents of shape {list(latent.shape)} are not single images")
-        return latent
+        return image
 
     def as_latent(self, image: Tensor) -> Tensor:
         """Reshapes an image [n, c, h, w] to the denoiser's layout."""
-        if self.tokens:
-            return image.flatten(2).mT
-        return image[:, :, None] if self.frame else image
-
-
-@dataclass(frozen=True)
-class SharedLatents:
-    """Latents that both models denoise; they cross as they are."""
-
-    layout: LatentLayout  # the denoiser's
-    vae: None = None  # not needed
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Returns the latents as an image [n, c, h, w] in float32."""
-        return self.as_image(latent).float()
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Returns the latents of such an image in the denoiser's layout."""
-        return self.as_latent(image)
-
-    def as_image(self, latent: Tensor) -> Tensor:
-        """Reshapes latents as `LatentSpace.as_image` does.
-
-        Schedulers may hold images where denoisers are given none.
-        """
-        return latent if latent.dim() == 4 else self.layout.unpack(latent)
-
-    def as_latent(self, image: Tensor) -> Tensor:
-        """Reshapes an image as `LatentSpace.as_latent` does."""
         return self.layout.pack(image)
 
 
@@ -228,7 +183,8 @@ def observe_latents(
     `like` are latents as the denoiser is given them, `final` those after the scheduler's last step,
     `given` what the VAE was given to decode; None where it never was.
     """
-    space = LatentSpace(getattr(pipe, "vae", None), tokens=like.dim() == 3, frame=like.dim() == 5)
+    layout = LatentLayout(TOKENS) if like.dim() == 3 else LatentLayout.of(pipe, like)
+    space = LatentSpace(getattr(pipe, "vae", None), layout)
     image = space.as_image(final)
     if space.as_image(like).shape[1:] != image.shape[1:]:
         raise UnsupportedFormat(

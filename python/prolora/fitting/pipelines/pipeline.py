@@ -76,6 +76,10 @@ class Pipeline:
         self.swapping: BlockSwapping | None = None
         self.tile: int | None = None
         self.accepted = inspect.signature(type(pipe).__call__).parameters
+        if "prompt" not in self.accepted:
+            raise UnsupportedFormat(
+                f"{name}: its {type(pipe).__name__} takes no prompt, from which a fit samples"
+            )
         pipe.set_progress_bar_config(disable=True)
 
     @property
@@ -93,8 +97,7 @@ class Pipeline:
     def encode_prompts(self, settings: FitSettings) -> None:
         """Encodes all prompts of the samplings, with and without the LoRA, and the empty one."""
         for prompt in dict.fromkeys((*_prompts_or_empty(settings), "")):
-            if "prompt" in self.accepted:
-                self._capture_call(prompt, settings)
+            self._capture_call(prompt, settings)
 
     def release_encoders(self) -> None:
         """Frees the text encoders; their answers stay, and a new prompt reloads them.
@@ -189,6 +192,7 @@ class Pipeline:
     ) -> dict[str, Any]:
         """Builds the arguments of the pipeline's call that it accepts."""
         arguments: dict[str, Any] = {
+            "prompt": prompt,
             "num_inference_steps": settings.steps,
             "output_type": output,
             "generator": torch.Generator().manual_seed(seed),
@@ -198,10 +202,6 @@ class Pipeline:
             "use_resolution_binning": False,
             "clean_caption": False,
         }
-        if "class_labels" in self.accepted:
-            arguments["class_labels"] = [_parse_class(prompt, self.name)]
-        elif "prompt" in self.accepted:
-            arguments["prompt"] = prompt
         return {k: v for k, v in arguments.items() if k in self.accepted and v is not None}
 
     def sampler(
@@ -248,8 +248,6 @@ class Pipeline:
             )
         if len(branches) == 2:
             negative = sample_conditioning(branches[1], 0)
-        elif "class_labels" in self.accepted:
-            negative = entries[-1]
         else:
             empty = self._capture_call("", settings)
             negative = sample_conditioning(split_call(self.denoiser, empty), 0)
@@ -261,10 +259,8 @@ class Pipeline:
     ) -> int:
         """Finds which sample of a guided call changes with the prompt.
 
-        Most pipelines put the unconditional sample first, DiT and Z-Image the conditional one.
+        Most pipelines put the unconditional sample first, Z-Image the conditional one.
         """
-        if "class_labels" in self.accepted:
-            return 0
         other = next((p for p in (*prompts, "") if p != prompts[0]), None)
         if other is None:
             return 1  # the empty prompt alone: most often both samples are the same
@@ -367,15 +363,6 @@ def _repeat_time(
 
 def _prompts_or_empty(settings: FitSettings) -> tuple[str, ...]:
     return settings.prompts or ("",)
-
-
-def _parse_class(prompt: str, name: str) -> int:
-    try:
-        return int(prompt or "0")
-    except ValueError:
-        raise ValueError(
-            f"{name} takes classes and no texts: give their numbers as prompts, not {prompt!r}"
-        ) from None
 
 
 _INNER = "text_model."

@@ -133,7 +133,7 @@ def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
             return {type(value).__name__: [encode(item) for item in value]}
         raise ProLoRAError(
             f"a model was called with a {type(value).__name__}, which cannot be kept in a file; "
-            "probe without resume and without max_memory"
+            "probe without resume"
         )
 
     rows = [

@@ -21,15 +21,11 @@ OF_LORA = ("adapted", PAIR)
 class KnownAnswers:
     """A translation that remembers answers in a folder of kept results."""
 
-    def __init__(
-        self, translation: Translation, checkpoints: Checkpoints, key: str, limit: int | None
-    ) -> None:
-        """Takes `key`, hash of how models are sampled and asked, and `limit` in bytes."""
-        self.translation, self.checkpoints = translation, checkpoints
-        self.key, self.limit = key, limit
+    def __init__(self, translation: Translation, checkpoints: Checkpoints, key: str) -> None:
+        """Takes `key`, hash of how models are sampled and asked."""
+        self.translation, self.checkpoints, self.key = translation, checkpoints, key
         kept = checkpoints.recall("answers", key)
         self.answers: dict[str, Tensor] = {} if kept is None else kept[0]
-        self._size = sum(tensor.nbytes for tensor in self.answers.values())
         self._fresh = False
 
     def of_source(self, model: nn.Module, question: Question) -> Tensor:
@@ -54,10 +50,8 @@ class KnownAnswers:
             device = next(t.device for t in encoded[-1][0] if t.is_floating_point())
             return self.answers[name].to(device)
         answer = predict()
-        if self.limit is None or self._size + answer.nbytes <= self.limit:
-            self.answers[name] = answer.detach().cpu()
-            self._size += answer.nbytes
-            self._fresh = True
+        self.answers[name] = answer.detach().cpu()
+        self._fresh = True
         return answer
 
     def store(self) -> None:

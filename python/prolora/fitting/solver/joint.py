@@ -15,7 +15,7 @@ from ..checkpoint import hash_texts, hash_updates
 from ..energies import measure_disagreement, share_by_origin
 from ..gate import DOUBT, fits_target, measure_missing
 from ..probe_run import ProbeRun
-from ..recording.spill import SpillStore
+from ..recording.at_rest import lay_aside
 from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange
 from ..settings import Start
@@ -163,7 +163,7 @@ def _fit_part_way(
         fit = fit_in_factors(
             problem,
             inside,
-            lambda step: run.meter.reach(step / settings.fit_steps, f"step {step + 1}"),
+            lambda step: run.meter.tell(f"step {step + 1}"),
         )
     run.report.steps = fit.history
     if start.trust < 1:
@@ -177,20 +177,20 @@ class _BatchQueue:
 
     def __init__(self, run: ProbeRun, questions: Sequence[Question]) -> None:
         self.run, self.questions = run, questions
-        self.store = SpillStore(run.settings.share_memory(2))
+        self.asked: list[Callable[[], tuple[Tensor, ...]]] = []
         self.sizes: list[int] = []
         self.queue: list[int] = []
 
     def ask_models(self) -> list[WantedChange]:
         """Computes and stores the wanted prediction of every probe; returns the first few."""
         run, first = self.run, list[WantedChange]()
-        for i, wanted in enumerate(run.wanted_changes(self.questions)):
+        for wanted in run.wanted_changes(self.questions):
             sizes = [len(other.plain) for other in first]
             few = sum(sizes) < BATCHES_TO_TRY_COPY * max(sizes, default=1)
             if few and wanted.call.origin != PAIR:
                 first.append(wanted)
-            run.meter.reach((i + 1) / len(self.questions), "asking")
-            self.store.put(i, (wanted.plain, wanted.plain + wanted.change))
+            run.meter.tell("asking")
+            self.asked.append(lay_aside((wanted.plain, wanted.plain + wanted.change)))
             self.sizes.append(len(wanted.plain))
         return first
 
@@ -201,4 +201,4 @@ class _BatchQueue:
             if not self.queue:
                 self.queue.extend(range(len(self.questions)))
             drawn.append(self.queue.pop(0))
-        return [ProbeBatch(self.questions[i].target, *self.store.get(i)) for i in drawn]
+        return [ProbeBatch(self.questions[i].target, *self.asked[i]()) for i in drawn]
