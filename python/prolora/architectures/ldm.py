@@ -109,7 +109,7 @@ def _pair_names(layers: int, back: bool = False) -> list[dict[str, str]]:
 def _translate(
     name: str, whole: dict[str, str], blocks: dict[str, str], resnet: dict[str, str]
 ) -> str | None:
-    """Returns the other name of a single layer, or of one inside a resnet or an attention."""
+    """Returns the other name of a layer, single or in a block."""
     if name in whole:
         return whole[name]
     words = name.split(".")

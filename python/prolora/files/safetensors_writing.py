@@ -47,8 +47,7 @@ def replace_tensor(copy: Path, original: SafetensorsFile, name: str, tensor: Ten
     raw = flatten_bytes(tensor)
     back = torch.empty_like(raw)
     with open(copy, "r+b") as file:
-        start = original.data_start + original.tensors[name].start
-        file.seek(start)
+        start = file.seek(original.data_start + original.tensors[name].start)
         file.write(view_bytes(raw))
         file.seek(start)
         if file.readinto(view_bytes(back)) != len(raw) or not torch.equal(back, raw):

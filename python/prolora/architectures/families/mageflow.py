@@ -1,4 +1,7 @@
-"""Mage-Flow: Qwen-Image's blocks, twelve of them, on latents that are not packed."""
+"""Mage-Flow: Qwen-Image's blocks, twelve of them, on latents that are not packed.
+
+Its authors withdrew it; people have copies.
+"""
 
 from ..family import Family
 
@@ -6,5 +9,6 @@ FAMILY = Family(
     id="mageflow",
     title="Mage-Flow",
     layouts=("mageflow",),
+    rarer_than="qwen-image",
     claims={"mageflow": "Mage-Flow"},  # ai-toolkit
 )
