@@ -84,7 +84,7 @@ def test_attention_alone_is_not_taken_for_that_of_another_family(family, layout,
         encode_state_dict(Adapter(updates, format=format, family=family), format=format)
     )
     assert guess(back) in (None, family, FAMILIES[family].rarer_than)
-    check_equal(back.updates, updates)
+    assert back.updates.keys() == updates.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
+from typing import NamedTuple
 
 from ..architectures.families import known_families
-from ..architectures.family import Family, Spelling
+from ..architectures.family import SPELLINGS, Family, Spelling
+from ..architectures.ldm import ADM, is_adm
 from ..architectures.loaders import is_read, is_usual
-from ..architectures.modules import find_component, is_in_text_encoder
+from ..architectures.modules import find_block, find_component, is_in_adm, is_in_text_encoder
 from ..architectures.recognition import NamedMatrix, recognise_families
+from .keys.module_names import ModulePath
+from .keys.tensor_keys import split_key
+from .lora import Lora
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
+_ADM_ATTENTION = re.compile(r"(?:(?:in|out)put_blocks[._]\d+[._]\d+|middle_block[._]\d+)[._]qkv$")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
+
+
+class BaseNames(NamedTuple):
+    """What is known of the base model that an adapter belongs to."""
+
+    family: str | None = None  # None if it is not known
+    modules: Collection[str] = ()  # its canonical module names; empty if they are not known
 
 
 def guess_family(
@@ -81,22 +95,27 @@ def guess_families(
     return read if len(read) > 1 or certain else ids
 
 
-def choose_reading(
-    matrices: Iterable[NamedMatrix], metadata: Mapping[str, str], expected: str | None
+def choose_names(
+    source: Lora, matrices: Iterable[NamedMatrix], base: BaseNames | None
 ) -> Family | None:
-    """Returns the family by whose names an adapter is read; None if unknown.
+    """Returns the family whose names the modules are read by, or None.
 
     Where several families have the names, they mostly mean the same modules; where they do not, the
     family of the base and the metadata decide.
 
-    Args:
-        matrices: the modules of its transformer as the file names them.
-        metadata: header metadata of the file.
-        expected: the family of the base that the adapter was trained on, if that is known.
+    LDM's numbers mean modules of an ADM network where the base is one, and where no base is known
+    and attention has its name there.
     """
+    if base and base.modules:
+        numbered = any(is_in_adm(name) and find_block(name) for name in base.modules)
+    else:
+        paths = {split_key(key)[0] for key in source.headers}
+        numbered = any(map(_ADM_ATTENTION.search, paths)) and is_adm(paths)
+    if numbered:
+        return ADM
     recognition = recognise_families(matrices)
     able = {family.id: family for family in recognition.able}
-    for id_ in (expected, claimed_family(metadata)):
+    for id_ in (base and base.family, claimed_family(source.metadata)):
         if id_ in able:
             return able[id_]
     return recognition.families[0] if recognition.families else None
@@ -188,3 +207,17 @@ def _is_pruned_sd1(unet: list[str]) -> bool:
 def is_language_model(modules: Iterable[str]) -> bool:
     """Recognises a language model by modules of no known family."""
     return any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in modules)
+
+
+def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
+    """Returns how most modules of a transformer are spelled, None without any.
+
+    A module with one name everywhere does not tell whose names a file has. Where all are of that
+    kind, the file has the names of its prefix's format.
+    """
+    spelled = [module for module in modules if module.spelling]
+    counts = Counter(module.spelling for module in spelled if not module.alike)
+    if counts:
+        return max(counts, key=lambda one: counts[one])
+    first = next((module.spelling for module in spelled), None)
+    return next((one for one in SPELLINGS.values() if first and one[::2] == first[::2]), first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -20,9 +20,9 @@ from .adapter import Adapter, StoredUpdate
 from .algorithms import dora_oft_glora, forms
 from .algorithms import lora_products as products
 from .contents import parse_contents, read_scale
+from .family_guess import BaseNames, most_common_spelling
 from .keys.tensor_keys import split_key
 from .lora import Lora, LoraSource, read_finite
-from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,18 @@ def read_adapter(
     opened = Lora.open(source, metadata)
     contents = parse_contents(opened, base)
     adapter = _start_adapter(contents, opened)
-    for _ in _read_slots(opened, contents, read_weight, adapter):
-        if not keep_stored:
-            adapter.stored.clear()
+    # The header was checked before; scales come before the large tensors.
+    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
+    for slot in contents.slots:
+        stored = _add_update(adapter, slot, scales[slot.module.name], opened, read_weight)
+        if keep_stored and stored:
+            adapter.stored.append(stored)
+    for vector in contents.vectors:
+        scale = scales.get(vector.module.name, 1.0)
+        parts = vectors.read_vector(vector, scale, opened)
+        adapter.vectors.update(parts)
+        if keep_stored and vector.module.matrix is None:
+            adapter.stored.append(StoredUpdate(parts, _cut_paths([vector.key]), opened.read))
     if adapter.left_out:
         first = next(iter(adapter.left_out.items()))
         log.warning("%s: %d tensors left out: %s: %s", opened.where, len(adapter.left_out), *first)
@@ -92,38 +101,6 @@ def read_adapter(
         name, reason = next(iter(adapter.left_out.items()))
         raise UnsupportedFormat(f"{opened.where}: nothing of it can be read; {name}: {reason}")
     return adapter
-
-
-def read_pieces(source: LoraSource | Lora, base: BaseNames | None = None) -> Iterator[Adapter]:
-    """Yields what `read_adapter` reads, one module at a time to save memory.
-
-    A fused weight counts as one.
-    """
-    opened = Lora.open(source)
-    return _read_slots(opened, parse_contents(opened, base))
-
-
-def _read_slots(
-    opened: Lora,
-    contents: Contents,
-    read_weight: ReadWeight | None = None,
-    whole: Adapter | None = None,
-) -> Iterator[Adapter]:
-    """Reads slot by slot, then the vectors; yields one adapter for all, or a new one for each."""
-    # The header was checked before; scales come before the large tensors.
-    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
-    for slot in contents.slots:
-        piece = whole or Adapter({})
-        _add_update(piece, slot, scales[slot.module.name], opened, read_weight)
-        yield piece
-    piece = whole or Adapter({})
-    for vector in contents.vectors:
-        scale = scales.get(vector.module.name, 1.0)
-        parts = vectors.read_vector(vector, scale, opened)
-        piece.vectors.update(parts)
-        if vector.module.matrix is None:
-            piece.stored.append(StoredUpdate(parts, _cut_paths([vector.key]), opened.read))
-    yield piece
 
 
 def outline_adapter(
@@ -206,8 +183,11 @@ def _add_update(
     scale: float,
     source: Lora,
     read_weight: ReadWeight | None,
-) -> None:
-    """Adds one slot's module, or all parts of a fused weight, to the adapter."""
+) -> StoredUpdate | None:
+    """Adds one slot's module, or all parts of a fused weight, to the adapter.
+
+    Returns the tensors behind it, None if it was left out.
+    """
     where = f"{source.where}: {slot.module.name}"
     tensors = {role: read_finite(source, key) for role, key in slot.keys.items()}
     kernel = slot.kernel
@@ -215,7 +195,7 @@ def _add_update(
         weight = _base_weight(slot, read_weight, where)
         if weight is None:
             _leave_out(adapter, slot)
-            return
+            return None
         kernel = tuple(weight.shape[2:]) or None
         algorithm = slot.form.algorithm
         truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
@@ -230,7 +210,7 @@ def _add_update(
     parts = _store_parts(adapter, slot, update, kernel, truncated.kept, where)
     matrix, configured = slot.module.matrix, slot.peft is not None
     facts = slot.kind, slot.form.rank, scale, configured, matrix
-    adapter.stored.append(StoredUpdate(parts, _cut_paths(slot.keys.values()), source.read, *facts))
+    return StoredUpdate(parts, _cut_paths(slot.keys.values()), source.read, *facts)
 
 
 def _cut_paths(keys: Iterable[str]) -> dict[str, str]:
@@ -356,4 +336,4 @@ def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tens
     whole = torch.cat([part.detach().to("cpu", torch.float32).double() for part in parts])
     matrix = slot.module.matrix
     swapped = matrix is not None and matrix.is_swapped(tuple(whole.shape))
-    return fused_updates.swap_halves(whole) if swapped else whole
+    return vectors.swap_halves(whole) if swapped else whole

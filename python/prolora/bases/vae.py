@@ -71,7 +71,7 @@ def _has_fitted_blocks(folder: Path) -> bool:
     part = next((part for part in MODELS if (folder / part).is_dir()), None)
     if part is None:
         return False
-    weights = open_folder_weights(folder / part)[0]
+    weights = open_folder_weights(folder / part)
     return any(
         len(weight.shape) == 2 and find_block(key.removesuffix(".weight"))
         for key, weight in weights.items()
@@ -94,7 +94,7 @@ def check_images_cross(source: Path, target: Path) -> None:
                     f"{folder}: the pipeline has no VAE, and its latents are not pixels, so no "
                     "image can cross to another model's latents"
                 )
-        elif not any(key.startswith("encoder.") for key in open_folder_weights(folder / "vae")[0]):
+        elif not any(key.startswith("encoder.") for key in open_folder_weights(folder / "vae")):
             raise UnsupportedFormat(
                 f"{folder / 'vae'}: the VAE has no encoder, so no image can cross to its latents"
             )
@@ -139,7 +139,7 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
 
 def _compare_encoders(source: Path, target: Path) -> float:
     """Returns ⟨a, b⟩/(‖a‖‖b‖) over two encoders' matrices; 0 if none fit."""
-    left, right = (open_folder_weights(folder)[0] for folder in (source, target))
+    left, right = (open_folder_weights(folder) for folder in (source, target))
     dot = norm_a = norm_b = 0.0
     for key, weight in left.items():
         other = right.get(key)

@@ -17,12 +17,12 @@ from ..adapters.family_guess import (
     guess_family,
     guess_sizes,
     is_language_model,
+    most_common_spelling,
 )
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora
-from ..adapters.naming import most_common_spelling
 from ..adapters.slots import Contents, Slot, list_matrices, measure_modules
 from ..adapters.training_words import read_training_words
 from ..architectures.families import known_families

@@ -69,7 +69,8 @@ class Ledger:
     def settle(self) -> None:
         """Writes block factors into the rows, and the LoRA's size beside the weights it meets."""
         factors, weights, updates = self.block_factors, 0.0, 0.0
-        self.rows = {key: _weigh_row(row, factors) for key, row in self.rows.items()}
+        if factors:
+            self.rows = {key: _weigh_row(row, factors) for key, row in self.rows.items()}
         for pair in self.plan.pairs:
             affinity = self.affinities.get(pair.target)
             if affinity is None or affinity.cosine < STRANGE_COSINE:  # left out by the verdict, too

@@ -12,7 +12,7 @@ from ..architectures.modules import matrix_shape
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.memory import Memory, Room
+from ..bases.memory import Memory
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.drift import measure_affinities
 from ..comparison.module_map import Match
@@ -135,7 +135,10 @@ def move_updates(
         return
     source, target, rank = ledger.source, ledger.target, ledger.options.rank
     room = memory.room(ledger.result_bytes)
-    stacks = list(_iterate_stacks(ledger, room))
+    stacks = []
+    for shape, alike in ledger.plan.groups().items():
+        size = room.stack(matrix_shape(shape), "bases")
+        stacks += [alike[i : i + size] for i in range(0, len(alike), size)]
     modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
     requests = (
         partial(cache.look_up, base, names, rank)
@@ -160,14 +163,6 @@ def move_updates(
         done += len(stack)
         if progress:
             progress(done, len(pairs), stack[-1].target)
-
-
-def _iterate_stacks(ledger: Ledger, room: Room) -> Iterator[list[Pair]]:
-    """Yields the pairs in stacks of one shape that memory allows."""
-    for shape, pairs in ledger.plan.groups().items():
-        size = room.stack(matrix_shape(shape), "bases")
-        for i in range(0, len(pairs), size):
-            yield pairs[i : i + size]
 
 
 def _group_equal_ranks(ledger: Ledger, stack: list[Pair], columns: int) -> Iterator[list[int]]:

@@ -48,7 +48,9 @@ class Column:
 
     def write(self, cell: Cell) -> str:
         """Writes a cell as text; a dash for nothing."""
-        return cell if isinstance(cell, str) else write_number(cell, self.form or "")
+        if isinstance(cell, str):
+            return cell
+        return NOTHING if cell is None or cell != cell else format(cell, self.form or "")
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,6 @@ def make_table(title: str, columns: Sequence[Column], rows: Iterable[Row], id: s
     ]
     shown = (replace(row, cells=tuple(row.cells[i] for i in kept)) for row in rows)
     return Table(title, tuple(columns[i] for i in kept), tuple(shown), id)
-
-
-def write_number(value: float | None, form: str = ".2f") -> str:
-    """Writes a number, or a dash for none."""
-    return NOTHING if value is None or value != value else format(value, form)
 
 
 def write_extremes(numbers: Iterable[int]) -> str:

@@ -90,7 +90,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Returns the half precision of all weights of a model, else float32."""
-    dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
+    dtypes = {weight.dtype for weight in open_folder_weights(folder).values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
 
 
