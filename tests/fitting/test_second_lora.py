@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
-from fitting import fit_models
-from safetensors.torch import load_file, save_file
-from test_probe import lora, permuted, sampler, source
 from torch import nn
 
 import prolora
@@ -18,7 +15,6 @@ from prolora.fitting import pipelines
 from prolora.fitting.recording.sample_batches import count_samples
 from prolora.fitting.recording.trajectories import Call
 
-__all__ = ["lora", "source"]  # fixtures
 FEW = prolora.FitOptions(("cat", "dog"), images=4, steps=4, fit_steps=1, force=True)
 
 
@@ -86,40 +82,3 @@ def test_the_second_lora_asks_the_models_less_and_gets_what_it_gets_alone(
         assert torch.equal(update.up, alone.adapter.updates[name].up)
         assert torch.equal(update.down, alone.adapter.updates[name].down)
     assert second.report.probe.gate == alone.report.probe.gate
-
-
-def test_answers_that_belong_to_other_samplers_or_are_damaged_are_asked_anew(
-    source, lora, tmp_path
-):
-    target = permuted(source)
-
-    def fit(kept: Path | None, described: str = "three steps") -> tuple[dict, int]:
-        counter = Counter(source, target)
-        ends = (source, target, lora, sampler(source), sampler(target))
-        result = fit_models(*ends, described=described, resume=kept, fit_steps=2, rank=2)
-        for hook in counter.hooks:
-            hook.remove()
-        return result.adapter.updates, counter.all
-
-    wanted, _ = fit(None)
-    _, whole = fit(tmp_path)
-    (file,) = tmp_path.glob("answers-*.safetensors")
-    tensors = load_file(file)
-    assert tensors
-    for made in tmp_path.glob("joint-*.safetensors"):
-        made.unlink()
-    updates, again = fit(tmp_path)
-    assert again < 0.8 * whole
-    # Of other samplers, nothing is known.
-    for made in tmp_path.glob("joint-*.safetensors"):
-        made.unlink()
-    assert fit(tmp_path, "other samplers")[1] == whole
-    # What is damaged is asked again.
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
-    for made in (*tmp_path.glob("joint-*.safetensors"), *tmp_path.glob("calls-*.safetensors")):
-        made.unlink()
-    damaged, repeated = fit(tmp_path)
-    assert repeated == whole
-    for name, update in wanted.items():
-        assert torch.equal(update.up, updates[name].up)
-        assert torch.equal(update.up, damaged[name].up)
