@@ -19,7 +19,6 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints, hash_texts
-from .energies import number_questions
 from .fit_numbers import ProbeReport
 from .fitted_modules import choose_modules
 from .gate import REFUSE, fitting_updates, judge_updates
@@ -206,7 +205,7 @@ def _ask(
     meter.begin("sample")
     questions = lay_questions_aside(recorder.record_questions(settings.seed))
     judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-    held_out = lay_questions_aside(number_questions(judged))
+    held_out = lay_questions_aside(judged)
     report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
     meter.settle(settings)
