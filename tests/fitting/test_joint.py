@@ -41,6 +41,7 @@ from prolora.fitting.solver.joint_fit import (
     fit_jointly,
 )
 from prolora.fitting.solver.linearisation import ProbeBatch, TargetFunction
+from prolora.fitting.updates import run_beside
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -612,6 +613,9 @@ def test_a_layer_that_is_called_by_keyword_is_fitted_as_any_other():
     usual = fit(nn.Sequential(layer), ["0"], probes, 2, 1e-6)
     named = fit(ByKeyword(layer), ["layer"], probes, 2, 1e-6)
     torch.testing.assert_close(named.updates["layer"].dense(), usual.updates["0"].dense())
+    model, update = ByKeyword(layer), named.updates["layer"]
+    with torch.no_grad(), run_beside(model, {"layer": update}):
+        torch.testing.assert_close(model(x) - plain, x @ update.dense().mT)
 
 
 @pytest.mark.parametrize("order", ["nmmmmmm", "nnmmmmmm", "mnmnmnmnmm", "mmmmmmn"])

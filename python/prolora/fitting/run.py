@@ -208,7 +208,6 @@ def _ask(
     held_out = lay_questions_aside(judged)
     report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-    meter.settle(settings)
     # The recorder's key says what the samplers do, not how the source is asked.
     asked = f"guidance {guidance.scale:.4g}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key

@@ -44,7 +44,6 @@ class NoiseSchedule:
     sign: int = 1  # −1 where the model predicts the negative
     times: Times | None = None  # of a flow; None until a pipeline was observed, see `observe_flow`
     unit: float = 1000.0  # a flow scheduler's number for level 1: num_train_timesteps
-    inverted: bool = False  # a flow's scheduler counts from image to noise
 
     @classmethod
     def of(cls, scheduler: Any, name: str) -> NoiseSchedule:
@@ -52,10 +51,9 @@ class NoiseSchedule:
         config = scheduler.config
         kind = getattr(config, "prediction_type", None)
         alphas = getattr(scheduler, "alphas_cumprod", None)
-        if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
-            unit = float(getattr(config, "num_train_timesteps", 1000))
-            inverted = bool(getattr(config, "invert_sigmas", False))
-            return cls(FLOW, None, sign=-1 if inverted else 1, unit=unit, inverted=inverted)
+        is_flow = "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction"
+        if is_flow and not getattr(config, "invert_sigmas", False):
+            return cls(FLOW, None, unit=float(getattr(config, "num_train_timesteps", 1000)))
         continuous = getattr(config, "timestep_type", None) == "continuous"
         if kind not in (EPSILON, VELOCITY, SAMPLE) or alphas is None or continuous:
             raise UnsupportedFormat(
