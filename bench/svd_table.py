@@ -1,7 +1,6 @@
 """truncated_svd beside other solvers, for sizes, ranks and spectra: a JSON file and a table.
 
-    python bench/svd_table.py OUT.json                          # all, on a quiet machine
-    python bench/svd_table.py OUT.json --clock cpu --sizes 1280x1280 --rounds 1
+    python bench/svd_table.py OUT.json [--clock cpu --sizes 1280x1280 --rounds 1]
 
 Weights are float32 with planted spectra. Times are minima of rounds in which the solvers take
 turns; `--clock cpu` is the processor time of all threads, for a busy machine. Bound and true sine
@@ -12,17 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from scipy.sparse.linalg import svds
-from spectra import planted, sine
 from torch import Tensor
 
 import prolora
+
+sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
+
+from spectra import planted, sine
 
 SIZES = ["640x640", "1280x1280", "1280x5120", "3072x3072"]
 RANKS = [64, 128, 320, 0.9, 0.99]
@@ -47,12 +48,12 @@ def make_values(name: str, d: int) -> Tensor:
     return values
 
 
-def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict[str, Any]:
+def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
     """Times, errors and the rung of one case."""
     now = time.process_time if clock == "cpu" else time.perf_counter
     basis = prolora.truncated_svd(w, rank)
     k = int(basis.rank)
-    ways: dict[str, Callable[[], Any]] = {
+    ways: dict = {
         "ours": lambda: prolora.truncated_svd(w, rank),
         "gesdd": lambda: torch.linalg.svd(w, full_matrices=False),
         "gram + eigh": lambda: torch.linalg.eigh(w.double() @ w.double().mT),
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", default=[str(rank) for rank in RANKS])
     given = parser.parse_args()
     facts = {"clock": given.clock, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict] = []
     for size in given.sizes:
         m, n = map(int, size.split("x"))
         for name in given.spectra:

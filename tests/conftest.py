@@ -1,5 +1,6 @@
 """Fixtures: the kernels under each of their backends, and the emulator."""
 
+import gc
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -24,6 +25,14 @@ settings.register_profile("prolora", deadline=None, max_examples=examples(80), d
 settings.load_profile("prolora")
 
 SCHEDULES = [0, 1, 2]
+
+# What is imported and collected is never garbage, and is not looked through.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 # The name of a file, from .ci/run: it gets the files of tests in which the extension ran an op. The

@@ -231,19 +231,14 @@ def test_warnings_of_nvcc_and_ptxas_are_errors_only_where_that_was_asked_for(con
         assert code == 0 and all(("Werror" in line) is words for line in kernels)
 
 
-def test_an_nvcc_that_cannot_compile_costs_the_kernels_alone(configure):
-    code, said, lines = configure(CUDACXX=shutil.which("false"))
+def test_an_nvcc_that_cannot_compile_and_a_missing_openmp_cost_themselves_alone(configure):
+    without = "CMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON"
+    code, said, lines = configure(without, CUDACXX=shutil.which("false"))
     assert code == 0 and "prolora: built without CUDA kernels" in said
-    assert lines and not any(".cu" in line for line in lines)
+    assert "prolora: built without OpenMP" in said
+    assert lines and not any(".cu" in line or "openmp" in line for line in lines)
     code, said, _ = configure("PROLORA_CUDA=ON", CUDACXX=shutil.which("false"))
     assert code != 0 and "PROLORA_CUDA=ON, but" in said
-
-
-def test_a_compiler_without_openmp_is_enough(configure):
-    without = "CMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON"
-    code, said, lines = configure(HOST, without)
-    assert code == 0 and "prolora: built without OpenMP" in said
-    assert lines and not any("openmp" in line for line in lines)
     code, said, _ = configure(HOST, without, "PROLORA_NATIVE=ON")
     assert code != 0 and "PROLORA_NATIVE=ON, but no OpenMP" in said
 

@@ -124,11 +124,7 @@ def with_field(name, change):
     return changed
 
 
-WRONG = {
-    "NaN": lambda x: x * float("nan"),
-    "a little": lambda x: x * (1 + 2e-3),
-    "much": lambda x: x + 1,
-}
+WRONG = {"NaN": lambda x: x * float("nan"), "a little": lambda x: x * (1 + 2e-3)}
 wrong_results = pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 
 
@@ -166,32 +162,32 @@ def without_span(rows, size):
     rows[:, size:] = torch.linalg.qr(other.mT)[0].mT
 
 
-@wrong_results
-@pytest.mark.parametrize("which", ["projected", "rows", "length"])
-def test_a_wrong_block_of_a_basis_fails_the_check(bench, monkeypatch, which, wrong):
+def spoil_blocks(monkeypatch, spoil):
+    """What krylov_block gives is changed in place: the rows, the projection and the length."""
     find = krylov_block.krylov_block
 
     def spoiled(w, rows, projected, size, width):
         length = find(w, rows, projected, size, width)
-        parts = {"rows": rows[:, size:], "projected": projected[:, size - width : size]}
-        part = {**parts, "length": length}[which]
-        part.copy_(wrong(part))
+        spoil(rows, projected[:, size - width : size], length, size)
         return length
 
     monkeypatch.setattr(krylov_block, "krylov_block", spoiled)
+
+
+@wrong_results
+@pytest.mark.parametrize("which", ["projected", "rows", "length"])
+def test_a_wrong_block_of_a_basis_fails_the_check(bench, monkeypatch, which, wrong):
+    def spoil(rows, projected, length, size):
+        part = {"rows": rows[:, size:], "projected": projected, "length": length}[which]
+        part.copy_(wrong(part))
+
+    spoil_blocks(monkeypatch, spoil)
     with pytest.raises(AssertionError, match="krylov_block"):
         correct.compare_blocks(bench)
 
 
 def test_a_block_that_spans_something_else_fails_the_check(bench, monkeypatch):
-    find = krylov_block.krylov_block
-
-    def spoiled(w, rows, projected, size, width):
-        length = find(w, rows, projected, size, width)
-        without_span(rows, size)
-        return length
-
-    monkeypatch.setattr(krylov_block, "krylov_block", spoiled)
+    spoil_blocks(monkeypatch, lambda rows, projected, length, size: without_span(rows, size))
     with pytest.raises(AssertionError, match="krylov_block, image outside of the block"):
         correct.compare_blocks(bench)
 

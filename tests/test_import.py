@@ -1,11 +1,6 @@
 """Importing the library is cheap and needs nothing optional."""
 
-import subprocess
-import sys
-
-
-def run(*words):
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+from fresh import run_fresh
 
 
 def test_importing_and_opening_pull_in_nothing_optional_and_ask_for_no_gpu():
@@ -20,7 +15,7 @@ optional = 'diffusers peft transformers cupy PIL matplotlib huggingface_hub gguf
 print([m for m in optional.split() if m in sys.modules])
 import prolora.cli.app
 """
-    assert run("-c", code).stdout.strip() == "[]"
+    assert run_fresh(code).strip() == "[]"
 
 
 def test_every_public_name_exists():

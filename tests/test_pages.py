@@ -66,6 +66,13 @@ def test_every_file_that_the_table_of_rooms_names_exists():
     assert not missing
 
 
+def test_nobody_is_sent_to_a_package_that_is_not_ours():
+    """What an index has under this project's name is another's."""
+    files = [*(ROOT / "python").rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("[bdi]*/**/*.md")]
+    sent = [f for f in files if re.search(r"pip install .?prolora", f.read_text("utf-8"))]
+    assert len(files) > 100 and not sent
+
+
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mini
 import pytest
 import structure
 import typer
+from fresh import run_fresh
 
 import prolora
 from prolora.cli.app import app
@@ -77,9 +75,7 @@ assert moved.rank <= 8 and truncated_svd(source, 16).ok
 assert 0 <= float(similarity(source, target, rank=16).left) <= 1
 assert not any(name == "prolora" or name.startswith("prolora.") for name in sys.modules)
 """
-    path = [str(tmp_path)]
-    run = f"import sys; sys.path[:0] = {path!r}\n{code}"
-    subprocess.run([sys.executable, "-c", run], check=True, cwd=tmp_path, env=environment())
+    run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}")
 
 
 WITHOUT_FITTING = """
@@ -105,14 +101,8 @@ for error, use in (
 def test_the_part_that_fits_can_be_deleted(tmp_path):
     left_out = shutil.ignore_patterns("fitting", "fit.py", "demo.py", "icon_family")
     shutil.copytree(PACKAGE, tmp_path / "prolora", ignore=left_out)
-    paths = [str(path) for path in mini.write_case(tmp_path)]
-    command = [sys.executable, "-c", WITHOUT_FITTING, *paths, str(tmp_path / "out.safetensors")]
-    path = environment() | {"PYTHONPATH": str(tmp_path)}
-    subprocess.run(command, check=True, cwd=tmp_path, env=path)
-
-
-def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    paths = *mini.write_case(tmp_path), tmp_path / "out.safetensors"
+    run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{WITHOUT_FITTING}", *paths)
 
 
 # How large the project is at most: lines, words, options, and what one transfer takes. A change
@@ -194,11 +184,9 @@ print(json.dumps([opened.count(lora), len(files), len(ran)]))
 
 def test_nothing_is_larger_than_its_limit(tmp_path):
     options = count_options()
-    lora, source, target = map(str, mini.write_case(tmp_path))
-    results = [str(tmp_path / f"{name}.safetensors") for name in ("first", "second")]
-    command = [sys.executable, "-c", SECOND_TRANSFER, lora, source, target, *results]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    opened, files, functions = json.loads(done.stdout.splitlines()[-1])
+    results = [tmp_path / f"{name}.safetensors" for name in ("first", "second")]
+    said = run_fresh(SECOND_TRANSFER, *mini.write_case(tmp_path), *results)
+    opened, files, functions = json.loads(said.splitlines()[-1])
     sizes = structure.measure_sizes() | {
         "options": sum(options.values()),
         "most options of a command": max(options.values()),

@@ -45,7 +45,8 @@ def read_results(world: str) -> Table:
 
 
 def readme_table(table: Table) -> str:
-    shown = {"copy": "copy @ 1", "copy at 0.6": "copy @ 0.6", "`prolora`": "prolora 0.99 @ 1"}
+    shown = {"copy": "copy @ 1", "copy at 0.6": "copy @ 0.6"}
+    shown["`prolora`, energy 0.99"] = "prolora 0.99 @ 1"
     rows = [
         [name, *(format_cell(table.where(kind=k).share(label)) for k in KINDS)]
         for name, label in shown.items()
@@ -154,7 +155,7 @@ def samples_table(table: Table) -> str:
         part = table.where(kind=kind, adapter="concept")
         means = [part.mean(functools.partial(_see_concept, way=way)) for way in ways]
         lines.append([kind, *map(format_cell, means)])
-    head = ["no LoRA", "copy", "`prolora`", "trained on the target"]
+    head = ["no LoRA", "copy", "`prolora`, energy 0.9", "trained on the target"]
     return format_table(["target", *head], lines)
 
 
@@ -186,9 +187,8 @@ def main() -> None:
         "readme": readme_table(everything),
         "strengths": strengths_table(worlds),
         "samples": samples_table(everything),
+        "baselines": baselines_table(worlds["icons"]),
     }
-    if "icons" in worlds:
-        tables["baselines"] = baselines_table(worlds["icons"])
     for page in PAGES:
         page.write_text(fill_page(page.read_text(), tables))
 

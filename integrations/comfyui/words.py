@@ -25,10 +25,7 @@ _WIDGETS = {
     "out_rank": "“rank”",
     "format": "“file for”",
 }
-# prolora's optional parts; ComfyUI's Python may have prolora from a wheel, without an index.
-_EXTRA = re.compile(r"pip install [\"']prolora\[(gguf|probe)\][\"']")
-_PACKAGES = {"gguf": "gguf", "probe": "diffusers and accelerate"}
-_INSTALL = "install {} for the Python that runs ComfyUI"
+_INSTALL = re.compile(r"pip install (?:-U )?([\w ]*\w)")
 _BY_FIT = (
     "Nothing was written. If you have both as whole pipelines, choose those and the method “best”."
 )
@@ -77,7 +74,7 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
 
 def say(text: str) -> str:
     """A message of prolora's in the words of the widgets, without what a node cannot do."""
-    text = _EXTRA.sub(lambda found: _INSTALL.format(_PACKAGES[found[1]]), text)
+    text = _INSTALL.sub(r"install \1 for the Python that runs ComfyUI", text)
     clauses = re.split(r"(?<=[.;:])\s+", name_options(text, _name_widget))
     return " ".join(c for c in clauses if not _FOR_OTHERS.search(c)).rstrip(";: ")
 

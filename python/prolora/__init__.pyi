@@ -24,7 +24,7 @@ from os import PathLike
 from prolora.moving.block_weights import Blocks
 from prolora.making.bake_report import BakeReport
 from prolora.checking.check import check as check
-from prolora.making.convert_options import ConvertOptions
+from prolora.making.convert import ConvertOptions
 from prolora.bases.base import Progress
 from prolora.making.extract_options import ExtractOptions
 from prolora.core.validation import DeviceLike

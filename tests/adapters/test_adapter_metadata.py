@@ -4,8 +4,7 @@ import pytest
 from lora_files import LINEAR, adapter_of
 
 from prolora import adapters
-from prolora.adapters.formats.metadata import rewrite_metadata
-from prolora.adapters.formats.model_ids import find_ids
+from prolora.adapters.formats.metadata import find_ids, rewrite_metadata
 from prolora.architectures.families import known_families
 
 KOHYA = {

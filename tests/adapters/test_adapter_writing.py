@@ -22,7 +22,8 @@ from lora_files import (
 from safetensors.torch import load_file
 
 from prolora import adapters
-from prolora.adapters import Adapter, verification
+from prolora.adapters import Adapter
+from prolora.adapters.formats import encoding
 from prolora.adapters.keys import module_names
 from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
@@ -309,14 +310,28 @@ def test_an_update_that_is_not_finite_is_not_written(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda tensors: dict(list(tensors.items())[3:]), "with other modules than written: no "),
+        (lambda tensors: {k: x * 2 if not x.dim() else x for k, x in tensors.items()}, "scale"),
+        (lambda tensors: tensors | kohya_tensors("conv_out"), "conv_out was not written"),
+    ],
+    ids=["missing", "scale", "foreign"],
+)
+def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatch, spoil, said):
     path = kohya_file(tmp_path / "out.safetensors")
-    before = path.read_bytes()
-    monkeypatch.setattr(verification, "read_pieces", lambda *_: iter([adapter_of({})]))
-    with pytest.raises(OutputError, match="other modules"):
+    before, encode = path.read_bytes(), encoding.encode_adapter
+    monkeypatch.setattr(encoding, "encode_adapter", lambda *given: spoil(encode(*given)))
+    with pytest.raises(OutputError, match=said):
         adapters.write_adapter(adapter_of(LINEAR), path, overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def kohya_tensors(stem):
+    names = [f"lora_unet_{stem}.lora_{end}.weight" for end in ("up", "down")]
+    return {name: torch.ones(2, 2) for name in names}
 
 
 def test_a_peft_folder_can_be_written_again(tmp_path):

@@ -71,7 +71,8 @@ def list_keywords():
 
 
 @pytest.mark.parametrize(("name", "keyword"), list(list_keywords()))
-def test_no_value_of_a_keyword_ends_in_a_bare_error(name, keyword, tmp_path):
+def test_no_value_of_a_keyword_ends_in_a_bare_error(name, keyword, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     lora, source, target = write_case(tmp_path)
     verb = getattr(package, name)
     usual = {

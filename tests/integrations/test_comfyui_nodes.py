@@ -225,7 +225,7 @@ def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, model
     assert words.explain(prolora.errors.AlreadyMoved(moved)) == (
         "this LoRA was already moved, but “trained on” is c; give b as “trained on”"
     )
-    missing = 'GGUF files need it: pip install "prolora[gguf]"; or use another file'
+    missing = "GGUF files need it: pip install gguf; or use another file"
     assert words.explain(prolora.ProLoRAError(missing)) == (
         "GGUF files need it: install gguf for the Python that runs ComfyUI; or use another file"
     )

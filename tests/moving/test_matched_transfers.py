@@ -11,7 +11,7 @@ from spectra import related
 import prolora
 from prolora import LowRank, adapters, cli, errors, open_base, transfer
 from prolora.adapters.adapter import Adapter
-from prolora.bases import load_layout
+from prolora.architectures.layouts import load_layout
 from prolora.comparison import block_matching
 from prolora.errors import UnrelatedBases
 

@@ -17,7 +17,7 @@ from prolora.adapters.formats import programs
 from prolora.cli.app import app
 from prolora.cli.flags import list_options, write_flag
 from prolora.errors import name_options
-from prolora.making.convert_options import ConvertOptions
+from prolora.making.convert import ConvertOptions
 
 PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
 

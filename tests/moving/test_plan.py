@@ -9,8 +9,8 @@ import torch
 import prolora
 from prolora import LowRank, open_base
 from prolora.adapters.adapter import Adapter
+from prolora.architectures.layouts import load_layout
 from prolora.architectures.modules import matrix_shape
-from prolora.bases import load_layout
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 from prolora.moving.plan import find_partners, make_plan
 

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 import pydoc
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import get_args
@@ -18,10 +18,10 @@ import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import read_shown
 from prolora.fitting.settings import FitOptions
-from prolora.making.convert_options import ConvertOptions
+from prolora.making.convert import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions
-from prolora.moving.options import MethodChoice, TransferOptions
+from prolora.moving.options import MethodChoice, TransferOptions, is_out_rank
 
 TRANSFERS = [prolora.transfer, prolora.transfer_many]
 FITS = [prolora.fit, prolora.fit_many]
@@ -44,10 +44,11 @@ def test_help_shows_every_option_with_its_default(function, kind):
         assert f"{field.name}: " in text
 
 
-def test_type_checkers_read_what_the_options_tell():
+def test_type_checkers_read_what_the_options_tell(monkeypatch):
     """The stub is the one that docs/make_stub.py writes."""
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, root / "docs" / "make_stub.py", "--check"], check=True)
+    monkeypatch.setattr(sys, "argv", ["make_stub.py", "--check"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(f"{Path(__file__).parents[2]}/docs/make_stub.py", run_name="__main__")
 
 
 def test_every_option_has_its_text():
@@ -159,3 +160,12 @@ def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
     counts = "8 mapped, 4 skipped, 0 refused"
     assert repr(done.report) == f"TransferReport('copy', source → target: {counts})"
     assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"
+
+
+TAKEN = ["exact", "50%", "0.1%", 100, 0.5]
+NO_RANKS = ["100", "100MB", "0%", "-1%", "half", "", 0, 1.0, True, None]
+
+
+@pytest.mark.parametrize("form", TAKEN + NO_RANKS)
+def test_ranks_shares_and_percentages_are_taken_and_nothing_else(form):
+    assert is_out_rank(form) == (form in TAKEN)

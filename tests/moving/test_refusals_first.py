@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import sys
 from functools import partial
@@ -33,38 +34,104 @@ def unhashed(monkeypatch):
         monkeypatch.setattr(identity, name, refuse)
 
 
+WEIGHTS = "target/diffusion_pytorch_model.safetensors"
 # More than a LoRA has keys: a few would be left out by name.
 SURPRISES = {f"surprise{i}.weight": torch.ones(1) for i in range(999)}
 
 
-def spoil(lora, what):
-    tensors = load_file(lora)
-    first = next(iter(tensors))
-    if what == "no LoRA":
-        lora.write_bytes(b"nothing")
-        return
-    if what == "unknown key":
-        tensors |= SURPRISES
-    elif what == "NaN":
-        tensors[first.partition(".")[0] + ".lora_up.weight"][0, 0] = math.nan
-    elif what == "shape":
-        tensors[first.partition(".")[0] + ".lora_up.weight"] = torch.ones(25, 4)
-    elif what == "other architecture":
-        tensors = {
-            f"transformer.single_transformer_blocks.0.proj_mlp.lora_{x}.weight": t
-            for x, t in (("A", torch.ones(2, 8)), ("B", torch.ones(32, 2)))
-        }
-    save_file(tensors, lora)
+NAME = next(iter(shapes(1)))
+KEY = "lora_unet_" + NAME.replace(".", "_")
+OTHER_MODEL = {
+    f"transformer.single_transformer_blocks.0.proj_mlp.lora_{x}.weight": t
+    for x, t in (("A", torch.ones(2, 8)), ("B", torch.ones(32, 2)))
+}
 
 
-@pytest.mark.parametrize("what", ["no LoRA", "unknown key", "NaN", "shape", "other architecture"])
-def test_a_bad_lora_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed, what):
+def change(file, key, number):
+    """Writes a number into a tensor of a file."""
+    tensors = load_file(file)
+    tensors[key][0, 0] = number
+    save_file(tensors, file)
+
+
+# What is wrong -> (which file, how it becomes so, the error, what its message names).
+BAD = {
+    "no LoRA": (0, lambda x: x.write_bytes(b"nothing"), errors.UnsupportedFormat, "lora"),
+    "truncated LoRA": (
+        0,
+        lambda x: x.write_bytes(x.read_bytes()[:-100]),
+        errors.UnsupportedFormat,
+        "alpha|lora_",
+    ),
+    "truncated base": (
+        1,
+        lambda x: x.write_bytes(x.read_bytes()[:-100]),
+        errors.UnsupportedFormat,
+        "transformer_blocks",
+    ),
+    "NaN in a base weight": (
+        1,
+        lambda x: change(x, f"{NAME}.weight", math.nan),
+        errors.NonFiniteWeights,
+        re.escape(NAME),
+    ),
+    "Inf in the LoRA": (
+        0,
+        lambda x: change(x, f"{KEY}.lora_up.weight", math.inf),
+        errors.NonFiniteWeights,
+        KEY,
+    ),
+    "LoRA for another architecture": (
+        0,
+        lambda x: save_file(OTHER_MODEL, x),
+        errors.UnsupportedFormat,
+        r"single_transformer_blocks\.0\.proj_mlp",
+    ),
+    "module whose shape does not fit": (
+        0,
+        lambda x: save_file(load_file(x) | {f"{KEY}.lora_up.weight": torch.ones(25, 4)}, x),
+        errors.ShapeMismatch,
+        re.escape(NAME),
+    ),
+    "unknown key": (
+        0,
+        lambda x: save_file(load_file(x) | SURPRISES, x),
+        errors.UnsupportedFormat,
+        "surprise",
+    ),
+    "pickle": (
+        0,
+        lambda x: torch.save({"a": SURPRISES}, x, _use_new_zipfile_serialization=False),
+        errors.UnsupportedFormat,
+        "safetensors",
+    ),
+}
+
+
+def read_tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def unsolved(monkeypatch):
+    """An SVD ends the test."""
+    module = sys.modules["prolora.bases.cache.basis_cache"]
+    monkeypatch.setattr(module, "truncated_svd", lambda *a, **k: pytest.fail("an SVD ran"))
+
+
+@pytest.mark.parametrize("which, spoil, error, named", BAD.values(), ids=BAD)
+def test_bad_input_is_refused_by_name_before_work_and_leaves_no_file(
+    case, tmp_path, unhashed, unsolved, which, spoil, error, named
+):
     lora, source, target = case
-    spoil(lora, what)
-    with pytest.raises(prolora.ProLoRAError):
+    spoil((lora, next(target.glob("*.safetensors")))[which])
+    before = read_tree(tmp_path)
+    with pytest.raises(error, match=named):
         prolora.transfer(lora, source, target, out=tmp_path / "out.safetensors")
-    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
-    assert outcome.status == "failed"
+    assert read_tree(tmp_path) == before
+    if which == 0:
+        (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
+        assert outcome.status == "failed" and isinstance(outcome.error, error)
 
 
 def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_path, unhashed):
@@ -82,20 +149,23 @@ def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "options, error",
+    "options, error, named",
     [
-        ({"max_memory": 1 << 20}, errors.TooLittleMemory),
-        ({"out": "lora.safetensors/out.safetensors"}, errors.OutputError),
-        ({"out": "source"}, errors.OutputError),
+        ({"max_memory": 1 << 20}, errors.TooLittleMemory, ""),
+        ({"out": "lora.safetensors/out.safetensors"}, errors.OutputError, "lora.safet.* is a file"),
+        ({"out": "source"}, errors.OutputError, "source"),
+        ({"out": "lora.safetensors"}, errors.OutputError, "lora.safetensors"),
+        ({"out": WEIGHTS}, errors.OutputError, "diffusion_pytorch_model"),
     ],
-    ids=["memory", "no folder", "an input"],
+    ids=["memory", "no folder", "a base's folder", "the LoRA", "a base"],
 )
 def test_what_has_no_room_is_refused_before_a_base_is_hashed(
-    case, tmp_path, unhashed, options, error
+    case, tmp_path, unhashed, unsolved, options, error, named
 ):
-    out = tmp_path / options.pop("out", "out.safetensors")
-    with pytest.raises(error):
-        prolora.transfer(*case, out=out, **options)
+    before, out = read_tree(tmp_path), tmp_path / options.get("out", "out.safetensors")
+    with pytest.raises(error, match=named):
+        prolora.transfer(*case, **options | {"out": out})
+    assert read_tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a"), errors.SolverFailure("a"), OSError("a")])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import structure
@@ -41,8 +42,10 @@ def find_patterns(text: str) -> list[str]:
     return found
 
 
-def list_messages() -> Iterator[tuple[str, str]]:
+@cache
+def list_messages() -> list[tuple[str, str]]:
     """(place, text) of every text of the package that is no docstring; f-strings as a whole."""
+    found = []
     for file, tree in structure.parse_files().items():
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         inside = {
@@ -54,10 +57,11 @@ def list_messages() -> Iterator[tuple[str, str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 parts = [p.value if isinstance(p, ast.Constant) else "X" for p in node.values]
-                yield f"{file}:{node.lineno}", "".join(map(str, parts))
+                found.append((f"{file}:{node.lineno}", "".join(map(str, parts))))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 if id(node) not in docs | inside:
-                    yield f"{file}:{node.lineno}", node.value
+                    found.append((f"{file}:{node.lineno}", node.value))
+    return found
 
 
 def list_paragraphs() -> Iterator[tuple[str, str]]:

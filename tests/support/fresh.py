@@ -7,17 +7,22 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from functools import cache
+from tempfile import TemporaryDirectory
 
 # Importing torch takes most of a start: done once, and each program runs in a fork.
 _FORKS = """
 import json, os, sys, traceback
 import torch
-for code, environment in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    code, arguments, environment, said = json.loads(line)
     child = os.fork()
     if not child:
-        os.environ.update(environment)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(1, 2)
+        os.environ.update(environment)
+        sys.argv[1:] = arguments
         failed = 0
         try:
             exec(code, {"__name__": "__main__"})
@@ -26,30 +31,38 @@ for code, environment in json.loads(sys.argv[1]):
             failed = 1
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(failed)
-    ended = os.waitpid(child, 0)[1]
-    print(f"\\0{ended}\\0", end="", flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def run_fresh(programs: Sequence[tuple[str, Mapping[str, str]]]) -> list[tuple[int, str]]:
-    """(0 where it ended well, output and errors) of programs, each with its environment."""
+@cache
+def _start_forks() -> subprocess.Popen[str]:
+    line = [sys.executable, "-c", _FORKS]
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def try_fresh(code: str, *arguments: object, **environment: str) -> tuple[int, str]:
+    """(0 where it ended well, output and errors) of a program."""
+    words = list(map(str, arguments))
     if not hasattr(os, "fork"):
-        return [_start(["-c", code], environment) for code, environment in programs]
-    ended, said = _start(["-c", _FORKS, json.dumps([(code, dict(e)) for code, e in programs])], {})
+        line, env = [sys.executable, "-c", code, *words], os.environ | environment
+        run = subprocess.run(line, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
+        return run.returncode, run.stdout
+    forks = _start_forks()
+    assert forks.stdin and forks.stdout
+    with TemporaryDirectory() as folder:
+        said = os.path.join(folder, "said")
+        print(json.dumps([code, words, environment, said]), file=forks.stdin, flush=True)
+        ended = int(forks.stdout.readline())
+        with open(said, encoding="utf-8") as file:
+            return ended, file.read()
+
+
+def run_fresh(code: str, *arguments: object, **environment: str) -> str:
+    """Output and errors of a program that must end well."""
+    ended, said = try_fresh(code, *arguments, **environment)
     assert ended == 0, said
-    parts = said.split("\0")
-    return list(zip(map(int, parts[1::2]), parts[:-1:2], strict=True))
-
-
-def _start(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
-    run = subprocess.run(
-        [sys.executable, *words],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return run.returncode, run.stdout
+    return said
 
 
 def run_here(command: str) -> list[str]:

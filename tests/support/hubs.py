@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from prolora.adapters.hub_adapters import _fetch_once
+from prolora.adapters.hub_adapters import fetch_adapter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PREFIXES = tuple(f"/org/m/resolve/{revision}/" for revision in (COMMIT, "main", "v2"))
@@ -67,7 +67,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     cloud = Hub(tmp_path / "cloud")
     monkeypatch.setitem(sys.modules, "huggingface_hub", cloud)
-    _fetch_once.cache_clear()
+    fetch_adapter.cache_clear()
     return cloud
 
 

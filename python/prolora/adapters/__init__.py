@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
+    from .family_guess import BaseNames as BaseNames
     from .lora import Lora as Lora
-    from .naming import BaseNames as BaseNames
     from .reading import outline_adapter as outline_adapter
     from .reading import read_adapter as read_adapter
     from .writing import check_format as check_format
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapter": ["Adapter"],
     "lora": ["Lora"],
-    "naming": ["BaseNames"],
+    "family_guess": ["BaseNames"],
     "reading": ["outline_adapter", "read_adapter"],
     "writing": [
         *("check_format", "describe_peft_config"),

@@ -13,12 +13,11 @@ from ..files.dtypes import is_floating, spell_dtype
 from . import vectors
 from .adapter_folder import PEFT_CONFIG
 from .algorithms import forms
-from .family_guess import guess_family
+from .family_guess import BaseNames, choose_names, guess_family, most_common_spelling
 from .formats.peft_config import METADATA_KEY, scaling_from_config, scalings_from_metadata
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
 from .lora import Lora
-from .naming import BaseNames, choose_names, most_common_spelling, split_rows
 from .slots import Contents, Slot, group_keys, list_matrices
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
@@ -167,7 +166,7 @@ def _check_shapes(slot: Slot, source: Lora) -> None:
     slot.form = form
     if slot.module.matrix:
         where = f"{source.where}: {next(iter(slot.keys.values()))}"
-        split_rows(slot.module.matrix, form.out, where)
+        vectors.split_rows(slot.module.matrix, form.out, where)
 
 
 def read_scale(slot: Slot, source: Lora) -> float:

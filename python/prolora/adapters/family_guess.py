@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
+from typing import NamedTuple
 
 from ..architectures.families import known_families
-from ..architectures.family import Family, Spelling
+from ..architectures.family import SPELLINGS, Family, Spelling
+from ..architectures.ldm import ADM, is_adm
 from ..architectures.loaders import is_read, is_usual
-from ..architectures.modules import find_component, is_in_text_encoder
+from ..architectures.modules import find_block, find_component, is_in_adm, is_in_text_encoder
 from ..architectures.recognition import NamedMatrix, recognise_families
+from .keys.module_names import ModulePath
+from .keys.tensor_keys import split_key
+from .lora import Lora
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
+_ADM_ATTENTION = re.compile(r"(?:(?:in|out)put_blocks[._]\d+[._]\d+|middle_block[._]\d+)[._]qkv$")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
-# SHA-256 of the files most LoRAs are trained on.
-_KNOWN_FILES = {
-    "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa": (
-        "v1-5-pruned-emaonly.safetensors",
-        "sd15",
-    ),
-    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": (
-        "sd_xl_base_1.0.safetensors",
-        "sdxl",
-    ),
-    "4610115bb0c89560703c892c59ac2742fa821e60ef5871b33493ba544683abd7": (
-        "flux1-dev.safetensors",
-        "flux",
-    ),
-    "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a": (
-        "flux1-schnell.safetensors",
-        "flux",
-    ),
-}
+
+
+class BaseNames(NamedTuple):
+    """What is known of the base model that an adapter belongs to."""
+
+    family: str | None = None  # None if it is not known
+    modules: Collection[str] = ()  # its canonical module names; empty if they are not known
 
 
 def guess_family(
@@ -100,58 +95,61 @@ def guess_families(
     return read if len(read) > 1 or certain else ids
 
 
-def choose_reading(
-    matrices: Iterable[NamedMatrix], metadata: Mapping[str, str], expected: str | None
+def choose_names(
+    source: Lora, matrices: Iterable[NamedMatrix], base: BaseNames | None
 ) -> Family | None:
-    """Returns the family by whose names an adapter is read; None if unknown.
+    """Returns the family whose names the modules are read by, or None.
 
     Where several families have the names, they mostly mean the same modules; where they do not, the
     family of the base and the metadata decide.
 
-    Args:
-        matrices: the modules of its transformer as the file names them.
-        metadata: header metadata of the file.
-        expected: the family of the base that the adapter was trained on, if that is known.
+    LDM's numbers mean modules of an ADM network where the base is one, and where no base is known
+    and attention has its name there.
     """
+    if base and base.modules:
+        numbered = any(is_in_adm(name) and find_block(name) for name in base.modules)
+    else:
+        paths = {split_key(key)[0] for key in source.headers}
+        numbered = any(map(_ADM_ATTENTION.search, paths)) and is_adm(paths)
+    if numbered:
+        return ADM
     recognition = recognise_families(matrices)
     able = {family.id: family for family in recognition.able}
-    for id_ in (expected, claimed_family(metadata)):
+    for id_ in (base and base.family, claimed_family(source.metadata)):
         if id_ in able:
             return able[id_]
     return recognition.families[0] if recognition.families else None
 
 
 def claimed_family(metadata: Mapping[str, str]) -> str | None:
-    """Returns the family that the metadata claims by hash, version or architecture."""
-    known = known_base(metadata)
-    if known:
-        return known[1]
-    start = _find_claim(metadata)
-    return _claims()[start] if start else None
-
-
-def _find_claim(metadata: Mapping[str, str]) -> str | None:
-    """Returns the key of `_claims` that the metadata begins with."""
-    for key in ("ss_base_model_version", "modelspec.architecture"):
-        value = metadata.get(key, "").lower()
-        # The longest beginning: "flux2" is not "flux".
-        for start in sorted(_claims(), key=len, reverse=True):
-            if value.startswith(start):
-                return start
-    return None
-
-
-@cache
-def _claims() -> dict[str, str]:
-    """Returns how versions and architectures begin in metadata -> family."""
-    return {start: family.id for family in known_families().values() for start in family.claims}
+    """Returns the family that the metadata claims by version or architecture."""
+    return _find_claim(metadata)[0]
 
 
 def claimed_version(metadata: Mapping[str, str]) -> str | None:
     """Returns the metadata's name of the model: "FLUX.1 Kontext", "Wan 2.2"."""
-    start = _find_claim(metadata)
-    family = known_families()[_claims()[start]] if start else None
-    return family.claims[start] if family and start else None
+    return _find_claim(metadata)[1]
+
+
+def _find_claim(metadata: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Returns family and name of the model that the metadata claims."""
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        value = metadata.get(key, "").lower()
+        for start, *claim in _claims():
+            if value.startswith(start):
+                return claim[0], claim[1]
+    return None, None
+
+
+@cache
+def _claims() -> list[tuple[str, str, str]]:
+    """Lists how versions and architectures begin in metadata, with family and model.
+
+    The longest beginning comes first: "flux2" is not "flux".
+    """
+    families = known_families().values()
+    listed = [(start, one.id, name) for one in families for start, name in one.claims.items()]
+    return sorted(listed, key=lambda claim: -len(claim[0]))
 
 
 def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
@@ -163,11 +161,6 @@ def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     model = {name: shape for name, shape in shapes.items() if not is_in_text_encoder(name)}
     unets = not any(find_component(name) == "transformer" for name in model)
     return recognise_families((NamedMatrix(n, True, s) for n, s in model.items()), unets).layouts
-
-
-def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """Returns (file name, family) of a known base model by its full hash."""
-    return _KNOWN_FILES.get(metadata.get("ss_new_sd_model_hash", "").lower())
 
 
 def _unet_family(unet: list[str], context: int | None) -> str | None:
@@ -214,3 +207,17 @@ def _is_pruned_sd1(unet: list[str]) -> bool:
 def is_language_model(modules: Iterable[str]) -> bool:
     """Recognises a language model by modules of no known family."""
     return any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in modules)
+
+
+def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
+    """Returns how most modules of a transformer are spelled, None without any.
+
+    A module with one name everywhere does not tell whose names a file has. Where all are of that
+    kind, the file has the names of its prefix's format.
+    """
+    spelled = [module for module in modules if module.spelling]
+    counts = Counter(module.spelling for module in spelled if not module.alike)
+    if counts:
+        return max(counts, key=lambda one: counts[one])
+    first = next((module.spelling for module in spelled), None)
+    return next((one for one in SPELLINGS.values() if first and one[::2] == first[::2]), first)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from ..architectures.family import AuthorsWeight
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch
-from .naming import split_rows
+from .vectors import split_rows, swap_halves
 
 
 def split_update(whole: AuthorsWeight, update: LowRank, where: str) -> dict[str, LowRank]:
@@ -107,9 +106,3 @@ def _swap_update(whole: AuthorsWeight, update: LowRank) -> LowRank:
     return (
         LowRank(swap_halves(update.up), update.down) if whole.is_swapped(update.shape) else update
     )
-
-
-def swap_halves(tensor: Tensor) -> Tensor:
-    """Puts the lower half of the rows above the upper half."""
-    upper, lower = tensor.chunk(2)
-    return torch.cat([lower, upper])

@@ -47,6 +47,7 @@ def look_for_adapter(lora: str | os.PathLike[str]) -> Path:
         return Path(lora)  # its reader says why
 
 
+@lru_cache(maxsize=4096)
 def fetch_adapter(id_: HubId) -> Path:
     """Returns the local path of a LoRA, downloaded unless the cache has it.
 
@@ -58,15 +59,6 @@ def fetch_adapter(id_: HubId) -> Path:
         MissingFile: `huggingface_hub` is not installed, or the hub does not give it.
         UnsupportedFormat: no LoRA, or several and the id names none of them.
     """
-    path = _fetch_once(id_)
-    if not os.path.exists(path):  # the hub's cache was emptied since
-        _fetch_once.cache_clear()
-        path = _fetch_once(id_)
-    return path
-
-
-@lru_cache(maxsize=4096)
-def _fetch_once(id_: HubId) -> Path:
     with ask_hub(id_.name) as hub:
         if hub.constants.HF_HUB_OFFLINE:
             folder = find_snapshot(hub, id_)

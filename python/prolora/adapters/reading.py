@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -19,11 +19,10 @@ from . import fused_updates, vectors
 from .adapter import Adapter, StoredUpdate
 from .algorithms import dora_oft_glora, forms
 from .algorithms import lora_products as products
-from .algorithms.truncation import TruncatedUpdate
 from .contents import parse_contents, read_scale
+from .family_guess import BaseNames, most_common_spelling
 from .keys.tensor_keys import split_key
 from .lora import Lora, LoraSource, read_finite
-from .naming import BaseNames, most_common_spelling
 from .slots import Contents, Slot
 
 log = logging.getLogger(__name__)
@@ -83,9 +82,18 @@ def read_adapter(
     opened = Lora.open(source, metadata)
     contents = parse_contents(opened, base)
     adapter = _start_adapter(contents, opened)
-    for _ in _read_slots(opened, contents, read_weight, adapter):
-        if not keep_stored:
-            adapter.stored.clear()
+    # The header was checked before; scales come before the large tensors.
+    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
+    for slot in contents.slots:
+        stored = _add_update(adapter, slot, scales[slot.module.name], opened, read_weight)
+        if keep_stored and stored:
+            adapter.stored.append(stored)
+    for vector in contents.vectors:
+        scale = scales.get(vector.module.name, 1.0)
+        parts = vectors.read_vector(vector, scale, opened)
+        adapter.vectors.update(parts)
+        if keep_stored and vector.module.matrix is None:
+            adapter.stored.append(StoredUpdate(parts, _cut_paths([vector.key]), opened.read))
     if adapter.left_out:
         first = next(iter(adapter.left_out.items()))
         log.warning("%s: %d tensors left out: %s: %s", opened.where, len(adapter.left_out), *first)
@@ -93,40 +101,6 @@ def read_adapter(
         name, reason = next(iter(adapter.left_out.items()))
         raise UnsupportedFormat(f"{opened.where}: nothing of it can be read; {name}: {reason}")
     return adapter
-
-
-def read_pieces(source: LoraSource | Lora, base: BaseNames | None = None) -> Iterator[Adapter]:
-    """Yields what `read_adapter` reads, one module at a time to save memory.
-
-    A fused weight counts as one.
-    """
-    opened = Lora.open(source)
-    return _read_slots(opened, parse_contents(opened, base))
-
-
-def _read_slots(
-    opened: Lora,
-    contents: Contents,
-    read_weight: ReadWeight | None = None,
-    whole: Adapter | None = None,
-) -> Iterator[Adapter]:
-    """Reads slot by slot, then the vectors; yields one adapter for all, or a new one for each."""
-    if read_weight is None:
-        _check_independent(contents, opened)
-    # The header was checked before; scales come before the large tensors.
-    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
-    for slot in contents.slots:
-        piece = whole or Adapter({})
-        _add_update(piece, slot, scales[slot.module.name], opened, read_weight)
-        yield piece
-    piece = whole or Adapter({})
-    for vector in contents.vectors:
-        scale = scales.get(vector.module.name, 1.0)
-        parts = vectors.read_vector(vector, scale, opened)
-        piece.vectors.update(parts)
-        if vector.module.matrix is None:
-            piece.stored.append(StoredUpdate(parts, _cut_paths([vector.key]), opened.read))
-    yield piece
 
 
 def outline_adapter(
@@ -154,39 +128,26 @@ def outline_adapter(
     """
     opened = Lora.open(source)
     contents = parse_contents(opened, BaseNames(family, shapes))
-    if headers_only:
-        adapter = _start_adapter(contents, opened)
-        for slot in contents.slots:
-            _add_stand_in(adapter, slot, shapes, opened, torch.zeros(1))
-        return adapter
-    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     adapter = _start_adapter(contents, opened)
+    read = [] if headers_only else contents.slots
+    scales = {slot.module.name: read_scale(slot, opened) for slot in read}
     for slot in contents.slots:
-        roles, scale = slot.keys.keys(), scales[slot.module.name]
-        if forms.needs_base(roles):
-            _add_stand_in(adapter, slot, shapes, opened, torch.tensor([math.nan]))
+        roles, scale = slot.keys.keys(), scales.get(slot.module.name, 0.0)
+        if headers_only:
+            norms = torch.zeros(1)
+        elif forms.needs_base(roles):
+            norms = torch.tensor([math.nan])
         elif forms.kind_of_roles(roles) == "lora":
             _add_update(adapter, slot, scale, opened, None)
+            continue
         else:
             tensors = {role: read_finite(opened, key) for role, key in slot.keys.items()}
             norms = scale * products.measure_rows(slot.form.algorithm, tensors)
-            _add_stand_in(adapter, slot, shapes, opened, norms)
-    for vector in contents.vectors:
-        adapter.vectors.update(
-            vectors.read_vector(vector, scales.get(vector.module.name, 1.0), opened)
-        )
+        _add_stand_in(adapter, slot, shapes, opened, norms)
+    for vector in [] if headers_only else contents.vectors:
+        scale = scales.get(vector.module.name, 1.0)
+        adapter.vectors.update(vectors.read_vector(vector, scale, opened))
     return adapter
-
-
-def _check_independent(contents: Contents, source: Lora) -> None:
-    """Refuses an update that depends on base weights without a base."""
-    for slot in contents.slots:
-        if forms.needs_base(slot.keys.keys()):
-            why = forms.needs_base_reason(slot.keys.keys())
-            raise UnsupportedFormat(
-                f"{source.where}: the update of {slot.module.name} is {why}; give the base model "
-                "it was trained on (read_weight=open_base(…).read)"
-            )
 
 
 def _start_adapter(contents: Contents, source: Lora) -> Adapter:
@@ -222,8 +183,11 @@ def _add_update(
     scale: float,
     source: Lora,
     read_weight: ReadWeight | None,
-) -> None:
-    """Adds one slot's module, or all parts of a fused weight, to the adapter."""
+) -> StoredUpdate | None:
+    """Adds one slot's module, or all parts of a fused weight, to the adapter.
+
+    Returns the tensors behind it, None if it was left out.
+    """
     where = f"{source.where}: {slot.module.name}"
     tensors = {role: read_finite(source, key) for role, key in slot.keys.items()}
     kernel = slot.kernel
@@ -231,22 +195,22 @@ def _add_update(
         weight = _base_weight(slot, read_weight, where)
         if weight is None:
             _leave_out(adapter, slot)
-            return
+            return None
         kernel = tuple(weight.shape[2:]) or None
         algorithm = slot.form.algorithm
         truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
     else:
         truncated = products.factor_update(slot.form.algorithm, tensors)
-        truncated = TruncatedUpdate(
-            _scale_update(truncated.update, scale, slot, source), truncated.kept
-        )
+        if scale != 1.0 and not is_finite(truncated.update.up.mul_(scale)):
+            key = slot.keys.get("up", next(iter(slot.keys.values())))
+            raise NonFiniteWeights(f"{source.where}: {key} times {scale:.6g} overflows")
     update = LowRank(truncated.update.up.float(), truncated.update.down.float())
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
     parts = _store_parts(adapter, slot, update, kernel, truncated.kept, where)
     matrix, configured = slot.module.matrix, slot.peft is not None
     facts = slot.kind, slot.form.rank, scale, configured, matrix
-    adapter.stored.append(StoredUpdate(parts, _cut_paths(slot.keys.values()), source.read, *facts))
+    return StoredUpdate(parts, _cut_paths(slot.keys.values()), source.read, *facts)
 
 
 def _cut_paths(keys: Iterable[str]) -> dict[str, str]:
@@ -313,17 +277,6 @@ def _add_stand_in(
     _store_parts(adapter, slot, LowRank(up, down), kernel, 1.0, where)
 
 
-def _scale_update(update: LowRank, scale: float, slot: Slot, source: Lora) -> LowRank:
-    """Multiplies `up` by the scale."""
-    if scale == 1.0:
-        return update
-    up = update.up.mul_(scale)
-    if not is_finite(up):
-        key = slot.keys.get("up", next(iter(slot.keys.values())))
-        raise NonFiniteWeights(f"{source.where}: {key} times {scale:.6g} overflows")
-    return LowRank(up, update.down)
-
-
 def _leave_out(adapter: Adapter, slot: Slot) -> None:
     """Records an update that depends on a missing text encoder of the base."""
     why = forms.needs_base_reason(slot.keys.keys())
@@ -370,7 +323,12 @@ def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tens
 
     None as for `_look_up_base`.
     """
-    assert read_weight is not None  # _check_independent
+    if read_weight is None:
+        raise UnsupportedFormat(
+            f"{where}: the update of {slot.module.name} is "
+            f"{forms.needs_base_reason(slot.keys.keys())}; give the base model it was trained on "
+            "(read_weight=open_base(…).read)"
+        )
     parts = _look_up_base(slot, read_weight, where)
     if parts is None:
         return None
@@ -378,4 +336,4 @@ def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tens
     whole = torch.cat([part.detach().to("cpu", torch.float32).double() for part in parts])
     matrix = slot.module.matrix
     swapped = matrix is not None and matrix.is_swapped(tuple(whole.shape))
-    return fused_updates.swap_halves(whole) if swapped else whole
+    return vectors.swap_halves(whole) if swapped else whole

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..architectures.family import Family
+from ..architectures.family import AuthorsWeight, Family
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from ..files.dtypes import is_floating, spell_dtype
 from .keys.module_names import ModulePath
 from .lora import Lora, read_finite
-from .naming import split_rows
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +69,6 @@ def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tenso
     Raises:
         NonFiniteWeights: NaN or Inf, or an overflow in the scale.
     """
-    from .fused_updates import swap_halves
-
     vector = read_finite(source, slot.key)
     if slot.scaled and scale != 1:
         vector *= scale
@@ -96,6 +93,26 @@ def find_vector_module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
+    """Returns the height of every part of a weight of `height` rows.
+
+    Raises:
+        ShapeMismatch: the rows do not divide evenly.
+    """
+    unit, rest = divmod(height, sum(whole.shares))
+    if rest or not unit or (whole.swap == "always" and height % 2):
+        raise ShapeMismatch(
+            f"{where}: {height} rows are not those of {' + '.join(whole.parts)}, "
+            f"{':'.join(map(str, whole.shares))}"
+        )
+    return [share * unit for share in whole.shares]
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """Puts the lower half of the rows above the upper half."""
+    return tensor.roll(len(tensor) // 2, 0)
+
+
 def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[str, Tensor]:
     """Fuses biases for a file with the authors' names.
 
@@ -105,8 +122,6 @@ def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
     """
-    from .fused_updates import swap_halves
-
     out: dict[str, Tensor] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")

@@ -1,144 +1,59 @@
-"""Outputs, read back as any user would and compared with the adapter."""
+"""Outputs, read back as any user would: which modules they mean, at which scale."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..core.lowrank import LowRank
-from ..core.merging import subtract_updates
 from ..errors import OutputError, ProLoRAError
-from . import vectors
 from .adapter import Adapter
-from .formats.groups import lay_out
-from .lora import StrPath
-from .naming import BaseNames
-from .reading import read_pieces
+from .contents import parse_contents, read_scale
+from .family_guess import BaseNames
+from .lora import Lora, StrPath
 
 
 def verify_output(
     output: Path | Mapping[str, Tensor],
     adapter: Adapter,
-    format: str,
-    dtype: torch.dtype,
+    scales: Mapping[str, float],
     where: StrPath,
 ) -> None:
-    """Opens an output and compares every update and vector.
+    """Opens an output and compares what its keys, shapes and scales mean.
+
+    The bits of a file were compared when it was filled.
 
     Args:
         output: a file, a PEFT folder or a state dict.
-        adapter: what it was made of.
-        format: its format.
-        dtype: of its factors.
+        adapter: what the output means.
+        scales: module -> the scale in front of its tensors.
         where: its name in messages.
 
     Raises:
-        OutputError: an update or vector is missing, or is off by more than the rounding of `dtype`.
+        OutputError: something reads back differently.
     """
-    shared = _shared_sizes(adapter, format)
-    back, foreign = Adapter({}), set()
+    updates, biases = set(adapter.updates), set(adapter.vectors)
     try:
-        for piece in read_pieces(output, BaseNames(adapter.family, adapter.updates)):
-            for name, update in piece.updates.items():
-                wanted = adapter.updates.get(name)
-                if wanted is None:
-                    foreign |= _nonzero_updates(piece, {name})
-                elif not _updates_match(update, wanted, dtype, shared.get(name, 0.0)):
-                    raise _difference(where, name)
-            # Drops the factors, which may be large: only their names count from here on.
-            back.updates.update(dict.fromkeys(piece.updates, _NOTHING))
-            back.kernels.update(piece.kernels)
-            back.vectors.update(piece.vectors)
+        with Lora.open(output) as back:
+            contents = parse_contents(back, BaseNames(adapter.family, adapter.updates))
+            for slot in contents.slots:
+                owned = [name for name in slot.module.modules if name in adapter.updates]
+                if not owned:
+                    raise OutputError(f"{where}: {slot.module.name} was not written, and is there")
+                name, plain = owned[0], slot.kind in ("lora", "locon")
+                if not math.isclose(read_scale(slot, back), scales[name], rel_tol=1e-6):
+                    raise OutputError(f"{where}: {name} reads back at another scale")
+                if plain and slot.kernel != adapter.kernels.get(name):
+                    raise OutputError(f"{where}: {name} reads back with another kernel")
+                updates -= set(owned)
     except OutputError:
         raise
     except ProLoRAError as error:
         raise OutputError(f"{where}: was written but cannot be read back: {error}") from error
-    missing = {
-        name
-        for name in adapter.updates.keys() - back.updates.keys()
-        if adapter.updates[name].norm() > _product_tolerance(dtype) * shared.get(name, 0.0)
-    }
-    if missing or foreign or back.kernels != adapter.kernels:
-        changed = sorted(missing | foreign) or ["a convolution's kernel"]
-        raise OutputError(f"{where}: reads back with other modules than written: {changed[0]}")
-    _compare_vectors(back.vectors, adapter.vectors, dtype, where)
-
-
-_NOTHING = LowRank(*[torch.zeros(1, 1, device="cpu")] * 2)
-
-
-def _difference(where: StrPath, name: str) -> OutputError:
-    return OutputError(f"{where}: {name} reads back differently from what was written")
-
-
-def _compare_vectors(
-    back: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: torch.dtype, where: StrPath
-) -> None:
-    """Refuses vectors that read back differently.
-
-    Raises:
-        OutputError: one is missing, or is off by more than the rounding of `dtype`.
-    """
-    for name in _nonzero_vectors(wanted) | _nonzero_vectors(back):
-        one, other = back.get(name), wanted.get(name)
-        if one is None or other is None or not vectors.vectors_match(one, other, dtype):
-            raise _difference(where, name)
-
-
-def _nonzero_vectors(vectors_by_name: Mapping[str, Tensor]) -> set[str]:
-    """Returns the vectors that are not all zeros: a part of a fused bias may be."""
-    return {name for name, vector in vectors_by_name.items() if vector.any()}
-
-
-def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
-    """Returns the modules whose update is not zero.
-
-    Rows of zeros in a fused weight are no update.
-    """
-    return {name for name in modules if adapter.updates[name].norm() > 0}
-
-
-def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
-    """Returns module -> ‖up‖·‖down‖ of factors that it shares in the file."""
-    sizes: dict[str, float] = {}
-    for group in lay_out(adapter, format).groups:
-        if len(group.parts) > 1:
-            updates = group.parts.values()
-            up = math.hypot(*(update.up.norm().item() for update in updates))
-            down = math.hypot(*(update.down.norm().item() for update in updates))
-            sizes |= dict.fromkeys(group.parts, up * down)
-    return sizes
-
-
-def _product_tolerance(dtype: torch.dtype) -> float:
-    """Returns what rounding both factors can cost, as a share of ‖up‖·‖down‖."""
-    # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
-    return max(4 * torch.finfo(dtype).eps, 1e-6)
-
-
-def _updates_match(back: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -> bool:
-    """Compares ‖ΔW_back − ΔW‖_F with what rounding to `dtype` can cost.
-
-    `shared` is ‖up‖·‖down‖ of the factors in the file, where they hold more than this update: a
-    small part of a fused weight is rounded as the whole is.
-    """
-    if back.shape != wanted.shape:
-        return False
-    pairs = ((back.up, wanted.up), (back.down, wanted.down))
-    rounding = 2 * torch.finfo(dtype).eps
-    if back.rank == wanted.rank and all(_factors_match(*pair, rounding) for pair in pairs):
-        return True
-    # The same product may have other factors, if they were balanced for the dtype or fused.
-    difference = subtract_updates(back.to(torch.float64), wanted.to(torch.float64))
-    size = max(shared, (wanted.up.double().norm() * wanted.down.double().norm()).item())
-    return bool(difference.norm() <= _product_tolerance(dtype) * size)
-
-
-def _factors_match(back: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    """Compares ‖back − wanted‖_F with ‖wanted‖_F; False if either overflows float32."""
-    size = wanted.norm()
-    return bool(size.isfinite() and (back - wanted).norm() <= tolerance * size)
+    for one in contents.vectors:
+        biases -= {f"{name}.{one.tensor}" for name in one.module.modules}
+    if updates or biases:
+        name = min(updates | biases)
+        raise OutputError(f"{where}: reads back with other modules than written: no {name}")

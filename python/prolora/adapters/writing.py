@@ -17,12 +17,12 @@ from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
 from ..files.safetensors_writing import fill_safetensors
 from ..files.store import put
-from .adapter import Adapter
+from .adapter import Adapter, StoredUpdate
 from .adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import encoding, groups
 from .formats.metadata import clean_metadata
 from .formats.peft_config import METADATA_KEY
-from .formats.stored import KeptTensors, find_stored, verify_stored
+from .formats.stored import KeptTensors, find_stored
 from .lora import StrPath
 from .verification import verify_output
 
@@ -43,8 +43,8 @@ def write_adapter(
     An adapter that was read with `keep_stored` and not changed is written as its file holds it,
     where neither format nor dtype is asked for and the format has a place for all of it.
 
-    The output is built beside `path`, read back as any user would, compared with `adapter` module
-    by module, and only then renamed.
+    The output is built beside `path` and read back: bit by bit, and as any user would, module by
+    module and scale by scale. Only then it is renamed.
 
     Args:
         adapter: what to write.
@@ -66,10 +66,12 @@ def write_adapter(
 
     def write(place: Path) -> None:
         weights = place / PEFT_WEIGHTS if folder else place
-        fill_safetensors(weights, output.tensors, output.header(), path)
+        fill_safetensors(weights, output.tensors, output.header, path)
         if folder:
-            (place / PEFT_CONFIG).write_bytes(output.config().encode())
-        output.verify(place)
+            config = encoding.peft_config(output.adapter, owners=output.owners)
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (place / PEFT_CONFIG).write_bytes(text.encode())
+        verify_output(place, output.adapter, output.scales, path)
 
     put(path, write, overwrite=overwrite, folder=folder)
 
@@ -99,7 +101,7 @@ def encode_state_dict(
     """
     output = _prepare(adapter, format, dtype, "the state dict", configured=False)
     tensors = {key: tensor.detach().clone() for key, tensor in output.tensors.items()}
-    output.verify(tensors)
+    verify_output(tensors, output.adapter, output.scales, "the state dict")
     return tensors
 
 
@@ -109,35 +111,11 @@ class _Encoded:
 
     adapter: Adapter
     format: str
-    dtype: torch.dtype
-    where: StrPath
-    kept: KeptTensors | None  # the stored tensors, where they are written as they are
     tensors: dict[str, Tensor]
-
-    def header(self) -> dict[str, str]:
-        """Returns the file's metadata, without kohya's hashes."""
-        ranks = None
-        if self.kept is None:
-            ranks = {group.rank for group in groups.lay_out(self.adapter, self.format).groups}
-        header = clean_metadata(self.adapter.metadata, self.format, ranks)
-        if self.format == "diffusers":
-            owners = self.kept.owners if self.kept else {}
-            if table := encoding.diffusers_metadata(self.adapter, owners):
-                header[METADATA_KEY] = json.dumps(table)
-        return header
-
-    def config(self) -> str:
-        """Returns the text of PEFT's adapter_config.json."""
-        owners = self.kept.owners if self.kept else {}
-        config = encoding.peft_config(self.adapter, owners=owners)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    def verify(self, written: Path | Mapping[str, Tensor]) -> None:
-        """Reads an output back and compares it."""
-        if self.kept:
-            verify_stored(written, self.kept, self.adapter, self.where)
-        else:
-            verify_output(written, self.adapter, self.format, self.dtype, self.where)
+    header: dict[str, str]  # the file's metadata, without kohya's hashes
+    scales: dict[str, float]  # module -> what stands in front of its tensors
+    # Module -> the stored tensors that are written as they are
+    owners: Mapping[str, StoredUpdate]
 
 
 def _prepare(
@@ -152,15 +130,29 @@ def _prepare(
     kept = find_kept(adapter, format, dtype)
     kept = kept if configured or not (kept and kept.need_config) else None
     adapter, format = groups.resolve_format(adapter, format)
-    groups.lay_out(adapter, format)
+    layout = groups.lay_out(adapter, format)
     stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
     if stored not in _DTYPES:
         raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{where}: not written, because no module is left in the adapter")
     adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
-    tensors = kept.read() if kept else encoding.encode_adapter(adapter, format, stored)
-    return _Encoded(adapter, format, stored, where, kept, tensors)
+    if kept:
+        tensors, owners, ranks = kept.read(), kept.owners, None
+        scales = {name: one.scale for name, one in owners.items()}
+    else:
+        tensors, owners = encoding.encode_adapter(adapter, format, stored), {}
+        ranks = {group.rank for group in layout.groups}
+        alpha = encoding.common_rank(layout) if format == "kohya" else None
+        scales = {
+            name: alpha / group.rank if alpha else 1.0
+            for group in layout.groups
+            for name in group.modules
+        }
+    header = clean_metadata(adapter.metadata, format, ranks)
+    if format == "diffusers" and (table := encoding.diffusers_metadata(adapter, owners)):
+        header[METADATA_KEY] = json.dumps(table)
+    return _Encoded(adapter, format, tensors, header, scales, owners)
 
 
 def find_kept(

@@ -82,8 +82,8 @@ def explain_experts(where: object, experts: list[str]) -> str:
     )
 
 
-def open_folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
-    """Returns ({key: weight}, files) of the model in `folder`.
+def open_folder_weights(folder: Path) -> dict[str, StoredWeight]:
+    """Returns the weights of the model in `folder` by key.
 
     Raises:
         UnsupportedFormat: no safetensors weights, several that cannot be told apart, or shards that
@@ -94,9 +94,9 @@ def open_folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Pat
     except OSError as error:
         raise input_error(folder, error) from error
     best = choose_candidate(file.name for file in files)
-    if best is None:
-        return _open_only_checkpoint(folder, files)
-    return _open_shards(folder / best.name) if best.sharded else _open_single(folder / best.name)
+    if best is not None and best.sharded:
+        return _open_shards(folder / best.name)
+    return open_file_weights(folder / best.name if best else _find_only_checkpoint(folder, files))
 
 
 def choose_candidate(names: Iterable[str]) -> Candidate | None:
@@ -121,24 +121,18 @@ def _parse_candidate(name: str, stem: str) -> Candidate | None:
     return Candidate(name, ".".join(rest), sharded)
 
 
-def _open_only_checkpoint(
-    folder: Path, files: list[Path]
-) -> tuple[dict[str, StoredWeight], list[Path]]:
-    """Opens the only checkpoint of a folder without diffusers' file names."""
+def _find_only_checkpoint(folder: Path, files: list[Path]) -> Path:
+    """Returns the only checkpoint of a folder without diffusers' file names."""
     tensors = [file for file in files if file.suffix in (".safetensors", ".gguf")]
     tensors = tensors or [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
     if len(tensors) == 1 and not _SHARD.search(tensors[0].name):
-        return _open_single(tensors[0])
+        return tensors[0]
     if any(_SHARD.search(file.name) for file in tensors):
         raise UnsupportedFormat(f"{folder}: has shards but not their .safetensors.index.json")
     if tensors:
         names = ", ".join(file.name for file in tensors[:4])
         raise UnsupportedFormat(f"{folder}: has several checkpoints ({names}); name one of them")
     raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
-
-
-def _open_single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
-    return open_file_weights(path), [path]
 
 
 def open_file_weights(path: Path) -> dict[str, StoredWeight]:
@@ -156,7 +150,7 @@ def open_file_weights(path: Path) -> dict[str, StoredWeight]:
     return {key: StoredWeight(file, key) for key in file.tensors}
 
 
-def _open_shards(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
+def _open_shards(index: Path) -> dict[str, StoredWeight]:
     """Returns the weights the index lists; other tensors of a shard are ignored."""
     shards: dict[str, SafetensorsFile] = {}
     weights: dict[str, StoredWeight] = {}
@@ -171,7 +165,7 @@ def _open_shards(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
         if key not in shards[name].tensors:
             raise UnsupportedFormat(f"{index}: says that {key} is in {name}, which lacks it")
         weights[key] = StoredWeight(shards[name], key)
-    return weights, [shard.path for shard in shards.values()]
+    return weights
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

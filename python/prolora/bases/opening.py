@@ -20,7 +20,7 @@ from .folder import explain_experts, find_model_folder, open_file_weights, open_
 from .hub_models import fetch_model
 from .keys.canonical_names import name_weights
 from .quantised.joining import join_quantised
-from .weights import LoadedWeight, StoredWeight, Weight
+from .weights import LoadedWeight, StoredWeight, TensorFile, Weight
 
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
 
@@ -126,37 +126,32 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
             raise MissingFile(describe_missing(source, wanted))
         path, name, subfolder = fetch_model(id_, subfolder), id_.name, None
     path = Path(os.path.abspath(path))  # weights are read later, maybe from another working folder
-    weights: dict[str, Weight] = {}
-    if path.is_dir():
-        stored, files = open_folder_weights(find_model_folder(path, subfolder))
-        weights.update(stored)
-        metadata = _list_metadata(weights)
-        if subfolder is None:
-            encoders, more = _open_text_encoders(path)
-            files = [*files, *more]
-            weights.update(encoders)
-    else:
-        weights.update(open_file_weights(path))
-        metadata, files = _list_metadata(weights), [path]
-    found = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
-    return Base(name, *found, path, files)
+    is_folder = path.is_dir()
+    folder = find_model_folder(path, subfolder) if is_folder else path
+    stored = open_folder_weights(folder) if is_folder else open_file_weights(path)
+    encoders, more = _open_text_encoders(path) if is_folder and not subfolder else ({}, [])
+    files = _list_files(stored)
+    metadata = _list_metadata(files)
+    found = name_weights(stored | encoders, str(path), metadata=metadata, strict=subfolder is None)
+    return Base(name, *found, path, [file.path for file in files + more] or [path])
 
 
-def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
+def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[TensorFile]]:
     """Opens the text encoders of a pipeline folder, except unreadable ones.
 
     A transfer needs them only to compare, and many folders hold them as pickles alone.
     """
     weights: dict[str, Weight] = {}
-    files: list[Path] = []
+    files: list[TensorFile] = []
     for encoder in TEXT_ENCODERS:
         folder = pipeline / encoder
         if not folder.is_dir():
             continue
         try:
-            found, more = open_folder_weights(folder)
+            found = open_folder_weights(folder)
+            more = _list_files(found)
             # Before the names change, which notes in the header go by.
-            stored = join_quantised(found, _list_metadata(found), str(folder))
+            stored = join_quantised(found, _list_metadata(more), str(folder))
         except UnsupportedFormat as error:
             log.info("the text encoder %s is left out: %s", folder, error)
             continue
@@ -165,10 +160,14 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
     return weights, files
 
 
-def _list_metadata(weights: Mapping[str, Weight]) -> list[Mapping[str, str]]:
+def _list_files(weights: Mapping[str, StoredWeight]) -> list[TensorFile]:
+    """Lists the files of weights, each once."""
+    return list({weight.file.path: weight.file for weight in weights.values()}.values())
+
+
+def _list_metadata(files: list[TensorFile]) -> list[Mapping[str, str]]:
     """Returns the metadata of every header."""
-    files = {w.file.path: w.file for w in weights.values() if isinstance(w, StoredWeight)}
-    return [file.metadata for file in files.values() if isinstance(file, SafetensorsFile)]
+    return [file.metadata for file in files if isinstance(file, SafetensorsFile)]
 
 
 def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..architectures.modules import find_block
-from ..errors import UnrelatedBases, UnsupportedFormat
+from ..errors import UnsupportedFormat
 from .folder import MODELS, open_folder_weights
 from .pipeline_files import is_pipeline, read_component_config
 
@@ -30,7 +30,7 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
 
     A latent means something only to the VAE it belongs to: where the VAEs differ, one model's
     latents are noise to the other, and no question can be asked of both. None where nothing speaks
-    against it; `check_latents` looks at the weights as well.
+    against it; `explain_different_latents` looks at the weights as well.
     """
     left, right = (_read_configuration(folder) for folder in (source, target))
     if left is None and right is None:
@@ -71,7 +71,7 @@ def _has_fitted_blocks(folder: Path) -> bool:
     part = next((part for part in MODELS if (folder / part).is_dir()), None)
     if part is None:
         return False
-    weights = open_folder_weights(folder / part)[0]
+    weights = open_folder_weights(folder / part)
     return any(
         len(weight.shape) == 2 and find_block(key.removesuffix(".weight"))
         for key, weight in weights.items()
@@ -94,7 +94,7 @@ def check_images_cross(source: Path, target: Path) -> None:
                     f"{folder}: the pipeline has no VAE, and its latents are not pixels, so no "
                     "image can cross to another model's latents"
                 )
-        elif not any(key.startswith("encoder.") for key in open_folder_weights(folder / "vae")[0]):
+        elif not any(key.startswith("encoder.") for key in open_folder_weights(folder / "vae")):
             raise UnsupportedFormat(
                 f"{folder / 'vae'}: the VAE has no encoder, so no image can cross to its latents"
             )
@@ -125,21 +125,6 @@ def explain_different_latents(source: Path, target: Path) -> str | None:
     return reason
 
 
-def check_latents(source: Path, target: Path) -> None:
-    """Refuses pipelines with different latents, since no LoRA can be measured there.
-
-    Raises:
-        UnrelatedBases: the configurations of the VAEs differ, or the weights of their encoders.
-        UnsupportedFormat: a VAE without readable safetensors.
-    """
-    reason = explain_different_latents(source, target)
-    if reason is not None:
-        raise UnrelatedBases(
-            f"a copy on {target.name} cannot be measured by {source.name}: {reason}. "
-            "a fit moves a LoRA between latents by way of images"
-        )
-
-
 def _read_configuration(folder: Path) -> dict[str, Any] | None:
     """Reads what fixes a latent space; None for pipelines without a VAE."""
     if not (folder / "vae").is_dir():
@@ -154,7 +139,7 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
 
 def _compare_encoders(source: Path, target: Path) -> float:
     """Returns ⟨a, b⟩/(‖a‖‖b‖) over two encoders' matrices; 0 if none fit."""
-    left, right = (open_folder_weights(folder)[0] for folder in (source, target))
+    left, right = (open_folder_weights(folder) for folder in (source, target))
     dot = norm_a = norm_b = 0.0
     for key, weight in left.items():
         other = right.get(key)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ..files.gguf_file import GgufFile
+from ..files.safetensors_file import SafetensorsFile
 
 
 @dataclass(frozen=True)
@@ -51,38 +53,8 @@ class Weight(Protocol):
         """Rows [start, stop) of it; nothing else is read."""
 
 
-class TensorEntry(Protocol):
-    """What a file's header says of one tensor."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As `TensorFile.read` gives it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As `TensorFile.read` gives it."""
-
-
-class TensorFile(Protocol):
-    """A file of tensors whose header was read and checked."""
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-
-    @property
-    def state(self) -> tuple[int, ...]:
-        """Inode, size and times, the times last: equal until the file is written."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorEntry]:
-        """Key -> what the header says."""
-
-    def read(self, name: str) -> Tensor:
-        """Reads the tensor of a key."""
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of it."""
+TensorFile: TypeAlias = SafetensorsFile | GgufFile
+"""A file of tensors whose header was read and checked."""
 
 
 @dataclass(frozen=True)

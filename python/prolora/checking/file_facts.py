@@ -17,13 +17,12 @@ from ..adapters.family_guess import (
     guess_family,
     guess_sizes,
     is_language_model,
-    known_base,
+    most_common_spelling,
 )
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora
-from ..adapters.naming import most_common_spelling
 from ..adapters.slots import Contents, Slot, list_matrices, measure_modules
 from ..adapters.training_words import read_training_words
 from ..architectures.families import known_families
@@ -46,9 +45,8 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
     `program` is a key of `known_loaders()`; `deep` reads every tensor.
     """
     metadata = opened.metadata
-    known = known_base(metadata)
     fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-    named = known[0] if known else next(filter(None, map(metadata.get, fields)), "")
+    named = next(filter(None, map(metadata.get, fields)), "")
     hashes = map(metadata.get, ("ss_new_sd_model_hash", "ss_sd_model_hash"))
     words = read_training_words(metadata)
     tags = [tag for tag in words.list_tags(_TOP_TAGS) if tag != words.trigger]

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 from ..bases import open_base
+from ..making.convert import ConvertOptions
 from ..making.convert import convert as convert_lora
-from ..making.convert_options import ConvertOptions
 from .console import progress_bar
 from .flags import base_argument, base_option, path_argument
-from .options import expand_options
-from .output_options import OutputFlags
+from .options import OutputFlags, expand_options
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
 

@@ -12,8 +12,7 @@ from ..making.extract import extract as extract_lora
 from ..making.extract_options import ExtractOptions
 from .console import progress_bar
 from .flags import base_argument, base_option
-from .options import expand_options
-from .output_options import OutputFlags
+from .options import OutputFlags, expand_options
 from .transfer import check_output_given, check_outputs, tell_made_lora
 
 

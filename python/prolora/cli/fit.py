@@ -19,8 +19,14 @@ from ..reports.outcome import Outcome
 from ..reports.report import is_page_path
 from .console import err, progress_bar
 from .flags import base_option
-from .options import BriefCommand, HelpAllOption, expand_options, find_cache, take_bases
-from .output_options import OutputFlags
+from .options import (
+    BriefCommand,
+    HelpAllOption,
+    OutputFlags,
+    expand_options,
+    find_cache,
+    take_bases,
+)
 from .transfer import LoraArguments, check_output_given, check_outputs, plan_each, tell_outcomes
 
 SHOWN = 4

@@ -16,8 +16,7 @@ from ..making.merge import merge as merge_loras
 from ..making.merge_options import MergeOptions
 from .console import answer, out, progress_bar
 from .flags import base_option, split_bases
-from .options import expand_options
-from .output_options import OutputFlags
+from .options import OutputFlags, expand_options
 from .tables import show_words
 from .transfer import (
     STDOUT,

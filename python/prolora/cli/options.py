@@ -21,7 +21,7 @@ from ..bases.experts import Experts, open_experts
 from ..core.option_fields import read_shown
 from ..errors import InvalidOption, OutputError
 from ..files.hub import spell_path
-from .flags import FLAGS, base_option, parse_path
+from .flags import FLAGS, JsonOption, base_option, parse_path, path_option
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,46 @@ class ExpertBases:
         """Opens both and returns (LoRAs, source, target), each a base or two experts."""
         loras, (source, target) = take_bases(loras, self.source, self.target)
         return loras, open_experts(source), open_experts(target)
+
+
+@dataclass
+class OutputFlags:
+    """Options of what is written and shown."""
+
+    panel: ClassVar[str] = "Output"
+    output: Annotated[
+        Path | None,
+        path_option(
+            "Output file (.safetensors), or a folder where several LoRAs are moved.",
+            "--output",
+            "-o",
+            metavar="PATH",
+        ),
+    ] = None
+    report: Annotated[
+        Path | None,
+        path_option(
+            "Also write the whole report: a page for people if the name ends in .html, "
+            "otherwise JSON; - prints the JSON."
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
+    ] = False
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Also write a model card for the Hugging Face Hub: README.md beside the output, "
+            "or in the folder of several.",
+        ),
+    ] = False
+    as_json: JsonOption = False
+
+    @property
+    def show_tables(self) -> bool:
+        """Whether people read along."""
+        return not (self.as_json or self.report == Path("-"))
 
 
 def find_cache(options: Any, takes_default: bool = True) -> Any:

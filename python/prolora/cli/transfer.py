@@ -25,14 +25,19 @@ from ..moving.output_paths import check_results_folder, is_peft_folder
 from ..moving.result import Transfer
 from ..reports.card import check_card, write_card
 from ..reports.lora_report import LoraReport
-from ..reports.outcome import Outcome
-from ..reports.outcomes_page import OutcomesReport
+from ..reports.outcome import Outcome, OutcomesReport
 from ..reports.report import is_page_path
 from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult, describe_error
 from .flags import path_argument, write_flag
-from .options import BriefCommand, ExpertBases, HelpAllOption, expand_options, find_cache
-from .output_options import OutputFlags
+from .options import (
+    BriefCommand,
+    ExpertBases,
+    HelpAllOption,
+    OutputFlags,
+    expand_options,
+    find_cache,
+)
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs, read_command
 from .tables import show_tables, show_words
 

@@ -12,8 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..architectures.layouts import find_correspondence
 from ..architectures.modules import find_block, is_adaptable, is_in_text_encoder
-from ..bases import Base, find_correspondence
+from ..bases import Base
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
@@ -229,12 +230,8 @@ def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
     what = f"{source.name} is {describe_base(source)}, {target.name} is {describe_base(target)}"
     shared = list_adaptable_shapes(source) & list_adaptable_shapes(target)
     if classify_model(source) != classify_model(target) or not shared:
-        why = (
-            ""
-            if shared
-            else ", and no attention or feed-forward weight of one has the shape of "
-            "any of the other"
-        )
+        lone = ", and no attention or feed-forward weight of one has the shape of any of the other"
+        why = "" if shared else lone
         raise UnsupportedFormat(
             f"{what}: these are different architectures, no block of one corresponds to a block of "
             f"the other{why}. No data-free method maps between them; train the LoRA on the target"

@@ -118,8 +118,8 @@ def load_gguf() -> Any:
         import gguf.quants
     except ImportError as error:
         raise UnsupportedFormat(
-            'GGUF files need the package gguf: pip install "prolora[gguf]"; or use the '
-            ".safetensors file of this model"
+            "GGUF files need a package: pip install gguf; or use the .safetensors file of this "
+            "model"
         ) from error
     return gguf
 

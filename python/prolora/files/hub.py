@@ -129,7 +129,7 @@ def ask_hub(name: str) -> Iterator[Any]:
     except ImportError as error:
         raise MissingFile(
             f"{name}: no such file or folder. If it is a model on the Hugging Face Hub, "
-            'pip install "prolora[hub]", or download it and give the local path'
+            "pip install huggingface_hub, or download it and give the local path"
         ) from error
     try:
         yield huggingface_hub

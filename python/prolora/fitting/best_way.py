@@ -88,11 +88,11 @@ class BestWay:
         pair = replace(self.pair, options=replace(self.pair.options, progress=progress))
         way = replace(self, pair=pair, by_fit=replace(self.by_fit, progress=progress))
         if out is None:
-            return way._move(lora, [None, None])
+            return way._move(lora, [{}, {}])
         ends, options = (lora, pair.source, pair.target), [pair.options, way.by_fit]
         return make_file(ends, out, options, pair.foresee, way._move)
 
-    def _move(self, lora: LoraLike, notes: list[Notes | None]) -> Transfer:
+    def _move(self, lora: LoraLike, notes: list[Notes]) -> Transfer:
         """Moves a LoRA by weights or by a fit; the report says why."""
         moved, need = self._try_weights(lambda: self.pair.transfer(lora, notes[0]))
         why = self._explain_no_fit()

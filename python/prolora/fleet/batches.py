@@ -124,7 +124,7 @@ def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
                 yield Migrated(name, batch.label, "already there", str(out))
                 continue
             with recipe.lora as opened:
-                done = save_result(pair.transfer(opened, recipe.describe), out, overwrite=False)
+                done = save_result(pair.transfer(opened, recipe.describe()), out, overwrite=False)
             outcome = Outcome(lora, out, done.report)
         except LORA_FAILURES as error:
             outcome = Outcome(lora, out, error=as_refusal(error))

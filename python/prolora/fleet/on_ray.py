@@ -154,7 +154,7 @@ def _connect(address: str) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise ProLoRAError('Ray is missing: pip install "prolora[ray]"') from error
+        raise ProLoRAError("Ray is missing: pip install ray") from error
     mine = not ray.is_initialized()
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:

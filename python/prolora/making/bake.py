@@ -36,7 +36,7 @@ from .merge_inputs import name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 
 TAKEN = ("strengths", "blocks", "dtype", "overwrite", "progress")  # of a merge's options
-_MOST_NUMBERS = 1 << 22  # in float64 at a time
+_MOST_NUMBERS = 1 << 16  # in float64 at a time: they stay in a core's cache
 _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 
 
@@ -227,27 +227,26 @@ class _Baking:
         """Adds updates to one stored tensor of a copied file, in place."""
         root = look_inside(parts[0][1])
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        before = root.read().to(wide)
-        numbers, deltas = before.clone(), []
+        before = root.read()
+        numbers, deltas = before.to(wide, copy=True), []
         for name, weight, added in parts:
             dense = (x.dense() if isinstance(x, LowRank) else x for x in added)
             delta = reduce(Tensor.add_, (x.to(wide).reshape(weight.shape) for x in dense))
             for view, rows in _cut_rows(weight, numbers, delta):
                 view += rows
             deltas.append((name, weight, delta))
-        written, rounded = self._round(root, stored, numbers)
-        if not rounded.isfinite().all():
-            raise NonFiniteWeights(f"{stored.name}: the result overflows {written.dtype}")
-        change = rounded.sub_(before)
+        written, after = self._round(root, stored, numbers)
         for name, weight, delta in deltas:
-            self.rows.append(_measure(name, weight, change, delta))
+            self.rows.append(_measure(name, weight, before, after, delta))
+            if not math.isfinite(self.rows[-1].wrong):
+                raise NonFiniteWeights(f"{stored.name}: the result overflows {written.dtype}")
         assert isinstance(stored.file, SafetensorsFile)  # all others are refused before
         like = stored.file if self.dtype is None else SafetensorsFile(file)
         replace_tensor(file, like, stored.key, written)
 
     def _round(self, root: Weight, stored: StoredWeight, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the stored tensor, and the numbers that it stands for."""
-        scale, codes, dtype = torch.ones(()), numbers, self.dtype or stored.dtype
+        scale, codes, dtype = None, numbers, self.dtype or stored.dtype
         if isinstance(root, ScaledWeight) and self.dtype is None:
             tiles = root.load_scales()[0][:, 0]
             scale = tiles.repeat_interleave(root.tile[0])[: len(numbers)]
@@ -259,7 +258,7 @@ class _Baking:
             largest = torch.finfo(dtype).max
             codes = codes.clamp(-largest, largest)
         written = codes.to(dtype).contiguous()
-        return written, written.to(numbers.dtype, copy=True).mul_(scale)
+        return written, written if scale is None else written.to(numbers.dtype) * scale
 
 
 def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -276,17 +275,20 @@ def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[
         yield numbers, delta.reshape(numbers.shape)
 
 
-def _measure(name: str, weight: Weight, change: Tensor, delta: Tensor) -> BakedModule:
+def _measure(
+    name: str, weight: Weight, before: Tensor, after: Tensor, delta: Tensor
+) -> BakedModule:
     """Compares what changed with what should have."""
-    energy = product = wrong = 0.0
-    for both in _cut_rows(weight, change, delta):
-        few = max(1, _MOST_NUMBERS * len(both[0]) // both[0].numel())
-        for got, wanted in zip(*(half.split(few) for half in both), strict=True):
-            got, wanted = got.double(), wanted.double()
-            energy += float(wanted.square().sum())
-            product += float((got * wanted).sum())
-            wrong += float((got - wanted).square().sum())
-    return BakedModule(name, energy, product, wrong)
+    sums = torch.zeros(3, dtype=torch.float64)
+    pairs = zip(_cut_rows(weight, before, delta), _cut_rows(weight, after, delta), strict=True)
+    for (old, wanted), (new, _) in pairs:
+        few = max(1, _MOST_NUMBERS * len(old) // old.numel())
+        for w, q, d in zip(*(x.split(few) for x in (old, new, wanted)), strict=True):
+            d = d.double().flatten()
+            got = q.double().flatten() - w.double().flatten()
+            wrong = got - d
+            sums += torch.stack([d.dot(d), got.dot(d), wrong.dot(wrong)])
+    return BakedModule(name, *sums.tolist())
 
 
 def _round_at_random(codes: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

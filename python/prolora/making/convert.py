@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,54 @@ from ..adapters.keys.tensor_keys import split_key
 from ..adapters.lora import Header, Lora
 from ..bases import Base, BaseLike, open_base
 from ..core.lowrank import LowRank
+from ..core.option_fields import option, take_option
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
-from ..moving.base_check import check_fits
-from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.base_check import read_lora
+from ..moving.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, cut_rank, name_lora, read_dtype
+from ..moving.options import (
+    LARGEST_STRENGTH,
+    OUTPUT,
+    LoraLike,
+    Output,
+    TransferOptions,
+    cut_rank,
+    name_lora,
+    read_dtype,
+)
 from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
 from ..moving.rows import describe_conversion, describe_left_out
 from ..reports.module_report import LEFT_OUT
-from .convert_options import DEFAULT_CONVERSION, ConvertOptions
 from .made_report import ENOUGH, MadeReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Output):
+    """How a LoRA is converted; `convert` takes each of these by its name."""
+
+    blocks: Blocks | None = take_option(TransferOptions, "blocks", panel=OUTPUT)
+    alpha: float | None = option(
+        None,
+        "Alpha of every update, in place of what the file has: each acts at alpha / rank.",
+        panel=OUTPUT,
+        metavar="ALPHA",
+    )
+
+    def __post_init__(self) -> None:
+        """Reads the factors by block, too."""
+        super().__post_init__()
+        if self.blocks is not None:
+            BlockWeights.read(self.blocks)
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (number and 0 < self.alpha <= LARGEST_STRENGTH):
+            raise InvalidOption(f"`alpha` is a number above 0, not {self.alpha!r}")
+
+
+DEFAULT_CONVERSION = ConvertOptions()
 
 
 @takes_options
@@ -163,10 +197,8 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
     """Reads the LoRA's updates, each as a plain LoRA; refuses one that needs a missing base."""
     if isinstance(lora, Adapter):
         return lora
-    names = adapters.BaseNames(base.family, base.shapes) if base else None
     if base is not None:
-        check_fits(lora, base)
-        return adapters.read_adapter(lora, read_weight=base.read, base=names)
+        return read_lora(lora, base)
     opened = Lora.open(lora)
     for slot in parse_contents(opened).slots:
         if forms.needs_base(slot.keys.keys()):

@@ -62,7 +62,13 @@ class MergeReport(MadeReport):
 
     def lines(self) -> list[str]:
         """Says for each LoRA how much of it is in the result."""
-        return [_tell_kept(part) for part in self.parts]
+        told = []
+        for part in self.parts:
+            amount = f"{min(part.kept, 1):.0%} of it is in the result"
+            if part.kept > SAME:
+                amount = "all of it is in the result, and another LoRA does some of the same"
+            told.append(f"{part.name} at strength {part.strength:.3g}: {amount}.")
+        return told
 
     def cautions(self) -> list[str]:
         """Says which LoRAs lose, cancel, or do the same thing."""
@@ -108,13 +114,6 @@ class MergeReport(MadeReport):
     def _pairs(self) -> Iterable[tuple[int, int, list[ModuleOverlap]]]:
         pairs = group_by(self.overlaps, lambda row: (row.first, row.second))
         return [(*pair, rows) for pair, rows in sorted(pairs.items())]
-
-
-def _tell_kept(part: MergedPart) -> str:
-    amount = f"{min(part.kept, 1):.0%} of it is in the result"
-    if part.kept > SAME:
-        amount = "all of it is in the result, and another LoRA does some of the same"
-    return f"{part.name} at strength {part.strength:.3g}: {amount}."
 
 
 def _count(some: Sequence[str], rows: Sequence[ModuleOverlap]) -> str:

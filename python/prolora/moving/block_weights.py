@@ -200,11 +200,6 @@ def _read_factor(value: object) -> float:
     return factor
 
 
-def list_base_blocks(base: Base) -> DepthTable:
-    """Lists the blocks of a base by its own names."""
-    return DepthTable(tuple(base.shapes), known_families().get(base.family or ""))
-
-
 def list_lora_blocks(adapter: Adapter) -> DepthTable:
     """Lists the blocks of a LoRA's model, as far as it tells.
 
@@ -230,7 +225,10 @@ def find_factors(blocks: Blocks | None, adapter: Adapter, base: Base | None) -> 
     """
     if blocks is None:
         return {}
-    table = list_lora_blocks(adapter) if base is None else list_base_blocks(base)
+    if base is None:
+        table = list_lora_blocks(adapter)
+    else:
+        table = DepthTable(tuple(base.shapes), known_families().get(base.family or ""))
     title = table.family.title if table.family else base.name if base else "this model"
     names = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.vectors)}
     return BlockWeights.read(blocks).resolve(table, names, title)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..architectures.modules import is_in_text_encoder
@@ -16,23 +17,9 @@ from ..core.lowrank import LowRank
 from ..core.precision import is_finite
 from ..core.verdict import STRANGE_COSINE, Verdict
 from ..errors import NonFiniteWeights
-from ..reports.module_report import LEFT_OUT, Measures, ModuleReport
+from ..reports.module_report import LEFT_OUT, ModuleReport
 from .options import LoraLike, TextEncoderMode, TransferOptions, cut_rank
 from .plan import ModulePlan, Pair
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a method made of one update, at strength 1."""
-
-    pair: Pair  # where it comes from and goes
-    update: LowRank | None  # of the target; None where the pair is skipped
-    why: str  # it was skipped, or how it was moved
-    energy: float | None = None  # ‖ΔW_s‖²; None if not computed
-    surviving: float = 1.0  # ‖ΔW_t‖²/‖ΔW_s‖²
-    ratio: float = 1.0  # ‖ΔW_t‖/‖ΔW_s‖
-    distance: float = 0.0  # ‖ΔW_t − ΔW_s‖/‖ΔW_s‖
-    measures: Measures | None = None  # of the projection; None without one
 
 
 class Clock:
@@ -82,7 +69,8 @@ class Ledger:
     def settle(self) -> None:
         """Writes block factors into the rows, and the LoRA's size beside the weights it meets."""
         factors, weights, updates = self.block_factors, 0.0, 0.0
-        self.rows = {key: _weigh_row(row, factors) for key, row in self.rows.items()}
+        if factors:
+            self.rows = {key: _weigh_row(row, factors) for key, row in self.rows.items()}
         for pair in self.plan.pairs:
             affinity = self.affinities.get(pair.target)
             if affinity is None or affinity.cosine < STRANGE_COSINE:  # left out by the verdict, too
@@ -100,26 +88,18 @@ class Ledger:
         updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
         return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
 
-    def enter(self, moved: Moved) -> None:
-        """Keeps an update at its strength and output rank, and writes its row.
+    def enter(self, pair: Pair, update: LowRank | None, reason: str, **measured: Any) -> None:
+        """Keeps a moved update at its strength and output rank, on the CPU; writes its row.
 
-        On the CPU.
+        The update is as the method gave it, None where the pair is skipped; the reason says how it
+        was moved, or why not; what was measured are further fields of the row.
 
         Raises:
             NonFiniteWeights: the update overflows.
         """
-        pair, update, energy = moved.pair, moved.update, moved.energy
-        if energy is None:
-            energy = self.adapter.updates[pair.source].norm().square().item()
-        row = replace(
-            self.rows[pair],
-            reason=moved.why,
-            energy=energy,
-            surviving_energy=moved.surviving,
-            norm_ratio=moved.ratio,
-            copy_distance=moved.distance,
-            measures=moved.measures,
-        )
+        if "energy" not in measured:
+            measured["energy"] = self.adapter.updates[pair.source].norm().square().item()
+        row = replace(self.rows[pair], reason=reason, **measured)
         if update is None:
             row = replace(row, target=None, status="skipped", rank_out=0)
         else:

@@ -12,7 +12,7 @@ from ..architectures.modules import matrix_shape
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.memory import Memory, Room
+from ..bases.memory import Memory
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.drift import measure_affinities
 from ..comparison.module_map import Match
@@ -25,7 +25,7 @@ from ..core.projection import project_factors
 from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ..errors import UnrelatedBases
 from ..reports.module_report import Measures
-from .ledger import Ledger, Moved
+from .ledger import Ledger
 from .plan import Pair
 
 
@@ -88,7 +88,7 @@ def _leave_out_strangers(ledger: Ledger) -> None:
     strange = {name for name, a in ledger.affinities.items() if a.cosine < STRANGE_COSINE}
     strangers = [pair for pair in ledger.plan.pairs if pair.target in strange]
     for pair in strangers:
-        ledger.enter(Moved(pair, None, STRANGER))
+        ledger.enter(pair, None, STRANGER)
     kept = [pair for pair in ledger.plan.pairs if pair.target not in strange]
     ledger.plan = replace(ledger.plan, pairs=kept)
 
@@ -131,11 +131,14 @@ def move_updates(
     updates, pairs = ledger.adapter.updates, ledger.plan.pairs
     if not ledger.options.chosen.needs_bases:
         for pair in pairs:
-            ledger.enter(Moved(pair, updates[pair.source], ledger.options.chosen.outcome))
+            ledger.enter(pair, updates[pair.source], ledger.options.chosen.outcome)
         return
     source, target, rank = ledger.source, ledger.target, ledger.options.rank
     room = memory.room(ledger.result_bytes)
-    stacks = list(_iterate_stacks(ledger, room))
+    stacks = []
+    for shape, alike in ledger.plan.groups().items():
+        size = room.stack(matrix_shape(shape), "bases")
+        stacks += [alike[i : i + size] for i in range(0, len(alike), size)]
     modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
     requests = (
         partial(cache.look_up, base, names, rank)
@@ -156,19 +159,10 @@ def move_updates(
             for part in _group_equal_ranks(ledger, stack, columns):
                 chosen = [stack[i] for i in part]
                 known = ours.take(part), theirs.take(part), aligned.take(part)
-                for moved in _project_updates(ledger, chosen, *known):
-                    ledger.enter(moved)
+                _project_updates(ledger, chosen, *known)
         done += len(stack)
         if progress:
             progress(done, len(pairs), stack[-1].target)
-
-
-def _iterate_stacks(ledger: Ledger, room: Room) -> Iterator[list[Pair]]:
-    """Yields the pairs in stacks of one shape that memory allows."""
-    for shape, pairs in ledger.plan.groups().items():
-        size = room.stack(matrix_shape(shape), "bases")
-        for i in range(0, len(pairs), size):
-            yield pairs[i : i + size]
 
 
 def _group_equal_ranks(ledger: Ledger, stack: list[Pair], columns: int) -> Iterator[list[int]]:
@@ -188,7 +182,7 @@ def _group_equal_ranks(ledger: Ledger, stack: list[Pair], columns: int) -> Itera
 
 def _project_updates(
     ledger: Ledger, pairs: list[Pair], source: Basis, target: Basis, aligned: Alignment
-) -> Iterator[Moved]:
+) -> None:
     """Projects updates of one rank; skips pairs whose weights overlap less than the threshold.
 
     Bases and alignment belong to the pairs, in their order.
@@ -211,6 +205,13 @@ def _project_updates(
         low = min(measures.phi_left, measures.phi_right) < options.threshold
         side = "left" if measures.phi_left <= measures.phi_right else "right"
         why = f"Φ {side} below the threshold {options.threshold:g}"
-        what = ledger.options.chosen.outcome
-        moved = Moved(pair, update, what, energy, surviving, ratio, distance, measures)
-        yield replace(moved, update=None, why=why) if low else moved
+        ledger.enter(
+            pair,
+            None if low else update,
+            why if low else ledger.options.chosen.outcome,
+            energy=energy,
+            surviving_energy=surviving,
+            norm_ratio=ratio,
+            copy_distance=distance,
+            measures=measures,
+        )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..adapters.adapter import Adapter
+from ..architectures.layouts import load_layout
 from ..architectures.modules import (
     TEXT_ENCODERS,
     find_block,
@@ -21,7 +22,7 @@ from ..architectures.modules import (
     is_in_text_encoder,
     matrix_shape,
 )
-from ..bases import Base, load_layout
+from ..bases import Base
 from ..bases.describe import describe_base
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners

@@ -31,8 +31,8 @@ from ..version import __version__
 from .options import DtypeLike, FormatLike, LoraLike, read_dtype
 from .output_paths import check_name, check_output
 
-Notes = Callable[[], Mapping[str, str]]
-"""What the header of a result says of its making; asked once the LoRA has been read."""
+Notes = Mapping[str, str]
+"""What the header of a result says of its making."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,7 +225,7 @@ def make_file(
     out: str | PathLike[str],
     ways: Sequence[Any],
     plan: Callable[[Lora], MovedReport],
-    make: Callable[[LoraLike, list[Notes | None]], Transfer],
+    make: Callable[[LoraLike, list[Notes]], Transfer],
 ) -> Transfer:
     """Makes a result at a path; one of the same recipe is kept, and its verdict told again.
 
@@ -238,14 +238,14 @@ def make_file(
     path, options = Path(out), ways[0]
     if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
         check_output(path, list_inputs(lora, *bases), options.overwrite, options.format)
-        return save_result(make(lora, [None for _ in ways]), path, options.overwrite)
+        return save_result(make(lora, [{} for _ in ways]), path, options.overwrite)
     with Lora.open(keep_path(lora)) as file:
         recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
         known_again = all(base.files for base in bases) and not options.overwrite
         if known_again and (made := _read_made(recipes, path)):
             return Transfer(made, replace(plan(file), before=read_verdict(made.metadata)))
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
-        done = make(file, [recipe.describe for recipe in recipes])
+        done = make(file, [recipe.describe() for recipe in recipes])
         if options.progress:
             moved = len(done.adapter.updates)
             options.progress(moved, moved, f"writing {path.name}")

@@ -105,7 +105,7 @@ def _import_hub() -> Any:
         import huggingface_hub
     except ImportError as error:
         raise UnsupportedFormat(
-            'a model card needs the client of the hub: pip install "prolora[hub]"'
+            "a model card needs the client of the hub: pip install huggingface_hub"
         ) from error
     return huggingface_hub
 

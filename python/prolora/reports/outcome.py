@@ -1,7 +1,9 @@
-"""What became of one LoRA: the report, or why there is none."""
+"""What became of one LoRA, and of several at once."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +11,8 @@ from typing import Any, Literal
 from ..errors import ProLoRAError
 from ..files.hub import spell_path
 from .lora_report import LoraReport
-from .report import InWords
+from .report import InWords, Report
+from .table import NOTHING, Cell, Column, Row, Table, Tone, make_table
 
 OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
 """What became of a LoRA, in two words."""
@@ -71,3 +74,57 @@ class Outcome:
         if self.error:
             entry["error"] = self.error.to_dict()
         return entry | (self.report.to_dict() if self.report else {})
+
+
+@dataclass(frozen=True)
+class OutcomesReport(Report):
+    """What became of several LoRAs."""
+
+    outcomes: Sequence[Outcome]
+
+    @property
+    def title(self) -> str:
+        """How many there are, and what became of them."""
+        counts = Counter(outcome.status for outcome in self.outcomes)
+        summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+        return f"{len(self.outcomes)} LoRAs: {summary}"
+
+    def in_words(self) -> InWords:
+        """Returns the title, with the mark of the worst."""
+        mark = max((outcome.words.mark for outcome in self.outcomes), key="✔⚠✖".index)
+        return InWords(mark, self.title)
+
+    def tables(self) -> list[Table]:
+        """Tabulates what became of each LoRA."""
+        columns = Column("LoRA"), Column("status"), *(Column(n, "d") for n in ("mapped", "skipped"))
+        columns += Column("refused", "d"), Column("place", ".0%", has_bar=True), Column("s", ".1f")
+        rows = [self._describe(outcome) for outcome in self.outcomes]
+        return [make_table(self.title, columns, rows, "index")]
+
+    def _describe(self, outcome: Outcome) -> Row:
+        """Makes a row: the numbers, and on a page the sentences."""
+        words, report = outcome.words, outcome.report
+        start = f"{words.mark} {self.name(outcome)}", outcome.status
+        below = tuple(str(words).split("\n"))
+        if report is None:
+            cells = None, None, None, outcome.share, None
+            return Row((*start, *cells), "warn", below=below)
+        numbers: list[Cell] = [len(report.rows(x)) for x in ("mapped", "skipped", "refused")]
+        numbers += [outcome.share, outcome.seconds or NOTHING]
+        tone: Tone = "faint" if outcome.kept else ""
+        return Row((*start, *numbers), tone, below=(*below, *report.sentences()))
+
+    def name(self, outcome: Outcome) -> str:
+        """Returns the LoRA's name, or its result's for one of two experts."""
+        several = sum(other.lora == outcome.lora for other in self.outcomes) > 1
+        return outcome.out.name if several else outcome.lora.name
+
+    def facts(self) -> dict[str, str]:
+        """Returns the facts that are the same for all."""
+        facts = [outcome.report.facts() for outcome in self.outcomes if outcome.report]
+        first = facts[0] if facts else {}
+        return {n: text for n, text in first.items() if all(f.get(n) == text for f in facts)}
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns the numbers of each."""
+        return {"outcomes": [outcome.to_dict() for outcome in self.outcomes]}

@@ -1,16 +1,13 @@
 """Where an op runs, and what is said about it."""
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fresh import run_fresh
+from fresh import run_fresh, try_fresh
 
 import prolora
 from prolora.core.ops import native
@@ -149,16 +146,6 @@ def test_every_op_is_told_with_what_runs_it(machine):
     assert facts["op project_pair"].endswith("gpu: what wins a trial at first use")
 
 
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment_with(environment), capture_output=True
-    )
-
-
-def environment_with(changes):
-    return {**os.environ, **changes}
-
-
 LOGS = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
@@ -183,8 +170,7 @@ moved = prolora.project((torch.randn(64, 4), torch.randn(4, 48)), source, target
 assert moved.rank <= 8 and 0 <= float(prolora.similarity(source, target, rank=16).left) <= 1
 assert native.cuda_status() == (0, f"no compiled extension: {native.EXTENSION.why}")
 """
-    done = run_python(code, PYTHONPATH=str(tmp_path), PROLORA_NATIVE="AUTO")
-    assert done.returncode == 0, done.stderr.decode()
+    run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}", PROLORA_NATIVE="AUTO")
 
 
 # As the system's loader does where a library that the extension needs is not there.
@@ -218,12 +204,12 @@ def said():
     """What programs say that find the extension, or are told of it, in another way each."""
     begin = "import os, sys, types; "
     programs = {
-        why: (f"{begin}{break_it}\n{LOGS}{FAILS}", {"PROLORA_NATIVE": "AUTO"})
-        for why, break_it in BROKEN.items()
+        why: (f"{begin}{break_it}\n{LOGS}{FAILS}", "AUTO") for why, break_it in BROKEN.items()
     }
-    programs["left alone"] = LOGS, {"PROLORA_NATIVE": "OFF"}
-    programs["must be there"] = NO_PACKAGE, {"PROLORA_NATIVE": "ON"}
-    return dict(zip(programs, run_fresh(list(programs.values())), strict=True))
+    programs |= {"left alone": (LOGS, "OFF"), "must be there": (NO_PACKAGE, "ON")}
+    return {
+        name: try_fresh(code, PROLORA_NATIVE=native) for name, (code, native) in programs.items()
+    }
 
 
 def test_the_extension_can_be_left_alone_and_one_line_says_so(said):

@@ -95,11 +95,8 @@ def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels, dty
         assert_svd(a, *kernels.small_svd(a))
 
 
-@pytest.mark.parametrize(
-    "memory",
-    [pytest.param("232448", marks=pytest.mark.slow), "101376"],
-    ids=["H100", "RTX 4090"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["232448", "101376"], ids=["H100", "RTX 4090"])
 def test_the_widest_matrices_in_double_give_their_values_within_and_beyond_shared_memory(
     memory, monkeypatch
 ):

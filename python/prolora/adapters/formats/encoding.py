@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...errors import NonFiniteWeights, OutputError, ShapeMismatch
 from .. import vectors
 from ..adapter import Adapter, StoredUpdate
 from ..keys import module_names
-from .groups import has_lora_bias, lay_out
+from .groups import FileLayout, has_lora_bias, lay_out
 from .peft_patterns import PatternTable
 
 # Past this relative error of a factor the storage dtype has lost more than its own rounding.
@@ -42,7 +42,7 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
     """
     tensors: dict[str, Tensor] = {}
     layout = lay_out(adapter, format)
-    alpha = common_rank(group.rank for group in layout.groups) if format == "kohya" else None
+    alpha = common_rank(layout) if format == "kohya" else None
     for group in layout.groups:
         name, update = group.modules[0], group.update()
         if alpha is not None and update.rank != alpha:
@@ -64,7 +64,7 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
     return tensors
 
 
-def common_rank(ranks: Iterable[int]) -> int:
+def common_rank(layout: FileLayout) -> int:
     """Returns the rank most modules have: the one alpha of a file with alphas.
 
     Alpha is the rank wherever all ranks are equal. Where they differ, one alpha for all modules is
@@ -72,7 +72,7 @@ def common_rank(ranks: Iterable[int]) -> int:
     modules in kohya's spelling and takes the most common one for them, so alpha = rank per module
     would be read at the wrong scale.
     """
-    counts = Counter(ranks) or Counter([1])
+    counts = Counter(group.rank for group in layout.groups) or Counter([1])
     return max(counts, key=lambda rank: (counts[rank], rank))
 
 

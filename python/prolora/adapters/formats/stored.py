@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from ...architectures.family import AuthorsWeight
 from ...core.lowrank import LowRank
-from ...errors import OutputError, ProLoRAError
 from ..adapter import Adapter, StoredUpdate
-from ..contents import parse_contents, read_scale
-from ..lora import Lora, StrPath
-from ..naming import BaseNames
 from ..vectors import find_vector_module
 from .groups import lay_out
 
@@ -76,7 +71,8 @@ def find_stored(adapter: Adapter, format: str) -> KeptTensors | None:
         old = {name: hit[1] for name, hit in found.items() if hit and hit[0] is one}
         if one is None or path is None or not len(old) == len(parts) == len(one.parts):
             return None
-        if not (_lie_alike(one.matrix, matrix, old) and _has_place(one, format)):
+        alike = _find_rows(one.matrix, old.values()) == _find_rows(matrix, old)
+        if not (alike and _has_place(one, format)):
             return None
         keys |= {f"{path}{suffix}": (one, key) for suffix, key in one.keys.items()}
         owners |= dict.fromkeys(parts, one)
@@ -87,21 +83,11 @@ def _first_tensor(part: LowRank | Tensor) -> Tensor:
     return part.up if isinstance(part, LowRank) else part
 
 
-def _lie_alike(
-    old: AuthorsWeight | None, new: AuthorsWeight | None, names: Mapping[str, str]
-) -> bool:
-    """Tells whether parts have the same rows of two fused weights; `names` are new -> old."""
-    if _is_fused(old) != _is_fused(new):
-        return False
-    if old is None or new is None or not _is_fused(old):
-        return True
-    same = (old.shares, old.swap) == (new.shares, new.swap)
-    return same and all(new.parts.index(a) == old.parts.index(b) for a, b in names.items())
-
-
-def _is_fused(matrix: AuthorsWeight | None) -> bool:
-    """Tells whether the authors' weight has other rows than one module."""
-    return matrix is not None and (len(matrix.parts) > 1 or matrix.swap != "never")
+def _find_rows(matrix: AuthorsWeight | None, names: Iterable[str]) -> object:
+    """Returns what tells which rows of a fused weight parts are; None for a module by itself."""
+    if matrix is None or (len(matrix.parts) == 1 and matrix.swap == "never"):
+        return None
+    return matrix.shares, matrix.swap, [matrix.parts.index(name) for name in names]
 
 
 def _has_place(one: StoredUpdate, format: str) -> bool:
@@ -112,42 +98,3 @@ def _has_place(one: StoredUpdate, format: str) -> bool:
         return True
     plain = one.kind.partition("+")[0] in ("lora", "locon")
     return plain and (format in _CONFIGURED or math.isclose(one.scale, 1.0))
-
-
-def verify_stored(
-    output: Path | Mapping[str, Tensor],
-    kept: KeptTensors,
-    adapter: Adapter,
-    where: StrPath,
-) -> None:
-    """Opens an output and compares what its keys and scales mean.
-
-    Args:
-        output: a file, a PEFT folder or a state dict.
-        kept: whose tensors it has.
-        adapter: what the output means.
-        where: its name in messages.
-
-    Raises:
-        OutputError: something reads back differently.
-    """
-    try:
-        with Lora.open(output) as back:
-            contents = parse_contents(back, BaseNames(adapter.family, adapter.updates))
-            meant = {name for name in kept.owners if name in adapter.updates}
-            seen: set[str] = set()
-            for slot in contents.slots:
-                owned = [name for name in slot.module.modules if name in meant]
-                if not owned or not math.isclose(
-                    read_scale(slot, back), kept.owners[owned[0]].scale, rel_tol=1e-6
-                ):
-                    raise OutputError(f"{where}: {slot.module.name} reads back at another scale")
-                seen |= set(owned)
-    except OutputError:
-        raise
-    except ProLoRAError as error:
-        raise OutputError(f"{where}: was written but cannot be read back: {error}") from error
-    vectors = {vector.name for vector in contents.vectors}
-    if seen != meant or vectors != set(adapter.vectors):
-        name = next(iter((seen ^ meant) | (vectors ^ set(adapter.vectors))))
-        raise OutputError(f"{where}: reads back with other modules than written: {name}")

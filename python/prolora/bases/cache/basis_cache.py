@@ -17,10 +17,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
-VERSION = 5
+VERSION = 6
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before (ns) gives no name.
 SETTLING_TIME = 2_000_000_000
@@ -64,14 +63,9 @@ def default_folder() -> Path:
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "prolora"
 
 
-@dataclass(frozen=True)
-class BasisRequest:
-    """The bases of a stack of weights, as the folder holds them."""
-
-    # The basis of each weight, or None; empty without a folder
-    stored: Sequence[Basis | None]
-    missing: Sequence[int]  # indices of the weights that must be computed
-    names: Sequence[str | None]  # of the bases; None where a basis is not kept
+Request: TypeAlias = tuple[list[Basis | None], list[str | None]]
+"""The basis of each weight of a stack, None if it must be computed, and its name, None if it is not
+kept."""
 
 
 class BasisCache:
@@ -104,7 +98,7 @@ class BasisCache:
 
     def in_turn(
         self,
-        requests: Iterable[Reader[BasisRequest]],
+        requests: Iterable[Reader[Request]],
         rank: Rank,
         device: DeviceLike = None,
     ) -> Iterator[Basis]:
@@ -114,7 +108,7 @@ class BasisCache:
 
     def look_up(
         self, base: Base, modules: Sequence[str], rank: Rank
-    ) -> tuple[BasisRequest, list[Tensor]]:
+    ) -> tuple[Request, list[Tensor]]:
         """Looks bases up in the folder, and reads the weights without one.
 
         All modules have one matrix shape.
@@ -122,24 +116,24 @@ class BasisCache:
         shape = matrix_shape(base.shapes[modules[0]])
         names = self.names(base, modules, rank)
         # In turn: threads that open files, each a moment, wait for each other's Python.
-        stored = [self._read(name, shape) for name in names] if self.folder else []
-        missing = [i for i in range(len(modules)) if not (stored and stored[i])]
-        tensors = [base.read(modules[i]).reshape(shape) for i in missing]
-        return BasisRequest(stored, missing, names), [stack_weights(tensors)] if tensors else []
+        stored = [self._read(name, shape) if self.folder else None for name in names]
+        missing = [one for one, basis in zip(modules, stored, strict=True) if basis is None]
+        tensors = [base.read(module).reshape(shape) for module in missing]
+        return (stored, names), [stack_weights(tensors)] if tensors else []
 
     def _answer(
-        self, rank: Rank, device: torch.device, request: BasisRequest, weights: list[Tensor]
+        self, rank: Rank, device: torch.device, request: Request, weights: list[Tensor]
     ) -> Basis:
         """Returns the stack of the bases; computes and keeps missing ones."""
         if self.folder is None:
             return truncated_svd(weights[0], rank)
-        bases, missing = list(request.stored), request.missing
+        bases, names = request
+        missing = [i for i, basis in enumerate(bases) if basis is None]
         if missing:
             computed = truncated_svd(weights[0], rank).to("cpu")
             for position, i in enumerate(missing):
-                basis, name = computed[position], request.names[i]
-                bases[i] = basis
-                if name is not None:
+                bases[i] = basis = computed[position]
+                if (name := names[i]) is not None:
                     self._try(partial(self._write, basis, name))
         self.misses += len(missing)
         self.hits += len(bases) - len(missing)

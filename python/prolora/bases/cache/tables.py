@@ -31,30 +31,26 @@ class JsonTable:
     def __init__(self, path: Path | None) -> None:
         """Reads the table, if it is there; None keeps it nowhere."""
         self._path = path
-        self._known = self._load()
-        self._new: dict[str, Any] = {}
+        self._entries = self._load()
+        self.changed = False  # since it was read or saved
 
     def get(self, key: str) -> Any | None:
         """Returns the entry, or None."""
-        return self._new.get(key, self._known.get(key))
+        return self._entries.get(key)
 
     def put(self, key: str, value: Any) -> None:
         """Adds or replaces an entry; `save` keeps it."""
         if self.get(key) != value:
-            self._new[key] = value
-
-    @property
-    def changed(self) -> bool:
-        """Whether there is something new to save."""
-        return bool(self._new)
+            self._entries[key] = value
+            self.changed = True
 
     def save(self) -> None:
         """Writes the new entries, together with what others have written meanwhile."""
-        if not self._new or self._path is None:
+        if not self.changed or self._path is None:
             return
-        self._known = self._load() | self._new
-        self._new = {}
-        kept = dict(list(self._known.items())[-MOST_ENTRIES:])
+        self._entries = self._load() | self._entries
+        self.changed = False
+        kept = dict(list(self._entries.items())[-MOST_ENTRIES:])
         body = json.dumps(kept, separators=(",", ":")).encode()
         content = b"%08x\n" % zlib.crc32(body) + body
         if self._path.is_symlink():

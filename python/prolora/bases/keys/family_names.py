@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 
 from ...architectures.families import known_families
-from ...architectures.family import Family
+from ...architectures.family import AuthorsWeight, Family
 from ...architectures.layouts import BESIDE, load_layout
 from ...architectures.modules import find_block, matrix_shape
 from ...architectures.recognition import NamedMatrix, Recognition, find_parts, recognise_families
@@ -25,6 +25,7 @@ from ..weights import ConvertedWeight, RowsWeight, Weight
 
 # Of a hostile file's hundred thousand kinds of modules, only this many are looked at.
 _MOST_KINDS = 4096
+_LANGUAGE_MODEL = re.compile(r"layers\.\d+\.(?:self_attn|mlp)\.\w+")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -47,7 +48,17 @@ class FamilyNames:
         if stored is None:
             return None
         if len(stored.parts) > 1:
-            return self._split_rows(stored.parts, stored.shares, path, weight, where)
+            rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+            published = map(matrix_shape, self.family.find_shapes(stored.parts[0]))
+            first = rows * stored.shares[0] // sum(stored.shares)
+            views = _split_rows(stored, weight) if rows else {}
+            if not views or not any(first * n == columns * m for m, n in published):
+                raise ShapeMismatch(
+                    f"{where}: {path} is {list(weight.shape)}, which does not hold "
+                    f"{len(stored.parts)} layers of {columns} inputs one below the other as in "
+                    f"{self.family.title}; the checkpoint is of another architecture"
+                )
+            return views
         swapped = stored.is_swapped(weight.shape)
         if swapped and (not weight.shape or weight.shape[0] % 2):
             raise ShapeMismatch(
@@ -56,47 +67,14 @@ class FamilyNames:
             )
         return {stored.parts[0]: ConvertedWeight(weight) if swapped else weight}
 
-    def _split_rows(
-        self,
-        parts: tuple[str, ...],
-        shares: tuple[int, ...],
-        path: str,
-        weight: Weight,
-        where: str,
-    ) -> dict[str, Weight]:
-        """Splits a fused matrix [m, n] into its modules, each with its rows."""
-        rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
-        unit, rest = divmod(rows, sum(shares))
-        published = [matrix_shape(shape) for shape in self.family.find_shapes(parts[0])]
-        first = unit * shares[0]
-        if rest or not unit or not any(first * n == columns * m for m, n in published):
-            raise ShapeMismatch(
-                f"{where}: {path} is {list(weight.shape)}, which does not hold {len(parts)} layers "
-                f"of {columns} inputs one below the other as in {self.family.title}; the "
-                "checkpoint is of another architecture"
-            )
-        edges = [unit * total for total in itertools.accumulate(shares, initial=0)]
-        return {
-            name: RowsWeight(weight, start, stop)
-            for name, (start, stop) in zip(parts, pairwise(edges), strict=True)
-        }
-
     def split_vector(self, path: str, vector: Weight) -> dict[str, Weight]:
         """Returns diffusers' modules -> their rows of an authors' vector; {} if unknown."""
         stored = self.family.find_weight(path)
         if stored is None or stored.swap == "if two":
             return {}
         if stored.swap == "always":
-            even = vector.shape[0] % 2 == 0
-            return {stored.parts[0]: ConvertedWeight(vector)} if even else {}
-        unit, rest = divmod(vector.shape[0], sum(stored.shares))
-        edges = [unit * total for total in itertools.accumulate(stored.shares, initial=0)]
-        if rest:
-            return {}
-        return {
-            name: RowsWeight(vector, start, stop)
-            for name, (start, stop) in zip(stored.parts, pairwise(edges), strict=True)
-        }
+            return {} if vector.shape[0] % 2 else {stored.parts[0]: ConvertedWeight(vector)}
+        return _split_rows(stored, vector)
 
     def has_block(self, path: str) -> bool:
         """Returns whether a module lies in a stack that the family knows completely."""
@@ -109,6 +87,18 @@ class FamilyNames:
         names = (*self.family.authors, *self.family.shapes)
         blocks = (find_block(name.replace(".N.", ".0.")) for name in names)
         return {block.stack for block in blocks if block is not None}
+
+
+def _split_rows(stored: AuthorsWeight, weight: Weight) -> dict[str, Weight]:
+    """Splits a fused weight into its modules, each with its rows; {} if they do not divide."""
+    unit, rest = divmod(weight.shape[0], sum(stored.shares))
+    edges = [unit * total for total in itertools.accumulate(stored.shares, initial=0)]
+    if rest or not unit:
+        return {}
+    return {
+        name: RowsWeight(weight, start, stop)
+        for name, (start, stop) in zip(stored.parts, pairwise(edges), strict=True)
+    }
 
 
 def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | None:
@@ -126,6 +116,8 @@ def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | No
     by_authors = any(family.find_module(name) is None for name in known)
     if by_authors and any(find_block(n) and family.find_weight(n) is None for n in known):
         return None  # blocks with names of both kinds are those of another family
+    if all(_LANGUAGE_MODEL.fullmatch(name) for name in known):
+        return None  # names that ACE-Step's authors share with many others
     return FamilyNames(family, by_authors)
 
 

@@ -8,7 +8,7 @@ projection transposed; both are views.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 from ...architectures.modules import TEXT_ENCODER_PREFIXES
 from ...errors import ShapeMismatch
@@ -26,7 +26,6 @@ _STORED = (
     ("text_encoders.clip_g.transformer.", "text_encoder_2.", False),
     *((prefix, prefix, False) for prefix in TEXT_ENCODER_PREFIXES),
 )
-# T5 is the last encoder of whatever model has it.
 _T5 = "text_encoders.t5xxl.transformer."
 _OPEN_CLIP = {
     "token_embedding.weight": "text_model.embeddings.token_embedding",
@@ -49,15 +48,13 @@ def split_encoders(
     Raises:
         ShapeMismatch: a fused matrix that cannot be cut in three.
     """
-    stored = [*_STORED, (_T5, _find_t5_prefix(weights), False)]
     encoders: dict[str, Weight] = {}
     rest: dict[str, Weight] = {}
-    starts = tuple(start for start, _, _ in stored)
-    for key, weight in weights.items():
-        if not key.startswith(starts):
+    for key, weight, entry in _find_prefixes(weights):
+        if entry is None:
             rest[key] = weight
             continue
-        start, prefix, open_clip = next(entry for entry in stored if key.startswith(entry[0]))
+        start, prefix, open_clip = entry
         local = key.removeprefix(start)
         if open_clip:
             named = _convert_open_clip(local, weight, where)
@@ -75,10 +72,8 @@ def name_encoder_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     Biases and norms are "module.bias" and "module.weight"; OpenCLIP's, which are fused in other
     ways, and what is neither go by their own keys.
     """
-    stored = [*_STORED, (_T5, _find_t5_prefix(weights), False)]
     named: dict[str, Weight] = {}
-    for key, weight in weights.items():
-        entry = next((entry for entry in stored if key.startswith(entry[0])), None)
+    for key, weight, entry in _find_prefixes(weights):
         if entry is None:
             continue
         start, prefix, open_clip = entry
@@ -95,18 +90,24 @@ def name_encoder_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     return named
 
 
+def _find_prefixes(
+    weights: Mapping[str, Weight],
+) -> Iterator[tuple[str, Weight, tuple[str, str, bool] | None]]:
+    """Yields each key with its weight and entry of `_STORED`, None outside text encoders.
+
+    T5 is the last encoder: SD3 has two CLIPs before it, FLUX one, PixArt none.
+    """
+    clips = ("text_encoders.clip_l.", "text_encoders.clip_g.")
+    before = sum(any(key.startswith(clip) for key in weights) for clip in clips)
+    stored = [*_STORED, (_T5, TEXT_ENCODER_PREFIXES[before], False)]
+    for key, weight in weights.items():
+        yield key, weight, next((entry for entry in stored if key.startswith(entry[0])), None)
+
+
 def _add_text_model(module: str) -> str:
     """Files and LoRAs have CLIP's outer `text_model.`, which transformers 5 leaves out."""
     is_clip = module.startswith(("encoder.layers.", "embeddings."))
     return f"text_model.{module}" if is_clip else module
-
-
-def _find_t5_prefix(keys: Iterable[str]) -> str:
-    """Returns T5's prefix: SD3 has two CLIPs before it, FLUX one, PixArt none."""
-    starts = ("text_encoders.clip_l.", "text_encoders.clip_g.")
-    return TEXT_ENCODER_PREFIXES[
-        len({start for key in keys for start in starts if key.startswith(start)})
-    ]
 
 
 def _convert_open_clip(local: str, weight: Weight, where: str) -> dict[str, Weight]:

@@ -307,9 +307,9 @@ def _check_blocked(
 
 def _cut_rows(parts: CheckpointParts, module: str, rows: int, multiple: int) -> int:
     """Returns the rows without padding to a multiple, as the bias tells."""
-    outputs = parts.count_outputs(module)
-    padded = outputs is not None and -(-outputs // multiple) * multiple == rows
-    return outputs if padded and outputs is not None else rows
+    bias = parts.weights.get(f"{module}.bias")
+    outputs = bias.shape[0] if bias is not None and len(bias.shape) == 1 else 0
+    return outputs if outputs and -(-outputs // multiple) * multiple == rows else rows
 
 
 def _check_rotation(parts: CheckpointParts, key: str, settings: Note, columns: int) -> int:

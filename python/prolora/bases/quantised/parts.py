@@ -82,11 +82,6 @@ class CheckpointParts:
         text = bytes(weight.read().flatten().tolist())
         return parse_json_object(text, f"{self.where}: {key}")
 
-    def count_outputs(self, module: str) -> int | None:
-        """Returns the rows of a module's weight by its bias; None without one."""
-        bias = self.weights.get(f"{module}.bias")
-        return bias.shape[0] or None if bias is not None and len(bias.shape) == 1 else None
-
     def check_codes(
         self, key: str, dtypes: Collection[torch.dtype] = (), axes: int | None = None
     ) -> Weight:

@@ -97,13 +97,10 @@ class QuantisedWeight(DerivedWeight):
     def check_scale(self, numbers: Tensor, scale: Weight, *, zero: bool = True) -> None:
         """Refuses numbers of a scale that are not finite; see `read_scale`."""
         if not bool((numbers.isfinite() & (zero | (numbers != 0))).all()):
-            raise self.refuse_scale(scale, "not finite" if zero else "zero or not finite")
-
-    def refuse_scale(self, scale: Weight, what: str) -> UnsupportedFormat:
-        """Makes the error that says what is wrong with a scale."""
-        return UnsupportedFormat(
-            f"{scale.name}: the scale of {self.stored.name} is {what}; the checkpoint is damaged"
-        )
+            raise UnsupportedFormat(
+                f"{scale.name}: the scale of {self.stored.name} is "
+                f"{'' if zero else 'zero or '}not finite; the checkpoint is damaged"
+            )
 
 
 @dataclass(frozen=True)

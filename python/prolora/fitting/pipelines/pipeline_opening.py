@@ -43,7 +43,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
         import diffusers
     except ImportError as error:
         raise UnsupportedFormat(
-            'the models run through diffusers: pip install "prolora[probe]"'
+            "the models run through diffusers: pip install diffusers transformers accelerate"
         ) from error
     part, parts = index.denoiser, index.parts
     if index.class_name == "IconPipeline":  # of the shipped family
@@ -65,7 +65,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             pipe = load_pretrained(class_, folder, **{part: denoiser}, **unused, **options)
     except ImportError as error:
         raise UnsupportedFormat(
-            f'{folder}: a package is missing: {error}; pip install "prolora[probe]"'
+            f"{folder}: {error}; pip install diffusers transformers accelerate"
         ) from error
     except Exception as error:  # its type depends on what is missing in the folder
         raise UnsupportedFormat(
@@ -90,7 +90,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Returns the half precision of all weights of a model, else float32."""
-    dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
+    dtypes = {weight.dtype for weight in open_folder_weights(folder).values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
 
 

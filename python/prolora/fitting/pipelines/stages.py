@@ -224,7 +224,7 @@ def estimate_bytes(folder: Path) -> tuple[int, int]:
     for name in index.parts:
         if name in UNUSED_PARTS or not list((folder / name).glob("*.safetensors")):
             continue
-        weights = open_folder_weights(folder / name)[0].values()
+        weights = open_folder_weights(folder / name).values()
         stored = name == index.denoiser
         size = sum(math.prod(w.shape) * (w.dtype.itemsize if stored else 4) for w in weights)
         if name.startswith(TEXT_ENCODERS):

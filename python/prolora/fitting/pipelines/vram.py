@@ -181,7 +181,7 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
     index = read_pipeline_index(folder)
     assert index.denoiser is not None
     part = folder / index.denoiser
-    weights = open_folder_weights(part)[0]
+    weights = open_folder_weights(part)
     config = read_component_config(part)
     levels = len(config.get("block_out_channels") or ()) if index.denoiser == "unet" else 0
     sample = config.get("sample_size")  # eight pixels a latent
