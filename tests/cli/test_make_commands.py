@@ -100,7 +100,7 @@ def test_merge_tells_what_of_each_is_kept(prolora, case, out, tmp_path):
     code, _, err = prolora("merge", lora, other, "--strengths", "1,x", "-o", out)
     assert code == 2 and "--strengths takes numbers like 1,0.6" in err
     code, _, err = prolora("merge", lora, other, "--strengths", "1", "-o", out)
-    assert code == 2 and "--strengths is for 1 LoRAs" in err
+    assert code == 2 and "--strengths has 1, and there are 2 LoRAs" in err
     code, _, err = prolora("merge", lora, other)
     assert code == 2 and "-o OUT is missing" in err
 
