@@ -165,7 +165,7 @@ def _pair_modules(wanted: set[str], source: Base, target: Base, plan: ModulePlan
 
 
 def _offer_fit(source: Base, target: Base) -> str:
-    """Names a fit as the way out; "" where none can run both models."""
+    """Offers a fit as the way out; "" where none can run both models."""
     return f" by weights; {RUN_INSTEAD}" if can_fit(source.path, target.path) else ""
 
 
