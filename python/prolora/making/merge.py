@@ -26,14 +26,8 @@ from ..bases.identity import compute_hint, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
-from ..errors import (
-    AlreadyMoved,
-    InvalidOption,
-    OutputError,
-    ShapeMismatch,
-    UnsupportedFormat,
-)
-from ..moving.base_check import check_fits, check_moved_before
+from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, UnsupportedFormat
+from ..moving.base_check import check_moved_before
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
@@ -125,21 +119,13 @@ class _Merge:
                 "(state dict, peft.LoraConfig) is one LoRA, and a merge takes two or more: give a "
                 "list with this pair in it"
             )
-        count, strengths = len(loras), options.strengths
-        for name, given, hint in (
-            ("strengths", strengths, "give one for each"),
-            ("blocks", options.blocks, "separate those of each LoRA by ;"),
-        ):
-            if given is not None and len(given) != count:
-                raise InvalidOption(
-                    f"`{name}` is for {len(given)} LoRAs, and there are {count}; {hint}"
-                )
+        options.check_count(len(loras))
         return cls(
             list(loras),
             None if target is None else open_base(target),
             options,
             name_loras(loras),
-            list(strengths or [1.0] * count),
+            list(options.strengths or [1.0] * len(loras)),
         )
 
     @property
@@ -164,8 +150,7 @@ class _Merge:
         updates: dict[str, LowRank] = {}
         rows: list[ModuleReport] = []
         for i, name in enumerate(outline.updates):
-            if self.options.progress:
-                self.options.progress(i, len(outline.updates), name)
+            self.options.tell(i, len(outline.updates), name)
             updates[name], row = self._merge_module(name, dtype)
             rows.append(row)
         merged = outline.with_updates(updates)
@@ -177,9 +162,18 @@ class _Merge:
     def _read(self, i: int) -> None:
         """Reads a LoRA."""
         lora, name = self.loras[i], self.names[i]
-        if self.target is not None:
-            self._check_belongs(lora, name, self.target)
-        adapter = read_plain(lora, self.target)
+        try:
+            if self.target is not None:
+                check_moved_before(lora, self.target, TransferOptions())
+            adapter = read_plain(lora, self.target)
+        except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
+            if self.target is None:
+                raise
+            why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
+            raise type(wrong)(
+                f"{name} is not a LoRA of the base of the result; move it there first: "
+                f"`transfer()` ({why})"
+            ) from wrong
         self.behind += list_unread_modules(adapter)
         self.unread += adapter.unread
         blocks = self.options.blocks[i] if self.options.blocks is not None else None
@@ -205,18 +199,6 @@ class _Merge:
             modules=len(adapter.updates),
         )
         self.facts.append(fact)
-
-    def _check_belongs(self, lora: LoraLike, name: str, target: Base) -> None:
-        """Refuses a LoRA of another base than that of the result, or moved to another."""
-        try:
-            check_fits(lora, target)
-            check_moved_before(lora, target, TransferOptions())
-        except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
-            why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
-            raise type(wrong)(
-                f"{name} is not a LoRA of the base of the result; move it there first: "
-                f"`transfer()` ({why})"
-            ) from wrong
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""
@@ -347,11 +329,11 @@ class _Merge:
                 left_out[f"{name}: {tensor}"] = why
             for module, share in part.kept_energy.items():
                 kept_energy[module] = min(share, kept_energy.get(module, 1.0))
-        names = " + ".join(self.names)
+        names, balanced = " + ".join(self.names), self.options.method == "balanced"
         return MergeReport(
             method=MERGE,
-            done="merged",
-            original=names,
+            original=f"the balanced sum of {names}" if balanced else names,
+            balanced=balanced,
             source=names,
             target=self.target.name if self.target else "",
             modules=(*self.behind, *rows),
@@ -367,8 +349,5 @@ class _Merge:
 
 
 def _stored_dtype(part: Adapter) -> torch.dtype:
-    """Returns a LoRA's dtype; for eight bits the sixteen that hold them.
-
-    Eight bits are not written.
-    """
+    """Returns a LoRA's dtype; for eight bits, which are not written, sixteen."""
     return part.dtype if part.dtype.itemsize > 1 else torch.float16
