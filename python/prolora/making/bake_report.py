@@ -47,6 +47,8 @@ class BakeReport(Report):
     path: str
     base: str
     loras: tuple[str, ...]
+    strengths: tuple[float, ...]  # the factor on each
+    blocks: tuple[str, ...]  # the factors by block on each; "" without
     stochastic: int | None  # the seed of the rounding; None if it was to the nearest
     dtypes: dict[str, int]  # how the changed weights are stored -> how many
     modules: tuple[BakedModule, ...]
@@ -92,7 +94,7 @@ class BakeReport(Report):
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
-        names = ("path", "base", "loras", "stochastic", "dtypes", "left_out")
+        names = ("path", "base", "loras", "strengths", "blocks", "stochastic", "dtypes", "left_out")
         told = {name: getattr(self, name) for name in names}
         told |= {"survived": self.whole.survived, "error": self.whole.error}
         return told | {"modules": {row.module: row.survived for row in self.modules}}

@@ -149,6 +149,11 @@ class VerbOptions:
             if words and not (value == known.default or isinstance(value, torch.dtype)):
                 check_choice(known.name, value, words)
 
+    def tell(self, done: int, total: int, name: str) -> None:
+        """Tells `progress` how far the work is, where somebody listens."""
+        if self.progress:
+            self.progress(done, total, name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileOutput(VerbOptions):
@@ -169,7 +174,7 @@ class FileOutput(VerbOptions):
     )
     overwrite: bool = option(
         False,
-        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
+        "Replace what exists; without it, the same transfer or fit is kept and all else refused.",
         panel=OUTPUT,
         decides=False,
     )

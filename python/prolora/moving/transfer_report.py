@@ -10,14 +10,17 @@ from ..comparison.expectation import CLASSES, classify
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.methods import find_method
 from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
-from ..reports.lora_report import MovedReport
+from ..reports.lora_report import ENOUGH, MovedReport
 from ..reports.module_report import LEFT_OUT, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Cell, Column, Row, Table, make_table
 
+MOST = 0.7
+"""A LoRA that does this share on the target does most of what it did."""
+
 AMOUNTS = (
     (0.995, "All"),
-    (0.7, "Most"),
+    (MOST, "Most"),
     (0.58, "About two thirds"),
     (0.42, "About half"),
     (0.25, "About a third"),
@@ -122,7 +125,8 @@ class TransferReport(MovedReport):
         promised = self.dry_run or (self.method == "copy" and self.strength == 1)
         found = judge(self.verdict, placed, bases, self.few_steps, promised)
         lines = (*found.lines, place, done, self.why)
-        return InWords(found.mark, found.headline, tuple(filter(None, lines)))
+        weak = found.mark == "✔" and (self.totals["energy_cut"] or 0.0) > 1 - ENOUGH
+        return InWords("⚠" if weak else found.mark, found.headline, tuple(filter(None, lines)))
 
     def _tell_vectors_alone(self) -> str:
         """Tells how much of a LoRA without matrices goes over; "" without vectors."""
@@ -149,6 +153,11 @@ class TransferReport(MovedReport):
                 f"{self.base_dependent} updates are relative to the weights of {self.source} "
                 "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
                 f"{self.target} now."
+            )
+        if (lost := self.totals["energy_cut"] or 0.0) > 1 - ENOUGH:
+            told.append(
+                f"Cutting the rank took {lost:.0%} of what was moved; a higher `out_rank` keeps "
+                "more of it."
             )
         # In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
         strangers = [
