@@ -149,7 +149,7 @@ def name_options(text: str, name: Callable[[str, str | None], str | None]) -> st
 
 
 def suggest(word: str, words: Iterable[str]) -> str:
-    """Asks after the word that may be meant, "" where none is alike."""
+    """Asks whether the word most alike is meant."""
     near = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
