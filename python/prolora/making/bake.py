@@ -29,7 +29,7 @@ from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
 from ..moving.block_weights import Blocks, BlockWeights, find_factors
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions, read_dtype
+from ..moving.options import LoraLike, read_dtype
 from .bake_report import BakedModule, BakeReport
 from .convert import read_plain
 from .merge_inputs import name_loras
@@ -138,7 +138,7 @@ def _sum_updates(
     """Reads every LoRA; returns module, or vector, -> what is added to it."""
     found: dict[str, list[LowRank | Tensor]] = {}
     for lora, strength, weights in zip(loras, strengths, blocks, strict=True):
-        check_moved_before(lora, model, TransferOptions())
+        check_moved_before(lora, model)
         adapter = read_plain(lora, model)
         if adapter.unread:
             gone = next(iter(adapter.unread))

@@ -71,6 +71,7 @@ class BakeReport(Report):
         share = self.whole.survived
         mark: Mark = "✔" if share >= SURVIVES and not self.left_out else "⚠"
         left_out = tuple(f"{name} is left out: {why}." for name, why in self.left_out.items())
+        left_out += ("To keep these, `transfer()` or `fit()` the LoRA first.",) * bool(left_out)
         if share >= SURVIVES:
             headline = f"{share:.0%} of the LoRA is in the weights of {self.base}."
             return InWords(mark, headline, (f"wrote {self.path}",), left_out)
