@@ -54,7 +54,7 @@ def fit_models(
         work = foreseen.sentence(source.name, target.name)
         options.progress(0, total, f"{job.serves} {work}".strip())
         options.progress(0, total, OPENING)
-    asked = LoraParts.of(job.adapter, source, target, options.text_encoder)
+    asked = LoraParts.of(job)
     moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
     assert source.path is not None and target.path is not None
     shared = vae.explain_different_latents(source.path, target.path) is None
