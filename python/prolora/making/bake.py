@@ -27,9 +27,9 @@ from ..files.safetensors_file import SafetensorsFile
 from ..files.safetensors_writing import replace_tensor, stream_safetensors
 from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
-from ..moving.block_weights import Blocks, find_factors
+from ..moving.block_weights import Blocks, BlockWeights, find_factors
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions, read_dtype
+from ..moving.options import LoraLike, read_dtype
 from .bake_report import BakedModule, BakeReport
 from .convert import read_plain
 from .merge_inputs import name_loras
@@ -120,6 +120,8 @@ def bake(
         path=str(out),
         base=model.name,
         loras=tuple(name_loras(loras)),
+        strengths=tuple(strengths),
+        blocks=tuple("" if each is None else str(BlockWeights.read(each)) for each in blocks),
         stochastic=stochastic,
         dtypes=dict(Counter(str(dtype or one.dtype).split(".")[1] for one in groups).most_common()),
         modules=tuple(baking.rows),
@@ -136,7 +138,7 @@ def _sum_updates(
     """Reads every LoRA; returns module, or vector, -> what is added to it."""
     found: dict[str, list[LowRank | Tensor]] = {}
     for lora, strength, weights in zip(loras, strengths, blocks, strict=True):
-        check_moved_before(lora, model, TransferOptions())
+        check_moved_before(lora, model)
         adapter = read_plain(lora, model)
         if adapter.unread:
             gone = next(iter(adapter.unread))

@@ -32,7 +32,7 @@ from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions, cut_rank, read_dtype
+from ..moving.options import LoraLike, cut_rank, read_dtype
 from ..moving.output_paths import check_name, check_output
 from ..moving.result import Transfer, save_result
 from ..moving.rows import describe_conversion, describe_left_out
@@ -112,7 +112,7 @@ class _Merge:
         cls, loras: Sequence[LoraLike], target: BaseLike | None, options: MergeOptions
     ) -> _Merge:
         """Checks the numbers of all, and opens the base."""
-        if not isinstance(loras, Sequence) or isinstance(loras, str) or len(loras) < 2:
+        if not isinstance(loras, Sequence) or len(loras) < 2:
             raise InvalidOption("a merge takes two LoRAs or more")
         if isinstance(loras[0], Mapping) and hasattr(loras[1], "to_dict"):
             raise InvalidOption(
@@ -164,7 +164,7 @@ class _Merge:
         lora, name = self.loras[i], self.names[i]
         try:
             if self.target is not None:
-                check_moved_before(lora, self.target, TransferOptions())
+                check_moved_before(lora, self.target)
             adapter = read_plain(lora, self.target)
         except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
             if self.target is None:

@@ -171,12 +171,24 @@ class TransferReport(MovedReport):
 
     def sentences(self) -> list[str]:
         """Tells what was done in numbers, with the copy baseline."""
-        told = super().sentences()
-        if self.dry_run or self.totals["energy_surviving"] is None:
+        told, totals = super().sentences(), self.totals
+        if self.dry_run or totals["energy_surviving"] is None:
             return told
         told += [self.verdict.sentence()] if self.verdict else []
-        told += [*describe_renumbered(self.renumbered), *self._tell_energy()]
-        if flagged := self.totals["flagged"]:
+        whole = "energy that was read" if self.unread else "LoRA's energy"
+        told += [
+            *describe_renumbered(self.renumbered),
+            f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
+            f"'{self.method}' at strength {self.strength:.2g} keeps "
+            f"{totals['energy_surviving']:.0%} of that, and its result is "
+            f"{totals['copy_distance']:.0%} of the update's norm away from plain copying.",
+        ]
+        if (totals["energy_mixed"] or 0) > 0.01 and find_method(self.method).needs_bases:
+            told.append(
+                f"{totals['energy_mixed']:.0%} lay in the mixed blocks, which '{self.method}' "
+                "drops; `method='copy'` changes nothing."
+            )
+        if flagged := totals["flagged"]:
             told.append(f"{flagged} modules missed the accuracy tolerance (see 'ok').")
         return told
 
@@ -186,23 +198,6 @@ class TransferReport(MovedReport):
             told = [f"{told[0].removesuffix('.')} at strength {self.strength:.2g}."]
         if self.as_stored:
             told.append("The file holds the LoRA's stored tensors and scales as they are.")
-        return told
-
-    def _tell_energy(self) -> list[str]:
-        """Tells what the moved modules keep of the LoRA."""
-        totals, mixed = self.totals, self.totals["energy_mixed"]
-        whole = "energy that was read" if self.unread else "LoRA's energy"
-        told = [
-            f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
-            f"'{self.method}' at strength {self.strength:.2g} keeps "
-            f"{totals['energy_surviving']:.0%} of that, and its result is "
-            f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
-        ]
-        if mixed is not None and mixed > 0.01 and find_method(self.method).needs_bases:
-            told.append(
-                f"{mixed:.0%} lay in the mixed blocks, which '{self.method}' drops; "
-                "`method='copy'` changes nothing."
-            )
         return told
 
     def tables(self) -> list[Table]:
