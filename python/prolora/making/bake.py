@@ -27,9 +27,9 @@ from ..files.safetensors_file import SafetensorsFile
 from ..files.safetensors_writing import replace_tensor, stream_safetensors
 from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
-from ..moving.block_weights import Blocks, find_factors
+from ..moving.block_weights import Blocks, BlockWeights, find_factors
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions, read_dtype
+from ..moving.options import LoraLike, read_dtype
 from .bake_report import BakedModule, BakeReport
 from .convert import read_plain
 from .merge_inputs import name_loras
@@ -84,9 +84,7 @@ def bake(
         raise InvalidOption(f"baking makes a model as its base is, and takes no {names}")
     model, count, dtype = open_base(base), len(loras), read_dtype(options.dtype)
     strengths, blocks = options.strengths or [1.0] * count, options.blocks or [None] * count
-    for name, given in (("strengths", strengths), ("blocks", blocks)):
-        if len(given) != count:
-            raise InvalidOption(f"`{name}` is for {len(given)} LoRAs, and there are {count}")
+    options.check_count(count)
     if not count:
         raise InvalidOption("give one LoRA or more")
     if (path := model.path) is None:
@@ -94,10 +92,12 @@ def bake(
     folder, overwrite = path.is_dir(), options.overwrite
     if folder and dtype is not None:
         raise InvalidOption(f"`dtype` is for a base in one file, and {model.name} is a folder")
-    # A folder is never replaced: files of two models would stand in it.
-    check_free(out, [*model.files, path], overwrite=overwrite and not folder, folder=folder)
-    if not folder and Path(out).suffix != ".safetensors":
-        raise OutputError(f"{out}: a checkpoint's name ends in .safetensors")
+    if folder and overwrite:  # files of two models would stand in it
+        raise InvalidOption("`overwrite` is for a model in one file: a folder is never replaced")
+    check_free(out, [*model.files, path], overwrite=overwrite, folder=folder)
+    if folder == (Path(out).suffix == ".safetensors"):
+        kind = "name a folder" if folder else "a checkpoint's name ends in .safetensors"
+        raise OutputError(f"{out}: {model.name} is a {'folder' if folder else 'file'}; {kind}")
     updates = _sum_updates(loras, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
@@ -111,16 +111,17 @@ def bake(
         else:
             _convert(model, new, dtype)
         for i, (stored, parts) in enumerate(groups.items()):
-            if options.progress:
-                options.progress(i, len(groups), stored.key)
+            options.tell(i, len(groups), stored.key)
             at = new / stored.file.path.relative_to(path) if folder else new
             baking.write_weight(at, stored, parts)
 
-    put(out, write, overwrite=overwrite and not folder, folder=folder)
+    put(out, write, overwrite=overwrite, folder=folder)
     return BakeReport(
         path=str(out),
         base=model.name,
         loras=tuple(name_loras(loras)),
+        strengths=tuple(strengths),
+        blocks=tuple("" if each is None else str(BlockWeights.read(each)) for each in blocks),
         stochastic=stochastic,
         dtypes=dict(Counter(str(dtype or one.dtype).split(".")[1] for one in groups).most_common()),
         modules=tuple(baking.rows),
@@ -137,7 +138,7 @@ def _sum_updates(
     """Reads every LoRA; returns module, or vector, -> what is added to it."""
     found: dict[str, list[LowRank | Tensor]] = {}
     for lora, strength, weights in zip(loras, strengths, blocks, strict=True):
-        check_moved_before(lora, model, TransferOptions())
+        check_moved_before(lora, model)
         adapter = read_plain(lora, model)
         if adapter.unread:
             gone = next(iter(adapter.unread))
