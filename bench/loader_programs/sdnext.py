@@ -28,8 +28,7 @@ TYPES = {
     "ernie-image": "ernieimage",
 }
 LEFT_TO_DIFFUSERS = (
-    *("auraflow", "bria-fibo", "cogview4", "hidream", "kandinsky5", "lumina2", "qwen-image"),
-    *("sana", "wan"),
+    "auraflow bria-fibo cogview4 hidream kandinsky5 lumina2 qwen-image sana wan".split()
 )
 WITHOUT_LORAS = ("boogu-image", "hidream-o1", "longcat-image", "omnigen2", "pixart")
 """Families whose pipelines there have no `load_lora_weights`."""

@@ -57,7 +57,6 @@ def test_no_program_is_said_to_read_more_keys_than_were_written():
         ("qwen-image", "mflux", "diffusion_model.transformer_blocks.0.attn.to_q.lora_A"),
         ("qwen-image", "sdcpp", "diffusion_model.transformer_blocks.0.attn.to_q.lora_A"),
         ("flux", "sdnext", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
-        ("flux2", "sdnext", "transformer.transformer_blocks.0.attn.to_q.lora_A"),
         ("flux", "forge", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         ("flux", "sd-scripts", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         # In diffusers' names behind ComfyUI's prefix, or behind none, which more programs read.
