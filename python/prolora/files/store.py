@@ -94,7 +94,8 @@ def put(
         path: of the output; a symbolic link stands for its destination. A missing folder around
             it is made, and vanishes if the output is not written.
         write: fills an empty file or folder of another name, and may read it back.
-        overwrite: replace a file of that name; in a folder, the files of the same names.
+        overwrite: replace a file of that name; in a folder, the files of the same names (a process
+            that is killed meanwhile leaves old ones as `NAME.old`).
         folder: make a folder.
         durable: force the data to the disk before the name, so that no crash of the machine leaves
             the name on an incomplete file.
@@ -208,11 +209,16 @@ def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
     """Gives a finished file or folder its name."""
     try:
         if temporary.is_dir() and overwrite and place.is_dir():
+            # A reader needs the last (a PEFT folder's weights): it never finds files of both. Until
+            # the new ones are there, a kill leaves the old ones, maybe as NAME.old.
             names = sorted(os.listdir(temporary))
-            # A reader needs the last (a PEFT folder's weights): it never finds files of both.
-            (place / names[-1]).unlink(missing_ok=True)
+            old = [name for name in reversed(names) if (place / name).exists()]
+            for name in old:
+                os.replace(place / name, place / f"{name}.old")
             for name in names:
                 os.replace(temporary / name, place / name)
+            for name in old:
+                (place / f"{name}.old").unlink()
         elif overwrite and not temporary.is_dir():
             if place.exists():
                 temporary.chmod(stat.S_IMODE(place.stat().st_mode))
