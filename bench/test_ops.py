@@ -181,7 +181,7 @@ def torch_project_pair(us, ut, x):
 @pytest.mark.parametrize("path", ["op", "kernel"])
 def test_project_pair(benchmark, device, path, shape):
     """path: as in test_small_svd."""
-    b, m, k, r = shape
+    b, m, k, r = shape if benchmark.enabled else (1, 1280, *shape[2:])
     us = torch.linalg.qr(random((b, m, k), torch.float32, device))[0].contiguous()
     ut = us.flip(0).roll(1, 1).contiguous()
     x = random((b, r, m), torch.float32, device)

@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -517,9 +518,5 @@ FORMATS = [
 
 def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:
     """Name -> what runs it, of all formats."""
-
-    def bind(form: Format) -> Callable[[Box, float, int], Row]:
-        return lambda box, scale, seed: run_format(form, box, scale, seed)
-
-    cases = {form.name: bind(form) for form in FORMATS}
+    cases = {form.name: partial(run_format, form) for form in FORMATS}
     return cases | {"fit resumed after a change": run_resumed}

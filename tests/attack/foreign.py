@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import damage
@@ -196,9 +197,5 @@ def run_links(box: Box, scale: float, seed: int) -> Row:
 
 def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:
     """Name -> what runs it."""
-
-    def bind(name: str) -> Callable[[Box, float, int], Row]:
-        return lambda box, scale, seed: run_command(name, box, scale, seed)
-
-    commands = {name: bind(name) for name in COMMANDS}
+    commands = {name: partial(run_command, name) for name in COMMANDS}
     return commands | {"folders with our names": run_folders, "links": run_links}

@@ -14,6 +14,7 @@ import socket
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -488,9 +489,5 @@ def run_patterns(box: Box, scale: float, seed: int) -> Row:
 
 def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:
     """Name -> what runs it."""
-
-    def bind(name: str) -> Callable[[Box, float, int], Row]:
-        return lambda box, scale, seed: run_place(name, box, scale, seed)
-
-    places = {name: bind(name) for name in PLACES}
+    places = {name: partial(run_place, name) for name in PLACES}
     return places | {"names that lead elsewhere": run_names, "patterns of PEFT": run_patterns}

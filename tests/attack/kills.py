@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -233,8 +234,4 @@ def was_resumed(report: Path) -> bool:
 
 def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:
     """Name -> what runs it."""
-
-    def bind(scenario: Scenario) -> Callable[[Box, float, int], Row]:
-        return lambda box, scale, seed: run_scenario(scenario, box, scale, seed)
-
-    return {scenario.name: bind(scenario) for scenario in SCENARIOS}
+    return {scenario.name: partial(run_scenario, scenario) for scenario in SCENARIOS}

@@ -14,8 +14,7 @@ import prolora
 from prolora import errors
 from prolora.architectures.layouts import load_layout
 from prolora.bases import identity
-from prolora.moving.base_check import are_one_base, check_bases, is_stated_base
-from prolora.moving.options import TransferOptions
+from prolora.moving.base_check import are_one_base, is_stated_base
 
 
 def write_base(path, seed):
@@ -252,9 +251,9 @@ def test_a_dora_that_does_not_fit_is_refused_before_its_base_is_read(tmp_path, u
 def test_a_dry_run_doubts_a_source_whose_blocks_the_lora_leaves_out():
     lora = check_families.make_lora("anima", check_families.list_kinds("anima")["attention"])
     source, target = map(check_families.make_base, ("anima-2.9b", "anima-3.8b"))
-    doubts = check_bases(lora, source, target, TransferOptions())
-    (told,) = doubts
+    (told,) = prolora.transfer(lora, source, target, dry_run=True).report.doubts
     assert "all blocks of Anima; the source, anima-2.9b, is Anima 2.9B." in told
     own = check_families.make_base("anima")
     half = check_families.make_lora("anima", check_families.list_kinds("anima")["half"])
-    assert not any(check_bases(some, own, target, TransferOptions()) for some in (lora, half))
+    for some in (lora, half):
+        assert not prolora.transfer(some, own, target, dry_run=True).report.doubts

@@ -2,6 +2,7 @@
 
 import random
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,19 +53,40 @@ def weights_of(member):
     return {name: base.read(name) for name in base.shapes}
 
 
-def test_the_block_map_of_the_pruned_student_is_recovered():
+@pytest.fixture(scope="module")
+def source():
+    return open_base(MINI / "source")
+
+
+@pytest.fixture(scope="module")
+def student():
+    return open_base(MINI / "pruned")
+
+
+@pytest.fixture(scope="module")
+def matched(source, student):
+    """What is found of the pruned student, and what was told on the way."""
+    seen = []
+    result = match_blocks(source, student, progress=lambda *step: seen.append(step))
+    return result, seen
+
+
+def test_the_block_map_of_the_pruned_student_is_recovered(matched):
     """It kept the first block of every place, all of the last attention's, none of the middle's."""
-    result = match_blocks(open_base(MINI / "source"), open_base(MINI / "pruned"))
+    result, seen = matched
     assert len(result.decisions) == 12
     assert all(decision.source == decision.target for decision in result.decisions)
     assert min(decision.margin for decision in result.decisions) > 0.8
     assert min(decision.score for decision in result.decisions) > 0.85
     assert "mid_block.attentions.0.transformer_blocks.1" in result.dropped
     assert len(result.dropped) == 11
+    # Progress counts every matrix that is factorised.
+    assert seen[-1][0] == seen[-1][1] == 8 * (23 + 12)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_student_that_kept_other_blocks_under_new_numbers_is_recovered(seed):
+def test_a_student_that_kept_other_blocks_under_new_numbers_is_recovered(source, seed):
     """Any choice of blocks of the fine-tuned member; equal names would be wrong."""
     rng = random.Random(seed)
 
@@ -72,20 +94,19 @@ def test_a_student_that_kept_other_blocks_under_new_numbers_is_recovered(seed):
         return sorted(rng.sample(indices, rng.randint(1, len(indices))))
 
     target, origin = renumbered(weights_of("finetuned"), some)
-    result = match_blocks(open_base(MINI / "source"), open_base(target))
+    result = match_blocks(source, open_base(target))
     assert found(result) == origin
     assert any(new != old for new, old in origin.items())
     assert min(decision.margin for decision in result.decisions) > 0.7
 
 
-def test_renumbered_places_are_recovered_like_those_of_the_bk_students():
+def test_renumbered_places_are_recovered_like_those_of_the_bk_students(source):
     """The student's second attention of a stage is the teacher's third."""
     target = {
         name.replace("up_blocks.0.attentions.2.", "up_blocks.0.attentions.1."): weight
         for name, weight in weights_of("finetuned").items()
         if not name.startswith("up_blocks.0.attentions.1.")
     }
-    source = open_base(MINI / "source")
     table, rule = find_partners(source, open_base(target), match_blocks(source, open_base(target)))
     module = "up_blocks.0.attentions.{}.transformer_blocks.2.attn1.to_q"
     assert table[module.format(1)] == module.format(2)
@@ -95,6 +116,7 @@ def test_renumbered_places_are_recovered_like_those_of_the_bk_students():
     assert rule.startswith("similarity: 20 of 20 blocks")
 
 
+@cache
 def pruned_pair(drift, seed, scale=16):
     """An SDXL-shaped source, an SSD-1B-shaped student of a random choice of blocks, and the map."""
     rng = random.Random(seed)
@@ -135,7 +157,7 @@ def test_beyond_that_blocks_are_declined_and_not_guessed(drift):
 
 
 @pytest.mark.parametrize(("drift", "all_found"), [(2.0, True), (3.0, False)])
-def test_the_mini_family_is_recovered_under_noise_of_twice_its_weights(drift, all_found):
+def test_the_mini_family_is_recovered_under_noise_of_twice_its_weights(source, drift, all_found):
     """Beyond, blocks are declined here too: trained weights, and noise in all directions."""
     rng = random.Random(0)
     target, origin = renumbered(
@@ -145,7 +167,7 @@ def test_the_mini_family_is_recovered_under_noise_of_twice_its_weights(drift, al
     noisy = {
         name: related(weight.float(), drift, i) for i, (name, weight) in enumerate(target.items())
     }
-    decisions = match_blocks(open_base(MINI / "source"), open_base(noisy)).decisions
+    decisions = match_blocks(source, open_base(noisy)).decisions
     assert all(d.source in (None, origin[d.target]) for d in decisions)
     assert (sum(d.source is None for d in decisions) == 0) is all_found
 
@@ -200,10 +222,8 @@ def test_a_pruned_flux_is_recovered_in_both_of_its_stacks():
     assert set(result.table) == set(target)
 
 
-def test_how_much_is_in_memory_at_a_time_changes_nothing(monkeypatch):
-    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
-    whole = match_blocks(source, target)
-    sizes = []
+def test_how_much_is_in_memory_at_a_time_changes_nothing(source, student, matched, monkeypatch):
+    target, whole, sizes = student, matched[0], []
     real = memory.Room.stack
     monkeypatch.setattr(memory.Room, "stack", lambda *a: sizes.append(real(*a)) or sizes[-1])
     assert match_blocks(source, target) == whole and max(sizes) > 1
@@ -215,18 +235,18 @@ def test_how_much_is_in_memory_at_a_time_changes_nothing(monkeypatch):
     assert match_blocks(source, target).table == whole.table and max(sizes) == 1
 
 
-def test_too_little_memory_for_matching_is_refused_before_a_weight_is_read(monkeypatch):
-    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
+def test_too_little_memory_for_matching_is_refused_before_a_weight_is_read(
+    source, student, monkeypatch
+):
     monkeypatch.setattr(type(source), "read", lambda *a: pytest.fail("a weight was read"))
     with pytest.raises(TooLittleMemory, match="needs"):
-        match_blocks(source, target, max_memory="1MiB")
+        match_blocks(source, student, max_memory="1MiB")
 
 
 @pytest.mark.parametrize("value", [float("nan"), "lots", -1])
-def test_a_bound_that_is_no_number_of_bytes_is_refused(value):
-    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
+def test_a_bound_that_is_no_number_of_bytes_is_refused(source, student, value):
     with pytest.raises(InvalidOption, match="max_memory"):
-        match_blocks(source, target, max_memory=value)
+        match_blocks(source, student, max_memory=value)
 
 
 def test_blocks_of_an_unrelated_model_of_the_same_shape_are_not_matched():
@@ -293,26 +313,13 @@ def test_a_plan_by_similarity_says_what_came_second():
         make_plan(adapter, source, target, "similarity")
 
 
-def test_the_cache_gives_the_same_decisions(tmp_path):
-    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
-    plain = match_blocks(source, target)
-    cold = match_blocks(source, target, cache=tmp_path)
-    assert match_blocks(source, target, cache=tmp_path) == cold
-    for kept, exact in zip(cold.decisions, plain.decisions, strict=True):
+def test_the_cache_gives_the_same_decisions(source, student, matched, tmp_path):
+    cold = match_blocks(source, student, cache=tmp_path)
+    assert match_blocks(source, student, cache=tmp_path) == cold
+    for kept, exact in zip(cold.decisions, matched[0].decisions, strict=True):
         assert (kept.source, kept.runner_up) == (exact.source, exact.runner_up)
         assert kept.score == pytest.approx(exact.score, abs=1e-4)  # bases of 16 bits
     assert any(tmp_path.rglob("*.safetensors"))
-
-
-def test_progress_counts_every_matrix_that_is_factorised():
-    seen = []
-    match_blocks(
-        open_base(MINI / "source"),
-        open_base(MINI / "pruned"),
-        progress=lambda done, total, name: seen.append((done, total, name)),
-    )
-    assert seen[-1][0] == seen[-1][1] == 8 * (23 + 12)
-    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
 
 
 def test_of_wide_blocks_fewer_matrices_are_compared(monkeypatch):
@@ -325,8 +332,7 @@ def test_of_wide_blocks_fewer_matrices_are_compared(monkeypatch):
     assert seen[-1][0] == seen[-1][1] == 3 * (10 + 8) + 2 * (60 + 26)
 
 
-def test_bases_without_common_blocks_and_damaged_weights_are_refused():
-    source = open_base(MINI / "source")
+def test_bases_without_common_blocks_and_damaged_weights_are_refused(source):
     with pytest.raises(UnsupportedFormat, match="no transformer blocks of the same kind"):
         match_blocks(source, open_base({"transformer_blocks.0.attn.to_q": torch.ones(8, 8)}))
     weights = weights_of("pruned")

@@ -72,21 +72,13 @@ def float32_products(mode):
 
 
 @contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
+def default(what, value, before):
+    setting = getattr(torch, f"set_default_{what}")
+    setting(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
+        setting(before)
 
 
 SETTINGS = {
@@ -94,9 +86,9 @@ SETTINGS = {
     "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
     "float32 products high": lambda: float32_products("high"),
     "float32 products medium": lambda: float32_products("medium"),
-    "default dtype float64": lambda: default_dtype(torch.float64),
-    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
-    "default device meta": lambda: default_device("meta"),
+    "default dtype float64": lambda: default("dtype", torch.float64, torch.float32),
+    "default dtype bfloat16": lambda: default("dtype", torch.bfloat16, torch.float32),
+    "default device meta": lambda: default("device", "meta", None),
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
     "anomaly detection": torch.autograd.detect_anomaly,

@@ -213,16 +213,12 @@ JOBS = (prolora.TransferOptions, prolora.FitOptions, ExtractOptions)
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_a_job_computes_on_a_gpu_where_there_is_one(kind, one_card):
+def test_a_job_computes_on_a_gpu_where_there_is_one(kind, one_card, monkeypatch):
     assert settle_options(kind(), {}).device == "cuda"
     assert settle_options(kind(), {"device": "cpu"}).device == "cpu"
     assert settle_options(kind(device=torch.device("cuda", 0)), {}).device == "cuda:0"
     # Workers that carry out a plan need not be on this machine.
     assert settle_options(kind(), {}, here=False).device is None
-
-
-@pytest.mark.parametrize("kind", JOBS)
-def test_a_job_computes_on_the_cpu_where_there_is_no_gpu(kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert settle_options(kind(), {}).device == "cpu"
 

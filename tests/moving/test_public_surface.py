@@ -21,7 +21,7 @@ from prolora.fitting.settings import FitOptions
 from prolora.making.convert import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions
-from prolora.moving.options import MethodChoice, TransferOptions
+from prolora.moving.options import MethodChoice, TransferOptions, is_out_rank
 
 TRANSFERS = [prolora.transfer, prolora.transfer_many]
 FITS = [prolora.fit, prolora.fit_many]
@@ -160,3 +160,12 @@ def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
     counts = "8 mapped, 4 skipped, 0 refused"
     assert repr(done.report) == f"TransferReport('copy', source → target: {counts})"
     assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"
+
+
+TAKEN = ["exact", "50%", "0.1%", 100, 0.5]
+NO_RANKS = ["100", "100MB", "0%", "-1%", "half", "", 0, 1.0, True, None]
+
+
+@pytest.mark.parametrize("form", TAKEN + NO_RANKS)
+def test_ranks_shares_and_percentages_are_taken_and_nothing_else(form):
+    assert is_out_rank(form) == (form in TAKEN)

@@ -133,7 +133,7 @@ def test_the_verdict_in_words_comes_first_and_the_numbers_below(report):
 
 def test_every_module_is_in_one_cell_of_the_map(report):
     places = map_modules(report.modules, False)
-    indices = [i for cell in places.cells.values() for i in cell.indices]
+    indices = [i for cell in places.cells.values() for i in cell]
     assert sorted(indices) == sorted(places.order) == list(range(len(report.modules)))
     assert [(c.place, c.depth) for c in places.columns] == [(p, d) for p in PLACES for d in "01"]
     assert places.kinds == list(KINDS)

@@ -14,8 +14,8 @@ from ..core.lowrank import LowRank
 from ..core.methods import MethodChoice
 from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ..moving.assembly import build_metadata, list_kernels
-from ..moving.base_check import check_bases
-from ..moving.base_pair import BasePair, Depth, prefix_notes, read_lora
+from ..moving.base_check import Depth, check_bases, read_lora
+from ..moving.base_pair import BasePair, prefix_notes
 from ..moving.ledger import Ledger
 from ..moving.options import FIT, LoraLike
 from ..moving.result import Notes, Transfer, list_inputs
@@ -95,7 +95,7 @@ def prepare_fit(
     # Running models of equal weights may differ in schedule, steps and guidance.
     moving = replace(options.as_moved("copy"), again=options.again)
     check_bases(lora, source, target, moving, may_be_one=True)
-    adapter = read_lora(lora, source, depth)
+    adapter = read_lora(lora, source, depth, target)
     plan = plan_modules(adapter, source, target, options.text_encoder)
     job = FitJob(adapter, plan, source, target, options)
     return replace(job, card=plan_memory_of_card(job))

@@ -23,7 +23,7 @@ from ..core.option_fields import option, take_option
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
-from ..moving.base_check import check_fits
+from ..moving.base_check import read_lora
 from ..moving.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
@@ -197,10 +197,8 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
     """Reads the LoRA's updates, each as a plain LoRA; refuses one that needs a missing base."""
     if isinstance(lora, Adapter):
         return lora
-    names = adapters.BaseNames(base.family, base.shapes) if base else None
     if base is not None:
-        check_fits(lora, base)
-        return adapters.read_adapter(lora, read_weight=base.read, base=names)
+        return read_lora(lora, base)
     opened = Lora.open(lora)
     for slot in parse_contents(opened).slots:
         if forms.needs_base(slot.keys.keys()):

@@ -33,7 +33,7 @@ from ..errors import (
     ShapeMismatch,
     UnsupportedFormat,
 )
-from ..moving.base_check import check_fits, check_moved_before
+from ..moving.base_check import check_moved_before
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
@@ -177,9 +177,18 @@ class _Merge:
     def _read(self, i: int) -> None:
         """Reads a LoRA."""
         lora, name = self.loras[i], self.names[i]
-        if self.target is not None:
-            self._check_belongs(lora, name, self.target)
-        adapter = read_plain(lora, self.target)
+        try:
+            if self.target is not None:
+                check_moved_before(lora, self.target, TransferOptions())
+            adapter = read_plain(lora, self.target)
+        except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
+            if self.target is None:
+                raise
+            why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
+            raise type(wrong)(
+                f"{name} is not a LoRA of the base of the result; move it there first: "
+                f"`transfer()` ({why})"
+            ) from wrong
         self.behind += list_unread_modules(adapter)
         self.unread += adapter.unread
         blocks = self.options.blocks[i] if self.options.blocks is not None else None
@@ -205,18 +214,6 @@ class _Merge:
             modules=len(adapter.updates),
         )
         self.facts.append(fact)
-
-    def _check_belongs(self, lora: LoraLike, name: str, target: Base) -> None:
-        """Refuses a LoRA of another base than that of the result, or moved to another."""
-        try:
-            check_fits(lora, target)
-            check_moved_before(lora, target, TransferOptions())
-        except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
-            why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
-            raise type(wrong)(
-                f"{name} is not a LoRA of the base of the result; move it there first: "
-                f"`transfer()` ({why})"
-            ) from wrong
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
 from ..adapters.family_guess import guess_families, guess_family, guess_sizes, is_language_model
@@ -40,6 +41,8 @@ _FORMS = re.compile(
     r"|pruned|emaonly|ema|noema"
 )
 _QUANTISED = re.compile(r"(?<![a-z0-9])i?q\d(?:_[a-z0-9]+)*")  # GGUF's Q4_K_M and the like
+Depth = Literal["updates", "outline"]
+"""How far a LoRA is read for its plan: all, or all but what first has to be made with its base."""
 NAMED_BASE = "base_model_name_or_path"
 """Where PEFT's configuration names the base."""
 # Names of folders and objects that any model may have.
@@ -180,11 +183,11 @@ def _place_modules(lora: LoraLike, base: Base) -> list[ModuleReport]:
     return rows
 
 
-def _outline(lora: LoraLike, base: Base) -> Adapter:
-    """Outlines a LoRA from its header."""
+def _outline(lora: LoraLike, base: Base, headers_only: bool = True) -> Adapter:
+    """Outlines a LoRA without the base's weights, or from its header alone."""
     if isinstance(lora, Adapter):
         return lora
-    return outline_adapter(lora, base.shapes, base.family, headers_only=True)
+    return outline_adapter(lora, base.shapes, base.family, headers_only=headers_only)
 
 
 def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:
@@ -207,13 +210,27 @@ def describe_kind(base: Base) -> str:
     return find_title(family) if family else describe_base(base)
 
 
-def check_fits(lora: LoraLike, base: Base, other: Base | None = None) -> Adapter:
-    """Refuses a LoRA that does not fit its base by modules and shapes; returns its outline.
+def read_lora(
+    lora: LoraLike,
+    base: Base,
+    depth: Depth = "updates",
+    other: Base | None = None,
+    *,
+    keep_stored: bool = False,
+) -> Adapter:
+    """Reads a LoRA; refuses one that does not fit its base by modules and shapes.
 
-    Of a file, the header alone is read. `other` is the base that it may belong to instead.
+    DoRA, OFT and GLoRA need the base's weights, which are not read before. `other` is the base that
+    it may belong to instead.
     """
     try:
-        return _fit_outline(lora, base)
+        adapter = _fit_outline(lora, base, headers_only=depth == "updates")
+        if depth == "outline" or isinstance(lora, Adapter):
+            return adapter
+        names = adapters.BaseNames(base.family, base.shapes)
+        return adapters.read_adapter(
+            lora, read_weight=base.read, base=names, keep_stored=keep_stored
+        )
     except (UnsupportedFormat, ShapeMismatch) as error:
         misfit = error
     title, kind, fits_other = "", "", False
@@ -221,7 +238,7 @@ def check_fits(lora: LoraLike, base: Base, other: Base | None = None) -> Adapter
         fit = fit_base(lora, base)
         title, kind = fit.lora_title, fit.base_title
         if other is not None:
-            _fit_outline(lora, other)
+            _fit_outline(lora, other, headers_only=True)
             title, fits_other = describe_kind(other), True
     except (UnsupportedFormat, ShapeMismatch):
         pass
@@ -241,9 +258,9 @@ def check_fits(lora: LoraLike, base: Base, other: Base | None = None) -> Adapter
     raise type(misfit)(f"{where}{told}")
 
 
-def _fit_outline(lora: LoraLike, base: Base) -> Adapter:
+def _fit_outline(lora: LoraLike, base: Base, headers_only: bool) -> Adapter:
     """Outlines a LoRA, and refuses one that does not fit."""
-    adapter = _outline(lora, base)
+    adapter = _outline(lora, base, headers_only)
     check_fits_source(adapter, [n for n in adapter.updates if not is_in_text_encoder(n)], base)
     return adapter
 
@@ -256,12 +273,10 @@ def check_bases(
     cache: BasisCache | None = None,
     may_be_one: bool = False,
 ) -> list[str]:
-    """Refuses a wrong source for the LoRA, and a target that is its base; returns doubts.
+    """Refuses a source that the header contradicts, or the base as target; returns doubts.
 
-    Of a file the header alone is read. With `options.again` the LoRA need only fit the source;
-    `may_be_one` allows source and target to be one model.
+    With `options.again` nothing is looked at; `may_be_one` allows source and target to be one.
     """
-    outline = check_fits(lora, source, target)
     if options.again:
         return []
     doubts = [check_moved_before(lora, source, options, cache)]
@@ -284,15 +299,19 @@ def check_bases(
             f"Were source and target swapped? The LoRA's header gives the name of the target, "
             f"{target.name}, as the model that it was trained on, and not {source.name}."
         )
-    # All blocks of a smaller size, and not of the source's.
-    found = guess_sizes({name: (x.shape[0], x.shape[1]) for name, x in outline.updates.items()})
-    if source.layout and found and source.layout not in found:
-        smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
-        doubts.append(
-            f"Is this the LoRA's base? It has all blocks of {smaller}; the source, {source.name}, "
-            f"is {own}."
-        )
     return [doubt for doubt in doubts if doubt]
+
+
+def doubt_size(adapter: Adapter, source: Base) -> list[str]:
+    """Doubts a source where the LoRA has all blocks of a smaller size."""
+    found = guess_sizes({name: (x.shape[0], x.shape[1]) for name, x in adapter.updates.items()})
+    if not (source.layout and found and source.layout not in found):
+        return []
+    smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
+    return [
+        f"Is this the LoRA's base? It has all blocks of {smaller}; the source, {source.name}, is "
+        f"{own}."
+    ]
 
 
 def check_moved_before(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Literal
 
 from .. import adapters
 from ..adapters.adapter import Adapter
@@ -21,7 +20,7 @@ from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
 from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors
-from .base_check import check_bases
+from .base_check import Depth, check_bases, doubt_size, read_lora
 from .block_weights import find_factors, weigh_adapter
 from .ledger import Clock, Ledger, outline_rows
 from .move_updates import decide_method, label_stage, move_updates
@@ -29,9 +28,6 @@ from .options import LoraLike, TransferOptions, read_dtype
 from .plan import make_plan
 from .result import Notes, Transfer, list_inputs, make_file
 from .transfer_report import TransferReport
-
-Depth = Literal["updates", "outline"]
-"""How far a LoRA is read for its plan: all, or all but what first has to be made with its base."""
 
 
 @dataclass
@@ -96,7 +92,8 @@ class BasePair:
         options, clock = self.options, Clock()
         with clock("read"):
             doubts = check_bases(lora, self.source, self.target, options, self.cache)
-            adapter = read_lora(lora, self.source, depth, keep_stored=True)
+            adapter = read_lora(lora, self.source, depth, self.target, keep_stored=True)
+            doubts += [] if options.again else doubt_size(adapter, self.source)
         with clock("match"):
             match = self.match_blocks() if match is None else match
             plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
@@ -225,20 +222,6 @@ class BasePair:
         )
         inputs = list_inputs(ledger.lora, self.source, self.target)
         return Transfer(moved, report, inputs, *written)
-
-
-def read_lora(
-    lora: LoraLike, source: Base, depth: Depth = "updates", *, keep_stored: bool = False
-) -> Adapter:
-    """Reads the LoRA; DoRA, OFT and GLoRA need their base for it."""
-    if isinstance(lora, Adapter):
-        return lora
-    if depth == "updates":
-        names = adapters.BaseNames(source.family, source.shapes)
-        return adapters.read_adapter(
-            lora, read_weight=source.read, base=names, keep_stored=keep_stored
-        )
-    return adapters.outline_adapter(lora, source.shapes, source.family)
 
 
 def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:

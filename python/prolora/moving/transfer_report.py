@@ -210,7 +210,6 @@ class TransferReport(MovedReport):
             "rank of the subspaces": f"{self.rank_rule:g}",
             "threshold on Φ": f"{self.threshold:g}",
             "match": self.match,
-            "dropped blocks": self.provenance.get("dropped", ""),
             "blocks not used": ", ".join(self.dropped_blocks),
         }
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from ..architectures.depth import is_number, stack_order
 from ..architectures.modules import find_block, find_stage
 from ..core.grouping import group_by
-from ..core.means import weighted_mean
 
 AROUND = "proj"
 """The depth of what stands around a stack of blocks: proj_in and proj_out."""
@@ -43,28 +42,6 @@ class MapColumn:
 
 
 @dataclass(frozen=True)
-class MapCell:
-    """The modules of one kind in one block; mostly one."""
-
-    spots: tuple[Spot, ...]  # the modules
-    indices: tuple[int, ...]  # their indices among all modules
-
-    @property
-    def is_there(self) -> bool:
-        """Whether there is anything to show."""
-        return any(spot.is_there for spot in self.spots)
-
-    @property
-    def share(self) -> float | None:
-        """The mean of the modules' numbers by weight; None where one is not known."""
-        if any(spot.share is None for spot in self.spots):
-            return None
-        mean = weighted_mean((spot.weight, spot.share) for spot in self.spots)
-        plain = weighted_mean((1.0, spot.share) for spot in self.spots)
-        return plain if mean is None else mean
-
-
-@dataclass(frozen=True)
 class PlaceMap:
     """Modules by place.
 
@@ -81,27 +58,22 @@ class PlaceMap:
     missing: str = "not moved"
 
     @cached_property
-    def cells(self) -> dict[tuple[MapColumn, str], MapCell]:
-        """(column, kind) -> its modules."""
+    def cells(self) -> dict[tuple[MapColumn, str], list[int]]:
+        """(column, kind) -> the indices of its modules, mostly one; in the order of the model."""
         groups = group_by(range(len(self.spots)), lambda i: _find_place(self.spots[i].name))
-        return {
-            key: MapCell(tuple(self.spots[i] for i in indices), tuple(indices))
-            for key, indices in groups.items()
-        }
+        return dict(sorted(groups.items(), key=lambda item: (item[0][0], column_order(item[0][1]))))
 
-    @cached_property
+    @property
     def order(self) -> list[int]:
         """The modules by their index, in the order of the model."""
-        kinds = {kind: i for i, kind in enumerate(self.kinds)}
-        ordered = sorted(self.cells.items(), key=lambda item: (item[0][0], kinds[item[0][1]]))
-        return [index for _, cell in ordered for index in cell.indices]
+        return [index for cell in self.cells.values() for index in cell]
 
-    @cached_property
+    @property
     def columns(self) -> list[MapColumn]:
         """In the order of a forward pass; what stands around a stack comes before it."""
-        return sorted({column for column, _ in self.cells})
+        return list(dict.fromkeys(column for column, _ in self.cells))
 
-    @cached_property
+    @property
     def kinds(self) -> list[str]:
         """The kinds of module: inside blocks by layer, then around them."""
         return sorted({kind for _, kind in self.cells}, key=column_order)

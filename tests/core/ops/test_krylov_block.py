@@ -417,9 +417,3 @@ def test_the_extension_refuses_float64():
     extension = load("cpu", "_C")
     with pytest.raises(RuntimeError, match="krylov_block: float32 alone"):
         extension.run("krylov_block", [0] * 19, True, False, 0)
-
-
-def test_operator_passes_torchs_own_checks():
-    w = weights(2, 40, 48, HALF, False)
-    rows, projected = (x.nan_to_num(0.0) for x in basis(2, 40, 16, 24))
-    torch.library.opcheck(torch.ops.prolora.krylov_block.default, (w, rows, projected, 16, 8))

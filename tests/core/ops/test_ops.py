@@ -6,6 +6,7 @@ from backends import load
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prolora import errors
+from prolora.core.ops import native
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
 from prolora.core.ops.project_pair import project_pair
@@ -107,10 +108,30 @@ def test_inputs_are_not_changed(kernels):
     assert torch.equal(u, before[0]) and torch.equal(x, before[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_small_svd_passes_torchs_own_checks(dtype):
-    for op in (torch.ops.prolora.small_svd, torch.ops.prolora.small_singular_values):
-        torch.library.opcheck(op.default, (randn(2, 9, 4, dtype=dtype),))
+def make_operands():
+    """What each operator is checked with, in every form that it takes."""
+    w, thin, scale = randn(2, 40, 48).half(), randn(2, 3, 9).float(), torch.ones(2).double()
+    wide, narrow = [randn(2, 20, 7).float(), randn(1, 9, 70).float()], [randn(2, 20, 9).float()]
+    u, x = randn(2, 9, 4), randn(2, 4, 6)
+    yield "small_svd", u
+    yield "small_svd", u.float()
+    yield "small_singular_values", u
+    yield "small_singular_values", u.float()
+    yield "overlap_table", wide, [*narrow, randn(1, 9, 3).float()]
+    yield "panel_qr", thin, None
+    yield "panel_qr", thin, scale
+    yield "project_pair", randn(2, 9, 4).float(), randn(2, 9, 3).float(), randn(2, 2, 9).float()
+    yield "krylov_block", w, randn(2, 24, 40).float(), randn(2, 24, 24).float(), 16, 8
+    yield "precise_product", x, randn(2, 3, 6).half()
+    yield "precise_product", x
+
+
+def test_every_operator_passes_torchs_own_checks():
+    checked = set()
+    for op, *operands in make_operands():
+        torch.library.opcheck(getattr(torch.ops.prolora, op).default, tuple(operands))
+        checked.add(op)
+    assert checked == set(native.ON_CPU)
 
 
 def test_shapes_without_data():

@@ -159,8 +159,3 @@ def test_groups_must_agree():
         overlap_table(two, two)
     with pytest.raises(TypeError, match="float16"):
         overlap_table([two[0].half()], [two[0].half()])
-
-
-def test_operator_passes_torchs_own_checks():
-    us, ut = problem([(2, 20, 7, 9), (1, 9, 70, 3)], torch.float32)
-    torch.library.opcheck(torch.ops.prolora.overlap_table.default, (us, ut))

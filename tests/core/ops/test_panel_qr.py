@@ -265,8 +265,3 @@ def test_leading_dimensions_are_kept_and_sizes_are_refused():
         panel_qr(panel, scale.float())
     with pytest.raises(TypeError, match="panel must be float32"):
         panel_qr(panel.double())
-
-
-@pytest.mark.parametrize("scale", [None, torch.ones(2, dtype=torch.float64)], ids=["", "scale"])
-def test_operator_passes_torchs_own_checks(scale):
-    torch.library.opcheck(torch.ops.prolora.panel_qr.default, (random((2, 3, 9)), scale))

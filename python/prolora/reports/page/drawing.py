@@ -7,9 +7,11 @@ and dark ground and for every kind of colour vision; what did not move is hatche
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..place_map import MapCell, MapColumn, PlaceMap
+from ...core.means import weighted_mean
+from ..place_map import MapColumn, PlaceMap, Spot
 
 # Pixels.
 WIDEST, ROW, LABEL_SIZE, HEAD = 940, 17, 11, 34
@@ -73,7 +75,13 @@ def draw_map(places: PlaceMap) -> DrawnMap:
         lefts[column] = round(at, 1)
         at += pitch
     tops = {kind: HEAD + ROW * i for i, kind in enumerate(kinds)}
+    cells = [
+        _draw_cell(places.spots, cell, lefts[column], tops[kind])
+        for (column, kind), cell in places.cells.items()
+    ]
     every_fifth = [c for c in columns if c.depth.isdecimal() and len(c.depth) < 3]
+    samples = [Box("kept", _opacity(share), f"{share:.0%}") for share in STEPS]
+    samples += [Box("fitted", None, places.there), Box("lost", None, places.missing)]
     return DrawnMap(
         width=round(max(at, free), 1),
         height=HEAD + ROW * len(kinds),
@@ -86,38 +94,28 @@ def draw_map(places: PlaceMap) -> DrawnMap:
             for column in every_fifth
             if int(column.depth) % 5 == 0
         ],
-        cells=[
-            _draw_cell(cell, lefts[column], tops[kind])
-            for column, kind in itertools.product(columns, kinds)
-            if (cell := places.cells.get((column, kind))) is not None
-        ],
-        legend=_draw_legend(places),
+        cells=cells,
+        legend=[sample for sample in samples if sample.kind in {cell.kind for cell in cells}],
         title=places.title,
     )
 
 
-def _draw_cell(cell: MapCell, x: float, y: float) -> Box:
-    kind = "lost" if not cell.is_there else "fitted" if cell.share is None else "kept"
-    opacity = _opacity(cell.share) if kind == "kept" and cell.share is not None else None
-    text = "\n".join(spot.text for spot in cell.spots)
-    return Box(kind, opacity, text, cell.indices[0], x, y)
+def _draw_cell(spots: Sequence[Spot], indices: Sequence[int], x: float, y: float) -> Box:
+    """Draws the mean of the modules' numbers by weight; none where one is not known."""
+    here = [spots[i] for i in indices]
+    share = None
+    if all(spot.share is not None for spot in here):
+        share = weighted_mean((spot.weight, spot.share) for spot in here)
+        share = weighted_mean((1.0, spot.share) for spot in here) if share is None else share
+    is_there = any(spot.is_there for spot in here)
+    kind = "lost" if not is_there else "fitted" if share is None else "kept"
+    opacity = _opacity(share) if kind == "kept" and share is not None else None
+    return Box(kind, opacity, "\n".join(spot.text for spot in here), indices[0], x, y)
 
 
 def _opacity(share: float) -> float:
     """Maps a share to an opacity; shares above 1 are clipped."""
     return round(FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, share)), 2)
-
-
-def _draw_legend(places: PlaceMap) -> list[Box]:
-    """Lists the meaning of the map's colours."""
-    cells, samples = places.cells.values(), list[Box]()
-    if any(cell.is_there and cell.share is not None for cell in cells):
-        samples = [Box("kept", _opacity(share), f"{share:.0%}") for share in STEPS]
-    if any(cell.is_there and cell.share is None for cell in cells):
-        samples.append(Box("fitted", None, places.there))
-    if any(not cell.is_there for cell in cells):
-        samples.append(Box("lost", None, places.missing))
-    return samples
 
 
 def _shorten(stage: str) -> str:
