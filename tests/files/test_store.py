@@ -137,9 +137,9 @@ def test_a_name_is_the_digest_of_what_the_content_is_made_of(tmp_path):
     )
     assert one.parent == tmp_path / "loras" and one.name.startswith("näon_light-")
     assert one != kept.path("loras", {"lora": "2", "options": [1, None]}, title="näon / light")
-    assert not kept.have(one)
+    assert not one.exists()
     kept.refuse(one, UnsupportedFormat("no LoRA"))
-    assert "no LoRA" in store.refusal(one).read_text() and not kept.have(one)
+    assert "no LoRA" in store.refusal(one).read_text() and not one.exists()
     kept.put(one, fill("made"))
     kept.put(one, fill("made by somebody else, of the same"))
-    assert kept.have(one) and left_in(tmp_path / "loras") == {one.name}
+    assert one.exists() and left_in(tmp_path / "loras") == {one.name}

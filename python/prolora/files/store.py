@@ -59,10 +59,6 @@ class Store:
         name = digest(made_of)[:digits]
         return self.folder / kind / f"{words}{'-' if words else ''}{name}{suffix}"
 
-    def have(self, path: Path) -> bool:
-        """Returns whether that is done; what has its name is whole."""
-        return path.exists()
-
     def put(self, path: Path, write: Callable[[Path], object], *, folder: bool = False) -> None:
         """Writes something that is not there; what another process was faster with stays."""
         with suppress(OutputExists):
@@ -132,11 +128,7 @@ def put(
 
 def put_text(path: StrPath, text: str, *, overwrite: bool = False) -> None:
     """Writes a text as UTF-8, completely or not at all; arguments as for `put`."""
-    put_bytes(path, replace_surrogates(text).encode(), overwrite=overwrite)
-
-
-def put_bytes(path: StrPath, content: bytes, *, overwrite: bool = False) -> None:
-    """Writes bytes, completely or not at all; arguments as for `put`."""
+    content = replace_surrogates(text).encode()
     put(path, lambda temporary: temporary.write_bytes(content), overwrite=overwrite)
 
 
