@@ -1,10 +1,11 @@
-"""Baking a LoRA beside sd-scripts' own merge: CPU seconds, peak memory, bits.
+"""Baking a LoRA beside the merges of sd-scripts and sd-lora-tools: CPU seconds, peak memory, bits.
 
-    python bench/bake.py FOLDER SD_SCRIPTS
+    python bench/bake.py FOLDER SD_SCRIPTS SD_LORA_TOOLS
 
 The model has three blocks of FLUX.1's sizes, random, in bfloat16; the LoRA has rank 16 on every
 matrix of them. sd-scripts runs as `networks/flux_merge_lora.py --precision float`, in both of its
-ways to load; packages that only its training needs may be missing. Each is a process of its own.
+ways to load, and sd-lora-tools as `merge_to_model`; packages that only training needs may be
+missing. Each is a process of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ sys.argv = ["merge", "--flux_model", base, "--models", lora, "--ratios", "1", "-
 sys.argv += ["--precision", "float", "--save_precision", "bf16", "--no_metadata", *more]
 runpy.run_path(scripts + "/networks/flux_merge_lora.py", run_name="__main__")
 {PEAK}"""
+TOOLS = f"""
+import runpy, sys
+base, lora, out, tools = sys.argv[1:]
+sys.path.insert(0, tools + "/src")
+sys.argv = ["merge", "--base_model", base, "--models", lora, "--ratios", "1", "--save_to", out]
+sys.argv += ["--precision", "float", "--save_precision", "bf16"]
+runpy.run_module("sd_lora_tools.merge_to_model", run_name="__main__")
+{PEAK}"""
 
 
 def write_case(folder: Path) -> None:
@@ -57,20 +66,27 @@ def write_case(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:] if len(sys.argv) == 3 else sys.exit(__doc__)
-    folder, scripts = (Path(word).resolve() for word in words)
+    words = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
+    folder, scripts, tools = (Path(word).resolve() for word in words)
     torch.manual_seed(0)
     write_case(folder)
-    ways = {"prolora": [], "sd-scripts": [scripts], "lean": [scripts, "--mem_eff_load_save"]}
-    for way, more in ways.items():
+    ways = {
+        "prolora": (OURS, []),
+        "sd-scripts": (THEIRS, [scripts]),
+        "lean": (THEIRS, [scripts, "--mem_eff_load_save"]),
+        "sd-lora-tools": (TOOLS, [tools]),
+    }
+    ours = {}
+    for way, (code, more) in ways.items():
         files = [folder / f"{name}.safetensors" for name in ("base", "lora", way)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run = [sys.executable, "-c", THEIRS if more else OURS, *map(str, [*files, *more])]
+        run = [sys.executable, "-c", code, *map(str, [*files, *more])]
         done = subprocess.run(run, check=True, capture_output=True, text=True, cwd="bench")
         after, peak = resource.getrusage(resource.RUSAGE_CHILDREN), done.stdout.split()[-1]
         user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
         print(f"{way}: {user:.1f} + {system:.1f} CPU s, {int(peak) / 2**20:.2f} GiB", flush=True)
-    ours, theirs = (load_file(folder / f"{way}.safetensors") for way in list(ways)[:2])
-    both = [[x[key].view(torch.int16) for x in (ours, theirs)] for key in ours]
-    total, other = sum(x.numel() for x, _ in both), sum(int((x != y).sum()) for x, y in both)
-    print(f"{other} of {total} numbers differ")
+        made = {key: x.view(torch.int16) for key, x in load_file(files[2]).items()}
+        ours = ours or made
+        total = sum(map(torch.numel, ours.values()))
+        other = sum(int((made[key] != ours[key]).sum()) for key in ours)
+        print(f"  {other} of {total} numbers differ from prolora's")

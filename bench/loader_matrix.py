@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import linear_shapes
 from loader_programs import PROGRAMS, Keys, Open, Read
 from loader_programs.common import number_rows
 from safetensors.torch import load_file
@@ -81,6 +80,8 @@ SPELLINGS = (
 )
 MOST_LISTED = 32
 """Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
+NOT_TRIED = ("audio_injector.", "casual_audio_encoder.", "face_", "fps_projection.")
+"""What S2V, Animate and SkyReels-V2 have beside Wan's blocks, which LoRAs leave alone."""
 PROGRAM_ERRORS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 _CLIP_L, _CLIP_G, _CLIP_H = (768, 3072), (1280, 5120), (1024, 4096)
 _LAYER = "text_model.encoder.layers.0"
@@ -99,6 +100,12 @@ TEXT_MODULES = {
 }
 """Text encoder -> some modules of it, with their shapes."""
 UNET_FORMATS = ("comfy", "kohya", "diffusers", "peft")
+
+
+def linear_shapes(layout: str) -> dict[str, tuple[int, int]]:
+    """The matrices of a published size."""
+    shapes = load_layout(layout).shapes.items()
+    return {name: (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2}
 
 
 def select_blocks(names: list[str]) -> list[str]:
@@ -128,7 +135,7 @@ def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
     shapes = {
         name: shape
         for name, shape in shapes.items()
-        if is_linear(name, shape) and not name.startswith(UNUSED)
+        if is_linear(name, shape) and not name.startswith((*UNUSED, *NOT_TRIED))
     }
     if family.unet or WHOLE:
         return shapes
@@ -427,7 +434,7 @@ def summarise(id_: str, sizes: Sizes) -> dict[str, object]:
 def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What prolora knows of programs, from the counts."""
     programs = {
-        id_: {key: facts[key] for key in ("title", "version", "how", "kinds") if key in facts}
+        id_: {key: facts[key] for key in ("title", "version", "kinds") if key in facts}
         for id_, facts in raw.items()
     }
     families: dict[str, Any] = {}

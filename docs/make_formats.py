@@ -17,26 +17,19 @@ from prolora.architectures.loaders import find_reach, known_loaders, name_row
 
 PAGE = Path(__file__).parent / "formats.md"
 BEGIN, END = "<!-- made by docs/make_formats.py -->\n", "<!-- end -->\n"
-HOW = {
-    "run": "its code, by bench/loader_matrix.py",
-    "recorded": "its code, run before that script was written",
-    "compared": "by its results",
-}
 
 
 def write_tables() -> str:
     """The programs with their versions, and a row for every family."""
     programs = known_loaders()
-    lines = ["| `--for` | program | version | tried |", "|---|---|---|---|"]
-    lines += [
-        f"| `{id_}` | {one.title} | {one.version} | {HOW[one.how]} |"
-        for id_, one in programs.items()
-    ]
+    lines = ["| `--for` | program | version |", "|---|---|---|"]
+    lines += [f"| `{id_}` | {one.title} | {one.version} |" for id_, one in programs.items()]
     titles = [one.title for one in programs.values()]
     lines += ["", "| family | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for family in known_families().values():
         cells = [_write_cell(family, program) for program in programs]
-        lines.append(f"| {family.title} | " + " | ".join(cells) + " |")
+        if set(cells) > {"–"}:  # else no program was tried with its models
+            lines.append(f"| {family.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,6 @@ def test_the_peak_of_a_child_is_its_own():
     assert 0.05 < float(done.stdout) < 0.9
 
 
-@pytest.mark.parametrize("name", ["sdxl_to_ssd1b", "families", "timing", "loader_matrix"])
+@pytest.mark.parametrize("name", ["sdxl_to_ssd1b", "timing", "loader_matrix"])
 def test_a_bench_can_be_imported(name):
     importlib.import_module(name)

@@ -14,6 +14,7 @@ from .common import Keys, Open, Read, enter, keeps_rows, take_modules
 from .text_encoders import build_encoder
 
 DIFFUSERS_PIPELINES = {
+    "ace-step-1.5": "AceStepPipeline",
     "auraflow": "AuraFlowPipeline",
     "bk-sdm": "StableDiffusionPipeline",
     "bria-fibo": "BriaFiboPipeline",
@@ -49,7 +50,7 @@ DIFFUSERS_PIPELINES = {
     "wan": "WanPipeline",
     "z-image": "ZImagePipeline",
 }
-DIFFUSERS_LACKS = ("chroma-radiance",)
+DIFFUSERS_LACKS = ("chroma-radiance", "wan2.2-s2v-14b")
 """Sizes of a family that it has no class of."""
 
 

@@ -56,10 +56,11 @@ class Sampler:
     def __init__(self, network: Network) -> None:
         self.network = network
 
-    def __call__(self, seed: int) -> None:
+    def __call__(self, seed: int) -> Iterator[None]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(SETTINGS.images // AT_ONCE):
             self._ask(generator)
+            yield
 
     def _ask(self, generator: torch.Generator) -> None:
         difficulty = torch.rand(AT_ONCE, generator=generator)

@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .core.exceptions import (
     KernelFailure,
@@ -45,6 +45,7 @@ __all__ = [
     "input_error",
     "name_options",
     "output_error",
+    "suggest",
 ]
 
 
@@ -147,6 +148,12 @@ def name_options(text: str, name: Callable[[str, str | None], str | None]) -> st
     return _NAMED.sub(rename, text)
 
 
+def suggest(word: str, words: Iterable[str]) -> str:
+    """Asks whether the word most alike is meant."""
+    near = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def explain_os_error(error: OSError | ValueError) -> str:
     """Explains a file error of the operating system, with a known remedy.
 
@@ -182,7 +189,7 @@ def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
     if "://" in text:
         return f"{text}: an address on the web; download it, and give the file"
     if "*" in text:
-        return f"{text}: no such {wanted}; a pattern in quotes stands for no other names"
+        return f"{text}: no such {wanted}; no name matches this pattern, or it is in quotes"
     folder, name = os.path.split(text.rstrip("/\\"))
     if len(os.fsencode(name)) > _LONGEST_NAME:
         return f"{text}: no such {wanted}; this name is too long for one"

@@ -83,7 +83,8 @@ def test_attention_alone_is_not_taken_for_that_of_another_family(family, layout,
     back = read_adapter(
         encode_state_dict(Adapter(updates, format=format, family=family), format=format)
     )
-    assert guess(back) in (None, family) and back.updates.keys() == updates.keys()
+    assert guess(back) in (None, family, FAMILIES[family].rarer_than)
+    assert back.updates.keys() == updates.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

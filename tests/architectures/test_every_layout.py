@@ -14,6 +14,7 @@ from diagonal import list_sizes, pair_up
 
 import prolora
 from prolora.architectures import layouts
+from prolora.architectures.families import known_families
 from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.bases import open_base
 
@@ -191,3 +192,14 @@ def test_a_check_says_why_a_base_cannot_be_opened(tmp_path):
     stored = {"double_blocks.0.img_attn.qkv.weight": (25, 8), "img_in.weight": (8, 4)}
     found = prolora.check(sparse_file(tmp_path / "x.safetensors", stored))
     assert found.kind == "base" and found.reason and "qkv" in found.reason
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_ace_step_is_found_beside_its_encoders(prefix, tmp_path):
+    """As the authors and ComfyUI have it: all of its models in one file."""
+    family = known_families()["ace-step-1.5"]
+    held = {family.find_weight_holding(n).name: s for n, s in shapes_of("ace-step-1.5").items()}
+    stored = {f"{prefix}decoder.{key}": shape for key, shape in keys(held).items()}
+    stored[f"{prefix}encoder.lyric_encoder.layers.0.self_attn.q_proj.weight"] = (2048, 2048)
+    stored[f"{prefix}null_condition_emb"] = (1, 1, 2048)
+    assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), "ace-step-1.5")

@@ -67,3 +67,15 @@ def test_a_minimax_lora_of_musubi_is_what_diffusers_makes_of_it() -> None:
         make_lora(file.stored, "lora_unet_", dotted=False, kohya=True)
     )
     assert_equal_tensors(got, make_lora(file.expected, "transformer."))
+
+
+@pytest.mark.parametrize("layout", known_families()["ace-step-1.5"].layouts)
+def test_an_ace_step_lora_of_its_authors_is_what_diffusers_makes_of_it(layout: str) -> None:
+    """Attention, as their trainer has it, and the rest that keeps its names."""
+    file = make_authors_file(
+        known_families()["ace-step-1.5"], layout, lambda name: "_attn." in name or ".mlp." in name
+    )
+    got = lora_files._convert_non_diffusers_ace_step_lora_to_diffusers(
+        make_lora(file.stored, "base_model.model.")
+    )
+    assert_equal_tensors(got, make_lora(file.expected, "transformer."))

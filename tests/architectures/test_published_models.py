@@ -5,9 +5,11 @@ from published_elsewhere import ELSEWHERE
 from published_models import PUBLISHED
 from published_others import OTHERS
 from published_videos import VIDEOS
+from torch import nn
 
 from prolora.architectures import layouts
 from prolora.architectures.families import known_families
+from prolora.architectures.modules import is_linear
 
 MODELS = {**PUBLISHED, **VIDEOS, **OTHERS, **ELSEWHERE}
 diffusers = pytest.importorskip("diffusers")
@@ -25,6 +27,9 @@ def test_a_table_has_the_names_and_shapes_of_the_class(id_: str) -> None:
     model = build_model(MODELS[id_])
     layout = layouts.load_layout(id_)
     assert dict(layout.shapes) == list_shapes(model)
+    if not MODELS[id_].cls.startswith("UNet"):
+        linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+        assert {name for name, shape in layout.shapes.items() if is_linear(name, shape)} == linear
     assert (layout.title, layout.text_encoders) == (
         MODELS[id_].title,
         MODELS[id_].text_encoders,

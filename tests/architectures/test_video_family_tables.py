@@ -37,12 +37,11 @@ def is_converted(module: str) -> bool:
     """All but these.
 
     Anima's adapter of the text encoder is a model of its own in diffusers. The positions of two
-    images in Wan FLF2V and the modulations by the prompt in LTX-2.3 keep the authors' names there;
-    only diffusers' scripts rename them.
+    images in Wan FLF2V, the modulations by the prompt in LTX-2.3 and SkyReels' frame rate keep the
+    authors' names there; only diffusers' scripts rename them. It has no class of Wan S2V.
     """
-    return not module.startswith((ADAPTER, "prompt_adaln.", "audio_prompt_adaln.")) and (
-        not module.endswith("image_embedder.pos_embed")
-    )
+    other = (ADAPTER, "prompt_adaln.", "audio_prompt_adaln.", "fps_projection.", "audio_injector.")
+    return not module.startswith(other) and not module.endswith("image_embedder.pos_embed")
 
 
 def is_adaptable(module: str) -> bool:
@@ -72,11 +71,10 @@ def test_an_authors_checkpoint_is_what_diffusers_makes_of_it(id_: str, layout: s
 
 @pytest.mark.parametrize("layout", list_sizes(by_id("wan").layouts))
 def test_a_wan_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> None:
-    """With the embeddings and the last layer; it knows none of VACE's own blocks."""
+    """With the embeddings and the last layer; it knows no blocks of VACE, S2V or Animate alone."""
+    known = ("blocks.", "condition_embedder.", "proj_out")
     file = make_authors_file(
-        by_id("wan"),
-        layout,
-        lambda name: is_adaptable(name) and not name.startswith(("patch_embedding", "vace_")),
+        by_id("wan"), layout, lambda name: is_adaptable(name) and name.startswith(known)
     )
     got = lora_files._convert_non_diffusers_wan_lora_to_diffusers(
         make_lora(file.stored, "diffusion_model.")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from checkpoints import sparse_file, sparse_shards
+from property_examples import examples
 
 from prolora import open_base
 from prolora.errors import ProLoRAError, UnsupportedFormat
@@ -150,9 +151,10 @@ def fuzz(folder, count, seed):
 
 
 def test_damaged_headers_give_a_base_or_a_typed_error(tmp_path):
-    """10,000 of them."""
-    opened, refused = fuzz(tmp_path, 10_000, seed=0)
-    assert opened > 1000 and refused > 3500 and opened + refused == 10_000
+    """10,000 of them at night."""
+    count = examples(10_000)
+    opened, refused = fuzz(tmp_path, count, seed=0)
+    assert opened > count / 10 and refused > 0.35 * count and opened + refused == count
 
 
 def test_an_index_cannot_point_out_of_its_folder_nor_to_what_is_missing(tmp_path):

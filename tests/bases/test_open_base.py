@@ -311,3 +311,5 @@ def test_two_bases_of_a_pair_never_have_one_name(tmp_path: Path) -> None:
         "b/checkpoints/mine.safetensors",
     )
     assert [base.name for base in open_pair(one, one)] == ["mine.safetensors"] * 2
+    in_memory = open_pair(tensors(), tensors())
+    assert [base.name for base in in_memory] == ["the source", "the target"]

@@ -29,6 +29,13 @@ def test_every_command_has_a_short_help_with_an_example(prolora, command):
     assert "[/" not in short and "[bold" not in short
 
 
+@pytest.mark.parametrize("command", ["transfer", "fit", "merge", "convert", "extract"])
+def test_no_word_of_the_help_is_cut(prolora, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text, _ = prolora(command, "--help-all" if command in ("transfer", "fit") else "-h")
+    assert "…" not in text.replace("FACTOR,…", "") and "--output" in text
+
+
 def test_the_exit_codes_are_told(prolora):
     text = flatten(prolora("--help")[1])
     for code, meaning in MEANINGS.items():

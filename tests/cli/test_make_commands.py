@@ -100,7 +100,7 @@ def test_merge_tells_what_of_each_is_kept(prolora, case, out, tmp_path):
     code, _, err = prolora("merge", lora, other, "--strengths", "1,x", "-o", out)
     assert code == 2 and "--strengths takes numbers like 1,0.6" in err
     code, _, err = prolora("merge", lora, other, "--strengths", "1", "-o", out)
-    assert code == 2 and "--strengths is for 1 LoRAs" in err
+    assert code == 2 and "--strengths has 1, and there are 2 LoRAs" in err
     code, _, err = prolora("merge", lora, other)
     assert code == 2 and "-o OUT is missing" in err
 
@@ -114,8 +114,10 @@ def test_merge_into_a_base_bakes_and_says_what_survived(prolora, case, tmp_path)
     )
     assert code == 0 and "100% of the LoRA is in the weights" in text, err
     assert "What is left of each update" in page.read_text("utf-8")
-    code, text, _ = prolora(*words, "-o", tmp_path / "json", "--json", "--stochastic", "1")
-    assert code == 0 and json.loads(text)["survived"] == pytest.approx(1)
+    given = "--json", "--stochastic", "1", "--strengths", "0.5"
+    code, text, _ = prolora(*words, "-o", tmp_path / "json", *given)
+    told = json.loads(text)
+    assert code == 0 and told["survived"] == pytest.approx(1) and told["strengths"] == [0.5]
     for flag, value in (("--target", target), ("--format", "kohya"), ("--out-rank", "4")):
         code, _, err = prolora(*words, "-o", tmp_path / "none", flag, value)
         assert code == 2 and flag in err and not (tmp_path / "none").exists()

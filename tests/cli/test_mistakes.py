@@ -42,6 +42,7 @@ def room(case, tmp_path, monkeypatch):
         "page.safetensors": b"<!DOCTYPE html><title>Log in</title>",
         "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         "empty.safetensors": b"",
+        "odd.gz.safetensors": b"x" * 9,
         "cut.safetensors": whole[:-100],
         "cut_early.safetensors": whole[:50],
         "preview.png": b"\x89PNG\r\n\x1a\n" + bytes(60),
@@ -101,7 +102,7 @@ MISTAKES = {
     ),
     "a pattern in quotes": (
         ("transfer", "loras/*.safetensors", *BASES, *TO),
-        "loras/*.safetensors: no such file; a pattern in quotes stands for no other names",
+        "loras/*.safetensors: no such file; no name matches this pattern, or it is in quotes",
     ),
     "a missing base": (
         ("transfer", "lora.safetensors", "--source", "sorce", *BASES[2:], *TO),
@@ -174,6 +175,31 @@ MISTAKES = {
     "bases of different models": (
         ("transfer", "lora.safetensors", "--source", "source", "--target", "unrelated", *TO),
         "unrelated",
+    ),
+    "no safetensors file": (("check", "odd.gz.safetensors"), "file; download it again"),
+    "a program spelled otherwise": (
+        ("check", "lora.safetensors", "--for", "comfy"),
+        "--for is one of comfyui, a1111",
+    ),
+    "a program spelled otherwise, with what may be meant": (
+        ("check", "lora.safetensors", "--for", "comfy"),
+        "not 'comfy'; did you mean comfyui?",
+    ),
+    "a family spelled otherwise": (
+        ("check", "lora.safetensors", "--base", "sdx"),
+        "model of the hub (org/name); did you mean sdxl?",
+    ),
+    "a source without a target": (
+        ("check", "lora.safetensors", "--source", "source"),
+        "give --source and --target, or --base: a verdict",
+    ),
+    "rounding without a model": (
+        ("merge", "loras/a.safetensors", "loras/b.safetensors", *TO, "--stochastic", "3"),
+        "--stochastic rounds a model that is baked: give --into BASE",
+    ),
+    "an output rank above the LoRA's": (
+        ("convert", "lora.safetensors", *TO, "--out-rank", "150%"),
+        "or one of the rank up to \"100%\", not '150%'",
     ),
     "no output": (MOVE, "-o OUT is missing: where should the new LoRA be written?"),
     "an output of another kind": (

@@ -29,7 +29,9 @@ def test_a_result_of_the_same_is_kept_and_its_verdict_told_again(prolora, line, 
     assert (code, again) == (0, 0) and "kept" in second and out.stat().st_mtime_ns == age
     told = " ".join(second.split()).replace(" (moved before)", "")
     assert told.startswith(" ".join(first.splitlines()[0].split())) and told != second
-    assert json.loads(prolora(*line, "-o", out, "--json")[1])["status"] == "already there"
+    kept = json.loads(prolora(*line, "-o", out, "--json")[1])
+    assert (kept["status"], kept["method"]) == ("already there", "copy") and kept["provenance"]
+    assert all(row["norm_ratio"] is None for row in kept["modules"])  # nothing is computed again
     code, _, error = prolora(*line, "-o", out, "--strength", "0.5")
     assert code == 2 and "exists" in error and out.read_bytes() == before
     assert prolora(*line, "-o", out, "--overwrite")[0] == 0

@@ -1,13 +1,13 @@
 """Principal angles of whole stacks, as a GPU takes them: right, flagged, and in few calls."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from dispatched import Calls
+from spectra import basis_of
 
-from prolora import principal_angles, truncated_svd
+from prolora import principal_angles
 from prolora.core import angles
 from prolora.core.similarity import angle_quantiles
 from prolora.core.svd import stacks
@@ -108,15 +108,6 @@ def test_matrices_that_a_solver_fails_on_are_done_again(monkeypatch):
     torch.testing.assert_close(principal_angles(x, y), expected, rtol=0, atol=1e-14)
     for one, other in zip(angle_quantiles(source, target), quantiles, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
-
-
-def basis_of(columns, rank=None):
-    """Bases [b, m, m] with given columns on both sides, of which `rank` [b] are in use."""
-    b, m, k = columns.shape
-    rank = torch.full((b,), k) if rank is None else torch.tensor(rank)
-    used = columns * (torch.arange(k) < rank[:, None])[:, None]
-    eye = torch.eye(m, dtype=columns.dtype).expand(b, m, m)
-    return replace(truncated_svd(eye, min(k, 2)), U=used, V=used, rank=rank)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,13 +1,12 @@
 """Overlap with its chance level, and principal angles down to the smallest."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import reference
 import torch
-from spectra import orthonormal, related, weights
+from spectra import basis_of, orthonormal, related, weights
 
 from prolora import principal_angles, similarity, truncated_svd
 from prolora.core.similarity import ANGLE_SHARES, angle_quantiles
@@ -103,18 +102,11 @@ def test_planted_angles_from_1e_7_to_a_right_angle_are_found():
     mix = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     found = principal_angles(x, y @ mix)
     torch.testing.assert_close(found, planted, rtol=1e-6, atol=1e-14)
-    left, right = angle_quantiles(bases_of(x), bases_of(y @ mix), [i / 7 for i in range(8)])
+    left, right = angle_quantiles(
+        basis_of(x[None]), basis_of(y[None] @ mix), [i / 7 for i in range(8)]
+    )
     torch.testing.assert_close(left[0], planted, rtol=1e-5, atol=1e-9)
     assert torch.equal(left, right)
-
-
-def bases_of(*frames):
-    """A stack of bases [b, m, m] with the columns [m, k] given, left and right."""
-    stack = torch.stack(frames)
-    b, m, k = stack.shape
-    return replace(
-        truncated_svd(torch.eye(m, dtype=stack.dtype).expand(b, m, m), k), U=stack, V=stack
-    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +124,7 @@ def test_quantiles_are_those_of_all_angles_for_every_share_of_the_space(columns,
     x, y = frame[:, : columns[0]], (turned @ frame)[:, : columns[1]]
     exact = principal_angles(x, y)
     rounded = [{64: f, 32: f.float(), 16: in_16_bits(f)}[bits] for f in (x, y)]
-    found, _ = angle_quantiles(*(bases_of(f, f) for f in rounded))
+    found, _ = angle_quantiles(*(basis_of(torch.stack([f, f])) for f in rounded))
     expected = exact.quantile(torch.tensor(ANGLE_SHARES, dtype=torch.float64))
     tolerance = {64: 1e-7, 32: 1e-6, 16: 1e-3}[bits]
     assert found.shape == (2, 5)

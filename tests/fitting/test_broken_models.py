@@ -17,7 +17,6 @@ from test_probe import lora, permuted, run, source
 
 from prolora import FitOptions, ProLoRAError, fit
 from prolora.errors import NonFiniteWeights
-from prolora.fitting import pipelines
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -27,10 +26,7 @@ QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
 
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
-    tiny.save(tmp_path / "source")
-    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
-    tiny.save(tmp_path / "target", seed=5)
-    tiny.write_lora(tmp_path / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    tiny.save_ends(tmp_path)
     return tmp_path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from fitting import fit_models
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -142,9 +143,9 @@ def test_a_network_of_convolutions_is_fitted_on_them(tmp_path):
         if name.endswith(modules):
             m, n = module.weight.flatten(1).shape
             lora[name] = LowRank(torch.randn(m, 2) / 2, torch.randn(2, n) / n**0.5)
-    samplers = probe.Samplers(ask_everywhere(source), ask_everywhere(target))
-    settings = probe.FitSettings(images=8, fit_steps=12, start="zero", force=True)
-    moved = probe.fit_to_models(source, target, lora, samplers, settings)
+    samplers = ask_everywhere(source), ask_everywhere(target)
+    few = {"images": 8, "fit_steps": 12, "start": "zero", "force": True}
+    moved = fit_models(source, target, lora, *samplers, **few)
     assert set(moved.adapter.updates) == set(lora)
     shape = moved.adapter.updates["input_blocks.0.0.in_layers.1"].shape
     assert shape == (8, 72)
@@ -204,9 +205,8 @@ def test_sana_s_convolutions_are_fitted_and_its_depthwise_ones_are_not():
 
         return sample
 
-    settings = probe.FitSettings(images=4, fit_steps=3, start="zero", force=True)
-    samplers = probe.Samplers(sampler(source), sampler(target))
-    moved = probe.fit_to_models(source, target, lora, samplers, settings)
+    few = {"images": 4, "fit_steps": 3, "start": "zero", "force": True}
+    moved = fit_models(source, target, lora, sampler(source), sampler(target), **few)
     assert set(moved.adapter.updates) == {name for name in lora if "depth" not in name}
     assert set(moved.report.left_out) == set(lora) - set(moved.adapter.updates)
     assert all("a fit cannot change" in reason for reason in moved.report.left_out.values())
@@ -285,9 +285,8 @@ def test_a_fit_crosses_between_torch_s_encoder_and_convolutions_of_one_pixel(for
     for name in sorted(adapted | ({"transformer.0.self_attn.out_proj"} if forth else set())):
         m, n = source.get_submodule(name).weight.flatten(1).shape
         lora[name] = LowRank(torch.randn(m, 2) / 2, torch.randn(2, n) / n**0.5)
-    samplers = probe.Samplers(ask_everywhere(source), ask_everywhere(target))
-    settings = probe.FitSettings(images=8, fit_steps=12, force=True)
-    moved = probe.fit_to_models(source, target, lora, samplers, settings)
+    samplers = ask_everywhere(source), ask_everywhere(target)
+    moved = fit_models(source, target, lora, *samplers, images=8, fit_steps=12, force=True)
     assert moved.adapter.updates.keys() == reached
     assert moved.report.left_out.keys() == lora.keys() - adapted
     assert moved.report.steps[-1] > 0.2

@@ -32,11 +32,8 @@ ALL = ("source", "source + LoRA", "target", "target + copy", "target + fit")
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shown")
-    tiny.save(folder / "sd15")
-    tiny.save(folder / "tuned", seed=5)
+    tiny.save_ends(folder, ("sd15", "tuned"))
     make.save_flux(folder / "flux")
-    unet = pipelines.open_pipeline(folder / "sd15").denoiser
-    tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
     return folder
 
 

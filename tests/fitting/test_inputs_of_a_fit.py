@@ -21,7 +21,6 @@ from prolora import fitting as probe
 from prolora.bases import open_base
 from prolora.errors import OutputError
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.fitting import pipelines
 from prolora.fitting.common_parts import CommonParts
 
 __all__ = ["lora", "source"]  # fixtures
@@ -34,10 +33,7 @@ JOINT = {"fit_steps": 2, "rank": 3, "force": True}
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pipelines, a LoRA, and the folder of a fit between them."""
     folder = tmp_path_factory.mktemp("kept")
-    tiny.save(folder / "source")
-    unet = pipelines.open_pipeline(folder / "source").denoiser
-    tiny.save(folder / "target", seed=5)
-    tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    tiny.save_ends(folder)
     fitted(folder)
     return folder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from prolora import LowRank
 from prolora import fitting as probe
 from prolora.errors import ShapeMismatch
 from prolora.fitting import gate
-from prolora.fitting.energies import measure_disagreement, number_trajectories, sum_by_trajectory
+from prolora.fitting.energies import measure_disagreement, sum_by_trajectory
 from prolora.fitting.recording.sample_batches import count_samples, mix_samples
 from prolora.fitting.recording.trajectories import (
     Call,
@@ -41,6 +41,7 @@ from prolora.fitting.solver.joint_fit import (
     fit_jointly,
 )
 from prolora.fitting.solver.linearisation import ProbeBatch, TargetFunction
+from prolora.fitting.updates import run_beside
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -564,18 +565,27 @@ def test_disagreement_depends_neither_on_the_lora_nor_on_what_the_models_predict
 
 
 def test_samples_of_one_image_are_one_trajectory(source):
-    generator = torch.Generator().manual_seed(0)
-    first, other = torch.randn(2, 3, 16, 16, generator=generator)
-    calls = [Call((torch.cat([first * s, first * s]),), {}, "source") for s in (1.0, 0.8)]
-    calls += [Call((other,), {}, "source"), Call((other,), {}, "adapted")]
-    numbers = number_trajectories(calls)
-    assert numbers[:2] == [(0, 1, 2, 0, 1, 2)] * 2  # both branches of the guidance
-    assert numbers[2:] == [(3, 4, 5), (6, 7, 8)]
-    numbered = [replace(call, trajectories=n) for call, n in zip(calls, numbers, strict=True)]
+    model = nn.Identity()
+
+    def sample(seed: int) -> Iterator[None]:
+        for image in torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(seed)):
+            for scale in (1.0, 0.8):
+                model(torch.cat([image * scale] * 2))  # both branches of the guidance
+            yield
+
+    def sample_at_once(seed: int) -> Tensor:
+        return model(torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)))
+
+    numbered = record_calls(model, sample, 0, "source")
+    numbered += record_calls(model, sample_at_once, 1, "adapted")
+    numbers = [call.trajectories for call in numbered]
+    assert numbers[0] == numbers[1] and numbers[2] == numbers[3]
+    assert all(n[:3] == n[3:] for n in numbers[:4])
+    assert len({*numbers[0], *numbers[2], *numbers[4]}) == 9
     back = decode_calls(*encode_calls(numbered))
     assert [call.trajectories for call in back] == numbers
     sums = sum_by_trajectory(numbered, [torch.ones(len(n)) for n in numbers])
-    assert sums.tolist() == [4, 4, 4, 1, 1, 1, 1, 1, 1]
+    assert sums.tolist() == [4] * 6 + [1] * 3
 
 
 def test_an_interval_over_one_trajectory_is_no_evidence():
@@ -603,6 +613,9 @@ def test_a_layer_that_is_called_by_keyword_is_fitted_as_any_other():
     usual = fit(nn.Sequential(layer), ["0"], probes, 2, 1e-6)
     named = fit(ByKeyword(layer), ["layer"], probes, 2, 1e-6)
     torch.testing.assert_close(named.updates["layer"].dense(), usual.updates["0"].dense())
+    model, update = ByKeyword(layer), named.updates["layer"]
+    with torch.no_grad(), run_beside(model, {"layer": update}):
+        torch.testing.assert_close(model(x) - plain, x @ update.dense().mT)
 
 
 @pytest.mark.parametrize("order", ["nmmmmmm", "nnmmmmmm", "mnmnmnmnmm", "mmmmmmn"])

@@ -15,17 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 import prolora
-from prolora.fitting import pipelines
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork"),
 ]
 KILLS = 12
-KINDS = {
-    "calls": ({}, {}),
-    "images": ({"vae_seed": 3}, {}),
-}
+KINDS = {"calls": {}, "images": {"vae_seed": 3}}
 
 
 def in_child(work: Callable[[], object], seconds: float | None = None) -> int:
@@ -45,14 +41,9 @@ def in_child(work: Callable[[], object], seconds: float | None = None) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fit_killed_at_random_moments_ends_in_the_same_bytes(kind, tmp_path):
-    changes, options = KINDS[kind]
     torch.set_num_threads(1)
-    tiny.save(tmp_path / "source")
-    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
-    tiny.save(tmp_path / "target", seed=5, **changes)
-    lora = tiny.write_lora(tmp_path / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
-    asked = {"images": 2, "steps": 2, "fit_steps": 6, "force": True} | options
-    ends = lora, tmp_path / "source", tmp_path / "target"
+    ends = tiny.save_ends(tmp_path, **KINDS[kind])
+    asked = {"images": 2, "steps": 2, "fit_steps": 6, "force": True}
 
     def fit(name: str, kept: Path | None) -> None:
         done = prolora.fit(*ends, prompts=("cat", "dog"), resume=kept, **asked)

@@ -157,21 +157,6 @@ def test_a_lora_beside_the_weights_is_the_lora_in_them(kind, dtype):
     assert torch.equal(model[0].weight, weight) and model[0].weight.dtype == dtype
 
 
-def test_a_module_whose_input_has_a_name_takes_an_update_too():
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(input=x)
-
-    model, x, update = Named(), torch.randn(5, 3), LowRank(torch.randn(2, 1), torch.randn(1, 3))
-    with torch.no_grad(), run_beside(model, {"inner": update}):
-        change = model(x) - x @ model.inner.weight.mT - model.inner.bias
-    torch.testing.assert_close(change, x @ update.dense().mT)
-
-
 def test_an_update_of_a_module_that_is_no_product_is_refused():
     class Gated(nn.Module):
         def __init__(self) -> None:

@@ -67,7 +67,7 @@ def test_the_source_with_its_lora_is_what_diffusers_makes_of_the_same_file(room)
     theirs.pipe.load_lora_weights(room / "lora.safetensors")
     used: list[Tensor] = []
     with watch_steps(theirs.pipe.scheduler, lambda output, _: used.append(output.clone())):
-        theirs.sampler(SETTINGS)(1)
+        assert len([*theirs.sampler(SETTINGS)(1)]) == SETTINGS.images
     asked = [q for q in recorder.record_questions(0) if q.origin == "adapted"]
     assert len(asked) == len(used) == SETTINGS.images * SETTINGS.steps
     with torch.no_grad(), run_beside(recorder.source, recorder.adapter.updates):

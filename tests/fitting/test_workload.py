@@ -74,7 +74,6 @@ def run_fit(told: Told, source: Model, target: Model, branches: int, kept: tuple
                     for _ in range(10):
                         (target if origin == "target" else source)(torch.zeros(branches, 3))
                     meter.count_image(origin)
-        meter.settle(sizes)
         meter.begin("draw")
         meter.begin("ask")
         count = sizes.probes + sizes.held_out
@@ -152,10 +151,7 @@ def test_what_is_foreseen_grows_with_what_is_asked_for():
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
-    tiny.save(folder / "sd15")
-    tiny.save(folder / "tuned", seed=5)
-    unet = pipelines.open_pipeline(folder / "sd15").denoiser
-    tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    tiny.save_ends(folder, ("sd15", "tuned"))
     return folder
 
 

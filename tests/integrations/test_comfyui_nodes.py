@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import comfyui_stand_in
 import pytest
@@ -94,9 +95,20 @@ def draw(pack, **changes):
     return out["expand"], *out["result"]
 
 
+def tell(pack, **changes):
+    """(the name of the result of *Move LoRA*, the report), with other inputs than usual."""
+    return run(pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | changes)[0]
+
+
 def move(pack, **changes):
-    """The name of the result of *Move LoRA*, with other inputs than usual."""
-    return run(pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | changes)[0][0]
+    """The name of the result alone."""
+    return tell(pack, **changes)[0]
+
+
+def move_folder(pack, folder="(all)", **changes):
+    """The lines of the report of *Move folder*."""
+    values = BASES | WIDGETS | changes
+    return run(pack, "ProloraMoveFolder", folder=folder, **values)[0][0].splitlines()
 
 
 def refuse(pack, name="ProloraMoveLora", **changes):
@@ -120,7 +132,7 @@ def test_a_lora_is_moved_below_the_folder_of_loras_and_six_lines_tell_of_it(pack
     page = models / "loras" / shown["page"][0]
     text = page.read_text("utf-8")
     assert text.startswith("<!DOCTYPE html>") and "`" not in text.partition("<script>")[0]
-    again, _ = run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
+    again = tell(pack)
     assert again[0] == name and "(moved before)\nMoved from source to target." in again[1]
 
 
@@ -157,25 +169,16 @@ def test_the_header_tells_which_model_a_lora_was_trained_on(pack, models, told):
         "windows path": {"ss_sd_model_name": "C:\\models\\SOURCE.safetensors"},
     }[told]
     write_lora(models, "one", metadata)
-    result, _ = run(
-        pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | {"trained_on": "from the LoRA"}
-    )
     source = "sub/renamed" if told == "hash" else "source"
-    assert f"Moved from {source} (as the LoRA tells) to target" in result[1]
+    said = tell(pack, trained_on="from the LoRA")[1]
+    assert f"Moved from {source} (as the LoRA tells) to target" in said
 
 
 def test_a_moved_lora_tells_the_model_that_it_was_moved_to(pack, models):
     moved = move(pack)
     write_base(models, "further", target_weights(0.12))
-    result, _ = run(
-        pack,
-        "ProloraMoveLora",
-        lora=moved,
-        trained_on="from the LoRA",
-        use_on="further.safetensors",
-        **WIDGETS,
-    )
-    assert "from target (as the LoRA tells) to further" in result[1]
+    said = tell(pack, lora=moved, trained_on="from the LoRA", use_on="further.safetensors")[1]
+    assert "from target (as the LoRA tells) to further" in said
 
 
 def test_every_rank_that_is_offered_works(pack, models):
@@ -201,9 +204,11 @@ def test_the_output_fits_every_list_of_names_and_nothing_else(pack):
     assert kind != "MODEL" and json.dumps(kind) == '"COMBO"'
 
 
-def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, models):
-    sentence = refuse(pack, use_on="stranger.safetensors", method="auto")
-    assert "have nothing in common" in sentence and "Nothing was written" in sentence
+@pytest.mark.parametrize("method", ["auto", "best"])
+def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, models, method):
+    sentence = refuse(pack, use_on="stranger.safetensors", method=method)
+    assert "have nothing in common" in sentence
+    assert method == "best" or "Nothing was written" in sentence
     assert not (models / "loras" / "zz-moved").exists()
 
 
@@ -256,14 +261,11 @@ def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models)
             for i in range(4)
             for name in names
         }
-        kept = [weights[f"transformer_blocks.{i}.{n}"] for i in blocks for n in names]
-        return dict(
-            zip(
-                (f"transformer_blocks.{i}.{n}" for i in range(len(blocks)) for n in names),
-                kept,
-                strict=True,
-            )
-        )
+        return {
+            f"transformer_blocks.{new}.{name}": weights[f"transformer_blocks.{old}.{name}"]
+            for new, old in enumerate(blocks)
+            for name in names
+        }
 
     write_base(models, "source", transformer([0, 1, 2, 3]))
     write_base(models, "target", transformer([0, 2, 3]))
@@ -272,8 +274,7 @@ def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models)
         tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(2, 48)
         tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(48, 2)
     save_file(tensors, models / "loras" / "one.safetensors")
-    result, _ = run(pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | {"method": "auto"})
-    moved = load_file(models / "loras" / result[0])
+    moved = load_file(models / "loras" / move(pack, method="auto"))
     original = tensors["transformer.transformer_blocks.2.attn.to_q.lora_A.weight"]
     factor = next(v for k, v in moved.items() if "blocks.1.attn.to_q.lora_A" in k)
     assert torch.linalg.matrix_rank(torch.cat([original, factor.float()])) == 2
@@ -282,15 +283,11 @@ def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models)
 def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypatch):
     import comfy.model_management as management
 
-    class Stopped(Exception):
-        pass
-
-    def stop():
-        raise Stopped
-
+    stopped = type("Stopped", (Exception,), {})
+    stop = Mock(side_effect=stopped)
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", stop)
-    with pytest.raises(Stopped):
-        run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
+    with pytest.raises(stopped):
+        move(pack)
     assert not (models / "loras" / "zz-moved").exists()
 
 
@@ -367,14 +364,12 @@ def test_what_a_lora_is_is_said_as_the_command_says_it(pack, models):
 def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
     move(pack)
     (models / "loras" / "bad.safetensors").write_bytes(b"nothing")
-    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
-    lines = report.splitlines()
+    lines = move_folder(pack)
     assert lines[0] == "⚠ In place below loras/zz-moved: 2 of 3 LoRAs."
     assert lines[1].startswith("✖ bad.safetensors: ")
     assert lines[2] == "⚠ one.safetensors: moved before, 70% of it found a place"
     assert lines[3].startswith("⚠ styles/two.safetensors: moved, ")
-    (only,), _ = run(pack, "ProloraMoveFolder", folder="styles", **BASES, **WIDGETS)
-    assert only.splitlines()[0] == "✔ In place below loras/zz-moved: 1 of 1 LoRAs."
+    assert move_folder(pack, "styles")[0] == "✔ In place below loras/zz-moved: 1 of 1 LoRAs."
     choices = pack.NODE_CLASS_MAPPINGS["ProloraMoveFolder"].INPUT_TYPES()["required"]["folder"][0]
     assert choices == ["choose…", "(all)", "styles"]
 
@@ -382,16 +377,14 @@ def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
 def test_each_lora_of_a_folder_is_moved_from_the_model_that_it_tells(pack, models):
     write_base(models, "other", target_weights(0.12))
     write_lora(models, "styles/two", {"ss_sd_model_name": "source"})
-    bases = BASES | {"trained_on": "from the LoRA"}
-    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **bases, **WIDGETS)
-    lines = report.splitlines()
+    lines = move_folder(pack, trained_on="from the LoRA")
     assert lines[1].startswith("✖ one.safetensors: This LoRA does not tell")
     assert lines[2].startswith("⚠ styles/two.safetensors: moved")
 
 
 def test_all_moves_folders_that_hold_one_name_twice(pack, models):
     write_lora(models, "other/two")
-    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
+    report = "\n".join(move_folder(pack))
     assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
     moved = list((models / "loras" / "zz-moved").rglob("two*.safetensors"))
     assert {path.parent.name for path in moved} == {"styles", "other"}
@@ -626,14 +619,13 @@ def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, f
     fit_quickly(force=True)
     refused = refuse(pack, **APART, method="auto")
     assert "nothing in common" in refused and "the method “best”" in refused
-    best = LORA | WIDGETS | APART | {"method": "best"}
-    name, report = run(pack, "ProloraMoveLora", **best)[0]
+    name, report = tell(pack, **APART, method="best")
     assert re.fullmatch(r"zz-moved/apart-v2\.0/one-best-[0-9a-f]{12}/one\.safetensors", name)
     assert len(report.splitlines()) <= 7 and "fitted a new LoRA of apart-v2.0" in report
     assert report.count("samples that the fit did not see") <= 1  # one figure for one thing
     assert prolora.check(models / "loras" / name).kind == "lora"
     assert (models / "loras" / name).with_suffix(".html").is_file()
-    again = run(pack, "ProloraMoveLora", **best)[0]
+    again = tell(pack, **APART, method="best")
     assert again[0] == name and "(moved before)" in again[1]
 
 
@@ -646,9 +638,9 @@ def test_a_fit_that_does_not_succeed_writes_nothing(pack, models, fit_quickly):
 
 def test_the_best_method_leaves_results_side_by_side_too(pack, models):
     write_lora(models, "other/two")
-    best = WIDGETS | {"method": "best"}
-    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **best)
-    assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
+    assert move_folder(pack, method="best")[0].startswith(
+        "✔ In place below loras/zz-moved: 3 of 3 LoRAs."
+    )
     moved = list((models / "loras" / "zz-moved").rglob("two.safetensors"))
     assert len({path.parent.parent.name for path in moved} & {"styles", "other"}) == 2
     before = {path: path.read_bytes() for path in moved}
@@ -662,11 +654,6 @@ def test_the_best_method_says_what_rank_it_does_not_take(pack, models):
         refused = refuse(pack, method="best", rank=value)
         assert refused.startswith("“rank” cannot be chosen with the method “best”, because")
         assert "`" not in refused and "'best'" not in refused
-
-
-def test_a_refusal_by_the_best_method_leaves_no_folder(pack, models):
-    assert "nothing in common" in refuse(pack, use_on="stranger.safetensors", method="best")
-    assert not (models / "loras" / "zz-moved").exists()
 
 
 def test_a_pipeline_of_two_experts_is_chosen_by_its_files(pack, models):

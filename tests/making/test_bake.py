@@ -178,8 +178,13 @@ def test_a_folder_keeps_everything_else_and_no_weights_in_another_precision(tmp_
         assert torch.allclose(x, kept[name] + delta, atol=1e-5), name
     with pytest.raises(InvalidOption, match="folder"):
         bake([tmp_path / "lora.safetensors"], base, tmp_path / "other", dtype="float16")
-    with pytest.raises(OutputError):
-        bake([tmp_path / "lora.safetensors"], base, tmp_path / "baked", overwrite=True)
+    for out, error, options in (
+        ("baked", OutputError, {}),
+        ("baked", InvalidOption, {"overwrite": True}),
+        ("new.safetensors", OutputError, {}),
+    ):
+        with pytest.raises(error, match="folder"):
+            bake([tmp_path / "lora.safetensors"], base, tmp_path / out, **options)
 
 
 def test_what_cannot_be_baked_is_refused_before_anything_is_written(tmp_path):

@@ -71,7 +71,7 @@ def residual(adapter, dense):
 
 
 def told(report):
-    return max(0.0, 1 - report.share_on_target) ** 0.5
+    return max(0.0, 1 - report.share_held) ** 0.5
 
 
 @given(
@@ -127,9 +127,7 @@ def test_rounding_counts_as_a_residual(tmp_path):
 )
 def test_people_read_what_is_lost_in_per_cent(kept, shown):
     row = ModuleReport("m", "m", "mapped", "lora", (8, 8), 4, 4, 1.0, rank_cut_energy=1 - kept)
-    report = MadeReport(
-        method="convert", done="converted", source="a", original="a", modules=(row,)
-    )
+    report = MadeReport(method="convert", source="a", original="a", modules=(row,))
     assert report.in_words().headline.endswith(f"differs from it by {shown}.")
 
 
@@ -245,9 +243,14 @@ def test_an_alpha_that_is_lost_or_wrong_is_set(kind, came, tmp_path):
     save_file(wrong, tmp_path / "wrong.safetensors")
     base = make_base() if kind == "dora" else None
     wanted = prolora.convert(right, base).adapter
-    done = prolora.convert(tmp_path / "wrong.safetensors", base, alpha=5).adapter
+    done = prolora.convert(tmp_path / "wrong.safetensors", base, alpha=5)
     for name, update in wanted.updates.items():
-        assert torch.equal(done.updates[name].dense(), update.dense())
+        assert torch.equal(done.adapter.updates[name].dense(), update.dense())
+    if came == 3 and kind == "lora":
+        told = done.report.in_words()
+        assert "of wrong with alpha 5" in told.headline and "It acts 1.67 times" in str(told)
+        row = done.report.modules[0]
+        assert (row.norm_ratio, row.copy_distance) == pytest.approx((5 / 3, 2 / 3), rel=1e-5)
 
 
 def test_an_alpha_is_refused_where_something_else_tells_it():
@@ -270,7 +273,7 @@ def test_the_rank_that_keeps_enough_is_told_and_keeps_it():
     told = re.fullmatch(r"Rank (\d) would keep 95% .*", line)
     assert words.mark == "⚠" and told
     rank = int(told[1])
-    kept = [prolora.convert(tensors, out_rank=r).report.share_on_target for r in (rank - 1, rank)]
+    kept = [prolora.convert(tensors, out_rank=r).report.share_held for r in (rank - 1, rank)]
     assert kept[0] < 0.95 <= kept[1]
     # Rounding and what cannot be read are no matter of rank.
     assert not prolora.convert(tensors).report.in_words().lines

@@ -58,7 +58,7 @@ def test_a_merged_lora_comes_out_at_its_rank(seed, rank, format):
         assert done.adapter.updates[name].rank == size
         assert distance(done.adapter.updates[name], update) < 1e-5
         assert distance(back.updates[name], update) < 1e-5
-    assert done.report.share_on_target == pytest.approx(1, abs=1e-9)
+    assert done.report.share_held == pytest.approx(1, abs=1e-9)
 
 
 def test_a_merged_dora_comes_out_as_what_it_does():
@@ -86,7 +86,7 @@ def test_the_share_of_energy_that_is_told_is_the_dense_one(rank, seed):
         kept = float(values[:rank].sum() / values.sum())
         assert 1 - row.rank_cut_energy == pytest.approx(kept, abs=1e-6)
         assert row.energy == pytest.approx(float(values.sum()), rel=1e-6)
-    assert f"{report.share_on_target:.2%}" in report.in_words().headline
+    assert f"{report.share_held:.2%}" in report.in_words().headline
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [("float16", 1e-5), ("bfloat16", 1), ("float16", 1)])
@@ -179,7 +179,7 @@ def test_a_transformers_lora_comes_out_for_comfyui(layout, tmp_path):
         weights["scale_shift_table"] = torch.full((1, 2, 48), size)
         weights["blocks.0.scale_shift_table"] = torch.full((1, 6, 48), size)
     report = prolora.extract(old, new, out=tmp_path / "x.safetensors", out_rank=0.9).report
-    assert report.coverage == 1 and report.share_on_target >= 0.9
+    assert report.coverage == 1 and report.share_held >= 0.9
     parameters = [row.reason for row in report.rows("skipped") if "scale_shift" in row.source]
     assert parameters == ["no LoRA's layer: a parameter"] * 2 * ("wan" in layout)
     read = adapters.read_adapter(
@@ -373,8 +373,8 @@ def test_all_that_no_lora_holds_is_named_with_its_norm_and_counts_in_the_share()
         assert row.status == "skipped" and row.energy == pytest.approx(count)
         assert f"norm of its difference is {count**0.5:.3g}" in report.left_out[row.source]
     whole = matrices + 32 + sum(lost.values())
-    assert report.share_on_target == pytest.approx((matrices + 32) / whole, rel=1e-5)
-    assert f"{report.share_on_target:.2%}" in report.in_words().headline
+    assert report.share_held == pytest.approx((matrices + 32) / whole, rel=1e-5)
+    assert f"{report.share_held:.2%}" in report.in_words().headline
     model = {f"model.diffusion_model.{k}": v for k, v in make_base().items()}
     more = {f"model.diffusion_model.{k}": v for k, v in make_base(1).items()}
     model[f"{vae}.bias"], more[f"{vae}.bias"] = torch.zeros(2), torch.ones(2)

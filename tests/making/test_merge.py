@@ -64,7 +64,7 @@ def test_a_merge_that_cuts_nothing_is_the_exact_sum(ranks, strengths, method, se
     done = prolora.merge([lora for lora, _ in made], strengths=strengths, method=method)
     if method == "sum":
         assert error(done.adapter, add([dense for _, dense in made], strengths)) < 1e-6
-    assert done.report.share_on_target == pytest.approx(1.0, abs=1e-6)
+    assert done.report.share_held == pytest.approx(1.0, abs=1e-6)
     back = adapters.read_adapter(done.state_dict("kohya", dtype="float32"))
     for name, update in done.adapter.updates.items():
         assert torch.allclose(back.updates[name].dense(), update.dense(), atol=1e-5)
@@ -89,7 +89,7 @@ def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_ran
     report = prolora.merge(paths, out=out, strengths=(1, 0.1), out_rank=out_rank).report
     written, total = adapters.read_adapter(out), add([d for _, d in made], (1, 0.1))
     assert max(update.rank for update in written.updates.values()) <= 4
-    lost = max(0.0, 1 - report.share_on_target) ** 0.5
+    lost = max(0.0, 1 - report.share_held) ** 0.5
     assert lost == pytest.approx(error(written, total), rel=1e-3)
     for part, strength, (_, dense) in zip(report.parts, (1, 0.1), made, strict=True):
         products = norms = 0.0
@@ -112,6 +112,8 @@ def test_loras_that_do_the_same_are_told_and_balanced():
     assert "do the same in 12 of 12 modules" in caution and "method='balanced'" in caution
     once = prolora.merge([tensors, tensors], method="balanced")
     assert error(once.adapter, dense) < 1e-6
+    told = once.report.in_words()
+    assert "of the balanced sum of" in told.headline and "do the same" not in str(told)
     against = prolora.merge([tensors, tensors], strengths=(1, -0.9))
     assert any("cancel in 12 of 12" in line for line in against.report.in_words().cautions)
     apart = prolora.merge([tensors, other])
@@ -389,11 +391,11 @@ def test_a_state_dict_with_its_configuration_is_one_lora():
     ("count", "changes", "text"),
     [
         (1, {}, "two LoRAs or more"),
-        (2, {"strengths": [1]}, "`strengths` is for 1 LoRAs, and there are 2"),
+        (2, {"strengths": [1]}, "`strengths` has 1, and there are 2 LoRAs"),
         (2, {"strengths": [1, 0]}, "none of them 0"),
         (2, {"strengths": [1, float("nan")]}, "none of them 0"),
         (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
-        (2, {"blocks": "1,0"}, "`blocks` is for 1 LoRAs"),
+        (2, {"blocks": "1,0"}, "`blocks` has 1, and there are 2"),
         (2, {"blocks": "1,x;"}, "which is not a number"),
         (2, {"blocks": "none.such=1;"}, "block or module of"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),
@@ -495,6 +497,8 @@ def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path
     prolora.transfer(lora, source, target, out=moved)
     with pytest.raises(errors.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
         prolora.merge([moved, lora], source)
+    with pytest.raises(errors.AlreadyMoved, match=f"the base is {source.name}; give .* base$"):
+        prolora.bake(moved, source, tmp_path / "baked")
 
 
 def test_of_two_losses_the_larger_is_told():

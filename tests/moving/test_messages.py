@@ -112,6 +112,15 @@ def test_an_error_names_what_each_reader_has(tmp_path, words):
     assert "--" not in python + node
 
 
+def test_one_path_stands_for_a_list_of_loras(tmp_path):
+    lora, source, target = write_case(tmp_path)
+    bases = {"source": source, "target": target}
+    (moved,) = prolora.transfer_many(loras=str(lora), **bases, folder=tmp_path / "many")
+    assert moved.out.exists() and moved.lora == lora
+    with pytest.raises(prolora.errors.InvalidOption, match="takes two LoRAs or more"):
+        prolora.merge(lora)
+
+
 def test_a_node_names_widgets(words):
     for message, said in (
         (

@@ -163,7 +163,7 @@ def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
 
 
 TAKEN = ["exact", "50%", "0.1%", 100, 0.5]
-NO_RANKS = ["100", "100MB", "0%", "-1%", "half", "", 0, 1.0, True, None]
+NO_RANKS = ["100", "100MB", "0%", "150%", "-1%", "half", "", 0, 1.0, True, None]
 
 
 @pytest.mark.parametrize("form", TAKEN + NO_RANKS)

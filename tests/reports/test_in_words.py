@@ -25,7 +25,7 @@ NAMES = ("s", "t")
         (RELATED, None, False, "✔", "This should work", "at strength 1."),
         (RELATED, 1.0, None, "✔", "This should work", "which a single file does not tell"),
         (RELATED, 0.2, False, "⚠", "most of this LoRA belongs to parts that t lacks", "best"),
-        (CHANGED, 1.0, False, "⚠", "t has learnt more than s", "try 0.5 and 0.8"),
+        (CHANGED, 1.0, False, "⚠", "s and t have learnt different things", "try 0.5 and 0.8"),
         (RELATED, 0.9, False, "⚠", "t lacks parts", "`method='best'`"),
         (RELATED, 1.0, True, "⚠", "t draws in few steps", "at strength 1 to 1.25"),
         (DISTANT, 1.0, False, "⚠", "half of it at best", "`fit()`"),

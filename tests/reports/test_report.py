@@ -41,7 +41,7 @@ def test_the_time_of_writing_is_in_the_report_of_a_file(case, tmp_path):
 def test_a_module_that_did_not_move_counts_in_no_mean(report):
     for row in report.to_dict()["modules"]:
         moved = row["status"] == "mapped"
-        for name in ("surviving_energy", "norm_ratio", "copy_distance", "strength"):
+        for name in ("norm_ratio", "copy_distance", "strength"):
             assert (row[name] is not None) == moved
 
 

@@ -143,7 +143,7 @@ def test_every_module_is_in_one_cell_of_the_map(report):
 
 
 def test_what_has_no_number_is_shown_without_one(report):
-    unknown = dict.fromkeys(("surviving_energy", "norm_ratio", "copy_distance"), math.nan)
+    unknown = dict.fromkeys(("norm_ratio", "copy_distance"), math.nan)
     rows = [make_row("blocks.0.a", **unknown, measures=None)]
     probe = ProbeReport(4, 4, 0.9)
     fitted = FitReport(method="fit", source="a", target="b", modules=(*rows,), probe=probe)

@@ -41,7 +41,7 @@ def file(tmp_path_factory):
             f"{place}.transformer_blocks.{i}.{kind}",
             "skipped" if i == 1 else "mapped",
             reason="<script>document.title = 'run'</script>" if i == 1 else "projected",
-            surviving_energy=0.1 * i,
+            norm_ratio=(0.1 * i) ** 0.5,
         )
         for place in PLACES
         for i in range(9)

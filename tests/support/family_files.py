@@ -21,6 +21,8 @@ PARAMETERS = {
     "emb_pos",
     "keyframes_abs_pos_embedding",
     "pos_frequencies",
+    "motion_synthesis_weight",
+    "padding_tokens",
 }
 BLOCKS = 64
 """More than any family has, for patterns written out."""

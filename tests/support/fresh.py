@@ -21,6 +21,7 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(1, 2)
+        os.environ.clear()
         os.environ.update(environment)
         sys.argv[1:] = arguments
         failed = 0
@@ -43,16 +44,16 @@ def _start_forks() -> subprocess.Popen[str]:
 
 def try_fresh(code: str, *arguments: object, **environment: str) -> tuple[int, str]:
     """(0 where it ended well, output and errors) of a program."""
-    words = list(map(str, arguments))
+    words, env = list(map(str, arguments)), os.environ | environment
     if not hasattr(os, "fork"):
-        line, env = [sys.executable, "-c", code, *words], os.environ | environment
+        line = [sys.executable, "-c", code, *words]
         run = subprocess.run(line, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
         return run.returncode, run.stdout
     forks = _start_forks()
     assert forks.stdin and forks.stdout
     with TemporaryDirectory() as folder:
         said = os.path.join(folder, "said")
-        print(json.dumps([code, words, environment, said]), file=forks.stdin, flush=True)
+        print(json.dumps([code, words, env, said]), file=forks.stdin, flush=True)
         ended = int(forks.stdout.readline())
         with open(said, encoding="utf-8") as file:
             return ended, file.read()

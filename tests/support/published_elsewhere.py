@@ -11,6 +11,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from published_models import Published
+from published_videos import WAN_14B
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,6 +64,102 @@ def build_omnigen2() -> nn.Module:
     return model
 
 
+def build_boogu() -> nn.Module:
+    """OmniGen2 wider, its first blocks with a stream for the instruction beside the image's."""
+    import diffusers
+    from torch import nn
+
+    width, narrow, heads, config = 3360, 840, 28, {"multiple_of": 256}
+    config |= {"hidden_size": width, "num_layers": 32, "num_attention_heads": heads}
+    config |= {"num_kv_heads": 7, "cap_feat_dim": 4096, "axes_dim_rope": (40, 40, 40)}
+    model = diffusers.Lumina2Transformer2DModel.from_config(config)
+    model.ref_image_patch_embedder = nn.Linear(64, width)
+    model.ref_image_refiner = copy.deepcopy(model.noise_refiner)
+    model.image_index_embedding = nn.Parameter(model.x_embedder.weight.new_empty(5, width))
+    model.single_stream_layers = model.layers
+    del model.layers
+    block = model.single_stream_layers[0]
+    streams = {
+        f"{stream}_{name}": nn.Linear(width, size, bias=False)
+        for stream in ("img", "instruct")
+        for name, size in (("to_q", width), ("to_k", narrow), ("to_v", narrow), ("out", width))
+    }
+    parts = {
+        "img_instruct_attn": nn.ModuleDict(
+            {"to_out": block.attn.to_out, "processor": nn.ModuleDict(streams)}
+        ),
+        "img_self_attn": block.attn,
+        "img_feed_forward": block.feed_forward,
+        "instruct_feed_forward": block.feed_forward,
+        **{f"img_norm{number}": block.norm1 for number in (1, 2, 3)},
+        **{f"instruct_norm{number}": block.norm1 for number in (1, 2)},
+    }
+    double = nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
+    model.double_stream_layers = nn.ModuleList(copy.deepcopy(double) for _ in range(8))
+    return model
+
+
+def build_llada() -> nn.Module:
+    """Z-Image on other latents, with two more embedders and a refiner of semantic features."""
+    import diffusers
+    from torch import nn
+
+    model = diffusers.ZImageTransformer2DModel.from_config(
+        {"all_patch_size": (1,), "in_channels": 128}
+    )
+    width, text, features = 3840, 2560, 4096
+    for name, size in (("cap", text), ("semantic", features), ("sigvq", features)):
+        embedder = nn.Sequential(nn.Identity(), nn.Linear(size, width))
+        setattr(model, f"{name}_embedder", embedder)
+    model.sigvq_refiner = copy.deepcopy(model.context_refiner)
+    model.sigvq_pad_token = copy.deepcopy(model.cap_pad_token)
+    for module in model.modules():
+        for name in [n for n, part in module.named_children() if "norm" in n.lower()]:
+            delattr(module, name)  # its norms have no weights
+    return model
+
+
+def build_wan_s2v() -> nn.Module:
+    """Wan with an encoder of sounds, and attention to them in twelve blocks."""
+    import diffusers
+    from torch import nn
+
+    width, sound = 5120, 1024
+    model = diffusers.WanTransformer3DModel.from_config(WAN_14B)
+    made = model.patch_embedding.weight
+    model.cond_encoder = nn.Conv3d(16, width, (1, 2, 2))
+    encoder = {
+        "conv1_local": nn.ModuleDict({"conv": nn.Conv1d(sound, width, 3)}),
+        "conv1_global": nn.ModuleDict({"conv": nn.Conv1d(sound, width // 4, 3)}),
+        "conv2": nn.ModuleDict({"conv": nn.Conv1d(width // 4, width // 2, 3)}),
+        "conv3": nn.ModuleDict({"conv": nn.Conv1d(width // 2, width, 3)}),
+        "final_linear": nn.Linear(width, width),
+    }
+    model.casual_audio_encoder = nn.ModuleDict({"encoder": nn.ModuleDict(encoder)})
+    model.casual_audio_encoder.weights = nn.Parameter(made.new_empty(1, 25, 1, 1))
+    tokens = nn.Parameter(made.new_empty(1, 1, 1, width))
+    model.casual_audio_encoder["encoder"].padding_tokens = tokens
+    attention = nn.ModuleDict({name: nn.Linear(width, width) for name in "qkvo"})
+    norms = {f"norm_{name}": nn.RMSNorm(width) for name in "qk"}
+    attention.update(norms)
+    modulation = nn.ModuleDict({"linear": nn.Linear(width, 2 * width)})
+    model.audio_injector = nn.ModuleDict(
+        {
+            "injector": nn.ModuleList(copy.deepcopy(attention) for _ in range(12)),
+            "injector_adain_layers": nn.ModuleList(copy.deepcopy(modulation) for _ in range(12)),
+        }
+    )
+    model.trainable_cond_mask = nn.Embedding(3, width)
+    model.frame_packer = nn.ModuleDict(
+        {
+            "proj": nn.Conv3d(16, width, (1, 2, 2)),
+            "proj_2x": nn.Conv3d(16, width, (2, 4, 4)),
+            "proj_4x": nn.Conv3d(16, width, (4, 8, 8)),
+        }
+    )
+    return model
+
+
 def build_hidream_o1() -> nn.Module:
     """Qwen3-VL 8B with layers for the time step and for patches of pixels.
 
@@ -102,6 +199,30 @@ def build_hidream_o1() -> nn.Module:
 
 
 ELSEWHERE = {
+    "boogu-image": Published(
+        "Boogu-Image",
+        "",
+        10.3,
+        "boogu-project/Boogu-Image, boogu/models/transformers; sizes as ai-toolkit has them",
+        text_encoders=("qwen3-vl-8b",),
+        build=build_boogu,
+    ),
+    "llada-image": Published(
+        "LLaDA-Image",
+        "",
+        6.5,
+        "diffusers, pull request 14815, and ComfyUI, comfy/ldm/llada_image/model.py",
+        text_encoders=("llada2-mini",),
+        build=build_llada,
+    ),
+    "wan2.2-s2v-14b": Published(
+        "Wan 2.2 S2V 14B",
+        "",
+        16.3,
+        "Wan-Video/Wan2.2, wan/configs/wan_s2v_14B.py",
+        text_encoders=("umt5-xxl",),
+        build=build_wan_s2v,
+    ),
     "chroma-radiance": Published(
         "Chroma Radiance",
         "",

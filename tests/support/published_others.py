@@ -47,6 +47,37 @@ def publish_cogvideox(title: str, billions: float, **config: object) -> Publishe
 
 
 OTHERS = {
+    "ace-step-1.5": Published(
+        "ACE-Step 1.5", "AceStepTransformer1DModel", 1.6, DEFAULTS, {}, ("qwen3-embedding-0.6b",)
+    ),
+    "ace-step-1.5-xl": Published(
+        "ACE-Step 1.5 XL",
+        "AceStepTransformer1DModel",
+        4.2,
+        "ACE-Step/acestep-v15-xl-base, config.json, as its ports have it",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "encoder_hidden_size": 2048,
+        },
+        ("qwen3-embedding-0.6b",),
+    ),
+    "mageflow": Published(
+        "Mage-Flow",
+        "QwenImageTransformer2DModel",
+        4.1,
+        "microsoft/Mage, mage_flow/models/mage_flow.py, whose class has the same names and shapes",
+        {
+            "patch_size": 1,
+            "in_channels": 128,
+            "out_channels": 128,
+            "num_layers": 12,
+            "joint_attention_dim": 2560,
+        },
+        ("qwen3-vl-4b",),
+    ),
     "longcat-image": Published(
         "LongCat-Image",
         "LongCatImageTransformer2DModel",

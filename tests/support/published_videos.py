@@ -34,6 +34,14 @@ LLAMA, QWEN = ("llama3-8b", "clip-l"), ("qwen2.5-vl-7b", "byt5-small")
 WITH_BYT5 = {"text_embed_2_dim": 1472}
 
 
+SKYREELS = SCRIPT.format("skyreelsv2")
+
+
+def publish_skyreels(title: str, billions: float, **config: object) -> Published:
+    cls = "SkyReelsV2Transformer3DModel"
+    return Published(title, cls, billions, SKYREELS, {**WAN_1B, **config}, ("umt5-xxl",))
+
+
 def publish_wan(title: str, billions: float, **config: object) -> Published:
     return Published(
         title, "WanTransformer3DModel", billions, SCRIPT.format("wan"), config, ("umt5-xxl",)
@@ -86,6 +94,18 @@ VIDEOS = {
     "wan-t2v-1.3b": publish_wan("Wan 2.1 T2V 1.3B", 1.4, **WAN_1B),
     "wan2.2-ti2v-5b": publish_wan(
         "Wan 2.2 TI2V 5B", 5.0, **WAN_5B, in_channels=48, out_channels=48
+    ),
+    "wan2.2-animate-14b": Published(
+        "Wan 2.2 Animate 14B",
+        "WanAnimateTransformer3DModel",
+        17.3,
+        SCRIPT.format("wan"),
+        {"added_kv_proj_dim": 5120},
+        ("umt5-xxl",),
+    ),
+    "skyreels-v2-df-1.3b": publish_skyreels("SkyReels-V2 DF 1.3B", 1.4, inject_sample_info=True),
+    "skyreels-v2-i2v-1.3b": publish_skyreels(
+        "SkyReels-V2 I2V 1.3B", 1.6, **FROM_IMAGES, image_dim=1280, added_kv_proj_dim=1536
     ),
     "wan2.1-vace-14b": Published(
         "Wan 2.1 VACE 14B",

@@ -32,7 +32,6 @@ def make_row(source: str, status: str = "mapped", **fields: Any) -> ModuleReport
         "energy": 0.25,
         "drift": 0.15 if moved else None,
         "cosine": 0.98 if moved else None,
-        "surviving_energy": 0.75,
         "norm_ratio": math.sqrt(0.75),
         "copy_distance": 0.4,
         "measures": make_measures() if moved else None,

@@ -1,11 +1,12 @@
 """Weights with known singular subspaces, for tests."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from prolora import Basis
+from prolora import Basis, truncated_svd
 
 
 def orthonormal(m: int, k: int, generator: torch.Generator) -> Tensor:
@@ -85,3 +86,12 @@ def true_error(exact: Sequence[Tensor], basis: Basis) -> float:
         skew = torch.linalg.matrix_norm(found.mT @ found - torch.eye(k).double(), 2) if k else 0.0
         wrong = max(wrong, sine(right, torch.linalg.qr(found)[0]), float(skew))
     return wrong
+
+
+def basis_of(columns: Tensor, rank: Sequence[int] | None = None) -> Basis:
+    """Bases [b, m, m] with given columns on both sides, of which `rank` [b] are in use."""
+    b, m, k = columns.shape
+    ranks = torch.full((b,), k) if rank is None else torch.tensor(rank)
+    used = columns * (torch.arange(k) < ranks[:, None])[:, None]
+    eye = torch.eye(m, dtype=columns.dtype).expand(b, m, m)
+    return replace(truncated_svd(eye, min(k, 2)), U=used, V=used, rank=ranks)

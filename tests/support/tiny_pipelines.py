@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -126,6 +127,17 @@ def updates(model: nn.Module, leaves: tuple[str, ...], size: float = 0.3) -> dic
             up = size * torch.randn(m, 2, generator=generator)
             found[name] = LowRank(up, torch.randn(2, n, generator=generator) / n**0.5)
     return found
+
+
+def save_ends(
+    folder: Path, names: tuple[str, str] = ("source", "target"), **target: Any
+) -> tuple[Path, Path, Path]:
+    """Saves two pipelines that were trained apart, and a LoRA of the first; returns all three."""
+    ours, theirs = (folder / name for name in names)
+    save(ours)
+    save(theirs, seed=5, **target)
+    unet = UNet2DConditionModel.from_pretrained(ours / "unet")
+    return write_lora(folder / "lora.safetensors", updates(unet, ("attn1.to_v",))), ours, theirs
 
 
 def write_lora(file: Path, found: dict[str, LowRank], prefix: str = "lora_unet") -> Path:

@@ -234,7 +234,7 @@ def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Lora:
     if count > 1:
         raise UnsupportedFormat(
             f"{folder}: a folder of {count} LoRAs; give its files ({folder / '*.safetensors'}) and "
-            "a folder for the results, or plan the move of a collection"
+            "a folder for the results, or move the collection: `migrate()`"
         )
     raise UnsupportedFormat(
         f"{folder}: holds neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}; "

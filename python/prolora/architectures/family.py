@@ -106,6 +106,8 @@ class Family:
     # `modelspec.architecture`, in lower case) -> its title.
     claims: Mapping[str, str] = field(default_factory=dict)
     experts: bool = False  # may there be two models, for high and for low noise?
+    # A family with modules of the same names and sizes: what fits both is taken for that one's
+    rarer_than: str = ""
     unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
 
     @cached_property

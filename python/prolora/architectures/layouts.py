@@ -93,8 +93,6 @@ class Correspondence:
     """
 
     source: str  # layout id
-    target: str  # layout id
-    variant: str  # "" for the default rule of this pair, else what sets this one apart
     evidence: str  # where the rule is known from
     _steps: tuple[tuple[tuple[re.Pattern[str], str], ...], ...] = ()
     _no_partner: tuple[re.Pattern[str], ...] = ()
@@ -243,32 +241,22 @@ def _has_blocks(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
     return adapted == {name: _drop_kernel(layout.shapes[name]) for name in names}
 
 
-def find_correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
-    """Returns the rule between two layouts, None if there is none.
-
-    Equal ids give the identity. `variant` is one of `variants(source, target)`.
-    """
-    if source == target:
-        return Correspondence(source, target, "", "The same layout.") if not variant else None
-    for rule in _load_rules():
-        if (rule.source, rule.target, rule.variant) == (source, target, variant):
-            return rule
-    return None
+def find_correspondence(source: str, target: str) -> Correspondence | None:
+    """Returns the rule between two layouts, None if there is none."""
+    return _load_rules().get((source, target))
 
 
 @cache
-def _load_rules() -> tuple[Correspondence, ...]:
-    return tuple(
-        Correspondence(
+def _load_rules() -> dict[tuple[str, str], Correspondence]:
+    return {
+        (entry["source"], entry["target"]): Correspondence(
             entry["source"],
-            entry["target"],
-            entry["variant"],
             entry["evidence"],
             tuple(tuple((re.compile(a), b) for a, b in step) for step in entry["steps"]),
             tuple(re.compile(pattern) for pattern in entry["no_partner"]),
         )
         for entry in json.loads(_read_table("correspondence.json"))
-    )
+    }
 
 
 def _drop_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:

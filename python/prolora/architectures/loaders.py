@@ -34,9 +34,6 @@ class Loader(NamedTuple):
 
     title: str
     version: str  # the version that was tried
-    # "run": its code ran in `bench/loader_matrix.py`; "recorded": it ran before that script was
-    # written; "compared": its results were compared with ours.
-    how: str
     kinds: Sequence[str] = ()  # of updates that it reads; () if only plain LoRAs were tried
 
 

@@ -49,7 +49,8 @@ _CONDITIONING = re.compile(
 )
 # Parameters and tables of a transformer with two axes or more that are no linear layers.
 BARE = re.compile(
-    r"(?:_table|tokens?|[._]embed|(?:pos|index)_embedding|_indicator|_frequencies|ff_i\.gate)$"
+    r"(?:_table|tokens?|[._]embed|(?:pos|index|fps)_embedding|_indicator|_frequencies|_cond_mask"
+    r"|motion_synthesis_weight|motion_network\.\d+|ff_i\.gate)$"
 )
 _TRANSFORMER_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 

@@ -79,6 +79,7 @@ def _recognise(given: tuple[NamedMatrix, ...], unets: bool) -> Recognition:
         }
     if exact:
         exact = _prefer_filled(exact, shapes)
+        exact = {id_: of for id_, of in exact.items() if families[id_].rarer_than not in exact}
         layouts = tuple(layout for id_ in exact for layout in exact[id_])
         return Recognition(tuple(families[id_] for id_ in exact), layouts, able)
     within = [id_ for id_ in shapes if _has_names(families[id_], shapes[id_])]

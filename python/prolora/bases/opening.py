@@ -75,13 +75,15 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
 
 
 def open_pair(source: BaseLike, target: BaseLike) -> tuple[Base, Base]:
-    """Opens two base models; equal names get folders in front."""
+    """Opens two base models; equal names get folders in front, or say which is which."""
     first, second = open_base(source), open_base(target)
     if first.name == second.name and first.path != second.path:
         one, two = (base.path.parts if base.path else () for base in (first, second))
         shared = len(os.path.commonprefix([one, two]))  # noqa: RUF071 (of parts)
         first = replace(first, name="/".join(one[shared:]) or first.name)
         second = replace(second, name="/".join(two[shared:]) or second.name)
+    elif first.name == second.name and first.path is None and first is not second:
+        first, second = replace(first, name="the source"), replace(second, name="the target")
     return first, second
 
 

@@ -11,7 +11,7 @@ from ..adapters.adapter_folder import ADAPTER_FILES
 from ..adapters.lora import Lora, LoraSource
 from ..architectures.families import known_families
 from ..architectures.loaders import known_loaders
-from ..errors import InvalidOption, UnrelatedBases
+from ..errors import InvalidOption, UnrelatedBases, suggest
 from ..reports.report import InWords
 from .check_result import Check
 from .file_facts import check_model, check_tensors
@@ -59,9 +59,10 @@ def check(
         UnsupportedFormat: a file cannot be read at all, or a base is none.
         ProLoRAError: what `transfer` refuses, but for models that have nothing in common.
     """
+    program = program and program.lower()
     if program is not None and program not in known_loaders():
-        known = ", ".join(known_loaders())
-        raise InvalidOption(f"`program` is one of {known}, not {program!r}")
+        known, meant = ", ".join(known_loaders()), suggest(program, known_loaders())
+        raise InvalidOption(f"`program` is one of {known}, not {program!r}{meant}")
     if (source is None) != (target is None):
         raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
     opened = open_lora(lora)

@@ -1,9 +1,14 @@
-"""The command line: arguments in, library calls, tables or JSON out. No logic of its own.
+"""The command line: arguments in, library calls, tables or JSON out."""
 
-`prolora --help` shows what the exit codes mean; `exits.py` defines them and
-decides which one it is.
-"""
+import sys
 
-from .running import main
 
-__all__ = ["main"]
+def main() -> None:
+    """Runs the command line, which takes seconds to load."""
+    try:
+        from .running import run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped; nothing was written.\n")
+        sys.exit(130)

@@ -64,7 +64,8 @@ def check(
             if len(files) == 1:
                 raise
             records.append({"path": spell_path(file), "error": error.to_dict()})
-            text, style, code = describe_error(error)[0], MARKS["✖"], ExitCode.REFUSED
+            text = describe_error(error)[0].removeprefix(f"{file}: ")
+            style, code = MARKS["✖"], ExitCode.REFUSED
         else:
             records.append(found.to_dict())
             text, style = f"{found.mark} {found.headline}", MARKS[found.mark]

@@ -78,6 +78,8 @@ class Demo:
         """Returns the command that makes the same LoRA."""
         words = ["prolora", "fit" if self.target.name == APART else "transfer", str(self.lora)]
         words += ["--source", str(self.source), "--target", str(self.target)]
+        if steps := FEW_STEPS.get(self.target.name):
+            words += ["--target-steps", str(steps)]
         if self.target.name == APART:
             words += ["--prompts", str(self.prompts), "--images", str(IMAGES)]
             words += ["--steps", str(STEPS), "--report", str(self.page)]
@@ -105,8 +107,9 @@ class Demo:
                 progress=progress,
             ).report
         else:
-            report = transfer(*ends, out=self.moved, overwrite=overwrite).report
-            report = self._draw(report, prompts, progress)
+            steps = FEW_STEPS.get(self.target.name)
+            done = transfer(*ends, out=self.moved, overwrite=overwrite, target_steps=steps)
+            report = self._draw(done.report, prompts, progress)
         facts = {"LoRA": self.lora.name, "written to": self.moved.name, "by": self.command}
         text = report.to_html(facts, spell_flags)
         put_text(self.page, text, overwrite=overwrite)

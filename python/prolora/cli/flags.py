@@ -54,7 +54,7 @@ def path_argument(help: str, metavar: str = "FILE") -> Any:
     return typer.Argument(parser=parse_input, metavar=metavar, help=help)
 
 
-FLAGS = {"format": ("--format", "--for")}
+FLAGS = {"format": ("--format", "--for"), "program": ("--for",)}
 """Options with another flag than their name."""
 
 
@@ -68,7 +68,8 @@ def list_options() -> set[str]:
     from ..moving.options import TransferOptions
 
     shown = {f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel}
-    return shown | set("source target ray shard target_guidance strengths alpha".split())
+    others = "source target base program ray shard target_guidance strengths alpha"
+    return shown | set(others.split())
 
 
 def write_flag(option: str, value: str | None = None) -> str | None:

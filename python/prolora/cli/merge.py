@@ -63,6 +63,8 @@ def merge(
     check_output_given(output)
     if bases.into is not None:
         return bake_all(loras, merging, bases, output)
+    if bases.stochastic is not None:
+        raise InvalidOption("--stochastic rounds a model that is baked: give --into BASE, too")
     if bases.target is None:
         loras, words = split_bases(loras, 1)
         bases.target = words[0] if words else None

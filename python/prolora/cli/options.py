@@ -150,12 +150,7 @@ class OutputFlags:
     panel: ClassVar[str] = "Output"
     output: Annotated[
         Path | None,
-        path_option(
-            "Output file (.safetensors), or a folder where several LoRAs are moved.",
-            "--output",
-            "-o",
-            metavar="PATH",
-        ),
+        path_option("Output file (.safetensors), or a folder.", "--output", "-o", metavar="PATH"),
     ] = None
     report: Annotated[
         Path | None,

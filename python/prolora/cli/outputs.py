@@ -74,11 +74,10 @@ def read_command() -> str:
 
     Folders of files are private and left out.
     """
-    return shlex.join(["prolora", *map(_drop_folders, sys.argv[1:])])
-
-
-def _drop_folders(word: str) -> str:
-    """Drops the folders of a path in a word; a hub id is no path."""
-    option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
-    return f"{option}{equals}{Path(path).name if is_path and Path(path).name else path}"
+    words = []
+    for word in sys.argv[1:]:
+        option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
+        name = (is_path and Path(path).name) or path  # a hub id is no path
+        words.append(f"{option}{equals}{name}")
+    return shlex.join(["prolora", *words])

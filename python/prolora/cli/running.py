@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 CommandLineError: Any = typer.BadParameter.__base__
 
 
-def main() -> None:
+def run() -> None:
     """Runs the command line; an expected error becomes one message and an exit code."""
     app = build_app(next((word for word in sys.argv[1:2] if word in COMMANDS), ""))
     gc.freeze()  # a search for garbage among all of torch takes 0.2 s, and finds none

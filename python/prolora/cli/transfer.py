@@ -272,7 +272,7 @@ def show_outcomes(outcomes: list[Outcome], output: OutputFlags) -> None:
     report = outcomes[0].report
     if outcomes[0].kept:
         show_words(out, outcomes[0].words)
-        out.print_line(f"kept {outcomes[0].out}, which was made of the same in the same way")
+        out.print_line(f"kept {outcomes[0].out}, made of the same; --overwrite makes it anew")
     elif report is not None:
         show_report(report)
         if not report.dry_run:

@@ -62,7 +62,7 @@ CLASSES = {
         PairClass(
             "changed",
             "⚠",
-            "This may work in part: {target} has learnt more than {source}.",
+            "This may work in part: {source} and {target} have learnt different things.",
             "Load it at strength 1, and try 0.5 and 0.8 beside it: lower keeps the look of "
             "{target}, 1 shows the LoRA's.",
             -0.18,

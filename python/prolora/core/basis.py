@@ -138,8 +138,8 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
         seed: of the Krylov iteration's starting block; the dense algorithms need none.
 
     Returns:
-        A Basis; U, S, V are float64 for float64 weights and float32 otherwise. The same call gives
-        the same bits, for a given device and number of threads.
+        A Basis of torch tensors, whatever W is; U, S, V are float64 for float64 weights and float32
+        otherwise. The same call gives the same bits, for a given device and number of threads.
 
     Raises:
         ValueError: a rank that is neither.

@@ -120,8 +120,9 @@ def project(
             weights, so they are factorised for it, whatever the method needs.
 
     Returns:
-        The update of the target: dense for dense input, LowRank (rank ≤ 2r) for factors; in
-        delta's dtype and on its device, computed in float32 or better. Inputs are not changed.
+        The update of the target: dense, as the kind of array delta is; for factors a LowRank (rank
+        ≤ 2r) of torch tensors. In delta's dtype and on its device, computed in float32 or better.
+        Inputs are not changed.
 
     Raises:
         ShapeMismatch: delta, W_src and W_tgt do not have one shape.
@@ -130,8 +131,9 @@ def project(
             floating point, or on a device other than cpu and cuda.
         UnrelatedBases: method "auto", and the weights have nothing in common.
         ValueError: an unknown method, a rank that makes no sense, or "auto" with a Basis.
-        NotImplementedError: a derivative with respect to a weight is asked for: one requires a
-            gradient while torch records gradients. Derivatives with respect to delta are right.
+        NoDerivative: a weight was computed from what requires a gradient, or has a tangent. A leaf
+            is detached, as a module's weight may be: it gets no gradient. Derivatives with respect
+            to delta are right.
     """
     rank = read_rank(rank)
     chosen = find_method("copy" if method == AUTO else method)

@@ -103,6 +103,9 @@ def similarity(W_src: MatrixLike | Basis, W_tgt: MatrixLike | Basis, *, rank: Ra
         W_tgt: the same shape.
         rank: columns, or share of energy, as `truncated_svd` takes it; ignored for a Basis.
 
+    Returns:
+        Torch tensors, whatever the weights are.
+
     Raises:
         ShapeMismatch: the shapes differ.
         UnsupportedTensor, UnsupportedDevice, NonFiniteWeights, SolverFailure: as `truncated_svd`.

@@ -118,8 +118,7 @@ def load_gguf() -> Any:
         import gguf.quants
     except ImportError as error:
         raise UnsupportedFormat(
-            "GGUF files need a package: pip install gguf; or use the .safetensors file of this "
-            "model"
+            "GGUF files need a package: pip install gguf; or use this model's .safetensors file"
         ) from error
     return gguf
 

@@ -303,8 +303,9 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
         )
     if not head:
         raise UnsupportedFormat(f"{path}: empty file; download it again")
-    way_out = "" if path.suffix == ".safetensors" else "; give the .safetensors file beside it"
-    raise UnsupportedFormat(f"{path}: not a safetensors file{way_out}")
+    named = path.suffix == ".safetensors"
+    way_out = "download it again" if named else "give the .safetensors file beside it"
+    raise UnsupportedFormat(f"{path}: not a safetensors file; {way_out}")
 
 
 def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:

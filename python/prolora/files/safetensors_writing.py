@@ -44,13 +44,13 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
 
 def replace_tensor(copy: Path, original: SafetensorsFile, name: str, tensor: Tensor) -> None:
     """Replaces one tensor in a copy that has the same header, and reads it back."""
-    raw = view_bytes(tensor)
+    raw = flatten_bytes(tensor)
+    back = torch.empty_like(raw)
     with open(copy, "r+b") as file:
-        start = original.data_start + original.tensors[name].start
+        start = file.seek(original.data_start + original.tensors[name].start)
+        file.write(view_bytes(raw))
         file.seek(start)
-        file.write(raw)
-        file.seek(start)
-        if file.read(len(raw)) != raw:
+        if file.readinto(view_bytes(back)) != len(raw) or not torch.equal(back, raw):
             raise OutputError(f"{name} reads back differently; the disk may be faulty")
 
 

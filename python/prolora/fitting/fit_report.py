@@ -19,7 +19,7 @@ from ..moving.ledger import (
 )
 from ..moving.options import FIT
 from ..moving.plan import ModulePlan
-from ..moving.transfer_report import LITTLE, TransferReport, name_amount, tell_place
+from ..moving.transfer_report import LITTLE, MOST, TransferReport, name_amount, tell_place
 from ..reports.lora_report import MovedReport
 from ..reports.module_report import ModuleReport, split_modules
 from ..reports.report import InWords, Mark
@@ -56,9 +56,11 @@ class FitReport(MovedReport):
         if self.probe is None:
             return replace(self._tell_plan(), cautions=cautions)
         gate, why = self.probe.gate, [self.why] if self.why else []
+        most = True
         lines = [f"prolora ran both models and fitted a new LoRA of {self.target}."]
         if gate is not None:
             share = max(0.0, min(gate.share.values()))
+            most = share >= MOST
             does = f"does {name_amount(share).lower()} ({share:.0%}) of what the LoRA does to"
             seen = f"On samples that the fit did not see it {does} {self.source}."
             lines.insert(0, seen)
@@ -67,8 +69,8 @@ class FitReport(MovedReport):
             headline = "Do not expect much: the fit did not succeed."
             return InWords("⚠", headline, (*lines, *why, step), cautions)
         step = "Next: try it at strength 1, and less where it is too strong."
-        headline = f"This should work on {self.target}."
-        return InWords("✔", headline, (*lines, *why, step), cautions)
+        headline = f"This {'should work' if most else 'may work in part'} on {self.target}."
+        return InWords("✔" if most else "⚠", headline, (*lines, *why, step), cautions)
 
     def _tell_plan(self) -> InWords:
         """Tells how much of the LoRA has a place; headers say no more."""
@@ -166,7 +168,7 @@ def list_modules(
     `updates` is target module -> update, None where it is not yet known; `how` describes a fitted
     module, which is compared with its twin if there is one.
     """
-    measured = "surviving_energy", "norm_ratio", "copy_distance"
+    measured = "norm_ratio", "copy_distance"
     unknown: dict[str, Any] = dict.fromkeys(measured, math.nan)
     rows = []
     for name, update in adapter.updates.items():
@@ -184,7 +186,7 @@ def list_modules(
             elif twin is not None and twin.shape == update.shape and (norm := float(update.norm())):
                 ratio = float(twin.norm()) / norm
                 apart = float(subtract_updates(twin, update).norm()) / norm
-                known: dict[str, Any] = dict(zip(measured, (ratio**2, ratio, apart), strict=True))
+                known: dict[str, Any] = dict(zip(measured, (ratio, apart), strict=True))
                 row = replace(row, **known)
         rows.append(row)
     rows += [

@@ -10,7 +10,7 @@ from .fit_numbers import ProbeReport
 from .pipelines.crossing_recorder import CrossingRecorder
 from .recording.recorder import Recorder
 from .recording.translation import Question
-from .recording.wanted import KnownAnswers, WantedChange, wanted_changes
+from .recording.wanted import WantedChange, wanted_changes
 from .settings import FitSettings
 from .workload import WorkMeter
 
@@ -20,7 +20,6 @@ class ProbeRun:
     """One probing."""
 
     recorder: Recorder | CrossingRecorder  # both models, the LoRA, and how they are asked
-    answers: KnownAnswers  # of both models without the LoRA
     # Updates of the target that the fit is compared with, and may start from
     rival: Mapping[str, LowRank]
     settings: FitSettings  # of the fit, with all numbers set
@@ -34,4 +33,4 @@ class ProbeRun:
         """Asks both models, and yields what the target should do at each question."""
         recorder = self.recorder
         models = recorder.source, recorder.target, recorder.adapter.updates
-        return wanted_changes(*models, questions, recorder.translation, self.answers)
+        return wanted_changes(*models, questions, recorder.translation)

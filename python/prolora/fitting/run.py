@@ -19,7 +19,6 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints, hash_texts
-from .energies import number_questions
 from .fit_numbers import ProbeReport
 from .fitted_modules import choose_modules
 from .gate import REFUSE, fitting_updates, judge_updates
@@ -31,7 +30,7 @@ from .recording.recorder import ORIGINS, Recorder, hash_origins
 from .recording.sample_batches import FindPrompts, count_samples, mix_samples
 from .recording.trajectories import Sample, predict_call
 from .recording.translation import PAIR, Question, Translation
-from .recording.wanted import KnownAnswers, WantedChange
+from .recording.wanted import WantedChange
 from .settings import FitSettings
 from .solver.joint import check_start, fit_all_modules
 from .updates import weight_of
@@ -149,7 +148,7 @@ def fit_from_recorder(
     recorder: Recorder | CrossingRecorder,
     rival: Mapping[str, LowRank],
     settings: FitSettings,
-    release: Callable[[], None] | None = None,
+    release: Callable[[], None] = lambda: None,
     meter: WorkMeter | None = None,
     samples: int | None = None,
 ) -> ProbeTransfer:
@@ -196,7 +195,7 @@ def _ask(
     settings: FitSettings,
     report: ProbeReport,
     meter: WorkMeter,
-    release: Callable[[], None] | None,
+    release: Callable[[], None],
     samples: int | None,
 ) -> tuple[ProbeRun, Sequence[Question], Sequence[Question]]:
     """Records the questions, and draws samples of them for the fit and for the verdict."""
@@ -206,22 +205,13 @@ def _ask(
     meter.begin("sample")
     questions = lay_questions_aside(recorder.record_questions(settings.seed))
     judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-    held_out = lay_questions_aside(number_questions(judged))
+    held_out = lay_questions_aside(judged)
     report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-    meter.settle(settings)
     # The recorder's key says what the samplers do, not how the source is asked.
     asked = f"guidance {guidance.scale:.4g}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key
-    bare = hash_texts(recorder.keys["source"], asked)
-    answers = KnownAnswers(recorder.translation, recorder.checkpoints, bare)
-
-    def end_asking() -> None:
-        answers.store()
-        if release is not None:
-            release()
-
-    run = ProbeRun(recorder, answers, rival, settings, key, report, meter, end_asking, samples)
+    run = ProbeRun(recorder, rival, settings, key, report, meter, release, samples)
     meter.begin("draw")
     questions, held_out = _draw_samples(run, questions, held_out)
     report.samples = _count_samples(questions), _count_samples(held_out)
@@ -260,10 +250,10 @@ def _draw_samples(
 
     def predict_both(question: Question) -> tuple[Tensor, Tensor]:
         with in_float32(source), in_float32(target):
-            theirs = run.answers.of_target(target, question)
+            theirs = translation.of_target(target, question)
             if question.origin == PAIR:
                 return predict_call(target, question.source, translation.read), theirs
-            return run.answers.of_source(source, question), theirs
+            return translation.of_source(source, question), theirs
 
     judged = []
     for origin in ORIGINS:  # not mixed with each other: the gate compares them

@@ -66,8 +66,8 @@ class FitSettings:
     )
     images: int = option(
         24,
-        "Images of each model. Source, source with LoRA and target sample as many for the fit, and "
-        "as many again for the verdict.",
+        "Images of each sampling: of the source, the source with the LoRA and the target for the "
+        "fit, and again of these three for the verdict.",
         panel=SAMPLING,
         metavar="N",
     )

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -148,10 +148,6 @@ class WorkMeter:
 
         with keep_hooks(watch_one(i, model) for i, model in enumerate(models)):
             yield
-
-    def settle(self, settings: FitSettings) -> None:
-        """Takes the numbers of samples, once they are known."""
-        self.workload = replace(self.workload, settings=settings)
 
     def begin(self, stage: str) -> None:
         """Ends the stage at work; begins another, or none with ""."""

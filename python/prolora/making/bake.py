@@ -27,16 +27,16 @@ from ..files.safetensors_file import SafetensorsFile
 from ..files.safetensors_writing import replace_tensor, stream_safetensors
 from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
-from ..moving.block_weights import Blocks, find_factors
+from ..moving.block_weights import Blocks, BlockWeights, find_factors
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions, read_dtype
+from ..moving.options import LoraLike, read_dtype
 from .bake_report import BakedModule, BakeReport
 from .convert import read_plain
 from .merge_inputs import name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 
 TAKEN = ("strengths", "blocks", "dtype", "overwrite", "progress")  # of a merge's options
-_MOST_NUMBERS = 1 << 22  # in float64 at a time
+_MOST_NUMBERS = 1 << 16  # in float64 at a time: they stay in a core's cache
 _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 
 
@@ -84,9 +84,7 @@ def bake(
         raise InvalidOption(f"baking makes a model as its base is, and takes no {names}")
     model, count, dtype = open_base(base), len(loras), read_dtype(options.dtype)
     strengths, blocks = options.strengths or [1.0] * count, options.blocks or [None] * count
-    for name, given in (("strengths", strengths), ("blocks", blocks)):
-        if len(given) != count:
-            raise InvalidOption(f"`{name}` is for {len(given)} LoRAs, and there are {count}")
+    options.check_count(count)
     if not count:
         raise InvalidOption("give one LoRA or more")
     if (path := model.path) is None:
@@ -94,10 +92,12 @@ def bake(
     folder, overwrite = path.is_dir(), options.overwrite
     if folder and dtype is not None:
         raise InvalidOption(f"`dtype` is for a base in one file, and {model.name} is a folder")
-    # A folder is never replaced: files of two models would stand in it.
-    check_free(out, [*model.files, path], overwrite=overwrite and not folder, folder=folder)
-    if not folder and Path(out).suffix != ".safetensors":
-        raise OutputError(f"{out}: a checkpoint's name ends in .safetensors")
+    if folder and overwrite:  # files of two models would stand in it
+        raise InvalidOption("`overwrite` is for a model in one file: a folder is never replaced")
+    check_free(out, [*model.files, path], overwrite=overwrite, folder=folder)
+    if folder == (Path(out).suffix == ".safetensors"):
+        kind = "name a folder" if folder else "a checkpoint's name ends in .safetensors"
+        raise OutputError(f"{out}: {model.name} is a {'folder' if folder else 'file'}; {kind}")
     updates = _sum_updates(loras, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
@@ -111,16 +111,17 @@ def bake(
         else:
             _convert(model, new, dtype)
         for i, (stored, parts) in enumerate(groups.items()):
-            if options.progress:
-                options.progress(i, len(groups), stored.key)
+            options.tell(i, len(groups), stored.key)
             at = new / stored.file.path.relative_to(path) if folder else new
             baking.write_weight(at, stored, parts)
 
-    put(out, write, overwrite=overwrite and not folder, folder=folder)
+    put(out, write, overwrite=overwrite, folder=folder)
     return BakeReport(
         path=str(out),
         base=model.name,
         loras=tuple(name_loras(loras)),
+        strengths=tuple(strengths),
+        blocks=tuple("" if each is None else str(BlockWeights.read(each)) for each in blocks),
         stochastic=stochastic,
         dtypes=dict(Counter(str(dtype or one.dtype).split(".")[1] for one in groups).most_common()),
         modules=tuple(baking.rows),
@@ -137,7 +138,7 @@ def _sum_updates(
     """Reads every LoRA; returns module, or vector, -> what is added to it."""
     found: dict[str, list[LowRank | Tensor]] = {}
     for lora, strength, weights in zip(loras, strengths, blocks, strict=True):
-        check_moved_before(lora, model, TransferOptions())
+        check_moved_before(lora, model)
         adapter = read_plain(lora, model)
         if adapter.unread:
             gone = next(iter(adapter.unread))
@@ -227,27 +228,26 @@ class _Baking:
         """Adds updates to one stored tensor of a copied file, in place."""
         root = look_inside(parts[0][1])
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        before = root.read().to(wide)
-        numbers, deltas = before.clone(), []
+        before = root.read()
+        numbers, deltas = before.to(wide, copy=True), []
         for name, weight, added in parts:
             dense = (x.dense() if isinstance(x, LowRank) else x for x in added)
             delta = reduce(Tensor.add_, (x.to(wide).reshape(weight.shape) for x in dense))
             for view, rows in _cut_rows(weight, numbers, delta):
                 view += rows
             deltas.append((name, weight, delta))
-        written, rounded = self._round(root, stored, numbers)
-        if not rounded.isfinite().all():
-            raise NonFiniteWeights(f"{stored.name}: the result overflows {written.dtype}")
-        change = rounded.sub_(before)
+        written, after = self._round(root, stored, numbers)
         for name, weight, delta in deltas:
-            self.rows.append(_measure(name, weight, change, delta))
+            self.rows.append(_measure(name, weight, before, after, delta))
+            if not math.isfinite(self.rows[-1].wrong):
+                raise NonFiniteWeights(f"{stored.name}: the result overflows {written.dtype}")
         assert isinstance(stored.file, SafetensorsFile)  # all others are refused before
         like = stored.file if self.dtype is None else SafetensorsFile(file)
         replace_tensor(file, like, stored.key, written)
 
     def _round(self, root: Weight, stored: StoredWeight, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the stored tensor, and the numbers that it stands for."""
-        scale, codes, dtype = torch.ones(()), numbers, self.dtype or stored.dtype
+        scale, codes, dtype = None, numbers, self.dtype or stored.dtype
         if isinstance(root, ScaledWeight) and self.dtype is None:
             tiles = root.load_scales()[0][:, 0]
             scale = tiles.repeat_interleave(root.tile[0])[: len(numbers)]
@@ -259,7 +259,7 @@ class _Baking:
             largest = torch.finfo(dtype).max
             codes = codes.clamp(-largest, largest)
         written = codes.to(dtype).contiguous()
-        return written, written.to(numbers.dtype, copy=True).mul_(scale)
+        return written, written if scale is None else written.to(numbers.dtype) * scale
 
 
 def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -276,17 +276,20 @@ def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[
         yield numbers, delta.reshape(numbers.shape)
 
 
-def _measure(name: str, weight: Weight, change: Tensor, delta: Tensor) -> BakedModule:
+def _measure(
+    name: str, weight: Weight, before: Tensor, after: Tensor, delta: Tensor
+) -> BakedModule:
     """Compares what changed with what should have."""
-    energy = product = wrong = 0.0
-    for both in _cut_rows(weight, change, delta):
-        few = max(1, _MOST_NUMBERS * len(both[0]) // both[0].numel())
-        for got, wanted in zip(*(half.split(few) for half in both), strict=True):
-            got, wanted = got.double(), wanted.double()
-            energy += float(wanted.square().sum())
-            product += float((got * wanted).sum())
-            wrong += float((got - wanted).square().sum())
-    return BakedModule(name, energy, product, wrong)
+    sums = torch.zeros(3, dtype=torch.float64)
+    pairs = zip(_cut_rows(weight, before, delta), _cut_rows(weight, after, delta), strict=True)
+    for (old, wanted), (new, _) in pairs:
+        few = max(1, _MOST_NUMBERS * len(old) // old.numel())
+        for w, q, d in zip(*(x.split(few) for x in (old, new, wanted)), strict=True):
+            d = d.double().flatten()
+            got = q.double().flatten() - w.double().flatten()
+            wrong = got - d
+            sums += torch.stack([d.dot(d), got.dot(d), wrong.dot(wrong)])
+    return BakedModule(name, *sums.tolist())
 
 
 def _round_at_random(codes: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -47,6 +47,8 @@ class BakeReport(Report):
     path: str
     base: str
     loras: tuple[str, ...]
+    strengths: tuple[float, ...]  # the factor on each
+    blocks: tuple[str, ...]  # the factors by block on each; "" without
     stochastic: int | None  # the seed of the rounding; None if it was to the nearest
     dtypes: dict[str, int]  # how the changed weights are stored -> how many
     modules: tuple[BakedModule, ...]
@@ -69,6 +71,7 @@ class BakeReport(Report):
         share = self.whole.survived
         mark: Mark = "✔" if share >= SURVIVES and not self.left_out else "⚠"
         left_out = tuple(f"{name} is left out: {why}." for name, why in self.left_out.items())
+        left_out += ("To keep these, `transfer()` or `fit()` the LoRA first.",) * bool(left_out)
         if share >= SURVIVES:
             headline = f"{share:.0%} of the LoRA is in the weights of {self.base}."
             return InWords(mark, headline, (f"wrote {self.path}",), left_out)
@@ -92,7 +95,7 @@ class BakeReport(Report):
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
-        names = ("path", "base", "loras", "stochastic", "dtypes", "left_out")
+        names = ("path", "base", "loras", "strengths", "blocks", "stochastic", "dtypes", "left_out")
         told = {name: getattr(self, name) for name in names}
         told |= {"survived": self.whole.survived, "error": self.whole.error}
         return told | {"modules": {row.module: row.survived for row in self.modules}}

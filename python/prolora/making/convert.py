@@ -40,8 +40,9 @@ from ..moving.options import (
 from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
 from ..moving.rows import describe_conversion, describe_left_out
+from ..reports.lora_report import ENOUGH
 from ..reports.module_report import LEFT_OUT
-from .made_report import ENOUGH, MadeReport
+from .made_report import MadeReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +112,9 @@ def convert(
 @in_full_precision
 def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
     original, inputs = name_lora(lora), list_inputs(lora, *filter(None, [base]))
+    before = None
     if options.alpha is not None:
-        lora = _set_alpha(lora, options.alpha)
+        before, lora = read_plain(lora, base), _set_alpha(lora, options.alpha)
     adapter = read_plain(lora, base)
     dtype = read_dtype(options.dtype)
     left_out = list_tensors_left_out(adapter)
@@ -126,14 +128,13 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
     plain = weigh_adapter(plain, factors)
     cut = {}
     for i, (name, update) in enumerate(plain.updates.items()):
-        if options.progress:
-            options.progress(i, len(plain.updates), name)
+        options.tell(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
     made = plain.with_updates(cut)
+    title = original.removesuffix(".safetensors")
     report = MadeReport(
         method="convert",
-        done="converted",
-        original=original.removesuffix(".safetensors"),
+        original=title if before is None else f"{title} with alpha {options.alpha:g}",
         source=original,
         target=base.name if base else "",
         modules=(
@@ -156,11 +157,28 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         unread=tuple(adapter.unread),
         kept_energy=dict(adapter.kept_energy),
     )
-    if (report.share_on_target or ENOUGH) < ENOUGH:
+    if (report.share_held or ENOUGH) < ENOUGH:
         energy = sum(row.energy for row in report.modules)
         if rank := _find_rank(plain.updates.values(), ENOUGH * energy):
             report = replace(report, advice=f"Rank {rank} would keep {ENOUGH:.0%} (`out_rank`).")
+    if before is not None:
+        report = _tell_strength(report, before, adapter)
     return Transfer(made, report, inputs, options.format or "auto", dtype)
+
+
+def _tell_strength(report: MadeReport, before: Adapter, after: Adapter) -> MadeReport:
+    """Compares every update with the one before its alpha was set."""
+    norms = {
+        n: (float(x.norm()), float(after.updates[n].norm())) for n, x in before.updates.items()
+    }
+    times = {name: new / old for name, (old, new) in norms.items() if old}
+    rows = tuple(
+        replace(row.at_strength(t := times.get(row.source, 1.0)), energy=row.energy / t**2)
+        for row in report.modules
+    )
+    ends = sorted({f"{ratio:.3g}" for ratio in times.values()}, key=float)
+    told = f"It acts {' to '.join(ends[:1] + ends[1:][-1:])} times as strong as before."
+    return replace(report, modules=rows, advice=f"{told} {report.advice}".strip())
 
 
 def _set_alpha(lora: LoraLike, alpha: float) -> Lora:

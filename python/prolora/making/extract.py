@@ -109,14 +109,13 @@ def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False)
     if hashed:
         adapter = replace(adapter, metadata=pair.describe())
     report = pair.report(
-        modules=tuple(pair.rows.values()),
         vectors=len(pair.vectors),
         left_out=pair.left_out,
         seconds=seconds,
         provenance=read_provenance(adapter.metadata),
     )
-    files = [*base.files, *tuned.files]
-    return Transfer(adapter, report, files, pair.format, options.stored_dtype)
+    inputs = [*base.files, *tuned.files]
+    return Transfer(adapter, report, inputs, pair.format, options.stored_dtype)
 
 
 @dataclass
@@ -203,14 +202,12 @@ class _Difference:
         mapped = [row for row in self.rows.values() if row.status == "mapped"]
         done = 0
         for chunk in self._list_chunks(mapped):
-            if self.options.progress:
-                self.options.progress(done, len(mapped), chunk[0].source)
+            self.options.tell(done, len(mapped), chunk[0].source)
             for row, found in zip(chunk, self._extract_stack(chunk), strict=True):
                 self.rows[row.source] = found
             done += len(chunk)
         self.updates = {name: self.updates[name] for name in self.rows if name in self.updates}
-        if self.options.progress:
-            self.options.progress(done, len(mapped), "done")
+        self.options.tell(done, len(mapped), "done")
 
     def _list_chunks(self, rows: Iterable[ModuleReport]) -> Iterator[list[ModuleReport]]:
         """Modules of one shape, as many as are worked on at a time."""
@@ -370,7 +367,6 @@ class _Difference:
         fields = {"modules": tuple(self.rows.values())} | known
         return MadeReport(
             method="extract",
-            done="extracted",
             original=f"the difference between {base} and {tuned}",
             advice=f"Next: load it with {base}, at strength 1.",
             rounding=sum_modules(self.rounding) if self.rounding else None,

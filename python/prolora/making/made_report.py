@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..reports.lora_report import LoraReport
+from ..reports.lora_report import ENOUGH, LoraReport
 from ..reports.report import InWords, Mark
 from .bake_report import BakedModule
-
-ENOUGH = 0.95
-"""A LoRA that keeps this share of the energy does what it was made of."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class MadeReport(LoraReport):
     """What a LoRA holds of what it was made of."""
 
-    done: str  # what became of its modules, as "converted"
     original: str  # what it was made of, in words
     advice: str = ""  # what to do next; "" without advice
     rounding: BakedModule | None = None  # what is left of the updates in the type of the file
 
+    @property
+    def share_held(self) -> float | None:
+        """The share of the original's energy that the LoRA holds; None where it is not known."""
+        there, lost = self.totals["energy_mapped"], self.totals["energy_cut"]
+        return None if there is None or lost is None else there * (1 - lost)
+
     def in_words(self) -> InWords:
         """Returns the share of the original that the LoRA holds."""
-        kept, cautions = self.share_on_target, tuple(self.cautions())
+        kept, cautions = self.share_held, tuple(self.cautions())
         if self.dry_run:
             return InWords("✔", "A dry run: nothing was written.", (), cautions)
         if kept is None:
@@ -44,4 +46,5 @@ class MadeReport(LoraReport):
         return lines
 
     def _tell_done(self) -> str:
-        return f"{'would be' if self.dry_run else 'were'} {self.done}"
+        done = f"{self.method.removesuffix('e')}ed"
+        return f"{'would be' if self.dry_run else 'were'} {done}"

@@ -26,19 +26,13 @@ from ..bases.identity import compute_hint, compute_short_hash
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
-from ..errors import (
-    AlreadyMoved,
-    InvalidOption,
-    OutputError,
-    ShapeMismatch,
-    UnsupportedFormat,
-)
+from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, UnsupportedFormat
 from ..moving.base_check import check_moved_before
 from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, TransferOptions, cut_rank, read_dtype
+from ..moving.options import LoraLike, cut_rank, read_dtype
 from ..moving.output_paths import check_name, check_output
 from ..moving.result import Transfer, save_result
 from ..moving.rows import describe_conversion, describe_left_out
@@ -118,28 +112,20 @@ class _Merge:
         cls, loras: Sequence[LoraLike], target: BaseLike | None, options: MergeOptions
     ) -> _Merge:
         """Checks the numbers of all, and opens the base."""
-        if not isinstance(loras, Sequence) or isinstance(loras, str) or len(loras) < 2:
+        if not isinstance(loras, Sequence) or len(loras) < 2:
             raise InvalidOption("a merge takes two LoRAs or more")
         if isinstance(loras[0], Mapping) and hasattr(loras[1], "to_dict"):
             raise InvalidOption(
                 "(state dict, peft.LoraConfig) is one LoRA, and a merge takes two or more: give a "
                 "list with this pair in it"
             )
-        count, strengths = len(loras), options.strengths
-        for name, given, hint in (
-            ("strengths", strengths, "give one for each"),
-            ("blocks", options.blocks, "separate those of each LoRA by ;"),
-        ):
-            if given is not None and len(given) != count:
-                raise InvalidOption(
-                    f"`{name}` is for {len(given)} LoRAs, and there are {count}; {hint}"
-                )
+        options.check_count(len(loras))
         return cls(
             list(loras),
             None if target is None else open_base(target),
             options,
             name_loras(loras),
-            list(strengths or [1.0] * count),
+            list(options.strengths or [1.0] * len(loras)),
         )
 
     @property
@@ -164,8 +150,7 @@ class _Merge:
         updates: dict[str, LowRank] = {}
         rows: list[ModuleReport] = []
         for i, name in enumerate(outline.updates):
-            if self.options.progress:
-                self.options.progress(i, len(outline.updates), name)
+            self.options.tell(i, len(outline.updates), name)
             updates[name], row = self._merge_module(name, dtype)
             rows.append(row)
         merged = outline.with_updates(updates)
@@ -179,7 +164,7 @@ class _Merge:
         lora, name = self.loras[i], self.names[i]
         try:
             if self.target is not None:
-                check_moved_before(lora, self.target, TransferOptions())
+                check_moved_before(lora, self.target)
             adapter = read_plain(lora, self.target)
         except (AlreadyMoved, ShapeMismatch, UnsupportedFormat) as wrong:
             if self.target is None:
@@ -344,11 +329,11 @@ class _Merge:
                 left_out[f"{name}: {tensor}"] = why
             for module, share in part.kept_energy.items():
                 kept_energy[module] = min(share, kept_energy.get(module, 1.0))
-        names = " + ".join(self.names)
+        names, balanced = " + ".join(self.names), self.options.method == "balanced"
         return MergeReport(
             method=MERGE,
-            done="merged",
-            original=names,
+            original=f"the balanced sum of {names}" if balanced else names,
+            balanced=balanced,
             source=names,
             target=self.target.name if self.target else "",
             modules=(*self.behind, *rows),
@@ -364,8 +349,5 @@ class _Merge:
 
 
 def _stored_dtype(part: Adapter) -> torch.dtype:
-    """Returns a LoRA's dtype; for eight bits the sixteen that hold them.
-
-    Eight bits are not written.
-    """
+    """Returns a LoRA's dtype; for eight bits, which are not written, sixteen."""
     return part.dtype if part.dtype.itemsize > 1 else torch.float16

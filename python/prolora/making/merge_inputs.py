@@ -64,7 +64,7 @@ def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
                 ours, others = (join_titles(map(find_title, f)) for f in (families, theirs))
                 raise WrongBase(
                     f"{name} is for {ours}, and {other} is for {others}: one LoRA belongs to one "
-                    "base. Move one of them to the base of the other first: `transfer()`"
+                    "base. Move one of them to the base of the other: `transfer()`, or `fit()`"
                 )
         if families:
             known.append((name, families))

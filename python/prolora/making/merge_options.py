@@ -64,6 +64,15 @@ class MergeOptions(Output):
             )
         object.__setattr__(self, "strengths", tuple(map(float, strengths)))
 
+    def check_count(self, count: int) -> None:
+        """Refuses strengths or block weights of another number of LoRAs."""
+        hints = {"strengths": "give one for each", "blocks": "separate those of each LoRA by ;"}
+        for name, hint in hints.items():
+            given = getattr(self, name)
+            if given is not None and len(given) != count:
+                told = f"`{name}` has {len(given)}, and there are {count} LoRAs"
+                raise InvalidOption(f"{told}; {hint}")
+
 
 def _is_strength(factor: object) -> bool:
     """Recognises a number to multiply a LoRA by; a negative one subtracts."""

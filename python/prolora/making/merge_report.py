@@ -59,6 +59,7 @@ class MergeReport(MadeReport):
     parts: tuple[MergedPart, ...]  # a row for each LoRA
     # A row for each module and each two LoRAs that have it
     overlaps: tuple[ModuleOverlap, ...] = ()
+    balanced: bool = False  # whether what several do was to count once
 
     def lines(self) -> list[str]:
         """Says for each LoRA how much of it is in the result."""
@@ -85,7 +86,7 @@ class MergeReport(MadeReport):
             alike = [row.module for row in rows if row.sum_energy > DOUBLES]
             if against:
                 said.append(f"{names} cancel in {_count(against, rows)}.")
-            if alike:
+            if alike and not self.balanced:
                 said.append(
                     f"{names} do the same in {_count(alike, rows)}: together they are too strong "
                     "there; `method='balanced'` does it once."

@@ -19,7 +19,7 @@ from ..adapters.formats.moves import Move, describe_moves, read_moves
 from ..adapters.lora import Lora
 from ..adapters.reading import outline_adapter
 from ..adapters.slots import list_matrices, measure_modules
-from ..architectures.families import find_title, join_titles
+from ..architectures.families import find_title, join_titles, known_families
 from ..architectures.layouts import load_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base
@@ -27,7 +27,7 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.experts import ExpertsLike, open_experts
 from ..bases.identity import EMPTY_SHORT_HASH, compute_short_hash, have_equal_files, is_identical
-from ..errors import AlreadyMoved, ShapeMismatch, UnsupportedFormat, WrongBase
+from ..errors import AlreadyMoved, MissingFile, ShapeMismatch, UnsupportedFormat, WrongBase, suggest
 from ..reports.module_report import ModuleReport, measure_coverage, split_modules
 from ..reports.report import Mark
 from .ledger import list_unread_modules
@@ -47,6 +47,7 @@ NAMED_BASE = "base_model_name_or_path"
 """Where PEFT's configuration names the base."""
 # Names of folders and objects that any model may have.
 _ANY_MODEL = {"unet", "transformer", "transformer 2", "model", "diffusion pytorch model", ""}
+_ANY_MODEL |= {"the source", "the target"}  # in memory
 HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
 """Where sd-scripts writes which file the base was."""
 _NAME_KEYS = ("ss_sd_model_name", NAMED_BASE)
@@ -135,7 +136,11 @@ def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
     Raises:
         UnsupportedFormat: one of them cannot be read, or is no base.
     """
-    model = next(iter(open_experts(base).values()))
+    try:
+        model = next(iter(open_experts(base).values()))
+    except MissingFile as error:
+        meant = suggest(base, known_families()) if isinstance(base, str) else ""
+        raise type(error)(f"{error}{meant}") from error
     rows, header = _place_modules(lora, model), read_header(lora)
     shapes = {row.source: (row.shape[0], row.shape[1]) for row in rows}
     matrices = () if isinstance(lora, Adapter) else list_matrices(Lora.open(lora))
@@ -284,9 +289,8 @@ def check_bases(
     where = begin_message(lora)
     if not may_be_one and are_one_base(source, target):
         raise WrongBase(
-            f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
-            "where the LoRA works as it is; choose another target, or take `again=True` to move it "
-            "all the same"
+            f"{where}{source.name} and {target.name} are the same model, where the LoRA works as "
+            "it is; choose another target, or take `again=True` to move it all the same"
         )
     if is_stated_base(header, target, cache) and not is_stated_base(header, source, cache):
         raise WrongBase(
@@ -308,24 +312,24 @@ def doubt_size(adapter: Adapter, source: Base) -> list[str]:
     if not (source.layout and found and source.layout not in found):
         return []
     smaller, own = join_titles(map(find_title, found)), find_title(source.layout)
-    return [
-        f"Is this the LoRA's base? It has all blocks of {smaller}; the source, {source.name}, is "
-        f"{own}."
-    ]
+    return [f"Is this the LoRA's base? It has all blocks of {smaller}; {source.name} is {own}."]
 
 
 def check_moved_before(
-    lora: LoraLike, source: Base, options: TransferOptions, cache: BasisCache | None = None
+    lora: LoraLike,
+    source: Base,
+    options: TransferOptions | None = None,
+    cache: BasisCache | None = None,
 ) -> str:
     """Refuses to move a LoRA on from a base that it does not belong to; returns what is doubtful.
 
     The header of a result names the base that it was moved to, with its hash. A renamed file is the
     same base. A file with the same name and another hash may be the base in another precision: it
-    is accepted, and that is said.
+    is accepted, and that is said. Without `options` it is not to be moved.
     """
     metadata = read_header(lora)
     moves = read_moves(metadata)
-    if not moves or options.again:
+    if not moves or (options and options.again):
         return ""
     last, short_hash = moves[-1], metadata.get("ss_sd_model_hash")
     same = is_identical(source, last.target_hash, short_hash, cache.folder if cache else None)
@@ -337,10 +341,11 @@ def check_moved_before(
     if same or (told_by_name and named == moved) or (same is None and unknown):
         doubt = f"whether {source.name} is that model cannot be told for certain"
         return f"The LoRA was moved to {last.target}; {doubt}."
+    role = "source" if options else "base"
     raise AlreadyMoved(
-        f"{begin_message(lora)}this LoRA was already moved {describe_moves(moves)}, but the source "
-        f"is {source.name}; give {last.target} as the source, or take `again=True` to move it all "
-        "the same"
+        f"{begin_message(lora)}this LoRA was already moved {describe_moves(moves)}, but the {role} "
+        f"is {source.name}; give {last.target} as the {role}"
+        + (", or take `again=True` to move it all the same" if options else "")
     )
 
 

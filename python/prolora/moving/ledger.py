@@ -109,7 +109,8 @@ class Ledger:
             update = update.to("cpu")
             smaller = cut_rank(update, self.options.out_rank, row.rank_in)
             if smaller is not update:
-                row, update = row.cut(update, smaller), smaller
+                original = self.adapter.updates[pair.source]
+                row, update = row.cut(original, update, smaller), smaller
             if not (is_finite(update.up) and is_finite(update.down)):
                 raise NonFiniteWeights(f"the moved update of {row.source} is not finite")
             row = replace(row, rank_out=update.rank)
@@ -150,8 +151,10 @@ def outline_rows(ledger: Ledger, *, measured: bool) -> None:
     ledger.rows |= {row.source: row for row in list_unread_modules(adapter)}
     energy = None if measured else 0.0
     for pair in plan.pairs:
-        what = "would be projected"
-        ledger.write(pair, describe_unchanged(adapter, pair.source, pair.target, what, energy))
+        what, most = "has its place", ledger.options.out_rank
+        row = describe_unchanged(adapter, pair.source, pair.target, what, energy)
+        rank = min(row.rank_in, most) if isinstance(most, int) else row.rank_in
+        ledger.write(pair, replace(row, rank_out=rank))
     for name in plan.passed:
         what = "text encoder, carried over"
         ledger.rows[name] = describe_unchanged(adapter, name, name, what)

@@ -197,9 +197,9 @@ def _project_updates(
     info, recompressed = projected.info, projected.recompressed()
     rungs = ["+".join(sorted(set(both))) for both in zip(source.rungs, target.rungs, strict=True)]
     measured = Measures.of(info, rungs, aligned.angles_left, aligned.angles_right)
-    numbers = info.energy, info.surviving_energy, info.norm_ratio, info.copy_distance
+    numbers = info.energy, info.norm_ratio, info.copy_distance
     lists = (x.flatten().tolist() for x in numbers)
-    for pair, update, measures, energy, surviving, ratio, distance in zip(
+    for pair, update, measures, energy, ratio, distance in zip(
         pairs, recompressed, measured, *lists, strict=True
     ):
         low = min(measures.phi_left, measures.phi_right) < options.threshold
@@ -210,7 +210,6 @@ def _project_updates(
             None if low else update,
             why if low else ledger.options.chosen.outcome,
             energy=energy,
-            surviving_energy=surviving,
             norm_ratio=ratio,
             copy_distance=distance,
             measures=measures,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..core.option_fields import read_shown
 from ..core.validation import resolve_device
-from ..errors import InvalidOption
+from ..errors import InvalidOption, suggest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,9 +36,7 @@ def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool =
     known = {taken.name for taken in fields(options)}
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InvalidOption(f"there is no option {name!r}{hint}")
+            raise InvalidOption(f"there is no option {name!r}{suggest(name, known)}")
     settled = replace(options, **changes)
     if here and getattr(settled, "device", "") is None:
         choice: Any = {"device": resolve_device(None)}
@@ -50,7 +48,7 @@ def takes_options(function: Function) -> Function:
     """Gives a function with `options` and `**changes` the help of every option.
 
     `help()` and editors then show each keyword with its default and what it does. The options of
-    another function are refused before anything else.
+    another function are refused before anything else. One path stands for a list of `loras`.
     """
     signature = inspect.signature(function)
     default = signature.parameters["options"].default
@@ -65,6 +63,10 @@ def takes_options(function: Function) -> Function:
                 f"{getattr(given, '__name__', type(given).__name__)}; each option may also be "
                 "given by its name"
             )
+        loras = (*args, keywords.get("loras"))[0]
+        if "loras" in signature.parameters and isinstance(loras, str | PathLike):
+            keywords.pop("loras", None)
+            args = ([loras], *args[1:])
         return function(*args, **keywords)
 
     told = fields(default)

@@ -27,7 +27,7 @@ from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import DeviceLike, resolve_device
 from ..core.verdict import AUTO, DEFAULT_THRESHOLD
-from ..errors import InvalidOption
+from ..errors import InvalidOption, suggest
 from ..files.hub import spell_path
 from ..files.sizes import parse_limit
 from .block_weights import Blocks, BlockWeights
@@ -36,7 +36,7 @@ OutRank = int | float | str
 
 EXACT = "exact"
 OUT_RANK_FORMS = (
-    '"exact", an int ≥ 1, a share of the energy between 0 and 1, or a percentage such as "50%"'
+    '"exact", an int ≥ 1, a share of the energy between 0 and 1, or one of the rank up to "100%"'
 )
 
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -51,7 +51,7 @@ def parse_percentage(out_rank: OutRank) -> float | None:
 def is_out_rank(out_rank: object) -> bool:
     """Returns whether a value is one of `OUT_RANK_FORMS`."""
     if isinstance(out_rank, str):
-        return out_rank == EXACT or (parse_percentage(out_rank) or 0) > 0
+        return out_rank == EXACT or 0 < (parse_percentage(out_rank) or 0) <= 100
     if isinstance(out_rank, float):
         return 0 < out_rank < 1
     return isinstance(out_rank, int) and not isinstance(out_rank, bool) and out_rank >= 1
@@ -149,6 +149,11 @@ class VerbOptions:
             if words and not (value == known.default or isinstance(value, torch.dtype)):
                 check_choice(known.name, value, words)
 
+    def tell(self, done: int, total: int, name: str) -> None:
+        """Tells `progress` how far the work is, where somebody listens."""
+        if self.progress:
+            self.progress(done, total, name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileOutput(VerbOptions):
@@ -169,7 +174,7 @@ class FileOutput(VerbOptions):
     )
     overwrite: bool = option(
         False,
-        "Replace what exists. Otherwise the same result is kept, and anything else is refused.",
+        "Replace what exists; without it, the same transfer or fit is kept and all else refused.",
         panel=OUTPUT,
         decides=False,
     )
@@ -277,8 +282,8 @@ class TransferOptions(Output, BaseResources):
     blocks: Blocks | None = option(
         None,
         "Factors by block on what is written: a number for each block in depth order, as block "
-        'weights have them ("1,0,0,0,1,1,1,1,1,1,1,1"), or names with numbers ("IN04-IN08=0.5, '
-        'OUT*=0", "transformer_blocks.0-9=0.5"). A block with 0 is left out.',
+        'weights have them ("1,0,0,0,1,1,0.5,0,0,0"), or names with numbers ("IN04-IN08=0.5, '
+        'OUT*=0", "double_blocks.0-9=0"). A block with 0 is left out.',
         panel=METHOD,
         metavar="WEIGHTS",
     )
@@ -352,7 +357,8 @@ def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:
         InvalidOption: names the option and its words.
     """
     if value not in words:
-        raise InvalidOption(f"`{name}` must be one of {', '.join(words)}, not {value!r}")
+        meant = suggest(str(value), words)
+        raise InvalidOption(f"`{name}` must be one of {', '.join(words)}, not {value!r}{meant}")
 
 
 def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:

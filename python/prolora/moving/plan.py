@@ -28,6 +28,7 @@ from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners
 from ..core.grouping import group_by
 from ..errors import ShapeMismatch, UnsupportedFormat
+from ..reports.module_tables import write_shape
 
 OTHER_MODEL = "; is this LoRA for another model?"
 """What is asked about a LoRA that does not fit its source, where nothing tells its model."""
@@ -127,8 +128,7 @@ def make_plan(
     nothing = not (plan.pairs or plan.passed or adapter.vectors)
     if adapter.updates and nothing:
         name, reason = next(iter(plan.skipped.items()))
-        fits = modules and can_fit(source.path, target.path)
-        way = f" by weights; {RUN_INSTEAD}" if fits else ""
+        way = _offer_fit(source, target) if modules else ""
         raise ShapeMismatch(
             f"no module of this LoRA has a place on the target{way}; the first, {name}: {reason}"
         )
@@ -154,21 +154,19 @@ def _pair_modules(wanted: set[str], source: Base, target: Base, plan: ModulePlan
         if have_equal_shapes(source.shapes[origin], target.shapes[module]):
             plan.pairs.append(Pair(origin, module, matrix_shape(source.shapes[origin])))
         else:
-            plan.refused[origin] = _explain_other_width(module, origin, source, target)
+            there, here = map(write_shape, (target.shapes[module], source.shapes[origin]))
+            plan.refused[origin] = (
+                f"{module} is {there} on the target but {here} on the source: no published "
+                f"data-free method maps between widths{_offer_fit(source, target)}"
+            )
     for pair in plan.pairs:
         plan.refused.pop(pair.source, None)  # another of its partners has its shape
     return {origin for _, origin in pairs}
 
 
-def _explain_other_width(module: str, origin: str, source: Base, target: Base) -> str:
-    """Explains why a pair of other shapes is refused."""
-    source_shape, target_shape = source.shapes[origin], target.shapes[module]
-    reason = (
-        f"{module} is {_shape_text(target_shape)} on the target but {_shape_text(source_shape)} "
-        "on the source: no published data-free method maps between widths"
-    )
-    fits = can_fit(source.path, target.path)
-    return f"{reason} by weights; {RUN_INSTEAD}" if fits else reason
+def _offer_fit(source: Base, target: Base) -> str:
+    """Offers a fit as the way out; "" where none can run both models."""
+    return f" by weights; {RUN_INSTEAD}" if can_fit(source.path, target.path) else ""
 
 
 def place_text_encoders(
@@ -240,8 +238,8 @@ def explain_other_shape(
     if shape == of_base:
         return None
     return (
-        f"the LoRA's update of {name} is {_shape_text(shape)}, but that module of {base.name} is "
-        f"{_shape_text(of_base)} ({base.tensor_name(name)})"
+        f"the LoRA's update of {name} is {write_shape(shape)}, but that module of {base.name} is "
+        f"{write_shape(of_base)} ({base.tensor_name(name)})"
         f"{_explain_wider_input(name, shape, of_base) or asked}"
     )
 
@@ -254,7 +252,3 @@ def _explain_wider_input(name: str, shape: tuple[int, ...], of_base: tuple[int, 
         ". It is a LoRA for control, editing or inpainting: its model takes a second image in "
         "further channels of this layer; give such a model as the source, and as the target"
     )
-
-
-def _shape_text(shape: tuple[int, ...]) -> str:
-    return "×".join(str(length) for length in shape)

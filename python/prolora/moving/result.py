@@ -17,6 +17,7 @@ from .. import adapters
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
+from ..adapters.formats.moves import read_provenance
 from ..adapters.lora import Lora
 from ..bases import Base
 from ..comparison.module_map import Matching
@@ -243,12 +244,14 @@ def make_file(
         recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
         known_again = all(base.files for base in bases) and not options.overwrite
         if known_again and (made := _read_made(recipes, path)):
-            return Transfer(made, replace(plan(file), before=read_verdict(made.metadata)))
+            origin, before = read_provenance(made.metadata), read_verdict(made.metadata)
+            method = origin.get("method", options.method)
+            report = replace(plan(file), method=method, provenance=origin, before=before)
+            return Transfer(made, report)
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
         done = make(file, [recipe.describe() for recipe in recipes])
-        if options.progress:
-            moved = len(done.adapter.updates)
-            options.progress(moved, moved, f"writing {path.name}")
+        moved = len(done.adapter.updates)
+        options.tell(moved, moved, f"writing {path.name}")
         return save_result(done, path, options.overwrite)
 
 

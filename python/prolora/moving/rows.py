@@ -50,6 +50,7 @@ def describe_difference(
         rank_out=rank,
         energy=norm**2,
         norm_ratio=kept**0.5,
+        copy_distance=(1 - kept) ** 0.5,
         rank_cut_energy=1 - kept,
         drift=norm / whole if whole else None,
     )
@@ -79,6 +80,7 @@ def describe_conversion(
         rank_out=written.rank,
         energy=energy / read,
         norm_ratio=ratio,
+        copy_distance=loss**0.5,
         rank_cut_energy=loss,
     )
 

@@ -10,14 +10,17 @@ from ..comparison.expectation import CLASSES, classify
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.methods import find_method
 from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
-from ..reports.lora_report import MovedReport
+from ..reports.lora_report import ENOUGH, MovedReport
 from ..reports.module_report import LEFT_OUT, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Cell, Column, Row, Table, make_table
 
+MOST = 0.7
+"""A LoRA that does this share on the target does most of what it did."""
+
 AMOUNTS = (
     (0.995, "All"),
-    (0.7, "Most"),
+    (MOST, "Most"),
     (0.58, "About two thirds"),
     (0.42, "About half"),
     (0.25, "About a third"),
@@ -122,7 +125,8 @@ class TransferReport(MovedReport):
         promised = self.dry_run or (self.method == "copy" and self.strength == 1)
         found = judge(self.verdict, placed, bases, self.few_steps, promised)
         lines = (*found.lines, place, done, self.why)
-        return InWords(found.mark, found.headline, tuple(filter(None, lines)))
+        weak = found.mark == "✔" and (self.totals["energy_cut"] or 0.0) > 1 - ENOUGH
+        return InWords("⚠" if weak else found.mark, found.headline, tuple(filter(None, lines)))
 
     def _tell_vectors_alone(self) -> str:
         """Tells how much of a LoRA without matrices goes over; "" without vectors."""
@@ -150,6 +154,11 @@ class TransferReport(MovedReport):
                 "(DoRA, OFT or GLoRA). They are kept as they are stored, and act on those of "
                 f"{self.target} now."
             )
+        if (lost := self.totals["energy_cut"] or 0.0) > 1 - ENOUGH:
+            told.append(
+                f"Cutting the rank took {lost:.0%} of what was moved; a higher `out_rank` keeps "
+                "more of it."
+            )
         # In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
         strangers = [
             (row.source, str(row.target))
@@ -162,12 +171,24 @@ class TransferReport(MovedReport):
 
     def sentences(self) -> list[str]:
         """Tells what was done in numbers, with the copy baseline."""
-        told = super().sentences()
-        if self.dry_run or self.totals["energy_surviving"] is None:
+        told, totals = super().sentences(), self.totals
+        if self.dry_run or totals["energy_surviving"] is None:
             return told
         told += [self.verdict.sentence()] if self.verdict else []
-        told += [*describe_renumbered(self.renumbered), *self._tell_energy()]
-        if flagged := self.totals["flagged"]:
+        whole = "energy that was read" if self.unread else "LoRA's energy"
+        told += [
+            *describe_renumbered(self.renumbered),
+            f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
+            f"'{self.method}' at strength {self.strength:.2g} keeps "
+            f"{totals['energy_surviving']:.0%} of that, and its result is "
+            f"{totals['copy_distance']:.0%} of the update's norm away from plain copying.",
+        ]
+        if (totals["energy_mixed"] or 0) > 0.01 and find_method(self.method).needs_bases:
+            told.append(
+                f"{totals['energy_mixed']:.0%} lay in the mixed blocks, which '{self.method}' "
+                "drops; `method='copy'` changes nothing."
+            )
+        if flagged := totals["flagged"]:
             told.append(f"{flagged} modules missed the accuracy tolerance (see 'ok').")
         return told
 
@@ -177,23 +198,6 @@ class TransferReport(MovedReport):
             told = [f"{told[0].removesuffix('.')} at strength {self.strength:.2g}."]
         if self.as_stored:
             told.append("The file holds the LoRA's stored tensors and scales as they are.")
-        return told
-
-    def _tell_energy(self) -> list[str]:
-        """Tells what the moved modules keep of the LoRA."""
-        totals, mixed = self.totals, self.totals["energy_mixed"]
-        whole = "energy that was read" if self.unread else "LoRA's energy"
-        told = [
-            f"The moved modules hold {totals['energy_mapped']:.0%} of the {whole}; "
-            f"'{self.method}' at strength {self.strength:.2g} keeps "
-            f"{totals['energy_surviving']:.0%} of that, and its result is "
-            f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
-        ]
-        if mixed is not None and mixed > 0.01 and find_method(self.method).needs_bases:
-            told.append(
-                f"{mixed:.0%} lay in the mixed blocks, which '{self.method}' drops; "
-                "`method='copy'` changes nothing."
-            )
         return told
 
     def tables(self) -> list[Table]:

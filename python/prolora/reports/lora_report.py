@@ -23,7 +23,6 @@ from .module_report import (
 )
 from .module_tables import (
     map_modules,
-    share_kept,
     tabulate_modules,
     tabulate_moved,
     tabulate_reasons,
@@ -31,6 +30,9 @@ from .module_tables import (
 from .place_map import PlaceMap
 from .report import InWords, PictureGrid, Report, read_again
 from .table import Column, Row, Table, make_table
+
+ENOUGH = 0.95
+"""A LoRA that keeps this share of the energy does what it was made of."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -51,6 +53,7 @@ class LoraReport(Report):
             that is stored as numbers.
         blocks: the factors by block that were asked for; "" without.
         dry_run: True where nothing was written. Rows then carry no measures.
+        before: the earlier verdict, where the result was there already and is kept.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
@@ -69,12 +72,13 @@ class LoraReport(Report):
     dry_run: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Returns one line: the method, the two bases and the counts."""
         counts = ", ".join(f"{len(self.rows(status))} {status}" for status in STATUSES)
-        dry = "dry run, " if self.dry_run else ""
-        return f"{type(self).__name__}({dry}{self.method!r}, {self.title}: {counts})"
+        state = "kept, " if self.before else "dry run, " if self.dry_run else ""
+        return f"{type(self).__name__}({state}{self.method!r}, {self.title}: {counts})"
 
     @property
     def title(self) -> str:
@@ -116,7 +120,7 @@ class LoraReport(Report):
         return {status: len(self.rows(status)) for status in STATUSES} | {
             "coverage": measure_coverage(self.modules),
             "energy_mapped": mapped_energy / total if total > 0 else None,
-            "energy_surviving": average_row(lambda row: row.surviving_energy),
+            "energy_surviving": average_row(lambda row: row.norm_ratio**2),
             "energy_mixed": average_measure(lambda m: m.mixed_energy),
             "energy_cut": average_row(lambda row: row.rank_cut_energy),
             "phi_left": average_measure(lambda m: m.phi_left),
@@ -124,16 +128,6 @@ class LoraReport(Report):
             "copy_distance": None if squared_distance is None else math.sqrt(squared_distance),
             "flagged": sum(not numbers.ok for _, numbers in measures),
         }
-
-    @property
-    def share_on_target(self) -> float | None:
-        """The share of the LoRA's energy that is on the target; None where it is not known."""
-        total = self.totals["energy_mapped"]
-        shares = [(row.energy, share_kept(row)) for row in self.rows("mapped")]
-        if self.dry_run or total is None or any(share is None for _, share in shares):
-            return None
-        mean = weighted_mean(shares)
-        return None if mean is None else total * mean
 
     def tables(self) -> list[Table]:
         """Tabulates what moved, and what did not."""
@@ -208,7 +202,7 @@ class LoraReport(Report):
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
-        rows = [row.to_dict() for row in self.modules]
+        rows = [row.to_dict(is_planned=self.dry_run) for row in self.modules]
         return super().numbers() | {"modules": rows, "totals": self.totals}
 
     def facts(self) -> dict[str, str]:
@@ -242,7 +236,6 @@ class MovedReport(LoraReport):
         strength: the factor on every update.
         asked: the method that the caller asked for; None in a dry run.
         why: why it was moved in this way, in a sentence of whoever chose it; "" without one.
-        before: the earlier verdict, where its result was kept.
         doubts: of the bases; said first.
         moves: what prolora did to the LoRA before: from which base to which, oldest first.
         grid: images for the page; None where none were asked for.
@@ -251,7 +244,6 @@ class MovedReport(LoraReport):
     strength: float = 1.0
     asked: str | None = None
     why: str = ""
-    before: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     moves: tuple[Move, ...] = ()
     grid: PictureGrid | None = None
@@ -280,8 +272,13 @@ class MovedReport(LoraReport):
         before = [f"The LoRA was moved before, {describe_moves(moves)}: {lost}."] if moves else []
         return [*super().cautions(), *before]
 
+    def sentences(self) -> list[str]:
+        """Tells what moved, and of a kept result where its numbers are."""
+        again = "Its numbers are in the report of the run that made it; `overwrite` makes it anew."
+        return [*super().sentences(), *([again] if self.before else [])]
+
     def _tell_done(self) -> str:
-        moved = "would move" if self.dry_run else "moved"
+        moved = "would move" if self.dry_run and not self.before else "moved"
         return f"{moved} from {self.source} to {self.target}"
 
     def numbers(self) -> dict[str, Any]:

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from ..core.lowrank import LowRank
+from ..core.merging import subtract_updates
 from ..core.projection_info import ProjectionInfo
 from ..core.similarity import ANGLE_SHARES
 
@@ -94,7 +97,7 @@ class Measures:
 
 
 # Fields without meaning for a module that did not move; their defaults fit a copy.
-_OF_A_MOVE = ("strength", "surviving_energy", "norm_ratio", "copy_distance", "rank_cut_energy")
+_OF_A_MOVE = ("strength", "norm_ratio", "copy_distance", "rank_cut_energy")
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,8 @@ class ModuleReport:
         strength: factor on the update, on top of what the method does.
         drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
         cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); None where they were not compared.
-        surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
-        copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
+        copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ of what was written.
         rank_cut_energy: share of ‖ΔW_t‖² that cutting the rank discarded.
         measures: the numbers of a projection; None where there was none.
     """
@@ -131,7 +133,6 @@ class ModuleReport:
     strength: float = 1.0
     drift: float | None = None
     cosine: float | None = None
-    surviving_energy: float = 1.0
     norm_ratio: float = 1.0
     copy_distance: float = 0.0
     rank_cut_energy: float = 0.0
@@ -142,32 +143,34 @@ class ModuleReport:
         if strength == 1:
             return self
         # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with X at s = 1.
-        kept = self.surviving_energy
+        kept = self.norm_ratio**2
         along = (kept + 1 - self.copy_distance**2) / 2
         distance = strength**2 * kept + 1 - 2 * strength * along
         return replace(
             self,
             strength=strength * self.strength,
-            surviving_energy=strength**2 * kept,
             norm_ratio=abs(strength) * self.norm_ratio,
             copy_distance=math.sqrt(max(0.0, distance)),
         )
 
-    def cut(self, whole: LowRank, smaller: LowRank) -> ModuleReport:
-        """Returns the row of an update that was cut from `whole` to `smaller`."""
+    def cut(self, original: LowRank, whole: LowRank, smaller: LowRank) -> ModuleReport:
+        """Returns the row of an update that became `whole`, and was cut to `smaller`."""
         energy = whole.norm().square().item()
         kept = min(1.0, smaller.norm().square().item() / energy) if energy else 1.0
+        apart = subtract_updates(smaller.to(torch.float64), original.to(torch.float64))
+        norm = original.norm().item()
         return replace(
             self,
             rank_out=smaller.rank,
             rank_cut_energy=1 - (1 - self.rank_cut_energy) * kept,
             norm_ratio=self.norm_ratio * kept**0.5,
+            copy_distance=apart.norm().item() / norm if norm else 0.0,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, is_planned: bool = False) -> dict[str, Any]:
         """Returns all fields; measures of a move are None without one."""
         record = asdict(self)
-        if self.status != "mapped":
+        if is_planned or self.status != "mapped":
             record |= dict.fromkeys(_OF_A_MOVE)
         return record
 

@@ -99,8 +99,7 @@ def share_kept(row: ModuleReport) -> float | None:
     """
     if row.status != "mapped":
         return 0.0
-    share = row.surviving_energy * (1 - row.rank_cut_energy)
-    return None if math.isnan(share) else share
+    return None if math.isnan(row.norm_ratio) else row.norm_ratio**2
 
 
 def tabulate_reasons(modules: Iterable[ModuleReport]) -> Table | None:

@@ -136,6 +136,7 @@ _PREFIXES = (
     ("lora_unet_unet_", "kohya", "transformer."),
     ("lora_unet__", "kohya", "transformer."),
     ("lora_unet_model_", "kohya", "transformer."),  # musubi-tuner's, of HiDream-O1
+    ("lora_unet_decoder_", "kohya", "transformer."),  # ACE-Step's
     ("lora_unet_", "kohya", "transformer."),
     ("lora_unet.", "kohya", "transformer."),
     ("lora_transformer_", "kohya", "transformer."),
@@ -144,6 +145,7 @@ _PREFIXES = (
     ("lycoris.", "kohya", "transformer."),
     ("model.diffusion_model.", "comfy", "transformer."),
     ("diffusion_model.model.", "comfy", "transformer."),  # ai-toolkit's first HiDream-O1
+    ("diffusion_model.decoder.", "comfy", "transformer."),  # ACE-Step's
     ("diffusion_model.", "comfy", "transformer."),
     ("base_model.model.diffusion_model.", "comfy", "transformer."),
     ("base_model.model.transformer.", "diffusers", "transformer."),
@@ -166,8 +168,9 @@ def _cut_prefix(path: str) -> _Path | None:
 
 def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
     """Finds a module of a transformer in the table of its family."""
-    rest = _PROCESSOR.sub("", cut.rest) if cut.dotted else cut.rest
-    name = family.find_module(rest, dotted=cut.dotted)
+    name = family.find_module(cut.rest, dotted=cut.dotted)
+    if name is None and cut.dotted:
+        name = family.find_module(_PROCESSOR.sub("", cut.rest))
     format = cut.format
     if name is not None:
         spelling = Spelling(cut.prefix, "diffusers", cut.dotted)
@@ -178,12 +181,12 @@ def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
     weight = family.find_weight(cut.rest, dotted=cut.dotted)
     if weight is None:
         return None
+    spelling = Spelling(cut.prefix, "authors", cut.dotted)
     if format == "comfy" and ".processor." in cut.rest:
         format = "diffusers"
-    elif format == "peft":
+    elif format == "peft" and family.spellings.get("peft") != spelling:
         # The authors' names behind PEFT's prefix have no format of their own (fal's).
         format = "diffusers"
-    spelling = Spelling(cut.prefix, "authors", cut.dotted)
     name = weight.parts[0] if len(weight.parts) == 1 else weight.name
     return ModulePath(name, format, cut.component, name, True, weight, spelling)
 

@@ -116,6 +116,8 @@ def _unwrap(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
     The head for words of a language model does not count: HiDream-O1 has one that nothing runs.
     """
+    if "decoder.layers.0.cross_attn.q_proj.weight" in weights:  # ACE-Step, encoders beside it
+        return _take_prefix(weights, "decoder.")
     matrices = [k for k, w in weights.items() if len(w.shape) > 1 and k != "lm_head.weight"]
     for prefix in _WRAPPERS:
         if matrices and all(key.startswith(prefix) for key in matrices):

@@ -25,6 +25,7 @@ from ..weights import ConvertedWeight, RowsWeight, Weight
 
 # Of a hostile file's hundred thousand kinds of modules, only this many are looked at.
 _MOST_KINDS = 4096
+_LANGUAGE_MODEL = re.compile(r"layers\.\d+\.(?:self_attn|mlp)\.\w+")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -115,6 +116,8 @@ def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | No
     by_authors = any(family.find_module(name) is None for name in known)
     if by_authors and any(find_block(n) and family.find_weight(n) is None for n in known):
         return None  # blocks with names of both kinds are those of another family
+    if all(_LANGUAGE_MODEL.fullmatch(name) for name in known):
+        return None  # names that ACE-Step's authors share with many others
     return FamilyNames(family, by_authors)
 
 

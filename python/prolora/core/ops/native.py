@@ -144,8 +144,8 @@ def require_device(device: torch.device | str) -> None:
     """
     kind = torch.device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
-        why = cuda_status()[1] or "torch sees none"
-        raise RuntimeError(f"prolora: no usable CUDA device ({why})")
+        why = "torch sees none; use cpu, or install its build for CUDA and NVIDIA's driver"
+        raise RuntimeError(f"prolora: no usable CUDA device: {why}")
     if kind == "mps":
         raise RuntimeError("prolora: device mps has no float64, which the bounds need; use cpu")
     if kind not in ("cpu", "cuda"):

@@ -2,7 +2,6 @@
 
 from .crossing import CrossingSide, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
-from .latents import LatentSpace, check_shown
 from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline, describe_pipeline, run_text_encoders_beside
 from .pipeline_opening import open_pipeline
@@ -13,10 +12,8 @@ __all__ = [
     "CardPlan",
     "CrossingRecorder",
     "CrossingSide",
-    "LatentSpace",
     "Pipeline",
     "PipelinePair",
-    "check_shown",
     "describe_pipeline",
     "estimate_bytes",
     "observe_sides",

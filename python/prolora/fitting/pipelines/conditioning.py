@@ -203,7 +203,9 @@ class PromptTable:
             time=parts.time[rows] if parts.time.dim() else parts.time,
             conditioning=stack_conditionings([sample_conditioning(parts, i) for i in rows]),
         )
-        return build_call(self.model, kept)
+        made = build_call(self.model, kept)
+        numbers = tuple(n for i in rows for n in call.trajectories[i : i + 1])
+        return replace(call, args=made.args, kwargs=made.kwargs, trajectories=numbers)
 
     def has_prompt(self, parts: CallParts, i: int) -> bool:
         """Returns whether sample i of a call has a prompt.

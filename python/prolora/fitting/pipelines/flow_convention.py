@@ -110,23 +110,16 @@ def _read_sign(shares: list[float], name: str) -> int:
 
 
 def _fit_times(schedule: NoiseSchedule, times: list[tuple[float, float]], name: str) -> Times:
-    """Fits slope and offset of the model's time over the noise level."""
+    """Finds the slope and offset of the model's time over the noise level."""
     asked = torch.tensor([pair[0] for pair in times], dtype=torch.float64)
     level = torch.tensor([pair[1] for pair in times], dtype=torch.float64) / schedule.unit
-    level = 1 - level if schedule.inverted else level
     for unit in (1.0, schedule.unit):
         for slope, offset in _USUAL:
             usual = Times(slope * unit, offset * unit)
             error = asked - usual.slope * level - usual.offset
             if float(error.abs().max()) < _TOLERANCE * unit:
                 return usual
-    if len(times) > 1 and float(level.max() - level.min()) > 0.05:
-        matrix = torch.stack([level, torch.ones_like(level)], 1)
-        slope, offset = torch.linalg.lstsq(matrix, asked[:, None]).solution[:, 0].tolist()
-        error = asked - slope * level - offset
-        if slope and float(error.abs().max()) < 0.1 * _TOLERANCE * abs(slope):
-            return Times(slope, offset)
     raise UnsupportedFormat(
-        f"{name}: the times that its pipeline gives to the model are not linear in the noise "
-        "level of its scheduler, so other models cannot be asked at the same one"
+        f"{name}: the times that its pipeline gives to the model are not the noise level of its "
+        "scheduler, counted from either end, so other models cannot be asked at the same one"
     )

@@ -113,8 +113,9 @@ class IconPipeline(DiffusionPipeline):
             parts = [" ".join(words[:count]) for count in range(1, len(words) + 1)]
             known = list(itertools.takewhile(places.__contains__, parts))
             if not len(words) == len(known) == 4:
-                following = name_words(places, ["", *known][min(len(known), 3)])
-                raise ProLoRAError(f"{prompt!r}: a prompt of the icons has four words. {following}")
+                raise ProLoRAError(
+                    f"{prompt!r}: a prompt of the icons has four known words, as prompts.txt shows"
+                )
             rows.append([places[part] for part in parts])
         return tokens[torch.tensor(rows)]
 
@@ -125,11 +126,3 @@ def read_table(folder: Path) -> tuple[Tensor, dict[str, int]]:
     file = SafetensorsFile(folder / "prompts.safetensors")
     beginnings = json.loads(file.metadata["beginnings"])
     return file.read("tokens").float(), {text: row for row, text in enumerate(beginnings)}
-
-
-def name_words(beginnings: dict[str, int], before: str) -> str:
-    """Says which words may come after a beginning of a prompt."""
-    parts = [part.rpartition(" ") for part in beginnings if part != "nothing"]
-    words = ", ".join(word for start, _, word in parts if start == before)
-    place = f"after {before!r}" if before else "first"
-    return f"These may come {place}: {words}"

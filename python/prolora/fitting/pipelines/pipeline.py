@@ -217,13 +217,14 @@ class Pipeline:
         """
         prompts = _prompts_or_empty(settings)
 
-        def sample(seed: int) -> None:
+        def sample(seed: int) -> Iterator[None]:
             with run_text_encoders_beside(self, text):
                 for i in range(settings.images):
                     prompt = prompts[(seed + i) % len(prompts)]
                     self.sample_latents(prompt, settings, seed * settings.images + i)
                     if on_image:
                         on_image()
+                    yield
 
         return sample
 

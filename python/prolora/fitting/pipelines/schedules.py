@@ -34,20 +34,16 @@ class NoiseSchedule:
     Every prediction is f = c·x₀ + d·x with numbers c and d that depend on the level alone
     (`weights`), so predictions of all kinds can be converted into each other.
 
-    Flows see a = 1 − u, b = u and predict ε − x₀. All others are variance-preserving in units of
-    `sigma_data`: a² · sigma_data² + b² = 1. Their velocity is a·ε − b·x₀ (sigma_data 1).
+    Flows see a = 1 − u, b = u and predict ε − x₀. All others are variance-preserving: a² + b² = 1.
+    Their velocity is a·ε − b·x₀.
     """
 
     kind: str  # "epsilon", "v_prediction", "sample" (x₀) or "flow"
     # Ᾱ by time, falling, float64; None without a table of times
     alphas: Tensor | None = field(repr=False)
     sign: int = 1  # −1 where the model predicts the negative
-    sigma_data: float = 1.0  # standard deviation of x₀ by which EDM models are preconditioned
-    # Where times are ¼·log σ (EDM), the smallest and the largest log σ
-    log_sigmas: tuple[float, float] | None = None
     times: Times | None = None  # of a flow; None until a pipeline was observed, see `observe_flow`
     unit: float = 1000.0  # a flow scheduler's number for level 1: num_train_timesteps
-    inverted: bool = False  # a flow's scheduler counts from image to noise
 
     @classmethod
     def of(cls, scheduler: Any, name: str) -> NoiseSchedule:
@@ -55,32 +51,17 @@ class NoiseSchedule:
         config = scheduler.config
         kind = getattr(config, "prediction_type", None)
         alphas = getattr(scheduler, "alphas_cumprod", None)
-        if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
-            unit = float(getattr(config, "num_train_timesteps", 1000))
-            inverted = bool(getattr(config, "invert_sigmas", False))
-            return cls(FLOW, None, sign=-1 if inverted else 1, unit=unit, inverted=inverted)
+        is_flow = "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction"
+        if is_flow and not getattr(config, "invert_sigmas", False):
+            return cls(FLOW, None, unit=float(getattr(config, "num_train_timesteps", 1000)))
         continuous = getattr(config, "timestep_type", None) == "continuous"
-        data = getattr(config, "sigma_data", None)
-        if kind in (EPSILON, VELOCITY) and type(scheduler).__name__.startswith("EDM") and data:
-            # EDM's x₀ = c_skip·x ± c_out·f is ∓ the velocity in units of sigma_data.
-            bounds = (math.log(config.sigma_min), math.log(config.sigma_max))
-            sign = -1 if kind == EPSILON else 1
-            return cls(VELOCITY, None, sign=sign, sigma_data=float(data), log_sigmas=bounds)
-        if kind not in (EPSILON, VELOCITY, SAMPLE) or alphas is None:
+        if kind not in (EPSILON, VELOCITY, SAMPLE) or alphas is None or continuous:
             raise UnsupportedFormat(
                 f"{name}: its scheduler {type(scheduler).__name__} predicts {kind!r}; a fit "
-                f"handles {EPSILON}, {VELOCITY} and {SAMPLE} with alphas_cumprod, flow matching, "
-                "and EDM. Another scheduler of the same model may say what it predicts"
+                f"handles {EPSILON}, {VELOCITY} and {SAMPLE} with alphas_cumprod and whole times, "
+                "and flow matching. Another scheduler of the same model may say what it predicts"
             )
-        alphas = torch.as_tensor(alphas).double().cpu()
-        if continuous and kind == VELOCITY:
-            odds = ((1 - alphas[[0, -1]]) / alphas[[0, -1]].clamp_min(1e-12)).log() / 2
-            bounds = (
-                math.log(config.sigma_min) if config.sigma_min else float(odds[0]),
-                math.log(config.sigma_max) if config.sigma_max else float(odds[1]),
-            )
-            return cls(VELOCITY, None, log_sigmas=bounds)
-        return cls(kind, alphas)
+        return cls(kind, torch.as_tensor(alphas).double().cpu())
 
     def alpha(self, time: Tensor) -> Tensor:
         """Interpolates ᾱ at (fractional) times linearly."""
@@ -105,8 +86,6 @@ class NoiseSchedule:
         time = time.double().cpu()
         if self.alphas is not None:
             return _level_of_alpha(self.alpha(time))
-        if self.log_sigmas is not None:
-            return torch.sigmoid(4 * time)  # σ/(1 + σ)
         times = self._known_times()
         return ((time - times.offset) / times.slope).clamp(0, 1)
 
@@ -116,8 +95,6 @@ class NoiseSchedule:
         if self.alphas is not None:
             signal, noise = (1 - level).square(), level.square()
             return self.time(signal / (signal + noise))
-        if self.log_sigmas is not None:
-            return torch.logit(level).clamp(*self.log_sigmas) / 4
         times = self._known_times()
         return times.slope * level + times.offset
 
@@ -130,7 +107,7 @@ class NoiseSchedule:
         """Returns a and b of x = a·x₀ + b·ε at a noise level."""
         if self.kind == FLOW:
             return 1 - level, level
-        size = (level.square() + (self.sigma_data * (1 - level)).square()).sqrt()
+        size = (level.square() + (1 - level).square()).sqrt()
         return (1 - level) / size, level / size
 
     def weights(self, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +120,7 @@ class NoiseSchedule:
         elif self.kind == FLOW:
             c, d = -1 / b, 1 / b  # ε − x₀ = (x − a·x₀)/b − x₀, and a + b = 1
         else:
-            c, d = -1 / (self.sigma_data * b), self.sigma_data * a / b
+            c, d = -1 / b, a / b
         return self.sign * c, self.sign * d
 
     @property
@@ -157,9 +134,6 @@ class NoiseSchedule:
         if self.alphas is not None:
             least, largest = _level_of_alpha(self.alphas[[0, -1]]).tolist()
             return max(low, least), min(high, largest)
-        if self.log_sigmas is not None:
-            least, largest = torch.tensor(self.log_sigmas).double().sigmoid().tolist()
-            return max(low, least), min(high, largest)
         return low, high
 
     def with_flow(self, times: Times, sign: int) -> NoiseSchedule:
@@ -168,20 +142,12 @@ class NoiseSchedule:
 
     def has_same_path(self, other: NoiseSchedule) -> bool:
         """Returns whether both see the same x at the same noise level."""
-        return (self.kind == FLOW) == (other.kind == FLOW) and self.sigma_data == other.sigma_data
-
-    def predicts_alike(self, other: NoiseSchedule) -> bool:
-        """Returns whether both predict the same quantity, or its negative, of the same x."""
-        return self.kind == other.kind and self.has_same_path(other)
+        return (self.kind == FLOW) == (other.kind == FLOW)
 
     def has_same_times(self, other: NoiseSchedule) -> bool:
         """Returns whether a time means the same noise level to both."""
         if self.alphas is None or other.alphas is None:
-            ours, theirs = (
-                (s.kind == FLOW, s.times, s.log_sigmas is None, s.alphas is None)
-                for s in (self, other)
-            )
-            return ours == theirs
+            return self.alphas is other.alphas and self.times == other.times
         return self.alphas.shape == other.alphas.shape and torch.allclose(
             self.alphas, other.alphas, rtol=1e-5, atol=1e-9
         )
@@ -241,7 +207,7 @@ def convert_prediction(
 
     `latent` x [n, ...] is the input of the model that predicted, at times [] or [n].
     """
-    if ours.predicts_alike(theirs):
+    if ours.kind == theirs.kind:
         return prediction if ours.sign == theirs.sign else -prediction
     level = ours.level_at(time)
     (a, b), (a_theirs, b_theirs) = ours.scales(level), theirs.scales(level)
@@ -276,7 +242,7 @@ def common_levels(ours: NoiseSchedule, theirs: NoiseSchedule) -> tuple[float, fl
 
     Models of one kind are not bounded: their predictions need no conversion.
     """
-    if ours.predicts_alike(theirs):
+    if ours.kind == theirs.kind:
         return None
     bounds = ours.levels, theirs.levels
     return max(low for low, _ in bounds), min(high for _, high in bounds)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .trajectories import Call
+from .trajectories import Call, samples_of
 from .translation import Question
 
 PredictBoth = Callable[[Question], tuple[Tensor, Tensor]]
@@ -108,16 +108,8 @@ def _draw_calls(
 
 
 def count_samples(call: Call) -> int:
-    """Counts the samples in a call by its first tensor with two axes.
-
-    Or more axes. A list of tensors counts as one with a row for each.
-    """
-    for value in (*call.args, *call.kwargs.values()):
-        if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
-            return len(value)
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return value.shape[0]
-    return 1
+    """Counts the samples in a call."""
+    return len(samples_of(call))
 
 
 def _check_joined_batch(questions: Sequence[Question], chosen: _Rows, predict: PredictBoth) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from ...errors import ProLoRAError
 from ..updates import keep_hooks
 
 Sample = Callable[[int], Any]
-"""Runs a pipeline from pure noise with the given seed; the return value is not used."""
+"""Runs a pipeline from pure noise with the given seed; one that draws images in turn yields after
+each, and any other return value is not used."""
+_MOST = 1 << 16  # images of a seed, and samples of a call
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,45 @@ class Call:
 
 
 def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:
-    """Records the calls that a sampler, bound to `model`, makes to it, in order."""
+    """Records the calls that a sampler, bound to `model`, makes to it, in order.
+
+    Samples of a call are different images, unless they are equal: branches of the guidance.
+    """
     calls: list[Call] = []
-    pool = _TensorPool()
+    pool, image = _TensorPool(), seed * _MOST
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         check_sampled(next((x for x in given if x.is_floating_point()), None), origin)
-        calls.append(Call(pool.copy(args), pool.copy(kwargs), origin))
+        call = Call(pool.copy(args), pool.copy(kwargs), origin)
+        rows = samples_of(call)
+        first = [
+            next((j for j in range(i) if torch.equal(rows[j], rows[i])), i)
+            for i in range(len(rows))
+        ]
+        calls.append(replace(call, trajectories=tuple(image * _MOST + j for j in first)))
 
     hook = model.register_forward_pre_hook(record, with_kwargs=True)
     with keep_hooks([hook]), torch.no_grad():
-        sample(seed)
+        drawn = sample(seed)
+        for _ in drawn if isinstance(drawn, Iterator) else ():
+            image += 1
     if not calls:
         raise ProLoRAError(
             f"the sampler of the {origin} trajectories never called the model it was given for; "
             "pass the very module that the pipeline runs (its unet or transformer)"
         )
     return calls
+
+
+def samples_of(call: Call) -> Sequence[Tensor]:
+    """Returns a call's samples: the rows of its first tensor with two axes or more, or a list's."""
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
+            return value
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.unbind()
+    return [torch.zeros(0)]
 
 
 def check_sampled(latent: Tensor | None, origin: str) -> None:

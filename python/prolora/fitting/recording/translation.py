@@ -108,15 +108,16 @@ class Translation:
         for origin, recorded in itertools.groupby(calls, lambda call: call.origin):
             every = list(recorded)
             prompted = every if origin == "target" else map(self.guidance.keep_prompted, every)
-            kept += [replace(c, origin=origin) for c in prompted if c is not None] or every
+            kept += [call for call in prompted if call is not None] or every
         return kept
 
     def question(self, call: Call) -> Question:
         """Turns a recorded call into a question; its origin says which model recorded it."""
-        call = replace(self.clip(call), origin=call.origin)
+        whose: dict[str, Any] = {"origin": call.origin, "trajectories": call.trajectories}
+        call = replace(self.clip(call), **whose)
         if call.origin == "target":
-            return Question(replace(self.translate_back(call), origin=call.origin), call)
-        return Question(call, replace(self.translate(call), origin=call.origin))
+            return Question(replace(self.translate_back(call), **whose), call)
+        return Question(call, replace(self.translate(call), **whose))
 
     def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
         """Returns the source's prediction in the target's terms; arguments as in `ask_source`."""

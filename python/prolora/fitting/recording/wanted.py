@@ -1,64 +1,17 @@
-"""The changes wanted of the target, and remembered answers."""
+"""The changes that are wanted of the target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
-from ..checkpoint import Checkpoints, hash_tensors, hash_texts
 from ..updates import run_beside
-from .trajectories import Call, encode_calls, predict_call
+from .trajectories import Call, predict_call
 from .translation import PAIR, Question, Translation
-
-OF_LORA = ("adapted", PAIR)
-"""Origins of questions that another LoRA does not ask: they are about its own images."""
-
-
-class KnownAnswers:
-    """A translation that remembers answers in a folder of kept results."""
-
-    def __init__(self, translation: Translation, checkpoints: Checkpoints, key: str) -> None:
-        """Takes `key`, hash of how models are sampled and asked."""
-        self.translation, self.checkpoints, self.key = translation, checkpoints, key
-        kept = checkpoints.recall("answers", key)
-        self.answers: dict[str, Tensor] = {} if kept is None else kept[0]
-        self._fresh = False
-
-    def of_source(self, model: nn.Module, question: Question) -> Tensor:
-        """Remembers `Translation.of_source` without the LoRA."""
-        asked = question.source, question.target  # its meaning to the target depends on both
-        return self._ask(asked, lambda: self.translation.of_source(model, question))
-
-    def of_target(self, model: nn.Module, question: Question) -> Tensor:
-        """Remembers `Translation.of_target`."""
-        return self._ask((question.target,), lambda: self.translation.of_target(model, question))
-
-    def _ask(self, asked: tuple[Call, ...], predict: Callable[[], Tensor]) -> Tensor:
-        """Returns the answer to a question, the known one for the very same."""
-        if self.checkpoints.folder is None or asked[0].origin in OF_LORA:
-            return predict()
-        encoded = [encode_calls([call]) for call in asked]
-        name = "-".join(
-            hash_texts(text, hash_tensors({str(i): t for i, t in enumerate(tensors)}))[:32]
-            for tensors, text in encoded
-        )
-        if name in self.answers:
-            device = next(t.device for t in encoded[-1][0] if t.is_floating_point())
-            return self.answers[name].to(device)
-        answer = predict()
-        self.answers[name] = answer.detach().cpu()
-        self._fresh = True
-        return answer
-
-    def store(self) -> None:
-        """Keeps what was learnt since."""
-        if self._fresh:
-            self.checkpoints.store("answers", self.key, self.answers)
-            self._fresh = False
 
 
 @dataclass(frozen=True)
@@ -81,22 +34,19 @@ def wanted_changes(
     updates: Mapping[str, LowRank],
     questions: Sequence[Question],
     translation: Translation,
-    answers: KnownAnswers | None = None,
 ) -> Iterator[WantedChange]:
     """Yields what the target should do at each question.
 
-    `updates` are the LoRA's, by module of the source; `answers` remember what does not depend on
-    them.
+    `updates` are the LoRA's, by module of the source.
     """
-    plainly = answers or translation
     for question in questions:
         if question.origin == PAIR:
             yield _change_of_pair(target, question, translation)
             continue
-        before = plainly.of_source(source, question)
+        before = translation.of_source(source, question)
         with run_beside(source, updates):
             after = translation.of_source(source, question, adapted=True)
-        plain = plainly.of_target(target, question)
+        plain = translation.of_target(target, question)
         yield WantedChange(question.target, plain, after - before, plain - before)
 
 
