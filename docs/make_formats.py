@@ -28,8 +28,10 @@ def write_tables() -> str:
     lines += ["", "| family | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for family in known_families().values():
         cells = [_write_cell(family, program) for program in programs]
-        if set(cells) > {"–"}:  # else no program was tried with its models
-            lines.append(f"| {family.title} | " + " | ".join(cells) + " |")
+        if any(cells):  # else no program was tried with its models
+            lines.append(
+                f"| {family.title} |" + "|".join(cell and f" {cell} " for cell in cells) + "|"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -42,7 +44,7 @@ def _write_cell(family: Family, program: str) -> str:
     }
     if set(reach.values()) == {None}:
         has_models = program in find_reach(family, "of nobody's spelling", usual)
-        return "not whole" if has_models else "–"
+        return "not whole" if has_models else ""
     cells = [format for format, how in reach.items() if how == "whole"]
     part = [format for format, how in reach.items() if how == "part"]
     cells += [f"({', '.join(part)})"] if part else []

@@ -35,5 +35,6 @@ PROGRAMS = {
     "musubi": Program("musubi-tuner", "musubi"),
     "sd-scripts": Program("sd-scripts", "sd_scripts"),
     "sdcpp": Program("stable-diffusion.cpp", "sdcpp"),
+    "sdnext": Program("SD.Next", "sdnext", reads_text=False),
 }
 """Id -> program."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from results import recovered
 
-from prolora.comparison.expectation import CLASSES, classify
+from prolora.comparison.expectation import classify
 from prolora.core.verdict import Verdict
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -70,20 +70,6 @@ def collect_shares() -> dict[str, list[tuple[str, float]]]:
     for group, shares in ELSEWHERE.items():
         found[group] += [(f"elsewhere {i}", share) for i, share in enumerate(shares)]
     return found
-
-
-def check_expected(
-    rows: Sequence[tuple[float, dict[str, Any]]], few_steps: bool
-) -> tuple[str, str]:
-    """What is expected of copies on bases judged elsewhere, and how many shares are as expected."""
-    names = ("drift", "cosine", "spread", "size")
-    classes = [
-        (share, CLASSES[classify(Verdict(*(facts[n] for n in names)), False, few_steps)])
-        for share, facts in rows
-    ]
-    inside = sum(one.low <= share <= one.high for share, one in classes)
-    mean = sum(one.share for _, one in classes) / len(classes)
-    return f"{mean:.2f}", f"{inside} of {len(classes)}"
 
 
 def find_quantile(values: Sequence[float], weights: Sequence[float], level: float) -> float:

@@ -56,6 +56,7 @@ def test_no_program_is_said_to_read_more_keys_than_were_written():
         ("qwen-image", "musubi", "lora_unet_transformer_blocks_0_attn_to_q.lora_down"),
         ("qwen-image", "mflux", "diffusion_model.transformer_blocks.0.attn.to_q.lora_A"),
         ("qwen-image", "sdcpp", "diffusion_model.transformer_blocks.0.attn.to_q.lora_A"),
+        ("flux", "sdnext", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         ("flux", "forge", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         ("flux", "sd-scripts", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         # In diffusers' names behind ComfyUI's prefix, or behind none, which more programs read.

@@ -92,12 +92,20 @@ def test_a_folder_keeps_what_is_not_written_again_and_its_last_file_comes_last(
     replace, seen = os.replace, []
 
     def watch(source: Path, place: Path) -> None:
-        seen.append((place.name, sorted(left_in(tmp_path / "a"))))
+        """Whenever the process is killed, both old files are there, and no pair of unlike ones."""
+        assert [x.read_text() for x in (tmp_path / "a").iterdir()].count("1") == 2
+        seen.append((place.name, sorted(left_in(tmp_path / "a") - {"README"})))
         replace(source, place)
 
     monkeypatch.setattr(os, "replace", watch)
     put(tmp_path / "a", fill_folder(config="2", weights="2"), folder=True, overwrite=True)
-    assert seen == [("config", ["README", "config"]), ("weights", ["README", "config"])]
+    assert seen == [
+        ("weights.old", ["config", "weights"]),
+        ("config.old", ["config", "weights.old"]),
+        ("config", ["config.old", "weights.old"]),
+        ("weights", ["config", "config.old", "weights.old"]),
+    ]
+    assert left_in(tmp_path / "a") == {"README", "config", "weights"}
     assert (tmp_path / "a" / "weights").read_text() == "2"
     (tmp_path / "empty").mkdir()  # holds nothing that could be lost
     put(tmp_path / "empty", fill_folder(x="1"), folder=True)
@@ -129,9 +137,9 @@ def test_a_name_is_the_digest_of_what_the_content_is_made_of(tmp_path):
     )
     assert one.parent == tmp_path / "loras" and one.name.startswith("näon_light-")
     assert one != kept.path("loras", {"lora": "2", "options": [1, None]}, title="näon / light")
-    assert not kept.have(one)
+    assert not one.exists()
     kept.refuse(one, UnsupportedFormat("no LoRA"))
-    assert "no LoRA" in store.refusal(one).read_text() and not kept.have(one)
+    assert "no LoRA" in store.refusal(one).read_text() and not one.exists()
     kept.put(one, fill("made"))
     kept.put(one, fill("made by somebody else, of the same"))
-    assert kept.have(one) and left_in(tmp_path / "loras") == {one.name}
+    assert one.exists() and left_in(tmp_path / "loras") == {one.name}

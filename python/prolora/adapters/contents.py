@@ -58,7 +58,8 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
         family = guess_family(shapes, source.metadata, style, matrices)
     if family is None and reading and any(slot.module.matrix for slot in contents.slots):
         family = reading.id  # the authors' names are those of this family, whatever its sizes
-    slots = _settle_t5(contents.slots, family)
+    slots = contents.slots
+    _settle_t5(slots, family)
     prefixes = {slot.module.prefix for slot in slots}
     scalings = (
         dict.fromkeys(prefixes, scaling)
@@ -70,11 +71,10 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
         _check_shapes(slot, source)
         slot.peft = scalings.get(slot.module.prefix)
         _check_config(slot, source)
-    _check_parts(slots, source)
-    _check_one_model(slots, source)
+    _check_together(slots, source)
     for vector in contents.vectors:
         vectors.check_vector(vector, source)
-    return replace(contents, slots=slots, family=family)
+    return replace(contents, family=family)
 
 
 def _restore_dots(contents: Contents, modules: Collection[str]) -> None:
@@ -95,22 +95,20 @@ def _restore_dots(contents: Contents, modules: Collection[str]) -> None:
         vector.module = restore(vector.module)
 
 
-def _settle_t5(slots: list[Slot], family: str | None) -> list[Slot]:
+def _settle_t5(slots: list[Slot], family: str | None) -> None:
     """Renames T5, kohya's and ComfyUI's third encoder, to its number in diffusers.
 
     FLUX has two text encoders and T5 is the second; SD3 has three.
     """
     modules = [name for slot in slots for name in slot.module.modules]
     second = [name for name in modules if find_component(name) == "text_encoder_2"]
-    has_second_clip = not all(map(module_names.is_t5, second))
-    if has_second_clip or family == "sd3":
-        return slots
+    if family == "sd3" or not all(map(module_names.is_t5, second)):
+        return
     for slot in slots:
         module = slot.module
         if module.format != "diffusers" and module.name.startswith("text_encoder_3."):
             name = f"text_encoder_2.{module.local}"
             slot.module = module._replace(name=name, prefix="text_encoder_2.")
-    return slots
 
 
 def _check_complete(slot: Slot, source: Lora) -> None:
@@ -240,8 +238,8 @@ def _check_config(slot: Slot, source: Lora) -> None:
         )
 
 
-def _check_one_model(slots: list[Slot], source: Lora) -> None:
-    """Refuses updates of a UNet's blocks beside updates of a transformer's."""
+def _check_together(slots: list[Slot], source: Lora) -> None:
+    """Refuses updates of two models, and two updates of one module."""
     unet = [slot for slot in slots if slot.module.name.startswith(_UNET_BLOCKS)]
     transformer = [slot for slot in slots if slot.module.spelling and ".0." in slot.module.name]
     if unet and transformer:
@@ -250,17 +248,12 @@ def _check_one_model(slots: list[Slot], source: Lora) -> None:
             f"{source.where}: {first} is of a UNet and {other} of a transformer: the file holds "
             "updates of two models; save those of each model by themselves"
         )
-
-
-def _check_parts(slots: list[Slot], source: Lora) -> None:
-    """Refuses a module with an update of its own and one in a fused weight."""
-    seen: dict[str, str] = {}
+    seen: dict[str, str] = {}  # a module may have an update of its own and one in a fused weight
     for slot in slots:
         key = next(iter(slot.keys.values()))
         for name in slot.module.modules:
-            if name in seen:
+            if seen.setdefault(name, key) != key:
                 raise UnsupportedFormat(
                     f"{source.where}: {seen[name]} and {key} both update {name}; remove one of "
                     "the two"
                 )
-            seen[name] = key

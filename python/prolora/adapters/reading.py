@@ -192,6 +192,12 @@ def _add_update(
     tensors = {role: read_finite(source, key) for role, key in slot.keys.items()}
     kernel = slot.kernel
     if forms.needs_base(slot.keys.keys()):
+        if read_weight is None:
+            raise UnsupportedFormat(
+                f"{source.where}: the update of {slot.module.name} is "
+                f"{forms.needs_base_reason(slot.keys.keys())}; give the base model it was trained "
+                "on (read_weight=open_base(…).read)"
+            )
         weight = _base_weight(slot, read_weight, where)
         if weight is None:
             _leave_out(adapter, slot)
@@ -318,17 +324,11 @@ def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
         )
 
 
-def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tensor | None:
+def _base_weight(slot: Slot, read_weight: ReadWeight, where: str) -> Tensor | None:
     """Returns the weight the update is added to, float64, in file row order.
 
     None as for `_look_up_base`.
     """
-    if read_weight is None:
-        raise UnsupportedFormat(
-            f"{where}: the update of {slot.module.name} is "
-            f"{forms.needs_base_reason(slot.keys.keys())}; give the base model it was trained on "
-            "(read_weight=open_base(…).read)"
-        )
     parts = _look_up_base(slot, read_weight, where)
     if parts is None:
         return None

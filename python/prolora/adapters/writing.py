@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,18 @@ from torch import Tensor
 from ..architectures.family import SPELLINGS
 from ..architectures.loaders import known_loaders
 from ..core.precision import in_full_precision
-from ..errors import OutputError, UnsupportedFormat
+from ..errors import OutputError, ProLoRAError, UnsupportedFormat
 from ..files.safetensors_writing import fill_safetensors
 from ..files.store import put
 from .adapter import Adapter, StoredUpdate
 from .adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
+from .contents import parse_contents, read_scale
+from .family_guess import BaseNames
 from .formats import encoding, groups
 from .formats.metadata import clean_metadata
 from .formats.peft_config import METADATA_KEY
 from .formats.stored import KeptTensors, find_stored
-from .lora import StrPath
-from .verification import verify_output
+from .lora import Lora, StrPath
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,7 +73,7 @@ def write_adapter(
             config = encoding.peft_config(output.adapter, owners=output.owners)
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (place / PEFT_CONFIG).write_bytes(text.encode())
-        verify_output(place, output.adapter, output.scales, path)
+        _verify_output(place, output.adapter, output.scales, path)
 
     put(path, write, overwrite=overwrite, folder=folder)
 
@@ -101,7 +103,7 @@ def encode_state_dict(
     """
     output = _prepare(adapter, format, dtype, "the state dict", configured=False)
     tensors = {key: tensor.detach().clone() for key, tensor in output.tensors.items()}
-    verify_output(tensors, output.adapter, output.scales, "the state dict")
+    _verify_output(tensors, output.adapter, output.scales, "the state dict")
     return tensors
 
 
@@ -153,6 +155,42 @@ def _prepare(
     if format == "diffusers" and (table := encoding.diffusers_metadata(adapter, owners)):
         header[METADATA_KEY] = json.dumps(table)
     return _Encoded(adapter, format, tensors, header, scales, owners)
+
+
+def _verify_output(
+    output: Path | Mapping[str, Tensor],
+    adapter: Adapter,
+    scales: Mapping[str, float],
+    where: StrPath,
+) -> None:
+    """Opens an output and compares what its keys, shapes and scales mean.
+
+    The bits of a file were compared when it was filled. `scales` is module -> the scale in front of
+    its tensors; `where` is what messages call the output.
+    """
+    updates, biases = set(adapter.updates), set(adapter.vectors)
+    try:
+        with Lora.open(output) as back:
+            contents = parse_contents(back, BaseNames(adapter.family, adapter.updates))
+            for slot in contents.slots:
+                owned = [name for name in slot.module.modules if name in adapter.updates]
+                if not owned:
+                    raise OutputError(f"{where}: {slot.module.name} was not written, and is there")
+                name, plain = owned[0], slot.kind in ("lora", "locon")
+                if not math.isclose(read_scale(slot, back), scales[name], rel_tol=1e-6):
+                    raise OutputError(f"{where}: {name} reads back at another scale")
+                if plain and slot.kernel != adapter.kernels.get(name):
+                    raise OutputError(f"{where}: {name} reads back with another kernel")
+                updates -= set(owned)
+    except OutputError:
+        raise
+    except ProLoRAError as error:
+        raise OutputError(f"{where}: was written but cannot be read back: {error}") from error
+    for one in contents.vectors:
+        biases -= {f"{name}.{one.tensor}" for name in one.module.modules}
+    if updates or biases:
+        name = min(updates | biases)
+        raise OutputError(f"{where}: reads back with other modules than written: no {name}")
 
 
 def find_kept(

@@ -59,10 +59,6 @@ class Store:
         name = digest(made_of)[:digits]
         return self.folder / kind / f"{words}{'-' if words else ''}{name}{suffix}"
 
-    def have(self, path: Path) -> bool:
-        """Returns whether that is done; what has its name is whole."""
-        return path.exists()
-
     def put(self, path: Path, write: Callable[[Path], object], *, folder: bool = False) -> None:
         """Writes something that is not there; what another process was faster with stays."""
         with suppress(OutputExists):
@@ -94,7 +90,8 @@ def put(
         path: of the output; a symbolic link stands for its destination. A missing folder around
             it is made, and vanishes if the output is not written.
         write: fills an empty file or folder of another name, and may read it back.
-        overwrite: replace a file of that name; in a folder, the files of the same names.
+        overwrite: replace a file of that name; in a folder, the files of the same names (a process
+            that is killed meanwhile leaves old ones as `NAME.old`).
         folder: make a folder.
         durable: force the data to the disk before the name, so that no crash of the machine leaves
             the name on an incomplete file.
@@ -131,11 +128,7 @@ def put(
 
 def put_text(path: StrPath, text: str, *, overwrite: bool = False) -> None:
     """Writes a text as UTF-8, completely or not at all; arguments as for `put`."""
-    put_bytes(path, replace_surrogates(text).encode(), overwrite=overwrite)
-
-
-def put_bytes(path: StrPath, content: bytes, *, overwrite: bool = False) -> None:
-    """Writes bytes, completely or not at all; arguments as for `put`."""
+    content = replace_surrogates(text).encode()
     put(path, lambda temporary: temporary.write_bytes(content), overwrite=overwrite)
 
 
@@ -208,11 +201,16 @@ def _give_name(temporary: Path, place: Path, overwrite: bool) -> None:
     """Gives a finished file or folder its name."""
     try:
         if temporary.is_dir() and overwrite and place.is_dir():
+            # A reader needs the last (a PEFT folder's weights): it never finds files of both. Until
+            # the new ones are there, a kill leaves the old ones, maybe as NAME.old.
             names = sorted(os.listdir(temporary))
-            # A reader needs the last (a PEFT folder's weights): it never finds files of both.
-            (place / names[-1]).unlink(missing_ok=True)
+            old = [name for name in reversed(names) if (place / name).exists()]
+            for name in old:
+                os.replace(place / name, place / f"{name}.old")
             for name in names:
                 os.replace(temporary / name, place / name)
+            for name in old:
+                (place / f"{name}.old").unlink()
         elif overwrite and not temporary.is_dir():
             if place.exists():
                 temporary.chmod(stat.S_IMODE(place.stat().st_mode))

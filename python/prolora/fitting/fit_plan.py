@@ -74,7 +74,11 @@ def plan_modules(
 ) -> ModulePlan:
     """Plans which modules are carried over or skipped; all others are fitted."""
     plan = ModulePlan(rule=RULE)
-    names = _place_text_part(adapter, source, target, text_encoder, plan)
+    names = place_text_encoders(adapter, source, target, text_encoder, plan)
+    ours, theirs = source.shapes, target.shapes
+    for name in [n for n in plan.passed if n in ours and ours[n] != theirs.get(n)]:
+        plan.passed.remove(name)
+        plan.skipped[name] = "the target has another text encoder"
     check_fits_source(adapter, names, source)
     if text_encoder != "skip":
         for name in plan.skipped.keys() & source.shapes.keys():
@@ -82,18 +86,6 @@ def plan_modules(
     inside = fitted_modules(names, source)
     plan.skipped |= {name: NO_KIND for name in names if name not in inside}
     return plan
-
-
-def _place_text_part(
-    adapter: Adapter, source: Base, target: Base, mode: PassedOn, plan: ModulePlan
-) -> list[str]:
-    """Puts text encoders into the plan, as they run; returns all other modules."""
-    names = place_text_encoders(adapter, source, target, mode, plan)
-    ours, theirs = source.shapes, target.shapes
-    for name in [n for n in plan.passed if n in ours and ours[n] != theirs.get(n)]:
-        plan.passed.remove(name)
-        plan.skipped[name] = "the target has another text encoder"
-    return names
 
 
 @dataclass(frozen=True)
@@ -109,15 +101,17 @@ class LoraParts:
     carried: Mapping[str, LowRank]
 
     @classmethod
-    def of(cls, adapter: Adapter, source: Base, target: Base, mode: PassedOn = "copy") -> LoraParts:
+    def of(cls, job: FitJob) -> LoraParts:
         """Splits a LoRA; without text encoders where these are left out."""
-        plan = ModulePlan(rule=RULE)
-        names = _place_text_part(adapter, source, target, mode, plan)
-        inside = {n: u for n, u in adapter.updates.items() if n in source.shapes and mode != "skip"}
-        text = {name: inside[name] for name in plan.skipped if name in inside}
-        carried = {name: inside[name] for name in plan.passed if name in inside}
-        denoiser = {name: adapter.updates[name] for name in names}
-        return cls(adapter.with_updates(denoiser), text, carried)
+        denoiser: dict[str, LowRank] = {}
+        text: dict[str, LowRank] = {}
+        carried: dict[str, LowRank] = {}
+        for name, update in job.adapter.updates.items():
+            if not is_in_text_encoder(name):
+                denoiser[name] = update
+            elif name in job.source.shapes and job.options.text_encoder != "skip":
+                (carried if name in job.plan.passed else text)[name] = update
+        return cls(job.adapter.with_updates(denoiser), text, carried)
 
 
 def fitted_modules(names: Iterable[str], source: Base) -> set[str]:

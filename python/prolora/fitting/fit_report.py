@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import read_moves
+from ..architectures.modules import is_in_text_encoder
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
 from ..moving.ledger import (
@@ -25,7 +26,7 @@ from ..reports.module_report import ModuleReport, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Table
 from .fit_numbers import ProbeReport
-from .fit_plan import FitJob, LoraParts, foresee_work, target_modules
+from .fit_plan import FitJob, foresee_work, target_modules
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -133,8 +134,8 @@ def outline_report(job: FitJob) -> FitReport:
     adapter, source, target, options = job.adapter, job.source, job.target, job.options
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, job.plan, dict.fromkeys(modules), "would be fitted")
-    own = LoraParts.of(adapter, source, target, options.text_encoder).denoiser.updates.values()
-    rank = max((update.rank for update in own), default=0) if options.rank is None else options.rank
+    own = [u.rank for name, u in adapter.updates.items() if not is_in_text_encoder(name)]
+    rank = max(own, default=0) if options.rank is None else options.rank
     if rank >= 1:  # a share becomes a rank once the updates are fitted
         for i, row in enumerate(rows):
             if row.target in modules:

@@ -120,6 +120,7 @@ def fit_to_models(
         adapter = adapters.read_adapter(lora)
     else:
         adapter = lora if isinstance(lora, Adapter) else Adapter(dict(lora), format="diffusers")
+    check_models(source, target, adapter)
     if rival is None:
         rival = fitting_updates(target, adapter.updates)
     recorder = Recorder(
@@ -158,7 +159,6 @@ def fit_from_recorder(
     The sampler tells `meter` every image. `samples` is the number in a batch of the fit; None: as
     in the samplers' calls.
     """
-    check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
     meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
     if settings.rank is None:

@@ -54,7 +54,7 @@ def fit_models(
         work = foreseen.sentence(source.name, target.name)
         options.progress(0, total, f"{job.serves} {work}".strip())
         options.progress(0, total, OPENING)
-    asked = LoraParts.of(job.adapter, source, target, options.text_encoder)
+    asked = LoraParts.of(job)
     moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
     assert source.path is not None and target.path is not None
     shared = vae.explain_different_latents(source.path, target.path) is None
@@ -87,6 +87,7 @@ def fit_models(
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
         few = pipelines.takes_few_steps(sampled, of_target)
         make = _record_images if not shared or mixed or few else _record_calls
+        check_models(models[0].denoiser, models[1].denoiser, asked.denoiser)
         checkpoints = common.open_checkpoints(source, target)
         recorder, log_snr = make(models, sampled, asked, shared, checkpoints, count_image)
         samples = card.samples if card else None
@@ -128,7 +129,6 @@ def _record_images(
     on_image: Callable[[str], None],
 ) -> tuple[CrossingRecorder, tuple[float, float]]:
     """Returns what asks both models about images, and its log-SNR."""
-    check_models(models[0].denoiser, models[1].denoiser, asked.denoiser)
     sides = pipelines.observe_sides(*models, sampled, shared)
     keys = _hash_origins(models, (sides[0].settings, sides[1].settings), asked, checkpoints)
     recorder = CrossingRecorder(*sides, asked.denoiser, checkpoints, keys, on_image, asked.text)

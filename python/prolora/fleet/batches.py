@@ -120,7 +120,7 @@ def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
             out = job.store.path(
                 batch.label, recipe.made_of, title=title, suffix=suffix, digits=_DIGITS
             )
-            if job.store.have(out):
+            if out.exists():  # what has its name is whole
                 yield Migrated(name, batch.label, "already there", str(out))
                 continue
             with recipe.lora as opened:

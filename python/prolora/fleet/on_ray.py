@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import OutputError, ProLoRAError
 from ..files.sizes import parse_limit
-from ..files.store import put_bytes
+from ..files.store import put_text
 from ..version import __version__
 from .batches import Batch, Job, Migrated, move_batch, note_refusal
 
@@ -173,7 +173,7 @@ def _connect(address: str) -> Iterator[Any]:
 def _put_mark(folder: Path) -> Iterator[Path]:
     """Makes a file that every node must see in the folder of the results."""
     mark = folder / f".prolora-{secrets.token_hex(8)}.tmp"
-    put_bytes(mark, b"")
+    put_text(mark, "")
     try:
         yield mark
     finally:

@@ -92,6 +92,7 @@ ProgramName = Literal[
     "musubi",
     "sd-scripts",
     "sdcpp",
+    "sdnext",
 ]
 FormatLike = FormatName | ProgramName
 """A format of LoRA files, or the program that reads the file: which format that is depends on the

@@ -245,8 +245,9 @@ def make_file(
         known_again = all(base.files for base in bases) and not options.overwrite
         if known_again and (made := _read_made(recipes, path)):
             origin, before = read_provenance(made.metadata), read_verdict(made.metadata)
-            method = origin.get("method", options.method)
-            report = replace(plan(file), method=method, provenance=origin, before=before)
+            report = plan(file)
+            method = origin.get("method", report.method)
+            report = replace(report, method=method, provenance=origin, before=before)
             return Transfer(made, report)
         check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
         done = make(file, [recipe.describe() for recipe in recipes])

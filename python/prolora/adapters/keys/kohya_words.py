@@ -7,6 +7,8 @@ at hand.
 
 from __future__ import annotations
 
+import re
+
 _UNET = """
 down_blocks up_blocks mid_block resnets attentions downsamplers upsamplers transformer_blocks
 conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj proj proj_in proj_out
@@ -31,10 +33,8 @@ _LANGUAGE_MODEL = """
 o_proj gate_proj up_proj down_proj input_layernorm post_attention_layernorm q_norm k_norm
 """
 
-_WORDS = frozenset(
-    tuple(word.split("_")) for word in (_UNET + _SGM + _CLIP + _T5 + _LANGUAGE_MODEL).split()
-)
-_LONGEST = max(map(len, _WORDS))
+_WORDS = sorted((_UNET + _SGM + _CLIP + _T5 + _LANGUAGE_MODEL).split(), key=len, reverse=True)
+_WORD = re.compile(rf"(?:{'|'.join(_WORDS)}|[0-9]+)(?=_|\Z)")
 
 
 def restore_dots(underscored: str) -> str | None:
@@ -42,22 +42,11 @@ def restore_dots(underscored: str) -> str | None:
 
     The longest known word always wins, so `conv_in` is never read as `conv.in`.
     """
-    tokens = tuple(underscored.split("_"))
-    words: list[str] = []
-    at = 0
-    while at < len(tokens):
-        length = _word_length(tokens, at)
-        if length == 0:
+    words, at = [], 0
+    while at <= len(underscored):
+        match = _WORD.match(underscored, at)
+        if match is None:
             return None
-        words.append("_".join(tokens[at : at + length]))
-        at += length
+        words.append(match[0])
+        at = match.end() + 1
     return ".".join(words)
-
-
-def _word_length(tokens: tuple[str, ...], at: int) -> int:
-    """Counts the tokens from `at` on that make one word; 0 if none do."""
-    for length in range(min(_LONGEST, len(tokens) - at), 0, -1):
-        if tokens[at : at + length] in _WORDS:
-            return length
-    # isdecimal alone accepts the digits of every script.
-    return 1 if tokens[at].isascii() and tokens[at].isdecimal() else 0
