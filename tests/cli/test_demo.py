@@ -101,18 +101,15 @@ def test_prompts_are_read_by_the_words_before_each_word(pipeline):
         assert len(pipeline.pipe.encode_icons(prompts)) == 24
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        ("train noto many on-blue", "first: face, heart, pet"),
-        ("car noto", "after 'car noto': many"),
-        ("car noto ink-red on-blue", "after 'car noto': many"),
-        ("car noto many on-blue today", "after 'car noto many': on-white"),
-    ],
-)
-def test_a_prompt_that_was_not_learnt_is_refused_with_the_words_to_take(pipeline, prompt, words):
-    with pytest.raises(ProLoRAError, match=words):
-        pipeline.pipe(prompt)
+def test_a_prompt_that_was_not_learnt_is_refused_with_the_file_of_those_that_were(pipeline):
+    for prompt in (
+        "train noto many on-blue",
+        "car noto",
+        "car noto ink-red on-blue",
+        "car noto many on-blue today",
+    ):
+        with pytest.raises(ProLoRAError, match=f"'{prompt}': .* as prompts.txt shows"):
+            pipeline.pipe(prompt)
 
 
 def test_the_pipeline_draws_the_colours_that_it_is_asked_for(pipeline):

@@ -55,7 +55,7 @@ def test_a_note_of_another_kind_is_computed_again_and_the_others_are_not(
     def pairs(self, source, target):
         notes = real(self, source, target)
         if not spoilt:
-            spoilt.append(next(key for key in notes._known if key.startswith(overlap.KEY_PREFIX)))
+            spoilt.append(next(key for key in notes._entries if key.startswith(overlap.KEY_PREFIX)))
             notes.put(spoilt[0], note)
         return notes
 
