@@ -186,7 +186,7 @@ MISTAKES = {
         "not 'comfy'; did you mean comfyui?",
     ),
     "a family spelled otherwise": (
-        ("check", "lora.safetensors", "--base", "sdx"),
+        ("check", "lora.safetensors", "--base", "SDX"),
         "model of the hub (org/name); did you mean sdxl?",
     ),
     "a source without a target": (

@@ -139,7 +139,7 @@ def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
     try:
         model = next(iter(open_experts(base).values()))
     except MissingFile as error:
-        meant = suggest(base, known_families()) if isinstance(base, str) else ""
+        meant = suggest(base.lower(), known_families()) if isinstance(base, str) else ""
         raise type(error)(f"{error}{meant}") from error
     rows, header = _place_modules(lora, model), read_header(lora)
     shapes = {row.source: (row.shape[0], row.shape[1]) for row in rows}
