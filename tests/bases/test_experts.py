@@ -106,12 +106,13 @@ def test_a_base_without_experts_serves_both():
     (alone,) = pair_experts(one, one)
     assert alone.expert == ""
     up = pair_experts(one, two)
-    assert [(p.expert, p.source, p.target) for p in up] == [
-        (HIGH, one[""], two[HIGH]),
-        (LOW, one[""], two[LOW]),
+    assert [(p.expert, p.source.weights, p.target.weights) for p in up] == [
+        (HIGH, one[""].weights, two[HIGH].weights),
+        (LOW, one[""].weights, two[LOW].weights),
     ]
     across = pair_experts(two, two)
-    assert [(p.source, p.target) for p in across] == [(two[HIGH],) * 2, (two[LOW],) * 2]
+    pairs = [(p.source.weights, p.target.weights) for p in across]
+    assert pairs == [(two[HIGH].weights,) * 2, (two[LOW].weights,) * 2]
     assert not any(p.serves_any for p in pair_experts(two, one))
 
 

@@ -72,7 +72,7 @@ def test_a_lora_moves_between_bases_in_every_form(tmp_path, family):
     for form, (source, target) in write_bases(tmp_path, family, old, new).items():
         for base, weights in ((source, old), (target, new)):
             opened = prolora.open_base(base)
-            assert opened.family == family, form
+            assert opened.family in (family, FAMILIES[family].rarer_than), form
             assert all(torch.equal(opened.read(name), weights[name]) for name in weights), form
         copied = prolora.transfer(lora, source, target, method="copy")
         check_equal(copied.adapter.updates, updates)

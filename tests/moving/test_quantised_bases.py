@@ -37,7 +37,8 @@ def test_a_quantised_base_is_told_and_nearly_as_good_as_the_plain_one():
     plainly = prolora.transfer(lora_tensors(), *bases, method="auto")
     done = prolora.transfer(lora_tensors(), *quantised, method="auto")
     assert done.report.method == plainly.report.method
-    assert set(done.report.quantised.values()) == {"int8 (8 of 8 weights)"}
+    told = {"the source": "int8 (12 of 12 weights)", "the target": "int8 (8 of 8 weights)"}
+    assert done.report.quantised == told
     assert "is quantised: int8 (8 of 8 weights)" in str(done.report)
     assert not plainly.report.quantised
     for name, update in done.adapter.updates.items():

@@ -90,9 +90,9 @@ def guess_families(
     if spelling is None:
         return ids
     read = tuple(f.id for f in recognition.families if is_read(f, spelling))
-    # A trainer may write what no tried program reads: that alone makes nothing certain.
-    certain = len(read) == 1 and is_usual(known_families()[read[0]], spelling)
-    return read if len(read) > 1 or certain else ids
+    # A trainer may write what few programs read: that alone makes nothing certain.
+    certain = any(is_usual(known_families()[id_], spelling) for id_ in read)
+    return read if certain else ids
 
 
 def choose_names(

@@ -83,7 +83,8 @@ def _recognise(given: tuple[NamedMatrix, ...], unets: bool) -> Recognition:
         layouts = tuple(layout for id_ in exact for layout in exact[id_])
         return Recognition(tuple(families[id_] for id_ in exact), layouts, able)
     within = [id_ for id_ in shapes if _has_names(families[id_], shapes[id_])]
-    scores = {id_: _count_proportions(families[id_], shapes[id_]) for id_ in within or list(shapes)}
+    likely = [id_ for id_ in within or shapes if families[id_].rarer_than not in shapes]
+    scores = {id_: _count_proportions(families[id_], shapes[id_]) for id_ in likely}
     best = [id_ for id_ in scores if scores[id_] == max(scores.values())]
     return Recognition(tuple(families[id_] for id_ in best), (), able)
 

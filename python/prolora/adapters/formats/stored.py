@@ -92,7 +92,7 @@ def _find_rows(matrix: AuthorsWeight | None, names: Iterable[str]) -> object:
 
 def _has_place(one: StoredUpdate, format: str) -> bool:
     """Tells whether a format can say all of an update."""
-    if any(suffix.startswith("_") or "processor" in key for suffix, key in one.keys.items()):
+    if any("processor" in key and "_lora" in key for key in one.keys.values()):
         return False  # names of old attention processors
     if not one.configured:
         return True
