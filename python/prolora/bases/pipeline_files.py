@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,15 +135,11 @@ def _flatten(values: list[Any]) -> list[Any]:
 
 
 def _is_count(value: object) -> bool:
-    if not isinstance(value, int) or isinstance(value, bool):
-        return value is None
-    return 0 <= value <= _MOST
+    return value is None or (type(value) is int and 0 <= value <= _MOST)
 
 
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return value is None
-    return abs(value) < 1e30 and not math.isnan(value)
+def _is_finite(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and -1e30 < value < 1e30)
 
 
 def _shorten(value: object) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,33 +131,16 @@ def _match_groups(
     return Matching(table, tuple(decisions), tuple(dropped))
 
 
-def resolve_match(
-    match: Match,
-    source: Base,
-    target: Base,
-    *,
-    cache: CacheLike = None,
-    device: DeviceLike = None,
-    max_memory: int | str | None = None,
-    progress: Progress | None = None,
-) -> Match:
+def resolve_match(match: Match, source: Base, target: Base, **how: Any) -> Match:
     """Recognises the blocks for a match that only weights can decide.
 
     That is "similarity", and "auto" where names do not tell; every other match stays as it is.
-    Whatever makes a plan calls this first, since a plan reads no weights. Arguments and errors as
-    for `match_blocks`.
+    Whatever makes a plan calls this first, since a plan reads no weights. `how` and errors as for
+    `match_blocks`.
     """
-    if isinstance(match, str) and (
-        match == "similarity" or (match == AUTO_MATCH and not do_names_tell(source, target))
-    ):
-        return match_blocks(
-            source,
-            target,
-            cache=cache,
-            device=device,
-            max_memory=max_memory,
-            progress=progress,
-        )
+    unknown = match == AUTO_MATCH and not do_names_tell(source, target)
+    if isinstance(match, str) and (match == "similarity" or unknown):
+        return match_blocks(source, target, **how)
     return match
 
 

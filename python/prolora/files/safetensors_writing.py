@@ -67,16 +67,12 @@ def stream_safetensors(
     path: Path, outline: Tensors, metadata: Metadata, read: Callable[[str], Tensor]
 ) -> None:
     """Writes tensors one at a time; `read` gives those that the outline names."""
-    ordered = order_tensors(outline)
+    # Wide dtypes first: every tensor stays aligned for readers that map files.
+    ordered = dict(sorted(outline.items(), key=lambda item: -item[1].dtype.itemsize))
     with open(path, "wb") as file:
         file.write(encode_header(ordered, metadata))
         for name in ordered:
             file.write(view_bytes(read(name)))
-
-
-def order_tensors(tensors: Tensors) -> Tensors:
-    """Sorts wide dtypes first: every tensor stays aligned for readers that map files."""
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def encode_header(tensors: Tensors, metadata: Metadata) -> bytes:

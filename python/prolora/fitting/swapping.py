@@ -94,7 +94,8 @@ class BlockSwapping:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each block."""
-        return {name: count_bytes(block) for name, block in self.blocks.items()}
+        blocks = self.blocks.items()
+        return {name: sum(x.nbytes for x in block.parameters()) for name, block in blocks}
 
     def keep(self, room: int) -> None:
         """Keeps as many blocks on the card as fit into so many bytes.
@@ -198,11 +199,6 @@ class _PinnedMemory:
 def bring_weight(weight: Tensor, device: torch.device) -> Tensor:
     """Brings the weight to the card, for as long as it is needed."""
     return weight.to(device)
-
-
-def count_bytes(module: nn.Module) -> int:
-    """Counts the bytes of a module's parameters."""
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _list_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

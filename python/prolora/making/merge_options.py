@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..core.option_fields import option, take_option
 from ..errors import InvalidOption
@@ -74,11 +74,10 @@ class MergeOptions(Output):
                 raise InvalidOption(f"{told}; {hint}")
 
 
-def _is_strength(factor: object) -> bool:
+def _is_strength(factor: Any) -> bool:
     """Recognises a number to multiply a LoRA by; a negative one subtracts."""
-    if not isinstance(factor, int | float) or isinstance(factor, bool):
-        return False
-    return 0 < abs(factor) <= LARGEST_STRENGTH
+    number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    return number and 0 < abs(factor) <= LARGEST_STRENGTH
 
 
 DEFAULT_MERGE = MergeOptions()

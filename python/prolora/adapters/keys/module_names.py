@@ -223,7 +223,7 @@ def _find_in_unet(cut: _Path) -> ModulePath | None:
     if root in UNET_ROOTS:
         name = words
         if format in ("diffusers", "peft"):
-            name = _unet_local(_PROCESSOR.sub("", words))
+            name = re.sub(r"\.to_out$", ".to_out.0", _PROCESSOR.sub("", words))
         return ModulePath(name, format, component, name)
     return None
 
@@ -275,11 +275,6 @@ def _parse_text(path: str) -> ModulePath | None:
         return None
     prefix = f"{encoder}." if prefix is None else prefix
     return ModulePath(f"{encoder}.{local}", format, prefix, local)
-
-
-def _unet_local(name: str) -> str:
-    """Maps `…attn1.to_out` of an attention processor to its linear layer `…attn1.to_out.0`."""
-    return f"{name}.0" if name.endswith(".to_out") else name
 
 
 def _clip_local(name: str) -> str:

@@ -5,8 +5,8 @@ A group is a stack of one shape. The kernels find the groups through a table of 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from types import ModuleType
 
 import torch
@@ -32,10 +32,6 @@ def group_sizes(us: Tensor, ut: Tensor) -> tuple[int, int, int]:
     return b * count_blocks(ks) * count_blocks(kt), b * count_blocks(fewest), b * fewest
 
 
-def _starts(sizes: Iterable[int]) -> list[int]:
-    return [0, *itertools.accumulate(sizes)]
-
-
 def run_overlap_table(
     kernels: ModuleType, us: Sequence[Tensor], ut: Sequence[Tensor], cuda: bool
 ) -> tuple[Tensor, Tensor]:
@@ -45,7 +41,7 @@ def run_overlap_table(
     """
     us, ut = [x.contiguous() for x in us], [x.contiguous() for x in ut]
     sizes = [group_sizes(s, t) for s, t in zip(us, ut, strict=True)]
-    blocks, strips, shells = (_starts(column) for column in zip(*sizes, strict=True))
+    blocks, strips, shells = ([0, *accumulate(column)] for column in zip(*sizes, strict=True))
     rows = [
         (s.data_ptr(), t.data_ptr(), *s.shape, t.shape[2], *first)
         for s, t, *first in zip(us, ut, blocks, strips, shells, strict=False)

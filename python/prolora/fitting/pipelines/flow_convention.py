@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def observe_flow(
             f"{name}: its scheduler {type(scheduler).__name__} was never stepped, so the noise "
             "level of its calls is unknown"
         )
-    return schedule.with_flow(_fit_times(schedule, times, name), _read_sign(signs, name))
+    sign = _read_sign(signs, name) * schedule.sign
+    return replace(schedule, times=_fit_times(schedule, times, name), sign=sign)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,14 +136,6 @@ class NoiseSchedule:
             return max(low, least), min(high, largest)
         return low, high
 
-    def with_flow(self, times: Times, sign: int) -> NoiseSchedule:
-        """Returns the convention of a flow whose pipeline was observed."""
-        return replace(self, times=times, sign=sign * self.sign)
-
-    def has_same_path(self, other: NoiseSchedule) -> bool:
-        """Returns whether both see the same x at the same noise level."""
-        return (self.kind == FLOW) == (other.kind == FLOW)
-
     def has_same_times(self, other: NoiseSchedule) -> bool:
         """Returns whether a time means the same noise level to both."""
         if self.alphas is None or other.alphas is None:
@@ -190,7 +182,7 @@ def translate_state(
 
     The log-SNR is the same, so it is a multiple.
     """
-    if ours.has_same_path(theirs):
+    if (ours.kind == FLOW) == (theirs.kind == FLOW):  # both see the same x
         return latent
     level = ours.level_at(time)
     (a, b), (a_theirs, b_theirs) = ours.scales(level), theirs.scales(level)
