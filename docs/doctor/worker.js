@@ -8,7 +8,7 @@ from prolora.errors import ProLoRAError, name_options
 
 def spell(option, value):
     if value == "()":
-        return f"\\`prolora {option}\\`"
+        return f"\`prolora {option}\`"
     return f"--{'for' if option == 'format' else option} {value or ''}".strip()
 
 def check(path, program):

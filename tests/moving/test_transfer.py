@@ -123,10 +123,9 @@ def test_copy_is_bit_for_bit_the_input_on_the_paired_modules(case):
 
 def test_cutting_the_rank_is_reported_with_the_energy_it_costs(case):
     lora, source, target = case
-    whole = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
-    cut = prolora.transfer(
-        lora, source, target, threshold=0, out_rank=4, method="prolora", rank=0.9
-    )
+    options = {"threshold": 0, "method": "prolora", "rank": 0.9}
+    whole = prolora.transfer(lora, source, target, **options)
+    cut = prolora.transfer(lora, source, target, out_rank=4, **options)
     for row in cut.report.rows("mapped"):
         assert row.rank_out <= 4
         full = whole.adapter.updates[row.target]

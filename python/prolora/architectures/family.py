@@ -108,6 +108,7 @@ class Family:
     experts: bool = False  # may there be two models, for high and for low noise?
     # A family with modules of the same names and sizes: what fits both is taken for that one's
     rarer_than: str = ""
+    untried: tuple[str, ...] = ()  # beginnings of modules that no program was tried with
     unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
 
     @cached_property

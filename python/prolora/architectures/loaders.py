@@ -73,7 +73,9 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
     `row` comes from `name_row`; `modules` are the canonical names that the file updates.
     """
     names = list(modules)
-    patterns = {family.find_pattern(name) for name in names} - {None}
+    patterns = {pattern for name in names if (pattern := family.find_pattern(name))}
+    if any(pattern.startswith(family.untried) for pattern in patterns):
+        return {}
     rows: Any = _read_table()["families"].get(family.id, {"": []})
     reach: dict[str, Reach] = dict.fromkeys(rows[""], "none")
     plain = row.removesuffix(ALPHA)
@@ -131,5 +133,4 @@ def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
 @cache
 def _read_table() -> dict[str, dict[str, Any]]:
     text = resources.files(__package__).joinpath("loaders.json").read_text("utf-8")
-    table: dict[str, dict[str, Any]] = json.loads(text)
-    return table
+    return dict(json.loads(text))

@@ -1,7 +1,6 @@
 """Families that fit a set of modules: by names, then sizes, then proportions.
 
 Names alone rarely decide: `transformer_blocks.0.attn.to_q` is in a dozen families. Sizes mostly do.
-Where they do not, several families remain, and nothing here prefers one.
 """
 
 from __future__ import annotations

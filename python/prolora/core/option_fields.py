@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ def option(default: Any, help: str, /, **shown: Any) -> Any:
 
 def read_shown(known: Field[Any]) -> Shown:
     """Returns the texts of a field that `option` made."""
-    shown: Shown = known.metadata["shown"]
-    return shown
+    return cast(Shown, known.metadata["shown"])
 
 
 def take_option(kind: type, name: str, default: Any = MISSING, **changed: Any) -> Any:

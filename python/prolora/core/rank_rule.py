@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ def read_rank(rank: Any) -> Rank:
     share = isinstance(rank, float) and 0 < rank < 1
     if not (whole or share):
         raise ValueError(f"rank must be an int ≥ 1 or a share of energy in (0, 1), not {given!r}")
-    checked: Rank = rank
-    return checked
+    return cast(Rank, rank)
 
 
 def columns_holding(s: Tensor, energy: float) -> Tensor:

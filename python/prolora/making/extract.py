@@ -403,5 +403,4 @@ def _measure_norms(stack: Tensor) -> list[float]:
     This is as good as float64 throughout, and fast.
     """
     rows = torch.linalg.vector_norm(stack, dim=-1).double()
-    norms: list[float] = torch.linalg.vector_norm(rows, dim=-1).tolist()
-    return norms
+    return cast(list[float], torch.linalg.vector_norm(rows, dim=-1).tolist())

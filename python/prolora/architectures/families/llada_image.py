@@ -1,8 +1,4 @@
-"""LLaDA-Image: Z-Image's blocks, trained from nothing, and a stream of semantic features.
-
-No trainer writes LoRAs for it yet, so that a LoRA on Z-Image's blocks alone is taken for one of
-Z-Image.
-"""
+"""LLaDA-Image: Z-Image's blocks, trained from nothing, and a stream of semantic features."""
 
 from ..family import COMFY, KOHYA, Family
 

@@ -27,6 +27,7 @@ FAMILY = Family(
     id="wan",
     title="Wan",
     experts=True,
+    untried=("face_adapter.", "motion_encoder.", "audio_injector."),
     layouts=(
         "wan-t2v-14b",
         "wan2.2-i2v-14b",
