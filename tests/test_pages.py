@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from backends import find_node
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "prolora"
@@ -94,10 +94,9 @@ def test_ci_runs_the_commands_of_the_readme_and_installs_nothing_beside_them():
     assert "apt-get" not in script
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_script_of_the_page_for_browsers_can_be_read():
     script = (ROOT / "docs/doctor/worker.js").read_bytes()
-    subprocess.run(["node", "--check", "--input-type=module", "-"], input=script, check=True)
+    subprocess.run([find_node(), "--check", "--input-type=module", "-"], input=script, check=True)
 
 
 def check_page(script, monkeypatch):

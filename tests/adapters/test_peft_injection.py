@@ -112,7 +112,7 @@ def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, 
 def test_peft_loads_the_folder_into_the_class_and_misses_no_key(given, tmp_path):
     id_, model, adapter = given
     if (spelling := FAMILIES[id_].spellings.get("peft")) and spelling.names == "authors":
-        pytest.skip("PEFT's folders are of the authors' own class")
+        pytest.skip("the authors' own class, whose names the folder has, is not installed")
     folder = str(tmp_path / "lora")
     write_adapter(adapter, folder, format="peft")
     config = peft.PeftConfig.from_pretrained(folder)

@@ -1,14 +1,12 @@
 """The script of the nodes, under Node.js, on a stand-in of what ComfyUI has in the browser."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
-from backends import missing
+from backends import find_node
 
 SCRIPT = Path(__file__).parents[2] / "integrations" / "comfyui" / "web" / "report.js"
-NODE = shutil.which("node")
 
 STAND_IN = """
 const fs = require("fs");
@@ -71,11 +69,9 @@ async function choose(name, value) {
 
 def run(body):
     """What `body` returns, with `node` on the canvas."""
-    if NODE is None:
-        missing("node", "Node.js is not installed, which runs the nodes' script")
     code = f"{STAND_IN}\n(async () => {{ {body} }})().then(v => console.log(JSON.stringify(v)))"
     done = subprocess.run(
-        [NODE, "-e", code, str(SCRIPT)], capture_output=True, text=True, timeout=60
+        [find_node(), "-e", code, str(SCRIPT)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

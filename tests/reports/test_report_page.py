@@ -7,12 +7,12 @@ import html
 import json
 import math
 import re
-import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
 
 import pytest
+from backends import find_node
 from mini import write_case
 from reports import KINDS, PLACES, Page, make_report, make_row
 
@@ -203,12 +203,11 @@ check(s.nextCell(grid, 0, "ArrowLeft"), 0);
 """
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_script_sorts_filters_and_walks(tmp_path):
     script = resources.files("prolora.reports.page") / "script.js"
     copy = tmp_path / "script.cjs"  # a module of the old kind, wherever it lies
     copy.write_text(script.read_text("utf-8"), "utf-8")
-    run = subprocess.run(["node", "-e", SCRIPT_TEST, copy], capture_output=True, text=True)
+    run = subprocess.run([find_node(), "-e", SCRIPT_TEST, copy], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 

@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -123,6 +124,11 @@ class GuardedMemory(TorchDispatchMode):
 
 def missing(backend: str, reason: object) -> None:
     (pytest.fail if backend in REQUIRED else pytest.skip)(f"{backend}: {reason}")
+
+
+def find_node() -> str:
+    """Node.js, which runs the scripts of pages and nodes."""
+    return shutil.which("node") or missing("node", "Node.js is not installed") or ""
 
 
 def load(backend: str, name: str) -> ModuleType:

@@ -75,8 +75,7 @@ def lay_out(adapter: Adapter, format: str) -> FileLayout:
         raise UnsupportedFormat(
             f"the {format} format has no keys for trained normalisation layers, nor for biases of "
             f"modules without an update, and this adapter has {len(homeless)}, the first: "
-            f"{homeless[0]}. Write it with `format='kohya'` or `format='comfy'`; in Python "
-            "vectors='skip' leaves them out"
+            f"{homeless[0]}. Write it with `format='kohya'` or `format='comfy'`"
         )
     if format == "peft":
         _check_one_component(adapter)
