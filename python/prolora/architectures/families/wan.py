@@ -27,7 +27,7 @@ FAMILY = Family(
     id="wan",
     title="Wan",
     experts=True,
-    untried=("face_adapter.", "motion_encoder.", "audio_injector."),
+    untried=("face_", "motion_", "audio_", "casual_", "frame_", "cond_encoder", "pose_", "fps_"),
     layouts=(
         "wan-t2v-14b",
         "wan2.2-i2v-14b",
