@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "prolora"
-MOST_PARAMETERS, MOST_LINES = 8, 80
+MOST_PARAMETERS, MOST_LINES, MOST_STARRED = 8, 80, 2
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Words that say nothing beside the name.
 EMPTY_WORDS = {"a", "an", "the", "of", "as", "is", "to", "it", "all", "its", "for", "in", "and"}
@@ -88,6 +88,47 @@ def find_long_functions(trees: dict[Path, ast.Module]) -> dict[str, int]:
             if lines > MOST_LINES:
                 long[f"{file}:{node.name}"] = lines
     return long
+
+
+def find_starred_calls(trees: dict[Path, ast.Module]) -> list[str]:
+    """Calls that pass a starred name for more than two positional arguments.
+
+    Such a tuple hides which argument is which. Functions that take `*args` are left out.
+    """
+    wanted = _count_wanted_arguments(trees)
+    starred = set()
+    functions = ((file, x) for file, tree in trees.items() for x in _walk_functions(tree))
+    for file, function in functions:
+        sizes = {
+            ast.unparse(node.targets[0]): len(node.value.elts)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        }
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            values = [x.value for x in call.args if isinstance(x, ast.Starred)]
+            names = [value.id for value in values if isinstance(value, ast.Name)]
+            callee = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            left = wanted.get(callee, 0) - (len(call.args) - len(names)) - len(call.keywords)
+            if names and max(left, *(sizes.get(name, 0) for name in names)) > MOST_STARRED:
+                starred.add(f"{file}:{call.lineno} {ast.unparse(call)}")
+    return sorted(starred)
+
+
+def _count_wanted_arguments(trees: dict[Path, ast.Module]) -> dict[str, int]:
+    """Function or class -> arguments that it must be given; the fewest where a name has several."""
+    wanted: dict[str, int] = {}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                count = sum(isinstance(x, ast.AnnAssign) and x.value is None for x in node.body)
+            elif isinstance(node, Function):
+                names = [x.arg for x in (*node.args.posonlyargs, *node.args.args)]
+                names = [name for name in names if name not in ("self", "cls")]
+                count = 0 if node.args.vararg else len(names) - len(node.args.defaults)
+            else:
+                continue
+            wanted[node.name] = min(count, wanted.get(node.name, count))
+    return wanted
 
 
 def find_restating_docstrings(trees: dict[Path, ast.Module]) -> list[str]:
@@ -254,6 +295,78 @@ def find_planners(trees: dict[Path, ast.Module]) -> list[str]:
     ]
 
 
+# Classes of options: their fields are the options of the verbs.
+OPTION_CLASSES = {
+    "VerbOptions",
+    "FileOutput",
+    "Output",
+    "Resources",
+    "BaseResources",
+    "TransferOptions",
+}
+ROOMS_OF_VERBS = {"cli", "moving", "making", "fitting", "best.py", "checking", "fleet"}
+
+
+def find_tellings(trees: dict[Path, ast.Module]) -> dict[str, list[str]]:
+    """Option -> public signatures and classes of the verbs that give it a default once more."""
+    tellings: dict[str, list[str]] = {}
+    classes = [node for tree in trees.values() for node in ast.walk(tree)]
+    for node in classes:
+        if isinstance(node, ast.ClassDef) and node.name in OPTION_CLASSES:
+            tellings |= {name: [] for name in _list_defaults(node)}
+    for file, tree in trees.items():
+        if file.parts[0] in ROOMS_OF_VERBS:
+            for node in ast.walk(tree):
+                for name in tellings.keys() & set(_list_defaults(node)):
+                    tellings[name].append(f"{file}:{node.name}")
+    return tellings
+
+
+def _list_defaults(node: ast.AST) -> list[str]:
+    """Fields of a class, or parameters of a public function, that have a default."""
+    if isinstance(node, ast.ClassDef):
+        fields = [x for x in node.body if isinstance(x, ast.AnnAssign) and x.value]
+        return [ast.unparse(field.target) for field in fields]
+    if not isinstance(node, Function) or node.name.startswith("_"):
+        return []
+    plain = [*node.args.posonlyargs, *node.args.args]
+    plain = plain[len(plain) - len(node.args.defaults) :]
+    keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    return [x.arg for x in (*plain, *(x for x, default in keywords if default is not None))]
+
+
+# What a user of the library sees beside `prolora` itself.
+PUBLIC_MODULES = {"prolora", "prolora.errors", "prolora.cli.app"}
+
+
+def count_inner_tests(tests: Path) -> int:
+    """Counts the test functions that name anything inside the package."""
+    count = 0
+    for file in tests.rglob("test_*.py"):
+        tree = parse_file(file)
+        inner = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prolora")
+            for alias in node.names
+            if node.module not in PUBLIC_MODULES
+            or (node.module == "prolora" and (PACKAGE / alias.name).is_dir())
+        }
+        for function in _walk_functions(tree):
+            names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+            dotted = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+            count += function.name.startswith("test_") and (
+                any(node.id in inner for node in names) or any(map(_is_room, dotted))
+            )
+    return count
+
+
+def _is_room(node: ast.Attribute) -> bool:
+    """Whether it is `prolora.room`, of a room with no public names of its own."""
+    of_package = isinstance(node.value, ast.Name) and node.value.id == "prolora"
+    return of_package and node.attr not in ("errors",) and (PACKAGE / node.attr).is_dir()
+
+
 def count_code_lines(file: Path) -> int:
     """Counts the lines that are no blank, comment, docstring or import."""
     passed: set[int] = set()
@@ -291,6 +404,9 @@ def measure_sizes(root: Path = PACKAGE.parents[1]) -> dict[str, int]:
     ):
         files = [file for ending in endings for file in (root / folder).rglob(f"*.{ending}")]
         sizes[name] = sum(file.read_text("utf-8").count("\n") for file in files)
+    sizes["tests that name inner names"] = count_inner_tests(root / "tests")
+    tellings = find_tellings(parse_files(package))
+    sizes["tellings of an option"] = max(map(len, tellings.values()))
     words = {file.name: len(file.read_text("utf-8").split()) for file in root.glob("docs/*.md")}
     sizes["words of api.md"] = words.pop("api.md")
     sizes["words of docs"] = sum(words.values())

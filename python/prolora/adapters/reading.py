@@ -214,9 +214,16 @@ def _add_update(
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
     parts = _store_parts(adapter, slot, update, kernel, truncated.kept, where)
-    matrix, configured = slot.module.matrix, slot.peft is not None
-    facts = slot.kind, slot.form.rank, scale, configured, matrix
-    return StoredUpdate(parts, _cut_paths(slot.keys.values()), source.read, *facts)
+    return StoredUpdate(
+        parts,
+        _cut_paths(slot.keys.values()),
+        source.read,
+        slot.kind,
+        slot.form.rank,
+        scale,
+        configured=slot.peft is not None,
+        matrix=slot.module.matrix,
+    )
 
 
 def _cut_paths(keys: Iterable[str]) -> dict[str, str]:

@@ -82,9 +82,10 @@ def check(
         from ..moving.base_pair import BasePair
         from ..moving.options import TransferOptions
 
-        pair = open_base(source), open_base(target), TransferOptions(cache=cache, progress=progress)
+        options = TransferOptions(cache=cache, progress=progress)
+        pair = BasePair.open(open_base(source), open_base(target), options)
         try:
-            told = BasePair.open(*pair).foresee(lora, weighed=True).in_words()
+            told = pair.foresee(lora, weighed=True).in_words()
         except UnrelatedBases as error:
             told = InWords("✖", str(error))
         found = replace(found, move=told)

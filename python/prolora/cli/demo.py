@@ -93,11 +93,12 @@ class Demo:
         """
         for path in (self.moved, self.page):
             check_free(path, overwrite=overwrite)
-        ends = self.lora, self.source, self.target
         prompts = read_prompts(self.prompts)
         if self.target.name == APART:
             report = fit(
-                *ends,
+                self.lora,
+                self.source,
+                self.target,
                 out=self.moved,
                 prompts=prompts,
                 images=IMAGES,
@@ -108,7 +109,14 @@ class Demo:
             ).report
         else:
             steps = FEW_STEPS.get(self.target.name)
-            done = transfer(*ends, out=self.moved, overwrite=overwrite, target_steps=steps)
+            done = transfer(
+                self.lora,
+                self.source,
+                self.target,
+                out=self.moved,
+                overwrite=overwrite,
+                target_steps=steps,
+            )
             report = self._draw(done.report, prompts, progress)
         facts = {"LoRA": self.lora.name, "written to": self.moved.name, "by": self.command}
         text = report.to_html(facts, spell_flags)

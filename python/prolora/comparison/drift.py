@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict
 
 from ..architectures.modules import matrix_shape
 from ..bases import Base, check_finite
@@ -43,8 +43,8 @@ def measure_affinities(
     places = [(cache.place(source, one), cache.place(target, other)) for one, other in pairs]
     # None where nothing can be remembered
     keys = [None if None in at else f"affinity {RANDOM_VECTORS} {at[0]} {at[1]}" for at in places]
-    known = [notes.get(key) if key else None for key in keys]
-    affinities = [Affinity(*numbers) if isinstance(numbers, list) else None for numbers in known]
+    remembered = [notes.get(key) if key else None for key in keys]
+    affinities = [Affinity(**x) if isinstance(x, dict) else None for x in remembered]
     missing = [i for i, affinity in enumerate(affinities) if affinity is None]
     total, start, room = len(missing), 0, room or Room()
     while start < total:
@@ -54,7 +54,7 @@ def measure_affinities(
         for i, affinity in zip(part, seen, strict=True):
             affinities[i] = affinity
             if (key := keys[i]) is not None:
-                notes.put(key, list(astuple(affinity)))
+                notes.put(key, asdict(affinity))
         start += len(part)
         if progress:
             progress(start, total, pairs[part[-1]][1])

@@ -98,8 +98,8 @@ class BestWay:
         why = self._explain_no_fit()
         if need:
             try:
-                ends = lora, self.pair.source, self.pair.target
-                done = fit_to_pipelines(*ends, self.by_fit, notes[1], self.common)
+                source, target = self.pair.source, self.pair.target
+                done = fit_to_pipelines(lora, source, target, self.by_fit, notes[1], self.common)
                 return replace(done, report=_tell_fitted(done.report, need))
             except ProLoRAError as error:
                 if isinstance(moved, ProLoRAError):

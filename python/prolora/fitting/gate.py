@@ -128,10 +128,11 @@ def judge_updates(
     else:
         decided = decide_gate(strength, share, disagreement, copy_share, gain, least)
     decision, reason = decided
-    rival = (copy_share, copy_strength, gain)
     if start == "zero" and decision == GO and disagreement["all"] <= OTHER_LOOK:
         strength = RAISED
-    return Gate(decision, strength, share, disagreement, reason, *rival, effect)
+    return Gate(
+        decision, strength, share, disagreement, reason, copy_share, copy_strength, gain, effect
+    )
 
 
 def decide_gate(

@@ -32,5 +32,5 @@ class ProbeRun:
     def wanted_changes(self, questions: Sequence[Question]) -> Iterator[WantedChange]:
         """Asks both models, and yields what the target should do at each question."""
         recorder = self.recorder
-        models = recorder.source, recorder.target, recorder.adapter.updates
-        return wanted_changes(*models, questions, recorder.translation)
+        updates, translation = recorder.adapter.updates, recorder.translation
+        return wanted_changes(recorder.source, recorder.target, updates, questions, translation)

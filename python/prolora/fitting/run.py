@@ -180,8 +180,15 @@ def fit_from_recorder(
         for name in updates:
             report.left_out.pop(name, None)
         meter.begin("judge")
-        known = recorder.translation, rival, report.start, bool(recorder.crossed)
-        verdict = report.gate = judge_updates(recorder.target, updates, held_out, *known)
+        verdict = report.gate = judge_updates(
+            recorder.target,
+            updates,
+            held_out,
+            recorder.translation,
+            rival,
+            report.start,
+            bool(recorder.crossed),
+        )
         meter.finish()
     report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
@@ -268,8 +275,9 @@ def _draw_samples(
     ) -> list[Question]:
         rows = [i for i, origin in enumerate(origins) if (origin == PAIR) == paired]
         some = LazySequence(len(rows), lambda i: questions[rows[i]])
-        how = predict_both, generator, prompts, step, run.samples
-        return mix_samples(some, count, batch, *how) if rows else []
+        if not rows:
+            return []
+        return mix_samples(some, count, batch, predict_both, generator, prompts, step, run.samples)
 
     shares = 2 if PAIR in origins else 1
     count, step = max(settings.probes // shares, 1), max(batch // shares, 1)

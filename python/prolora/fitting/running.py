@@ -115,8 +115,15 @@ def _record_calls(
     del shared  # they are
     pair = pipelines.pair_pipelines(*models, sampled, asked.text)
     keys = _hash_origins(models, (pair.settings, pair.of_target), asked, checkpoints)
-    how = pair.samplers(on_image), pair.translation, checkpoints, keys
-    recorder = Recorder(pair.source.denoiser, pair.target.denoiser, asked.denoiser, *how)
+    recorder = Recorder(
+        pair.source.denoiser,
+        pair.target.denoiser,
+        asked.denoiser,
+        pair.samplers(on_image),
+        pair.translation,
+        checkpoints,
+        keys,
+    )
     return recorder, pair.log_snr
 
 

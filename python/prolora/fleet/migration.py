@@ -112,19 +112,18 @@ def assign_loras(
     """Returns the batches of a collection, and the outcomes of LoRAs of no expert."""
     experts = open_experts(source)
     known = {target: pair_experts(experts, open_experts(target)) for target in targets}
-    groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     refused = []
     for target, pairs in known.items():
         for lora in loras:
             try:
                 for pair, appended in choose_pairs(lora, pairs):
-                    key = source, target, pair.expert
-                    groups.setdefault(key, []).append((str(lora), appended))
+                    groups.setdefault((target, pair.expert), []).append((str(lora), appended))
             except ProLoRAError as error:
                 batch = Batch("", target, "", ((str(lora), ""),))
                 refused.append(note_refusal(batch, job, lora, error))
     return [
-        Batch(*key, tuple(members[i : i + _BATCH]))
-        for key, members in groups.items()
+        Batch(source, target, expert, tuple(members[i : i + _BATCH]))
+        for (target, expert), members in groups.items()
         for i in range(0, len(members), _BATCH)
     ], refused

@@ -158,8 +158,8 @@ def move_updates(
             columns = room.columns(matrix_shape(stack[0].shape))
             for part in _group_equal_ranks(ledger, stack, columns):
                 chosen = [stack[i] for i in part]
-                known = ours.take(part), theirs.take(part), aligned.take(part)
-                _project_updates(ledger, chosen, *known)
+                of_source, of_target = ours.take(part), theirs.take(part)
+                _project_updates(ledger, chosen, of_source, of_target, aligned.take(part))
         done += len(stack)
         if progress:
             progress(done, len(pairs), stack[-1].target)

@@ -56,8 +56,8 @@ def find_readers(
         swapped: as in `loaders.name_row`.
     """
     known = _known(families)
-    rows = [(one, loaders.name_row(one, format, spelling, swapped), modules) for one in known]
-    of_each = [loaders.find_reach(*row) for row in rows]
+    rows = [(one, loaders.name_row(one, format, spelling, swapped)) for one in known]
+    of_each = [loaders.find_reach(one, row, modules) for one, row in rows]
     found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
         amounts = {reach.get(id_) for reach in of_each}
@@ -65,7 +65,7 @@ def find_readers(
         if amount is not None:  # of families that it reads unequally, nothing can be said
             found[amount].append(loader.title)
     whole, part, none = (tuple(found[amount]) for amount in ("whole", "part", "none"))
-    unknown = set().union(*(loaders.find_untried(*row) for row in rows))
+    unknown = {x for one, row in rows for x in loaders.find_untried(one, row, modules)}
     titles = [loader.title for id_, loader in loaders.known_loaders().items() if id_ in unknown]
     return Readers(whole, part, none, tuple(one for one in titles if one in whole + part))
 

@@ -67,8 +67,7 @@ class BlockBasis:
         The coefficients of that image are the last rows of the projection.
         """
         if self.stored is not None:
-            operands = (self.stored, self.rows, self.projected, self.size, self.width)
-            self.found = krylov_block(*operands)
+            self.found = krylov_block(self.stored, self.rows, self.projected, self.size, self.width)
             return
         known = self.rows[:, : self.size]
         last = slice(self.size - self.width, self.size)

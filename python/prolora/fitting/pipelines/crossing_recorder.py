@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -215,8 +215,8 @@ class CrossingRecorder:
         if noise is None:
             noise = torch.randn(cleans[0].shape, generator=state.generator)
         noise = noise.to(cleans[0]).expand_as(cleans[0])
-        how = noise, state, number
-        return Question(*(self._build_call(self.theirs, PAIR, x, *how) for x in cleans))
+        build = partial(self._build_call, self.theirs, PAIR)
+        return Question(*(build(clean, noise, state, number) for clean in cleans))
 
     def _load_or_sample(self, origin: str, seed: int) -> dict[str, Tensor]:
         """Returns final latents of an origin's images, their noise and levels of calls."""

@@ -123,8 +123,9 @@ class _AskedModel(NamedTuple):
     def convert(self, other: _AskedModel, call: Call, prediction: Tensor) -> Tensor:
         """Returns a prediction in the other's terms."""
         parts = split_call(self.table.model, call)
-        given = parts.latent, parts.time, prediction
-        converted = convert_prediction(self.schedule, other.schedule, *given)
+        converted = convert_prediction(
+            self.schedule, other.schedule, parts.latent, parts.time, prediction
+        )
         return self.layout.translate(converted, other.layout)
 
     def clip(self, levels: tuple[float, float], call: Call) -> Call:
