@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from property_examples import examples
 
+from prolora.architectures.layouts import known_layouts
 from prolora.bases import Base, pipeline_files, vae
 from prolora.errors import ProLoRAError, UnsupportedFormat
 
@@ -145,16 +146,63 @@ def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):
         assert "model_index.json" in str(refusal)
 
 
-def test_a_model_of_few_steps_is_known_by_its_scheduler_its_guidance_or_what_people_say(tmp_path):
-    def base(**known):
-        return Base("turbo", {}, path=tmp_path, **known)
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
+
+def open_base(folder, scheduler=FLOW, config=None, index=None, layout=None, name="model"):
+    write(folder, INDEX | {"scheduler": ["diffusers", scheduler]} | (index or {}))
+    if config:
+        (folder / "scheduler").mkdir(exist_ok=True)
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    base = Base(name, {}, path=folder)
+    base.__dict__["layout"] = layout  # in place of the shapes of such a model
+    return base
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "few"),
+    [
+        *((name, {}, True) for name in pipeline_files.FEW_STEP_SCHEDULERS),
+        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, True),  # SDXL Turbo
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, None),  # Lightning and others
+        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "linspace"}, False),
+        ("DDIMScheduler", {}, False),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, None),
+    ],
+)
+def test_the_scheduler_of_a_pipeline_shows_few_steps_many_or_nothing(
+    tmp_path, scheduler, config, few
+):
+    base = open_base(tmp_path, scheduler, config)
+    assert pipeline_files.draws_in_few_steps(base) is few
+    assert pipeline_files.draws_in_few_steps(base, 4) is True
+    assert pipeline_files.draws_in_few_steps(base, 50) is False
+
+
+def test_a_few_step_model_is_known_by_its_size_or_its_guidance_and_else_nothing_shows_it(tmp_path):
     few = pipeline_files.draws_in_few_steps
-    for scheduler in pipeline_files.FEW_STEP_SCHEDULERS:
-        write(tmp_path, INDEX | {"scheduler": ["diffusers", scheduler]})
-        assert few(base()) and few(base(), 4) and not few(base(), 50)
-    write(tmp_path, INDEX)
-    assert not few(base()) and few(base(), 4)
-    assert few(base(stored={"unet.time_embedding.cond_proj.weight": None}))
-    (tmp_path / "model_index.json").unlink()
-    assert not few(base()) and not few(Base("in memory", {}))
+    for layout in pipeline_files.FEW_STEP_LAYOUTS:
+        assert layout in known_layouts()
+        assert few(open_base(tmp_path, layout=layout)) is True
+    assert few(open_base(tmp_path, layout="flux1-dev")) is None
+    guided = {"unet.time_embedding.cond_proj.weight": None}
+    assert few(Base("file", {}, stored=guided)) is True
+    assert few(Base("file", {})) is None and few(Base("file", {}), 4) is True
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "named"),
+    [
+        ("sdxl-turbo", "", True),
+        ("mine", "Tongyi-MAI/Z-Image-Turbo", True),
+        ("SDXLTurbo_v2", "", True),
+        ("few-step", "", True),
+        ("sd3.5-4steps", "", True),
+        ("hyperrealism", "stabilityai/sdxl", False),
+        ("turbine 20steps", "", False),
+    ],
+)
+def test_a_name_with_a_word_of_few_step_models_is_noticed(tmp_path, name, origin, named):
+    base = open_base(tmp_path, index={"_name_or_path": origin}, name=name)
+    assert pipeline_files.is_named_few_step(base) is named
+    assert pipeline_files.draws_in_few_steps(base) is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mini import lora_tensors, source_weights, write_folder
 from safetensors.torch import load_file, save_file
+from spectra import related
 
 from prolora import adapters
 
@@ -23,6 +24,27 @@ def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, case, 
     assert len(adapters.read_adapter(out).updates) == 8
     stored = json.loads(report.read_text())
     assert stored["totals"]["mapped"] == 8 and len(stored["modules"]) == 12
+
+
+def test_a_lora_that_needs_no_change_is_said_to_work_as_it_is_and_still_written(
+    prolora, case, tmp_path
+):
+    lora, source, _ = case
+    names = {name: related(weight, 0.01, 50) for name, weight in source_weights().items()}
+    target, out = write_folder(tmp_path / "near", names), tmp_path / "out.safetensors"
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", out)
+    code, text, _ = prolora(*line, "--report", tmp_path / "report.html")
+    assert code == 0 and text.startswith("✔ This should work: near differs")
+    assert "The file works on near as it is.\n" in text and f"wrote {out}" in text
+    assert "The file works on near as it is." in (tmp_path / "report.html").read_text()
+    before, after = load_file(lora), load_file(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    told = json.loads(prolora(*line, "--json", "--overwrite")[1])
+    assert told["works_as_it_is"] and "The file works on near as it is." in told["in_words"]
+    assert not json.loads(prolora(*line, "--json", "--strength", "0.5", "--overwrite")[1])[
+        "works_as_it_is"
+    ]
 
 
 def test_json_is_all_that_json_prints(prolora, case, tmp_path):

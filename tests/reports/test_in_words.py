@@ -13,7 +13,7 @@ from prolora.moving.transfer_report import A_VECTOR, judge, name_amount
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
-RELATED, CHANGED = Verdict(0.1, 0.99, 0.5), Verdict(0.15, 0.99, 0.3)
+RELATED, CHANGED = Verdict(0.1, 0.99, 0.5, size=0.3), Verdict(0.15, 0.99, 0.3)
 DISTANT, APART = Verdict(0.9, 0.8, 0.5), Verdict(1.4, 0.0, 0.1)
 NAMES = ("s", "t")
 
@@ -23,12 +23,13 @@ NAMES = ("s", "t")
     [
         (RELATED, 1.0, False, "✔", "This should work", "at strength 1."),
         (RELATED, None, False, "✔", "This should work", "at strength 1."),
-        (RELATED, 1.0, None, "✔", "This should work", "which a single file does not tell"),
+        (RELATED, 1.0, None, "✔", "This should work", "`target_steps=4`"),
         (RELATED, 0.2, False, "⚠", "most of this LoRA belongs to parts that t lacks", "best"),
-        (CHANGED, 1.0, False, "⚠", "s and t have learnt different things", "try 0.5 and 0.8"),
+        (CHANGED, 1.0, False, "⚠", "may work or not: s and t have learnt", "try 0.5 and 0.8"),
+        (DISTANT, 1.0, True, "⚠", "t draws in few steps", "at strength 1 to 1.25"),
         (RELATED, 0.9, False, "⚠", "t lacks parts", "`method='best'`"),
         (RELATED, 1.0, True, "⚠", "t draws in few steps", "at strength 1 to 1.25"),
-        (DISTANT, 1.0, False, "⚠", "half of it at best", "`fit()`"),
+        (DISTANT, 1.0, False, "⚠", "may work or not: s and t are far apart", "`fit()`"),
         (APART, 1.0, False, "✖", "nothing in common", "train it on t"),
         (Verdict(0.0, 1.0, 0.0), 1.0, False, "✔", "works as it is", "at strength 1."),
         (None, 1.0, False, "⚠", "were not compared", ""),
@@ -42,10 +43,45 @@ def test_a_mark_says_how_it_stands_and_the_next_line_which_strengths_to_try(
     assert advice in " ".join(told.lines[:1])
 
 
-def test_harm_is_called_harm():
+def test_harm_is_called_harm_and_only_a_range_that_held_has_numbers():
     told = " ".join(judge(CHANGED, 1.0, NAMES).lines)
-    assert "brought 0% to 99% of what training" in told and "got worse than without it" in told
-    assert "got worse" not in " ".join(judge(RELATED, 1.0, NAMES).lines)
+    assert "got worse than without it" in told and "%" not in told
+    told = " ".join(judge(RELATED, 1.0, NAMES).lines)
+    assert "brought 82% to 99% of what training on the target gives." in told
+    assert "got worse" not in told
+
+
+def copy_row(source, **known):
+    return make_row(source, **{"rank_out": 32, "norm_ratio": 1.0} | known)
+
+
+def test_a_file_that_needs_no_change_is_said_to_work_as_it_is():
+    rows, known = [copy_row("a"), copy_row("b")], {"method": "copy", "verdict": RELATED}
+    report = make_report(rows, **known)
+    assert "The file works on ssd-1b as it is." in report.in_words().lines
+    assert report.to_dict()["works_as_it_is"] is True
+    line = "The file works on ssd-1b as it is: nothing in it had to change."
+    assert line in make_report(rows, method="copy", verdict=CHANGED).in_words().lines
+    for changed, others in (
+        ([copy_row("a", target="b")], {}),
+        ([copy_row("a", rank_out=4)], {}),
+        ([copy_row("a"), make_row("b", "skipped", reason="no place")], {}),
+        (rows, {"left_out": {"emb": "an embedding"}}),
+        (rows, {"strength": 0.5}),
+        (rows, {"method": "prolora"}),
+        (rows, {"blocks": "up=0.5"}),
+        (rows, {"dry_run": True, "verdict": None}),
+        (rows, {"verdict": APART}),
+    ):
+        report = make_report(changed, **known | others)
+        assert not report.works_as_it_is and "as it is" not in str(report.in_words()), others
+
+
+def test_what_could_not_be_read_is_in_the_headline_and_not_in_the_share():
+    rows = [copy_row("a"), make_row("b", "refused", reason="its file is damaged", energy=0.0)]
+    told = make_report(rows, unread=("b",), method="copy", verdict=RELATED).in_words()
+    assert told.mark == "⚠" and told.headline == "1 of the LoRA's 2 parts could not be read."
+    assert "1 of the LoRA's 2 parts have a place on" in str(told) and "100%" not in str(told)
 
 
 def test_nothing_is_promised_of_another_method_or_strength():

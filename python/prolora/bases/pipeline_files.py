@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,19 @@ PIPELINE_INDEX = "model_index.json"
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that never run when latents are sampled from a prompt."""
 
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler")
 """Schedulers of few-step models."""
+
+FEW_STEP_LAYOUTS = (
+    *("flux1-schnell", "flux3-klein-distilled", "hunyuan-video-1.5-step-distilled"),
+    *("sana-sprint-0.6b", "sana-sprint-1.6b"),
+)
+"""Published sizes that only few-step models have."""
+
+FEW_STEP_NAMES = frozenset(("turbo", "lightning", "schnell", "lcm", "hyper", "sprint", "dmd2"))
+"""Words in the names of few-step models; a name is no proof."""
+
+_FEW_STEPS = re.compile(r"(?<![0-9])(few|[1-8])[-_ ]?steps?\b", re.IGNORECASE)
 
 MOST_FEW_STEPS = 10
 """Models that draw in at most so many steps were distilled to it."""
@@ -80,23 +93,51 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
     return PipelineIndex(class_name, parts, content)
 
 
-def draws_in_few_steps(base: Base, steps: int | None = None) -> bool:
-    """Returns whether a model draws in few steps, by `steps` or its files.
+def draws_in_few_steps(base: Base, steps: int | None = None) -> bool | None:
+    """Returns whether a model draws in few steps; None where nothing shows it.
 
-    Files tell by the scheduler of a pipeline folder, or by an embedding of the guidance scale. Most
-    single files say nothing; they count as models of many steps.
+    `steps` decides; else the layout, an embedding of the guidance scale, or the scheduler of a
+    pipeline folder. Flow schedulers are the same for both kinds, and most single files have none.
     """
     if steps is not None:
         return steps <= MOST_FEW_STEPS
+    if base.layout in FEW_STEP_LAYOUTS:
+        return True
     if any(key.endswith(_GUIDANCE_EMBEDDING) for key in base.stored):
         return True
     if base.path is None:
-        return False
+        return None
     try:
         _, scheduler = read_pipeline_index(base.path).parts.get("scheduler", ("", ""))
+        file = base.path / "scheduler" / "scheduler_config.json"
+        config = read_json_object(file, _MOST_BYTES) if file.is_file() else {}
     except UnsupportedFormat:  # no pipeline
-        return False
-    return scheduler in FEW_STEP_SCHEDULERS
+        return None
+    return is_few_step_scheduler(scheduler, config)
+
+
+def is_few_step_scheduler(name: str, config: Mapping[str, Any]) -> bool | None:
+    """Returns whether a scheduler samples in few steps; None where it serves both kinds."""
+    if name in FEW_STEP_SCHEDULERS:
+        return True
+    if config.get("timestep_spacing") == "trailing":  # of distilled models, and of some others
+        return True if name == "EulerAncestralDiscreteScheduler" else None
+    return None if not name or "Flow" in name else False
+
+
+def is_named_few_step(base: Base) -> bool:
+    """Returns whether the names of a model or of its origin have a word of few-step models."""
+    names = [base.name]
+    with suppress(UnsupportedFormat):
+        if base.path is not None:
+            index = read_pipeline_index(base.path)
+            file = base.path / (index.denoiser or "") / "config.json"
+            config = read_json_object(file, _MOST_BYTES) if file.is_file() else {}
+            names += [str(x.get("_name_or_path", "")) for x in (index.content, config)]
+            names.append(index.class_name)
+    text = " ".join(names)
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+[0-9]*", text)
+    return bool(_FEW_STEPS.search(text)) or not FEW_STEP_NAMES.isdisjoint(map(str.lower, words))
 
 
 def _is_name(value: object) -> bool:

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..architectures.families import known_families
 from ..architectures.layouts import find_correspondence
 from ..architectures.modules import find_block, is_adaptable, is_in_text_encoder
 from ..bases import Base
@@ -227,15 +228,18 @@ def _list_block_numbers(base: Base) -> dict[str, set[str]]:
 
 def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
     """Refuses two bases without known partners: by kind, by width, or at all."""
-    what = f"{source.name} is {describe_base(source)}, {target.name} is {describe_base(target)}"
     shared = list_adaptable_shapes(source) & list_adaptable_shapes(target)
     if classify_model(source) != classify_model(target) or not shared:
-        lone = ", and no attention or feed-forward weight of one has the shape of any of the other"
-        why = "" if shared else lone
-        raise UnsupportedFormat(
-            f"{what}: these are different architectures, no block of one corresponds to a block of "
-            f"the other{why}. No data-free method maps between them; train the LoRA on the target"
+        kinds = " and ".join(
+            known_families()[base.family].title if base.family else describe_base(base)
+            for base in (source, target)
         )
+        raise UnsupportedFormat(
+            f"{source.name} and {target.name} are different kinds of model ({kinds}), and no block "
+            "of one corresponds to a block of the other. No LoRA moves between them by weights. "
+            "Next: `fit()` carries it over where both can run as whole pipelines"
+        )
+    what = f"{source.name} is {describe_base(source)}, {target.name} is {describe_base(target)}"
     raise NamesDoNotTell(
         f"{what}: nothing is known about which of their blocks belong together, and equal names "
         'need not be equal modules; match "similarity" recognises blocks by their weights'

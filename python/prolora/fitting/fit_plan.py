@@ -164,7 +164,8 @@ def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
     From settings and configurations alone.
     """
     assert source.path is not None and target.path is not None
-    of_target = options.for_target(draws_in_few_steps(target), _embeds_guidance(target.path))
+    few = bool(draws_in_few_steps(target))
+    of_target = options.for_target(few, _embeds_guidance(target.path))
     sides = (source.path, options.guidance), (target.path, of_target.guidance)
     # Two predictions a step with guidance, unless the model has learnt it.
     ours, theirs = (

@@ -15,6 +15,7 @@ from ..adapters.training_words import read_training_words
 from ..architectures.modules import is_in_text_encoder
 from ..bases import vae
 from ..bases.memory import resident_bytes
+from ..bases.pipeline_files import draws_in_few_steps
 from ..core.lowrank import LowRank
 from ..core.validation import DeviceLike
 from ..errors import InvalidOption, TooLittleMemory
@@ -185,6 +186,7 @@ def _open_both(
                 model.encode_prompts(sampled)
             model.encode_prompts(sampled)
         else:
+            model.few_steps = bool(draws_in_few_steps(job.target))
             model.encode_prompts(model.derive_target_settings(sampled))
         model.release_encoders()
         if job.card is not None and options.device is not None:

@@ -15,7 +15,7 @@ from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
 from ..bases.base import list_quantised
 from ..bases.identity import compute_hint, compute_short_hash
-from ..bases.pipeline_files import draws_in_few_steps, is_pipeline
+from ..bases.pipeline_files import draws_in_few_steps, is_named_few_step
 from ..core.lowrank import LowRank
 from ..files.store import replace_surrogates
 from ..reports.module_report import LEFT_OUT
@@ -154,11 +154,8 @@ def build_report(
     `vectors` is what `carry_vectors` returns; `known` are further fields.
     """
     adapter, plan, options, target = ledger.adapter, ledger.plan, ledger.options, ledger.target
-    steps = options.target_steps
-    few_steps: bool | None = None  # where nothing tells
-    if draws_in_few_steps(target, steps):
-        few_steps = not draws_in_few_steps(ledger.source)
-    elif steps is not None or is_pipeline(target.path):
+    few_steps = draws_in_few_steps(target, options.target_steps)
+    if few_steps and draws_in_few_steps(ledger.source):
         few_steps = False
     ledger.settle()
     return TransferReport(
@@ -180,6 +177,7 @@ def build_report(
         quantised=list_quantised(ledger.source, target),
         moves=read_moves(adapter.metadata),
         few_steps=few_steps,
+        few_by_name=few_steps is None and is_named_few_step(target),
         verdict=ledger.verdict,
         doubts=ledger.doubts,
         **known,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..comparison.expectation import CLASSES, classify
@@ -53,7 +53,8 @@ class TransferReport(MovedReport):
         as_stored: whether the file holds the stored tensors and scales of the LoRA as they are.
         base_dependent: how many of these are relative to weights of the base (DoRA, OFT, GLoRA).
         few_steps: whether the target draws in few steps and the source does not; None where
-            nothing tells.
+            nothing shows it.
+        few_by_name: whether then the target's name has a word of few-step models.
         verdict: what the weights of the two bases promise; None in a dry run.
     """
 
@@ -68,11 +69,29 @@ class TransferReport(MovedReport):
     as_stored: bool = False
     base_dependent: int = 0
     few_steps: bool | None = None
+    few_by_name: bool = False
     verdict: Verdict | None = None
+
+    @property
+    def works_as_it_is(self) -> bool:
+        """Whether the LoRA's own file does on the target what the result does."""
+        plain = self.method == "copy" and self.strength == 1 and not self.blocks
+        missing = self.left_out or self.unread or not (self.modules or self.vectors)
+        if not plain or missing or (self.dry_run and self.verdict is None):
+            return False
+        if self.verdict is not None and not self.verdict.related:
+            return False
+        return all(
+            row.status == "mapped" and row.source == row.target and row.rank_in == row.rank_out
+            for row in self.modules
+        )
 
     def _judge(self) -> InWords:
         told = self._tell_without_updates() or self._tell_move()
-        return InWords(told.mark, told.headline, told.lines, tuple(self.cautions()))
+        losses = self._list_losses() if told.mark == "✔" else []
+        cautions = tuple(line for line in self.cautions() if line not in losses)
+        told = replace(told, cautions=cautions)
+        return told.after(losses) if losses else told
 
     def _tell_without_updates(self) -> InWords | None:
         """Returns the verdict on a LoRA whose matrices do nothing, if certain.
@@ -116,6 +135,12 @@ class TransferReport(MovedReport):
                 kept /= self.strength**2 if self.method == "copy" else 1.0
             place = tell_place(placed, None if self.dry_run else kept, target)
         done = "" if self.dry_run else self._tell_method()
+        if self.unread:
+            names, there = split_modules(self.modules)
+            place = (
+                f"{len(there)} of the LoRA's {len(names)} parts have a place on {target}; "
+                f"{len(self.unread)} could not be read."
+            )
         if self.dry_run and (self.verdict is None or placed is None):
             fits = bool(self.vectors) if placed is None else placed >= LITTLE
             unknown = "The weights of the two models were not compared: whether it will work is "
@@ -124,9 +149,28 @@ class TransferReport(MovedReport):
             return InWords(mark, "A dry run: nothing was written.", tuple(filter(None, told)))
         promised = self.dry_run or (self.method == "copy" and self.strength == 1)
         found = judge(self.verdict, placed, bases, self.few_steps, promised)
-        lines = (*found.lines, place, done, self.why)
-        weak = found.mark == "✔" and (self.totals["energy_cut"] or 0.0) > 1 - ENOUGH
-        return InWords("⚠" if weak else found.mark, found.headline, tuple(filter(None, lines)))
+        if self.works_as_it_is:
+            changes = "" if found.mark == "✔" else ": nothing in it had to change"
+            place = f"The file works on {target} as it is{changes}."
+        named = f"By its name, {target} draws in few steps: if so, set `target_steps=4`."
+        lines = (*found.lines, place, done, named if self.few_by_name else "", self.why)
+        return InWords(found.mark, found.headline, tuple(filter(None, lines)))
+
+    def _list_losses(self) -> list[str]:
+        """Lists what the headline must not promise: parts that are missing in the result."""
+        lost, losses = self.totals["energy_cut"] or 0.0, []
+        if self.unread:
+            names, _ = split_modules(self.modules)
+            losses.append(f"{len(self.unread)} of the LoRA's {len(names)} parts could not be read.")
+        return [*losses, self._tell_cut(lost)] if lost > 1 - ENOUGH else losses
+
+    @staticmethod
+    def _tell_cut(lost: float) -> str:
+        """Tells what cutting the rank took."""
+        return (
+            f"Cutting the rank took {lost:.0%} of what was moved; a higher `out_rank` keeps more "
+            "of it."
+        )
 
     def _tell_vectors_alone(self) -> str:
         """Tells how much of a LoRA without matrices goes over; "" without vectors."""
@@ -155,10 +199,7 @@ class TransferReport(MovedReport):
                 f"{self.target} now."
             )
         if (lost := self.totals["energy_cut"] or 0.0) > 1 - ENOUGH:
-            told.append(
-                f"Cutting the rank took {lost:.0%} of what was moved; a higher `out_rank` keeps "
-                "more of it."
-            )
+            told.append(self._tell_cut(lost))
         # In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
         strangers = [
             (row.source, str(row.target))
@@ -207,7 +248,8 @@ class TransferReport(MovedReport):
 
     def numbers(self) -> dict[str, Any]:
         """Returns what the report holds, by name."""
-        return super().numbers() | {"decisions": [one.to_dict() for one in self.decisions]}
+        decisions = [one.to_dict() for one in self.decisions]
+        return super().numbers() | {"decisions": decisions, "works_as_it_is": self.works_as_it_is}
 
     def _list_choices(self) -> dict[str, str]:
         return super()._list_choices() | {
@@ -246,11 +288,10 @@ def judge(
         return InWords(mark, headline)
     advice = found.advice.format(target=target)
     if few_steps is None and found.name in ("alike", "changed"):
-        advice += " If it draws in few steps, which a single file does not tell, up to 1.25."
-    seen = f"{max(0.0, found.low):.0%} to {found.high:.0%}"
-    harm = ", and some images got worse than without it" if found.low < 0 else ""
-    told = f"On small test models a copy brought {seen} of what training on the target gives{harm}."
-    return InWords(mark, headline, (advice, *([told] if found.low < 1 else [])))
+        advice += " If it draws in few steps, which its files do not say, set `target_steps=4`."
+    low, high = found.range or (0.0, 0.0)
+    outcome = found.outcome.format(low=low, high=high)
+    return InWords(mark, headline, tuple(filter(None, (advice, outcome))))
 
 
 def name_amount(share: float) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bases.folder import MODELS
-from ...bases.pipeline_files import FEW_STEP_SCHEDULERS
+from ...bases.pipeline_files import is_few_step_scheduler
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..checkpoint import hash_updates
@@ -63,6 +63,7 @@ class Pipeline:
         memory: of its text encoders' answers; None for a pipeline with other users.
         swapping: of the denoiser's blocks, on a card whose memory is bounded.
         tile: pixels of the tiles that its VAE was asked to take; None: its own.
+        few_steps: whether its size is that of few-step models alone.
     """
 
     def __init__(self, pipe: Any, name: str, memory: PromptMemory | None = None) -> None:
@@ -75,6 +76,7 @@ class Pipeline:
         self.schedule = NoiseSchedule.of(pipe.scheduler, name)
         self.swapping: BlockSwapping | None = None
         self.tile: int | None = None
+        self.few_steps = False
         self.accepted = inspect.signature(type(pipe).__call__).parameters
         if "prompt" not in self.accepted:
             raise UnsupportedFormat(
@@ -135,8 +137,10 @@ class Pipeline:
         """Returns the settings of a target's sampling."""
         config = getattr(self.denoiser, "config", {})
         learnt = config.get("time_cond_proj_dim")
-        few = bool(learnt) or type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
-        return settings.for_target(few, bool(learnt or config.get("guidance_embeds")))
+        scheduler = self.pipe.scheduler
+        few = self.few_steps or learnt
+        few = few or is_few_step_scheduler(type(scheduler).__name__, scheduler.config)
+        return settings.for_target(bool(few), bool(learnt or config.get("guidance_embeds")))
 
     def sample_latents(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
