@@ -1,7 +1,10 @@
 """Defects of a file are found and named with what mends them, and sound files have none."""
 
+import contextlib
+import itertools
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import torch
 from lora_files import factors, save
 from safetensors.torch import load_file, save_file
 
+import prolora
 from prolora.architectures.families import known_families
 from prolora.checking.check import check
 from prolora.files.safetensors_file import SafetensorsFile
@@ -67,15 +71,23 @@ def test_a_dora_of_ai_toolkit_without_alpha_is_read_at_scale_1_with_a_word(lora)
     assert not check(save(lora.with_name("whole"), tensors)).defects
 
 
+def follow(path, mend):
+    """Runs the command of a mend, and checks what it writes."""
+    (alpha,) = re.findall(r"`convert\(\)` it with `alpha=([0-9.]+)`", mend)
+    out = path.with_name("mended.safetensors")
+    prolora.convert(path, alpha=float(alpha), out=out)
+    return check(out)
+
+
 @pytest.mark.parametrize(("alpha", "factor", "strength"), [("1", "4", "0.25"), ("16", "0.25", "4")])
-def test_a_lost_alpha_is_told_with_the_strength_that_mends_it(lora, alpha, factor, strength):
-    change(lora, drop_alphas, {"ss_network_alpha": alpha})
-    found = check(lora)
+def test_a_lost_alpha_is_told_with_what_mends_it(lora, alpha, factor, strength):
+    found = check(change(lora, drop_alphas, {"ss_network_alpha": alpha}))
     (defect,) = found.defects
     assert f"{factor}× as strongly" in defect.text and defect.mend == (
-        f"load it at strength {strength}; or `convert()` it with `alpha={alpha}`"
+        f"`convert()` it with `alpha={alpha}`; or load it at strength {strength}"
     )
     assert found.mark == "⚠" and not found and str(defect) in str(found)
+    assert not follow(lora, defect.mend).defects
 
 
 @pytest.mark.parametrize(
@@ -92,24 +104,111 @@ def test_some_lost_alphas_are_counted(lora):
     assert "1 of 3 alphas" in defect.text and defect.mend.endswith("`alpha=2`")
 
 
-@pytest.mark.parametrize(
-    ("alpha", "named", "number"),
-    [(0.01, False, 1), (16, False, 1), (0.01, True, 0), (8, False, 0)],
-)
-def test_an_unusual_scale_is_told_unless_it_was_trained_so(lora, alpha, named, number):
-    def set_alpha(key, tensor):
-        return torch.tensor(float(alpha)) if key.endswith(".alpha") else tensor
+def set_alphas(*alphas):
+    """Sets the alphas of the modules in turn."""
+    given = itertools.cycle(alphas)
+    return lambda key, x: torch.tensor(float(next(given))) if key.endswith(".alpha") else x
 
-    found = check(change(lora, set_alpha, {"ss_network_alpha": str(alpha)} if named else None))
-    assert len(found.defects) == number
-    assert not number or f"strength {4 / alpha:.3g}" in found.defects[0].mend
+
+@pytest.mark.parametrize(
+    ("alphas", "trained", "mend"),
+    [
+        ((0.01,), None, "where images show too little of it, `convert()` it with `alpha=4`"),
+        ((16,), None, "too much of it, `convert()` it with `alpha=4`, or load it at strength 0.25"),
+        ((64,), None, "where images show too much of it, `convert()` it with `alpha=4`"),
+        ((16, 4, 4), None, ""),  # of a part alone no strength serves
+        ((0.01,), "0.01", None),
+        ((8,), None, None),
+    ],
+)
+def test_an_unusual_scale_is_told_unless_it_was_trained_so(lora, alphas, trained, mend):
+    header = {"ss_network_alpha": trained} if trained else None
+    defects = check(change(lora, set_alphas(*alphas), header)).defects
+    assert [one.mend.endswith(mend) for one in defects] == [True] * (mend is not None)
+    if mend:
+        assert not follow(lora, mend).defects
+        strengths = [float(x) for x in re.findall("strength ([0-9.]+)", mend)]
+        assert all(0.25 <= x <= 4 for x in strengths)
+
+
+def test_a_scale_that_every_program_reads_in_its_own_way_is_told(lora):
+    found = check(change(lora, set_alphas(0)))
+    (defect,) = found.defects
+    assert found.mark == "⚠" and "Alpha is 0: ComfyUI, A1111 and diffusers make" in defect.text
+    assert defect.mend == "`convert()` it with `alpha=4`"
+    assert check(lora, program="comfyui").mark == "✖"
+    assert check(lora, program="sd-scripts").defects[0].mark == "⚠"
+    assert not follow(lora, defect.mend).defects
+
+
+def write_ranks(path, ranks, alphas, metadata=None, kernel=3):
+    """A LoRA whose modules have these ranks and alphas; the last is a convolution."""
+    tensors = {}
+    for i, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True)):
+        stem = f"lora_unet_down_blocks_{i}_attentions_0_proj_in"
+        up, down = factors((40, 50), rank, i)
+        if i == len(ranks) - 1:
+            stem = f"lora_unet_down_blocks_{i}_resnets_0_conv1"
+            up, down = up[..., None, None], down[:, :, None, None].expand(-1, -1, kernel, kernel)
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down.contiguous()}
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+    return save(path, tensors, metadata)
+
+
+CONV_ALPHA = {"ss_network_alpha": "16", "ss_network_args": '{"conv_alpha": "1", "conv_dim": "32"}'}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "alphas", "metadata", "words"),
+    [
+        ((16, 16, 4), (16, 16, 16), None, None),  # prolora's own, and kohya's resize
+        ((2, 7, 32), (32, 32, 32), None, None),
+        ((128, 128, 128), (1, 1, 1), None, None),  # kohya's default
+        ((16, 16, 4), (16, 16, 4), None, None),
+        (
+            (16, 16, 32),
+            (16, 16, 0.5),
+            CONV_ALPHA | {"ss_network_args": '{"conv_alpha": 0.5}'},
+            None,
+        ),
+        ((16, 16, 32), (None,) * 3, CONV_ALPHA, "header says 16 and 1."),
+        ((16, 16, 4), (None,) * 3, {"ss_network_alpha": "16"}, None),
+        ((4, 4, 16), (16, 16, 64), None, "3 of 3 updates have an unusual scale"),
+    ],
+)
+def test_one_alpha_of_mixed_ranks_is_meant_for_the_largest(
+    tmp_path, ranks, alphas, metadata, words
+):
+    found = check(write_ranks(tmp_path / "lora.safetensors", ranks, alphas, metadata))
+    assert [words in one.text for one in found.defects] == [True] * (words is not None)
+    assert all("strength" not in one.mend for one in found.defects)
+
+
+ODD_NUMBERS = [
+    *("1e400", "-1e400", "NaN", "Infinity", "9" * 400, "9" * 5000, "[" * 100_000, "null", "None"),
+    *("", '""', "true", "{}", "1e-60", "-4", "1e7", "0", "\x00", "١٦"),
+]
+
+
+@pytest.mark.parametrize("key", ["ss_network_alpha", "conv_alpha", "ss_network_args"])
+@pytest.mark.parametrize("value", ODD_NUMBERS, ids=range(len(ODD_NUMBERS)))
+def test_a_strange_number_in_a_header_is_no_alpha(lora, key, value):
+    header = {key: value}
+    if key == "conv_alpha":
+        header = {"ss_network_args": json.dumps({key: value}), "ss_network_alpha": "2"}
+    change(lora, lambda _, x: x, header)
+    assert not check(lora, deep=True).defects
+    if value != "١٦":  # Python reads these digits, and they are a number
+        change(lora, drop_alphas, header)
+        assert not any("nan" in str(one) for one in check(lora).defects)
 
 
 @pytest.mark.parametrize(
     ("factor", "words", "mark"),
     [
-        (math.nan, "hold NaN or Inf", "✖"),
-        (math.inf, "hold NaN or Inf", "✖"),
+        (math.nan, "holds NaN or Inf", "✖"),
+        (math.inf, "holds NaN or Inf", "✖"),
         (1e9, "may overflow float16", "⚠"),
         (1e9, "times larger than the others", "⚠"),
     ],
@@ -122,11 +221,78 @@ def test_what_the_numbers_tell_is_found_by_reading_them(lora, factor, words, mar
     assert [one.mark for one in defects if words in one.text] == [mark]
 
 
-def test_a_lora_that_was_never_trained_changes_nothing(lora):
+HEADER_KEYS = [
+    *("ss_network_dim", "ss_tag_frequency", "ss_base_model_version", "modelspec.architecture"),
+    *("ss_sd_model_name", "prolora.moves", "prolora.verdict", "lora_adapter_metadata", "ss_v2"),
+]
+
+
+@pytest.mark.parametrize("key", HEADER_KEYS)
+def test_no_text_in_a_header_ends_a_verb_with_a_traceback(lora, key):
+    for value in ODD_NUMBERS:
+        change(lora, lambda _, x: x, {key: value})
+        for verb in (check, prolora.convert):
+            with contextlib.suppress(prolora.ProLoRAError):
+                verb(lora)
+
+
+@pytest.mark.parametrize("alpha", [1e-60, 1e60, math.nan, 0, -1])
+def test_an_alpha_that_no_trainer_takes_is_refused(lora, alpha):
+    with pytest.raises(prolora.errors.InvalidOption, match="from 1e-06 to 1e\\+06"):
+        prolora.convert(lora, alpha=alpha)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+OTHER_KINDS = {
+    "full": {"diff": random(6, 5)},
+    "loha": {
+        f"hada_w{i}_{x}": random(*s) for i in (1, 2) for x, s in (("a", (6, 2)), ("b", (2, 5)))
+    },
+    "lokr": {"lokr_w1": random(2, 1), "lokr_w2": random(3, 5)},
+    "bias": {"diff_b": random(6)},
+    "norm": {"w_norm": random(6), "b_norm": random(6, seed=1)},
+}
+
+
+def add_kind(lora, kind, changed):
+    """Adds a module of a kind, its last tensor changed."""
+    stem = "lora_unet_mid_block_attentions_0_" + ("norm" if kind == "norm" else "proj_in")
+    tensors = {f"{stem}.{role}": tensor.clone() for role, tensor in OTHER_KINDS[kind].items()}
+    last = [*tensors][-1]
+    tensors[last] = changed(tensors[last])
+    return save(lora, load_file(lora) | tensors)
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("factor", [1.0, math.nan, math.inf, 1e9])
+def test_every_tensor_of_every_kind_is_looked_at(lora, kind, factor):
+    found = check(add_kind(lora, kind, lambda x: x * factor), deep=True)
+    words = {1.0: [], 1e9: ["float16", "times larger"]}.get(factor, ["NaN or Inf"])
+    if kind in ("bias", "norm") and factor == 1e9:
+        words = ["float16"]
+    assert [any(word in one.text for one in found.defects) for word in words] == [True] * len(words)
+    assert len(found.defects) == len(words)
+
+
+def test_a_tensor_that_is_not_read_is_looked_at_too(lora):
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    tensors = load_file(lora) | {f"{stem}.gain": torch.tensor([math.nan])}
+    found = check(save(lora, tensors), deep=True)
+    assert [one.mark for one in found.defects] == ["⚠", "✖"] and found.mark == "✖"
+    first = found.defects[0].text
+    assert first.startswith("1 part of this file is not read, down_blocks.0.attentions.0.proj_in: ")
+    assert check(lora).mark == "⚠"
+
+
+def test_a_lora_that_was_never_trained_changes_nothing_unless_it_has_trained_biases(lora):
     change(lora, lambda key, x: x * 0 if "lora_up" in key else x)
     assert [one.text for one in check(lora, deep=True).defects] == [
         "This LoRA changes nothing: it is zero."
     ]
+    assert not check(add_kind(lora, "bias", lambda x: x), deep=True).defects
 
 
 def test_a_program_that_skips_modules_is_told_with_how_many(tmp_path):

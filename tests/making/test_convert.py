@@ -262,7 +262,7 @@ def test_an_alpha_is_refused_where_something_else_tells_it():
     with pytest.raises(prolora.errors.InvalidOption, match="`lora_alpha` in its PEFT"):
         prolora.convert((peft.state_dict("peft"), config), alpha=1)
     for alpha in (0, -1, float("nan"), True):
-        with pytest.raises(prolora.errors.InvalidOption, match="a number above 0"):
+        with pytest.raises(prolora.errors.InvalidOption, match="a number from"):
             prolora.convert(tensors, alpha=alpha)
 
 

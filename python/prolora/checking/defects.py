@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isclose
 from statistics import median
+from typing import TYPE_CHECKING
 
-from ..adapters.algorithms.forms import MAGNITUDES, NUMBERS
+from ..adapters.algorithms import forms
 from ..adapters.lora import Lora
-from ..adapters.slots import Slot
+from ..adapters.slots import Contents, Slot
+from ..adapters.training_words import read_alpha
+from ..errors import UnsupportedFormat
+from ..files.dtypes import is_floating
+from ..files.jsontext import parse_json_object
 from ..reports.report import Mark
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEAKEST, STRONGEST = 1 / 16, 2.0
 """Trainers write scales alpha / rank between these; others are mostly a lost or a doubled alpha."""
+
+DEFAULT_ALPHA = 1.0
+"""What kohya's scripts train with where nobody sets an alpha, whatever the rank."""
+
+LARGEST_FACTOR = 4.0
+"""A mend by strength changes it by at most this factor."""
+
+ZERO_IS_NOTHING = ("comfyui", "a1111", "diffusers")
+"""Programs that multiply by an alpha of 0; trainers read it as the rank."""
 
 OUTLIER = 1e4
 """An update larger than so many times its file's median is damaged."""
@@ -37,86 +54,203 @@ class Defect:
         return f"{self.text} Mend: {self.mend}." if self.mend else self.text
 
 
-def find_defects(
-    slots: Sequence[Slot], scales: Mapping[str, float], opened: Lora
-) -> tuple[Defect, ...]:
-    """Finds what header and scales tell: alphas that are lost or unusual."""
-    slots = [slot for slot in slots if slot.form.rank and slot.peft is None]
-    trained, found = 0.0, []  # alpha in the trainer's header
-    with suppress(TypeError, ValueError):
-        trained = float(json.loads(opened.metadata.get("ss_network_alpha", "0")))
-    lost = [slot for slot in slots if not {"alpha", "scale"} & slot.keys.keys()]
-    factor = max((slot.form.rank / trained for slot in lost), default=1.0) if trained else 1.0
-    if factor != 1.0:
-        every = len(lost) == len(slots)
-        what = "alpha is" if every else f"{len(lost)} of {len(slots)} alphas are"
-        text = (
-            f"It acts {factor:.3g}× as strongly as it was trained: {what} missing, and its header "
-        )
-        mend = f"load it at strength {1 / factor:.3g}" if every else "download it again"
-        mend += f"; or `convert()` it with `alpha={trained:g}`"
-        found.append(Defect("⚠", f"{text}says {trained:g}.", mend))
-    elif any(slot.module.format == "kohya" and "magnitude" in slot.keys for slot in lost):
+@dataclass(frozen=True)
+class _Alphas:
+    """The alphas of a file, and those that its header has."""
+
+    slots: list[Slot]  # with a rank, and no configuration of PEFT
+    stored: dict[str, float]  # module -> alpha, of those that have one
+    trained: float  # of linear layers, 0 where unknown
+    trained_convolutions: float  # of convolutions with a window
+
+    @classmethod
+    def of(cls, slots: Iterable[Slot], opened: Lora) -> _Alphas:
+        """Reads the alphas in front of low-rank updates."""
+        ranked = [slot for slot in slots if slot.form.rank and slot.peft is None]
+        stored = {
+            slot.module.name: opened.read_number(slot.keys["alpha"])
+            for slot in ranked
+            if "alpha" in slot.keys and "scale" not in slot.keys
+        }
+        trained, arguments = read_alpha(opened.metadata.get("ss_network_alpha", "")), {}
+        with suppress(UnsupportedFormat):
+            text = opened.metadata.get("ss_network_args", "")
+            arguments = parse_json_object(text, "ss_network_args")
+        of_convolutions = read_alpha(str(arguments.get("conv_alpha", "")))
+        return cls(ranked, stored, trained, of_convolutions or trained)
+
+    def find_trained(self, slot: Slot) -> float:
+        """Returns the alpha that the header has for an update, 0 where unknown."""
+        window = math.prod(slot.kernel or (1,)) > 1
+        return self.trained_convolutions if window else self.trained
+
+    def choose_one(self) -> float:
+        """Returns the one alpha that the header has for all updates, 0 where unknown."""
+        every = {self.find_trained(slot) for slot in self.slots}
+        return every.pop() if len(every) == 1 else 0.0
+
+
+def find_defects(contents: Contents, opened: Lora, program: str | None = None) -> list[Defect]:
+    """Finds what header and alphas show; `program` is a key of `known_loaders()`."""
+    alphas = _Alphas.of(contents.slots, opened)
+    found = [_find_unread(contents), _find_lost(alphas), _find_zero(alphas, program)]
+    return [defect for defect in (*found, _find_odd(alphas)) if defect]
+
+
+def _find_unread(contents: Contents) -> Defect | None:
+    """Finds tensors that may be of updates, and are not read."""
+    if not contents.unread:
+        return None
+    name, count = next(iter(contents.unread)), len(contents.unread)
+    what = "1 part of this file is" if count == 1 else f"{count} parts of this file are"
+    return Defect("⚠", f"{what} not read, {name}: {contents.left_out[name]}.")
+
+
+def _find_lost(alphas: _Alphas) -> Defect | None:
+    """Finds updates without the alpha that the header has."""
+    lost = [slot for slot in alphas.slots if not {"alpha", "scale"} & slot.keys.keys()]
+    ranks: dict[float, int] = {}  # one alpha for all ranks is meant for the largest
+    for slot in lost:
+        if trained := alphas.find_trained(slot):
+            ranks[trained] = max(ranks.get(trained, 0), slot.form.rank)
+    factors = {rank / trained for trained, rank in ranks.items()} - {1.0}
+    if factors:
+        factor, trained = max(factors), alphas.choose_one()
+        every = len(lost) == len(alphas.slots)
+        what = "alpha is" if every else f"{len(lost)} of {len(alphas.slots)} alphas are"
+        named = " and ".join(f"{alpha:g}" for alpha in ranks)
+        text = f"It acts {factor:.3g}× as strongly as it was trained: {what} missing, and its "
+        mend = f"`convert()` it with `alpha={trained:g}`" if trained else ""
+        if every and len(ranks) == len(factors) == 1 and _is_moderate(factor):
+            mend += f"{'; or ' if mend else ''}load it at strength {1 / factor:.3g}"
+        return Defect("⚠", f"{text}header says {named}.", mend)
+    if any(slot.module.format == "kohya" and "magnitude" in slot.keys for slot in lost):
         text = "ai-toolkit saves no alpha of a DoRA in kohya's format: it is read at scale 1."
-        found.append(Defect("⚠", text, "if its alpha was not its rank, `convert()` with `alpha`"))
+        return Defect("⚠", text)
+    return None
+
+
+def _find_zero(alphas: _Alphas, program: str | None) -> Defect | None:
+    """Finds alphas of 0, which programs read in two ways."""
+    zero = [slot for slot in alphas.slots if alphas.stored.get(slot.module.name) == 0]
+    if not zero:
+        return None
+    count = "Alpha is" if len(zero) == len(alphas.slots) else f"{len(zero)} alphas are"
+    text = (
+        f"{count} 0: ComfyUI, A1111 and diffusers make nothing of such updates; sd-scripts, "
+        "musubi-tuner and LyCORIS read it as the rank."
+    )
+    ranks = {slot.form.rank for slot in alphas.slots}
+    mend = f"`convert()` it with `alpha={ranks.pop()}`" if len(ranks) == 1 else ""
+    return Defect("✖" if program in ZERO_IS_NOTHING else "⚠", text, mend)
+
+
+def _find_odd(alphas: _Alphas) -> Defect | None:
+    """Finds scales that no trainer writes."""
+    largest: dict[float, int] = {}  # one alpha for all ranks is meant for the largest
+    for slot in alphas.slots:
+        if alpha := alphas.stored.get(slot.module.name):
+            largest[alpha] = max(largest.get(alpha, 0), slot.form.rank)
+    usual = (DEFAULT_ALPHA, alphas.trained, alphas.trained_convolutions)
     odd = {
-        slot.module.name: slot
-        for slot in slots
-        if "alpha" in slot.keys
-        and not WEAKEST <= abs(scales[slot.module.name]) <= STRONGEST
-        and not isclose(opened.read_number(slot.keys["alpha"]), trained, rel_tol=1e-2)
+        alpha: rank
+        for alpha, rank in largest.items()
+        if not WEAKEST <= abs(alpha) / rank <= STRONGEST
+        and not any(isclose(alpha, known, rel_tol=1e-2) for known in usual)
     }
-    if odd:
-        name = min(odd, key=lambda name: min(abs(scales[name]), 1 / (abs(scales[name]) or 1)))
-        scale, rank = scales[name], odd[name].form.rank
-        text = (
-            f"{len(odd)} of {len(slots)} updates have an unusual scale: alpha over rank is "
-            f"{scale * rank:.4g}/{rank} = {scale:.3g}, and trainers write {WEAKEST} to {STRONGEST}."
-        )
-        much = "little" if abs(scale) < 1 else "much"
-        mend = f"`convert()` it with `alpha={trained:g}`, as its header has it" if trained else ""
-        if scale and not mend:
-            mend = f"where images show too {much} of it, load it at strength {1 / scale:.3g}"
-        found.append(Defect("⚠", text, mend))
-    return tuple(found)
+    if not odd:
+        return None
+    count = sum(alphas.stored.get(slot.module.name) in odd for slot in alphas.slots)
+    alpha = max(odd, key=lambda alpha: abs(math.log(abs(alpha) / odd[alpha])))
+    rank, scale = odd[alpha], alpha / odd[alpha]
+    text = (
+        f"{count} of {len(alphas.slots)} updates have an unusual scale: alpha over rank is "
+        f"{alpha:.4g}/{rank} = {scale:.3g}, and trainers write {WEAKEST} to {STRONGEST}."
+    )
+    if count < len(alphas.slots) or len(largest) > 1:
+        return Defect("⚠", text)
+    much = "little" if abs(scale) < 1 else "much"
+    mend = f"where images show too {much} of it, `convert()` it with `alpha={rank}`"
+    if _is_moderate(scale):
+        mend += f", or load it at strength {1 / scale:.3g}"
+    return Defect("⚠", text, mend)
+
+
+def _is_moderate(factor: float) -> bool:
+    return 1 / LARGEST_FACTOR <= factor <= LARGEST_FACTOR
 
 
 def find_deep_defects(
-    slots: Iterable[Slot], scales: Mapping[str, float], opened: Lora
-) -> tuple[Defect, ...]:
-    """Finds what all numbers tell: NaN, zeros, overflows and outliers; reads every tensor."""
+    contents: Contents, scales: Mapping[str, float], opened: Lora
+) -> list[Defect]:
+    """Finds what all numbers show: NaN, zeros, overflows and outliers; reads every tensor."""
     broken: list[str] = []
     over: list[str] = []
     sizes: dict[str, float] = {}
-    for slot in slots:
-        name, scale = slot.module.name, abs(scales[slot.module.name])
-        parts = {role: opened.read(key).double() for role, key in slot.keys.items()}
+    for slot in contents.slots:
+        name, parts = slot.module.name, {}
+        for role, key in slot.keys.items():
+            parts[role] = opened.read(key).double()
         bad = [slot.keys[role] for role, x in parts.items() if not x.isfinite().all()]
         if bad:
             broken += bad
             continue
-        factors = [x for role, x in parts.items() if role not in NUMBERS | MAGNITUDES]
-        sizes[name] = scale if all(x.any() for x in factors) else 0.0
-        if parts.keys() >= {"up", "down"} and "mid" not in parts:
-            up, down = parts["up"].flatten(1), parts["down"].flatten(1)
-            product = ((up.mT @ up) * (down @ down.mT)).sum()  # ‖up·down‖², of the rank's size
-            sizes[name] = scale * float(product.clamp_min(0).sqrt())
-            if scale * float(up.norm(dim=1).max() * down.norm(dim=0).max()) > LARGEST_HALF:
-                over.append(name)
+        factors = [x for role, x in parts.items() if role not in forms.NUMBERS | forms.MAGNITUDES]
+        acts = scales[name] != 0 and all(x.any() for x in factors)
+        if forms.kind_of_roles(parts.keys()) in ("oft", "glora"):  # relative to the base's weight
+            sizes[name] = float(acts)
+            continue
+        rows = abs(scales[name]) * _measure_rows(slot.form.algorithm, parts)
+        sizes[name] = float(rows.norm())
+        if max(float(rows.max()), *(float(x.abs().max()) for x in factors)) > LARGEST_HALF:
+            over.append(name)
+    used = {key for slot in contents.slots for key in slot.keys.values()}
+    trained = False
+    for key in opened.headers.keys() - used:
+        if not is_floating(opened.headers[key].dtype):
+            continue
+        tensor = opened.read(key).double()
+        if not tensor.isfinite().all():
+            broken.append(key)
+        elif float(tensor.abs().max() if tensor.numel() else 0) > LARGEST_HALF:
+            over.append(key)
+        trained |= bool(tensor.any())
+    return _describe_numbers(sorted(broken), over, sizes, trained)
+
+
+def _measure_rows(algorithm: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Measures the norms of an update's rows; of two factors without their product."""
+    from ..adapters.algorithms.lora_products import lora_product, measure_rows
+
+    if algorithm in ("loha", "lokr", "full"):
+        return measure_rows(algorithm, tensors)
+    product = lora_product(tensors)
+    up, down = product.up.double(), product.down.double()
+    return ((up @ (down @ down.mT)) * up).sum(1).clamp_min(0).sqrt()
+
+
+def _describe_numbers(
+    broken: Sequence[str], over: Sequence[str], sizes: Mapping[str, float], trained: bool
+) -> list[Defect]:
+    """Describes broken tensors, overflows, outliers and a LoRA of zeros."""
     found = []
     if broken:
         mend = "download it again; if it stays so, its training diverged"
-        text = f"{len(broken)} tensors hold NaN or Inf, {broken[0]} the first."
-        found.append(Defect("✖", text, mend))
+        what = "1 tensor holds" if len(broken) == 1 else f"{len(broken)} tensors hold"
+        found.append(Defect("✖", f"{what} NaN or Inf, {broken[0]} the first.", mend))
     if over:
-        text = f"{len(over)} updates may overflow float16, {over[0]} the first."
-        found.append(Defect("⚠", text, "draw in bfloat16"))
+        what = "1 update" if len(over) == 1 else f"{len(over)} updates"
+        found.append(Defect("⚠", f"{what} may overflow float16, {over[0]} the first.", _BFLOAT16))
     acting = {name: size for name, size in sizes.items() if size}
     usual = median(acting.values()) if acting else 0.0
     huge = [name for name, size in acting.items() if size > OUTLIER * usual]
     if huge:
-        text = f"{len(huge)} updates are {OUTLIER:.0f} times larger than the others: {huge[0]} …"
+        what = "1 update is" if len(huge) == 1 else f"{len(huge)} updates are"
+        text = f"{what} more than {OUTLIER:.0f} times larger than the others: {huge[0]}."
         found.append(Defect("⚠", text, "download it again"))
-    if sizes and not acting:
+    if sizes and not (acting or trained or broken):
         found.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
-    return tuple(found)
+    return found
+
+
+_BFLOAT16 = "draw in bfloat16"

@@ -69,9 +69,10 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
         scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     except ProLoRAError as error:
         return _describe_refused(opened, found, str(error))
-    look = find_deep_defects if deep else lambda *_: ()
-    defects = *find_defects(contents.slots, scales, opened), *look(contents.slots, scales, opened)
-    return replace(_describe_contents(opened, contents, scales, found, program), defects=defects)
+    defects = find_defects(contents, opened, program)
+    defects += find_deep_defects(contents, scales, opened) if deep else []
+    described = _describe_contents(opened, contents, scales, found, program)
+    return replace(described, defects=tuple(defects))
 
 
 def _describe_contents(

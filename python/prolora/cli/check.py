@@ -11,7 +11,7 @@ from ..checking.check import check as check_file
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
 from .console import answer, out, progress_bar
-from .exits import ExitCode, describe_error
+from .exits import HANDLED, ExitCode, describe_error, find_exit_code
 from .flags import JsonOption, base_option, path_argument, split_bases
 from .tables import MARKS, draw_facts
 
@@ -60,12 +60,13 @@ def check(
                 found = check_file(file, **asked, progress=progress)
         except InvalidOption:
             raise
-        except ProLoRAError as error:
+        except HANDLED as error:
             if len(files) == 1:
                 raise
-            records.append({"path": spell_path(file), "error": error.to_dict()})
             text = describe_error(error)[0].removeprefix(f"{file}: ")
-            style, code = MARKS["✖"], ExitCode.REFUSED
+            known = error if isinstance(error, ProLoRAError) else ProLoRAError(text)
+            records.append({"path": spell_path(file), "error": known.to_dict()})
+            style, code = MARKS["✖"], find_exit_code(error)
         else:
             records.append(found.to_dict())
             text, style = f"{found.mark} {found.headline}", MARKS[found.mark]

@@ -40,7 +40,7 @@ class IncompleteResult(ProLoRAError):
     code = "incomplete-result"
 
 
-HANDLED = (ValueError, RuntimeError, OSError, MemoryError)
+HANDLED = (ValueError, RuntimeError, OSError, MemoryError, ArithmeticError)
 """Errors that become one line; ProLoRAError is a ValueError. All others are bugs: a traceback."""
 
 

@@ -17,6 +17,7 @@ from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents
 from ..adapters.keys.tensor_keys import split_key
 from ..adapters.lora import Header, Lora
+from ..adapters.training_words import LARGEST_ALPHA, SMALLEST_ALPHA
 from ..bases import Base, BaseLike, open_base
 from ..core.lowrank import LowRank
 from ..core.option_fields import option, take_option
@@ -28,7 +29,6 @@ from ..moving.block_weights import Blocks, BlockWeights, find_factors, weigh_ada
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import (
-    LARGEST_STRENGTH,
     OUTPUT,
     LoraLike,
     Output,
@@ -63,8 +63,11 @@ class ConvertOptions(Output):
         if self.blocks is not None:
             BlockWeights.read(self.blocks)
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if self.alpha is not None and not (number and 0 < self.alpha <= LARGEST_STRENGTH):
-            raise InvalidOption(f"`alpha` is a number above 0, not {self.alpha!r}")
+        if self.alpha is not None and not (
+            number and SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA
+        ):
+            bounds = f"{SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g}"
+            raise InvalidOption(f"`alpha` is a number from {bounds}, not {self.alpha!r}")
 
 
 DEFAULT_CONVERSION = ConvertOptions()
@@ -178,6 +181,7 @@ def _tell_strength(report: MadeReport, before: Adapter, after: Adapter) -> MadeR
     )
     ends = sorted({f"{ratio:.3g}" for ratio in times.values()}, key=float)
     told = f"It acts {' to '.join(ends[:1] + ends[1:][-1:])} times as strong as before."
+    told = told if ends else "Before, its scales made nothing of it."
     return replace(report, modules=rows, advice=f"{told} {report.advice}".strip())
 
 

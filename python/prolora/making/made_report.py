@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..reports.lora_report import ENOUGH, LoraReport
+from ..reports.lora_report import ENOUGH, LoraReport, count_things
 from ..reports.report import InWords, Mark
 from .bake_report import BakedModule
 
@@ -35,7 +35,9 @@ class MadeReport(LoraReport):
         original = f"what was read of {self.original}" if self.unread else self.original
         headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by "
         mark: Mark = "✔" if kept >= ENOUGH else "⚠"
-        return InWords(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
+        told = InWords(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
+        missing = f"{count_things(self.unread, 'update')} of the file could not be read."
+        return told.after([missing]) if self.unread else told
 
     def lines(self) -> list[str]:
         """Says what else to know of the result."""

@@ -197,6 +197,7 @@ class _Merge:
             stated_base=Path(stated).name,
             digest=f"sha256:{digest}" if digest else "",
             modules=len(adapter.updates),
+            unread=len(adapter.unread),
         )
         self.facts.append(fact)
 

@@ -31,7 +31,8 @@ class MergedPart:
     trigger: str = ""  # its trigger phrase; "" without one
     stated_base: str = ""  # the base that its header names; "" without one
     digest: str = ""  # "sha256:…" of its file; "" of a LoRA in memory
-    modules: int = 0  # how many it has
+    modules: int = 0  # how many are read
+    unread: int = 0  # how many more could not be read
     energy: float = 0.0  # Σ‖ΔW‖² of all of it, strength included
     # Σ⟨ΔW_merged, ΔW⟩/Σ‖ΔW‖²: 1 if all of it is in the result; more where another does the same,
     # less where another works against it or a cut left it out.
@@ -65,9 +66,10 @@ class MergeReport(MadeReport):
         """Says for each LoRA how much of it is in the result."""
         told = []
         for part in self.parts:
-            amount = f"{min(part.kept, 1):.0%} of it is in the result"
+            what = "what was read of it" if part.unread else "it"
+            amount = f"{min(part.kept, 1):.0%} of {what} is in the result"
             if part.kept > SAME:
-                amount = "all of it is in the result, and another LoRA does some of the same"
+                amount = f"all of {what} is in the result, and another LoRA does some of the same"
             told.append(f"{part.name} at strength {part.strength:.3g}: {amount}.")
         return told
 

@@ -119,7 +119,7 @@ OF_A_FIT_TOO = (
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""
 # Its square, times an energy, is in the report: a float must hold that.
-LARGEST_STRENGTH = 1e30
+SMALLEST_STRENGTH, LARGEST_STRENGTH = 1e-30, 1e30
 
 
 METHOD, OUTPUT, MATCHING, RESOURCES = "Method", "Output", "Matching", "Resources"
@@ -339,10 +339,11 @@ class TransferOptions(Output, BaseResources):
         value = self.threshold  # NaN would switch the check off
         if not (isinstance(value, float | int) and 0 <= value <= 1):
             raise InvalidOption(f"`threshold` must be a number between 0 and 1, not {value!r}")
-        if not (isinstance(self.strength, float | int) and 0 < self.strength <= LARGEST_STRENGTH):
+        number = isinstance(self.strength, float | int)
+        if not (number and SMALLEST_STRENGTH <= self.strength <= LARGEST_STRENGTH):
             raise InvalidOption(
-                f"`strength` must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
-                f"{self.strength!r}"
+                f"`strength` must be a positive number, {SMALLEST_STRENGTH:.0e} to "
+                f"{LARGEST_STRENGTH:.0e}, not {self.strength!r}"
             )
 
     @property
