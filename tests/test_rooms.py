@@ -125,7 +125,7 @@ LIMITS = {
     "core/": 6800,
     "files/": 1705,
     "best.py": 210,
-    "checking/": 654,
+    "checking/": 700,
     "fitting/": 8649,
     "fleet/": 560,
     "making/": 1919,

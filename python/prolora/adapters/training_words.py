@@ -125,7 +125,7 @@ def _as_count(value: Any) -> int:
 
 
 def read_alpha(text: str) -> float:
-    """Reads an alpha of a trainer's header; 0 where it has no usable one."""
+    """Reads an alpha of a trainer's header; 0 if it is unusable."""
     try:
         alpha = float(text.strip('" ')) if len(text) < 100 else 0.0
     except ValueError:

@@ -126,7 +126,7 @@ def is_few_step_scheduler(name: str, config: Mapping[str, Any]) -> bool | None:
 
 
 def is_named_few_step(base: Base) -> bool:
-    """Returns whether the names of a model or of its origin have a word of few-step models."""
+    """Returns whether a model's names have a word of few-step models."""
     names = [base.name]
     with suppress(UnsupportedFormat):
         if base.path is not None:

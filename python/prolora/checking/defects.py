@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isclose
 from statistics import median
-from typing import TYPE_CHECKING
 
-from ..adapters.algorithms import forms
 from ..adapters.lora import Lora
 from ..adapters.slots import Contents, Slot
 from ..adapters.training_words import read_alpha
 from ..errors import UnsupportedFormat
-from ..files.dtypes import is_floating
 from ..files.jsontext import parse_json_object
 from ..reports.report import Mark
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEAKEST, STRONGEST = 1 / 16, 2.0
 """Trainers write scales alpha / rank between these; others are mostly a lost or a doubled alpha."""
@@ -36,9 +30,6 @@ ZERO_IS_NOTHING = ("comfyui", "a1111", "diffusers")
 
 OUTLIER = 1e4
 """An update larger than so many times its file's median is damaged."""
-
-LARGEST_HALF = 65504.0
-"""The largest float16."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +71,9 @@ class _Alphas:
         return cls(ranked, stored, trained, of_convolutions or trained)
 
     def find_trained(self, slot: Slot) -> float:
-        """Returns the alpha that the header has for an update, 0 where unknown."""
+        """Returns an update's alpha by the header; 0 if unknown."""
         window = math.prod(slot.kernel or (1,)) > 1
         return self.trained_convolutions if window else self.trained
-
-    def choose_one(self) -> float:
-        """Returns the one alpha that the header has for all updates, 0 where unknown."""
-        every = {self.find_trained(slot) for slot in self.slots}
-        return every.pop() if len(every) == 1 else 0.0
 
 
 def find_defects(contents: Contents, opened: Lora, program: str | None = None) -> list[Defect]:
@@ -115,13 +101,17 @@ def _find_lost(alphas: _Alphas) -> Defect | None:
             ranks[trained] = max(ranks.get(trained, 0), slot.form.rank)
     factors = {rank / trained for trained, rank in ranks.items()} - {1.0}
     if factors:
-        factor, trained = max(factors), alphas.choose_one()
+        factor, known = max(factors), {alphas.find_trained(slot) for slot in alphas.slots}
         every = len(lost) == len(alphas.slots)
         what = "alpha is" if every else f"{len(lost)} of {len(alphas.slots)} alphas are"
         named = " and ".join(f"{alpha:g}" for alpha in ranks)
         text = f"It acts {factor:.3g}× as strongly as it was trained: {what} missing, and its "
-        mend = f"`convert()` it with `alpha={trained:g}`" if trained else ""
-        if every and len(ranks) == len(factors) == 1 and _is_moderate(factor):
+        mend = f"`convert()` it with `alpha={known.pop():g}`" if len(known) == 1 else ""
+        if (
+            every
+            and len(ranks) == len(factors) == 1
+            and 1 / LARGEST_FACTOR <= factor <= LARGEST_FACTOR
+        ):
             mend += f"{'; or ' if mend else ''}load it at strength {1 / factor:.3g}"
         return Defect("⚠", f"{text}header says {named}.", mend)
     if any(slot.module.format == "kohya" and "magnitude" in slot.keys for slot in lost):
@@ -171,86 +161,32 @@ def _find_odd(alphas: _Alphas) -> Defect | None:
         return Defect("⚠", text)
     much = "little" if abs(scale) < 1 else "much"
     mend = f"where images show too {much} of it, `convert()` it with `alpha={rank}`"
-    if _is_moderate(scale):
+    if 1 / LARGEST_FACTOR <= scale <= LARGEST_FACTOR:
         mend += f", or load it at strength {1 / scale:.3g}"
     return Defect("⚠", text, mend)
-
-
-def _is_moderate(factor: float) -> bool:
-    return 1 / LARGEST_FACTOR <= factor <= LARGEST_FACTOR
 
 
 def find_deep_defects(
     contents: Contents, scales: Mapping[str, float], opened: Lora
 ) -> list[Defect]:
     """Finds what all numbers show: NaN, zeros, overflows and outliers; reads every tensor."""
-    broken: list[str] = []
-    over: list[str] = []
-    sizes: dict[str, float] = {}
-    for slot in contents.slots:
-        name, parts = slot.module.name, {}
-        for role, key in slot.keys.items():
-            parts[role] = opened.read(key).double()
-        bad = [slot.keys[role] for role, x in parts.items() if not x.isfinite().all()]
-        if bad:
-            broken += bad
-            continue
-        factors = [x for role, x in parts.items() if role not in forms.NUMBERS | forms.MAGNITUDES]
-        acts = scales[name] != 0 and all(x.any() for x in factors)
-        if forms.kind_of_roles(parts.keys()) in ("oft", "glora"):  # relative to the base's weight
-            sizes[name] = float(acts)
-            continue
-        rows = abs(scales[name]) * _measure_rows(slot.form.algorithm, parts)
-        sizes[name] = float(rows.norm())
-        if max(float(rows.max()), *(float(x.abs().max()) for x in factors)) > LARGEST_HALF:
-            over.append(name)
-    used = {key for slot in contents.slots for key in slot.keys.values()}
-    trained = False
-    for key in opened.headers.keys() - used:
-        if not is_floating(opened.headers[key].dtype):
-            continue
-        tensor = opened.read(key).double()
-        if not tensor.isfinite().all():
-            broken.append(key)
-        elif float(tensor.abs().max() if tensor.numel() else 0) > LARGEST_HALF:
-            over.append(key)
-        trained |= bool(tensor.any())
-    return _describe_numbers(sorted(broken), over, sizes, trained)
+    from ..adapters.measuring import measure_numbers
 
-
-def _measure_rows(algorithm: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Measures the norms of an update's rows; of two factors without their product."""
-    from ..adapters.algorithms.lora_products import lora_product, measure_rows
-
-    if algorithm in ("loha", "lokr", "full"):
-        return measure_rows(algorithm, tensors)
-    product = lora_product(tensors)
-    up, down = product.up.double(), product.down.double()
-    return ((up @ (down @ down.mT)) * up).sum(1).clamp_min(0).sqrt()
-
-
-def _describe_numbers(
-    broken: Sequence[str], over: Sequence[str], sizes: Mapping[str, float], trained: bool
-) -> list[Defect]:
-    """Describes broken tensors, overflows, outliers and a LoRA of zeros."""
-    found = []
-    if broken:
+    numbers, found = measure_numbers(contents, scales, opened), []
+    if broken := numbers.broken:
         mend = "download it again; if it stays so, its training diverged"
         what = "1 tensor holds" if len(broken) == 1 else f"{len(broken)} tensors hold"
         found.append(Defect("✖", f"{what} NaN or Inf, {broken[0]} the first.", mend))
-    if over:
+    if over := numbers.over:
         what = "1 update" if len(over) == 1 else f"{len(over)} updates"
-        found.append(Defect("⚠", f"{what} may overflow float16, {over[0]} the first.", _BFLOAT16))
-    acting = {name: size for name, size in sizes.items() if size}
+        text = f"{what} may overflow float16, {over[0]} the first."
+        found.append(Defect("⚠", text, "draw in bfloat16"))
+    acting = {name: size for name, size in numbers.sizes.items() if size}
     usual = median(acting.values()) if acting else 0.0
-    huge = [name for name, size in acting.items() if size > OUTLIER * usual]
-    if huge:
+    if huge := [name for name, size in acting.items() if size > OUTLIER * usual]:
         what = "1 update is" if len(huge) == 1 else f"{len(huge)} updates are"
         text = f"{what} more than {OUTLIER:.0f} times larger than the others: {huge[0]}."
         found.append(Defect("⚠", text, "download it again"))
-    if sizes and not (acting or trained or broken):
+    if numbers.sizes and not (acting or numbers.vectors_act or broken):
         found.append(Defect("⚠", "This LoRA changes nothing: it is zero."))
     return found
-
-
-_BFLOAT16 = "draw in bfloat16"

@@ -1,0 +1,71 @@
+"""All numbers of a LoRA's file, read once: what is broken, too large, or acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..files.dtypes import is_floating
+from .algorithms import forms
+from .algorithms.lora_products import lora_product, measure_rows
+from .lora import Lora
+from .slots import Contents, Slot
+
+LARGEST_HALF = 65504.0
+"""The largest float16."""
+
+
+@dataclass
+class FileNumbers:
+    """What the tensors of a file hold."""
+
+    broken: list[str] = field(default_factory=list)  # keys with NaN or Inf
+    over: list[str] = field(default_factory=list)  # modules or keys that float16 may not hold
+    # Module -> ‖ΔW‖; 1 or 0 where only the base's weight tells it
+    sizes: dict[str, float] = field(default_factory=dict)
+    vectors_act: bool = False  # a tensor outside the updates is not zero
+
+
+def measure_numbers(contents: Contents, scales: Mapping[str, float], opened: Lora) -> FileNumbers:
+    """Reads every tensor of a file once; `scales` is module -> factor."""
+    found = FileNumbers()
+    for slot in contents.slots:
+        _measure_update(slot, abs(scales[slot.module.name]), opened, found)
+    used = {key for slot in contents.slots for key in slot.keys.values()}
+    for key, header in opened.headers.items():
+        if key in used or not is_floating(header.dtype):
+            continue
+        tensor = opened.read(key).double()
+        if not tensor.isfinite().all():
+            found.broken.append(key)
+        elif tensor.any():
+            found.vectors_act = True
+            found.over += [key] if float(tensor.abs().max()) > LARGEST_HALF else []
+    return found
+
+
+def _measure_update(slot: Slot, scale: float, opened: Lora, found: FileNumbers) -> None:
+    """Measures one update."""
+    name, parts = slot.module.name, {r: opened.read(k).double() for r, k in slot.keys.items()}
+    if bad := [slot.keys[role] for role, x in parts.items() if not x.isfinite().all()]:
+        found.broken += bad
+        return
+    factors = [x for role, x in parts.items() if role not in forms.NUMBERS | forms.MAGNITUDES]
+    if forms.kind_of_roles(parts.keys()) in ("oft", "glora"):
+        found.sizes[name] = float(scale != 0 and all(x.any() for x in factors))
+        return
+    rows = scale * _measure_rows(slot.form.algorithm, parts)
+    found.sizes[name] = float(rows.norm())
+    if max(float(rows.max()), *(float(x.abs().max()) for x in factors)) > LARGEST_HALF:
+        found.over.append(name)
+
+
+def _measure_rows(algorithm: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Measures the norms of an update's rows; two factors are not multiplied out."""
+    if algorithm in ("loha", "lokr", "full"):
+        return measure_rows(algorithm, tensors)
+    product = lora_product(tensors)
+    up, down = product.up.double(), product.down.double()
+    return ((up @ (down @ down.mT)) * up).sum(1).clamp_min(0).sqrt()
