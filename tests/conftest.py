@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,17 @@ settings.register_profile("prolora", deadline=None, max_examples=examples(80), d
 settings.load_profile("prolora")
 
 SCHEDULES = [0, 1, 2]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_file_in_the_checkout() -> Iterator[None]:
+    """What a test writes belongs into tmp_path: a stray file was committed four times."""
+    before = set(os.listdir(ROOT))
+    yield
+    new = set(os.listdir(ROOT)) - before
+    assert all(name.startswith(".") or name == "build" for name in new), new
+
 
 # What is imported and collected is never garbage, and is not looked through.
 gc.disable()

@@ -18,14 +18,14 @@ NAMES = ("PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE", "CXX", "CUDACXX", 
 
 @pytest.fixture
 def backend(monkeypatch):
-    """The backend on a Linux machine with a compiler and nvcc, and no wishes."""
+    """The backend on a Linux machine with a compiler, nvcc and a driver, and no wishes."""
     pytest.importorskip("scikit_build_core", reason="the build backend is not installed")
     spec = importlib.util.spec_from_file_location("build_backend_under_test", BACKEND)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in (*NAMES, "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    machine(monkeypatch, {"c++", "nvcc"})
+    machine(monkeypatch, {"c++", "nvcc", "nvidia-smi"})
     return module
 
 
@@ -34,6 +34,7 @@ def machine(monkeypatch, tools, system="linux", processor="x86_64"):
     monkeypatch.setattr("platform.machine", lambda: processor)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in tools else None)
     monkeypatch.setattr("os.path.exists", lambda path: False)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
 
 
 def needs(backend, settings=None):
@@ -137,20 +138,37 @@ def test_another_word_is_refused(backend, monkeypatch):
 @pytest.mark.parametrize(
     ("tools", "system", "processor", "fetched"),
     [
-        ({"c++"}, "linux", "x86_64", True),
-        ({"c++"}, "linux", "aarch64", True),
-        ({"c++"}, "linux", "riscv64", False),
+        ({"c++", "nvidia-smi"}, "linux", "x86_64", True),
+        ({"c++", "nvidia-smi"}, "linux", "aarch64", True),
+        ({"c++", "nvidia-smi"}, "linux", "riscv64", False),
         ({"c++"}, "darwin", "arm64", False),
-        ({"c++"}, "win32", "AMD64", False),
-        ({"c++", "nvcc"}, "linux", "x86_64", False),
+        ({"c++", "nvidia-smi"}, "win32", "AMD64", False),
+        ({"c++", "nvcc", "nvidia-smi"}, "linux", "x86_64", False),
+        ({"c++"}, "linux", "x86_64", False),
     ],
 )
-def test_nvcc_is_fetched_where_there_are_wheels_of_it(
+def test_nvcc_is_fetched_where_there_is_a_driver_and_wheels_of_it(
     backend, monkeypatch, tools, system, processor, fetched
 ):
     machine(monkeypatch, tools, system, processor)
     assert (backend.NVCC_WHEELS[0] in needs(backend)) is fetched
     assert backend.NVCC_WHEELS[0] not in needs(backend, {"cmake.define.PROLORA_CUDA": "OFF"})
+
+
+def test_no_driver_means_no_cuda_unless_it_was_asked_for(backend, monkeypatch, capsys):
+    machine(monkeypatch, {"c++", "nvcc"})
+    (settings,) = run(backend, works=lambda settings: True)
+    assert settings == {"cmake.define.PROLORA_CUDA": "OFF"}
+    assert capsys.readouterr().err == (
+        "prolora: built without CUDA kernels: no NVIDIA driver here; PROLORA_CUDA=ON compiles them "
+        "all the same\n"
+    )
+    monkeypatch.setenv("PROLORA_CUDA", "ON")
+    assert run(backend, works=lambda settings: True) == [{}]
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("PROLORA_CUDA", "AUTO")
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name == "cuda" and "libcuda.so.1")
+    assert run(backend, works=lambda settings: True) == [{}]
 
 
 def test_windows_finds_its_compilers_by_cmake(backend, monkeypatch):

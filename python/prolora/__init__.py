@@ -7,8 +7,6 @@ __init__.pyi, which docs/make_stub.py writes.
 from importlib import import_module
 from typing import Any
 
-from .version import __version__
-
 _HOMES = {
     "DEFAULT_RANK": "core.projection",
     "METHODS": "core.methods",
@@ -44,6 +42,7 @@ _HOMES = {
     "transfer": "best",
     "transfer_many": "best",
     "truncated_svd": "core.basis",
+    "__version__": "version",
 }
 _ROOMS = ("adapters", "architectures", "bases", "comparison", "core", "errors", "files", "fitting")
 

@@ -1,14 +1,19 @@
 """The command line: arguments in, library calls, tables or JSON out."""
 
-import sys
+import os
+import signal
+
+
+def stop(*_: object) -> None:
+    """Ends the process at once: nothing was begun that would have to be tidied up."""
+    os.write(2, b"Stopped; nothing was written.\n")
+    os._exit(130)
 
 
 def main() -> None:
     """Runs the command line, which takes seconds to load."""
-    try:
-        from .running import run
+    # Raised while a library is loaded, an exception can be printed by it, or be lost.
+    signal.signal(signal.SIGINT, stop)
+    from .running import run
 
-        run()
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped; nothing was written.\n")
-        sys.exit(130)
+    run()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import ast
+from importlib import import_module, resources
 from typing import Annotated
 
 import typer
 
-from ..version import __version__
 from .exits import MEANINGS, ExitCode, make_app, write_epilog
 
 WHAT = "Move a LoRA to another base model, without training and without data."
@@ -52,12 +52,18 @@ COMMANDS = {
 }
 
 
-def build_app(only: str = "") -> typer.Typer:
-    """Builds the command line, of one command or of all."""
+def build_app(only: str = "", loaded: bool = True) -> typer.Typer:
+    """Builds the command line, of one command or of all.
+
+    Unless they are `loaded`, all commands together are names and help texts, for which torch is not
+    imported.
+    """
     app = make_app()
     app.callback(help=WHAT)(start)
     for name, examples in COMMANDS.items():
-        if name == only or not only:
+        if not (only or loaded):
+            app.command(name, help=_read_help(name))(lambda: None)
+        elif name == only or not only:
             module = import_module(f".{name}", __package__)
             codes = _OF_MOVES if name in ("transfer", "fit", "migrate") else ()
             meanings = getattr(module, "MEANINGS", {code: MEANINGS[code] for code in codes})
@@ -67,9 +73,18 @@ def build_app(only: str = "") -> typer.Typer:
     return app
 
 
+def _read_help(name: str) -> str | None:
+    """Reads the docstring of a command's function from its source."""
+    source = resources.files(__package__).joinpath(f"{name}.py").read_text("utf-8")
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return next(ast.get_docstring(node) for node in functions if node.name == name)
+
+
 def print_version(asked: bool) -> None:
     """Prints the version and ends the command."""
     if asked:
+        from ..version import __version__  # reads the installation's metadata
+
         print(f"prolora {__version__}")
         raise typer.Exit
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -146,14 +147,16 @@ class Demo:
 
 def find_models() -> Path:
     """Returns the folder of the shipped models."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (
-        package / "icon_family/weights",
-        package.parents[1] / "examples/icon_family/weights",
-    ):
-        if (folder / "prompts.safetensors").is_file():
-            return folder
-    raise ProLoRAError("this installation carries no demo models: install prolora from its source")
+    installed = find_spec("prolora_icon_family")
+    places = (installed and installed.submodule_search_locations) or []
+    checkout = Path(__file__).resolve().parents[3] / "examples/icon_family"
+    for place in (*map(Path, places), checkout):
+        if (place / "weights/prompts.safetensors").is_file():
+            return place / "weights"
+    raise ProLoRAError(
+        "the demo's models are a distribution of their own, prolora-icon-family: install it from a "
+        "clone of prolora's repository by `pip install ./examples/icon_family`"
+    )
 
 
 def demo(

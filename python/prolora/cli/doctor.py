@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu threads": torch.get_num_threads(),
+        "NVIDIA driver": describe_driver(on_gpu),
         "torch sees a GPU": on_gpu,
         **kernels,
         "cache": describe_cache(default_folder()),
@@ -47,6 +49,24 @@ def doctor(as_json: JsonOption = False) -> None:
     why = compiled.removeprefix("no")  # once is enough
     told = [(n, x.replace(why, "") if why and n.startswith("op ") else x) for n, x in told]
     return out.print(draw_facts(told))
+
+
+def describe_driver(seen: bool) -> str:
+    """Reports the driver's version, and what keeps torch from the card."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "none"
+    line = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=10, check=True)
+        version = done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "nvidia-smi reports no card"
+    if seen:
+        return version
+    if torch.version.cuda is None:
+        return f"{version}, but this torch has no CUDA: install its build for CUDA (docs/guide.md)"
+    return f"{version}, too old for this torch (CUDA {torch.version.cuda}), or no card is visible"
 
 
 def describe_cache(folder: Path) -> str:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checking.check import check as check_file
 from ..errors import ProLoRAError
 from ..files.hub import keep_path
 
@@ -98,7 +97,9 @@ def split_bases(files: list[Path], most: int) -> tuple[list[Path], list[str]]:
 
 
 def _is_base(file: Path) -> bool:
+    from ..checking.check import check
+
     try:
-        return check_file(file).kind == "base"
+        return check(file).kind == "base"
     except ProLoRAError:
         return False

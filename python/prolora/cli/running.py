@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import sys
 from typing import Any
@@ -20,24 +21,60 @@ log = logging.getLogger(__name__)
 CommandLineError: Any = typer.BadParameter.__base__
 
 
+_interrupted = False
+"""Whether Ctrl-C was pressed."""
+
+
+def interrupt(*_: object) -> None:
+    """Raises the exception of Ctrl-C, in a command that has begun."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def refuse_results(event: str, _: object) -> None:
+    """Raises the exception of Ctrl-C again before a result gets its name.
+
+    Python loses an exception that is raised in a destructor or in a callback of C.
+    """
+    if _interrupted and event == "os.rename":
+        raise KeyboardInterrupt
+
+
+def find_verb() -> str:
+    """Finds the command of the command line, or of the one that a shell completes."""
+    words = sys.argv[1:]
+    if any(name.endswith("_COMPLETE") for name in os.environ):
+        typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+        words = typed.split()[1:]
+        # A shell completes names of files by itself; options need the command, and so torch.
+        if not any(word.startswith("-") for word in words[-2:]):
+            return ""
+    return next((word for word in words[:1] if word in COMMANDS), "")
+
+
 def run() -> None:
     """Runs the command line; an expected error becomes one message and an exit code."""
-    app = build_app(next((word for word in sys.argv[1:2] if word in COMMANDS), ""))
+    app = build_app(find_verb(), loaded=False)
     gc.freeze()  # a search for garbage among all of torch takes 0.2 s, and finds none
     # An ordinary exit when told to stop, so that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
     prepare_streams()
     answer.begin()
+    command = typer.main.get_command(app)
+    signal.signal(signal.SIGINT, interrupt)
+    sys.addaudithook(refuse_results)
     try:
-        code = app(standalone_mode=False)
+        code = command(standalone_mode=False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is done
     except CommandLineError as error:
         # Not typer's own message, which would obey the escape sequences of file names.
         if type(error).__name__ != "NoArgsIsHelpError":
             # Typer passes on how the library below it calls a wrong choice.
             message = error.format_message().replace("Value error, ", "")
             print_error(message)
-            command = error.ctx.command_path if error.ctx else "prolora"
-            err.print_line(f"Try '{command} -h' for help.")
+            path = error.ctx.command_path if error.ctx else "prolora"
+            err.print_line(f"Try '{path} -h' for help.")
         sys.exit(ExitCode.REFUSED)
     except HANDLED as error:
         log.debug("the error in full", exc_info=error)

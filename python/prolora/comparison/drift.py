@@ -68,7 +68,9 @@ def _measure_pair(source: Base, target: Base, pair: tuple[str, str]) -> Affinity
         NonFiniteWeights: names the tensor and the file.
     """
     shape = matrix_shape(target.shapes[pair[1]])
-    first, second = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
+    # A base in memory may be on a card, and the other one in a file.
+    first, second = source.read(pair[0]).cpu(), target.read(pair[1]).cpu()
+    first, second = first.reshape(shape), second.reshape(shape)
     try:
         return Affinity.of(first, second)
     except NonFiniteWeights:

@@ -387,14 +387,14 @@ def _measure_rounding(update: LowRank, dtype: torch.dtype) -> BakedModule:
 
 def _subtract(base: Weight, tuned: Weight, start: int = 0, stop: int = 0) -> Tensor:
     """Returns the difference of two tensors, or of rows [start, stop) of them, in float64."""
-    new, old = (w.read_rows(start, stop) if stop else w.read() for w in (tuned, base))
+    new, old = ((w.read_rows(start, stop) if stop else w.read()).cpu() for w in (tuned, base))
     return new.double() - old.double()
 
 
 def _are_equal(one: Weight, other: Weight) -> bool:
     """Compares the bytes of two tensors."""
     same = one.shape == other.shape and one.dtype == other.dtype
-    return same and torch.equal(flatten_bytes(one.read()), flatten_bytes(other.read()))
+    return same and torch.equal(flatten_bytes(one.read().cpu()), flatten_bytes(other.read().cpu()))
 
 
 def _measure_norms(stack: Tensor) -> list[float]:

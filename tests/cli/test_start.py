@@ -1,0 +1,105 @@
+"""The command line starts fast without torch, and Ctrl-C ends it at any moment."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from mini import write_case
+
+from prolora.cli.app import app
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+
+PROGRAM = """
+import atexit, sys
+sys.argv[0] = "prolora"
+atexit.register(lambda: print("torch" in sys.modules, file=sys.stderr))
+from prolora.cli import main
+main()
+"""
+# Python itself needs the first moments, before a line of ours runs.
+BEGIN = "from prolora.cli import main; print(flush=True); main()"
+COMPLETE = {"_PROLORA_COMPLETE": "complete_bash"}
+
+
+def start(*words, **environment):
+    """(Exit code, output, errors, CPU seconds) of the command line in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    line = [sys.executable, "-c", PROGRAM, *words]
+    done = subprocess.run(line, env=os.environ | environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return done.returncode, done.stdout, done.stderr, seconds
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "said"),
+    [
+        (("--version",), "", "prolora "),
+        (("-h",), "", "migrate"),
+        (("transfr",), "", "Did you mean 'transfer'?"),
+        ((), "prolora tr", "transfer"),
+        ((), "prolora transfer my-lo", ""),
+    ],
+    ids=["version", "help", "mistyped", "Tab", "Tab of a file"],
+)
+def test_a_start_takes_a_third_of_a_second_and_no_torch(words, typed, said):
+    shell = COMPLETE | {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))} if typed else {}
+    runs = [start(*words, **shell) for _ in range(3)]
+    for code, output, errors, _ in runs:
+        assert said in output + errors and errors.endswith("False\n"), errors
+        assert code == (2 if words == ("transfr",) else 0)
+    assert min(seconds for *_, seconds in runs) <= 0.3
+
+
+def test_the_help_of_all_commands_is_that_of_each():
+    listed = start("-h")[1]
+    for verb, command in typer.main.get_command(app).commands.items():
+        (row,) = re.findall(rf"^\W*{verb} +(\w.{{20}})", listed, re.MULTILINE)
+        assert command.help.startswith(row), verb
+
+
+def press(line, seconds):
+    """(Exit code, output, errors) of a process that gets a Ctrl-C after some time."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEGIN, *map(str, line)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout and process.stdout.read(1) == "\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_moment_is_one_line_and_no_file(tmp_path, count):
+    lora, source, target = write_case(tmp_path)
+    out = tmp_path / "moved" / "out.safetensors"
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--cache", "none")
+    line += ("--overwrite",)
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", BEGIN, *map(str, line)], capture_output=True)
+    whole = time.monotonic() - begun
+    assert out.is_file()
+    stopped = 0
+    for i in range(count):
+        out.unlink(missing_ok=True)
+        code, _, errors = press(line, (i + 0.5) * whole / count)
+        if code == 0:  # it was done before
+            assert out.is_file() and "Stopped" not in errors
+            continue
+        stopped += 1
+        assert code == 130 and errors.startswith("Stopped; nothing was written"), errors
+        assert errors.count("\n") == 1 and not list(out.parent.iterdir()), errors
+    assert stopped >= count // 2
