@@ -78,7 +78,7 @@ __all__ = [
 def bake(
     loras: Sequence[LoraLike],
     base: BaseLike,
-    out: str | PathLike[str],
+    out: str | PathLike[str] | None = ...,
     options: MergeOptions = ...,
     *,
     stochastic: int | None = ...,

@@ -19,7 +19,6 @@ from prolora.errors import (
     OutputError,
     OutputExists,
     ProLoRAError,
-    UnsupportedFormat,
 )
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.making.bake import bake
@@ -193,7 +192,7 @@ def test_what_cannot_be_baked_is_refused_before_anything_is_written(tmp_path):
     codes = {f"{MODULE}.weight": torch.zeros(64, 48, dtype=torch.int8)}
     save_file(codes, tmp_path / "codes.safetensors")
     for error, given in (
-        (UnsupportedFormat, ([lora], load_file(base), out)),
+        (InvalidOption, ([lora], load_file(base), out)),
         (ProLoRAError, ([lora], tmp_path / "codes.safetensors", out)),
         (OutputError, ([lora], base, base)),
         (OutputError, ([lora], base, tmp_path / "out.gguf")),

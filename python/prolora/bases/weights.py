@@ -96,7 +96,7 @@ class StoredWeight:
         return self.file.read_rows(self.key, start, stop)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedWeight:
     """A weight that is already in memory."""
 

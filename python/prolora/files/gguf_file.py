@@ -28,9 +28,9 @@ _MOST_AXES = 5  # GGML has four, but files of video models have convolutions of 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
-# Types that are numbers as they stand: GGUF's code -> torch's dtype.
-_PLAIN = {0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32}
-_PLAIN |= {27: torch.int64, 28: torch.float64, 30: torch.bfloat16}
+PLAIN = {0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32}
+PLAIN |= {27: torch.int64, 28: torch.float64, 30: torch.bfloat16}
+"""Types that are numbers as they stand: GGUF's code -> torch's dtype."""
 # Where a tool flattened a weight to make its rows divisible, it notes the shape under this key.
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 
@@ -49,7 +49,7 @@ class GgufTensor:
     @property
     def quantised_as(self) -> str | None:
         """The name of the stored type; None for numbers as they stand."""
-        if self.code in _PLAIN:
+        if self.code in PLAIN:
             return None
         return f"GGUF {load_gguf().GGMLQuantizationType(self.code).name}"
 
@@ -73,6 +73,10 @@ class GgufFile:
                 self.tensors = _read_tensors(_HeaderReader(file, self.path), status.st_size)
         except OSError as error:
             raise input_error(path, error) from error
+
+    def locate(self, name: str) -> int:
+        """Returns the first byte of a tensor, counted from the beginning of the file."""
+        return self.tensors[name].start
 
     def read(self, name: str) -> Tensor:
         """Reads the tensor `name`, in memory of its own.
@@ -104,7 +108,7 @@ class GgufFile:
                 )
         except OSError as error:
             raise input_error(self.path, error, f"{name} cannot be read") from error
-        return raw.view(_PLAIN[info.code]) if info.code in _PLAIN else _dequantise(raw, info.code)
+        return raw.view(PLAIN[info.code]) if info.code in PLAIN else dequantise(raw, info.code)
 
 
 @cache
@@ -123,7 +127,7 @@ def load_gguf() -> Any:
     return gguf
 
 
-def _dequantise(raw: Tensor, code: int) -> Tensor:
+def dequantise(raw: Tensor, code: int) -> Tensor:
     """Turns stored rows [r, bytes] into float32 [r, columns]."""
     package = load_gguf()
     with np.errstate(all="ignore"):  # a damaged scale is found by the check for NaN and Inf
@@ -136,8 +140,8 @@ def _find_block(code: int) -> tuple[int, int] | None:
     package = load_gguf()
     try:
         numbers, size = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(code)]
-        if code not in _PLAIN:
-            _dequantise(torch.zeros(1, size, dtype=torch.uint8), code)
+        if code not in PLAIN:
+            dequantise(torch.zeros(1, size, dtype=torch.uint8), code)
     except (ValueError, KeyError, NotImplementedError):
         return None
     return numbers, size
@@ -245,5 +249,5 @@ def _place_tensor(
     whole = isinstance(original, list) and all(type(n) is int and n > 0 for n in original)
     if not whole or len(original) > _MOST_AXES or math.prod(original) != total:
         raise header.refuse(f"{name} was not of shape {original!r:.80}")
-    dtype, row_bytes = _PLAIN.get(code, torch.float32), columns // block[0] * block[1]
+    dtype, row_bytes = PLAIN.get(code, torch.float32), columns // block[0] * block[1]
     return GgufTensor(dtype, tuple(original), code, start, row_bytes, total // columns)

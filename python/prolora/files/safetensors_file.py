@@ -104,6 +104,10 @@ class SafetensorsFile:
         self.metadata, self.tensors = _parse_header(raw, self.path)
         _check_extent(self.tensors, self.path, status.st_size - self.data_start)
 
+    def locate(self, name: str) -> int:
+        """Returns the first byte of a tensor, counted from the beginning of the file."""
+        return self.data_start + self.tensors[name].start
+
     def read(self, name: str) -> Tensor:
         """Reads the tensor `name` in its storage dtype, into CPU memory of its own.
 

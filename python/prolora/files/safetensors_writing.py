@@ -42,12 +42,12 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
     _verify_safetensors(SafetensorsFile(path), plain, metadata, where)
 
 
-def replace_tensor(copy: Path, original: SafetensorsFile, name: str, tensor: Tensor) -> None:
-    """Replaces one tensor in a copy that has the same header, and reads it back."""
+def replace_tensor(path: Path, start: int, name: str, tensor: Tensor) -> None:
+    """Replaces the bytes of one tensor from byte `start` on, and reads them back."""
     raw = flatten_bytes(tensor)
     back = torch.empty_like(raw)
-    with open(copy, "r+b") as file:
-        start = file.seek(original.data_start + original.tensors[name].start)
+    with open(path, "r+b") as file:
+        file.seek(start)
         file.write(view_bytes(raw))
         file.seek(start)
         if file.readinto(view_bytes(back)) != len(raw) or not torch.equal(back, raw):

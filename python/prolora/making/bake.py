@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
 from pathlib import Path
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..bases import Base, BaseLike, open_base
-from ..bases.quantised.codes import read_floats
 from ..bases.quantised.comfy import QUANTISATION_KEY
-from ..bases.quantised.weight import ScaledWeight, find_kind, look_inside
-from ..bases.weights import ConvertedWeight, RowsWeight, StoredWeight, Weight
+from ..bases.quantised.encoding import BakedTensors, can_encode, encode, round_to
+from ..bases.quantised.weight import QuantisedWeight, find_kind, look_inside
+from ..bases.weights import ConvertedWeight, LoadedWeight, RowsWeight, StoredWeight, Weight
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
 from ..errors import InvalidOption, NonFiniteWeights, OutputError, UnsupportedFormat
@@ -30,7 +30,7 @@ from ..moving.base_check import check_moved_before
 from ..moving.block_weights import Blocks, BlockWeights, find_factors
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, read_dtype
-from .bake_report import BakedModule, BakeReport
+from .bake_report import SURVIVES, BakedModule, BakeReport, sum_modules
 from .convert import read_plain
 from .merge_inputs import name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
@@ -45,7 +45,7 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 def bake(
     loras: Sequence[LoraLike],
     base: BaseLike,
-    out: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
     options: MergeOptions = DEFAULT_MERGE,
     *,
     stochastic: int | None = None,
@@ -60,8 +60,10 @@ def bake(
     Args:
         loras: one or more, as `transfer` takes them.
         base: a .safetensors checkpoint or a diffusers folder in float32, float16, bfloat16, float8
-            or ComfyUI's scaled float8.
-        out: the file, or folder, to write.
+            or ComfyUI's scaled float8, int8, NVFP4 or MXFP8 (these three need comfy-kitchen); a
+            GGUF file in Q8_0, Q5_0, Q5_1, Q4_0, Q4_1 or 16 and 32 bits; or a mapping or module.
+        out: the file, or folder, to write; None for a base in memory, whose tensors come back as
+            `report.tensors`, the unchanged ones as the caller's own.
         options: `strengths`, `blocks`, `dtype`, `overwrite` and `progress` of a merge.
         stochastic: seed of rounding at random: the mean is right where updates are smaller than the
             steps of float8, and weights are noisier. None rounds to the nearest.
@@ -72,7 +74,8 @@ def bake(
 
     Raises:
         InvalidOption: no LoRA, an option of `merge` that has no use here, or not one for each.
-        UnsupportedFormat: a base that cannot be written: in memory, GGUF, or quantised otherwise.
+        UnsupportedFormat: a base of a kind that is not written; the message says what would survive
+            at 8 and 16 bits.
         WrongBase: a LoRA of another model.
         NonFiniteWeights: a result is too large for its type.
         OutputError: `out` cannot be written, or is an input.
@@ -87,23 +90,16 @@ def bake(
     options.check_count(count)
     if not count:
         raise InvalidOption("give one LoRA or more")
-    if (path := model.path) is None:
-        raise UnsupportedFormat(f"{model.name}: is in memory; give the model as a file or a folder")
-    folder, overwrite = path.is_dir(), options.overwrite
-    if folder and dtype is not None:
-        raise InvalidOption(f"`dtype` is for a base in one file, and {model.name} is a folder")
-    if folder and overwrite:  # files of two models would stand in it
-        raise InvalidOption("`overwrite` is for a model in one file: a folder is never replaced")
-    check_free(out, [*model.files, path], overwrite=overwrite, folder=folder)
-    if folder == (Path(out).suffix == ".safetensors"):
-        kind = "name a folder" if folder else "a checkpoint's name ends in .safetensors"
-        raise OutputError(f"{out}: {model.name} is a {'folder' if folder else 'file'}; {kind}")
+    path, overwrite = model.path, options.overwrite
+    folder = path is not None and path.is_dir()
+    _check_out(model, out, dtype, overwrite=overwrite)
     updates = _sum_updates(loras, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
     baking = _Baking(random, dtype)
 
     def write(new: Path) -> None:
+        assert path is not None
         if folder:
             shutil.copytree(path, new, ignore=_list_unused(model), dirs_exist_ok=True)
         elif dtype is None:
@@ -111,13 +107,23 @@ def bake(
         else:
             _convert(model, new, dtype)
         for i, (stored, parts) in enumerate(groups.items()):
+            assert isinstance(stored, StoredWeight)
             options.tell(i, len(groups), stored.key)
             at = new / stored.file.path.relative_to(path) if folder else new
-            baking.write_weight(at, stored, parts)
+            baking.write_weight(at, parts)
 
-    put(out, write, overwrite=overwrite, folder=folder)
+    tensors = None
+    if out is not None:
+        put(out, write, overwrite=overwrite, folder=folder)
+    else:
+        keys = {id(weight): key for key, weight in model.stored.items()}
+        tensors = {key: weight.read() for key, weight in model.stored.items()}
+        for i, (stored, parts) in enumerate(groups.items()):
+            options.tell(i, len(groups), stored.name)
+            tensors[keys[id(stored)]] = baking.bake_weight(parts).numbers
     return BakeReport(
-        path=str(out),
+        path=None if out is None else str(out),
+        tensors=tensors,
         base=model.name,
         loras=tuple(name_loras(loras)),
         strengths=tuple(strengths),
@@ -127,6 +133,36 @@ def bake(
         modules=tuple(baking.rows),
         left_out=left_out,
     )
+
+
+def _check_out(
+    model: Base, out: str | PathLike[str] | None, dtype: torch.dtype | None, *, overwrite: bool
+) -> None:
+    """Refuses a name and a type that do not suit the base."""
+    path = model.path
+    if path is None:
+        if out is not None or dtype is not None:
+            name = "out" if out is not None else "dtype"
+            raise InvalidOption(
+                f"`{name}` is for a base in a file, and {model.name} is in memory; its tensors "
+                "come back as `report.tensors`"
+            )
+        return
+    folder = path.is_dir()
+    if out is None:
+        raise InvalidOption(f"`out` is missing: {model.name} is a file, and a model is written")
+    if dtype is not None and (folder or path.suffix == ".gguf"):
+        kind = "folder" if folder else "GGUF file"
+        raise InvalidOption(
+            f"`dtype` is for a base in one .safetensors file, and {model.name} is a {kind}"
+        )
+    if folder and overwrite:  # files of two models would stand in it
+        raise InvalidOption("`overwrite` is for a model in one file: a folder is never replaced")
+    check_free(out, [*model.files, path], overwrite=overwrite, folder=folder)
+    ending = "" if folder else path.suffix
+    if Path(out).suffix != ending and (ending or Path(out).suffix in _WEIGHT_FILES):
+        kind = f"a name that ends in {ending}" if ending else "a folder"
+        raise OutputError(f"{out}: {model.name} is a {'file' if ending else 'folder'}; give {kind}")
 
 
 def _sum_updates(
@@ -154,36 +190,87 @@ def _sum_updates(
 
 
 Parts = list[tuple[str, Weight, list[LowRank | Tensor]]]
+Groups = dict[StoredWeight | LoadedWeight, Parts]  # a stored tensor -> the modules in it
 
 
 def _place_updates(
     updates: Mapping[str, list[LowRank | Tensor]], model: Base
-) -> tuple[dict[StoredWeight, Parts], dict[str, str]]:
+) -> tuple[Groups, dict[str, str]]:
     """Finds the stored tensor of every update; also what has no place, with the reason."""
-    groups: dict[StoredWeight, Parts] = {}
-    left_out = {}
+    groups: Groups = {}
+    left_out, refused = {}, []
     for name, added in updates.items():
         weight = model.weights.get(name) or model.others[0].get(name)
         if weight is None:
             left_out[name] = f"{model.name} lacks it"
             continue
         root = look_inside(weight)
-        stored = root.stored if isinstance(root, ScaledWeight) else root
-        writable = isinstance(stored, StoredWeight) and isinstance(stored.file, SafetensorsFile)
-        if isinstance(root, ScaledWeight):
-            whole = root.tile[1] == math.prod(root.shape[1:])
-            writable &= root.unpack is read_floats and stored.dtype.itemsize == 1 and whole
-            writable &= stored.dtype.is_floating_point and type(root) is ScaledWeight
-        elif not weight.dtype.is_floating_point:
-            writable = False
-        if not writable or not isinstance(stored, StoredWeight):
-            kind = find_kind(weight) or str(weight.dtype)
-            raise UnsupportedFormat(
-                f"{weight.name}: is stored as {kind}, which is not written; bake into the fp16 or "
-                "bf16 version of this model"
-            )
-        groups.setdefault(stored, []).append((name, weight, added))
+        stored = root.stored if isinstance(root, QuantisedWeight) else root
+        if not isinstance(stored, StoredWeight | LoadedWeight) or not can_encode(root):
+            refused.append((name, weight, added))
+        else:
+            groups.setdefault(stored, []).append((name, weight, added))
+    if refused:
+        raise UnsupportedFormat(_explain_kind(model, refused))
     return groups, left_out
+
+
+def _explain_kind(model: Base, refused: Parts) -> str:
+    """Says of weights that cannot be written what would survive at 8 and 16 bits."""
+    kinds = Counter(find_kind(weight) or str(weight.dtype) for _, weight, _ in refused)
+    rows = []
+    for name, weight, added in refused:
+        before = weight.read().float()
+        delta = _multiply_out(weight, added, before.dtype)
+        rows.append({bits: _measure_at(bits, name, before, delta) for bits in _ROUND_TO_BITS})
+    share = {bits: sum_modules(row[bits] for row in rows).survived for bits in (8, 16)}
+    wide = [row[8].module for row in rows if row[8].survived < SURVIVES]
+    kind, count = kinds.most_common(1)[0]
+    more = f"; {len(wide)} of these modules need 16 bits: {', '.join(wide)}" if wide else ""
+    return (
+        f"{model.name}: {refused[0][1].name} and {count - 1} more are stored as {kind}, which is "
+        f"not written. {share[8]:.0%} of the LoRA would survive in 8 bits (Q8_0), {share[16]:.0%} "
+        f"in 16 (bf16){more}. Bake into that version of this model"
+    )
+
+
+def _round_blocks(numbers: Tensor) -> Tensor:
+    """Rounds to 8 bits as GGUF's Q8_0 does: 32 numbers share a scale in float16."""
+    flat = numbers.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % 32)).unflatten(0, (-1, 32))
+    scale = (blocks.abs().amax(1, keepdim=True) / 127).half().float()
+    codes = (blocks / scale.where(scale > 0, 1)).round()
+    rounded: Tensor = (codes * scale).flatten()[: len(flat)]
+    return rounded.reshape(numbers.shape)
+
+
+_ROUND_TO_BITS: dict[int, Callable[[Tensor], Tensor]] = {
+    8: _round_blocks,
+    16: lambda numbers: numbers.bfloat16().float(),
+}
+
+
+def _measure_at(bits: int, name: str, before: Tensor, delta: Tensor) -> BakedModule:
+    """Measures what would be left in a base of 8 or 16 bits."""
+    base = _ROUND_TO_BITS[bits](before.float())
+    after = _ROUND_TO_BITS[bits](base + delta)
+    return _measure(name, LoadedWeight(base, name), base, after, delta)
+
+
+def _find_bits(name: str, weight: Weight, delta: Tensor) -> int:
+    """Returns the fewest bits in which enough is left."""
+    quantised = find_kind(weight) is not None
+    before = weight.read()
+    for bits in _ROUND_TO_BITS if quantised else ():
+        if _measure_at(bits, name, before, delta).survived >= SURVIVES:
+            return bits
+    return 32
+
+
+def _multiply_out(weight: Weight, added: list[LowRank | Tensor], dtype: torch.dtype) -> Tensor:
+    """Sums updates, in the shape of the weight."""
+    dense = (x.dense() if isinstance(x, LowRank) else x for x in added)
+    return reduce(Tensor.add_, (x.to(dtype).reshape(weight.shape) for x in dense))
 
 
 def _list_unused(model: Base) -> Any:
@@ -224,42 +311,42 @@ class _Baking:
     dtype: torch.dtype | None  # of all numbers; None keeps each one's
     rows: list[BakedModule] = field(default_factory=list)
 
-    def write_weight(self, file: Path, stored: StoredWeight, parts: Parts) -> None:
+    def write_weight(self, file: Path, parts: Parts) -> None:
         """Adds updates to one stored tensor of a copied file, in place."""
+        for part, tensor in self.bake_weight(parts).tensors.items():
+            like = part.file if self.dtype is None else SafetensorsFile(file)
+            replace_tensor(file, like.locate(part.key), part.key, tensor)
+
+    def bake_weight(self, parts: Parts) -> BakedTensors:
+        """Adds updates to one stored tensor, and measures what is left of each."""
         root = look_inside(parts[0][1])
-        wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if root.dtype == torch.float64 else torch.float32
         before = root.read()
         numbers, deltas = before.to(wide, copy=True), []
         for name, weight, added in parts:
-            dense = (x.dense() if isinstance(x, LowRank) else x for x in added)
-            delta = reduce(Tensor.add_, (x.to(wide).reshape(weight.shape) for x in dense))
+            delta = _multiply_out(weight, added, wide)
             for view, rows in _cut_rows(weight, numbers, delta):
                 view += rows
             deltas.append((name, weight, delta))
-        written, after = self._round(root, stored, numbers)
+        encoded = self._encode(root, numbers)
         for name, weight, delta in deltas:
-            self.rows.append(_measure(name, weight, before, after, delta))
-            if not math.isfinite(self.rows[-1].wrong):
-                raise NonFiniteWeights(f"{stored.name}: the result overflows {written.dtype}")
-        assert isinstance(stored.file, SafetensorsFile)  # all others are refused before
-        like = stored.file if self.dtype is None else SafetensorsFile(file)
-        replace_tensor(file, like, stored.key, written)
+            row = _measure(name, weight, before, encoded.numbers, delta)
+            if not math.isfinite(row.wrong):
+                kind = find_kind(root) or str(self.dtype or root.dtype)
+                raise NonFiniteWeights(f"{root.name}: the result overflows {kind}")
+            if row.survived < SURVIVES:
+                row = replace(row, bits=_find_bits(name, weight, delta))
+            self.rows.append(row)
+        return encoded
 
-    def _round(self, root: Weight, stored: StoredWeight, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the stored tensor, and the numbers that it stands for."""
-        scale, codes, dtype = None, numbers, self.dtype or stored.dtype
-        if isinstance(root, ScaledWeight) and self.dtype is None:
-            tiles = root.load_scales()[0][:, 0]
-            scale = tiles.repeat_interleave(root.tile[0])[: len(numbers)]
-            scale = scale.reshape(-1, *[1] * (numbers.ndim - 1))
-            codes = numbers / scale
-        if self.random is not None and dtype != numbers.dtype:
-            codes = _round_at_random(codes, dtype, self.random)
-        if dtype.itemsize == 1:  # torch makes NaN of what is too large
-            largest = torch.finfo(dtype).max
-            codes = codes.clamp(-largest, largest)
-        written = codes.to(dtype).contiguous()
-        return written, written if scale is None else written.to(numbers.dtype) * scale
+    def _encode(self, root: Weight, numbers: Tensor) -> BakedTensors:
+        """Encodes as the base stores it, or in the one type that was asked for."""
+        if self.dtype is None:
+            return encode(root, numbers, self.random)
+        stored = root.stored if isinstance(root, QuantisedWeight) else root
+        written = round_to(numbers, self.dtype, self.random)
+        assert isinstance(stored, StoredWeight)
+        return BakedTensors({stored: written}, written)
 
 
 def _cut_rows(weight: Weight, numbers: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -290,13 +377,3 @@ def _measure(
             wrong = got - d
             sums += torch.stack([d.dot(d), got.dot(d), wrong.dot(wrong)])
     return BakedModule(name, *sums.tolist())
-
-
-def _round_at_random(codes: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rounds up or down to a float type's numbers, so that the mean is right."""
-    info = torch.finfo(dtype)
-    exponent = codes.abs().clamp_min(info.smallest_normal).log2().floor()
-    steps = codes / torch.exp2(exponent) / info.eps
-    low = steps.floor()
-    up = torch.rand(codes.shape, generator=generator, dtype=codes.dtype) < steps - low
-    return (low + up) * info.eps * torch.exp2(exponent)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..reports.report import InWords, Mark, Report
 from ..reports.table import Column, Row, Table, make_table
 
@@ -22,6 +24,7 @@ class BakedModule:
     energy: float = 0.0  # ‖ΔW‖²
     product: float = 0.0  # ⟨Q − W, ΔW⟩
     wrong: float = 0.0  # ‖Q − W − ΔW‖²
+    bits: int = 0  # a number needs to keep enough; 0 where it does
 
     @property
     def survived(self) -> float:
@@ -44,7 +47,7 @@ def sum_modules(rows: Iterable[BakedModule]) -> BakedModule:
 class BakeReport(Report):
     """What is left of LoRAs in a baked model."""
 
-    path: str
+    path: str | None  # None if the tensors came back
     base: str
     loras: tuple[str, ...]
     strengths: tuple[float, ...]  # the factor on each
@@ -53,6 +56,8 @@ class BakeReport(Report):
     dtypes: dict[str, int]  # how the changed weights are stored -> how many
     modules: tuple[BakedModule, ...]
     left_out: dict[str, str] = field(default_factory=dict)  # what has no place in the base -> why
+    # Of a base in memory: its own keys -> tensors, the unchanged ones the caller's own
+    tensors: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     eyebrow: ClassVar[str] = "Baked model"
 
@@ -72,25 +77,36 @@ class BakeReport(Report):
         mark: Mark = "✔" if share >= SURVIVES and not self.left_out else "⚠"
         left_out = tuple(f"{name} is left out: {why}." for name, why in self.left_out.items())
         left_out += ("To keep these, `transfer()` or `fit()` the LoRA first.",) * bool(left_out)
+        wrote = (f"wrote {self.path}",) if self.path else ()
         if share >= SURVIVES:
             headline = f"{share:.0%} of the LoRA is in the weights of {self.base}."
-            return InWords(mark, headline, (f"wrote {self.path}",), left_out)
+            return InWords(mark, headline, wrote, left_out)
         also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
         way = f"To keep all: `dtype='bfloat16'`, or keep the LoRA as a file{also}."
         headline = f"Rounding took a part of the LoRA: {share:.0%} of it is left."
-        return InWords(mark, headline, (way, f"wrote {self.path}"), left_out)
+        return InWords(mark, headline, (way, *wrote), left_out)
 
     def sentences(self) -> list[str]:
         """Tells what was changed, and how exactly."""
         stored = ", ".join(f"{count} in {kind}" for kind, count in self.dtypes.items())
         told = [f"{stored} took the LoRA in; no other weight of {self.base} did."]
-        return [*told, f"The rounding error is {self.whole.error:.2g} times the LoRA."]
+        told.append(f"The rounding error is {self.whole.error:.2g} times the LoRA.")
+        for bits in (8, 16, 32):
+            if modules := [row.module for row in self.modules if row.bits == bits]:
+                listed = ", ".join(modules)
+                told.append(f"To keep {SURVIVES:.0%}, these need {bits} bits a number: {listed}.")
+        return told
 
     def tables(self) -> list[Table]:
         """Tabulates the modules, those with the least left first."""
-        columns = Column("module"), Column("left", ".0%", has_bar=True), Column("error", ".2g")
+        columns = (
+            Column("module"),
+            Column("left", ".0%", has_bar=True),
+            Column("error", ".2g"),
+            Column("bits to keep enough"),
+        )
         rows = sorted(self.modules, key=lambda row: row.survived)
-        cells = (Row((row.module, row.survived, row.error)) for row in rows)
+        cells = (Row((row.module, row.survived, row.error, row.bits or "")) for row in rows)
         return [make_table("What is left of each update", columns, cells, "modules")]
 
     def numbers(self) -> dict[str, Any]:
@@ -98,4 +114,5 @@ class BakeReport(Report):
         names = ("path", "base", "loras", "strengths", "blocks", "stochastic", "dtypes", "left_out")
         told = {name: getattr(self, name) for name in names}
         told |= {"survived": self.whole.survived, "error": self.whole.error}
+        told["bits"] = {row.module: row.bits for row in self.modules if row.bits}
         return told | {"modules": {row.module: row.survived for row in self.modules}}
