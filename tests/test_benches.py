@@ -1,6 +1,9 @@
 """The benches measure what they say, and name what there is."""
 
+import html
 import importlib
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +30,12 @@ def test_the_peak_of_a_child_is_its_own():
 @pytest.mark.parametrize("name", ["sdxl_to_ssd1b", "timing", "loader_matrix"])
 def test_a_bench_can_be_imported(name):
     importlib.import_module(name)
+
+
+def test_the_figure_of_the_evidence_shows_what_the_stored_rows_give(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH / "quality")
+    import evidence
+
+    worlds = {name: evidence.read_results(name) for name in evidence.NAMES}
+    drawn = re.search(r"<dc:description>(.*?)</dc:description>", evidence.FIGURE.read_text("utf-8"))
+    assert json.loads(html.unescape(drawn[1])) == evidence.list_shares(worlds)

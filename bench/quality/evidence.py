@@ -1,7 +1,7 @@
-"""Tables of docs/evidence.md: ``python bench/quality/evidence.py [--work DIR]``.
+"""Tables and figure of docs/evidence.md: ``python bench/quality/evidence.py [--work DIR]``.
 
 With --work the scores there are collected into bench/results/quality.json first. The tables are
-written between the marks of the pages.
+written between the marks of the pages; the figure contains the numbers that it shows.
 """
 
 from __future__ import annotations
@@ -129,22 +129,70 @@ def share_at(row: Row, strength: float) -> float | None:
     return float(np.interp(strength, [at for at, _ in points], shares)) if shares else None
 
 
-def strengths_table(worlds: Mapping[str, Table]) -> str:
-    """Kind by kind, what a copy gives at the strengths that reports name."""
-    ways: dict[str, Callable[[Row], float | None]] = {
-        "1": lambda row: share_at(row, 1.0),
-        "0.8": lambda row: share_at(row, 0.8),
-        "0.5": lambda row: share_at(row, 0.5),
-    }
-    lines = []
+STRENGTHS = (1.0, 0.8, 0.5)
+
+
+def measure_strengths(
+    worlds: Mapping[str, Table],
+) -> list[tuple[str, str, dict[float, Mean | None]]]:
+    """(kind, world, strength -> what a copy gives), for the strengths that reports name."""
+    rows = []
     for world, table in {**worlds, "terrain": read_terrain()}.items():
         present = {row["kind"] for row in table.rows} - {"independent"}  # refused
         for kind in (k for k in dict.fromkeys([*PRACTICE, *MOVES.values()]) if k in present):
             part = table.where(kind=kind)
-            means: dict[str, Mean | None] = {name: part.mean(way) for name, way in ways.items()}
-            if means["1"]:
-                lines.append([kind, world, *map(format_cell, means.values())])
-    return format_table(["target", "world", *ways], lines)
+            ways = {at: functools.partial(share_at, strength=at) for at in STRENGTHS}
+            means = {at: part.mean(way) for at, way in ways.items()}
+            if means[1.0]:
+                rows.append((kind, world, means))
+    return rows
+
+
+def strengths_table(worlds: Mapping[str, Table]) -> str:
+    """Kind by kind, what a copy gives at the strengths that reports name."""
+    rows = measure_strengths(worlds)
+    lines = [[kind, world, *map(format_cell, means.values())] for kind, world, means in rows]
+    return format_table(["target", "world", *(f"{at:g}" for at in STRENGTHS)], lines)
+
+
+FIGURE = ROOT / "docs/images/shares.svg"
+
+
+def list_shares(worlds: Mapping[str, Table]) -> list[list[object]]:
+    """[target, strength, mean, low, high] of every point of the figure."""
+    points: list[list[object]] = []
+    for kind, world, means in measure_strengths(worlds):
+        for at in (1.0, 0.5):
+            if (mean := means[at]) is not None:
+                points.append([f"{kind} ({world})", at, *(round(float(x), 4) for x in mean)])
+    return points
+
+
+def draw_shares(points: list[list[object]], path: Path) -> None:
+    """Draws the share by target with its interval, of a copy at 1 and at 0.5."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "shares", "svg.fonttype": "none", "font.size": 9}
+    from matplotlib import pyplot
+
+    targets = list(dict.fromkeys(point[0] for point in points))
+    figure, axes = pyplot.subplots(figsize=(7, 0.24 * len(targets) + 0.8))
+    for strength, colour, shift in ((1.0, "#1f6feb", 0.0), (0.5, "#bf8700", 0.3)):
+        drawn = [point for point in points if point[1] == strength]
+        rows = [targets.index(point[0]) + shift for point in drawn]
+        mean, low, high = np.array([point[2:] for point in drawn], dtype=float).T
+        error, label = [mean - low, high - mean], f"copy at {strength:g}"
+        axes.errorbar(mean, rows, xerr=error, fmt="o", color=colour, ms=4, lw=1.2, label=label)
+    for share, style in ((0, "-"), (1, ":")):
+        axes.axvline(share, color="grey", lw=0.8, ls=style)
+    axes.set_yticks(range(len(targets)), targets)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of what training on the target gives (1: as good; below 0: harm)")
+    axes.legend(loc="upper left", frameon=False)
+    notes = {"Date": None, "Description": json.dumps(points)}
+    figure.savefig(path, bbox_inches="tight", metadata=notes)
+    pyplot.close(figure)
 
 
 def samples_table(table: Table) -> str:
@@ -191,6 +239,7 @@ def main() -> None:
     }
     for page in PAGES:
         page.write_text(fill_page(page.read_text(), tables))
+    draw_shares(list_shares(worlds), FIGURE)
 
 
 if __name__ == "__main__":
