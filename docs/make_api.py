@@ -33,9 +33,28 @@ Eight names are enough for most:
 | name | what it does |
 |---|---|
 """
-FIRST = ("transfer", "fit", "check", "convert", "extract", "merge", "migrate", "project")
+FIRST = ("project", "transfer", "fit", "check", "convert", "extract", "merge", "migrate")
+NOTES = {
+    "For embedders": """\
+A converter, a node or a training tool has its tensors in memory and needs two names: `project` for
+one weight or a stack, `transfer` for a whole LoRA, of which any mapping of names to tensors is the
+base ([example](../examples/embed.py)).
+
+- **Two defaults.** `project` projects (`method="prolora"`, the published rule); `transfer` copies
+  what two models can share and refuses what they cannot (`method="auto"`), which recovered more on
+  nearly all models of [the study](evidence.md). `project(…, method="auto")` does the same for one
+  pair of weights, and needs the weights, not a `Basis`.
+- **Pass factors**, `(up, down)` or a `LowRank`, rather than a dense update: nothing of the weight's
+  size is formed.
+- **What it adds to fifteen lines of torch**: subspaces with a bound on their error, stacks in one
+  call, what was kept (`return_info=True`), a refusal where two weights have nothing in common.
+- **Threads.** Every function may be called from several threads at once
+  ([more](performance.md#threads-and-core-alone)).
+"""
+}
 # What is exported and stands in no group comes last, under "Others".
 GROUPS = {
+    "For embedders": ["project", "LowRank"],
     "LoRA files": [
         "transfer",
         "transfer_many",
@@ -57,8 +76,6 @@ GROUPS = {
         "Base",
     ],
     "Tensors": [
-        "project",
-        "LowRank",
         "truncated_svd",
         "Basis",
         "similarity",
@@ -68,7 +85,8 @@ GROUPS = {
         "METHODS",
         "Method",
     ],
-    "Making LoRAs": ["convert", "extract", "merge", "MergeOptions", "migrate", "load_moved_lora"],
+    "Making LoRAs": ["convert", "extract", "merge", "MergeOptions", "bake", "migrate"],
+    "Diffusers pipelines": ["load_moved_lora"],
     "Errors": ["ProLoRAError"],
 }
 FROM_CPP = """\
@@ -111,6 +129,7 @@ def render_page() -> str:
         if present:
             parts += [
                 f"## {title}\n",
+                *([NOTES[title]] if title in NOTES else []),
                 *(_render_object(_find(package, name), name) for name in present),
             ]
     parts.append("## Kinds of reports\n")
