@@ -38,8 +38,8 @@ def test_a_state_tells_a_change_of_content_from_a_new_mode(tmp_path: Path) -> No
     assert read_state(path).has_content_of(before)
     os.utime(path, ns=(0, 1))
     assert not read_state(path).has_content_of(before)
-    with open(path) as file, pytest.raises(UnsupportedFormat, match="changed while it was in use"):
-        check_unchanged(path, before, file.fileno())
+    with pytest.raises(UnsupportedFormat, match="changed while it was in use"):
+        check_unchanged(path, before, os.stat(path))
     assert FileState.from_status(os.stat(path)) == read_state(path)
 
 

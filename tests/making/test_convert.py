@@ -261,7 +261,7 @@ def test_an_alpha_is_refused_where_something_else_tells_it():
     config = SimpleNamespace(to_dict=peft.peft_config)
     with pytest.raises(prolora.errors.InvalidOption, match="`lora_alpha` in its PEFT"):
         prolora.convert((peft.state_dict("peft"), config), alpha=1)
-    for alpha in (0, -1, float("nan"), True):
+    for alpha in (0, -1, float("nan"), True, 1e-60, 1e400):
         with pytest.raises(prolora.errors.InvalidOption, match="a number from"):
             prolora.convert(tensors, alpha=alpha)
 

@@ -112,6 +112,14 @@ class Lora:
         """The file of the weights, if they are in one."""
         return self.file.path if self.file else None
 
+    @property
+    def given(self) -> Path | None:
+        """The path or id under which it was opened; None in memory."""
+        if self.file is None or self.location is None:
+            return None
+        in_folder = self.where == str(self.file.path) != str(self.location)
+        return self.location if in_folder else Path(self.where)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file and of PEFT's configuration beside it; "" of a state dict."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a ba
     from ..bases import BaseLike
     from ..bases.base import Progress
     from ..bases.experts import ExpertsLike
+    from ..moving.base_check import BaseFit
+    from ..moving.options import TransferOptions
 
 
 def check(
@@ -66,30 +69,41 @@ def check(
     if (source is None) != (target is None):
         raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")
     opened = open_lora(lora)
-    found = check_model(lora) if opened is None else check_tensors(opened, program, deep)
-    if base is source is None:
-        return found
-    if opened is None or found.kind != "lora":
-        return replace(found, reason=found.reason or "a LoRA was asked about")
+    with opened or nullcontext():
+        found = check_model(lora) if opened is None else check_tensors(opened, program, deep)
+        if base is source is None:
+            return found
+        if opened is None or found.kind != "lora":
+            return replace(found, reason=found.reason or "a LoRA was asked about")
+        if base is not None:
+            found = replace(found, fit=_match_base(opened, found, base))
+        if source is not None and target is not None:
+            from ..moving.options import TransferOptions
+
+            options = TransferOptions(cache=cache, progress=progress)
+            found = replace(found, move=_foresee(opened, source, target, options))
+    return found
+
+
+def _match_base(opened: Lora, found: Check, base: ExpertsLike) -> BaseFit:
+    """Says whether a LoRA is for a base or a family."""
     from ..moving.base_check import fit_base, fit_family
 
     if isinstance(base, str) and base in known_families() and not os.path.exists(base):
-        found = replace(found, fit=fit_family(found.families, base))
-    elif base is not None:
-        found = replace(found, fit=fit_base(opened, base))
-    if source is not None and target is not None:
-        from ..bases import open_base
-        from ..moving.base_pair import BasePair
-        from ..moving.options import TransferOptions
+        return fit_family(found.families, base)
+    return fit_base(opened, base)
 
-        options = TransferOptions(cache=cache, progress=progress)
-        pair = BasePair.open(open_base(source), open_base(target), options)
-        try:
-            told = pair.foresee(lora, weighed=True).in_words()
-        except UnrelatedBases as error:
-            told = InWords("✖", str(error))
-        found = replace(found, move=told)
-    return found
+
+def _foresee(opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions) -> InWords:
+    """Says what a transfer between two bases would do."""
+    from ..bases import open_base
+    from ..moving.base_pair import BasePair
+
+    pair = BasePair.open(open_base(source), open_base(target), options)
+    try:
+        return pair.foresee(opened, weighed=True).in_words()
+    except UnrelatedBases as error:
+        return InWords("✖", str(error))
 
 
 def open_lora(lora: LoraSource) -> Lora | None:

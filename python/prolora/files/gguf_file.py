@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedFormat, input_error
 from .safetensors_file import read_stored
+from .shared_file import SharedFile
 from .state import FileState
 
 MAGIC = b"GGUF"
@@ -101,13 +102,8 @@ class GgufFile:
     def _read_stored(self, name: str, start: int, stop: int) -> Tensor:
         info = self.tensors[name]
         raw = torch.empty(stop - start, info.row_bytes, dtype=torch.uint8, device="cpu")
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                read_stored(
-                    file, self, name, info.start + start * info.row_bytes, raw.view(-1).numpy().data
-                )
-        except OSError as error:
-            raise input_error(self.path, error, f"{name} cannot be read") from error
+        first = info.start + start * info.row_bytes
+        read_stored(SharedFile(self.path), self, name, first, raw.view(-1).numpy().data)
         return raw.view(PLAIN[info.code]) if info.code in PLAIN else dequantise(raw, info.code)
 
 

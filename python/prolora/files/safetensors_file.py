@@ -11,19 +11,16 @@ import math
 import os
 import re
 import shlex
-import stat
 import struct
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import UnsupportedFormat, input_error
 from .dtypes import CODES, SIZES, find_torch_dtype
 from .jsontext import LFS_POINTER
+from .shared_file import SharedFile
 from .state import FileState, check_unchanged
 
 if TYPE_CHECKING:  # headers are read without torch, which takes seconds to import
@@ -85,20 +82,21 @@ class SafetensorsFile:
 
         Args:
             path: the file.
-            keep_open: reads everything through one open file, until `close`.
+            keep_open: reads everything through one open file, until `close`; threads and forked
+                processes may share it.
 
         Raises:
             UnsupportedFormat: the file is missing, unreadable, cut off, not a safetensors file, or
                 its header contradicts itself.
         """
         self.path = Path(path)
-        self._lock, self._kept = threading.Lock(), self._open() if keep_open else None
-        with self._use() as file:
-            try:
-                status = os.fstat(file.fileno())
-                raw = _read_header(file, self.path, status.st_size)
-            except OSError as error:
-                raise input_error(self.path, error) from error
+        file = SharedFile(self.path)
+        self._kept = file if keep_open else None
+        try:
+            status = file.status()
+            raw = _read_header(file, self.path, status.st_size)
+        except OSError as error:
+            raise input_error(self.path, error) from error
         self.state = FileState.from_status(status)
         self.data_start = 8 + len(raw)
         self.metadata, self.tensors = _parse_header(raw, self.path)
@@ -124,8 +122,7 @@ class SafetensorsFile:
         if info.stored not in (*CODES, "BF16"):
             return float(self.read(name).double())
         raw = bytearray(SIZES[info.stored])
-        with self._use() as file:
-            read_stored(file, self, name, self.data_start + info.start, memoryview(raw))
+        read_stored(self._open(), self, name, self.data_start + info.start, memoryview(raw))
         whole = b"\0\0" + raw if info.stored == "BF16" else raw  # the upper half of a float32
         return float(struct.unpack(f"<{CODES.get(info.stored, 'f')}", whole)[0])
 
@@ -160,36 +157,22 @@ class SafetensorsFile:
         Raises:
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
-        with self._use() as file:
-            check_unchanged(self.path, self.state, file.fileno())
-            file.seek(0)
-            while block := file.read(1 << 20):
-                yield block
+        file, start = self._open(), 0
+        check_unchanged(self.path, self.state, file.status())
+        while block := file.read(start, 1 << 20):
+            yield block
+            start += len(block)
 
     def close(self) -> None:
-        """Closes the file, where it was kept open; later reads open it again."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+        """Closes the file, where it was kept open; later reads open it again.
 
-    @contextmanager
-    def _use(self) -> Iterator[FileIO]:
-        """Yields the open file, to one thread at a time where it is kept open."""
-        if self._kept is None:
-            with self._open() as file:
-                yield file
-        else:
-            with self._lock:
-                yield self._kept
+        A read in another thread is finished first.
+        """
+        self._kept = None
 
-    def _open(self) -> FileIO:
-        """Opens the file unbuffered: reads go straight into the tensor's own memory."""
-        try:
-            if stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe or a device would block
-                return open(self.path, "rb", buffering=0)
-        except (OSError, ValueError) as error:
-            raise input_error(self.path, error) from error
-        raise UnsupportedFormat(f"{self.path}: not a file; a .safetensors file is needed")
+    def _open(self) -> SharedFile:
+        """Returns the file that is kept open, or opens it for one read."""
+        return self._kept or SharedFile(self.path)
 
     def _read(self, name: str, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
         """Reads `shape` elements of `dtype` from byte `start` of the data."""
@@ -199,8 +182,7 @@ class SafetensorsFile:
         if size == 0:
             return torch.empty(shape, dtype=numbers, device="cpu")
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        with self._use() as file:
-            read_stored(file, self, name, self.data_start + start, buffer.numpy().data)
+        read_stored(self._open(), self, name, self.data_start + start, buffer.numpy().data)
         return view_numbers(buffer, numbers).reshape(shape)
 
 
@@ -220,17 +202,16 @@ class _OpenedFile(Protocol):
 
 
 def read_stored(
-    file: FileIO | BufferedReader, opened: _OpenedFile, name: str, start: int, buffer: memoryview
+    file: SharedFile, opened: _OpenedFile, name: str, start: int, buffer: memoryview
 ) -> None:
     """Fills a buffer [bytes] with a tensor that begins at `start`.
 
     Raises:
         UnsupportedFormat: the file was changed since `opened`, ends inside or cannot be read.
     """
-    check_unchanged(opened.path, opened.state, file.fileno())
+    check_unchanged(opened.path, opened.state, file.status())
     try:
-        file.seek(start)
-        complete = fill_buffer(file, buffer)
+        complete = file.fill(buffer, start)
     except OSError as error:
         raise input_error(opened.path, error, f"{name} cannot be read") from error
     if not complete:
@@ -243,23 +224,13 @@ def view_numbers(buffer: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer.ne(0) if str(dtype) == "torch.bool" else buffer.view(dtype)
 
 
-def fill_buffer(file: FileIO | BufferedReader, view: memoryview) -> bool:
-    """Reads until `view` is full; one read call is free to return less. False: the file ended."""
-    while view:
-        count = file.readinto(view)
-        if not count:
-            return False
-        view = view[count:]
-    return True
-
-
-def _read_header(file: FileIO, path: Path, size: int) -> bytes:
+def _read_header(file: SharedFile, path: Path, size: int) -> bytes:
     """Reads the JSON text of the header, its length checked first."""
-    head = file.read(9)
+    head = file.read(0, 9)
     length = int.from_bytes(head[:8], "little")
     # Only the whole start tells: a header of 128 bytes begins with the 0x80 of a pickle.
     if len(head) < 9 or head[8:] != b"{" or length > _LONGEST_HEADER:
-        _refuse_other_formats(head + file.read(_NAME_BYTES), path)
+        _refuse_other_formats(head + file.read(9, _NAME_BYTES), path)
     if length > _HEADER_LIMIT:
         raise UnsupportedFormat(
             f"{path}: its header has {length} bytes, more than any real one; if that is metadata, "
@@ -271,8 +242,7 @@ def _read_header(file: FileIO, path: Path, size: int) -> bytes:
             "download it again"
         )
     raw = bytearray(length)
-    file.seek(8)
-    if not fill_buffer(file, memoryview(raw)):
+    if not file.fill(memoryview(raw), 8):
         raise UnsupportedFormat(f"{path}: ends inside its header; run again")
     return bytes(raw)
 

@@ -41,9 +41,9 @@ def read_state(path: Path) -> FileState:
         raise input_error(path, error) from error
 
 
-def check_unchanged(path: Path, opened: FileState, file_number: int) -> None:
+def check_unchanged(path: Path, opened: FileState, status: os.stat_result) -> None:
     """Refuses an open file that has changed since its header was read."""
-    if not FileState.from_status(os.fstat(file_number)).has_content_of(opened):
+    if not FileState.from_status(status).has_content_of(opened):
         raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.adapter import Adapter
+from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, open_base
 from ..bases.quantised.comfy import QUANTISATION_KEY
 from ..bases.quantised.encoding import BakedTensors, can_encode, encode, round_to
@@ -29,7 +32,7 @@ from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
 from ..moving.block_weights import Blocks, BlockWeights, find_factors
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, read_dtype
+from ..moving.options import LoraLike, read_dtype, use_lora
 from .bake_report import SURVIVES, BakedModule, BakeReport, sum_modules
 from .convert import read_plain
 from .merge_inputs import name_loras
@@ -93,7 +96,10 @@ def bake(
     path, overwrite = model.path, options.overwrite
     folder = path is not None and path.is_dir()
     _check_out(model, out, dtype, overwrite=overwrite)
-    updates = _sum_updates(loras, model, strengths, blocks)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(use_lora(lora)) for lora in loras]
+        titles = name_loras(opened)
+        updates = _sum_updates(opened, model, strengths, blocks)
     groups, left_out = _place_updates(updates, model)
     random = None if stochastic is None else torch.Generator().manual_seed(stochastic)
     baking = _Baking(random, dtype)
@@ -125,7 +131,7 @@ def bake(
         path=None if out is None else str(out),
         tensors=tensors,
         base=model.name,
-        loras=tuple(name_loras(loras)),
+        loras=tuple(titles),
         strengths=tuple(strengths),
         blocks=tuple("" if each is None else str(BlockWeights.read(each)) for each in blocks),
         stochastic=stochastic,
@@ -166,7 +172,7 @@ def _check_out(
 
 
 def _sum_updates(
-    loras: Sequence[LoraLike],
+    loras: Sequence[Lora | Adapter],
     model: Base,
     strengths: Sequence[float],
     blocks: Sequence[Blocks | None],

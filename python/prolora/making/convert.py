@@ -36,6 +36,7 @@ from ..moving.options import (
     cut_rank,
     name_lora,
     read_dtype,
+    use_lora,
 )
 from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
@@ -105,15 +106,17 @@ def convert(
     """
     options = settle_options(options, changes)
     model = None if base is None else open_base(base)
-    if out is None:
-        return _run(lora, model, options)
-    options = options.for_file()
-    check_output(out, list_inputs(lora, *filter(None, [model])), options.overwrite, options.format)
-    return save_result(_run(lora, model, options), Path(out), options.overwrite)
+    with use_lora(lora) as opened:
+        if out is None:
+            return _run(opened, model, options)
+        options = options.for_file()
+        inputs = list_inputs(opened, *filter(None, [model]))
+        check_output(out, inputs, options.overwrite, options.format)
+        return save_result(_run(opened, model, options), Path(out), options.overwrite)
 
 
 @in_full_precision
-def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
+def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Transfer:
     original, inputs = name_lora(lora), list_inputs(lora, *filter(None, [base]))
     before = None
     if options.alpha is not None:
@@ -185,11 +188,10 @@ def _tell_strength(report: MadeReport, before: Adapter, after: Adapter) -> MadeR
     return replace(report, modules=rows, advice=f"{told} {report.advice}".strip())
 
 
-def _set_alpha(lora: LoraLike, alpha: float) -> Lora:
-    """Opens a LoRA with another alpha for every update that has a rank."""
-    if isinstance(lora, Adapter):
+def _set_alpha(opened: Lora | Adapter, alpha: float) -> Lora:
+    """Returns a LoRA with another alpha for every update that has a rank."""
+    if isinstance(opened, Adapter):
         raise InvalidOption("`alpha` is for a file: updates in memory hold their scale")
-    opened = Lora.open(lora)
     headers, alphas = dict(opened.headers), set()
     for slot in parse_contents(opened).slots:
         if slot.peft:
@@ -215,13 +217,12 @@ def _find_rank(updates: Collection[LowRank], energy: float) -> int:
     return int(enough.int().argmax()) + 1 if enough.any() else 0
 
 
-def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
+def read_plain(opened: Lora | Adapter, base: Base | None) -> Adapter:
     """Reads the LoRA's updates, each as a plain LoRA; refuses one that needs a missing base."""
-    if isinstance(lora, Adapter):
-        return lora
+    if isinstance(opened, Adapter):
+        return opened
     if base is not None:
-        return read_lora(lora, base)
-    opened = Lora.open(lora)
+        return read_lora(opened, base)
     for slot in parse_contents(opened).slots:
         if forms.needs_base(slot.keys.keys()):
             raise UnsupportedFormat(
@@ -229,4 +230,4 @@ def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
                 f"{forms.needs_base_reason(slot.keys.keys())}; give the base model that it was "
                 "trained on, too"
             )
-    return adapters.read_adapter(lora)
+    return adapters.read_adapter(opened)

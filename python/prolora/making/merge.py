@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
@@ -18,7 +19,6 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import MERGE, read_moves, read_provenance
-from ..adapters.hub_adapters import locate_adapter
 from ..adapters.lora import Lora
 from ..adapters.training_words import read_training_words
 from ..bases import Base, BaseLike, open_base
@@ -32,9 +32,9 @@ from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, cut_rank, read_dtype
+from ..moving.options import LoraLike, cut_rank, read_dtype, use_lora
 from ..moving.output_paths import check_name, check_output
-from ..moving.result import Transfer, save_result
+from ..moving.result import Transfer, list_inputs, save_result
 from ..moving.rows import describe_conversion, describe_left_out
 from ..reports.module_report import LEFT_OUT, ModuleReport
 from ..reports.module_tables import write_shape
@@ -43,6 +43,17 @@ from .convert import read_plain
 from .merge_inputs import check_experts, check_families, guess_lora_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
+
+
+def check_merged(loras: Sequence[LoraLike]) -> None:
+    """Refuses anything but two LoRAs or more."""
+    if not isinstance(loras, Sequence) or len(loras) < 2:
+        raise InvalidOption("a merge takes two LoRAs or more")
+    if isinstance(loras[0], Mapping) and hasattr(loras[1], "to_dict"):
+        raise InvalidOption(
+            "(state dict, peft.LoraConfig) is one LoRA, and a merge takes two or more: give a "
+            "list with this pair in it"
+        )
 
 
 @takes_options
@@ -80,23 +91,27 @@ def merge(
         OutputError: `out` cannot be written, or is an input.
     """
     options = settle_options(options, changes)
-    if out is None:
-        return _Merge.open(loras, target, options).run(hashed=False)
-    options = options.for_file()
-    job = _Merge.open(loras, target, options)
-    check_name(out)
-    to_folder = options.format == "peft" or any(path.is_dir() for path in job.inputs)
-    if os.path.isdir(out) and not to_folder:
-        raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
-    check_output(out, job.inputs, options.overwrite, options.format)
-    return save_result(job.run(hashed=True), Path(out), options.overwrite)
+    check_merged(loras)
+    model = None if target is None else open_base(target)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(use_lora(lora)) for lora in loras]
+        if out is None:
+            return _Merge.open(opened, model, options).run(hashed=False)
+        options = options.for_file()
+        job = _Merge.open(opened, model, options)
+        check_name(out)
+        to_folder = options.format == "peft" or any(path.is_dir() for path in job.inputs)
+        if os.path.isdir(out) and not to_folder:
+            raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
+        check_output(out, job.inputs, options.overwrite, options.format)
+        return save_result(job.run(hashed=True), Path(out), options.overwrite)
 
 
 @dataclass
 class _Merge:
     """LoRAs on their way to be one."""
 
-    loras: list[LoraLike]  # as they were given
+    loras: list[Lora | Adapter]
     target: Base | None  # the base of the result
     options: MergeOptions  # how they are merged
     names: list[str]  # of each LoRA in reports
@@ -109,29 +124,17 @@ class _Merge:
 
     @classmethod
     def open(
-        cls, loras: Sequence[LoraLike], target: BaseLike | None, options: MergeOptions
+        cls, loras: Sequence[Lora | Adapter], target: Base | None, options: MergeOptions
     ) -> _Merge:
-        """Checks the numbers of all, and opens the base."""
-        if not isinstance(loras, Sequence) or len(loras) < 2:
-            raise InvalidOption("a merge takes two LoRAs or more")
-        if isinstance(loras[0], Mapping) and hasattr(loras[1], "to_dict"):
-            raise InvalidOption(
-                "(state dict, peft.LoraConfig) is one LoRA, and a merge takes two or more: give a "
-                "list with this pair in it"
-            )
+        """Checks the numbers of all."""
         options.check_count(len(loras))
-        return cls(
-            list(loras),
-            None if target is None else open_base(target),
-            options,
-            name_loras(loras),
-            list(options.strengths or [1.0] * len(loras)),
-        )
+        strengths = list(options.strengths or [1.0] * len(loras))
+        return cls(list(loras), target, options, name_loras(loras), strengths)
 
     @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read, the LoRAs first."""
-        files = [locate_adapter(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
+        files = [path for lora in self.loras for path in list_inputs(lora)]
         return [*files, *(self.target.files if self.target else [])]
 
     @in_full_precision
@@ -188,7 +191,7 @@ class _Merge:
         self.parts.append(adapter)
         moves = read_moves(adapter.metadata)
         stated = moves[-1].target if moves else adapter.metadata.get("ss_sd_model_name", "")
-        digest = Lora.open(lora).digest if isinstance(lora, str | PathLike) else ""
+        digest = lora.digest if isinstance(lora, Lora) else ""
         fact = MergedPart(
             name,
             self.strengths[i],

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
@@ -18,12 +16,12 @@ from ..errors import ProLoRAError, WrongBase
 from ..moving.options import LoraLike
 
 
-def name_loras(loras: Sequence[LoraLike]) -> list[str]:
+def name_loras(loras: Sequence[Lora | Adapter]) -> list[str]:
     """Chooses a name for each LoRA: its file without ending, or its number.
 
     No name occurs twice: files of one name get their folder's before it, then a number.
     """
-    paths = [Path(lora) if isinstance(lora, str | PathLike) else None for lora in loras]
+    paths = [lora.given if isinstance(lora, Lora) else None for lora in loras]
     plain = []
     for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1):
         stated = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
 
 from .. import adapters
-from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import read_provenance
-from ..adapters.lora import Lora
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
@@ -24,7 +21,7 @@ from .base_check import Depth, check_bases, doubt_size, read_lora
 from .block_weights import find_factors, weigh_adapter
 from .ledger import Clock, Ledger, outline_rows
 from .move_updates import decide_method, label_stage, move_updates
-from .options import LoraLike, TransferOptions, read_dtype
+from .options import LoraLike, TransferOptions, read_dtype, use_lora
 from .plan import make_plan
 from .result import Notes, Transfer, list_inputs, make_file
 from .transfer_report import TransferReport
@@ -222,11 +219,6 @@ class BasePair:
         )
         inputs = list_inputs(ledger.lora, self.source, self.target)
         return Transfer(moved, report, inputs, *written)
-
-
-def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
-    """Opens a LoRA; what is in memory, or was opened by the caller, stays as it is."""
-    return nullcontext(lora) if isinstance(lora, Lora | Adapter) else Lora.open(lora)
 
 
 def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -376,10 +377,15 @@ def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
     return named
 
 
+def use_lora(lora: LoraLike) -> AbstractContextManager[Lora | Adapter]:
+    """Opens a LoRA for the whole of a verb; what the caller opened stays open."""
+    return nullcontext(lora) if isinstance(lora, Lora | Adapter) else Lora.open(lora)
+
+
 def name_lora(lora: LoraLike | None) -> str:
     """Returns the name of a LoRA's file or folder, "the LoRA" in memory."""
-    if isinstance(lora, Lora) and lora.path:
-        return Path(lora.where).name
+    if isinstance(lora, Lora) and lora.given:
+        return lora.given.name
     return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 

@@ -1,0 +1,46 @@
+"""One open LoRA, read in threads and in forked processes."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import mini
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prolora import Lora
+
+
+def read_wrong(lora, wanted, rounds: int = 20) -> int:
+    """Number of tensors that are read otherwise than they are stored."""
+    return sum(not torch.equal(lora.read(k), x) for _ in range(rounds) for k, x in wanted.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_forked_processes_read_an_open_lora_as_it_is_stored(tmp_path):
+    path, *_ = mini.write_case(tmp_path)
+    children = []
+    with Lora.open(path) as lora:
+        for _ in range(4):
+            child = os.fork()
+            if not child:
+                os._exit(min(read_wrong(lora, load_file(path)), 99))
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+
+
+def test_threads_read_an_open_lora_though_one_closes_it(tmp_path):
+    path, *_ = mini.write_case(tmp_path)
+    wanted, wrong = load_file(path), []
+    with Lora.open(path) as lora:
+        threads = [
+            threading.Thread(target=lambda: wrong.append(read_wrong(lora, wanted)))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            lora.close()
+    assert wrong == [0] * 4

@@ -1,0 +1,39 @@
+"""Every verb opens a LoRA once, and leaves no file open."""
+
+from __future__ import annotations
+
+import json
+
+import mini
+import pytest
+from fresh import run_fresh
+
+VERBS = {
+    "transfer": "prolora.transfer(lora, source, target, out=out)",
+    "check": "prolora.check(lora)",
+    "check for a base": "prolora.check(lora, base=source, deep=True)",
+    "check of two bases": "prolora.check(lora, source=source, target=target)",
+    "convert": "prolora.convert(lora, out=out, out_rank=2)",
+    "convert with its base": "prolora.convert(lora, source, out=out, alpha=2)",
+    "merge": "prolora.merge([lora, other], out=out)",
+    "bake": "prolora.bake([lora, other], source, out + ' baked')",
+}
+CALL = """
+import gc, json, sys
+import prolora
+lora, source, target, other, out = sys.argv[1:]
+opened = []
+sys.addaudithook(lambda event, given: event == "open" and given and opened.append(str(given[0])))
+{verb}
+left = sum(type(one).__name__ == "SharedFile" for one in gc.get_objects())
+print(json.dumps([opened.count(lora), left]))
+"""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_opens_a_lora_once_and_closes_it(verb, tmp_path):
+    lora, source, target = mini.write_case(tmp_path)
+    other, out = tmp_path / "other.safetensors", tmp_path / "out.safetensors"
+    other.write_bytes(lora.read_bytes())
+    said = run_fresh(CALL.format(verb=VERBS[verb]), lora, source, target, other, out)
+    assert json.loads(said.splitlines()[-1]) == [1, 0]
