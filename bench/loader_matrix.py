@@ -46,6 +46,7 @@ from prolora.adapters.slots import Slot
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Spelling
+from prolora.architectures.identify import Model, share_rows
 from prolora.architectures.layouts import UNUSED, load_layout
 from prolora.architectures.modules import (
     TEXT_ENCODERS,
@@ -54,7 +55,6 @@ from prolora.architectures.modules import (
     is_in_text_encoder,
     is_linear,
 )
-from prolora.architectures.recognition import share_rows
 from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
@@ -150,7 +150,7 @@ def make_adapter(family: Family, layout: str, keep: Callable[[str], bool]) -> Ad
         for name, (m, n) in list_linear(family.id, layout).items()
         if keep(name)
     }
-    return Adapter(updates, family=family.id)
+    return Adapter(updates, origin=Model.of(family.id))
 
 
 def make_text_adapter(family: Family, layout: str) -> Adapter:
@@ -205,7 +205,8 @@ def encode(
 
     `swapped` leaves out alphas in a format that has them, and adds them in others.
     """
-    adapter = Adapter(adapter.updates, family=adapter.family, style=spelling, format=format)
+    model = adapter.model._replace(spelling=spelling)
+    adapter = Adapter(adapter.updates, origin=model, format=format)
     tensors = encode_adapter(adapter, format, torch.float32)
     if swapped:
         plain = {key: x for key, x in tensors.items() if not key.endswith(".alpha")}

@@ -23,6 +23,7 @@ from prolora.adapters.formats.encoding import encode_adapter
 from prolora.adapters.keys.tensor_keys import split_key
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family
+from prolora.architectures.identify import Model
 from prolora.architectures.layouts import UNUSED, load_layout
 from prolora.architectures.modules import is_linear
 from prolora.checking.check import check
@@ -89,7 +90,7 @@ def list_paths(family: Family, format: str) -> dict[str, tuple[int, int]]:
 def _measure_paths(
     family: Family, format: str, updates: dict[str, LowRank]
 ) -> dict[str, tuple[int, int]]:
-    tensors = encode_adapter(Adapter(updates, family=family.id), format, torch.float16)
+    tensors = encode_adapter(Adapter(updates, origin=Model.of(family.id)), format, torch.float16)
     sizes: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, role = split_key(key)

@@ -25,6 +25,7 @@ from models import Folder, load_lora
 from worlds import backbone, load_world
 
 from prolora.adapters import Adapter, write_adapter
+from prolora.architectures.identify import Model
 from prolora.fitting.pipelines.icons import IconPipeline
 
 HERE = Path(__file__).parent
@@ -69,7 +70,7 @@ def save_lora(folder: Folder, name: str, path: Path) -> None:
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
     }
-    adapter = Adapter(updates, format="diffusers", family="flux", metadata=metadata)
+    adapter = Adapter(updates, format="diffusers", origin=Model.of("flux"), metadata=metadata)
     write_adapter(adapter, path, format="diffusers", dtype=torch.float16)
 
 

@@ -389,9 +389,9 @@ def test_any_adapter_survives_any_format(tmp_path_factory, ranks, format, spelli
 def test_a_lora_of_sdxl_has_kohyas_own_names_whatever_it_came_in(spelling, tmp_path):
     """A1111 misses embeddings and upsamplers under diffusers' names, silently."""
     shapes = {
-        "add_embedding.linear_1": (16, 2816),
-        "up_blocks.0.upsamplers.0.conv": (16, 16, 3, 3),
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": (16, 2048),
+        "add_embedding.linear_1": (1280, 2816),
+        "up_blocks.0.upsamplers.0.conv": (1280, 1280, 3, 3),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": (640, 2048),
     }
     adapter = adapter_of(shapes, format="diffusers", spelling=spelling)
     adapters.write_adapter(adapter, tmp_path / "out", format="kohya")

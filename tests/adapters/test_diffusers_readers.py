@@ -16,6 +16,7 @@ from published_unets import UNETS
 
 from prolora.adapters import Adapter, encode_state_dict, read_adapter, write_adapter
 from prolora.architectures.families import known_families
+from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, name_row
 from prolora.core.lowrank import LowRank
@@ -82,7 +83,7 @@ def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, la
         return find_reach(family, row, [module]).get("diffusers") == "whole"
 
     updates = make_updates(layout, is_read)
-    written = encode_state_dict(Adapter(updates, family=id_), format=format)
+    written = encode_state_dict(Adapter(updates, origin=Model.of(id_)), format=format)
     read = read_by_diffusers(id_, layout, written)
     assert read.keys() == updates.keys()
     for name, update in updates.items():
@@ -96,7 +97,7 @@ def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, la
 def test_what_a_reader_of_diffusers_stopped_at_still_stops_it(id_, layout, format):
     """Where this fails, diffusers has learned it, and the table is to be made again."""
     updates = make_updates(layout)
-    written = encode_state_dict(Adapter(updates, family=id_), format=format)
+    written = encode_state_dict(Adapter(updates, origin=Model.of(id_)), format=format)
     with pytest.raises(ValueError, match=r"Incompatible keys|should be empty"):
         read_by_diffusers(id_, layout, written)
 
@@ -121,7 +122,7 @@ def test_anima_s_adapter_of_text_reaches_the_model_that_diffusers_makes_of_it(
         factors = (torch.randn(*size, generator=generator) for size in ((m, rank), (rank, n)))
         updates[name] = LowRank(*factors)
     path = tmp_path / "anima.safetensors"
-    adapter = Adapter(updates, format=format, family="cosmos")
+    adapter = Adapter(updates, format=format, origin=Model.of("cosmos"))
     write_adapter(adapter, path, format=format, dtype=torch.float32)
     back = read_adapter(path)
     assert back.updates.keys() == updates.keys() and not back.left_out
@@ -140,7 +141,7 @@ def test_what_diffusers_reads_with_its_rows_in_another_order_is_not_called_whole
     """FLUX.2 by its authors' names: the halves of the last modulation are not swapped."""
     family = FAMILIES["flux2"]
     update = LowRank(torch.arange(24.0)[:, None], torch.ones(1, 12))
-    adapter = Adapter({"norm_out.linear": update}, family="flux2")
+    adapter = Adapter({"norm_out.linear": update}, origin=Model.of("flux2"))
     for format, reach in (("comfy", "none"), ("diffusers", "whole")):
         tensors = encode_state_dict(adapter, format=format, dtype=torch.float32)
         read = read_by_diffusers("flux2", "flux2-dev", tensors)["norm_out.linear"]

@@ -12,8 +12,8 @@ import torch
 from diagonal import pair_up
 
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
-from prolora.adapters.family_guess import guess_family
 from prolora.architectures.families import known_families
+from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
@@ -61,14 +61,15 @@ def check_equal(updates, wanted):
 
 
 def guess(adapter):
-    shapes = {name: update.shape for name, update in adapter.updates.items()}
-    return guess_family(shapes, {}, adapter.style)
+    return replace(adapter, origin=None).family
 
 
 @pytest.mark.parametrize(("family", "layout", "format"), SPELLED)
 def test_a_lora_keeps_its_family_and_updates_in_every_spelling(family, layout, format):
     updates = lora(layout)
-    written = encode_state_dict(Adapter(updates, format=format, family=family), format=format)
+    written = encode_state_dict(
+        Adapter(updates, format=format, origin=Model.of(family)), format=format
+    )
     back = read_adapter(written)
     check_equal(back.updates, updates)
     assert back.format == format and not back.left_out
@@ -81,7 +82,7 @@ def test_a_lora_keeps_its_family_and_updates_in_every_spelling(family, layout, f
 def test_attention_alone_is_not_taken_for_that_of_another_family(family, layout, format):
     updates = lora(layout, ATTENTION)
     back = read_adapter(
-        encode_state_dict(Adapter(updates, format=format, family=family), format=format)
+        encode_state_dict(Adapter(updates, format=format, origin=Model.of(family)), format=format)
     )
     assert guess(back) in (None, family, FAMILIES[family].rarer_than)
     assert back.updates.keys() == updates.keys()
@@ -91,7 +92,7 @@ def test_attention_alone_is_not_taken_for_that_of_another_family(family, layout,
 def test_formats_of_a_family_convert_into_each_other(family):
     layout = FAMILIES[family].layouts[-1]
     updates = lora(layout)
-    adapter = Adapter(updates, family=family)
+    adapter = Adapter(updates, origin=Model.of(family))
     for format in FAMILIES[family].spellings:
         adapter = read_adapter(encode_state_dict(adapter, format=format))
     check_equal(adapter.updates, updates)
@@ -101,6 +102,6 @@ def test_a_format_that_no_program_reads_is_refused_and_names_those_that_are_read
     flux = known_families()["flux"]
     fewer = replace(flux, spellings={"comfy": flux.spellings["comfy"]})
     monkeypatch.setitem(known_families(), "flux", fewer)
-    adapter = Adapter(lora("flux1-dev"), family="flux")
+    adapter = Adapter(lora("flux1-dev"), origin=Model.of("flux"))
     with pytest.raises(UnsupportedFormat, match=r"no program reads.*FLUX\.1.*format='comfy'"):
         encode_state_dict(adapter, format="peft")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prolora.adapters import BaseNames, encode_state_dict, read_adapter
-from prolora.adapters.family_guess import guess_families, guess_family
+from prolora.architectures.identify import Model, identify
 
 
 @pytest.mark.parametrize(
@@ -23,16 +23,17 @@ from prolora.adapters.family_guess import guess_families, guess_family
 )
 def test_a_block_beyond_the_last_one_of_a_family_is_of_another(names, width, families):
     shapes = dict.fromkeys(names, (width, width))
-    assert set(families.split()) <= set(guess_families(shapes, {}))
-    assert families or not guess_families(shapes, {})
+    found = identify(shapes, {}).families
+    assert set(families.split()) <= set(found) and (families or not found)
 
 
-def test_metadata_decide_between_families_of_equal_sizes_and_veto_all_others():
+def test_metadata_decide_between_families_of_equal_sizes_and_add_no_other():
     shapes = {"single_transformer_blocks.37.attn.to_q": (3072, 3072)}
-    both = guess_families(shapes, {})
-    assert "flux" in both
-    assert guess_family(shapes, {"ss_base_model_version": "flux1"}) == "flux"
-    assert guess_family(shapes, {"ss_base_model_version": "qwen_image"}) is None
+    fitting = identify(shapes, {})
+    assert "flux" in fitting.families and len(fitting.families) > 1
+    assert identify(shapes, {"ss_base_model_version": "flux1"}).families == ("flux",)
+    other = identify(shapes, {"ss_base_model_version": "qwen_image"})
+    assert (other.families, other.claimed) == (fitting.families, "qwen-image")
 
 
 @pytest.mark.parametrize("format", ["kohya", "comfy", "diffusers"])
@@ -54,7 +55,7 @@ def test_the_text_encoder_of_anima_is_read_and_written_by_every_name(format):
         width = 2048 if stem == main else 1024
         tensors[f"{stem}.{factors[0]}.weight"] = torch.full((width, 2), i + 1.0)
         tensors[f"{stem}.{factors[1]}.weight"] = torch.ones(2, width)
-    adapter = read_adapter(tensors, base=BaseNames("cosmos"))
+    adapter = read_adapter(tensors, base=BaseNames(Model.of("cosmos")))
     names = ["transformer_blocks.0.attn1.to_q", *(f"text_encoder.{name}" for name in inside)]
     assert list(adapter.updates) == names and not adapter.left_out
     assert adapter.family == "cosmos"

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
-from prolora.adapters.family_guess import guess_families
+from prolora.architectures.identify import Model, identify
 from prolora.architectures.layouts import load_layout
 from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
@@ -20,7 +20,7 @@ def write_lora(path, layout, family, format, keep):
         for name, shape in load_layout(layout).shapes.items()
         if len(shape) == 2 and keep(name)
     }
-    save_file(encode_state_dict(Adapter(updates, family=family), format=format), path)
+    save_file(encode_state_dict(Adapter(updates, origin=Model.of(family)), format=format), path)
     return check(path)
 
 
@@ -37,7 +37,7 @@ def test_a_lora_without_modulation_is_for_flux_or_chroma_and_not_for_hunyuan_vid
     adapted = set(load_layout("flux1-dev").adapted)
     lora = tmp_path / "lora.safetensors"
     told = write_lora(lora, "flux1-dev", "flux", "kohya", adapted.__contains__)
-    assert told.families == ("chroma", "flux")
+    assert told.families == ("flux", "chroma")
     assert "Forge" in told.readers.whole  # which has both
     assert "InvokeAI" not in told.readers.part + told.readers.none  # which reads FLUX.1 whole
 
@@ -212,6 +212,6 @@ def test_blocks_of_chroma_are_also_those_of_its_radiance(tmp_path):
 def test_a_transformer_with_a_module_that_unets_have_too_is_told(layout):
     shapes = {n: s for n, s in load_layout(layout).shapes.items() if len(s) == 2}
     assert "time_embedding.linear_1" in shapes
-    assert guess_families(shapes, {}) == ("cogvideox",)
+    assert identify(shapes, {}).families == ("cogvideox",)
     alone = {n: s for n, s in shapes.items() if n.startswith("time_embedding")}
-    assert guess_families(alone, {}) == ()
+    assert identify(alone, {}).families == ()

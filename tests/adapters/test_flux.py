@@ -16,6 +16,7 @@ from prolora.adapters.formats import groups
 from prolora.adapters.keys import module_names
 from prolora.architectures.families import known_families
 from prolora.architectures.family import COMFY, KOHYA, Spelling
+from prolora.architectures.identify import Model
 from prolora.architectures.modules import find_component
 from prolora.core.lowrank import LowRank
 from prolora.errors import ShapeMismatch, UnsupportedFormat
@@ -372,7 +373,9 @@ def small(rank=(2, 3), **fields):
 )
 def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling, rank, dtype):
     style = ONETRAINER if (format, spelling) == ("kohya", "diffusers") else None
-    adapter = small(rank, format=format, spelling=spelling, style=style)
+    adapter = small(rank, format=format, spelling=spelling)
+    model = Model.of("flux")._replace(spelling=style)
+    adapter = replace(adapter, origin=model)
     adapters.write_adapter(adapter, tmp_path / "out", dtype=dtype)
     back = adapters.read_adapter(tmp_path / "out")
     assert (back.format, back.spelling) == (format, spelling)
@@ -438,7 +441,7 @@ def test_a_small_part_of_a_fused_weight_is_rounded_as_the_whole_is(tmp_path, sma
         )
         for i, (part, size) in enumerate(sizes.items())
     }
-    adapter = adapters.Adapter(updates, spelling="sgm", family="flux")
+    adapter = adapters.Adapter(updates, spelling="sgm", origin=Model.of("flux"))
     adapters.write_adapter(adapter, tmp_path / "out", dtype=torch.float16)
     back = adapters.read_adapter(tmp_path / "out").updates
     whole = sum(update.norm() for update in updates.values())
@@ -457,7 +460,7 @@ def test_attention_that_several_families_have_gets_no_names_of_one_of_them():
         ("flux", "lora_unet_double_blocks_0_img_attn_qkv"),
         ("qwen-image", "lora_unet_transformer_blocks_0_attn_to_q"),
     ):
-        told = replace(adapter, family=family)
+        told = replace(adapter, origin=Model.of(family))
         assert groups.lay_out(told, "kohya").groups[0].path == path
 
 

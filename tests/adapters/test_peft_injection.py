@@ -16,6 +16,7 @@ from published_videos import VIDEOS
 
 from prolora.adapters import Adapter, encode_state_dict, write_adapter
 from prolora.architectures.families import known_families
+from prolora.architectures.identify import Model
 
 peft = pytest.importorskip("peft")
 diffusers = pytest.importorskip("diffusers")
@@ -66,7 +67,7 @@ def make_adapter(id_, model):
     family = FAMILIES[id_]
     updates = make_updates(family.layouts[0], linear.__contains__)
     assert updates.keys() == {name for name in linear if is_early(name)}
-    return Adapter(updates, family=id_)
+    return Adapter(updates, origin=Model.of(id_))
 
 
 def check_layers(model, adapter, name):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from prolora.adapters import Adapter, encode_state_dict, write_adapter
 from prolora.adapters.formats.programs import choose_format, find_readers
 from prolora.architectures.families import known_families
+from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, known_loaders, name_row
 from prolora.checking.check import check
@@ -25,7 +26,7 @@ MODULE = "transformer_blocks.0.attn.to_q"
 
 def adapter_for(family, format="diffusers", module=MODULE):
     update = LowRank(torch.ones(3072, 1), torch.ones(1, 3072))
-    return Adapter({module: update}, family=family, format=format)
+    return Adapter({module: update}, origin=Model.of(family), format=format)
 
 
 def test_every_program_in_the_table_has_a_word_for_it_on_the_command_line():

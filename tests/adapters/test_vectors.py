@@ -16,6 +16,7 @@ from torch import nn
 
 from prolora import adapters
 from prolora.adapters.vectors import vector_suffixes
+from prolora.architectures.identify import Model
 from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 
@@ -210,7 +211,7 @@ def test_parts_of_a_flux_bias_that_do_not_fit_each_other_are_not_put_together(tm
     }
     update = LowRank(torch.ones(4, 1), torch.ones(1, 4))
     adapter = adapters.Adapter(
-        {"transformer_blocks.0.attn.to_q": update}, vectors=vectors, family="flux"
+        {"transformer_blocks.0.attn.to_q": update}, vectors=vectors, origin=Model.of("flux")
     )
     with pytest.raises(ShapeMismatch, match="does not fit the other parts"):
         adapters.write_adapter(adapter, tmp_path / "out", format="kohya")

@@ -215,7 +215,7 @@ def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
         ("anima", "anima-2.9b", "look like a LoRA for Anima; this base is Anima 2.9B"),
         ("koala-700m", "koala-1b", "look like a LoRA for KOALA 700M; this base is KOALA 1B"),
         ("sd3-medium", "sd3.5-medium", "would have it in Stable Diffusion 3 Medium, too"),
-        ("bk-sdm-small", "bk-sdm-base", "would have it in BK-SDM-Small"),
+        ("bk-sdm-small", "bk-sdm-base", "look like a LoRA for BK-SDM-Small"),
         ("ltxv-13b", "ltx2", "LTX-2.5 or LTX-Video 13B, too"),
         ("anima", "anima", "for this base: 272 of 272 modules have their place"),
     ],

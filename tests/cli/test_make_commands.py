@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from prolora.adapters import Adapter, write_adapter
+from prolora.architectures.identify import Model
 from prolora.core.lowrank import LowRank
 
 
@@ -133,7 +134,7 @@ def test_after_writing_a_line_says_who_reads_the_file_and_who_does_not(prolora, 
     one = LowRank(torch.ones(3072, 1), torch.ones(1, 3072))
     lora, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
     updates = {f"transformer_blocks.{i}.attn.to_q": one for i in range(60)}
-    write_adapter(Adapter(updates, family="qwen-image"), lora, format="comfy")
+    write_adapter(Adapter(updates, origin=Model.of("qwen-image")), lora, format="comfy")
     code, text, err = prolora("convert", lora, "-o", out, "--for", "musubi")
     assert code == 0, err
     told = " ".join(text.split())

@@ -85,7 +85,7 @@ def test_every_kind_goes_round_every_format(kind, format, rank, seed):
     base = make_base() if kind == "dora" else None
     done = prolora.convert(tensors, base, format=format, dtype="float32")
     written = done.state_dict(format, dtype="float32")
-    back = adapters.read_adapter(written, base=adapters.BaseNames(None, LINEAR))
+    back = adapters.read_adapter(written, base=adapters.BaseNames(modules=LINEAR))
     assert set(back.updates) == set(LINEAR) and not back.algorithms
     assert residual(back, dense) < 1e-5
     assert told(done.report) < 1e-5

@@ -51,7 +51,7 @@ def test_a_merged_lora_comes_out_at_its_rank(seed, rank, format):
     )
     assert list(done.adapter.updates) == list(SHAPES)
     config = done.peft_config() if format == "peft" else None
-    back = adapters.read_adapter(done.state_dict(format), base=adapters.BaseNames(None, SHAPES))
+    back = adapters.read_adapter(done.state_dict(format), base=adapters.BaseNames(modules=SHAPES))
     assert config is None or config["r"]
     for name, update in lora.updates.items():
         size = min(rank, *update.shape)
@@ -183,7 +183,7 @@ def test_a_transformers_lora_comes_out_for_comfyui(layout, tmp_path):
     parameters = [row.reason for row in report.rows("skipped") if "scale_shift" in row.source]
     assert parameters == ["no LoRA's layer: a parameter"] * 2 * ("wan" in layout)
     read = adapters.read_adapter(
-        tmp_path / "x.safetensors", base=adapters.BaseNames(None, prolora.open_base(old).shapes)
+        tmp_path / "x.safetensors", base=adapters.BaseNames(modules=prolora.open_base(old).shapes)
     )
     for name, update in read.updates.items():
         dense = new[f"{name}.weight"] - old[f"{name}.weight"]

@@ -221,9 +221,10 @@ def test_the_family_is_one_that_all_modules_can_be_of():
         start = f"lora_unet_double_blocks_0_{key}.lora"
         tensors = {f"{start}_up.weight": torch.ones(out, 1)}
         loras.append(tensors | {f"{start}_down.weight": torch.ones(1, 3072)})
-    assert [adapters.read_adapter(lora).family for lora in loras] == ["chroma", "flux"]
+    families = [adapters.read_adapter(lora).model.families for lora in loras]
+    assert "chroma" in families[0] and "chroma" not in families[1]
     done = prolora.merge(loras)
-    assert done.adapter.family == "flux"
+    assert "flux" in done.adapter.model.families and "chroma" not in done.adapter.model.families
     assert set(done.state_dict("kohya")) >= {key for lora in loras for key in lora}
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import prolora
 from prolora.architectures.depth import DepthTable
 from prolora.architectures.families import known_families
+from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
 from prolora.errors import InvalidOption
@@ -34,7 +35,7 @@ def sdxl_lora(vectors=None):
         n: LowRank(torch.randn(8, 2, generator=generator), torch.randn(2, 8, generator=generator))
         for n in names
     }
-    return prolora.adapters.Adapter(updates, vectors=vectors or {}, family="sdxl")
+    return prolora.adapters.Adapter(updates, vectors=vectors or {}, origin=Model.of("sdxl"))
 
 
 def place(name):

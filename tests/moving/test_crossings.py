@@ -24,6 +24,7 @@ from small_models import authors_weights, small_shapes, small_weights
 import prolora
 from prolora import errors
 from prolora.adapters import Adapter, encode_state_dict, read_adapter
+from prolora.architectures.identify import Model
 from prolora.core.lowrank import LowRank
 
 SDXL = ["SDXL", "Pony", "Illustrious", "NoobAI"]
@@ -82,7 +83,9 @@ def make_lora(family, layout):
         if is_early(name) and TRAINED.search(name):
             up = torch.randn(out, 2, generator=generator)
             updates[name] = LowRank(up, torch.randn(2, inputs, generator=generator))
-    return read_adapter(encode_state_dict(Adapter(updates, family=family), format="comfy"))
+    return read_adapter(
+        encode_state_dict(Adapter(updates, origin=Model.of(family)), format="comfy")
+    )
 
 
 def cross(family, source, target, method, names="diffusers"):

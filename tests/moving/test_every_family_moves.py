@@ -8,6 +8,7 @@ from small_models import authors_weights, small_weights
 import prolora
 from prolora.adapters import Adapter, write_adapter
 from prolora.architectures.families import known_families
+from prolora.architectures.identify import Model
 from prolora.core.lowrank import LowRank
 
 FAMILIES = {id_: family for id_, family in known_families().items() if not family.unet}
@@ -67,7 +68,7 @@ def test_a_lora_moves_between_bases_in_every_form(tmp_path, family):
     old, new = small_weights(layout), small_weights(layout, drift=0.1)
     updates, lora = lora_on(old), tmp_path / "lora.safetensors"
     write_adapter(
-        Adapter(updates, family=family), lora, format=list(FAMILIES[family].spellings)[-1]
+        Adapter(updates, origin=Model.of(family)), lora, format=list(FAMILIES[family].spellings)[-1]
     )
     for form, (source, target) in write_bases(tmp_path, family, old, new).items():
         for base, weights in ((source, old), (target, new)):
@@ -91,7 +92,7 @@ def test_a_projection_is_the_same_between_bases_in_every_form(tmp_path, family):
     layout = FAMILIES[family].layouts[0]
     old, new = small_weights(layout), small_weights(layout, drift=0.1)
     lora = tmp_path / "lora.safetensors"
-    write_adapter(Adapter(lora_on(old), family=family), lora)
+    write_adapter(Adapter(lora_on(old), origin=Model.of(family)), lora)
     first, *others = (
         prolora.transfer(lora, *ends, method="prolora", rank=8).adapter.updates
         for ends in write_bases(tmp_path, family, old, new).values()

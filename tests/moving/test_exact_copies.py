@@ -15,6 +15,7 @@ from small_models import small_weights
 import prolora
 from prolora.adapters import Adapter, read_adapter, write_adapter
 from prolora.architectures.families import known_families
+from prolora.architectures.identify import Model
 from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError
@@ -165,7 +166,7 @@ def test_a_file_of_every_family_and_spelling_is_copied_to_the_byte(tmp_path, fam
         if format == "peft":
             continue
         lora, out = tmp_path / f"{format}.safetensors", tmp_path / f"{format}-out.safetensors"
-        adapter = Adapter(updates, family=family)
+        adapter = Adapter(updates, origin=Model.of(family))
         write_adapter(adapter, lora, format=format, dtype=torch.float16)
         tensors = load_file(lora)
         # An alpha that is not the rank, where the format has alphas.

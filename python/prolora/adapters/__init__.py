@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
-    from .family_guess import BaseNames as BaseNames
+    from .file_model import BaseNames as BaseNames
     from .lora import Lora as Lora
     from .reading import outline_adapter as outline_adapter
     from .reading import read_adapter as read_adapter
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapter": ["Adapter"],
     "lora": ["Lora"],
-    "family_guess": ["BaseNames"],
+    "file_model": ["BaseNames"],
     "reading": ["outline_adapter", "read_adapter"],
     "writing": [
         *("check_format", "describe_peft_config"),

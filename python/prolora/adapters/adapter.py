@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..architectures.family import AuthorsWeight, Spelling
+from ..architectures.identify import Model, identify
 from ..core.lowrank import LowRank
 
 
@@ -41,9 +43,7 @@ class Adapter:
         format: the format it came in: "kohya", "diffusers", "peft" or "comfy".
         spelling: how the file spells its modules: "diffusers", or "sgm" for the names of the
             original checkpoints (SGM's UNets, the authors of a transformer).
-        family: id of the family whose names the modules of a transformer have; None where several
-            families have them, or no known one.
-        style: how the file spells the modules of a transformer; None without any.
+        origin: what it is for, by its file or base; None where its own names and sizes decide.
         dtype: the storage dtype of the factors in the file.
         metadata: the file's own header metadata, untouched.
         algorithms: module -> kind of update in the file ("lora", "locon", "tucker", "loha", "lokr",
@@ -63,8 +63,7 @@ class Adapter:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     format: str = "kohya"
     spelling: str = "diffusers"
-    family: str | None = None
-    style: Spelling | None = None
+    origin: Model | None = None
     dtype: torch.dtype = torch.float32
     metadata: dict[str, str] = field(default_factory=dict)
     algorithms: dict[str, str] = field(default_factory=dict)
@@ -82,6 +81,25 @@ class Adapter:
         vectors = f", {len(self.vectors)} vectors" if self.vectors else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Adapter({len(self.updates)} modules{of}{vectors}, {self.format}, {dtype})"
+
+    @cached_property
+    def model(self) -> Model:
+        """What it is for."""
+        if self.origin is not None:
+            return self.origin
+        shapes = {name.rpartition(".")[0]: (0, 0) for name in self.vectors}
+        shapes |= {name: (x.shape[0], x.shape[1]) for name, x in self.updates.items()}
+        return identify(shapes, self.metadata)
+
+    @property
+    def family(self) -> str | None:
+        """The id of the only family that fits, None without one."""
+        return self.model.family
+
+    @property
+    def style(self) -> Spelling | None:
+        """How its file spells the modules of a transformer; None without any."""
+        return self.model.spelling
 
     def with_updates(self, updates: dict[str, LowRank]) -> Adapter:
         """Returns the same adapter with other updates, without facts about absent modules."""

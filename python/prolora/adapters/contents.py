@@ -7,18 +7,17 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ..architectures.modules import find_component
-from ..architectures.recognition import find_parts
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..files.dtypes import is_floating, spell_dtype
 from . import vectors
 from .adapter_folder import PEFT_CONFIG
 from .algorithms import forms
-from .family_guess import BaseNames, choose_names, guess_family, most_common_spelling
+from .file_model import BaseNames, choose_names
 from .formats.peft_config import METADATA_KEY, scaling_from_config, scalings_from_metadata
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
 from .lora import Lora
-from .slots import Contents, Slot, group_keys, list_matrices
+from .slots import Contents, Slot, group_keys
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
@@ -30,7 +29,7 @@ def parse_contents(source: Lora, base: BaseNames | None = None) -> Contents:
         UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
         ShapeMismatch: tensors that do not go together.
     """
-    known = (base.family, id(base.modules)) if base else None
+    known = (base.model, id(base.modules)) if base else None
     if known not in source.parsed:
         # The names are kept beside what was found by them, so that their id stays theirs.
         source.parsed[known] = base, _parse_contents(source, base)
@@ -42,24 +41,14 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
     scaling = None
     if source.config is not None:  # it may be of no LoRA at all
         scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
-    matrices = list_matrices(source)
-    reading = choose_names(source, matrices, base)
-    contents = group_keys(source, reading)
+    model = source.model.of_base(base.model) if base else source.model
+    contents = group_keys(source, choose_names(source.model, source.shapes, base))
     if base and base.modules:
         _restore_dots(contents, base.modules)
-    shapes = {
-        name: shape
-        for matrix in matrices
-        for name, shape in (find_parts(reading, matrix) if reading else {}).items()
-    }
-    family = base.family if base else None
-    if family is None and matrices:
-        style = most_common_spelling(slot.module for slot in contents.slots)
-        family = guess_family(shapes, source.metadata, style, matrices)
-    if family is None and reading and any(slot.module.matrix for slot in contents.slots):
-        family = reading.id  # the authors' names are those of this family, whatever its sizes
     slots = contents.slots
-    _settle_t5(slots, family)
+    paths = [slot.module for slot in slots] + [one.module for one in contents.vectors]
+    model = model._replace(spelling=module_names.most_common_spelling(paths))
+    _settle_t5(slots, model.family)
     prefixes = {slot.module.prefix for slot in slots}
     scalings = (
         dict.fromkeys(prefixes, scaling)
@@ -74,7 +63,7 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
     _check_together(slots, source)
     for vector in contents.vectors:
         vectors.check_vector(vector, source)
-    return replace(contents, family=family)
+    return replace(contents, model=model)
 
 
 def _restore_dots(contents: Contents, modules: Collection[str]) -> None:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from ..architectures.identify import Model
 from ..errors import NonFiniteWeights, UnsupportedFormat, input_error
 from ..files.dtypes import name_dtype
 from ..files.hub import spell_path
@@ -24,10 +25,12 @@ from .adapter_folder import (
     PICKLES,
     choose_files,
 )
+from .file_model import identify_file
 from .hub_adapters import locate_adapter
 
 if TYPE_CHECKING:  # what a file is can be said without torch, which takes seconds to import
     from torch import Tensor
+
 
 StrPath = str | os.PathLike[str]
 
@@ -131,6 +134,16 @@ class Lora:
         for block in self.file.read_blocks():
             found.update(block)
         return found.hexdigest()
+
+    @cached_property
+    def model(self) -> Model:
+        """What it is for, by its header alone."""
+        return identify_file(self.shapes, self.metadata)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key -> shape of the tensor."""
+        return {key: header.shape for key, header in self.headers.items()}
 
     def read_number(self, key: str) -> float:
         """Reads a tensor of one number; of a file without torch."""

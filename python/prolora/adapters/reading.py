@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..architectures.identify import UNKNOWN, Model
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
@@ -20,7 +21,7 @@ from .adapter import Adapter, StoredUpdate
 from .algorithms import dora_oft_glora, forms
 from .algorithms import lora_products as products
 from .contents import parse_contents, read_scale
-from .family_guess import BaseNames, most_common_spelling
+from .file_model import BaseNames
 from .keys.tensor_keys import split_key
 from .lora import Lora, LoraSource, read_finite
 from .slots import Contents, Slot
@@ -106,7 +107,7 @@ def read_adapter(
 def outline_adapter(
     source: LoraSource | Lora,
     shapes: Mapping[str, Shape],
-    family: str | None = None,
+    model: Model = UNKNOWN,
     *,
     headers_only: bool = False,
 ) -> Adapter:
@@ -119,7 +120,7 @@ def outline_adapter(
     Args:
         source: as for `read_adapter`.
         shapes: canonical module name -> shape of the base model's weight.
-        family: id of the base model's family, if it is known.
+        model: what the base is.
         headers_only: reads no tensor: all updates are zeros, and vectors are left out.
 
     Raises:
@@ -127,7 +128,7 @@ def outline_adapter(
             gets.
     """
     opened = Lora.open(source)
-    contents = parse_contents(opened, BaseNames(family, shapes))
+    contents = parse_contents(opened, BaseNames(model, shapes))
     adapter = _start_adapter(contents, opened)
     read = [] if headers_only else contents.slots
     scales = {slot.module.name: read_scale(slot, opened) for slot in read}
@@ -167,8 +168,7 @@ def _start_adapter(contents: Contents, source: Lora) -> Adapter:
         {},
         format=first.format if source.config is None else "peft",
         spelling="sgm" if any(module.sgm for module in modules) else "diffusers",
-        family=contents.family,
-        style=most_common_spelling(modules),
+        origin=contents.model,
         dtype=find_torch_dtype(dtype),
         metadata=source.metadata,
         left_out=dict(contents.left_out),

@@ -8,23 +8,20 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..architectures.family import Family
-from ..architectures.recognition import NamedMatrix, share_rows
+from ..architectures.identify import UNKNOWN, Model, share_rows
 from ..errors import UnsupportedFormat
 from .algorithms import forms
 from .algorithms.forms import Form
+from .file_model import Size, measure_update
 from .formats.peft_config import PeftScaling
 from .keys import tensor_keys
-from .keys.module_names import ModulePath, find_transformer_name, parse_module_path
+from .keys.module_names import ModulePath, parse_module_path
 from .lora import Lora
 from .vectors import VectorSlot
 
 # Of a textual-inversion embedding: the names that A1111, kohya and SDXL's trainers write.
 _EMBEDDING = re.compile(r"(emb_params|string_to_param\..*|clip_[lg]|t5xxl)$")
 _CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
-
-
-Size = tuple[int, int, int]
-"""(out, in, rank) of an update."""
 
 
 @dataclass
@@ -59,28 +56,18 @@ class Contents:
     slots: list[Slot]  # one for each update
     vectors: list[VectorSlot]  # one for each bias and each tensor of a normalisation layer
     left_out: dict[str, str]  # tensor, or path of an update, that is neither -> the reason
-    # Id of the family whose names the modules have, None where several have them
-    family: str | None = None
+    model: Model = UNKNOWN  # that it is for
     # Those of them that may be an update -> (out, in, rank)
     unread: dict[str, Size] = field(default_factory=dict)
     # Modules that are left out because a tensor beside them is not read
     refused: set[str] = field(default_factory=set)
 
 
-def measure_modules(
-    slots: Iterable[Slot], *, with_kernel: bool = False
-) -> dict[str, tuple[int, int]]:
-    """Returns module -> out × in of its update; fused ones are taken apart.
-
-    Args:
-        slots: of a file that is read.
-        with_kernel: count in·kh·kw of a convolution, and not in.
-    """
+def measure_modules(slots: Iterable[Slot]) -> dict[str, tuple[int, int]]:
+    """Returns module -> out × in·kh·kw of its update; fused ones are taken apart."""
     shapes: dict[str, tuple[int, int]] = {}
     for slot in slots:
-        kernel = 1 if with_kernel else math.prod(slot.form.kernel or (1,))
-        size = slot.form.out, slot.form.inputs // kernel
-        matrix = slot.module.matrix
+        size, matrix = (slot.form.out, slot.form.inputs), slot.module.matrix
         shapes |= share_rows(matrix, size) if matrix else {slot.module.name: size}
     return shapes
 
@@ -150,7 +137,7 @@ def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents
     }
     owners = {key: name for key, (name, _) in neighbours.items()}
     for name in [name for name in reasons if name in slots]:
-        if measure_update(slots[name].keys, source):  # an incomplete update refuses the file
+        if _measure(slots[name].keys, source):  # an incomplete update refuses the file
             owners |= dict.fromkeys(slots.pop(name).keys.values(), name)
     owners |= {v.key: v.module.name for v in contents.vectors if v.module.name in reasons}
     vector_slots = [vector for vector in contents.vectors if vector.key not in owners]
@@ -219,35 +206,9 @@ def _refuse_embedding(source: Lora) -> UnsupportedFormat:
     )
 
 
-def list_matrices(source: Lora) -> list[NamedMatrix]:
-    """Lists possible modules of a transformer, with the shapes of their updates.
-
-    The names are the file's; 0 stands for a size that one tensor alone does not tell.
-    """
-    keys: dict[tuple[str, bool], dict[str, str]] = {}
-    for key in source.headers:
-        path, role = tensor_keys.split_key(key)
-        name = find_transformer_name(path) if path else None
-        if name:
-            keys.setdefault(name, {})[role] = key
-    matrices = []
-    for name, roles in keys.items():
-        size = measure_update(roles, source)
-        up, down = (source.headers[roles[x]].shape if x in roles else () for x in ("up", "down"))
-        sides = up[0] if len(up) > 1 else 0, math.prod(down[1:]) if len(down) > 1 else 0
-        matrices.append(NamedMatrix(*name, size[:2] if size else sides))
-    return matrices
-
-
-def measure_update(keys: Mapping[str, str], source: Lora) -> Size | None:
-    """Returns (out, in, rank) of an update from its shapes, None if unclear.
-
-    `keys` is role -> key.
-    """
-    shapes = {role: source.headers[key].shape for role, key in keys.items()}
-    if forms.find_missing_role(shapes.keys()) is None and (form := forms.derive_form(shapes)):
-        return form.out, form.inputs, max(1, form.rank)
-    return None
+def _measure(keys: Mapping[str, str], source: Lora) -> Size | None:
+    """Returns (out, in, rank) of an update (role -> key), None if unclear."""
+    return measure_update({role: source.headers[key].shape for role, key in keys.items()})
 
 
 def measure_unread(keys: Collection[str], source: Lora) -> Size:
@@ -255,7 +216,7 @@ def measure_unread(keys: Collection[str], source: Lora) -> Size:
     roles = {tensor_keys.split_key(key)[1]: key for key in keys}
     shapes = [source.headers[key].shape for key in keys]
     largest = max(shapes, key=math.prod) or (1,)
-    return measure_update(roles, source) or (largest[0], math.prod(largest[1:]), 1)
+    return _measure(roles, source) or (largest[0], math.prod(largest[1:]), 1)
 
 
 def find_neighbours(

@@ -21,7 +21,7 @@ from ..files.store import put
 from .adapter import Adapter, StoredUpdate
 from .adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from .contents import parse_contents, read_scale
-from .family_guess import BaseNames
+from .file_model import BaseNames
 from .formats import encoding, groups
 from .formats.metadata import clean_metadata
 from .formats.peft_config import METADATA_KEY
@@ -171,7 +171,7 @@ def _verify_output(
     updates, biases = set(adapter.updates), set(adapter.vectors)
     try:
         with Lora.open(output) as back:
-            contents = parse_contents(back, BaseNames(adapter.family, adapter.updates))
+            contents = parse_contents(back, BaseNames(adapter.model, adapter.updates))
             for slot in contents.slots:
                 owned = [name for name in slot.module.modules if name in adapter.updates]
                 if not owned:

@@ -184,31 +184,11 @@ def _expand_ranges(pattern: str) -> list[str]:
     return [f"{pattern[: match.start()]}{number}{end}" for number in numbers for end in ends]
 
 
-def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Returns the layout of a checkpoint (module -> shape), None if it is unknown.
-
-    The attention must match the layout, name by name and shape by shape, and so must the
-    feed-forward unless the checkpoint has none; where names do not tell which is which, all
-    matrices of the blocks must. Everything else is ignored: `proj_in` is a convolution in some
-    files and a linear layer in others, inpainting models have a wider first layer, and extra
-    parameters do not make another architecture. Only where layouts share all their blocks (FLUX dev
-    and schnell, PixArt α and Σ) must the names outside the blocks match too, and where these are
-    the same as well (Wan 2.2 from text and from images) their shapes.
-    """
+def find_likely_layouts(shapes: Mapping[str, tuple[int, ...]]) -> list[Layout]:
+    """Returns the layouts with the blocks of a checkpoint (module -> shape)."""
     shapes = {name: _drop_kernel(shape) for name, shape in shapes.items()}
     likely = [id_ for id_ in known_layouts() if _may_be(id_, shapes)]
-    fitting = [layout for layout in map(load_layout, likely) if _has_blocks(shapes, layout)]
-    if len(fitting) > 1:
-        telling = set().union(*(layout.outside for layout in fitting))
-        present = {name for name in telling if name in shapes}
-        fitting = [layout for layout in fitting if layout.outside == present]
-        equal = [
-            layout
-            for layout in fitting
-            if all(shapes[n] == _drop_kernel(layout.shapes[n]) for n in layout.outside)
-        ]
-        fitting = equal or fitting
-    return fitting[0].id if fitting else None
+    return [layout for layout in map(load_layout, likely) if _has_blocks(shapes, layout)]
 
 
 def _may_be(id_: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -54,6 +54,11 @@ def name_row(family: Family, format: str, spelling: Spelling | None, swapped: bo
     return row + ALPHA * swapped
 
 
+def count_programs(family: str) -> int:
+    """Counts the programs that were found to have models of a family."""
+    return len(_read_table()["families"].get(family, {"": ()})[""])
+
+
 def is_read(family: Family, spelling: Spelling) -> bool:
     """Returns whether a program reads this family's modules in a spelling."""
     rows = _read_table()["families"].get(family.id, {})

@@ -11,13 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..architectures.families import known_families
-from ..architectures.layouts import identify_layout
-from ..architectures.modules import TEXT_ENCODERS, find_component
+from ..architectures.identify import Model, identify_base
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
 from .keys.canonical_names import name_others
-from .keys.family_names import find_family
 from .quantised.weight import find_kind
 from .weights import Weight
 
@@ -76,25 +73,19 @@ class Base:
         return name_others(self.stored)
 
     @cached_property
+    def model(self) -> Model:
+        """What it is: a published size, or by all of its names a family."""
+        return identify_base(self.shapes)
+
+    @property
     def layout(self) -> str | None:
-        """The id of the architecture (`layout.known`), None if it is not a known one."""
-        return identify_layout(self.shapes)
+        """The id of the architecture, None if it is not a known one."""
+        return next(iter(self.model.sizes), None)
 
-    @cached_property
+    @property
     def family(self) -> str | None:
-        """The id of the family (`architectures.families`), None if none or several are possible.
-
-        By the published sizes, and otherwise by the names of all modules, whatever their sizes.
-        """
-        for family in known_families().values():
-            if self.layout in family.layouts:
-                return family.id
-        named = {n: s for n, s in self.shapes.items() if find_component(n) not in TEXT_ENCODERS}
-        # Some transformers have a `time_embedding` too, beside blocks that no UNet has.
-        if not any(find_component(name) == "transformer" for name in named):
-            return None
-        found = find_family(named)
-        return None if found is None else found.id
+        """The id of the family (`architectures.families`), None if none or several are possible."""
+        return self.model.family
 
     def read(self, module: str) -> Tensor:
         """Returns the weight of `module` in its storage dtype; do not write into it.

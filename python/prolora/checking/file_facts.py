@@ -10,23 +10,15 @@ from typing import Any
 
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents, read_scale
-from ..adapters.family_guess import (
-    claimed_family,
-    claimed_version,
-    guess_families,
-    guess_family,
-    guess_sizes,
-    is_language_model,
-    most_common_spelling,
-)
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora
-from ..adapters.slots import Contents, Slot, list_matrices, measure_modules
+from ..adapters.slots import Contents, Slot, measure_modules
 from ..adapters.training_words import read_training_words
 from ..architectures.families import known_families
 from ..architectures.family import Spelling
+from ..architectures.identify import is_language_model
 from ..architectures.loaders import count_skipped, known_loaders, name_row
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.grouping import group_by
@@ -59,8 +51,8 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
         # An architecture has the kind of file behind it: stable-diffusion-xl-v1-base/lora.
         base_model=Path(named.removesuffix("/lora")).name if named else "",
         base_hash=next(filter(None, hashes), "") or "",
-        family_claimed=claimed_family(metadata) or "",
-        version_claimed=claimed_version(metadata) or "",
+        family_claimed=opened.model.claimed or "",
+        version_claimed=opened.model.version or "",
         trigger_words=tuple([words.trigger, *tags] if words.trigger else tags),
         moves=read_moves(metadata),
     )
@@ -85,13 +77,13 @@ def _describe_contents(
     """Describes a LoRA that is read."""
     slots, shapes = contents.slots, measure_modules(contents.slots)
     paths = [slot.module for slot in slots] or [one.module for one in contents.vectors]
-    spelling = most_common_spelling(slot.module for slot in slots)
     of_vectors = {name for one in contents.vectors for name in one.module.modules}
     whole = shapes | dict.fromkeys(of_vectors - shapes.keys(), (0, 0))
-    families = guess_families(whole, opened.metadata, spelling, list_matrices(opened))
+    model = opened.model
+    families = model.families
     kinds = count_values([slot.kind for slot in slots] or ["norm"])
     format = "peft" if opened.config is not None else paths[0].format
-    readers, skipped = _ask_programs(slots, families, (format, spelling), whole, program)
+    readers, skipped = _ask_programs(slots, families, (format, model.spelling), whole, program)
     language = not families and is_language_model(shapes)
     by_part = group_by(slots, lambda slot: find_component(slot.module.name))
     return replace(
@@ -101,8 +93,8 @@ def _describe_contents(
         spelling="sgm" if any(path.sgm for path in paths) else "diffusers",
         algorithms=kinds,
         needs_base=any(forms.needs_base(slot.keys.keys()) for slot in slots),
-        families=tuple(families),
-        sizes=tuple(guess_sizes(whole)),
+        families=families,
+        sizes=model.sizes,
         parts={
             name: _describe_part(by_part[name], opened, scales)
             for name in sorted(by_part, key=TEXT_ENCODERS.__contains__)  # these go last
@@ -185,14 +177,13 @@ def check_model(path: Any) -> Check:
     experts = find_expert_folders(Path(path))
     base = open_base(experts[0] if experts else path)
     shapes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
-    family = base.family or guess_family(shapes, {})
     is_gguf = Path(path).suffix.lower() == ".gguf"
     form = "diffusers" if Path(path).is_dir() else "gguf" if is_gguf else "single-file"
     return Check(
         path=str(path),
         kind="base",
         format=form,
-        families=(family,) if family else (),
+        families=base.model.families,
         sizes=(base.layout,) if base.layout else (),
         modules=count_values(map(find_component, shapes)),
         dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),

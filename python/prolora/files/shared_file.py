@@ -11,9 +11,9 @@ from ..errors import UnsupportedFormat, input_error
 
 
 class SharedFile:
-    """An open file that is read by positions, since children of a fork share the one it has.
+    """An open file that is read by position.
 
-    It is closed when nobody uses it any more: a reader that still has it reads on.
+    Its own position is shared by all children of a fork. It is closed with its last reader.
     """
 
     def __init__(self, path: Path) -> None:

@@ -325,7 +325,7 @@ class _Difference:
         shapes = {name: base.shapes[name] for name in updates}
         kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
         dtype = self.options.stored_dtype
-        return Adapter(updates, kernels, format=self._usual_format, family=base.family, dtype=dtype)
+        return Adapter(updates, kernels, format=self._usual_format, origin=base.model, dtype=dtype)
 
     @cached_property
     def _usual_format(self) -> str:

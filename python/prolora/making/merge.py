@@ -21,6 +21,7 @@ from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import MERGE, read_moves, read_provenance
 from ..adapters.lora import Lora
 from ..adapters.training_words import read_training_words
+from ..architectures.identify import Model
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_hint, compute_short_hash
 from ..core.lowrank import LowRank
@@ -40,7 +41,7 @@ from ..reports.module_report import LEFT_OUT, ModuleReport
 from ..reports.module_tables import write_shape
 from ..version import __version__
 from .convert import read_plain
-from .merge_inputs import check_experts, check_families, guess_lora_families, name_loras
+from .merge_inputs import check_experts, check_families, name_loras
 from .merge_options import DEFAULT_MERGE, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 
@@ -236,21 +237,21 @@ class _Merge:
             vectors=self._merge_vectors(),
             format=first.format,
             spelling=first.spelling,
-            family=self._choose_family(updates),
-            style=next((p.style for p in self.parts if p.style), None),
+            origin=self._find_model(),
             dtype=reduce(torch.promote_types, map(_stored_dtype, self.parts)),
             metadata=combine_metadata(
                 {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
             ),
         )
 
-    def _choose_family(self, updates: Mapping[str, LowRank]) -> str | None:
-        """Returns the family of the result's names, common to all modules."""
-        if self.target is not None and self.target.family:
-            return self.target.family
-        able = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
-        told = [part.family for part in self.parts if part.family]
-        return next((family for family in told if family in able), told[0] if told else None)
+    def _find_model(self) -> Model:
+        """Returns what the result is for: what all LoRAs can be for."""
+        models = [part.model for part in self.parts]
+        style = next((model.spelling for model in models if model.spelling), None)
+        first = max(models, key=lambda model: bool(model.families))._replace(spelling=style)
+        for other in models:
+            first = first.shared_with(other)
+        return first.of_base(self.target.model) if self.target else first
 
     def _merge_vectors(self) -> dict[str, Tensor]:
         """Differences of biases and norms."""

@@ -6,14 +6,10 @@ import itertools
 from collections.abc import Sequence
 
 from ..adapters.adapter import Adapter
-from ..adapters.contents import parse_contents
-from ..adapters.family_guess import guess_families
 from ..adapters.lora import Lora
-from ..adapters.slots import list_matrices, measure_modules
 from ..architectures.families import find_title, join_titles, known_families
 from ..bases.experts import HIGH, LOW, find_expert
-from ..errors import ProLoRAError, WrongBase
-from ..moving.options import LoraLike
+from ..errors import WrongBase
 
 
 def name_loras(loras: Sequence[Lora | Adapter]) -> list[str]:
@@ -35,20 +31,7 @@ def name_loras(loras: Sequence[Lora | Adapter]) -> list[str]:
     return names
 
 
-def guess_lora_families(lora: LoraLike) -> tuple[str, ...]:
-    """Returns the possible families of a LoRA, from the header alone."""
-    if isinstance(lora, Adapter):
-        sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
-        return guess_families(sizes, lora.metadata)
-    opened = Lora.open(lora)
-    try:
-        sizes = measure_modules(parse_contents(opened).slots)
-    except ProLoRAError:  # its reader says why
-        return ()
-    return guess_families(sizes, opened.metadata, matrices=list_matrices(opened))
-
-
-def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
+def check_families(names: Sequence[str], loras: Sequence[Lora | Adapter]) -> None:
     """Refuses LoRAs of different models.
 
     Raises:
@@ -56,7 +39,7 @@ def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
     """
     known: list[tuple[str, tuple[str, ...]]] = []
     for name, lora in zip(names, loras, strict=True):
-        families = guess_lora_families(lora)
+        families = lora.model.families
         for other, theirs in known if families else ():
             if not set(families) & set(theirs):
                 ours, others = (join_titles(map(find_title, f)) for f in (families, theirs))
@@ -68,7 +51,7 @@ def check_families(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
             known.append((name, families))
 
 
-def check_experts(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
+def check_experts(names: Sequence[str], loras: Sequence[Lora | Adapter]) -> None:
     """Refuses LoRAs of both experts of one model.
 
     The base that they are for is among them, if there is one.
@@ -79,7 +62,7 @@ def check_experts(names: Sequence[str], loras: Sequence[LoraLike]) -> None:
     experts = {find_expert(name): name for name in reversed(names)}
     if HIGH not in experts or LOW not in experts:
         return
-    families = {id_ for lora in loras for id_ in guess_lora_families(lora)}
+    families = {id_ for lora in loras for id_ in lora.model.families}
     titles = [one.title for one in known_families().values() if one.id in families and one.experts]
     if titles:
         raise WrongBase(

@@ -108,7 +108,7 @@ def assemble_adapter(
         updates=updates,
         kernels=list_kernels(updates, ledger.target),
         vectors=vectors,
-        family=ledger.target.family or ledger.adapter.family,
+        origin=ledger.adapter.model.of_base(ledger.target.model),
         unread={},
     )
 

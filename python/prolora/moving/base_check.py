@@ -14,12 +14,12 @@ from typing import Any, Literal
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
-from ..adapters.family_guess import guess_families, guess_family, guess_sizes, is_language_model
 from ..adapters.formats.moves import Move, describe_moves, read_moves
 from ..adapters.lora import Lora
 from ..adapters.reading import outline_adapter
-from ..adapters.slots import list_matrices, measure_modules
+from ..adapters.slots import measure_modules
 from ..architectures.families import find_title, join_titles, known_families
+from ..architectures.identify import Model, is_language_model
 from ..architectures.layouts import load_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
 from ..bases import Base
@@ -142,9 +142,8 @@ def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
         meant = suggest(base.lower(), known_families()) if isinstance(base, str) else ""
         raise type(error)(f"{error}{meant}") from error
     rows, header = _place_modules(lora, model), read_header(lora)
-    shapes = {row.source: (row.shape[0], row.shape[1]) for row in rows}
-    matrices = () if isinstance(lora, Adapter) else list_matrices(Lora.open(lora))
-    families, sizes = guess_families(shapes, header, matrices=matrices), guess_sizes(shapes)
+    own = find_model(lora)
+    families, sizes = own.families, own.sizes
     foreign = bool(families) and model.family is not None and model.family not in families
     answer: Answer = "in part"
     coverage, moved_to = measure_coverage(rows), ""
@@ -162,7 +161,8 @@ def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
     if title == kind and model.layout and answer != "fits":  # one family, and another size of it
         title = join_titles(map(find_title, sizes)) or title
         kind = find_title(model.layout)
-    title = title or ("a language model" if is_language_model(shapes) else "")
+    is_words = is_language_model(row.source for row in rows)
+    title = title or ("a language model" if is_words and not families else "")
     others = [size for size in sizes if size != model.layout] if model.layout else []
     others = others or [family for family in families if family != model.family]
     also = join_titles(map(find_title, others)) if answer == "fits" else ""
@@ -176,10 +176,11 @@ def _place_modules(lora: LoraLike, base: Base) -> list[ModuleReport]:
     except (UnsupportedFormat, ShapeMismatch):
         if isinstance(lora, Adapter):
             raise
-        slots = parse_contents(Lora.open(lora)).slots  # it may be unreadable without a base, too
+        # It may be unreadable without a base, too
+        slots = parse_contents(Lora.open(lora)).slots
         if not slots:
             raise
-        rows, sizes = [], measure_modules(slots, with_kernel=True)
+        rows, sizes = [], measure_modules(slots)
     else:
         rows = list_unread_modules(adapter)
         sizes = {name: (x.shape[0], x.shape[1]) for name, x in adapter.updates.items()}
@@ -192,7 +193,7 @@ def _outline(lora: LoraLike, base: Base, headers_only: bool = True) -> Adapter:
     """Outlines a LoRA without the base's weights, or from its header alone."""
     if isinstance(lora, Adapter):
         return lora
-    return outline_adapter(lora, base.shapes, base.family, headers_only=headers_only)
+    return outline_adapter(lora, base.shapes, base.model, headers_only=headers_only)
 
 
 def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:
@@ -210,9 +211,12 @@ def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | Non
 
 def describe_kind(base: Base) -> str:
     """Returns the title of a base's family, or what it looks like."""
-    sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
-    family = base.family or guess_family(sizes, {})
-    return find_title(family) if family else describe_base(base)
+    return find_title(base.family) if base.family else describe_base(base)
+
+
+def find_model(lora: LoraLike) -> Model:
+    """Returns what a LoRA is for, by its header alone where it is a file."""
+    return lora.model if isinstance(lora, Adapter) else Lora.open(lora).model
 
 
 def read_lora(
@@ -232,7 +236,7 @@ def read_lora(
         adapter = _fit_outline(lora, base, headers_only=depth == "updates")
         if depth == "outline" or isinstance(lora, Adapter):
             return adapter
-        names = adapters.BaseNames(base.family, base.shapes)
+        names = adapters.BaseNames(base.model, base.shapes)
         return adapters.read_adapter(
             lora, read_weight=base.read, base=names, keep_stored=keep_stored
         )
@@ -308,7 +312,7 @@ def check_bases(
 
 def doubt_size(adapter: Adapter, source: Base) -> list[str]:
     """Doubts a source where the LoRA has all blocks of a smaller size."""
-    found = guess_sizes({name: (x.shape[0], x.shape[1]) for name, x in adapter.updates.items()})
+    found = adapter.model.sizes
     if not (source.layout and found and source.layout not in found):
         return []
     smaller, own = join_titles(map(find_title, found)), find_title(source.layout)

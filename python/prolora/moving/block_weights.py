@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ..adapters.adapter import Adapter
-from ..adapters.family_guess import guess_sizes
 from ..architectures.depth import BASE, MIDDLE, DepthTable
 from ..architectures.families import known_families
 from ..architectures.layouts import load_layout
-from ..architectures.modules import matrix_shape
 from ..bases import Base
 from ..core.lowrank import LowRank
 from ..errors import InvalidOption
@@ -205,11 +203,10 @@ def list_lora_blocks(adapter: Adapter) -> DepthTable:
 
     The blocks of the published size that it fits, or of its family's only one; else its own.
     """
-    family = known_families().get(adapter.family or "")
-    sizes = guess_sizes({name: matrix_shape(x.shape) for name, x in adapter.updates.items()})
-    if family is None and sizes:
-        family = next((one for one in known_families().values() if sizes[0] in one.layouts), None)
-    layouts = sizes or (family.layouts if family is not None and len(family.layouts) == 1 else ())
+    model = adapter.model
+    family = known_families()[model.families[0]] if model.families else None
+    single = family is not None and len(family.layouts) == 1
+    layouts = model.sizes or (family.layouts if family and single else ())
     if layouts:
         return DepthTable(tuple(load_layout(layouts[0]).shapes), family)
     return DepthTable(tuple(adapter.updates), family, complete=False)

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from ...architectures import loaders
 from ...architectures.depth import ONE_LAYER_UNETS
 from ...architectures.families import known_families
-from ...architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
+from ...architectures.family import KOHYA, SPELLINGS, AuthorsWeight, Family, Spelling
 from ...architectures.modules import TEXT_ENCODERS, find_component, is_in_adm, local_name
-from ...architectures.recognition import NamedMatrix, recognise_families
 from ...core.grouping import group_by
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
 from ..adapter import Adapter
-from ..family_guess import SDXL_FAMILY, claimed_family, guess_family
 from ..keys import module_names
 from . import programs
 
@@ -108,8 +106,8 @@ def _spell_by(
     family: Family | None,
 ) -> Callable[[str], str]:
     """Returns what spells a module in a format; `spelling` and `family` are a transformer's."""
-    guess = _guess_family(adapter)
-    kohya = _kohya_spelling(adapter, guess)
+    guess = adapter.model.family
+    kohya = _kohya_spelling(adapter)
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = kohya == "sgm" or _has_several_text_encoders(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
@@ -151,7 +149,7 @@ def _find_spelling(adapter: Adapter, format: str) -> tuple[Spelling | None, Fami
     names, style = _transformer_names(adapter), adapter.style
     if not names:
         return None, None
-    families = _possible_families(adapter, names)
+    families = _find_families(adapter)
     if style is not None and format == adapter.format:
         readers = [family for family in families if loaders.is_read(family, style)]
         if readers or not families:
@@ -193,28 +191,16 @@ def _transformer_names(adapter: Adapter) -> list[str]:
     return names if is_ours else []
 
 
-def _possible_families(adapter: Adapter, names: list[str]) -> tuple[Family, ...]:
-    """Returns the families that the modules of a transformer can belong to."""
-    family = known_families().get(adapter.family or "")
-    if family is not None and not family.unet:
-        return (family,)
-    matrices = []
-    for name in names:
-        update = adapter.updates.get(name)
-        m, n = update.shape if update is not None else (0, 0)
-        matrices.append(NamedMatrix(name, True, (int(m), int(n))))
-    families = recognise_families(matrices).families
-    claimed = known_families().get(claimed_family(adapter.metadata) or "")
-    return (claimed,) if claimed in families else families
+def _find_families(adapter: Adapter) -> tuple[Family, ...]:
+    """Returns the families that an adapter can belong to; a UNet's have its very sizes."""
+    model = adapter.model
+    ids = model.families or (model.names if _transformer_names(adapter) else ())
+    return tuple(known_families()[id_] for id_ in ids)
 
 
-def _find_families(adapter: Adapter) -> tuple[str, ...]:
-    """Returns the ids of the families that an adapter can belong to."""
-    names = _transformer_names(adapter)
-    if names:
-        return tuple(family.id for family in _possible_families(adapter, names))
-    guess = _guess_family(adapter)
-    return (guess,) if guess else ()
+def respell(adapter: Adapter, format: str, spelling: Spelling | None) -> Adapter:
+    """Returns an adapter that came in a format and spelling; None for the format's own."""
+    return replace(adapter, format=format, origin=adapter.model._replace(spelling=spelling))
 
 
 def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
@@ -233,7 +219,7 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
     modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
     style: Spelling | None = None
     if format in loaders.known_loaders() and format not in SPELLINGS:
-        families = _find_families(adapter)
+        families = [family.id for family in _find_families(adapter)]
         readers = programs.find_readers(families, adapter.format, adapter.style, modules)
         if loaders.known_loaders()[format].title in readers.whole:
             return adapter, adapter.format
@@ -246,16 +232,16 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
     elif format not in SPELLINGS:
         raise UnsupportedFormat(f"unknown format {format!r}; use auto, {', '.join(SPELLINGS)}")
     if style:
-        return replace(adapter, format=format, style=style), format
+        return respell(adapter, format, style), format
     names = _transformer_names(adapter)
-    if adapter.style is not None and names and _possible_families(adapter, names):
-        adapter = replace(adapter, style=None)
+    if adapter.style is not None and names and _find_families(adapter):
+        return respell(adapter, adapter.format, None), format
     return adapter, format
 
 
 def _replace_unread(adapter: Adapter, modules: set[str]) -> tuple[str, Spelling | None] | None:
     """Returns what most programs read if none reads the adapter's format, else None."""
-    families = [known_families()[id_] for id_ in _find_families(adapter)]
+    families = _find_families(adapter)
     if not families or adapter.format == "peft":  # a folder, where the others are files
         return None
     ranked = programs.rank_formats(families, modules)
@@ -278,7 +264,7 @@ def _check_one_component(adapter: Adapter) -> None:
         )
 
 
-def _kohya_spelling(adapter: Adapter, family: str | None) -> str:
+def _kohya_spelling(adapter: Adapter) -> str:
     """Returns the spelling of a UNet's modules: the adapter's, with two exceptions.
 
     UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains them under these,
@@ -289,12 +275,8 @@ def _kohya_spelling(adapter: Adapter, family: str | None) -> str:
     modules = [*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)]
     if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
         return "diffusers"
-    return "sgm" if family in SDXL_FAMILY else adapter.spelling
-
-
-def _guess_family(adapter: Adapter) -> str | None:
-    shapes = {name: (update.shape[0], update.shape[1]) for name, update in adapter.updates.items()}
-    return adapter.family or guess_family(shapes, {})
+    usual = [family.spellings.get("kohya") for family in _find_families(adapter) if family.unet]
+    return "sgm" if usual[:1] == [KOHYA] else adapter.spelling
 
 
 def _has_several_text_encoders(adapter: Adapter) -> bool:

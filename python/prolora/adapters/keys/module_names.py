@@ -8,11 +8,12 @@ transformer itself.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from ...architectures.family import AuthorsWeight, Family, Spelling
+from ...architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ...architectures.ldm import ADM, SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
 from ...architectures.modules import (
     TEXT_ENCODERS,
@@ -359,3 +360,17 @@ def spell_module(name: str, spelling: Spelling, family: Family | None) -> str | 
         local = weight.name if weight else name
     path = spelling.prefix + (local if spelling.dotted else local.replace(".", "_"))
     return _CONDITIONER + path.removeprefix(_ADAPTER) if path.startswith(_ADAPTER) else path
+
+
+def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
+    """Returns how most modules of a transformer are spelled, None without any.
+
+    A module with one name everywhere does not tell whose names a file has. Where all are of that
+    kind, the file has the names of its prefix's format.
+    """
+    spelled = [module for module in modules if module.spelling]
+    counts = Counter(module.spelling for module in spelled if not module.alike)
+    if counts:
+        return max(counts, key=lambda one: counts[one])
+    first = next((module.spelling for module in spelled), None)
+    return next((one for one in SPELLINGS.values() if first and one[::2] == first[::2]), first)

@@ -8,4 +8,5 @@ FAMILY = Family(
     layouts=("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"),
     spellings={**SPELLINGS, "kohya": UNET_KOHYA, "diffusers": UNET},
     unet=True,
+    rarer_than="sd15",
 )

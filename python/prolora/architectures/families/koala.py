@@ -9,4 +9,5 @@ FAMILY = Family(
     # The authors' numbers of ComfyUI count one layer a block here, and no reader of ours does.
     spellings={"kohya": UNET_KOHYA, "diffusers": UNET, "peft": PEFT},
     unet=True,
+    rarer_than="sdxl",
 )

@@ -9,4 +9,5 @@ FAMILY = Family(
     spellings={**SPELLINGS, "diffusers": UNET},
     claims={"vega": "Segmind-Vega"},  # ai-toolkit
     unet=True,
+    rarer_than="sdxl",
 )

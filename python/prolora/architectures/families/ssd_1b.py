@@ -9,4 +9,5 @@ FAMILY = Family(
     spellings={**SPELLINGS, "diffusers": UNET},
     claims={"ssd": "SSD-1B"},  # ai-toolkit
     unet=True,
+    rarer_than="sdxl",
 )

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 
 from ...architectures.families import known_families
 from ...architectures.family import AuthorsWeight, Family
-from ...architectures.layouts import BESIDE, load_layout
+from ...architectures.identify import find_parts, identify_names, select_kinds
 from ...architectures.modules import find_block, matrix_shape
-from ...architectures.recognition import NamedMatrix, Recognition, find_parts, recognise_families
-from ...core.grouping import group_by
 from ...errors import ShapeMismatch
 from ..weights import ConvertedWeight, RowsWeight, Weight
 
-# Of a hostile file's hundred thousand kinds of modules, only this many are looked at.
-_MOST_KINDS = 4096
 _LANGUAGE_MODEL = re.compile(r"layers\.\d+\.(?:self_attn|mlp)\.\w+")
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -104,14 +99,12 @@ def _split_rows(stored: AuthorsWeight, weight: Weight) -> dict[str, Weight]:
 def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | None:
     """Returns whose names some modules (without prefix) have, None if unknown.
 
-    Where several families fit, all read the modules alike, or the first is as good as any other:
-    then `find_family` returns None.
+    Where several families fit, all read the modules alike, or the first is as good as any other.
     """
-    kinds = _select_kinds(shapes)
-    recognition = _recognise(kinds)
-    if not recognition.families:
+    kinds = select_kinds(shapes)
+    family = next((known_families()[id_] for id_ in identify_names(kinds)), None)
+    if family is None:
         return None
-    family = recognition.families[0]
     known = [kind.name for kind in kinds if find_parts(family, kind)]
     by_authors = any(family.find_module(name) is None for name in known)
     if by_authors and any(find_block(n) and family.find_weight(n) is None for n in known):
@@ -119,58 +112,3 @@ def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | No
     if all(_LANGUAGE_MODEL.fullmatch(name) for name in known):
         return None  # names that ACE-Step's authors share with many others
     return FamilyNames(family, by_authors)
-
-
-def find_family(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
-    """Returns the family of a transformer, None if several or none fit.
-
-    The names of all matrices decide: the names of a published size, no more and no less, whatever
-    the number of blocks and their shapes. Where several families have them, shapes decide.
-    """
-    found = _list_patterns(shapes)
-    fitting = [
-        family
-        for family in known_families().values()
-        if any(found == _list_layout_patterns(id_) for id_ in family.layouts)
-    ]
-    if len(fitting) > 1:
-        likely = _recognise(_select_kinds(shapes)).families
-        fitting = [family for family in fitting if family in likely]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _list_patterns(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
-    """Returns the names of the matrices that every file has, numbers as N."""
-    matrices = (name for name, shape in shapes.items() if len(shape) == 2)
-    return frozenset(_NUMBER.sub(".N", name) for name in matrices if not name.startswith(BESIDE))
-
-
-@cache
-def _list_layout_patterns(id_: str) -> frozenset[str]:
-    """Returns `_list_patterns` of a published size."""
-    return _list_patterns(load_layout(id_).shapes)
-
-
-def _recognise(kinds: list[NamedMatrix]) -> Recognition:
-    """Returns the families that know all modules, or at least all in blocks.
-
-    Other modules may stand beside the blocks.
-    """
-    recognition = recognise_families(kinds)
-    if recognition.families:
-        return recognition
-    return recognise_families(kind for kind in kinds if find_block(kind.name))
-
-
-def _select_kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[NamedMatrix]:
-    """Selects the first and last module of every kind.
-
-    A kind has equal names but for their numbers, and equal shapes.
-    """
-    kinds = group_by(shapes, lambda name: (_NUMBER.sub(".N", name), shapes[name]))
-    chosen: Iterable[tuple[str, tuple[int, ...]]] = (
-        (name, shape)
-        for (_, shape), names in itertools.islice(kinds.items(), _MOST_KINDS)
-        for name in dict.fromkeys((names[0], names[-1]))
-    )
-    return [NamedMatrix(name, True, matrix_shape(shape)) for name, shape in chosen]
