@@ -16,8 +16,10 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import nodes as core
+import torch
 from aiohttp import web
-from comfy_execution.graph_utils import GraphBuilder
+from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder
+from PIL import Image, ImageDraw, ImageFont
 
 from . import words
 from .jobs import MOVED, Place, find_trained_on, read_state
@@ -74,26 +76,18 @@ def map_bases() -> dict[str, Path]:
 
 
 def find_lora(name: str) -> Path:
-    """The path of a LoRA.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The path of a LoRA."""
     path = folder_paths.get_full_path("loras", name)
     if path is None:
-        raise ValueError(f"{name} is not among your LoRAs any more: choose another one.")
+        raise words.Refusal(f"{name} is not among your LoRAs any more: choose another one.")
     return Path(path)
 
 
 def find_base(name: str) -> Path:
-    """The path of a base model; its weights are streamed from there, it is never loaded.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The path of a base model; its weights are streamed from there, it is never loaded."""
     path = map_bases().get(name)
     if path is None:
-        raise ValueError(f"{name} is not among your models any more: choose another one.")
+        raise words.Refusal(f"{name} is not among your models any more: choose another one.")
     return path
 
 
@@ -107,21 +101,25 @@ def read_states(names: Iterable[str]) -> str:
     return " ".join(states)
 
 
-_results: dict[str, list[Path]] = {}
+ABSENT = ExecutionBlocker(None)
+"""The value of an output that is not there; what is connected to it does not run."""
+
+_results: dict[str, list[Path] | None] = {}
 _losses: Counter[str] = Counter()
 
 
-def remember_results(asked: str, paths: Iterable[Path]) -> None:
-    """Keeps in mind what a node wrote, or found, when it was asked so."""
-    _results[asked] = list(paths)
+def remember_results(asked: str, paths: list[Path] | None) -> None:
+    """Keeps in mind what a node wrote, or found, when it was asked so; None if it refused."""
+    _results[asked] = paths
 
 
 def count_losses(asked: str) -> int:
-    """How often a file was gone that a node had written when it was asked so.
+    """How often a node refused what it was asked, or a file was gone that it had written.
 
     ComfyUI would show the old report of such a node, and not run it again.
     """
-    if not all(path.is_file() for path in _results.get(asked, ())):
+    paths = _results.get(asked, [])
+    if paths is None or not all(path.is_file() for path in paths):
         del _results[asked]
         _losses[asked] += 1
     return _losses[asked]
@@ -214,25 +212,25 @@ def list_sampling_inputs() -> dict[str, Any]:
 
 
 def draw_side_by_side(
-    loras: Iterable[str | None], strength: float, inputs: dict[str, Any]
+    loras: Iterable[tuple[str, str, float]], inputs: dict[str, Any]
 ) -> tuple[dict[str, Any], Any]:
     """The graph of core's nodes that draws one picture with each LoRA, and its output.
 
     ComfyUI runs it in place of the node that returns it.
 
     Args:
-        loras: names in ComfyUI's list, from the left; None draws without a LoRA.
-        strength: of each.
+        loras: labels, names in ComfyUI's list and strengths, from the left; with a strength of 0
+            the picture is drawn without the LoRA.
         inputs: links to a loaded model, its text encoder and its decoder, the two prompts, and what
             *KSampler* takes beside those.
     """
-    graph, row = GraphBuilder(), None
+    graph, row, labels = GraphBuilder(), {}, []
     model, clip, vae, prompt, avoid = (
         inputs.pop(name) for name in ("model", "clip", "vae", "prompt", "avoid")
     )
-    for lora in loras:
+    for label, lora, strength in loras:
         with_lora = (model, clip)
-        if lora is not None:
+        if strength:
             strengths = {"strength_model": strength, "strength_clip": strength}
             loader = graph.node("LoraLoader", model=model, clip=clip, lora_name=lora, **strengths)
             with_lora = (loader.out(0), loader.out(1))
@@ -249,13 +247,25 @@ def draw_side_by_side(
             **inputs,
         )
         image = graph.node("VAEDecode", samples=sampled.out(0), vae=vae).out(0)
-        if row is not None:
-            how = {"direction": "right", "match_image_size": True, "spacing_color": "white"}
-            image = graph.node("ImageStitch", image1=row, image2=image, spacing_width=8, **how).out(
-                0
-            )
-        row = image
-    return graph.finalize(), row
+        labels.append(label)
+        row[f"picture_{len(labels)}"] = image
+    drawn = graph.node("ProloraSideBySide", labels="\n".join(labels), **row).out(0)
+    return graph.finalize(), drawn
+
+
+def join_row(pictures: list[torch.Tensor], labels: list[str]) -> torch.Tensor:
+    """Pictures [n, h, w, 3] of one size side by side, each with a line of text above it."""
+    row = []
+    for picture, label in zip(pictures, labels, strict=True):
+        width = picture.shape[2]
+        size = max(10, min(width // 12, 40))
+        strip = Image.new("RGB", (width, 2 * size), "white")
+        font = ImageFont.load_default(size)
+        ImageDraw.Draw(strip).text((size // 2, size // 3), label, "black", font)
+        text = torch.tensor(list(strip.tobytes())).reshape(1, 2 * size, width, 3) / 255
+        labelled = torch.cat([text.expand(len(picture), -1, -1, -1), picture[..., :3].cpu()], 1)
+        row.append(torch.nn.functional.pad(labelled, (0, 0, 0, 8), value=1.0))
+    return torch.cat(row, dim=2)[:, :, :-8]
 
 
 PAGES = "/prolora/report"

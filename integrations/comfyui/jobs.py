@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 import prolora
 from prolora.bases.cache.basis_cache import default_folder
@@ -60,7 +62,6 @@ class Moved:
 
     path: Path  # of the result
     told: Any = None  # the verdict; of a LoRA that was moved before, that of the first time
-    share: float | None = None  # of the LoRA that found a place, where known
     error: str | None = None  # why it could not be moved, in a sentence
 
     @property
@@ -143,6 +144,7 @@ def move_loras(
     place: Place,
     settings: Settings,
     progress: Progress,
+    linked: bool,
 ) -> list[Moved]:
     """Moves LoRAs to where they belong; what is there already, made so, is left alone.
 
@@ -153,14 +155,20 @@ def move_loras(
         place: where the results go.
         settings: as the widgets have them.
         progress: called as progress(done, total, name); what it raises ends the job.
+        linked: whether a result that equals its LoRA is a link to it; else the LoRA is the result.
 
     Raises:
-        ValueError: the two bases cannot be used; a sentence says why.
+        Refusal: the two bases cannot be used.
     """
     names = {path: name for name, path in loras.items()}
+    shown = names | {source: "“trained on”", target: "“use on”", place.root: "loras"}
 
     def naming(lora: Path, digest: str) -> str:
-        return str(place.name(names[lora], settings.label(), digest))
+        path = place.name(names[lora], settings.label(), digest)
+        result = place.folder / path.with_name(f"{path.name}.safetensors")
+        if result.is_file() and result.samefile(lora):  # a link of `link_to_original`
+            result.unlink()
+        return str(path)
 
     try:
         options = settings.options() | {"cache": default_folder(), "progress": progress}
@@ -171,11 +179,11 @@ def move_loras(
         if settings.method == BEST:
             fits = source.is_dir() and target.is_dir()
             outcomes = _move_with_fits(loras, source, target, place, settings, options)
-            return [_finish(outcome, fits) for outcome in outcomes]
+            return [_finish(outcome, shown, linked, fits) for outcome in outcomes]
         moved = prolora.transfer_many(names, source, target, place.folder, naming=naming, **options)
-        return [_finish(outcome) for outcome in moved]
+        return [_finish(outcome, shown, linked) for outcome in moved]
     except prolora.ProLoRAError as error:
-        raise ValueError(words.explain(error)) from None
+        raise words.Refusal(words.explain(error, names=shown)) from None
     finally:
         results = place.root / MOVED
         for folder in sorted([results, *results.rglob("*")], reverse=True):  # the innermost first
@@ -210,42 +218,79 @@ def read_state(path: Path) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
-    """Writes the page of a report beside the file.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+def _finish(
+    outcome: prolora.Outcome, names: Mapping[Path, str], linked: bool, in_fit: bool = False
+) -> Moved:
+    """Writes the page of a report beside the file."""
     if outcome.error is not None:
-        return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
+        return Moved(outcome.out, error=words.explain(outcome.error, in_fit, names))
     if outcome.report is not None and not outcome.kept:
         outcome.report.save(outcome.out.with_suffix(".html"), overwrite=True, spell=words.say)
-    return Moved(outcome.out, outcome.words, outcome.share)
+    path = outcome.out
+    if path.is_file() and holds_the_same(outcome.lora, path):
+        path = _spare(outcome.lora, path, linked)
+    return Moved(path, outcome.words)
+
+
+def holds_the_same(one: Path, other: Path) -> bool:
+    """Whether two LoRA files hold equal tensors under equal names."""
+    try:
+        first, second = load_file(one), load_file(other)
+    except (OSError, SafetensorError):
+        return False
+    return first.keys() == second.keys() and all(
+        x.dtype == second[name].dtype and torch.equal(x, second[name]) for name, x in first.items()
+    )
+
+
+def _spare(original: Path, result: Path, linked: bool) -> Path:
+    """Makes a result that equals its original a link to it, or removes it."""
+    if linked:
+        link = result.with_name(f".{result.name}.link")
+        try:
+            os.link(original, link)
+            os.replace(link, result)
+        except OSError:
+            link.unlink(missing_ok=True)
+        return result
+    for path in (result, result.with_suffix(".html")):
+        path.unlink()
+    return original
+
+
+def merge(loras: Mapping[str, Path], strengths: Sequence[float], method: str, root: Path) -> Moved:
+    """Merges LoRAs into one below the folder of results."""
+    made_of = f"{method} {strengths} {[read_state(path) for path in loras.values()]}"
+    names = "+".join(make_plain(Path(name).stem) for name in loras)
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    out = root / MOVED / "merged" / f"{names[:_MOST_BYTES]}-{digest}.safetensors"
+    shown = {path: name for name, path in loras.items()}
+    try:
+        options = {"method": method, "strengths": tuple(strengths), "overwrite": True}
+        report = prolora.merge([*loras.values()], out=out, **options).report
+        report.save(out.with_suffix(".html"), overwrite=True, spell=words.say)
+    except prolora.ProLoRAError as error:
+        raise words.Refusal(words.explain(error, names=shown)) from None
+    return Moved(out, report.in_words())
 
 
 def check(lora: Path, base: Path | None) -> str:
-    """Says what `prolora check` says of a LoRA in ComfyUI.
-
-    Raises:
-        ValueError: a file cannot be read; a sentence says why.
-    """
+    """Says what `prolora check` says of a LoRA in ComfyUI."""
     try:
         found = prolora.check(lora, base=base, program="comfyui")
     except prolora.ProLoRAError as error:
-        raise ValueError(words.explain(error)) from None
+        names = {path: path.name for path in (lora, base) if path}
+        raise words.Refusal(words.explain(error, names=names)) from None
     return "\n".join(map(words.say, str(found).split("\n")))
 
 
 def advise(source: Path, target: Path, lora: Path, progress: Progress) -> str:
-    """What a LoRA of one base would give on another, by their weights.
-
-    Raises:
-        ValueError: the two cannot be compared; one sentence says why.
-    """
+    """What a LoRA of one base would give on another, by their weights."""
     try:
         found = prolora.check(
             lora, source=source, target=target, cache=default_folder(), progress=progress
         )
     except prolora.ProLoRAError as error:
-        raise ValueError(words.explain(error)) from None
+        names = {lora: lora.name, source: "“trained on”", target: "“use on”"}
+        raise words.Refusal(words.explain(error, names=names)) from None
     return "\n".join(map(words.say, str(found.move).split("\n")))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import prolora
 from prolora.errors import name_options
+
+
+class Refusal(ValueError):
+    """Why a node does not do what it is asked for, in a sentence."""
+
 
 RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
     str(rank): rank for rank in (4, 8, 16, 32, 64, 128)
@@ -43,12 +49,12 @@ def strip_ending(model: str) -> str:
     return re.sub(r"\.(safetensors|sft|ckpt|pt|pth|bin|gguf)$", "", model, flags=re.IGNORECASE)
 
 
-def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
+def explain(
+    error: prolora.ProLoRAError, in_fit: bool = False, names: Mapping[Path, str] | None = None
+) -> str:
     """Why a LoRA cannot be moved, without advice that only a command line can follow.
 
-    Args:
-        error: what prolora raised.
-        in_fit: both models ran; else only their weights were compared.
+    `in_fit` says that both models ran; `names` are those of ComfyUI's lists, in place of paths.
     """
     apart = isinstance(error, prolora.errors.UnrelatedBases)
     if apart and in_fit:
@@ -69,7 +75,11 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
     if wrong := re.search(r"This LoRA is for [^(]*The source you gave, [^(]*", str(error)):
         told = re.sub("The source you gave, (.*), is ", r"“trained on” is \1: ", wrong[0])
         return f"{told.rstrip()} Choose the model that the LoRA was trained on."
-    return say(str(error)) or "This LoRA cannot be moved between these two models."
+    text = str(error).removesuffix(error.command).rstrip()
+    for path, name in (names or {}).items():
+        text = text.replace(str(path), name)
+    # What a node cannot do may have been taken from the end, and its full stop.
+    return (say(text) or "This LoRA cannot be moved between these two models").rstrip(".") + "."
 
 
 def say(text: str) -> str:
@@ -103,16 +113,30 @@ def tell_progress(share: float, name: str, foreseen: str = "") -> str:
 def tell_report(told: Any, name: str, way: str, next_step: str) -> str:
     """At most six lines on a LoRA that was moved; `name` is its own in ComfyUI's list."""
     kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
-    moved = " ".join([f"Moved {way}.", *kept[:1]])
-    lines = [f"{told.mark} {told.headline}", moved, *kept[1:]]
-    where = f"File: loras/{name}", f"{next_step} The button opens the whole report."
-    return "\n".join([*map(say, lines), *where])
+    moved = " ".join([f"{way}.", *kept[:1]])
+    lines = [f"{told.mark} {told.headline}", f"File: loras/{name}", moved, *kept[1:]]
+    lines += [f"{next_step} The button opens the whole report."] if next_step else []
+    return "\n".join(map(say, lines))
 
 
-def tell_in_one_line(name: str, told: Any, share: float | None, error: str | None) -> str:
-    """What became of a LoRA among many: the verdict, and the share that found a place."""
-    if error is not None:
-        return f"✖ {name}: {error}"
-    before = " before" if "(moved before)" in told.headline else ""
-    place = "" if share is None else f", {share:.0%} of it found a place"
-    return f"{told.mark} {name}: moved{before}{place}"
+_NUMBER = r"\d+(?:\.\d+)?"
+STRENGTHS = re.compile(
+    rf"[Ll]oad it at strength {_NUMBER}(?: to {_NUMBER})?(?:, and try {_NUMBER} and {_NUMBER})?"
+)
+
+
+def tell_in_one_line(name: str, told: Any) -> str:
+    """A row on a LoRA among many: the mark, its name, the strengths and the verdict."""
+    lines = [told.headline, *told.lines, *told.cautions]
+    strengths = next((found[0] for found in map(STRENGTHS.search, lines) if found), "")
+    advice = f"{strengths[0].lower()}{strengths[1:]}: " if strengths else ""
+    return f"{told.mark} {name}: {advice}{say(told.headline)}"
+
+
+def tell_folder(rows: Mapping[str, str], where: str) -> str:
+    """The report of a folder: the worst mark with the count of each, and a row for each LoRA."""
+    marks = [row[0] for row in rows.values()]
+    counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in "✔⚠✖" if mark in marks)
+    worst = max(marks, key="✔⚠✖".index, default="✖")
+    title = f"{worst} {len(rows)} LoRAs ({counts or 'none'}), in place below {where}."
+    return "\n".join([title, *rows.values()])

@@ -122,6 +122,32 @@ def test_the_model_that_a_lora_tells_is_filled_in_and_a_missing_one_is_asked_for
     ]
 
 
+def test_a_model_that_was_chosen_before_stays_where_a_lora_tells_of_none():
+    shown = run("""
+        Object.assign(answers, { a: "base", b: null });
+        const shown = [];
+        for (const [name, value] of [["trained_on", "mine"], ["lora", "b"], ["lora", "a"]]) {
+          await choose(name, value);
+          shown.push([node.find("trained_on").value, node.find("trained_on").label]);
+        }
+        return shown;
+    """)
+    assert shown == [["mine", "trained on"], ["mine", "trained on"], ["base", "trained on"]]
+
+
+def test_a_report_is_as_high_as_its_text_within_limits():
+    assert run("""
+        const heights = [];
+        for (const scrollHeight of [20, 240, 900]) {
+          node.onExecuted({ text: ["done"], page: [] });
+          Object.assign(node.find("shown report").element, { scrollHeight });
+          node.onExecuted({ text: ["done"], page: [] });
+          heights.push(node.find("shown report").options.getMinHeight());
+        }
+        return [heights, node.find("shown report").element.style.fontSize];
+    """) == [[140, 240, 320], "12px"]
+
+
 def test_a_model_that_was_chosen_while_the_header_was_read_stays():
     assert (
         run("""

@@ -17,6 +17,13 @@ class Interrupted(Exception):
     """What ComfyUI raises where the stop button was pressed."""
 
 
+class ExecutionBlocker:
+    """What an output has that is not there."""
+
+    def __init__(self, message):
+        self.message = message
+
+
 class GraphBuilder:
     """The graph that a node puts in its own place."""
 
@@ -88,7 +95,10 @@ def make_modules(models: Path) -> dict[str, types.ModuleType]:
     contents = {
         "nodes": {"NODE_CLASS_MAPPINGS": {"KSampler": KSampler}},
         "comfy_execution": {},
-        "comfy_execution.graph_utils": {"GraphBuilder": GraphBuilder},
+        "comfy_execution.graph_utils": {
+            "GraphBuilder": GraphBuilder,
+            "ExecutionBlocker": ExecutionBlocker,
+        },
         "folder_paths": {
             "folder_names_and_paths": folders,
             "get_filename_list": get_filename_list,

@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const WIDTH = 460;
-const REPORT_HEIGHT = 140;
+const [LEAST_HEIGHT, MOST_HEIGHT] = [140, 320];
 const SHOWN = "shown report";
 const OPEN = "open the whole report";
 
@@ -29,11 +29,23 @@ function showReport(node, text) {
     widget = ComfyWidgets.STRING(node, SHOWN, ["STRING", { multiline: true }], app).widget;
     widget.label = "report";
     keepOut(widget);
-    widget.options.getMinHeight = () => REPORT_HEIGHT;
-    const element = widget.inputEl ?? widget.element;
-    if (element) element.readOnly = true;
+    widget.options.getMinHeight = () => widget.reportHeight;
+    const element = findField(widget);
+    if (element) {
+      element.readOnly = true;
+      Object.assign((element.style ??= {}), { fontSize: "12px", fontFamily: "sans-serif" });
+    }
   }
   widget.value = text;
+  // As high as its text, up to a limit. A field's scrollHeight is never less than its own height.
+  const field = findField(widget), height = field?.style.height;
+  if (field) field.style.height = "0px";
+  widget.reportHeight = Math.min(Math.max(field?.scrollHeight ?? 0, LEAST_HEIGHT), MOST_HEIGHT);
+  if (field) field.style.height = height;
+}
+
+function findField(widget) {
+  return widget.inputEl ?? widget.element;
 }
 
 function showLink(node, page) {
@@ -53,7 +65,7 @@ function label(node) {
   for (const widget of node.widgets ?? []) {
     const known = findInput(node, widget)?.[1];
     if (known?.display_name) widget.label = known.display_name;
-    const field = widget.inputEl ?? widget.element;
+    const field = findField(widget);
     if (field && known?.tooltip) field.title = known.tooltip;
   }
 }
@@ -69,6 +81,7 @@ function fillTrainedOn(node) {
   const before = lora.callback;
   const chosenBefore = trainedOn.callback;
   const [fromLora] = findInput(node, trainedOn)[0];
+  let filledIn = trainedOn.value; // what people chose is another value, and stays
   trainedOn.callback = function () {
     trainedOn.label = "trained on";
     return chosenBefore?.apply(this, arguments);
@@ -79,8 +92,9 @@ function fillTrainedOn(node) {
     const answer = await api.fetchApi(`/prolora/trained_on?lora=${encodeURIComponent(chosen)}`);
     const { name } = answer.ok ? await answer.json() : {};
     if (lora.value !== chosen || trainedOn.value !== shown) return;
-    trainedOn.value = name ?? fromLora;
-    trainedOn.label = name === null ? "trained on (not found: choose)" : "trained on";
+    if (name || trainedOn.value === filledIn) trainedOn.value = filledIn = name ?? fromLora;
+    const open = name === null && trainedOn.value === fromLora;
+    trainedOn.label = open ? "trained on (not found: choose)" : "trained on";
     app.graph?.setDirtyCanvas(true, false);
   };
 }
@@ -115,7 +129,7 @@ function foldAdvanced(node) {
 function makeRoom(node) {
   const [width, height] = node.computeSize();
   // "Nodes 2.0" writes larger, and gives a report what it finds.
-  const room = window.LiteGraph?.vueNodesMode ? REPORT_HEIGHT : 0;
+  const room = window.LiteGraph?.vueNodesMode ? (findWidget(node, SHOWN)?.reportHeight ?? 0) : 0;
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + room)]);
   app.graph?.setDirtyCanvas(true, false);
 }

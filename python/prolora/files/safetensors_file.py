@@ -290,7 +290,7 @@ def _refuse_pickle(path: Path, kind: str) -> UnsupportedFormat:
     command = f'python -c "{_CONVERT_PICKLE}" {_quote(str(path))} {_quote(str(converted))}'
     error = UnsupportedFormat(
         f"{path}: a pickle checkpoint{kind}; it can run code when it is loaded, so it is not read. "
-        f"Convert it once:\n{command}"
+        f"Convert it to safetensors once:\n{command}"
     )
     error.command = command
     return error
