@@ -46,8 +46,7 @@ def drop_alphas(key, tensor):
 
 
 def test_a_sound_file_has_no_defect(lora):
-    found = check(lora, deep=True)
-    assert found and not found.defects
+    assert not check(lora, deep=True).defects
 
 
 def test_a_dora_of_ai_toolkit_without_alpha_is_read_at_scale_1_with_a_word(lora):

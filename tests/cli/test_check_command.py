@@ -28,7 +28,8 @@ def test_a_lora_that_fits_ends_in_0_and_a_line(prolora, files):
 def test_a_file_alone_is_said_to_be_what_it_is(prolora, files):
     lora, _, base = files
     code, out, _ = prolora("check", lora)
-    assert code == 0 and "rank 4" in out and "kohya" in out
+    assert code == 3 and out.startswith("⚠ a LoRA for a model of no known family")
+    assert "rank 4" in out and "kohya" in out
     code, out, _ = prolora("check", base)
     assert code == 0 and "base model" in out
     code, out, _ = prolora("check", lora, "--for", "forge", "--json")

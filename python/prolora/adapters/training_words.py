@@ -17,8 +17,6 @@ LONGEST = 300
 """Characters of a tag or phrase; text encoders read few hundred."""
 _MOST = 2000  # tags of one folder: more are no help, and a header may hold millions
 _LARGEST = 10**9  # of a count
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6
-"""Alphas beyond these are damage: no trainer takes them."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,3 @@ def _as_count(value: Any) -> int:
     """Returns a count up to _LARGEST; 0 for anything else."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return min(value, _LARGEST) if whole and value > 0 else 0
-
-
-def read_alpha(text: str) -> float:
-    """Reads an alpha of a trainer's header; 0 if it is unusable."""
-    try:
-        alpha = float(text.strip('" ')) if len(text) < 100 else 0.0
-    except ValueError:
-        return 0.0
-    return alpha if SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA else 0.0

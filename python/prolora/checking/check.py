@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ..adapters.adapter_folder import ADAPTER_FILES
 from ..adapters.lora import Lora, LoraSource
-from ..architectures.families import known_families
 from ..architectures.loaders import known_loaders
 from ..errors import InvalidOption, UnrelatedBases, suggest
 from ..reports.report import InWords
@@ -46,7 +45,7 @@ def check(
         lora: a .safetensors file, a PEFT folder, an id on the hub or a state dict; a base model is
             described, too.
         base: as `transfer` takes its bases, of a pipeline with two experts the first; or the id of
-            a family ("sdxl").
+            a family ("sdxl") or of a published size ("wan2.2-t2v-a14b").
         program: a program that should read it ("comfyui", "diffusers", "forge", …).
         deep: read the tensors, too, and look for NaN, zeros, overflows and outliers.
         source: the base that the LoRA was trained on, if `target` is given.
@@ -76,7 +75,7 @@ def check(
         if opened is None or found.kind != "lora":
             return replace(found, reason=found.reason or "a LoRA was asked about")
         if base is not None:
-            found = replace(found, fit=_match_base(opened, found, base))
+            found = replace(found, fit=_match_base(opened, base))
         if source is not None and target is not None:
             from ..moving.options import TransferOptions
 
@@ -85,13 +84,12 @@ def check(
     return found
 
 
-def _match_base(opened: Lora, found: Check, base: ExpertsLike) -> BaseFit:
+def _match_base(opened: Lora, base: ExpertsLike) -> BaseFit:
     """Says whether a LoRA is for a base or a family."""
-    from ..moving.base_check import fit_base, fit_family
+    from ..moving.base_check import find_published, fit_base, fit_published
 
-    if isinstance(base, str) and base in known_families() and not os.path.exists(base):
-        return fit_family(found.families, base)
-    return fit_base(opened, base)
+    published = find_published(base)
+    return fit_published(opened, published) if published else fit_base(opened, base)
 
 
 def _foresee(opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions) -> InWords:

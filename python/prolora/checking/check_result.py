@@ -12,6 +12,7 @@ from ..adapters.formats.moves import Move, describe_moves
 from ..adapters.formats.programs import Readers
 from ..architectures.families import find_title, join_titles
 from ..architectures.loaders import known_loaders
+from ..files.sizes import format_size
 from ..reports.report import InWords, Mark
 from .defects import Defect
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # what a file is can be said without torch
 
 Kind = Literal["lora", "base", "unknown"]
 _KINDS = {"lora": "LoRA", "base": "base model", "unknown": "neither a LoRA nor a base model"}
+_NO_FAMILY = "a model of no known family"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Check:
     algorithms: dict[str, int] = field(default_factory=dict)  # kind of update -> how many
     needs_base: bool = False  # the update depends on the base's weights (DoRA, GLoRA, OFT)
     families: tuple[str, ...] = ()  # all that have its modules in its sizes
+    named: tuple[str, ...] = ()  # all that fit best by its names, whatever its sizes
+    foreign: tuple[str, ...] = ()  # modules that these families do not have
     sizes: tuple[str, ...] = ()  # ids of the published sizes that it fits
     parts: dict[str, Part] = field(default_factory=dict)  # "unet", "text_encoder", …
     modules: dict[str, int] = field(default_factory=dict)  # part -> modules, fused ones one by one
@@ -75,6 +79,7 @@ class Check:
     program: str = ""  # title of the program that was asked about
     # What that program leaves out: pattern of modules -> how many; None where this is not known
     skipped: dict[str, int] | None = None
+    convertible: bool = False  # whether it reads all of what `convert` makes for it
     defects: tuple[Defect, ...] = ()
     fit: BaseFit | None = None  # whether it is for the base that was given
     move: InWords | None = None  # what a transfer between two bases would say
@@ -87,12 +92,7 @@ class Check:
     @property
     def mark(self) -> Mark:
         """✔ it can be used as asked, ⚠ perhaps or in part, ✖ it cannot."""
-        if self.reason or self.kind == "unknown":
-            return "✖"
-        marks = [told.mark for told in (self.fit, self.move, *self.defects) if told]
-        if self.program and self.kind == "lora" and self.program not in self.readers.whole:
-            marks.append("✖" if self.program in self.readers.none else "⚠")
-        return max(marks, key="✔⚠✖".index, default="✔")
+        return max((mark for mark, _ in self.verdicts()), key="✔⚠✖".index)
 
     def __bool__(self) -> bool:
         """Returns True if nothing speaks against it; a move that works in part is worth a try."""
@@ -100,32 +100,77 @@ class Check:
 
     @property
     def headline(self) -> str:
-        """The verdict in a line."""
-        if self.reason:
-            return f"{_KINDS[self.kind]}: {self.reason.removeprefix(f'{self.path}: ')}"
-        if self.move is not None:
-            return self.move.headline
-        if self.fit is not None:
-            return self.fit.sentence
-        if self.program and self.kind == "lora":
-            return self._tell_program()
-        titles = {find_title(size) for size in self.sizes}
-        known = titles if len(titles) == 1 else map(find_title, self.families)
-        return f"a {_KINDS[self.kind]} for {join_titles(known) or 'a model of no known family'}"
+        """The sentence that gave the mark."""
+        return next(sentence for mark, sentence in self.verdicts() if mark == self.mark)
 
-    def _tell_program(self) -> str:
-        if self.program in self.readers.whole:
-            return f"{self.program} applies all of it"
-        if self.program not in self.readers.part + self.readers.none:
-            why = "no such model, or no such file was tried" if self.families else "no known family"
-            return f"what {self.program} does with it is not known: {why}"
-        much = "a part of it" if self.program in self.readers.part else "nothing of it"
-        if self.skipped and self.program in self.readers.part:
-            every, left = sum(self.modules.values()), sum(self.skipped.values())
-            much = f"{every - left} of {every} updates, and skips {left}, as of "
-            much += next(iter(self.skipped))
-        id_ = next(key for key, one in known_loaders().items() if one.title == self.program)
-        return f"{self.program} applies {much}; `convert()` it with `format={id_}`"
+    def verdicts(self) -> list[tuple[Mark, str]]:
+        """Lists all that speaks for or against it; answers to what was asked come first."""
+        if self.reason or self.kind == "unknown":
+            return [("✖", self.reason.removeprefix(f"{self.path}: ") or _KINDS[self.kind])]
+        found = [(self.move.mark, self.move.headline)] if self.move else []
+        found += [(self.fit.mark, self.fit.sentence)] if self.fit else []
+        if self.kind == "lora":
+            found += [self._judge_program()] if self.program else []
+            # A base that was compared decides, and another question than programs was asked.
+            compared = self.move is not None or (self.fit is not None and bool(self.fit.modules))
+            found += [] if compared else [self._judge_place()]
+            known = bool(self.families) and not (compared or self.program)
+            found += [self._judge_readers()] if known else []
+        else:
+            found.append(("✔", f"a {_KINDS[self.kind]} for {self._title or _NO_FAMILY}"))
+        return found + [(one.mark, one.text) for one in self.defects]
+
+    @property
+    def _title(self) -> str:
+        """What it is for: a published size, or families."""
+        titles = {find_title(size) for size in self.sizes}
+        return join_titles(titles if len(titles) == 1 else map(find_title, self.families))
+
+    def _judge_place(self) -> tuple[Mark, str]:
+        """Judges whether every module has its place in a known model."""
+        if not self.families:
+            others = " and others" * (len(self.named) > 1)
+            sizes = (
+                f", though its names fit {find_title(self.named[0])}{others}" if self.named else ""
+            )
+            return "⚠", f"a LoRA for {_NO_FAMILY}{sizes}; check it with its base (`base`)"
+        if self.foreign:
+            count, every = len(self.foreign), sum(self.modules.values())
+            are = "module is" if count == every == 1 else f"of {every} modules are"
+            return "⚠", f"{count} {are} not in {self._title}, the first {self.foreign[0]}"
+        return "✔", f"a LoRA for {self._title}"
+
+    def _judge_program(self) -> tuple[Mark, str]:
+        """Judges whether the program that was asked about reads all of it."""
+        title, readers = self.program, self.readers
+        if title in readers.whole and title not in readers.untried:
+            return "✔", f"{title} applies all of it"
+        id_ = next(key for key, one in known_loaders().items() if one.title == title)
+        mend = f"; `convert()` it with `format={id_}`" if self.convertible else ""
+        if title in readers.none:
+            return "✖", f"{title} reads nothing of it{mend}"
+        if title not in readers.whole + readers.part:
+            why = "with such a file" if self.families else "with a model of no known family"
+            return "⚠", f"{title} was not tried {why}: what it does with it is not known"
+        much = "its denoiser's updates; with its text encoders it was not tried"
+        if title in readers.part:
+            much = "a part of it"
+            if self.skipped:
+                every, left = sum(self.modules.values()), sum(self.skipped.values())
+                first = next(iter(self.skipped))
+                much = f"{every - left} of {every} updates, and skips {left}, as of {first}"
+        return "⚠", f"{title} applies {much}{mend}"
+
+    def _judge_readers(self) -> tuple[Mark, str]:
+        """Judges whether any program reads all of it."""
+        # PEFT itself reads its folders, whatever the model.
+        if self.format == "peft" or {*self.readers.whole} - {*self.readers.untried}:
+            return "✔", f"read by {', '.join(self.readers.whole) or 'PEFT'}"
+        if some := self.readers.whole + self.readers.part:
+            return "⚠", f"no program is known to read all of it; in part: {', '.join(some)}"
+        if self.readers.none:
+            return "⚠", f"no program is known to read it; tried: {', '.join(self.readers.none)}"
+        return "⚠", "no program was tried with such a file"
 
     def __repr__(self) -> str:
         """Returns one line: the file and the verdict."""
@@ -140,6 +185,8 @@ class Check:
         """Returns what is known of the file, as names and texts."""
         said = (*self.move.lines, *self.move.cautions) if self.move else ()
         found = [("", line) for line in said]
+        first = {self.headline, *(one.text for one in self.defects)}
+        found += [one for one in self.verdicts() if one[0] != "✔" and one[1] not in first]
         found += [(one.mark, str(one)) for one in self.defects]
         found += [("file", Path(self.path).name), ("kind", self._tell_kind())]
         found += [(part, str(numbers)) for part, numbers in self.parts.items()]
@@ -169,8 +216,8 @@ class Check:
     def _tell_kind(self) -> str:
         words = [self.format, "authors' names" if self.spelling == "sgm" else ""]
         words += ["needs the base's weights" if self.needs_base else ""]
-        size = f"{self.size / 1e6:.3g} MB" if self.size else ""
-        words += [f"{self.tensors} tensors", write_counts(self.dtypes), size]
+        count = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
+        words += [count, write_counts(self.dtypes), format_size(self.size) if self.size else ""]
         return ", ".join([_KINDS[self.kind], *filter(None, words)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isclose
 from statistics import median
 
+from ..adapters.alphas import Alphas
 from ..adapters.lora import Lora
-from ..adapters.slots import Contents, Slot
-from ..adapters.training_words import read_alpha
-from ..errors import UnsupportedFormat
-from ..files.jsontext import parse_json_object
+from ..adapters.slots import Contents
 from ..reports.report import Mark
 
 WEAKEST, STRONGEST = 1 / 16, 2.0
@@ -45,40 +42,9 @@ class Defect:
         return f"{self.text} Mend: {self.mend}." if self.mend else self.text
 
 
-@dataclass(frozen=True)
-class _Alphas:
-    """The alphas of a file, and those that its header has."""
-
-    slots: list[Slot]  # with a rank, and no configuration of PEFT
-    stored: dict[str, float]  # module -> alpha, of those that have one
-    trained: float  # of linear layers, 0 where unknown
-    trained_convolutions: float  # of convolutions with a window
-
-    @classmethod
-    def of(cls, slots: Iterable[Slot], opened: Lora) -> _Alphas:
-        """Reads the alphas in front of low-rank updates."""
-        ranked = [slot for slot in slots if slot.form.rank and slot.peft is None]
-        stored = {
-            slot.module.name: opened.read_number(slot.keys["alpha"])
-            for slot in ranked
-            if "alpha" in slot.keys and "scale" not in slot.keys
-        }
-        trained, arguments = read_alpha(opened.metadata.get("ss_network_alpha", "")), {}
-        with suppress(UnsupportedFormat):
-            text = opened.metadata.get("ss_network_args", "")
-            arguments = parse_json_object(text, "ss_network_args")
-        of_convolutions = read_alpha(str(arguments.get("conv_alpha", "")))
-        return cls(ranked, stored, trained, of_convolutions or trained)
-
-    def find_trained(self, slot: Slot) -> float:
-        """Returns an update's alpha by the header; 0 if unknown."""
-        window = math.prod(slot.kernel or (1,)) > 1
-        return self.trained_convolutions if window else self.trained
-
-
 def find_defects(contents: Contents, opened: Lora, program: str | None = None) -> list[Defect]:
     """Finds what header and alphas show; `program` is a key of `known_loaders()`."""
-    alphas = _Alphas.of(contents.slots, opened)
+    alphas = Alphas.of(contents.slots, opened)
     found = [_find_unread(contents), _find_lost(alphas), _find_zero(alphas, program)]
     return [defect for defect in (*found, _find_odd(alphas)) if defect]
 
@@ -92,7 +58,7 @@ def _find_unread(contents: Contents) -> Defect | None:
     return Defect("⚠", f"{what} not read, {name}: {contents.left_out[name]}.")
 
 
-def _find_lost(alphas: _Alphas) -> Defect | None:
+def _find_lost(alphas: Alphas) -> Defect | None:
     """Finds updates without the alpha that the header has."""
     lost = [slot for slot in alphas.slots if not {"alpha", "scale"} & slot.keys.keys()]
     ranks: dict[float, int] = {}  # one alpha for all ranks is meant for the largest
@@ -120,7 +86,7 @@ def _find_lost(alphas: _Alphas) -> Defect | None:
     return None
 
 
-def _find_zero(alphas: _Alphas, program: str | None) -> Defect | None:
+def _find_zero(alphas: Alphas, program: str | None) -> Defect | None:
     """Finds alphas of 0, which programs read in two ways."""
     zero = [slot for slot in alphas.slots if alphas.stored.get(slot.module.name) == 0]
     if not zero:
@@ -135,7 +101,7 @@ def _find_zero(alphas: _Alphas, program: str | None) -> Defect | None:
     return Defect("✖" if program in ZERO_IS_NOTHING else "⚠", text, mend)
 
 
-def _find_odd(alphas: _Alphas) -> Defect | None:
+def _find_odd(alphas: Alphas) -> Defect | None:
     """Finds scales that no trainer writes."""
     largest: dict[float, int] = {}  # one alpha for all ranks is meant for the largest
     for slot in alphas.slots:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,13 @@ from typing import Any
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents, read_scale
 from ..adapters.formats.moves import read_moves
-from ..adapters.formats.programs import Readers, find_readers
+from ..adapters.formats.programs import ask_programs, is_read_after
 from ..adapters.keys import tensor_keys
 from ..adapters.lora import Lora
 from ..adapters.slots import Contents, Slot, measure_modules
 from ..adapters.training_words import read_training_words
-from ..architectures.families import known_families
-from ..architectures.family import Spelling
-from ..architectures.identify import is_language_model
-from ..architectures.loaders import count_skipped, known_loaders, name_row
+from ..architectures.identify import find_foreign, is_language_model
+from ..architectures.loaders import known_loaders
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.grouping import group_by
 from ..errors import ProLoRAError
@@ -28,7 +26,6 @@ from .check_result import Check, Part, count_values
 from .defects import find_deep_defects, find_defects
 
 _TOP_TAGS = 10
-PLAIN = "lora", "locon", "norm"  # kinds that all programs were tried with
 
 
 def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) -> Check:
@@ -83,7 +80,10 @@ def _describe_contents(
     families = model.families
     kinds = count_values([slot.kind for slot in slots] or ["norm"])
     format = "peft" if opened.config is not None else paths[0].format
-    readers, skipped = _ask_programs(slots, families, (format, model.spelling), whole, program)
+    readers, skipped = ask_programs(slots, families, (format, model.spelling), whole, program)
+    needs_base = any(forms.needs_base(slot.keys.keys()) for slot in slots)
+    foreign = tuple(find_foreign(model, shapes))
+    whole_again = not (needs_base or foreign or contents.unread)
     language = not families and is_language_model(shapes)
     by_part = group_by(slots, lambda slot: find_component(slot.module.name))
     return replace(
@@ -92,8 +92,10 @@ def _describe_contents(
         format=format,
         spelling="sgm" if any(path.sgm for path in paths) else "diffusers",
         algorithms=kinds,
-        needs_base=any(forms.needs_base(slot.keys.keys()) for slot in slots),
+        needs_base=needs_base,
         families=families,
+        named=model.names,
+        foreign=foreign,
         sizes=model.sizes,
         parts={
             name: _describe_part(by_part[name], opened, scales)
@@ -105,35 +107,8 @@ def _describe_contents(
         readers=readers,
         program=known_loaders()[program].title if program else "",
         skipped=skipped,
+        convertible=whole_again and is_read_after(families, program, whole),
     )
-
-
-def _ask_programs(
-    slots: Sequence[Slot],
-    families: tuple[str, ...],
-    spelled: tuple[str, Spelling | None],
-    modules: Collection[str],
-    program: str | None,
-) -> tuple[Readers, dict[str, int] | None]:
-    """Tells who reads how much of a file, and what one program skips."""
-    alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
-    swapped = (spelled[0] != "kohya") in alphas
-    readers = find_readers(families, *spelled, modules, swapped)
-    kinds, loaders = {slot.kind for slot in slots} - {*PLAIN}, known_loaders()
-    if not kinds <= {kind for one in loaders.values() for kind in one.kinds}:
-        return Readers(), None
-    if kinds:
-        reads = {x.title: kinds <= {*x.kinds} for x in loaders.values() if x.kinds}
-        whole, part = (tuple(filter(reads.get, some)) for some in readers[:2])
-        lost = tuple(x for x in readers.whole + readers.part if reads.get(x) is False)
-        mixed = lost if any(slot.kind in PLAIN for slot in slots) else ()
-        none = readers.none if mixed else lost + readers.none
-        readers = Readers(whole, part + mixed, none, readers.untried)
-    if program is None or len(families) != 1:
-        return readers, None
-    family = known_families()[families[0]]
-    row = name_row(family, *spelled, swapped)
-    return readers, count_skipped(family, row, modules, program)
 
 
 def _describe_part(slots: list[Slot], opened: Lora, scales: Mapping[str, float]) -> Part:

@@ -14,10 +14,10 @@ from torch import Tensor
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.algorithms import forms
+from ..adapters.alphas import LARGEST_ALPHA, SMALLEST_ALPHA
 from ..adapters.contents import parse_contents
 from ..adapters.keys.tensor_keys import split_key
 from ..adapters.lora import Header, Lora
-from ..adapters.training_words import LARGEST_ALPHA, SMALLEST_ALPHA
 from ..bases import Base, BaseLike, open_base
 from ..core.lowrank import LowRank
 from ..core.option_fields import option, take_option

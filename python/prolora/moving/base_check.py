@@ -6,10 +6,13 @@ only warns, since people rename files.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import torch
 
 from .. import adapters
 from ..adapters.adapter import Adapter
@@ -20,9 +23,9 @@ from ..adapters.reading import outline_adapter
 from ..adapters.slots import measure_modules
 from ..architectures.families import find_title, join_titles, known_families
 from ..architectures.identify import Model, is_language_model
-from ..architectures.layouts import load_layout
+from ..architectures.layouts import known_layouts, load_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
-from ..bases import Base
+from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.describe import describe_base
 from ..bases.experts import ExpertsLike, open_experts
@@ -53,6 +56,13 @@ HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
 _NAME_KEYS = ("ss_sd_model_name", NAMED_BASE)
 
 
+# Published names of sizes that models share.
+_OTHER_NAMES = {
+    "wan2.1-t2v-1.3b": "wan-t2v-1.3b",
+    "wan2.1-t2v-14b": "wan-t2v-14b",
+    "wan2.2-t2v-a14b": "wan-t2v-14b",
+    "wan2.2-i2v-a14b": "wan2.2-i2v-14b",
+}
 Answer = Literal["fits", "unclear", "in part", "other"]
 MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", "other": "✖"}
 
@@ -74,6 +84,7 @@ class BaseFit:
     modules: tuple[ModuleReport, ...]
     # The base that prolora moved it to from this one, by their names; "" for none
     moved_to: str = ""
+    published: str = ""  # the published model that it was compared with, in place of a base
 
     @property
     def coverage(self) -> float:
@@ -89,26 +100,24 @@ class BaseFit:
     def sentence(self) -> str:
         """The answer in a line."""
         names, placed = split_modules(self.modules)
-        if not names:
-            words = {"fits": "for this family", "unclear": "perhaps for this family"}
-            start = words.get(self.answer, "not for this family")
-            return f"{start}: it is for {self.lora_title or 'a model of no known family'}"
+        base = self.published or "this base"
+        is_ = "not for " if self.published else "this base is "
         counts = f"{len(placed)} of {len(names)} modules have their place"
         if self.answer == "fits":
             also = f"; they would have it in {self.also}, too" if self.also else ""
-            return f"for this base: {counts}{also}"
+            return f"for {base}: {counts}{also}"
         if self.moved_to:
-            return f"perhaps for this base: {counts}, but it was moved to {self.moved_to}"
+            return f"perhaps for {base}: {counts}, but it was moved to {self.moved_to}"
         if self.answer == "unclear":
             return (
-                f"perhaps for this base: {counts}, but together they look like a LoRA for "
-                f"{self.lora_title}; this base is {self.base_title}"
+                f"perhaps for {base}: {counts}, but together they look like a LoRA for "
+                f"{self.lora_title}; {is_}{self.base_title}"
             )
         if self.answer == "other" and self.lora_title not in ("", self.base_title):
-            return f"this LoRA is for {self.lora_title}; this base is {self.base_title}"
+            return f"this LoRA is for {self.lora_title}; {is_}{self.base_title}"
         row = next((row for row in self.modules if row.status != "mapped"), None)
         first = f"; the first without, {row.source}: {row.reason}" if row else ""
-        start = "in part for this base" if self.answer == "in part" else "not for this base"
+        start = f"{'in part' if self.answer == 'in part' else 'not'} for {base}"
         return f"{start}: {counts}{first}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,11 +132,32 @@ class BaseFit:
         }
 
 
-def fit_family(families: Collection[str], family: str) -> BaseFit:
-    """Says whether a LoRA for some families is for a named one."""
-    answer: Answer = "fits" if family in families else "other" if families else "unclear"
-    title = find_title(family)
-    return BaseFit(title, answer, join_titles(map(find_title, families)), title, "", ())
+def find_published(base: object) -> str | None:
+    """Returns the id of a family or published size that a base's name means; None for a path."""
+    if not isinstance(base, str) or os.path.exists(base):
+        return None
+    name = _OTHER_NAMES.get(base.lower(), base.lower())
+    return name if name in known_families() or name in known_layouts() else None
+
+
+def fit_published(lora: LoraLike, id_: str) -> BaseFit:
+    """Says whether a LoRA is for a family, or for one of its published sizes."""
+    family = known_families().get(id_)
+    sizes = family.layouts if family else (id_,)
+    likely = [size for size in find_model(lora).sizes if size in sizes] or sizes
+    found = [_fit_opened(lora, _outline_published(size)) for size in likely]
+    best = max(found, key=lambda fit: ("✖⚠✔".index(fit.mark), fit.coverage))
+    return replace(best, published=best.base)
+
+
+def _outline_published(size: str) -> Base:
+    """Returns a base without values that has the names and shapes of a published size."""
+    zero = torch.zeros(())
+    shapes = load_layout(size).shapes
+    return replace(
+        open_base({name: zero.expand(shape) for name, shape in shapes.items()}),
+        name=find_title(size),
+    )
 
 
 def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
@@ -137,10 +167,15 @@ def fit_base(lora: LoraLike, base: ExpertsLike) -> BaseFit:
         UnsupportedFormat: one of them cannot be read, or is no base.
     """
     try:
-        model = next(iter(open_experts(base).values()))
+        return _fit_opened(lora, next(iter(open_experts(base).values())))
     except MissingFile as error:
-        meant = suggest(base.lower(), known_families()) if isinstance(base, str) else ""
+        known = (*known_families(), *known_layouts(), *_OTHER_NAMES)
+        meant = suggest(base.lower(), known) if isinstance(base, str) else ""
         raise type(error)(f"{error}{meant}") from error
+
+
+def _fit_opened(lora: LoraLike, model: Base) -> BaseFit:
+    """Says whether a LoRA is for an opened base."""
     rows, header = _place_modules(lora, model), read_header(lora)
     own = find_model(lora)
     families, sizes = own.families, own.sizes

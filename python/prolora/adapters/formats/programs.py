@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from ...architectures import loaders
 from ...architectures.families import find_title, known_families
 from ...architectures.family import Family, Spelling
 from ...errors import UnsupportedFormat
+from ..slots import Slot
 
+PLAIN = "lora", "locon", "norm"
+"""Kinds of update that all programs were tried with."""
 _FURTHER = (
     Spelling("diffusion_model.", "diffusers"),
     Spelling("", "diffusers"),
@@ -141,3 +144,53 @@ def rank_formats(
 
 def _known(families: Iterable[str]) -> list[Family]:
     return [one for id_ in families if (one := known_families().get(id_)) is not None]
+
+
+def is_read_after(families: Collection[str], program: str | None, modules: Collection[str]) -> bool:
+    """Returns whether a program reads all of a file that was converted for it."""
+    try:
+        if program is None:
+            return False
+        format, spelling = choose_format(families, program, modules)
+    except UnsupportedFormat:
+        return False
+    spelling = spelling or _known(families)[0].spellings.get(format)
+    readers = find_readers(families, format, spelling, modules)
+    return loaders.known_loaders()[program].title in {*readers.whole} - {*readers.untried}
+
+
+def ask_programs(
+    slots: Sequence[Slot],
+    families: tuple[str, ...],
+    spelled: tuple[str, Spelling | None],
+    modules: Collection[str],
+    program: str | None,
+) -> tuple[Readers, dict[str, int] | None]:
+    """Returns who reads how much of a file, and what one program skips.
+
+    Args:
+        slots: the updates of the file.
+        families: ids of the families that it can belong to.
+        spelled: its format, and the spelling of a transformer's modules in it.
+        modules: canonical names of the modules that it updates.
+        program: a key of `known_loaders()`, or None.
+    """
+    alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
+    swapped = (spelled[0] != "kohya") in alphas
+    readers = find_readers(families, *spelled, modules, swapped)
+    kinds = {slot.kind for slot in slots} - {*PLAIN}
+    tried = loaders.known_loaders().values()
+    if not kinds <= {kind for one in tried for kind in one.kinds}:
+        return Readers(), None
+    if kinds:
+        reads = {x.title: kinds <= {*x.kinds} for x in tried if x.kinds}
+        whole, part = (tuple(filter(reads.get, some)) for some in readers[:2])
+        lost = tuple(x for x in readers.whole + readers.part if reads.get(x) is False)
+        mixed = lost if any(slot.kind in PLAIN for slot in slots) else ()
+        none = readers.none if mixed else lost + readers.none
+        readers = Readers(whole, part + mixed, none, readers.untried)
+    if program is None or len(families) != 1:
+        return readers, None
+    family = known_families()[families[0]]
+    row = loaders.name_row(family, *spelled, swapped)
+    return readers, loaders.count_skipped(family, row, modules, program)
