@@ -133,7 +133,7 @@ class Check:
             sizes = (
                 f", though its names fit {find_title(self.named[0])}{others}" if self.named else ""
             )
-            return "⚠", f"a LoRA for {_NO_FAMILY}{sizes}; check it with its base (`base`)"
+            return "⚠", f"a LoRA for {_NO_FAMILY}{sizes}: its base decides"
         if self.foreign:
             count, every = len(self.foreign), sum(self.modules.values())
             are = "module is" if count == every == 1 else f"of {every} modules are"
