@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from odd_files import ODD_FILES
 from safetensors.torch import load_file, save_file
 
 
@@ -76,3 +77,25 @@ def test_a_base_among_the_loras_is_no_lora(prolora, files):
     code, out, _ = prolora("check", base, lora, "--base", base)
     assert code == 2 and "a LoRA was asked about" in out and f"{lora.name}: ✔" in out
     assert "1 of 2 files are as asked" in out
+
+
+@pytest.mark.parametrize("odd", ODD_FILES, ids=lambda odd: odd.name)
+def test_the_terminal_says_of_an_odd_file_what_the_table_has(prolora, odd, tmp_path):
+    asked = ["--deep"] if odd.asked.get("deep") else []
+    asked += ["--for", odd.asked["program"]] if "program" in odd.asked else []
+    path = odd.write(tmp_path)
+    code, out, err = prolora("check", path, *asked)
+    start = f"Error: {path}: " if err else f"{odd.mark} "  # nothing is read of it
+    assert code == odd.code and not (out and err)
+    assert " ".join((out or err).split()).startswith(f"{start}{odd.first}".rstrip())
+
+
+def test_one_odd_file_keeps_no_other_from_being_checked(prolora, tmp_path):
+    paths = [odd.write(tmp_path) for odd in ODD_FILES if not odd.asked]
+    code, out, err = prolora("check", *paths)
+    assert code == 2 and not err
+    for odd in ODD_FILES:
+        line = f"{odd.name}.safetensors: {odd.mark} {odd.first}".rstrip()
+        assert odd.asked or line in " ".join(out.split()), odd.name
+    right = sum(odd.mark == "✔" for odd in ODD_FILES)
+    assert f"{right} of {len(paths)} files are as asked" in out

@@ -117,7 +117,8 @@ class Check:
             known = bool(self.families) and not (compared or self.program)
             found += [self._judge_readers()] if known else []
         else:
-            found.append(("✔", f"a {_KINDS[self.kind]} for {self._title or _NO_FAMILY}"))
+            title = f"for {self._title}" if self._title else "of no known family"
+            found.append(("✔", f"a {_KINDS[self.kind]} {title}"))
         return found + [(one.mark, one.text) for one in self.defects]
 
     @property

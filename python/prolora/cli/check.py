@@ -63,8 +63,8 @@ def check(
         except HANDLED as error:
             if len(files) == 1:
                 raise
-            text = describe_error(error)[0].removeprefix(f"{file}: ")
-            known = error if isinstance(error, ProLoRAError) else ProLoRAError(text)
+            text = f"✖ {describe_error(error)[0].removeprefix(f'{spell_path(file)}: ')}"
+            known = error if isinstance(error, ProLoRAError) else ProLoRAError(str(error))
             records.append({"path": spell_path(file), "error": known.to_dict()})
             style, code = MARKS["✖"], find_exit_code(error)
         else:
