@@ -119,17 +119,9 @@ def tell_report(told: Any, name: str, way: str, next_step: str) -> str:
     return "\n".join(map(say, lines))
 
 
-_NUMBER = r"\d+(?:\.\d+)?"
-STRENGTHS = re.compile(
-    rf"[Ll]oad it at strength {_NUMBER}(?: to {_NUMBER})?(?:, and try {_NUMBER} and {_NUMBER})?"
-)
-
-
 def tell_in_one_line(name: str, told: Any) -> str:
     """A row on a LoRA among many: the mark, its name, the strengths and the verdict."""
-    lines = [told.headline, *told.lines, *told.cautions]
-    strengths = next((found[0] for found in map(STRENGTHS.search, lines) if found), "")
-    advice = f"{strengths[0].lower()}{strengths[1:]}: " if strengths else ""
+    advice = f"load it at strength {told.strengths}: " if told.strengths else ""
     return f"{told.mark} {name}: {advice}{say(told.headline)}"
 
 

@@ -1,4 +1,4 @@
-"""Move a LoRA to another base model, without training and without data.
+"""The LoRA that belongs on another image model, without data.
 
 Names are loaded when they are asked for: importing the package imports no torch. Type checkers read
 __init__.pyi, which docs/make_stub.py writes.

@@ -140,5 +140,5 @@ def test_several_loras_have_a_mark_and_a_share_each_also_the_second_time(prolora
     first, second = prolora(*several)[1], prolora(*several)[1]
     for said in (first, second):
         assert said.count("⚠ ") >= 2 and said.count("70%") >= 2
-    assert first.splitlines()[-1].startswith("wrote 2 LoRAs into ")
+    assert "2 LoRAs in " in first.splitlines()[-1]
     assert "2 already there" in second and "wrote" not in second

@@ -131,7 +131,9 @@ def _find_only_checkpoint(folder: Path, files: list[Path]) -> Path:
         raise UnsupportedFormat(f"{folder}: has shards but not their .safetensors.index.json")
     if tensors:
         names = ", ".join(file.name for file in tensors[:4])
-        raise UnsupportedFormat(f"{folder}: has several checkpoints ({names}); name one of them")
+        raise UnsupportedFormat(
+            f"{folder}: has several checkpoints ({names}); name one of them, or LoRAs as {folder}/*"
+        )
     raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
 
 

@@ -211,7 +211,7 @@ class Check:
         if self.quantised:
             found.append(("quantised", self.quantised))
         if self.trigger_words:
-            found.append(("trained words", ", ".join(self.trigger_words)))
+            found.append(("trigger words", ", ".join(self.trigger_words)))
         return found
 
     def _tell_kind(self) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from .exits import MEANINGS, ExitCode, make_app, write_epilog
 
-WHAT = "Move a LoRA to another base model, without training and without data."
+WHAT = "Write the LoRA that belongs on another image model, without data."
 _OF_MOVES = (ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.INCOMPLETE)
 """How a command that moves LoRAs may end, but for signals."""
 

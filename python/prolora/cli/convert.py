@@ -20,7 +20,7 @@ def convert(
     lora: Annotated[Path, path_argument("LoRA file, PEFT folder or hub id.", metavar="LORA")],
     converting: ConvertOptions,
     output: OutputFlags,
-    place: Annotated[str | None, base_argument("As --base.")] = None,
+    place: Annotated[str | None, base_argument("The base model, in place of --base.")] = None,
     base: Annotated[
         str | None, base_option("Base model it was trained on; needed for DoRA, GLoRA and OFT.")
     ] = None,

@@ -20,8 +20,10 @@ from .transfer import check_output_given, check_outputs, tell_made_lora
 def extract(
     extracting: ExtractOptions,
     output: OutputFlags,
-    first: Annotated[str | None, base_argument("As --base.")] = None,
-    second: Annotated[str | None, base_argument("As --tuned.", metavar="TUNED")] = None,
+    first: Annotated[str | None, base_argument("The base model, in place of --base.")] = None,
+    second: Annotated[
+        str | None, base_argument("The model after training, in place of --tuned.", metavar="TUNED")
+    ] = None,
     base: Annotated[str | None, base_option("Base model that the LoRA is to be used with.")] = None,
     tuned: Annotated[
         str | None, base_option("The same model after training, likewise.", metavar="TUNED")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from ..core.grouping import group_by
+from ..core.methods import MethodChoice
+from ..core.option_fields import take_option
 from ..errors import OutputError
 from ..fleet.migration import migrate as run_migration
-from ..moving.options import TransferOptions
+from ..fleet.migration import read_words
+from ..moving.options import TransferMethod, TransferOptions
+from ..reports.report import summarise
 from .console import answer, err, out, progress_bar
 from .exits import ExitCode
 from .flags import JsonOption, base_option, path_option
@@ -47,6 +52,19 @@ class Work:
     as_json: JsonOption = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class ByWeights(TransferOptions):
+    """How LoRAs are moved without running a model."""
+
+    method: TransferMethod = take_option(
+        TransferOptions,
+        "method",
+        help='How to move the LoRAs. "auto": a copy, or a refusal where the weights of the two '
+        'models have nothing in common; "copy": the update as it is; "prolora": the paper.',
+        words=get_args(MethodChoice),
+    )
+
+
 @expand_options("strength", "rank", "blocks", "again", "match", "target_steps", "overwrite")
 def migrate(
     loras: Annotated[
@@ -56,7 +74,7 @@ def migrate(
         ),
     ],
     work: Work,
-    moving: TransferOptions,
+    moving: ByWeights,
 ) -> None:
     """Move a collection of LoRAs to one or more base models; run it again to go on."""
     if work.output is None and not work.dry_run:
@@ -73,6 +91,10 @@ def migrate(
         counts = Counter((moved.target, moved.status) for moved in found)
         for (target, status), count in sorted(counts.items()):
             out.print_line(f"{target}: {count} {status}")
+        there = [moved for moved in found if moved.status in ("moved", "already there")]
+        for folder, group in group_by(there, lambda moved: os.path.dirname(moved.out)).items():
+            verdicts = [read_words(one) for one in group]
+            out.print_line(summarise(f"{folder}{os.sep}", verdicts), style="bold")
     reasons = group_by(refused, lambda moved: moved.error.removeprefix(f"{moved.lora}: "))
     for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
         err.print_line(f"{len(group)} refused, as {group[0].lora}: {reason}", style="yellow")

@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 CommandLineError: Any = typer.BadParameter.__base__
 
 
-_interrupted = False
-"""Whether Ctrl-C was pressed."""
+_interrupted = False  # by Ctrl-C
 
 
 def interrupt(*_: object) -> None:
@@ -33,10 +32,7 @@ def interrupt(*_: object) -> None:
 
 
 def refuse_results(event: str, _: object) -> None:
-    """Raises the exception of Ctrl-C again before a result gets its name.
-
-    Python loses an exception that is raised in a destructor or in a callback of C.
-    """
+    """Raises Ctrl-C's exception again, which a destructor or C's callback may have lost."""
     if _interrupted and event == "os.rename":
         raise KeyboardInterrupt
 

@@ -26,7 +26,7 @@ from ..moving.result import Transfer
 from ..reports.card import check_card, write_card
 from ..reports.lora_report import LoraReport
 from ..reports.outcome import Outcome, OutcomesReport
-from ..reports.report import is_page_path
+from ..reports.report import is_page_path, summarise
 from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult, describe_error
 from .flags import path_argument, write_flag
@@ -266,8 +266,9 @@ def show_outcomes(outcomes: list[Outcome], output: OutputFlags) -> None:
             for outcome in outcomes:
                 if outcome.status == "moved":
                     out.print_line(f"wrote {outcome.out}")
-        elif written := sum(outcome.status == "moved" for outcome in outcomes):
-            out.print_line(f"wrote {written} LoRAs into {outcomes[0].out.parent}{os.sep}")
+        elif there := [one for one in outcomes if one.status in ("moved", "already there")]:
+            folder = f"{there[0].out.parent}{os.sep}"
+            out.print_line(summarise(folder, [one.words for one in there]), style="bold")
         return
     report = outcomes[0].report
     if outcomes[0].kept:

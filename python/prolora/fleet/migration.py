@@ -14,10 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters.lora import Lora
 from ..bases.experts import choose_pairs, open_experts, pair_experts
 from ..errors import InvalidOption, ProLoRAError
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import BEST, DEFAULT_OPTIONS, TransferOptions
+from ..moving.result import read_verdict
+from ..reports.report import InWords, read_again
 from .batches import Batch, Job, Migrated, move_batch, note_refusal, plan_batch
 from .listing import list_loras
 from .on_ray import run_on_ray
@@ -127,3 +130,9 @@ def assign_loras(
         for (target, expert), members in groups.items()
         for i in range(0, len(members), _BATCH)
     ], refused
+
+
+def read_words(moved: Migrated) -> InWords:
+    """Reads the verdict of a result from its header."""
+    with Lora.open(moved.out) as result:
+        return read_again(read_verdict(result.metadata))

@@ -9,7 +9,7 @@ import torch
 from ..core.option_fields import take_option
 from ..core.rank_rule import Rank
 from ..errors import InvalidOption
-from ..moving.options import FormatLike, Output, OutRank, Resources, read_dtype
+from ..moving.options import DtypeLike, FormatLike, Output, OutRank, Resources, read_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class ExtractOptions(Output, Resources):
         "format",
         help="Format of the output, or the program that will read it. Default: kohya for UNets, "
         "ComfyUI's for transformers.",
+    )
+    dtype: DtypeLike | None = take_option(
+        Output, "dtype", help="Type of the factors in the file. Default: float16."
     )
 
     def __post_init__(self) -> None:

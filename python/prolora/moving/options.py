@@ -176,7 +176,7 @@ class FileOutput(VerbOptions):
     )
     overwrite: bool = option(
         False,
-        "Replace what exists; without it, the same transfer or fit is kept and all else refused.",
+        "Replace what exists, which is refused otherwise.",
         panel=OUTPUT,
         decides=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -21,6 +22,9 @@ Spell = Callable[[str], str]
 MADE_BEFORE = "✔ It was made of the same in the same way."
 """What is told of a kept result whose header has no verdict."""
 
+STRENGTHS = r"Load it at strength ([\d.]*\d(?:,? (?:to|and|try) (?:try )?[\d.]*\d)*)"
+"""How an advice begins that names strengths."""
+
 VERDICT = "prolora.verdict"
 """The entry of a header that tells again what was told when the file was written."""
 
@@ -38,10 +42,25 @@ class InWords:
         """Returns all of it, a sentence a line."""
         return "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
 
+    @property
+    def strengths(self) -> str:
+        """The strengths to load the LoRA at, in the words of the advice; "" without one."""
+        found = re.search(STRENGTHS, str(self))
+        return found[1] if found else ""
+
     def after(self, doubts: Sequence[str]) -> InWords:
         """Returns the verdict with doubts before it."""
         mark: Mark = "⚠" if self.mark == "✔" else self.mark
         return InWords(mark, doubts[0], (self.headline, *doubts[1:], *self.lines), self.cautions)
+
+
+def summarise(where: str, verdicts: Sequence[InWords]) -> str:
+    """Writes a line on several LoRAs: the worst mark, how many, their place, the strengths."""
+    mark = max((one.mark for one in verdicts), key="✔⚠✖".index)
+    advised = [*dict.fromkeys(one.strengths for one in verdicts if one.strengths)]
+    advice = f": load them at strength {'; or '.join(advised)}" if advised else ""
+    number = f"{len(verdicts)} LoRA{'s' if len(verdicts) > 1 else ''}"
+    return f"{mark} {number} in {where}{advice}"
 
 
 def read_again(lines: Sequence[str]) -> InWords:

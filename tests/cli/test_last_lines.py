@@ -1,0 +1,71 @@
+"""What a command over several LoRAs prints last, and what its help promises."""
+
+import re
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import prolora as library
+
+LAST = r"⚠ 2 LoRAs in {}: load them at strength 1"
+
+
+@pytest.fixture
+def loras(case, tmp_path):
+    """(two LoRAs, the options that name both bases)."""
+    lora, source, target = case
+    other = shutil.copy(lora, tmp_path / "other.safetensors")
+    return (lora, other), ("--source", source, "--target", target)
+
+
+def test_several_transfers_end_with_mark_folder_and_strengths(prolora, loras, tmp_path):
+    files, bases = loras
+    for _ in range(2):  # the second time they are kept
+        code, text, _ = prolora("transfer", *files, *bases, "-o", tmp_path / "moved")
+        assert code == 0 and text.splitlines()[-1] == LAST.format(f"{tmp_path / 'moved'}/")
+
+
+def test_a_migration_ends_with_mark_folder_and_strengths(prolora, loras, tmp_path):
+    files, bases = loras
+    for _ in range(2):
+        code, text, _ = prolora("migrate", *files, *bases, "-o", tmp_path / "moved")
+        folder = next((tmp_path / "moved").iterdir())
+        assert code == 0 and text.splitlines()[-1] == LAST.format(f"{folder}/")
+
+
+def test_a_folder_of_loras_is_told_how_to_name_them(prolora, loras, tmp_path):
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for path in loras[0]:
+        shutil.copy(path, folder)
+    _, text, errors = prolora("check", folder)
+    assert f"or LoRAs as {folder}/*" in " ".join((text + errors).split())
+    assert prolora("check", *folder.iterdir())[0] in (0, 3)
+
+
+@pytest.mark.parametrize("verb", ["transfer", "migrate", "merge"])
+def test_a_method_that_the_help_offers_is_not_refused_as_a_method(prolora, loras, verb, tmp_path):
+    files, bases = loras
+    both = bases if verb != "merge" else ()
+    refused = prolora(verb, *files, *both, "--method", "magic", "-o", tmp_path / "x")[2]
+    words = re.findall(r"'(\w+)'", refused.partition("not one of")[2])
+    assert "balanced" in words if verb == "merge" else "prolora" in words
+    for i, word in enumerate(words):
+        out = tmp_path / (f"{i}.safetensors" if verb == "merge" else str(i))
+        line = (verb, *files, *both, "--method", word, "-o", out)
+        code, _, errors = prolora(*line)
+        assert code in (0, 4), errors
+
+
+def test_an_extraction_has_the_type_that_its_help_names(prolora, tmp_path, case):
+    _, source, _ = case
+    tuned = tmp_path / "tuned"
+    shutil.copytree(source, tuned)
+    file = next(tuned.glob("*.safetensors"))
+    save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file)
+    out = tmp_path / "out.safetensors"
+    assert prolora("extract", source, tuned, "-o", out)[0] == 0
+    text = " ".join(re.sub("[│]", " ", prolora("extract", "-h")[1]).split())
+    assert "Default: float16." in text and "the same transfer or fit" not in text
+    assert library.check(out).dtypes.keys() == {"float16"}
