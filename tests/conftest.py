@@ -18,7 +18,7 @@ from hubs import cloud, hub_server  # noqa: F401 (fixtures)
 from hypothesis import settings
 from property_examples import examples
 
-from prolora.bases.cache import basis_cache
+from prolora.bases import leaves
 from prolora.core.ops import native
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
@@ -82,7 +82,7 @@ def cache_of_the_tests(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture
 def aged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file is old enough for its state to name what is in it."""
-    monkeypatch.setattr(basis_cache, "SETTLING_TIME", -(10**18))
+    monkeypatch.setattr(leaves, "SETTLING_TIME", -(10**18))
 
 
 @pytest.fixture

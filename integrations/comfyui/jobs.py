@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -172,16 +172,18 @@ def move_loras(
 
     try:
         options = settings.options() | {"cache": default_folder(), "progress": progress}
-        if settings.method != BEST:
-            options["device"] = "cpu"  # ComfyUI's models stay on the card
+        may_fit = settings.method == BEST
+        # ComfyUI's models stay on the card, where a fit needs room of its own.
+        options["device"] = AUTO if may_fit else "cpu"
         if options["format"] == "comfyui" and prolora.open_base(target).family is None:
             options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
-        if settings.method == BEST:
-            fits = source.is_dir() and target.is_dir()
-            outcomes = _move_with_fits(loras, source, target, place, settings, options)
-            return [_finish(outcome, shown, linked, fits) for outcome in outcomes]
-        moved = prolora.transfer_many(names, source, target, place.folder, naming=naming, **options)
-        return [_finish(outcome, shown, linked) for outcome in moved]
+        # ComfyUI computes without gradients, which a fit needs.
+        with torch.inference_mode(False), torch.set_grad_enabled(may_fit):
+            moved = prolora.transfer_many(
+                names, source, target, place.folder, naming=naming, **options
+            )
+        fits = may_fit and source.is_dir() and target.is_dir()
+        return [_finish(outcome, shown, linked, fits) for outcome in moved]
     except prolora.ProLoRAError as error:
         raise words.Refusal(words.explain(error, names=shown)) from None
     finally:
@@ -191,31 +193,11 @@ def move_loras(
                 folder.rmdir()
 
 
-def _move_with_fits(
-    loras: Mapping[str, Path],
-    source: Path,
-    target: Path,
-    place: Place,
-    settings: Settings,
-    options: dict[str, Any],
-) -> Iterator[prolora.Outcome]:
-    """Moves LoRAs by the best method, which may run both models.
-
-    It keeps their names; so each result has a folder of its own, with the digits in its name.
-    """
-    # ComfyUI computes without gradients, which a fit needs.
-    with torch.inference_mode(False), torch.enable_grad():
-        for name, lora in loras.items():
-            made_of = f"{settings} {[read_state(path) for path in (lora, source, target)]}"
-            digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-            folder = place.folder / place.name(name, settings.label(), digest).with_suffix("")
-            yield from prolora.transfer_many([lora], source, target, folder, **options, device=AUTO)
-
-
-def read_state(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a file, or of the weights in a folder."""
+def read_state(path: Path) -> list[tuple[str, int, int, int, int]]:
+    """Name, inode, size and times of a file, or of the weights in a folder."""
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = ((str(file), file.stat()) for file in files)
+    return [(n, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in known]
 
 
 def _finish(

@@ -33,7 +33,7 @@ from typing import Any
 from prolora.core.rank_rule import Rank
 from prolora.reports.lora_report import LoraReport
 from prolora.fleet.migration import StrPath
-from prolora.fleet.batches import Migrated
+from prolora.fleet.batches import Migrated, MigrationOptions
 from prolora.bases.experts import Experts, ExpertsLike, open_experts as open_experts
 from prolora.best import Naming
 
@@ -248,7 +248,7 @@ def migrate(
     source: StrPath,
     target: StrPath | Sequence[StrPath],
     folder: StrPath,
-    options: TransferOptions = ...,
+    options: MigrationOptions = ...,
     *,
     ray: str | None = ...,
     shard: str | None = ...,
@@ -270,6 +270,7 @@ def migrate(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
+    verify: bool = ...,
 ) -> list[Migrated]: ...
 
 def transfer(

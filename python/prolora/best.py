@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .adapters.lora import Lora
 from .bases import Base, BaseLike, open_pair
 from .bases.base import Progress
 from .bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
@@ -113,8 +114,9 @@ def transfer_many(
         folder: where the results go.
         options: how to move them.
         naming: gives results other names: it is called with each LoRA and twelve digits that differ
-            wherever the LoRA, the size or time of a base, an option or the version does, and
-            returns a path below the folder without the suffix.
+            wherever the LoRA, an option, the version or one of three weights of a base does, and
+            returns a path below the folder without the suffix. A result of that name is made again
+            where anything else that it depends on has changed.
         **changes: single options by name; they win over `options`.
 
     Returns:
@@ -137,8 +139,10 @@ def transfer_many(
         name = name_output(lora, format, end)
         try:
             if naming is not None:
-                made_of = Recipe.of(lora, pair.source, pair.target, options).made_of
-                name = naming(lora, digest(made_of)[:12]) + name_output(lora, format, end, stem="")
+                with Lora.open(lora) as opened:
+                    made_of = Recipe(opened, pair.source, pair.target, options).made_of
+                    digits = digest(made_of)[:12]
+                name = naming(lora, digits) + name_output(lora, format, end, stem="")
         except ProLoRAError as error:
             refused[i] = error
         outs.append(results / name)
@@ -165,7 +169,8 @@ def transfer_many(
         def make(i: int, out: Path, progress: Progress | None) -> Transfer:
             if i in refused:
                 raise refused[i]
-            return ways[id(moves[i][1])].run(moves[i][0], out, progress)
+            way = ways[id(moves[i][1])]
+            return way.run(moves[i][0], out, progress, renews=naming is not None)
 
         return make_each([lora for lora, _, _ in moves], outs, make, options.progress)
 

@@ -36,7 +36,7 @@ import mini
 import torch
 
 from prolora import cli
-from prolora.bases.cache import basis_cache
+from prolora.bases import leaves
 from prolora.files.state import FileState
 
 SECONDS = 12.0
@@ -180,7 +180,7 @@ class Box:
         os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
         tempfile.tempdir = None
         # A copy of a box goes on with the cache of the first: size and time alone name a file.
-        basis_cache.SETTLING_TIME = -(10**18)
+        leaves.SETTLING_TIME = -(10**18)
         FileState.from_status = lambda s: FileState(0, 0, s.st_size, s.st_mtime_ns, s.st_mtime_ns)
         sys.argv = ["prolora", *map(str, words)]
         cli.main()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from spectra import weights
 
 import prolora
-from prolora.bases import identity
+from prolora.bases import leaves
 from prolora.bases.cache import basis_cache as cache_module
 from prolora.bases.cache import basis_file
 from prolora.bases.cache.basis_cache import BasisCache, default_folder
@@ -193,9 +193,10 @@ def child(code, *words, **settings):
 
 FILL = """
 import logging, prolora
+from prolora.bases import leaves
 from prolora.bases.cache import basis_cache
 logging.basicConfig()
-basis_cache.SETTLING_TIME = -(10**18)
+leaves.SETTLING_TIME = -(10**18)
 base = prolora.open_base(sys.argv[2])
 cache = basis_cache.BasisCache(sys.argv[1])
 print(float(cache.of(base, list(base.shapes), 5).S.double().sum()))
@@ -252,13 +253,19 @@ def test_a_basis_of_a_file_that_was_written_to_since_is_not_found(tmp_path):
     same(found, compute(tmp_path / "new", base.read(name)[None], 5))
 
 
-def test_a_file_that_may_still_change_within_its_clock_tick_gives_no_name(tmp_path, monkeypatch):
-    monkeypatch.undo()
-    base = prolora.open_base(write_folder(tmp_path / "base", source_weights()))
+def test_a_basis_is_found_again_by_the_weight_in_whatever_file_it_is(tmp_path):
+    """Another machine, folder, name, shard or repackaged file: what serves one serves all."""
+    tensors = source_weights()
+    base = prolora.open_base(write_folder(tmp_path / "base", tensors))
+    name = next(iter(base.shapes))
     with BasisCache(tmp_path / "cache").saving() as cache:
-        cache.of(base, list(base.shapes)[:1], 5)
-    assert cache.place(base, next(iter(base.shapes))) is None
-    assert not files_of(tmp_path / "cache")
+        first = cache.of(base, [name], 5)
+    save_file({f"{name}.weight": tensors[name]}, tmp_path / "other.safetensors")
+    other = prolora.open_base(tmp_path / "other.safetensors")
+    with BasisCache(tmp_path / "cache").saving() as cache:
+        again = cache.of(other, [name], 5)
+        assert (cache.hits, cache.misses) == (1, 0)
+    assert torch.equal(first.U, again.U) and torch.equal(first.S, again.S)
 
 
 def test_a_transfer_with_a_warm_cache_writes_the_same_lora_and_reads_no_weight(
@@ -330,7 +337,6 @@ def test_matching_with_a_warm_cache_reads_no_weight(tmp_path, monkeypatch):
 
 
 def test_a_link_in_the_cache_leads_no_writing_to_a_file_of_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "_SETTLING_TIME", -(10**18))
     victim = tmp_path / "victim"
     victim.write_text("a week of training")
     (tmp_path / "table").symlink_to(victim)
@@ -340,12 +346,12 @@ def test_a_link_in_the_cache_leads_no_writing_to_a_file_of_others(tmp_path, monk
     assert JsonTable(tmp_path / "table").get("key") == 1
     base = tmp_path / "base"
     base.write_text("weights")
-    digest = identity.digest_file(base, tmp_path / "notes")
-    identity._known.clear()
-    for note in (tmp_path / "notes").rglob("*.txt"):
+    digest = leaves.digest_file(base, tmp_path / "notes")
+    for note in (tmp_path / "notes").rglob("*.json"):
+        leaves._known.clear()
         note.unlink()
         note.symlink_to(victim)
-    assert identity.digest_file(base, tmp_path / "notes") == digest
+    assert leaves.digest_file(base, tmp_path / "notes") == digest
     assert victim.read_text() == "a week of training"
 
 

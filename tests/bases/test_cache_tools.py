@@ -1,6 +1,7 @@
 """A cache keeps to its size: what was not used for longest goes, and nothing of anybody else."""
 
 import os
+import shutil
 
 import pytest
 from mini import source_weights, target_weights, write_folder
@@ -71,6 +72,7 @@ def test_files_of_others_and_links_stay(filled, tmp_path, monkeypatch, linked):
     outside.mkdir()
     (outside / f"{HEX}.safetensors").write_text("mine")
     if linked:
+        shutil.rmtree(folder / "files")
         (folder / "files").symlink_to(outside)
         (folder / "bases" / f"{HEX}.safetensors").symlink_to(folder / "mine.safetensors")
     monkeypatch.setenv(LIMIT_VARIABLE, "1")

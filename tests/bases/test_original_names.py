@@ -115,8 +115,8 @@ def test_only_the_rows_of_a_module_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
         prolora.files.safetensors_file.SafetensorsFile,
         "_read",
-        lambda self, name, dtype, shape, start: (
-            read.append((name, shape)) or original(self, name, dtype, shape, start)
+        lambda self, name, dtype, shape, *rest: (
+            read.append((name, shape)) or original(self, name, dtype, shape, *rest)
         ),
     )
     base.read("single_transformer_blocks.0.attn.to_k")

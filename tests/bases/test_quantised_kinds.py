@@ -264,20 +264,20 @@ def test_a_kind_that_is_not_read_is_refused_by_name_with_the_way_out(kind):
         open_base(codes | {f"{Q}.weight_s_rel": torch.ones(32, 4)})
 
 
-def test_an_origin_tells_weights_of_other_scales_apart(tmp_path):
+def test_the_content_tells_weights_of_other_scales_apart(tmp_path):
     """What is cached of one weight is never taken for another."""
     write_layer("comfy int8", tmp_path / "x.safetensors")
     weight = open_base(tmp_path / "x.safetensors").weights[Q]
-    other = replace(weight, scales=(replace(weight.scales[0], key=f"{Q}.other"),))
-    assert weight.origin != other.origin and weight.origin != weight.stored.origin
+    other = replace(weight, scales=(replace(weight.scales[0], key=weight.stored.key),))
+    assert weight.content != other.content and weight.content != weight.stored.content
 
 
-def test_an_origin_tells_weights_of_other_notes_apart(tmp_path):
+def test_the_content_tells_weights_of_other_notes_apart(tmp_path):
     """Notes may lie in another file than the codes, which then stay as they are."""
     write_layer("comfy int8, rotated", tmp_path / "x.safetensors")
     weight = open_base(tmp_path / "x.safetensors").weights[Q]
-    assert weight.origin != replace(weight, size=4 * weight.size).origin
-    assert weight.origin == open_base(tmp_path / "x.safetensors").weights[Q].origin
+    assert weight.content != replace(weight, size=4 * weight.size).content
+    assert weight.content == open_base(tmp_path / "x.safetensors").weights[Q].content
 
 
 def test_a_quantised_text_encoder_of_a_pipeline_is_read_by_the_notes_of_its_own_file(tmp_path):

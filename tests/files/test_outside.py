@@ -23,7 +23,7 @@ ALLOWED = {
     "architectures/layouts.py": "a table of the package",
     "architectures/loaders.py": "a table of the package",
     "reports/page/render.py": "a table of the package",
-    "bases/identity.py": "a digest in the cache, of 64 characters",
+    "cli/commands.py": "docstrings of the package",
     "bases/memory.py": "the system's word on this process",
     "core/ops/trial.py": "what core keeps of its own trials",
 }

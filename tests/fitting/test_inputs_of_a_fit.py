@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from prolora import FitOptions, fit
 from prolora import fitting as probe
 from prolora.bases import open_base
-from prolora.errors import OutputError
+from prolora.errors import OutputError, OutputExists
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.fitting.common_parts import CommonParts
 
@@ -94,6 +95,40 @@ def test_after_a_change_of_a_pipeline_nothing_is_used(changed, change):
     assert fitted(changed).resumed == 0
     after = {file.name: file.read_bytes() for file in (changed / "kept").iterdir()}
     assert after.items() > before.items() and len(after) == 2 * len(before)
+
+
+@pytest.fixture(scope="module")
+def written(room: Path) -> Path:
+    """A result of the same fit, beside its inputs."""
+    fit(*ends(room), QUICK, out=room / "out.safetensors")
+    return room
+
+
+def ends(folder: Path) -> tuple[Path, Path, Path]:
+    return folder / "lora.safetensors", folder / "source", folder / "target"
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether the result is kept for the same fit; it is never replaced."""
+    before = (folder / "out.safetensors").read_bytes()
+    try:
+        report = fit(*ends(folder), QUICK, out=folder / "out.safetensors").report
+    except OutputExists:
+        return False
+    assert (folder / "out.safetensors").read_bytes() == before
+    return bool(report.before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_after_a_change_of_a_pipeline_no_result_of_a_fit_is_kept(written, tmp_path, change):
+    copy = Path(shutil.copytree(written, tmp_path / "room"))
+    (copy / "target" / "README.md").write_text("mine")
+    assert is_kept(copy)
+    states = {file: file.stat() for file in copy.rglob("*.json")}
+    CHANGES[change](copy)
+    for file, state in states.items():
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert not is_kept(copy)
 
 
 @pytest.mark.parametrize("package", ["torch", "diffusers", "transformers"])

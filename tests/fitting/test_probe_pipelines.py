@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import prolora
 from prolora import FitOptions, ProLoRAError, adapters, fit
 from prolora import transfer as prolora_transfer
-from prolora.bases import identity, vae
+from prolora.bases import leaves as digests
+from prolora.bases import pipeline_identity, vae
 from prolora.cli.app import app
 from prolora.errors import OutputError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
 from prolora.fitting import pipelines
@@ -130,9 +131,8 @@ def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
 
 def test_for_unrelated_bases_nothing_is_hashed_and_nothing_written(room, tmp_path, monkeypatch):
     """Neither for what moving by weights gives meanwhile."""
-    for name in ("hash_file", "read_blocks"):
-        monkeypatch.setattr(identity, name, lambda *_: pytest.fail("a base was hashed"))
-    identity._known.clear()
+    for module in (digests, pipeline_identity):
+        monkeypatch.setattr(module, "hash_file", lambda *_: pytest.fail("a base was hashed"))
     result = run(room, "other", tmp_path / "out.safetensors", *FEW)
     assert result.exit_code != 0
     assert isinstance(result.exception, UnrelatedBases), result.exception

@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fleet_files import results, some_tensors, write_collection
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import prolora
+from prolora.adapters.lora import Lora
 from prolora.errors import InvalidOption, MissingFile, OutputError
+from prolora.files.safetensors_file import SafetensorsFile
 from prolora.fleet import migration, on_ray
 from prolora.moving.base_pair import BasePair
 
@@ -61,28 +65,72 @@ def test_a_refusal_is_written_beside_the_results_until_it_is_none(collection, tm
     assert not list((tmp_path / "out").rglob("*.failed.json"))
 
 
-@pytest.mark.parametrize("changed", ["lora", "source", "target", "option"])
-def test_whatever_a_result_is_made_of_is_in_its_name(collection, tmp_path, changed):
-    """One value of any of them: the old result is not taken for the new one."""
+def flip(file, place=-1):
+    """Changes one byte of a file, and neither its size nor its time."""
+    before, data = file.stat(), bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def move_one(collection, folder, name="a", **how):
+    """What becomes of one LoRA on its way to the first target."""
     loras, source, (target, _) = collection
-    lora, how = loras / "a.safetensors", dict(HOW)
+    options = {**HOW, **how}
+    (moved,) = prolora.migrate(loras / f"{name}.safetensors", source, target, folder, **options)
+    return moved
 
-    def move():
-        (moved,) = prolora.migrate(lora, source, target, tmp_path / "out", **how)
-        return moved
 
-    first = move()
-    if changed == "option":
-        how["strength"] = 0.5
+@pytest.mark.parametrize("changed", ["lora", "source", "target", "option"])
+def test_no_result_is_there_for_what_it_was_not_made_of(collection, tmp_path, changed):
+    """One byte of any of them, with the size and time of before."""
+    loras, source, (target, _) = collection
+    how = {"strength": 0.5} if changed == "option" else {}
+    first = move_one(collection, tmp_path / "out")
+    base = {"source": source, "target": target}.get(changed)
+    if changed != "option":
+        file = base / "diffusion_pytorch_model.safetensors" if base else loras / "a.safetensors"
+        flip(file, SafetensorsFile(file).data_start)
+    second = move_one(collection, tmp_path / "out", **how)
+    assert second.status == "moved"
+    assert (second.out == first.out) == (base is not None)  # the first weight of a base names none
+    assert move_one(collection, tmp_path / "out", **how).status == "already there"
+
+
+def test_a_weight_that_no_lora_touches_makes_no_other_result(collection, tmp_path):
+    _, source, _ = collection
+    first = move_one(collection, tmp_path / "out", "c")
+    flip(source / "diffusion_pytorch_model.safetensors")  # of the third block; c has the first
+    assert move_one(collection, tmp_path / "out", "c") == replace(first, status="already there")
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "a value", "a value and its time"])
+def test_a_damaged_result_is_made_again(collection, tmp_path, damage):
+    first = Path(move_one(collection, tmp_path / "out").out)
+    whole = first.read_bytes()
+    if damage in ("empty", "half"):
+        first.write_bytes(whole[: len(whole) // 2 if damage == "half" else 0])
+    elif damage == "a value":
+        first.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     else:
-        base = {"source": source, "target": target}.get(changed)
-        file = lora if base is None else base / "diffusion_pytorch_model.safetensors"
-        data = bytearray(file.read_bytes())
-        data[-random.randrange(1, 9)] ^= 1
-        file.write_bytes(data)
-    second = move()
-    assert second.status == "moved" and second.out != first.out
-    assert move().status == "already there"
+        flip(first)
+    assert move_one(collection, tmp_path / "out").status == "moved"
+    assert first.read_bytes() == whole
+
+
+def test_results_are_not_read_again_unless_that_is_asked(collection, tmp_path, monkeypatch):
+    run(collection, tmp_path / "out")
+    read, real = [], Lora.__dict__["open"].__func__
+
+    def watch(kind, source, metadata=None):
+        lora = real(kind, source, metadata)
+        return replace(lora, read=lambda key: read.append(lora.where) or lora.file.read(key))
+
+    monkeypatch.setattr(Lora, "open", classmethod(watch))
+    assert run(collection, tmp_path / "out") == {"already there": 8, "refused": 2}
+    assert not read
+    assert run(collection, tmp_path / "out", verify=True) == {"already there": 8, "refused": 2}
+    assert len(set(read)) == 8
 
 
 def test_shards_do_the_whole_together(collection, tmp_path, monkeypatch):
@@ -193,12 +241,12 @@ def test_a_missing_ray_is_named(collection, tmp_path, monkeypatch):
         run(collection, tmp_path / "out", ray="local")
 
 
-def test_a_lora_that_is_exchanged_while_it_moves_is_refused(collection, tmp_path, monkeypatch):
+def test_a_lora_that_is_rewritten_while_it_moves_is_refused(collection, tmp_path, monkeypatch):
     loras, source, (target, _) = collection
-    lora, plan = loras / "a.safetensors", BasePair.plan
+    lora, plan, other = loras / "a.safetensors", BasePair.plan, save(some_tensors(3, 12))
 
     def exchange(pair, taken, *rest):
-        save_file(some_tensors(3, 12), lora)
+        lora.write_bytes(other)
         return plan(pair, taken, *rest)
 
     monkeypatch.setattr(BasePair, "plan", exchange)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import prolora
 from prolora.adapters import Adapter
 from prolora.bases import open_base
-from prolora.bases.identity import compute_hint
+from prolora.bases.identity import name_base
 from prolora.core.lowrank import LowRank
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 from prolora.moving.assembly import carry_vectors
@@ -130,7 +130,7 @@ def test_the_header_says_which_files_the_bases_were(tmp_path):
         save_file({f"{key}.weight": tensor for key, tensor in weights.items()}, files[name])
     metadata = moved(tmp_path, files.values(), lora_tensors())[1].metadata
     for name, file in files.items():
-        assert metadata[f"prolora.{name}_hash"] == compute_hint(prolora.open_base(file))
+        assert metadata[f"prolora.{name}_hash"] == name_base(prolora.open_base(file))
     assert "ss_new_sd_model_hash" not in metadata
     short = hashlib.sha256(file.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
     assert metadata["ss_sd_model_hash"] == short

@@ -42,7 +42,7 @@ def test_moving_on_from_the_base_it_was_moved_to_keeps_the_chain(files, tmp_path
     assert (metadata["prolora.source"], metadata["prolora.target"]) == (b.name, c.name)
     first, last = read_moves(metadata)
     assert (first.source, first.target) == ("a.safetensors", "b.safetensors")
-    assert first.target_hash == last.source_hash and first.target_hash.startswith("hint:")
+    assert first.target_hash == last.source_hash and first.target_hash.startswith("weights:")
     third = move(tmp_path / "twice.safetensors", c, b, tmp_path / "thrice.safetensors")
     moves = read_moves(third)
     assert len(moves) == 3
@@ -102,7 +102,7 @@ def test_it_is_refused_before_a_weight_is_read_or_a_base_is_hashed(files, monkey
 
 
 def test_a_renamed_file_is_taken_for_the_same_base_with_a_word(files, tmp_path):
-    """Its header has a hash of pieces alone, which fine-tunes may share."""
+    """Its header has a digest of three weights, which fine-tunes may share."""
     moved, _, b, c = files
     assert not prolora.transfer(moved, b, c, method="copy").report.doubts
     other = b.rename(tmp_path / "quite-another-name.safetensors")
@@ -135,7 +135,7 @@ def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
     assert prolora.transfer(moved, b, a, method="copy")
 
 
-def test_a_base_of_several_files_is_told_by_pieces_of_them(tmp_path):
+def test_a_base_of_several_files_is_told_by_weights_in_them(tmp_path):
     lora, _, _ = write_case(tmp_path)
     folders = []
     for name, tensors in (
@@ -153,11 +153,11 @@ def test_a_base_of_several_files_is_told_by_pieces_of_them(tmp_path):
     a, b, copy_of_b = folders
     moved = tmp_path / "moved.safetensors"
     prolora.transfer(lora, a, b, out=moved, method="copy")
-    assert SafetensorsFile(moved).metadata["prolora.target_hash"].startswith("hint:")
+    assert SafetensorsFile(moved).metadata["prolora.target_hash"].startswith("weights:")
     assert prolora.transfer(moved, copy_of_b, a, method="copy")
     with pytest.raises(errors.AlreadyMoved):
         prolora.transfer(moved, a, b)
-    # The UNet alone is one file: the hashes are of two kinds, and its name says nothing.
+    # The UNet alone has the same weights; its name says nothing.
     assert prolora.transfer(moved, b / "unet", a, method="copy")
 
 
@@ -195,7 +195,7 @@ def test_the_report_of_a_second_move_says_that_losses_add_up(files, tmp_path):
         assert "adds to what is lost now" in told
     first = prolora.transfer(tmp_path / "lora.safetensors", a, b)
     assert "moved before" not in str(first.report)
-    assert report.to_dict()["moves"][0]["target_hash"].startswith("hint:")
+    assert report.to_dict()["moves"][0]["target_hash"].startswith("weights:")
 
 
 def test_a_merge_on_one_base_is_no_move(files, tmp_path):

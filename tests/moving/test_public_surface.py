@@ -18,6 +18,7 @@ import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import read_shown
 from prolora.fitting.settings import FitOptions
+from prolora.fleet.batches import MigrationOptions
 from prolora.making.convert import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions
@@ -26,7 +27,7 @@ from prolora.moving.options import MethodChoice, TransferOptions, is_out_rank
 TRANSFERS = [prolora.transfer, prolora.transfer_many]
 FITS = [prolora.fit, prolora.fit_many]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
-FUNCTIONS += [(prolora.migrate, TransferOptions)]
+FUNCTIONS += [(prolora.migrate, MigrationOptions)]
 FUNCTIONS += [(prolora.extract, ExtractOptions), (prolora.convert, ConvertOptions)]
 FUNCTIONS += [(prolora.merge, MergeOptions)]
 
@@ -68,7 +69,7 @@ FUNCTIONS += [(prolora.load_moved_lora, TransferOptions)]
 def test_options_of_another_function_are_refused_with_the_right_ones(function, kind):
     """Before anything else is looked at: none of these is a LoRA or a base."""
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    for other in {of for _, of in FUNCTIONS if of is not kind}:
+    for other in {of for _, of in FUNCTIONS if not issubclass(of, kind)}:
         with pytest.raises(prolora.errors.InvalidOption) as refused:
             function(*[None] * len(needed), options=other())
         told = str(refused.value)

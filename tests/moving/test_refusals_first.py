@@ -16,6 +16,7 @@ import prolora
 from prolora import errors
 from prolora.adapters.lora import Lora
 from prolora.bases import identity, memory
+from prolora.bases.leaves import Leaves
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def unhashed(monkeypatch):
     def refuse(*arguments):
         pytest.fail("a base was hashed")
 
-    for name in ("hash_file", "read_blocks"):
-        monkeypatch.setattr(identity, name, refuse)
+    monkeypatch.setattr(Leaves, "digest", refuse)
+    monkeypatch.setattr(identity, "hash_file", refuse)
 
 
 WEIGHTS = "target/diffusion_pytorch_model.safetensors"
@@ -189,7 +190,7 @@ def test_a_result_of_another_lora_is_told_without_hashing_a_base(case, tmp_path,
     lora, source, target = case
     prolora.transfer_many([lora], source, target, tmp_path / "moved")
     save_file(lora_tensors(2) | SURPRISES, lora)
-    monkeypatch.setattr(identity, "hash_file", lambda *a: pytest.fail("a base was hashed"))
+    monkeypatch.setattr(Leaves, "digest", lambda *a: pytest.fail("a base was hashed"))
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
     assert outcome.status == "failed"
 

@@ -16,6 +16,7 @@ from ..architectures.family import SPELLINGS
 from ..architectures.loaders import known_loaders
 from ..core.precision import in_full_precision
 from ..errors import OutputError, ProLoRAError, UnsupportedFormat
+from ..files.hashing import hash_tensors
 from ..files.safetensors_writing import fill_safetensors
 from ..files.store import put
 from .adapter import Adapter, StoredUpdate
@@ -24,10 +25,13 @@ from .contents import parse_contents, read_scale
 from .file_model import BaseNames
 from .formats import encoding, groups
 from .formats.metadata import clean_metadata
+from .formats.moves import PREFIX
 from .formats.peft_config import METADATA_KEY
 from .formats.stored import KeptTensors, find_stored
 from .lora import Lora, StrPath
 
+TENSORS = f"{PREFIX}tensors"
+"""The entry of a header that is the digest of the file's own tensors."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,13 +69,20 @@ def write_adapter(
     """
     output = _prepare(adapter, format, dtype, path)
     folder = output.format == "peft"
+    text = ""
+    if folder:
+        told = encoding.peft_config(output.adapter, owners=output.owners)
+        text = json.dumps(told, indent=2, sort_keys=True) + "\n"
+    header = output.header
+    if any(key.startswith(PREFIX) for key in header):
+        tensors, config = output.tensors, json.loads(text) if folder else None
+        beside = json.dumps(config, sort_keys=True)
+        header = header | {TENSORS: hash_tensors(tensors, tensors.__getitem__, beside)}
 
     def write(place: Path) -> None:
         weights = place / PEFT_WEIGHTS if folder else place
-        fill_safetensors(weights, output.tensors, output.header, path)
+        fill_safetensors(weights, output.tensors, header, path)
         if folder:
-            config = encoding.peft_config(output.adapter, owners=output.owners)
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (place / PEFT_CONFIG).write_bytes(text.encode())
         _verify_output(place, output.adapter, output.scales, path)
 

@@ -15,6 +15,7 @@ from ..architectures.identify import Model, identify_base
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
 from .keys.canonical_names import name_others
+from .leaves import Leaves
 from .quantised.weight import find_kind
 from .weights import Weight
 
@@ -33,6 +34,7 @@ class Base:
         stored: every key of the checkpoint -> what it holds; quantised weights are joined.
         path: the file or folder it was opened from, None for a base from memory.
         files: the files it is read from.
+        leaves: the same files with digests of their tensors.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Base:
     stored: Mapping[str, Weight] = field(default_factory=dict)
     path: Path | None = None
     files: list[Path] = field(default_factory=list)
+    leaves: tuple[Leaves, ...] = ()
 
     def __repr__(self) -> str:
         """Returns one line: the name, the number of weights and the layout."""

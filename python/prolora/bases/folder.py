@@ -13,7 +13,8 @@ from ..files.gguf_file import MAGIC, GgufFile
 from ..files.jsontext import read_json_object
 from ..files.outside import open_regular
 from ..files.safetensors_file import SafetensorsFile
-from .weights import StoredWeight, TensorFile
+from .leaves import Leaves, TensorFile
+from .weights import StoredWeight
 
 MODELS = ("unet", "transformer")
 EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
@@ -149,12 +150,13 @@ def open_file_weights(path: Path) -> dict[str, StoredWeight]:
     except (OSError, UnsupportedFormat):
         is_gguf = False  # the reader below says what is wrong
     file: TensorFile = GgufFile(path) if is_gguf else SafetensorsFile(path)
-    return {key: StoredWeight(file, key) for key in file.tensors}
+    leaves = Leaves(file)
+    return {key: StoredWeight(leaves, key) for key in file.tensors}
 
 
 def _open_shards(index: Path) -> dict[str, StoredWeight]:
     """Returns the weights the index lists; other tensors of a shard are ignored."""
-    shards: dict[str, SafetensorsFile] = {}
+    shards: dict[str, Leaves] = {}
     weights: dict[str, StoredWeight] = {}
     for key, name in read_weight_map(index).items():
         if name not in shards:
@@ -163,8 +165,8 @@ def _open_shards(index: Path) -> dict[str, StoredWeight]:
                 raise UnsupportedFormat(
                     f"{index}: the shard {name} is missing; download it into {index.parent}"
                 )
-            shards[name] = SafetensorsFile(path)
-        if key not in shards[name].tensors:
+            shards[name] = Leaves(SafetensorsFile(path), index)
+        if key not in shards[name].file.tensors:
             raise UnsupportedFormat(f"{index}: says that {key} is in {name}, which lacks it")
         weights[key] = StoredWeight(shards[name], key)
     return weights

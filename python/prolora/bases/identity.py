@@ -1,73 +1,102 @@
-"""A base's identity: a digest over all its bytes.
+"""A base's identity: digests of all that some work read of it, and names made of a few weights.
 
-It is remembered by the state of its files. A plain transfer to a new path needs none: only what
-must not be taken for another base (results of a migration, what an extraction was made of, a LoRA
-that was moved before) reads bases for it.
+Work depends on every header, on the index of the shards or of the pipeline, and on the tensors that
+it read; what it did not read is not hashed and does not count.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import suppress
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import OutputError, UnsupportedFormat
-from ..files.hashing import hash_file, hash_parts, hash_text, read_blocks
-from ..files.state import flush_file, read_state
-from ..files.store import Store, put_text
+from ..architectures.modules import TEXT_ENCODERS, find_component
+from ..files.hashing import hash_file, hash_parts, hash_text
 from . import Base
+from .folder import MODELS
+from .leaves import digest_file
+from .pipeline_files import PIPELINE_INDEX
 
 # kohya's and A1111's short hash covers these bytes of a file.
 _SHORT_START, _SHORT_SIZE = 0x100000, 0x10000
 EMPTY_SHORT_HASH = hash_text("")[:8]
 """The short hash of every file that ends before those bytes."""
-# Two writes within one tick of a file system's clock leave the same times: for a file that changed
-# so shortly before it was hashed (ns), the digest is not remembered.
-_SETTLING_TIME = 2_000_000_000
-_PROBES, _BLOCK, _HINT_BYTES = 16, 1 << 20, 1 << 12
+NAMED_BY = "weights:"
+"""What names made of a few weights begin with."""
+# The weights in these places, by size, name a base: what a fine-tune changes, and quickly read.
+_PLACES = (1 / 8, 1 / 4, 3 / 8)
 
-_known: dict[tuple[str, tuple[int, ...]], str] = {}
+_CONFIGURATIONS = (
+    PIPELINE_INDEX,
+    "scheduler/scheduler_config.json",
+    *(f"{model}/config.json" for model in MODELS),
+)
+"""What a transfer reads of a pipeline beside its weights."""
+
+Used = Sequence[set[str]]
+"""The tensors that work depends on, of each file of a base."""
 
 
-def digest_file(path: Path, memory: Path | None = None) -> str:
-    """Returns the SHA-256 of a file, read once for each of its states.
+@contextmanager
+def record_reads(*bases: Base, for_all: bool = False) -> Iterator[list[Used]]:
+    """Yields the tensors of each base that are read in the body.
 
-    `memory` is a folder that remembers digests between runs; with None only this process does.
-
-    Raises:
-        UnsupportedFormat: it cannot be read, or is changed meanwhile.
+    What is read outside of any record, or in one `for_all`, belongs to all later ones as well.
     """
-    flush_file(path)
-    state = read_state(path)
-    key = str(path.resolve()), tuple(state)
-    note = Store(memory).path("files", key, suffix=".txt") if memory else None
-    if key not in _known and note is not None:
-        with suppress(OSError):
-            _known[key] = note.read_text("ascii")
-    if len(_known.get(key, "")) == 64:
-        return _known[key]
-    digest = hash_file(path)
-    if read_state(path) != state:
-        raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")
-    if time.time_ns() - max(state.modified, state.changed) > _SETTLING_TIME:
-        _known[key] = digest
-        if note is not None:
-            with suppress(OSError, OutputError):  # nothing is lost but time
-                note.unlink(missing_ok=True)  # a link leads to a file of others
-                put_text(note, digest, overwrite=True)
-    return digest
+    records: list[Used] = [[set() for _ in base.leaves] for base in bases]
+    leaves = [one for base in bases for one in base.leaves]
+    pairs = list(zip(leaves, (used for record in records for used in record), strict=True))
+    for one, used in pairs:
+        one.records = [*one.records, used]
+    try:
+        yield records
+    finally:
+        for one, used in pairs:
+            one.records = [other for other in one.records if other is not used]
+            one.always |= used if for_all else set()
+            used |= one.always
 
 
-def compute_identity(base: Base, memory: Path | None = None) -> str | None:
-    """Returns "sha256:…" of one file, "files:…" of several, None for a base from memory.
+def describe_reads(base: Base, used: Used) -> dict[str, str]:
+    """Returns which tensors work depends on, and the digest of these, headers and small files.
 
-    `memory` as for `digest_file`.
+    The tensors are bits of a hexadecimal number, in the order of files and headers.
     """
-    digests = sorted(digest_file(file, memory) for file in base.files)
-    if len(digests) == 1:
-        return f"sha256:{digests[0]}"
-    return f"files:{hash_parts(digests)}" if digests else None
+    pairs = list(zip(base.leaves, used, strict=True))
+    bits = "".join("01"[key in keys] for one, keys in pairs for key in one.file.tensors)
+    small = [one.beside for one in base.leaves if one.beside]
+    if base.path is not None:
+        small += [base.path / name for name in _CONFIGURATIONS]
+    parts = [one.file.header_digest for one in base.leaves]
+    parts += [hash_file(file) if file.is_file() else "" for file in dict.fromkeys(small)]
+    parts += [one.digest(key) for one, keys in pairs for key in one.file.tensors if key in keys]
+    return {"read": f"{int(bits or '0', 2):x}", "digest": hash_parts(parts)}
+
+
+def is_unchanged(base: Base, reads: Any) -> bool:
+    """Returns whether a base has all that `describe_reads` found; reads what is not known."""
+    count = sum(len(one.file.tensors) for one in base.leaves)
+    text = reads.get("read") if isinstance(reads, Mapping) else None
+    if not isinstance(text, str) or not re.fullmatch("[0-9a-f]+", text) or len(text) > count:
+        return False
+    bits = iter(f"{int(text, 16):0{count}b}"[-count:])
+    used = [{key for key in one.file.tensors if next(bits) == "1"} for one in base.leaves]
+    return bool(describe_reads(base, used) == reads)
+
+
+def name_base(base: Base) -> str:
+    """Returns "weights:…", made of three weights, whatever files they are in; "" in memory.
+
+    Fine-tunes may share these: it names a base for people and files, and is no proof.
+    """
+    if not base.leaves:
+        return ""
+    models = [name for name in base.shapes if find_component(name) not in TEXT_ENCODERS]
+    sizes = sorted((base.shapes[name], name) for name in models or base.shapes)
+    names = [sizes[int(place * len(sizes))][1] for place in _PLACES] if sizes else []
+    return NAMED_BY + hash_parts(f"{name} {base.weights[name].content} " for name in names)[:16]
 
 
 def compute_short_hash(base: Base) -> str | None:
@@ -77,23 +106,6 @@ def compute_short_hash(base: Base) -> str | None:
     return hash_file(base.files[0], _SHORT_START, _SHORT_SIZE)[:8]
 
 
-def compute_hint(base: Base) -> str:
-    """Returns "hint:1:…", of a few pieces of every file; "" for a base from memory.
-
-    Where it is equal, two bases need not be; a header has it to know a renamed base again.
-    """
-    parts = sorted(hash_parts(_probe(file, _HINT_BYTES)) for file in base.files)
-    return f"hint:{len(parts)}:{hash_parts(parts)[:16]}" if parts else ""
-
-
-def _probe(file: Path, size: int) -> Iterator[bytes]:
-    """Reads pieces that are evenly spaced over a file, after its length."""
-    length = file.stat().st_size
-    yield f"{length} ".encode()
-    for start in sorted({i * max(0, length - size) // (_PROBES - 1) for i in range(_PROBES)}):
-        yield from read_blocks(file, start, size)
-
-
 def is_identical(
     base: Base, identity: str, short_hash: str | None = None, memory: Path | None = None
 ) -> bool | None:
@@ -101,37 +113,28 @@ def is_identical(
 
     Args:
         base: opened from files or from memory.
-        identity: as `compute_identity` or `compute_hint` gave it; "" if that is not known.
+        identity: "sha256:…" of one file, or what `name_base` returned; "" if that is not known.
         short_hash: as `compute_short_hash` gave it, if that is known: where it differs, the file is
             not read as a whole.
-        memory: as for `digest_file`.
+        memory: a folder that remembers digests between runs.
 
     Returns:
         None where the two cannot be compared.
     """
-    if identity.startswith(f"hint:{len(base.files)}:"):
-        return compute_hint(base) == identity
-    kind = "sha256:" if len(base.files) == 1 else "files:"
-    if not base.files or not identity.startswith(kind):
+    if identity.startswith(NAMED_BY) and base.leaves:
+        return name_base(base) == identity
+    if len(base.files) != 1 or not identity.startswith("sha256:"):
         return None
-    if short_hash and len(base.files) == 1 and compute_short_hash(base) != short_hash:
+    if short_hash and compute_short_hash(base) != short_hash:
         return False
-    return compute_identity(base, memory) == identity
+    return f"sha256:{digest_file(base.files[0], memory)}" == identity
 
 
 def have_equal_files(one: Base, other: Base) -> bool:
-    """Returns whether two bases have the same bytes; reads on until something differs."""
-    pairs = [
-        sorted(base.files, key=lambda file: (file.stat().st_size, file.name))
-        for base in (one, other)
-    ]
-    if [f.stat().st_size for f in pairs[0]] != [f.stat().st_size for f in pairs[1]]:
+    """Returns whether two bases have the same headers and tensors; stops at a difference."""
+    pairs = list(zip(one.leaves, other.leaves, strict=False))
+    same = len(one.leaves) == len(other.leaves)
+    same = same and all(a.file.header_digest == b.file.header_digest for a, b in pairs)
+    if not same or name_base(one) != name_base(other):  # fine-tunes share whole parts
         return False
-    # Fine-tunes share whole parts: pieces from everywhere tell sooner than the beginning.
-    readers = (lambda file: _probe(file, _BLOCK)), read_blocks
-    return all(
-        x == y
-        for read in readers
-        for a, b in zip(*pairs, strict=True)
-        for x, y in zip(read(a), read(b), strict=True)
-    )
+    return all(a.digest(key) == b.digest(key) for a, b in pairs for key in a.file.tensors)

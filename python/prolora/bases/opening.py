@@ -19,8 +19,9 @@ from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
 from .hub_models import fetch_model
 from .keys.canonical_names import name_weights
+from .leaves import Leaves
 from .quantised.joining import join_quantised
-from .weights import LoadedWeight, StoredWeight, TensorFile, Weight
+from .weights import LoadedWeight, StoredWeight, Weight
 
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
 
@@ -132,19 +133,21 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     folder = find_model_folder(path, subfolder) if is_folder else path
     stored = open_folder_weights(folder) if is_folder else open_file_weights(path)
     encoders, more = _open_text_encoders(path) if is_folder and not subfolder else ({}, [])
-    files = _list_files(stored)
-    metadata = _list_metadata(files)
+    leaves = _list_files(stored)
+    metadata = _list_metadata(leaves)
     found = name_weights(stored | encoders, str(path), metadata=metadata, strict=subfolder is None)
-    return Base(name, *found, path, [file.path for file in files + more] or [path])
+    leaves += more
+    files = [one.file.path for one in leaves]
+    return Base(name, *found, path, files or [path], tuple(leaves))
 
 
-def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[TensorFile]]:
+def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Leaves]]:
     """Opens the text encoders of a pipeline folder, except unreadable ones.
 
     A transfer needs them only to compare, and many folders hold them as pickles alone.
     """
     weights: dict[str, Weight] = {}
-    files: list[TensorFile] = []
+    files: list[Leaves] = []
     for encoder in TEXT_ENCODERS:
         folder = pipeline / encoder
         if not folder.is_dir():
@@ -162,14 +165,14 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[TensorF
     return weights, files
 
 
-def _list_files(weights: Mapping[str, StoredWeight]) -> list[TensorFile]:
+def _list_files(weights: Mapping[str, StoredWeight]) -> list[Leaves]:
     """Lists the files of weights, each once."""
-    return list({weight.file.path: weight.file for weight in weights.values()}.values())
+    return list(dict.fromkeys(weight.leaves for weight in weights.values()))
 
 
-def _list_metadata(files: list[TensorFile]) -> list[Mapping[str, str]]:
+def _list_metadata(files: list[Leaves]) -> list[Mapping[str, str]]:
     """Returns the metadata of every header."""
-    return [file.metadata for file in files if isinstance(file, SafetensorsFile)]
+    return [one.file.metadata for one in files if isinstance(one.file, SafetensorsFile)]
 
 
 def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:

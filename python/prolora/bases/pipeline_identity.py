@@ -19,7 +19,7 @@ from ..errors import UnsupportedFormat, input_error
 from ..files.hashing import flatten_bytes, hash_file, hash_parts, hash_text
 from ..files.jsontext import read_json_object
 from ..version import __version__
-from .identity import digest_file
+from .leaves import digest_file
 from .pipeline_files import PIPELINE_INDEX, UNUSED_PARTS, read_pipeline_index
 
 Facts = dict[str, str]

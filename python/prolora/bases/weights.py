@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..files.gguf_file import GgufFile
-from ..files.safetensors_file import SafetensorsFile
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a weight is read from: equal origins have equal values."""
-
-    text: str  # files with their states, key, and what is done to what is read
-    changed: int  # when the youngest of the files was last changed, in ns since 1970
-
-    def then(self, what: str) -> Origin:
-        """Returns the origin of a computation's result."""
-        return Origin(f"{self.text} {what}", self.changed)
+from ..files.hashing import hash_parts
+from .leaves import Leaves, TensorFile
 
 
 class Weight(Protocol):
     """One weight that has not been read yet; what is read is `dtype` of `shape`."""
 
     @property
-    def origin(self) -> Origin | None:
-        """Where its values come from; None if they are in memory, where they may change."""
+    def parts(self) -> tuple[StoredWeight, ...]:
+        """The tensors in files that it is computed from; none if it is in memory."""
+
+    @property
+    def content(self) -> str:
+        """What its values follow from: digests of its parts, and what is done to them."""
 
     @property
     def name(self) -> str:
@@ -53,24 +43,28 @@ class Weight(Protocol):
         """Rows [start, stop) of it; nothing else is read."""
 
 
-TensorFile: TypeAlias = SafetensorsFile | GgufFile
-"""A file of tensors whose header was read and checked."""
-
-
 @dataclass(frozen=True)
 class StoredWeight:
     """A weight in a file."""
 
-    file: TensorFile
+    leaves: Leaves
     key: str
 
     @property
-    def origin(self) -> Origin:
-        """The file as it was when it was opened, and the key."""
-        # Without the file system's number, which changes at every start of a machine.
-        state = " ".join(map(str, self.file.state[1:]))
-        path = os.path.abspath(self.file.path)
-        return Origin(f"{path} {state} {self.key}", max(self.file.state[-2:]))
+    def file(self) -> TensorFile:
+        """The open file that holds it."""
+        return self.leaves.file
+
+    @property
+    def parts(self) -> tuple[StoredWeight]:
+        """Itself."""
+        return (self,)
+
+    @property
+    def content(self) -> str:
+        """The digest of its bytes, with dtype and shape."""
+        self.leaves.note(self.key)
+        return f"{self.leaves.digest(self.key)} {self.dtype} {self.shape}"
 
     @property
     def name(self) -> str:
@@ -80,19 +74,20 @@ class StoredWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """As stored."""
-        return self.file.tensors[self.key].shape
+        return self.leaves.file.tensors[self.key].shape
 
     @property
     def dtype(self) -> torch.dtype:
         """As stored."""
-        return self.file.tensors[self.key].dtype
+        return self.leaves.file.tensors[self.key].dtype
 
     def read(self) -> Tensor:
         """Reads the tensor from the file, every time."""
-        return self.file.read(self.key)
+        return self.leaves.read(self.key)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Reads some rows from the file, every time."""
+        self.leaves.note(self.key)
         return self.file.read_rows(self.key, start, stop)
 
 
@@ -104,9 +99,14 @@ class LoadedWeight:
     name: str
 
     @property
-    def origin(self) -> None:
-        """None: whoever has the tensor may write into it."""
-        return None
+    def parts(self) -> tuple[StoredWeight, ...]:
+        """None."""
+        return ()
+
+    @property
+    def content(self) -> str:
+        """Its bytes as they are now; whoever has the tensor may write into it."""
+        return f"{hash_parts([self.tensor])} {self.dtype} {self.shape}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,10 +136,14 @@ class RowsWeight:
     stop: int
 
     @property
-    def origin(self) -> Origin | None:
+    def parts(self) -> tuple[StoredWeight, ...]:
+        """The whole matrix."""
+        return self.matrix.parts
+
+    @property
+    def content(self) -> str:
         """The fused matrix and the rows."""
-        origin = self.matrix.origin
-        return origin and origin.then(f"rows {self.start} {self.stop}")
+        return f"{self.matrix.content} rows {self.start} {self.stop}"
 
     @property
     def name(self) -> str:
@@ -165,23 +169,15 @@ class RowsWeight:
         return self.matrix.read_rows(self.start + start, self.start + stop)
 
 
-def join_origins(weights: Sequence[Weight], how: str) -> Origin | None:
-    """Joins the origins of several weights; None if one is in memory.
-
-    `how` is a word between them.
-    """
-    origins = [weight.origin for weight in weights]
-    known = [origin for origin in origins if origin is not None]
-    if not known or len(known) < len(origins):
-        return None
-    text = f" {how} ".join(origin.text for origin in known)
-    return Origin(text, max(origin.changed for origin in known))
-
-
 class DerivedWeight(ABC):
     """A weight computed from stored ones, with its own name and dtype."""
 
     stored: Weight
+
+    @property
+    def parts(self) -> tuple[StoredWeight, ...]:
+        """Of the stored weight."""
+        return self.stored.parts
 
     @property
     def name(self) -> str:
@@ -211,10 +207,10 @@ class ConvertedWeight(DerivedWeight):
     transposed: bool = False
 
     @property
-    def origin(self) -> Origin | None:
+    def content(self) -> str:
         """The stored weight, and what is done to it."""
-        stored = self.stored.origin
-        return stored and stored.then("transposed" if self.transposed else "halves exchanged")
+        how = "transposed" if self.transposed else "halves exchanged"
+        return f"{self.stored.content} {how}"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from ..core.grouping import group_by
 from ..core.methods import MethodChoice
 from ..core.option_fields import take_option
 from ..errors import OutputError
+from ..fleet.batches import MigrationOptions
 from ..fleet.migration import migrate as run_migration
 from ..fleet.migration import read_words
 from ..moving.options import TransferMethod, TransferOptions
@@ -53,7 +54,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByWeights(TransferOptions):
+class ByWeights(MigrationOptions):
     """How LoRAs are moved without running a model."""
 
     method: TransferMethod = take_option(
@@ -82,7 +83,7 @@ def migrate(
     loras, (source, target) = take_bases(loras, work.source, work.target)
     with progress_bar("migrate", not work.as_json) as progress:
         options = replace(find_cache(moving, not work.dry_run), progress=progress)
-        how: Any = {"ray": work.ray, "shard": work.shard, "dry_run": work.dry_run}
+        how: Any = {name: getattr(work, name) for name in ("ray", "shard", "dry_run")}
         found = run_migration(loras, source, target, work.output or "", options, **how)
     refused = [moved for moved in found if moved.status == "refused"]
     if work.as_json:

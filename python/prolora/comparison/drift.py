@@ -14,6 +14,8 @@ from ..core.affinity import RANDOM_VECTORS, Affinity
 from ..core.parallel import map_on_threads
 from ..errors import NonFiniteWeights
 
+_KEY = f"affinity {RANDOM_VECTORS} {{}} {{}}"
+
 
 def measure_affinities(
     source: Base,
@@ -32,7 +34,7 @@ def measure_affinities(
         target: the base it goes to.
         pairs: (source module, target module) of equal matrix shape.
         progress: called as progress(done, total, target module).
-        cache: remembers the affinities of weights by the state of their files.
+        cache: remembers the affinities of weights by their content.
         room: bounds how many pairs are in memory at a time.
 
     Raises:
@@ -40,10 +42,9 @@ def measure_affinities(
     """
     cache = cache or BasisCache(None)
     notes = cache.pairs(source, target)
-    places = [(cache.place(source, one), cache.place(target, other)) for one, other in pairs]
-    # None where nothing can be remembered
-    keys = [None if None in at else f"affinity {RANDOM_VECTORS} {at[0]} {at[1]}" for at in places]
-    remembered = [notes.get(key) if key else None for key in keys]
+    bases = source, target
+    places = [[cache.place(b, m) for b, m in zip(bases, pair, strict=True)] for pair in pairs]
+    remembered = [None if None in at else notes.get(_KEY.format(*at)) for at in places]
     affinities = [Affinity(**x) if isinstance(x, dict) else None for x in remembered]
     missing = [i for i, affinity in enumerate(affinities) if affinity is None]
     total, start, room = len(missing), 0, room or Room()
@@ -53,8 +54,9 @@ def measure_affinities(
         seen = map_on_threads(lambda i: _measure_pair(source, target, pairs[i]), part)
         for i, affinity in zip(part, seen, strict=True):
             affinities[i] = affinity
-            if (key := keys[i]) is not None:
-                notes.put(key, asdict(affinity))
+            at = [cache.place(b, m, learn=True) for b, m in zip(bases, pairs[i], strict=True)]
+            if None not in at:  # both are known by their content, now that they were read
+                notes.put(_KEY.format(*at), asdict(affinity))
         start += len(part)
         if progress:
             progress(start, total, pairs[part[-1]][1])

@@ -5,6 +5,7 @@ The package's own reader maps the whole file into memory and believes the length
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedFormat, input_error
-from .safetensors_file import read_stored
+from .safetensors_file import Watch, read_stored
 from .shared_file import SharedFile
 from .state import FileState
 
@@ -71,7 +72,10 @@ class GgufFile:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 self.state = FileState.from_status(status)
-                self.tensors = _read_tensors(_HeaderReader(file, self.path), status.st_size)
+                header = _HeaderReader(file, self.path)
+                self.tensors = _read_tensors(header, status.st_size)
+                file.seek(0)
+                self.header_digest = hashlib.sha256(file.read(header.position)).hexdigest()
         except OSError as error:
             raise input_error(path, error) from error
 
@@ -79,15 +83,17 @@ class GgufFile:
         """Returns the first byte of a tensor, counted from the beginning of the file."""
         return self.tensors[name].start
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, watch: Watch | None = None) -> Tensor:
         """Reads the tensor `name`, in memory of its own.
+
+        `watch` is called with its bytes as they are stored.
 
         Raises:
             KeyError: no such tensor.
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        return self._read_stored(name, 0, info.rows).reshape(info.shape)
+        return self._read_stored(name, 0, info.rows, watch).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis; nothing else is read or dequantised."""
@@ -99,11 +105,13 @@ class GgufFile:
         step = info.rows // info.shape[0]
         return self._read_stored(name, start * step, stop * step).reshape(-1, *info.shape[1:])
 
-    def _read_stored(self, name: str, start: int, stop: int) -> Tensor:
+    def _read_stored(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tensor:
         info = self.tensors[name]
         raw = torch.empty(stop - start, info.row_bytes, dtype=torch.uint8, device="cpu")
         first = info.start + start * info.row_bytes
         read_stored(SharedFile(self.path), self, name, first, raw.view(-1).numpy().data)
+        if watch is not None:
+            watch(raw)
         return raw.view(PLAIN[info.code]) if info.code in PLAIN else dequantise(raw, info.code)
 
 
@@ -148,6 +156,7 @@ class _HeaderReader:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self.path, self.position = file, path, 0
+        self._texts = 0
 
     def refuse(self, why: str) -> UnsupportedFormat:
         return UnsupportedFormat(f"{self.path}: not a GGUF file that can be read: {why}")
@@ -171,6 +180,9 @@ class _HeaderReader:
         return int(length)
 
     def text(self) -> str:
+        self._texts += 1  # an empty one takes eight bytes, and as long as any other
+        if self._texts > _COUNT_LIMIT:
+            raise self.refuse("it has more texts than any real one")
         (length,) = self.numbers("Q")
         if length > _HEADER_LIMIT:
             raise self.refuse(f"a name of {length} bytes")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def read_blocks(path: Path, start: int = 0, size: int | None = None) -> Iterator
                 yield block
     except OSError as error:
         raise input_error(path, error) from error
+
+
+def hash_tensors(keys: Iterable[str], read: Callable[[str], Tensor], beside: str = "") -> str:
+    """Computes SHA-256 of tensors with names, dtypes and shapes, and of a text beside them."""
+    tensors = ((key, read(key)) for key in sorted(keys))
+    parts = ((f"{key} {x.dtype} {tuple(x.shape)} ", x) for key, x in tensors)
+    return hash_parts(chain(chain.from_iterable(parts), [beside]))
 
 
 def view_bytes(tensor: Tensor) -> Any:

@@ -6,13 +6,14 @@ tool that walks through a 5 GB checkpoint one weight at a time should need the r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 import shlex
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # headers are read without torch, which takes seconds to impo
     from torch import Tensor
 
 StrPath = str | os.PathLike[str]
+Watch = Callable[["Tensor"], object]
+"""Gets the bytes [n] of a tensor, as they are stored, when it is read."""
 
 # Both are checked before anything of that size is allocated. To the safetensors library, longer
 # headers than the first are no safetensors file. The second is the limit here: text made to harm
@@ -75,6 +78,7 @@ class SafetensorsFile:
         tensors: name -> `TensorInfo`, in header order.
         data_start: the byte at which the tensors begin.
         state: of the file, when its header was read.
+        header_digest: SHA-256 of the header.
     """
 
     def __init__(self, path: StrPath, *, keep_open: bool = False) -> None:
@@ -99,6 +103,7 @@ class SafetensorsFile:
             raise input_error(self.path, error) from error
         self.state = FileState.from_status(status)
         self.data_start = 8 + len(raw)
+        self.header_digest = hashlib.sha256(raw).hexdigest()
         self.metadata, self.tensors = _parse_header(raw, self.path)
         _check_extent(self.tensors, self.path, status.st_size - self.data_start)
 
@@ -106,15 +111,17 @@ class SafetensorsFile:
         """Returns the first byte of a tensor, counted from the beginning of the file."""
         return self.data_start + self.tensors[name].start
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, watch: Watch | None = None) -> Tensor:
         """Reads the tensor `name` in its storage dtype, into CPU memory of its own.
+
+        `watch` is called with its bytes as they are stored.
 
         Raises:
             KeyError: no such tensor.
             UnsupportedFormat: the file was changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        return self._read(name, info.stored, info.shape, info.start)
+        return self._read(name, info.stored, info.shape, info.start, watch)
 
     def read_number(self, name: str) -> float:
         """Reads a tensor of one real number, without torch."""
@@ -174,15 +181,23 @@ class SafetensorsFile:
         """Returns the file that is kept open, or opens it for one read."""
         return self._kept or SharedFile(self.path)
 
-    def _read(self, name: str, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
+    def _read(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        start: int,
+        watch: Watch | None = None,
+    ) -> Tensor:
         """Reads `shape` elements of `dtype` from byte `start` of the data."""
         import torch
 
         numbers, size = find_torch_dtype(dtype), math.prod(shape) * SIZES[dtype]
-        if size == 0:
-            return torch.empty(shape, dtype=numbers, device="cpu")
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        read_stored(self._open(), self, name, self.data_start + start, buffer.numpy().data)
+        if size:
+            read_stored(self._open(), self, name, self.data_start + start, buffer.numpy().data)
+        if watch is not None:
+            watch(buffer)
         return view_numbers(buffer, numbers).reshape(shape)
 
 

@@ -23,9 +23,9 @@ from ..errors import (
 )
 from ..moving.base_pair import BasePair
 from ..moving.options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
-from ..moving.result import Notes, Transfer, make_file
+from ..moving.result import Transfer, make_file
 from ..reports.lora_report import LoraReport, MovedReport
-from .common_parts import CommonParts, share_parts
+from .common_parts import CommonParts, share_parts, watch_pipelines
 from .fit_pipelines import fit_to_pipelines, plan_fit
 from .fit_plan import explain_need
 from .settings import FitOptions
@@ -83,23 +83,27 @@ class BestWay:
         lora: LoraLike,
         out: str | PathLike[str] | None = None,
         progress: Progress | None = None,
+        *,
+        renews: bool = False,
     ) -> Transfer:
-        """Moves a LoRA into memory or to a path; keeps a result of the same recipe there."""
+        """Moves a LoRA into memory or to a path; keeps a current result there."""
         pair = replace(self.pair, options=replace(self.pair.options, progress=progress))
         way = replace(self, pair=pair, by_fit=replace(self.by_fit, progress=progress))
         if out is None:
-            return way._move(lora, [{}, {}])
-        ends, options = (lora, pair.source, pair.target), [pair.options, way.by_fit]
-        return make_file(ends, out, options, pair.foresee, way._move)
+            return way._move(lora)
+        # All of a pipeline decides whether a fit is called for.
+        digests = watch_pipelines(pair.source, pair.target)
+        recipe = lora, pair.source, pair.target, replace(pair.options, method=BEST)
+        return make_file(recipe, out, pair.foresee, way._move, digest_bases=digests, renews=renews)
 
-    def _move(self, lora: LoraLike, notes: list[Notes]) -> Transfer:
+    def _move(self, lora: LoraLike) -> Transfer:
         """Moves a LoRA by weights or by a fit; the report says why."""
-        moved, need = self._try_weights(lambda: self.pair.transfer(lora, notes[0]))
+        moved, need = self._try_weights(lambda: self.pair.transfer(lora))
         why = self._explain_no_fit()
         if need:
             try:
                 source, target = self.pair.source, self.pair.target
-                done = fit_to_pipelines(lora, source, target, self.by_fit, notes[1], self.common)
+                done = fit_to_pipelines(lora, source, target, self.by_fit, self.common)
                 return replace(done, report=_tell_fitted(done.report, need))
             except ProLoRAError as error:
                 if isinstance(moved, ProLoRAError):

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..bases.pipeline_identity import Facts, describe_versions, digest_facts
+from ..bases.pipeline_identity import describe_versions, digest_facts
 from ..core.lowrank import LowRank
 from ..errors import OutputError, UnsupportedFormat
-from ..files.hashing import hash_parts, hash_text
+from ..files.hashing import hash_tensors, hash_text
 from ..files.safetensors_file import SafetensorsFile
 from ..files.safetensors_writing import write_safetensors
 from ..version import __version__
@@ -32,18 +32,10 @@ def hash_texts(*parts: str) -> str:
     return hash_text(json.dumps([__version__, *parts]))
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Computes SHA-256 of tensors with names, shapes and dtypes."""
-    return hash_parts(
-        part
-        for name, tensor in sorted(tensors.items())
-        for part in (f"{name} {tensor.dtype} {tuple(tensor.shape)} ", tensor)
-    )
-
-
 def hash_updates(updates: Mapping[str, LowRank]) -> str:
     """Computes SHA-256 of updates by module."""
-    return hash_tensors(_name_factors(updates))
+    factors = _name_factors(updates)
+    return hash_tensors(factors, factors.__getitem__)
 
 
 def _name_factors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
@@ -61,16 +53,16 @@ class Checkpoints:
     def __init__(
         self,
         folder: str | PathLike[str] | None,  # new, or with results of these or other inputs
-        inputs: Callable[[], Mapping[str, Facts]] = dict,
+        inputs: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         """Takes a folder, made with the first result; None keeps nothing.
 
-        `inputs` gives all that results depend on beside versions.
+        `inputs` digests all that results depend on beside versions.
         """
         self.folder = None if folder is None else Path(folder)
         self._digest = ""
         if folder is not None:
-            self._digest = digest_facts({"versions": describe_versions(), **inputs()})
+            self._digest = digest_facts({"versions": describe_versions(), **(inputs or dict)()})
 
     def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
         """Returns the tensors and the note under a name and key, if any."""
@@ -81,7 +73,9 @@ class Checkpoints:
             file = SafetensorsFile(path)
             tensors = {name: file.read(name) for name in file.tensors}
             note = file.metadata.get(_NOTE, "")
-            if file.metadata.get(_SUM) != hash_texts(path.name, hash_tensors(tensors), note):
+            if file.metadata.get(_SUM) != hash_texts(
+                path.name, hash_tensors(tensors, tensors.__getitem__), note
+            ):
                 raise UnsupportedFormat("its checksum is another")
         except UnsupportedFormat as error:
             log.warning("%s is damaged; it is computed again: %s", path, error)
@@ -93,7 +87,10 @@ class Checkpoints:
         path = self._path(name, key)
         if path is None:
             return
-        marks = {_SUM: hash_texts(path.name, hash_tensors(tensors), note), _NOTE: note}
+        marks = {
+            _SUM: hash_texts(path.name, hash_tensors(tensors, tensors.__getitem__), note),
+            _NOTE: note,
+        }
         write_safetensors(path, dict(tensors), marks, overwrite=True)
 
     def remove_own_parts(self) -> None:

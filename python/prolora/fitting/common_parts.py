@@ -4,21 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
 from ..bases import Base
 from ..bases.cache.basis_cache import default_folder
-from ..bases.pipeline_identity import Facts, describe_pipeline_folder
+from ..bases.pipeline_files import is_pipeline
+from ..bases.pipeline_identity import describe_pipeline_folder, digest_facts
 from ..core.validation import DeviceLike
 from ..errors import UnrelatedBases
+from ..files.state import FileState, read_state
 from . import pipelines
 from .checkpoint import Checkpoints
 from .pipelines import Pipeline
 
 PARTS = ".prolora-parts"
 """The folder of parts that were not asked for, beside the results until all are made."""
+
+
+def watch_pipelines(source: Base, target: Base) -> Callable[[], dict[str, str]] | None:
+    """Returns what digests two pipelines after their use; None where one is no pipeline.
+
+    A digest is "" where a file has changed meanwhile.
+    """
+    sides = {"source": source.path, "target": target.path}
+    folders = {side: path for side, path in sides.items() if path and is_pipeline(path)}
+    if len(folders) < len(sides):
+        return None
+    known = default_folder()  # remembers digests, where there is a cache at all
+    memory, before = known if known.is_dir() else None, _read_states(folders)
+
+    def digest() -> dict[str, str]:
+        facts = {side: describe_pipeline_folder(x, memory) for side, x in folders.items()}
+        same = _read_states(folders) == before
+        return {side: digest_facts(x) if same else "" for side, x in facts.items()}
+
+    return digest
+
+
+def _read_states(folders: Mapping[str, Path]) -> dict[Path, FileState]:
+    files = (file for folder in folders.values() for file in folder.rglob("*"))
+    return {file: read_state(file) for file in files if file.is_file()}
 
 
 class CommonParts:
@@ -39,18 +66,8 @@ class CommonParts:
 
     def open_checkpoints(self, source: Base, target: Base) -> Checkpoints:
         """Returns the kept results of these two pipelines."""
-        known = default_folder()  # remembers digests, where there is a cache at all
-        memory = known if known.is_dir() else None
-
-        def describe() -> dict[str, Facts]:
-            assert source.path is not None and target.path is not None
-            return {
-                "source": describe_pipeline_folder(source.path, memory),
-                "target": describe_pipeline_folder(target.path, memory),
-            }
-
         if self._checkpoints is None:
-            self._checkpoints = Checkpoints(self.folder, describe)
+            self._checkpoints = Checkpoints(self.folder, watch_pipelines(source, target))
         return self._checkpoints
 
     def make_room(self, anew: bool) -> None:

@@ -18,7 +18,7 @@ from ..moving.options import LoraLike
 from ..moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
 from ..moving.result import Transfer, make_file, pack_plan
 from ..reports.outcome import Outcome
-from .common_parts import CommonParts, share_parts
+from .common_parts import CommonParts, share_parts, watch_pipelines
 from .fit_pipelines import fit_to_pipelines, plan_fit, weigh_fit
 from .settings import DEFAULT_FIT, FitOptions
 
@@ -136,9 +136,9 @@ def _fit_into(
     """Fits a LoRA from file to file; a result of the same recipe is kept."""
     bases = source, target
     return make_file(
-        (lora, *bases),
+        (lora, source, target, options),
         out,
-        [options],
         lambda opened: plan_fit(opened, *bases, options),
-        lambda opened, notes: fit_to_pipelines(opened, *bases, options, notes[0], common),
+        lambda opened: fit_to_pipelines(opened, *bases, options, common),
+        digest_bases=watch_pipelines(*bases),
     )

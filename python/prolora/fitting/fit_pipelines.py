@@ -15,10 +15,10 @@ from ..core.methods import MethodChoice
 from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ..moving.assembly import build_metadata, list_kernels
 from ..moving.base_check import Depth, check_bases, read_lora
-from ..moving.base_pair import BasePair, prefix_notes
+from ..moving.base_pair import BasePair
 from ..moving.ledger import Ledger
 from ..moving.options import FIT, LoraLike
-from ..moving.result import Notes, Transfer, list_inputs
+from ..moving.result import Transfer, list_inputs
 from ..moving.transfer_report import TransferReport
 from ..reports.lora_report import LoraReport
 from .common_parts import CommonParts
@@ -45,7 +45,6 @@ def fit_to_pipelines(
     source: Base,  # the base it was trained on
     target: Base,  # the base it goes to
     options: FitOptions,  # how
-    notes: Notes | None = None,  # what else the header says of the result
     common: CommonParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses what it can before loading them.
@@ -69,14 +68,13 @@ def fit_to_pipelines(
         copied = rival.done.adapter.updates if rival else {}
         updates, report, grid = fit_models(job, copied, common)
     gate, files = report.gate, list_inputs(lora, source, target)
-    noted = prefix_notes(notes or {})
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
-            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, noted)
+            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job)
             return Transfer(moved, replace(scaled, grid=grid, why=job.serves), files, *written)
-    fitted, fit_report = _finish_fit(job, blank, updates, report, noted)
+    fitted, fit_report = _finish_fit(job, blank, updates, report)
     return Transfer(fitted, replace(fit_report, grid=grid, why=job.serves), files, *written)
 
 
@@ -159,7 +157,6 @@ def _finish_fit(
     blank: Adapter,
     fitted: dict[str, LowRank],
     probe: ProbeReport,
-    notes: dict[str, str],
 ) -> tuple[Adapter, FitReport]:
     """Builds the target's adapter and the report of what was fitted."""
     adapter, plan, target = job.adapter, job.plan, job.target
@@ -178,7 +175,7 @@ def _finish_fit(
     made = {"prolora.method": FIT, "prolora.strength": f"{strength:.4g}"}
     options = job.options.as_moved("copy")
     written = build_metadata(Ledger(adapter, plan, job.source, target, options))
-    metadata = written | made | _describe_gate(probe, job.options) | notes
+    metadata = written | made | _describe_gate(probe, job.options)
     for name in _OF_TRANSFERS:
         metadata.pop(f"prolora.{name}", None)
     moved = replace(
@@ -208,7 +205,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
 
 
 def _scale_rival(
-    rival: Rival, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
+    rival: Rival, probe: ProbeReport, factor: float, job: FitJob
 ) -> tuple[Adapter, RivalReport]:
     """Scales a LoRA moved by weights to the strength of held-out probes."""
     adapter, report = rival.done.adapter, rival.done.report
@@ -230,7 +227,7 @@ def _scale_rival(
     assert isinstance(report, TransferReport)
     strength = report.strength * factor
     facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": FIT}
-    metadata = build_metadata(rival.ledger) | facts | _describe_gate(probe, job.options) | notes
+    metadata = build_metadata(rival.ledger) | facts | _describe_gate(probe, job.options)
     moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
     known = {known.name: getattr(report, known.name) for known in fields(report)} | {
         "asked": FIT,

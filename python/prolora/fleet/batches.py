@@ -8,19 +8,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..adapters.lora import Lora
 from ..bases.experts import open_experts, pair_experts
-from ..bases.identity import compute_identity
+from ..core.option_fields import option
 from ..errors import OutputExists, ProLoRAError
+from ..files.state import read_state
 from ..files.store import Store, refusal
 from ..moving.base_pair import BasePair
 from ..moving.batch import LORA_FAILURES, as_refusal
-from ..moving.options import TransferOptions
+from ..moving.options import OUTPUT, TransferOptions
 from ..moving.output_paths import make_folders, name_output
 from ..moving.result import Recipe, save_result
 from ..reports.outcome import Outcome
 from ..version import __version__
 
 _DIGITS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrationOptions(TransferOptions):
+    """How a collection is moved; `migrate` takes each of these by its name."""
+
+    verify: bool = option(
+        False,
+        "Read the tensors of all results that are there, not only of changed files.",
+        decides=False,
+        panel=OUTPUT,
+    )
+
+
+DEFAULT_MIGRATION = MigrationOptions()
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,7 @@ class Job:
     """What all batches have in common; it can be pickled."""
 
     folder: str
-    options: TransferOptions
+    options: MigrationOptions
     version: str = __version__
 
     @property
@@ -90,41 +107,40 @@ def _find_pair(batch: Batch) -> tuple[Any, Any]:
     return pair.source, pair.target
 
 
-# The bases of the last batch of this process stay open for the next.
 _opened: dict[str, BasePair] = {}
 
 
-def _open_bases(batch: Batch, job: Job) -> tuple[BasePair, tuple[str, ...]]:
-    """Opens a batch's bases with all that is known, and their current digests."""
+def _open_bases(batch: Batch, job: Job) -> BasePair:
+    """Opens a batch's bases, which stay open for the next batch."""
     source, target = _find_pair(batch)
-    folder = None if job.options.cache is None else Path(job.options.cache)
-    digests = tuple(compute_identity(base, folder) or "" for base in (source, target))
-    key = repr((batch.source, batch.target, batch.expert, job, digests))
+    states = [read_state(file) for base in (source, target) for file in base.files]
+    key = repr((batch.source, batch.target, batch.expert, job, states))
     if key not in _opened:
         _opened.clear()
         _opened[key] = BasePair.open(source, target, job.options)
         _opened[key].match_blocks()
-    return _opened[key], digests
+    return _opened[key]
 
 
 def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
-    """Moves the LoRAs of a batch; existing results are done."""
-    pair, digests = _open_bases(batch, job)
+    """Moves the LoRAs of a batch; current results are done."""
+    pair, memory = _open_bases(batch, job), Path(job.options.cache or Path(job.folder, ".prolora"))
     make_folders([Path(job.folder) / batch.label])
     for name, appended in batch.loras:
         lora, out = Path(name), Path()
         try:
-            recipe = Recipe.of(lora, pair.source, pair.target, job.options, digests)
-            plain = name_output(lora, job.options.format or "auto", appended)
-            title, suffix, _ = plain.partition(".safetensors")
-            out = job.store.path(
-                batch.label, recipe.made_of, title=title, suffix=suffix, digits=_DIGITS
-            )
-            if out.exists():  # what has its name is whole
-                yield Migrated(name, batch.label, "already there", str(out))
-                continue
-            with recipe.lora as opened:
-                done = save_result(pair.transfer(opened, recipe.describe()), out, overwrite=False)
+            with Lora.open(lora) as opened:
+                recipe = Recipe(opened, pair.source, pair.target, job.options, memory)
+                plain = name_output(lora, job.options.format or "auto", appended)
+                title, suffix, _ = plain.partition(".safetensors")
+                named = {"title": title, "suffix": suffix}
+                out = job.store.path(batch.label, recipe.made_of, digits=_DIGITS, **named)
+                exists = out.exists()
+                if exists and recipe.judge(out, verify=job.options.verify) == "current":
+                    yield Migrated(name, batch.label, "already there", str(out))
+                    continue
+                done = save_result(recipe.make(pair.transfer), out, overwrite=exists)
+                recipe.remember_result(out)
             outcome = Outcome(lora, out, done.report)
         except LORA_FAILURES as error:
             outcome = Outcome(lora, out, error=as_refusal(error))

@@ -1,8 +1,8 @@
-"""Collections of LoRAs on their way to other bases: what has its name in the folder is done.
+"""Collections of LoRAs on their way to other bases: a current result in the folder is done.
 
-A result is named by the digest of all that it is made of, and appears whole. So work that is done
-twice gives the same file, a run that is started again does what is left, and any number of
-processes on any number of machines may work on one folder without knowing of each other.
+A result's header has digests of all that was read for it, and it appears whole. So work done twice
+gives the same file, a run that is started again does what is left, and any number of processes on
+any number of machines may work on one folder without knowing of each other.
 """
 
 from __future__ import annotations
@@ -18,10 +18,19 @@ from ..adapters.lora import Lora
 from ..bases.experts import choose_pairs, open_experts, pair_experts
 from ..errors import InvalidOption, ProLoRAError
 from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import BEST, DEFAULT_OPTIONS, TransferOptions
+from ..moving.options import BEST
 from ..moving.result import read_verdict
 from ..reports.report import InWords, read_again
-from .batches import Batch, Job, Migrated, move_batch, note_refusal, plan_batch
+from .batches import (
+    DEFAULT_MIGRATION,
+    Batch,
+    Job,
+    Migrated,
+    MigrationOptions,
+    move_batch,
+    note_refusal,
+    plan_batch,
+)
 from .listing import list_loras
 from .on_ray import run_on_ray
 
@@ -35,7 +44,7 @@ def migrate(
     source: StrPath,
     target: StrPath | Sequence[StrPath],
     folder: StrPath,
-    options: TransferOptions = DEFAULT_OPTIONS,
+    options: MigrationOptions = DEFAULT_MIGRATION,
     *,
     ray: str | None = None,
     shard: str | None = None,
@@ -44,8 +53,9 @@ def migrate(
 ) -> list[Migrated]:
     """Moves a collection of LoRAs to one or more bases; run it again to go on.
 
-    Results are `folder/TARGET/LORA-DIGITS.safetensors`, where the digits follow from the LoRA, the
-    bases, the options and the version. Beside them `LORA-DIGITS.failed.json` says why a LoRA was
+    Results are `folder/TARGET/LORA-DIGITS.safetensors`, where the digits follow from the LoRA, some
+    weights of the bases, the options and the version. One that is damaged, or made of what has
+    changed since, is made again. Beside them `LORA-DIGITS.failed.json` says why a LoRA was
     refused; it is tried again by the next run.
 
     Args:

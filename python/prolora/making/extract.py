@@ -24,7 +24,7 @@ from ..architectures.modules import find_component, is_in_text_encoder, matrix_s
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import check_finite, list_quantised, stack_weights
 from ..bases.describe import explain_no_layer
-from ..bases.identity import compute_identity, compute_short_hash
+from ..bases.identity import compute_short_hash, name_base
 from ..bases.memory import Memory
 from ..bases.weights import Weight
 from ..core.basis import truncated_svd
@@ -338,14 +338,14 @@ class _Difference:
         return "comfy" if "comfy" in family.spellings else next(iter(family.spellings))
 
     def describe(self) -> dict[str, str]:
-        """Writes the header: base and making of the LoRA; reads both bases."""
+        """Writes the header: base and making of the LoRA."""
         base, tuned = self.base, self.tuned
         notes = {
             "version": __version__,
             "method": "extract",
             "rank": str(self.options.out_rank),
             "extracted_from": tuned.name,
-            "extracted_from_hash": compute_identity(tuned) or "",
+            "extracted_from_hash": name_base(tuned),
         }
         metadata = rewrite_metadata(
             {"modelspec.title": f"{Path(tuned.name).stem} as a LoRA"},
@@ -354,9 +354,6 @@ class _Difference:
             target_short_hash=compute_short_hash(base),
             provenance={key: text for key, text in notes.items() if text},
         )
-        whole = compute_identity(base) or ""
-        if whole.startswith("sha256:"):
-            metadata["ss_new_sd_model_hash"] = whole.removeprefix("sha256:")
         del metadata["modelspec.merged_from"]
         metadata["ss_training_comment"] = f"extracted from {tuned.name} by prolora"
         return metadata

@@ -18,18 +18,17 @@ from torch import Tensor
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
-from ..adapters.formats.moves import MERGE, read_moves, read_provenance
+from ..adapters.formats.moves import MERGE, PREFIX, read_moves, read_provenance
 from ..adapters.lora import Lora
 from ..adapters.training_words import read_training_words
 from ..architectures.identify import Model
 from ..bases import Base, BaseLike, open_base
-from ..bases.identity import compute_hint, compute_short_hash
+from ..bases.identity import compute_short_hash, name_base
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
 from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, UnsupportedFormat
 from ..moving.base_check import check_moved_before
-from ..moving.base_pair import prefix_notes
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
@@ -309,8 +308,8 @@ class _Merge:
             "merged": json.dumps(merged, ensure_ascii=False),
         }
         if target is None:
-            return combined | prefix_notes(notes)
-        notes |= {"target": target.name, "target_hash": compute_hint(target)}
+            return combined | {f"{PREFIX}{key}": text for key, text in notes.items()}
+        notes |= {"target": target.name, "target_hash": name_base(target)}
         notes["source"] = target.name
         rewritten = rewrite_metadata(
             combined,

@@ -14,7 +14,7 @@ from ..adapters.formats.moves import read_moves, write_moves
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base
 from ..bases.base import list_quantised
-from ..bases.identity import compute_hint, compute_short_hash
+from ..bases.identity import compute_short_hash, name_base
 from ..bases.pipeline_files import draws_in_few_steps, is_named_few_step
 from ..core.lowrank import LowRank
 from ..files.store import replace_surrogates
@@ -134,7 +134,7 @@ def build_metadata(ledger: Ledger) -> dict[str, str]:
         "target": target.name,
         **write_moves(read_moves(ledger.adapter.metadata)),
     }
-    hashes = {"source_hash": compute_hint(source), "target_hash": compute_hint(target)}
+    hashes = {"source_hash": name_base(source), "target_hash": name_base(target)}
     metadata = rewrite_metadata(
         ledger.adapter.metadata,
         target_name=target.name,

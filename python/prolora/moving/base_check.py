@@ -374,7 +374,7 @@ def check_moved_before(
     same = is_identical(source, last.target_hash, short_hash, cache.folder if cache else None)
     named, moved = fold_base_name(source.name), fold_base_name(last.target)
     told_by_name = moved not in (fold_base_name(last.source), *_ANY_MODEL)
-    if same and (named == moved or not last.target_hash.startswith("hint:")):
+    if same and named == moved:
         return ""
     unknown = not told_by_name or named in _ANY_MODEL or not source.files
     if same or (told_by_name and named == moved) or (same is None and unknown):

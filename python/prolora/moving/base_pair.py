@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 
@@ -12,6 +11,7 @@ from ..adapters.formats.moves import read_provenance
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
+from ..bases.identity import record_reads
 from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
@@ -23,7 +23,7 @@ from .ledger import Clock, Ledger, outline_rows
 from .move_updates import decide_method, label_stage, move_updates
 from .options import LoraLike, TransferOptions, read_dtype, use_lora
 from .plan import make_plan
-from .result import Notes, Transfer, list_inputs, make_file
+from .result import Transfer, list_inputs, make_file
 from .transfer_report import TransferReport
 
 
@@ -62,15 +62,16 @@ class BasePair:
             ProLoRAError: see `match_blocks` of the comparison.
         """
         if self.match is None:
-            self.match = resolve_match(
-                self.options.match,
-                self.source,
-                self.target,
-                cache=self.cache,
-                device=self.options.device,
-                max_memory=self.options.max_memory,
-                progress=label_stage("matching", self.options.progress),
-            )
+            with record_reads(self.source, self.target, for_all=True):
+                self.match = resolve_match(
+                    self.options.match,
+                    self.source,
+                    self.target,
+                    cache=self.cache,
+                    device=self.options.device,
+                    max_memory=self.options.max_memory,
+                    progress=label_stage("matching", self.options.progress),
+                )
         return self.match
 
     def plan(self, lora: LoraLike, depth: Depth = "updates", match: Match | None = None) -> Ledger:
@@ -152,45 +153,41 @@ class BasePair:
         return build_report(ledger, carry_vectors(ledger), dry_run=True)
 
     @in_full_precision
-    def transfer(
-        self, lora: LoraLike, notes: Notes | None = None, *, hashed: bool = True
-    ) -> Transfer:
+    def transfer(self, lora: LoraLike, *, hashed: bool = True) -> Transfer:
         """Plans, moves and finishes one LoRA; arguments as in `finish`.
 
         Raises:
             ProLoRAError: see `prolora.transfer`.
         """
         with use_lora(lora) as opened, self.cache.saving():
-            return self.finish(self.move(self.plan(opened)), notes, hashed=hashed)
+            return self.finish(self.move(self.plan(opened)), hashed=hashed)
 
     def run(
         self,
         lora: LoraLike,
         out: str | PathLike[str] | None = None,
         progress: Progress | None = None,
+        *,
+        renews: bool = False,
     ) -> Transfer:
-        """Moves a LoRA into memory or to a path; keeps a result of the same recipe there."""
+        """Moves a LoRA into memory or to a path; keeps a current result there."""
         pair = replace(self, options=replace(self.options, progress=progress))
         if out is None:
             return pair.transfer(lora)
         return make_file(
-            (lora, self.source, self.target),
+            (lora, self.source, self.target, pair.options),
             out,
-            [pair.options],
             pair.foresee,
-            lambda opened, notes: pair.transfer(opened, notes[0]),
+            pair.transfer,
+            renews=renews,
         )
 
-    def finish(
-        self, ledger: Ledger, notes: Notes | None = None, *, hashed: bool = True
-    ) -> Transfer:
+    def finish(self, ledger: Ledger, *, hashed: bool = True) -> Transfer:
         """Assembles the target's adapter, and the report.
 
         Args:
             ledger: of what was moved.
-            notes: what else the header says.
-            hashed: whether the header names the bases by their hashes, which reads them completely.
-                What is never written needs no header of its own.
+            hashed: whether the header names the bases. What is never written needs none.
 
         Raises:
             ProLoRAError: what stopped the move.
@@ -203,8 +200,7 @@ class BasePair:
             moved = weigh_adapter(moved, ledger.block_factors)
         if hashed:
             with ledger.clock("hash"):
-                noted = prefix_notes(notes or {})
-                moved = replace(moved, metadata=build_metadata(ledger) | noted)
+                moved = replace(moved, metadata=build_metadata(ledger))
         written = options.format or "auto", read_dtype(options.dtype)
         kept = adapters.find_kept(moved, *written)
         report = build_report(
@@ -219,8 +215,3 @@ class BasePair:
         )
         inputs = list_inputs(ledger.lora, self.source, self.target)
         return Transfer(moved, report, inputs, *written)
-
-
-def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
-    """Gives notes on how a file was made their names in a header."""
-    return {f"prolora.{key}": text for key, text in notes.items()}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,13 +19,16 @@ from .. import adapters
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
-from ..adapters.formats.moves import read_provenance
+from ..adapters.formats.moves import PREFIX, read_provenance
 from ..adapters.lora import Lora
+from ..adapters.writing import TENSORS
 from ..bases import Base
+from ..bases.identity import describe_reads, is_unchanged, name_base, record_reads
+from ..bases.leaves import is_settled, open_memory, save_memory
 from ..comparison.module_map import Matching
 from ..core.option_fields import read_shown
 from ..errors import ProLoRAError
-from ..files.hashing import hash_file
+from ..files.hashing import hash_file, hash_tensors
 from ..files.hub import keep_path
 from ..files.store import replace_surrogates
 from ..reports.lora_report import LoraReport, MovedReport
@@ -32,8 +37,10 @@ from ..version import __version__
 from .options import DtypeLike, FormatLike, LoraLike, read_dtype
 from .output_paths import check_name, check_output
 
-Notes = Mapping[str, str]
-"""What the header of a result says of its making."""
+Standing = Literal["current", "stale", "other"]
+"""Whether a path has what would be made now, what was before a change, or something else."""
+SIDES = "source", "target"
+"""What a recipe calls the two bases."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -155,105 +162,163 @@ def pack_plan(report: LoraReport) -> Transfer:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines a result: equal for equal inputs, options and version, and else different.
+    """What determines a result: equal inputs, options and version give an equal one.
 
-    A result at a path of the caller's names its bases by their files' sizes and times, so that a
-    plain transfer reads no base for it: where a base was touched, the result is not known again.
-    A result whose name is made of its recipe names them by the digests of all their bytes.
+    Bases count by digests of what is read of them: headers, tensors, and for a fit all files of
+    both pipelines.
     """
 
     lora: Lora  # a file or folder
-    lora_hash: str  # "sha256:…"
-    facts: dict[str, Any]  # how the header names options and bases, as JSON can hold it
+    source: Base
+    target: Base
+    options: Any
+    memory: Path | None = None  # a folder that remembers digests between runs
+    # Digests of all that both bases are; None where only the tensors count that are read of them
+    digest_bases: Callable[[], dict[str, Any]] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        lora: Lora | Path,
-        source: Base,
-        target: Base,
-        options: Any,
-        digests: tuple[str, ...] | None = None,
-    ) -> Recipe:
-        """Returns the recipe of a LoRA that is not yet read; what is open already stays so.
+    @cached_property
+    def lora_hash(self) -> str:
+        """The digest of the LoRA's file."""
+        if self.memory is None:
+            return f"sha256:{self.lora.digest}"
+        return self._recall(self.lora, "lora", lambda: f"sha256:{self.lora.digest}")
 
-        `digests` name the bases where a path is made of the recipe.
-        """
-        opened = Lora.open(lora)
-        lora_hash = f"sha256:{opened.digest}"
-        if opened is not lora:
-            opened.close()
-        names = digests or [
-            [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(base.files)]
-            for base in (source, target)
-        ]
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options that determine the result, as JSON holds them."""
         chosen = {
-            field.name: _jsonable(getattr(options, field.name))
-            for field in fields(options)
-            if read_shown(field).decides and getattr(options, field.name) != field.default
+            field.name: _jsonable(getattr(self.options, field.name))
+            for field in fields(self.options)
+            if read_shown(field).decides and getattr(self.options, field.name) != field.default
         }
-        facts = {"options": chosen, "source": names[0], "target": names[1]}
-        return cls(opened, lora_hash, facts)
+        return dict(json.loads(json.dumps(chosen)))
 
     @property
     def made_of(self) -> list[Any]:
-        """All that the bytes of a result follow from."""
-        return [__version__, self.lora_hash, self.facts]
+        """What results are named by: LoRA, version, options, and `name_base` of both bases."""
+        bases = [name_base(self.source), name_base(self.target)]
+        return [__version__, self.lora_hash, self.chosen, *bases]
 
-    def describe(self) -> dict[str, str]:
-        """Returns the two entries of a result's header."""
-        return {"lora_hash": self.lora_hash, "recipe": json.dumps(self.facts, sort_keys=True)}
+    def make(self, make: Callable[[Lora], Transfer]) -> Transfer:
+        """Makes a result, and notes in its header what it is made of."""
+        bases = self.source, self.target
+        leaves = (*self.source.leaves, *self.target.leaves) if self.digest_bases is None else ()
+        for one in leaves:
+            one.remember(self.memory)
+        with record_reads(*bases) as used:
+            done = make(self.lora)
+        if self.digest_bases is None:
+            reads: dict[str, Any] = dict(zip(SIDES, map(describe_reads, bases, used), strict=True))
+        else:
+            reads = self.digest_bases()
+        for one in leaves if self.memory is not None else ():
+            one.save()
+        recipe = json.dumps({"options": self.chosen, **reads}, sort_keys=True)
+        noted = {f"{PREFIX}lora_hash": self.lora_hash, f"{PREFIX}recipe": recipe}
+        adapter = replace(done.adapter, metadata=done.adapter.metadata | noted)
+        report = replace(done.report, provenance=read_provenance(adapter.metadata))
+        return replace(done, adapter=adapter, report=report)
 
+    def judge(self, out: Path, *, verify: bool = True) -> Standing:
+        """Returns how a path stands to the result that would be made now.
 
-def _read_made(recipes: Sequence[Recipe], out: Path) -> Adapter | None:
-    """Reads a result of one of some recipes, by its header; None for anything else."""
-    if not os.path.exists(out):
-        return None
-    try:
+        All that was read of the bases must be as it was, and so must the result's own tensors. With
+        `verify` these are read, and otherwise only where the state of its file is another.
+        """
+        standing: Standing = "other"
+        with suppress(ProLoRAError, RecursionError, ValueError), Lora.open(out) as result:
+            made = [result.metadata.get(f"{PREFIX}{key}") for key in ("version", "lora_hash")]
+            noted = json.loads(result.metadata.get(f"{PREFIX}recipe", ""))
+            if made == [__version__, self.lora_hash] and noted.get("options") == self.chosen:
+                standing = "stale"
+                if self._is_unchanged(noted) and self._is_whole(result, verify):
+                    standing = "current"
+        return standing
+
+    def _is_unchanged(self, noted: Mapping[str, Any]) -> bool:
+        """Returns whether the bases are as a result notes them."""
+        if self.digest_bases is not None:
+            return all(noted.get(side) == what for side, what in self.digest_bases().items())
+        bases = self.source, self.target
+        for leaves in (*self.source.leaves, *self.target.leaves):
+            leaves.remember(self.memory)
+        return all(map(is_unchanged, bases, map(noted.get, SIDES)))
+
+    def _is_whole(self, result: Lora, verify: bool) -> bool:
+        """Returns whether a result has its own tensors and, as all results, no unread one."""
+
+        def digest() -> str:
+            beside = json.dumps(result.config, sort_keys=True)
+            return hash_tensors(result.headers, result.read, beside)
+
+        known = digest() if verify else self._recall(result, TENSORS, digest)
+        return known == result.metadata.get(TENSORS) and not parse_contents(result).left_out
+
+    def remember_result(self, out: Path) -> None:
+        """Remembers the file of a result that was written just now."""
         with Lora.open(out) as result:
-            header = result.metadata
-            told = json.loads(header.get("prolora.recipe", ""))
-            made = [header.get("prolora.version"), header.get("prolora.lora_hash"), told]
-            known = made in (json.loads(json.dumps(recipe.made_of)) for recipe in recipes)
-            # It is damaged where something is not read: a result has nothing of that kind.
-            return read_adapter(result) if known and not parse_contents(result).left_out else None
-    except (ProLoRAError, ValueError, RecursionError):
-        return None
+            self._recall(result, TENSORS, lambda: result.metadata[TENSORS], is_new=True)
+
+    def _recall(
+        self, lora: Lora, what: str, compute: Callable[[], str], *, is_new: bool = False
+    ) -> str:
+        """Returns a digest of a LoRA's file, computed once for each of its states."""
+        if lora.file is None:
+            return compute()
+        state, entry = lora.file.state, f"{what} {json.dumps(lora.config, sort_keys=True)}"
+        memory = open_memory(lora.file.path, state, self.memory)
+        if (known := memory.get(entry)) is None:
+            known = compute()
+            if is_new or is_settled(state):
+                memory.put(entry, known)
+                save_memory(memory)
+        return str(known)
 
 
 def make_file(
-    ends: tuple[LoraLike, Base, Base],
+    recipe: tuple[LoraLike, Base, Base, Any],
     out: str | PathLike[str],
-    ways: Sequence[Any],
     plan: Callable[[Lora], MovedReport],
-    make: Callable[[LoraLike, list[Notes]], Transfer],
+    make: Callable[[LoraLike], Transfer],
+    *,
+    digest_bases: Callable[[], dict[str, Any]] | None = None,
+    renews: bool = False,
 ) -> Transfer:
-    """Makes a result at a path; one of the same recipe is kept, and its verdict told again.
+    """Makes a result at a path; a current one is kept, and its verdict reported again.
 
-    `ends` are the LoRA and both bases; `ways` the options of each way in which it may be made;
-    `plan` reports what a kept result is, from headers; `make` is called with the LoRA, and for each
-    way with what the header says of that.
+    Args:
+        recipe: the LoRA, both bases and the options.
+        out: the path.
+        plan: reports what a kept result is, from headers.
+        make: is called with the LoRA.
+        digest_bases: as in a `Recipe`.
+        renews: replace a result of this recipe that is not current: its path is named by that.
     """
-    lora, *bases = ends
+    lora, source, target, options = recipe
     check_name(out)
-    path, options = Path(out), ways[0]
+    path, overwrite = Path(out), options.overwrite
     if not isinstance(lora, str | PathLike):  # in memory, of which no recipe is kept
-        check_output(path, list_inputs(lora, *bases), options.overwrite, options.format)
-        return save_result(make(lora, [{} for _ in ways]), path, options.overwrite)
+        check_output(path, list_inputs(lora, source, target), overwrite, options.format)
+        return save_result(make(lora), path, overwrite)
     with Lora.open(keep_path(lora)) as file:
-        recipes = [Recipe.of(file, *ends[1:], way) for way in ways]
-        known_again = all(base.files for base in bases) and not options.overwrite
-        if known_again and (made := _read_made(recipes, path)):
-            origin, before = read_provenance(made.metadata), read_verdict(made.metadata)
-            report = plan(file)
-            method = origin.get("method", report.method)
-            report = replace(report, method=method, provenance=origin, before=before)
-            return Transfer(made, report)
-        check_output(path, list_inputs(file, *bases), options.overwrite, options.format)
-        done = make(file, [recipe.describe() for recipe in recipes])
+        memory = None if options.cache is None else Path(options.cache)
+        whole = Recipe(file, source, target, options, memory, digest_bases)
+        if source.files and target.files and not overwrite and os.path.exists(path):
+            if (standing := whole.judge(path)) == "current":
+                return _report_kept(read_adapter(path), plan(file))
+            overwrite = renews and standing == "stale"
+        check_output(path, list_inputs(file, source, target), overwrite, options.format)
+        done = whole.make(make)
         moved = len(done.adapter.updates)
         options.tell(moved, moved, f"writing {path.name}")
-        return save_result(done, path, options.overwrite)
+        return save_result(done, path, overwrite)
+
+
+def _report_kept(result: Adapter, report: MovedReport) -> Transfer:
+    """Reports a kept result as its header does."""
+    origin, before = read_provenance(result.metadata), read_verdict(result.metadata)
+    method = origin.get("method", report.method)
+    return Transfer(result, replace(report, method=method, provenance=origin, before=before))
 
 
 def read_verdict(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Subspaces kept on disk: they belong to a base model alone, so the second LoRA finds them there.
 
-A file for each weight, named by the file that the weight lies in, its state and what was asked: a
-file with the inode, size and times of before holds what it held. A basis that is damaged, foreign
-or of another version is recomputed and never trusted. Beside the bases lie the few numbers that a
-transfer wants to know of pairs of weights.
+A file for each weight, named by the digest of the weight's bytes and what was asked: it serves
+everybody who has that weight, in whatever file. A basis that is damaged, foreign or of another
+version is recomputed and never trusted. Beside the bases lie the few numbers that a transfer wants
+to know of pairs of weights, and the digests of tensors by the state of their files.
 
 Checksums are against accidents, not against forgery: whoever can write into the folder can put a
 basis there that is used. A shared folder is as trustworthy as everybody who may write to it.
@@ -30,7 +30,6 @@ from ...core.ops.native import fingerprint
 from ...core.rank_rule import Rank
 from ...core.validation import DeviceLike
 from ...errors import OutputError, UnsupportedFormat, output_error
-from ...files.state import flush_file
 from ...files.store import Store, digest
 from ..base import Base, stack_weights
 from ..upload import Reader, work_in_turn
@@ -41,9 +40,6 @@ from .tables import JsonTable
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
 VERSION = 6
-# Two writes within one tick of a file system's clock leave the same times: a file that was changed
-# so shortly before (ns) gives no name.
-SETTLING_TIME = 2_000_000_000
 # A use of a basis counts for so long (s), before the file's time is set again.
 TOUCH_INTERVAL = 86_400
 
@@ -81,7 +77,6 @@ class BasisCache:
         self.hits = self.misses = self.kept = 0  # bases found, bases computed, bytes written
         self._tables: dict[str, JsonTable] = {}
         self._held: list[Base] = []  # so that no other gets the id of one
-        self._flushed: set[Path | None] = set()
         self._failed = False
         if self.folder is None:
             return
@@ -114,12 +109,16 @@ class BasisCache:
         All modules have one matrix shape.
         """
         shape = matrix_shape(base.shapes[modules[0]])
+        # What is not known by its digest is read for it, once.
+        unknown = [module for module in modules if self.place(base, module) is None]
+        tensors = {module: base.read(module) for module in unknown}
         names = self.names(base, modules, rank)
         # In turn: threads that open files, each a moment, wait for each other's Python.
         stored = [self._read(name, shape) if self.folder else None for name in names]
         missing = [one for one, basis in zip(modules, stored, strict=True) if basis is None]
-        tensors = [base.read(module).reshape(shape) for module in missing]
-        return (stored, names), [stack_weights(tensors)] if tensors else []
+        read = (tensors[one] if one in tensors else base.read(one) for one in missing)
+        stack = [tensor.reshape(shape) for tensor in read]
+        return (stored, names), [stack_weights(stack)] if stack else []
 
     def _answer(
         self, rank: Rank, device: torch.device, request: Request, weights: list[Tensor]
@@ -139,27 +138,27 @@ class BasisCache:
         self.hits += len(bases) - len(missing)
         return stack_bases([basis for basis in bases if basis is not None]).to(device)
 
-    def place(self, base: Base, module: str) -> str | None:
-        """Returns a weight's name by the state of its file, without reading.
+    def place(self, base: Base, module: str, *, learn: bool = False) -> str | None:
+        """Returns a weight's name by its content; None where that is not known.
 
-        None where that is not settled: the file changed just now, or the weight is in no file.
-        Without a folder a name need not outlive this run.
+        `learn` reads what is not known; a weight in no file has no name. Without a folder a name
+        need not outlive this run.
         """
+        weight = base.weights[module]
+        for part in weight.parts:
+            part.leaves.note(part.key)
+        if all(held is not base for held in self._held):
+            self._held.append(base)
+            for leaves in base.leaves if self.folder is not None else ():
+                leaves.remember(self.folder)
         if self.folder is None:
-            if all(held is not base for held in self._held):
-                self._held.append(base)
             return f"{id(base)} {module}"
-        if base.path not in self._flushed:  # or changes of a file that is mapped set no times
-            for file in base.files:
-                flush_file(file)
-            self._flushed.add(base.path)
-        origin = base.weights[module].origin
-        settled = origin and time.time_ns() - origin.changed > SETTLING_TIME
-        return digest(origin.text)[:32] if origin and settled else None
+        known = learn or all(part.leaves.recall(part.key) for part in weight.parts)
+        return digest(weight.content)[:32] if weight.parts and known else None
 
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str | None]:
-        """Returns the names of bases, made of place, rule, version and kernels."""
-        places = [self.place(base, module) for module in modules]
+        """Returns the names of bases, made of content, rule, version and kernels."""
+        places = [self.place(base, module, learn=True) for module in modules]
         asked = repr(rank), f"{VERSION}{fingerprint()}"
         return [place and digest([place, *asked])[:32] for place in places]
 
@@ -183,6 +182,8 @@ class BasisCache:
 
     def save(self) -> None:
         """Writes the tables; what is beyond the size of the cache goes."""
+        for leaves in {one for base in self._held for one in base.leaves}:
+            leaves.save()
         for table in self._tables.values():
             if table.changed:
                 self._try(table.save)

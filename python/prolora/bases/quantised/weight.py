@@ -15,11 +15,9 @@ from ...files.gguf_file import GgufFile
 from ..weights import (
     ConvertedWeight,
     DerivedWeight,
-    Origin,
     RowsWeight,
     StoredWeight,
     Weight,
-    join_origins,
 )
 from .codes import read_floats
 
@@ -42,13 +40,18 @@ class QuantisedWeight(DerivedWeight):
     shape: tuple[int, ...]  # rows first, as it is read
 
     @property
-    def origin(self) -> Origin | None:
-        """All of its parts."""
-        origin = join_origins((self.stored, *self.scales), "times")
+    def parts(self) -> tuple[StoredWeight, ...]:
+        """Codes and scales."""
+        return tuple(part for one in (self.stored, *self.scales) for part in one.parts)
+
+    @property
+    def content(self) -> str:
+        """All of its parts, and how numbers are made of them."""
+        parts = " times ".join(one.content for one in (self.stored, *self.scales))
         # Notes may lie in another file than the codes.
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         told = [repr(x) for name, x in held.items() if name not in _PARTS and not callable(x)]
-        return origin and origin.then(f"{READING} {' '.join(told)}")
+        return f"{parts} {READING} {' '.join(told)}"
 
     @property
     def dtype(self) -> torch.dtype:

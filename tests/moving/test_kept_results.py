@@ -1,0 +1,142 @@
+"""A result is kept while all that was read for it is as it was: no name, size or time decides."""
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+from mini import lora_tensors, shapes, source_weights, target_weights
+from safetensors.torch import save_file
+
+import prolora
+from prolora.errors import OutputExists
+from prolora.files.safetensors_file import SafetensorsFile
+
+ALL, FEW = shapes(3), list(shapes(3))[:5]
+
+
+def flip(file, place):
+    """Changes one bit of one byte of a file, and neither its size nor its time."""
+    before = file.stat()
+    with open(file, "r+b") as opened:
+        opened.seek(place)
+        value = opened.read(1)[0]
+        opened.seek(place)
+        opened.write(bytes([value ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def write_shards(folder, tensors):
+    """A pipeline whose UNet is in two shards, in turn."""
+    (folder / "unet").mkdir(parents=True)
+    index = {}
+    for i in range(2):
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        part = {f"{k}.weight": x.contiguous() for k, x in list(tensors.items())[i::2]}
+        save_file(part, folder / "unet" / name, {"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    pipeline = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(pipeline))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A LoRA of five modules, two sharded pipelines, and a folder for results."""
+    folder = tmp_path_factory.mktemp("made")
+    names = {"lora_unet_" + name.replace(".", "_") for name in FEW}
+    lora = {k: x for k, x in lora_tensors().items() if k.partition(".")[0] in names}
+    save_file(lora, folder / "lora.safetensors")
+    write_shards(folder / "source", source_weights())
+    write_shards(folder / "target", target_weights())
+    for door in DOORS.values():
+        assert door(folder) is False  # a new result
+    return folder
+
+
+def by_out(folder, **options):
+    """Whether `transfer` keeps its result."""
+    files = [folder / name for name in ("lora.safetensors", "source", "target")]
+    report = prolora.transfer(*files, out=folder / "out.safetensors", **options).report
+    return bool(report.before)
+
+
+def by_folder(folder):
+    (done,) = prolora.transfer_many(
+        [folder / "lora.safetensors"], folder / "source", folder / "target", folder / "many"
+    )
+    if done.error:
+        raise done.error
+    return done.kept
+
+
+def by_names(folder):
+    """Results that are named by digits are made again where they are not current."""
+    (done,) = prolora.transfer_many(
+        [folder / "lora.safetensors"],
+        folder / "source",
+        folder / "target",
+        folder / "named",
+        naming=lambda lora, digits: f"{lora.stem}-{digits}",
+    )
+    assert done.error is None
+    return done.kept
+
+
+def by_migration(folder):
+    (done,) = prolora.migrate(
+        folder / "lora.safetensors", folder / "source", folder / "target", folder / "fleet"
+    )
+    assert not done.error
+    return done.status == "already there"
+
+
+DOORS = {"out": by_out, "many": by_folder, "naming": by_names, "migrate": by_migration}
+
+
+def is_kept(door, folder):
+    try:
+        return DOORS[door](folder)
+    except OutputExists:
+        return False
+
+
+def list_places(folder):
+    """(file, byte, whether a transfer of the LoRA reads it, what it is), of all files."""
+    drawn = random.Random(0)
+    for file in sorted(folder.glob("*/unet/*.safetensors")):
+        opened = SafetensorsFile(file)
+        for name, info in opened.tensors.items():
+            place = opened.data_start + drawn.randrange(info.start, info.stop)
+            yield file, place, name.removesuffix(".weight") in FEW, name
+        yield file, file.read_bytes().index(b'"pt"') + 1, True, "the header"
+        yield next(file.parent.glob("*.json")), 2, True, "the index of the shards"
+        index = file.parents[1] / "model_index.json"
+        yield index, index.read_bytes().index(b'"X"') + 1, True, "the index of the pipeline"
+    yield folder / "lora.safetensors", -1, True, "the LoRA"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_any_byte_that_was_read_makes_a_result_of_its_own_and_no_other_byte_does(
+    made, tmp_path, door
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    assert is_kept(door, folder)  # wherever the files are
+    named = set()  # weights that name a base are read as well
+    for file, place, used, name in list_places(folder):
+        data = file.read_bytes()
+        flip(file, place % len(data))
+        kept = is_kept(door, folder)
+        if used:
+            assert not kept, name
+        elif not kept:
+            named.add((file.parent.parent.name, name))
+        state = file.stat()
+        file.write_bytes(data)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+        is_kept(door, folder)  # what is named by digits is made again
+    assert len(named) <= 6, named
