@@ -1,6 +1,7 @@
 from itertools import pairwise
 
 import pytest
+from diagonal import list_sizes
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import keymaps
@@ -8,8 +9,11 @@ from lora_files import keymaps
 from prolora.adapters.keys import module_names
 from prolora.adapters.keys.kohya_words import restore_dots
 from prolora.architectures.families import known_families
+from prolora.architectures.family import SPELLINGS
+from prolora.architectures.layouts import load_layout
 from prolora.architectures.ldm import diffusers_to_ldm, ldm_to_diffusers
 
+FAMILIES = {id_: one for id_, one in known_families().items() if not one.unet}
 UNETS = ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"]
 
 
@@ -205,3 +209,25 @@ def test_a_bare_original_name_of_a_unet_is_read(model):
 def test_a_prefix_that_a_tool_wrote_twice_counts_once():
     path = "lora_unet_unet_down_blocks_1_attentions_0_proj_in"
     assert module_names.parse_module_path(path).name == "down_blocks.1.attentions.0.proj_in"
+
+
+@pytest.mark.parametrize("size", list_sizes([x for f in FAMILIES.values() for x in f.layouts]))
+def test_every_name_of_every_size_is_written_as_it_was_read_in_every_spelling(size):
+    family = next(one for one in FAMILIES.values() if size in one.layouts)
+    for spelling in {*family.spellings.values(), *SPELLINGS.values()}:
+        for name in load_layout(size).shapes:
+            path = module_names.spell_module(name, spelling, family)
+            if path is None:
+                continue
+            module = module_names.parse_module_path(path, family)
+            assert module is not None and name in module.modules, path
+            again = module_names.spell_module(module.name, module.spelling, family)
+            assert again == path, path
+
+
+@pytest.mark.parametrize("inside", ["base_model.model.", "diffusion_model.", "transformer."])
+@pytest.mark.parametrize("outside", ["transformer.", "base_model.model.", "diffusion_model."])
+def test_prefixes_are_cut_off_until_none_is_left(outside, inside):
+    name = "transformer_blocks.0.attn.to_q"
+    module = module_names.parse_module_path(f"{outside}{inside}{name}", known_families()["flux"])
+    assert module is not None and module.name == name

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from prolora.adapters import Adapter, encode_state_dict
-from prolora.architectures.identify import identify
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
@@ -19,20 +18,6 @@ def make_adapter(layout: str) -> Adapter:
         for name in load_layout(layout).attention
     }
     return Adapter(updates, format="diffusers")
-
-
-@pytest.mark.parametrize("layout", SIZES)
-def test_a_lora_of_koala_is_told_from_one_of_sdxl_by_the_attentions_of_its_blocks(
-    layout: str,
-) -> None:
-    assert make_adapter(layout).model.families == ("koala",)
-
-
-@pytest.mark.parametrize("layout", ["sdxl", "ssd-1b", "segmind-vega"])
-def test_no_other_of_the_sdxl_family_is_taken_for_koala(layout: str) -> None:
-    shapes = {name: load_layout(layout).shapes[name] for name in load_layout(layout).attention}
-    sizes = {name: (s[0], s[1]) for name, s in shapes.items()}
-    assert identify(sizes, {}).families == (layout,)
 
 
 @pytest.mark.parametrize("layout", SIZES)

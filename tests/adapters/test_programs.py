@@ -60,18 +60,40 @@ def test_no_program_is_said_to_read_more_keys_than_were_written():
         ("flux", "sdnext", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         ("flux", "forge", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         ("flux", "sd-scripts", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
+        # Of its own format musubi reads half, of LoRAs on q, k and v in one
+        ("z-image", "musubi", "lora_unet_layers_0_attention_to_q.lora_down"),
+        ("sd3", "sdnext", "lycoris_transformer_blocks_0_attn_to_q.lora_down"),
         # In diffusers' names behind ComfyUI's prefix, or behind none, which more programs read.
         ("flux2", "diffsynth", "transformer_blocks.0.attn.to_q.lora_A"),
     ],
 )
 def test_a_program_gets_the_spelling_it_reads(family, program, start):
-    keys = encode_state_dict(adapter_for(family), format=program)
+    module = "layers.0.attention.to_q" if family == "z-image" else MODULE
+    keys = encode_state_dict(adapter_for(family, module=module), format=program)
     assert f"{start}.weight" in keys
 
 
 def test_a_program_that_reads_none_of_our_formats_is_named_with_those_that_do():
-    with pytest.raises(UnsupportedFormat, match=r"A1111 reads no LoRA for Qwen-Image.*ComfyUI"):
+    with pytest.raises(UnsupportedFormat, match=r"SD.Next reads no LoRA for LongCat.*ComfyUI"):
+        encode_state_dict(adapter_for("longcat-image"), format="sdnext")
+
+
+def test_a_program_that_was_not_tried_with_a_model_is_not_said_to_read_nothing():
+    with pytest.raises(UnsupportedFormat, match=r"A1111 was not tried .*`format='comfy'`"):
         encode_state_dict(adapter_for("qwen-image"), format="a1111")
+    assert encode_state_dict(adapter_for("qwen-image"), format="comfy")
+
+
+def test_where_all_models_that_names_fit_take_one_spelling_it_is_written():
+    """The sizes are those of none of them, and not all are models of the program."""
+    shapes = {f"single_transformer_blocks.0.attn.to_{x}": (64, 64) for x in "qkv"}
+    shapes |= {"single_transformer_blocks.0.proj_mlp": (256, 64)}
+    shapes |= {"transformer_blocks.0.attn.add_q_proj": (64, 64)}
+    updates = {n: LowRank(torch.ones(a, 1), torch.ones(1, b)) for n, (a, b) in shapes.items()}
+    adapter = Adapter(updates, format="diffusers")
+    assert len(adapter.model.names) > 1 and not adapter.model.families
+    keys = encode_state_dict(adapter, format="comfyui")
+    assert "diffusion_model.single_blocks.0.linear1.lora_A.weight" in keys
 
 
 @pytest.mark.parametrize("family", known_families())

@@ -371,6 +371,14 @@ def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
         prolora.merge([tmp_path / "flux.safetensors", tmp_path / "sdxl.safetensors"])
 
 
+def test_loras_of_a_unet_and_a_transformer_of_no_published_size_are_refused_by_their_names():
+    unet, _ = make_lora(1, 0)
+    path = "transformer.single_transformer_blocks.0.attn.to_q.lora"
+    other = {f"{path}_A.weight": torch.ones(1, 24), f"{path}_B.weight": torch.ones(24, 1)}
+    with pytest.raises(errors.WrongBase, match=r"has names of FLUX\.1.* has names of Stable Diff"):
+        prolora.merge([unet, other])
+
+
 def test_modules_of_two_shapes_are_refused_by_name():
     one, _ = make_lora(1, 0)
     two = {k: torch.cat([v, v]) if "lora_up" in k else v for k, v in make_lora(1, 1)[0].items()}

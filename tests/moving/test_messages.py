@@ -135,7 +135,7 @@ def test_a_node_names_widgets(words):
 
 def test_a_file_for_several_models_says_how_each_command_takes_the_base():
     with pytest.raises(prolora.errors.UnsupportedFormat) as refused:
-        programs.choose_format(("auraflow", "bk-sdm"), "comfyui")
+        programs.choose_format(("bria-fibo", "cogview4"), "comfyui")
     said = name_options(str(refused.value), write_flag)
     assert "`prolora convert` takes it as an argument after the LoRA" in said
     assert said.endswith("`prolora merge` as --target")

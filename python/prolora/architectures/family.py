@@ -7,6 +7,7 @@ reading, writing, recognition and the tables of the documentation take everythin
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -47,6 +48,15 @@ def fuse_equal(*parts: str) -> Fused:
 def fuse_qkv(pattern: str) -> Fused:
     """Returns the fused matrix of q, k and v, which replace {} in the pattern."""
     return fuse_equal(*map(pattern.format, "qkv"))
+
+
+# What diffusers makes of separate projections that read the same features (`fuse_projections`);
+# trainers save LoRAs on these.
+_FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
 
 
 class Spelling(NamedTuple):
@@ -183,7 +193,21 @@ class Family:
                 entries |= {f"{pattern}.{i}": part for i, part in enumerate(entry.parts)}
                 entries[pattern] = entry
         same = {own: own for own, holder in self._holders.dotted.items() if own == holder}
-        return entries | same | dict(self.authors)
+        return self._list_fused() | entries | same | dict(self.authors)
+
+    def _list_fused(self) -> dict[str, str | Fused | Swapped]:
+        """Returns the fused projections that diffusers can make -> their parts."""
+        entries: dict[str, str | Fused | Swapped] = {}
+        for fused, (first, *rest) in _FUSED_PROJECTIONS.items():
+            for pattern in self.shapes:
+                stem = pattern.removesuffix(first)
+                parts = tuple(stem + name for name in (first, *rest))
+                shapes = [self.shapes[part][0] for part in parts if part in self.shapes]
+                alike = len({shape[1:] for shape in shapes}) == 1
+                if stem != pattern and stem.endswith(".") and alike and len(shapes) == len(parts):
+                    unit = math.gcd(*(shape[0] for shape in shapes))
+                    entries[stem + fused] = Fused(parts, tuple(x[0] // unit for x in shapes))
+        return entries
 
     @cached_property
     def _weights(self) -> _Patterns:

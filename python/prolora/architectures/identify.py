@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .families import known_families
 from .family import AuthorsWeight, Family, Spelling, list_trials
 from .layouts import BESIDE, Layout, find_likely_layouts, load_layout
-from .loaders import count_programs, is_read, is_usual
+from .loaders import is_read, is_usual, list_programs
 from .modules import TEXT_ENCODERS, find_block, find_component, matrix_shape
 
 Size = tuple[int, int]
@@ -173,7 +173,7 @@ def _recognise(given: tuple[NamedMatrix, ...], claimed: str | None) -> Model:
         return Model()
     shapes = {
         id_: {name: shape for piece in known[id_].values() for name, shape in piece.items()}
-        for id_ in sorted(families, key=count_programs, reverse=True)
+        for id_ in sorted(families, key=lambda id_: -len(list_programs(id_)))
         if len(known.get(id_, ())) == len(by_any)
     }
     exact: dict[str, list[str]] = {}
@@ -290,11 +290,8 @@ def _list_blocks(modules: Iterable[str]) -> dict[str, set[str]]:
 
 def _has_names(family: Family, names: Iterable[str]) -> bool:
     """Returns whether a published size has all these modules, of any shape."""
-    names = list(names)
-    return any(
-        all(name in layout for name in names)
-        for layout in (load_layout(id_).shapes for id_ in family.layouts)
-    )
+    every = set(names)
+    return any(every <= load_layout(id_).shapes.keys() for id_ in family.layouts)
 
 
 def _are_equal(shape: Size, published: Size) -> bool:
@@ -393,7 +390,6 @@ def _list_patterns(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
 
 @cache
 def _layout_patterns(id_: str) -> frozenset[str]:
-    """Returns `_list_patterns` of a published size."""
     return _list_patterns(load_layout(id_).shapes)
 
 

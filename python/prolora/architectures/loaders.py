@@ -19,7 +19,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
-from .family import Family, Spelling
+from .family import PEFT, Family, Spelling
 from .modules import find_component, is_in_text_encoder
 
 Reach = Literal["whole", "part", "none"]
@@ -54,9 +54,19 @@ def name_row(family: Family, format: str, spelling: Spelling | None, swapped: bo
     return row + ALPHA * swapped
 
 
-def count_programs(family: str) -> int:
-    """Counts the programs that were found to have models of a family."""
-    return len(_read_table()["families"].get(family, {"": ()})[""])
+def list_spellings(family: Family) -> list[Spelling]:
+    """Lists the spellings in which programs were tried with a family; none of a UNet."""
+    rows = (row.partition("|") for row in _read_table()["families"].get(family.id, {}))
+    return [
+        Spelling(prefix, "authors" if names == "authors" else "diffusers", prefix[-1:] != "_")
+        for prefix, bar, names in rows
+        if bar and names in ("authors", "diffusers") and prefix != PEFT.prefix
+    ]
+
+
+def list_programs(family: str) -> list[str]:
+    """Lists the programs that were found to have models of a family."""
+    return list(_read_table()["families"].get(family, {"": ()})[""])
 
 
 def is_read(family: Family, spelling: Spelling) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..adapters.adapter import Adapter
 from ..adapters.lora import Lora
 from ..architectures.families import find_title, join_titles, known_families
+from ..architectures.identify import Model
 from ..bases.experts import HIGH, LOW, find_expert
 from ..errors import WrongBase
 
@@ -37,18 +38,20 @@ def check_families(names: Sequence[str], loras: Sequence[Lora | Adapter]) -> Non
     Raises:
         WrongBase: names two of them, and what each is for.
     """
-    known: list[tuple[str, tuple[str, ...]]] = []
+    earlier: list[tuple[str, Model]] = []
     for name, lora in zip(names, loras, strict=True):
-        families = lora.model.families
-        for other, theirs in known if families else ():
-            if not set(families) & set(theirs):
-                ours, others = (join_titles(map(find_title, f)) for f in (families, theirs))
+        model = lora.model
+        for other, another in earlier:
+            sized = model.families and another.families
+            one, two = (x.families if sized else x.able for x in (model, another))
+            if one and two and not set(one) & set(two):
+                titles, others = (join_titles(map(find_title, ids)) for ids in (one, two))
+                how = "is for" if sized else "has names of"
                 raise WrongBase(
-                    f"{name} is for {ours}, and {other} is for {others}: one LoRA belongs to one "
+                    f"{name} {how} {titles}, and {other} {how} {others}: one LoRA belongs to one "
                     "base. Move one of them to the base of the other: `transfer()`, or `fit()`"
                 )
-        if families:
-            known.append((name, families))
+        earlier.append((name, model))
 
 
 def check_experts(names: Sequence[str], loras: Sequence[Lora | Adapter]) -> None:

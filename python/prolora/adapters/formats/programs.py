@@ -96,6 +96,9 @@ def choose_format(
             "its family; name a format (`format`)"
         )
     best = rank_formats(known, modules, program)
+    if not best:  # it may have some of these models alone
+        able = [family for family in known if rank_formats([family], modules, program)]
+        best = rank_formats(able, modules, program) if able else []
     if not best:
         titles = " or ".join(find_title(family.id) for family in known)
         if len(known) > 1:
@@ -104,14 +107,19 @@ def choose_format(
                 "for all of them; give its base model, too: `convert()` takes it as an argument "
                 "after the LoRA, `merge()` as `target`"
             )
-        able = [
+        readers = [
             loader.title
             for id_, loader in loaders.known_loaders().items()
             if rank_formats(known, modules, id_)
         ]
+        if program not in loaders.list_programs(known[0].id):
+            raise UnsupportedFormat(
+                f"{title} was not tried with LoRAs for {titles}, and may have no such model; name "
+                f"a format instead: `format='{next(iter(known[0].spellings))}'`"
+            )
         raise UnsupportedFormat(
             f"{title} reads no LoRA for {titles} that prolora writes; programs that do: "
-            f"{', '.join(able) or 'none that was tried'}"
+            f"{', '.join(readers) or 'none that was tried'}"
         )
     return best[0]
 
@@ -121,12 +129,31 @@ def rank_formats(
 ) -> list[tuple[str, Spelling | None]]:
     """Lists our formats that a program reads (None: any program), best first.
 
-    `modules` are the canonical names of the modules that the file updates.
+    A program may read all of a spelling that no format of the family has by itself. `modules` are
+    the canonical names of the modules that the file updates.
     """
     first = next(iter(families))
     choices: list[tuple[str, Spelling | None]] = [(format, None) for format in first.spellings]
     if not first.unet:
         choices += [("comfy" if one.prefix else "diffusers", one) for one in _FURTHER]
+    ranked = _rank(choices, families, modules, program)
+    if program is not None and not any(whole for whole, _ in ranked.values()):
+        rare = [(_name_format(one), one) for one in loaders.list_spellings(first)]
+        ranked |= {
+            choice: score
+            for choice, score in _rank(rare, families, modules, program).items()
+            if score[0]
+        }
+    return sorted(ranked, key=lambda one: ranked[one], reverse=True)
+
+
+def _rank(
+    choices: Iterable[tuple[str, Spelling | None]],
+    families: Collection[Family],
+    modules: Collection[str],
+    program: str | None,
+) -> dict[tuple[str, Spelling | None], tuple[bool, int]]:
+    """Returns how well each choice is read: wholly by the program, by how many wholly."""
     scores: dict[tuple[str, Spelling | None], tuple[bool, int]] = {}
     for format, spelling in choices:
         amounts = []
@@ -139,7 +166,14 @@ def rank_formats(
         )
         if all(amount in ("whole", "part") for amount in wanted) and (program or whole):
             scores[format, spelling] = all(amount == "whole" for amount in wanted), whole
-    return sorted(scores, key=lambda one: scores[one], reverse=True)
+    return scores
+
+
+def _name_format(spelling: Spelling) -> str:
+    """Returns the format whose tensors files in a spelling have."""
+    if not spelling.dotted:
+        return "kohya"
+    return "comfy" if spelling.prefix == "diffusion_model." else "diffusers"
 
 
 def _known(families: Iterable[str]) -> list[Family]:

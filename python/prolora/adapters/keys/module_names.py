@@ -148,8 +148,6 @@ _PREFIXES = (
     ("diffusion_model.model.", "comfy", "transformer."),  # ai-toolkit's first HiDream-O1
     ("diffusion_model.decoder.", "comfy", "transformer."),  # ACE-Step's
     ("diffusion_model.", "comfy", "transformer."),
-    ("base_model.model.diffusion_model.", "comfy", "transformer."),
-    ("base_model.model.transformer.", "diffusers", "transformer."),
     ("transformer.", "diffusers", "transformer."),
     ("base_model.model.", "peft", "base_model.model."),
     ("net.", "diffusers", "transformer."),
@@ -164,7 +162,16 @@ def _cut_prefix(path: str) -> _Path | None:
     if path.startswith(("lora_te", "text_encoders.")):
         return None
     prefix, format, component = next(one for one in _PREFIXES if path.startswith(one[0]))
-    return _Path(prefix, path[len(prefix) :], format, component, not prefix.endswith("_"))
+    cut = _Path(prefix, path[len(prefix) :], format, component, not prefix.endswith("_"))
+    # Wrappers stand in each other: `transformer.base_model.model.`
+    while inner := next((x for x in _PREFIXES if x[2] and cut.rest.startswith(x[0])), None):
+        if not cut.prefix or not cut.dotted or inner[1] == "kohya":
+            break
+        if cut.format == "peft" or inner[2] == "unet.":
+            cut = cut._replace(format=inner[1], component=inner[2])
+        rest = cut.rest.removeprefix(inner[0])
+        cut = cut._replace(prefix=cut.prefix + inner[0], rest=rest)
+    return cut
 
 
 def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
