@@ -11,9 +11,11 @@ import os
 import posixpath
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +40,14 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, picture.name, content=picture.read_bytes()))
     pack = runpy.run_path(str(ROOT / "docs" / "pack_doctor.py"))["pack_package"]
     files.append(File.generated(config, "doctor/prolora.zip", content=pack()))
-    # The unpacked npm package `pyodide`: 13 MB that the repository does not hold.
+    # The unpacked npm package `pyodide`: 13 MB that the repository does not hold. A site that is
+    # published (PROLORA_PUBLISH) has it; elsewhere the page says that it cannot work.
     runtime = os.environ.get("PROLORA_PYODIDE")
+    if not runtime:
+        lacks = "the page *What is this LoRA?* lacks its Python: PROLORA_PYODIDE names none"
+        if os.environ.get("PROLORA_PUBLISH"):
+            raise PluginError(lacks)
+        print(f"docs/site.py: {lacks}", file=sys.stderr)
     for file in sorted(Path(runtime).glob("py*")) if runtime else []:
         name = f"doctor/pyodide/{file.name}"
         files.append(File.generated(config, name, content=file.read_bytes()))

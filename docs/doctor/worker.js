@@ -6,6 +6,10 @@ const CHECK = `
 import json, prolora
 from prolora.errors import ProLoRAError, name_options
 
+# What reads whole models needs torch, which no browser has.
+BASE = ("This is a whole model, not a LoRA. Here only LoRAs are read: \`prolora check FILE\` on your "
+        "computer says which model it is.")
+
 def spell(option, value):
     if value == "()":
         return f"\`prolora {option}\`"
@@ -15,7 +19,13 @@ def check(path, program):
     try:
         found = prolora.check(path, program=program or None)
     except ProLoRAError as error:
-        return json.dumps({"mark": "✖", "headline": str(error).removeprefix(f"{path}: "), "lines": []})
+        said = str(error).removesuffix(error.command).rstrip().replace(path, path.rpartition("/")[2])
+        said = said.removeprefix(f"{path.rpartition('/')[2]}: ")
+        return json.dumps({"mark": "✖", "headline": name_options(said, spell), "lines": []})
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return json.dumps({"mark": "✖", "headline": BASE, "lines": []})
     lines = [[name, name_options(text, spell)] for name, text in found.facts()]
     return json.dumps({"mark": found.mark, "headline": name_options(found.headline, spell),
                        "lines": lines, "json": found.to_dict()})
@@ -47,7 +57,9 @@ onmessage = async ({ data: { id, file, program } }) => {
     const check = python.globals.get("check");
     postMessage({ id, found: JSON.parse(check(`${folder}/${file.name}`, program)) });
   } catch (error) {
-    postMessage({ id, failed: String(error) });
+    console.warn(error);
+    const what = "This file could not be read here, by a fault of this page: please report it.";
+    postMessage({ id, failed: what });
   } finally {
     fs.unmount(folder);
   }

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from property_examples import AT_NIGHT
 from safetensors.torch import save_file
 
@@ -72,3 +73,54 @@ def test_the_page_says_of_every_file_what_check_says(address, width, tmp_path):
         own = json.loads(json.dumps(check(paths[name]).to_dict() | {"path": name}))
         assert json.loads(text) | {"path": name} == own
     assert {name for name, _ in told} == paths.keys()
+
+
+@pytest.fixture
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        path = os.environ.get("PROLORA_CHROMIUM") or shutil.which("chromium")
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.slow
+def test_whatever_is_dropped_is_answered_by_a_sentence(address, browser, tmp_path):
+    save_file({"down_blocks.0.conv.weight": torch.ones(4, 4)}, tmp_path / "base.safetensors")
+    (tmp_path / "web.safetensors").write_text("<html>")
+    (tmp_path / "empty.safetensors").touch()
+    torch.save({"a": torch.ones(2)}, tmp_path / "pickle.safetensors")
+    names = [f"{name}.safetensors" for name in ("base", "web", "empty", "pickle")]
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector("#files:not([disabled])", state="attached", timeout=120_000)
+    page.set_input_files("#files", [str(tmp_path / name) for name in names])
+    done = f"document.querySelectorAll('article h2').length == {len(names)}"
+    page.wait_for_function(done, timeout=120_000)
+    read = "x => [x.querySelector('h2').textContent, x.querySelector('p').textContent]"
+    told = dict(page.evaluate(f"[...document.querySelectorAll('article')].map({read})"))
+    assert "whole model, not a LoRA" in told["base.safetensors"]
+    assert told.keys() == set(names)
+    for text in told.values():
+        assert text.startswith("✖ ") and "\n" not in text and len(text) < 300, text
+        assert "Traceback" not in text and "/in/" not in text and "python -c" not in text, text
+
+
+@pytest.mark.slow
+def test_from_the_disk_the_page_says_what_to_do(browser):
+    page = browser.new_page()
+    page.goto((DOCS / "doctor" / "index.html").as_uri())
+    assert page.text_content("#state") == "This page cannot work from the disk"
+    assert page.is_visible("#server") and "python -m http.server" in page.text_content("#server")
+
+
+@pytest.mark.slow
+def test_the_page_is_used_by_the_keyboard_alone(address, browser):
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector("#files:not([disabled])", state="attached", timeout=120_000)
+    reached = []
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id"))
+    assert {"program", "files"} <= set(reached)
