@@ -3,6 +3,7 @@
 import random
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -170,3 +171,17 @@ def test_damaged_bytes_give_a_base_or_a_typed_error(tmp_path):
         except ProLoRAError:
             refused += 1
     assert 500 < refused < 1500
+
+
+def test_a_header_of_empty_texts_is_refused_in_a_moment(tmp_path):
+    """Seven million of them take 56 MB, and nothing else limits them."""
+    path, lists = tmp_path / "empty.gguf", []
+    for i in range(7):
+        key = f"list{i}".encode()
+        head = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 8, 1_000_000)
+        lists.append(head + bytes(8 * 1_000_000))
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(lists)) + b"".join(lists))
+    started = time.process_time()
+    with pytest.raises(UnsupportedFormat, match="more texts than any real one"):
+        open_base(path)
+    assert time.process_time() - started < 5

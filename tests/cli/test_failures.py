@@ -39,9 +39,9 @@ def test_a_name_that_is_too_long_is_no_traceback(prolora, case, monkeypatch, tmp
     assert len(text.splitlines()) == 1
 
 
-def full_disk():
-    error = output_error("x", OSError(errno.ENOSPC, "No space left on device"))
-    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+def failed_disk(number=errno.ENOSPC, text="No space left on device"):
+    error = output_error("x", OSError(number, text))
+    error.__cause__ = OSError(number, text)
     return error
 
 
@@ -56,7 +56,10 @@ def full_disk():
         (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), 1, "surrogates"),
         (RuntimeError("no usable CUDA device (none)"), 2, "no usable CUDA device"),
         (ValueError("rank must be"), 2, "rank must be"),
-        (full_disk(), 1, "No space left"),
+        (failed_disk(), 1, "No space left"),
+        (failed_disk(errno.EFBIG, "File too large"), 1, "File too large"),
+        (failed_disk(errno.EROFS, "Read-only file system"), 1, "Read-only file system"),
+        (failed_disk(getattr(errno, "EDQUOT", errno.EIO), "Quota"), 1, "Quota"),
     ],
 )
 def test_every_error_of_the_system_is_one_line(prolora, monkeypatch, error, code, said):

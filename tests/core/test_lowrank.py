@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from property_examples import examples
 
 from prolora import LowRank
+from prolora.core.basis import truncated_svd
 from prolora.core.recompression import product_energies
 from prolora.errors import ShapeMismatch
 
@@ -101,3 +102,11 @@ def test_truncating_parameters_gives_values_without_gradients():
     up, down = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((20, 4), (4, 30)))
     cut = LowRank(up, down).truncate(rank=2)
     assert cut.rank == 2 and not cut.up.requires_grad and not cut.down.requires_grad
+
+
+def test_an_update_and_a_basis_are_equal_to_themselves_alone():
+    """Tensors have no truth value to compare by."""
+    one, other = random_update(3, 4, 2), random_update(3, 4, 2)
+    assert one == one and one != other and len({one, other}) == 2
+    basis = truncated_svd(torch.eye(4), 2)
+    assert basis == basis and basis != truncated_svd(torch.eye(4), 2)

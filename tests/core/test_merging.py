@@ -105,11 +105,10 @@ def test_a_balanced_sum_does_as_much_along_each_as_it_alone_and_no_more_than_the
     products = torch.tensor([[inner_product(a, b) for b in parts] for a in parts]).clamp_min(0)
     reached = products @ torch.tensor(factors).to(products)
     wanted = products.diagonal()
-    if count <= 2:  # of more, products of both signs may not allow it
-        assert (reached >= wanted * (1 - 1e-6)).all()
+    assert (reached >= wanted * (1 - 1e-6)).all()  # negative products count as 0
     # Whoever is weakened is weakened no further than needed.
     for k, factor in enumerate(factors):
-        if 1e-6 < factor < 1 - 1e-6 and count <= 2:
+        if 1e-6 < factor < 1 - 1e-6:
             assert reached[k] == pytest.approx(float(wanted[k]), rel=1e-5)
 
 
@@ -128,7 +127,7 @@ def test_equal_updates_are_done_once_and_orthogonal_ones_whole():
     assert balance_updates([nothing, nothing]) == [1.0, 1.0]
 
 
-@given(seed=st.integers(0, 2000), count=st.integers(3, 5))
+@given(seed=st.integers(0, 2000), count=st.integers(2, 12))
 def test_balanced_updates_do_what_each_alone_does_along_it(seed, count):
     generator = torch.Generator().manual_seed(seed)
     parts = [
@@ -139,4 +138,4 @@ def test_balanced_updates_do_what_each_alone_does_along_it(seed, count):
     assert all(0 <= factor <= 1 for factor in factors)
     whole = sum(f * dense(part) for f, part in zip(factors, parts, strict=True))
     for part in map(dense, parts):
-        assert (whole * part).sum() >= 0.999 * (part * part).sum()
+        assert (whole * part).sum() >= (1 - 1e-6) * (part * part).sum()

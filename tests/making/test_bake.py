@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import mini
 import pytest
@@ -184,6 +185,75 @@ def test_a_folder_keeps_everything_else_and_no_weights_in_another_precision(tmp_
     ):
         with pytest.raises(error, match="folder"):
             bake([tmp_path / "lora.safetensors"], base, tmp_path / out, **options)
+
+
+PLAIN = "diffusion_pytorch_model.safetensors"
+
+
+def write_pipeline(folder):
+    """A pipeline whose UNet is in its plain form, in fp16 and, sharded, in bf16."""
+    base = mini.write_folder(folder / "unet", mini.source_weights()).parent
+    plain = base / "unet" / "diffusion_pytorch_model.safetensors"
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"):
+        shutil.copy(plain, base / "unet" / name)
+    shard = "diffusion_pytorch_model.bf16-00001-of-00001.safetensors"
+    shutil.copy(plain, base / "unet" / shard)
+    index = {"weight_map": dict.fromkeys(load_file(plain), shard)}
+    name = "diffusion_pytorch_model.safetensors.index.bf16.json"
+    (base / "unet" / name).write_text(json.dumps(index))
+    (base / "unet" / "diffusion_pytorch_model.bf16.safetensors.index.json").write_text("{}")
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "X", **parts}))
+    (base / "vae").mkdir()
+    (base / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"vae")
+    (base / "LICENSE.md").write_text("free")
+    return base
+
+
+def list_files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+BAKED = {
+    *("LICENSE.md", "model_index.json", "unet/config.json"),
+    *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"),
+}
+
+
+def test_no_other_form_of_what_was_baked_is_in_the_copy_of_a_folder_or_a_snapshot(tmp_path):
+    """diffusers would load that one, which is the model without the LoRA."""
+    plain, repo = write_pipeline(tmp_path / "pipe"), tmp_path / "hub" / "models--a--b"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    (repo / "blobs").mkdir(parents=True)
+    for number, name in enumerate(sorted(list_files(plain))):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(plain / name, repo / "blobs" / f"{number:064x}")
+        (snapshot / name).symlink_to(repo / "blobs" / f"{number:064x}")
+    (tmp_path / "case").mkdir()
+    lora, _, _ = mini.write_case(tmp_path / "case")
+    for base in (plain, snapshot):
+        out = tmp_path / f"baked-{base.parent.name}"
+        bake([lora], base, out)
+        assert list_files(out) == BAKED and not any(p.is_symlink() for p in out.rglob("*"))
+        before, after = (load_file(x / "unet" / PLAIN) for x in (base, out))
+        assert all(not torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_link_that_leads_out_of_a_model_is_not_followed_into_the_copy(tmp_path):
+    """Whoever publishes a baked model publishes no file of his own with it."""
+    base, secret = write_pipeline(tmp_path / "pipe"), tmp_path / "secret"
+    secret.write_text("mine")
+    (base / "notes.txt").symlink_to(secret)
+    (base / "unet" / "notes.txt").symlink_to(secret)
+    for name in ("a", "b", "unet/a"):
+        (base / name).symlink_to(base)
+    (base / "other").mkdir()
+    (base / "other" / "diary.txt").write_text("mine")
+    (base / "unet" / PLAIN).rename(tmp_path / "elsewhere.safetensors")
+    (base / "unet" / PLAIN).symlink_to(tmp_path / "elsewhere.safetensors")
+    (tmp_path / "case").mkdir()
+    bake([mini.write_case(tmp_path / "case")[0]], base, tmp_path / "baked")
+    assert list_files(tmp_path / "baked") == BAKED
 
 
 def test_what_cannot_be_baked_is_refused_before_anything_is_written(tmp_path):

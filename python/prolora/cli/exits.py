@@ -79,7 +79,8 @@ def find_exit_code(error: BaseException) -> ExitCode:
     """Returns the exit code of a command that ended in one of `HANDLED`."""
     if isinstance(error, IncompleteResult):
         return ExitCode.INCOMPLETE
-    full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EIO)  # of an output
+    number = getattr(error.__cause__, "errno", None)  # of an output
+    full = errno.errorcode.get(number or 0) in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")
     if full or isinstance(error, OSError | MemoryError | UnicodeError) or _is_out_of_memory(error):
         return ExitCode.FAILED
     return ExitCode.REFUSED

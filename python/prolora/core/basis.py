@@ -35,7 +35,7 @@ FACTS = ("rank", "energy", "residual", "gap", "bound", "ok")
 LARGEST_EXPONENT = 24
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Basis:
     """Leading singular triplets of one weight or of a stack.
 

@@ -14,7 +14,7 @@ from .short_text import format_shape, format_storage
 from .validation import check_layout
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LowRank:
     """The update ΔW = up @ down, never multiplied out unless asked.
 

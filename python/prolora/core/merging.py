@@ -19,8 +19,9 @@ from .recompression import product_svd
 
 # Columns whose singular value is below this share of the first are rounding.
 _ZERO = 1e-6
-_RIDGE = 1e-9
-_SHORT = 1e-6  # share of what an update asks for that it may miss
+# Of Lemke's method, on a matrix with the diagonal 1: so little that only equal updates feel it,
+# which then share alike; what decides between equal pivots; the least pivot; more than are needed.
+_RIDGE, _TIES, _PIVOT, _MOST_PIVOTS = 1e-7, 1e-14, 1e-12, 10_000
 
 
 def sum_updates(parts: Sequence[LowRank]) -> LowRank:
@@ -89,26 +90,46 @@ def balance_updates(parts: Sequence[LowRank]) -> list[float]:
     Updates that work against each other keep 1 too: a negative product counts as 0.
     """
     gram = torch.tensor([[inner_product(a, b) for b in parts] for a in parts], dtype=torch.float64)
-    gram = gram.clamp_min(0)
-    wanted = gram.diagonal().clone()
-    factors = torch.ones_like(wanted)
-    alive = [i for i, energy in enumerate(wanted.tolist()) if energy > 0]
-    active = list(alive)
-    for _ in range(4 * len(alive)):  # each turn drops one, or takes one back
-        some = gram[active][:, active]
-        # So little that only equal updates feel it: they share alike.
-        ridge = _RIDGE * torch.diag(wanted[active])
-        found = torch.linalg.solve(some + ridge, wanted[active] * (1 + _RIDGE))
-        factors[active] = found.clamp(0, 1)
-        if found.min() < 0:
-            # The others already do what this update asks for.
-            del active[int(found.argmin())]
-            continue
-        short = 1 - (gram @ factors)[alive] / wanted[alive]
-        if short.max() <= _SHORT or alive[int(short.argmax())] in active:
+    factors, energies = [1.0] * len(parts), gram.diagonal()
+    alive = [i for i, energy in enumerate(energies.tolist()) if energy > 0]
+    some = gram[alive][:, alive].clamp_min(0) / energies[alive][:, None]
+    some = (some + _RIDGE * torch.eye(len(alive), dtype=torch.float64)) / (1 + _RIDGE)
+    for i, factor in zip(alive, _solve_complementary(some), strict=True):
+        factors[i] = factor
+    return factors
+
+
+def _solve_complementary(gram: Tensor) -> list[float]:
+    """Solves a ≥ 0, Ga ≥ 1, a·(Ga − 1) = 0 by Lemke's method.
+
+    G [n, n] has no negative entry and the diagonal 1, so that the method ends in a solution, and no
+    a is above 1.
+    """
+    n = len(gram)
+    if n == 0:
+        return []
+    one = torch.ones(n, 1, dtype=torch.float64)
+    table = torch.cat([torch.eye(n, dtype=torch.float64), -gram, -one, -one], 1)
+    table[:, -1] -= _TIES * torch.arange(n)  # equal updates would tie
+    basis, entering, row = list(range(n)), 2 * n, n - 1
+    for _ in range(_MOST_PIVOTS):
+        table[row] /= table[row, entering].clone()
+        others = torch.arange(n) != row
+        table[others] -= table[others, entering, None] * table[row]
+        leaving, basis[row] = basis[row], entering
+        if leaving == 2 * n:
             break
-        active.append(alive[int(short.argmax())])
-    return [float(x) for x in factors]
+        entering = leaving + n if leaving < n else leaving - n
+        column = table[:, entering]
+        ratios = table[:, -1] / column.clamp_min(_PIVOT)
+        row = int(torch.where(column > _PIVOT, ratios, torch.inf).argmin())
+    else:
+        raise ArithmeticError("the factors of a balanced merge were not found")
+    solution = [0.0] * n
+    for i, variable in enumerate(basis):
+        if n <= variable < 2 * n:
+            solution[variable - n] = min(1.0, max(0.0, float(table[i, -1])))
+    return solution
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,7 @@ class GgufFile:
         return self.tensors[name].start
 
     def read(self, name: str, watch: Watch | None = None) -> Tensor:
-        """Reads the tensor `name`, in memory of its own.
-
-        `watch` is called with its bytes as they are stored.
+        """Reads the tensor `name`, in memory of its own; `watch` gets its stored bytes.
 
         Raises:
             KeyError: no such tensor.

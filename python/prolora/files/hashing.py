@@ -61,9 +61,9 @@ def read_blocks(path: Path, start: int = 0, size: int | None = None) -> Iterator
 
 def hash_tensors(keys: Iterable[str], read: Callable[[str], Tensor], beside: str = "") -> str:
     """Computes SHA-256 of tensors with names, dtypes and shapes, and of a text beside them."""
-    tensors = ((key, read(key)) for key in sorted(keys))
-    parts = ((f"{key} {x.dtype} {tuple(x.shape)} ", x) for key, x in tensors)
-    return hash_parts(chain(chain.from_iterable(parts), [beside]))
+    pairs = ((key, read(key)) for key in sorted(keys))
+    parts = (part for k, x in pairs for part in (f"{k} {x.dtype} {tuple(x.shape)} ", x))
+    return hash_parts(chain(parts, [beside]))
 
 
 def view_bytes(tensor: Tensor) -> Any:

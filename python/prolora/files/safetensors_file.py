@@ -29,8 +29,7 @@ if TYPE_CHECKING:  # headers are read without torch, which takes seconds to impo
     from torch import Tensor
 
 StrPath = str | os.PathLike[str]
-Watch = Callable[["Tensor"], object]
-"""Gets the bytes [n] of a tensor, as they are stored, when it is read."""
+Watch = Callable[["Tensor"], object]  # gets the stored bytes [n] of a tensor that is read
 
 # Both are checked before anything of that size is allocated. To the safetensors library, longer
 # headers than the first are no safetensors file. The second is the limit here: text made to harm
@@ -112,9 +111,7 @@ class SafetensorsFile:
         return self.data_start + self.tensors[name].start
 
     def read(self, name: str, watch: Watch | None = None) -> Tensor:
-        """Reads the tensor `name` in its storage dtype, into CPU memory of its own.
-
-        `watch` is called with its bytes as they are stored.
+        """Reads the tensor `name` in its storage dtype; `watch` gets its stored bytes.
 
         Raises:
             KeyError: no such tensor.

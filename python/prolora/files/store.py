@@ -28,6 +28,8 @@ TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
 
 # Seconds after the last write from which a temporary counts as left behind by a killed process.
 _STALE_SECONDS = 3600
+# A name is given within milliseconds: a lock that is older (s) was left by a killed process.
+_LOCK_SECONDS = 5
 _swept: set[Path] = set()  # folders in which this process has looked for such
 
 
@@ -58,12 +60,6 @@ class Store:
         words = re.sub(r"[^\w.-]+", "_", title)[:80].strip("._")
         name = digest(made_of)[:digits]
         return self.folder / kind / f"{words}{'-' if words else ''}{name}{suffix}"
-
-    def put(self, path: Path, write: Callable[[Path], object], *, folder: bool = False) -> None:
-        """Writes something that is not there; what another process was faster with stays."""
-        with suppress(OutputExists):
-            put(path, write, folder=folder)
-        refusal(path).unlink(missing_ok=True)
 
     def refuse(self, path: Path, error: Exception, **facts: str) -> None:
         """Writes a note beside a path on why its content was not made."""
@@ -232,8 +228,17 @@ def _link(temporary: Path, place: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        place.touch(exist_ok=False)
-        os.replace(temporary, place)
+        lock = place.with_name(f".{place.name}.lock")
+        with suppress(OSError):  # a killed process left it, by the clock of these files
+            if lock.stat().st_mtime < temporary.stat().st_mtime - _LOCK_SECONDS:
+                lock.unlink()
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+        try:
+            if os.path.lexists(place):
+                raise FileExistsError(place) from None
+            os.rename(temporary, place)
+        finally:
+            lock.unlink()
 
 
 def _force_to_disk(temporary: Path) -> None:

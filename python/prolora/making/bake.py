@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
@@ -19,6 +21,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, open_base
+from ..bases.pipeline_files import read_pipeline_index
 from ..bases.quantised.comfy import QUANTISATION_KEY
 from ..bases.quantised.encoding import BakedTensors, can_encode, encode, round_to
 from ..bases.quantised.weight import QuantisedWeight, find_kind, look_inside
@@ -40,7 +43,8 @@ from .merge_options import DEFAULT_MERGE, MergeOptions
 
 TAKEN = ("strengths", "blocks", "dtype", "overwrite", "progress")  # of a merge's options
 _MOST_NUMBERS = 1 << 16  # in float64 at a time: they stay in a core's cache
-_WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
+# Names of files with weights, and of indices of their shards
+_WEIGHTS = re.compile(r"\.(?:safetensors|bin|pth|pt|ckpt|gguf)(?:\.index(?:\.\w+)?\.json)?$")
 
 
 @in_full_precision
@@ -107,7 +111,9 @@ def bake(
     def write(new: Path) -> None:
         assert path is not None
         if folder:
-            shutil.copytree(path, new, ignore=_list_unused(model), dirs_exist_ok=True)
+            for name in _list_copied(model, path):
+                (new / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path / name, new / name)
         elif dtype is None:
             shutil.copyfile(path, new)
         else:
@@ -166,7 +172,7 @@ def _check_out(
         raise InvalidOption("`overwrite` is for a model in one file: a folder is never replaced")
     check_free(out, [*model.files, path], overwrite=overwrite, folder=folder)
     ending = "" if folder else path.suffix
-    if Path(out).suffix != ending and (ending or Path(out).suffix in _WEIGHT_FILES):
+    if Path(out).suffix != ending and (ending or _WEIGHTS.search(Path(out).name)):
         kind = f"a name that ends in {ending}" if ending else "a folder"
         raise OutputError(f"{out}: {model.name} is a {'file' if ending else 'folder'}; give {kind}")
 
@@ -279,17 +285,27 @@ def _multiply_out(weight: Weight, added: list[LowRank | Tensor], dtype: torch.dt
     return reduce(Tensor.add_, (x.to(dtype).reshape(weight.shape) for x in dense))
 
 
-def _list_unused(model: Base) -> Any:
-    """Returns the filter that leaves out a folder's weights in other precisions."""
-    used = {file.resolve() for file in model.files}
-    folders = {file.parent for file in used} | {Path(model.path or "").resolve()}
+def _list_copied(model: Base, folder: Path) -> Iterator[Path]:
+    """Yields the files of a model's folder that a copy needs, relative to it.
 
-    def ignore(folder: str, names: list[str]) -> set[str]:
-        here = Path(folder).resolve()
-        weights = [name for name in names if name.endswith(_WEIGHT_FILES)]
-        return {name for name in weights if here in folders and (here / name) not in used}
-
-    return ignore
+    These are what the index of a pipeline and its parts have, without other forms of the weights
+    that are read, and what belongs to the folder: a link that leads out of it is not followed.
+    """
+    used = {Path(os.path.abspath(file)) for file in model.files}
+    used |= {Path(os.path.abspath(one.beside)) for one in model.leaves if one.beside}
+    homes, inside = {file.parent for file in used}, [Path(os.path.realpath(folder))]
+    if folder.parent.name == "snapshots":  # of the hub, whose files are links into this folder
+        inside.append(Path(os.path.realpath(folder.parent.parent / "blobs")))
+    parts = {folder, *homes}
+    with suppress(UnsupportedFormat):  # no pipeline
+        parts |= {folder / name for name in read_pipeline_index(folder).parts}
+    for part in sorted(parts):
+        for file in sorted(part.iterdir()) if part.is_dir() else ():
+            real = Path(os.path.realpath(file))
+            is_own = file in used or any(above in real.parents for above in inside)
+            is_form = part in homes and _WEIGHTS.search(file.name) is not None
+            if real.is_file() and is_own and (file in used or not is_form):
+                yield file.relative_to(folder)
 
 
 def _convert(model: Base, new: Path, dtype: torch.dtype) -> None:

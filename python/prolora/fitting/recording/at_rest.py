@@ -25,10 +25,8 @@ class LazySequence(Sequence[T]):
         return self._count
 
     def __getitem__(self, i: Any) -> Any:
-        """Makes item i."""
-        if not 0 <= i < self._count:
-            raise IndexError(i)
-        return self._item(i)
+        """Makes item i; a negative one counts from the end."""
+        return self._item(range(self._count)[i])
 
 
 def lay_aside(
