@@ -267,10 +267,8 @@ def test_sources_that_hold_no_safetensors_are_refused(tmp_path: Path) -> None:
             open_base(path)
     with pytest.raises(UnsupportedFormat, match="not <class 'int'>"):
         open_base(3)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedFormat, match="a is a <class 'list'>"):
+    with pytest.raises(UnsupportedFormat, match="a is a list, not a tensor"):
         open_base({"a": [1]})  # type: ignore[dict-item]
-    with pytest.raises(UnsupportedFormat, match="meta device"):
-        open_base({"a": torch.ones(2, 2, device="meta")})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

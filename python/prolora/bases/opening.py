@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..architectures.modules import TEXT_ENCODERS
-from ..errors import MissingFile, UnsupportedFormat, describe_missing
+from ..core.arrays import MatrixLike, to_tensor
+from ..errors import (
+    InvalidOption,
+    MissingFile,
+    ShapeMismatch,
+    UnsupportedFormat,
+    describe_missing,
+)
 from ..files.hub import find_hub_id
 from ..files.safetensors_file import SafetensorsFile
 from .base import Base
@@ -21,16 +29,23 @@ from .hub_models import fetch_model
 from .keys.canonical_names import name_weights
 from .leaves import Leaves
 from .quantised.joining import join_quantised
-from .weights import LoadedWeight, StoredWeight, Weight
+from .weights import LoadedWeight, RequestedWeight, StoredWeight, Weight
 
-BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
+BaseLike = str | os.PathLike[str] | Mapping[str, MatrixLike] | torch.nn.Module | Base
+Outline = Mapping[str, Sequence[int] | Tensor]
+"""Names and shapes of weights, or tensors on the meta device."""
 
 log = logging.getLogger(__name__)
 
 _GENERIC = ("diffusion_pytorch_model", "model", "unet", "transformer")  # of any model
 
 
-def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
+def open_base(
+    source: BaseLike | Outline,
+    *,
+    subfolder: str | None = None,
+    read: Callable[[str], MatrixLike] | None = None,
+) -> Base:
     """Opens a base model; only headers are read.
 
     Args:
@@ -45,9 +60,13 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
                 network without attention that takes in the time step, keeps its names;
             a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
                 `huggingface_hub` is installed; only the files needed are fetched;
-            a mapping {name: tensor} or a module, whose tensors are used as they are;
+            a mapping {name: tensor} or a module, whose tensors are used as they are, numpy's too;
+                where they are on the meta device, a dry run alone is possible;
+            a mapping {name: shape}, or of tensors on the meta device, with `read`;
             a `Base`, which is returned.
         subfolder: the part of the pipeline folder, if not `unet` or `transformer`.
+        read: returns the weight of a name, and is called for those alone that are needed, each time
+            they are. Numbers are taken in the dtype of the meta tensor, else as float32.
 
     Raises:
         UnsupportedFormat: what cannot be read exactly, with the reason: pickles, weights of a
@@ -57,10 +76,14 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
     """
     if isinstance(source, Base):
         return source
+    if read is not None:
+        if not isinstance(source, Mapping):
+            raise InvalidOption("`read` needs a mapping of names to shapes, or to meta tensors")
+        return _open_outline(cast(Outline, source), read)
     if isinstance(source, (str, os.PathLike)):
         return _open_path(source, subfolder)
     if isinstance(source, Mapping):
-        return _open_tensors(source, "state dict")
+        return _open_tensors(cast(Mapping[str, MatrixLike], source), "state dict")
     for part in ("unet", "transformer"):  # a diffusers pipeline, recognised without importing it
         model = getattr(source, part, None)
         if not isinstance(source, torch.nn.Module) and isinstance(model, torch.nn.Module):
@@ -175,13 +198,31 @@ def _list_metadata(files: list[Leaves]) -> list[Mapping[str, str]]:
     return [one.file.metadata for one in files if isinstance(one.file, SafetensorsFile)]
 
 
-def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:
-    """Tensors that are in memory already. Their names are taken on trust."""
+def _open_outline(outline: Outline, read: Callable[[str], MatrixLike]) -> Base:
+    """Opens a base whose owner returns its weights when they are requested."""
     weights: dict[str, Weight] = {}
-    for key, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise UnsupportedFormat(f"{name}: {key} is a {type(tensor)}, not a torch tensor")
+    for key, given in outline.items():
+        shape = tuple(given.shape if isinstance(given, Tensor) else given)
+        if not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ShapeMismatch(f"{key}: {shape!r:.80} is not the shape of a weight")
+        dtype = given.dtype if isinstance(given, Tensor) else torch.float32
+        weights[key] = RequestedWeight(key, f"the base:{key}", shape, dtype, read)
+    return Base("the base", *name_weights(weights, "the base", strict=False))
+
+
+def _open_tensors(tensors: Mapping[str, MatrixLike], name: str) -> Base:
+    """Opens tensors that are in memory already, and takes their names on trust."""
+    weights: dict[str, Weight] = {}
+    for key, array in tensors.items():
+        if not hasattr(array, "shape"):
+            raise UnsupportedFormat(
+                f"{name}: {key} is a {type(array).__name__}, not a tensor; names and shapes alone "
+                "are opened by open_base(names_and_shapes, read=…)"
+            )
+        where, tensor = f"{name}:{key}", to_tensor(array, f"{name}: {key}").detach()
         if tensor.is_meta:
-            raise UnsupportedFormat(f"{name}: {key} has no values (it is on the meta device)")
-        weights[key] = LoadedWeight(tensor.detach(), f"{name}:{key}")
+            shape = tuple(tensor.shape)
+            weights[key] = RequestedWeight(key, where, shape, tensor.dtype, None)
+        else:
+            weights[key] = LoadedWeight(tensor, where)
     return Base(name, *name_weights(weights, name, strict=False))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..core.arrays import MatrixLike, to_tensor
+from ..errors import ShapeMismatch, UnsupportedFormat
 from ..files.hashing import hash_parts
 from .leaves import Leaves, TensorFile
 
@@ -125,6 +128,50 @@ class LoadedWeight:
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Returns a view of the caller's own tensor."""
         return self.tensor[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class RequestedWeight:
+    """A weight that its owner returns when it is requested."""
+
+    key: str  # the owner's own name of it
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    request: Callable[[str], MatrixLike] | None  # None: it has no values
+
+    @property
+    def parts(self) -> tuple[StoredWeight, ...]:
+        """None."""
+        return ()
+
+    @property
+    def content(self) -> str:
+        """Its bytes as its owner returns them now."""
+        return f"{hash_parts([self.read()])} {self.dtype} {self.shape}"
+
+    def read(self) -> Tensor:
+        """Requests the tensor, every time.
+
+        Raises:
+            UnsupportedFormat: it has no values.
+            ShapeMismatch: it is of another shape than was promised.
+        """
+        if self.request is None:
+            raise UnsupportedFormat(
+                f"{self.name}: has a shape and no values (it is on the meta device); give what "
+                "returns a tensor by its name: open_base(names_and_shapes, read=…)"
+            )
+        tensor = to_tensor(self.request(self.key), self.name).detach()
+        if tuple(tensor.shape) != self.shape:
+            raise ShapeMismatch(
+                f"{self.name}: `read` returned {list(tensor.shape)}, not {list(self.shape)}"
+            )
+        return tensor.to(self.dtype)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Requests the tensor and returns some of its rows."""
+        return self.read()[start:stop]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def to_tensor(array: MatrixLike, name: str = "the array") -> Tensor:
         raise UnsupportedTensor(
             "prolora takes torch, numpy, cupy or jax arrays (anything with __dlpack__ or "
             f"__cuda_array_interface__), not {type(array).__name__}"
+            + ("; give its .weight" if hasattr(array, "weight") else "")
         )
     try:
         return torch.utils.dlpack.from_dlpack(_copy_if_foreign(array))

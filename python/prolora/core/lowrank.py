@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +33,21 @@ class LowRank:
             check_layout(name, factor)
         up, down = self.up.shape, self.down.shape
         if len(up) < 2 or len(up) != len(down) or up[:-2] != down[:-2] or up[-1] != down[-2]:
+            swapped = len(up) == len(down) > 1 and up[-2] == down[-1]
             raise ShapeMismatch(
                 f"up {list(up)} and down {list(down)} do not multiply: "
                 "they must be [..., m, r] and [..., r, n]"
+                + ("; were they given in the other order?" if swapped else "")
             )
 
     def __repr__(self) -> str:
         """Writes LowRank(64×48, rank 8, float32)."""
         shape, storage = format_shape(self.shape), format_storage(self.up)
         return f"LowRank({shape}, rank {self.rank}, {storage})"
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields `up` and `down`, so that a pair can be unpacked."""
+        return iter((self.up, self.down))
 
     @property
     def rank(self) -> int:
