@@ -191,10 +191,25 @@ def build(folder: Path) -> list[str]:
     faults = []
     if wheel.stat().st_size > MOST_PURE_BYTES:
         faults.append(f"the pure wheel has {wheel.stat().st_size} bytes")
+    faults += use_without_torch(wheel.resolve(), folder / "without-torch")
     for archive in (wheel, sdist):
         home = folder / f"with-{archive.suffix[1:]}"
         faults += [f"{archive.name}: {x}" for x in use(archive.resolve(), models.resolve(), home)]
     return faults
+
+
+def use_without_torch(wheel: Path, home: Path) -> list[str]:
+    """Installs the pure wheel beside what `check` needs, which is no torch, and runs that."""
+    venv.create(home, with_pip=True, clear=True)
+    scripts = home / ("Scripts" if sys.platform == "win32" else "bin")
+    subprocess.run([scripts / "pip", "install", "-q", "--no-deps", wheel], check=True)
+    needs = ("numpy", "safetensors", "typer", "jinja2")
+    subprocess.run([scripts / "pip", "install", "-q", *needs], check=True)
+    lora = ROOT / "examples/icon_family/weights/loras/neon.safetensors"
+    done = subprocess.run([scripts / "prolora", "check", lora], cwd=home, capture_output=True)
+    return [f"`check` without torch: {done.stderr.decode(errors='replace')}"] * bool(
+        done.returncode
+    )
 
 
 def use(archive: Path, models: Path, home: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import functools
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def test_the_command_that_the_demo_prints_makes_the_same_lora(
     code, _, text = prolora(*shlex.split(one.command)[1:])
     assert code == 0, text
     assert one.moved.read_bytes() == made
+
+
+def test_an_installation_without_the_models_names_the_distribution_that_has_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site-packages/prolora/cli/demo.py"))
+    with pytest.raises(ProLoRAError, match=r"pip install \./examples/icon_family"):
+        demo.Demo.find("neon", "pruned", tmp_path)
+    spec = SimpleNamespace(submodule_search_locations=[str(FAMILY)])
+    monkeypatch.setattr(demo, "find_spec", lambda name: spec)
+    assert demo.find_models() == FAMILY / "weights"
 
 
 def test_weights_alone_move_nothing_to_the_member_that_was_trained_apart(tmp_path):
