@@ -40,7 +40,7 @@ def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch)
     ):
         code, text, _ = prolora(*line)
         rows = [row for row in text.splitlines() if not row.startswith(("wrote ", "prolora "))]
-        assert code == 0 and max(map(len, rows)) <= 80, line
+        assert code in (0, 3) and max(map(len, rows)) <= 80, line
         assert (
             "…" not in text.replace(" … ", "").replace("0…", "").replace("4…8", "") or "Φ" in text
         )
