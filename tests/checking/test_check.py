@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora.architectures.layouts import load_layout
-from prolora.checking.check import check
 from prolora.moving.base_check import fit_base
 
 
@@ -69,21 +68,6 @@ def test_a_lora_of_another_model_is_said_to_be_one(tmp_path, lora, base, text):
     assert not answer and answer.fit.answer == "other"
 
     assert re.fullmatch(text, f"{answer.mark} {answer.headline}"), str(answer)
-
-
-def test_modules_without_a_place_are_counted_and_the_first_is_named(tmp_path):
-    lora = usual_lora("sdxl", "unet.")
-    key = "unet.down_blocks.1.attentions.0.transformer_blocks.9.attn1.to_q"
-    lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"] = (
-        torch.zeros(1, 640),
-        torch.zeros(640, 1),
-    )
-    answer = prolora.check(lora, base=hollow_base(tmp_path, "sdxl"))
-    assert (answer.fit.answer, answer.mark) == ("in part", "⚠")
-    assert "700 of 701 modules" in answer.headline and "transformer_blocks.9.attn1.to_q" in str(
-        answer
-    )
-    assert 0.99 < answer.fit.coverage < 1
 
 
 def test_a_module_of_another_width_has_no_place(tmp_path):
@@ -149,12 +133,6 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
         prolora.check(lora, base=lora)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd15"])
-def test_a_family_may_stand_in_the_place_of_a_base(family):
-    found = prolora.check(usual_lora("sdxl", "unet."), base=family)
-    assert bool(found) == (family == "sdxl") and "Stable Diffusion XL" in found.headline
-
-
 @pytest.mark.parametrize(
     ("program", "mark"), [("diffusers", "✔"), ("comfyui", "⚠"), ("forge", "✖")]
 )
@@ -163,17 +141,6 @@ def test_a_check_says_what_a_program_does_with_a_file(program, mark):
     assert found.mark == mark and found.program in found.headline
     with pytest.raises(prolora.errors.InvalidOption, match="comfyui"):
         prolora.check(usual_lora("sdxl", "unet."), program="paint")
-
-
-def test_a_language_models_lora_is_not_promised_a_move(tmp_path):
-    key = "base_model.model.model.layers.0.self_attn.q_proj"
-    path = tmp_path / "llama.safetensors"
-    save_file(
-        {f"{key}.lora_A.weight": torch.zeros(2, 64), f"{key}.lora_B.weight": torch.zeros(64, 2)},
-        path,
-    )
-    found = check(path)
-    assert found.reason and "language model" in found.reason
 
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"

@@ -16,7 +16,6 @@ from lora_files import factors, save
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.architectures.families import known_families
 from prolora.checking.check import check
 from prolora.files.safetensors_file import SafetensorsFile
 
@@ -87,13 +86,6 @@ def test_a_lost_alpha_is_told_with_what_mends_it(lora, alpha, factor, strength):
     )
     assert found.mark == "⚠" and not found and str(defect) in str(found)
     assert not follow(lora, defect.mend).defects
-
-
-@pytest.mark.parametrize(
-    "metadata", [None, {"ss_network_alpha": "4"}, {"ss_network_alpha": "None"}]
-)
-def test_a_file_without_alpha_is_sound_where_its_header_says_nothing_else(lora, metadata):
-    assert not check(change(lora, drop_alphas, metadata)).defects
 
 
 def test_some_lost_alphas_are_counted(lora):
@@ -292,24 +284,6 @@ def test_a_lora_that_was_never_trained_changes_nothing_unless_it_has_trained_bia
         "This LoRA changes nothing: it is zero."
     ]
     assert not check(add_kind(lora, "bias", lambda x: x), deep=True).defects
-
-
-def test_a_program_that_skips_modules_is_told_with_how_many(tmp_path):
-    family = known_families()["sd15"]
-    names = ["time_embedding.linear_1", "down_blocks.0.attentions.0.proj_in"]
-    assert all(map(family.find_pattern, names))
-    tensors = {}
-    for name in names:
-        path = f"lora_unet_{name.replace('.', '_')}"
-        tensors[f"{path}.lora_down.weight"] = torch.ones(2, 320)
-        tensors[f"{path}.lora_up.weight"] = torch.ones(1280 if "time" in name else 320, 2)
-    save_file(tensors, tmp_path / "lora.safetensors")
-    found = check(tmp_path / "lora.safetensors", program="sd-scripts")
-    if len(found.families) == 1:
-        assert found.skipped == {"time_embedding.linear_1": 1}
-        assert "1 of 2 updates" in found.headline
-    else:
-        assert found.skipped is None
 
 
 ALONE = """
