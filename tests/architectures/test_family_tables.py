@@ -93,19 +93,6 @@ def test_shares_fit_the_shapes_of_every_size(family: Family) -> None:
             assert len(units) == 1 and len({size[1:] for size in sizes}) == 1
 
 
-@EACH
-def test_every_module_is_found_again_by_either_name_dotted_and_underscored(family: Family) -> None:
-    for module in modules_of(family):
-        assert family.find_module(module) == module
-        assert family.find_module(module.replace(".", "_"), dotted=False) == module
-        held = family.find_weight_holding(module)
-        assert held is not None and module in held.parts
-        assert family.find_weight(held.name) == held
-        assert family.find_weight(held.name.replace(".", "_"), dotted=False) == held
-    assert family.find_module("model.layers.0.mlp") is None
-    assert family.find_weight("model_layers_0_mlp", dotted=False) is None
-
-
 def test_no_two_families_have_one_claim() -> None:
     """Of two that metadata begins with (hunyuan-video, hunyuan-video-1.5) the longer one tells."""
     claims = [claim for family in FAMILIES.values() for claim in family.claims]
