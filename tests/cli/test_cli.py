@@ -294,20 +294,11 @@ def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, m
     monkeypatch.setattr(
         basis_cache, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
     )
+    monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "cache"))  # bases are known by content
     lora, source, target = case
     others = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for other in others:
         other.write_bytes(lora.read_bytes())
-    code, _, _ = prolora(
-        "transfer",
-        *others,
-        "--source",
-        source,
-        "--target",
-        target,
-        "-o",
-        tmp_path / "moved",
-        "--method",
-        "prolora",
-    )
+    bases = ("--source", source, "--target", target, "--method", "prolora")
+    code, _, _ = prolora("transfer", *others, *bases, "-o", tmp_path / "moved")
     assert code == 0 and sum(calls) == 16 and len(list((tmp_path / "moved").iterdir())) == 3
