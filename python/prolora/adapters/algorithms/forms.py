@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 Shape = tuple[int, ...]
 
@@ -66,6 +67,11 @@ class Form:
 
 def kind_of_roles(roles: Set[str]) -> str:
     """Returns the kind of update that tensors of these roles make, "lora" by default."""
+    return _find_kind(frozenset(roles))
+
+
+@lru_cache(256)
+def _find_kind(roles: frozenset[str]) -> str:
     kinds = (
         kind for role in sorted(roles) for start, kind in _STARTS.items() if role.startswith(start)
     )

@@ -157,6 +157,7 @@ _PREFIXES = (
 )
 
 
+@lru_cache(1 << 13)
 def _cut_prefix(path: str) -> _Path | None:
     """Cuts the prefix off a UNet's or transformer's path; None for text encoders."""
     if path.startswith(("lora_te", "text_encoders.")):
@@ -249,6 +250,7 @@ def _find_in_adm(cut: _Path) -> ModulePath | None:
     return ModulePath(name, cut.format, component, name, spelling=spelling, described=True)
 
 
+@lru_cache(1 << 13)
 def _parse_text(path: str) -> ModulePath | None:
     """Reads the path of a text encoder's module, in any spelling."""
     format, prefix = "diffusers", None

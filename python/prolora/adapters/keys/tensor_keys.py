@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from . import module_names
 
@@ -97,6 +98,8 @@ _BASE_ROOTS = (
 )
 
 
+# Every key is asked for several times, and a folder's LoRAs have the same ones.
+@lru_cache(1 << 14)
 def split_key(key: str) -> tuple[str, str]:
     """Splits a key of an update or vector into (module path, role), else ("", "")."""
     if match := _XLABS.fullmatch(key):
@@ -108,11 +111,13 @@ def split_key(key: str) -> tuple[str, str]:
     return match["path"], match[role] if role in ("plain", "glora") else role
 
 
+@lru_cache(1 << 14)
 def find_left_out(key: str) -> str | None:
     """Returns why a tensor is not moved, without a reason to refuse the rest."""
     return next((reason for pattern, reason in _LEFT_OUT if re.search(pattern, key)), None)
 
 
+@lru_cache(1 << 14)
 def find_refused(key: str) -> str | None:
     """Returns the kind of an adapter that is not read, by one of its keys."""
     return next((what for pattern, what in _REFUSED if re.search(pattern, key)), None)
