@@ -77,6 +77,14 @@ def test_a_file_that_needs_no_change_is_said_to_work_as_it_is():
         assert not report.works_as_it_is and "as it is" not in str(report.in_words()), others
 
 
+def test_a_target_that_only_its_name_calls_few_step_is_asked_about_and_given_no_strength():
+    told = make_report(
+        method="copy", verdict=CHANGED, few_by_name=True, target="x-turbo"
+    ).in_words()
+    line = "By its name, x-turbo draws in few steps: if so, set `target_steps=4`."
+    assert line in told.lines and "1.25" not in str(told) and "which its files" not in str(told)
+
+
 def test_what_could_not_be_read_is_in_the_headline_and_not_in_the_share():
     rows = [copy_row("a"), make_row("b", "refused", reason="its file is damaged", energy=0.0)]
     told = make_report(rows, unread=("b",), method="copy", verdict=RELATED).in_words()

@@ -190,7 +190,7 @@ def make_lokr(layout: str, ending: str, parts: tuple[str, ...] = ()) -> dict[str
 
 
 def make_wrapped() -> dict[str, Tensor]:
-    """FLUX.1's attention under diffusers' prefix and PEFT's, as SimpleTuner saved it for a while."""
+    """FLUX.1 attention under the prefixes of diffusers and of PEFT, as SimpleTuner saved it."""
     tensors, shapes = {}, load_layout("flux1-dev").shapes
     for name in shapes:
         if re.match(r"single_transformer_blocks.*\.to_[qkv]$", name):

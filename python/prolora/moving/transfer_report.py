@@ -148,7 +148,8 @@ class TransferReport(MovedReport):
             mark: Mark = "✔" if fits else "⚠"
             return InWords(mark, "A dry run: nothing was written.", tuple(filter(None, told)))
         promised = self.dry_run or (self.method == "copy" and self.strength == 1)
-        found = judge(self.verdict, placed, bases, self.few_steps, promised)
+        few_steps = False if self.few_by_name else self.few_steps  # its name is told below
+        found = judge(self.verdict, placed, bases, few_steps, promised)
         if self.works_as_it_is:
             changes = "" if found.mark == "✔" else ": nothing in it had to change"
             place = f"The file works on {target} as it is{changes}."
