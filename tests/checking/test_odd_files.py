@@ -1,10 +1,9 @@
 """Odd files get one mark and one sentence, in Python, in a terminal and on the page."""
 
 import pytest
-from odd_files import ODD_FILES, THREADS, check_on_page
-from safetensors.torch import save_file
+from odd_files import ODD_FILES, check_on_page
 
-from prolora import ProLoRAError, convert
+from prolora import ProLoRAError
 from prolora.checking.check import check
 
 
@@ -29,14 +28,3 @@ def test_python_and_the_page_say_of_an_odd_file_what_the_table_has(odd, tmp_path
 def test_every_odd_file_has_a_name_and_a_sentence_of_its_own():
     names = [odd.name for odd in ODD_FILES]
     assert len(set(names)) == len(names) and all(len(odd.first) > 5 for odd in ODD_FILES)
-
-
-@pytest.mark.parametrize("thread", THREADS)
-def test_the_file_of_a_thread_is_known_and_mended_for_comfyui(thread, tmp_path):
-    make, is_read = THREADS[thread]
-    save_file(make(), tmp_path / "lora.safetensors")
-    found = check(tmp_path / "lora.safetensors", program="comfyui")
-    assert found.families and not found.foreign and not found.defects
-    assert (found.mark == "✔") == is_read
-    convert(tmp_path / "lora.safetensors", format="comfyui", out=tmp_path / "out.safetensors")
-    assert check(tmp_path / "out.safetensors", program="comfyui").mark == "✔"

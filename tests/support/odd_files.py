@@ -19,8 +19,6 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from prolora.architectures.layouts import load_layout
-
 ROOT = Path(__file__).parents[2]
 MAKER = runpy.run_path(str(ROOT / "docs/make_conformance.py"))
 FAMILIES = {family.id: family for _, family, _, _ in MAKER["list_files"]()}
@@ -171,43 +169,3 @@ ODD_FILES = [
     OddFile("nan", partial(make_beside, "diff_b", NAN), "✖", 3, "1 tensor", asked={"deep": True}),
 ]
 """Every kind of file that was answered wrongly once, and what is no LoRA at all."""
-
-
-def make_lokr(layout: str, ending: str, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """A LoKr of SimpleTuner's on all modules of a size with that ending, in its own prefix.
-
-    With `parts` it is on the fused projection of these, which trainers call to_qkv.
-    """
-    shapes, tensors = load_layout(layout).shapes, {}
-    for name in (name for name in shapes if name.endswith(ending)):
-        stem, rows = name.removesuffix(ending), shapes[name][0]
-        rows += sum(shapes[stem + part][0] for part in parts)
-        path = "lycoris_" + (f"{stem}to_qkv" if parts else name).replace(".", "_")
-        tensors[f"{path}.lokr_w1"] = torch.full((4, 4), 0.1)
-        tensors[f"{path}.lokr_w2"] = torch.full((rows // 4, shapes[name][1] // 4), 0.001)
-        tensors[f"{path}.alpha"] = torch.tensor(1e10)  # no scale of a full LoKr
-    return tensors
-
-
-def make_wrapped() -> dict[str, Tensor]:
-    """FLUX.1 attention under the prefixes of diffusers and of PEFT, as SimpleTuner saved it."""
-    tensors, shapes = {}, load_layout("flux1-dev").shapes
-    for name in shapes:
-        if re.match(r"single_transformer_blocks.*\.to_[qkv]$", name):
-            path = f"transformer.base_model.model.{name}.lora"
-            tensors[f"{path}.up.weight"] = torch.full((shapes[name][0], 4), 0.01)
-            tensors[f"{path}.down.weight"] = torch.full((4, shapes[name][1]), 0.01)
-    return tensors
-
-
-THREADS = {
-    # "Lora keys broke after a certain update when using in Comfy?" (SimpleTuner)
-    "two prefixes": (make_wrapped, False),
-    # "Krea 2 with DoKR … has [WARNING] lora key not loaded" (ComfyUI, SimpleTuner)
-    "fused projections": (partial(make_lokr, "krea2", "to_q", ("to_k", "to_v")), False),
-    # "flux2 klein 9b lokr key mismatch issue in comfyui" (SimpleTuner); read since
-    "FLUX.2": (partial(make_lokr, "flux2-klein-9b", ".linear_in"), True),
-    # "SD3.5 Medium Lycoris from SimpleTuner support" (ComfyUI); read since
-    "SD 3.5": (partial(make_lokr, "sd3.5-medium", ".attn2.to_q"), True),
-}
-"""Files of threads by their names and shapes, and whether ComfyUI reads them as they are."""
