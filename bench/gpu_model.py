@@ -17,7 +17,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "dispatches.json"
 LAUNCH = 5e-6
 WAIT = 20e-6
-DIGIT_PRODUCTS = 21
+DIGIT_PRODUCTS = 22
 SKINNY = 128
 """Products with a dimension up to this reach about half of a card's rate."""
 

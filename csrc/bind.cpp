@@ -13,6 +13,9 @@
 #ifndef MODULE_NAME
 #define MODULE_NAME _C
 #endif
+#ifndef PROLORA_SOURCES
+#define PROLORA_SOURCES ""
+#endif
 #ifndef PROLORA_CUDA_ARCHITECTURES
 #define PROLORA_CUDA_ARCHITECTURES ""
 #endif
@@ -124,10 +127,12 @@ std::pair<Index, Index> cut_depth(Index tiles, Index depth, Index blocks) {
 
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.attr("interface") = kInterface;
+  m.attr("sources") = PROLORA_SOURCES;
   m.attr("cuda_architectures") = PROLORA_CUDA_ARCHITECTURES;
   m.attr("max_krylov_width") = kMaxKrylovWidth;
   m.attr("max_precise_depth") = kMaxPreciseDepth;
   m.attr("max_svd_columns") = kMaxSvdColumns;
+  m.attr("max_tridiagonal") = kMaxTridiagonal;
   m.attr("overlap_block") = kOverlapBlock;
   m.def("cuda_devices", &devices,
         "The compute capabilities of the CUDA devices; why there are none.");
@@ -141,6 +146,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         arg("float64"), arg("cuda"), "Bytes of scratch that small_svd needs, or the values alone.");
   m.def("project_pair_scratch", &project_pair_scratch, arg("batch"), arg("m"), arg("ks"), arg("kt"),
         arg("r"), arg("float64"), arg("cuda"), "Numbers of scratch that project_pair needs.");
+  m.def("tridiagonalise_scratch", &tridiagonalise_scratch, arg("batch"), arg("d"), arg("float64"),
+        "Bytes of scratch that tridiagonalise needs.");
   m.def("depth_parts", &cut_depth, arg("tiles"), arg("depth"), arg("blocks"),
         "The number and length of the parts that the depth of a product is cut into.");
   m.def("tensor_cores_pay", &tensor_cores_pay, arg("major"), arg("minor"),

@@ -36,6 +36,13 @@
 #define UNROLL
 #endif
 
+// The next loop is over lanes: of a CPU's vectors, or one of a GPU's threads alone.
+#if defined(__CUDACC__) || !defined(__GNUC__)
+#define LANES UNROLL
+#else
+#define LANES _Pragma("omp simd")
+#endif
+
 namespace prolora {
 
 using Index = std::int64_t;

@@ -1,5 +1,7 @@
 // The CPU backend: the same algorithms, spread over the cores where the compiler has OpenMP.
 // Loops are written for OpenMP 2.0, which is what MSVC has.
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <memory>
 #include <new>
@@ -12,7 +14,9 @@
 #include "precise_product.h"
 #include "project_pair.h"
 #include "serial.h"
+#include "serial_products.h"
 #include "small_svd.h"
+#include "tridiagonal.h"
 
 namespace prolora {
 namespace {
@@ -222,6 +226,91 @@ void small_svd_cpu(const SmallSvdArgs<T>& args) {
 template <class T>
 void small_singular_values_cpu(const SmallSingularValuesArgs<T>& args) {
   svd_on_cores<false>(without_vectors(args));
+}
+
+namespace {
+
+// Eigenvalues that a core works on at once.
+constexpr int kGroup = 16;
+
+PROLORA_FOR_EACH_TARGET void reduce(const TridiagonaliseArgs<float>& args, Index matrix) {
+  reduce_matrix(WideBlock{}, SerialProducts{}, args, matrix);
+}
+
+PROLORA_FOR_EACH_TARGET void reduce(const TridiagonaliseArgs<double>& args, Index matrix) {
+  reduce_matrix(WideBlock{}, SerialProducts{}, args, matrix);
+}
+
+// `count` values, at most kGroup, from number `first` on.
+PROLORA_FOR_EACH_TARGET void find_values(const Tridiagonal& t, Index first, Index count,
+                                         double* values) {
+  double found[kGroup];
+  bisect<kGroup>(t, gershgorin(t), int(first), found);
+  std::copy(found, found + count, values);
+}
+
+PROLORA_FOR_EACH_TARGET void find_vectors(const Tridiagonal& t, Index count, const double* values,
+                                          double* scratch, float* vectors) {
+  double value[kGroup], squares[kGroup];
+  for (int l = 0; l < kGroup; ++l) value[l] = values[l < count ? l : count - 1];
+  double* vector = scratch + 2 * t.n * kGroup;
+  twist<kGroup>(t, smallest_pivot(t), value, scratch, scratch + t.n * kGroup, vector, kGroup,
+                squares);
+  for (Index l = 0; l < count; ++l) {
+    const double unit = 1 / std::sqrt(squares[l]);
+    for (int i = 0; i < t.n; ++i) vectors[l * t.n + i] = unit_entry(vector[i * kGroup + l], unit);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void tridiagonalise_cpu(const TridiagonaliseArgs<T>& args) {
+  check_tridiagonal_size(args.d);
+#pragma omp parallel for schedule(dynamic) if (args.batch > 1)
+  for (Index matrix = 0; matrix < args.batch; ++matrix) reduce(args, matrix);
+}
+
+// f(T, matrix, first value, how many) for groups of values of one matrix.
+template <class Args, class F>
+void each_group(const Args& args, F f) {
+  if constexpr (std::is_same_v<Args, TridiagonalValuesArgs<float>> ||
+                std::is_same_v<Args, TridiagonalVectorsArgs<float>>) {
+    throw std::runtime_error("tridiagonal: float64 alone");
+  } else {
+    const Index groups = ceil_div(args.count, kGroup);
+#pragma omp parallel for schedule(dynamic) if (100.0 * args.batch * args.count * args.d > \
+                                                   kParallelFlops)
+    for (Index job = 0; job < args.batch * groups; ++job) {
+      const Index first = job % groups * kGroup;
+      f(tridiagonal_of(args, job / groups), job / groups, first,
+        smaller(kGroup, args.count - first));
+    }
+  }
+}
+
+template <class T>
+void tridiagonal_values_cpu(const TridiagonalValuesArgs<T>& args) {
+  each_group(args, [&](const Tridiagonal& t, Index matrix, Index first, Index count) {
+    if constexpr (std::is_same_v<T, double>) {
+      find_values(t, first, count, args.values + matrix * args.count + first);
+    }
+  });
+}
+
+template <class T>
+void tridiagonal_vectors_cpu(const TridiagonalVectorsArgs<T>& args) {
+  each_group(args, [&](const Tridiagonal& t, Index matrix, Index first, Index count) {
+    if constexpr (std::is_same_v<T, double>) {
+      const std::unique_ptr<double[]> scratch(new double[3 * kGroup * t.n]);
+      const Index at = matrix * args.count + first;
+      find_vectors(t, count, args.values + at, scratch.get(), args.vectors + at * t.n);
+    }
+  });
+}
+
+Index tridiagonalise_scratch(Index batch, Index d, bool float64) {
+  return batch * (float64 ? PanelVectors<double>::bytes(d) : PanelVectors<float>::bytes(d));
 }
 
 #define PROLORA_INSTANTIATE_CPU(op, Args)     \

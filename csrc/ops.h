@@ -20,13 +20,16 @@
   OP(precise_product, PreciseProductArgs)            \
   OP(project_pair, ProjectPairArgs)                  \
   OP(small_singular_values, SmallSingularValuesArgs) \
-  OP(small_svd, SmallSvdArgs)
+  OP(small_svd, SmallSvdArgs)                        \
+  OP(tridiagonal_values, TridiagonalValuesArgs)      \
+  OP(tridiagonal_vectors, TridiagonalVectorsArgs)    \
+  OP(tridiagonalise, TridiagonaliseArgs)
 
 namespace prolora {
 
 // Raised whenever a struct below or the meaning of an op changes, so that Python notices an
-// extension that was built from other sources (INTERFACE in core/ops/native.py).
-constexpr int kInterface = 5;
+// extension that was built from other sources (INTERFACE in core/ops/trial.py).
+constexpr int kInterface = 6;
 
 using Index = std::int64_t;
 
@@ -134,6 +137,38 @@ struct SmallSingularValuesArgs {
   Index batch, m, n;
 };
 
+// The most columns of a matrix that tridiagonalise takes.
+constexpr Index kMaxTridiagonal = 16384;
+
+template <class T>
+struct TridiagonaliseArgs {
+  T* a;                // [batch, d, d], symmetric; overwritten by reflections
+  T* tau;              // [batch, d]
+  double* diagonal;    // [batch, d]
+  double* beside;      // [batch, d], of which the last is 0
+  std::byte* scratch;  // tridiagonalise_scratch bytes
+  Index batch, d;
+};
+
+// Both for T of double alone.
+template <class T>
+struct TridiagonalValuesArgs {
+  const T* diagonal;  // [batch, d]
+  const T* beside;    // [batch, d]
+  T* values;          // [batch, count], the largest, descending
+  Index batch, d, count;
+};
+
+template <class T>
+struct TridiagonalVectorsArgs {
+  const T* diagonal;  // [batch, d]
+  const T* beside;    // [batch, d]
+  const T* values;    // [batch, count]
+  T* scratch;         // [3, batch, d, count] on a GPU; the CPU brings its own
+  float* vectors;     // [batch, count, d], unit rows
+  Index batch, d, count;
+};
+
 template <class T>
 SmallSvdArgs<T> without_vectors(const SmallSingularValuesArgs<T>& args) {
   return {args.a, nullptr, args.s, nullptr, args.scratch, args.batch, args.m, args.n};
@@ -156,6 +191,9 @@ PROLORA_OPS(PROLORA_DECLARE)
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
 Index panel_qr_scratch_cuda(Index batch, Index r);
 Index small_svd_scratch_cuda(Index batch, Index m, Index n, bool vectors, bool float64);
+
+// Bytes of scratch of tridiagonalise, on any device.
+Index tridiagonalise_scratch(Index batch, Index d, bool float64);
 
 // Numbers of `parts` that krylov_block needs on the current device.
 Index krylov_block_scratch_cuda(Index batch, Index d, Index n, Index size, Index width);

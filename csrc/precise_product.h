@@ -4,19 +4,20 @@
 // A row becomes integers of 47 bits and a power of two: x(p) = q(p) 2^(e-46), |x| <= 2^e, and these
 // six digits q = Σ_s d_s 256^(5-s), -128 <= d_s < 128 (Ozaki, Ogita, Oishi, Rump 2012; with
 // integers Ootomo, Ozaki, Yokota 2024). Digits s and t of two rows give a product of weight
-// 256^(10-s-t). Of the 36 the 21 with s + t <= 5 are taken; sums of the same weight share an int32.
-// So the result is the same bit by bit on every device, and in the emulator.
+// 256^(10-s-t). Of the 36 the 21 with s + t <= 5 are taken, and the one of s = t = 3, whose sum in
+// x xᵀ is one of squares and cancels nothing; sums of the same weight share an int32. So the result
+// is the same bit by bit on every device, and in the emulator.
 //
 // Error a term: 2^-47 of the power of either row times the other number, by rounding; and by the
-// products left out, of both powers, 5 2^-46 at most: zero in the mean, but for the square of a
-// digit in x xᵀ, which takes 2^-47.6. In all some 2^-44 of the lengths of two rows, and below what
-// the bounds of svd/refinement.py allow float64's own sums, (d + n) 2^-52 of the norms.
+// products left out, of both powers, 4.1 2^-46 at most. So 5 2^-46 of both powers in all: little
+// beside the lengths of rows of like numbers, and much beside those of rows with one large number
+// and many small ones. The Python side reports it, and bounds take it in.
 //
 // x [rows, depth], y [cols, depth], row-major, of 16, 32 or 64 bits; C [rows, cols], float64.
-// Launches: digits of x, of y, products. 42 rows cols depth integer flops (half of it where y is
+// Launches: digits of x, of y, products. 44 rows cols depth integer flops (half of it where y is
 // x: tiles above the diagonal are mirrored), 5 float64 ones a result.
 // Traffic: the operands, 6 bytes a number out and once more in, 8 a result.
-// Bound: integer tensor cores. 64 x 1280² times itself is 1.8e12 + 1.8e12/20 integer flops: 14 ms
+// Bound: integer tensor cores. 64 x 1280² times itself is 1.9e12 + 1.9e12/20 integer flops: 14 ms
 // at half of a RTX 4090's 660e12/s [E: estimated, not measured], where float64 takes 130 ms.
 #pragma once
 
@@ -142,13 +143,13 @@ HOST_DEVICE void split_row(const Warp& warp, const RowsToSplit<Stored>& rows, In
   });
 }
 
-// Σ_g sums[g] 256^(5-g) of the sums by weight; it is rounded once.
+// Σ_g sums[g] 256^(5-g) of the sums by weight; what has a fraction is rounded, and the whole.
 template <class Sums>
 HOST_DEVICE double weigh_sums(const Sums& sums) {
   const auto join = [&](int first) {
     return (std::int64_t(sums(first)) * 256 + sums(first + 1)) * 256 + sums(first + 2);
   };
-  return double(join(0)) * 16777216.0 + double(join(3));
+  return double(join(0)) * 16777216.0 + (double(join(3)) + double(sums(kDigits)) / 256);
 }
 
 // Tile (tile_row, tile_col) of C of one matrix; where y is x, its mirror image too.

@@ -168,7 +168,7 @@ struct SerialDigitTile {
   void product(const DigitRows& x, const DigitRows& y, Use use) const {
     for (Index i = 0; i < x.size; ++i) {
       for (Index j = 0; j < y.size; ++j) {
-        std::int32_t sums[kDigits] = {};
+        std::int32_t sums[kDigits + 1] = {};
         for (int s = 0; s < kDigits; ++s) {
           for (int r = 0; r < kDigits - s; ++r) {
             const std::int8_t* a = x.data + r * x.step + i * x.pitch;
@@ -176,6 +176,9 @@ struct SerialDigitTile {
             for (Index p = 0; p < x.pitch; ++p) sums[r + s] += a[p] * b[p];
           }
         }
+        const std::int8_t* a = x.data + 3 * x.step + i * x.pitch;
+        const std::int8_t* b = y.data + 3 * y.step + j * y.pitch;
+        for (Index p = 0; p < x.pitch; ++p) sums[kDigits] += a[p] * b[p];
         use(int(i), int(j), weigh_sums([&](int weight) { return sums[weight]; }));
       }
     }

@@ -80,6 +80,21 @@ assert not any(name == "prolora" or name.startswith("prolora.") for name in sys.
     run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}")
 
 
+def test_two_copies_of_the_mathematics_work_in_one_process(tmp_path):
+    shutil.copytree(PACKAGE / "core", tmp_path / "lifted" / "core")
+    (tmp_path / "lifted" / "__init__.py").write_text("")
+    code = """
+import torch
+from lifted.core.projection import project
+import prolora
+source, target = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
+factors = torch.randn(64, 4), torch.randn(4, 48)
+moved = [move(factors, source, target, rank=16) for move in (project, prolora.project)]
+assert torch.equal(moved[0].up, moved[1].up) and type(moved[0]) is not type(moved[1])
+"""
+    run_fresh(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}")
+
+
 # An editable installation is passed over, which has every module.
 WITHOUT_FITTING = """
 import sys

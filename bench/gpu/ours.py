@@ -261,7 +261,7 @@ def time_precise_product(bench: Bench) -> None:
     """Gram matrices, and what a refinement multiplies by one."""
     for b, d, n, dtype in ((64, 1280, 1280, torch.bfloat16), (8, 3072, 3072, torch.float32)):
         w = make_weights(bench.batch(b), bench.size(d), bench.size(n), bench.device).to(dtype)
-        gram = torch_twin.precise_product(w)
+        gram = torch_twin.precise_product(w)[0]
         for what, given in (("with itself", (w,)), ("by its Gram matrix", (gram, gram))):
             both = partial(precise_product, *given), partial(torch_twin.precise_product, *given)
             compare_kernel(bench, f"{b} x {d}x{n}, {dtype}, {what}", *both)

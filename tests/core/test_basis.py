@@ -154,6 +154,12 @@ def test_a_rank_that_makes_no_sense_is_refused(rank):
         truncated_svd(torch.eye(3), rank)
 
 
+@pytest.mark.parametrize("tol", [-1.0, float("nan")])
+def test_a_tolerance_that_makes_no_sense_is_refused(tol):
+    with pytest.raises(ValueError, match="tol must be"):
+        truncated_svd(torch.eye(3), 2, tol=tol)
+
+
 def test_a_vector_is_no_weight():
     with pytest.raises(ShapeMismatch):
         truncated_svd(torch.ones(5), 1)
@@ -182,6 +188,20 @@ def test_krylov_finds_the_planted_subspace_and_bounds_its_error(name, shape):
     assert error <= basis.bound <= 1e-3
     values = LARGE[name].sort(descending=True)[0][:40].float()
     torch.testing.assert_close(basis.S, values, rtol=1e-5, atol=0)
+
+
+def test_a_tolerance_of_zero_is_met_by_no_result_and_refused_by_none():
+    weight = planted(800, 800, LARGE["i^-0.5"])[0].float()
+    basis = truncated_svd(weight, 40, tol=0.0)
+    assert not basis.ok and 0 < float(basis.bound) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_at_the_cut_of_an_exact_rank_are_told_by_the_bound(seed):
+    values = power_law(350, 0.5)
+    values[92:102] = values[92]
+    basis = truncated_svd(planted(768, 768, values, seed)[0].float(), 96)
+    assert int(basis.rank) == 96 and not basis.ok
 
 
 def test_where_krylov_proves_nothing_the_dense_factorisation_takes_over():

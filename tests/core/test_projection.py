@@ -193,6 +193,60 @@ def test_a_convolution_is_its_flattened_matrix():
     assert factors.shape == (6, 36)
 
 
+def test_a_convolution_of_five_axes_is_its_flattened_matrix_too():
+    generator = torch.Generator().manual_seed(0)
+    ws, wt, delta = (torch.randn(6, 4, 1, 2, 2, generator=generator) for _ in range(3))
+    flat = [x.flatten(1) for x in (delta, ws, wt)]
+    for method, wanted in (("prolora", project(*flat, rank=4)), ("copy", flat[0])):
+        found = project(delta, ws, wt, rank=4, method=method)
+        assert found.shape == delta.shape
+        torch.testing.assert_close(found.flatten(1), wanted)
+    bases = truncated_svd(ws, 4), truncated_svd(flat[1], 4)
+    assert bases[0].shape == (6, 16) and torch.equal(bases[0].U, bases[1].U)
+    torch.testing.assert_close(project(delta, *bases), project(delta, ws, ws, rank=4))
+
+
+def test_many_updates_of_one_weight_are_moved_as_one_after_the_other():
+    source, target, _ = case(12, 18, 4, 0)
+    updates = [case(12, 18, 4, seed)[2] for seed in range(3)]
+    stack = LowRank(*(torch.stack([getattr(u, x) for u in updates]) for x in ("up", "down")))
+    others = torch.stack([target, source, target])
+    for ws, wt in (
+        (source, target),
+        (truncated_svd(source, 5), truncated_svd(target, 5)),
+        (source, others),
+        (others, truncated_svd(target, 5)),
+    ):
+        found, info = project(stack, ws, wt, rank=5, return_info=True)
+        dense = project(stack.dense(), ws, wt, rank=5)
+        for i, update in enumerate(updates):
+            pair = [w[i] if w is others else w for w in (ws, wt)]
+            alone, one = project(update, *pair, rank=5, return_info=True)
+            torch.testing.assert_close(found.dense()[i], alone.dense())
+            torch.testing.assert_close(dense[i], alone.dense())
+            assert float(info.norm_ratio[i]) == pytest.approx(float(one.norm_ratio))
+    copied = project(stack.dense(), source, target, method="auto")
+    assert torch.equal(copied, stack.dense())
+    with pytest.raises(UnrelatedBases):
+        project(stack, source, weights(12, 18, 9).double().expand(3, -1, -1), method="auto")
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_a_dense_update_takes_its_identity_on_the_short_side(monkeypatch, shape):
+    source, target, delta = case(*shape, 4, 0)
+    ranks = []
+    split = sys.modules["prolora.core.projection"]._split_sides
+
+    def look(factors, *bases):
+        ranks.append(factors.rank)
+        return split(factors, *bases)
+
+    monkeypatch.setattr(sys.modules["prolora.core.projection"], "_split_sides", look)
+    found = project(delta.dense(), source, target, rank=9)
+    expected = reference.project_dense(delta.dense(), source, target, 9, 9, "prolora")
+    assert ranks == [40] and relative(found, expected) < 1e-9
+
+
 def test_a_pair_of_factors_is_a_lowrank():
     source, target, delta = case(9, 7, 2, seed=0)
     pair = project((delta.up, delta.down), source, target, rank=3)
@@ -323,6 +377,8 @@ def test_another_count_of_updates_than_of_weights_is_named():
     weight = torch.randn(3, 8, 6)
     with pytest.raises(ShapeMismatch, match="2 updates but 3 weights; give as many"):
         project(weight[:2], weight, weight)
+    with pytest.raises(ShapeMismatch, match="between different shapes"):
+        project(weight, weight[0], weight[0, :, :5])
     with pytest.raises(ShapeMismatch, match="between different shapes"):
         project(weight[:2], weight[:2, :7], weight[:2])
 

@@ -95,6 +95,14 @@ def test_a_tensor_of_another_kind_is_refused_by_name(kind):
         assert isinstance(error.value, ProLoRAError | TypeError)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this torch can use a GPU")
+def test_an_array_on_a_gpu_that_torch_cannot_use_is_refused_by_name():
+    memory = {"shape": (3, 4), "typestr": "<f4", "data": (1 << 32, False), "version": 3}
+    array = type("Array", (), {"__cuda_array_interface__": memory})()
+    with pytest.raises(UnsupportedTensor, match="W, Array of unknown dtype, cannot become"):
+        truncated_svd(array, 2)
+
+
 @pytest.mark.parametrize("kind", ["complex", "sparse_coo", "a nested tensor"])
 @pytest.mark.filterwarnings("ignore")
 def test_factors_of_another_kind_make_no_lowrank(kind):

@@ -25,7 +25,6 @@ ALLOWED = {
     "reports/page/render.py": "a table of the package",
     "cli/commands.py": "docstrings of the package",
     "bases/memory.py": "the system's word on this process",
-    "core/ops/trial.py": "what core keeps of its own trials",
 }
 
 

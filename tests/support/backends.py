@@ -20,6 +20,11 @@ from prolora.core.ops.panel_qr import run_panel_qr
 from prolora.core.ops.precise_product import run_precise_product
 from prolora.core.ops.project_pair import run_project_pair
 from prolora.core.ops.small_svd import run_small_singular_values, run_small_svd
+from prolora.core.ops.tridiagonal import (
+    run_tridiagonal_values,
+    run_tridiagonal_vectors,
+    run_tridiagonalise,
+)
 
 # PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI); "node"
 # does so for Node.js, which runs the script of the ComfyUI nodes.
@@ -64,8 +69,8 @@ class Kernels:
     def precise_product(self, x: Tensor, y: Tensor | None) -> Tensor:
         x, y = x.to(self.device), None if y is None else y.to(self.device)
         if self.module is None:
-            return torch_twin.precise_product(x, y)
-        return run_precise_product(self.module, x, y, self.cuda).cpu()
+            return torch_twin.precise_product(x, y)[0]
+        return run_precise_product(self.module, x, y, self.cuda)[0].cpu()
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._call(run_small_svd, torch_twin.small_svd, self._there(a))
@@ -74,6 +79,22 @@ class Kernels:
         values, twin = run_small_singular_values, torch_twin.small_singular_values
         x = a.to(self.device)
         return (values(self.module, x, self.cuda) if self.module else twin(x)).cpu()
+
+    def tridiagonalise(self, symmetric: Tensor) -> tuple[Tensor, ...]:
+        both = run_tridiagonalise, torch_twin.tridiagonalise
+        return self._call(*both, [symmetric.to(self.device)])
+
+    def tridiagonal_values(self, diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
+        if self.module is None:
+            return torch_twin.tridiagonal_values(diagonal, beside, count)
+        operands = (*self._there(diagonal, beside), count)
+        return run_tridiagonal_values(self.module, *operands, self.cuda).cpu()
+
+    def tridiagonal_vectors(self, diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
+        if self.module is None:
+            return torch_twin.tridiagonal_vectors(diagonal, beside, values)
+        operands = self._there(diagonal, beside, values)
+        return run_tridiagonal_vectors(self.module, *operands, self.cuda).cpu()
 
     def _there(self, *operands):
         lists = [[x] if isinstance(x, Tensor) else x for x in operands]

@@ -1,15 +1,18 @@
 from collections.abc import Sequence
 
 interface: int
+sources: str
 cuda_architectures: str
 max_krylov_width: int
 max_precise_depth: int
 max_svd_columns: int
+max_tridiagonal: int
 overlap_block: int
 
 def cuda_devices() -> tuple[list[tuple[int, int]], str]: ...
 def run(op: str, numbers: Sequence[int], float64: bool, cuda: bool, stream: int) -> None: ...
 def krylov_block_scratch(batch: int, d: int, n: int, size: int, width: int, cuda: bool) -> int: ...
+def tridiagonalise_scratch(batch: int, d: int, float64: bool) -> int: ...
 def panel_qr_scratch(batch: int, r: int, float64: bool, cuda: bool) -> int: ...
 def small_svd_scratch(
     batch: int, m: int, n: int, vectors: bool, float64: bool, cuda: bool

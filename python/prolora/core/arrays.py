@@ -45,17 +45,18 @@ def to_tensor(array: MatrixLike, name: str = "the array") -> Tensor:
     """
     if isinstance(array, Tensor):
         return array
-    if not hasattr(array, "__dlpack__") and hasattr(array, "__cuda_array_interface__"):
-        return torch.as_tensor(array, device="cuda")
-    if not hasattr(array, "__dlpack__"):
+    if not hasattr(array, "__dlpack__") and not hasattr(array, "__cuda_array_interface__"):
         raise UnsupportedTensor(
             "prolora takes torch, numpy, cupy or jax arrays (anything with __dlpack__ or "
             f"__cuda_array_interface__), not {type(array).__name__}"
             + ("; give its .weight" if hasattr(array, "weight") else "")
         )
     try:
+        if not hasattr(array, "__dlpack__"):
+            return torch.as_tensor(array, device="cuda")
         return torch.utils.dlpack.from_dlpack(_copy_if_foreign(array))
-    except (AttributeError, BufferError, RuntimeError, TypeError) as error:  # a tracer of jax
+    # A tracer of jax, or an array on a GPU for a torch without CUDA.
+    except (AssertionError, AttributeError, BufferError, RuntimeError, TypeError) as error:
         kind = f"{type(array).__name__} of {getattr(array, 'dtype', 'unknown dtype')}"
         raise UnsupportedTensor(f"{name}, {kind}, cannot become a tensor: {error}") from error
 

@@ -33,6 +33,8 @@ FACTORS = ("U", "S", "V")
 FACTS = ("rank", "energy", "residual", "gap", "bound", "ok")
 # Entries up to 2^±this need no scaling.
 LARGEST_EXPONENT = 24
+# Axes of the weights of convolutions in two and three dimensions.
+CONVOLUTION = (4, 5)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -131,7 +133,8 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     orthonormality of what is returned. On the CPU the matrices of a stack share out the threads.
 
     Args:
-        W: [m, n] or a stack [..., m, n], any float dtype.
+        W: [m, n], a stack [b, m, n], or one convolution of four or five axes, as out × rest; any
+            float dtype.
         rank: columns (int ≥ 1) or the share of Σσ² to hold (float in (0, 1)). Never more than the
             numerical rank of W: directions that W does not have are not made up.
         tol: `ok` where bound ≤ tol.
@@ -142,7 +145,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
         otherwise. The same call gives the same bits, for a given device and number of threads.
 
     Raises:
-        ValueError: a rank that is neither.
+        ValueError: a rank that is neither, or a tol that is negative or no number.
         ShapeMismatch: W has fewer than two dimensions or an empty side.
         NonFiniteWeights: W holds NaN or Inf.
         SolverFailure: no rung gave a result.
@@ -151,10 +154,13 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     """
     weight = to_tensor(W, "W")
     rank = read_rank(rank)
+    if not tol >= 0:
+        raise ValueError(f"tol must be a number of 0 or more, not {tol}")
     check_operand("W", weight)
     weight = without_gradient("truncated_svd", "W", weight)
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
+    weight = weight.flatten(1) if weight.ndim in CONVOLUTION else weight
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
     exponents = _scale_exponents(stack)
     few = stack.dtype != torch.float64 and krylov.suits_krylov(rank, min(stack.shape[-2:]))

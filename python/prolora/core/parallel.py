@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Barrier, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +30,6 @@ def map_on_threads(job: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
     workers = min(threads, len(items))
     if workers <= 1 or not all(_is_on_cpu(item) for item in items):
         return [job(item) for item in items]
-    share = threads // workers
     inference = torch.is_inference_mode_enabled()
 
     def alone(item: In) -> Out:
@@ -36,12 +37,56 @@ def map_on_threads(job: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
         with torch.inference_mode(inference), torch.set_grad_enabled(False):
             return job(item)
 
+    pool = _find_pool(workers, threads // workers)
+    futures = [pool.submit(alone, item) for item in items]
     try:
-        with ThreadPoolExecutor(workers, "prolora", torch.set_num_threads, (share,)) as pool:
-            return list(pool.map(alone, items))
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # what a failure leaves behind works on the caller's tensors
+
+
+def _find_pool(workers: int, share: int) -> ThreadPoolExecutor:
+    """Returns the process's pool of so many workers, each with its share of threads.
+
+    All callers use one, so that two at once do not wait for each other's settings.
+    """
+    with _lock:
+        if (workers, share) not in _pools:
+            _pools[workers, share] = _start_pool(workers, share)
+        return _pools[workers, share]
+
+
+def _start_pool(workers: int, share: int) -> ThreadPoolExecutor:
+    threads = torch.get_num_threads()
+    started = Barrier(workers)
+
+    def settle() -> None:
+        """Sets a worker's number of threads; it keeps that whatever others set."""
+        torch.get_num_threads()  # or torch would take the process's number over it at first use
+        torch.set_num_threads(share)
+
+    pool = ThreadPoolExecutor(workers, "prolora", settle)
+    try:
+        for future in [pool.submit(started.wait) for _ in range(workers)]:
+            future.result()
     finally:
         # Threads that start later take the last number that any thread has set.
         torch.set_num_threads(threads)
+    return pool
+
+
+def _forget_pools() -> None:
+    """Drops the pools, whose threads a forked child does not have."""
+    global _lock
+    _lock = Lock()
+    _pools.clear()
+
+
+_lock, _pools = Lock(), dict[tuple[int, int], ThreadPoolExecutor]()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)
 
 
 def _is_on_cpu(item: Any) -> bool:

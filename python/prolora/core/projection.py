@@ -16,7 +16,7 @@ from torch import Tensor
 from . import recompression
 from .affinity import Affinity
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
-from .basis import Basis, truncated_svd
+from .basis import CONVOLUTION, Basis, stack_bases, truncated_svd
 from .exceptions import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 from .lowrank import LowRank
 from .methods import Method, MethodChoice, Parts, Side, find_method
@@ -107,11 +107,12 @@ def project(
     `METHODS` describes the other methods.
 
     Args:
-        delta: the update of the source, scale included: an array [m, n]; a stack [b, m, n]; a
-            convolution [out, in, kh, kw], treated as out × (in·kh·kw); a LowRank, or a pair
-            (up [..., m, r], down [..., r, n]). torch, numpy and cupy arrays alike.
-        W_src: the source weight, of delta's shape, or its Basis.
-        W_tgt: the target weight, of delta's shape, or its Basis.
+        delta: the update of the source, scale included: an array [m, n]; a stack [b, m, n]; one
+            convolution of four or five axes, [out, in, …], treated as out × rest; a LowRank, or a
+            pair (up [..., m, r], down [..., r, n]). Flatten a Conv1d's update. torch, numpy and
+            cupy arrays.
+        W_src: the source weight, of delta's shape, or its Basis; [m, n] for a stack too.
+        W_tgt: the target weight, likewise.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
             ignored for a Basis.
         method: a name of `METHODS`, or "auto": "copy", and a refusal where the two weights (of a
@@ -142,9 +143,11 @@ def project(
     update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
     _check_update(update)
     weights = _read_weights(W_src, W_tgt, update.shape)
-    factors = update if isinstance(update, LowRank) else _identity_factors(update)
     if method == AUTO:
         _check_related(*weights)
+    if isinstance(update, Tensor) and not (return_info or chosen.needs_bases):
+        return to_kind_of(update.clone(), delta)
+    factors = update if isinstance(update, LowRank) else _identity_factors(update)
     up, down, info = _move(factors, chosen, weights, rank, return_info)
     result: Any
     if isinstance(update, LowRank):
@@ -166,6 +169,11 @@ def _move(
     if not (measure or method.needs_bases):
         return (delta.up.mT,), (delta.down,), None
     source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights)
+    if len(source.shape) != len(target.shape):  # one weight and a stack of them
+        source, target = (
+            basis if len(basis.shape) == 3 else stack_bases([basis] * len(delta.up))
+            for basis in (source, target)
+        )
     sides = _split_sides(delta, source, target)
     up, down = (method.split(side) for side in sides)
     if not measure:
@@ -257,10 +265,11 @@ def _multiply_parts(up: Parts, down: Parts) -> Tensor:
 
 def _identity_factors(update: Tensor) -> LowRank:
     """Factors a dense update with an identity, in the dtype to work in."""
-    flat = update.flatten(1) if update.ndim == 4 else update
+    flat = update.flatten(1) if update.ndim in CONVOLUTION else update
     x = flat.to(working_dtype(flat.dtype))
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return LowRank(x, eye.expand(*x.shape[:-2], -1, -1))
+    m, n = x.shape[-2:]
+    eye = torch.eye(min(m, n), dtype=x.dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
+    return LowRank(eye, x) if m < n else LowRank(x, eye)
 
 
 def _read_weights(
@@ -271,7 +280,7 @@ def _read_weights(
         w if isinstance(w, Basis) else _read_operand(w, name)
         for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
     )
-    if len(shape) == 2 and source.shape != target.shape and len(source.shape) == 4:
+    if len(shape) == 2 and source.shape != target.shape and len(source.shape) in CONVOLUTION:
         raise ShapeMismatch(f"W_src is {list(source.shape)} but W_tgt {list(target.shape)}")
     return _read_weight(source, shape, "W_src"), _read_weight(target, shape, "W_tgt")
 
@@ -284,8 +293,10 @@ def _read_operand(weight: MatrixLike, name: str) -> Tensor:
 
 def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor | Basis:
     """Reads a weight, a convolution flattened, if it has the update's shape."""
-    conv = len(shape) == 4
-    given = tuple(weight.shape)
+    conv = len(shape) in CONVOLUTION
+    given = weight.shape
+    if len(shape) == 3 and len(given) == 2:  # of one weight
+        shape = torch.Size(shape[1:])
     if len(shape) == len(given) == 3 and shape[0] != given[0] and shape[1:] == given[1:]:
         raise ShapeMismatch(f"{name}: {shape[0]} updates but {given[0]} weights; give as many")
     if isinstance(weight, Basis):
@@ -293,7 +304,7 @@ def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor
         if weight.shape != flat:
             raise ShapeMismatch(f"{name} is a basis of {list(weight.shape)}, delta {list(shape)}")
         return weight
-    if weight.ndim == 4 and len(shape) == 2:  # factors of a convolution
+    if weight.ndim in CONVOLUTION and len(shape) == 2:  # factors of a convolution
         weight = weight.flatten(1)
     if weight.shape != shape:
         raise ShapeMismatch(
@@ -313,7 +324,9 @@ def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
     """
     if isinstance(source, Basis) or isinstance(target, Basis):
         raise ValueError(f"method {AUTO!r} needs the weights themselves, not their Basis")
-    sides = (w.reshape(-1, *w.shape[-2:]) for w in (source, target.to(source.device)))
+    sides = [w.reshape(-1, *w.shape[-2:]) for w in (source, target.to(source.device))]
+    if len({len(side) for side in sides}) > 1:  # one weight against a stack
+        sides = torch.broadcast_tensors(*sides)
     verdict = judge_pairs(Affinity.of(*pair) for pair in zip(*sides, strict=True))
     if not verdict.related:
         raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")

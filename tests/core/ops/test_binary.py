@@ -29,6 +29,9 @@ REGISTERS = {
     "finish_block_kernel": 168,
     "split_rows_kernel": 128,
     "precise_product_kernel": 255,
+    "reduce_kernel": 128,
+    "values_kernel": 255,
+    "vectors_kernel": 255,
 }
 TILE_KERNELS = (
     "overlap_table_kernel",

@@ -11,6 +11,7 @@ from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
 from prolora.core.ops.project_pair import project_pair
 from prolora.core.ops.small_svd import run_small_svd, small_singular_values, small_svd
+from prolora.core.ops.tridiagonal import tridiagonal_values
 
 CALLS = {
     "overlap_table": lambda x: overlap_table([x], [x]),
@@ -123,6 +124,11 @@ def make_operands():
     yield "project_pair", randn(2, 9, 4).float(), randn(2, 9, 3).float(), randn(2, 2, 9).float()
     yield "krylov_block", w, randn(2, 24, 40).float(), randn(2, 24, 24).float(), 16, 8
     yield "precise_product", x, randn(2, 3, 6).half()
+    ends = randn(2, 9), randn(2, 9)
+    yield "tridiagonalise", u.mT @ u
+    yield "tridiagonalise", (u.mT @ u).float()
+    yield "tridiagonal_values", *ends, 4
+    yield "tridiagonal_vectors", *ends, tridiagonal_values(*ends, 4)
     yield "precise_product", x
 
 

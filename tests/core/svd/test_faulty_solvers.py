@@ -19,7 +19,7 @@ from spectra import (
 
 from prolora import LowRank, ProLoRAError, truncated_svd
 from prolora.core.exceptions import SolverFailure
-from prolora.core.svd import solvers, stacks
+from prolora.core.svd import gram, partial, solvers, stacks
 from prolora.errors import NonFiniteWeights
 
 SLOW = pytest.mark.slow
@@ -32,6 +32,13 @@ def raise_linalg(*args, **options):
 
 def raise_runtime(*args, **options):
     raise RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")
+
+
+@pytest.fixture(autouse=True)
+def torchs_solvers_alone(monkeypatch):
+    """The own solver's faults are in test_partial.py."""
+    for module in (gram, partial):
+        monkeypatch.setattr(module, "solves_partially", lambda matrix: False)
 
 
 # Each takes values and vectors by descending value, and changes copies of them.
@@ -319,6 +326,26 @@ def test_nor_where_nobody_checks_what_the_solver_gives(monkeypatch, rung, qualit
     measure = solvers._measure_pairs
     monkeypatch.setattr(solvers, "_measure_pairs", lambda *pairs: [0 * x for x in measure(*pairs)])
     check_quality(monkeypatch, rung, quality, whole_stacks=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "solver"),
+    [
+        ((768, 768), 32, "eigh"),
+        ((384, 400), 64, "eigh"),
+        ((40, 60), 8, "eigh"),
+        ((40, 60), 40, "svd"),
+    ],
+    ids=["krylov", "gram-f32", "gram-f64", "svd-f32"],
+)
+def test_a_mistake_in_a_rung_is_no_lack_of_convergence(monkeypatch, shape, rank, solver):
+    def mistaken(*args, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)")
+
+    monkeypatch.setattr(torch.linalg, solver, mistaken)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", mistaken)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        truncated_svd(torch.randn(shape), rank)
 
 
 def test_too_little_memory_is_no_reason_to_try_what_takes_more(monkeypatch):

@@ -3,9 +3,11 @@
 Judged by the planted subspace and by LAPACK's ratios, never by comparing singular vectors.
 """
 
+import math
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backends import load
@@ -212,3 +214,47 @@ def test_the_bound_holds_on_every_trained_weight_of_the_mini_family():
             error, projection = errors(weight, u, vt.mT, basis)
             assert error <= float(basis.bound), name
             assert not basis.ok or projection <= 1e-3, name
+
+
+def with_one_large_number(gap, small):
+    """Two orthogonal rows of one large and many small numbers, of nearly equal lengths."""
+    generator = torch.Generator().manual_seed(0)
+    w = 1e-9 * torch.randn(384, 1280, generator=generator)
+    w[:2] = small * (torch.rand(1280, generator=generator) + 0.5)
+    w[:2, :2] = 0
+    w[0, 0], w[1, 1] = 0.51, 0.51 * (1 + gap / 2)
+    for _ in range(3):
+        w[1, 0] -= float(w[0].double() @ w[1].double()) / 0.51
+    squares = w[:2].double().square().sum(1)
+    w[1, 1] = float((w[1, 1].double() ** 2 + squares[0] - squares[1] + gap * 0.26).sqrt())
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", ["large", "equal"])
+def test_digits_report_all_that_they_lose(size, dtype):
+    """Against sums in long double: of rows of one large number, and of equal numbers."""
+    extension = load("cpu", "_C")
+    x = with_one_large_number(1e-7, 3e-3)[:4].to(dtype)
+    if size == "equal":  # whose dropped products all have one sign
+        x[:2] = 0x305050505050 * 2.0**-54
+        x[0, 0], x[1, 1] = 0.51, 0.5
+    found, error = run_precise_product(extension, x[None], None, False)
+    exact = np.asarray(x.double(), dtype=np.longdouble)
+    missed = np.asarray(found[0], dtype=np.longdouble) - exact @ exact.T
+    assert 0 < float(np.linalg.norm(missed.astype(float))) <= float(error)
+
+
+@pytest.mark.parametrize("small", [3e-3, 1e-3])
+@pytest.mark.parametrize("gap", [1e-8, 2e-8, 5e-8, 1e-7])
+@pytest.mark.parametrize("way", ["gpu"], indirect=True)
+def test_the_bound_holds_where_digits_lose_most(way, gap, small):
+    w = with_one_large_number(gap, small)
+    exact = np.asarray(w[:2].double(), dtype=np.longdouble)
+    (a, b), (_, c) = exact @ exact.T
+    turn = 0.5 * math.atan2(2 * float(b), float(a - c))
+    u = torch.zeros(384, dtype=torch.float64)
+    u[0], u[1] = math.cos(turn), math.sin(turn)
+    basis = truncated_svd(w[None], 1)
+    x = basis.U[0, :, 0].double()
+    assert float(torch.linalg.vector_norm(x - u * (u @ x))) <= float(basis.bound) + 1e-6

@@ -27,6 +27,7 @@ from torch import Tensor
 from ...architectures.modules import matrix_shape
 from ...core.basis import Basis, stack_bases, truncated_svd
 from ...core.ops.native import fingerprint
+from ...core.ops.trial import keep_choices
 from ...core.rank_rule import Rank
 from ...core.validation import DeviceLike
 from ...errors import OutputError, UnsupportedFormat, output_error
@@ -39,7 +40,7 @@ from .tables import JsonTable
 
 CACHE_VARIABLE = "PROLORA_CACHE"
 # Part of what a basis is made of: raise it when an algorithm's results change, or its file.
-VERSION = 6
+VERSION = 7
 # A use of a basis counts for so long (s), before the file's time is set again.
 TOUCH_INTERVAL = 86_400
 
@@ -84,6 +85,8 @@ class BasisCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             raise output_error(self.folder, error, "the cache folder cannot be made") from error
+        self._tables["kernels"] = choices = JsonTable(self.folder / "kernels.json")
+        keep_choices(choices.get, choices.put)
 
     def of(
         self, base: Base, modules: Sequence[str], rank: Rank, device: DeviceLike = None

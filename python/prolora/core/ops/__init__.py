@@ -7,8 +7,11 @@
     project_pair           rows through the subspaces of two bases, range and complement at once
     small_singular_values  the singular values of a stack of small matrices
     small_svd              thin SVD of a stack of small matrices
+    tridiagonal_values     the largest eigenvalues of tridiagonal matrices
+    tridiagonal_vectors    their eigenvectors
+    tridiagonalise         symmetric matrices to tridiagonal ones
 
-All but `krylov_block` take float32 or float64, contiguous or not. They run on any device, and under
+All but a few take float32 or float64, contiguous or not. They run on any device, and under
 FakeTensor and torch.compile. `torch_twin` says in torch what each computes; `native` decides which
 of the two runs. The list of ops is PROLORA_OPS in csrc/ops.h and ON_CPU in `native`.
 """

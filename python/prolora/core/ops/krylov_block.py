@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..exceptions import ShapeMismatch
 from . import native, torch_twin
-from .operands import ANY_DEVICE, library
+from .operands import ANY_DEVICE, NAMESPACE, library, registered
 
 STORED = {torch.float16: 0, torch.bfloat16: 1}
 """The dtypes of weights, as StoredAs in csrc/ops.h numbers them."""
@@ -103,7 +103,7 @@ def _krylov_block_fake(w: Tensor, rows: Tensor, projected: Tensor, size: int, wi
 
 
 library.impl("krylov_block", _krylov_block, ANY_DEVICE)
-torch.library.register_fake("prolora::krylov_block", _krylov_block_fake)
+torch.library.register_fake(f"{NAMESPACE}::krylov_block", _krylov_block_fake)
 
 
 def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
@@ -127,5 +127,5 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
     for name, x in (("w", w), ("rows", rows), ("projected", projected)):
         if not isinstance(x, Tensor):
             raise TypeError(f"krylov_block: {name} must be a torch.Tensor, not {type(x).__name__}")
-    found: Tensor = torch.ops.prolora.krylov_block(w, rows, projected, size, width)
+    found: Tensor = registered.krylov_block(w, rows, projected, size, width)
     return found

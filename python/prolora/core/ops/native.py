@@ -40,6 +40,9 @@ ON_CPU = {
     "project_pair": "torch's products are faster on a CPU",
     "small_singular_values": "LAPACK is faster on a CPU",
     "small_svd": "",
+    "tridiagonal_values": "",
+    "tridiagonal_vectors": "",
+    "tridiagonalise": "",
 }
 """The ops, each with the reason why the extension leaves it to torch on a CPU, if it does."""
 
@@ -206,7 +209,7 @@ def run_best(
     if choice.cuda:
         far = far or (FAR if like.dtype == torch.float64 else FAR_32)
         both = (lambda: compared(mine())), (lambda: compared(torchs()))
-        if not trial.prefers_kernel(op, like, sizes, *both, far):
+        if not trial.prefers_kernel(op, like, sizes, both, far, choice.kernels.sources):
             return torchs()
     return mine()
 

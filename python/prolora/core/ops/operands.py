@@ -7,8 +7,14 @@ from torch import Tensor
 
 from ..exceptions import ShapeMismatch
 
-library = torch.library.Library("prolora", "DEF")
+NAMESPACE = __name__.removesuffix(".core.ops.operands").replace(".", "_")
+"""torch's name for the ops of this copy of the package: a second copy has another."""
+
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 """Where the ops are registered, each in its own file."""
+
+registered = getattr(torch.ops, NAMESPACE)
+"""The registered ops, to call."""
 
 ANY_DEVICE = "CompositeExplicitAutograd"
 """torch's dispatch key of an implementation that serves every device."""

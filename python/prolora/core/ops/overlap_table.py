@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native, torch_twin
-from .operands import ANY_DEVICE, check_operands, flatten_stack, library
+from .operands import ANY_DEVICE, NAMESPACE, check_operands, flatten_stack, library, registered
 from .torch_twin import BLOCK
 
 library.define("overlap_table(Tensor[] us, Tensor[] ut) -> (Tensor, Tensor)")
@@ -71,7 +71,7 @@ def _overlap_table_fake(us: list[Tensor], ut: list[Tensor]) -> tuple[Tensor, Ten
 
 
 library.impl("overlap_table", _overlap_table, ANY_DEVICE)
-torch.library.register_fake("prolora::overlap_table", _overlap_table_fake)
+torch.library.register_fake(f"{NAMESPACE}::overlap_table", _overlap_table_fake)
 
 
 def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -97,7 +97,7 @@ def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> list[tuple[Tens
         if s.dtype != us[0].dtype or s.device != us[0].device:
             raise TypeError("overlap_table: all groups must have one dtype and device")
     left, right = [flatten_stack(x) for x in us], [flatten_stack(x) for x in ut]
-    table, shells = torch.ops.prolora.overlap_table(left, right)
+    table, shells = registered.overlap_table(left, right)
     sizes = [group_sizes(s, t) for s, t in zip(left, right, strict=True)]
     tables = []
     for given, other, part, shell in zip(

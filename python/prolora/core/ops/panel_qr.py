@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..exceptions import ShapeMismatch
 from . import native, torch_twin
-from .operands import ANY_DEVICE, check_operands, flatten_stack, library
+from .operands import ANY_DEVICE, NAMESPACE, check_operands, flatten_stack, library, registered
 
 MAX_PANEL_ROWS = 128
 """The most rows panel_qr takes: beyond, reflections cost less than Gram matrices."""
@@ -56,7 +56,7 @@ def _panel_qr_fake(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, 
 
 
 library.impl("panel_qr", _panel_qr, ANY_DEVICE)
-torch.library.register_fake("prolora::panel_qr", _panel_qr_fake)
+torch.library.register_fake(f"{NAMESPACE}::panel_qr", _panel_qr_fake)
 
 
 def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,5 +97,5 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
                 f"not {tuple(scale.shape)}"
             )
         scale = scale.reshape(lead.numel())
-    q, lower, rank = torch.ops.prolora.panel_qr(flatten_stack(panel), scale)
+    q, lower, rank = registered.panel_qr(flatten_stack(panel), scale)
     return q.reshape(panel.shape), lower.reshape(*lead, r, r), rank.reshape(lead)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..exceptions import ShapeMismatch
 from . import native, torch_twin
-from .operands import ANY_DEVICE, library
+from .operands import ANY_DEVICE, NAMESPACE, library, registered
 
 STORED = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 """The dtypes of operands, as StoredAs in csrc/ops.h numbers them."""
@@ -19,11 +19,17 @@ MAX_DEPTH = 21824
 
 DIGITS, STEP = 6, 32  # kDigits and kDigitStep in csrc/precise_product.h
 
-library.define("precise_product(Tensor x, Tensor? y=None) -> Tensor")
+library.define("precise_product(Tensor x, Tensor? y=None) -> (Tensor, Tensor)")
+
+# Of the powers of two of both rows, what each term of a sum may err (csrc/precise_product.h); and
+# the power of two between those and the scales that the kernel keeps.
+TERM_ERROR, SCALE = 5 * 2.0**-46, 2.0**26
 
 
-def run_precise_product(kernels: ModuleType, x: Tensor, y: Tensor | None, cuda: bool) -> Tensor:
-    """Runs the kernel: x [b, r, p], y [b, c, p] or x again -> float64 [b, r, c]."""
+def run_precise_product(
+    kernels: ModuleType, x: Tensor, y: Tensor | None, cuda: bool
+) -> tuple[Tensor, Tensor]:
+    """Runs the kernel: x [b, r, p], y [b, c, p] or x again -> float64 [b, r, c], error [b]."""
     x = x.contiguous()
     y = x if y is None else y.contiguous()
     b, rows, depth = x.shape
@@ -35,7 +41,11 @@ def run_precise_product(kernels: ModuleType, x: Tensor, y: Tensor | None, cuda: 
     sizes = (b, rows, y.shape[1], depth, pitch, STORED[x.dtype], STORED[y.dtype])
     tensors = (x, second, product, digits, scales)
     native.run_kernel(kernels, "precise_product", tensors, sizes, cuda, False)
-    return product
+    of_x = torch.linalg.vector_norm(scales[: b * rows].view(b, rows) * SCALE, dim=1)
+    of_y = (
+        of_x if y is x else torch.linalg.vector_norm(scales[b * rows :].view(b, -1) * SCALE, dim=1)
+    )
+    return product, of_x * of_y * (depth * TERM_ERROR)
 
 
 def check_factors(x: Tensor, y: Tensor) -> None:
@@ -52,32 +62,39 @@ def check_factors(x: Tensor, y: Tensor) -> None:
         )
 
 
-def _precise_product(x: Tensor, y: Tensor | None = None) -> Tensor:
+def _precise_product(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     other = x if y is None else y
     check_factors(x, other)
     if x.shape[2] > MAX_DEPTH:
         return torch_twin.precise_product(x, y)
     sizes, twin = (*x.shape, 0 if y is None else y.shape[1]), torch_twin.precise_product
     return native.run_best(
-        "precise_product", x, sizes, run_precise_product, twin, (x, y), lambda c: [c], native.FAR
+        "precise_product",
+        x,
+        sizes,
+        run_precise_product,
+        twin,
+        (x, y),
+        lambda both: both[:1],
+        native.FAR,
     )
 
 
-def _precise_product_fake(x: Tensor, y: Tensor | None = None) -> Tensor:
+def _precise_product_fake(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     other = x if y is None else y
     check_factors(x, other)
-    return x.new_empty(len(x), x.shape[1], other.shape[1], dtype=torch.float64)
+    product = x.new_empty(len(x), x.shape[1], other.shape[1], dtype=torch.float64)
+    return product, product.new_empty(len(x))
 
 
 library.impl("precise_product", _precise_product, ANY_DEVICE)
-torch.library.register_fake("prolora::precise_product", _precise_product_fake)
+torch.library.register_fake(f"{NAMESPACE}::precise_product", _precise_product_fake)
 
 
 def precise_product(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Multiplies rows by rows: x yᵀ, or x xᵀ without y.
 
-    On integer units the result errs by some 2⁻⁴⁴ of the two rows' lengths, and rows that hold NaN
-    or Inf give NaN.
+    Rows that hold NaN or Inf give NaN.
 
     x: [b, r, p], float16, bfloat16, float32 or float64; y: [b, c, p], of any of these. Returns
     float64 [b, r, c]. Not differentiable.
@@ -86,5 +103,16 @@ def precise_product(x: Tensor, y: Tensor | None = None) -> Tensor:
         TypeError: other dtypes, or two devices.
         ShapeMismatch: shapes that do not agree.
     """
-    found: Tensor = torch.ops.prolora.precise_product(x, y)
-    return found
+    product: Tensor = measured_product(x, y)[0]
+    return product
+
+
+def measured_product(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns `precise_product` and a bound on ‖·‖_F of its error beyond float64's own, [b].
+
+    0 where float64 multiplied. On integer units a sum of p terms errs by p·5·2⁻⁴⁶ of the powers of
+    two above its two rows' largest numbers: more than float64's rounding where a row holds one
+    large number and many small ones.
+    """
+    product, error = registered.precise_product(x, y)
+    return product, error

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native, torch_twin
-from .operands import ANY_DEVICE, check_operands, flatten_stack, library
+from .operands import ANY_DEVICE, NAMESPACE, check_operands, flatten_stack, library, registered
 
 library.define("project_pair(Tensor us, Tensor ut, Tensor x) -> (Tensor, Tensor)")
 
@@ -47,26 +46,8 @@ def _project_pair_fake(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tenso
     return x.new_empty(b, 2 * r, m), x.new_empty(b, 2 * r, m)
 
 
-def _keep_bases(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _project_pair_backward(
-    ctx: Any, of_split: Tensor, of_moved: Tensor
-) -> tuple[None, None, Tensor]:
-    """Projectors are symmetric: P_s(g₁ + P_t g₃) + P_s⊥(g₂ + P_t⊥ g₄)."""
-    us, ut = ctx.saved_tensors
-    (inside, outside), (within, without) = of_split.chunk(2, 1), of_moved.chunk(2, 1)
-    inside = inside + within @ ut @ ut.mT
-    outside = outside + without - without @ ut @ ut.mT
-    return None, None, outside + (inside - outside) @ us @ us.mT
-
-
 library.impl("project_pair", _project_pair, ANY_DEVICE)
-torch.library.register_fake("prolora::project_pair", _project_pair_fake)
-torch.library.register_autograd(
-    "prolora::project_pair", _project_pair_backward, setup_context=_keep_bases
-)
+torch.library.register_fake(f"{NAMESPACE}::project_pair", _project_pair_fake)
 
 
 def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,13 +58,13 @@ def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     us: [..., m, ks], orthonormal columns; zero columns are padding and change nothing; ut:
     [..., m, kt], as us; x: [..., r, m]. Returns split [..., 2r, m]: x usᵀ-inside above x outside,
     which add up to x; and moved [..., 2r, m]: the first inside ut above the second outside ut.
-    Differentiable in x; the bases are constants.
+    Not differentiable: `methods` differentiates it.
 
     Raises:
         TypeError: a dtype other than float32 and float64, or two dtypes or devices.
         ShapeMismatch: shapes that do not agree.
     """
     check_operands("project_pair", us=us, ut=ut, x=x.mT)
-    split, moved = torch.ops.prolora.project_pair(*(flatten_stack(t) for t in (us, ut, x)))
+    split, moved = registered.project_pair(*(flatten_stack(t) for t in (us, ut, x)))
     shape = (*x.shape[:-2], 2 * x.shape[-2], x.shape[-1])
     return split.reshape(shape), moved.reshape(shape)

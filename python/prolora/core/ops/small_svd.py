@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..exceptions import ShapeMismatch
 from . import native, torch_twin
-from .operands import ANY_DEVICE, check_operands, flatten_stack, library
+from .operands import ANY_DEVICE, NAMESPACE, check_operands, flatten_stack, library, registered
 
 MAX_SVD_COLUMNS = 128
 """kMaxSvdColumns in csrc/ops.h."""
@@ -89,8 +89,8 @@ def _small_singular_values_fake(a: Tensor) -> Tensor:
 
 library.impl("small_svd", _small_svd, ANY_DEVICE)
 library.impl("small_singular_values", _small_singular_values, ANY_DEVICE)
-torch.library.register_fake("prolora::small_svd", _small_svd_fake)
-torch.library.register_fake("prolora::small_singular_values", _small_singular_values_fake)
+torch.library.register_fake(f"{NAMESPACE}::small_svd", _small_svd_fake)
+torch.library.register_fake(f"{NAMESPACE}::small_singular_values", _small_singular_values_fake)
 
 
 def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +109,7 @@ def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ShapeMismatch: n larger than m or 128.
     """
     n = _check_matrix("small_svd", "svd", a)
-    u, s, v = torch.ops.prolora.small_svd(flatten_stack(a))
+    u, s, v = registered.small_svd(flatten_stack(a))
     lead = a.shape[:-2]
     return u.reshape(a.shape), s.reshape(*lead, n), v.reshape(*lead, n, n)
 
@@ -127,7 +127,7 @@ def small_singular_values(a: Tensor) -> Tensor:
         ShapeMismatch: n larger than m or 128.
     """
     n = _check_matrix("small_singular_values", "svdvals", a)
-    found: Tensor = torch.ops.prolora.small_singular_values(flatten_stack(a))
+    found: Tensor = registered.small_singular_values(flatten_stack(a))
     return found.reshape(*a.shape[:-2], n)
 
 

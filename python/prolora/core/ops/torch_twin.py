@@ -225,11 +225,10 @@ def substitute_rows(factor: Tensor, panel: Tensor, unit: Tensor, dropped: Tensor
     return solved.mT
 
 
-def precise_product(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Multiplies in float64: x [b, r, p], y [b, c, p], any dtype -> x yᵀ, or x xᵀ."""
-    if y is None:
-        return mirror_lower(lower_gram(x))
-    return x.double() @ y.double().mT
+def precise_product(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Multiplies in float64: x [b, r, p], y [b, c, p], any dtype -> x yᵀ, or x xᵀ; zeros [b]."""
+    product = mirror_lower(lower_gram(x)) if y is None else x.double() @ y.double().mT
+    return product, product.new_zeros(len(x))
 
 
 def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,3 +277,41 @@ def values_of_stack(a: Tensor) -> Tensor:
     noise = s <= n * torch.finfo(a.dtype).eps * s.amax(1, keepdim=True) if n else s > 0
     values: Tensor = s.masked_fill(noise, 0).masked_fill(~finite, torch.nan)
     return values
+
+
+def tridiagonalise(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reduces [b, d, d] by one reflection after the other; what each step does, to read."""
+    a = symmetric.triu() + symmetric.triu(1).mT
+    b, d, _ = a.shape
+    tau = a.new_zeros(b, d)
+    for j in range(d - 1):
+        x = a[:, j, j + 1 :].clone()
+        length = torch.copysign(torch.linalg.vector_norm(x, dim=1), -x[:, 0])
+        none = (x[:, 1:] == 0).all(1)
+        length = torch.where(none, x[:, 0], length)
+        v = torch.where(none, 0.0, x.T / (x[:, 0] - length)).T
+        v[:, 0] = 1
+        tau[:, j] = torch.where(none, 0.0, (length - x[:, 0]) / length)
+        scaled, rest = v * tau[:, j, None], a[:, j + 1 :, j + 1 :]
+        p = (rest @ scaled[..., None])[..., 0]
+        w = p - scaled * ((p * v).sum(1, keepdim=True) / 2)
+        outer = v[:, :, None] * w[:, None]
+        rest -= outer + outer.mT
+        a[:, j, j + 1] = a[:, j + 1, j] = length
+        a[:, j, j + 2 :] = v[:, 1:]
+    beside = torch.nn.functional.pad(a.diagonal(1, 1, 2), (0, 1))
+    return a, tau, a.diagonal(dim1=1, dim2=2).double(), beside.double()
+
+
+def tridiagonal_values(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
+    """Returns the largest eigenvalues [b, count] of T, descending."""
+    lower = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], -1)
+    values: Tensor = torch.linalg.eigvalsh(lower)
+    return values.flip(1)[:, :count]
+
+
+def tridiagonal_vectors(diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
+    """Returns eigenvectors of T as rows [b, count, d], float32, of its largest eigenvalues."""
+    lower = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], -1)
+    vectors: Tensor = torch.linalg.eigh(lower)[1]
+    return vectors.flip(2)[:, :, : values.shape[1]].mT.float()

@@ -30,7 +30,7 @@ def complement_triplets(
     values, turned = -values.flip(1), vectors.flip(1)
     near, far = turned[:, : left_out.near], turned[:, left_out.near :]
     ritz = Ritz(near, far, values, None, torch.zeros_like(norm))
-    negated = FormedGram(-gram.precise)
+    negated = FormedGram(-gram.precise, gram.error)
     found, repair, angle = refine_span(negated, norm, ritz, left_out, sum(w.shape[-2:]))
     tail, theta = repair.kept, found.theta[:, : d - k]
     # Those next to the cut have been turned with those behind it.

@@ -9,16 +9,17 @@ something to repair; elsewhere its angle is 1.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..ops.precise_product import precise_product
 from ..precision import EPS32
 from ..rank_rule import Rank, count_columns
 from .complement import complement_triplets
 from .cut import Cut, make_cut, make_even_cut
-from .head import find_head
+from .head import LeadingPairs, find_head
+from .partial import Reduced, solves_partially
 from .products import FormedGram
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
@@ -32,6 +33,10 @@ MIN_DIMENSION = 384
 STEEP = 1e9
 # Beyond this share of the columns those left out are refined rather than those kept.
 NEARLY_ALL = 0.6
+# Up to this share of the columns the eigensolver finds the leading vectors alone; and so many
+# further ones, for the step towards those dropped.
+PARTIAL = 0.3
+FURTHER, FURTHER_ROWS = 1.25, 128
 # How often the columns that hold an energy are counted anew.
 RECOUNTS = 2
 # How many vectors on each side of the cut are repaired in float64: an eighth of those kept, between
@@ -51,8 +56,12 @@ def suits_gram(d: int, rank: Rank) -> bool:
 
 def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     """Computes leading triplets of w [b, d, n], float32, d ≤ n; `norm` [b] is ‖w‖_F."""
-    gram = FormedGram(precise_product(w))
-    values, vectors, top, head = _solve_in_single(gram, w, norm)
+    gram = FormedGram.of(w)
+    lowered = _lower_head(gram, w, norm)
+    few = partial_triplets(gram, w, norm, rank, lowered)
+    if few is not None:
+        return few
+    values, vectors, top, head = _solve_in_single(gram, lowered)
     sound = values.isfinite().all(-1)
     values = values.nan_to_num(0.0).clamp_min(0)
     cut, fits = _find_cut(values, rank, top)
@@ -75,27 +84,95 @@ def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     return mark_failed(refined, sound & fits & (missing == 0))
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """Gram matrix of a steep spectrum with its head lowered, for float32."""
+
+    single: Tensor  # [1, d, d]
+    head: LeadingPairs
+    top: Tensor  # [1, 1], what rounding is relative to
+
+    def restore(self, values: Tensor, rows: Tensor) -> None:
+        """Puts the head back into eigenvalues [1, p] and eigenvectors [1, p, d]."""
+        q = len(self.head.theta)
+        values[0, :q], rows[0, :q] = self.head.theta, self.head.rows.float()
+
+
+def partial_triplets(
+    gram: FormedGram, w: Tensor, norm: Tensor, rank: Rank, lowered: Lowered | None
+) -> Triplets | None:
+    """Computes `gram_triplets` of one matrix from its leading eigenvectors alone.
+
+    None where that does not pay: where more than PARTIAL of the columns are asked for, on a GPU,
+    without the extension, and where eigenvalues lie too close.
+    """
+    d = w.shape[-2]
+    most = int(PARTIAL * d)
+    if not solves_partially(w) or (isinstance(rank, int) and rank > most):
+        return None
+    reduced = Reduced.of(gram.single if lowered is None else lowered.single)
+    energy = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1)
+    wanted = most if isinstance(rank, float) else rank
+    found = reduced.values(min(d, int(wanted * FURTHER) + 2 * FURTHER_ROWS))
+    leading = found.clamp_min(0)
+    top = leading[:, :1] if lowered is None else lowered.top
+    if lowered is not None:
+        leading[0, : len(lowered.head.theta)] = lowered.head.theta
+    # The others share what is left of the trace, which is all that a share of energy asks of them.
+    rest = ((energy - leading.sum(-1)) / max(1, d - leading.shape[1])).clamp_min(0)
+    values = torch.cat([leading, rest[:, None].expand(1, d - leading.shape[1])], 1)
+    cut, fits = _find_cut(values, rank, top)
+    for _ in range(1 + RECOUNTS):
+        seen = min(d, cut.near + max(FURTHER_ROWS, cut.near // 4))
+        if cut.most > most or seen > leading.shape[1]:
+            return None
+        rows = reduced.rows(found[:, :seen])
+        if rows is None:
+            return None
+        if lowered is not None:
+            lowered.restore(leading, rows)
+        beyond = ((energy - leading[:, :seen].sum(-1)) / max(1, d - seen)).clamp_min(0)
+        near, far = rows[:, : cut.near], rows[:, cut.near :]
+        head = None if lowered is None else lowered.head.rows[None]
+        # As far as rounding goes: the first value that lies in neither is known.
+        ritz = Ritz(near, far, leading[:, :seen], beyond, torch.zeros_like(norm), head, True)
+        refined = refine_triplets(gram, w, norm, ritz, cut, "gram-f32")
+        if not isinstance(rank, float):
+            return mark_failed(refined, fits)
+        missing = _count_missing(refined.s.square().sum(-1), refined.s, rank * energy, cut)
+        if not missing.any() or not 1 <= cut.most + int(missing) < d:
+            break
+        cut = make_even_cut(w, cut.most + int(missing), cut.guard)
+    return mark_failed(refined, fits & (missing == 0))
+
+
+def _lower_head(gram: FormedGram, w: Tensor, norm: Tensor) -> Lowered | None:
+    """Lowers the head of one steep spectrum, solved in float64, on a CPU; None elsewhere."""
+    d = w.shape[-2]
+    if not decides_freely(w) or len(w) != 1 or not bool(norm[0] > 0):
+        return None
+    head = find_head(gram, float(norm[0].square()), d, STEEP / d**2)
+    if head is None:
+        return None
+    top = 2 * head.theta[-1]
+    lowered = torch.addmm(gram.precise[0], (head.rows * (top - head.theta)[:, None]).mT, head.rows)
+    return Lowered(lowered.float()[None], head, top.reshape(1, 1))
+
+
 def _solve_in_single(
-    gram: FormedGram, w: Tensor, norm: Tensor
+    gram: FormedGram, lowered: Lowered | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Eigenvalues [b, d], float64, descending, and eigenvectors as rows, by float32.
 
-    On a CPU the head of a steep spectrum is solved in float64, and lowered to twice its last value
-    for float32. Returns, too, what rounding is relative to [b, 1], and the head.
+    Returns, too, what rounding is relative to [b, 1], and the head.
     """
-    d = w.shape[-2]
-    head = None
-    if decides_freely(w) and len(w) == 1 and bool(norm[0] > 0):
-        head = find_head(gram, float(norm[0].square()), d, STEEP / d**2)
-    if head is None:
+    if lowered is None:
         values, vectors = descending_eigh(gram.single)
         return values.double(), vectors.mT, values[:, :1].double(), None
-    top = 2 * head.theta[-1]
-    lowered = torch.addmm(gram.precise[0], (head.rows * (top - head.theta)[:, None]).mT, head.rows)
-    values, vectors = descending_eigh(lowered.float()[None])
+    values, vectors = descending_eigh(lowered.single)
     values, rows = values.double(), vectors.mT.contiguous()
-    values[0, : len(head.theta)], rows[0, : len(head.theta)] = head.theta, head.rows.float()
-    return values, rows, top.reshape(1, 1), head.rows[None]
+    lowered.restore(values, rows)
+    return values, rows, lowered.top, lowered.head.rows[None]
 
 
 def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:

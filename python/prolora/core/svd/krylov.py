@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ..ops import native, trial
 from ..ops.krylov_block import STORED
-from ..ops.precise_product import precise_product
+from ..precision import EPS32
 from ..rank_rule import Rank
 from .block_basis import BlockBasis
 from .cut import make_even_cut
 from .head import LeadingPairs, find_head
+from .partial import leading_eigh
 from .products import AnyGram, FormedGram, ImpliedGram
 from .refinement import Ritz, refine_triplets
-from .solvers import descending_eigh
 from .stacks import decides_freely, float64_cost, take_places
 from .triplets import Triplets
 
@@ -49,7 +49,9 @@ CACHED_BYTES = 16 << 20
 # A product with a narrow block takes this much longer a flop than one with a whole matrix.
 NARROW = 1.3
 # The refinement improves on the estimate of the iteration about this much.
-GAIN = 4
+GAIN = 40
+# Below this a sine is rounding alone.
+TINY_SINE = 1e-30
 # A block of width b finds at most b vectors of an eigenspace: as many values this close to each
 # other may hide more of them.
 CLUSTER = 1e-2
@@ -92,7 +94,7 @@ class Schedule:
         """Sets the next look after one that found this sine; whether a basis may reach the goal."""
         slope = USUAL_SLOPE / self.k
         if self.before is not None and sine < self.before[1]:
-            slope = math.log(self.before[1] / sine) / (size - self.before[0])
+            slope = math.log(self.before[1] / max(sine, TINY_SINE)) / (size - self.before[0])
         self.looks += 1
         # As far apart as with wide blocks: a look costs an eigenproblem, however narrow they are.
         step = max(8, min(32, self.k // 4)) * 2 ** max(0, self.looks - EARLY_LOOKS)
@@ -138,7 +140,9 @@ def krylov_triplets(
         w, norm, k, seed, stored if _takes_stored(w, norm, k, seed, stored) else None
     )
     first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
-    schedule = Schedule(min(basis.largest, first), k, basis.width, basis.largest, GAIN * tol)
+    schedule = Schedule(
+        min(basis.largest, first), k, basis.width, basis.largest, max(GAIN * tol, EPS32)
+    )
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
     outliers: Outliers | None = None
     alone = judged = decides_freely(w) and len(w) == 1
@@ -192,7 +196,8 @@ def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | N
     """Tries whether the op `krylov_block` finds the blocks, from w as it is stored."""
     if decides_freely(w) or stored is None or stored.dtype not in STORED:
         return False
-    if native.choose("krylov_block", w.device).kernels is None:
+    kernels = native.choose("krylov_block", w.device).kernels
+    if kernels is None:
         return False
 
     def grow(stored: Tensor | None) -> list[Tensor]:
@@ -205,8 +210,8 @@ def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | N
             basis.append()
         return [torch.stack(lengths[:2]), basis.projected[:, : 2 * basis.width]]
 
-    ways = partial(grow, stored), partial(grow, None)
-    return trial.prefers_kernel("krylov_block", stored, (*stored.shape, k), *ways, TRIAL_ERROR)
+    ways, sizes = (partial(grow, stored), partial(grow, None)), (*stored.shape, k)
+    return trial.prefers_kernel("krylov_block", stored, sizes, ways, TRIAL_ERROR, kernels.sources)
 
 
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:
@@ -217,7 +222,7 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | No
     if stored is not None:
         stored = stored if stored.mT.is_contiguous() else stored.contiguous()
     elif _gram_pays((d, n), USUAL_BASIS * k, k, float64_cost(w.device)):
-        gram = FormedGram(precise_product(w))
+        gram = FormedGram.of(w)
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
     start = start.to(w.device, non_blocking=True).mT.expand(b, -1, -1)
@@ -263,9 +268,10 @@ def _look_at(basis: BlockBasis, k: int) -> Look:
     basis: with `expand` done; k: columns that must have converged.
     """
     projected = basis.penalised()
-    values, vectors = descending_eigh(projected)
+    seen = 2 * (k + count_guard(k))
+    values, vectors = leading_eigh(projected, seen)
     if decides_freely(values) and bool((values[:, k - 1] < STEEP * values[:, 0]).any()):
-        values, vectors = descending_eigh(projected.double())
+        values, vectors = leading_eigh(projected.double(), seen)
         vectors = vectors.float()
     sound = values.isfinite().all(-1)
     values = values.double()

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ops.panel_qr import panel_qr
+from ..ops.torch_twin import DEPENDENT
 from .stacks import decides_freely
-
-# Rows of a panel that the others explain up to this are dropped.
-DEPENDENT = 1e-6
 
 
 def orthonormalise_panel(panel: Tensor, scale: Tensor) -> Tensor:

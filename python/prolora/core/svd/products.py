@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from ..ops.precise_product import precise_product
+from ..ops.precise_product import TERM_ERROR, measured_product, precise_product
 from .stacks import decides_freely, take_places
+
+# Errors that add up with random signs are taken this many times their expected sum.
+CAUTION = 8
 
 
 @dataclass
@@ -16,6 +21,18 @@ class FormedGram:
     """Products with G = wwᵀ of a stack, from G itself."""
 
     precise: Tensor  # G [b, d, d] in float64
+    # [b], by how much more than float64's own sums G and a product with it may err, as ‖·‖_F
+    error: Tensor
+
+    @classmethod
+    def of(cls, w: Tensor) -> FormedGram:
+        """Forms wwᵀ of w [b, d, n]."""
+        precise, error = measured_product(w)
+        # A product with G in digits, of unit rows: its digits are not those of G, so that errors of
+        # terms add up as random ones do.
+        largest = precise.abs().amax(2)
+        of_products = torch.linalg.vector_norm(largest, dim=1) * digit_error(w.shape[1])
+        return cls(precise, error + torch.where(error > 0, of_products, 0.0))
 
     @cached_property
     def single(self) -> Tensor:
@@ -33,7 +50,7 @@ class FormedGram:
 
     def take(self, places: list[int]) -> FormedGram:
         """Selects matrices of the stack."""
-        return FormedGram(take_places(self.precise, places))
+        return FormedGram(take_places(self.precise, places), take_places(self.error, places))
 
 
 @dataclass
@@ -41,6 +58,18 @@ class ImpliedGram:
     """Products with G = wwᵀ of a stack, from w: cheaper where only few are needed."""
 
     single: Tensor  # w [b, d, n] in float32, perhaps a transposed view
+
+    @cached_property
+    def error(self) -> Tensor:
+        """[b], as of `FormedGram`, for products by digits on a GPU."""
+        norm: Tensor = torch.linalg.vector_norm(self.single, dim=(1, 2), dtype=torch.float64)
+        if decides_freely(self.single):
+            return torch.zeros_like(norm)
+        errors = list[Tensor]()
+        for side, depth in enumerate(self.single.shape[1:], 1):
+            largest = self.single.abs().amax(side).double()
+            errors.append(torch.linalg.vector_norm(largest, dim=1) * digit_error(depth))
+        return norm * (errors[0] + errors[1])
 
     @cached_property
     def precise(self) -> Tensor:
@@ -58,6 +87,14 @@ class ImpliedGram:
     def take(self, places: list[int]) -> ImpliedGram:
         """Selects matrices of the stack."""
         return ImpliedGram(take_places(self.single, places))
+
+
+def digit_error(depth: int) -> float:
+    """Returns the error of a sum of digits over two rows' largest numbers.
+
+    Of random signs, with caution; a power of two is up to twice the number below it.
+    """
+    return CAUTION * math.sqrt(depth) * 4 * TERM_ERROR
 
 
 def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:

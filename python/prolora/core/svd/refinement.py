@@ -53,6 +53,7 @@ class Ritz:
     # [b, q, d], float64, the first of `near` where they are far above all others, and so is
     # rounding along them.
     head: Tensor | None = None
+    dense: bool = False  # whether all are eigenvectors up to rounding, span the space or not
 
 
 def refine_triplets(
@@ -82,8 +83,8 @@ def refine_span(
     gram: products with G; norm: [b], the root of its trace; ritz: with p = cut.near; cut: how many
     vectors to keep; sides: d + n of the weight, for the rounding of float64.
     """
-    # The Gram matrix and a product with it err by half of this at most.
-    floor = 3 * sides * EPS * norm.square()
+    # The Gram matrix and a product with it err by half of this at most, or by what its digits do.
+    floor = torch.maximum(3 * sides * EPS * norm.square(), gram.error)
     pairs = _measure_pairs(gram, ritz, cut)
     last, following = cut.at(pairs.theta, -1), cut.at(pairs.theta, 0)
     dropped = bound_dropped(pairs, _bound_outside(pairs, ritz, cut), cut)
@@ -108,7 +109,7 @@ def _measure_pairs(gram: AnyGram, ritz: Ritz, cut: Cut) -> Pairs:
         known = ritz.head.shape[1]
         x = torch.cat([ritz.head, x[:, known:] - (x[:, known:] @ ritz.head.mT) @ ritz.head], 1)
     # A dense rung keeps many: the gaps next to its window are as small as float32's rounding.
-    rough = 0 if ritz.beyond is None else cut.first
+    rough = 0 if ritz.beyond is None or ritz.dense else cut.first
     if rough > known:
         middle = gram.rough(x[:, known:rough].float()).double()
         y = gram(torch.cat([x[:, :known], x[:, rough:]], 1))

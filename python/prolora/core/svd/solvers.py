@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..exceptions import KernelFailure
 from .products import multiply_narrow
 from .stacks import decides_freely
 
@@ -29,13 +28,15 @@ SKEW_32 = 1e-3
 def attempt(solve: Callable[[], Out]) -> Out | None:
     """Returns the result of a solver, or None if it did not converge.
 
-    torch raises LinAlgError for that, which is a RuntimeError, and on some devices a plain
-    RuntimeError. Too little memory and a kernel that did not run are errors of another kind.
+    torch raises LinAlgError for that, or a RuntimeError in cuSOLVER's words. Every other error is
+    raised: a mistake, a kernel that did not run, too little memory.
     """
     try:
         return solve()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
     except RuntimeError as error:
-        if isinstance(error, KernelFailure) or "memory" in str(error).lower():
+        if not str(error).startswith("cusolver") or "ALLOC_FAILED" in str(error):
             raise
         return None
 

@@ -1,0 +1,189 @@
+"""Leading eigenpairs in three steps against LAPACK in float64, on every backend."""
+
+import pytest
+import torch
+from backends import GuardedMemory, load
+from spectra import orthonormal
+
+from prolora import errors
+from prolora.core.ops import tridiagonal
+from prolora.core.ops.tridiagonal import (
+    run_tridiagonal_values,
+    run_tridiagonal_vectors,
+    run_tridiagonalise,
+    tridiagonal_values,
+    tridiagonal_vectors,
+    tridiagonalise,
+)
+
+# Around the widths of a panel (32), of rows and columns taken at once (4, 8, 16), and of vectors.
+SIZES = [1, 2, 3, 5, 8, 17, 31, 32, 33, 34, 63, 64, 66, 100, 131]
+
+
+def random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def symmetric(b, d, dtype=torch.float64, seed=0):
+    a = random(b, d, d, seed=seed)
+    return (a + a.mT).to(dtype)
+
+
+def written_out(diagonal, beside):
+    t = torch.diag_embed(diagonal)
+    t += torch.diag_embed(beside[:, :-1], 1) + torch.diag_embed(beside[:, :-1], -1)
+    return t
+
+
+def product_of_reflections(reflections, scales):
+    """Q of one matrix, reflection by reflection."""
+    d = len(scales)
+    q = torch.eye(d, dtype=torch.float64)
+    for j in range(d - 1):
+        v = torch.zeros(d, dtype=torch.float64)
+        v[j + 1], v[j + 2 :] = 1, reflections[j, j + 2 :].double()
+        q -= float(scales[j]) * (q @ v)[:, None] * v
+    return q
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_reflections_turn_the_matrix_into_the_tridiagonal_one(kernels, dtype, d):
+    a = symmetric(2, d, dtype)
+    reflections, scales, diagonal, beside = kernels.tridiagonalise(a)
+    assert (beside[:, -1] == 0).all()
+    for i in range(2):
+        q = product_of_reflections(reflections[i], scales[i])
+        turned = q @ written_out(diagonal, beside)[i] @ q.mT
+        allowed = 20 * torch.finfo(dtype).eps * float(a[i].norm())
+        assert float((turned - a[i].double()).norm()) <= allowed
+
+
+def test_the_lower_triangle_is_not_read(kernels):
+    a = symmetric(1, 40)
+    wrong = torch.where(torch.ones(40, 40).triu() > 0, a, torch.nan) if not kernels.cuda else a
+    for one, other in zip(
+        kernels.tridiagonalise(a)[1:], kernels.tridiagonalise(wrong)[1:], strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+# Of each kind of tridiagonal matrix its diagonal and the entries beside it.
+KINDS = {
+    "random": lambda d: (random(d), random(d, seed=1)),
+    "zero": lambda d: (torch.zeros(d), torch.zeros(d)),
+    "identity": lambda d: (torch.ones(d), torch.zeros(d)),
+    "diagonal": lambda d: (random(d), torch.zeros(d)),
+    "negative": lambda d: (-10 - random(d).abs(), random(d)),
+    "graded": lambda d: (torch.logspace(0, -12, d), torch.logspace(-1, -13, d)),
+    "Wilkinson's": lambda d: ((torch.arange(d) - d // 2).abs(), torch.ones(d)),
+    "Laplace's": lambda d: (torch.full((d,), 2), torch.full((d,), -1)),
+    "huge": lambda d: (1e30 * random(d), 1e30 * random(d, seed=1)),
+    "tiny": lambda d: (1e-30 * random(d), 1e-30 * random(d, seed=1)),
+    "split": lambda d: (random(d), random(d, seed=1) * (torch.arange(d) % 5 > 0)),
+}
+
+
+def ends(kind, d):
+    diagonal, beside = (x.double().clone()[None] for x in KINDS[kind](d))
+    beside[:, -1] = 0
+    return diagonal, beside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [1, 2, 21, 90])
+def test_values_are_those_of_lapack(kernels, kind, d):
+    diagonal, beside = ends(kind, d)
+    exact = torch.linalg.eigvalsh(written_out(diagonal, beside)).flip(1)
+    for count in {1, min(d, 17), d}:
+        found = kernels.tridiagonal_values(diagonal, beside, count)
+        assert found.shape == (1, count)
+        missed = torch.linalg.vector_norm(found - exact[:, :count], torch.inf)
+        assert float(missed) <= 1e-13 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["random", "graded", "Laplace's", "huge", "tiny", "negative"])
+def test_vectors_are_orthonormal_and_belong_to_their_values(kernels, kind):
+    diagonal, beside = ends(kind, 70)
+    t = written_out(diagonal, beside)
+    values = torch.linalg.eigvalsh(t).flip(1)[:, :19].contiguous()
+    x = kernels.tridiagonal_vectors(diagonal, beside, values).double()
+    assert float((x @ x.mT - torch.eye(19).double()).abs().max()) < 1e-6
+    assert float((x @ t - values[..., None] * x).abs().max()) < 1e-6 * float(values.abs().max())
+
+
+def test_small_entries_are_zero_and_none_is_subnormal(kernels):
+    diagonal, beside = ends("Wilkinson's", 90)
+    values = kernels.tridiagonal_values(diagonal, beside, 4)
+    x = kernels.tridiagonal_vectors(diagonal, beside, values)
+    if kernels.module is not None:
+        assert (x == 0).any() and x[x != 0].abs().min() >= 1e-20
+
+
+def test_a_stack_equals_its_members(kernels):
+    a = symmetric(3, 50)
+    _, _, diagonal, beside = kernels.tridiagonalise(a)
+    values = kernels.tridiagonal_values(diagonal, beside, 20)
+    vectors = kernels.tridiagonal_vectors(diagonal, beside, values)
+    for i in range(3):
+        one = slice(i, i + 1)
+        torch.testing.assert_close(kernels.tridiagonalise(a[one])[2], diagonal[one])
+        torch.testing.assert_close(
+            kernels.tridiagonal_values(diagonal[one], beside[one], 20), values[one]
+        )
+        alone = kernels.tridiagonal_vectors(diagonal[one], beside[one], values[one])
+        torch.testing.assert_close(alone.abs(), vectors[one].abs(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", "012")
+def test_nothing_is_written_beyond_its_place_whatever_the_schedule(monkeypatch, seed):
+    emulated = load("emulated", "_emulated")
+    monkeypatch.setenv("EMU_SEED", seed)
+    for module, cuda in ((emulated, True), (load("cpu", "_C"), False)):
+        a = symmetric(2, 45, torch.float32)
+        with GuardedMemory() as memory:
+            _, _, diagonal, beside = run_tridiagonalise(module, a, cuda)
+            values = run_tridiagonal_values(module, diagonal, beside, 21, cuda)
+            vectors = run_tridiagonal_vectors(module, diagonal, beside, values, cuda)
+            memory.check()
+        exact = torch.linalg.eigvalsh(a.double()).flip(1)[:, :21]
+        torch.testing.assert_close(values, exact, rtol=0, atol=1e-4)
+        torch.testing.assert_close(vectors @ vectors.mT, torch.eye(21).expand(2, -1, -1))
+
+
+def test_what_the_ops_do_not_take_is_refused_by_name():
+    for wrong, kind in (
+        (torch.zeros(1, 3, 3).half(), TypeError),
+        (torch.zeros(3, 3), errors.ShapeMismatch),
+        (torch.zeros(1, 3, 4), errors.ShapeMismatch),
+        (torch.zeros(1, 0, 0), errors.ShapeMismatch),
+    ):
+        with pytest.raises(kind, match="tridiagonalise: takes"):
+            tridiagonalise(wrong)
+    t = torch.zeros(1, 3).double()
+    with pytest.raises(TypeError, match="beside must be float64"):
+        tridiagonal_values(t, t.float(), 2)
+    for beside, count in ((t, 4), (t[:, :2], 2), (t[0], 1)):
+        with pytest.raises(errors.ShapeMismatch, match="tridiagonal: takes two"):
+            tridiagonal_values(t, beside, count)
+    with pytest.raises(errors.ShapeMismatch):
+        tridiagonal_vectors(t, t, torch.zeros(1, 4).double())
+
+
+def test_the_largest_size_is_the_extensions_own():
+    assert load("cpu", "_C").max_tridiagonal == tridiagonal.MAX_COLUMNS
+    with pytest.raises(ValueError, match="1 to 16384 columns"):
+        load("cpu", "_C").run("tridiagonalise", [0] * 5 + [1, 20000], False, False, 0)
+    for op, count in (("tridiagonal_values", 6), ("tridiagonal_vectors", 8)):
+        with pytest.raises(RuntimeError, match="float64 alone"):
+            load("cpu", "_C").run(op, [0] * count, False, False, 0)
+
+
+def test_of_a_matrix_with_known_vectors_the_leading_ones_come_back(kernels):
+    q = orthonormal(80, 80, torch.Generator().manual_seed(3))
+    a = ((q * torch.linspace(3, 0.1, 80).double()) @ q.mT)[None]
+    reflections, scales, diagonal, beside = kernels.tridiagonalise(a)
+    values = kernels.tridiagonal_values(diagonal, beside, 12)
+    x = kernels.tridiagonal_vectors(diagonal, beside, values).double()
+    turned = x[0] @ product_of_reflections(reflections[0], scales[0]).mT
+    assert float(((turned @ q[:, :12]).abs() - torch.eye(12).double()).abs().max()) < 1e-5
