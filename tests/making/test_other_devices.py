@@ -95,3 +95,14 @@ def test_an_update_that_needs_its_base_gets_it(case, tmp_path, verb):
         torch.testing.assert_close(
             first[name].up @ first[name].down, second[name].up @ second[name].down
         )
+
+
+def test_a_state_dict_is_baked_where_it_is(case):
+    (lora, on_disk, _), (_, source, _) = case
+    stored = {f"{name}.weight": weight for name, weight in source_weights().items()}
+    expected = prolora.bake([lora], stored)
+    report = prolora.bake([lora], source)
+    assert report.to_dict()["modules"] == expected.to_dict()["modules"]
+    for key, tensor in report.tensors.items():
+        assert type(tensor) is type(source[key])
+        assert torch.equal(tensor.cpu(), expected.tensors[key])

@@ -132,7 +132,9 @@ def bake(
         tensors = {key: weight.read() for key, weight in model.stored.items()}
         for i, (stored, parts) in enumerate(groups.items()):
             options.tell(i, len(groups), stored.name)
-            tensors[keys[id(stored)]] = baking.bake_weight(parts).numbers
+            key, baked = keys[id(stored)], baking.bake_weight(parts).numbers
+            # On the caller's device; the sum was made on the CPU.
+            tensors[key] = torch.empty_like(tensors[key]).copy_(baked)
     return BakeReport(
         path=None if out is None else str(out),
         tensors=tensors,
@@ -343,7 +345,7 @@ class _Baking:
         """Adds updates to one stored tensor, and measures what is left of each."""
         root = look_inside(parts[0][1])
         wide = torch.float64 if root.dtype == torch.float64 else torch.float32
-        before = root.read()
+        before = root.read().cpu()
         numbers, deltas = before.to(wide, copy=True), []
         for name, weight, added in parts:
             delta = _multiply_out(weight, added, wide)
