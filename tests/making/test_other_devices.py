@@ -98,7 +98,7 @@ def test_an_update_that_needs_its_base_gets_it(case, tmp_path, verb):
 
 
 def test_a_state_dict_is_baked_where_it_is(case):
-    (lora, on_disk, _), (_, source, _) = case
+    (lora, _, _), (_, source, _) = case
     stored = {f"{name}.weight": weight for name, weight in source_weights().items()}
     expected = prolora.bake([lora], stored)
     report = prolora.bake([lora], source)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -27,6 +29,17 @@ SETTLING_TIME = 2_000_000_000
 _WHOLE = ""  # the entry of a file's own digest beside those of its tensors
 
 _known: dict[str, JsonTable] = {}
+_MOST_PENDING = 2  # tensors of a file that wait for their digest: they stay in memory so long
+
+
+@cache
+def _open_worker() -> ThreadPoolExecutor:
+    """Opens the one thread that takes digests beside the work; hashing releases the GIL."""
+    return ThreadPoolExecutor(1, "prolora-digests")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has no such thread
+    os.register_at_fork(after_in_child=_open_worker.cache_clear)
 
 
 def is_settled(state: FileState) -> bool:
@@ -96,6 +109,7 @@ class Leaves:
         """Takes no digest yet: most work needs none."""
         self.file, self.beside = file, beside
         self._digests: dict[str, str] = {}
+        self._pending: dict[str, tuple[int, Tensor, Future[str]]] = {}
         self._memory: JsonTable | None = None  # None while no digest is wanted
         self._settled = False
         self.always: set[str] = set()
@@ -113,7 +127,7 @@ class Leaves:
         self.note(key)
         if self._memory is None or (self._settled and self.recall(key)):
             return self.file.read(key)
-        return self.file.read(key, lambda raw: self._take(key, raw))
+        return self.file.read(key, lambda raw: self._begin(key, raw))
 
     def digest(self, key: str) -> str:
         """Returns the digest of a tensor's bytes; reads them if it is not known."""
@@ -124,6 +138,7 @@ class Leaves:
 
     def recall(self, key: str) -> str | None:
         """Returns the digest of a tensor, if it is known."""
+        self._settle(key)
         known = self._digests.get(key) or (self._memory and self._memory.get(f"tensor {key}"))
         return known if isinstance(known, str) else None
 
@@ -134,11 +149,29 @@ class Leaves:
 
     def save(self) -> None:
         """Writes new digests into the folder that remembers them."""
+        self._settle(*self._pending)
         if self._memory is not None:
             save_memory(self._memory)
 
+    def _begin(self, key: str, raw: Tensor) -> None:
+        """Begins to take the digest of a tensor that is in use already."""
+        self._settle(key, *list(self._pending)[: 1 - _MOST_PENDING])
+        self._pending[key] = os.getpid(), raw, _open_worker().submit(hash_parts, [raw])
+
+    def _settle(self, *keys: str) -> None:
+        """Waits for digests that were begun."""
+        for key in keys:
+            if (pending := self._pending.pop(key, None)) is not None:
+                process, raw, digest = pending
+                # A forked process has what was begun, and not the thread that would end it.
+                own = process == os.getpid()
+                self._keep(key, digest.result() if own else hash_parts([raw]))
+
     def _take(self, key: str, raw: Tensor) -> str:
-        digest = hash_parts([raw])
+        return self._keep(key, hash_parts([raw]))
+
+    def _keep(self, key: str, digest: str) -> str:
+        """Keeps a digest; refuses one that differs from what was read before."""
         if self._memory is not None:
             if self._digests.setdefault(key, digest) != digest:
                 path = self.file.path
