@@ -148,7 +148,7 @@ LIMITS = {
     "reports/": 1565,
     "csrc": 4500,
     "ComfyUI pack": 1450,
-    "test lines": 44376,
+    "test lines": 45700,
     "bench lines": 12293,
     "words of api.md": 9947,
     "words of docs": 21103,
