@@ -130,11 +130,11 @@ def test_the_part_that_fits_can_be_deleted(tmp_path):
 # and tellings are exact.
 LIMITS = {
     "product lines": 40827,
-    "product code lines": 24174,
+    "product code lines": 24400,
     "longest file": 450,
     "adapters/": 5090,
     "architectures/": 2880,
-    "bases/": 4376,
+    "bases/": 4450,
     "cli/": 2177,
     "comparison/": 1253,
     "core/": 6800,

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -19,23 +18,21 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs signals o
 PROGRAM = """
 import atexit, sys
 sys.argv[0] = "prolora"
-atexit.register(lambda: print("torch" in sys.modules, file=sys.stderr))
+atexit.register(lambda: print("torch" in sys.modules, len(sys.modules), file=sys.stderr))
 from prolora.cli import main
 main()
 """
+MOST_MODULES = 400  # 1,472 with torch
 # Python itself needs the first moments, before a line of ours runs.
 BEGIN = "from prolora.cli import main; print(flush=True); main()"
 COMPLETE = {"_PROLORA_COMPLETE": "complete_bash"}
 
 
 def start(*words, **environment):
-    """(Exit code, output, errors, CPU seconds) of the command line in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """(Exit code, output, errors) of the command line in a process of its own."""
     line = [sys.executable, "-c", PROGRAM, *words]
     done = subprocess.run(line, env=os.environ | environment, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return done.returncode, done.stdout, done.stderr, seconds
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -49,13 +46,14 @@ def start(*words, **environment):
     ],
     ids=["version", "help", "mistyped", "Tab", "Tab of a file"],
 )
-def test_a_start_takes_a_third_of_a_second_and_no_torch(words, typed, said):
+def test_a_start_loads_no_torch_and_few_modules(words, typed, said):
+    """A third of a second is what so many modules take; a loaded machine would fail a clock."""
     shell = COMPLETE | {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))} if typed else {}
-    runs = [start(*words, **shell) for _ in range(3)]
-    for code, output, errors, _ in runs:
-        assert said in output + errors and errors.endswith("False\n"), errors
-        assert code == (2 if words == ("transfr",) else 0)
-    assert min(seconds for *_, seconds in runs) <= 0.3
+    code, output, errors = start(*words, **shell)
+    assert said in output + errors
+    assert code == (2 if words == ("transfr",) else 0)
+    torch, modules = errors.split()[-2:]
+    assert torch == "False" and int(modules) <= MOST_MODULES
 
 
 def test_the_help_of_all_commands_is_that_of_each():
