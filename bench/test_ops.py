@@ -18,7 +18,7 @@ from prolora.core.ops import native, torch_twin
 from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
-from prolora.core.ops.precise_product import precise_product, run_precise_product
+from prolora.core.ops.precise_product import measured_product, run_precise_product
 from prolora.core.ops.project_pair import project_pair, run_project_pair
 from prolora.core.ops.small_svd import run_small_svd, small_svd
 from prolora.core.overlap_tables import overlap_tables
@@ -215,7 +215,7 @@ def test_precise_product(benchmark, device, path):
     whole = benchmark.enabled and (path == "op" or device == "cuda")
     w = random((4, 1280, 1280) if whole else (1, 96, 128), torch.bfloat16, device)
     kernel = choose_path(
-        path, precise_product, lambda *given: run_precise_product(*given[:2], None, given[2])
+        path, measured_product, lambda *given: run_precise_product(*given[:2], None, given[2])
     )
     torch.testing.assert_close(kernel(w)[0], torch_twin.precise_product(w)[0], rtol=0, atol=1e-9)
     compare(benchmark, kernel, torch_twin.precise_product, (w,))
