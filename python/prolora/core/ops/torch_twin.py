@@ -300,7 +300,8 @@ def tridiagonalise(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a[:, j, j + 1] = a[:, j + 1, j] = length
         a[:, j, j + 2 :] = v[:, 1:]
     beside = torch.nn.functional.pad(a.diagonal(1, 1, 2), (0, 1))
-    return a, tau, a.diagonal(dim1=1, dim2=2).double(), beside.double()
+    diagonal = a.diagonal(dim1=1, dim2=2).to(torch.float64, copy=True)  # an op's outputs share none
+    return a, tau, diagonal, beside.double()
 
 
 def tridiagonal_values(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
