@@ -308,11 +308,11 @@ def tridiagonal_values(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
     """Returns the largest eigenvalues [b, count] of T, descending."""
     lower = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], -1)
     values: Tensor = torch.linalg.eigvalsh(lower)
-    return values.flip(1)[:, :count]
+    return values.flip(1)[:, :count].contiguous()
 
 
 def tridiagonal_vectors(diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
     """Returns eigenvectors of T as rows [b, count, d], float32, of its largest eigenvalues."""
     lower = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], -1)
     vectors: Tensor = torch.linalg.eigh(lower)[1]
-    return vectors.flip(2)[:, :, : values.shape[1]].mT.float()
+    return vectors.flip(2)[:, :, : values.shape[1]].mT.float().contiguous()
