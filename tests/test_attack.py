@@ -153,6 +153,7 @@ def test_a_foreign_file_that_is_replaced_is_seen(attack, box, monkeypatch):
     assert row.runs == row.counts["replaced"] == len(foreign.FOREIGN)
 
 
+@pytest.mark.slow
 def test_a_result_that_is_written_in_two_parts_is_seen_half(attack, box, monkeypatch):
     kills = attack["kills"]
 

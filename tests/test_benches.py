@@ -13,6 +13,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_child_is_its_own():
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc")

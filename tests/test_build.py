@@ -227,6 +227,7 @@ def configure(tmp_path):
 HOST = "PROLORA_CUDA=OFF"
 
 
+@pytest.mark.slow
 def test_warnings_are_errors_only_where_that_was_asked_for(configure):
     code, _, lines = configure(HOST)
     assert code == 0 and lines and not any("-Werror" in line for line in lines)
@@ -249,6 +250,7 @@ def test_warnings_of_nvcc_and_ptxas_are_errors_only_where_that_was_asked_for(con
         assert code == 0 and all(("Werror" in line) is words for line in kernels)
 
 
+@pytest.mark.slow
 def test_an_nvcc_that_cannot_compile_and_a_missing_openmp_cost_themselves_alone(configure):
     without = "CMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON"
     code, said, lines = configure(without, CUDACXX=shutil.which("false"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
-import pkgutil
 import re
 from pathlib import Path
+
+import structure
 
 import prolora
 from prolora import ProLoRAError
@@ -14,15 +16,20 @@ PAGE = Path(__file__).parents[1] / "docs/errors.md"
 
 
 def list_errors() -> list[type[ProLoRAError]]:
-    """All kinds of error that the package defines."""
-    for module in pkgutil.walk_packages(prolora.__path__, "prolora."):
-        if not module.name.endswith("__main__") and "._" not in module.name:
-            importlib.import_module(module.name)
-    found, new = [], [ProLoRAError]
-    while new:
-        found.append(new.pop())
-        new += found[-1].__subclasses__()
-    return [kind for kind in found if kind.__module__.startswith("prolora.")]
+    """All kinds of error that the package defines; files without any are not imported."""
+    found, classes = {"ProLoRAError": ProLoRAError}, []
+    for file, tree in structure.parse_files().items():
+        classes += [(file, node) for node in tree.body if isinstance(node, ast.ClassDef)]
+    names = [0]
+    while names:
+        new = {
+            node.name: importlib.import_module(".".join(("prolora", *file.with_suffix("").parts)))
+            for file, node in classes
+            if {ast.unparse(base) for base in node.bases} & found.keys()
+        }
+        names = [name for name in new if name not in found]
+        found |= {name: getattr(module, name) for name, module in new.items()}
+    return list(found.values())
 
 
 def test_every_error_has_a_code_of_its_own_and_the_page_lists_it():

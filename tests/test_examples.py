@@ -100,6 +100,7 @@ def test_the_table_draws_what_diffusers_draws_and_judges_as_transformers(
     assert table["copy × 1"]["CLIP-T"][:2] == [1, pytest.approx(wanted, abs=2e-3)]
 
 
+@pytest.mark.slow
 def test_a_table_that_was_cut_off_goes_on_and_draws_what_changed_again(
     room, tmp_path, paper_table, monkeypatch
 ):

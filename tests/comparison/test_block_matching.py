@@ -222,6 +222,7 @@ def test_a_pruned_flux_is_recovered_in_both_of_its_stacks():
     assert set(result.table) == set(target)
 
 
+@pytest.mark.slow
 def test_how_much_is_in_memory_at_a_time_changes_nothing(source, student, matched, monkeypatch):
     target, whole, sizes = student, matched[0], []
     real = memory.Room.stack
@@ -313,6 +314,7 @@ def test_a_plan_by_similarity_says_what_came_second():
         make_plan(adapter, source, target, "similarity")
 
 
+@pytest.mark.slow
 def test_the_cache_gives_the_same_decisions(source, student, matched, tmp_path):
     cold = match_blocks(source, student, cache=tmp_path)
     assert match_blocks(source, student, cache=tmp_path) == cold

@@ -263,6 +263,7 @@ def test_a_file_replaced_while_open_is_noticed(tmp_path: Path) -> None:
         file.read("a")
 
 
+@pytest.mark.slow
 def test_reading_one_after_the_other_needs_the_room_of_one(tmp_path: Path) -> None:
     """In a process of its own: 200 MB in 2 MB tensors must not stay resident, as a map would."""
     path = tmp_path / "x.safetensors"

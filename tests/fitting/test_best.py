@@ -79,6 +79,7 @@ def test_where_all_of_a_lora_has_a_place_the_result_is_that_by_weights(room):
     assert "No fit was made: all of the LoRA has a place on tuned" in str(done.report)
 
 
+@pytest.mark.slow
 def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(room, tmp_path):
     lora, source, tuned = ends(room, "tuned")
     student = shutil.copytree(tuned, tmp_path / "student")
@@ -101,6 +102,7 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
     assert best.method != FIT and "No fit was made" in best.why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target, serves", [("tuned", True), pytest.param("pruned", False, marks=SLOW)]
 )

@@ -243,6 +243,7 @@ def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
     assert pipeline.derive_target_settings(SETTINGS).steps == SETTINGS.steps == 2
 
 
+@pytest.mark.slow
 def test_a_source_that_guides_by_two_calls_asks_a_student_of_its_guidance(tmp_path):
     folder = crossing.save_flux2(tmp_path / "klein")
     source, target = pipelines.open_pipeline(folder), pipelines.open_pipeline(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 
+import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
@@ -85,6 +86,7 @@ def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
     assert set(lora) <= set(result.adapter.updates)
 
 
+@pytest.mark.slow
 def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(tmp_path):
     torch.manual_seed(0)
     model = UNet2DConditionModel(**UNET)

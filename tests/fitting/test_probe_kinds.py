@@ -184,6 +184,7 @@ def run_fit(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(run_fit, tmp_path):
     report = run_fit("out.safetensors", "--fit-steps", "10")
     gate = report["probe"]["gate"]

@@ -139,6 +139,7 @@ def test_for_unrelated_bases_nothing_is_hashed_and_nothing_written(room, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     out = tmp_path / "out.safetensors"
     few = [*FEW, "--rank", "3", "--json", "--resume", str(tmp_path / "kept")]
@@ -177,6 +178,7 @@ def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):
     assert json.loads(result.stdout)["totals"]["mapped"] == 8
 
 
+@pytest.mark.slow
 def test_a_convolution_outside_the_blocks_is_fitted_as_a_convolution(room, tmp_path):
     tensors = {k: v for k, v in load_file(room / "lora.safetensors").items() if "mid" in k}
     key = "lora_unet_mid_block_resnets_0_conv1"
@@ -269,6 +271,7 @@ def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tm
     assert "`fit()`" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_what_a_lora_leaves_behind_is_told_of_a_fit_that_is_there_already_too(room, tmp_path):
     tensors = load_file(room / "lora.safetensors")
     key = next(iter(tensors))

@@ -128,7 +128,10 @@ def test_autocast_ends_with_a_pass_that_fails():
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("unet", torch.float16), ("flux", torch.bfloat16)],
+    [
+        pytest.param("unet", torch.float16, marks=pytest.mark.slow),
+        ("flux", torch.bfloat16),
+    ],
 )
 def test_a_fit_in_16_bits_reaches_what_float32_does_with_factors_and_sums_in_float32(kind, dtype):
     """The first trial must not be so short that its difference is rounding alone."""

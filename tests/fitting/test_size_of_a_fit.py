@@ -63,7 +63,7 @@ def parts(dtype: torch.dtype) -> tuple[nn.Module, list[str], list[ProbeBatch]]:
 
 
 @pytest.mark.parametrize("fit_factors", [fit_jointly, fit_in_factors])
-@pytest.mark.parametrize("start", ["zero", "copy"])
+@pytest.mark.parametrize("start", [pytest.param("zero", marks=pytest.mark.slow), "copy"])
 def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start, fit_factors):
     model, names, probes = parts(torch.float32)
     copied = {n: LowRank(torch.randn(WIDE, 3) / 50, torch.randn(3, WIDE) / 14) for n in names[:2]}

@@ -38,7 +38,7 @@ def count_numbers(*models: nn.Module) -> int:
     return sum(p.numel() for model in models for p in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("name", ["source", "other"])
+@pytest.mark.parametrize("name", ["source", pytest.param("other", marks=pytest.mark.slow)])
 def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
     plain, kept = (pipelines.open_pipeline(room / name) for _ in range(2))
     encoders = kept.memory.encoders
@@ -117,6 +117,7 @@ def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(ro
         )
 
 
+@pytest.mark.slow
 def test_a_bound_that_recorded_images_pass_is_refused_with_what_all_of_them_need(room, monkeypatch):
     taken = itertools.chain([0], itertools.count(10**9, 2 * 10**8))
     monkeypatch.setattr(running, "resident_bytes", lambda: next(taken))

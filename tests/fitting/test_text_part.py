@@ -140,6 +140,7 @@ def fitted(room: Path, target: str, **options) -> prolora.Transfer:
     return prolora.fit(room / "lora.safetensors", room / "source", room / target, **FEW | options)
 
 
+@pytest.mark.slow
 def test_what_has_no_text_encoder_to_go_to_is_fitted_into_the_blocks(room):
     moved, alone = (fitted(room, "target", text_encoder=way) for way in ("copy", "skip"))
     for done, reason in ((moved, "fitted into the target's modules"), (alone, "left out as asked")):
@@ -183,6 +184,7 @@ def twin(room) -> Path:
     return room / "twin"
 
 
+@pytest.mark.slow
 def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room, twin, seen):
     """The target is asked as it will be run: with the part that the written file holds."""
     moved = fitted(room, "twin")

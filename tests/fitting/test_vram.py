@@ -103,6 +103,7 @@ def test_a_smaller_card_takes_16_bits_then_tiles_then_the_fewest_copies(room, mo
     assert (asked.precision, asked.tile, asked.samples) == ("bfloat16", None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["target", pytest.param("other", marks=pytest.mark.slow)])
 def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, monkeypatch, target):
     """Also where images cross; the source's blocks visit while it is sampled and asked."""

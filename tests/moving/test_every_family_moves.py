@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diagonal import keep_some, list_families
 from safetensors.torch import save_file
 from small_models import authors_weights, small_weights
 
@@ -61,7 +62,7 @@ def write_bases(folder, family, old, new):
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list_families(FAMILIES))
 def test_a_lora_moves_between_bases_in_every_form(tmp_path, family):
     """In one spelling; `test_exact_copies` has the others."""
     layout = FAMILIES[family].layouts[0]
@@ -81,13 +82,7 @@ def test_a_lora_moves_between_bases_in_every_form(tmp_path, family):
 
 
 # SD3 fuses matrices and swaps halves, Wan has other names alone: the kinds that there are.
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(id_, marks=() if id_ in ("sd3", "wan") else pytest.mark.slow)
-        for id_ in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", keep_some(FAMILIES, "sd3", "wan"))
 def test_a_projection_is_the_same_between_bases_in_every_form(tmp_path, family):
     layout = FAMILIES[family].layouts[0]
     old, new = small_weights(layout), small_weights(layout, drift=0.1)
