@@ -20,6 +20,7 @@ from .files.hub import keep_path
 from .files.store import digest
 from .moving.base_pair import BasePair
 from .moving.batch import make_each
+from .moving.lazy_bases import narrow_base
 from .moving.option_keywords import settle_options, takes_options
 from .moving.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 from .moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
@@ -51,7 +52,8 @@ def transfer(
         lora: a .safetensors file, a PEFT folder, an id on the hub, a state dict, (state dict,
             `peft.LoraConfig`) or an `Adapter`.
         source: the base that the LoRA was trained on: a file, a folder, an id on the hub, a mapping
-            name -> tensor, an nn.Module or an opened `Base`.
+            name -> tensor (of one that is not a dict, only the modules that the LoRA changes are
+            read), an nn.Module or an opened `Base`.
         target: the base to move to, in any of these forms.
         options: how to move it.
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
@@ -77,7 +79,8 @@ def transfer(
     """
     options = settle_options(options, changes)
     options = options if out is None else options.for_file()
-    way = _choose_way(*open_pair(source, target), options, dry_run)
+    pair = open_pair(narrow_base(source, lora), narrow_base(target, lora))
+    way = _choose_way(*pair, options, dry_run)
     return pack_plan(way.foresee(lora)) if dry_run else way.run(lora, out, options.progress)
 
 
@@ -132,7 +135,8 @@ def transfer_many(
     options = settle_options(options, changes).for_file()
     paths, results, refused = [keep_path(lora) for lora in loras], Path(folder), {}
     check_results_folder(folder, len(paths))
-    pairs = pair_experts(open_experts(source), open_experts(target))
+    bases = (narrow_base(base, *paths) for base in (source, target))
+    pairs = pair_experts(*map(open_experts, bases))
     moves = [(lora, *chosen) for lora in paths for chosen in choose_pairs(lora, pairs)]
     format, outs = options.format or "auto", []
     for i, (lora, pair, end) in enumerate(moves):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
+from checkpoints import fused_shapes
 
 import prolora
+from prolora.architectures.layouts import load_layout
 from prolora.errors import InvalidOption, ShapeMismatch, UnsupportedFormat, UnsupportedTensor
 
 NAMES = [
@@ -55,16 +59,109 @@ def test_of_sixty_weights_only_the_six_that_the_lora_changes_are_requested(case,
     assert same_tensors(moved, prolora.transfer(lora, *models, method=method))
 
 
-def test_numpy_arrays_are_a_base_as_tensors_are(case):
+class Counting(Mapping):
+    """A mapping that reads a weight when it is requested, and notes which."""
+
+    def __init__(self, weights):
+        self.weights, self.requested = weights, []
+
+    def __getitem__(self, key):
+        self.requested.append(key)
+        return self.weights[key]
+
+    def __iter__(self):
+        return iter(self.weights)
+
+    def __len__(self):
+        return len(self.weights)
+
+
+def test_of_a_mapping_without_shapes_the_modules_of_the_lora_are_read_alone(case):
     lora, *models = case
-    arrays = [{name: weight.numpy() for name, weight in weights.items()} for weights in models]
-    moved = prolora.transfer(lora, *arrays, method="prolora")
+    bases = [Counting(weights) for weights in models]
+    moved = prolora.transfer(lora, *bases, method="prolora")
     assert same_tensors(moved, prolora.transfer(lora, *models, method="prolora"))
-    requested = [
-        prolora.open_base({k: x.shape for k, x in some.items()}, read=some.__getitem__)
-        for some in arrays
+    prolora.check(lora, base=bases[0])
+    prolora.convert(lora, bases[0])
+    prolora.merge([lora, lora], bases[1])
+    for base in bases:
+        assert set(base.requested) == set(NAMES[:6])
+
+
+def test_the_names_of_a_mapping_tell_its_published_size_without_its_weights():
+    one = torch.ones(1)
+    sdxl, ssd = (load_layout(size).shapes for size in ("sdxl", "ssd-1b"))
+    names = [f"down_blocks.2.attentions.0.transformer_blocks.{i}.attn1.to_q" for i in range(6)]
+    lora = {f"unet.{n}.lora_{x}.weight": torch.ones(s) for n in names
+            for x, s in (("A", (2, 1280)), ("B", (1280, 2)))}  # fmt: skip
+    bases = [
+        Counting({f"{name}.weight": one.expand(shape) for name, shape in shapes.items()})
+        for shapes in (sdxl, ssd)
     ]
-    assert same_tensors(moved, prolora.transfer(lora, *requested, method="prolora"))
+    moved = prolora.transfer(lora, *bases, method="copy")
+    assert moved.report.match.startswith("sdxl to ssd-1b") and len(moved.adapter.updates) == 4
+    assert [len(set(base.requested)) for base in bases] == [6, 4]
+    flux = fused_shapes(load_layout("flux1-dev").shapes, "flux1-dev")
+    base = Counting({f"model.diffusion_model.{n}.weight": one.expand(s) for n, s in flux.items()})
+    path = "diffusion_model.double_blocks.0.img_attn.qkv"
+    lora = {
+        f"{path}.lora_A.weight": torch.ones(2, 3072),
+        f"{path}.lora_B.weight": torch.ones(9216, 2),
+    }
+    assert prolora.check(lora, base=base).fit.base_title == "FLUX.1"
+    assert base.requested == [f"model.{path}.weight"]
+
+
+def make_kind(kind: str, tensors):
+    return {key: x.numpy() if kind == "numpy" else x for key, x in tensors.items()}
+
+
+FACTORS = [f"unet.{NAMES[0]}.lora_{side}.weight" for side in "BA"]
+
+
+def project_pair(lora, one, other):
+    pair = tuple(lora[key] for key in FACTORS)
+    return dict(zip(FACTORS, prolora.project(pair, one[NAMES[0]], other[NAMES[0]]), strict=True))
+
+
+def project_dense(_, one, other):
+    before, after = one[NAMES[0]], other[NAMES[0]]
+    return {NAMES[0]: prolora.project(after - before, before, after)}
+
+
+VERBS = {
+    "transfer": lambda *given: prolora.transfer(*given, method="prolora").state_dict(),
+    "convert": lambda lora, one, _: prolora.convert(lora, one, out_rank=2).state_dict(),
+    "merge": lambda lora, one, _: prolora.merge([lora, lora], one).state_dict(),
+    "extract": lambda _, *bases: prolora.extract(*bases, out_rank=4).state_dict(),
+    "bake": lambda lora, one, _: prolora.bake([lora], one).tensors,
+    "project a pair": project_pair,
+    "project a matrix": project_dense,
+}
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_takes_and_returns_arrays_of_one_kind(case, verb, kind):
+    made = VERBS[verb](*(make_kind(kind, tensors) for tensors in case))
+    assert {type(x) for x in made.values()} == {np.ndarray if kind == "numpy" else torch.Tensor}
+    wanted = VERBS[verb](*case)
+    assert made.keys() == wanted.keys()
+    assert all(np.array_equal(made[key], wanted[key]) for key in made)
+    assert prolora.check(make_kind(kind, case[0]), base=make_kind(kind, case[1])).fit.coverage == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["x.to_q", "unet.x.to_q", "diffusion_model.x.to_q", "lora_unet_x_to_q"]
+)
+def test_the_names_of_a_base_in_memory_are_modules(case, path):
+    lora, source, target = case
+    up, down = (lora[f"unet.{NAMES[0]}.lora_{side}.weight"] for side in "BA")
+    update = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down}
+    bases = {"x.to_q": source[NAMES[0]]}, {"x.to_q": target[NAMES[0]]}
+    moved = prolora.transfer(update, *bases, method="copy")
+    assert torch.equal(moved.adapter.updates["x.to_q"].dense(), up @ down)
+    assert all(key.startswith(path) for key in moved.state_dict())
 
 
 def test_a_base_on_the_meta_device_is_enough_for_a_dry_run_and_for_nothing_else(case):
@@ -102,7 +199,8 @@ def test_slips_of_the_hand_are_guessed(case):
     assert first is moved.up and second is moved.down
     with pytest.raises(ShapeMismatch, match="given in the other order"):
         prolora.project((down, up), *weights)
+    square = torch.eye(64)
+    with pytest.raises(ShapeMismatch, match="in the other order"):
+        prolora.project((up.mT, up), square, square)
     with pytest.raises(UnsupportedTensor, match=r"give its \.weight"):
         prolora.project((up, down), torch.nn.Linear(48, 64), weights[1])
-    arrays = prolora.project((up.numpy(), down.numpy()), *(w.numpy() for w in weights), rank=16)
-    assert np.array_equal(arrays.up.numpy(), moved.up.numpy())

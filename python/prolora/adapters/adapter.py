@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Adapter:
         refused: modules among `unread` whose update has a tensor beside it that is not read.
         stored: the tensors behind updates that are to be written as they are stored, unless they
             are changed; empty unless asked for.
+        foreign: an array of another library, whose kind `state_dict` returns.
     """
 
     updates: dict[str, LowRank]
@@ -72,6 +74,7 @@ class Adapter:
     unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     stored: list[StoredUpdate] = field(default_factory=list, repr=False, compare=False)
+    foreign: Any = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         """Returns one line: the number of modules, their ranks and their storage."""

@@ -42,7 +42,8 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
     if source.config is not None:  # it may be of no LoRA at all
         scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
     model = source.model.of_base(base.model) if base else source.model
-    contents = group_keys(source, choose_names(source.model, source.shapes, base))
+    family = choose_names(source.model, source.shapes, base)
+    contents = group_keys(source, family, base.modules if base else ())
     if base and base.modules:
         _restore_dots(contents, base.modules)
     slots = contents.slots

@@ -31,6 +31,8 @@ from .hub_adapters import locate_adapter
 if TYPE_CHECKING:  # what a file is can be said without torch, which takes seconds to import
     from torch import Tensor
 
+    from ..core.arrays import MatrixLike
+
 
 StrPath = str | os.PathLike[str]
 
@@ -43,7 +45,7 @@ class PeftConfigLike(Protocol):
 
 
 LoraSource: TypeAlias = (
-    "StrPath | Mapping[str, Tensor] | tuple[Mapping[str, Tensor], PeftConfigLike]"
+    "StrPath | Mapping[str, MatrixLike] | tuple[Mapping[str, MatrixLike], PeftConfigLike]"
 )
 """A .safetensors file, a PEFT folder, an id on the Hugging Face Hub, a state dict, or (state dict,
 `peft.LoraConfig`)."""
@@ -76,6 +78,7 @@ class Lora:
     location: Path | None = None  # that file, or the folder that was given
     # What was found in its keys, by what was known of the base
     parsed: dict[Any, Any] = field(default_factory=dict)
+    foreign: Any = None  # an array of it that is not torch's
 
     @classmethod
     def open(cls, source: LoraSource | Lora, metadata: Mapping[str, str] | None = None) -> Lora:
@@ -206,21 +209,29 @@ def _read_config(config: PeftConfigLike) -> dict[str, Any]:
 
 
 def _open_mapping(
-    tensors: Mapping[str, Tensor], metadata: dict[str, str], config: dict[str, Any] | None = None
+    tensors: Mapping[str, MatrixLike],
+    metadata: dict[str, str],
+    config: dict[str, Any] | None = None,
 ) -> Lora:
-    import torch
+    from ..core.arrays import find_other_array, to_tensor
 
     where = "the state dict"
     headers = {}
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not torch.is_tensor(tensor):
+    for key, array in tensors.items():
+        if not isinstance(key, str) or not hasattr(array, "__dlpack__"):
             raise UnsupportedFormat(
-                f"{where}: {key!r:.100} is {type(tensor).__name__}; names and torch tensors only"
+                f"{where}: {key!r:.100} is {type(array).__name__}; names and arrays only"
             )
+        tensor = to_tensor(array, f"{where}: {key}")
         if reason := _explain_unreadable(tensor):
             raise UnsupportedFormat(f"{where}: {key} {reason}")
         headers[key] = Header(name_dtype(tensor.dtype), tuple(tensor.shape))
-    return Lora(where, headers, lambda key: tensors[key].detach().cpu(), metadata, config)
+
+    def read(key: str) -> Tensor:
+        return to_tensor(tensors[key]).detach().cpu()
+
+    foreign = find_other_array(tensors.values())
+    return Lora(where, headers, read, metadata, config, foreign=foreign)
 
 
 def _explain_unreadable(tensor: Tensor) -> str:

@@ -174,6 +174,7 @@ def _start_adapter(contents: Contents, source: Lora) -> Adapter:
         left_out=dict(contents.left_out),
         unread=dict(contents.unread),
         refused=set(contents.refused),
+        foreign=source.foreign,
     )
 
 

@@ -72,11 +72,15 @@ def measure_modules(slots: Iterable[Slot]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def group_keys(source: Lora, family: Family | None) -> Contents:
-    """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
+def group_keys(source: Lora, family: Family | None, names: Collection[str] = ()) -> Contents:
+    """Groups the keys by module; a key that is not understood is a reason to refuse the file.
+
+    `names` has the base's modules.
+    """
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
     modules: dict[str, ModulePath | None] = {"": None}
+    known = {*names, *(name.replace(".", "_") for name in names)}
     slots: dict[str, Slot] = {}
     vector_slots: dict[str, VectorSlot] = {}
     left_out: dict[str, str] = {}
@@ -86,7 +90,7 @@ def group_keys(source: Lora, family: Family | None) -> Contents:
             raise UnsupportedFormat(tensor_keys.explain_refusal(source.where, key, refused))
         path, role = tensor_keys.split_key(key)
         if path not in modules:
-            modules[path] = parse_module_path(path, family)
+            modules[path] = parse_module_path(path, family, known)
         module, axes = modules[path], len(header.shape)
         if role == "diff" and axes == 1:
             role = "weight"

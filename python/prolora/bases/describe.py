@@ -16,6 +16,7 @@ from ..architectures.modules import (
     matrix_shape,
 )
 from .base import Base
+from .weights import Weight
 
 _QUERY = re.compile(r"(?:^|[._])(?:attn1?|attention)\.(?:to_q|q|q_proj|wq|(?:to_)?qkv)$")
 _UNET_BLOCKS = {
@@ -80,13 +81,17 @@ def _describe_adm(base: Base) -> str:
 def explain_no_layer(base: Base, module: str) -> str:
     """Says what a weight is that no program adds a LoRA's update to; "" for a layer's."""
     family, weight = known_families().get(base.family or ""), base.weights[module]
-    if not weight.name.partition("[")[0].endswith(_LAYERS):
-        return "a parameter"
+    if not _is_layer(weight) and any(map(_is_layer, base.weights.values())):
+        return "a parameter"  # in memory, layers may go by their modules' names
     is_known = family is not None and not family.unet
     if len(weight.shape) > 4 or (is_known and len(weight.shape) > 2):
         return "a convolution"
     is_table = _EMBEDDING.search(module) or (is_known and BARE.search(module))
     return "an embedding" if is_table else ""
+
+
+def _is_layer(weight: Weight) -> bool:
+    return weight.name.partition("[")[0].endswith(_LAYERS)
 
 
 def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:

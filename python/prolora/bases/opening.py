@@ -61,7 +61,7 @@ def open_base(
             a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
                 `huggingface_hub` is installed; only the files needed are fetched;
             a mapping {name: tensor} or a module, whose tensors are used as they are, numpy's too;
-                where they are on the meta device, a dry run alone is possible;
+                on the meta device they allow only a dry run;
             a mapping {name: shape}, or of tensors on the meta device, with `read`;
             a `Base`, which is returned.
         subfolder: the part of the pipeline folder, if not `unet` or `transformer`.

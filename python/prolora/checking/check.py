@@ -87,17 +87,22 @@ def check(
 def _match_base(opened: Lora, base: ExpertsLike) -> BaseFit:
     """Says whether a LoRA is for a base or a family."""
     from ..moving.base_check import find_published, fit_base, fit_published
+    from ..moving.lazy_bases import narrow_base
 
     published = find_published(base)
-    return fit_published(opened, published) if published else fit_base(opened, base)
+    if published:
+        return fit_published(opened, published)
+    return fit_base(opened, narrow_base(base, opened))
 
 
 def _foresee(opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions) -> InWords:
     """Says what a transfer between two bases would do."""
     from ..bases import open_base
     from ..moving.base_pair import BasePair
+    from ..moving.lazy_bases import narrow_base
 
-    pair = BasePair.open(open_base(source), open_base(target), options)
+    old, new = (open_base(narrow_base(base, opened)) for base in (source, target))
+    pair = BasePair.open(old, new, options)
     try:
         return pair.foresee(opened, weighed=True).in_words()
     except UnrelatedBases as error:

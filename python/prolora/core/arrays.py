@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import numbers
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Protocol, TypeVar
 
@@ -71,19 +72,25 @@ def _copy_if_foreign(array: Any) -> Any:
     return array
 
 
+def find_other_array(arrays: Iterable[Any]) -> Any:
+    """Returns the first array that is not torch's, None without one."""
+    return next((array for array in arrays if not isinstance(array, Tensor)), None)
+
+
 def to_kind_of(tensor: Tensor, template: Any) -> Any:
-    """Converts the tensor to the kind of array that `template` is.
+    """Converts the tensor to the kind of array that `template` is; None is torch's.
 
     A library that cannot read one leaves the tensor, and the log says so.
     """
-    if isinstance(template, Tensor):
+    if template is None or isinstance(template, Tensor):
         return tensor
     namespace = getattr(template, "__array_namespace__", None)
     library = namespace() if namespace else sys.modules[type(template).__module__.partition(".")[0]]
-    if not hasattr(library, "from_dlpack"):
-        logger.warning("%s has no from_dlpack: the result is a torch tensor", library.__name__)
+    try:
+        return library.from_dlpack(tensor.contiguous())
+    except (AttributeError, BufferError, RuntimeError) as error:  # too old, or without bfloat16
+        logger.warning("%s: %s, so the result is a torch tensor", library.__name__, error)
         return tensor
-    return library.from_dlpack(tensor.contiguous())
 
 
 def to_plain_number(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import recompression
 from .affinity import Affinity
-from .arrays import Array, MatrixLike, to_kind_of, to_tensor
+from .arrays import Array, MatrixLike, find_other_array, to_kind_of, to_tensor
 from .basis import CONVOLUTION, Basis, stack_bases, truncated_svd
 from .exceptions import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 from .lowrank import LowRank
@@ -38,7 +38,7 @@ tried in docs/evidence.md this one recovers most, since it drops least.
 # Singular values of a moved update below this share of its largest are rounding.
 ROUNDING = 1e-6
 
-Factors = LowRank | tuple[MatrixLike, MatrixLike] | list[MatrixLike]
+Factors = LowRank | tuple[Tensor, Tensor] | list[Tensor]
 
 
 @overload
@@ -63,6 +63,18 @@ def project(
     method: MethodChoice = ...,
     return_info: Literal[True],
 ) -> tuple[LowRank, ProjectionInfo]: ...
+
+
+@overload
+def project(
+    delta: tuple[Array, Array],
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
+    *,
+    rank: Rank = ...,
+    method: MethodChoice = ...,
+    return_info: Literal[False] = ...,
+) -> tuple[Array, Array]: ...
 
 
 @overload
@@ -109,8 +121,8 @@ def project(
     Args:
         delta: the update of the source, scale included: an array [m, n]; a stack [b, m, n]; one
             convolution of four or five axes, [out, in, …], treated as out × rest; a LowRank, or a
-            pair (up [..., m, r], down [..., r, n]). Flatten a Conv1d's update. torch, numpy and
-            cupy arrays.
+            pair (up [..., m, r], down [..., r, n]), whose order is not checked where r = m = n.
+            Flatten a Conv1d's update. torch, numpy and cupy arrays.
         W_src: the source weight, of delta's shape, or its Basis; [m, n] for a stack too.
         W_tgt: the target weight, likewise.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
@@ -121,9 +133,9 @@ def project(
             weights, so they are factorised for it, whatever the method needs.
 
     Returns:
-        The update of the target: dense, as the kind of array delta is; for factors a LowRank (rank
-        ≤ 2r) of torch tensors. In delta's dtype and on its device, computed in float32 or better.
-        Inputs are not changed.
+        The update of the target as delta came: dense or factors (rank ≤ 2r), a LowRank for torch's
+        and a pair for other arrays. In delta's dtype and on its device, computed in float32 or
+        better. Inputs are not changed.
 
     Raises:
         ShapeMismatch: delta, W_src and W_tgt do not have one shape.
@@ -138,11 +150,12 @@ def project(
     """
     rank = read_rank(rank)
     chosen = find_method("copy" if method == AUTO else method)
+    foreign = None
     if isinstance(delta, tuple | list):
-        delta = _read_pair(delta)
+        delta, foreign = _read_pair(delta), find_other_array(delta)
     update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
     _check_update(update)
-    weights = _read_weights(W_src, W_tgt, update.shape)
+    weights = _read_weights(W_src, W_tgt, update)
     if method == AUTO:
         _check_related(*weights)
     if isinstance(update, Tensor) and not (return_info or chosen.needs_bases):
@@ -152,6 +165,8 @@ def project(
     result: Any
     if isinstance(update, LowRank):
         result = _join_parts(up, down).to(update.dtype)
+        if foreign is not None:
+            result = tuple(to_kind_of(factor, foreign) for factor in result)
     else:
         dense = _multiply_parts(up, down).to(update.dtype).reshape(update.shape)
         result = to_kind_of(dense, delta)
@@ -273,15 +288,19 @@ def _identity_factors(update: Tensor) -> LowRank:
 
 
 def _read_weights(
-    W_src: Any, W_tgt: Any, shape: torch.Size
+    W_src: Any, W_tgt: Any, update: Tensor | LowRank
 ) -> tuple[Tensor | Basis, Tensor | Basis]:
     """Reads both weights as matrices or stacks [..., m, n] of the update's shape."""
+    shape = update.shape
     source, target = (
         w if isinstance(w, Basis) else _read_operand(w, name)
         for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
     )
     if len(shape) == 2 and source.shape != target.shape and len(source.shape) in CONVOLUTION:
         raise ShapeMismatch(f"W_src is {list(source.shape)} but W_tgt {list(target.shape)}")
+    if isinstance(update, LowRank) and shape[-2:] != source.shape[-2:]:
+        if source.shape[-2:] == (update.down.shape[-2], update.up.shape[-1]):
+            raise ShapeMismatch("up @ down is not of W_src's shape; are they in the other order?")
     return _read_weight(source, shape, "W_src"), _read_weight(target, shape, "W_tgt")
 
 

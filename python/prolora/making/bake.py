@@ -26,6 +26,7 @@ from ..bases.quantised.comfy import QUANTISATION_KEY
 from ..bases.quantised.encoding import BakedTensors, can_encode, encode, round_to
 from ..bases.quantised.weight import QuantisedWeight, find_kind, look_inside
 from ..bases.weights import ConvertedWeight, LoadedWeight, RowsWeight, StoredWeight, Weight
+from ..core.arrays import to_kind_of, to_tensor
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
 from ..errors import InvalidOption, NonFiniteWeights, OutputError, UnsupportedFormat
@@ -124,17 +125,19 @@ def bake(
             at = new / stored.file.path.relative_to(path) if folder else new
             baking.write_weight(at, parts)
 
-    tensors = None
+    tensors: dict[str, Any] | None = None
     if out is not None:
         put(out, write, overwrite=overwrite, folder=folder)
     else:
         keys = {id(weight): key for key, weight in model.stored.items()}
-        tensors = {key: weight.read() for key, weight in model.stored.items()}
+        given = base if isinstance(base, Mapping) else {}
+        tensors = {key: given.get(key, weight.read()) for key, weight in model.stored.items()}
         for i, (stored, parts) in enumerate(groups.items()):
             options.tell(i, len(groups), stored.name)
             key, baked = keys[id(stored)], baking.bake_weight(parts).numbers
             # On the caller's device; the sum was made on the CPU.
-            tensors[key] = torch.empty_like(tensors[key]).copy_(baked)
+            like = to_tensor(tensors[key])
+            tensors[key] = to_kind_of(torch.empty_like(like).copy_(baked), tensors[key])
     return BakeReport(
         path=None if out is None else str(out),
         tensors=tensors,

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from ..reports.report import InWords, Mark, Report
 from ..reports.table import Column, Row, Table, make_table
 
@@ -57,7 +55,7 @@ class BakeReport(Report):
     modules: tuple[BakedModule, ...]
     left_out: dict[str, str] = field(default_factory=dict)  # what has no place in the base -> why
     # Of a base in memory: its own keys -> tensors, the unchanged ones the caller's own
-    tensors: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    tensors: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     eyebrow: ClassVar[str] = "Baked model"
 

@@ -26,6 +26,7 @@ from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import read_lora
 from ..moving.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
+from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import (
@@ -105,7 +106,7 @@ def convert(
         OutputError: `out` cannot be written, or is an input.
     """
     options = settle_options(options, changes)
-    model = None if base is None else open_base(base)
+    model = None if base is None else open_base(narrow_base(base, lora))
     with use_lora(lora) as opened:
         if out is None:
             return _run(opened, model, options)

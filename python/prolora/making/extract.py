@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -27,6 +27,7 @@ from ..bases.describe import explain_no_layer
 from ..bases.identity import compute_short_hash, name_base
 from ..bases.memory import Memory
 from ..bases.weights import Weight
+from ..core.arrays import find_other_array
 from ..core.basis import truncated_svd
 from ..core.grouping import group_by
 from ..core.lowrank import LowRank
@@ -92,7 +93,9 @@ def extract(
         pair.check()
         return pack_plan(pair.report(dry_run=True))
     if out is None:
-        return _run(old, new, options)
+        done = _run(old, new, options)
+        foreign = find_other_array(base.values()) if isinstance(base, Mapping) else None
+        return replace(done, adapter=replace(done.adapter, foreign=foreign))
     check_output(out, [*old.files, *new.files], options.overwrite, options.format)
     return save_result(_run(old, new, options, hashed=True), Path(out), options.overwrite)
 

@@ -24,12 +24,14 @@ from ..adapters.training_words import read_training_words
 from ..architectures.identify import Model
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_short_hash, name_base
+from ..core.arrays import find_other_array
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
 from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, UnsupportedFormat
 from ..moving.base_check import check_moved_before
 from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out, list_unread_modules
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike, cut_rank, read_dtype, use_lora
@@ -92,7 +94,7 @@ def merge(
     """
     options = settle_options(options, changes)
     check_merged(loras)
-    model = None if target is None else open_base(target)
+    model = None if target is None else open_base(narrow_base(target, *loras))
     with ExitStack() as stack:
         opened = [stack.enter_context(use_lora(lora)) for lora in loras]
         if out is None:
@@ -237,6 +239,9 @@ class _Merge:
             format=first.format,
             spelling=first.spelling,
             origin=self._find_model(),
+            foreign=find_other_array(
+                part.foreign for part in self.parts if part.foreign is not None
+            ),
             dtype=reduce(torch.promote_types, map(_stored_dtype, self.parts)),
             metadata=combine_metadata(
                 {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}

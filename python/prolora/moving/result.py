@@ -26,6 +26,7 @@ from ..bases import Base
 from ..bases.identity import describe_reads, is_unchanged, name_base, record_reads
 from ..bases.leaves import is_settled, open_memory, save_memory
 from ..comparison.module_map import Matching
+from ..core.arrays import to_kind_of
 from ..core.option_fields import read_shown
 from ..errors import ProLoRAError
 from ..files.hashing import hash_file, hash_tensors
@@ -114,17 +115,18 @@ class Transfer:
             dtype: as `save` takes it.
 
         Returns:
-            Key -> tensor on the CPU: factors [out, r] and [r, in], of convolutions [out, r, 1, 1]
-            and [r, in, kh, kw]; the scale is 1 for every loader.
+            Key -> tensor on the CPU, or array of the LoRA's kind: factors [out, r] and [r, in], of
+            convolutions [out, r, 1, 1] and [r, in, kh, kw]; the scale is 1 for every loader.
 
         Raises:
             UnsupportedFormat: the format has no name for a module.
             NonFiniteWeights: a factor overflows in dtype.
             OutputError: no module is left in the adapter.
         """
-        return adapters.encode_state_dict(
+        tensors = adapters.encode_state_dict(
             self.adapter, format=format or self.format, dtype=read_dtype(dtype or self.dtype)
         )
+        return {key: to_kind_of(x, self.adapter.foreign) for key, x in tensors.items()}
 
     def peft_config(self) -> dict[str, Any]:
         """Returns the keywords of a `peft.LoraConfig` for `state_dict("peft")`, scale 1.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -98,16 +98,19 @@ class _Path(NamedTuple):
     dotted: bool  # the name has dots
 
 
-def parse_module_path(path: str, family: Family | None = None) -> ModulePath | None:
+def parse_module_path(
+    path: str, family: Family | None = None, known: Collection[str] = ()
+) -> ModulePath | None:
     """Returns what the module path of a key means, or None if unknown.
 
     Args:
         path: without the suffix that says which factor it is.
         family: whose names the modules of a transformer have; None where no family is known.
+        known: further names of modules, which the base has.
     """
     if path.startswith(_CONDITIONER):
         inside = path.removeprefix(_CONDITIONER)
-        module = parse_module_path(_ADAPTER + inside, family)
+        module = parse_module_path(_ADAPTER + inside, family, known)
         return module and module._replace(prefix=_CONDITIONER, local=inside)
     cut = _cut_prefix(path)
     if cut is None:
@@ -118,7 +121,7 @@ def parse_module_path(path: str, family: Family | None = None) -> ModulePath | N
         module = _find_in_family(cut, family)
         if module is not None:
             return module
-    return _parse_text(path) or _find_in_unet(cut) or _describe(cut)
+    return _parse_text(path) or _find_in_unet(cut) or _describe(cut, known)
 
 
 def find_transformer_name(path: str) -> tuple[str, bool] | None:
@@ -200,15 +203,18 @@ def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
     return ModulePath(name, format, cut.component, name, True, weight, spelling)
 
 
-def _describe(cut: _Path) -> ModulePath | None:
+def _describe(cut: _Path, known: Collection[str]) -> ModulePath | None:
     """Takes a module that no known family has, under the file's name."""
-    if cut.component == "unet." or cut.rest.startswith(_UNET_BLOCKS):
-        return None
-    if cut.dotted:
-        known = _IN_A_LIST.search(cut.rest) or (cut.prefix and _IDENTIFIER.fullmatch(cut.rest))
+    if cut.rest in known:
+        is_module = True
+    elif cut.component == "unet." or cut.rest.startswith(_UNET_BLOCKS):
+        is_module = False
+    elif cut.dotted:
+        is_named = cut.prefix and _IDENTIFIER.fullmatch(cut.rest)
+        is_module = bool(_IN_A_LIST.search(cut.rest) or is_named)
     else:
-        known = _IN_A_LIST_UNDERSCORED.search(cut.rest)
-    if not known:
+        is_module = bool(_IN_A_LIST_UNDERSCORED.search(cut.rest))
+    if not is_module:
         return None
     spelling = Spelling(cut.prefix, "diffusers", cut.dotted)
     return ModulePath(
