@@ -55,7 +55,7 @@ def transfer(
             name -> tensor (of one that is not a dict, only the modules that the LoRA changes are
             read), an nn.Module or an opened `Base`.
         target: the base to move to, in any of these forms.
-        options: how to move it.
+        options: how to move it; `method` also takes one of your own, as that of `project` does.
         out: a file to write, or a folder for format "peft"; checked before any work. A result that
             exists, and was made of the same LoRA, bases, options and version, is kept.
         dry_run: say what would be done, from headers alone; nothing is written.

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .lowrank import LowRank
 from .ops.project_pair import project_pair
 
 MethodName = Literal["prolora", "copy"]
@@ -19,6 +20,10 @@ MethodChoice = Literal["auto", MethodName]
 """What `project` and `transfer` take as their method; "auto" copies, or refuses."""
 
 Parts = tuple[Tensor, ...]
+
+Rule = Callable[[LowRank, Any, Any], LowRank | tuple[Tensor, Tensor]]
+"""A method of one's own: called with the update [m, n] of one module and both weights, it returns
+the update of the target."""
 
 
 class _SplitRows(torch.autograd.Function):
@@ -91,15 +96,19 @@ class Method:
         outcome: a report's words for a module that was moved by it.
         split: the parts of one side's rows that make ΔW_t = Σ_i L_iᵀ R_i. The parts of a side are
             mutually orthogonal (range and complement of one target basis).
+        rule: computes the update in place of `split`.
     """
 
-    name: MethodName
+    name: str
     needs_bases: bool
     summary: str
     origin: str
     outcome: str
     split: Callable[[Side], Parts]
+    rule: Rule | None = None
 
+
+MethodLike = MethodChoice | Method | Rule
 
 _ROWS = (
     Method(
@@ -120,7 +129,7 @@ _ROWS = (
     ),
 )
 
-METHODS: Mapping[MethodName, Method] = MappingProxyType({method.name: method for method in _ROWS})
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})
 """Every method by its name."""
 
 
@@ -128,16 +137,23 @@ _OF_FILES = {"best": "transfer", "fit": "fit"}
 """What people ask for here that takes two models, and the function that does it."""
 
 
-def find_method(name: str) -> Method:
-    """Returns the method of that name.
+def find_method(method: str | Method | Rule) -> Method:
+    """Returns the method of that name, or makes one of a rule.
 
     Raises:
-        ValueError: it is unknown; the message lists the names.
+        ValueError: it is unknown, and the message lists the names; or the name is another's.
     """
-    for method in METHODS.values():
-        if method.name == name:
-            return method
+    if not isinstance(method, str) and (isinstance(method, Method) or callable(method)):
+        if not isinstance(method, Method):
+            name = getattr(method, "__name__", type(method).__name__)
+            text = f"moved by {name}"
+            method = Method(name, False, text, "", text, lambda side: (side.x,), method)
+        if METHODS.get(method.name, method) is not method or method.name in ("auto", *_OF_FILES):
+            raise ValueError(f"{method.name!r} is a method of prolora: give yours another name")
+        return method
+    if method in METHODS:
+        return METHODS[method]
     names = ", ".join(get_args(MethodChoice))
-    door = _OF_FILES.get(name)
-    other = f"; {name!r} moves whole LoRAs: `{door}()` does that" if door else ""
-    raise ValueError(f"unknown method {name!r}: choose from {names}{other}")
+    door = _OF_FILES.get(method)
+    other = f"; {method!r} moves whole LoRAs: `{door}()` does that" if door else ""
+    raise ValueError(f"unknown method {method!r}: choose from {names}{other}")

@@ -19,7 +19,7 @@ from .arrays import Array, MatrixLike, find_other_array, to_kind_of, to_tensor
 from .basis import CONVOLUTION, Basis, stack_bases, truncated_svd
 from .exceptions import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 from .lowrank import LowRank
-from .methods import Method, MethodChoice, Parts, Side, find_method
+from .methods import Method, MethodLike, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, read_rank
@@ -48,7 +48,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodChoice = ...,
+    method: MethodLike = ...,
     return_info: Literal[False] = ...,
 ) -> LowRank: ...
 
@@ -60,7 +60,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodChoice = ...,
+    method: MethodLike = ...,
     return_info: Literal[True],
 ) -> tuple[LowRank, ProjectionInfo]: ...
 
@@ -72,7 +72,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodChoice = ...,
+    method: MethodLike = ...,
     return_info: Literal[False] = ...,
 ) -> tuple[Array, Array]: ...
 
@@ -84,7 +84,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodChoice = ...,
+    method: MethodLike = ...,
     return_info: Literal[False] = ...,
 ) -> Array: ...
 
@@ -96,7 +96,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodChoice = ...,
+    method: MethodLike = ...,
     return_info: Literal[True],
 ) -> tuple[Array, ProjectionInfo]: ...
 
@@ -109,7 +109,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = DEFAULT_RANK,
-    method: str = "prolora",
+    method: MethodLike = "prolora",
     return_info: bool = False,
 ) -> Any:
     """Moves the update of one weight to another weight of the same shape.
@@ -128,7 +128,8 @@ def project(
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
             ignored for a Basis.
         method: a name of `METHODS`, or "auto": "copy", and a refusal where the two weights (of a
-            stack, all of its matrices together) have nothing in common.
+            stack, all of its matrices together) have nothing in common; or a `Method` or a function
+            of your own, called with a LowRank, W_src and W_tgt, that returns (up, down).
         return_info: also return a ProjectionInfo. It describes the update in the bases of both
             weights, so they are factorised for it, whatever the method needs.
 
@@ -150,6 +151,8 @@ def project(
     """
     rank = read_rank(rank)
     chosen = find_method("copy" if method == AUTO else method)
+    if chosen.rule and return_info:
+        raise ValueError("`return_info` is for methods that work on the bases of both weights")
     foreign = None
     if isinstance(delta, tuple | list):
         delta, foreign = _read_pair(delta), find_other_array(delta)
@@ -158,7 +161,7 @@ def project(
     weights = _read_weights(W_src, W_tgt, update)
     if method == AUTO:
         _check_related(*weights)
-    if isinstance(update, Tensor) and not (return_info or chosen.needs_bases):
+    if isinstance(update, Tensor) and not (return_info or chosen.needs_bases or chosen.rule):
         return to_kind_of(update.clone(), delta)
     factors = update if isinstance(update, LowRank) else _identity_factors(update)
     up, down, info = _move(factors, chosen, weights, rank, return_info)
@@ -182,7 +185,8 @@ def _move(
 ) -> tuple[Parts, Parts, ProjectionInfo | None]:
     """Returns the parts of the moved update, with its account if `measure`."""
     if not (measure or method.needs_bases):
-        return (delta.up.mT,), (delta.down,), None
+        made = apply_rule(method, delta, *weights) if method.rule else delta
+        return (made.up.mT,), (made.down,), None
     source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in weights)
     if len(source.shape) != len(target.shape):  # one weight and a stack of them
         source, target = (
@@ -197,9 +201,27 @@ def _move(
     return up, down, measure_projection(sides, grams, (source, target))
 
 
+def apply_rule(method: Method, delta: LowRank, source: Any, target: Any) -> LowRank:
+    """Applies a rule to an update; the result has its dtype and device.
+
+    Raises:
+        ShapeMismatch: it has another shape.
+    """
+    assert method.rule is not None
+    made = _read_pair([*method.rule(delta, source, target)], f"what {method.name} returned")
+    made = made.to(delta.dtype).to(delta.device)
+    if made.shape != delta.shape:
+        raise ShapeMismatch(f"{method.name} returned {list(made.shape)}, not {list(delta.shape)}")
+    return made
+
+
 @in_full_precision
 def project_factors(
-    delta: LowRank, source: Basis, target: Basis, method: str, similar: Similarity | None = None
+    delta: LowRank,
+    source: Basis,
+    target: Basis,
+    method: str | Method,
+    similar: Similarity | None = None,
 ) -> Projected:
     """Runs `project` for factors and existing bases, with its account.
 
@@ -351,10 +373,10 @@ def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
         raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")
 
 
-def _read_pair(factors: tuple[Any, ...] | list[Any]) -> LowRank:
-    tensors = [to_tensor(factor, f"factor {i} of delta") for i, factor in enumerate(factors)]
+def _read_pair(factors: tuple[Any, ...] | list[Any], name: str = "delta") -> LowRank:
+    tensors = [to_tensor(factor, f"factor {i} of {name}") for i, factor in enumerate(factors)]
     if len(tensors) != 2:
-        raise ShapeMismatch(f"delta is a pair (up, down), not {len(tensors)} arrays")
+        raise ShapeMismatch(f"{name} is a pair (up, down), not {len(tensors)} arrays")
     return LowRank(*tensors)
 
 

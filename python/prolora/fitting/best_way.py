@@ -160,4 +160,4 @@ def _tell_fitted(report: LoraReport, need: str) -> LoraReport:
 
 def _tell_why(report: LoraReport, why: str) -> LoraReport:
     assert isinstance(report, MovedReport)
-    return replace(report, asked=BEST, why=why)
+    return replace(report, asked="best", why=why)

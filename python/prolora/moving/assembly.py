@@ -124,7 +124,7 @@ def build_metadata(ledger: Ledger) -> dict[str, str]:
     source, target, options = ledger.source, ledger.target, ledger.options
     provenance = {
         "version": __version__,
-        "method": options.method,
+        "method": options.method_name,
         "strength": f"{options.strength:.4g}",
         "rank_rule": str(options.rank),
         "threshold": str(options.threshold),
@@ -159,7 +159,7 @@ def build_report(
         few_steps = False
     ledger.settle()
     return TransferReport(
-        method=options.method,
+        method=options.method_name,
         rank_rule=options.rank,
         threshold=options.threshold,
         match=plan.rule,

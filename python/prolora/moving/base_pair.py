@@ -206,7 +206,7 @@ class BasePair:
         report = build_report(
             ledger,
             vectors,
-            asked=ledger.asked or options.method,
+            asked=ledger.asked or options.method_name,
             kept_energy={} if kept else dict(ledger.adapter.kept_energy),
             as_stored=kept is not None,
             base_dependent=kept.depend_on_base if kept else 0,

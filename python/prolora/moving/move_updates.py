@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,7 +22,10 @@ from ..comparison.renumbered_blocks import recognise_blocks
 from ..core.affinity import Affinity
 from ..core.basis import Basis
 from ..core.lowrank import LowRank
-from ..core.projection import project_factors
+from ..core.merging import subtract_updates
+from ..core.methods import Method
+from ..core.precision import working_dtype
+from ..core.projection import apply_rule, project_factors
 from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ..errors import UnrelatedBases
 from ..reports.module_report import Measures
@@ -66,7 +70,10 @@ def decide_method(
             if match is not options.match:
                 return match
         _leave_out_strangers(ledger)
-    ledger.asked, ledger.options = options.method, replace(options, method=options.chosen.name)
+    ledger.asked = options.method_name
+    if isinstance(options.method, str):
+        name: Any = options.chosen.name
+        ledger.options = replace(options, method=name)
     return None
 
 
@@ -128,10 +135,15 @@ def move_updates(
     `memory` bounds how much is worked on at a time; progress is called as progress(done, total,
     target module).
     """
-    updates, pairs = ledger.adapter.updates, ledger.plan.pairs
-    if not ledger.options.chosen.needs_bases:
-        for pair in pairs:
-            ledger.enter(pair, updates[pair.source], ledger.options.chosen.outcome)
+    updates, pairs, method = ledger.adapter.updates, ledger.plan.pairs, ledger.options.chosen
+    if not method.needs_bases:
+        for i, pair in enumerate(pairs):
+            if method.rule is None:
+                ledger.enter(pair, updates[pair.source], method.outcome)
+                continue
+            _apply_rule(ledger, pair, method)
+            if progress:
+                progress(i + 1, len(pairs), pair.target)
         return
     source, target, rank = ledger.source, ledger.target, ledger.options.rank
     room = memory.room(ledger.result_bytes)
@@ -165,6 +177,22 @@ def move_updates(
             progress(done, len(pairs), stack[-1].target)
 
 
+def _apply_rule(ledger: Ledger, pair: Pair, method: Method) -> None:
+    """Moves an update by a rule, which gets both weights as float matrices."""
+    update, where = ledger.adapter.updates[pair.source], ledger.options.device or "cpu"
+    weights = ledger.source.read(pair.source), ledger.target.read(pair.target)
+    matrices = (w.to(where, working_dtype(w.dtype)).reshape(pair.shape) for w in weights)
+    made = apply_rule(method, update.to(where), *matrices).to("cpu")
+    norm = float(update.norm())
+    ledger.enter(
+        pair,
+        made,
+        method.outcome,
+        norm_ratio=float(made.norm()) / norm if norm else 1.0,
+        copy_distance=float(subtract_updates(made, update).norm()) / norm if norm else 0.0,
+    )
+
+
 def _group_equal_ranks(ledger: Ledger, stack: list[Pair], columns: int) -> Iterator[list[int]]:
     """Groups the indices of a stack by rank.
 
@@ -193,7 +221,7 @@ def _project_updates(
         torch.stack(factors).to(options.device)
         for factors in ([x.up for x in updates], [x.down for x in updates])
     )
-    projected = project_factors(LowRank(up, down), source, target, options.method, aligned.similar)
+    projected = project_factors(LowRank(up, down), source, target, options.chosen, aligned.similar)
     info, recompressed = projected.info, projected.recompressed()
     rungs = ["+".join(sorted(set(both))) for both in zip(source.rungs, target.rungs, strict=True)]
     measured = Measures.of(info, rungs, aligned.angles_left, aligned.angles_right)

@@ -22,7 +22,7 @@ from ..bases.base import Progress
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..core.arrays import make_fields_plain
 from ..core.lowrank import LowRank
-from ..core.methods import Method, MethodChoice, find_method
+from ..core.methods import Method, MethodChoice, MethodLike, find_method
 from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
@@ -105,7 +105,7 @@ DtypeLike = torch.dtype | DtypeName
 
 TextEncoderMode = Literal["copy", "project", "skip"]
 
-TransferMethod = Literal["best"] | MethodChoice
+TransferMethod = Literal["best"] | MethodLike
 """What a transfer takes as its method: "best" also runs the models, where that gives more."""
 
 METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
@@ -148,7 +148,8 @@ class VerbOptions:
         make_fields_plain(self)
         for known in fields(self):
             words, value = read_shown(known).words, getattr(self, known.name)
-            if words and not (value == known.default or isinstance(value, torch.dtype)):
+            is_own = known.name == "method" and (isinstance(value, Method) or callable(value))
+            if words and not (value == known.default or is_own or isinstance(value, torch.dtype)):
                 check_choice(known.name, value, words)
 
     def tell(self, done: int, total: int, name: str) -> None:
@@ -330,6 +331,7 @@ class TransferOptions(Output, BaseResources):
         super().__post_init__()
         try:
             read_rank(self.rank)
+            self.chosen  # noqa: B018 (raises where its name is taken)
         except ValueError as error:
             raise InvalidOption(str(error)) from error
         if self.blocks is not None:
@@ -351,6 +353,11 @@ class TransferOptions(Output, BaseResources):
     def chosen(self) -> Method:
         """The method that moves the updates."""
         return find_method("copy" if self.method in (AUTO, BEST) else self.method)
+
+    @property
+    def method_name(self) -> str:
+        """The name of the method, also of one's own."""
+        return self.method if isinstance(self.method, str) else self.chosen.name
 
 
 def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:

@@ -27,6 +27,7 @@ from ..bases.identity import describe_reads, is_unchanged, name_base, record_rea
 from ..bases.leaves import is_settled, open_memory, save_memory
 from ..comparison.module_map import Matching
 from ..core.arrays import to_kind_of
+from ..core.methods import Method, find_method
 from ..core.option_fields import read_shown
 from ..errors import ProLoRAError
 from ..files.hashing import hash_file, hash_tensors
@@ -228,6 +229,8 @@ class Recipe:
         `verify` these are read, and otherwise only where the state of its file is another.
         """
         standing: Standing = "other"
+        if not isinstance(getattr(self.options, "method", ""), str):
+            return standing  # a method of one's own has no digest
         with suppress(ProLoRAError, RecursionError, ValueError), Lora.open(out) as result:
             made = [result.metadata.get(f"{PREFIX}{key}") for key in ("version", "lora_hash")]
             noted = json.loads(result.metadata.get(f"{PREFIX}recipe", ""))
@@ -337,6 +340,8 @@ def _jsonable(value: Any) -> Any:
     """Converts an option for JSON."""
     if isinstance(value, Matching):
         return "similarity"  # which the two bases determine
+    if isinstance(value, Method) or callable(value):
+        return find_method(value).name
     if isinstance(value, Mapping):
         pairs = {str(key): _jsonable(item) for key, item in value.items()}
         # In block weights the last name that fits decides; in a map the order means nothing.

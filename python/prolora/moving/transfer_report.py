@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..comparison.expectation import CLASSES, classify
 from ..comparison.module_map import BlockDecision, describe_renumbered
-from ..core.methods import find_method
+from ..core.methods import METHODS
 from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
 from ..reports.lora_report import ENOUGH, MovedReport
 from ..reports.module_report import LEFT_OUT, split_modules
@@ -150,6 +150,11 @@ class TransferReport(MovedReport):
         promised = self.dry_run or (self.method == "copy" and self.strength == 1)
         few_steps = False if self.few_by_name else self.few_steps  # its name is told below
         found = judge(self.verdict, placed, bases, few_steps, promised)
+        if self.method not in (*METHODS, "auto"):
+            headline = (
+                f"Your method {self.method} moved the LoRA; prolora never tried what it does."
+            )
+            return InWords("⚠", headline, (place,))
         if self.works_as_it_is:
             changes = "" if found.mark == "✔" else ": nothing in it had to change"
             place = f"The file works on {target} as it is{changes}."
@@ -225,7 +230,7 @@ class TransferReport(MovedReport):
             f"{totals['energy_surviving']:.0%} of that, and its result is "
             f"{totals['copy_distance']:.0%} of the update's norm away from plain copying.",
         ]
-        if (totals["energy_mixed"] or 0) > 0.01 and find_method(self.method).needs_bases:
+        if (totals["energy_mixed"] or 0) > 0.01 and self.method == "prolora":
             told.append(
                 f"{totals['energy_mixed']:.0%} lay in the mixed blocks, which '{self.method}' "
                 "drops; `method='copy'` changes nothing."

@@ -1,0 +1,89 @@
+"""Methods of one's own in `project`, `transfer` and `transfer_many`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import mini
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import prolora
+from prolora.errors import InvalidOption, OutputExists, ShapeMismatch
+
+PAGE = Path(__file__).parents[2] / "docs/evidence.md"
+
+
+def plain(update, source, target):
+    return update
+
+
+@pytest.fixture
+def case(tmp_path):
+    return mini.write_case(tmp_path)
+
+
+def test_a_copy_as_a_function_gives_the_bits_of_copy_and_its_own_name(case, tmp_path):
+    outs = [tmp_path / f"{name}.safetensors" for name in ("own", "copy")]
+    for out, method in zip(outs, (plain, "copy"), strict=True):
+        prolora.transfer(*case, out=out, method=method)
+    own, copied = map(load_file, outs)
+    assert own.keys() == copied.keys() and all(torch.equal(own[k], copied[k]) for k in own)
+    with safe_open(outs[0], "pt") as file:
+        assert file.metadata()["prolora.method"] == "plain"
+    with pytest.raises(OutputExists):  # what a function does has no digest, so nothing is kept
+        prolora.transfer(*case, out=outs[0], method=plain)
+
+
+def test_a_folder_of_loras_is_moved_by_a_function_on_both_weights(case, tmp_path):
+    lora, source, target = case
+
+    def doubled(update, W_source, W_target):
+        assert W_source.shape == W_target.shape == update.shape
+        return 2 * update.up, update.down
+
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved", method=doubled)
+    rows = [row for row in outcome.report.modules if row.reason == "moved by doubled"]
+    assert rows and all(row.norm_ratio == pytest.approx(2) for row in rows)
+    assert all(row.copy_distance == pytest.approx(1) for row in rows)
+    assert "Your method doubled" in str(outcome.report)
+
+
+def test_a_method_with_a_split_of_its_own_is_half_of_prolora():
+    source = torch.randn(24, 20, generator=torch.Generator().manual_seed(0))
+    target, up, down = source + 0.1, torch.ones(24, 2), torch.ones(2, 20)
+    within = replace(prolora.METHODS["prolora"], name="lora-x", split=lambda side: (side.within,))
+    without = replace(within, split=lambda side: (side.without,))
+    one, other, both = (
+        prolora.project((up, down), source, target, rank=4, method=method).dense()
+        for method in (within, without, "prolora")
+    )
+    torch.testing.assert_close(one + other, both)
+
+
+def test_a_method_that_is_none_is_refused(case):
+    weight, factors = torch.eye(8), (torch.ones(8, 1), torch.ones(1, 8))
+    for wrong in (lambda u, *_: (u.down, u.up[:4]), lambda u, *_: (u.up,)):
+        with pytest.raises(ShapeMismatch):
+            prolora.project(factors, weight, weight, method=wrong)
+    with pytest.raises(InvalidOption, match="give yours another name"):
+        prolora.transfer(*case, method=replace(prolora.METHODS["copy"], summary="mine"))
+    with pytest.raises(ValueError, match="return_info"):
+        prolora.project(factors, weight, weight, method=plain, return_info=True)
+
+
+def test_the_method_of_the_page_runs(case, capsys):
+    lora, source, target = case
+    W_source, up, down = torch.eye(8), torch.ones(8, 1), torch.ones(1, 8)
+    names = dict(prolora=prolora, lora=lora, source=source, target=target, up=up, down=down,
+                 W_source=W_source, W_target=3 * W_source)  # fmt: skip
+    exec(
+        re.search(r"### Try your own.*?```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)[1],
+        names,
+    )
+    assert capsys.readouterr().out == "norm\n"
+    torch.testing.assert_close(names["moved"].dense(), 3 * up @ down)
