@@ -21,6 +21,7 @@ TITLES = {
     "hostile": "hostile files",
     "foreign": "files of others",
     "damage": "damage",
+    "options": "odd values of options",
     "kills": "kills",
 }
 """Harness -> the row of all of its cases."""

@@ -40,6 +40,14 @@ def box(attack, tmp_path):
     return made
 
 
+def test_what_every_attack_begins_with_runs(attack, box, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setenv("PROLORA_CACHE", str(box.root / "home"))
+    attack["sandbox"].warm_up(box)
+    assert (box.out / "moved.safetensors").exists() and list((box.out / "moved").rglob("*.safe*"))
+
+
 def wait_for_ever(box):
     time.sleep(60)
 

@@ -399,6 +399,26 @@ def test_a_fused_flux_weight_comes_apart_whatever_the_kind(kind, dora):
         assert relative_error(adapter.updates[name].dense(), wanted) < 2e-6
 
 
+@pytest.mark.parametrize("shape", [(144, 160), (300, 320)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_difference_has_its_rank_whatever_rounding_to_its_dtype_added(shape, dtype):
+    generator = torch.Generator().manual_seed(8)
+    factors = (
+        torch.randn(shape[0], 3, generator=generator),
+        torch.randn(3, shape[1], generator=generator),
+    )
+    exact = factors[0].double() @ factors[1].double()
+    adapter = adapters.read_adapter(
+        {"lora_unet_mid_block_attentions_0_proj_in.diff": exact.to(dtype)}
+    )
+    (update,) = adapter.updates.values()
+    assert update.rank == 3
+    assert relative_error(update.dense(), exact) < torch.finfo(dtype).eps
+    (kept,) = adapter.kept_energy.values() or [1.0]
+    noise = relative_error(exact.to(dtype).double(), exact)
+    assert 1 - kept == pytest.approx(noise**2, rel=0.1, abs=1e-7)
+
+
 def test_what_has_too_high_a_rank_is_cut_to_the_stated_energy_and_says_what_it_kept(monkeypatch):
     monkeypatch.setattr(truncation, "MAX_RANK", 8)
     generator = torch.Generator().manual_seed(5)

@@ -3,8 +3,9 @@
     python tests/attack [HARNESS ...] [--scale 1] [--seed 0] [--only WORD] [--out rows.jsonl]
 
 The harnesses, each a few minutes on two cores: `damage` (inputs cut off, flipped, edited),
-`hostile` (files made to harm), `foreign` (files of others where results go) and `kills` (SIGKILL at
-any moment). A case that was found bad is run again with the same seed, --only and --scale.
+`hostile` (files made to harm), `foreign` (files of others where results go), `options` (values that
+no option takes) and `kills` (SIGKILL at any moment). A case that was found bad is run again with
+the same seed, --only and --scale.
 A row of JSON for each case, and a table. The exit code is 1 if anything bad was found.
 
 equal      the result is that of the undamaged input, or of what the input now says
@@ -38,7 +39,7 @@ from pathlib import Path
 
 from sandbox import BAD, GOOD, Box, Row, warm_up
 
-HARNESSES = ("damage", "hostile", "foreign", "kills")
+HARNESSES = ("damage", "hostile", "foreign", "options", "kills")
 
 
 def show(rows: list[Row]) -> str:

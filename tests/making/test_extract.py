@@ -360,6 +360,7 @@ def test_all_that_no_lora_holds_is_named_with_its_norm_and_counts_in_the_share()
         "mid_block.attentions.0.steps": torch.zeros(3, dtype=torch.int64),
         "mid_block.attentions.0.time_conv.weight": torch.zeros(8, 8, 3, 1, 1),
         f"{encoder}.weight": torch.zeros(9, 8),
+        "mid_block.pool.in_proj_weight": torch.zeros(24, 8),
     }
     vae = "first_stage_model.decoder.conv_in"
     tuned = merge(base, adapter_of(LINEAR, rank=2).updates)

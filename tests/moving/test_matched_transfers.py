@@ -308,4 +308,4 @@ def test_the_command_line_shows_what_was_matched(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", [*map(str, line), "--json", "--dry-run"])
         cli.main()
     told = json.loads(capsys.readouterr().out)
-    assert not stop.value.code and told["totals"]["skipped"] == 4 and len(told["decisions"]) == 2
+    assert not stop.value.code and told["totals"]["skipped"] == 4 and not told["decisions"]

@@ -100,11 +100,16 @@ def test_pairs_below_the_threshold_get_no_update_and_keep_their_numbers(case):
         assert "below the threshold" in row.reason and row.target is None
 
 
-def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypatch):
+@pytest.mark.parametrize("match", ["auto", "similarity"])
+def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypatch, match):
+    """Where the weights decide which block feeds which, it counts blocks and names none."""
     lora, source, target = case
-    done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    how = {"threshold": 0, "method": "prolora", "rank": 0.9, "match": match}
+    done = prolora.transfer(lora, source, target, **how)
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
-    dry = prolora.transfer(lora, source, target, dry_run=True).report
+    dry = prolora.transfer(lora, source, target, match=match, dry_run=True).report
+    places = {row.target for row in dry.rows("mapped")}
+    assert places == ({None} if match == "similarity" else set(done.adapter.updates))
     assert dry.totals.keys() == done.report.totals.keys()
     for key in ("mapped", "skipped", "refused", "coverage"):
         assert dry.totals[key] == done.report.totals[key]

@@ -68,10 +68,7 @@ def _find_table(ids: tuple[str | None, ...]) -> Family | None:
 
 
 def _is_adm(paths: Iterable[str], modules: Collection[str]) -> bool:
-    """Recognises the LoRA of an ADM network, by its base's modules if they are known.
-
-    LDM's numbers mean such modules where attention has its name there.
-    """
+    """Recognises the LoRA of an ADM network, by its base's modules if they are known."""
     if modules:
         return any(is_in_adm(name) and find_block(name) for name in modules)
     names = set(paths)

@@ -185,10 +185,7 @@ def _add_update(
     source: Lora,
     read_weight: ReadWeight | None,
 ) -> StoredUpdate | None:
-    """Adds one slot's module, or all parts of a fused weight, to the adapter.
-
-    Returns the tensors behind it, None if it was left out.
-    """
+    """Adds a slot's modules to the adapter; returns their tensors, None if left out."""
     where = f"{source.where}: {slot.module.name}"
     tensors = {role: read_finite(source, key) for role, key in slot.keys.items()}
     kernel = slot.kernel
@@ -207,7 +204,8 @@ def _add_update(
         algorithm = slot.form.algorithm
         truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
     else:
-        truncated = products.factor_update(slot.form.algorithm, tensors)
+        stored = find_torch_dtype(source.headers[next(iter(slot.keys.values()))].dtype)
+        truncated = products.factor_update(slot.form.algorithm, tensors, stored)
         if scale != 1.0 and not is_finite(truncated.update.up.mul_(scale)):
             key = slot.keys.get("up", next(iter(slot.keys.values())))
             raise NonFiniteWeights(f"{source.where}: {key} times {scale:.6g} overflows")
@@ -333,10 +331,7 @@ def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
 
 
 def _base_weight(slot: Slot, read_weight: ReadWeight, where: str) -> Tensor | None:
-    """Returns the weight the update is added to, float64, in file row order.
-
-    None as for `_look_up_base`.
-    """
+    """Returns the weight the update is added to, float64, in file row order, or None."""
     parts = _look_up_base(slot, read_weight, where)
     if parts is None:
         return None

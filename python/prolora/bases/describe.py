@@ -30,7 +30,9 @@ _EMBEDDING = re.compile(
     r"(?:^|[._])(?:embed_tokens|shared|wte|label_emb|(?:token|position(?:al)?)_embeddings?"
     r"|embedding_table|relative_attention_bias)$"
 )
-_LAYERS = (".weight", ".in_proj_weight", "text_projection")  # ends of keys of layers' weights
+# Ends of keys of layers' weights. `in_proj_weight` is a parameter of torch's MultiheadAttention, of
+# which CLIP's alone is cut into the layers q, k and v that programs know.
+_LAYERS, _CUT = (".weight", "text_projection"), ".in_proj_weight"
 
 
 def classify_model(base: Base) -> str:
@@ -91,7 +93,8 @@ def explain_no_layer(base: Base, module: str) -> str:
 
 
 def _is_layer(weight: Weight) -> bool:
-    return weight.name.partition("[")[0].endswith(_LAYERS)
+    key, cut, _ = weight.name.partition("[")
+    return key.endswith((*_LAYERS, _CUT) if cut else _LAYERS)
 
 
 def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:

@@ -61,9 +61,9 @@ def check(
         UnsupportedFormat: a file cannot be read at all, or a base is none.
         ProLoRAError: what `transfer` refuses, but for models that have nothing in common.
     """
-    program = program and program.lower()
-    if program is not None and program not in known_loaders():
-        known, meant = ", ".join(known_loaders()), suggest(program, known_loaders())
+    program = program.lower() if isinstance(program, str) else program
+    if program is not None and program not in [*known_loaders()]:
+        known, meant = ", ".join(known_loaders()), suggest(str(program), known_loaders())
         raise InvalidOption(f"`program` is one of {known}, not {program!r}{meant}")
     if (source is None) != (target is None):
         raise InvalidOption("give `source` and `target`, or `base`: a verdict takes two models")

@@ -82,16 +82,21 @@ def match_blocks(
         NonFiniteWeights: NaN or Inf, named.
     """
     device = resolve_device(device)
-    groups = group_blocks(source, target)
-    if not groups:
-        raise UnsupportedFormat(
-            f"{source.name} and {target.name} have no transformer blocks of the same kind and "
-            "shape: there is nothing to match by similarity"
-        )
+    groups = _find_groups(source, target)
     room = _find_room(groups, parse_limit(max_memory), device)
     with open_cache(cache) as opened:
         subspaces = _Subspaces(opened, device, room, _report_steps(groups, progress))
         return _match_groups(source, target, groups, subspaces)
+
+
+def _find_groups(source: Base, target: Base) -> list[BlockGroup]:
+    """Groups the blocks of a kind, or refuses bases without any in common."""
+    if groups := group_blocks(source, target):
+        return groups
+    raise UnsupportedFormat(
+        f"{source.name} and {target.name} have no transformer blocks of the same kind and "
+        "shape: there is nothing to match by similarity"
+    )
 
 
 def _match_groups(
@@ -138,10 +143,29 @@ def resolve_match(match: Match, source: Base, target: Base, **how: Any) -> Match
     Whatever makes a plan calls this first, since a plan reads no weights. `how` and errors as for
     `match_blocks`.
     """
+    return match_blocks(source, target, **how) if _takes_weights(match, source, target) else match
+
+
+def preview_match(match: Match, source: Base, target: Base) -> Match:
+    """Resolves a match from headers: where weights decide, blocks of a kind are paired in order.
+
+    That shows how many blocks have a place, and not which. Errors as for `match_blocks`.
+    """
+    if not _takes_weights(match, source, target):
+        return match
+    partners: dict[str, str] = {}
+    stacks: dict[str, str] = {}
+    for sources, targets in _find_groups(source, target):
+        for old, new in zip(sources, targets, strict=False):
+            partners[new.name] = old.name
+            stacks.setdefault(new.stack, old.stack)
+    return Matching(dict(_pair_modules(source, target, partners, stacks)), (), ())
+
+
+def _takes_weights(match: Match, source: Base, target: Base) -> bool:
+    """Returns whether weights alone tell which blocks belong together."""
     unknown = match == AUTO_MATCH and not do_names_tell(source, target)
-    if isinstance(match, str) and (match == "similarity" or unknown):
-        return match_blocks(source, target, **how)
-    return match
+    return isinstance(match, str) and (match == "similarity" or unknown)
 
 
 def _choose_evidence(source: Block, target: Block) -> list[str]:
@@ -273,10 +297,7 @@ def _measure_overlaps(
 def _assign_blocks(
     scores: Tensor, sources: list[Block], targets: list[Block]
 ) -> tuple[dict[int, int], dict[str, str]]:
-    """Assigns blocks and stacks, monotone on both levels.
-
-    Returns {target block: source block} by index, and {target stack: source stack}.
-    """
+    """Returns {target block: source block} and {target stack: source stack}, both monotone."""
     sources_in, targets_in = _group_by_stack(sources), _group_by_stack(targets)
     inner = {
         (a, b): monotone_assignment(scores[sources_in[a]][:, targets_in[b]])

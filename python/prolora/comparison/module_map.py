@@ -22,6 +22,7 @@ from ..files.jsontext import read_json_object
 
 # Bytes of a map file, and letters of a name in one: 100,000 modules have 16 MB.
 _MAP_BYTES, _LONGEST_NAME = 16 << 20, 1024
+_FORMS = 'match takes "auto", "name", "similarity" or a JSON file'
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,15 @@ class Matching:
     """Partners from `block_matching.match_blocks`; accepted wherever a `Match` is."""
 
     table: Mapping[str, str]  # target module -> source module
-    decisions: tuple[BlockDecision, ...]  # one for every block of the target, in its order
+    # One for every block of the target, in its order; empty where weights are yet to decide
+    decisions: tuple[BlockDecision, ...]
     dropped: tuple[str, ...]  # the source's blocks that feed none
 
     @property
     def rule(self) -> str:
         """For the report."""
+        if not self.decisions:
+            return "similarity: the weights decide which block feeds which, in the transfer"
         margins = [d.margin for d in self.decisions if d.source and not math.isnan(d.margin)]
         matched = sum(decision.source is not None for decision in self.decisions)
         notes = f", least margin {min(margins):.3f}" if margins else ""
@@ -69,9 +73,9 @@ class Matching:
 
     def check_any(self, source: Base, target: Base) -> None:
         """Raises UnrelatedBases if no block was recognised."""
-        if any(decision.source for decision in self.decisions):
+        if not self.decisions or any(decision.source for decision in self.decisions):
             return
-        best = max((decision.score for decision in self.decisions), default=math.nan)
+        best = max(decision.score for decision in self.decisions)
         raise UnrelatedBases(
             f"No-go: no transformer block of {target.name} overlaps with one of {source.name} "
             f"beyond chance (the best by {best:.2f}, where 1 is equal). These bases were trained "
@@ -156,6 +160,8 @@ def find_partners(
         )
     if isinstance(match, Mapping):
         table, rule_name = dict(match), "the caller's map"
+    elif not isinstance(match, str | PathLike):
+        raise UnsupportedFormat(f"{_FORMS} {{target module: source module}}, not {match!r}")
     else:
         table, rule_name = read_map(Path(match)), f"the map {Path(match).name}"
     for side, names, base in (("target", table, target), ("source", table.values(), source)):
@@ -256,8 +262,7 @@ def read_map(path: Path) -> dict[str, str]:
         table = read_json_object(path, _MAP_BYTES)
     except UnsupportedFormat as error:
         raise UnsupportedFormat(
-            f'match takes "auto", "name", "similarity" or a JSON file {{target module: source '
-            f"module}}; {path} is neither ({error})"
+            f"{_FORMS} {{target module: source module}}; {path} is neither ({error})"
         ) from error
     for target, source in table.items():
         if not isinstance(source, str) or max(len(source), len(target)) > _LONGEST_NAME:

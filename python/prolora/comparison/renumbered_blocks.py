@@ -104,10 +104,7 @@ def _find_block(module: str) -> _NumberedBlock | None:
 def _choose_witnesses(
     table: Mapping[str, str], source: Base, target: Base
 ) -> tuple[dict[_NumberedBlock, _NumberedBlock], dict[_NumberedBlock, str]]:
-    """Returns target block -> its namesake, and -> the module to compare.
-
-    That is the smallest attention weight, or the smallest of all without attention.
-    """
+    """Returns target block -> its namesake, and -> its smallest attention weight, if any."""
     partners: dict[_NumberedBlock, _NumberedBlock] = {}
     witnesses: dict[_NumberedBlock, tuple[bool, int, str]] = {}
     for module, origin in table.items():
@@ -125,10 +122,7 @@ def _choose_witnesses(
 
 
 def _sample_weight(base: Base, module: str) -> Tensor:
-    """Returns rows of a weight as a vector of length 1.
-
-    It is NaN where they are zero or not finite.
-    """
+    """Returns rows of a weight as a vector of length 1; NaN if zero or not finite."""
     weight = base.read(module)
     weight = weight.reshape(matrix_shape(base.shapes[module]))
     rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)].to(torch.float32).flatten()
@@ -142,10 +136,7 @@ def _find_origins(
     source: Base,
     target: Base,
 ) -> dict[_NumberedBlock, _NumberedBlock]:
-    """Finds source blocks whose weights point the same way as the strangers'.
-
-    `witnesses` names the weight to compare for each block.
-    """
+    """Finds source blocks whose witnesses point the same way as the strangers'."""
     kinds: dict[_Kind, list[_NumberedBlock]] = {}
     for block in strangers:
         local = witnesses[block]

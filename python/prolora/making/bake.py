@@ -98,6 +98,8 @@ def bake(
     options.check_count(count)
     if not count:
         raise InvalidOption("give one LoRA or more")
+    if not (stochastic is None or (type(stochastic) is int and abs(stochastic) < 1 << 63)):
+        raise InvalidOption(f"`stochastic` is a seed, an integer, not {stochastic!r:.80}")
     path, overwrite = model.path, options.overwrite
     folder = path is not None and path.is_dir()
     _check_out(model, out, dtype, overwrite=overwrite)

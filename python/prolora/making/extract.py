@@ -398,9 +398,6 @@ def _are_equal(one: Weight, other: Weight) -> bool:
 
 
 def _measure_norms(stack: Tensor) -> list[float]:
-    """Measures ‖·‖ of each matrix [b, m, n], in float64 across rows alone.
-
-    This is as good as float64 throughout, and fast.
-    """
+    """Measures ‖·‖ of each matrix [b, m, n], in float64 across rows: as good, and fast."""
     rows = torch.linalg.vector_norm(stack, dim=-1).double()
     return cast(list[float], torch.linalg.vector_norm(rows, dim=-1).tolist())

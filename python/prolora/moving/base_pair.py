@@ -13,7 +13,7 @@ from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import record_reads
 from ..bases.memory import Memory
-from ..comparison.block_matching import resolve_match
+from ..comparison.block_matching import preview_match, resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
 from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors
@@ -77,7 +77,7 @@ class BasePair:
     def plan(self, lora: LoraLike, depth: Depth = "updates", match: Match | None = None) -> Ledger:
         """Reads a LoRA and plans where it goes; refuses all that needs no weights to be refused.
 
-        A dry run ends here. Weights are read only to match blocks by similarity.
+        A dry run ends here. Without `match`, weights are read where they alone match blocks.
 
         Args:
             lora: as `transfer` takes it.
@@ -140,15 +140,18 @@ class BasePair:
     def foresee(self, lora: LoraLike, *, weighed: bool = False) -> TransferReport:
         """Reports what a transfer would map, skip and refuse, from the LoRA's own numbers.
 
-        `weighed` compares the weights of the bases, and says what to expect. Without it they are
-        read only to match blocks by similarity, and what the threshold would skip counts as mapped.
+        `weighed` compares the weights of the bases, and says what to expect. Without it none is
+        read: blocks that weights match, and what the threshold would skip, count as mapped.
         Energies of updates that are made with weights of the base (DoRA, OFT, GLoRA) are not known.
 
         Raises:
             ProLoRAError: see `prolora.transfer`.
         """
         with use_lora(lora) as opened, self.cache.saving():
-            ledger = self.plan(opened, "outline")
+            match = self.match
+            if match is None and not weighed:
+                match = preview_match(self.options.match, self.source, self.target)
+            ledger = self.plan(opened, "outline", match)
             ledger = self._decide(ledger) if weighed else ledger
         return build_report(ledger, carry_vectors(ledger), dry_run=True)
 

@@ -126,10 +126,7 @@ class BlockWeights:
 
 
 def _write_places(places: Sequence[str]) -> str:
-    """Writes all blocks, consecutive ones as ranges: IN00-IN08, layers.0-9.
-
-    `blocks` takes these ranges.
-    """
+    """Writes all blocks, consecutive ones as ranges: IN00-IN08, layers.0-9."""
     runs: list[list[str]] = []
     for place in places:
         stem = place.rstrip("0123456789")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..architectures.modules import is_in_text_encoder
+from ..architectures.modules import find_block, is_in_text_encoder
 from ..bases import Base
 from ..core.affinity import Affinity
 from ..core.lowrank import LowRank
@@ -152,7 +152,10 @@ def outline_rows(ledger: Ledger, *, measured: bool) -> None:
     energy = None if measured else 0.0
     for pair in plan.pairs:
         what, most = "has its place", ledger.options.out_rank
-        row = describe_unchanged(adapter, pair.source, pair.target, what, energy)
+        place: str | None = pair.target
+        if not plan.is_decided and find_block(pair.target):
+            what, place = "has a place: the weights decide in which block", None
+        row = describe_unchanged(adapter, pair.source, place, what, energy)
         rank = min(row.rank_in, most) if isinstance(most, int) else row.rank_in
         ledger.write(pair, replace(row, rank_out=rank))
     for name in plan.passed:

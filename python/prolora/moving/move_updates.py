@@ -194,10 +194,7 @@ def _apply_rule(ledger: Ledger, pair: Pair, method: Method) -> None:
 
 
 def _group_equal_ranks(ledger: Ledger, stack: list[Pair], columns: int) -> Iterator[list[int]]:
-    """Groups the indices of a stack by rank.
-
-    A group has one update, or as many as `columns` columns hold.
-    """
+    """Groups the indices of a stack by rank: one update, or what `columns` columns hold."""
     ranks: dict[int, list[int]] = {}
     for i, pair in enumerate(stack):
         ranks.setdefault(ledger.adapter.updates[pair.source].rank, []).append(i)

@@ -151,6 +151,11 @@ class VerbOptions:
             is_own = known.name == "method" and (isinstance(value, Method) or callable(value))
             if words and not (value == known.default or is_own or isinstance(value, torch.dtype)):
                 check_choice(known.name, value, words)
+        for name in ("cache", "resume"):
+            if not isinstance(value := getattr(self, name, None), str | PathLike | None):
+                raise InvalidOption(f"`{name}` must be the path of a folder, not {value!r}")
+        if not (self.progress is None or callable(self.progress)):
+            raise InvalidOption(f"`progress` must be a function, not {self.progress!r}")
 
     def tell(self, done: int, total: int, name: str) -> None:
         """Tells `progress` how far the work is, where somebody listens."""

@@ -74,6 +74,8 @@ class ModulePlan:
     decisions: tuple[BlockDecision, ...] = ()
     # For blocks matched by similarity, the source's blocks that feed none
     dropped: tuple[str, ...] = ()
+    # False where weights are yet to decide which block a module in a block feeds
+    is_decided: bool = True
     # Target's block -> the source's block whose weights it holds, where equal names say otherwise.
     renumbered: Mapping[str, str] = field(default_factory=dict)
 
@@ -116,6 +118,7 @@ def make_plan(
         if modules:
             match.check_any(source, target)
         plan.decisions, plan.dropped = match.decisions, match.dropped
+        plan.is_decided = bool(match.decisions)
     if isinstance(match, Renumbering):
         plan.renumbered = match.blocks
     placed = _pair_modules(set(modules), source, target, plan)
@@ -139,16 +142,15 @@ def _explain_skipped(name: str, match: Match) -> str:
     """Explains why a module has no partner on the target."""
     if not isinstance(match, Matching):
         return "the target has no such module"
+    if find_block(name) and not match.decisions:
+        return "the target has fewer blocks of this kind; the weights decide which of them it has"
     if find_block(name):
         return "no block of the target is similar enough to this one"
     return "outside the transformer blocks, where similarity says nothing; `match='name'` pairs it"
 
 
 def _pair_modules(wanted: set[str], source: Base, target: Base, plan: ModulePlan) -> set[str]:
-    """Puts the wanted modules that have a partner into the plan, and returns them.
-
-    A module of another shape than all its partners is refused.
-    """
+    """Plans the wanted modules with a partner, or refuses their shape; returns them."""
     pairs = [(module, origin) for module, origin in plan.table.items() if origin in wanted]
     for module, origin in pairs:
         if have_equal_shapes(source.shapes[origin], target.shapes[module]):

@@ -94,10 +94,7 @@ class TransferReport(MovedReport):
         return told.after(losses) if losses else told
 
     def _tell_without_updates(self) -> InWords | None:
-        """Returns the verdict on a LoRA whose matrices do nothing, if certain.
-
-        None for others.
-        """
+        """Returns the verdict on a LoRA whose matrices certainly do nothing; else None."""
         if any(row.energy != 0 for row in self.modules):
             return None
         if self.rows("mapped") and not (self.unread or self.vectors or self.left_out):

@@ -106,7 +106,7 @@ class ModuleReport:
 
     Attributes:
         source: the module in the LoRA.
-        target: where it went; None unless mapped.
+        target: where it went; None unless mapped, and where a dry run leaves the block to weights.
         status: "mapped", "skipped" or "refused".
         reason: why it was skipped or refused; for a mapped module, how it was moved.
         shape: out × in of the update.

@@ -154,10 +154,7 @@ def _loha_form(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 def _lokr_form(shapes: Mapping[str, Shape]) -> Form | None:
-    """Derives rank and shapes of a LoKr.
-
-    Alpha counts only where a half is factored, and the inner size is then r.
-    """
+    """Derives shapes of a LoKr, and the inner size of a factored half as its rank."""
     w1 = _whole_or_product(shapes, "lokr_w1")
     w2 = _whole_or_product(shapes, "lokr_w2")
     if w1 is None or w2 is None or len(w1) != 2:
@@ -190,10 +187,7 @@ def _difference_form(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 def _glora_form(shapes: Mapping[str, Shape]) -> Form | None:
-    """Derives GLoRA's form, ΔW = W·a1·a2 + b1·b2.
-
-    On a convolution a1 and a2 act on its input channels.
-    """
+    """Derives GLoRA's form, ΔW = W·a1·a2 + b1·b2; a1, a2 act on input channels."""
     a1, a2, b1, b2 = (shapes[role] for role in ("a1", "a2", "b1", "b2"))
     if any(not 2 <= len(shape) <= 5 for shape in (a1, a2, b1, b2)):
         return None

@@ -16,12 +16,15 @@ from .truncation import TruncatedUpdate, truncate_dense, truncate_kronecker, tru
 Tensors = Mapping[str, Tensor]
 
 
-def factor_update(algorithm: str, tensors: Tensors) -> TruncatedUpdate:
+def factor_update(
+    algorithm: str, tensors: Tensors, stored: torch.dtype = torch.float32
+) -> TruncatedUpdate:
     """Returns ΔW of a module as a product, without its scale.
 
     Args:
         algorithm: "lora", "locon", "tucker", "loha", "lokr" or "full".
-        tensors: role -> tensor, shapes as checked by `algorithms.derive_form`.
+        tensors: role -> float32 tensor, shapes as checked by `algorithms.derive_form`.
+        stored: the dtype that the file has them in.
     """
     if algorithm == "loha":
         # r₁·r₂ columns save nothing where a side of ΔW is shorter.
@@ -33,7 +36,8 @@ def factor_update(algorithm: str, tensors: Tensors) -> TruncatedUpdate:
     if algorithm == "lokr":
         return truncate_kronecker(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
     if algorithm == "full":
-        return truncate_dense(tensors["diff"].flatten(1))
+        stored = torch.float32 if stored == torch.float64 else stored
+        return truncate_dense(tensors["diff"].flatten(1), stored)
     return TruncatedUpdate(lora_product(tensors))
 
 
@@ -91,10 +95,7 @@ def _kronecker_half(tensors: Tensors, half: str) -> Tensor:
 
 
 def _second_half(tensors: Tensors) -> Tensor:
-    """Returns w₂ as a matrix [c, d·k], k of all the kernel.
-
-    The columns of kron(w₁, w₂) have the order of ΔW's.
-    """
+    """Returns w₂ as a matrix [c, d·k], so that kron(w₁, w₂) has ΔW's columns."""
     core = tensors.get("lokr_t2")
     if core is None:
         return _kronecker_half(tensors, "lokr_w2").flatten(1)

@@ -1,7 +1,8 @@
 """Updates of high rank as a LoRA: exact, or a truncated SVD.
 
 The rule, in one place: an update of numerical rank `MAX_RANK` or less is kept exactly, whatever the
-number of columns it comes with. A larger one keeps the fewest singular values that hold `ENERGY` of
+number of columns it comes with; a dense one, but for what rounding to its stored dtype added. A
+larger one keeps the fewest singular values that hold `ENERGY` of
 Σσ², and at most `MAX_RANK` of them. The share that is kept is handed out with the update and never
 assumed.
 """
@@ -34,19 +35,23 @@ class TruncatedUpdate(NamedTuple):
     kept: float = 1.0  # ‖update‖²/‖ΔW‖²; 1 where nothing was cut
 
 
-def truncate_dense(delta: Tensor) -> TruncatedUpdate:
-    """Factors ΔW [m, n] into a product of balanced factors."""
+def truncate_dense(delta: Tensor, stored: torch.dtype = torch.float64) -> TruncatedUpdate:
+    """Factors ΔW [m, n], which was rounded to `stored`, into a product of balanced factors."""
+    # The most that rounding adds, as a share of the matrix's norm (root mean square).
+    noise = torch.finfo(stored).eps / 12**0.5
     delta = delta.double()
     size = delta.square().sum().item()
     if min(delta.shape) <= MAX_RANK:
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
-        used = max(1, int((s > _ROUNDING * s[0]).sum()))
-        return TruncatedUpdate(LowRank(*balance_factors(u[:, :used], s[:used], vt[:used].mT)))
+        used = _count_all_columns(s, noise)
+        update = LowRank(*balance_factors(u[:, :used], s[:used], vt[:used].mT))
+        cut = s[used:].square().sum().item()
+        return TruncatedUpdate(update, 1 - cut / size if cut > _NEGLIGIBLE**2 * size else 1.0)
     # Single precision is as fine as the result is stored, and far finer than what is cut.
     basis = truncated_svd(delta.float(), MAX_RANK)
     s = basis.S.double()
     share = s.square().sum().item() / size if size else 1.0
-    if share > 1 - 1e-5 and (exact := _factor_exactly(delta, basis.U)) is not None:
+    if share > 1 - 1e-5 and (exact := _factor_exactly(delta, basis.U, noise)) is not None:
         return TruncatedUpdate(exact)
     kept = _count_columns(s, size)
     share = s[:kept].square().sum().item() / size if size else 1.0
@@ -56,7 +61,7 @@ def truncate_dense(delta: Tensor) -> TruncatedUpdate:
     return TruncatedUpdate(update, min(1.0, share))
 
 
-def _factor_exactly(delta: Tensor, u: Tensor) -> LowRank | None:
+def _factor_exactly(delta: Tensor, u: Tensor, noise: float) -> LowRank | None:
     """Factors float64 ΔW [m, n] in span(u); None if more than rounding is left.
 
     u [m, k] lies near the leading left singular vectors.
@@ -67,7 +72,7 @@ def _factor_exactly(delta: Tensor, u: Tensor) -> LowRank | None:
     if rest > _NEGLIGIBLE * delta.norm():
         return None
     left, s, vt = torch.linalg.svd(core, full_matrices=False)
-    used = max(1, int((s > _ROUNDING * s[0]).sum()))
+    used = _count_all_columns(s, noise)
     return LowRank(*balance_factors(frame @ left[:, :used], s[:used], vt[:used].mT))
 
 
@@ -115,10 +120,10 @@ def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt.mT
 
 
-def _count_all_columns(s: Tensor) -> int:
+def _count_all_columns(s: Tensor, negligible: float = _NEGLIGIBLE) -> int:
     """Counts the leading singular values that leave no more than rounding."""
     rest = s.square().flip(0).cumsum(0).sqrt().flip(0)
-    return max(1, int((rest > _NEGLIGIBLE * rest[0]).sum()))
+    return max(1, int(((rest > negligible * rest[0]) & (s > _ROUNDING * s[0])).sum()))
 
 
 def _count_columns(s: Tensor, size: float) -> int:

@@ -208,10 +208,7 @@ def _name_modules(
 
 
 def _count_ldm_layers(keys: Iterable[str]) -> int:
-    """Counts layers per block: the first downsampler ends the first block.
-
-    BK-SDM has 1.
-    """
+    """Counts layers per block, 1 in BK-SDM: the first downsampler ends the first block."""
     matches = (_LDM_DOWNSAMPLER.fullmatch(key) for key in keys)
     return max(1, min((int(match[1]) - 1 for match in matches if match), default=2))
 

@@ -119,10 +119,7 @@ def _opacity(share: float) -> float:
 
 
 def _shorten(stage: str) -> str:
-    """Shortens `down_blocks.1` to "down 1", and cuts long names.
-
-    `single_transformer_blocks` becomes "single".
-    """
+    """Shortens `down_blocks.1` to "down 1", and cuts long names."""
     root, _, number = stage.partition(".")
     if root in _SHORT:
         return f"{_SHORT[root]} {number}".rstrip()
