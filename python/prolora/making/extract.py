@@ -64,7 +64,7 @@ def extract(
 ) -> Transfer:
     """Extracts the LoRA that makes one base of another: a fine-tune's, or a few-step sibling's.
 
-    Every module is read once, subtracted and cut by `truncated_svd`; nothing else is kept.
+    Modules are read, subtracted and cut by `truncated_svd` a few at a time.
 
     Args:
         base: the base that the LoRA is to be used with, as `transfer` takes its bases.

@@ -74,15 +74,23 @@ class BasePair:
                 )
         return self.match
 
-    def plan(self, lora: LoraLike, depth: Depth = "updates", match: Match | None = None) -> Ledger:
+    def plan(
+        self,
+        lora: LoraLike,
+        depth: Depth = "updates",
+        match: Match | None = None,
+        *,
+        weighed: bool = True,
+    ) -> Ledger:
         """Reads a LoRA and plans where it goes; refuses all that needs no weights to be refused.
 
-        A dry run ends here. Without `match`, weights are read where they alone match blocks.
+        A dry run ends here.
 
         Args:
             lora: as `transfer` takes it.
             depth: how far it is read.
             match: in place of the pair's own.
+            weighed: whether weights may be read, where they alone match blocks.
 
         Raises:
             ProLoRAError: see `prolora.transfer`.
@@ -93,7 +101,11 @@ class BasePair:
             adapter = read_lora(lora, self.source, depth, self.target, keep_stored=True)
             doubts += [] if options.again else doubt_size(adapter, self.source)
         with clock("match"):
-            match = self.match_blocks() if match is None else match
+            match = match or self.match
+            if match is None and weighed:
+                match = self.match_blocks()
+            elif match is None:
+                match = preview_match(options.match, self.source, self.target)
             plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
         ledger = Ledger(adapter, plan, self.source, self.target, options, lora, clock=clock)
         ledger.doubts = tuple(doubts)
@@ -148,10 +160,7 @@ class BasePair:
             ProLoRAError: see `prolora.transfer`.
         """
         with use_lora(lora) as opened, self.cache.saving():
-            match = self.match
-            if match is None and not weighed:
-                match = preview_match(self.options.match, self.source, self.target)
-            ledger = self.plan(opened, "outline", match)
+            ledger = self.plan(opened, "outline", weighed=weighed)
             ledger = self._decide(ledger) if weighed else ledger
         return build_report(ledger, carry_vectors(ledger), dry_run=True)
 

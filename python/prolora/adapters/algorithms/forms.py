@@ -154,7 +154,7 @@ def _loha_form(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 def _lokr_form(shapes: Mapping[str, Shape]) -> Form | None:
-    """Derives shapes of a LoKr, and the inner size of a factored half as its rank."""
+    """Derives the form of a LoKr; its rank is the inner size of a factored half."""
     w1 = _whole_or_product(shapes, "lokr_w1")
     w2 = _whole_or_product(shapes, "lokr_w2")
     if w1 is None or w2 is None or len(w1) != 2:
