@@ -75,11 +75,7 @@ def _find_places(
 def _find_partners(
     module: str, width: int, plan: ModulePlan, source: Base, target: Base
 ) -> Iterator[str]:
-    """Yields the target's modules for `module`, by its weight or its siblings'.
-
-    Norms have no weight matrix, and go where the matrices of the same block went: `norm1` beside
-    `attn1.to_q`, `norm` beside `proj_in`.
-    """
+    """Yields the target's modules for `module`: a norm goes where its block's matrices go."""
     if module in source.shapes:
         for partner, origin in plan.table.items():
             same = origin == module and source.shapes[origin] == target.shapes[partner]

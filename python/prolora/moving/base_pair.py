@@ -101,11 +101,8 @@ class BasePair:
             adapter = read_lora(lora, self.source, depth, self.target, keep_stored=True)
             doubts += [] if options.again else doubt_size(adapter, self.source)
         with clock("match"):
-            match = match or self.match
-            if match is None and weighed:
-                match = self.match_blocks()
-            elif match is None:
-                match = preview_match(options.match, self.source, self.target)
+            match = match or self.match or (self.match_blocks() if weighed else None)
+            match = match or preview_match(options.match, self.source, self.target)
             plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
         ledger = Ledger(adapter, plan, self.source, self.target, options, lora, clock=clock)
         ledger.doubts = tuple(doubts)

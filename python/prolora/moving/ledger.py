@@ -125,10 +125,7 @@ class Ledger:
 
 
 def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
-    """Applies the factor of its block to a module's row.
-
-    `factors` is target module -> factor, where that is not 1.
-    """
+    """Applies the factor of its block (target module -> factor) to a module's row."""
     factor = factors.get(row.target or "", 1.0)
     if row.status != "mapped" or factor == 1:
         return row
@@ -140,8 +137,7 @@ def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
 def outline_rows(ledger: Ledger, *, measured: bool) -> None:
     """Writes a row for every module of the LoRA: nothing has been moved yet.
 
-    With `measured`, the rows of modules that will be moved have their energy already; all others
-    have it in any case.
+    With `measured`, those of modules that will be moved have their energy, as all others have.
     """
     adapter, plan = ledger.adapter, ledger.plan
     for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
