@@ -137,7 +137,7 @@ def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
 def outline_rows(ledger: Ledger, *, measured: bool) -> None:
     """Writes a row for every module of the LoRA: nothing has been moved yet.
 
-    With `measured`, those of modules that will be moved have their energy, as all others have.
+    With `measured`, modules that will be moved have their energy, as all others have.
     """
     adapter, plan = ledger.adapter, ledger.plan
     for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
