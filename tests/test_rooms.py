@@ -129,7 +129,7 @@ def test_the_part_that_fits_can_be_deleted(tmp_path):
 # where a room has shrunk by a tenth, and rises with a capability that was decided on before. Opens
 # and tellings are exact.
 LIMITS = {
-    "product lines": 41044,
+    "product lines": 41100,
     "product code lines": 24400,
     "longest file": 450,
     "adapters/": 5090,

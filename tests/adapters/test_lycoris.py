@@ -433,30 +433,6 @@ def test_what_has_too_high_a_rank_is_cut_to_the_stated_energy_and_says_what_it_k
     assert relative_error(update.dense(), delta) == pytest.approx((1 - kept) ** 0.5, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["dense", "product", "kronecker"])
-@pytest.mark.parametrize("flat", [True, False], ids=["flat spectrum", "steep spectrum"])
-def test_every_way_to_cut_is_the_truncated_svd(monkeypatch, kind, flat):
-    monkeypatch.setattr(truncation, "MAX_RANK", 6)
-    generator = torch.Generator().manual_seed(6)
-    w1, w2 = torch.randn(5, 4, generator=generator), torch.randn(6, 7, generator=generator)
-    if not flat:
-        u, s, vt = torch.linalg.svd(w2, full_matrices=False)
-        w2 = u * 10.0 ** -torch.arange(6) * s[0] @ vt
-    delta = torch.kron(w1, w2).double()
-    found = {
-        "dense": lambda: truncation.truncate_dense(delta),
-        "product": lambda: truncation.truncate_product(LowRank(delta, torch.eye(28).double())),
-        "kronecker": lambda: truncation.truncate_kronecker(w1, w2),
-    }[kind]()
-    s = torch.linalg.svdvals(delta)
-    shares = s.square().cumsum(0) / s.square().sum()
-    rank = min(6, int((shares < 0.999).sum()) + 1)
-    assert found.update.rank == rank
-    assert found.kept == pytest.approx(shares[rank - 1].item(), abs=1e-6)
-    error = (found.update.dense().double() - delta).norm() / delta.norm()
-    assert error == pytest.approx((1 - shares[rank - 1]).sqrt().item(), abs=1e-6)
-
-
 @pytest.mark.parametrize(
     "extra",
     [

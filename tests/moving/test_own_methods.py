@@ -72,6 +72,8 @@ def test_a_method_that_is_none_is_refused(case):
             prolora.project(factors, weight, weight, method=wrong)
     with pytest.raises(InvalidOption, match="give yours another name"):
         prolora.transfer(*case, method=replace(prolora.METHODS["copy"], summary="mine"))
+    with pytest.raises(ValueError, match=r"choose from auto, prolora, copy$"):
+        prolora.project(factors, weight, weight, method="magic")
     with pytest.raises(ValueError, match="return_info"):
         prolora.project(factors, weight, weight, method=plain, return_info=True)
 

@@ -51,6 +51,7 @@ class Adapter:
             "full", "glora", "oft"; "+dora" behind it for rescaled ones); "lora" has no entry.
         kept_energy: module -> share of ‖ΔW‖² in `updates`, where the rank was too high to be
             kept exactly (see `truncation`); all others are exact and have no entry.
+        shares: module -> share of ‖ΔW‖² of each leading column, where some were cut.
         left_out: tensor or module of the file that is in neither of the two -> the reason. Nothing
             else of a file is ever left out.
         unread: module among `left_out` that has an update -> its (out, in, rank).
@@ -70,6 +71,7 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     algorithms: dict[str, str] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     left_out: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)

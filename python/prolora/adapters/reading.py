@@ -20,6 +20,7 @@ from . import fused_updates, vectors
 from .adapter import Adapter, StoredUpdate
 from .algorithms import dora_oft_glora, forms
 from .algorithms import lora_products as products
+from .algorithms.truncation import MAX_RANK
 from .contents import parse_contents, read_scale
 from .file_model import BaseNames
 from .keys.tensor_keys import split_key
@@ -43,6 +44,7 @@ def read_adapter(
     read_weight: ReadWeight | None = None,
     base: BaseNames | None = None,
     keep_stored: bool = False,
+    rank: int = MAX_RANK,
 ) -> Adapter:
     """Reads an adapter of any known kind and spelling.
 
@@ -68,6 +70,7 @@ def read_adapter(
         base: what is known of that base model; it decides where names alone leave several
             families, and gives names with underscores their dots back where no family is known.
         keep_stored: whether what is written is to hold the stored tensors of unchanged updates.
+        rank: the most columns of updates that are no product of two factors in the file.
 
     Returns:
         Updates in file order: up [out, r], down [r, in·kh·kw], float32 on the CPU.
@@ -86,7 +89,7 @@ def read_adapter(
     # The header was checked before; scales come before the large tensors.
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     for slot in contents.slots:
-        stored = _add_update(adapter, slot, scales[slot.module.name], opened, read_weight)
+        stored = _add_update(adapter, slot, scales[slot.module.name], opened, read_weight, rank)
         if keep_stored and stored:
             adapter.stored.append(stored)
     for vector in contents.vectors:
@@ -184,6 +187,7 @@ def _add_update(
     scale: float,
     source: Lora,
     read_weight: ReadWeight | None,
+    rank: int = MAX_RANK,
 ) -> StoredUpdate | None:
     """Adds a slot's modules to the adapter; returns their tensors, None if left out."""
     where = f"{source.where}: {slot.module.name}"
@@ -202,10 +206,10 @@ def _add_update(
             return None
         kernel = tuple(weight.shape[2:]) or None
         algorithm = slot.form.algorithm
-        truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
+        truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where, rank)
     else:
         stored = find_torch_dtype(source.headers[next(iter(slot.keys.values()))].dtype)
-        truncated = products.factor_update(slot.form.algorithm, tensors, stored)
+        truncated = products.factor_update(slot.form.algorithm, tensors, rank, stored)
         if scale != 1.0 and not is_finite(truncated.update.up.mul_(scale)):
             key = slot.keys.get("up", next(iter(slot.keys.values())))
             raise NonFiniteWeights(f"{source.where}: {key} times {scale:.6g} overflows")
@@ -213,6 +217,8 @@ def _add_update(
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
     parts = _store_parts(adapter, slot, update, kernel, truncated.kept, where)
+    if truncated.shares is not None:
+        adapter.shares.update(dict.fromkeys(parts, truncated.shares))
     return StoredUpdate(
         parts,
         _cut_paths(slot.keys.values()),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.identify import Model, identify_base
-from ..core.precision import working_dtype
+from ..core.precision import is_finite, working_dtype
 from ..errors import NonFiniteWeights
 from .keys.canonical_names import name_others
 from .leaves import Leaves
@@ -128,17 +128,8 @@ def check_finite(base: Base, modules: Iterable[str]) -> None:
     """
     for module in modules:
         weight = base.read(module)
-        # A finite sum has finite terms, though a sum of finite values can overflow: one pass that
-        # allocates nothing decides almost every weight.
-        if not _sum_is_finite(weight):
+        if not is_finite(weight):
             _refuse_non_finite(base, module, weight)
-
-
-def _sum_is_finite(weight: Tensor) -> bool:
-    if weight.dtype.itemsize == 1:  # torch has no arithmetic on float8
-        weight = weight.float()
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return bool(torch.isfinite(weight.sum(dtype=dtype)))
 
 
 def _refuse_non_finite(base: Base, module: str, weight: Tensor) -> None:

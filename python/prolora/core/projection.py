@@ -55,18 +55,6 @@ def project(
 
 @overload
 def project(
-    delta: Factors,
-    W_src: MatrixLike | Basis,
-    W_tgt: MatrixLike | Basis,
-    *,
-    rank: Rank = ...,
-    method: MethodLike = ...,
-    return_info: Literal[True],
-) -> tuple[LowRank, ProjectionInfo]: ...
-
-
-@overload
-def project(
     delta: tuple[Array, Array],
     W_src: MatrixLike | Basis,
     W_tgt: MatrixLike | Basis,
@@ -91,14 +79,14 @@ def project(
 
 @overload
 def project(
-    delta: Array,
+    delta: Any,
     W_src: MatrixLike | Basis,
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
     method: MethodLike = ...,
     return_info: Literal[True],
-) -> tuple[Array, ProjectionInfo]: ...
+) -> tuple[Any, ProjectionInfo]: ...
 
 
 @refuse_vmap("project")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -14,12 +14,13 @@ from torch import Tensor
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.algorithms import forms
+from ..adapters.algorithms.forms import MAX_SIDE
+from ..adapters.algorithms.truncation import MAX_RANK
 from ..adapters.alphas import LARGEST_ALPHA, SMALLEST_ALPHA
 from ..adapters.contents import parse_contents
 from ..adapters.keys.tensor_keys import split_key
 from ..adapters.lora import Header, Lora
 from ..bases import Base, BaseLike, open_base
-from ..core.lowrank import LowRank
 from ..core.option_fields import option, take_option
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
@@ -120,9 +121,11 @@ def convert(
 def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Transfer:
     original, inputs = name_lora(lora), list_inputs(lora, *filter(None, [base]))
     before = None
+    # What is wider in the file's own form is not computed wider than it is written.
+    asked = options.out_rank if isinstance(options.out_rank, int) else MAX_RANK
     if options.alpha is not None:
-        before, lora = read_plain(lora, base), _set_alpha(lora, options.alpha)
-    adapter = read_plain(lora, base)
+        before, lora = read_plain(lora, base, asked), _set_alpha(lora, options.alpha)
+    adapter = read_plain(lora, base, asked)
     dtype = read_dtype(options.dtype)
     left_out = list_tensors_left_out(adapter)
     plain = replace(adapter, algorithms={}, unread={}, left_out={}, refused=set())
@@ -154,6 +157,7 @@ def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Tr
                     update,
                     cut[name].to(dtype or made.dtype),
                     adapter.kept_energy.get(name, 1.0),
+                    len(adapter.shares.get(name, ())),
                 )
                 for name, update in plain.updates.items()
             ),
@@ -162,11 +166,10 @@ def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Tr
         vectors=len(plain.vectors),
         left_out=left_out,
         unread=tuple(adapter.unread),
-        kept_energy=dict(adapter.kept_energy),
+        kept_energy={} if asked < MAX_RANK else dict(adapter.kept_energy),
     )
     if (report.share_held or ENOUGH) < ENOUGH:
-        energy = sum(row.energy for row in report.modules)
-        if rank := _find_rank(plain.updates.values(), ENOUGH * energy):
+        if rank := _find_rank(plain, {row.source: row.energy for row in report.modules}):
             report = replace(report, advice=f"Rank {rank} would keep {ENOUGH:.0%} (`out_rank`).")
     if before is not None:
         report = _tell_strength(report, before, adapter)
@@ -209,21 +212,24 @@ def _set_alpha(opened: Lora | Adapter, alpha: float) -> Lora:
     return replace(opened, headers=headers, read=read, file=None, parsed={})
 
 
-def _find_rank(updates: Collection[LowRank], energy: float) -> int:
-    """Returns the rank at which all updates together hold an energy; 0 if none does."""
-    columns = torch.zeros(max(update.rank for update in updates), dtype=torch.float64)
-    for update in updates:
-        columns[: update.rank] += product_energies(update.up, update.down)
-    enough = columns.cumsum(0) >= energy
+def _find_rank(plain: Adapter, energies: Mapping[str, float]) -> int:
+    """Returns the rank at which all updates together hold enough; 0 if none is known to."""
+    columns = torch.zeros(MAX_SIDE, dtype=torch.float64)
+    for name, update in plain.updates.items():
+        if (shares := plain.shares.get(name)) is None:
+            columns[: update.rank] += product_energies(update.up, update.down)
+        else:
+            columns[: len(shares)] += shares * energies[name]
+    enough = columns.cumsum(0) >= ENOUGH * sum(energies.values())
     return int(enough.int().argmax()) + 1 if enough.any() else 0
 
 
-def read_plain(opened: Lora | Adapter, base: Base | None) -> Adapter:
+def read_plain(opened: Lora | Adapter, base: Base | None, rank: int = MAX_RANK) -> Adapter:
     """Reads the LoRA's updates, each as a plain LoRA; refuses one that needs a missing base."""
     if isinstance(opened, Adapter):
         return opened
     if base is not None:
-        return read_lora(opened, base)
+        return read_lora(opened, base, rank=rank)
     for slot in parse_contents(opened).slots:
         if forms.needs_base(slot.keys.keys()):
             raise UnsupportedFormat(
@@ -231,4 +237,4 @@ def read_plain(opened: Lora | Adapter, base: Base | None) -> Adapter:
                 f"{forms.needs_base_reason(slot.keys.keys())}; give the base model that it was "
                 "trained on, too"
             )
-    return adapters.read_adapter(opened)
+    return adapters.read_adapter(opened, rank=rank)

@@ -16,6 +16,7 @@ import torch
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..adapters.algorithms.truncation import MAX_RANK
 from ..adapters.contents import parse_contents
 from ..adapters.formats.moves import Move, describe_moves, read_moves
 from ..adapters.lora import Lora
@@ -261,6 +262,7 @@ def read_lora(
     other: Base | None = None,
     *,
     keep_stored: bool = False,
+    rank: int = MAX_RANK,
 ) -> Adapter:
     """Reads a LoRA; refuses one that does not fit its base by modules and shapes.
 
@@ -273,7 +275,7 @@ def read_lora(
             return adapter
         names = adapters.BaseNames(base.model, base.shapes)
         return adapters.read_adapter(
-            lora, read_weight=base.read, base=names, keep_stored=keep_stored
+            lora, read_weight=base.read, base=names, keep_stored=keep_stored, rank=rank
         )
     except (UnsupportedFormat, ShapeMismatch) as error:
         misfit = error

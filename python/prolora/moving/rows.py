@@ -57,12 +57,12 @@ def describe_difference(
 
 
 def describe_conversion(
-    name: str, kind: str, update: LowRank, written: LowRank, read: float
+    name: str, kind: str, update: LowRank, written: LowRank, read: float, columns: int = 0
 ) -> ModuleReport:
     """Makes the row of a converted update, with all loss, rounding included.
 
-    `read` is the share of the file's own update that was read; `written` the update as the file
-    holds it.
+    `read` is the share of the file's own update that was read, which has more `columns`; `written`
+    is the update as the file holds it.
     """
     lost = subtract_updates(update.to(torch.float64), written.to(torch.float64))
     energy = update.norm().square().item()
@@ -76,7 +76,7 @@ def describe_conversion(
         status="mapped",
         reason=kind,
         shape=tuple(update.shape),
-        rank_in=update.rank,
+        rank_in=max(columns, update.rank),
         rank_out=written.rank,
         energy=energy / read,
         norm_ratio=ratio,

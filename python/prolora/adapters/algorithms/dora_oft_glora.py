@@ -111,7 +111,7 @@ def glora_update(weight: Tensor, tensors: Tensors) -> LowRank:
 
 
 def merged_update(
-    algorithm: str, weight: Tensor, tensors: Tensors, scale: float, where: str
+    algorithm: str, weight: Tensor, tensors: Tensors, scale: float, where: str, rank: int
 ) -> TruncatedUpdate:
     """Computes the update of a module whose ΔW depends on W, scale included.
 
@@ -122,12 +122,13 @@ def merged_update(
         tensors: role -> tensor.
         scale: α/r.
         where: for messages.
+        rank: the most columns of the result.
 
     Raises:
         ShapeMismatch: DoRA's magnitudes fit neither axis, or GLoRA's factors not the weight.
     """
     if algorithm == "oft":
-        return truncate_dense(oft_update(weight, tensors).flatten(1))
+        return truncate_dense(oft_update(weight, tensors).flatten(1), rank)
     if algorithm == "glora":
         channels = tensors["a1"].shape[0]
         if channels != weight.shape[1]:
@@ -136,7 +137,7 @@ def merged_update(
                 f"{list(weight.shape)}"
             )
         product = glora_update(weight, tensors)
-        return truncate_product(LowRank(product.up * scale, product.down))
+        return truncate_product(LowRank(product.up * scale, product.down), rank)
     # δ in full: cutting it here would move the norms that the magnitudes are put on.
     delta = scale * products.dense_update(algorithm, tensors).reshape(weight.shape)
-    return truncate_dense(dora_update(weight, delta, tensors, where).flatten(1))
+    return truncate_dense(dora_update(weight, delta, tensors, where).flatten(1), rank)

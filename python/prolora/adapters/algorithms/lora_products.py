@@ -11,33 +11,44 @@ import torch
 from torch import Tensor
 
 from ...core.lowrank import LowRank
-from .truncation import TruncatedUpdate, truncate_dense, truncate_kronecker, truncate_product
+from .truncation import (
+    MAX_RANK,
+    TruncatedUpdate,
+    truncate_dense,
+    truncate_kronecker,
+    truncate_product,
+)
 
 Tensors = Mapping[str, Tensor]
 
 
 def factor_update(
-    algorithm: str, tensors: Tensors, stored: torch.dtype = torch.float32
+    algorithm: str,
+    tensors: Tensors,
+    rank: int = MAX_RANK,
+    stored: torch.dtype = torch.float32,
 ) -> TruncatedUpdate:
     """Returns ΔW of a module as a product, without its scale.
 
     Args:
         algorithm: "lora", "locon", "tucker", "loha", "lokr" or "full".
         tensors: role -> float32 tensor, shapes as checked by `algorithms.derive_form`.
+        rank: the most columns of what is no product of two thin factors in the file.
         stored: the dtype that the file has them in.
     """
     if algorithm == "loha":
         # r₁·r₂ columns save nothing where a side of ΔW is shorter.
         first, second = (_hadamard_half(tensors, i) for i in (1, 2))
         shortest = min(first[0].shape[0], first[1].shape[1])
-        if first[0].shape[1] * second[0].shape[1] >= shortest:
-            return truncate_dense(dense_update(algorithm, tensors))
-        return truncate_product(_khatri_rao(first, second))
+        columns = first[0].shape[1] * second[0].shape[1]
+        if columns >= shortest or rank < MAX_RANK < columns:
+            return truncate_dense(dense_update(algorithm, tensors), rank)
+        return truncate_product(_khatri_rao(first, second), rank)
     if algorithm == "lokr":
-        return truncate_kronecker(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
+        return truncate_kronecker(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors), rank)
     if algorithm == "full":
         stored = torch.float32 if stored == torch.float64 else stored
-        return truncate_dense(tensors["diff"].flatten(1), stored)
+        return truncate_dense(tensors["diff"].flatten(1), rank, stored)
     return TruncatedUpdate(lora_product(tensors))
 
 

@@ -33,9 +33,13 @@ class TruncatedUpdate(NamedTuple):
 
     update: LowRank  # up [m, r], down [r, n]
     kept: float = 1.0  # ‖update‖²/‖ΔW‖²; 1 where nothing was cut
+    # Of ‖ΔW‖², by column that the rule would keep, as far as that is known; None for all columns
+    shares: Tensor | None = None
 
 
-def truncate_dense(delta: Tensor, stored: torch.dtype = torch.float64) -> TruncatedUpdate:
+def truncate_dense(
+    delta: Tensor, rank: int = MAX_RANK, stored: torch.dtype = torch.float64
+) -> TruncatedUpdate:
     """Factors ΔW [m, n], which was rounded to `stored`, into a product of balanced factors."""
     # The most that rounding adds, as a share of the matrix's norm (root mean square).
     noise = torch.finfo(stored).eps / 12**0.5
@@ -44,21 +48,31 @@ def truncate_dense(delta: Tensor, stored: torch.dtype = torch.float64) -> Trunca
     if min(delta.shape) <= MAX_RANK:
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
         used = _count_all_columns(s, noise)
-        update = LowRank(*balance_factors(u[:, :used], s[:used], vt[:used].mT))
-        cut = s[used:].square().sum().item()
-        return TruncatedUpdate(update, 1 - cut / size if cut > _NEGLIGIBLE**2 * size else 1.0)
+        exact = s[used:].square().sum().item() <= _NEGLIGIBLE**2 * size
+        return _cut_columns(u, s[:used], vt.mT, size, rank, exact=exact)
     # Single precision is as fine as the result is stored, and far finer than what is cut.
-    basis = truncated_svd(delta.float(), MAX_RANK)
+    basis = truncated_svd(delta.float(), min(rank, MAX_RANK))
     s = basis.S.double()
     share = s.square().sum().item() / size if size else 1.0
-    if share > 1 - 1e-5 and (exact := _factor_exactly(delta, basis.U, noise)) is not None:
-        return TruncatedUpdate(exact)
-    kept = _count_columns(s, size)
-    share = s[:kept].square().sum().item() / size if size else 1.0
-    update = LowRank(
-        *balance_factors(basis.U[:, :kept].double(), s[:kept], basis.V[:, :kept].double())
-    )
-    return TruncatedUpdate(update, min(1.0, share))
+    if share > 1 - 1e-5 and (whole := _factor_exactly(delta, basis.U, noise)) is not None:
+        return TruncatedUpdate(whole)
+    kept = _count_columns(s, size) if rank >= MAX_RANK else len(s)
+    return _cut_columns(basis.U.double(), s[:kept], basis.V.double(), size, rank)
+
+
+def _cut_columns(
+    u: Tensor, s: Tensor, v: Tensor, size: float, rank: int, *, exact: bool = False
+) -> TruncatedUpdate:
+    """Makes a product of leading columns of U, S and V.
+
+    S has what the rule keeps of Σσ² = `size`; it is all of that where it is `exact`.
+    """
+    r = min(rank, len(s))
+    update = LowRank(*balance_factors(u[:, :r], s[:r], v[:, :r]))
+    if not size or (exact and r == len(s)):
+        return TruncatedUpdate(update)
+    shares = s.square() / size
+    return TruncatedUpdate(update, min(1.0, shares[:r].sum().item()), shares)
 
 
 def _factor_exactly(delta: Tensor, u: Tensor, noise: float) -> LowRank | None:
@@ -76,46 +90,48 @@ def _factor_exactly(delta: Tensor, u: Tensor, noise: float) -> LowRank | None:
     return LowRank(*balance_factors(frame @ left[:, :used], s[:used], vt[:used].mT))
 
 
-def truncate_product(update: LowRank) -> TruncatedUpdate:
-    """Cuts a product that may be too wide to the rule of this file."""
-    if update.rank <= MAX_RANK:
+def truncate_product(update: LowRank, rank: int = MAX_RANK) -> TruncatedUpdate:
+    """Cuts a product to the rule of this file, and to a rank."""
+    if update.rank <= min(rank, MAX_RANK):
         return TruncatedUpdate(update)
     if update.rank >= min(update.shape):
-        return truncate_dense(update.up.double() @ update.down.double())
+        return truncate_dense(update.up.double() @ update.down.double(), rank)
     u, s, v = product_svd(update.up.double(), update.down.double())
-    size = s.square().sum().item()
-    exact = _count_all_columns(s)
+    size, exact = s.square().sum().item(), _count_all_columns(s)
     kept = _count_columns(s, size) if exact > MAX_RANK else exact
-    share = s[:kept].square().sum().item() / size if size and exact > MAX_RANK else 1.0
-    return TruncatedUpdate(
-        LowRank(*balance_factors(u[:, :kept], s[:kept], v[:, :kept])), min(1.0, share)
-    )
+    return _cut_columns(u, s[:kept], v, size, rank, exact=exact <= MAX_RANK)
 
 
-def truncate_kronecker(w1: Tensor, w2: Tensor) -> TruncatedUpdate:
+def truncate_kronecker(w1: Tensor, w2: Tensor, rank: int = MAX_RANK) -> TruncatedUpdate:
     """Returns kron(w1, w2) of [a, b] and [c, d] as a product.
 
     It comes from the SVDs of the two: the singular values are all products σᵢ(w1)·σⱼ(w2), so the
     largest are found without forming the [ac, bd] matrix.
     """
-    (u1, s1, v1), (u2, s2, v2) = (_thin_svd(w) for w in (w1, w2))
+    (u1, s1, v1), (u2, s2, v2) = (_thin_svd(w, rank) for w in (w1, w2))
     products = torch.outer(s1, s2).flatten()
     s, order = products.sort(descending=True, stable=True)
-    used = max(1, int((s > _ROUNDING * s[0]).sum()))
-    size = s.square().sum().item()
-    exact = used if used <= MAX_RANK else _count_all_columns(s)
-    kept = exact if exact <= MAX_RANK else _count_columns(s, size)
-    i, j = order[:kept] // len(s2), order[:kept] % len(s2)
+    size = (w1.double().norm() * w2.double().norm()).item() ** 2
+    exact, kept = MAX_RANK + 1, min(rank, len(s))
+    if len(s) == min(w1.shape) * min(w2.shape):  # all of them
+        used = max(1, int((s > _ROUNDING * s[0]).sum()))
+        exact = used if used <= MAX_RANK else _count_all_columns(s)
+        kept = exact if exact <= MAX_RANK else _count_columns(s, size)
+    wanted = order[: min(kept, rank)]
+    i, j = wanted // len(s2), wanted % len(s2)
     # Column (i, j) of kron(u1, u2) is kron(u1[:, i], u2[:, j]).
     u, v = (
         torch.einsum("ak,ck->ack", left[:, i], right[:, j]).flatten(0, 1)
         for left, right in ((u1, u2), (v1, v2))
     )
-    share = 1.0 if exact <= MAX_RANK or not size else s[:kept].square().sum().item() / size
-    return TruncatedUpdate(LowRank(*balance_factors(u, s[:kept], v)), min(1.0, share))
+    return _cut_columns(u, s[:kept], v, size, rank, exact=exact <= MAX_RANK)
 
 
-def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _thin_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns U, S and V of a matrix; of a large one the leading columns, where few are wanted."""
+    if rank < MAX_RANK < min(w.shape):
+        basis = truncated_svd(w.float(), rank)
+        return basis.U.double(), basis.S.double(), basis.V.double()
     u, s, vt = torch.linalg.svd(w.double(), full_matrices=False)
     return u, s, vt.mT
 
