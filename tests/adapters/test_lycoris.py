@@ -10,7 +10,6 @@ from torch import nn
 
 from prolora import adapters
 from prolora.adapters.algorithms import truncation
-from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 
 LINEAR = "mid_block.attentions.0.proj_in"
