@@ -43,6 +43,15 @@ def build(name: str, width: int) -> UNet2DConditionModel:
     return model
 
 
+def list_names(model: torch.nn.Module) -> list[str]:
+    """The linear modules of the transformer blocks."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and find_block(name)
+    ]
+
+
 def make_call(model: UNet2DConditionModel, samples: int, pixels: int) -> Call:
     """Random inputs."""
     side = pixels // 8
@@ -68,11 +77,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     model = build(given.model, given.width)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and find_block(name)
-    ]
+    names = list_names(model)
     call = make_call(model, given.samples, given.pixels)
     result = vars(given) | {
         "weights": sum(p.numel() for p in model.parameters()),

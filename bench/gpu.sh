@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The check of a machine with a GPU and without network, in four calls of at most eight minutes
+# The check of a machine with a GPU and without network, in five calls of at most ten minutes
 # (Python 3.10 or later, torch with CUDA, nvcc, scikit-build-core, pybind11, pytest, hypothesis;
 # compute-sanitizer, ncu and cuobjdump: a step whose tool is missing fails):
 #
-#   bash bench/gpu.sh correct    build, kernel tests, sanitizer, eigensolvers, CUDA against the CPU
+#   bash bench/gpu.sh correct    build, kernel tests, trials, CUDA against the CPU
 #   bash bench/gpu.sh anchors    what the card and its libraries can do: the baselines
 #   bash bench/gpu.sh ours       truncated_svd by stage, kernels against torch
-#   bash bench/gpu.sh why        profiler, ncu, SDXL to SSD-1B from file to file
+#   bash bench/gpu.sh why        profiler, SDXL to SSD-1B from file to file, a step of a fit, ncu
+#   bash bench/gpu.sh sanitize   compute-sanitizer over each kernel
 #
 # Every number is appended to $OUT/results.jsonl (default: out/) when it is known; logs are in
 # $OUT/logs.tar.gz, the only other file there. A number beyond its limit, NaN, or no GPU that runs the

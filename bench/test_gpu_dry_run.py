@@ -12,6 +12,8 @@ from gpu.render import render_results
 from gpu.results import FINISHED, read_lines
 from gpu.steps import Bench, Step
 
+from prolora.core.ops import probe
+
 
 @pytest.fixture
 def in_this_process(monkeypatch):
@@ -27,8 +29,7 @@ def in_this_process(monkeypatch):
         started.append(" ".join(map(str, command[1:4])))
         (bench.logs / log).touch()
         if command[2] == one_kernel.__name__:
-            monkeypatch.setattr(sys, "argv", list(command[2:]))
-            one_kernel.main()
+            probe.run_op(*command[3:])
         return 0, ""
 
     monkeypatch.setattr(check, "run_worker", run_worker)
@@ -40,7 +41,7 @@ def check_all_calls(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     known = folder / "none.jsonl"
     words = ["--dry", "--out", str(folder), "--known", str(known)]
     assert check.main([*words, "--seconds", "0"]) == check.INCOMPLETE
-    assert "left for another call of `bench/gpu.sh why --dry`" in capfd.readouterr().out
+    assert "left for another call of `bench/gpu.sh sanitize --dry`" in capfd.readouterr().out
     results = folder / "results.jsonl"
     assert not results.exists()
     assert check.main(words) == 0, capfd.readouterr().out

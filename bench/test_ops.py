@@ -14,14 +14,13 @@ import sdxl
 import torch
 from timing import seconds
 
-from prolora.core.ops import native, torch_twin
-from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
-from prolora.core.ops.overlap_table import overlap_table
+from prolora.core.ops import native
+from prolora.core.ops.krylov_block import extend_block, krylov_block, run_krylov_block
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
-from prolora.core.ops.precise_product import measured_product, run_precise_product
+from prolora.core.ops.precise_product import measured_product, multiply_wide, run_precise_product
 from prolora.core.ops.project_pair import project_pair, run_project_pair
 from prolora.core.ops.small_svd import run_small_svd, small_svd
-from prolora.core.overlap_tables import overlap_tables
+from prolora.core.ops.subspace_overlap import subspace_overlap
 
 DTYPES = [torch.float32, torch.float64]
 ROUNDS = 7
@@ -114,7 +113,7 @@ def test_overlap_of_all_sdxl_pairs(benchmark, device, rule):
     us, ut = sdxl_pairs(rule, device, 2 if benchmark.enabled else 80)
 
     def ours(us, ut):
-        return [table.sum() for table, _ in overlap_table(us, ut)]
+        return subspace_overlap(us, ut)
 
     shapes = {x.shape: i for i, x in enumerate(us)}.values()
     found = ours(us, ut)
@@ -126,27 +125,6 @@ def test_overlap_of_all_sdxl_pairs(benchmark, device, rule):
     assert worst < 1e-5
     benchmark.extra_info["largest error of phi"] = worst
     compare_lists(benchmark, ours, torch_overlap_loop, us, ut)
-
-
-def test_overlap_for_every_number_of_columns(benchmark, device):
-    """The whole curve from one table, against a product for each k."""
-    us, ut = sdxl_pairs(320, device, 1000)
-    us, ut = us[:1], ut[:1]
-
-    def ours(us, ut):
-        return overlap_tables(us, ut)[0].curve()
-
-    def each(us, ut):
-        """A product for every k."""
-        return torch.stack(
-            [
-                (us[0][:, :k].mT @ ut[0][:, :k]).square().sum() / k
-                for k in range(1, us[0].shape[1] + 1)
-            ]
-        )
-
-    torch.testing.assert_close(ours(us, ut).float(), each(us, ut), rtol=0, atol=1e-5)
-    compare_lists(benchmark, ours, each, us, ut)
 
 
 def compare_lists(benchmark, ours, baseline, us, ut):
@@ -217,8 +195,8 @@ def test_precise_product(benchmark, device, path):
     kernel = choose_path(
         path, measured_product, lambda *given: run_precise_product(*given[:2], None, given[2])
     )
-    torch.testing.assert_close(kernel(w)[0], torch_twin.precise_product(w)[0], rtol=0, atol=1e-9)
-    compare(benchmark, kernel, torch_twin.precise_product, (w,))
+    torch.testing.assert_close(kernel(w)[0], multiply_wide(w)[0], rtol=0, atol=1e-9)
+    compare(benchmark, kernel, multiply_wide, (w,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -236,7 +214,7 @@ def test_krylov_block(benchmark, device, path, shape, dtype):
 
     def torch_krylov_block(w, rows, projected, size, width):
         """Products of float32, Gram-Schmidt twice, panel_qr."""
-        return torch_twin.krylov_block(single, rows, projected, size, width)
+        return extend_block(single, rows, projected, size, width)
 
     def ours(w, rows, projected, size, width):
         if path == "op":

@@ -28,49 +28,60 @@ using Numbers = std::vector<Index>;
 
 namespace {
 
+// Of the functions in float and in double those that there are.
+#define PROLORA_BOTH(op) op<float>, op<double>
+#define PROLORA_FLOAT(op) op<float>, nullptr
+#define PROLORA_DOUBLE(op) nullptr, op<double>
+#define PROLORA_NONE(op) nullptr, nullptr
 #ifdef PROLORA_CUDA
-#define ON_CUDA(op, T) (&op##_cuda<T>)
+constexpr const char* kMissing = "there are no kernels for this precision";
+#define PROLORA_ON_CUDA(there, op) PROLORA_##there(op)
 #else
 // A build without CUDA must not even name the functions of the GPU.
-#define ON_CUDA(op, T) nullptr
-constexpr const char* kNoCuda = "this build has no CUDA kernels";
-
-std::vector<std::pair<int, int>> no_devices(std::string* why) {
-  *why = kNoCuda;
-  return {};
-}
-#define cuda_devices no_devices
+constexpr const char* kMissing = "this build has no CUDA kernels";
+#define PROLORA_ON_CUDA(there, op) PROLORA_NONE(op)
 #endif
 
 template <class Args>
-void start(const Numbers& numbers, void (*on_cpu)(const Args&),
-           void (*on_cuda)(const Args&, Address), bool cuda, Address stream) {
+using OnCpu = void (*)(const Args&);
+template <class Args>
+using OnCuda = void (*)(const Args&, Address);
+
+struct Request {
+  const Numbers& numbers;
+  bool float64, cuda;
+  Address stream;
+};
+
+template <class Args>
+void start(const Request& request, OnCpu<Args> on_cpu, OnCuda<Args> on_cuda) {
   static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) % sizeof(Index) == 0);
-  if (numbers.size() != sizeof(Args) / sizeof(Index)) {
-    throw std::invalid_argument("run: this op takes " +
-                                std::to_string(sizeof(Args) / sizeof(Index)) +
-                                " addresses and sizes, not " + std::to_string(numbers.size()));
+  if (request.numbers.size() != sizeof(Args) / sizeof(Index)) {
+    throw std::invalid_argument(
+        "run: this op takes " + std::to_string(sizeof(Args) / sizeof(Index)) +
+        " addresses and sizes, not " + std::to_string(request.numbers.size()));
+  }
+  if (request.cuda ? on_cuda == nullptr : on_cpu == nullptr) {
+    throw std::runtime_error(request.cuda ? kMissing : "run: not in this precision");
   }
   Args args;
-  std::memcpy(&args, numbers.data(), sizeof(Args));
+  std::memcpy(&args, request.numbers.data(), sizeof(Args));
   py::gil_scoped_release release;
-  if (!cuda) {
-    on_cpu(args);
-  } else if (on_cuda != nullptr) {
-    on_cuda(args, stream);
-  } else {
-    throw std::runtime_error("prolora: this build has no CUDA kernels");
-  }
+  request.cuda ? on_cuda(args, request.stream) : on_cpu(args);
+}
+
+template <template <class> class Args>
+void start_in(const Request& request, OnCpu<Args<float>> cpu32, OnCpu<Args<double>> cpu64,
+              OnCuda<Args<float>> cuda32, OnCuda<Args<double>> cuda64) {
+  request.float64 ? start(request, cpu64, cuda64) : start(request, cpu32, cuda32);
 }
 
 // Runs the op of this name on the addresses and sizes of its struct, in the struct's order.
 void run(const std::string& op, const Numbers& numbers, bool float64, bool cuda, Address stream) {
-#define PROLORA_START(name, Args)                                                                \
-  if (op == #name) {                                                                             \
-    return float64 ? start<Args<double>>(numbers, &name##_cpu<double>, ON_CUDA(name, double),    \
-                                         cuda, stream)                                           \
-                   : start<Args<float>>(numbers, &name##_cpu<float>, ON_CUDA(name, float), cuda, \
-                                        stream);                                                 \
+  const Request request{numbers, float64, cuda, stream};
+#define PROLORA_START(name, Args, CPU, CUDA)                                                       \
+  if (op == #name) {                                                                               \
+    return start_in<Args>(request, PROLORA_##CPU(name##_cpu), PROLORA_ON_CUDA(CUDA, name##_cuda)); \
   }
   PROLORA_OPS(PROLORA_START)
 #undef PROLORA_START
@@ -78,8 +89,13 @@ void run(const std::string& op, const Numbers& numbers, bool float64, bool cuda,
 }
 
 py::tuple devices() {
+#ifdef PROLORA_CUDA
   std::string why;
   const auto capabilities = cuda_devices(&why);
+#else
+  const std::string why = kMissing;
+  const std::vector<std::pair<int, int>> capabilities;
+#endif
   return py::make_tuple(capabilities, why);
 }
 
@@ -91,11 +107,11 @@ Index krylov_block_scratch(Index batch, Index d, Index n, Index size, Index widt
   return 0;
 }
 
-Index panel_qr_scratch(Index batch, Index r, bool float64, bool cuda) {
+Index panel_qr_scratch(Index batch, Index r, bool cuda) {
 #ifdef PROLORA_CUDA
   if (cuda) return panel_qr_scratch_cuda(batch, r);
 #endif
-  (void)batch, (void)r, (void)float64, (void)cuda;
+  (void)batch, (void)r, (void)cuda;
   return 0;
 }
 
@@ -107,14 +123,11 @@ Index small_svd_scratch(Index batch, Index m, Index n, bool vectors, bool float6
   return 0;
 }
 
-Index project_pair_scratch(Index batch, Index m, Index ks, Index kt, Index r, bool float64,
-                           bool cuda) {
+Index project_pair_scratch(Index batch, Index m, Index ks, Index kt, Index r, bool cuda) {
 #ifdef PROLORA_CUDA
-  if (cuda) {
-    return float64 ? 0 : project_pair_scratch_cuda<float>(batch, m, ks, kt, r);
-  }
+  if (cuda) return project_pair_scratch_cuda(batch, m, ks, kt, r);
 #endif
-  (void)m, (void)float64, (void)cuda;
+  (void)m, (void)cuda;
   return batch * 2 * r * std::max(ks, kt);
 }
 
@@ -126,7 +139,7 @@ std::pair<Index, Index> cut_depth(Index tiles, Index depth, Index blocks) {
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
-  m.attr("interface") = kInterface;
+  m.attr("interface") = PROLORA_INTERFACE;
   m.attr("sources") = PROLORA_SOURCES;
   m.attr("cuda_architectures") = PROLORA_CUDA_ARCHITECTURES;
   m.attr("max_krylov_width") = kMaxKrylovWidth;
@@ -140,12 +153,12 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         "Runs an op on the addresses and sizes of its struct in csrc/ops.h, in that order.");
   m.def("krylov_block_scratch", &krylov_block_scratch, arg("batch"), arg("d"), arg("n"),
         arg("size"), arg("width"), arg("cuda"), "Numbers of scratch that krylov_block needs.");
-  m.def("panel_qr_scratch", &panel_qr_scratch, arg("batch"), arg("r"), arg("float64"), arg("cuda"),
+  m.def("panel_qr_scratch", &panel_qr_scratch, arg("batch"), arg("r"), arg("cuda"),
         "Bytes of scratch that panel_qr needs.");
   m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("vectors"),
         arg("float64"), arg("cuda"), "Bytes of scratch that small_svd needs, or the values alone.");
   m.def("project_pair_scratch", &project_pair_scratch, arg("batch"), arg("m"), arg("ks"), arg("kt"),
-        arg("r"), arg("float64"), arg("cuda"), "Numbers of scratch that project_pair needs.");
+        arg("r"), arg("cuda"), "Numbers of scratch that project_pair needs.");
   m.def("tridiagonalise_scratch", &tridiagonalise_scratch, arg("batch"), arg("d"), arg("float64"),
         "Bytes of scratch that tridiagonalise needs.");
   m.def("depth_parts", &cut_depth, arg("tiles"), arg("depth"), arg("blocks"),

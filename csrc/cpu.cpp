@@ -6,16 +6,15 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
-#include <type_traits>
 
 #include "krylov_block.h"
-#include "overlap_table.h"
 #include "panel_qr.h"
 #include "precise_product.h"
 #include "project_pair.h"
 #include "serial.h"
 #include "serial_products.h"
 #include "small_svd.h"
+#include "subspace_overlap.h"
 #include "tridiagonal.h"
 
 namespace prolora {
@@ -30,9 +29,8 @@ void each_tile(TileGrid grid, F f) {
   for (Index tile = 0; tile < grid.per_matrix(); ++tile) f(tile / grid.cols, tile % grid.cols);
 }
 
-// One block of C: its edge and its sum.
 template <class T>
-void overlap_block(const OverlapTableArgs<T>& args, Index block) {
+double overlap_block(const SubspaceOverlapArgs<T>& args, Index block) {
   const OverlapPlace place = overlap_place(args, block);
   const OverlapGroup<T>& group = args.groups[place.group];
   T c[kOverlapBlock * kOverlapBlock];
@@ -40,12 +38,8 @@ void overlap_block(const OverlapTableArgs<T>& args, Index block) {
   const Index rows = smaller(kOverlapBlock, group.ks - place.row * kOverlapBlock);
   const Index cols = smaller(kOverlapBlock, group.kt - place.col * kOverlapBlock);
   double total = 0;
-  for (Index t = 0; t < kOverlapBlock; ++t) {
-    const double edge = edge_sum(c, kOverlapBlock, rows, cols, place.row, place.col, t);
-    args.edges[block * kOverlapBlock + t] = edge;
-    total += edge;
-  }
-  args.table[block] = total;
+  for (Index i = 0; i < rows; ++i) total += row_square(c + i * kOverlapBlock, cols);
+  return total;
 }
 
 template <bool kVectors, class T>
@@ -78,20 +72,9 @@ void svd_on_cores(const SmallSvdArgs<T>& args) {
 }  // namespace
 
 template <class T>
-void overlap_table_cpu(const OverlapTableArgs<T>& args) {
+void subspace_overlap_cpu(const SubspaceOverlapArgs<T>& args) {
 #pragma omp parallel for schedule(dynamic) if (args.blocks > 1)
-  for (Index block = 0; block < args.blocks; ++block) overlap_block(args, block);
-  for (Index g = 0; g < args.count; ++g) {
-    const OverlapGroup<T>& group = args.groups[g];
-    const Index fewest = smaller(group.ks, group.kt);
-    const Index cols = ceil_div(group.kt, kOverlapBlock);
-    const Index per_matrix = ceil_div(group.ks, kOverlapBlock) * cols;
-    for (Index matrix = 0; matrix < group.batch; ++matrix) {
-      const double* edges = args.edges + (group.first_block + matrix * per_matrix) * kOverlapBlock;
-      double* shells = args.shells + group.first_shell + matrix * fewest;
-      for (Index k = 0; k < fewest; ++k) shells[k] = shell_sum(edges, cols, k);
-    }
-  }
+  for (Index block = 0; block < args.blocks; ++block) args.sums[block] = overlap_block(args, block);
 }
 
 // A step for one matrix.
@@ -136,7 +119,8 @@ void multiply_thin(const ThinProduct<typename Operand::Number>& product, Index m
 }
 
 template <class Stored>
-void multiply_block(const KrylovBlockArgs<float>& args, Index matrix) {
+void multiply_block(const KrylovBlockArgs<float>& args, Index matrix,
+                    const PanelWorkspace& workspace) {
   const auto with_w = product_with_w<Stored>(args);
   const auto back = product_back<Stored>(args);
   if (args.transposed) {
@@ -146,75 +130,68 @@ void multiply_block(const KrylovBlockArgs<float>& args, Index matrix) {
     multiply_thin<AlongTile<Stored>>(with_w, matrix);
     multiply_thin<AlongDepth<Stored>>(back, matrix);
   }
-  for (const int pass : {0, 1}) {
-    multiply_thin<AlongDepth<float>>(product_with_basis(args, pass), matrix);
-    multiply_thin<AlongTile<float>>(rest_of_basis(args, pass), matrix);
-  }
+  const auto take_out = [&] {
+    multiply_thin<AlongDepth<float>>(product_with_basis(args), matrix);
+    multiply_thin<AlongTile<float>>(rest_of_basis(args), matrix);
+  };
+  take_out();
+  normalise_image(SerialBlock{}, args, matrix, workspace);
+  if (args.size + args.width > args.room) return;
+  take_out();
+  make_block(SerialBlock{}, args, matrix, 1.0, workspace);
 }
 
-template <class T>
-void krylov_block_cpu(const KrylovBlockArgs<T>& args) {
-  if constexpr (std::is_same_v<T, double>) {
-    throw std::runtime_error("krylov_block: float32 alone");
-  } else {
-    check_krylov_size(args);
-    const Index bytes = PanelWorkspace::bytes(int(args.width));
-    const std::unique_ptr<std::byte[]> memory(new std::byte[args.batch * bytes]);
+template <>
+void krylov_block_cpu(const KrylovBlockArgs<float>& args) {
+  check_krylov_size(args);
+  const Index bytes = PanelWorkspace::bytes(int(args.width));
+  const std::unique_ptr<std::byte[]> memory(new std::byte[args.batch * bytes]);
 #pragma omp parallel for schedule(static) if (args.batch > 1)
-    for (Index matrix = 0; matrix < args.batch; ++matrix) {
-      StoredAs(args.stored) == StoredAs::kFloat16 ? multiply_block<Half>(args, matrix)
-                                                  : multiply_block<Bfloat>(args, matrix);
-      finish_block(SerialBlock{}, args, matrix,
-                   PanelWorkspace::at(memory.get() + matrix * bytes, int(args.width)));
-    }
+  for (Index matrix = 0; matrix < args.batch; ++matrix) {
+    const PanelWorkspace workspace =
+        PanelWorkspace::at(memory.get() + matrix * bytes, int(args.width));
+    StoredAs(args.stored) == StoredAs::kFloat16 ? multiply_block<Half>(args, matrix, workspace)
+                                                : multiply_block<Bfloat>(args, matrix, workspace);
   }
 }
 
-template <class T>
-void panel_qr_cpu(const PanelQrArgs<T>& args) {
-  if constexpr (std::is_same_v<T, double>) {
-    throw std::runtime_error("panel_qr: float32 alone");
-  } else {
-    const int r = int(args.r);
-    const int m = int(args.m);
-    bool enough_memory = true;
+template <>
+void panel_qr_cpu(const PanelQrArgs<float>& args) {
+  const int r = int(args.r);
+  const int m = int(args.m);
+  bool enough_memory = true;
 #pragma omp parallel if (20.0 * args.batch * m * r * r > kParallelFlops)
-    {
-      const std::unique_ptr<std::byte[]> memory(new (std::nothrow)
-                                                    std::byte[PanelWorkspace::bytes(r)]);
-      if (!memory) {
+  {
+    const std::unique_ptr<std::byte[]> memory(new (std::nothrow)
+                                                  std::byte[PanelWorkspace::bytes(r)]);
+    if (!memory) {
 #pragma omp critical
-        enough_memory = false;
-      }
-#pragma omp for schedule(dynamic)
-      for (Index b = 0; b < args.batch; ++b) {
-        if (!memory) continue;
-        panel_qr(SerialBlock{}, args.panel + b * r * m, args.scale ? args.scale[b] : 0.0,
-                 args.q + b * r * m, args.l + b * r * r, args.rank + b,
-                 PanelWorkspace::at(memory.get(), r), r, m);
-      }
+      enough_memory = false;
     }
-    if (!enough_memory) throw std::bad_alloc{};
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < args.batch; ++b) {
+      if (!memory) continue;
+      panel_qr(SerialBlock{}, args.panel + b * r * m, args.scale ? args.scale[b] : 0.0,
+               args.q + b * r * m, args.l + b * r * r, args.rank + b,
+               PanelWorkspace::at(memory.get(), r), r, m);
+    }
   }
+  if (!enough_memory) throw std::bad_alloc{};
 }
 
-template <class T>
-void precise_product_cpu(const PreciseProductArgs<T>& args) {
-  if constexpr (std::is_same_v<T, double>) {
-    throw std::runtime_error("precise_product: started as float32, whatever its operands are");
-  } else {
-    check_precise_size(args);
-    const auto split = [](const auto& rows) {
-      for (Index row = 0; row < rows.count; ++row) split_row(SerialWarp{}, rows, row);
-    };
-    as_stored(args.x_stored, [&](auto x) { split(rows_of_x<decltype(x)>(args)); });
-    if (args.y) as_stored(args.y_stored, [&](auto y) { split(rows_of_y<decltype(y)>(args)); });
+template <>
+void precise_product_cpu(const PreciseProductArgs<float>& args) {
+  check_precise_size(args);
+  const auto split = [](const auto& rows) {
+    for (Index row = 0; row < rows.count; ++row) split_row(SerialWarp{}, rows, row);
+  };
+  as_stored(args.x_stored, [&](auto x) { split(rows_of_x<decltype(x)>(args)); });
+  if (args.y) as_stored(args.y_stored, [&](auto y) { split(rows_of_y<decltype(y)>(args)); });
 #pragma omp parallel for schedule(static) if (args.batch > 1)
-    for (Index matrix = 0; matrix < args.batch; ++matrix) {
-      each_tile(tile_grid<SerialDigitTile>(args.rows, args.cols), [&](Index row, Index col) {
-        precise_product(SerialDigitTile{}, args, matrix, row, col);
-      });
-    }
+  for (Index matrix = 0; matrix < args.batch; ++matrix) {
+    each_tile(tile_grid<SerialDigitTile>(args.rows, args.cols), [&](Index row, Index col) {
+      precise_product(SerialDigitTile{}, args, matrix, row, col);
+    });
   }
 }
 
@@ -274,38 +251,28 @@ void tridiagonalise_cpu(const TridiagonaliseArgs<T>& args) {
 // f(T, matrix, first value, how many) for groups of values of one matrix.
 template <class Args, class F>
 void each_group(const Args& args, F f) {
-  if constexpr (std::is_same_v<Args, TridiagonalValuesArgs<float>> ||
-                std::is_same_v<Args, TridiagonalVectorsArgs<float>>) {
-    throw std::runtime_error("tridiagonal: float64 alone");
-  } else {
-    const Index groups = ceil_div(args.count, kGroup);
+  const Index groups = ceil_div(args.count, kGroup);
 #pragma omp parallel for schedule(dynamic) if (100.0 * args.batch * args.count * args.d > \
                                                    kParallelFlops)
-    for (Index job = 0; job < args.batch * groups; ++job) {
-      const Index first = job % groups * kGroup;
-      f(tridiagonal_of(args, job / groups), job / groups, first,
-        smaller(kGroup, args.count - first));
-    }
+  for (Index job = 0; job < args.batch * groups; ++job) {
+    const Index first = job % groups * kGroup;
+    f(tridiagonal_of(args, job / groups), job / groups, first, smaller(kGroup, args.count - first));
   }
 }
 
-template <class T>
-void tridiagonal_values_cpu(const TridiagonalValuesArgs<T>& args) {
+template <>
+void tridiagonal_values_cpu(const TridiagonalValuesArgs<double>& args) {
   each_group(args, [&](const Tridiagonal& t, Index matrix, Index first, Index count) {
-    if constexpr (std::is_same_v<T, double>) {
-      find_values(t, first, count, args.values + matrix * args.count + first);
-    }
+    find_values(t, first, count, args.values + matrix * args.count + first);
   });
 }
 
-template <class T>
-void tridiagonal_vectors_cpu(const TridiagonalVectorsArgs<T>& args) {
+template <>
+void tridiagonal_vectors_cpu(const TridiagonalVectorsArgs<double>& args) {
   each_group(args, [&](const Tridiagonal& t, Index matrix, Index first, Index count) {
-    if constexpr (std::is_same_v<T, double>) {
-      const std::unique_ptr<double[]> scratch(new double[3 * kGroup * t.n]);
-      const Index at = matrix * args.count + first;
-      find_vectors(t, count, args.values + at, scratch.get(), args.vectors + at * t.n);
-    }
+    const std::unique_ptr<double[]> scratch(new double[3 * kGroup * t.n]);
+    const Index at = matrix * args.count + first;
+    find_vectors(t, count, args.values + at, scratch.get(), args.vectors + at * t.n);
   });
 }
 
@@ -313,9 +280,15 @@ Index tridiagonalise_scratch(Index batch, Index d, bool float64) {
   return batch * (float64 ? PanelVectors<double>::bytes(d) : PanelVectors<float>::bytes(d));
 }
 
-#define PROLORA_INSTANTIATE_CPU(op, Args)     \
-  template void op##_cpu(const Args<float>&); \
-  template void op##_cpu(const Args<double>&);
-PROLORA_OPS(PROLORA_INSTANTIATE_CPU)
+template void subspace_overlap_cpu(const SubspaceOverlapArgs<float>&);
+template void subspace_overlap_cpu(const SubspaceOverlapArgs<double>&);
+template void project_pair_cpu(const ProjectPairArgs<float>&);
+template void project_pair_cpu(const ProjectPairArgs<double>&);
+template void small_singular_values_cpu(const SmallSingularValuesArgs<float>&);
+template void small_singular_values_cpu(const SmallSingularValuesArgs<double>&);
+template void small_svd_cpu(const SmallSvdArgs<float>&);
+template void small_svd_cpu(const SmallSvdArgs<double>&);
+template void tridiagonalise_cpu(const TridiagonaliseArgs<float>&);
+template void tridiagonalise_cpu(const TridiagonaliseArgs<double>&);
 
 }  // namespace prolora

@@ -13,6 +13,7 @@ namespace prolora {
 #if defined(__CUDACC__) || defined(PROLORA_EMULATED)
 
 struct DigitTile {
+  static constexpr bool kCompiled = kHasTensorCores;
   static constexpr int kRows = 64;
   static constexpr int kCols = 64;
   static constexpr int kThreads = 256;

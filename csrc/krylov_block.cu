@@ -2,8 +2,6 @@
 // then a block of up to 384 threads per matrix.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-
 #include "choose_tile.h"
 #include "krylov_block.h"
 #include "launch.h"
@@ -27,16 +25,18 @@ template <class Tile, class Operand>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     thin_product_kernel(ThinProduct<typename Operand::Number> product, ThinGrid grid,
                         float* parts) {
-  DYNAMIC_SHARED(typename Tile::Shared, shared);
-  const auto [other, tile] = divide(blockIdx.x, grid.tiles.per_matrix());
-  const auto [matrix, part] = divide(other, grid.parts.count);
-  const auto [row, col] = divide(tile, grid.tiles.cols);
-  const bool whole = grid.parts.count == 1;
-  const Index size = product.rows * product.cols;
-  float* y = whole ? product.y + matrix * size : parts + (part * grid.batch + matrix) * size;
-  // Tiles of the same rows follow each other, so that they share A through the L2 cache.
-  thin_product<Operand>(Tile{*shared}, product, matrix, row, col, grid.parts, part, y,
-                        whole && product.subtract);
+  if constexpr (Tile::kCompiled) {
+    DYNAMIC_SHARED(typename Tile::Shared, shared);
+    const auto [other, tile] = divide(blockIdx.x, grid.tiles.per_matrix());
+    const auto [matrix, part] = divide(other, grid.parts.count);
+    const auto [row, col] = divide(tile, grid.tiles.cols);
+    const bool whole = grid.parts.count == 1;
+    const Index size = product.rows * product.cols;
+    float* y = whole ? product.y + matrix * size : parts + (part * grid.batch + matrix) * size;
+    // Tiles of the same rows follow each other, so that they share A through the L2 cache.
+    thin_product<Operand>(Tile{*shared}, product, matrix, row, col, grid.parts, part, y,
+                          whole && product.subtract);
+  }
 }
 
 // y from the parts of it; `size` numbers in all.
@@ -51,10 +51,16 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 // One block a multiprocessor: batches are smaller than the number of those.
+template <bool kLast>
 __global__ void __launch_bounds__(32 * kPanelWarps, 1)
     finish_block_kernel(KrylovBlockArgs<float> args) {
   DYNAMIC_SHARED(std::byte, shared);
-  finish_block(CudaBlock{}, args, blockIdx.x, PanelWorkspace::at(shared, int(args.width)));
+  const PanelWorkspace workspace = PanelWorkspace::at(shared, int(args.width));
+  if constexpr (kLast) {
+    make_block(CudaBlock{}, args, blockIdx.x, 1.0, workspace);
+  } else {
+    normalise_image(CudaBlock{}, args, blockIdx.x, workspace);
+  }
 }
 
 void check_launch() { check(cudaGetLastError(), "krylov_block: launch"); }
@@ -84,6 +90,18 @@ void run_product(const KrylovBlockArgs<float>& args,
   check_launch();
 }
 
+// Takes the basis out of the image, and makes rows of what is left.
+template <class Tile, bool kLast>
+void run_pass(const KrylovBlockArgs<float>& args, cudaStream_t stream) {
+  run_product<Tile, AlongDepth<float>>(args, product_with_basis(args), stream);
+  run_product<Tile, AlongTile<float>>(args, rest_of_basis(args), stream);
+  auto kernel = finish_block_kernel<kLast>;
+  const int bytes = int(PanelWorkspace::bytes(int(args.width)));
+  LAUNCH(kernel, grid_size(args.batch, "krylov_block"), panel_threads(args.width, args.d), bytes,
+         stream, args);
+  check_launch();
+}
+
 template <class Tile, class Stored>
 void run_products(const KrylovBlockArgs<float>& args, cudaStream_t stream) {
   using Along = AlongTile<Stored>;
@@ -97,17 +115,8 @@ void run_products(const KrylovBlockArgs<float>& args, cudaStream_t stream) {
     run_product<Tile, Along>(args, with_w, stream);
     run_product<Tile, Across>(args, back, stream);
   }
-  for (const int pass : {0, 1}) {
-    run_product<Tile, AlongDepth<float>>(args, product_with_basis(args, pass), stream);
-    run_product<Tile, AlongTile<float>>(args, rest_of_basis(args, pass), stream);
-  }
-}
-
-void run_finish(const KrylovBlockArgs<float>& args, cudaStream_t stream) {
-  const int bytes = int(PanelWorkspace::bytes(int(args.width)));
-  LAUNCH(finish_block_kernel, grid_size(args.batch, "krylov_block"),
-         panel_threads(args.width, args.d), bytes, stream, args);
-  check_launch();
+  run_pass<Tile, false>(args, stream);
+  if (args.size + args.width <= args.room) run_pass<Tile, true>(args, stream);
 }
 
 template <class Tile>
@@ -120,7 +129,7 @@ Index room_for_parts(Index batch, Index rows, Index cols, Index depth) {
 
 Index krylov_block_scratch_cuda(Index batch, Index d, Index n, Index size, Index width) {
   Index most = 0;
-  run_on_tile<float, kTileCols>([&](auto tile) {
+  run_on_tile<kTileCols>([&](auto tile) {
     using Tile = typename decltype(tile)::Type;
     for (const auto& [rows, depth] : {std::pair{n, d}, {d, n}, {size, d}, {d, size}}) {
       const Index wanted = room_for_parts<Tile>(batch, rows, width, depth);
@@ -134,18 +143,12 @@ template <>
 void krylov_block_cuda(const KrylovBlockArgs<float>& args, std::uintptr_t stream) {
   if (args.batch == 0) return;
   check_krylov_size(args);
-  run_on_tile<float, kTileCols>([&](auto tile) {
+  run_on_tile<kTileCols>([&](auto tile) {
     using Tile = typename decltype(tile)::Type;
     StoredAs(args.stored) == StoredAs::kFloat16
         ? run_products<Tile, Half>(args, to_stream(stream))
         : run_products<Tile, Bfloat>(args, to_stream(stream));
   });
-  run_finish(args, to_stream(stream));
-}
-
-template <>
-void krylov_block_cuda(const KrylovBlockArgs<double>&, std::uintptr_t) {
-  throw std::runtime_error("krylov_block: float32 alone");
 }
 
 }  // namespace prolora

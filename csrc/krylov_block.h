@@ -1,16 +1,17 @@
 // A block of a block Krylov iteration with G = W Wᵀ, for a batch. The last `width` rows Q of an
 // orthonormal basis K [size, d] are multiplied by G, what K holds of it is taken out, and its
 // orthonormal rows become the next ones of K:
-//   Z = (Q W) Wᵀ,   C = Z Kᵀ,  Z -= C K,  C' = Z Kᵀ,  Z -= C' K,   Z = L Q'.
-// C + C' are the block's rows of K G Kᵀ; the length of Z says how much the basis lacks.
+//   Z = (Q W) Wᵀ,   C = Z Kᵀ,  Z -= C K,  Z = L Z',  Z' -= (Z' Kᵀ) K,  Z' = L' Q'.
+// C are the block's rows of K G Kᵀ; the length of Z says how much the basis lacks. The second pass
+// is over rows of length 1: of a row of which little was left the rounding of C K is a large share.
 //
 // W [d, n] lies in memory as it is stored, in 16 bits, its rows or its columns side by side: a
 // product reads half the bytes of a float32 copy, and on tensor cores takes two TF32 products for
 // one, since W is exact in TF32 (tensor_tile.h). All else is float32.
 //
 // Six products of `width` thin rows, each y(j, i) = Σ_p a(p, i) x(j, p) with rows x, y of a few
-// and a large matrix a, which is read once; then panel_qr with all else that is small, a block a
-// matrix. Seven launches. Where so few tiles would leave a GPU idle, the sums of a product are cut
+// and a large matrix a, which is read once; panel_qr, twice, with all else that is small, a block a
+// matrix. Eight launches. Where so few tiles would leave a GPU idle, the sums of a product are cut
 // into parts, which another kernel adds up in their order, so that results repeat bit by bit.
 // Both passes take the whole basis: the last two blocks of it alone in the first one would do where
 // no vector has converged yet, but not where some have (σ_i = i^-2).
@@ -81,27 +82,18 @@ HOST_DEVICE ThinProduct<Stored> product_back(const KrylovBlockArgs<float>& args)
           false};
 }
 
-HOST_DEVICE float* coefficients_of(const KrylovBlockArgs<float>& args, int pass) {
-  return args.coefficients + pass * args.batch * args.width * args.size;
-}
-
 // What the basis holds of the image.
-HOST_DEVICE ThinProduct<float> product_with_basis(const KrylovBlockArgs<float>& args, int pass) {
+HOST_DEVICE ThinProduct<float> product_with_basis(const KrylovBlockArgs<float>& args) {
   const Index basis = args.room * args.d;
-  return {args.rows, args.image, coefficients_of(args, pass),
-          basis,     args.d,     args.width * args.d,
-          args.size, args.width, args.d,
-          false};
+  return {args.rows,           args.image, args.coefficients, basis,  args.d,
+          args.width * args.d, args.size,  args.width,        args.d, false};
 }
 
 // The image without that.
-HOST_DEVICE ThinProduct<float> rest_of_basis(const KrylovBlockArgs<float>& args, int pass) {
+HOST_DEVICE ThinProduct<float> rest_of_basis(const KrylovBlockArgs<float>& args) {
   const Index basis = args.room * args.d;
-  return {args.rows,  coefficients_of(args, pass),
-          args.image, basis,
-          args.d,     args.width * args.size,
-          args.d,     args.width,
-          args.size,  true};
+  return {args.rows, args.coefficients, args.image, basis, args.d, args.width * args.size,
+          args.d,    args.width,        args.size,  true};
 }
 
 // Tile (tile_row, tile_col) of a product of one matrix, over a part of its depth, to `y`: the
@@ -138,16 +130,31 @@ HOST_DEVICE double total_length(const double* squares, int r) {
   return std::sqrt(sum);
 }
 
-// The projection's rows, the length of the image, and the next block of the basis, for a matrix.
+// The next block of the basis from what is left of the image, without what is `scale` times 1e-6 or
+// less: a panel that panel_qr gives up adds nothing.
 template <class Block>
-HOST_DEVICE void finish_block(const Block& block, const KrylovBlockArgs<float>& args, Index matrix,
-                              const PanelWorkspace& w) {
+HOST_DEVICE void make_block(const Block& block, const KrylovBlockArgs<float>& args, Index matrix,
+                            double scale, const PanelWorkspace& w) {
+  const int r = int(args.width);
+  const int d = int(args.d);
+  float* next = args.rows + (matrix * args.room + args.size) * d;
+  Index* rank = args.rank + matrix;
+  panel_qr(block, args.image + matrix * r * d, scale, next, args.l + matrix * r * r, rank, w, r, d);
+  const bool given_up = *rank < 0;
+  block.each(given_up ? r * d : 0, [&](int p) { next[p] = 0; });
+}
+
+// The projection's rows, the length of the image, and rows of length 1 of it in its place, for a
+// matrix. Where little was left of a row, the rounding of the rest leans on the basis: so what the
+// basis holds of these rows is taken out once more before the block is made.
+template <class Block>
+HOST_DEVICE void normalise_image(const Block& block, const KrylovBlockArgs<float>& args,
+                                 Index matrix, const PanelWorkspace& w) {
   const int r = int(args.width);
   const int d = int(args.d);
   const int size = int(args.size);
-  const float* image = args.image + matrix * r * d;
-  const float* first = coefficients_of(args, 0) + matrix * r * size;
-  const float* second = coefficients_of(args, 1) + matrix * r * size;
+  float* image = args.image + matrix * r * d;
+  const float* coefficients = args.coefficients + matrix * r * size;
   float* projected = args.projected + (matrix * args.room + size - r) * args.room;
   double* of_image = args.lengths + matrix * 2 * r;
   double* of_column = of_image + r;
@@ -157,9 +164,8 @@ HOST_DEVICE void finish_block(const Block& block, const KrylovBlockArgs<float>& 
     const double image_square =
         warp.template sum<double>(d, [&](int p) { return square(image[i * d + p]); });
     const double column_square = warp.template sum<double>(size, [&](int p) {
-      const float sum = first[i * size + p] + second[i * size + p];
-      row[p] = sum;
-      return square(sum);
+      row[p] = coefficients[i * size + p];
+      return square(row[p]);
     });
     warp.each(1, [&](int) {
       of_image[i] = image_square;
@@ -167,13 +173,10 @@ HOST_DEVICE void finish_block(const Block& block, const KrylovBlockArgs<float>& 
     });
   });
   block.each(1, [&](int) { args.length[matrix] = total_length(of_image, r); });
-  if (args.size + r > args.room) return;  // the basis is full
-  float* next = args.rows + (matrix * args.room + size) * d;
-  Index* rank = args.rank + matrix;
-  panel_qr(block, image, total_length(of_column, r), next, args.l + matrix * r * r, rank, w, r, d);
-  // A panel that it gives up adds nothing.
-  const bool given_up = *rank < 0;
-  block.each(given_up ? r * d : 0, [&](int p) { next[p] = 0; });
+  if (size + r > args.room) return;  // the basis is full
+  make_block(block, args, matrix, total_length(of_column, r), w);
+  const float* next = args.rows + (matrix * args.room + size) * d;
+  block.each(r * d, [&](int p) { image[p] = next[p]; });
 }
 
 }  // namespace prolora

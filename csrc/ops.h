@@ -3,7 +3,9 @@
 // allocates device memory: outputs and scratch come from the caller.
 //
 // An op is its struct of arguments, a line in PROLORA_OPS, its algorithm (<op>.h), its kernels
-// (<op>.cu), its loop over the cores (cpu.cpp) and its Python side (core/ops/<op>.py).
+// (<op>.cu), its loop over the cores (cpu.cpp) and its Python side (core/ops/<op>.py). Python knows
+// this file by its hash (INTERFACE in core/ops/native.py), so that it notices an extension that was
+// built from another.
 #pragma once
 
 #include <cstddef>
@@ -12,31 +14,27 @@
 #include <utility>
 #include <vector>
 
-// The one list of ops: name, struct of arguments.
-#define PROLORA_OPS(OP)                              \
-  OP(krylov_block, KrylovBlockArgs)                  \
-  OP(overlap_table, OverlapTableArgs)                \
-  OP(panel_qr, PanelQrArgs)                          \
-  OP(precise_product, PreciseProductArgs)            \
-  OP(project_pair, ProjectPairArgs)                  \
-  OP(small_singular_values, SmallSingularValuesArgs) \
-  OP(small_svd, SmallSvdArgs)                        \
-  OP(tridiagonal_values, TridiagonalValuesArgs)      \
-  OP(tridiagonal_vectors, TridiagonalVectorsArgs)    \
-  OP(tridiagonalise, TridiagonaliseArgs)
+// The one list of ops: name, struct of arguments, what there is of it on a CPU and on a GPU.
+#define PROLORA_OPS(OP)                                          \
+  OP(krylov_block, KrylovBlockArgs, FLOAT, FLOAT)                \
+  OP(panel_qr, PanelQrArgs, FLOAT, FLOAT)                        \
+  OP(precise_product, PreciseProductArgs, FLOAT, FLOAT)          \
+  OP(project_pair, ProjectPairArgs, BOTH, FLOAT)                 \
+  OP(small_singular_values, SmallSingularValuesArgs, BOTH, BOTH) \
+  OP(small_svd, SmallSvdArgs, BOTH, BOTH)                        \
+  OP(subspace_overlap, SubspaceOverlapArgs, BOTH, FLOAT)         \
+  OP(tridiagonal_values, TridiagonalValuesArgs, DOUBLE, NONE)    \
+  OP(tridiagonal_vectors, TridiagonalVectorsArgs, DOUBLE, NONE)  \
+  OP(tridiagonalise, TridiagonaliseArgs, BOTH, NONE)
 
 namespace prolora {
-
-// Raised whenever a struct below or the meaning of an op changes, so that Python notices an
-// extension that was built from other sources (INTERFACE in core/ops/trial.py).
-constexpr int kInterface = 6;
 
 using Index = std::int64_t;
 
 // The structs hold pointers and Index alone: Python writes them as a row of int64 numbers.
 static_assert(sizeof(void*) == sizeof(Index), "prolora needs a 64-bit machine");
 
-// overlap_table cuts Usᵀ Ut into blocks of this many rows and columns.
+// subspace_overlap cuts Usᵀ Ut into blocks of this many rows and columns.
 constexpr Index kOverlapBlock = 64;
 
 // A stack of pairs of one shape.
@@ -45,17 +43,14 @@ struct OverlapGroup {
   const T* us;  // [batch, m, ks]
   const T* ut;  // [batch, m, kt]
   Index batch, m, ks, kt;
-  // Where the group begins, counted over all groups: blocks of Usᵀ Ut, strips of 64 shells, shells.
-  Index first_block, first_strip, first_shell;
+  Index first_block;  // of the group, counted over the blocks of Usᵀ Ut of all groups
 };
 
 template <class T>
-struct OverlapTableArgs {
+struct SubspaceOverlapArgs {
   const OverlapGroup<T>* groups;  // [count], on the device too
-  double* table;                  // [blocks], block sums of squares: group, matrix, row, column
-  double* edges;                  // [blocks, 64], scratch
-  double* shells;                 // [Σ batch min(ks, kt)]
-  Index count, blocks, strips;
+  double* sums;                   // [blocks], of squares: group, matrix, row, column
+  Index count, blocks;
 };
 
 // The widest block of krylov_block: its panel's matrices fit in any GPU's shared memory.
@@ -73,7 +68,7 @@ struct KrylovBlockArgs {
   double* lengths;  // [batch, 2, width], scratch: of its rows, and of the coefficients'
   T* images;        // [batch, width, n], scratch: the block times W
   T* image;         // [batch, width, d], scratch: what G adds
-  T* coefficients;  // [2, batch, width, size], scratch
+  T* coefficients;  // [batch, width, size], scratch
   T* parts;         // krylov_block_scratch_cuda numbers of scratch
   T* l;             // [batch, width, width], scratch
   Index* rank;      // [batch], scratch
@@ -150,7 +145,6 @@ struct TridiagonaliseArgs {
   Index batch, d;
 };
 
-// Both for T of double alone.
 template <class T>
 struct TridiagonalValuesArgs {
   const T* diagonal;  // [batch, d]
@@ -164,7 +158,6 @@ struct TridiagonalVectorsArgs {
   const T* diagonal;  // [batch, d]
   const T* beside;    // [batch, d]
   const T* values;    // [batch, count]
-  T* scratch;         // [3, batch, d, count] on a GPU; the CPU brings its own
   float* vectors;     // [batch, count, d], unit rows
   Index batch, d, count;
 };
@@ -174,32 +167,26 @@ SmallSvdArgs<T> without_vectors(const SmallSingularValuesArgs<T>& args) {
   return {args.a, nullptr, args.s, nullptr, args.scratch, args.batch, args.m, args.n};
 }
 
-// <op>_cpu(args) and <op>_cuda(args, stream) of every op.
-#define PROLORA_DECLARE(op, Args)     \
-  template <class T>                  \
-  void op##_cpu(const Args<T>& args); \
-  template <class T>                  \
+// <op>_cpu(args) and <op>_cuda(args, stream), for the precisions in the list.
+#define PROLORA_DECLARE(op, Args, CPU, CUDA) \
+  template <class T>                         \
+  void op##_cpu(const Args<T>& args);        \
+  template <class T>                         \
   void op##_cuda(const Args<T>& args, std::uintptr_t stream);
 PROLORA_OPS(PROLORA_DECLARE)
 #undef PROLORA_DECLARE
-
-// For the end of a .cu file: the kernels of both precisions.
-#define PROLORA_INSTANTIATE_CUDA(op, Args)                     \
-  template void op##_cuda(const Args<float>&, std::uintptr_t); \
-  template void op##_cuda(const Args<double>&, std::uintptr_t);
 
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
 Index panel_qr_scratch_cuda(Index batch, Index r);
 Index small_svd_scratch_cuda(Index batch, Index m, Index n, bool vectors, bool float64);
 
-// Bytes of scratch of tridiagonalise, on any device.
+// Bytes of scratch of tridiagonalise.
 Index tridiagonalise_scratch(Index batch, Index d, bool float64);
 
 // Numbers of `parts` that krylov_block needs on the current device.
 Index krylov_block_scratch_cuda(Index batch, Index d, Index n, Index size, Index width);
 
 // Numbers of `coefficients` that project_pair needs on the current device.
-template <class T>
 Index project_pair_scratch_cuda(Index batch, Index m, Index ks, Index kt, Index r);
 
 // The compute capabilities (major, minor) of the CUDA devices there are; `why` says what is missing

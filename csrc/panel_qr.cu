@@ -3,8 +3,6 @@
 // which an A100, H100 or B200 has), else in scratch in global memory.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-
 #include "launch.h"
 #include "panel_qr.h"
 
@@ -47,11 +45,6 @@ void panel_qr_cuda(const PanelQrArgs<float>& args, std::uintptr_t stream) {
     LAUNCH(kernel, blocks, threads, 0, to_stream(stream), args);
   }
   check(cudaGetLastError(), "panel_qr: launch");
-}
-
-template <>
-void panel_qr_cuda(const PanelQrArgs<double>&, std::uintptr_t) {
-  throw std::runtime_error("panel_qr: float32 alone");
 }
 
 }  // namespace prolora

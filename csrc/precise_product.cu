@@ -19,12 +19,15 @@ __global__ void __launch_bounds__(kSplitThreads) split_rows_kernel(RowsToSplit<S
 }
 
 // Tiles of the same rows follow each other, so that they share x through the L2 cache.
-__global__ void __launch_bounds__(DigitTile::kThreads, 1)
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     precise_product_kernel(PreciseProductArgs<float> args, TileGrid grid) {
-  DYNAMIC_SHARED(DigitTile::Shared, shared);
-  const auto [matrix, tile] = divide(blockIdx.x, grid.per_matrix());
-  const auto [row, col] = divide(tile, grid.cols);
-  precise_product(DigitTile{*shared}, args, matrix, row, col);
+  if constexpr (Tile::kCompiled) {
+    DYNAMIC_SHARED(typename Tile::Shared, shared);
+    const auto [matrix, tile] = divide(blockIdx.x, grid.per_matrix());
+    const auto [row, col] = divide(tile, grid.cols);
+    precise_product(Tile{*shared}, args, matrix, row, col);
+  }
 }
 
 void check_launch() { check(cudaGetLastError(), "precise_product: launch"); }
@@ -58,15 +61,11 @@ void precise_product_cuda(const PreciseProductArgs<float>& args, std::uintptr_t 
   }
   const TileGrid grid = tile_grid<DigitTile>(args.rows, args.cols);
   constexpr int kBytes = sizeof(DigitTile::Shared);
-  opt_in.raise_limit(precise_product_kernel, kBytes, "precise_product");
-  LAUNCH(precise_product_kernel, grid_size(args.batch * grid.per_matrix(), "precise_product"),
-         DigitTile::kThreads, kBytes, to_stream(stream), args, grid);
+  auto kernel = precise_product_kernel<DigitTile>;
+  opt_in.raise_limit(kernel, kBytes, "precise_product");
+  LAUNCH(kernel, grid_size(args.batch * grid.per_matrix(), "precise_product"), DigitTile::kThreads,
+         kBytes, to_stream(stream), args, grid);
   check_launch();
-}
-
-template <>
-void precise_product_cuda(const PreciseProductArgs<double>&, std::uintptr_t) {
-  throw std::runtime_error("precise_product: started as float32, whatever its operands are");
 }
 
 }  // namespace prolora

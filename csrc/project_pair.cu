@@ -54,10 +54,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const auto [other, tile] = divide(blockIdx.x, grid.tiles.per_matrix());
   const auto [matrix, part] = divide(other, grid.parts.count);
   if (!takes_part(rows, cancelled, matrix)) return;
-  // Tiles of the same rows follow each other, so that they share U through the L2 cache.
-  const auto [row, col] = divide(tile, grid.tiles.cols);
-  project_coefficients(Tile{*shared}, rows, matrix, row, col, grid.parts, part,
-                       to + (part * grid.batch + matrix) * rows.rows * rows.k);
+  if constexpr (Tile::kCompiled) {
+    // Tiles of the same rows follow each other, so that they share U through the L2 cache.
+    const auto [row, col] = divide(tile, grid.tiles.cols);
+    project_coefficients(Tile{*shared}, rows, matrix, row, col, grid.parts, part,
+                         to + (part * grid.batch + matrix) * rows.rows * rows.k);
+  }
 }
 
 // c [batch, rows, k] from parts of it, a block a row.
@@ -82,8 +84,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   DYNAMIC_SHARED(typename Tile::Shared, shared);
   const auto [matrix, in_matrix] = divide(blockIdx.x, grid.per_matrix());
   if (!takes_part(project_rows(args, kStep), args.cancelled, matrix)) return;
-  const auto [row, col] = divide(in_matrix, grid.cols);
-  project_apply(Tile{*shared}, args, kStep, matrix, row, col);
+  if constexpr (Tile::kCompiled) {
+    const auto [row, col] = divide(in_matrix, grid.cols);
+    project_apply(Tile{*shared}, args, kStep, matrix, row, col);
+  }
 }
 
 void check_launch() { check(cudaGetLastError(), "project_pair: launch"); }
@@ -154,13 +158,12 @@ void run_step(const ProjectPairArgs<T>& args, cudaStream_t stream) {
 
 }  // namespace
 
-template <class T>
 Index project_pair_scratch_cuda(Index batch, Index m, Index ks, Index kt, Index r) {
-  ProjectPairArgs<T> args{};
+  ProjectPairArgs<float> args{};
   args.batch = batch, args.m = m, args.ks = ks, args.kt = kt, args.r = r;
   Index most = 0;
   for (const ProjectStep step : kProjectSteps) {
-    const ProjectRows<T> rows = project_rows(args, step);
+    const ProjectRows<float> rows = project_rows(args, step);
     on_tile(rows.rows, [&](auto tile) {
       const Index parts = coefficient_grid<typename decltype(tile)::Type>(rows, batch).parts.count;
       if (parts > 1) most = larger(most, parts * batch * rows.rows * rows.k);
@@ -182,11 +185,5 @@ void project_pair_cuda(const ProjectPairArgs<T>& args, std::uintptr_t stream) {
 }
 
 template void project_pair_cuda(const ProjectPairArgs<float>&, std::uintptr_t);
-template Index project_pair_scratch_cuda<float>(Index, Index, Index, Index, Index);
-
-template <>
-void project_pair_cuda(const ProjectPairArgs<double>&, std::uintptr_t) {
-  throw std::runtime_error("project_pair: torch does it in float64 on a GPU");
-}
 
 }  // namespace prolora

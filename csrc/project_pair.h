@@ -28,7 +28,8 @@ enum class ProjectStep {
   kMoveAgain,   // of the complement: moved_2 -= P
 };
 
-// A row that keeps less than this share of its squared length: CANCELLED in core/ops/torch_twin.py.
+// A row that keeps less than this share of its squared length: CANCELLED in
+// core/ops/project_pair.py.
 constexpr double kCancelled = 1e-2;
 
 // A step's subspace, its rows, and where they lie.

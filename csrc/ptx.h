@@ -1,15 +1,10 @@
 // The machine's instructions that CUDA C++ has no function for, all of compute capability 8.0 and
-// later: products on tensor cores, copies to shared memory that pass the registers by. Below 8.0
-// they stop the kernel. The emulator brings its own (tests/emulator/ptx_model.h).
+// later: products on tensor cores, copies to shared memory that pass the registers by. What uses
+// them is empty below 8.0, where no host starts it. The emulator brings its own
+// (tests/emulator/ptx_model.h).
 #pragma once
 
 #ifndef PROLORA_EMULATED
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define PROLORA_SM80(...) __trap()
-#else
-#define PROLORA_SM80(...) __VA_ARGS__
-#endif
 
 namespace prolora::ptx {
 
@@ -23,11 +18,10 @@ __device__ __forceinline__ unsigned as_bits(float x) { return __float_as_uint(x)
 //   c: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1)
 __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const unsigned (&a)[4],
                                                   const unsigned (&b)[2]) {
-  PROLORA_SM80(
-      asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(c[0]),
-          "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
-          "r"(b[0]), "r"(b[1])));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // c += a b for integers, a [16, 32], b [32, 8], four of 8 bits a register, c [16, 8]. With g and t
@@ -37,37 +31,36 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const unsigned 
 //   c: as above
 __device__ __forceinline__ void multiply_add_s8(int (&c)[4], const unsigned (&a)[4],
                                                 const unsigned (&b)[2]) {
-  PROLORA_SM80(
-      asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+r"(c[0]),
-          "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
-          "r"(b[0]), "r"(b[1])));
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Begins a copy of 16 bytes, the first `bytes` of them from global memory, the rest 0. Both
 // addresses are aligned to 16 bytes.
 __device__ __forceinline__ void copy_16_bytes(void* shared, const void* global, int bytes) {
   [[maybe_unused]] const unsigned to = unsigned(__cvta_generic_to_shared(shared));
-  PROLORA_SM80(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-                            "r"(bytes) : "memory"));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+               : "memory");
 }
 
 // The same of 4 bytes.
 __device__ __forceinline__ void copy_4_bytes(void* shared, const void* global, int bytes) {
   [[maybe_unused]] const unsigned to = unsigned(__cvta_generic_to_shared(shared));
-  PROLORA_SM80(asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global),
-                            "r"(bytes) : "memory"));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes)
+               : "memory");
 }
 
 // Makes a group of the copies that this thread has begun since the last group.
 __device__ __forceinline__ void end_copy_group() {
-  PROLORA_SM80(asm volatile("cp.async.commit_group;" :: : "memory"));
+  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // Waits until all of this thread's groups are there but for the last `kLeft` ones.
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
-  PROLORA_SM80(asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory"));
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 }  // namespace prolora::ptx

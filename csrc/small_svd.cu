@@ -78,7 +78,9 @@ void small_singular_values_cuda(const SmallSingularValuesArgs<T>& args, std::uin
   launch_svd<false>(without_vectors(args), stream);
 }
 
-PROLORA_INSTANTIATE_CUDA(small_svd, SmallSvdArgs)
-PROLORA_INSTANTIATE_CUDA(small_singular_values, SmallSingularValuesArgs)
+template void small_svd_cuda(const SmallSvdArgs<float>&, std::uintptr_t);
+template void small_svd_cuda(const SmallSvdArgs<double>&, std::uintptr_t);
+template void small_singular_values_cuda(const SmallSingularValuesArgs<float>&, std::uintptr_t);
+template void small_singular_values_cuda(const SmallSingularValuesArgs<double>&, std::uintptr_t);
 
 }  // namespace prolora

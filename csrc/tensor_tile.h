@@ -21,6 +21,7 @@ namespace prolora {
 template <int kTileCols>
 struct TensorTile {
   using Number = float;
+  static constexpr bool kCompiled = kHasTensorCores;
   static constexpr int kRows = 64;
   static constexpr int kCols = kTileCols;
   static constexpr int kDepth = 32;

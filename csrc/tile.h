@@ -84,6 +84,13 @@ HOST_DEVICE TileGrid tile_grid(Index rows, Index cols) {
   return {ceil_div(rows, Tile::kRows), ceil_div(cols, Tile::kCols)};
 }
 
+// Whether what is compiled now may use csrc/ptx.h; the tiles that do are empty where not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasTensorCores = false;
+#else
+constexpr bool kHasTensorCores = true;
+#endif
+
 // Three TF32 products for one of float32 (tensor_tile.h) pay where tensor cores do TF32 at many
 // times the rate of float32: data centre GPUs. On 8.6, 8.9 and 12.x the rate is the same (GeForce)
 // or twice as high.
@@ -146,6 +153,7 @@ struct StagedTile {
 template <class T, int kTileCols>
 struct CudaTile {
   using Number = T;
+  static constexpr bool kCompiled = true;
   static constexpr int kRows = 64;
   static constexpr int kCols = kTileCols;
   static constexpr int kDepth = 64 / sizeof(T);  // 16 for double runs out of registers

@@ -120,7 +120,7 @@ HOST_DEVICE void finish_product(const Block& block, const PanelVectors<T>& panel
 }
 
 // `Products` multiplies with and updates what is left of the matrix, its rows and columns from
-// `first` on: serial.h and tridiagonal.cu.
+// `first` on: serial_products.h.
 template <class Block, class Products, class T>
 HOST_DEVICE void tridiagonalise(const Block& block, const Products& products, T* a, T* tau,
                                 double* diagonal, double* beside, const PanelVectors<T>& panel,

@@ -9,7 +9,7 @@ def test_importing_and_opening_pull_in_nothing_optional_and_ask_for_no_gpu():
 import sys, torch
 torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 import prolora, prolora.adapters, prolora.checking.check
-from prolora.core.ops import small_svd, torch_twin
+from prolora.core.ops import small_svd
 prolora.open_base({'a': torch.ones(2, 2)})
 optional = 'diffusers peft transformers cupy PIL matplotlib huggingface_hub gguf typer rich'
 print([m for m in optional.split() if m in sys.modules])

@@ -1,1 +1,1 @@
-"""The check of a machine with a GPU, in four calls: see bench/gpu.sh."""
+"""The check of a machine with a GPU, in five calls: see bench/gpu.sh."""

@@ -10,22 +10,31 @@ from functools import partial
 
 import torch
 
+from prolora.core.svd import solvers
+
 from .clock import time_call
-from .correct import list_further_steps
 from .steps import Bench, Step, make_weights
 
 FEW = 2
+EIGENPROBLEMS = (32, 128, 416, 544, 1280)
+# Stacks that fit the L2 cache at 1280² (6 on an H100, 8 on a 4090), and those that do not.
+BATCHES = (1, 4, 6, 8, 16, 64, 277)
+MOST_BATCH = 64
+"""Matrices of 1280² beyond which a card needs 40 GB: a solver holds six copies of a stack."""
+TOO_LONG = 2e3
+"""Milliseconds of a call after which no larger stack is tried."""
 
 
 def list_steps(bench: Bench) -> Iterator[Step]:
-    """Further comparisons, bandwidth and products, then the libraries' factorisations."""
-    yield from list_further_steps()
+    """Eigensolvers, bandwidth and products, then the libraries' factorisations."""
+    for size in EIGENPROBLEMS:
+        yield Step(f"eigh {size}", 60 if size == 1280 else 12, partial(time_eigh, d=size))
     yield Step("bandwidth", 15, time_copy)
     yield Step("launch", 10, time_launches)
     for precision in ("highest", "high"):
         yield Step(f"products {precision}", 20, partial(time_products, precision=precision))
     yield Step("products float64", 15, partial(time_products, precision="float64"))
-    for batch, m, n in ((64, 640, 640), (64, 1280, 1280), (8, 3072, 3072), (16, 10240, 1280)):
+    for batch, m, n in ((64, 1280, 1280), (8, 3072, 3072)):
         yield Step(f"svd {m}x{n}", 45, partial(time_svd, batch=batch, m=m, n=n))
     yield Step("svd_lowrank", 20, time_lowrank)
 
@@ -85,3 +94,32 @@ def time_lowrank(bench: Bench) -> None:
     job = partial(torch.svd_lowrank, w, q=bench.size(136), niter=4)
     ms, repeats = time_call(job, bench.device, repeats=5)
     bench.record("torch.svd_lowrank", ms, "ms", "64 x 1280x1280, q=136, niter=4", repeats=repeats)
+
+
+def time_eigh(bench: Bench, d: int) -> None:
+    """Stacks of several sizes: XsyevBatched from torch 2.12 on, and with prolora's checks."""
+    solving = {
+        "descending_eigh": solvers.descending_eigh,
+        "torch.linalg.eigh": torch.linalg.eigh,
+        "torch.linalg.eigvalsh": torch.linalg.eigvalsh,
+    }
+    for dtype in (torch.float32, torch.float64):
+        w = make_weights(1, bench.size(d), bench.size(d), bench.device).to(dtype)
+        for name, solve in solving.items():
+            for batch in sorted({bench.batch(b) for b in list_batches(bench, d)}):
+                case = f"{batch} x {d}², {str(dtype).removeprefix('torch.')}"
+                try:
+                    stack = (w @ w.mT).repeat(batch, 1, 1)
+                    ms, repeats = time_call(partial(solve, stack), bench.device, 5, limit=0.3)
+                except torch.cuda.OutOfMemoryError as error:
+                    bench.record(name, None, "ms", case, error=f"out of memory: {error}"[:100])
+                    break
+                bench.record(name, ms, "ms", case, repeats=repeats)
+                if ms > TOO_LONG:
+                    break
+
+
+def list_batches(bench: Bench, d: int) -> list[int]:
+    """The largest stack of large matrices only on a card with 40 GB."""
+    large = bench.device == "cuda" and torch.cuda.mem_get_info()[1] >= 40 << 30
+    return [b for b in BATCHES if b <= MOST_BATCH or d < 1280 or large]

@@ -1,4 +1,4 @@
-"""The four calls and their steps."""
+"""The five calls and their steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 
 from .steps import Bench, Step
 
-CALLS = ("correct", "anchors", "ours", "why")
+CALLS = ("correct", "anchors", "ours", "why", "sanitize")
 
 
 def list_steps(bench: Bench) -> list[Step]:

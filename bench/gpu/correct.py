@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 import prolora
-from prolora.core.ops import krylov_block, native, trial
-from prolora.core.svd import block_basis, solvers, stacks
+from prolora.core.ops import krylov_block, native, precise_product, trial
+from prolora.core.ops.probe import CASES, make_basis
+from prolora.core.svd import block_basis, stacks
 
-from .clock import time_call
 from .machine import ROOT
-from .one_kernel import KERNELS, by_kernels, make_basis
+from .one_kernel import by_kernels
 from .registers import parse_resources
 from .steps import Bench, Step, make_weights
 
-SHAPES = [(320, 320), (640, 640), (1280, 1280), (1280, 2048), (10240, 1280), (3072, 3072)]
+SHAPES = [(640, 640), (1280, 1280), (10240, 1280), (3072, 3072)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANK = 128
 MODELS = ROOT / "examples" / "mini_family" / "weights"
@@ -42,22 +42,15 @@ BLOCKS = [
     ((3072, 1280), (800, 768), torch.bfloat16),
 ]
 """Shapes for krylov_block, and the toys for them, which the Krylov rung takes too."""
-EIGENPROBLEMS = (32, 128, 416, 544, 1280)
-BATCHES = (1, 8, 64, 277)
-TOO_LONG = 2e3
-"""Milliseconds of a call after which no larger stack is tried."""
 
 
 def list_steps(bench: Bench) -> Iterator[Step]:
-    """What the kernels give and whether they are sound, then the eigensolvers, then the whole."""
+    """The kernels and their trials, then whole calls."""
     yield Step("doctor", 10, count_gpus)
-    yield Step("kernel tests", 120, run_tests)
-    for op in list(KERNELS)[: 1 if bench.dry else None]:
-        for tool in ("memcheck", "racecheck"):
-            needed = "" if bench.dry else "compute-sanitizer"
-            yield Step(f"{tool} {op}", 11, partial(sanitize, op=op, tool=tool), tool=needed)
-    for size in EIGENPROBLEMS:
-        yield Step(f"eigh {size}", 12, partial(time_eigh, d=size))
+    yield Step("kernel tests", 100, run_tests)
+    yield Step("planted rows", 12, compare_planted_rows)
+    yield Step("trials", 40, try_kernels)
+    yield Step("default calls", 30, compare_default_calls)
     for i, shape in enumerate(SHAPES):  # each dtype on two of them
         dtype = DTYPES[i % len(DTYPES)]
         name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
@@ -69,13 +62,6 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     yield Step("side stream", 4, use_side_stream)
     yield Step("transfer", 20, compare_transfer)
     yield Step("registers", 6, list_registers, tool="" if bench.dry else "cuobjdump")
-
-
-def list_further_steps() -> Iterator[Step]:
-    """What there is no time for in this call; `anchors` begins with it."""
-    yield Step("default calls", 30, compare_default_calls)
-    yield Step("several chunks", 12, compare_chunks)
-    yield Step("trials", 40, try_kernels)
 
 
 def count_gpus(bench: Bench) -> None:
@@ -211,6 +197,22 @@ def compare_small_svds(bench: Bench) -> None:
         require_equal(bench, "small_svd", wanted, found, case)
 
 
+def compare_planted_rows(bench: Bench) -> None:
+    """Products of digits where one number of a row is large and many are small: error and bound."""
+    generator = torch.Generator().manual_seed(0)
+    x = 2e-4 * torch.randn(2, bench.size(1280), bench.size(1280), generator=generator)
+    x[..., 0] = 1
+    with by_kernels():
+        for dtype in (torch.float32, torch.float64):
+            given = x.to(bench.device, dtype)
+            product, error = precise_product.measured_product(given)
+            exact = x.double() @ x.double().mT
+            away = float((product.cpu() - exact).norm())
+            rounding = 1e-15 * x.shape[-1] * float(exact.norm())
+            share = away / (float(error.max()) + rounding)
+            bench.require("error over its bound", share, 1, "", str(dtype).removeprefix("torch."))
+
+
 def compare_blocks(bench: Bench) -> None:
     """krylov_block against float64, and a truncated SVD that takes its blocks from it."""
     with by_kernels():
@@ -307,7 +309,7 @@ def try_kernels(bench: Bench) -> None:
         bench.record("trial", float(wins), "kernel", key, note=why)
     ops = {key.partition(" ")[0] for key in trial.list_choices()}
     bench.record("ops on trial", len(ops), "ops", note=", ".join(sorted(ops)))
-    assert bench.dry or ops >= native.ON_CPU.keys() - {"small_svd"}, f"{sorted(ops)} alone"
+    assert bench.dry or ops >= CASES.keys() - {"small_svd"}, f"{sorted(ops)} alone"
 
 
 def use_side_stream(bench: Bench) -> None:
@@ -365,35 +367,3 @@ def run_tests(bench: Bench) -> None:
         bench.record(f"tests {what}", counts[what], "tests")
     assert code == 0, f"pytest ended with {code}"
     assert counts["passed"] or bench.dry, "no test ran"
-
-
-def time_eigh(bench: Bench, d: int) -> None:
-    """Stacks of several sizes: XsyevBatched from torch 2.12 on, and with prolora's checks."""
-    solving = {
-        "descending_eigh": solvers.descending_eigh,
-        "torch.linalg.eigh": torch.linalg.eigh,
-        "torch.linalg.eigvalsh": torch.linalg.eigvalsh,
-    }
-    for dtype in (torch.float32, torch.float64):
-        w = make_weights(1, bench.size(d), bench.size(d), bench.device).to(dtype)
-        for name, solve in solving.items():
-            for batch in sorted({bench.batch(b) for b in BATCHES}):
-                stack = (w @ w.mT).repeat(batch, 1, 1)
-                case = f"{batch} x {d}², {str(dtype).removeprefix('torch.')}"
-                ms, repeats = time_call(partial(solve, stack), bench.device, 5, limit=0.3)
-                bench.record(name, ms, "ms", case, repeats=repeats)
-                if ms > TOO_LONG:
-                    break
-
-
-def sanitize(bench: Bench, op: str, tool: str) -> None:
-    """compute-sanitizer over one kernel; at toy size the script that it would watch."""
-    script = (sys.executable, "-m", "gpu.one_kernel", op, bench.device)
-    watch = () if bench.dry else ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-    if bench.dry and tool == "racecheck":
-        return
-    code, text = bench.run_command(
-        f"{tool}-{op}.txt", *watch, *script, seconds=100, cwd=ROOT / "bench"
-    )
-    bench.record(f"exit code of {tool}", code, "", op)
-    assert code == 0, text[-300:]

@@ -1,4 +1,4 @@
-"""Call 4: where the time goes, and a whole transfer from file to file."""
+"""Call 4: where the time goes, a whole transfer from file to file, and a step of a fit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from pathlib import Path
 import torch
 
 import prolora
+from prolora.fitting.models import frozen, in_precision
+from prolora.fitting.recording.trajectories import output_of
+from prolora.fitting.settings import BFLOAT16
+from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
+from prolora.fitting.solver.linearisation import ProbeBatch
+from prolora.fitting.swapping import BlockSwapping
 
+from .clock import peak_memory
 from .machine import ROOT
-from .one_kernel import KERNELS
+from .one_kernel import OPS
 from .steps import Bench, Step, make_weights
 
 METRICS = {
@@ -28,11 +35,12 @@ METRICS = {
 
 def list_steps(bench: Bench) -> Iterator[Step]:
     """The profile of the goals' case, the kernels, then the whole."""
-    yield Step("profile", 40, profile)
-    for op in list(KERNELS)[: 1 if bench.dry else None]:
+    yield Step("profile", 30, profile)
+    yield Step("sdxl to ssd-1b", 140, transfer_whole)
+    yield Step("fit step", 40, fit_step)
+    for op in OPS[: 1 if bench.dry else None]:
         tool = "" if bench.dry else "ncu"
-        yield Step(f"ncu {op}", 32, partial(run_ncu, op=op), tool=tool)
-    yield Step("sdxl to ssd-1b", 230, transfer_whole)
+        yield Step(f"ncu {op}", 16, partial(run_ncu, op=op), tool=tool)
 
 
 def profile(bench: Bench) -> None:
@@ -61,6 +69,8 @@ def run_ncu(bench: Bench, op: str) -> None:
     script = (sys.executable, "-m", "gpu.one_kernel", op, bench.device, *large)
     # Without a word on them ncu locks the clocks of the card.
     watch = ("ncu", "--clock-control", "none", "--launch-count", "40")
+    # Torch makes the operands, and so runs kernels of its own libraries first.
+    watch += ("--kernel-name-base", "demangled", "--kernel-name", "regex:prolora")
     watch += ("--csv", "--metrics", ",".join(METRICS))
     code, text = bench.run_command(
         f"ncu-{op}.txt", *(() if bench.dry else watch), *script, seconds=90, cwd=ROOT / "bench"
@@ -92,20 +102,44 @@ def transfer_whole(bench: Bench) -> None:
 
             sdxl.write_all(root)
             paths = [root / "lora.safetensors", root / "sdxl", root / "ssd-1b"]
-        for rank in (128, 0.9):
-            for attempt in ("first", "again") if rank == 128 else ("first",):
-                begun = time.perf_counter()
-                report = prolora.transfer(
-                    *paths,
-                    out=root / "out.safetensors",
-                    rank=min(rank, 8) if bench.dry else rank,
-                    method="prolora",
-                    device=bench.device,
-                    overwrite=True,
-                    cache=root / f"cache-{rank}-{attempt}",
-                ).report
-                case = f"560 modules, rank {rank}, {attempt} in this process"
-                seconds = time.perf_counter() - begun
-                bench.record("transfer_file", seconds, "s", case)
-                for stage, spent in report.seconds.items():
-                    bench.record(f"transfer_file, {stage}", spent, "s", case)
+        for rank, attempt in ((128, "first"), (128, "again"), (0.9, "first")):
+            begun = time.perf_counter()
+            report = prolora.transfer(
+                *paths,
+                out=root / "out.safetensors",
+                rank=min(rank, 8) if bench.dry else rank,
+                method="prolora",
+                device=bench.device,
+                overwrite=True,
+                cache=root / f"cache-{rank}-{attempt}",
+            ).report
+            case = f"560 modules, rank {rank}, {attempt} in this process"
+            seconds = time.perf_counter() - begun
+            bench.record("transfer_file", seconds, "s", case)
+            for stage, spent in report.seconds.items():
+                bench.record(f"transfer_file, {stage}", spent, "s", case)
+
+
+def fit_step(bench: Bench) -> None:
+    """One Gauss–Newton step at SDXL's width in bfloat16, half of its blocks off the card."""
+    import fit_memory
+
+    model = fit_memory.build("sd15" if bench.dry else "sdxl", 32)
+    names = fit_memory.list_names(model)
+    with torch.device(bench.device):
+        call = fit_memory.make_call(model, 1, 64 if bench.dry else 1024)
+    swapping = BlockSwapping(model, bench.device)
+    swapping.keep(sum(swapping.sizes.values()) // 2)
+    assert swapping.away and len(swapping.away) < len(swapping.blocks)
+    with frozen(model), in_precision(model, BFLOAT16):
+        with torch.no_grad():
+            plain = output_of(model(*call.args, **call.kwargs))
+        wanted = plain + 0.1 * torch.randn_like(plain)
+        probes = [ProbeBatch(call, plain, wanted)]
+        problem = JointProblem(model, names, output_of, lambda: probes, 1, 1.0, 8)
+        begun, fits = time.perf_counter(), []
+        peak = peak_memory(lambda: fits.append(fit_jointly(problem)), bench.device)
+    case = f"{len(names)} modules, {len(swapping.away)} of {len(swapping.blocks)} blocks away"
+    bench.record("fit step", time.perf_counter() - begun, "s", case)
+    bench.record("fit step, peak memory", peak / 2**20, "MiB", case)
+    bench.require("fit step, share of the loss left", fits[0].history[-1], 1.0, "", case)

@@ -14,7 +14,6 @@ from spectra import related, weights
 import prolora
 from prolora import LowRank, principal_angles, project, similarity, truncated_svd
 from prolora.core import precision
-from prolora.core.overlap_tables import basis_tables
 from prolora.core.parallel import map_on_threads
 from prolora.core.recompression import product_energies
 from prolora.core.similarity import angle_quantiles
@@ -47,7 +46,6 @@ def compute(shape):
     results.append(project(delta.dense(), source, target, rank=k))
     results += [delta.dense(), delta.norm(), *vars(delta.truncate(2)).values()]
     results.append(product_energies(delta.up, delta.down))
-    results += [table.curve() for table in basis_tables(*bases)]
     stacks = [
         type(b)(**{n: v if n == "rungs" else v[None] for n, v in vars(b).items()}) for b in bases
     ]

@@ -4,27 +4,18 @@ import importlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prolora.core.ops import native, torch_twin
-from prolora.core.ops.krylov_block import run_krylov_block
-from prolora.core.ops.overlap_table import run_overlap_table
-from prolora.core.ops.panel_qr import run_panel_qr
-from prolora.core.ops.precise_product import run_precise_product
-from prolora.core.ops.project_pair import run_project_pair
-from prolora.core.ops.small_svd import run_small_singular_values, run_small_svd
-from prolora.core.ops.tridiagonal import (
-    run_tridiagonal_values,
-    run_tridiagonal_vectors,
-    run_tridiagonalise,
-)
+from prolora.core.ops import native
 
 # PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI); "node"
 # does so for Node.js, which runs the script of the ComfyUI nodes.
@@ -40,73 +31,32 @@ class Kernels:
     device: str = "cpu"
     cuda: bool = False
 
-    def krylov_block(
-        self, w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The length, and what it makes of copies of the two others."""
-        w, rows, projected = self._there(w, rows, projected)
-        if self.device == "cpu":  # `to` makes copies elsewhere
-            rows, projected = rows.clone(), projected.clone()
-        operands = (w, rows, projected, size, width)
-        if self.module is None:
-            length = torch_twin.krylov_block(*operands)
-        else:
-            length = run_krylov_block(self.module, *operands, self.cuda)
-        return length.cpu(), rows.cpu(), projected.cpu()
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        """The op of this name."""
+        return partial(self.run, op)
 
-    def overlap_table(self, us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self._call(run_overlap_table, torch_twin.overlap_table, self._there(us, ut))
+    def run(self, name: str, *operands: Any) -> Any:
+        """What an op returns; krylov_block also what it makes of copies of what it writes."""
+        op, like = native.OPS[name], operands[0]
+        float64 = (like if isinstance(like, Tensor) else like[0]).dtype == torch.float64
+        if self.cuda and (op.on_gpu or (float64 and name in ("project_pair", "subspace_overlap"))):
+            pytest.skip(f"torch does {name} on a GPU")
+        if name == "panel_qr":
+            operands = (*operands, None)[:2]
+        there = [self._there(x) for x in operands]
+        if name == "krylov_block" and self.device == "cpu":  # `to` makes copies elsewhere
+            there[1:3] = [x.clone() for x in there[1:3]]
+        found = op.run(self.module, *there, self.cuda) if self.module else op.twin(*there)
+        if name == "krylov_block":
+            found = (found, *there[1:3])
+        if name == "precise_product":
+            found = found[0]
+        return found.cpu() if isinstance(found, Tensor) else tuple(x.cpu() for x in found)
 
-    def project_pair(self, us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cuda and us.dtype == torch.float64:
-            pytest.skip("torch projects float64 on a GPU")
-        return self._call(run_project_pair, torch_twin.project_pair, self._there(us, ut, x))
-
-    def panel_qr(self, panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        scale = None if scale is None else scale.to(self.device)
-        return self._call(run_panel_qr, torch_twin.panel_qr, [*self._there(panel), scale])
-
-    def precise_product(self, x: Tensor, y: Tensor | None) -> Tensor:
-        x, y = x.to(self.device), None if y is None else y.to(self.device)
-        if self.module is None:
-            return torch_twin.precise_product(x, y)[0]
-        return run_precise_product(self.module, x, y, self.cuda)[0].cpu()
-
-    def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._call(run_small_svd, torch_twin.small_svd, self._there(a))
-
-    def small_singular_values(self, a: Tensor) -> Tensor:
-        values, twin = run_small_singular_values, torch_twin.small_singular_values
-        x = a.to(self.device)
-        return (values(self.module, x, self.cuda) if self.module else twin(x)).cpu()
-
-    def tridiagonalise(self, symmetric: Tensor) -> tuple[Tensor, ...]:
-        both = run_tridiagonalise, torch_twin.tridiagonalise
-        return self._call(*both, [symmetric.to(self.device)])
-
-    def tridiagonal_values(self, diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
-        if self.module is None:
-            return torch_twin.tridiagonal_values(diagonal, beside, count)
-        operands = (*self._there(diagonal, beside), count)
-        return run_tridiagonal_values(self.module, *operands, self.cuda).cpu()
-
-    def tridiagonal_vectors(self, diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
-        if self.module is None:
-            return torch_twin.tridiagonal_vectors(diagonal, beside, values)
-        operands = self._there(diagonal, beside, values)
-        return run_tridiagonal_vectors(self.module, *operands, self.cuda).cpu()
-
-    def _there(self, *operands):
-        lists = [[x] if isinstance(x, Tensor) else x for x in operands]
-        moved = [[x.to(self.device) for x in some] for some in lists]
-        return [
-            some[0] if isinstance(given, Tensor) else some
-            for given, some in zip(operands, moved, strict=True)
-        ]
-
-    def _call(self, run, twin, operands):
-        outputs = run(self.module, *operands, self.cuda) if self.module else twin(*operands)
-        return tuple(x.cpu() for x in outputs)
+    def _there(self, operand: Any) -> Any:
+        if isinstance(operand, Tensor):
+            return operand.to(self.device)
+        return [x.to(self.device) for x in operand] if isinstance(operand, list) else operand
 
 
 class GuardedMemory(TorchDispatchMode):

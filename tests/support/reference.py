@@ -37,14 +37,6 @@ def subspace_overlap(source: Tensor, target: Tensor) -> Tensor:
     return (source.mT @ target).square().sum((-2, -1))
 
 
-def overlap_curve(source: Tensor, target: Tensor) -> Tensor:
-    """‖U_sᵀU_t‖_F² of the leading k columns of both, for every k: [min(ks, kt)]."""
-    fewest = min(source.shape[-1], target.shape[-1])
-    return torch.stack(
-        [subspace_overlap(source[:, :k], target[:, :k]) for k in range(1, fewest + 1)]
-    )
-
-
 def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x [r, m] inside us above outside us, and these inside ut above outside ut: [2r, m]."""
     inside, outside = x @ range_projector(us), x @ complement_projector(us)

@@ -36,17 +36,10 @@ def parse_files(package: Path = PACKAGE) -> dict[Path, ast.Module]:
     return {file.relative_to(package): parse_file(file) for file in sorted(package.rglob("*.py"))}
 
 
-# A twin in torch stands beside every op, under its name; a command is called as the function that
-# it calls.
-TWINS = {Path("core/ops/torch_twin.py")}
-
-
 def find_names_told_twice(trees: dict[Path, ast.Module]) -> dict[str, list[str]]:
     """Class or public function -> the files that define it, where these are several."""
     homes: dict[str, list[str]] = defaultdict(list)
     for file, tree in trees.items():
-        if file in TWINS:
-            continue
         for node in tree.body:
             is_public = isinstance(node, Function) and not node.name.startswith("_")
             if isinstance(node, ast.ClassDef) or is_public:

@@ -112,10 +112,7 @@ def _largest_entry(x: Tensor) -> float:
 
 
 def _relative_rank(energy: float, quartic: float, m: int, n: int) -> float:
-    """Divides a drift's effective rank by noise's; energy Σσ², quartic Σσ⁴.
-
-    The drift is [m, n].
-    """
+    """Divides the effective rank of a drift [m, n] by noise's; energy Σσ², quartic Σσ⁴."""
     if energy == 0:
         return 1.0
     return min(1.0, energy**2 / max(quartic, 1e-300) / (m * n / (m + n + 1)))

@@ -48,10 +48,7 @@ def map_on_threads(job: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
 
 
 def _find_pool(workers: int, share: int) -> ThreadPoolExecutor:
-    """Returns the process's pool of so many workers, each with its share of threads.
-
-    All callers use one, so that two at once do not wait for each other's settings.
-    """
+    """Returns the process's one pool of so many workers, each with its share of threads."""
     with _lock:
         if (workers, share) not in _pools:
             _pools[workers, share] = _start_pool(workers, share)

@@ -130,10 +130,7 @@ def measure_projection(
 
 
 def _inner_product(left: Tensor, right: Tensor) -> Tensor:
-    """Returns ⟨L, R⟩ [...] of two Gram matrices [..., r, r].
-
-    It is negative only by rounding.
-    """
+    """Returns ⟨L, R⟩ [...] of two Gram matrices, negative only by rounding."""
     return (left * right).sum((-2, -1)).clamp_min(0)
 
 

@@ -177,10 +177,7 @@ _TOO_CLOSE = 1e-4
 
 
 def _cholesky_factors(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns Cholesky factors of gram [b, r, r], and flags of unusable ones.
-
-    An unusable factor becomes the identity.
-    """
+    """Returns Cholesky factors of gram [b, r, r], and where they are unusable: identities."""
     lower, info = torch.linalg.cholesky_ex(gram)
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     close = lower.diagonal(dim1=-2, dim2=-1) < _TOO_CLOSE * lengths

@@ -14,7 +14,7 @@ from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .exceptions import NonFiniteWeights, ShapeMismatch, SolverFailure
 from .ops.operands import flatten_stack
-from .overlap_tables import OverlapTable, basis_tables
+from .ops.subspace_overlap import subspace_overlap
 from .parallel import map_on_threads
 from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank
@@ -73,10 +73,8 @@ def _above_chance(phi: Tensor, chance: Tensor) -> Tensor:
 
 
 @in_full_precision
-def basis_similarity(
-    source: Basis, target: Basis, tables: tuple[OverlapTable, OverlapTable] | None = None
-) -> Similarity:
-    """Computes `similarity` of two existing bases, perhaps from their `basis_tables`."""
+def basis_similarity(source: Basis, target: Basis) -> Similarity:
+    """Computes `similarity` of two existing bases."""
     if source.shape != target.shape:
         raise ShapeMismatch(
             f"source {list(source.shape)} and target {list(target.shape)} differ: subspaces of "
@@ -85,8 +83,9 @@ def basis_similarity(
     m, n = source.shape[-2:]
     fewest = torch.minimum(source.rank, target.rank).clamp_min(1).double()
     most = torch.maximum(source.rank, target.rank).double()
-    tables = tables or basis_tables(source, target)
-    left, right = (table.blocks.sum((-2, -1)) for table in tables)
+    work = working_dtype(source.U.dtype, target.U.dtype)
+    sides = [[basis.U.to(work), basis.V.to(work)] for basis in (source, target)]
+    left, right = subspace_overlap(*sides)
     return Similarity(
         left=left / fewest,
         right=right / fewest,

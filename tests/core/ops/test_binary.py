@@ -1,6 +1,7 @@
 """What is inside the compiled module: architectures, registers, libraries, names of arguments."""
 
 import ast
+import hashlib
 import importlib.util
 import re
 import shutil
@@ -8,8 +9,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from prolora.core.ops import krylov_block, native, precise_product, small_svd, torch_twin
+from prolora.core.ops import (
+    krylov_block,
+    native,
+    precise_product,
+    probe,
+    small_svd,
+    subspace_overlap,
+)
+from prolora.core.svd import partial
 
 _C = native.EXTENSION.kernels
 if _C is None:
@@ -21,7 +31,6 @@ PTX = {"sm_80", "sm_120"}
 # (threads in a block, least number of blocks) x registers must fit in 65,536.
 REGISTERS = {
     "small_svd_kernel": 128,
-    "shells_kernel": 64,
     "cancelled_kernel": 64,
     "sum_parts_kernel": 64,
     "panel_qr_kernel": 168,
@@ -29,12 +38,9 @@ REGISTERS = {
     "finish_block_kernel": 168,
     "split_rows_kernel": 128,
     "precise_product_kernel": 255,
-    "reduce_kernel": 128,
-    "values_kernel": 255,
-    "vectors_kernel": 255,
 }
 TILE_KERNELS = (
-    "overlap_table_kernel",
+    "subspace_overlap_kernel",
     "coefficients_kernel",
     "apply_kernel",
     "thin_product_kernel",
@@ -42,7 +48,6 @@ TILE_KERNELS = (
 TILE_REGISTERS = {
     "CudaTileIfLi64": 128,
     "CudaTileIfLi32": 168,
-    "CudaTileId": 255,
     "TensorTileILi64": 168,
     "TensorTileILi32": 128,
 }
@@ -120,14 +125,37 @@ def test_stub_names_every_function_and_argument():
 
 
 def test_sizes_that_python_repeats_are_those_of_the_kernels():
-    assert _C.interface == native.INTERFACE
-    assert _C.overlap_block == torch_twin.BLOCK
+    assert _C.overlap_block == subspace_overlap.BLOCK
     assert _C.max_krylov_width == krylov_block.MAX_WIDTH
     assert _C.max_precise_depth == precise_product.MAX_DEPTH
     assert _C.max_svd_columns == small_svd.MAX_SVD_COLUMNS
 
 
-def test_the_list_of_ops_is_one():
-    sources = Path(__file__).parents[3] / "csrc"
-    listed = re.findall(r"OP\((\w+), \w+\)", (sources / "ops.h").read_text())
-    assert sorted(listed) == sorted(native.ON_CPU)
+OPS_H = Path(__file__).parents[3] / "csrc" / "ops.h"
+
+
+def test_the_extension_is_built_from_the_interface_that_python_knows():
+    text = OPS_H.read_bytes().replace(b"\r", b"")
+    assert native.INTERFACE == _C.interface == hashlib.sha256(text).hexdigest()[:12]
+
+
+def test_python_gives_every_op_the_fields_of_its_struct_in_their_order(monkeypatch):
+    text = OPS_H.read_text()
+    listed = dict(re.findall(r"OP\((\w+), (\w+), \w+, \w+\)", text))
+    assert listed.keys() == native.OPS.keys()
+    given, run = {}, native.run_kernel
+
+    def note(kernels, op, cuda, float64, tensors, sizes):
+        given[op] = [*tensors, *sizes]
+        run(kernels, op, cuda, float64, tensors, sizes)
+
+    monkeypatch.setattr(native, "run_kernel", note)
+    for op in probe.CASES:
+        probe.run_op(op, "cpu")
+    assert partial.Reduced.of(torch.eye(3)[None]).rows(torch.ones(1, 1).double()) is not None
+    partial.Reduced.of(torch.eye(3)[None]).values(2)
+    for op, struct in listed.items():
+        body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)[1]
+        lines = [line.partition("//")[0] for line in body.splitlines()]
+        names = [re.findall(r"(\w+)\s*[,;]", line) for line in lines]
+        assert given[op] == [name for some in names for name in some], op

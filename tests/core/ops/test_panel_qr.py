@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prolora import errors
 from prolora.core import recompression
-from prolora.core.ops import torch_twin
-from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
+from prolora.core.ops.panel_qr import factor_panel, panel_qr, run_panel_qr
 from prolora.core.recompression import orthonormalise_factor
 
 # d is not a multiple of 4 in some, and rows not of 8 in most.
@@ -192,9 +191,7 @@ def test_any_shape_and_rank(b, r, more, rank, seed):
 def assert_same(kernels, panel, scale=None):
     """The factors of every backend are those of the twin: with a positive diagonal there are no
     others."""
-    for one, twin in zip(
-        kernels.panel_qr(panel, scale), torch_twin.panel_qr(panel, scale), strict=True
-    ):
+    for one, twin in zip(kernels.panel_qr(panel, scale), factor_panel(panel, scale), strict=True):
         torch.testing.assert_close(one, twin, rtol=1e-4, atol=2e-5, equal_nan=True)
 
 
@@ -248,7 +245,7 @@ def test_the_twin_waits_for_nothing(monkeypatch):
     """Under fake tensors, of which nothing can be read."""
     with FakeTensorMode():
         panel, scale = torch.empty(2, 5, 9), torch.empty(2, dtype=torch.float64)
-        assert torch_twin.panel_qr(panel, scale)[0].shape == panel.shape
+        assert factor_panel(panel, scale)[0].shape == panel.shape
 
 
 def test_leading_dimensions_are_kept_and_sizes_are_refused():

@@ -11,7 +11,7 @@ from backends import load
 from diagonal import pair_up
 
 from prolora import errors
-from prolora.core.ops import torch_twin
+from prolora.core.ops import precise_product as module
 from prolora.core.ops.precise_product import (
     DIGITS,
     MAX_DEPTH,
@@ -141,7 +141,7 @@ def test_cards_without_the_units_refuse_and_sums_that_are_too_long_are_torchs(mo
     long = random(1, 2, MAX_DEPTH + 1, dtype=torch.float16)
     with pytest.raises(ValueError, match="sums of up to 21824 numbers"):
         run(emulated, long)
-    assert torch.equal(precise_product(long), torch_twin.precise_product(long)[0])
+    assert torch.equal(precise_product(long), module.multiply_wide(long)[0])
 
 
 def test_the_layout_of_digits_is_that_of_the_kernel():
@@ -206,5 +206,5 @@ def test_what_the_op_does_not_take_is_refused_by_name():
 
 def test_the_extension_takes_it_as_float32_alone():
     extension = load("cpu", "_C")
-    with pytest.raises(RuntimeError, match="started as float32"):
+    with pytest.raises(RuntimeError, match="not in this precision"):
         extension.run("precise_product", [0] * 12, True, False, 0)

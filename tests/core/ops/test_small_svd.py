@@ -8,20 +8,22 @@ from diagonal import pair_up
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prolora.core.ops import native, torch_twin
+from prolora.core.ops import native
 from prolora.core.ops.small_svd import (
     run_small_singular_values,
     run_small_svd,
     small_singular_values,
     small_svd,
+    svd_on_threads,
+    values_on_threads,
 )
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(3, 7, 5), (2, 1, 1), (1, 20, 1), (1, 20, 2), (2, 16, 16), (1, 40, 33), (40, 3, 2)]
 LIMIT = 30  # times n eps
 EXTENSION = native.EXTENSION.kernels
-ON_THIS_CPU = [small_svd, torch_twin.small_svd]
-VALUES_ON_THIS_CPU = [small_singular_values, torch_twin.small_singular_values]
+ON_THIS_CPU = [small_svd, svd_on_threads]
+VALUES_ON_THIS_CPU = [small_singular_values, values_on_threads]
 if EXTENSION is not None:
     ON_THIS_CPU.append(lambda a: run_small_svd(EXTENSION, a, False))
     VALUES_ON_THIS_CPU.append(lambda a: run_small_singular_values(EXTENSION, a, False))
@@ -217,7 +219,7 @@ def test_lapack_path_keeps_the_promises():
     a = random((2, 60, 50), torch.float32)
     a[0, :, 7:] = 0
     a[1, 3, 3] = torch.nan
-    u, s, v = torch_twin.small_svd(a)
+    u, s, v = svd_on_threads(a)
     assert_svd(a[:1], u[:1], s[:1], v[:1])
     assert not s[0, 7:].any() and not u[0, :, 7:].any()
     assert u[1].isnan().all() and s[1].isnan().all() and v[1].isnan().all()

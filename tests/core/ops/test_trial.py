@@ -2,7 +2,9 @@
 
 import logging
 import re
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from fresh import run_fresh
 from spectra import planted, power_law
 
 import prolora
+from prolora import errors
 from prolora.bases.cache.tables import JsonTable
-from prolora.core.ops import native, precise_product, project_pair, torch_twin, trial, tridiagonal
-from prolora.core.ops.overlap_table import overlap_table
+from prolora.core.ops import child, native, probe, project_pair, trial
 from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops.precise_product import precise_product, run_precise_product
 from prolora.core.ops.small_svd import small_singular_values, small_svd
+from prolora.core.ops.subspace_overlap import subspace_overlap
 from prolora.core.svd import stacks
 
 
@@ -38,9 +42,28 @@ class Card:
         self.kernels.run(op, numbers, float64, self.cuda, stream)
 
 
+# A child on another card: the ops but those known already; one of them ends it, or says something.
+CHILD = """
+import os, sys, time
+device, *known = sys.argv[1:]
+for op in {ops}:
+    if op not in known:
+        print("BEGIN", op, flush=True)
+        {fault}
+        print("END", op, "", flush=True)
+"""
+
+
+def play(monkeypatch, fault="pass"):
+    program = CHILD.format(ops=sorted(probe.CASES), fault=fault)
+    monkeypatch.setattr(child, "command", lambda: [sys.executable, "-S", "-c", program])
+
+
 @pytest.fixture
 def card(monkeypatch):
     monkeypatch.setattr(trial, "_choices", {})
+    monkeypatch.setattr(trial, "_probes", {})
+    play(monkeypatch)
     monkeypatch.setattr(trial, "_read", lambda key: None)
     monkeypatch.setattr(trial, "_write", lambda key, value: None)
     made = Card(load("cpu", "_C"))
@@ -54,14 +77,18 @@ def operands(m=64):
     return u, u.flip(0), torch.randn(2, 4, m, generator=generator)
 
 
+def change(monkeypatch, op="project_pair", **ways):
+    monkeypatch.setitem(native.OPS, op, replace(native.OPS[op], **ways))
+
+
 def slow_torch(monkeypatch, op="project_pair"):
-    twin = getattr(torch_twin, op)
+    twin = native.OPS[op].twin
 
     def slow(*given):
         time.sleep(0.02)
         return twin(*given)
 
-    monkeypatch.setattr(torch_twin, op, slow)
+    change(monkeypatch, op, twin=slow)
 
 
 def chosen():
@@ -71,7 +98,7 @@ def chosen():
 
 def test_a_kernel_that_is_right_and_fast_is_taken_and_the_next_process_knows(card, monkeypatch):
     slow_torch(monkeypatch)
-    expected = torch_twin.project_pair(*operands())
+    expected = project_pair.project_twice(*operands())
     torch.testing.assert_close(project_pair.project_pair(*operands()), expected)
     key, wins, why = chosen()
     assert wins and " s over " in why
@@ -98,12 +125,10 @@ def test_a_kernel_that_is_right_and_slow_is_left(card):
 def test_a_kernel_that_is_wrong_is_left_and_the_log_warns(card, monkeypatch, caplog, wrong):
     slow_torch(monkeypatch)
     run = project_pair.run_project_pair
-    monkeypatch.setattr(
-        project_pair, "run_project_pair", lambda *given: tuple(map(wrong, run(*given)))
-    )
+    change(monkeypatch, run=lambda *given: tuple(map(wrong, run(*given))))
     with caplog.at_level(logging.WARNING):
         found = project_pair.project_pair(*operands())
-    torch.testing.assert_close(found, torch_twin.project_pair(*operands()))
+    torch.testing.assert_close(found, project_pair.project_twice(*operands()))
     assert not chosen()[1] and "off by" in caplog.text
 
 
@@ -111,11 +136,9 @@ def test_a_kernel_that_is_wrong_is_left_and_the_log_warns(card, monkeypatch, cap
 def test_a_product_that_is_no_better_than_float32_is_left(card, monkeypatch, factor, wins):
     """Whatever its operands are: what comes of it is taken for float64's."""
     slow_torch(monkeypatch, "precise_product")
-    run = precise_product.run_precise_product
-    monkeypatch.setattr(
-        precise_product, "run_precise_product", lambda *x: (run(*x)[0] * factor, run(*x)[1])
-    )
-    precise_product.precise_product(operands()[2].half())
+    run = run_precise_product
+    change(monkeypatch, "precise_product", run=lambda *x: (run(*x)[0] * factor, run(*x)[1]))
+    precise_product(operands()[2].half())
     assert chosen()[1] == wins
 
 
@@ -124,6 +147,99 @@ def test_a_kernel_that_does_not_launch_is_left_and_the_log_warns(card, caplog):
     with caplog.at_level(logging.WARNING):
         project_pair.project_pair(*operands())
     assert "too many resources" in chosen()[2] and "too many resources" in caplog.text
+
+
+FAULTS = {
+    "os.abort() if op == 'project_pair' else 0": "exit code -6",
+    "op == 'project_pair' and sys.exit('an illegal memory access was encountered')": "illegal",
+    "time.sleep(9 * (op == 'project_pair'))": "it takes more than",
+    "if op == 'project_pair': print('END', op, 'no such kernel'); continue": "no such kernel",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_ends_its_process_does_not_run_in_the_callers(card, monkeypatch, fault):
+    kept = JsonTable(None)
+    trial.keep_choices(kept.get, kept.put)
+    monkeypatch.setattr(child, "SECONDS", 1.0)
+    play(monkeypatch, fault)
+    slow_torch(monkeypatch)
+    card.fails = True  # whoever runs it here is seen
+    found = project_pair.project_pair(*operands())
+    torch.testing.assert_close(found, project_pair.project_twice(*operands()))
+    key, wins, why = chosen()
+    assert (
+        not wins and why.startswith("it fails in a process of its own: ") and FAULTS[fault] in why
+    )
+    place = key[key.index("on ") :]
+    assert set(kept.get(place)) == set(probe.CASES) and not kept.get(place)["small_svd"]
+    # The next process starts no child, and another op is not lost.
+    trial._choices.clear(), trial._probes.clear()
+    monkeypatch.setattr(child, "command", lambda: pytest.fail("a second child"))
+    card.fails = False
+    project_pair.project_pair(*operands())
+    small_svd(operands()[0])
+    assert sorted(wins or " s over " in why for wins, why in trial.list_choices().values()) == [
+        False,
+        True,
+    ]
+
+
+NOTHING_RUNS = {
+    "no memory": "op == 'project_pair' and sys.exit('CUDA error: out of memory')",
+    "no memory, said": "if op == 'project_pair': print('END', op, 'CUDA out of memory'); continue",
+    "no interpreter": None,
+}
+
+
+@pytest.mark.parametrize("fault", NOTHING_RUNS)
+def test_what_has_not_run_in_a_process_of_its_own_is_left_this_time(card, monkeypatch, fault):
+    kept = JsonTable(None)
+    trial.keep_choices(kept.get, kept.put)
+    if NOTHING_RUNS[fault]:
+        play(monkeypatch, NOTHING_RUNS[fault])
+    else:
+        monkeypatch.setattr(child, "command", lambda: [])
+    card.fails = True
+    torch.testing.assert_close(
+        project_pair.project_pair(*operands()), project_pair.project_twice(*operands())
+    )
+    assert not trial.list_choices() and not trial._read("on cpu")
+    trial._probes.clear()
+    play(monkeypatch)
+    card.fails = False
+    project_pair.project_pair(*operands())
+    assert " s over " in chosen()[2]
+
+
+def test_the_child_runs_every_kernel():
+    load("cpu", "_C")
+    assert child.probe_ops("cpu") == (dict.fromkeys(probe.CASES, ""), True)
+
+
+def test_an_application_with_an_interpreter_inside_is_not_started_again(monkeypatch):
+    assert child.command()[0] == sys.executable
+    for other in ("/opt/app/ComfyUI", "", None):
+        monkeypatch.setattr(child.sys, "executable", other)
+        assert child.command() == []
+
+
+def test_a_graph_takes_what_has_won_before_and_tries_nothing(card, monkeypatch):
+    slow_torch(monkeypatch)
+    monkeypatch.setattr(trial, "is_capturing", lambda device: True)
+    project_pair.project_pair(*operands())
+    assert not trial.list_choices()
+    kept = JsonTable(None)
+    trial.keep_choices(kept.get, kept.put)
+    monkeypatch.setattr(trial, "is_capturing", lambda device: False)
+    project_pair.project_pair(*operands())
+    trial._choices.clear()
+    monkeypatch.setattr(trial, "is_capturing", lambda device: True)
+    calls = []
+    run = project_pair.run_project_pair
+    change(monkeypatch, run=lambda *x: calls.append(1) or run(*x))
+    project_pair.project_pair(*operands())
+    assert chosen()[1] and calls
 
 
 def test_choices_outlive_a_process_in_the_store_that_is_given(card, monkeypatch):
@@ -151,18 +267,19 @@ def test_a_damaged_choice_is_made_again(card, entry):
     assert chosen()[1:] == tuple(kept.get(key)) and isinstance(made[0], bool)
 
 
-def test_a_kernel_that_lacked_memory_is_tried_again(card, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, errors.KernelFailure])
+def test_a_kernel_that_lacked_memory_is_tried_again(card, monkeypatch, caplog, error):
     slow_torch(monkeypatch)
     run = project_pair.run_project_pair
 
     def exhausted(*given):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error("CUDA error: out of memory")
 
-    monkeypatch.setattr(project_pair, "run_project_pair", exhausted)
+    change(monkeypatch, run=exhausted)
     with caplog.at_level(logging.WARNING):
         project_pair.project_pair(*operands())
     assert not trial.list_choices() and "out of memory" in caplog.text
-    monkeypatch.setattr(project_pair, "run_project_pair", run)
+    change(monkeypatch, run=run)
     project_pair.project_pair(*operands())
     assert chosen()[1]
 
@@ -191,14 +308,12 @@ def test_the_mathematics_writes_nothing(tmp_path):
 def test_every_op_is_tried(card, monkeypatch):
     monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
     u, _, x = operands()
-    overlap_table([u], [u])
+    subspace_overlap([u], [u])
     panel_qr(x)
     small_svd(u)
     small_singular_values(u)
     project_pair.project_pair(*operands())
-    _, _, *ends = tridiagonal.tridiagonalise(u.mT @ u)
-    tridiagonal.tridiagonal_vectors(*ends, tridiagonal.tridiagonal_values(*ends, 3))
     weight = planted(768, 768, power_law(768, 0.5))[0].half()
     assert prolora.truncated_svd(weight[None], 32).ok
     tried = {key.partition(" ")[0] for key in trial.list_choices()}
-    assert tried == set(native.ON_CPU)
+    assert tried == probe.CASES.keys()

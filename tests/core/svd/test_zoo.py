@@ -4,6 +4,7 @@ Judged by the planted subspace and by LAPACK's ratios, never by comparing singul
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from spectra import clusters, lapack, orthonormal, planted, power_law, sine, spiked
 
 from prolora import truncated_svd
-from prolora.core.ops import torch_twin
+from prolora.core.ops import native
 from prolora.core.ops.precise_product import run_precise_product
 from prolora.core.svd import stacks
 
@@ -103,7 +104,8 @@ def way(request, monkeypatch):
     if request.param == "gpu":
         extension = load("cpu", "_C")
         by_kernel = partial(run_precise_product, extension, cuda=False)
-        monkeypatch.setattr(torch_twin, "precise_product", lambda x, y=None: by_kernel(x, y))
+        op = replace(native.OPS["precise_product"], twin=by_kernel)
+        monkeypatch.setitem(native.OPS, "precise_product", op)
         monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..exceptions import ShapeMismatch
-from . import native, torch_twin
-from .operands import ANY_DEVICE, NAMESPACE, library, registered
+from . import native
+from .operands import register, registered
+from .panel_qr import factor_panel
 
 STORED = {torch.float16: 0, torch.bfloat16: 1}
 """The dtypes of weights, as StoredAs in csrc/ops.h numbers them."""
@@ -19,10 +21,6 @@ MAX_WIDTH = 64
 
 # Rows that the kernels can take: kMaxStride in csrc/tile.h.
 MAX_ROW = 2**24
-
-library.define(
-    "krylov_block(Tensor w, Tensor(a!) rows, Tensor(b!) projected, int size, int width) -> Tensor"
-)
 
 
 def run_krylov_block(
@@ -34,31 +32,63 @@ def run_krylov_block(
     width: int,
     cuda: bool,
 ) -> Tensor:
-    """Runs the kernel on W [b, d, n], contiguous or transposed -> float64 [b].
-
-    It writes `rows` and `projected`.
-    """
+    """Runs the kernel on W [b, d, n], contiguous or transposed; writes `rows`, `projected`."""
     b, d, n = w.shape
     room = rows.shape[1]
     transposed = not w.is_contiguous()
     with native.on_device(w):
         parts = kernels.krylov_block_scratch(b, d, n, size, width, cuda)
-    tensors = (
-        w.mT if transposed else w,
-        rows,
-        projected,
-        rows.new_empty(b, dtype=torch.float64),
-        rows.new_empty(b, 2, width, dtype=torch.float64),
-        rows.new_empty(b, width, n),
-        rows.new_empty(b, width, d),
-        rows.new_empty(2, b, width, size),
-        rows.new_empty(parts),
-        rows.new_empty(b, width, width),
-        rows.new_empty(b, dtype=torch.int64),
-    )
-    sizes = (b, d, n, room, size, width, STORED[w.dtype], int(transposed))
-    native.run_kernel(kernels, "krylov_block", tensors, sizes, cuda)
-    return tensors[3]
+    length = rows.new_empty(b, dtype=torch.float64)
+    tensors = {
+        "w": w.mT if transposed else w,
+        "rows": rows,
+        "projected": projected,
+        "length": length,
+        "lengths": rows.new_empty(b, 2, width, dtype=torch.float64),
+        "images": rows.new_empty(b, width, n),
+        "image": rows.new_empty(b, width, d),
+        "coefficients": rows.new_empty(b, width, size),
+        "parts": rows.new_empty(parts),
+        "l": rows.new_empty(b, width, width),
+        "rank": rows.new_empty(b, dtype=torch.int64),
+    }
+    sizes = {
+        "batch": b,
+        "d": d,
+        "n": n,
+        "room": room,
+        "size": size,
+        "width": width,
+        "stored": STORED[w.dtype],
+        "transposed": int(transposed),
+    }
+    native.run_kernel(kernels, "krylov_block", cuda, False, tensors, sizes)
+    return length
+
+
+def extend_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+    """Computes the next block of a basis, and the last image's length outside it.
+
+    w: [b, d, n], any dtype; rows: [b, room, d], the first `size` in use; the next `width` are
+    written; projected: [b, room, room]; its rows `size` − `width` to `size` are written; size: of
+    the basis; width: of a block. Returns float64 [b].
+    """
+    known, last = rows[:, :size], slice(size - width, size)
+    single = w.to(rows.dtype)
+    image = known[:, last] @ single @ single.mT
+    column = image @ known.mT
+    image = torch.baddbmm(image, column, known, alpha=-1)
+    projected[:, last, :size] = column
+    if size + width <= rows.shape[1]:
+        scale = torch.linalg.vector_norm(column, dim=(-2, -1), dtype=torch.float64)
+        block = factor_panel(image, scale)[0].nan_to_num(0.0)
+        # What little is left of a row leans on the basis by rounding: once more.
+        block = torch.baddbmm(block, block @ known.mT, known, alpha=-1)
+        block = factor_panel(block, torch.ones_like(scale))[0].nan_to_num(0.0)
+        rows[:, size : size + width] = block
+    # As the kernels do: in float32 the squares of what is large or small leave its range.
+    length: Tensor = torch.linalg.vector_norm(image, dim=(-2, -1), dtype=torch.float64)
+    return length
 
 
 def check_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> None:
@@ -89,12 +119,12 @@ def check_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: in
         )
 
 
-def _krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
+def _krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Any:
     check_block(w, rows, projected, size, width)
-    choice = native.choose("krylov_block", w.device)
+    choice, op = native.choose("krylov_block", w.device), native.OPS["krylov_block"]
     if choice.kernels is None or max(w.shape[1:]) > MAX_ROW:
-        return torch_twin.krylov_block(w, rows, projected, size, width)
-    return run_krylov_block(choice.kernels, w, rows, projected, size, width, choice.cuda)
+        return op.twin(w, rows, projected, size, width)
+    return op.run(choice.kernels, w, rows, projected, size, width, choice.cuda)
 
 
 def _krylov_block_fake(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
@@ -102,17 +132,21 @@ def _krylov_block_fake(w: Tensor, rows: Tensor, projected: Tensor, size: int, wi
     return rows.new_empty(w.shape[0], dtype=torch.float64)
 
 
-library.impl("krylov_block", _krylov_block, ANY_DEVICE)
-torch.library.register_fake(f"{NAMESPACE}::krylov_block", _krylov_block_fake)
+native.OPS["krylov_block"] = native.Op(run_krylov_block, extend_block, on_cpu=native.PRODUCTS)
+register(
+    "krylov_block(Tensor w, Tensor(a!) rows, Tensor(b!) projected, int size, int width) -> Tensor",
+    _krylov_block,
+    _krylov_block_fake,
+)
 
 
 def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> Tensor:
     """Extends an orthonormal basis of span{Y, GY, G²Y, …}, G = wwᵀ, by a block.
 
     The last `width` of the rows in use are multiplied by G, without a float32 copy of w; what the
-    basis holds of the product is removed twice, its coefficients become rows of the projection of
-    G, and the rest as orthonormal rows is the next block, where there is room for it. A direction
-    that adds nothing is a zero row. Nothing waits for the device.
+    basis holds of the product is removed, its coefficients become rows of the projection of G, and
+    the rest, made orthonormal before and after a second removal, is the next block, where there is
+    room for it. A direction that adds nothing is a zero row. Nothing waits for the device.
 
     w: [b, d, n], float16 or bfloat16, contiguous or the transpose of a contiguous tensor; rows:
     [b, room, d], float32, contiguous: the first `size` are the basis, the `width` behind them are

@@ -1,8 +1,8 @@
 """Where an op runs: in the compiled extension, or in its torch twin.
 
-The extension is optional. Without it, for a device it cannot serve, and on the CPU where torch is
-as fast, the functions of `torch_twin` do the work; nothing else changes. PROLORA_NATIVE=OFF leaves
-the extension alone, ON makes its absence an ImportError.
+The extension is optional. Without it, for a device it cannot serve, and where torch is as fast, the
+twins do the work; nothing else changes. PROLORA_NATIVE=OFF leaves the extension alone, ON makes its
+absence an ImportError.
 """
 
 from __future__ import annotations
@@ -17,34 +17,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
 from ..exceptions import KernelFailure
 from . import trial
-from .trial import INTERFACE, describe_card, list_choices
+from .trial import describe_card, list_choices
 
 logger = logging.getLogger(__name__)
 
-Out = TypeVar("Out")
+INTERFACE = "7c4ab67ef7ba"
+"""The first digits of the SHA-256 of csrc/ops.h that this Python side was written for."""
+
 # How far a kernel's result may be from torch's, relative to its norm, in float64 and float32.
 FAR, FAR_32 = 1e-10, 1e-4
 
-ON_CPU = {
-    "krylov_block": "torch's products are faster on a CPU",
-    "overlap_table": "torch's products are faster on a CPU",
-    "panel_qr": "torch's products are faster on a CPU",
-    "precise_product": "torch's float64 is faster on a CPU",
-    "project_pair": "torch's products are faster on a CPU",
-    "small_singular_values": "LAPACK is faster on a CPU",
-    "small_svd": "",
-    "tridiagonal_values": "",
-    "tridiagonal_vectors": "",
-    "tridiagonalise": "",
-}
-"""The ops, each with the reason why the extension leaves it to torch on a CPU, if it does."""
+
+@dataclass(frozen=True)
+class Op:
+    """An op: in the extension, and in torch, which runs where the extension does not."""
+
+    run: Callable[..., Any]  # takes the extension, the operands, and whether the kernels are CUDA's
+    twin: Callable[..., Any]  # takes the operands
+    compared: Callable[[Any], Sequence[Tensor]] = list  # makes what is equal up to rounding
+    far: float | None = None  # how far it may be, unless the dtype says
+    # Why torch does it on a CPU or a GPU, if it does.
+    on_cpu: str = ""
+    on_gpu: str = ""
+
+
+PRODUCTS = "torch's products are faster on a CPU"
+
+OPS: dict[str, Op] = {}
+"""Every op by its name; each file of this folder adds its own."""
 
 
 @dataclass(frozen=True)
@@ -182,34 +189,26 @@ def serving(device: torch.device) -> Choice:
 def choose(op: str, device: torch.device) -> Choice:
     """Returns what runs an op on a device; a trial may yet decide against CUDA's kernels."""
     choice = serving(device)
-    if device.type == "cpu" and choice.kernels is not None and not choice.cuda and ON_CPU[op]:
-        return Choice(None, ON_CPU[op])
+    if choice.kernels is not None:
+        why = OPS[op].on_gpu if choice.cuda else OPS[op].on_cpu
+        return Choice(None, why) if why else choice
     return choice
 
 
-def run_best(
-    op: str,
-    like: Tensor,
-    sizes: Sequence[int],
-    run: Callable[..., Out],
-    twin: Callable[..., Out],
-    operands: Sequence[Any],
-    compared: Callable[[Out], Sequence[Tensor]],
-    far: float | None = None,
-) -> Out:
+def run_best(name: str, like: Tensor, sizes: Sequence[int], *operands: Any) -> Any:
     """Runs an op by the extension or by its torch twin.
 
-    CUDA's kernels have to win a trial of operands of these sizes first. `compared` makes of a
-    result what is to be equal up to rounding: `far`, unless the dtype says.
+    CUDA's kernels have to win a trial of operands of these sizes first.
     """
-    choice, torchs = choose(op, like.device), partial(twin, *operands)
+    choice, op = choose(name, like.device), OPS[name]
+    torchs = partial(op.twin, *operands)
     if choice.kernels is None:
         return torchs()
-    mine = partial(run, choice.kernels, *operands, choice.cuda)
+    mine = partial(op.run, choice.kernels, *operands, choice.cuda)
     if choice.cuda:
-        far = far or (FAR if like.dtype == torch.float64 else FAR_32)
-        both = (lambda: compared(mine())), (lambda: compared(torchs()))
-        if not trial.prefers_kernel(op, like, sizes, both, far, choice.kernels.sources):
+        far = op.far or (FAR if like.dtype == torch.float64 else FAR_32)
+        both = (lambda: op.compared(mine())), (lambda: op.compared(torchs()))
+        if not trial.prefers_kernel(name, like, sizes, both, far, choice.kernels.sources):
             return torchs()
     return mine()
 
@@ -234,10 +233,10 @@ def describe_installation() -> dict[str, str | int]:
         "CUDA kernels": (kernels.cuda_architectures if kernels else "") or "none",
         "GPUs that run the kernels": f"0 ({why})" if count == 0 else count,
     }
-    for op in ON_CPU:
+    for op in OPS:
         on_cpu = choose(op, torch.device("cpu"))
         cpu = f"torch ({on_cpu.why})" if on_cpu.kernels is None else "extension"
-        gpu = "what wins a trial at first use" if count else "torch"
+        gpu = "torch" if OPS[op].on_gpu or not count else "what wins a trial at first use"
         facts[f"op {op}"] = f"cpu: {cpu}; gpu: {gpu}"
     for tried, (wins, why) in sorted(list_choices().items()):
         facts[f"trial of {tried}"] = f"{'extension' if wins else 'torch'} ({why})"
@@ -247,25 +246,24 @@ def describe_installation() -> dict[str, str | int]:
 def run_kernel(
     kernels: ModuleType,
     op: str,
-    tensors: Sequence[Tensor],
-    sizes: Sequence[int],
     cuda: bool,
-    float64: bool | None = None,
+    float64: bool,
+    tensors: dict[str, Tensor],
+    sizes: dict[str, int],
 ) -> None:
     """Runs an op of `kernels` (the extension, or the emulator in tests).
 
-    The tensors are contiguous, on one device, in the order of the op's struct in csrc/ops.h, where
-    the sizes follow. `cuda` says whether to run the kernel: the tensors' device differs from it in
-    the emulator. `float64` of None means the first tensor's precision.
+    The tensors are contiguous, on one device, and with the sizes behind them the fields of the op's
+    struct in csrc/ops.h, in their order. `cuda` says whether to run the kernel: the tensors' device
+    differs from it in the emulator.
 
     Raises:
         KernelFailure: it did not run; PROLORA_NATIVE=OFF leaves the work to torch.
     """
-    like = tensors[0]
-    float64 = like.dtype == torch.float64 if float64 is None else float64
+    like = next(iter(tensors.values()))
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     with on_device(like):
-        numbers = [*(x.data_ptr() for x in tensors), *sizes]
+        numbers = [*(x.data_ptr() for x in tensors.values()), *sizes.values()]
         try:
             kernels.run(op, numbers, float64, cuda, stream)
         except RuntimeError as error:

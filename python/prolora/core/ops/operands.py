@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,13 +14,16 @@ NAMESPACE = __name__.removesuffix(".core.ops.operands").replace(".", "_")
 """torch's name for the ops of this copy of the package: a second copy has another."""
 
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
-"""Where the ops are registered, each in its own file."""
-
 registered = getattr(torch.ops, NAMESPACE)
 """The registered ops, to call."""
 
-ANY_DEVICE = "CompositeExplicitAutograd"
-"""torch's dispatch key of an implementation that serves every device."""
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers an op for every device; `fake` gives outputs without numbers."""
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
 
 
 def check_operands(op: str, **tensors: Tensor) -> None:

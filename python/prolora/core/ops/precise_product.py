@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..exceptions import ShapeMismatch
-from . import native, torch_twin
-from .operands import ANY_DEVICE, NAMESPACE, library, registered
+from ..symmetric import lower_gram, mirror_lower
+from . import native
+from .operands import register, registered
 
 STORED = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 """The dtypes of operands, as StoredAs in csrc/ops.h numbers them."""
@@ -18,8 +20,6 @@ MAX_DEPTH = 21824
 """kMaxPreciseDepth in csrc/ops.h."""
 
 DIGITS, STEP = 6, 32  # kDigits and kDigitStep in csrc/precise_product.h
-
-library.define("precise_product(Tensor x, Tensor? y=None) -> (Tensor, Tensor)")
 
 # Of the powers of two of both rows, what each term of a sum may err (csrc/precise_product.h); and
 # the power of two between those and the scales that the kernel keeps.
@@ -35,17 +35,35 @@ def run_precise_product(
     b, rows, depth = x.shape
     both, pitch = b * (rows + (0 if y is x else y.shape[1])), -(-depth // STEP) * STEP
     product = x.new_empty(b, rows, y.shape[1], dtype=torch.float64)
-    digits = x.new_empty(DIGITS, both, pitch, dtype=torch.int8)
     scales = x.new_empty(both, dtype=torch.float64)
-    second = x.new_empty(0) if y is x else y  # the address of a tensor without elements is 0
-    sizes = (b, rows, y.shape[1], depth, pitch, STORED[x.dtype], STORED[y.dtype])
-    tensors = (x, second, product, digits, scales)
-    native.run_kernel(kernels, "precise_product", tensors, sizes, cuda, False)
+    tensors = {
+        "x": x,
+        "y": x.new_empty(0) if y is x else y,  # the address of a tensor without elements is 0
+        "product": product,
+        "digits": x.new_empty(DIGITS, both, pitch, dtype=torch.int8),
+        "scales": scales,
+    }
+    sizes = {
+        "batch": b,
+        "rows": rows,
+        "cols": y.shape[1],
+        "depth": depth,
+        "pitch": pitch,
+        "x_stored": STORED[x.dtype],
+        "y_stored": STORED[y.dtype],
+    }
+    native.run_kernel(kernels, "precise_product", cuda, False, tensors, sizes)
     of_x = torch.linalg.vector_norm(scales[: b * rows].view(b, rows) * SCALE, dim=1)
     of_y = (
         of_x if y is x else torch.linalg.vector_norm(scales[b * rows :].view(b, -1) * SCALE, dim=1)
     )
     return product, of_x * of_y * (depth * TERM_ERROR)
+
+
+def multiply_wide(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Multiplies in float64: x [b, r, p], y [b, c, p], any dtype -> x yᵀ, or x xᵀ; zeros [b]."""
+    product = mirror_lower(lower_gram(x)) if y is None else x.double() @ y.double().mT
+    return product, product.new_zeros(len(x))
 
 
 def check_factors(x: Tensor, y: Tensor) -> None:
@@ -62,22 +80,12 @@ def check_factors(x: Tensor, y: Tensor) -> None:
         )
 
 
-def _precise_product(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    other = x if y is None else y
-    check_factors(x, other)
+def _precise_product(x: Tensor, y: Tensor | None = None) -> Any:
+    check_factors(x, x if y is None else y)
     if x.shape[2] > MAX_DEPTH:
-        return torch_twin.precise_product(x, y)
-    sizes, twin = (*x.shape, 0 if y is None else y.shape[1]), torch_twin.precise_product
-    return native.run_best(
-        "precise_product",
-        x,
-        sizes,
-        run_precise_product,
-        twin,
-        (x, y),
-        lambda both: both[:1],
-        native.FAR,
-    )
+        return multiply_wide(x, y)
+    sizes = (*x.shape, 0 if y is None else y.shape[1])
+    return native.run_best("precise_product", x, sizes, x, y)
 
 
 def _precise_product_fake(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -87,8 +95,18 @@ def _precise_product_fake(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, T
     return product, product.new_empty(len(x))
 
 
-library.impl("precise_product", _precise_product, ANY_DEVICE)
-torch.library.register_fake(f"{NAMESPACE}::precise_product", _precise_product_fake)
+native.OPS["precise_product"] = native.Op(
+    run_precise_product,
+    multiply_wide,
+    lambda both: both[:1],
+    native.FAR,
+    on_cpu="torch's float64 is faster on a CPU",
+)
+register(
+    "precise_product(Tensor x, Tensor? y=None) -> (Tensor, Tensor)",
+    _precise_product,
+    _precise_product_fake,
+)
 
 
 def precise_product(x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ShapeMismatch
-from . import native, torch_twin
-from .operands import ANY_DEVICE, NAMESPACE, check_operands, flatten_stack, library, registered
+from ..parallel import map_on_threads
+from . import native
+from .operands import check_operands, flatten_stack, register, registered
 
 MAX_SVD_COLUMNS = 128
 """kMaxSvdColumns in csrc/ops.h."""
@@ -21,36 +22,76 @@ CPU_COLUMNS = 16
 # Entries of a matrix that the kernels can count: their indices have 32 bits.
 MAX_ENTRIES = 2**31 - 1
 
-library.define("small_svd(Tensor a) -> (Tensor, Tensor, Tensor)")
-library.define("small_singular_values(Tensor a) -> Tensor")
-
 
 def run_small_svd(kernels: ModuleType, a: Tensor, cuda: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the kernel on a [b, m, n].
-
-    It returns u [b, m, n], s [b, n] and v [b, n, n].
-    """
+    """Runs the kernel on a [b, m, n]: u [b, m, n], s [b, n], v [b, n, n]."""
     a = a.contiguous()
-    b, m, n = a.shape
+    b, _, n = a.shape
     u, s, v = torch.empty_like(a), a.new_empty(b, n), a.new_empty(b, n, n)
-    scratch = _new_scratch(kernels, a, True, cuda)
-    native.run_kernel(kernels, "small_svd", (a, u, s, v, scratch), (b, m, n), cuda)
+    _run(kernels, "small_svd", cuda, {"a": a, "u": u, "s": s, "v": v})
     return u, s, v
 
 
 def run_small_singular_values(kernels: ModuleType, a: Tensor, cuda: bool) -> Tensor:
     """Runs the kernel on a [b, m, n] -> s [b, n]."""
     a = a.contiguous()
-    b, m, n = a.shape
-    s, scratch = a.new_empty(b, n), _new_scratch(kernels, a, False, cuda)
-    native.run_kernel(kernels, "small_singular_values", (a, s, scratch), (b, m, n), cuda)
+    s = a.new_empty(a.shape[0], a.shape[2])
+    _run(kernels, "small_singular_values", cuda, {"a": a, "s": s})
     return s
 
 
-def _new_scratch(kernels: ModuleType, a: Tensor, vectors: bool, cuda: bool) -> Tensor:
+def _run(kernels: ModuleType, op: str, cuda: bool, tensors: dict[str, Tensor]) -> None:
+    a = tensors["a"]
+    (b, m, n), float64 = a.shape, a.dtype == torch.float64
     with native.on_device(a):
-        size = kernels.small_svd_scratch(*a.shape, vectors, a.dtype == torch.float64, cuda)
-    return torch.empty(size, dtype=torch.uint8, device=a.device)
+        size = kernels.small_svd_scratch(b, m, n, "v" in tensors, float64, cuda)
+    scratch = torch.empty(size, dtype=torch.uint8, device=a.device)
+    sizes = {"batch": b, "m": m, "n": n}
+    native.run_kernel(kernels, op, cuda, float64, tensors | {"scratch": scratch}, sizes)
+
+
+def svd_on_threads(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs torch.linalg.svd, the stack shared out over the threads of the CPU.
+
+    At these sizes LAPACK has no use for a second thread.
+
+    a: [b, m, n], n ≤ m. Returns u [b, m, n], s [b, n] descending, v [b, n, n].
+    """
+    parts = map_on_threads(svd_of_stack, share_of_threads(a))
+    u, s, v = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return u, s, v
+
+
+def values_on_threads(a: Tensor) -> Tensor:
+    """Runs torch.linalg.svdvals likewise: [b, n], descending."""
+    return torch.cat(map_on_threads(values_of_stack, share_of_threads(a)))
+
+
+def share_of_threads(a: Tensor) -> list[Tensor]:
+    """Splits a stack into one part for each CPU thread; on a GPU into one."""
+    workers = torch.get_num_threads() if a.device.type == "cpu" else 1
+    return list(a.tensor_split(max(1, min(len(a), workers))))
+
+
+def svd_of_stack(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decomposes on one thread: noise among s is 0, NaN and Inf give NaN."""
+    n = a.shape[2]
+    finite = a.isfinite().all(2).all(1)[:, None, None]  # [b, 1, 1]
+    u, s, vt = torch.linalg.svd(torch.where(finite, a, 0), full_matrices=False)
+    noise = s <= n * torch.finfo(a.dtype).eps * s.amax(1, keepdim=True) if n else s > 0
+    u = u.masked_fill(noise[:, None], 0).masked_fill(~finite, torch.nan)
+    s = s.masked_fill(noise, 0).masked_fill(~finite[:, 0], torch.nan)
+    return u, s, vt.mT.masked_fill(~finite, torch.nan).contiguous()
+
+
+def values_of_stack(a: Tensor) -> Tensor:
+    """Returns the singular values on one thread: noise is 0, NaN and Inf give NaN."""
+    n = a.shape[2]
+    finite = a.isfinite().all(2).all(1)[:, None]  # [b, 1]
+    s = torch.linalg.svdvals(torch.where(finite[:, None], a, 0))
+    noise = s <= n * torch.finfo(a.dtype).eps * s.amax(1, keepdim=True) if n else s > 0
+    values: Tensor = s.masked_fill(noise, 0).masked_fill(~finite, torch.nan)
+    return values
 
 
 def _is_torchs(a: Tensor) -> bool:
@@ -59,38 +100,36 @@ def _is_torchs(a: Tensor) -> bool:
     return slower or a.shape[1] * a.shape[2] > MAX_ENTRIES
 
 
-def _small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_torchs(a):
-        return torch_twin.small_svd(a)
-    both = run_small_svd, torch_twin.small_svd
-    return native.run_best("small_svd", a, a.shape, *both, (a,), _compare)
-
-
 def _compare(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     u, s, v = found
     return [(u * s[:, None]) @ v.mT, s]
 
 
-def _small_singular_values(a: Tensor) -> Tensor:
-    if _is_torchs(a):
-        return torch_twin.small_singular_values(a)
-    both = run_small_singular_values, torch_twin.small_singular_values
-    return native.run_best("small_singular_values", a, a.shape, *both, (a,), lambda s: [s])
-
-
-def _small_svd_fake(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    b, m, n = a.shape
-    return a.new_empty(b, m, n), a.new_empty(b, n), a.new_empty(b, n, n)
-
-
-def _small_singular_values_fake(a: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], a.shape[2])
-
-
-library.impl("small_svd", _small_svd, ANY_DEVICE)
-library.impl("small_singular_values", _small_singular_values, ANY_DEVICE)
-torch.library.register_fake(f"{NAMESPACE}::small_svd", _small_svd_fake)
-torch.library.register_fake(f"{NAMESPACE}::small_singular_values", _small_singular_values_fake)
+native.OPS["small_svd"] = native.Op(run_small_svd, svd_on_threads, _compare)
+native.OPS["small_singular_values"] = native.Op(
+    run_small_singular_values,
+    values_on_threads,
+    lambda s: [s],
+    on_cpu="LAPACK is faster on a CPU",
+)
+register(
+    "small_svd(Tensor a) -> (Tensor, Tensor, Tensor)",
+    lambda a: svd_on_threads(a) if _is_torchs(a) else native.run_best("small_svd", a, a.shape, a),
+    lambda a: (
+        torch.empty_like(a),
+        a.new_empty(a.shape[::2]),
+        a.new_empty(len(a), *a.shape[2:] * 2),
+    ),
+)
+register(
+    "small_singular_values(Tensor a) -> Tensor",
+    lambda a: (
+        values_on_threads(a)
+        if _is_torchs(a)
+        else native.run_best("small_singular_values", a, a.shape, a)
+    ),
+    lambda a: a.new_empty(a.shape[::2]),
+)
 
 
 def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

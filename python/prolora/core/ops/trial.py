@@ -3,7 +3,8 @@
 The first call of an op with operands of a size on a card runs both ways, compares what they give
 and times them in turn. The choice stays in memory, and where `keep_choices` puts it, so that the
 next process gives the same bits. A kernel that fails, differs or is no faster loses, and the log
-says why; one that lacked memory is tried again.
+says why; one that lacked memory is tried again. Before the first trial on a card the kernels run in
+a process of their own, which a fault may end.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import torch
 from torch import Tensor
 
 from ..exceptions import KernelFailure
+from . import child
 
 logger = logging.getLogger(__name__)
 
 Way = Callable[[], Sequence[Tensor]]
 """Does the op on operands of its own, and returns what is to be compared."""
 
-INTERFACE = 6
-"""What the Python side expects of the extension: kInterface in csrc/ops.h."""
-
 # The kernel must take this share of torch's time or less, so that no trial comes out otherwise.
 CLEARLY_FASTER = 0.9
 REPEATS = 3
 
+NOT_RUN = "its kernels have not run in a process of their own: no memory, or no process"
+
 _choices: dict[str, tuple[bool, str]] = {}
+# Of a card, its driver and the version of the kernels: the ops that ran in a process of their own,
+# each with the reason why it fails, or "".
+_probes: dict[str, dict[str, str]] = {}
 _read: Callable[[str], Any] = _choices.get
 _write: Callable[[str, Any], object] = _choices.setdefault
 _lock = threading.RLock()  # a trial of one op may run another
@@ -47,26 +51,50 @@ def prefers_kernel(
     the version of the kernels: mended ones are tried again.
     """
     device = like.device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False  # a graph can neither be timed nor waited for
     rounded = "×".join(str(1 << max(0, size - 1).bit_length()) for size in sizes)
     dtype = str(like.dtype).removeprefix("torch.")
-    key = f"{op} {dtype} {rounded} on {describe_card(device)}, kernels {sources}"
+    place = f"on {describe_card(device)}, kernels {sources}"
+    key = f"{op} {dtype} {rounded} {place}"
     with _lock:
         match _read(key):
             case [bool(wins), str(why)] if key not in _choices:
                 _choices[key] = wins, why
         if key not in _choices:
+            if is_capturing(device):
+                return False  # a graph can neither be timed nor waited for
+            fault = _find_fault(op, device, place)
             try:
-                choice = _try(*ways, far, device)
+                choice = (False, fault) if fault else _try(*ways, far, device)
             except torch.cuda.OutOfMemoryError as error:
-                logger.warning("%s: by torch this time (%s)", key, error)
+                choice = False, str(error)
+            if choice[1] == NOT_RUN or child.lacks_memory(choice[1]):
+                logger.warning("%s: by torch this time (%s)", key, choice[1])
                 return False
             _choices[key] = wins, why = choice
             level = logging.INFO if " s over " in why else logging.WARNING
             logger.log(level, "%s: by %s (%s)", key, "the kernel" if wins else "torch", why)
             _write(key, list(choice))
         return _choices[key][0]
+
+
+def _find_fault(op: str, device: torch.device, place: str) -> str:
+    """Returns why the kernels of an op fail in a child process, or ""."""
+    if place not in _probes:
+        match _read(place):
+            case dict() as results:
+                _probes[place] = {str(name): str(why) for name, why in results.items()}
+            case _:
+                logger.info("%s: their first run, in a process of their own", place)
+                _probes[place], complete = child.probe_ops(str(device))
+                if complete:
+                    _write(place, _probes[place])
+    why = _probes[place].get(op)
+    return NOT_RUN if why is None else why and f"it fails in a process of its own: {why}"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Returns whether a graph records what is called now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def keep_choices(read: Callable[[str], Any], write: Callable[[str, Any], object]) -> None:

@@ -1,4 +1,7 @@
-"""tridiagonalise, tridiagonal_values, tridiagonal_vectors: leading eigenpairs in three steps."""
+"""tridiagonalise, tridiagonal_values, tridiagonal_vectors: leading eigenpairs in three steps.
+
+They run on a CPU alone, among steps that look at numbers, and so are not registered with torch.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,99 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ShapeMismatch
-from . import native, torch_twin
-from .operands import ANY_DEVICE, NAMESPACE, library, registered
+from . import native
 
 MAX_COLUMNS = 16384
 """kMaxTridiagonal in csrc/ops.h."""
-
-library.define("tridiagonalise(Tensor symmetric) -> (Tensor, Tensor, Tensor, Tensor)")
-library.define("tridiagonal_values(Tensor diagonal, Tensor beside, int count) -> Tensor")
-library.define("tridiagonal_vectors(Tensor diagonal, Tensor beside, Tensor values) -> Tensor")
 
 
 def run_tridiagonalise(
     kernels: ModuleType, symmetric: Tensor, cuda: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs the kernel on a copy of symmetric [b, d, d]."""
+    """Runs the extension on a copy of symmetric [b, d, d]."""
     b, d, _ = symmetric.shape
     a = symmetric.clone(memory_format=torch.contiguous_format)
     tau, wide = a.new_empty(b, d), torch.float64
     diagonal, beside = a.new_empty(b, d, dtype=wide), a.new_empty(b, d, dtype=wide)
     size = kernels.tridiagonalise_scratch(b, d, a.dtype == wide)
-    scratch = torch.empty(size, dtype=torch.uint8, device=a.device)
-    native.run_kernel(kernels, "tridiagonalise", (a, tau, diagonal, beside, scratch), (b, d), cuda)
+    tensors = {
+        "a": a,
+        "tau": tau,
+        "diagonal": diagonal,
+        "beside": beside,
+        "scratch": torch.empty(size, dtype=torch.uint8, device=a.device),
+    }
+    sizes = {"batch": b, "d": d}
+    native.run_kernel(kernels, "tridiagonalise", cuda, a.dtype == wide, tensors, sizes)
     return a, tau, diagonal, beside
 
 
 def run_tridiagonal_values(
     kernels: ModuleType, diagonal: Tensor, beside: Tensor, count: int, cuda: bool
 ) -> Tensor:
-    """Runs the kernel on T [b, d] -> [b, count]."""
+    """Runs the extension on T [b, d] -> [b, count]."""
     b, d = diagonal.shape
     values = diagonal.new_empty(b, count)
-    tensors = (diagonal.contiguous(), beside.contiguous(), values)
-    native.run_kernel(kernels, "tridiagonal_values", tensors, (b, d, count), cuda)
+    tensors = {"diagonal": diagonal.contiguous(), "beside": beside.contiguous(), "values": values}
+    sizes = {"batch": b, "d": d, "count": count}
+    native.run_kernel(kernels, "tridiagonal_values", cuda, True, tensors, sizes)
     return values
 
 
 def run_tridiagonal_vectors(
     kernels: ModuleType, diagonal: Tensor, beside: Tensor, values: Tensor, cuda: bool
 ) -> Tensor:
-    """Runs the kernel on T [b, d] and values [b, count] -> [b, count, d]."""
+    """Runs the extension on T [b, d] and values [b, count] -> [b, count, d]."""
     (b, d), count = diagonal.shape, values.shape[1]
     vectors = diagonal.new_empty(b, count, d, dtype=torch.float32)
-    scratch = diagonal.new_empty(3 * b * d * count if cuda else 0)
-    tensors = (diagonal.contiguous(), beside.contiguous(), values.contiguous(), scratch, vectors)
-    native.run_kernel(kernels, "tridiagonal_vectors", tensors, (b, d, count), cuda)
+    tensors = {
+        "diagonal": diagonal.contiguous(),
+        "beside": beside.contiguous(),
+        "values": values.contiguous(),
+        "vectors": vectors,
+    }
+    sizes = {"batch": b, "d": d, "count": count}
+    native.run_kernel(kernels, "tridiagonal_vectors", cuda, True, tensors, sizes)
     return vectors
+
+
+def reduce_in_turn(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reduces [b, d, d] by one reflection after the other; what each step does, to read."""
+    a = symmetric.triu() + symmetric.triu(1).mT
+    b, d, _ = a.shape
+    tau = a.new_zeros(b, d)
+    for j in range(d - 1):
+        x = a[:, j, j + 1 :].clone()
+        length = torch.copysign(torch.linalg.vector_norm(x, dim=1), -x[:, 0])
+        none = (x[:, 1:] == 0).all(1)
+        length = torch.where(none, x[:, 0], length)
+        v = torch.where(none, 0.0, x.T / (x[:, 0] - length)).T
+        v[:, 0] = 1
+        tau[:, j] = torch.where(none, 0.0, (length - x[:, 0]) / length)
+        scaled, rest = v * tau[:, j, None], a[:, j + 1 :, j + 1 :]
+        p = (rest @ scaled[..., None])[..., 0]
+        w = p - scaled * ((p * v).sum(1, keepdim=True) / 2)
+        outer = v[:, :, None] * w[:, None]
+        rest -= outer + outer.mT
+        a[:, j, j + 1] = a[:, j + 1, j] = length
+        a[:, j, j + 2 :] = v[:, 1:]
+    beside = torch.nn.functional.pad(a.diagonal(1, 1, 2), (0, 1))
+    diagonal = a.diagonal(dim1=1, dim2=2).to(torch.float64, copy=True)  # an op's outputs share none
+    return a, tau, diagonal, beside.double()
+
+
+def values_of_lapack(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
+    """Returns the largest eigenvalues [b, count] of T, descending."""
+    lower = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], -1)
+    values: Tensor = torch.linalg.eigvalsh(lower)
+    return values.flip(1)[:, :count].contiguous()
+
+
+def vectors_of_lapack(diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
+    """Returns eigenvectors of T as rows [b, count, d], float32, of its largest eigenvalues."""
+    lower = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], -1)
+    vectors: Tensor = torch.linalg.eigh(lower)[1]
+    return vectors.flip(2)[:, :, : values.shape[1]].mT.float().contiguous()
 
 
 def check_symmetric(symmetric: Tensor) -> None:
@@ -81,59 +131,12 @@ def check_tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> None:
         )
 
 
-def _tridiagonalise(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_symmetric(symmetric)
-    both = run_tridiagonalise, torch_twin.tridiagonalise
-    sizes = symmetric.shape
-    return native.run_best("tridiagonalise", symmetric, sizes, *both, (symmetric,), _compare)
-
-
-def _compare(found: tuple[Tensor, ...]) -> list[Tensor]:
-    """Computes what does not depend on how rounding has turned the reflections."""
-    return [found[2].sum(1), (found[2].square() + 2 * found[3].square()).sum(1).sqrt()]
-
-
-def _tridiagonal_values(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
-    check_tridiagonal(diagonal, beside, count)
-    both = run_tridiagonal_values, torch_twin.tridiagonal_values
-    sizes, operands = (*diagonal.shape, count), (diagonal, beside, count)
-    return native.run_best(
-        "tridiagonal_values", diagonal, sizes, *both, operands, lambda values: [values]
-    )
-
-
-def _tridiagonal_vectors(diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
-    check_tridiagonal(diagonal, beside, values.shape[1])
-    both = run_tridiagonal_vectors, torch_twin.tridiagonal_vectors
-    sizes, operands = (*diagonal.shape, values.shape[1]), (diagonal, beside, values)
-    return native.run_best(
-        "tridiagonal_vectors", diagonal, sizes, *both, operands, lambda x: [x.abs()], native.FAR_32
-    )
-
-
-def _tridiagonalise_fake(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_symmetric(symmetric)
-    b, d, _ = symmetric.shape
-    tau, wide = symmetric.new_empty(b, d), torch.float64
-    ends = (symmetric.new_empty(b, d, dtype=wide), symmetric.new_empty(b, d, dtype=wide))
-    return symmetric.new_empty(b, d, d), tau, *ends
-
-
-def _tridiagonal_values_fake(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
-    return diagonal.new_empty(len(diagonal), count)
-
-
-def _tridiagonal_vectors_fake(diagonal: Tensor, beside: Tensor, values: Tensor) -> Tensor:
-    return diagonal.new_empty(*values.shape, diagonal.shape[1], dtype=torch.float32)
-
-
-for _name, _run, _fake in (
-    ("tridiagonalise", _tridiagonalise, _tridiagonalise_fake),
-    ("tridiagonal_values", _tridiagonal_values, _tridiagonal_values_fake),
-    ("tridiagonal_vectors", _tridiagonal_vectors, _tridiagonal_vectors_fake),
+for _name, _run, _twin in (
+    ("tridiagonalise", run_tridiagonalise, reduce_in_turn),
+    ("tridiagonal_values", run_tridiagonal_values, values_of_lapack),
+    ("tridiagonal_vectors", run_tridiagonal_vectors, vectors_of_lapack),
 ):
-    library.impl(_name, _run, ANY_DEVICE)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
+    native.OPS[_name] = native.Op(_run, _twin, on_gpu="cuSOLVER is faster on a GPU")
 
 
 def tridiagonalise(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,7 +151,9 @@ def tridiagonalise(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         TypeError: another dtype.
         ShapeMismatch: no stack of square matrices, or more than 16384 columns.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = registered.tridiagonalise(symmetric)
+    check_symmetric(symmetric)
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    result = native.run_best("tridiagonalise", symmetric, (), symmetric)
     return result
 
 
@@ -161,7 +166,8 @@ def tridiagonal_values(diagonal: Tensor, beside: Tensor, count: int) -> Tensor:
         TypeError: a dtype other than float64, or two devices.
         ShapeMismatch: shapes that do not agree, or more values than columns.
     """
-    values: Tensor = registered.tridiagonal_values(diagonal, beside, count)
+    check_tridiagonal(diagonal, beside, count)
+    values: Tensor = native.run_best("tridiagonal_values", diagonal, (), diagonal, beside, count)
     return values
 
 
@@ -173,5 +179,7 @@ def tridiagonal_vectors(diagonal: Tensor, beside: Tensor, values: Tensor) -> Ten
     diagonal, beside: [b, d], as of `tridiagonalise`; values: [b, count], the largest ones. Returns
     rows [b, count, d], float32. Raises as `tridiagonal_values`.
     """
-    vectors: Tensor = registered.tridiagonal_vectors(diagonal, beside, values)
+    check_tridiagonal(diagonal, beside, values.shape[1])
+    vectors: Tensor
+    vectors = native.run_best("tridiagonal_vectors", diagonal, (), diagonal, beside, values)
     return vectors

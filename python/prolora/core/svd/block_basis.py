@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.krylov_block import krylov_block
-from ..ops.torch_twin import subtract_basis
-from .panels import orthonormalise_panel
+from .panels import extend_basis
 from .products import FormedGram, ImpliedGram
 from .stacks import take_places
 
@@ -19,8 +18,7 @@ from .stacks import take_places
 class BlockBasis:
     """Growing orthonormal basis, and G = wwᵀ projected on it.
 
-    Where a matrix gives no further direction, the basis has a zero row instead, and the iteration
-    of the others goes on.
+    It has a zero row where a matrix gives no further direction.
     """
 
     gram: FormedGram | ImpliedGram  # products with G
@@ -62,24 +60,20 @@ class BlockBasis:
         return self.rows.shape[1]
 
     def expand(self) -> None:
-        """Finds what G adds to the basis: its last block's image, orthogonal to it.
-
-        The coefficients of that image are the last rows of the projection.
-        """
+        """Finds what G adds to the basis, and the last rows of the projection."""
         if self.stored is not None:
             self.found = krylov_block(self.stored, self.rows, self.projected, self.size, self.width)
             return
         known = self.rows[:, : self.size]
         last = slice(self.size - self.width, self.size)
-        self.image, column = subtract_basis(self.gram.rough(known[:, last]), known)
+        image = self.gram.rough(known[:, last])
+        column = image @ known.mT
+        self.image = torch.baddbmm(image, column, known, alpha=-1)
         self.projected[:, last, : self.size] = column
         self.scale = torch.linalg.vector_norm(column, dim=(-2, -1)).double()
 
     def length(self) -> Tensor:
-        """Returns the length [b], float64, of what `expand` has found.
-
-        Without the op it is measured only now.
-        """
+        """Returns the length [b], float64, of what `expand` has found."""
         if self.image is None:
             assert self.found is not None
             return self.found
@@ -89,7 +83,7 @@ class BlockBasis:
     def append(self) -> None:
         """Adds what `expand` has found."""
         if self.image is not None and self.scale is not None:
-            block = orthonormalise_panel(self.image, self.scale)
+            block = extend_basis(self.image, self.scale, self.rows[:, : self.size])
             self.rows[:, self.size : self.size + self.width] = block
             self.image = self.scale = None
         self.size += self.width

@@ -162,10 +162,7 @@ def _lower_head(gram: FormedGram, w: Tensor, norm: Tensor) -> Lowered | None:
 def _solve_in_single(
     gram: FormedGram, lowered: Lowered | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Eigenvalues [b, d], float64, descending, and eigenvectors as rows, by float32.
-
-    Returns, too, what rounding is relative to [b, 1], and the head.
-    """
+    """Returns eigenvalues [b, d], eigenvectors as rows, what rounding is relative to, the head."""
     if lowered is None:
         values, vectors = descending_eigh(gram.single)
         return values.double(), vectors.mT, values[:, :1].double(), None
@@ -196,13 +193,7 @@ def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:
 
 
 def _count_missing(held: Tensor, s: Tensor, wanted: Tensor, cut: Cut) -> Tensor:
-    """Returns [b], 1 for columns with too little energy, −1 for too much.
-
-    They may be, because float32 counted them.
-
-    held: [b], the energy of those kept; s: [b, k], their values; wanted: [b]; cut: how many there
-    are.
-    """
+    """Counts the columns [b] that are missing for an energy: 1, 0, or −1 for a spare one."""
     enough = held >= wanted * (1 - 1e-12)
     spare = (held - cut.at(s, -1).square() >= wanted) & (cut.count > 1)
     return (~enough).long() - (enough & spare).long()

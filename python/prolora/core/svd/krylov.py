@@ -231,11 +231,7 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | No
 
 
 def _largest_width(w: Tensor) -> int:
-    """Returns the width of a block that suits w [b, d, n].
-
-    A narrower one needs a smaller basis, and passes through w more often: it pays where a matrix
-    stays in the cache. On a GPU, whose stacks do not, that is not counted yet.
-    """
+    """Returns the width of a block that suits w [b, d, n]: narrow where w stays in the cache."""
     small = w.shape[-2] * w.shape[-1] * w.element_size() <= CACHED_BYTES
     return 16 if small and decides_freely(w) else 32
 
@@ -289,11 +285,7 @@ def _look_at(basis: BlockBasis, k: int) -> Look:
 def _refine_ready(
     basis: BlockBasis, look: Look, ready: list[int], k: int, outliers: Outliers | None
 ) -> Triplets:
-    """Refines the triplets of the matrices whose Ritz vectors have converged.
-
-    basis: of the whole stack; look: at it; ready: indices in the stack; k: columns to keep;
-    outliers: what was taken out before.
-    """
+    """Refines the triplets of the matrices `ready`, whose Ritz vectors have converged."""
     values, vectors, left = look.values, look.vectors, look.left
     if len(ready) < len(values):
         basis = basis.take_grown(ready)
@@ -318,13 +310,9 @@ def _refine_ready(
 
 
 def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> bool:
-    """Returns whether forming wwᵀ is cheaper than passing through w twice.
+    """Returns whether forming wwᵀ [d, d] is cheaper than passing through w twice.
 
-    The Gram matrix and its products with the basis, against those with w for the basis and for the
-    residuals of k columns.
-
-    shape: (d, n) of w; size: columns of the basis; k: columns to return; float64: flops in float32
-    that one in float64 costs.
+    size: columns of the basis; float64: flops in float32 that one in float64 costs.
     """
     d, n = shape
     with_gram = float64 * 1.25 * d * d * n + NARROW * 2.0 * d * d * size
@@ -339,10 +327,7 @@ def _is_clustered(values: Tensor, width: int) -> Tensor:
 
 
 def _estimate_sine(values: Tensor, left: Tensor, k: int) -> Tensor:
-    """Estimates the sine [b] of the angle to the true subspace: residual over gap.
-
-    values: [b, D]; left: [b, D], the residuals; k: columns that must have converged.
-    """
+    """Estimates the sine [b] of the angle to the true subspace: residual over gap."""
     gaps = (values[:, :k] - values[:, k : k + 1]).clamp_min(1e-300)
     sine: Tensor = torch.linalg.vector_norm(left[:, :k] / gaps, dim=-1)
     return sine

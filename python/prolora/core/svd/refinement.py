@@ -185,10 +185,7 @@ def _turn_window(mixing: Tensor, theta: Tensor, first: int) -> Tensor:
 
 
 def _mask_window(behind: Tensor, cut: Cut) -> Tensor:
-    """Returns coefficients [b, k, p − least], zero for kept vectors and within the window.
-
-    Rayleigh-Ritz has seen to these.
-    """
+    """Zeroes coefficients [b, k, p − least] of kept vectors and within the window."""
     if cut.uniform:
         behind[:, cut.first :] = 0
         return behind

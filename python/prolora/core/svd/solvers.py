@@ -150,12 +150,9 @@ def _symmetric_norm(lower: Tensor) -> Tensor:
 
 
 def _measure_pairs(lower: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates ‖VᵀV − I‖_F and ‖GV − VΛ‖_F, float64 [b], by random combinations.
+    """Estimates ‖VᵀV − I‖_F and ‖GV − VΛ‖_F, float64 [b], as `estimate_skew` does.
 
-    As in `estimate_skew`; for 16 combinations that chance is 1e-3 where one column alone is wrong,
-    and falls as several are.
-
-    lower: the lower triangles of G [b, d, d], zeros above; values: [b, d]; vectors: V [b, d, d].
+    For 16 combinations that chance is 1e-3 where one column alone is wrong.
     """
     probes = random_probes(values.shape[-1], FEW_PROBES, values.dtype, values.device)
     both = torch.cat([probes.expand(len(values), -1, -1), values[..., None] * probes], -1)

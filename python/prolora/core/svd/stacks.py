@@ -72,15 +72,11 @@ def stack_budget(device: torch.device) -> int:
 
 
 def _working_bytes(m: int, n: int, few_columns: bool) -> int:
-    """Estimates the bytes that one matrix [m, n] takes on a GPU.
-
-    With few columns, in the Krylov rung: the weight in float32 and float64, a basis and its
-    projection. Else, as the operators of a dense rung add up: the weight and the factors of its
-    long side in both precisions, and, of the short side, the Gram matrix, its eigenvectors and
-    their copies, and the products, residuals and steps of all that are kept.
-    """
-    if few_columns:
+    """Estimates the bytes that one matrix [m, n] takes on a GPU."""
+    if few_columns:  # the weight in float32 and float64, a basis and its projection
         return 16 * m * n + 20 * min(m, n) ** 2
+    # The weight and the factors of its long side in both precisions; of the short side the Gram
+    # matrix, its eigenvectors, products, residuals and steps.
     return 32 * m * n + 80 * min(m, n) ** 2
 
 
