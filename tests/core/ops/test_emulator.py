@@ -4,10 +4,6 @@ import math
 
 import pytest
 import torch
-from backends import GuardedMemory, load
-
-from prolora.core.ops.panel_qr import run_panel_qr
-from prolora.core.ops.small_svd import run_small_svd
 
 
 def test_barrier(emulator):
@@ -112,20 +108,3 @@ def test_an_asynchronous_copy_is_there_after_the_wait_and_not_before(emulator, w
 def test_a_misaligned_asynchronous_copy_is_reported(emulator):
     with pytest.raises(RuntimeError, match="misaligned"):
         emulator.copy(2, 1)
-
-
-@pytest.mark.parametrize("op", ["small_svd", "panel_qr"])
-def test_each_matrix_of_a_stack_has_scratch_of_its_own(monkeypatch, op):
-    """Equal matrices leave equal traces side by side; blocks that share scratch do not."""
-    monkeypatch.setenv("EMU_SHARED_BYTES", "4000")
-    module = load("emulated", "_emulated")
-    generator = torch.Generator().manual_seed(0)
-    stack = torch.randn(1, 33, 40, generator=generator).expand(3, -1, -1).contiguous()
-    with GuardedMemory() as memory:
-        if op == "small_svd":
-            run_small_svd(module, stack.mT.contiguous(), True)
-        else:
-            run_panel_qr(module, stack, None, True)
-    memory.check()
-    parts = memory.inside(-1).view(3, -1)  # scratch is made last
-    assert (parts[0] != 255).any() and (parts == parts[0]).all()

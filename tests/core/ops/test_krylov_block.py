@@ -14,9 +14,7 @@ from spectra import lapack, planted, power_law, true_error
 from prolora import errors, truncated_svd
 from prolora.core.ops import native
 from prolora.core.ops.krylov_block import krylov_block, run_krylov_block
-from prolora.core.svd import block_basis, krylov, stacks
-from prolora.core.svd.block_basis import BlockBasis
-from prolora.core.svd.products import ImpliedGram
+from prolora.core.svd import krylov, stacks
 
 EPS = 2.0**-23
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -329,43 +327,6 @@ def test_a_whole_truncated_svd_through_the_emulated_kernels(asked, monkeypatch, 
     basis = truncated_svd(w, 32)
     assert basis.rungs == ("krylov",) * 2 and basis.ok.all() and next(calls) > 8
     check_bases(w, basis)
-
-
-def test_a_basis_by_the_op_is_that_of_torch(asked):
-    w = stack_of_16_bits(96, 120)
-    norm = torch.linalg.matrix_norm(w.double())
-    start = random(1, 96, 8).mT.float().expand(2, -1, -1)
-
-    found = []
-    for stored in (None, w):
-        one = BlockBasis.begin(ImpliedGram(w.float()), w.float(), norm, start, 6, stored)
-        lengths = []
-        while True:
-            one.expand()
-            lengths.append(one.length())
-            if one.size == one.largest:
-                break
-            one.append()
-            if one.size == 24:
-                one = one.take([1, 0])
-        found.append((torch.stack(lengths), one.rows, one.projected))
-    for mine, torchs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, torchs, rtol=1e-3, atol=1e-4)
-
-
-def test_a_refinement_copies_nothing_that_only_growth_needs(asked, monkeypatch):
-    """Of a stack of which one matrix has converged: neither its 16 bits nor its image."""
-    w = stack_of_16_bits(96, 120)
-    norm, start = torch.linalg.matrix_norm(w.double()), random(2, 8, 96).float()
-    copied = []
-    real = block_basis.take_places
-    monkeypatch.setattr(block_basis, "take_places", lambda x, _: copied.append(x) or real(x, _))
-    for stored in (None, w):
-        basis = BlockBasis.begin(ImpliedGram(w.float()), w.float(), norm, start, 6, stored)
-        basis.expand()
-        image, copied[:] = basis.image, []
-        basis.take_grown([1])
-        assert copied and not any(x is image or x is stored for x in copied)
 
 
 def test_what_the_op_does_not_take_is_refused_by_name():

@@ -106,17 +106,6 @@ def test_rows_are_dropped_by_a_scale_as_well(kernels):
         assert torch.equal(one, other)
 
 
-def test_a_dropped_row_takes_no_later_one_with_it(kernels):
-    """Its rounding points where a later row does: that one is kept, or the panel is flagged."""
-    turned = torch.linalg.qr(random((1, 60, 3), torch.float64))[0].mT
-    panel = turned[:, [0, 0, 1, 2]]
-    panel[:, 1] += 5e-7 * turned[:, 1]
-    q, lower, rank = kernels.panel_qr(panel.float())
-    assert rank.tolist() == [3] or (rank.tolist() == [-1] and kernels.module is None)
-    if rank[0] == 3:
-        assert_qr(panel.float(), q, lower, rank, loss=DROPPED)
-
-
 @pytest.mark.parametrize("angle", [1e-3, 1e-5, 3e-6, 5e-7, 1e-7])
 def test_rows_close_to_each_other_cost_no_accuracy(kernels, angle):
     turned = torch.linalg.qr(random((1, 90, 20), torch.float64))[0].mT
@@ -129,12 +118,6 @@ def test_rows_close_to_each_other_cost_no_accuracy(kernels, angle):
 def test_rows_of_any_size(kernels, scale):
     panel = random((1, 12, 60)).clamp(-3, 3)
     panel = panel * torch.logspace(0, -2, 12)[:, None] * scale
-    assert_qr(panel, *kernels.panel_qr(panel))
-
-
-def test_one_large_entry_hides_no_others(kernels):
-    panel = random((1, 6, 50))
-    panel[:, :, 0] = 1e4
     assert_qr(panel, *kernels.panel_qr(panel))
 
 

@@ -97,21 +97,6 @@ def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels, dty
         assert_svd(a, *kernels.small_svd(a))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", ["232448", "101376"], ids=["H100", "RTX 4090"])
-def test_the_widest_matrices_in_double_give_their_values_within_and_beyond_shared_memory(
-    memory, monkeypatch
-):
-    """134 KB: what an H100's block may take and an RTX 4090's may not."""
-    emulated = load("emulated", "_emulated")
-    monkeypatch.setenv("EMU_SHARED_BYTES", memory)
-    a = random((1, 128, 128), torch.float64)
-    assert emulated.small_svd_scratch(1, 128, 128, False, True, True) == (
-        0 if memory == "232448" else 133760
-    )
-    assert_values(a, run_small_singular_values(emulated, a, True))
-
-
 def test_values_alone_are_those_of_the_whole_svd(kernels):
     """Graded, of missing rank, zero, repeated and with NaN; and of every size of block."""
     special = random((5, 20, 11), torch.float64)
@@ -199,20 +184,6 @@ def test_non_finite_matrices_end_as_nan_and_spare_the_others(kernels, bad):
     u, s, v = kernels.small_svd(a)
     assert u[1].isnan().all() and s[1].isnan().all() and v[1].isnan().all()
     assert_svd(a[::2], u[::2], s[::2], v[::2])
-
-
-@pytest.mark.parametrize(("threads", "dtype"), pair_up([1, 2], DTYPES))
-def test_widest_matrices_by_every_path(threads, dtype):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a = random((2, 140, 128), dtype)
-        for op in ON_THIS_CPU:
-            assert_svd(a, *op(a))
-        for op in VALUES_ON_THIS_CPU:
-            assert_values(a, op(a))
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_lapack_path_keeps_the_promises():

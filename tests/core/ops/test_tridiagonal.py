@@ -3,7 +3,6 @@
 import pytest
 import torch
 from backends import GuardedMemory, Kernels, load
-from spectra import orthonormal
 
 from prolora import errors
 from prolora.core.ops import tridiagonal
@@ -126,21 +125,6 @@ def test_small_entries_are_zero_and_none_is_subnormal(kernels):
         assert (x == 0).any() and x[x != 0].abs().min() >= 1e-20
 
 
-def test_a_stack_equals_its_members(kernels):
-    a = symmetric(3, 50)
-    _, _, diagonal, beside = kernels.tridiagonalise(a)
-    values = kernels.tridiagonal_values(diagonal, beside, 20)
-    vectors = kernels.tridiagonal_vectors(diagonal, beside, values)
-    for i in range(3):
-        one = slice(i, i + 1)
-        torch.testing.assert_close(kernels.tridiagonalise(a[one])[2], diagonal[one])
-        torch.testing.assert_close(
-            kernels.tridiagonal_values(diagonal[one], beside[one], 20), values[one]
-        )
-        alone = kernels.tridiagonal_vectors(diagonal[one], beside[one], values[one])
-        torch.testing.assert_close(alone.abs(), vectors[one].abs(), rtol=0, atol=1e-5)
-
-
 def test_nothing_is_written_beyond_its_place():
     module, a = load("cpu", "_C"), symmetric(2, 45, torch.float32)
     with GuardedMemory() as memory:
@@ -179,13 +163,3 @@ def test_the_largest_size_is_the_extensions_own():
     for op, count in (("tridiagonal_values", 6), ("tridiagonal_vectors", 7)):
         with pytest.raises(RuntimeError, match="not in this precision"):
             load("cpu", "_C").run(op, [0] * count, False, False, 0)
-
-
-def test_of_a_matrix_with_known_vectors_the_leading_ones_come_back(kernels):
-    q = orthonormal(80, 80, torch.Generator().manual_seed(3))
-    a = ((q * torch.linspace(3, 0.1, 80).double()) @ q.mT)[None]
-    reflections, scales, diagonal, beside = kernels.tridiagonalise(a)
-    values = kernels.tridiagonal_values(diagonal, beside, 12)
-    x = kernels.tridiagonal_vectors(diagonal, beside, values).double()
-    turned = x[0] @ product_of_reflections(reflections[0], scales[0]).mT
-    assert float(((turned @ q[:, :12]).abs() - torch.eye(12).double()).abs().max()) < 1e-5

@@ -9,7 +9,7 @@ from spectra import lapack, orthonormal, planted, power_law, true_error
 
 from prolora import truncated_svd
 from prolora.core.svd import stacks
-from prolora.core.svd.products import FormedGram, ImpliedGram
+from prolora.core.svd.products import ImpliedGram
 
 D, K = 768, 48
 
@@ -97,18 +97,3 @@ def test_on_any_spectrum_the_bound_is_not_below_the_sine(case, whole_stacks, mor
     bound = float(basis.bound)
     assert bound >= 1 or true_error(lapack(weight), basis) <= bound
     assert bool(basis.ok) == (bound <= 1e-3)
-
-
-def test_the_window_alone_is_multiplied_in_float64(monkeypatch):
-    rows = []
-    for products in (ImpliedGram, FormedGram):
-        precise = products.__call__
-
-        def counted(self, x, precise=precise):
-            rows.append(x.shape[1])
-            return precise(self, x)
-
-        monkeypatch.setattr(products, "__call__", counted)
-    weight = planted(D, D, power_law(D, 0.5))[0].float()
-    assert truncated_svd(weight, 96).rung == "krylov"
-    assert rows and max(rows) <= 32  # of 112
