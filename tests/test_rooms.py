@@ -129,13 +129,13 @@ def test_the_part_that_fits_can_be_deleted(tmp_path):
 # where a room has shrunk by a tenth, and rises with a capability that was decided on before. Opens
 # and tellings are exact.
 LIMITS = {
-    "product lines": 41100,
-    "product code lines": 24400,
+    "product lines": 41120,
+    "product code lines": 24470,
     "longest file": 450,
     "adapters/": 5090,
     "architectures/": 2880,
     "bases/": 4450,
-    "cli/": 2177,
+    "cli/": 2190,
     "comparison/": 1253,
     "core/": 6860,
     "files/": 1705,
@@ -144,7 +144,7 @@ LIMITS = {
     "fitting/": 8649,
     "fleet/": 575,
     "making/": 2050,
-    "moving/": 3340,
+    "moving/": 3370,
     "reports/": 1565,
     "csrc": 4500,
     "ComfyUI pack": 1450,

@@ -84,6 +84,8 @@ class Settings:
     method: str = AUTO
     rank: str = next(iter(words.RANKS))
     format: str = next(iter(FORMATS))
+    style: str = next(iter(words.STYLES))
+    prompts: str = ""  # one a line
 
     def options(self) -> dict[str, Any]:
         """Options of `prolora.transfer_many`."""
@@ -91,7 +93,14 @@ class Settings:
             "method": self.method,
             "out_rank": words.RANKS[self.rank],
             "format": FORMATS[self.format],
-        }
+        } | self._fit_options()
+
+    def _fit_options(self) -> dict[str, Any]:
+        """Options of the method “best”; the others take none of them."""
+        if self.method != BEST:
+            return {}
+        lines = (line.strip() for line in self.prompts.splitlines())
+        return {"prompts": tuple(filter(None, lines)), "look": words.STYLES[self.style]}
 
     def label(self) -> str:
         """The unusual settings, as a name holds them."""
@@ -100,6 +109,7 @@ class Settings:
             self.method if self.method != usual.method else "",
             f"rank {self.rank}" if self.rank != usual.rank else "",
             self.format if self.format != usual.format else "",
+            self.style if self._fit_options() and self.style != usual.style else "",
         ]
         return make_plain("-".join(word for word in told if word))
 

@@ -23,7 +23,7 @@ COLUMNS = (0.0, 0.5, 0.8, 1.0)
 
 _SLOTS = range(1, 5)
 """Of *Merge LoRAs*."""
-_JOB = ("lora", "folder", "trained_on", "use_on", "method", "rank", "format")
+_JOB = ("lora", "folder", "trained_on", "use_on", "method", "rank", "format", "style", "prompts")
 _JOB += tuple(f"{name}_{i}" for i in _SLOTS for name in ("lora", "strength"))
 """The inputs that say what is written."""
 _HIDDEN = {"graph": "PROMPT", "node": "UNIQUE_ID"}
@@ -83,6 +83,22 @@ def _list_inputs() -> dict[str, Any]:
             "How the file names its parts: for ComfyUI, as it came in, or for other programs.",
             "file for",
             folded=True,
+        ),
+        "style": _combo(
+            list(words.STYLES),
+            "Of the method best: whether pictures keep the style of the new model, or look as on "
+            "the model that the LoRA was trained on.",
+            folded=True,
+        ),
+        "prompts": (
+            "STRING",
+            {
+                "multiline": True,
+                "default": "",
+                "folded": True,
+                "tooltip": "Of the method best: what to draw while both models are asked, one a "
+                "line, with the trigger words. Without any they are made from the LoRA.",
+            },
         ),
     }
 
@@ -232,7 +248,7 @@ class MoveLora(_ProloraNode):
     RETURN_TYPES = (LoraName("COMBO"), "STRING")
     RETURN_NAMES = ("LoRA", "report")
     OUTPUT_TOOLTIPS = ("Connect it to lora_name of Load LoRA.", "What to expect, in six lines.")
-    INPUTS = ("lora", "trained_on", "use_on", "method", "rank", "format")
+    INPUTS = ("lora", "trained_on", "use_on", "method", "rank", "format", "style", "prompts")
 
     def work(self, **asked: str) -> dict[str, Any]:
         """The name of the result in ComfyUI's list, and the report."""
@@ -376,7 +392,7 @@ class MoveFolder(_ProloraNode):
         """What ComfyUI asks for, each time that it lists the nodes."""
         folders = [CHOOSE, ALL_LORAS, *host.list_lora_folders()]
         return _take(
-            *("trained_on", "use_on", "method", "rank", "format"),
+            *("trained_on", "use_on", "method", "rank", "format", "style", "prompts"),
             folder=_combo(
                 folders,
                 "A folder of your LoRAs, without the folders inside it. (all) takes every LoRA.",

@@ -15,6 +15,7 @@ class Refusal(ValueError):
     """Why a node does not do what it is asked for, in a sentence."""
 
 
+STYLES = {"of the new model": "target", "as the LoRA was made": "source"}
 RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
     str(rank): rank for rank in (4, 8, 16, 32, 64, 128)
 }
@@ -30,6 +31,7 @@ _WIDGETS = {
     "method=best": "the method “best”",
     "out_rank": "“rank”",
     "format": "“file for”",
+    "look": "“style”",
 }
 _INSTALL = re.compile(r"pip install (?:-U )?([\w ]*\w)")
 _BY_FIT = (

@@ -138,6 +138,7 @@ def fit(
     guidance: float | None = ...,
     target_steps: int | None = ...,
     target_guidance: float | None = ...,
+    look: float | str = ...,
     rank: float | None = ...,
     start: Start = ...,
     fit_steps: int = ...,
@@ -176,6 +177,7 @@ def fit_many(
     guidance: float | None = ...,
     target_steps: int | None = ...,
     target_guidance: float | None = ...,
+    look: float | str = ...,
     rank: float | None = ...,
     start: Start = ...,
     fit_steps: int = ...,
@@ -225,6 +227,8 @@ def load_moved_lora(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
+    prompts: tuple[str, ...] = ...,
+    look: float | str = ...,
 ) -> LoraReport: ...
 
 def merge(
@@ -270,6 +274,8 @@ def migrate(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
+    prompts: tuple[str, ...] = ...,
+    look: float | str = ...,
     verify: bool = ...,
 ) -> list[Migrated]: ...
 
@@ -298,6 +304,8 @@ def transfer(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
+    prompts: tuple[str, ...] = ...,
+    look: float | str = ...,
 ) -> Transfer: ...
 
 def transfer_many(
@@ -325,4 +333,6 @@ def transfer_many(
     again: bool = ...,
     match: Match = ...,
     target_steps: int | None = ...,
+    prompts: tuple[str, ...] = ...,
+    look: float | str = ...,
 ) -> list[Outcome]: ...

@@ -1,4 +1,4 @@
-"""Hooks are removed again, and a pipeline ends at the first call of its denoiser."""
+"""A pipeline ends at the first call of its denoiser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from prolora.errors import ProLoRAError
 from prolora.fitting.pipelines import Pipeline
-from prolora.fitting.updates import keep_hooks
 
 
 def test_a_pipeline_ends_at_its_denoisers_first_call_and_gives_the_arguments():
@@ -24,13 +23,3 @@ def test_a_pipeline_ends_at_its_denoisers_first_call_and_gives_the_arguments():
     pipeline.sample_latents = lambda *_: None
     with pytest.raises(ProLoRAError, match="one: its NoneType never ran its denoiser"):
         Pipeline._capture_call(pipeline, "cat", None)
-
-
-def test_hooks_are_removed_where_the_block_raises():
-    module = nn.Linear(3, 3)
-    with (
-        pytest.raises(RuntimeError, match="inside"),
-        keep_hooks([module.register_forward_hook(print)]),
-    ):
-        raise RuntimeError("inside")
-    assert not module._forward_hooks

@@ -40,7 +40,7 @@ from prolora.fitting.solver.joint_fit import (
     fit_in_factors,
     fit_jointly,
 )
-from prolora.fitting.solver.linearisation import ProbeBatch, TargetFunction
+from prolora.fitting.solver.linearisation import ProbeBatch
 from prolora.fitting.updates import run_beside
 
 __all__ = ["lora", "source"]  # fixtures
@@ -239,23 +239,6 @@ def test_no_module_that_never_reaches_the_prediction_is_changed():
     names = ["used", "idle", "asleep"]
     problem = JointProblem(model, names, lambda y: y, lambda: probes, 3, 1.0, 2)
     assert fit_in_factors(problem).updates.keys() == fit_jointly(problem).updates.keys() == {"used"}
-
-
-def test_where_no_length_helps_the_next_step_looks_over_half_the_way(monkeypatch):
-    model, drawn, update = alternating("mmmmmm")
-    batches, solve, tried = iter(drawn), TargetFunction.solve_lengths, []
-
-    def solve_or_not(self, point, lines, trial):
-        tried.append(list(trial))
-        return [0.0, 0.0] if len(tried) == 3 else solve(self, point, lines, trial)
-
-    monkeypatch.setattr(TargetFunction, "solve_lengths", solve_or_not)
-    result = fit_jointly(JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1e-6, 5))
-    assert tried[3][0] == tried[2][0] / 2
-    assert len(result.history) == 6
-    assert (
-        float((result.updates["0"].dense() - update).square().sum()) < 1e-3 * update.square().sum()
-    )
 
 
 class WithBlindEnd(nn.Module):

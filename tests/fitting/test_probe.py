@@ -246,3 +246,30 @@ def test_every_module_is_afterwards_in_the_mode_it_was_in(source, lora):
     before = {name: module.training for name, module in target.named_modules()}
     run(source, target, lora, fit_steps=1, force=True)
     assert {name: module.training for name, module in target.named_modules()} == before
+
+
+@pytest.mark.parametrize("look", ["target", 0.5, "source"])
+def test_the_target_goes_its_share_of_the_way_to_the_look_that_was_asked_for(source, lora, look):
+    target = copy.deepcopy(source)
+    generator = torch.Generator().manual_seed(3)
+    for block in target.blocks:
+        block.up.weight.data += 0.1 * torch.randn(2 * WIDTH, WIDTH, generator=generator)
+    gate = (result := run(source, target, lora, look=look)).report.gate
+    x, t = torch.randn(64, 5, 4, generator=generator), torch.full((64,), 0.6)
+    with torch.no_grad():
+        plain, other = target(x, t), source(x, t)
+        with run_beside(source, lora):
+            wanted = source(x, t)
+        with run_beside(target, result.adapter.updates):
+            reached = target(x, t)
+    share = {"target": 0.0, "source": 1.0}.get(look, look)
+    missed = (reached - wanted - (1 - share) * (plain - other)).square().sum()
+    way = (wanted - other + share * (other - plain)).square().sum()
+    assert missed < 0.05 * way and gate.share["all"] > 0.95 and gate.decision == "go"
+    assert (share > 0) == ("its own look" in " ".join(result.report.sentences()))
+
+
+@pytest.mark.parametrize("look", [-0.1, 1.1, float("nan"), "both", None])
+def test_a_look_that_is_none_is_refused_with_those_that_are(look):
+    with pytest.raises(ProLoRAError, match='"target", "source" or a number from 0 to 1'):
+        probe.FitSettings(look=look)

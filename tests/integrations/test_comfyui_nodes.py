@@ -234,7 +234,7 @@ def test_models_of_other_widths_are_told_so_without_a_number(pack, models):
 def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, models):
     words = sys.modules["comfyui_prolora.words"]
     options = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
-    for option in options - {"method", "format", "out_rank"}:
+    for option in options - {"method", "format", "out_rank", "look"}:
         for named in (f"`{option}`", f"`{option}=True`", "`transfer_many()`", "--flag"):
             said = words.explain(prolora.ProLoRAError(f"It is broken; take {named} instead."))
             assert said == "It is broken."
@@ -717,7 +717,7 @@ def fit_quickly(models, monkeypatch):
     def choose(force):
         def of(cls, *given):
             way = make(cls, *given)
-            few = {"prompts": ("cat",), "images": 2, "steps": 2, "fit_steps": 2, "force": force}
+            few = {"images": 2, "steps": 2, "fit_steps": 2, "force": force}
             return dataclasses.replace(way, by_fit=dataclasses.replace(way.by_fit, **few))
 
         monkeypatch.setattr(BestWay, "of", classmethod(of))
@@ -733,13 +733,16 @@ def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, f
     fit_quickly(force=True)
     refused = refuse(pack, **APART, method="auto")
     assert "nothing in common" in refused and "the method “best”" in refused
-    name, report = tell(pack, **APART, method="best")
-    assert re.fullmatch(r"zz-moved/apart-v2\.0/one-best-[0-9a-f]{12}\.safetensors", name)
+    style = {"method": "best", "style": "as the LoRA was made", "prompts": "a cat\n\n a dog"}
+    name, report = tell(pack, **APART, **style)
+    result = r"zz-moved/apart-v2\.0/one-best-as_the_LoRA_was_made-[0-9a-f]{12}\.safetensors"
+    assert re.fullmatch(result, name)
     assert len(report.splitlines()) <= 7 and "fitted a new LoRA of apart-v2.0" in report
+    assert "the look of first-v1.5 was asked for" in report
     assert report.count("samples that the fit did not see") <= 1  # one figure for one thing
     assert prolora.check(models / "loras" / name).kind == "lora"
     assert (models / "loras" / name).with_suffix(".html").is_file()
-    again = tell(pack, **APART, method="best")
+    again = tell(pack, **APART, **style)
     assert again[0] == name and "(moved before)" in again[1]
 
 
@@ -759,6 +762,12 @@ def test_the_best_method_leaves_results_side_by_side_too(pack, models):
     write_lora(models, "other/two", rank=2)
     assert move(pack, lora="other/two.safetensors", method="best")
     assert before == {path: path.read_bytes() for path in moved}
+
+
+def test_another_style_needs_whole_pipelines_and_the_best_method(pack, models):
+    refused = refuse(pack, method="best", style="as the LoRA was made", prompts="a cat")
+    assert refused.startswith("“style” needs a fit, which runs both models: give them as folders")
+    assert move(pack, style="as the LoRA was made", prompts="a cat")  # a copy has no style
 
 
 def test_the_best_method_says_what_rank_it_does_not_take(pack, models):

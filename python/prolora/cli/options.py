@@ -71,8 +71,8 @@ def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
         raise ValueError(f"{flag} takes an integer or a share like 0.9, not {text!r}") from None
 
 
-def parse_out_rank(text: str | float) -> int | float | str:
-    """Reads '16' as an int, '0.95' as a share; 'exact' and '50%' stay text."""
+def parse_number_or_word(text: str | float) -> int | float | str:
+    """Reads '16' as an int, '0.95' as a float; 'exact' and '50%' stay text."""
     try:
         return parse_rank(text)
     except ValueError:
@@ -91,7 +91,8 @@ def parse_strengths(text: str | None) -> tuple[float, ...] | None:
 
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "rank": parse_rank,
-    "out_rank": parse_out_rank,
+    "out_rank": parse_number_or_word,
+    "look": parse_number_or_word,
     "strengths": parse_strengths,
     "resume": parse_path,
     "cache": parse_path,

@@ -26,7 +26,7 @@ class PairClass:
     name: str
     mark: Mark  # ✔ most of a LoRA arrives, ⚠ part of it, ✖ nothing
     headline: str  # the verdict; it may name `{source}` and `{target}`
-    advice: str  # which strengths to try
+    advice: str  # which strengths to try; it may name both models
     outcome: str = ""  # what copies gave on the study's models; it may name `{low}` and `{high}`
     # Shares of what training on the target gives, without the lowest and the highest tenth; only
     # where a range made without a world held there, and is narrow enough to say something.
@@ -59,7 +59,8 @@ CLASSES = {
             "⚠",
             "This may work or not: {source} and {target} have learnt different things.",
             "Load it at strength 1, and try 0.5 and 0.8 beside it: lower keeps the look of "
-            "{target}, 1 shows the LoRA's.",
+            "{target}, 1 shows the LoRA's. Where both models can run, `method='best'` with "
+            "`look='source'` makes one that draws as on {source}.",
             f"{_SEEN} anything from nearly all {_MEASURE} to nothing, and some images got worse "
             "than without it.",
         ),

@@ -69,12 +69,17 @@ class BestWay:
                 )
         fit = FitOptions(**{name: getattr(options, name) for name in OF_A_FIT_TOO})
         runs, latents = vae.can_fit(source.path, target.path), None
+        if fit.look_of_source and not runs:
+            raise InvalidOption(
+                "`look` needs a fit, which runs both models: give them as folders of whole "
+                "diffusers pipelines"
+            )
         if runs:
             assert source.path is not None and target.path is not None
             latents = vae.explain_different_latents(source.path, target.path)
         if latents is not None:  # images cross, of which a fit takes more (docs/evidence.md)
             fit = replace(fit, images=2 * fit.images)
-        by_weights = replace(options, method="auto")
+        by_weights = replace(options, method="auto", prompts=(), look="target")
         pair = BasePair.open(source, target, by_weights, dry_run=dry_run)
         return cls(pair, fit, runs, latents, common)
 
@@ -93,7 +98,9 @@ class BestWay:
             return way._move(lora)
         # All of a pipeline decides whether a fit is called for.
         digests = watch_pipelines(pair.source, pair.target)
-        recipe = lora, pair.source, pair.target, replace(pair.options, method=BEST)
+        fit = way.by_fit
+        options = replace(pair.options, method=BEST, prompts=fit.prompts, look=fit.look)
+        recipe = lora, pair.source, pair.target, options
         return make_file(recipe, out, pair.foresee, way._move, digest_bases=digests, renews=renews)
 
     def _move(self, lora: LoraLike) -> Transfer:
@@ -130,6 +137,8 @@ class BestWay:
         except UNMOVED as error:
             found = error
         need = self.latents or ""
+        if self.by_fit.look_of_source and not need:
+            need = f"the look of {self.pair.source.name} was asked for"
         if self.runs and not need:
             told = found.report if isinstance(found, Transfer) else found
             need = explain_need(told, self.pair.source, self.pair.target, self.by_fit.target_steps)

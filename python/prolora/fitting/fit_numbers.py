@@ -42,6 +42,7 @@ class ProbeReport:
     shared: bool = False  # both denoise the same latents, so that images need not cross as pixels
     # That the source was asked with, since the target is run without; 1 is none
     guidance: float = 1.0
+    look: float = 0.0  # the share of the source's look that was wanted
     derived_prompts: tuple[str, ...] = ()  # made from the LoRA's header, where none were given
     not_drawn: str = ""  # why the page has no images, where they were asked for
 
@@ -66,6 +67,11 @@ class ProbeReport:
             lines.append(
                 "The target is run without guidance, so the source was asked with its own, "
                 f"{self.guidance:.3g}."
+            )
+        if self.look:
+            lines.append(
+                f"{self.look:.0%} of what the two models draw differently was wanted of the target "
+                "as well, so it loses that much of its own look."
             )
         if self.crossed:
             lines.append(

@@ -62,9 +62,11 @@ class FitReport(MovedReport):
         if gate is not None:
             share = max(0.0, min(gate.share.values()))
             most = share >= MOST
-            does = f"does {name_amount(share).lower()} ({share:.0%}) of what the LoRA does to"
-            seen = f"On samples that the fit did not see it {does} {self.source}."
-            lines.insert(0, seen)
+            done = f"{name_amount(share).lower()} ({share:.0%}) of"
+            seen = f"does {done} what the LoRA does to {self.source}"
+            if self.probe.look:
+                seen = f"goes {done} the way to the look of {self.source} with the LoRA"
+            lines.insert(0, f"On samples that the fit did not see it {seen}.")
         if gate is not None and gate.decision == "refuse":
             step = "Next: draw some images with it and without it before you use it."
             headline = "Do not expect much: the fit did not succeed."

@@ -100,15 +100,18 @@ def judge_updates(
     copied: Mapping[str, LowRank] | None = None,
     start: str = "zero",  # where the fit started, "zero" or "copy"
     images: bool = False,
+    look: float = 0.0,
 ) -> Gate:
     """Chooses the strength and the decision.
 
     `copied` is the rival, compared where it fits the target's modules; `images` says that the
-    models were asked about images, and the fit followed pairs of them too.
+    models were asked about images, and the fit followed pairs of them too. Of what the bases
+    predict differently the share `look` is wanted, and the rest may be an error.
     """
     read, same_noise = translation.read, translation.same_noise
     disagreement = measure_disagreement(held_out)
-    doubt = IMAGE_DOUBT if images else least_gain(disagreement["all"], "zero")
+    unwanted = {origin: (1 - look) * value for origin, value in disagreement.items()}
+    doubt = IMAGE_DOUBT if images else least_gain(unwanted["all"], "zero")
     strength, missing = _best_strength(target, updates, held_out, doubt, read)
     share = share_by_origin(held_out, missing)
     copy_share, copy_strength, gain = None, 1.0, None
@@ -119,14 +122,14 @@ def judge_updates(
     effect = None
     if images:
         effect = _measure_gain(held_out, missing, [energy_of(w.change) for w in held_out])
-    least = least_gain(disagreement["all"], "copy" if images else start)
+    least = least_gain(unwanted["all"], "copy" if images else start)
     if translation.guidance is not None or (images and not same_noise):
         least = 0.0
     if effect is not None:
-        compared = disagreement if same_noise else None
+        compared = unwanted if same_noise else None
         decided = decide_on_images(strength, share, effect, copy_share, gain, compared, least)
     else:
-        decided = decide_gate(strength, share, disagreement, copy_share, gain, least)
+        decided = decide_gate(strength, share, unwanted, copy_share, gain, least)
     decision, reason = decided
     if start == "zero" and decision == GO and disagreement["all"] <= OTHER_LOOK:
         strength = RAISED

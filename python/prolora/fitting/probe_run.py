@@ -33,4 +33,5 @@ class ProbeRun:
         """Asks both models, and yields what the target should do at each question."""
         recorder = self.recorder
         updates, translation = recorder.adapter.updates, recorder.translation
-        return wanted_changes(recorder.source, recorder.target, updates, questions, translation)
+        models, look = (recorder.source, recorder.target), self.settings.look_of_source
+        return wanted_changes(*models, updates, questions, translation, look)

@@ -83,9 +83,9 @@ def fit_to_models(
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
     Both models run on trajectories that they sample themselves from noise, so no data is needed. At
-    every probe the target should predict v_t + (v_s with LoRA − v_s). Linear layers and
-    convolutions of images that it calls are fitted to that at once, in a few Gauss–Newton steps on
-    the factors of the LoRA. `prolora.fit` does it between two pipeline folders.
+    every probe the target should predict v_t + (v_s with LoRA − v_s) + look·(v_s − v_t). Linear
+    layers and convolutions of images that it calls are fitted to that at once, in a few
+    Gauss–Newton steps on the factors of the LoRA. `prolora.fit` does it between two folders.
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
@@ -165,7 +165,8 @@ def fit_from_recorder(
         own = max(update.rank for update in recorder.adapter.updates.values())
         settings = replace(settings, rank=own)
     assert settings.rank is not None
-    report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
+    look = settings.look_of_source
+    report = ProbeReport(probes=0, held_out=0, rank=settings.rank, look=look)
     with ExitStack() as stack:
         for model in (recorder.source, recorder.target):
             stack.enter_context(frozen(model))
@@ -188,6 +189,7 @@ def fit_from_recorder(
             rival,
             report.start,
             bool(recorder.crossed),
+            look,
         )
         meter.finish()
     report.seconds, report.predictions = meter.seconds, meter.predictions

@@ -21,6 +21,9 @@ from ..moving.options import BaseResources, FileOutput, TransferOptions
 Start = Literal["auto", "zero", "copy"]
 """Where a fit starts: chosen, from no updates, or from the LoRA moved without a fit."""
 
+LOOKS = {"target": 0.0, "source": 1.0}
+"""Name of a look -> share of the source's own look that the fit is to bring along."""
+
 Precision = Literal["auto", "float32", "bfloat16"]
 """In what the models compute: chosen, or by autocast in 16 bits."""
 
@@ -35,6 +38,7 @@ SAMPLING, FITTING = "Sampling", "Fit"
 
 # Settings that the fitted updates depend on, beside the questions; and the samples.
 _OF_FIT = (
+    "look",
     "rank",
     "start",
     "probes",
@@ -60,10 +64,7 @@ Settings = TypeVar("Settings", bound="FitSettings")
 class FitSettings:
     """What a fit samples of the running models, and its method (docs/fit.md)."""
 
-    prompts: tuple[str, ...] = option(
-        (),
-        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header.",
-    )
+    prompts: tuple[str, ...] = take_option(TransferOptions, "prompts")
     images: int = option(
         24,
         "Images of each sampling: of the source, the source with the LoRA and the target for the "
@@ -100,6 +101,7 @@ class FitSettings:
         panel=SAMPLING,
         metavar="SCALE",
     )
+    look: float | str = take_option(TransferOptions, "look", panel=FITTING)
     rank: float | None = option(
         None,
         "Rank of every update that is fitted and written. A number below 1 is the share of each "
@@ -197,6 +199,10 @@ class FitSettings:
                     "rank must be an integer of 1 or more, or a share between 0 and 1, not "
                     f"{rank!r}"
                 )
+        if self.look not in LOOKS and not (_is_number(self.look) and 0 <= float(self.look) <= 1):
+            raise InvalidOption(
+                f'look must be "target", "source" or a number from 0 to 1, not {self.look!r}'
+            )
         for name, kind in (("start", Start), ("precision", Precision)):
             value, words = getattr(self, name), get_args(kind)
             if value not in words:
@@ -244,12 +250,17 @@ class FitSettings:
             batch=self.batch or max(batch, 4),
         )
 
+    @property
+    def look_of_source(self) -> float:
+        """The share of the source's own look that is wanted, 0 to 1."""
+        return LOOKS[self.look] if isinstance(self.look, str) else float(self.look)
+
     def describe_fit(self) -> str:
         """Returns the settings that fitted updates depend on, as a text.
 
         The samples have another.
         """
-        return repr({name: getattr(self, name) for name in _OF_FIT})
+        return repr({name: getattr(self, name) for name in _OF_FIT} | {"look": self.look_of_source})
 
     def describe_samples(self) -> dict[str, object]:
         """Returns the settings that samples depend on, once a side's own are settled."""

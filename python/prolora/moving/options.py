@@ -112,9 +112,8 @@ METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
 BEST: TransferMethod = "best"
 OF_A_FIT_TOO = (
-    *("text_encoder", "match", "again", "target_steps", "format", "dtype"),
-    "overwrite",
-    *("cache", "device", "max_memory", "progress"),
+    *("text_encoder", "match", "again", "target_steps", "prompts", "look"),
+    *("format", "dtype", "overwrite", "cache", "device", "max_memory", "progress"),
 )
 """Options that mean the same for a fit: the only ones that method "best" takes."""
 FIT = "fit"
@@ -331,9 +330,24 @@ class TransferOptions(Output, BaseResources):
         decides=False,
     )
 
+    prompts: tuple[str, ...] = option(
+        (),
+        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header.",
+    )
+    look: float | str = option(
+        "target",
+        'Whose look images of the target with the LoRA have: its own ("target"), the one that the '
+        'LoRA was made with ("source"), or a share of the way between them.',
+        metavar="target|source|0...1",
+    )
+
     def __post_init__(self) -> None:
         """Refuses values that no transfer can use, before anything is read."""
         super().__post_init__()
+        if self.method != BEST and (self.prompts or self.look != "target"):
+            raise InvalidOption(
+                "`prompts` and `look` are for a fit: take `fit`, or the method 'best'"
+            )
         try:
             read_rank(self.rank)
             self.chosen  # noqa: B018 (raises where its name is taken)

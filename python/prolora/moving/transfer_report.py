@@ -289,7 +289,7 @@ def judge(
         headline = f"Expect little: most of this LoRA belongs to parts that {target} lacks."
     if not promised:
         return InWords(mark, headline)
-    advice = found.advice.format(target=target)
+    advice = found.advice.format(source=source, target=target)
     if few_steps is None and found.name in ("alike", "changed"):
         advice += " If it draws in few steps, which its files do not say, set `target_steps=4`."
     low, high = found.range or (0.0, 0.0)

@@ -56,6 +56,7 @@ def choose_start(
     probes: Sequence[WantedChange],  # some of the fit's probes
     read: Callable[[Any], Tensor],  # return value of the target -> its prediction
     same_noise: bool = True,
+    look: float = 0.0,  # the share of the source's look that is wanted
 ) -> StartingPoint:
     """Chooses between zero and copied updates.
 
@@ -63,7 +64,8 @@ def choose_start(
     (blocks are missing, or learnt something else), which a fit repairs. Or the wanted change is
     wrong for this target, because the bases themselves predict something else; by that much, about
     DOUBT·disagreement, a fit would harm. If the two errors are independent, the best point on the
-    line from the copy to the wanted change is at 1 − DOUBT·disagreement/m of the way.
+    line from the copy to the wanted change is at 1 − DOUBT·disagreement/m of the way. Of the
+    disagreement a share `look` is wanted, and no error.
 
     Without `same_noise` the bases' disagreement says nothing of the wanted change, and the fit goes
     all the way.
@@ -77,7 +79,7 @@ def choose_start(
         return StartingPoint("zero", 1.0, f"the copy reaches {share:.0%} of the wanted change")
     missing = max(1 - share, 1e-9)
     differ = measure_disagreement(probes)["all"] if same_noise else 0.0
-    trust = 1 - DOUBT * differ / missing
+    trust = 1 - DOUBT * (1 - look) * differ / missing
     if trust < LEAST_TRUST:
         reason = (
             f"the copy misses {missing:.0%} of the wanted change, no more than the bases' own "
@@ -132,7 +134,8 @@ def fit_all_modules(
     run.release()
     run.meter.begin("fit")
     read, same_noise = translation.read, translation.same_noise
-    start = choose_start(run.settings.start, target, run.rival, first, read, same_noise)
+    asked, look = run.settings.start, run.settings.look_of_source
+    start = choose_start(asked, target, run.rival, first, read, same_noise, look)
     report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
     updates = _fit_part_way(run, batches, names, start) if start.trust else dict(run.rival)
     facts = {"steps": report.steps, "start": [start.name, start.trust, start.reason]}
