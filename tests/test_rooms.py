@@ -130,7 +130,7 @@ def test_the_part_that_fits_can_be_deleted(tmp_path):
 # and tellings are exact.
 LIMITS = {
     "product lines": 41120,
-    "product code lines": 24470,
+    "product code lines": 24560,
     "longest file": 450,
     "adapters/": 5090,
     "architectures/": 2880,
