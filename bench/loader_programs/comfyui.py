@@ -17,6 +17,7 @@ from .text_encoders import list_weights
 
 COMFYUI_HINTS = {
     "auraflow": {"positional_encoding": (1, 9216, 3072)},
+    "boogu-image": {"time_caption_embed.caption_embedder.0.weight": (4096,)},
     "chroma": {
         "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
         "distilled_guidance_layer.norms.0.scale": (5120,),

@@ -2,7 +2,6 @@
 
 import sys
 
-import numpy as np
 import pytest
 import reference
 import torch
@@ -251,16 +250,6 @@ def test_a_pair_of_factors_is_a_lowrank():
     source, target, delta = case(9, 7, 2, seed=0)
     pair = project((delta.up, delta.down), source, target, rank=3)
     torch.testing.assert_close(pair.dense(), project(delta, source, target, rank=3).dense())
-
-
-def test_numpy_arrays_come_back_as_numpy():
-    source, target, delta = case(9, 7, 2, seed=0)
-    dense = delta.dense().numpy()
-    dense.flags.writeable = False
-    found = project(dense, source.numpy(), target.numpy(), rank=3)
-    assert isinstance(found, np.ndarray) and found.dtype == np.float64
-    expected = project(delta.dense(), source, target, rank=3)
-    np.testing.assert_allclose(found, expected.numpy())
 
 
 def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
