@@ -129,8 +129,8 @@ def test_the_part_that_fits_can_be_deleted(tmp_path):
 # where a room has shrunk by a tenth, and rises with a capability that was decided on before. Opens
 # and tellings are exact.
 LIMITS = {
-    "product lines": 41120,
-    "product code lines": 24560,
+    "product lines": 41340,
+    "product code lines": 24760,
     "longest file": 450,
     "adapters/": 5090,
     "architectures/": 2880,

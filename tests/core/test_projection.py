@@ -246,12 +246,6 @@ def test_a_dense_update_takes_its_identity_on_the_short_side(monkeypatch, shape)
     assert ranks == [40] and relative(found, expected) < 1e-9
 
 
-def test_a_pair_of_factors_is_a_lowrank():
-    source, target, delta = case(9, 7, 2, seed=0)
-    pair = project((delta.up, delta.down), source, target, rank=3)
-    torch.testing.assert_close(pair.dense(), project(delta, source, target, rank=3).dense())
-
-
 def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
     """What cupy does, done by a stand-in: cupy itself needs a GPU to make an array."""
     import sys

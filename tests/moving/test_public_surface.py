@@ -7,7 +7,6 @@ import pydoc
 import runpy
 import sys
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,14 +14,13 @@ import torch
 from mini import write_case
 
 import prolora
-from prolora.core.methods import METHODS
 from prolora.core.option_fields import read_shown
 from prolora.fitting.settings import FitOptions
 from prolora.fleet.batches import MigrationOptions
 from prolora.making.convert import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions
-from prolora.moving.options import MethodChoice, TransferOptions, is_out_rank
+from prolora.moving.options import TransferOptions, is_out_rank
 
 TRANSFERS = [prolora.transfer, prolora.transfer_many]
 FITS = [prolora.fit, prolora.fit_many]
@@ -77,10 +75,6 @@ def test_options_of_another_function_are_refused_with_the_right_ones(function, k
     for wrong in ({"dtype": "float16"}, kind, None):
         with pytest.raises(prolora.errors.InvalidOption, match=f"takes {kind.__name__}"):
             function(*[None] * len(needed), options=wrong)
-
-
-def test_the_methods_are_those_of_the_table_and_auto():
-    assert get_args(MethodChoice) == ("auto", *METHODS)
 
 
 @pytest.mark.parametrize(
