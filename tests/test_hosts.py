@@ -48,8 +48,6 @@ def test_sd_mecha_adds_the_projection_of_what_training_added(monkeypatch):
     source, target, up, down = make_case()
     wanted = target + prolora.project(up @ down, source, target)
     torch.testing.assert_close(add_moved(target, source, source + up @ down), wanted)
-    bias = torch.ones(3)
-    assert add_moved(bias, bias, bias + 1) is bias
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])

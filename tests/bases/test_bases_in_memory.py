@@ -120,11 +120,6 @@ def project_pair(lora, one, other):
     return dict(zip(FACTORS, prolora.project(pair, one[NAMES[0]], other[NAMES[0]]), strict=True))
 
 
-def project_dense(_, one, other):
-    before, after = one[NAMES[0]], other[NAMES[0]]
-    return {NAMES[0]: prolora.project(after - before, before, after)}
-
-
 VERBS = {
     "transfer": lambda *given: prolora.transfer(*given, method="prolora").state_dict(),
     "convert": lambda lora, one, _: prolora.convert(lora, one, out_rank=2).state_dict(),
@@ -132,7 +127,6 @@ VERBS = {
     "extract": lambda _, *bases: prolora.extract(*bases, out_rank=4).state_dict(),
     "bake": lambda lora, one, _: prolora.bake([lora], one).tensors,
     "project a pair": project_pair,
-    "project a matrix": project_dense,
 }
 
 
