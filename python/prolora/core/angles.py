@@ -200,14 +200,3 @@ def stacked_angles(x: Tensor, y: Tensor, used_x: Tensor, used_y: Tensor) -> Tens
     shared = places < (used_x + used_y - m)[:, None]
     angles: Tensor = squares.masked_fill(shared, 0).clamp(0, 1).sqrt().asin()
     return angles
-
-
-def leading_quantiles(values: Tensor, counts: Tensor, shares: Tensor) -> Tensor:
-    """Interpolates quantiles [b, s] of the first `counts` [b] values of each row.
-
-    `values` [b, q] ascend. Linear, as torch.quantile; the quantiles of an empty row are
-    meaningless.
-    """
-    places = shares * (counts - 1).clamp_min(0)[:, None]  # [b, s]
-    below, above = (values.gather(1, x.long()) for x in (places.floor(), places.ceil()))
-    return torch.lerp(below, above, places - places.floor())

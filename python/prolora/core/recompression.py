@@ -86,16 +86,12 @@ def product_energies(up: Tensor, down: Tensor) -> Tensor:
     """
     up, down = up.detach().double(), down.detach().double()
     left, right = up.mT @ up, down @ down.mT
-    if not decides_freely(left):
-        values, vectors = descending_eigh(flatten_stack(left))
-        root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-        energies = eigenvalue_stack(root.mT @ flatten_stack(right) @ root).clamp_min(0)
-        if bool(energies.isfinite().all()):
-            return energies.reshape(left.shape[:-1])
-    values, vectors = torch.linalg.eigh(left)
+    values, vectors = descending_eigh(flatten_stack(left))
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-    found: Tensor = torch.linalg.eigvalsh(root.mT @ right @ root)
-    return found.clamp_min(0).flip(-1)
+    energies = eigenvalue_stack(root.mT @ flatten_stack(right) @ root)
+    if not bool(energies.isfinite().all()):
+        raise SolverFailure("the eigenvalues of a product of thin factors did not converge")
+    return energies.clamp_min(0).reshape(left.shape[:-1])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .angles import column_angles, leading_quantiles, orthonormal_angles, stacked_angles
+from .angles import column_angles, orthonormal_angles, stacked_angles
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .exceptions import NonFiniteWeights, ShapeMismatch, SolverFailure
@@ -196,12 +196,13 @@ def angle_quantiles(
     count = torch.minimum(source.rank, target.rank)
     if decides_freely(source.U):
         return _quantiles_in_turn(source, target, list(range(len(count))), wanted)
-    sides = ((source.U, target.U), (source.V, target.V))
-    stacks = (stacked_angles(s.to(work), t.to(work), source.rank, target.rank) for s, t in sides)
-    left, right = (leading_quantiles(angles, count, wanted) for angles in stacks)
-    empty = (count < 1)[:, None]
-    unknown = (left.isnan() | right.isnan()).any(1) & ~empty[:, 0]
-    left, right = left.masked_fill(empty, torch.nan), right.masked_fill(empty, torch.nan)
+    both = []
+    for s, t in ((source.U, target.U), (source.V, target.V)):
+        angles = stacked_angles(s.to(work), t.to(work), source.rank, target.rank)
+        beyond = torch.arange(angles.shape[1], device=angles.device) >= count[:, None]
+        both.append(angles.masked_fill(beyond, torch.nan).nanquantile(wanted, 1).mT)
+    left, right = both
+    unknown = (left.isnan() | right.isnan()).any(1) & (count > 0)
     rest = unknown.nonzero().flatten().tolist()  # the one wait
     if rest:
         left[rest], right[rest] = _quantiles_in_turn(source, target, rest, wanted)

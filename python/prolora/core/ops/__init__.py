@@ -11,7 +11,8 @@
     tridiagonal_vectors    their eigenvectors
     tridiagonalise         symmetric matrices to tridiagonal ones
 
-All but a few take float32 or float64, contiguous or not. They run on any device, and under
-FakeTensor and torch.compile. The file of an op holds it with its twin, which says in torch what it
-computes; `native` decides which of the two runs. The list of ops is PROLORA_OPS in csrc/ops.h.
+All but a few take float32 or float64, contiguous or not. All but the last three run on any device,
+and under FakeTensor and torch.compile. The file of an op holds it with its twin, which says in
+torch what it computes; `native` decides which of the two runs. The list of ops is PROLORA_OPS in
+csrc/ops.h.
 """

@@ -93,21 +93,17 @@ def extend_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
 
 def check_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: int) -> None:
     """Refuses, also of who calls the operator itself, what would be read or written wrongly."""
-    known = {"rows": rows, "projected": projected}
-    for name, x in {"w": w, **known}.items():
+    for name, x in {"w": w, "rows": rows, "projected": projected}.items():
         if x.device != w.device:
             raise TypeError(f"krylov_block: w is on {w.device}, but {name} is on {x.device}")
         if x.ndim != 3 or not (x.is_contiguous() or (x is w and x.mT.is_contiguous())):
             raise TypeError(f"krylov_block: {name} must be a contiguous stack of matrices")
-    if w.dtype not in STORED:
-        raise TypeError(f"krylov_block: w must be float16 or bfloat16, not {w.dtype}")
-    for name, x in known.items():
-        if x.dtype != torch.float32:
-            raise TypeError(f"krylov_block: {name} must be float32, not {x.dtype}")
-    b, d, _ = w.shape
-    room = rows.shape[1]
+        if x.dtype not in (STORED if x is w else (torch.float32,)):
+            needed = "float16 or bfloat16" if x is w else "float32"
+            raise TypeError(f"krylov_block: {name} must be {needed}, not {x.dtype}")
+    (b, d, _), room = w.shape, rows.shape[1]
     wanted = {"rows": (b, room, d), "projected": (b, room, room)}
-    for name, x in known.items():
+    for name, x in (("rows", rows), ("projected", projected)):
         if x.shape != wanted[name]:
             raise ShapeMismatch(
                 f"krylov_block: {name} must be {wanted[name]}, not {tuple(x.shape)}"

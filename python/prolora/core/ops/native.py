@@ -43,9 +43,7 @@ class Op:
     twin: Callable[..., Any]  # takes the operands
     compared: Callable[[Any], Sequence[Tensor]] = list  # makes what is equal up to rounding
     far: float | None = None  # how far it may be, unless the dtype says
-    # Why torch does it on a CPU or a GPU, if it does.
-    on_cpu: str = ""
-    on_gpu: str = ""
+    on_cpu: str = ""  # why torch does it on a CPU, if it does
 
 
 PRODUCTS = "torch's products are faster on a CPU"
@@ -88,6 +86,13 @@ def load_extension() -> Choice:
 
 
 EXTENSION = load_extension()
+
+
+def require_extension() -> ModuleType:
+    """Returns the extension, for what only it can do."""
+    if EXTENSION.kernels is None:
+        raise KernelFailure(EXTENSION.why)
+    return EXTENSION.kernels
 
 
 def kernels_fit(capability: tuple[int, int], architectures: str) -> bool:
@@ -189,9 +194,8 @@ def serving(device: torch.device) -> Choice:
 def choose(op: str, device: torch.device) -> Choice:
     """Returns what runs an op on a device; a trial may yet decide against CUDA's kernels."""
     choice = serving(device)
-    if choice.kernels is not None:
-        why = OPS[op].on_gpu if choice.cuda else OPS[op].on_cpu
-        return Choice(None, why) if why else choice
+    if choice.kernels is not None and not choice.cuda and OPS[op].on_cpu:
+        return Choice(None, OPS[op].on_cpu)
     return choice
 
 
@@ -236,8 +240,9 @@ def describe_installation() -> dict[str, str | int]:
     for op in OPS:
         on_cpu = choose(op, torch.device("cpu"))
         cpu = f"torch ({on_cpu.why})" if on_cpu.kernels is None else "extension"
-        gpu = "torch" if OPS[op].on_gpu or not count else "what wins a trial at first use"
+        gpu = "what wins a trial at first use" if count else "torch"
         facts[f"op {op}"] = f"cpu: {cpu}; gpu: {gpu}"
+    facts["leading eigenpairs"] = f"cpu: {'extension' if kernels else 'torch'}; gpu: torch"
     for tried, (wins, why) in sorted(list_choices().items()):
         facts[f"trial of {tried}"] = f"{'extension' if wins else 'torch'} ({why})"
     return facts
