@@ -140,7 +140,7 @@ LIMITS = {
     "core/": 6860,
     "files/": 1705,
     "best.py": 210,
-    "checking/": 700,
+    "checking/": 770,
     "fitting/": 8649,
     "fleet/": 575,
     "making/": 2050,

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import fused_shapes, sparse_file
 from lora_files import factors, save
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora.architectures.layouts import load_layout
+from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.checking.check import check
 from prolora.files.safetensors_file import SafetensorsFile
 
@@ -290,17 +293,28 @@ ALONE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import prolora
-print(json.dumps(prolora.check(sys.argv[2], program="comfyui").to_dict()))
+print(json.dumps([prolora.check(x, program="comfyui").to_dict() for x in sys.argv[2:]]))
 """
 
 
 def test_the_page_of_the_site_says_the_same_with_pythons_own_library_alone(lora, tmp_path):
-    """The browser's Python gets this package, and has no torch, numpy or jinja2."""
+    """The browser's Python gets this package, and has no torch; a base is named by its header."""
+    sdxl, start = load_layout("sdxl").shapes, "model.diffusion_model."
+    flux = fused_shapes(load_layout("flux1-dev").shapes, "flux1-dev")
+    ldm = {diffusers_to_ldm(name, siblings=sdxl): shape for name, shape in sdxl.items()}
+    bases = [
+        sparse_file(
+            tmp_path / f"{i}.safetensors", {f"{start}{n}.weight": x for n, x in one.items()}
+        )
+        for i, one in enumerate((flux, ldm))
+    ]
+    package, files = tmp_path / "prolora.zip", [lora, *bases]
     hooks = runpy.run_path(str(ROOT / "docs" / "pack_doctor.py"))
-    (tmp_path / "prolora.zip").write_bytes(hooks["pack_package"]())
-    command = [sys.executable, "-I", "-S", "-c", ALONE, tmp_path / "prolora.zip", lora]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert json.loads(told) == json.loads(json.dumps(check(lora, program="comfyui").to_dict()))
+    package.write_bytes(hooks["pack_package"]())
+    command = [sys.executable, "-I", "-S", "-c", ALONE, package, *files]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert told == json.loads(json.dumps([check(x, program="comfyui").to_dict() for x in files]))
+    assert [found["families"] for found in told[1:]] == [["flux"], ["sdxl"]]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,3 @@ def test_python_and_the_page_say_of_an_odd_file_what_the_table_has(odd, tmp_path
     if "deep" not in odd.asked:  # the page reads headers alone
         marked, line = check_on_page(path, odd.asked.get("program", ""))
         assert (marked, line[: len(odd.first)]) == (odd.mark, odd.first)
-
-
-def test_every_odd_file_has_a_name_and_a_sentence_of_its_own():
-    names = [odd.name for odd in ODD_FILES]
-    assert len(set(names)) == len(names) and all(len(odd.first) > 5 for odd in ODD_FILES)

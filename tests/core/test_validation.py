@@ -12,7 +12,7 @@ import prolora
 from prolora import LowRank, ProLoRAError, principal_angles, project, similarity, truncated_svd
 from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.core.validation import check_device, check_operand, resolve_device
-from prolora.errors import ShapeMismatch, SolverFailure, UnsupportedDevice, UnsupportedTensor
+from prolora.errors import SolverFailure, UnsupportedDevice, UnsupportedTensor
 from prolora.making.extract_options import ExtractOptions
 from prolora.moving.option_keywords import settle_options
 
@@ -109,12 +109,6 @@ def test_factors_of_another_kind_make_no_lowrank(kind):
     factor = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(UnsupportedTensor, match="down is"):
         LowRank(factor, KINDS[kind](factor))
-
-
-def test_a_pair_has_two_factors():
-    _, source, target = case()
-    with pytest.raises(ShapeMismatch, match="pair"):
-        project((source, source, source), source, target)
 
 
 def test_no_function_that_looks_at_numbers_runs_under_vmap():

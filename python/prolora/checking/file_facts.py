@@ -13,12 +13,21 @@ from ..adapters.contents import parse_contents, read_scale
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import ask_programs, is_read_after
 from ..adapters.keys import tensor_keys
+from ..adapters.keys.module_names import find_transformer_name, parse_module_path
 from ..adapters.lora import Lora
 from ..adapters.slots import Contents, Slot, measure_modules
 from ..adapters.training_words import read_training_words
-from ..architectures.identify import find_foreign, is_language_model
+from ..architectures.families import known_families
+from ..architectures.identify import (
+    NamedMatrix,
+    find_foreign,
+    identify_base,
+    identify_names,
+    is_language_model,
+    share_rows,
+)
 from ..architectures.loaders import known_loaders
-from ..architectures.modules import TEXT_ENCODERS, find_component
+from ..architectures.modules import TEXT_ENCODERS, find_component, matrix_shape
 from ..core.grouping import group_by
 from ..errors import ProLoRAError
 from ..files.dtypes import spell_dtype
@@ -141,7 +150,41 @@ def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
         except ProLoRAError as error:
             if not is_adapter:
                 return replace(found, kind="base", reason=str(error))
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            return _name_by_header(opened, found)
     return replace(found, kind="lora" if is_adapter else "unknown", reason=reason)
+
+
+def _name_by_header(opened: Lora, found: Check) -> Check:
+    """Recognises a base model by names and shapes, where torch is missing."""
+    matrices = {
+        key.removesuffix(".weight"): matrix_shape(shape)
+        for key, shape in opened.shapes.items()
+        if key.endswith(".weight") and len(shape) > 1
+    }
+    names = ((find_transformer_name(path), size) for path, size in matrices.items())
+    ids = identify_names(NamedMatrix(*name, size) for name, size in names if name)
+    family = known_families()[ids[0]] if ids else None
+    shapes, dtypes = dict[str, tuple[int, int]](), list[str]()
+    for path, size in matrices.items():
+        if module := parse_module_path(path, family):
+            parts = share_rows(module.matrix, size) if module.matrix else {module.name: size}
+            dtypes += [spell_dtype(opened.headers[f"{path}.weight"].dtype)] * len(parts)
+            shapes |= parts
+    model = identify_base(shapes)
+    return Check(
+        path=found.path,
+        kind="base",
+        format="single-file",
+        families=model.families,
+        sizes=model.sizes[:1],
+        modules=count_values(map(find_component, shapes)),
+        dtypes=count_values(dtypes),
+        tensors=len(shapes),
+        size=found.size,
+    )
 
 
 def check_model(path: Any) -> Check:
