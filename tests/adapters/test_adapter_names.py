@@ -63,21 +63,6 @@ def test_every_module_of_a_text_encoder_translates_both_ways(prefix, encoder, mo
         assert module_names.to_kohya(f"{encoder}.{module}", sdxl=sdxl) == kohya
 
 
-@pytest.mark.parametrize("model", UNETS)
-def test_every_name_survives_every_dotted_format(model):
-    for module in keymaps()["unets"][model]:
-        for path in (f"unet.{module}", module, f"base_model.model.{module}"):
-            assert module_names.parse_module_path(path).name == module
-
-
-def test_two_digit_blocks_of_sd15_are_not_taken_for_block_one():
-    path = "lora_unet_input_blocks_10_0_in_layers_2"
-    assert module_names.parse_module_path(path).name == "down_blocks.3.resnets.0.conv1"
-    path = "lora_unet_output_blocks_11_1_transformer_blocks_0_attn2_to_out_0"
-    expected = "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0"
-    assert module_names.parse_module_path(path).name == expected
-
-
 @pytest.mark.parametrize(
     ("siblings", "expected"),
     [
@@ -88,42 +73,6 @@ def test_two_digit_blocks_of_sd15_are_not_taken_for_block_one():
 )
 def test_first_upsampler_is_numbered_by_whether_its_block_has_attention(siblings, expected):
     assert diffusers_to_ldm("up_blocks.0.upsamplers.0.conv", siblings=siblings) == expected
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "input_blocks.0.1.proj_in",
-        "input_blocks.3.1.proj_in",
-        "input_blocks.4.2.proj_in",
-        "middle_block.1.in_layers.2",
-        "middle_block.3.in_layers.2",
-        "output_blocks.0.1.conv",
-        "input_blocks.4.0.in_layers.1",
-        "out.1",
-        "input_blocks.-1.0.op",
-        "output_blocks.٣.0.op",
-        "",
-    ],
-)
-def test_a_name_that_no_unet_has_translates_to_nothing(name):
-    assert ldm_to_diffusers(name) is None
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "down_blocks.0.upsamplers.0.conv",
-        "down_blocks.0.attentions.2.proj_in",
-        "mid_block.resnets.2",
-        "down_blocks.0.resnets.0.conv9",
-        "up_blocks.0.attentions.0.ff",
-        "conv",
-        "down_blocks.0",
-    ],
-)
-def test_a_module_that_no_checkpoint_has_translates_to_nothing(name):
-    assert diffusers_to_ldm(name) is None
 
 
 @pytest.mark.parametrize(
@@ -192,23 +141,12 @@ def test_dots_come_back_from_underscores_unless_two_words_make_a_third(words):
         assert restore_dots("_".join(words)) == ".".join(words)
 
 
-@given(st.text())
-def test_any_text_is_parsed_or_refused_without_an_exception(text):
-    for prefix in ("", "lora_unet_", "lora_te_", "diffusion_model.", "unet.", "base_model.model."):
-        module_names.parse_module_path(prefix + text)
-
-
 @pytest.mark.parametrize("model", ["sdxl", "ssd-1b"])
 def test_a_bare_original_name_of_a_unet_is_read(model):
     """OneTrainer's "original" format: `input_blocks.4.1.….lora_A.weight`."""
     for module, (_, _, ldm, _) in keymaps()["unets"][model].items():
         path = module_names.parse_module_path(ldm)
         assert (path.name, path.sgm) == (module, True)
-
-
-def test_a_prefix_that_a_tool_wrote_twice_counts_once():
-    path = "lora_unet_unet_down_blocks_1_attentions_0_proj_in"
-    assert module_names.parse_module_path(path).name == "down_blocks.1.attentions.0.proj_in"
 
 
 @pytest.mark.parametrize("size", list_sizes([x for f in FAMILIES.values() for x in f.layouts]))

@@ -40,7 +40,7 @@ TEXT = {
     }.items()
 }
 ALL = {**LINEAR, **CONV, **TEXT}
-MIXED = [4, 2, 3, 4, 4]
+MIXED = [2, 4, 3, 2, 2]  # the most common rank is not the largest
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -175,12 +175,14 @@ def test_auto_writes_the_format_the_adapter_came_in(tmp_path, format):
     assert adapters.read_adapter(tmp_path / "out").format == format
 
 
-def test_kohya_alpha_is_the_rank_as_a_scalar_of_the_same_dtype(tmp_path):
-    adapters.write_adapter(adapter_of(ALL, 4, dtype=torch.float16), tmp_path / "out.safetensors")
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (MIXED, 2)])
+def test_kohya_alpha_is_the_commonest_rank_as_a_scalar_of_the_same_dtype(tmp_path, rank, alpha):
+    adapter = adapter_of(ALL, rank, dtype=torch.float16)
+    adapters.write_adapter(adapter, tmp_path / "out.safetensors")
     tensors = load_file(tmp_path / "out.safetensors")
     alphas = {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert len(alphas) == len(ALL)
-    assert all(a.shape == () and a == 4 and a.dtype == torch.float16 for a in alphas.values())
+    assert all(a.shape == () and a == alpha and a.dtype == torch.float16 for a in alphas.values())
 
 
 def test_an_alpha_that_the_dtype_cannot_hold_is_stored_wider(tmp_path):
@@ -266,14 +268,6 @@ def test_float8_is_written_as_float16(tmp_path):
         adapters.write_adapter(adapter_of(LINEAR), tmp_path / "out", dtype=torch.float8_e4m3fn)
 
 
-def test_a_file_that_is_read_and_written_again_has_the_same_factors(tmp_path):
-    path = kohya_file(tmp_path / "in.safetensors", alpha=4.0)
-    adapters.write_adapter(adapters.read_adapter(path), tmp_path / "out.safetensors")
-    before, after = load_file(path), load_file(tmp_path / "out.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-
 def scaled(up, down):
     """One module whose factors have the given sizes."""
     adapter = adapter_of({"conv_in": (6, 5)})
@@ -332,15 +326,6 @@ def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatc
 def kohya_tensors(stem):
     names = [f"lora_unet_{stem}.lora_{end}.weight" for end in ("up", "down")]
     return {name: torch.ones(2, 2) for name in names}
-
-
-def test_a_peft_folder_can_be_written_again(tmp_path):
-    for rank in (4, MIXED):
-        adapter = adapter_of(LINEAR, rank)
-        adapters.write_adapter(adapter, tmp_path / "out", format="peft", overwrite=True)
-        same_updates(adapter, dense(adapters.read_adapter(tmp_path / "out")))
-    assert len(list((tmp_path / "out").iterdir())) == 2
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_adapter_without_modules_is_not_written(tmp_path):

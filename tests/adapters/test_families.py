@@ -34,6 +34,22 @@ def test_metadata_decide_between_families_of_equal_sizes_and_add_no_other():
     assert identify(shapes, {"ss_base_model_version": "flux1"}).families == ("flux",)
     other = identify(shapes, {"ss_base_model_version": "qwen_image"})
     assert (other.families, other.claimed) == (fitting.families, "qwen-image")
+    wider = {"single_transformer_blocks.37.attn.to_q": (100, 100)}  # of no published size
+    assert identify(wider, {"ss_base_model_version": "flux1"}).names == ("flux",)
+    assert identify(wider, {"ss_base_model_version": "wan"}).names == identify(wider, {}).names
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "family"),
+    [
+        ("layers.0.feed_forward.linear_1", (4608, 1152), "lumina2"),
+        ("layers.0.feed_forward.linear_1", (5120, 1260), "omnigen2"),
+        ("transformer_blocks.0.norm1.linear", (5760, 256), "cogvideox"),
+    ],
+)
+def test_proportions_tell_families_apart_where_no_size_is_known(name, shape, family):
+    """Half as wide as any published one."""
+    assert identify({name: shape}, {}).names == (family,)
 
 
 @pytest.mark.parametrize("format", ["kohya", "comfy", "diffusers"])

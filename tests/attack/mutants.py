@@ -2,13 +2,15 @@
 
     python tests/attack/mutants.py FILE ... [--most 60] [--jobs 2] [--out rows.jsonl]
     python tests/attack/mutants.py --since REV [...]
+    python tests/attack/mutants.py --chosen [--only WORD] [--out rows.jsonl]
 
 The repository is copied, and only the copy is changed. For each file, the tests near it run once:
 those of its own name, those that import it or what imports it, and its room. That shows which test
 runs which function. Then each mutant (mutations.py) is put into the file and the tests of its
 function run, the quickest first, until one fails. Those that all tests pass are listed: a test is
 missing, or the change makes no difference. With `--since`, only lines changed since a revision are
-mutated.
+mutated. `--chosen` takes the mutants of mutants.json, each of which breaks a promise of the docs
+and names its tests; rows of --out are not done again. The exit code is 1 where too many live.
 """
 
 from __future__ import annotations
@@ -49,6 +51,14 @@ FILES, SECONDS = 16, 15.0
 
 PER_MUTANT = 45.0
 """The most seconds of tests that are run for a mutant that none of them notices."""
+
+MOST_ALIVE, MOST_CHOSEN_ALIVE = 0.15, 4
+"""The most that may live: the share of mechanical mutants, and the number of chosen ones."""
+
+TABLE: dict[str, list[Any]] = json.loads(
+    (Path(__file__).parent / "mutants.json").read_text("utf-8")
+)
+"""Chosen mutants, and mechanical ones [file, line, change] that make no difference."""
 
 _MARK = "__mutants_seen__"
 
@@ -173,6 +183,8 @@ def run_tests(
             os.dup2(quiet, 2)
             os.chdir(place)
             sys.dont_write_bytecode = True
+            # An editable installation has every module, and would never look at the copy.
+            sys.meta_path = [x for x in sys.meta_path if "Redirecting" not in type(x).__name__]
             sys.path[:0] = [str(place / "python")]
             os.environ["PYTHONPATH"] = str(place / "python")
             os.environ.pop("PYTEST_ADDOPTS", None)
@@ -289,17 +301,55 @@ def test_file(
     for pid in workers:
         os.waitpid(pid, 0)
     verdicts = dict(json.loads(line) for note in notes for line in note.read_text().splitlines())
+    lines_of = (ROOT / file).read_text("utf-8").splitlines()
+    for i in verdicts:
+        there = lines_of[mutants[i].line - 1].strip()
+        if [file, there, mutants[i].what] in TABLE["equivalents"]:
+            verdicts[i] = "equivalent"
     left = [
         f"{file}:{mutants[i].line} {verdicts[i]}: {mutants[i].what}"
         for i in sorted(verdicts)
-        if verdicts[i] != "killed"
+        if verdicts[i] in ("survived", "untested")
     ]
     counts = {
-        name: list(verdicts.values()).count(name) for name in ("killed", "survived", "untested")
+        name: list(verdicts.values()).count(name)
+        for name in ("killed", "survived", "untested", "equivalent")
     }
     facts = {"file": file, "mutants": len(mutants), "tried": len(verdicts), **counts}
     seconds = round(time.monotonic() - began, 1)
     return facts | {"tests": len(tests), "near": near, "seconds": seconds, "left": left}
+
+
+def run_chosen(place: Path, chosen: list[dict[str, Any]], out: Path | None) -> int:
+    """Runs the named tests on each chosen mutant, and counts those that live."""
+    done = {}
+    if out and out.exists():
+        rows = map(json.loads, out.read_text().splitlines())
+        done = {row["promise"]: row["verdict"] for row in rows}
+    waiting = [one for one in chosen if one["promise"] not in done]
+    files = sorted({test for one in waiting for test in one["tests"]})
+    watcher, notes = Watcher(), place / "seen.json"
+    run_tests(place, files, 60 + 2 * SECONDS * len(files), [watcher], notes) if files else None
+    facts = json.loads(notes.read_text()) if files else []
+    passed_over = [f"--deselect={fact['name']}" for fact in facts if "failed" in fact]
+    for one in waiting:
+        path = place / one["file"]
+        text = path.read_text("utf-8")
+        if text.count(one["old"]) != 1:
+            raise SystemExit(f"{one['file']}: {one['old']!r} does not stand there once")
+        path.write_text(text.replace(one["old"], one["new"]), "utf-8")
+        began = time.monotonic()
+        words = [*one["tests"], *passed_over]
+        code = run_tests(place, words, 300.0, [], place / "mutant.json")
+        path.write_text(text, "utf-8")
+        done[one["promise"]] = {0: "survived", -1: "hung"}.get(code, "killed")
+        row = {"promise": one["promise"], "verdict": done[one["promise"]]}
+        row |= {"seconds": round(time.monotonic() - began, 1)}
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+        if out:
+            with open(out, "a") as opened:
+                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return sum(done[one["promise"]] != "killed" for one in chosen)
 
 
 def main() -> None:
@@ -309,6 +359,8 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="*", help="of the package, below the repository")
     parser.add_argument("--since", help="a revision: lines changed since then")
+    parser.add_argument("--chosen", action="store_true", help="the mutants of mutants.json")
+    parser.add_argument("--only", default="", help="of these, with this word in promise or file")
     parser.add_argument("--most", type=int, default=60, help="mutants of a file; a sample of more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="no further file after these")
@@ -327,19 +379,26 @@ def main() -> None:
     total: dict[str, int] = defaultdict(int)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         places = [copy_repository(Path(folder) / str(number)) for number in range(args.jobs)]
+        if args.chosen:
+            chosen = [x for x in TABLE["chosen"] if args.only in x["promise"] + x["file"]]
+            alive = run_chosen(places[0], chosen, args.out)
+            print(f"{alive} of {len(chosen)} chosen mutants live")
+            sys.exit(alive > MOST_CHOSEN_ALIVE)
         until = time.monotonic() + 60 * args.minutes
         for file, lines in files.items():
             if time.monotonic() > until:
                 print(f"{file}: no time left")
                 continue
             facts = test_file(places, file, lines, args.most, args.seed)
-            for name in ("tried", "killed", "survived", "untested"):
+            for name in ("tried", "killed", "survived", "untested", "equivalent"):
                 total[name] += facts[name]
             print("\n".join(facts["left"]), flush=True)
             if args.out:
                 with open(args.out, "a") as opened:
                     opened.write(json.dumps(facts) + "\n")
     print(json.dumps(total))
+    alive, tried = total["survived"] + total["untested"], total["tried"] - total["equivalent"]
+    sys.exit(alive > MOST_ALIVE * tried)
 
 
 if __name__ == "__main__":

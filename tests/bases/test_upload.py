@@ -41,25 +41,6 @@ def at_once(job):
     return lambda: result
 
 
-def test_a_stack_is_read_and_copied_before_the_one_before_is_worked_on():
-    log = []
-
-    def read(i):
-        log.append(f"read {i}")
-        return i, [torch.tensor(i)]
-
-    def work(i, weights):
-        log.append(f"work {i}")
-        return i * int(weights[0])
-
-    readers = (partial(read, i) for i in range(3))
-    assert list(work_ahead(readers, work, RecordedCopies(log), at_once)) == [0, 1, 4]
-    assert log == (
-        "read 0, copy 0, read 1, copy 1, wait 0, work 0, read 2, copy 2, wait 1, work 1, "
-        "wait 2, work 2"
-    ).split(", ")
-
-
 @pytest.mark.parametrize("threads", [False, True])
 def test_at_most_two_stacks_are_alive(threads, monkeypatch):
     alive, most = weakref.WeakSet(), []

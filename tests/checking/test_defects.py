@@ -112,6 +112,8 @@ def set_alphas(*alphas):
         ((64,), None, "where images show too much of it, `convert()` it with `alpha=4`"),
         ((16, 4, 4), None, ""),  # of a part alone no strength serves
         ((0.01,), "0.01", None),
+        ((0.25,), None, None),  # 1/16 of the rank, as trainers write at least
+        ((0.2,), None, "where images show too little of it, `convert()` it with `alpha=4`"),
         ((8,), None, None),
     ],
 )
@@ -269,6 +271,12 @@ def test_every_tensor_of_every_kind_is_looked_at(lora, kind, factor):
         words = ["float16"]
     assert [any(word in one.text for one in found.defects) for word in words] == [True] * len(words)
     assert len(found.defects) == len(words)
+
+
+@pytest.mark.parametrize(("largest", "marks"), [(65000.0, []), (66000.0, ["⚠"])])
+def test_what_float16_does_not_hold_is_told_from_what_it_holds(lora, largest, marks):
+    found = check(add_kind(lora, "bias", lambda x: x / x.abs().max() * largest), deep=True)
+    assert [one.mark for one in found.defects if "float16" in one.text] == marks
 
 
 def test_a_tensor_that_is_not_read_is_looked_at_too(lora):

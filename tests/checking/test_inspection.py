@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from checkpoints import sparse_file
-from lora_files import CONV, LINEAR, adapter_of, keymaps, kohya_file, save
+from lora_files import LINEAR, adapter_of, keymaps, kohya_file, save
 from safetensors.torch import load_file
 
 from prolora import adapters
@@ -68,24 +68,6 @@ def test_a_flux_checkpoint_of_its_authors_is_a_single_file_base(tmp_path, prefix
     found = check(save(tmp_path / "base.safetensors", weights))
     assert (found.kind, found.format, (not found.reason)) == ("base", "single-file", True)
     assert found.modules == {"transformer": 7}
-
-
-@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
-def test_every_format_is_told(tmp_path, format):
-    adapter = adapter_of({**LINEAR, **CONV}, [4, 4, 2], spelling="sgm", dtype=torch.bfloat16)
-    adapters.write_adapter(adapter, tmp_path / "out", format=format)
-    found = check(tmp_path / "out")
-    assert found.format == format
-    assert found.spelling == ("sgm" if format in ("kohya", "comfy") else "diffusers")
-    assert set(found.algorithms) == {"lora", "locon"} and not found.reason
-    assert found.modules == {"unet": 9} and found.parts["unet"].ranks == {2: 3, 4: 6}
-    assert "bfloat16" in found.dtypes and found.size > 0
-
-
-@pytest.mark.parametrize("suffix", ["oft_diag", "on_input", "modules_to_save.weight"])
-def test_types_that_are_not_supported_are_told_with_the_reason(tmp_path, suffix):
-    found = check(save(tmp_path / "lora", {f"{STEM}.{suffix}": torch.ones(1)}))
-    assert found.kind == "lora" and not found and f"{STEM}.{suffix}" in found.reason
 
 
 LYCORIS = {

@@ -258,6 +258,12 @@ def test_blocks_of_an_unrelated_model_of_the_same_shape_are_not_matched():
     # The variance that the deviations are counted in is that of unrelated subspaces.
     deviations = torch.tensor([decision.deviations for decision in result.decisions])
     assert 1 < deviations.mean() < 4  # the largest of 70 or so normal numbers
+    names = [f"transformer_blocks.{i}.attn.to_q" for i in range(4)]
+    generator = torch.Generator().manual_seed(2)
+    small = [{n: torch.randn(8, 8, generator=generator) for n in names} for _ in range(2)]
+    decisions = match_blocks(*map(open_base, small)).decisions
+    # So small that chance makes a score of a third, which is three standard deviations.
+    assert max(one.score for one in decisions) > 0.3 and not any(one.source for one in decisions)
 
 
 def test_inserted_copies_are_refused_where_they_resemble_a_block_as_well(tmp_path):
@@ -268,7 +274,7 @@ def test_inserted_copies_are_refused_where_they_resemble_a_block_as_well(tmp_pat
     for new, old in enumerate((0, 1, 1, 2)):
         for leaf in leaves:
             there = f"transformer_blocks.{old}.attn.{leaf}"
-            weight = sdxl.weight(there, (48, 48), 0.05 * new, 0)
+            weight = sdxl.weight(there, (48, 48), 0.1 * new, 0)  # the copies score 0.8 to 0.99
             deeper[f"transformer_blocks.{new}.attn.{leaf}"] = weight
     with pytest.raises(UnsupportedFormat, match=r"blocks\.[12] and .*nearly alike.*`fit\(\)`"):
         match_blocks(open_base(source), open_base(deeper))

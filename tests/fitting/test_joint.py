@@ -32,6 +32,7 @@ from prolora.fitting.recording.trajectories import (
 from prolora.fitting.recording.translation import Guidance, Question, Translation, same_call
 from prolora.fitting.recording.wanted import WantedChange
 from prolora.fitting.solver import joint_fit as refinement
+from prolora.fitting.solver.joint import choose_start
 from prolora.fitting.solver.joint_fit import (
     STEPS,
     JointFit,
@@ -496,6 +497,7 @@ def test_bases_that_predict_something_else_are_refused_where_no_copy_serves():
     assert decide(0.6, 0.3, apart=0.9, start="zero") == "copy"
     assert decide(0.1, 0.8, apart=0.9) == "refuse"
     assert decide(None, 0.0, apart=0.9) == "refuse"
+    assert [decide(0.1, 0.8, apart) for apart in (0.39, 0.41)] == ["go", "refuse"]
 
 
 def test_a_target_that_lacks_blocks_gets_a_fit_that_starts_from_the_copy(source, lora):
@@ -523,6 +525,25 @@ def test_what_the_bases_disagree_on_is_left_to_the_copy(source, lora):
     assert "nothing is fitted" in result.report.sentences()[0]
     for name, update in result.adapter.updates.items():
         torch.testing.assert_close(update.dense(), result.report.gate.strength * lora[name].dense())
+
+
+@pytest.mark.parametrize(("explained", "trust"), [(0.75, 0.25), (0.95, 0.0)])
+def test_a_fit_goes_as_far_as_the_bases_agree_and_below_a_tenth_stays_the_copy(explained, trust):
+    torch.manual_seed(0)
+    model, update = (
+        nn.Sequential(nn.Linear(6, 5, bias=False)),
+        LowRank(torch.eye(5), torch.ones(5, 6)),
+    )
+    x = torch.randn(4, 20, 6)
+    with torch.no_grad():
+        probes = [
+            WantedChange(Call((y,), {}, "target"), model(y), y @ update.dense().mT, 0.3 * model(y))
+            for y in x
+        ]
+    missing = measure_disagreement(probes)["all"] / explained  # of the wanted change, by the copy
+    copied = {"0": LowRank((1 - missing**0.5) * update.up, update.down)}
+    start = choose_start("auto", model, copied, probes, lambda prediction: prediction)
+    assert (start.name, start.trust) == ("copy", pytest.approx(trust, abs=1e-4))
 
 
 def test_a_copy_cannot_be_the_start_where_none_fits(source, lora):

@@ -81,7 +81,8 @@ def make_case(tmp_path, dtype=torch.bfloat16, share=0.1, scale=None):
 
 
 def round_to(x, dtype, scale):
-    return (x / (scale or 1)).to(dtype).float() * (scale or 1)
+    codes, most = x / (scale or 1), torch.finfo(dtype).max
+    return codes.clamp(-most, most).to(dtype).float() * (scale or 1)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,7 @@ def round_to(x, dtype, scale):
         (torch.bfloat16, None, 0.01),
         (torch.float8_e4m3fn, None, 0.02),
         (torch.float8_e4m3fn, 0.002, 0.02),
+        (torch.float8_e5m2, 1e-5, 1.0),  # beyond the largest code
         (torch.float8_e5m2, 0.0001, 0.1),
     ],
 )
@@ -151,13 +153,14 @@ def test_several_loras_are_added_with_their_strengths(tmp_path):
     assert torch.allclose(got, before - 1.5 * delta, atol=1e-6)
 
 
-def test_biases_and_norms_are_added_too(tmp_path):
+@pytest.mark.parametrize(("blocks", "wanted"), [(None, 1.0), (["transformer_blocks.0=0.5"], 0.5)])
+def test_biases_and_norms_are_added_too_by_their_block(tmp_path, blocks, wanted):
     lora, base, _, _ = make_case(tmp_path, torch.float16)
     bias, more = torch.arange(64.0).half(), torch.full((64,), 0.5)
     save_file(load_file(base) | {f"{MODULE}.bias": bias}, base)
     save_file({f"diffusion_model.{MODULE}.diff_b": more}, lora)
-    done = bake([lora], base, tmp_path / "out.safetensors", strengths=[2.0])
-    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"{MODULE}.bias"], bias + 1)
+    done = bake([lora], base, tmp_path / "out.safetensors", strengths=[2.0], blocks=blocks)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"{MODULE}.bias"], bias + wanted)
     assert [row.module for row in done.modules] == [f"{MODULE}.bias"]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import prolora
 from prolora.errors import InvalidOption, UnsupportedFormat
 
-ROWS, COLUMNS = 64, 256
+ROWS, COLUMNS = 192, 256  # two tiles of scales high, four wide
 MODULE, KEPT = (f"transformer_blocks.0.attn.to_{leaf}" for leaf in "qk")
 KITCHEN = {
     "nvfp4": ("TensorCoreNVFP4Layout", {"format": "nvfp4"}, {}),

@@ -283,6 +283,7 @@ def test_an_alpha_that_is_lost_or_wrong_is_set(kind, came, tmp_path):
         assert "of wrong with alpha 5" in told.headline and "It acts 1.67 times" in str(told)
         row = done.report.modules[0]
         assert (row.norm_ratio, row.copy_distance) == pytest.approx((5 / 3, 2 / 3), rel=1e-5)
+        assert row.energy == pytest.approx(9 / 25 * float(wanted.updates[row.source].norm()) ** 2)
 
 
 def test_an_alpha_is_refused_where_something_else_tells_it():

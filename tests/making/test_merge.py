@@ -539,6 +539,12 @@ def test_what_is_zero_in_all_loras_is_zero_in_the_merge(method):
     assert torch.equal(merged.vectors[f"{module}.bias"], torch.zeros(24))
     assert not merged.updates[module].dense().any()
     assert all(u.dense().any() for name, u in merged.updates.items() if name != module)
+    zero = {key: x * 0 for key, x in loras[0].items() if not key.endswith("diff_b")}
+    parts = prolora.merge([loras[1], zero], method=method).report.parts
+    assert [(part.kept, part.energy > 0) for part in parts] == [
+        (pytest.approx(1), True),
+        (1, False),
+    ]
 
 
 def test_loras_of_two_models_are_refused_behind_one_that_is_for_either():

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from mini import lora_tensors, shapes, source_weights, target_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.errors import OutputExists
@@ -140,3 +140,23 @@ def test_any_byte_that_was_read_makes_a_result_of_its_own_and_no_other_byte_does
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
         is_kept(door, folder)  # what is named by digits is made again
     assert len(named) <= 6, named
+
+
+def test_what_another_version_made_or_another_configuration_asks_for_is_not_kept(made, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    out, lora = folder / "out.safetensors", folder / "lora.safetensors"
+    header = SafetensorsFile(out).metadata
+    save_file(load_file(out), out, header)
+    assert by_out(folder)
+    save_file(load_file(out), out, header | {"prolora.version": "0.0.1"})
+    assert not is_kept("out", folder)
+    out.unlink()
+    prolora.convert(lora, out=folder / "peft", format="peft")
+    lora.unlink()
+    (folder / "peft").rename(lora)
+    assert [by_out(folder, format="kohya") for _ in range(2)] == [False, True]
+    config = lora / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
+    with pytest.raises(OutputExists):
+        by_out(folder, format="kohya")

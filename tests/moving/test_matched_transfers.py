@@ -38,12 +38,15 @@ def updates_of(source):
 def test_a_verdict_has_the_size_of_the_lora_beside_its_modules():
     source, updates = source_weights(), updates_of(source_weights())
     target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
-    dense = {name: update.dense().double() for name, update in updates.items()}
+    stranger = next(iter(source))  # counts neither above nor below
+    target[stranger] = target[stranger].roll(5, 0)
+    dense = {n: update.dense().double() for n, update in updates.items() if n != stranger}
     weights = {name: source[name].double() for name in dense}
     wanted = torch.cat([x.flatten() for x in dense.values()]).norm()
     wanted /= torch.cat([x.flatten() for x in weights.values()]).norm()
-    done = prolora.transfer(lora_tensors(), source, target)
-    assert done.report.verdict.size == pytest.approx(float(wanted), rel=1e-5)
+    for method in ("auto", "copy"):
+        done = prolora.transfer(lora_tensors(), source, target, method=method)
+        assert done.report.verdict.size == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_a_lora_of_zeros_is_told_as_one_that_changes_nothing():

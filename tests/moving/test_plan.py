@@ -38,53 +38,34 @@ def lora(layout, chosen=None):
 
 
 @pytest.mark.parametrize(
-    "source, target, mapped, skipped, refused",
+    "source, target, attention, every",
     [
-        ("sdxl", "ssd-1b", 272, 288, 0),
-        ("sdxl", "segmind-vega", 120, 440, 0),
-        ("sdxl", "sdxl", 560, 0, 0),
-        ("ssd-1b", "sdxl", 272, 0, 0),
-        ("sd15", "sd21", 96, 0, 32),
-        ("sd15", "bk-sdm-base", 80, 48, 0),
-        ("sd15", "bk-sdm-tiny", 72, 56, 0),
-        ("bk-sdm-base", "sd15", 80, 0, 0),
-        ("sd15", "sdxl", 66, 40, 22),
-        ("sdxl", "sd15", 66, 472, 22),
-        ("flux1-dev", "flux1-schnell", 266, 0, 0),
-        ("flux1-schnell", "flux1-dev", 266, 0, 0),
-        ("sd3-medium", "sd3.5-medium", 191, 0, 0),
-        ("sd3.5-medium", "sd3-medium", 191, 52, 0),
-        ("pixart-alpha", "pixart-sigma", 224, 0, 0),
+        ("sdxl", "ssd-1b", (272, 288, 0), (429, 365, 0)),
+        ("sdxl", "segmind-vega", (120, 440, 0), None),
+        ("sdxl", "sdxl", (560, 0, 0), None),
+        ("ssd-1b", "sdxl", (272, 0, 0), None),
+        ("sd15", "sd21", (96, 0, 32), (250, 0, 32)),
+        ("sd15", "bk-sdm-base", (80, 48, 0), (182, 100, 0)),
+        ("sd15", "bk-sdm-tiny", (72, 56, 0), None),
+        ("bk-sdm-base", "sd15", (80, 0, 0), None),
+        ("sd15", "sdxl", (66, 40, 22), (180, 80, 22)),
+        ("sdxl", "sd15", (66, 472, 22), (180, 592, 22)),
+        ("flux1-dev", "flux1-schnell", (266, 0, 0), (502, 2, 0)),
+        ("flux1-schnell", "flux1-dev", (266, 0, 0), None),
+        ("sd3-medium", "sd3.5-medium", (191, 0, 0), (328, 0, 13)),
+        ("sd3.5-medium", "sd3-medium", (191, 52, 0), None),
+        ("pixart-alpha", "pixart-sigma", (224, 0, 0), (316, 4, 0)),
     ],
 )
-def test_the_pairs_of_the_known_layouts(source, target, mapped, skipped, refused):
-    adapter = lora(source)
-    plan = make_plan(adapter, base(source), base(target))
-    assert (len(plan.pairs), len(plan.skipped), len(plan.refused)) == (mapped, skipped, refused)
-    ends = {pair.source for pair in plan.pairs} | set(plan.skipped) | set(plan.refused)
-    assert ends == set(adapter.updates)
-
-
-@pytest.mark.parametrize(
-    "source, target, mapped, skipped, refused",
-    [
-        ("sdxl", "ssd-1b", 429, 365, 0),
-        ("sd15", "sd21", 250, 0, 32),
-        ("sd15", "bk-sdm-base", 182, 100, 0),
-        ("sd15", "sdxl", 180, 80, 22),
-        ("sdxl", "sd15", 180, 592, 22),
-        ("flux1-dev", "flux1-schnell", 502, 2, 0),
-        ("sd3-medium", "sd3.5-medium", 328, 0, 13),
-        ("pixart-alpha", "pixart-sigma", 316, 4, 0),
-    ],
-)
-def test_every_weight_of_a_model_has_its_rule(source, target, mapped, skipped, refused):
-    """A LoRA on all of them: convolutions, projections, embeddings and modulation too."""
-    shapes = load_layout(source).shapes
-    adapter = lora(source, list(shapes))
-    plan = make_plan(adapter, base(source), base(target))
-    assert (len(plan.pairs), len(plan.skipped), len(plan.refused)) == (mapped, skipped, refused)
-    assert {p.source for p in plan.pairs} | {*plan.skipped, *plan.refused} == set(shapes)
+def test_the_pairs_of_the_known_layouts(source, target, attention, every):
+    """(pairs, skipped, refused) of a LoRA on attention, and of one on every weight."""
+    for chosen, counts in ((None, attention), (list(load_layout(source).shapes), every)):
+        adapter = lora(source, chosen)
+        plan = make_plan(adapter, base(source), base(target)) if counts else None
+        if plan is not None:
+            assert (len(plan.pairs), len(plan.skipped), len(plan.refused)) == counts
+            ends = {pair.source for pair in plan.pairs} | {*plan.skipped, *plan.refused}
+            assert ends == set(adapter.updates)
 
 
 def test_projections_are_paired_whether_they_are_convolutions_or_linear():
@@ -129,24 +110,6 @@ def test_students_that_renumber_their_blocks_are_not_matched_by_name():
     assert module.format(1) not in back
 
 
-@pytest.mark.parametrize("student, wrong", [("bk-sdm-base", 24), ("bk-sdm-small", 24)])
-def test_matching_students_by_name_would_go_wrong_without_a_word(student, wrong):
-    """Equal shapes everywhere: only the pairs themselves tell the rule from equal names."""
-    adapter = lora("sd15")
-    plan = make_plan(adapter, base("sd15"), base(student))
-    names = {
-        name: name for name in load_layout(student).shapes if name in load_layout("sd15").shapes
-    }
-    by_name = make_plan(adapter, base("sd15"), base(student), names)
-    assert len(by_name.pairs) == len(plan.pairs) and not by_name.refused
-    differing = {p.target for p in plan.pairs} & {
-        p.target for p in plan.pairs if p.source != p.target
-    }
-    assert len(differing) == wrong
-    assert all(re.match(r"up_blocks\.\d\.attentions\.1\.", name) for name in differing)
-    assert {p.target for p in by_name.pairs if p.source == p.target} > differing
-
-
 @pytest.mark.parametrize(
     "source, target",
     [
@@ -178,11 +141,6 @@ def test_an_unknown_architecture_is_described():
 def test_known_layouts_without_a_rule_are_refused_and_the_message_offers_a_map():
     with pytest.raises(UnsupportedFormat, match="by their weights"):
         make_plan(lora("sd21"), base("sd21"), base("bk-sdm-base"))
-
-
-def test_a_lora_for_another_architecture_is_refused():
-    with pytest.raises(UnsupportedFormat, match=r"do not exist in the source base .*sdxl"):
-        make_plan(lora("sd15"), base("sdxl"), base("ssd-1b"))
 
 
 def test_an_update_that_does_not_fit_its_module_names_both_shapes_and_the_tensor():
@@ -224,6 +182,8 @@ def test_a_users_map_replaces_the_rule_and_may_feed_one_source_to_several_target
         plan = make_plan(adapter, source, target, match)
         assert [(p.source, p.target) for p in plan.pairs] == [("a", "x"), ("a", "y")]
         assert set(plan.skipped) == {"b"} and not plan.refused
+        moved = prolora.transfer(adapter, source, target, match=match, method="copy").report
+        assert moved.totals["energy_mapped"] == 0.5  # of a and b, though a is there twice
     with pytest.raises(UnsupportedFormat, match="lacks, the first: q"):
         make_plan(adapter, source, target, {"q": "a"})
     with pytest.raises(UnsupportedFormat, match="neither"):

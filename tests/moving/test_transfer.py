@@ -64,12 +64,13 @@ def test_every_module_ends_as_mapped_or_skipped_with_the_reason(case, tmp_path):
         assert row.reason == "the target has no such module" and row.rank_out == 0
 
 
-def test_the_report_agrees_with_the_reference(case):
-    lora, source, target = case
-    done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+@pytest.mark.parametrize("strength", [1, 0.5])
+def test_the_report_agrees_with_the_reference(case, strength):
+    how = {"threshold": 0, "method": "prolora", "rank": 0.9, "strength": strength}
+    done = prolora.transfer(*case, **how)
     for row in done.report.rows("mapped"):
         m = row.measures
-        expected = expected_update(row.source)
+        expected = strength * expected_update(row.source)
         copied = expected_update(row.source, method="copy")
         assert row.norm_ratio == pytest.approx(float(expected.norm() / copied.norm()), rel=1e-4)
         distance = float((expected - copied).norm() / copied.norm())
