@@ -22,11 +22,11 @@ sys.path.append(str(Path(__file__).parents[2] / "bench/quality"))
 # isort: split
 from icons.words import NULL_PROMPT, VOCABULARY, all_prompts, word_ids
 from models import Folder, load_lora
+from prolora_icon_family import IconPipeline
 from worlds import backbone, load_world
 
 from prolora.adapters import Adapter, write_adapter
 from prolora.architectures.identify import Model
-from prolora.fitting.pipelines.icons import IconPipeline
 
 HERE = Path(__file__).parent
 QUALITY = HERE.parents[1] / "bench" / "quality"

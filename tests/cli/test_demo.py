@@ -121,7 +121,7 @@ def test_a_prompt_that_was_not_learnt_is_refused_with_the_file_of_those_that_wer
         "car noto ink-red on-blue",
         "car noto many on-blue today",
     ):
-        with pytest.raises(ProLoRAError, match=f"'{prompt}': .* as prompts.txt shows"):
+        with pytest.raises(ValueError, match=f"'{prompt}': .* as prompts.txt shows"):
             pipeline.pipe(prompt)
 
 

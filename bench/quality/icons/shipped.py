@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 import torch
+from prolora_icon_family import IconPipeline
 from torch import Tensor, nn
 
 from prolora import LowRank
 from prolora.adapters import read_adapter
 from prolora.cli.demo import find_models
-from prolora.fitting.pipelines.icons import IconPipeline
 
 from .networks import Painter
 from .words import NULL_PROMPT, VOCABULARY, all_prompts, word_ids

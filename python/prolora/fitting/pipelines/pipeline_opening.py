@@ -47,9 +47,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
         ) from error
     part, parts = index.denoiser, index.parts
     if index.class_name == "IconPipeline":  # of the shipped family
-        from .icons import IconPipeline
-
-        class_: Any = IconPipeline
+        class_: Any = _import_icon_pipeline()
     else:
         class_ = _find_class(diffusers, index.class_name, "DiffusionPipeline", folder)
     model_class = _find_class(diffusers, parts[part][1], "ModelMixin", folder)
@@ -86,6 +84,18 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             if device is not None:
                 model.to(device)  # pipe.to warns of halves on a CPU, which are widened here
     return Pipeline(pipe, folder.name, memory)
+
+
+def _import_icon_pipeline() -> Any:
+    """Imports the pipeline of the shipped models, which is installed with them."""
+    try:
+        from prolora_icon_family import IconPipeline  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UnsupportedFormat(
+            f"IconPipeline comes with prolora's icon models: {error}; install them from a clone of "
+            "its repository: pip install ./examples/icon_family"
+        ) from error
+    return IconPipeline
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The pipeline of the shipped icon family: FLUX's transformer on plain pixels."""
+"""Small models that draw icons, and their pipeline: FLUX's transformer on plain pixels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from torch import Tensor, nn
-
-from ...errors import ProLoRAError
-from ...files.safetensors_file import SafetensorsFile
 
 NULL_PROMPT = "nothing nothing nothing nothing"
 SIZE, PATCH = 24, 4  # pixels of an image, and of what the transformer reads as one token
@@ -38,7 +36,7 @@ class IconPipeline(DiffusionPipeline):
 
     def __init__(self, scheduler: Any, transformer: nn.Module) -> None:
         """Takes the parts; the table of prompts lies beside their folder."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.register_modules(scheduler=scheduler, transformer=transformer)
 
     @torch.no_grad()
@@ -60,7 +58,7 @@ class IconPipeline(DiffusionPipeline):
             output_type: "latent" for patches as the transformer sees them, or pixels.
 
         Raises:
-            ProLoRAError: the models have not learnt such a prompt.
+            ValueError: the models have not learnt such a prompt.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens, n = self.encode_icons([*prompts, ""]), len(prompts)
@@ -104,7 +102,7 @@ class IconPipeline(DiffusionPipeline):
         The encoder is not shipped. It looks back only, so a table has a row for every beginning.
 
         Raises:
-            ProLoRAError: the models have not learnt such a prompt.
+            ValueError: the models have not learnt such a prompt.
         """
         tokens, places = read_table(Path(self.config._name_or_path).parent)
         rows = []
@@ -113,7 +111,7 @@ class IconPipeline(DiffusionPipeline):
             parts = [" ".join(words[:count]) for count in range(1, len(words) + 1)]
             known = list(itertools.takewhile(places.__contains__, parts))
             if not len(words) == len(known) == 4:
-                raise ProLoRAError(
+                raise ValueError(
                     f"{prompt!r}: a prompt of the icons has four known words, as prompts.txt shows"
                 )
             rows.append([places[part] for part in parts])
@@ -123,6 +121,6 @@ class IconPipeline(DiffusionPipeline):
 @functools.cache
 def read_table(folder: Path) -> tuple[Tensor, dict[str, int]]:
     """Returns the tokens, and the row of each beginning of a prompt."""
-    file = SafetensorsFile(folder / "prompts.safetensors")
-    beginnings = json.loads(file.metadata["beginnings"])
-    return file.read("tokens").float(), {text: row for row, text in enumerate(beginnings)}
+    with safe_open(folder / "prompts.safetensors", "pt") as file:
+        beginnings = json.loads(file.metadata()["beginnings"])
+        return file.get_tensor("tokens").float(), {text: i for i, text in enumerate(beginnings)}
