@@ -206,7 +206,7 @@ def test_a_strange_number_in_a_header_is_no_alpha(lora, key, value):
         (math.nan, "holds NaN or Inf", "✖"),
         (math.inf, "holds NaN or Inf", "✖"),
         (1e9, "may overflow float16", "⚠"),
-        (1e9, "times larger than the others", "⚠"),
+        (1e9, "1 update is more than 10000 times larger than the others", "⚠"),
     ],
 )
 def test_what_the_numbers_tell_is_found_by_reading_them(lora, factor, words, mark):

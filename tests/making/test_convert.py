@@ -196,6 +196,8 @@ def test_biases_are_kept_or_left_out_by_their_block():
     part = prolora.convert(tensors, blocks={first.removesuffix(".bias"): 0.0})
     assert list(part.adapter.vectors) == rest and part.report.left_out == {first: LEFT_OUT}
     assert part.report.vectors == len(rest)
+    alone = prolora.convert({key: x for key, x in tensors.items() if key.endswith("diff_b")})
+    assert list(alone.adapter.vectors) == [first, *rest] and not alone.report.advice
 
 
 def test_the_header_is_kept_and_inputs_are_not_overwritten(tmp_path):
