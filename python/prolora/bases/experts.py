@@ -45,7 +45,7 @@ class ExpertPair:
     expert: str  # `HIGH` or `LOW`; "" where neither is a model of two experts
     source: Base  # the base, or its expert
     target: Base  # the base, or its expert
-    serves_any: bool = True  # also moves LoRAs whose names tell no expert
+    serves_any: bool  # also moves LoRAs whose names tell no expert
 
 
 def find_expert(name: str) -> str | None:
