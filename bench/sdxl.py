@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from prolora.architectures.layouts import load_layout
-from prolora.architectures.ldm import diffusers_to_ldm
+from prolora.architectures.shared_names import unet_names
 from prolora.files.safetensors_writing import write_safetensors
 
 POOL = 4
@@ -118,7 +118,7 @@ def write_lora(
     fall = torch.arange(1, rank + 1).float().rsqrt()
     for name, (m, n) in shapes("sdxl", scale, feed_forward).items():
         generator = _generator(seed, name, "lora")
-        key = f"lora_unet_{diffusers_to_ldm(name)}".replace(".", "_")
+        key = f"lora_unet_{unet_names().find_weight_holding(name).name}".replace(".", "_")
         up = torch.randn(m, rank, generator=generator) * fall * (0.3 / m**0.5)
         down = torch.randn(rank, n, generator=generator) / n**0.5
         tensors[f"{key}.lora_up.weight"] = up.half()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from prolora.adapters.keys.module_names import spell_module
+from prolora.adapters.keys.codec import Codec
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.loaders import find_reach, known_loaders, name_row
+from prolora.architectures.shared_names import find_unet_names
 
 PAGE = Path(__file__).resolve().parent / "families.md"
 BEGIN = "<!-- made by docs/make_families.py -->"
@@ -84,10 +85,11 @@ def _formats(family: Family) -> str:
 
 def _spellings(family: Family) -> str:
     module = _first_query(family)
+    names = find_unet_names(load_layout(family.layouts[0]).shapes) if family.unet else family
     cells = []
     for format in FORMATS[:3]:
         spelling = family.spellings.get(format)
-        path = spelling and spell_module(module, spelling, family)
+        path = spelling and Codec(names, spelling=spelling).write(module)
         cells.append(f"`{path}`" if path else "–")
     return " | ".join(cells)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
-from prolora.architectures.ldm import diffusers_to_ldm
+from prolora.architectures.shared_names import unet_names
 
 Keys = dict[str, list[str]]
 Read = Callable[[dict[str, Tensor], Keys], set[str]]
@@ -86,11 +86,10 @@ def name_weights(family: Family, layout: str) -> dict[str, tuple[int, ...]]:
     """The weights of a checkpoint as the authors name them -> their shapes."""
     parts: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in load_layout(layout).shapes.items():
-        weight = None if family.unet else family.find_weight_holding(name)
+        layers = 1 if family.id in ("koala", "bk-sdm") else 2
+        names = unet_names(layers) if family.unet else family
+        weight = names.find_weight_holding(name)
         stored = weight.name if weight else name
-        if family.unet:
-            layers = 1 if family.id in ("koala", "bk-sdm") else 2
-            stored = diffusers_to_ldm(name, layers_per_block=layers) or name
         parts.setdefault(stored, []).append(shape)
     bare = ("table", "token", "tokens", ".pos_embed", ".modulation", "_ca_video", "_ca_audio")
     return {

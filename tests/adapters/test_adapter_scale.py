@@ -24,7 +24,9 @@ from lora_files import (
 
 from prolora import adapters
 from prolora.adapters.formats.peft_config import METADATA_KEY, scaling_from_config
-from prolora.adapters.keys import module_names
+from prolora.adapters.keys.codec import Codec
+from prolora.architectures.family import KOHYA, UNET_KOHYA
+from prolora.architectures.shared_names import unet_names
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 
 PATTERNS = dict(
@@ -53,9 +55,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 @pytest.mark.parametrize(("alpha", "dtype"), pair_up([None, 4.0, 2.0, 8.0, 0.0], DTYPES))
 @pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
 def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha, spelling, dtype):
-    tensors = {}
+    tensors, style = {}, KOHYA if spelling == "sgm" else UNET_KOHYA
     for seed, (name, shape) in enumerate({**LINEAR, **CONV}.items()):
-        stem = module_names.to_kohya(name, spelling=spelling, siblings=[*LINEAR, *CONV])
+        stem = Codec(unet_names(), spelling=style).write(name)
         up, down = factors(shape, 4, seed, dtype)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         if alpha is not None:
@@ -75,7 +77,7 @@ def test_every_kohya_module_has_a_scale_of_its_own(tmp_path):
     tensors, expected = {}, {}
     for seed, (name, shape) in enumerate(LINEAR.items()):
         up, down = factors(shape, seed + 1, seed)
-        stem = module_names.to_kohya(name)
+        stem = Codec(spelling=UNET_KOHYA).write(name)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         scale = 1.0
         if seed % 3:

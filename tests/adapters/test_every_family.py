@@ -29,18 +29,16 @@ def list_spelled():
 
 
 SPELLED = list(list_spelled())
-# Which modules a trainer picks: the more, the better they tell the family.
-ATTENTION = re.compile(r"attn|attention")
 
 
 @cache
-def lora(layout, only=re.compile("")):
+def lora(layout):
     """Updates of the modules of the first two blocks of every list, and of those outside."""
     generator = torch.Generator().manual_seed(0)
     updates = {}
     for name, shape in load_layout(layout).shapes.items():
         numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
-        if len(shape) != 2 or (numbers and numbers[0] > 1) or not only.search(name):
+        if len(shape) != 2 or (numbers and numbers[0] > 1):
             continue
         up = torch.randn(shape[0], 1, generator=generator)
         down = torch.randn(1, shape[1], generator=generator)
@@ -76,16 +74,6 @@ def test_a_lora_keeps_its_family_and_updates_in_every_spelling(family, layout, f
     assert guess(back) in (None, family)
     again = encode_state_dict(back)
     assert again.keys() == written.keys()
-
-
-@pytest.mark.parametrize(("family", "layout", "format"), SPELLED)
-def test_attention_alone_is_not_taken_for_that_of_another_family(family, layout, format):
-    updates = lora(layout, ATTENTION)
-    back = read_adapter(
-        encode_state_dict(Adapter(updates, format=format, origin=Model.of(family)), format=format)
-    )
-    assert guess(back) in (None, family, FAMILIES[family].rarer_than)
-    assert back.updates.keys() == updates.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

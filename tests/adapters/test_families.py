@@ -5,6 +5,8 @@ import torch
 
 from prolora.adapters import BaseNames, encode_state_dict, read_adapter
 from prolora.architectures.identify import Model, identify
+from prolora.architectures.layouts import load_layout
+from prolora.architectures.modules import matrix_shape
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,13 @@ def test_a_block_beyond_the_last_one_of_a_family_is_of_another(names, width, fam
     shapes = dict.fromkeys(names, (width, width))
     found = identify(shapes, {}).families
     assert set(families.split()) <= set(found) and (families or not found)
+
+
+def test_a_module_beside_the_blocks_of_other_channels_hides_no_family():
+    shapes = load_layout("wan-t2v-14b").shapes.items()
+    known = {n: matrix_shape(s) for n, s in shapes if n.startswith("blocks.")}
+    found = identify(known | {"patch_embedding": (5120, 37)}, {})
+    assert found.families == ("wan",) and "wan-t2v-14b" in found.sizes
 
 
 def test_metadata_decide_between_families_of_equal_sizes_and_add_no_other():

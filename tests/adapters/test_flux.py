@@ -13,7 +13,7 @@ from lora_files import DATA, factors, save
 from prolora import adapters
 from prolora.adapters import fused_updates
 from prolora.adapters.formats import groups
-from prolora.adapters.keys import module_names
+from prolora.adapters.keys.codec import Codec
 from prolora.architectures.families import known_families
 from prolora.architectures.family import COMFY, KOHYA, Spelling
 from prolora.architectures.identify import Model
@@ -289,7 +289,7 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
     ],
 )
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
-    assert module_names.parse_module_path(path, FLUX).name == module
+    assert Codec.of(Model.of("flux"), FLUX).read(path).name == module
 
 
 def test_an_ai_toolkit_file_needs_no_alpha():
@@ -328,10 +328,10 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
             f"base_model.model.{original}",
             onetrainer.replace("lora_transformer_", "lycoris_"),
         ):
-            assert module in module_names.parse_module_path(path, FLUX).modules, path
-        assert module_names.spell_module(module, KOHYA, FLUX) == kohya
-        assert module_names.spell_module(module, ONETRAINER, FLUX) == onetrainer
-        assert module_names.spell_module(module, COMFY, FLUX) == f"diffusion_model.{original}"
+            assert module in Codec.of(Model.of("flux"), FLUX).read(path).modules, path
+        assert Codec(FLUX, spelling=KOHYA).write(module) == kohya
+        assert Codec(FLUX, spelling=ONETRAINER).write(module) == onetrainer
+        assert Codec(FLUX, spelling=COMFY).write(module) == f"diffusion_model.{original}"
 
 
 SMALL = {

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from prolora import adapters, transfer
-from prolora.adapters.keys.module_names import spell_module
+from prolora.adapters.keys.codec import Codec
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Spelling
 from prolora.architectures.layouts import load_layout
@@ -124,7 +124,7 @@ def choose_stems(random):
     family, spelling = random.choice(SPELLED)
     names = early_modules(random.choice(family.layouts))
     chosen = random.choices(names, k=random.choice([1, 2, 4, 6]))
-    stems = [spell_module(name, spelling, family) for name in chosen]
+    stems = [Codec(family, spelling=spelling).write(name) for name in chosen]
     if random.random() < 0.1:  # and a stranger among them
         stems.append(random.choice(STEMS))
     return [stem for stem in stems if stem]

@@ -14,8 +14,9 @@ from torch import nn
 import prolora
 from prolora import adapters
 from prolora.adapters.contents import parse_contents
-from prolora.adapters.keys.module_names import spell_module
-from prolora.adapters.lora import Header, Lora
+from prolora.adapters.keys.codec import Codec
+from prolora.adapters.keys.tensor_keys import StoredTensor
+from prolora.adapters.lora import Lora
 from prolora.core.grouping import group_by
 from prolora.errors import ProLoRAError, UnsupportedFormat
 
@@ -260,7 +261,7 @@ def list_used(contents):
 
 def account(shapes):
     """(keys that are read, what is said of the rest); a file that is refused reads none."""
-    headers = {key: Header("F32", shape) for key, shape in shapes.items()}
+    headers = {key: StoredTensor.of(key, "F32", shape) for key, shape in shapes.items()}
     try:
         contents = parse_contents(Lora("file", headers, None, {}))
     except ProLoRAError as error:
@@ -282,7 +283,7 @@ def test_in_every_family_each_tensor_is_used_or_named(kind):
     spelled = group_by(SPELLED, lambda one: one[0].id).values()
     for family, spelling in (one[WHOLE.index(kind) % len(one)] for one in spelled):
         first, other = early_modules(family.layouts[0])[:2]
-        stem, further = (spell_module(name, spelling, family) for name in (first, other))
+        stem, further = (Codec(family, spelling=spelling).write(name) for name in (first, other))
         if not stem or not further or stem == further:
             continue
         shapes = {f"{stem}.{suffix}": shape for suffix, shape in kind.items()}
@@ -347,7 +348,7 @@ def files(draw):
     if draw(st.booleans()):
         family, spelling = draw(st.sampled_from(SPELLED))
         names = early_modules(draw(st.sampled_from(family.layouts)))
-        stem = spell_module(draw(st.sampled_from(names)), spelling, family) or stem
+        stem = Codec(family, spelling=spelling).write(draw(st.sampled_from(names))) or stem
     shapes = {f"{stem}.{suffix}": shape for suffix, shape in kind.items()}
     shapes |= {f"{OTHER}.lora_up.weight": (6, 4), f"{OTHER}.lora_down.weight": (4, 5)}
     tensors = {k: 1 + random(*shape, seed=i).abs() for i, (k, shape) in enumerate(shapes.items())}

@@ -5,6 +5,7 @@ import torch
 from checkpoints import (
     clip,
     fused_shapes,
+    name_in_ldm,
     open_clip,
     sparse_file,
     sparse_gguf,
@@ -15,7 +16,6 @@ from diagonal import list_sizes, pair_up
 import prolora
 from prolora.architectures import layouts
 from prolora.architectures.families import known_families
-from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.bases import open_base
 
 FAMILIES = ("flux1", "sd3", "pixart")
@@ -48,10 +48,7 @@ def single_file(id_):
     if id_ in TRANSFORMERS:
         return keys(fused_shapes(shapes, id_))
     layers = 1 if id_.startswith(("bk", "koala")) else 2
-    named = {
-        diffusers_to_ldm(name, siblings=shapes, layers_per_block=layers): shape
-        for name, shape in shapes.items()
-    }
+    named = {name_in_ldm(name, shapes, layers): shape for name, shape in shapes.items()}
     assert len(named) == len(shapes)
     return keys(named)
 

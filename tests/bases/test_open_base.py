@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import name_in_ldm
 from torch import Tensor
 
 from prolora.architectures import layouts
-from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.bases import Base, check_finite, open_base, open_pair
 from prolora.errors import NonFiniteWeights, UnsupportedFormat
 from prolora.files.safetensors_writing import write_safetensors
@@ -159,7 +159,7 @@ def test_every_name_of_a_single_file_resolves(id_: str, prefix: str) -> None:
     layers = 1 if id_.startswith("bk") else 2
     ldm = {}
     for name, tensor in content.items():
-        other = diffusers_to_ldm(name, siblings=content, layers_per_block=layers)
+        other = name_in_ldm(name, content, layers)
         assert other is not None
         ldm[f"{prefix}{other}.weight"] = tensor
     if prefix:
@@ -179,7 +179,7 @@ def test_a_single_file_is_read_in_either_spelling(tmp_path: Path) -> None:
     assert (base.name, base.files) == ("mine.safetensors", [path])
     assert_opened(open_base(tmp_path))  # the only checkpoint of a folder
     ldm = {
-        f"model.diffusion_model.{diffusers_to_ldm(k.rpartition('.')[0])}.{k.rpartition('.')[2]}": t
+        f"model.diffusion_model.{name_in_ldm(k.rpartition('.')[0])}.{k.rpartition('.')[2]}": t
         for k, t in content.items()
     }
     assert_opened(open_base(write(path, {**ldm, "first_stage_model.x.weight": torch.ones(2, 2)})))

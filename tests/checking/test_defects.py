@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import fused_shapes, sparse_file
+from checkpoints import fused_shapes, name_in_ldm, sparse_file
 from lora_files import factors, save
 from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.architectures.layouts import load_layout
-from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.checking.check import check
 from prolora.files.safetensors_file import SafetensorsFile
 
@@ -309,7 +308,7 @@ def test_the_page_of_the_site_says_the_same_with_pythons_own_library_alone(lora,
     """The browser's Python gets this package, and has no torch; a base is named by its header."""
     sdxl, start = load_layout("sdxl").shapes, "model.diffusion_model."
     flux = fused_shapes(load_layout("flux1-dev").shapes, "flux1-dev")
-    ldm = {diffusers_to_ldm(name, siblings=sdxl): shape for name, shape in sdxl.items()}
+    ldm = {name_in_ldm(name, sdxl): shape for name, shape in sdxl.items()}
     bases = [
         sparse_file(
             tmp_path / f"{i}.safetensors", {f"{start}{n}.weight": x for n, x in one.items()}

@@ -5,6 +5,7 @@ import copy
 import check_families
 import pytest
 import torch
+from checkpoints import name_in_ldm
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import CONV, LINEAR, adapter_of, tiny_unet_config
@@ -13,7 +14,6 @@ from small_models import authors_weights, small_weights
 
 import prolora
 from prolora import adapters
-from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.bases import identity
 
 SHAPES = {**LINEAR, **CONV}
@@ -151,9 +151,7 @@ def test_comfyuis_formula_on_the_file_makes_the_tuned_base(tmp_path):
     file = load_file(out)
     names = {f"lora_unet_{n.replace('.', '_')}": n for n in (*SHAPES, NORM)}
     names |= {
-        f"lora_unet_{ldm.replace('.', '_')}": n
-        for n in (*SHAPES, NORM)
-        if (ldm := diffusers_to_ldm(n))
+        f"lora_unet_{ldm.replace('.', '_')}": n for n in (*SHAPES, NORM) if (ldm := name_in_ldm(n))
     }
     merged = copy.deepcopy(base)
     for key, tensor in file.items():

@@ -4,10 +4,10 @@ import diffusers_check
 import pytest
 import sdxl
 import torch
+from checkpoints import name_in_ldm
 from safetensors.torch import save_file
 
 import prolora
-from prolora.architectures.ldm import diffusers_to_ldm
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_a_single_file_base_gives_the_lora_that_the_folder_gives(tmp_path):
         base = prolora.open_base(folder)
         singles.append(tmp_path / f"{folder.name}.safetensors")
         stored = {
-            f"model.diffusion_model.{diffusers_to_ldm(name)}.weight": base.read(name)
+            f"model.diffusion_model.{name_in_ldm(name)}.weight": base.read(name)
             for name in base.shapes
         }
         save_file(stored, singles[-1])

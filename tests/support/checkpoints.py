@@ -8,14 +8,22 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from family_oracles import read_comfyui_names
 
+from prolora.architectures.shared_names import find_unet_names
+
 Shapes = Mapping[str, tuple[int, ...]]
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
 GGUF_F16 = 1
+
+
+def name_in_ldm(module: str, modules: Iterable[str] = (), layers: int = 2) -> str | None:
+    """What LDM's files call a module of the UNet that has some modules."""
+    weight = find_unet_names(modules, layers).find_weight_holding(module)
+    return weight and weight.name
 
 
 def sparse_file(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import replace
 
-from ..architectures.modules import find_component
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..files.dtypes import is_floating, spell_dtype
 from . import vectors
 from .adapter_folder import PEFT_CONFIG
 from .algorithms import forms
-from .file_model import BaseNames, choose_names
+from .file_model import BaseNames, choose_codec
 from .formats.peft_config import METADATA_KEY, scaling_from_config, scalings_from_metadata
-from .keys import module_names, tensor_keys
-from .keys.module_names import ModulePath
+from .keys import tensor_keys
+from .keys.codec import most_common_spelling
 from .lora import Lora
 from .slots import Contents, Slot, group_keys
 
@@ -41,15 +39,12 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
     scaling = None
     if source.config is not None:  # it may be of no LoRA at all
         scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
-    model = source.model.of_base(base.model) if base else source.model
-    family = choose_names(source.model, source.shapes, base)
-    contents = group_keys(source, family, base.modules if base else ())
-    if base and base.modules:
-        _restore_dots(contents, base.modules)
+    base = base or BaseNames()
+    model = source.model.of_base(base.model)
+    contents = group_keys(source, choose_codec(source.model, source.tensors.values(), base))
     slots = contents.slots
     paths = [slot.module for slot in slots] + [one.module for one in contents.vectors]
-    model = model._replace(spelling=module_names.most_common_spelling(paths))
-    _settle_t5(slots, model.family)
+    model = model._replace(spelling=most_common_spelling(paths))
     prefixes = {slot.module.prefix for slot in slots}
     scalings = (
         dict.fromkeys(prefixes, scaling)
@@ -65,40 +60,6 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
     for vector in contents.vectors:
         vectors.check_vector(vector, source)
     return replace(contents, model=model)
-
-
-def _restore_dots(contents: Contents, modules: Collection[str]) -> None:
-    """Gives modules that no family knows, spelled with underscores, the names the base has."""
-    by_underscored: dict[str, str | None] = {}
-    for name in modules:
-        underscored = name.replace(".", "_")
-        by_underscored[underscored] = None if underscored in by_underscored else name
-
-    def restore(module: ModulePath) -> ModulePath:
-        is_underscored = module.described and module.spelling and not module.spelling.dotted
-        base_name = by_underscored.get(module.name) if is_underscored else None
-        return module._replace(name=base_name, local=base_name) if base_name else module
-
-    for slot in contents.slots:
-        slot.module = restore(slot.module)
-    for vector in contents.vectors:
-        vector.module = restore(vector.module)
-
-
-def _settle_t5(slots: list[Slot], family: str | None) -> None:
-    """Renames T5, kohya's and ComfyUI's third encoder, to its number in diffusers.
-
-    FLUX has two text encoders and T5 is the second; SD3 has three.
-    """
-    modules = [name for slot in slots for name in slot.module.modules]
-    second = [name for name in modules if find_component(name) == "text_encoder_2"]
-    if family == "sd3" or not all(map(module_names.is_t5, second)):
-        return
-    for slot in slots:
-        module = slot.module
-        if module.format != "diffusers" and module.name.startswith("text_encoder_3."):
-            name = f"text_encoder_2.{module.local}"
-            slot.module = module._replace(name=name, prefix="text_encoder_2.")
 
 
 def _check_complete(slot: Slot, source: Lora) -> None:
@@ -121,7 +82,7 @@ def _check_complete(slot: Slot, source: Lora) -> None:
 
 def _check_shapes(slot: Slot, source: Lora) -> None:
     """Finds the form of the update, or says which tensors do not fit."""
-    headers = {role: source.headers[key] for role, key in slot.keys.items()}
+    headers = {role: source.tensors[key] for role, key in slot.keys.items()}
     for role, header in headers.items():
         if role not in forms.NUMBERS and not is_floating(header.dtype):
             raise UnsupportedFormat(
@@ -191,7 +152,6 @@ def _read_number(slot: Slot, role: str, source: Lora) -> float | None:
 
 
 def _expected_shapes(slot: Slot) -> str:
-    """Says which shapes were expected."""
     family = forms.kind_of_roles(slot.keys.keys())
     if family == "lora" and "mid" not in slot.keys:
         return (

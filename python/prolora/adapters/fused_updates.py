@@ -1,4 +1,4 @@
-"""Updates of the authors' fused weights <-> updates of their parts.
+"""Fused weights' updates and vectors <-> their parts'.
 
 The parts are rows of the fused weight. prolora moves parts, so that a result does not depend on how
 a file or a base was laid out. `architectures.families` says which modules a fused weight consists
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from ..architectures.family import AuthorsWeight
+from ..architectures.family import AuthorsWeight, Family
 from ..core.lowrank import LowRank
-from ..errors import ShapeMismatch
-from .vectors import split_rows, swap_halves
+from ..errors import NonFiniteWeights, ShapeMismatch
+from .lora import Lora, read_finite
+from .vectors import VectorSlot, split_rows
 
 
 def split_update(whole: AuthorsWeight, update: LowRank, where: str) -> dict[str, LowRank]:
@@ -106,3 +108,52 @@ def _swap_update(whole: AuthorsWeight, update: LowRank) -> LowRank:
     return (
         LowRank(swap_halves(update.up), update.down) if whole.is_swapped(update.shape) else update
     )
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """Puts the lower half of the rows above the upper half."""
+    return tensor.roll(len(tensor) // 2, 0)
+
+
+def read_vector(slot: VectorSlot, scale: float, source: Lora) -> dict[str, Tensor]:
+    """Reads the vectors of a slot by name, float32: several for a fused weight.
+
+    Raises:
+        NonFiniteWeights: NaN or Inf, or an overflow in the scale.
+    """
+    vector = read_finite(source, slot.key)
+    if slot.scaled and scale != 1:
+        vector *= scale
+        if not vector.isfinite().all():
+            raise NonFiniteWeights(f"{source.where}: {slot.key} times {scale:.6g} overflows")
+    if slot.module.matrix is None:
+        return {slot.name: vector}
+    parts = split_update(slot.module.matrix, _as_update(vector), source.where)
+    return {f"{name}.{slot.tensor}": part.up[:, 0] for name, part in parts.items()}
+
+
+def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[str, Tensor]:
+    """Fuses biases for a file with the authors' names.
+
+    A part without a bias of its own gets zeros. `authors` is the family whose authors' names the
+    file has; None where it has diffusers'.
+
+    Raises:
+        ShapeMismatch: the parts do not belong to one weight.
+    """
+    out: dict[str, Tensor] = {}
+    fused: dict[str, tuple[AuthorsWeight, dict[str, LowRank]]] = {}
+    for name, vector in vectors.items():
+        module, _, tensor = name.rpartition(".")
+        matrix = authors.find_weight_holding(module) if authors else None
+        if matrix is None or (len(matrix.parts) == 1 and matrix.swap == "never"):
+            out[name] = vector
+        else:
+            _, parts = fused.setdefault(f"{matrix.name}.{tensor}", (matrix, {}))
+            parts[module] = _as_update(vector)
+    return out | {name: fuse_updates(*both).up[:, 0] for name, both in fused.items()}
+
+
+def _as_update(vector: Tensor) -> LowRank:
+    """Returns a vector as the update of a weight with one column."""
+    return LowRank(vector[:, None], vector.new_ones(1, 1))

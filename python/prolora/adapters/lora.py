@@ -27,6 +27,7 @@ from .adapter_folder import (
 )
 from .file_model import identify_file
 from .hub_adapters import locate_adapter
+from .keys.tensor_keys import StoredTensor
 
 if TYPE_CHECKING:  # what a file is can be said without torch, which takes seconds to import
     from torch import Tensor
@@ -54,23 +55,15 @@ LoraSource: TypeAlias = (
 _CONFIG_LIMIT = 4 << 20
 
 
-@dataclass(frozen=True)
-class Header:
-    """Dtype, by its name in headers, and shape of an unread tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """An open LoRA: headers and metadata at once, tensors one by one.
+    """An open LoRA: header and metadata at once, tensors one by one.
 
     As a context manager it closes its file at the end; an open file cannot be replaced on Windows.
     """
 
     where: str  # its name in messages
-    headers: dict[str, Header]  # key -> dtype and shape, in file order
+    tensors: dict[str, StoredTensor]  # by key, in file order
     read: Callable[[str], Tensor]  # key -> tensor
     metadata: dict[str, str]  # header metadata of the file
     config: dict[str, Any] | None = None  # adapter_config.json of a PEFT folder
@@ -141,12 +134,7 @@ class Lora:
     @cached_property
     def model(self) -> Model:
         """What it is for, by its header alone."""
-        return identify_file(self.shapes, self.metadata)
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key -> shape of the tensor."""
-        return {key: header.shape for key, header in self.headers.items()}
+        return identify_file(self.tensors.values(), self.metadata)
 
     def read_number(self, key: str) -> float:
         """Reads a tensor of one number; of a file without torch."""
@@ -216,7 +204,7 @@ def _open_mapping(
     from ..core.arrays import find_other_array, to_tensor
 
     where = "the state dict"
-    headers = {}
+    stored = {}
     for key, array in tensors.items():
         if not isinstance(key, str) or not hasattr(array, "__dlpack__"):
             raise UnsupportedFormat(
@@ -225,13 +213,13 @@ def _open_mapping(
         tensor = to_tensor(array, f"{where}: {key}")
         if reason := _explain_unreadable(tensor):
             raise UnsupportedFormat(f"{where}: {key} {reason}")
-        headers[key] = Header(name_dtype(tensor.dtype), tuple(tensor.shape))
+        stored[key] = StoredTensor.of(key, name_dtype(tensor.dtype), tuple(tensor.shape))
 
     def read(key: str) -> Tensor:
         return to_tensor(tensors[key]).detach().cpu()
 
     foreign = find_other_array(tensors.values())
-    return Lora(where, headers, read, metadata, config, foreign=foreign)
+    return Lora(where, stored, read, metadata, config, foreign=foreign)
 
 
 def _explain_unreadable(tensor: Tensor) -> str:
@@ -247,9 +235,11 @@ def _open_file(
     path: Path, metadata: Mapping[str, str] | None, config: dict[str, Any] | None = None
 ) -> Lora:
     file = SafetensorsFile(path, keep_open=True)
-    headers = {key: Header(info.stored, info.shape) for key, info in file.tensors.items()}
+    tensors = {
+        key: StoredTensor.of(key, info.stored, info.shape) for key, info in file.tensors.items()
+    }
     kept = file.metadata if metadata is None else dict(metadata)
-    return Lora(str(path), headers, file.read, kept, config, file, path)
+    return Lora(str(path), tensors, file.read, kept, config, file, path)
 
 
 def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Lora:

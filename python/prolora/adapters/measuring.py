@@ -34,7 +34,7 @@ def measure_numbers(contents: Contents, scales: Mapping[str, float], opened: Lor
     for slot in contents.slots:
         _measure_update(slot, abs(scales[slot.module.name]), opened, found)
     used = {key for slot in contents.slots for key in slot.keys.values()}
-    for key, header in opened.headers.items():
+    for key, header in opened.tensors.items():
         if key in used or not is_floating(header.dtype):
             continue
         tensor = opened.read(key).double()
@@ -47,7 +47,6 @@ def measure_numbers(contents: Contents, scales: Mapping[str, float], opened: Lor
 
 
 def _measure_update(slot: Slot, scale: float, opened: Lora, found: FileNumbers) -> None:
-    """Measures one update."""
     name, parts = slot.module.name, {r: opened.read(k).double() for r, k in slot.keys.items()}
     if bad := [slot.keys[role] for role, x in parts.items() if not x.isfinite().all()]:
         found.broken += bad

@@ -16,7 +16,7 @@ from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision, is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..files.dtypes import find_torch_dtype
-from . import fused_updates, vectors
+from . import fused_updates
 from .adapter import Adapter, StoredUpdate
 from .algorithms import dora_oft_glora, forms
 from .algorithms import lora_products as products
@@ -94,7 +94,7 @@ def read_adapter(
             adapter.stored.append(stored)
     for vector in contents.vectors:
         scale = scales.get(vector.module.name, 1.0)
-        parts = vectors.read_vector(vector, scale, opened)
+        parts = fused_updates.read_vector(vector, scale, opened)
         adapter.vectors.update(parts)
         if keep_stored and vector.module.matrix is None:
             adapter.stored.append(StoredUpdate(parts, _cut_paths([vector.key]), opened.read))
@@ -150,7 +150,7 @@ def outline_adapter(
         _add_stand_in(adapter, slot, shapes, opened, norms)
     for vector in [] if headers_only else contents.vectors:
         scale = scales.get(vector.module.name, 1.0)
-        adapter.vectors.update(vectors.read_vector(vector, scale, opened))
+        adapter.vectors.update(fused_updates.read_vector(vector, scale, opened))
     return adapter
 
 
@@ -161,11 +161,11 @@ def _start_adapter(contents: Contents, source: Lora) -> Adapter:
     # The text encoders of a file may be spelled in another format than the rest.
     first = next((m for m in modules if find_component(m.name) not in TEXT_ENCODERS), modules[0])
     dtypes = {
-        source.headers[key].dtype
+        source.tensors[key].dtype
         for slot in contents.slots
         for role, key in slot.keys.items()
         if role not in forms.NUMBERS | forms.MAGNITUDES
-    } or {source.headers[slot.key].dtype for slot in contents.vectors}
+    } or {source.tensors[slot.key].dtype for slot in contents.vectors}
     (dtype,) = dtypes if len(dtypes) == 1 else {"F32"}
     return Adapter(
         {},
@@ -208,7 +208,7 @@ def _add_update(
         algorithm = slot.form.algorithm
         truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where, rank)
     else:
-        stored = find_torch_dtype(source.headers[next(iter(slot.keys.values()))].dtype)
+        stored = find_torch_dtype(source.tensors[next(iter(slot.keys.values()))].dtype)
         truncated = products.factor_update(slot.form.algorithm, tensors, rank, stored)
         if scale != 1.0 and not is_finite(truncated.update.up.mul_(scale)):
             key = slot.keys.get("up", next(iter(slot.keys.values())))
@@ -280,7 +280,7 @@ def _add_stand_in(
             return
         _check_fit(slot, base_shapes, where)
         magnitudes = {
-            role: torch.empty(source.headers[key].shape, device="meta")
+            role: torch.empty(source.tensors[key].shape, device="meta")
             for role, key in slot.keys.items()
             if role in forms.MAGNITUDES
         }
@@ -345,4 +345,4 @@ def _base_weight(slot: Slot, read_weight: ReadWeight, where: str) -> Tensor | No
     whole = torch.cat([part.detach().to("cpu", torch.float32).double() for part in parts])
     matrix = slot.module.matrix
     swapped = matrix is not None and matrix.is_swapped(tuple(whole.shape))
-    return vectors.swap_halves(whole) if swapped else whole
+    return fused_updates.swap_halves(whole) if swapped else whole

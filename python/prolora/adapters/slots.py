@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..architectures.family import Family
 from ..architectures.identify import UNKNOWN, Model, share_rows
 from ..errors import UnsupportedFormat
 from .algorithms import forms
@@ -15,23 +14,24 @@ from .algorithms.forms import Form
 from .file_model import Size, measure_update
 from .formats.peft_config import PeftScaling
 from .keys import tensor_keys
-from .keys.module_names import ModulePath, parse_module_path
+from .keys.codec import Codec, Module
 from .lora import Lora
 from .vectors import VectorSlot
 
 # Of a textual-inversion embedding: the names that A1111, kohya and SDXL's trainers write.
 _EMBEDDING = re.compile(r"(emb_params|string_to_param\..*|clip_[lg]|t5xxl)$")
 _CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
+_UNSHAPED = Form("lora", 0, 0, 0)
 
 
 @dataclass
 class Slot:
     """The tensors of one module, or of one fused weight."""
 
-    module: ModulePath  # what the keys' common path means
+    module: Module  # what the keys' common path means
     keys: dict[str, str] = field(default_factory=dict)  # role -> key in the file
     # Kind, shape and rank, known once the shapes are checked
-    form: Form = field(default_factory=lambda: Form("lora", 0, 0, 0))
+    form: Form = _UNSHAPED
     peft: PeftScaling | None = None  # the configuration that gives the scale, if any
 
     @property
@@ -72,26 +72,18 @@ def measure_modules(slots: Iterable[Slot]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def group_keys(source: Lora, family: Family | None, names: Collection[str] = ()) -> Contents:
-    """Groups the keys by module; a key that is not understood is a reason to refuse the file.
-
-    `names` has the base's modules.
-    """
-    if not source.headers:
+def group_keys(source: Lora, codec: Codec) -> Contents:
+    """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
+    if not source.tensors:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
-    modules: dict[str, ModulePath | None] = {"": None}
-    known = {*names, *(name.replace(".", "_") for name in names)}
     slots: dict[str, Slot] = {}
     vector_slots: dict[str, VectorSlot] = {}
     left_out: dict[str, str] = {}
     unknown = []
-    for key, header in source.headers.items():
+    for key, path, role, _, shape in source.tensors.values():
         if refused := tensor_keys.find_refused(key):
             raise UnsupportedFormat(tensor_keys.explain_refusal(source.where, key, refused))
-        path, role = tensor_keys.split_key(key)
-        if path not in modules:
-            modules[path] = parse_module_path(path, family, known)
-        module, axes = modules[path], len(header.shape)
+        module, axes = codec.read(path) if path else None, len(shape)
         if role == "diff" and axes == 1:
             role = "weight"
         if reason := tensor_keys.find_left_out(key):
@@ -133,7 +125,7 @@ def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents
     neighbours = _find_neighbours(contents, unknown, slots)
     scales = {slot.keys.get("scale") for slot in slots.values()}
     foreign = [key for key in unknown if key not in neighbours and key not in scales]
-    if 2 * len(foreign) > len(source.headers) or (foreign and not slots):
+    if 2 * len(foreign) > len(source.tensors) or (foreign and not slots):
         _refuse_unknown(foreign, source)
     reasons = {
         name: f"an update with a tensor {suffix!r:.80} that prolora does not read"
@@ -148,9 +140,9 @@ def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents
     used = {key for slot in slots.values() for key in slot.keys.values()}
     used |= {vector.key for vector in vector_slots}
     behind: dict[str, list[str]] = {}
-    for key in source.headers:
+    for key in source.tensors:
         if key not in used:
-            path = None if key in told else tensor_keys.split_key(key)[0]
+            path = None if key in told else source.tensors[key].path
             behind.setdefault(owners.get(key) or path or key, []).append(key)
     left_out, unread = {}, {}
     for name, keys in behind.items():
@@ -159,7 +151,7 @@ def _leave_out(contents: Contents, unknown: list[str], source: Lora) -> Contents
             unread[name] = measure_unread(keys, source)
     if not slots and not vector_slots:
         key, reason = next(iter(left_out.items()))
-        if all(_EMBEDDING.match(name) for name in source.headers):
+        if all(_EMBEDDING.match(name) for name in source.tensors):
             raise _refuse_embedding(source)
         raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
     return Contents(list(slots.values()), vector_slots, left_out, unread=unread, refused={*reasons})
@@ -189,7 +181,7 @@ def _refuse_unknown(unknown: list[str], source: Lora) -> None:
     """Says what the first keys that are not understood look like."""
     first = unknown[0]
     if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
-        tensor_keys.split_key(key)[1] in ("down", "up") for key in source.headers
+        tensor.role in ("down", "up") for tensor in source.tensors.values()
     ):
         raise UnsupportedFormat(
             f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as `source` "
@@ -212,13 +204,13 @@ def _refuse_embedding(source: Lora) -> UnsupportedFormat:
 
 def _measure(keys: Mapping[str, str], source: Lora) -> Size | None:
     """Returns (out, in, rank) of an update (role -> key), None if unclear."""
-    return measure_update({role: source.headers[key].shape for role, key in keys.items()})
+    return measure_update({role: source.tensors[key].shape for role, key in keys.items()})
 
 
 def measure_unread(keys: Collection[str], source: Lora) -> Size:
     """Returns (out, in, rank) of an update, else of the largest tensor."""
-    roles = {tensor_keys.split_key(key)[1]: key for key in keys}
-    shapes = [source.headers[key].shape for key in keys]
+    roles = {source.tensors[key].role: key for key in keys}
+    shapes = [source.tensors[key].shape for key in keys]
     largest = max(shapes, key=math.prod) or (1,)
     return _measure(roles, source) or (largest[0], math.prod(largest[1:]), 1)
 

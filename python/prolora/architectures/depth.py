@@ -14,8 +14,8 @@ from functools import cached_property
 
 from .family import Family
 from .layouts import load_layout
-from .ldm import diffusers_to_ldm
 from .modules import TEXT_ENCODERS, find_block, find_component
+from .shared_names import find_unet_names
 
 UNET_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 BASE, MIDDLE = "BASE", "M00"
@@ -52,12 +52,8 @@ class DepthTable:
 
     def list_names(self, module: str) -> list[str]:
         """Returns a module's names: in diffusers, and in the authors' files or LDM."""
-        names = [module]
-        if find_component(module) == "unet":
-            names.append(self._name_in_ldm(module) or module)
-        elif self.family and (held := self.family.find_weight_holding(module)):
-            names.append(held.name)
-        return list(dict.fromkeys(names))
+        held = self._names.find_weight_holding(module) if self._names else None
+        return list(dict.fromkeys((module, held.name if held else module)))
 
     @cached_property
     def places(self) -> tuple[str, ...]:
@@ -88,6 +84,10 @@ class DepthTable:
     def _is_unet(self) -> bool:
         return any(name.partition(".")[0] in UNET_STAGES for name in self.modules)
 
+    @cached_property
+    def _names(self) -> Family | None:
+        return find_unet_names(self.modules, self._layers) if self._is_unet else self.family
+
     @property
     def _layers(self) -> int:
         return 1 if self.family is not None and self.family.id in ONE_LAYER_UNETS else 2
@@ -103,12 +103,9 @@ class DepthTable:
             found.discard(BASE)  # the notation of other transformers names blocks alone
         return tuple(sorted(found, key=_order_place))
 
-    def _name_in_ldm(self, module: str) -> str | None:
-        return diffusers_to_ldm(module, siblings=self.modules, layers_per_block=self._layers)
-
     def _find_ldm_place(self, module: str) -> str:
         """Returns IN, M or OUT with its number for a module of a UNet."""
-        match = _LDM.match(f"{self._name_in_ldm(module)}.")
+        match = _LDM.match(f"{self.list_names(module)[-1]}.") if self._is_unet else None
         if match is None:
             return ""
         if match[1] == "middle_block":
@@ -132,7 +129,6 @@ _SPECIAL = ("BASE", "CLIP", "T5", "IN", "M", "D", "S", "OUT")
 
 
 def _order_place(place: str) -> tuple[object, ...]:
-    """Sorts blocks by depth."""
     word = place.rstrip("0123456789")
     number = int(place[len(word) :] or 0)
     if word in _SPECIAL or place in _SPECIAL:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -88,6 +88,13 @@ class AuthorsWeight(NamedTuple):
     # Are the halves of its rows in the other order than in diffusers? See `Swapped`.
     swap: Literal["never", "always", "if two"] = "never"
 
+    def split_rows(self, height: int) -> tuple[int, ...]:
+        """Returns the rows of each part of a matrix [height, n]; () if they do not divide."""
+        unit, rest = divmod(height, sum(self.shares))
+        if rest or not unit or (self.swap == "always" and height % 2):
+            return ()
+        return tuple(share * unit for share in self.shares)
+
     def is_swapped(self, shape: tuple[int, ...]) -> bool:
         """Returns whether a matrix [out, in] of this shape has its halves swapped."""
         if self.swap == "if two":
@@ -95,7 +102,7 @@ class AuthorsWeight(NamedTuple):
         return self.swap == "always"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """Models of one class: the same modules, at one or several sizes."""
 
@@ -120,6 +127,13 @@ class Family:
     rarer_than: str = ""
     untried: tuple[str, ...] = ()  # beginnings of modules that no program was tried with
     unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
+
+    @classmethod
+    def of_names(
+        cls, id_: str, *names: str, aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> Family:
+        """Returns modules of no published sizes, whose names are the authors' own."""
+        return cls(id_, id_, (), {name: name for name in names}, aliases)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
@@ -159,6 +173,12 @@ class Family:
         """Returns the authors' weight that is a canonical module or has its rows."""
         match = _match_pattern(module, self._holders, dotted=True)
         return self._make_weight(*match) if match else None
+
+    def is_alike(self, module: str) -> bool:
+        """Returns whether the authors have diffusers' own name for a canonical module."""
+        match = _match_pattern(module, self._modules, dotted=True)
+        own = match[0] if match else ""
+        return self._holders.dotted.get(own) == own and self.authors.get(own, own) == own
 
     def _make_weight(self, pattern: str, numbers: tuple[str, ...]) -> AuthorsWeight:
         """Fills the numbers of blocks into an authors' pattern."""
@@ -200,11 +220,13 @@ class Family:
         entries: dict[str, str | Fused | Swapped] = {}
         for fused, (first, *rest) in _FUSED_PROJECTIONS.items():
             for pattern in self.shapes:
+                if not pattern.endswith(f".{first}"):
+                    continue
                 stem = pattern.removesuffix(first)
                 parts = tuple(stem + name for name in (first, *rest))
                 shapes = [self.shapes[part][0] for part in parts if part in self.shapes]
                 alike = len({shape[1:] for shape in shapes}) == 1
-                if stem != pattern and stem.endswith(".") and alike and len(shapes) == len(parts):
+                if alike and len(shapes) == len(parts):
                     unit = math.gcd(*(shape[0] for shape in shapes))
                     entries[stem + fused] = Fused(parts, tuple(x[0] // unit for x in shapes))
         return entries
@@ -221,15 +243,19 @@ class _Patterns:
 
     def __init__(self, meanings: Mapping[str, str]) -> None:
         self.dotted = dict(meanings)
-        self.underscored = {name.replace(".", "_"): meanings[name] for name in meanings}
+
+    @cached_property
+    def underscored(self) -> dict[str, str]:
+        """The same for names with underscores."""
+        return {name.replace(".", "_"): meaning for name, meaning in self.dotted.items()}
 
 
 def _match_pattern(
     name: str, patterns: _Patterns, dotted: bool
 ) -> tuple[str, tuple[str, ...]] | None:
     """Returns the meaning of a name's pattern and its numbers, None if unknown."""
-    separator, table = (".", patterns.dotted) if dotted else ("_", patterns.underscored)
-    for trial, numbers in list_trials(name, separator):
+    table = patterns.dotted if dotted else patterns.underscored
+    for trial, numbers in list_trials(name, "." if dotted else "_"):
         meaning = table.get(trial)
         if meaning is not None:
             return meaning, numbers
@@ -262,8 +288,13 @@ def _choose_places(places: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _fill_pattern(pattern: str, numbers: tuple[str, ...]) -> str:
-    words, left = pattern.split("."), iter(numbers)
-    return ".".join(next(left) if word == NUMBER else word for word in words)
+    return _as_template(pattern).format(*numbers)
+
+
+@cache
+def _as_template(pattern: str) -> str:
+    """Turns a pattern into a format string: filled in for every name of every file."""
+    return ".".join("{}" if word == NUMBER else word for word in pattern.split("."))
 
 
 def list_parts(entry: str | Fused | Swapped) -> tuple[str, ...]:

@@ -79,7 +79,6 @@ class Model(NamedTuple):
         return self._narrow(both)._replace(sizes=sizes) if both else self
 
     def _narrow(self, families: Collection[str]) -> Model:
-        """Returns the model with some of its families."""
         sizes = {size for id_ in families for size in known_families()[id_].layouts}
         kept = tuple(size for size in self.sizes if size in sizes)
         return self._replace(families=tuple(families), sizes=kept)
@@ -235,11 +234,8 @@ def find_parts(family: Family, module: NamedMatrix) -> dict[str, Size]:
 
 def share_rows(weight: AuthorsWeight, shape: Size) -> dict[str, Size]:
     """Returns the shapes of a matrix's parts; 0 rows where they do not divide evenly."""
-    unit, rest = divmod(shape[0], sum(weight.shares))
-    return {
-        part: (0 if rest else unit * share, shape[1])
-        for part, share in zip(weight.parts, weight.shares, strict=True)
-    }
+    heights = weight.split_rows(shape[0]) or (0,) * len(weight.parts)
+    return {part: (rows, shape[1]) for part, rows in zip(weight.parts, heights, strict=True)}
 
 
 def _fit_layouts(family: Family, shapes: Mapping[str, Size], within: bool) -> list[str]:

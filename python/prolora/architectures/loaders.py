@@ -91,10 +91,9 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
     patterns = {pattern for name in names if (pattern := family.find_pattern(name))}
     if any(pattern.startswith(family.untried) for pattern in patterns):
         return {}
-    rows: Any = _read_table()["families"].get(family.id, {"": []})
-    reach: dict[str, Reach] = dict.fromkeys(rows[""], "none")
-    plain = row.removesuffix(ALPHA)
-    for program, unread in (rows.get(plain, {}) | rows.get(row, {})).items():
+    programs, reads, encoders_lost = _look_up(family, row)
+    reach: dict[str, Reach] = dict.fromkeys(programs, "none")
+    for program, unread in reads.items():
         if unread == ["?"]:
             del reach[program]
         elif unread is None:
@@ -106,7 +105,7 @@ def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Re
         elif "!" not in unread and not patterns <= set(unread):
             reach[program] = "part"
     encoders = {find_component(name) for name in names if is_in_text_encoder(name)}
-    for program, lost in rows.get(plain + TEXT, {}).items() if encoders else ():
+    for program, lost in encoders_lost.items() if encoders else ():
         if program in reach:
             parts: set[Reach] = {reach[program]} if patterns else set()
             parts |= {"none" if one in lost else "whole" for one in encoders}
@@ -121,10 +120,8 @@ def count_skipped(
 
     Arguments as for `find_reach`. None where the table does not tell.
     """
-    rows: Any = _read_table()["families"].get(family.id, {"": []})
-    plain = row.removesuffix(ALPHA)
-    reads, lost = rows.get(plain, {}) | rows.get(row, {}), rows.get(plain + TEXT, {})
-    unread, lost = reads.get(program), lost.get(program, [])
+    _, reads, encoders_lost = _look_up(family, row)
+    unread, lost = reads.get(program), encoders_lost.get(program, [])
     if unread is None or unread == ["?"]:
         return None
     names = [
@@ -139,10 +136,15 @@ def find_untried(family: Family, row: str, modules: Iterable[str]) -> set[str]:
 
     `row` comes from `name_row`; `modules` are the canonical names that the file updates.
     """
-    rows: Any = _read_table()["families"].get(family.id, {"": []})
-    has_text = any(map(is_in_text_encoder, modules))
-    tried = rows.get(row.removesuffix(ALPHA) + TEXT, {}).keys()
-    return set(rows[""]) - tried if has_text else set()
+    programs, _, encoders_lost = _look_up(family, row)
+    return set(programs) - encoders_lost.keys() if any(map(is_in_text_encoder, modules)) else set()
+
+
+def _look_up(family: Family, row: str) -> tuple[Any, Any, Any]:
+    """Returns the programs with such models, and what each leaves of modules and encoders."""
+    rows = _read_table()["families"].get(family.id, {"": []})
+    plain = row.removesuffix(ALPHA)
+    return rows[""], rows.get(plain, {}) | rows.get(row, {}), rows.get(plain + TEXT, {})
 
 
 @cache

@@ -7,6 +7,7 @@ front for text encoders and nothing for the UNet or transformer itself.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -89,6 +90,7 @@ def is_in_text_encoder(module: str) -> bool:
     return module.startswith(TEXT_ENCODER_PREFIXES)
 
 
+@lru_cache(1 << 15)  # of a file's modules, each is asked for by every family that may have it
 def find_block(module: str) -> BlockPosition | None:
     """Returns the transformer block that a module lies in, None outside all blocks.
 

@@ -13,7 +13,7 @@ from ..adapters.contents import parse_contents, read_scale
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import ask_programs, is_read_after
 from ..adapters.keys import tensor_keys
-from ..adapters.keys.module_names import find_transformer_name, parse_module_path
+from ..adapters.keys.codec import Codec, CutPath, read_without_family
 from ..adapters.lora import Lora
 from ..adapters.slots import Contents, Slot, measure_modules
 from ..adapters.training_words import read_training_words
@@ -51,8 +51,8 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
     found = Check(
         path=opened.where,
         kind="lora",
-        dtypes=count_values(spell_dtype(x.dtype) for x in opened.headers.values()),
-        tensors=len(opened.headers),
+        dtypes=count_values(spell_dtype(x.dtype) for x in opened.tensors.values()),
+        tensors=len(opened.tensors),
         size=opened.path.stat().st_size if opened.path else 0,
         # An architecture has the kind of file behind it: stable-diffusion-xl-v1-base/lora.
         base_model=Path(named.removesuffix("/lora")).name if named else "",
@@ -143,8 +143,8 @@ def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
 
     A base, an adapter of another kind, or neither.
     """
-    is_adapter = any(map(tensor_keys.is_of_adapter, opened.headers))
-    if any(map(tensor_keys.is_base_weight, opened.headers)) and opened.path is not None:
+    is_adapter = any(map(tensor_keys.is_of_adapter, opened.tensors))
+    if any(map(tensor_keys.is_base_weight, opened.tensors)) and opened.path is not None:
         try:
             return replace(check_model(opened.path), path=found.path, size=found.size)
         except ProLoRAError as error:
@@ -160,18 +160,20 @@ def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
 def _name_by_header(opened: Lora, found: Check) -> Check:
     """Recognises a base model by names and shapes, where torch is missing."""
     matrices = {
-        key.removesuffix(".weight"): matrix_shape(shape)
-        for key, shape in opened.shapes.items()
-        if key.endswith(".weight") and len(shape) > 1
+        key.removesuffix(".weight"): matrix_shape(tensor.shape)
+        for key, tensor in opened.tensors.items()
+        if key.endswith(".weight") and len(tensor.shape) > 1
     }
-    names = ((find_transformer_name(path), size) for path, size in matrices.items())
-    ids = identify_names(NamedMatrix(*name, size) for name, size in names if name)
-    family = known_families()[ids[0]] if ids else None
+    cuts = ((read_without_family(path), size) for path, size in matrices.items())
+    ids = identify_names(
+        NamedMatrix(cut.rest, cut.dotted, size) for cut, size in cuts if isinstance(cut, CutPath)
+    )
+    codec = Codec(known_families()[ids[0]] if ids else None)
     shapes, dtypes = dict[str, tuple[int, int]](), list[str]()
     for path, size in matrices.items():
-        if module := parse_module_path(path, family):
+        if module := codec.read(path):
             parts = share_rows(module.matrix, size) if module.matrix else {module.name: size}
-            dtypes += [spell_dtype(opened.headers[f"{path}.weight"].dtype)] * len(parts)
+            dtypes += [spell_dtype(opened.tensors[f"{path}.weight"].dtype)] * len(parts)
             shapes |= parts
     model = identify_base(shapes)
     return Check(

@@ -18,8 +18,8 @@ from ..adapters.algorithms.forms import MAX_SIDE
 from ..adapters.algorithms.truncation import MAX_RANK
 from ..adapters.alphas import LARGEST_ALPHA, SMALLEST_ALPHA
 from ..adapters.contents import parse_contents
-from ..adapters.keys.tensor_keys import split_key
-from ..adapters.lora import Header, Lora
+from ..adapters.keys.tensor_keys import StoredTensor
+from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, open_base
 from ..core.option_fields import option, take_option
 from ..core.precision import in_full_precision
@@ -196,20 +196,20 @@ def _set_alpha(opened: Lora | Adapter, alpha: float) -> Lora:
     """Returns a LoRA with another alpha for every update that has a rank."""
     if isinstance(opened, Adapter):
         raise InvalidOption("`alpha` is for a file: updates in memory hold their scale")
-    headers, alphas = dict(opened.headers), set()
+    tensors, alphas = dict(opened.tensors), set()
     for slot in parse_contents(opened).slots:
         if slot.peft:
             raise InvalidOption(f"{opened.where}: set `lora_alpha` in its PEFT configuration")
         if slot.form.rank:
-            path, _ = split_key(next(iter(slot.keys.values())))
+            path = tensors[next(iter(slot.keys.values()))].path
             alphas.add(slot.keys.get("alpha") or f"{path}.alpha")
-            headers.pop(slot.keys.get("scale", ""), None)
-    headers |= dict.fromkeys(alphas, Header("F32", ()))
+            tensors.pop(slot.keys.get("scale", ""), None)
+    tensors |= {key: StoredTensor.of(key, "F32", ()) for key in alphas}
 
     def read(key: str) -> Tensor:
         return torch.tensor(float(alpha)) if key in alphas else opened.read(key)
 
-    return replace(opened, headers=headers, read=read, file=None, parsed={})
+    return replace(opened, tensors=tensors, read=read, file=None, parsed={})
 
 
 def _find_rank(plain: Adapter, energies: Mapping[str, float]) -> int:

@@ -10,7 +10,7 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.contents import parse_contents
 from ..adapters.file_model import BaseNames
-from ..adapters.keys.module_names import parse_module_path
+from ..adapters.keys.codec import Codec
 from ..architectures.families import known_families
 from ..architectures.layouts import known_layouts, load_layout
 from ..bases import open_base
@@ -37,7 +37,8 @@ def narrow_base(base: Any, *loras: LoraLike) -> Any:
                 slots = parse_contents(opened, BaseNames(modules=known)).slots
                 changed |= {name for slot in slots for name in slot.module.modules}
     family = known_families().get(ids[0]) if ids else None
-    parsed = {key: parse_module_path(path, family, known) for key, path in paths.items()}
+    codec = Codec(family, names={name: name for name in known})
+    parsed = {key: codec.read(path) for key, path in paths.items()}
     modules = {key: module.modules for key, module in parsed.items() if module}
     wanted = [key for key in modules if not changed.isdisjoint(modules[key])]
     outline = {key: to_tensor(base[key], key).detach().to("meta") for key in wanted}

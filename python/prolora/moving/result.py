@@ -254,7 +254,7 @@ class Recipe:
 
         def digest() -> str:
             beside = json.dumps(result.config, sort_keys=True)
-            return hash_tensors(result.headers, result.read, beside)
+            return hash_tensors(result.tensors, result.read, beside)
 
         known = digest() if verify else self._recall(result, TENSORS, digest)
         return known == result.metadata.get(TENSORS) and not parse_contents(result).left_out

@@ -109,6 +109,12 @@ def find_surplus_role(roles: Set[str]) -> str | None:
 
 def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
     """Derives an update's form from shapes by role; None if they do not fit."""
+    return _derive_form(tuple(shapes.items()))
+
+
+@lru_cache(1 << 12)  # a file's updates have few shapes
+def _derive_form(roles: tuple[tuple[str, Shape], ...]) -> Form | None:
+    shapes = dict(roles)
     if any(size == 0 for shape in shapes.values() for size in shape):
         return None
     form = _FORMS[kind_of_roles(shapes.keys())](shapes)

@@ -16,9 +16,9 @@ from ...architectures.modules import find_component, local_name
 from ...core.lowrank import LowRank
 from ...core.precision import is_finite
 from ...errors import NonFiniteWeights, OutputError, ShapeMismatch
-from .. import vectors
 from ..adapter import Adapter, StoredUpdate
-from ..keys import module_names
+from ..keys.codec import ADAPTER
+from ..vectors import find_vector_module, vector_suffixes
 from .groups import FileLayout, has_lora_bias, lay_out
 from .peft_patterns import PatternTable
 
@@ -54,13 +54,12 @@ def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[st
         tensors[f"{group.path}.{other}.weight"] = down
         if alpha is not None:
             tensors[f"{group.path}.alpha"] = _alpha_tensor(alpha, dtype)
-    whole = vectors.fuse_vectors(adapter.vectors, layout.authors)
-    suffixes = vectors.vector_suffixes(whole)
+    suffixes = vector_suffixes(layout.vectors)
     if format in ("diffusers", "peft"):
-        suffixes = dict.fromkeys(whole, "lora_B.bias")
+        suffixes = dict.fromkeys(layout.vectors, "lora_B.bias")
     for name, suffix in suffixes.items():
-        path = layout.vector_paths[vectors.find_vector_module(name)]
-        tensors[f"{path}.{suffix}"] = vectors.cast_vector(name, whole[name], dtype)
+        path = layout.vector_paths[find_vector_module(name)]
+        tensors[f"{path}.{suffix}"] = _cast_vector(name, layout.vectors[name], dtype)
     return tensors
 
 
@@ -106,12 +105,24 @@ def _cast_factors(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
 
 def _survives_cast(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
     """Returns whether both factors survive the cast to within the dtype's rounding."""
+    return _is_close(cast.up, exact.up, dtype) and _is_close(cast.down, exact.down, dtype)
+
+
+def _is_close(stored: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     limit = _ROUNDING.get(dtype, 2.0**-20)
-    return all(
-        is_finite(stored)
-        and bool((stored.to(wanted.dtype) - wanted).norm() <= limit * wanted.norm())
-        for stored, wanted in ((cast.up, exact.up), (cast.down, exact.down))
-    )
+    difference = (stored.to(wanted.dtype) - wanted).norm()
+    return is_finite(stored) and bool(difference <= limit * wanted.norm())
+
+
+def _cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
+    if not is_finite(vector):
+        raise NonFiniteWeights(f"{name}: holds NaN or Inf, so nothing is written")
+    stored = vector.to(dtype)
+    if not is_finite(stored):
+        raise NonFiniteWeights(f"{name}: overflows in {dtype}; write it with `dtype='float32'`")
+    if not _is_close(stored, vector, dtype):
+        raise OutputError(f"{name}: is too small for {dtype}; write it with `dtype='float32'`")
+    return stored
 
 
 def _shape_factors(
@@ -154,7 +165,7 @@ def peft_config(
         if component in (None, _find_model(name))
     }
     scales = {name: owners[name].scale for name in ranks if name in owners}
-    inside = module_names.ADAPTER if component == "text_conditioner" else ""
+    inside = ADAPTER if component == "text_conditioner" else ""
     local = {_config_name(n).removeprefix(inside): rank for n, rank in ranks.items()}
     alphas = {
         _config_name(n).removeprefix(inside): _whole(scales.get(n, 1.0) * rank)
@@ -177,7 +188,7 @@ def peft_config(
 
 def _find_model(name: str) -> str:
     """Returns the model that holds a module in diffusers."""
-    return "text_conditioner" if name.startswith(module_names.ADAPTER) else find_component(name)
+    return "text_conditioner" if name.startswith(ADAPTER) else find_component(name)
 
 
 def _config_name(name: str) -> str:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from ...architectures import loaders
-from ...architectures.depth import ONE_LAYER_UNETS
 from ...architectures.families import known_families
-from ...architectures.family import KOHYA, SPELLINGS, AuthorsWeight, Family, Spelling
-from ...architectures.modules import TEXT_ENCODERS, find_component, is_in_adm, local_name
+from ...architectures.family import KOHYA, SPELLINGS, UNET_KOHYA, AuthorsWeight, Family, Spelling
+from ...architectures.layouts import load_layout
+from ...architectures.modules import (
+    TEXT_ENCODER_PREFIXES,
+    TEXT_ENCODERS,
+    find_component,
+    is_in_adm,
+)
+from ...architectures.shared_names import find_unet_names
 from ...core.grouping import group_by
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
 from ..adapter import Adapter
-from ..keys import module_names
+from ..keys.codec import ONE, SEVERAL, Codec, list_encoders
 from . import programs
 
 
@@ -56,9 +63,8 @@ class FileLayout:
     """Groups and names of an adapter in a file of one format."""
 
     groups: list[Group]
-    # Module with vectors, fused weights under their own name -> its path
-    vector_paths: dict[str, str]
-    authors: Family | None  # whose fused weights the file has
+    vectors: dict[str, Tensor]  # fused ones under the name of the fused weight
+    vector_paths: dict[str, str]  # module with vectors, or such a weight -> its path
 
 
 def lay_out(adapter: Adapter, format: str) -> FileLayout:
@@ -77,11 +83,19 @@ def lay_out(adapter: Adapter, format: str) -> FileLayout:
         )
     if format == "peft":
         _check_one_component(adapter)
-    spelling, family = _find_spelling(adapter, format)
-    authors = family if spelling and spelling.names == "authors" else None
-    fused = vectors.fuse_vectors(adapter.vectors, authors)
+    codec = find_codec(adapter, format)
+    authors = codec.family if codec.spelling and codec.spelling.names == "authors" else None
+    fused = fused_updates.fuse_vectors(adapter.vectors, authors) if adapter.vectors else {}
     with_vectors = dict.fromkeys(map(vectors.find_vector_module, fused))
-    spell = _spell_by(adapter, format, [*adapter.updates, *with_vectors], spelling, family)
+
+    def spell(name: str) -> str:
+        path = codec.write(name)
+        if path is None:
+            raise UnsupportedFormat(
+                f"{name} has no name in the {format} format; write it with `format='diffusers'`"
+            )
+        return path
+
     groups = [
         Group(
             path,
@@ -90,7 +104,7 @@ def lay_out(adapter: Adapter, format: str) -> FileLayout:
         )
         for path, modules in group_by(adapter.updates, spell).items()
     ]
-    return FileLayout(groups, {name: spell(name) for name in with_vectors}, authors)
+    return FileLayout(groups, fused, {name: spell(name) for name in with_vectors})
 
 
 def has_lora_bias(adapter: Adapter, vector: str) -> bool:
@@ -98,58 +112,54 @@ def has_lora_bias(adapter: Adapter, vector: str) -> bool:
     return vector.endswith(".bias") and vectors.find_vector_module(vector) in adapter.updates
 
 
-def _spell_by(
-    adapter: Adapter,
-    format: str,
-    modules: list[str],
-    spelling: Spelling | None,
-    family: Family | None,
-) -> Callable[[str], str]:
-    """Returns what spells a module in a format; `spelling` and `family` are a transformer's."""
-    guess = adapter.model.family
-    kohya = _kohya_spelling(adapter)
-    # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
-    sdxl = kohya == "sgm" or _has_several_text_encoders(adapter)
-    clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
-    clip = "qwen3_06b" if guess == "cosmos" else clip
-    two_layers = guess not in ONE_LAYER_UNETS
-
-    def spell(name: str) -> str:
-        path: str | None
-        if spelling is not None and find_component(name) not in TEXT_ENCODERS:
-            path = module_names.spell_module(name, spelling, family)
-        elif format == "kohya":
-            path = module_names.to_kohya(name, spelling=kohya, siblings=modules, sdxl=sdxl)
-        elif format == "comfy":
-            path = module_names.to_comfy(name, siblings=modules, clip=clip) if two_layers else None
-        elif format == "diffusers":
-            path = f"{find_component(name)}.{local_name(name)}"
-        else:
-            path = f"base_model.model.{local_name(name)}"
-        if path is None:
-            raise UnsupportedFormat(
-                f"{name} has no name in the {format} format; write it with `format='diffusers'`"
-            )
-        return path
-
-    return spell
-
-
-def _find_spelling(adapter: Adapter, format: str) -> tuple[Spelling | None, Family | None]:
-    """Returns how a file spells an adapter's transformer, and by whose names; None without one.
-
-    The spelling that the adapter came in is kept if a program reads it for this family. Diffusers'
-    and PEFT's formats have the names of the model itself and need no table. In the other two, names
-    of an unknown family are ComfyUI's, which only a file that came in one of them has.
+def find_codec(adapter: Adapter, format: str) -> Codec:
+    """Returns what writes the names of an adapter's modules in a format.
 
     Raises:
         UnsupportedFormat: no program reads this format for the family, or the family is not told
             and the names of the format depend on it.
     """
-    names, style = _transformer_names(adapter), adapter.style
-    if not names:
-        return None, None
+    names = _list_modules(adapter)
     families = _find_families(adapter)
+    spelling, family = SPELLINGS[format], None
+    if _is_unet(names):
+        spelling, family = _spell_unet(adapter, format, names, families)
+    elif names:
+        spelling, family = _spell_transformer(adapter, format, names, families)
+    facts = _list_encoder_facts(adapter, spelling)
+    return Codec(family, format=format, spelling=spelling, encoders=facts)
+
+
+def _spell_unet(
+    adapter: Adapter, format: str, names: list[str], families: tuple[Family, ...]
+) -> tuple[Spelling, Family]:
+    """Returns how a file spells a UNet's modules, and their names.
+
+    UNets of four blocks (SD1.x, SD2.x) get diffusers' names in kohya's format: kohya itself trains
+    them under these, and diffusers crashes on their two-digit SGM blocks. The SDXL family gets the
+    names of the original checkpoint, as kohya writes them: A1111 finds no embedding and no
+    upsampler under diffusers' names, and says nothing. A UNet of unknown sizes keeps what it came
+    in.
+    """
+    published = load_layout(families[0].layouts[0]).shapes if families else names
+    table = find_unet_names(published)
+    spellings = families[0].spellings if families else table.spellings
+    if format not in spellings:
+        raise _refuse_format(families[0], format)
+    unknown = not families and format == "kohya" and adapter.spelling == "diffusers"
+    return UNET_KOHYA if unknown else spellings[format], table
+
+
+def _spell_transformer(
+    adapter: Adapter, format: str, names: list[str], families: tuple[Family, ...]
+) -> tuple[Spelling, Family | None]:
+    """Returns how a file spells a transformer's modules, and by whose names.
+
+    The spelling that the adapter came in is kept if a program reads it for this family. Diffusers'
+    and PEFT's formats have the names of the model itself and need no table. In the other two, names
+    of an unknown family are ComfyUI's, which only a file that came in one of them has.
+    """
+    style = adapter.style
     if style is not None and format == adapter.format:
         readers = [family for family in families if loaders.is_read(family, style)]
         if readers or not families:
@@ -164,13 +174,9 @@ def _find_spelling(adapter: Adapter, format: str) -> tuple[Spelling | None, Fami
         )
     spelled = [(one.spellings[format], one) for one in families if format in one.spellings]
     if not spelled:
-        formats = " or ".join(f"`format='{known}'`" for known in families[0].spellings)
-        raise UnsupportedFormat(
-            f"no program reads a LoRA for {families[0].title} in the {format} format; write it "
-            f"with {formats}"
-        )
-    paths = {tuple(module_names.spell_module(name, *one) for name in names) for one in spelled}
-    if len(paths) > 1:
+        raise _refuse_format(families[0], format)
+    codecs = [Codec(family, format=format, spelling=spelling) for spelling, family in spelled]
+    if len({tuple(map(codec.write, names)) for codec in codecs}) > 1:
         titles = " or ".join(family.title for family in families)
         raise UnsupportedFormat(
             f"these modules can be of {titles}, which have different names in the {format} format; "
@@ -179,22 +185,35 @@ def _find_spelling(adapter: Adapter, format: str) -> tuple[Spelling | None, Fami
     return spelled[0]
 
 
-def _transformer_names(adapter: Adapter) -> list[str]:
-    """Lists an adapter's modules of a transformer or ADM network, with vectors.
+def _refuse_format(family: Family, format: str) -> UnsupportedFormat:
+    formats = " or ".join(f"`format='{known}'`" for known in family.spellings)
+    return UnsupportedFormat(
+        f"no program reads a LoRA for {family.title} in the {format} format; write it with "
+        f"{formats}"
+    )
+
+
+def _list_modules(adapter: Adapter) -> list[str]:
+    """Lists the modules of updates and vectors outside text encoders."""
+    modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
+    return sorted(name for name in modules if find_component(name) not in TEXT_ENCODERS)
+
+
+def _is_unet(names: list[str]) -> bool:
+    """Returns whether modules are a UNet's, and none is of a transformer or ADM network.
 
     Some transformers have a `time_embedding` or `conv_in` too: beside blocks of a transformer,
     these do not belong to a UNet.
     """
-    modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
-    names = sorted(name for name in modules if find_component(name) not in TEXT_ENCODERS)
-    is_ours = any(find_component(name) == "transformer" or is_in_adm(name) for name in names)
-    return names if is_ours else []
+    return bool(names) and not any(
+        find_component(name) == "transformer" or is_in_adm(name) for name in names
+    )
 
 
 def _find_families(adapter: Adapter) -> tuple[Family, ...]:
     """Returns the families that an adapter can belong to; a UNet's have its very sizes."""
     model = adapter.model
-    ids = model.families or (model.names if _transformer_names(adapter) else ())
+    ids = model.families or (() if _is_unet(_list_modules(adapter)) else model.names)
     return tuple(known_families()[id_] for id_ in ids)
 
 
@@ -233,8 +252,7 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
         raise UnsupportedFormat(f"unknown format {format!r}; use auto, {', '.join(SPELLINGS)}")
     if style:
         return respell(adapter, format, style), format
-    names = _transformer_names(adapter)
-    if adapter.style is not None and names and _find_families(adapter):
+    if adapter.style is not None and _list_modules(adapter) and _find_families(adapter):
         return respell(adapter, adapter.format, None), format
     return adapter, format
 
@@ -256,7 +274,7 @@ def _check_one_component(adapter: Adapter) -> None:
     """Refuses several components: a PEFT folder belongs to one model, and does not say to which."""
     places = {find_component(name) for name in adapter.updates}
     if "transformer" in places:
-        places.discard("unet")  # see `_transformer_names`
+        places.discard("unet")  # see `_is_unet`
     if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
         raise UnsupportedFormat(
             f"a PEFT folder holds one model, but this adapter has modules of "
@@ -264,37 +282,19 @@ def _check_one_component(adapter: Adapter) -> None:
         )
 
 
-def _kohya_spelling(adapter: Adapter) -> str:
-    """Returns the spelling of a UNet's modules: the adapter's, with two exceptions.
-
-    UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains them under these,
-    and diffusers crashes on their two-digit SGM blocks. The SDXL family gets the names of the
-    original checkpoint, as kohya writes them: A1111 finds no embedding and no upsampler under
-    diffusers' names, and says nothing.
-    """
-    modules = [*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)]
-    if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
-        return "diffusers"
-    usual = [family.spellings.get("kohya") for family in _find_families(adapter) if family.unet]
-    return "sgm" if usual[:1] == [KOHYA] else adapter.spelling
-
-
-def _has_several_text_encoders(adapter: Adapter) -> bool:
-    """Recognises the SDXL and FLUX families, whose text encoders kohya numbers."""
-    return any(
-        find_component(name) in ("text_encoder_2", "text_encoder_3", "transformer")
-        or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
+def _list_encoder_facts(adapter: Adapter, spelling: Spelling) -> frozenset[str]:
+    """Lists what prefixes of text encoders depend on, as in `EncoderPrefix.written`."""
+    names = _list_modules(adapter)
+    listed = list_encoders(adapter.model) if _find_families(adapter) else []
+    several = any(len(encoders) > 1 for encoders in listed)
+    several = several or any(name.startswith(TEXT_ENCODER_PREFIXES[1:]) for name in adapter.updates)
+    # A UNet in SGM's names is SDXL's or its student's.
+    several = several or (spelling == KOHYA if _is_unet(names) else adapter.spelling == "sgm")
+    widths = {
+        update.shape[1]
         for name, update in adapter.updates.items()
-    )
-
-
-def _text_width(adapter: Adapter) -> int | None:
-    """Returns the width of the first text encoder."""
-    return next(
-        (
-            update.down.shape[-1]
-            for name, update in adapter.updates.items()
-            if name.startswith("text_encoder.") and name.endswith((".q_proj", ".k_proj", ".v_proj"))
-        ),
-        None,
-    )
+        if name.startswith("text_encoder.") and name.endswith((".q_proj", ".k_proj", ".v_proj"))
+    }
+    facts = {encoder for encoders in listed for encoder in encoders} - {"clip-h"}
+    facts |= {"clip-h"} if 1024 in widths else set()
+    return frozenset(facts | {SEVERAL if several else ONE})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
-from . import module_names
+from .codec import Codec
 
 # Role -> what stands behind the module's path in a key. Either path.lora_A.weight, or
 # path.lora.down.weight, or path_lora.down.weight (attn1.processor.to_q_lora.down.weight).
@@ -81,6 +82,12 @@ _REFUSED = (
     (r"(?<=^base_model\.model\.).+(?<!\.lora_B)\.bias$", _BIASES),
 )
 
+# Most keys are of neither kind: all patterns at once.
+_ANY_LEFT_OUT, _ANY_REFUSED = (
+    re.compile("|".join(f"(?:{pattern})" for pattern, _ in reasons))
+    for reasons in (_LEFT_OUT, _REFUSED)
+)
+
 # Files of other kinds, by a typical key.
 _OTHER_KINDS = (
     (
@@ -98,7 +105,22 @@ _BASE_ROOTS = (
 )
 
 
-# Every key is asked for several times, and a folder's LoRAs have the same ones.
+class StoredTensor(NamedTuple):
+    """An unread tensor of a LoRA and what its key means."""
+
+    key: str
+    path: str  # of the module in the file, "" for a key of no update or vector
+    role: str  # of the tensor in the module's update
+    dtype: str  # by its name in headers
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, key: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Returns the tensor with a key."""
+        return cls(key, *split_key(key), dtype, shape)
+
+
+# A folder's LoRAs have the same keys.
 @lru_cache(1 << 14)
 def split_key(key: str) -> tuple[str, str]:
     """Splits a key of an update or vector into (module path, role), else ("", "")."""
@@ -111,16 +133,18 @@ def split_key(key: str) -> tuple[str, str]:
     return match["path"], match[role] if role in ("plain", "glora") else role
 
 
-@lru_cache(1 << 14)
 def find_left_out(key: str) -> str | None:
     """Returns why a tensor is not moved, without a reason to refuse the rest."""
-    return next((reason for pattern, reason in _LEFT_OUT if re.search(pattern, key)), None)
+    return _find_reason(_LEFT_OUT, key) if _ANY_LEFT_OUT.search(key) else None
 
 
-@lru_cache(1 << 14)
 def find_refused(key: str) -> str | None:
     """Returns the kind of an adapter that is not read, by one of its keys."""
-    return next((what for pattern, what in _REFUSED if re.search(pattern, key)), None)
+    return _find_reason(_REFUSED, key) if _ANY_REFUSED.search(key) else None
+
+
+def _find_reason(reasons: Iterable[tuple[str, str]], key: str) -> str | None:
+    return next((reason for pattern, reason in reasons if re.search(pattern, key)), None)
 
 
 def explain_refusal(where: str, key: str, what: str) -> str:
@@ -142,7 +166,7 @@ def explain_other_kind(keys: Iterable[str]) -> str | None:
 def is_of_adapter(key: str) -> bool:
     """Returns whether a key is of any kind of adapter, read or not."""
     path, role = split_key(key)
-    known = role in VECTORS or (path and module_names.parse_module_path(path) is not None)
+    known = role in VECTORS or (path and Codec().read(path) is not None)
     return bool(find_refused(key) or find_left_out(key) or known)
 
 
@@ -150,7 +174,4 @@ def is_base_weight(key: str) -> bool:
     """Returns whether the key is a plain weight of a base model."""
     if not key.endswith((".weight", ".bias")) or split_key(key)[1]:
         return False
-    return (
-        key.startswith(_BASE_ROOTS)
-        or module_names.parse_module_path(key.rsplit(".", 1)[0]) is not None
-    )
+    return key.startswith(_BASE_ROOTS) or Codec().read(key.rsplit(".", 1)[0]) is not None

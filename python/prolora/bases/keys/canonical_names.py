@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from ...architectures.ldm import is_adm, ldm_to_diffusers
+from ...architectures.shared_names import is_adm, unet_names
 from ...errors import UnsupportedFormat
 from ..quantised.joining import join_quantised
 from ..quantised.parts import Metadata
 from ..weights import Weight
-from .family_names import find_family_names
+from .family_names import FamilyNames, find_family_names
 from .other_models import explain_no_blocks, explain_other_model
 from .text_encoders import name_encoder_vectors, split_encoders
 
@@ -136,14 +136,14 @@ class _KeySpelling:
     def __init__(self, model: Mapping[str, Weight]) -> None:
         unet = _has_prefix(model, _UNET)
         numbered = _has_prefix(model, _LDM) and not unet
-        self._ldm = numbered and not is_adm(model)
-        self._layers = _count_ldm_layers(model) if self._ldm else 0
         shapes = {
             key.removesuffix(".weight"): weight.shape
             for key, weight in model.items()
             if len(weight.shape) > 1
         }
         names = None if unet or numbered else find_family_names(shapes)
+        if numbered and not is_adm(model):
+            names = FamilyNames(unet_names(_count_ldm_layers(model)), by_authors=True)
         self._authors = names if names and names.by_authors else None
         self._in_blocks = names is not None and any(map(names.has_block, shapes))
         self._plain = unet or numbered or _has_prefix(model, _DIFFUSERS)
@@ -170,19 +170,13 @@ class _KeySpelling:
                     f"{where}: {key} belongs to no known module of {self._authors.family.title}"
                 )
             return views or {}
-        if self._ldm:
-            module = ldm_to_diffusers(path, self._layers)
-            if module is None and ".transformer_blocks." in key:
-                raise UnsupportedFormat(f"{where}: {key} belongs to no known module")
-            return {module: weight} if module else {}
         return {path: weight}
 
     def vector_views(self, path: str, vector: Weight) -> dict[str, Weight]:
         """Returns the modules of a vector, each with its rows; {} if unknown."""
         if self._authors is not None:
             return self._authors.split_vector(path, vector)
-        module = ldm_to_diffusers(path, self._layers) if self._ldm else path
-        return {module: vector} if module else {}
+        return {path: vector}
 
 
 def _name_modules(

@@ -46,7 +46,7 @@ class FamilyNames:
             rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
             published = map(matrix_shape, self.family.find_shapes(stored.parts[0]))
             first = rows * stored.shares[0] // sum(stored.shares)
-            views = _split_rows(stored, weight) if rows else {}
+            views = cut_rows(stored, weight) if rows else {}
             if not views or not any(first * n == columns * m for m, n in published):
                 raise ShapeMismatch(
                     f"{where}: {path} is {list(weight.shape)}, which does not hold "
@@ -69,11 +69,13 @@ class FamilyNames:
             return {}
         if stored.swap == "always":
             return {} if vector.shape[0] % 2 else {stored.parts[0]: ConvertedWeight(vector)}
-        return _split_rows(stored, vector)
+        return cut_rows(stored, vector)
 
     def has_block(self, path: str) -> bool:
         """Returns whether a module lies in a stack that the family knows completely."""
         block = find_block(path)
+        if block is not None and self.family.unet:  # some models have further layers beside blocks
+            return block.stack.endswith(".transformer_blocks")
         return block is not None and block.stack in self._stacks
 
     @cached_property
@@ -84,15 +86,14 @@ class FamilyNames:
         return {block.stack for block in blocks if block is not None}
 
 
-def _split_rows(stored: AuthorsWeight, weight: Weight) -> dict[str, Weight]:
+def cut_rows(stored: AuthorsWeight, weight: Weight) -> dict[str, Weight]:
     """Splits a fused weight into its modules, each with its rows; {} if they do not divide."""
-    unit, rest = divmod(weight.shape[0], sum(stored.shares))
-    edges = [unit * total for total in itertools.accumulate(stored.shares, initial=0)]
-    if rest or not unit:
-        return {}
+    if len(stored.parts) == 1:
+        return {stored.parts[0]: weight}
+    edges = itertools.accumulate(stored.split_rows(weight.shape[0]), initial=0)
     return {
         name: RowsWeight(weight, start, stop)
-        for name, (start, stop) in zip(stored.parts, pairwise(edges), strict=True)
+        for name, (start, stop) in zip(stored.parts, pairwise(edges), strict=False)
     }
 
 
