@@ -118,6 +118,17 @@ def test_a_damaged_result_is_made_again(collection, tmp_path, damage):
     assert first.read_bytes() == whole
 
 
+def test_a_link_in_the_place_of_a_result_is_refused_and_leads_to_no_change(collection, tmp_path):
+    first = Path(move_one(collection, tmp_path / "out").out)
+    mine = tmp_path / "mine.txt"
+    mine.write_text("somebody's")
+    first.unlink()
+    first.symlink_to(mine)
+    again = move_one(collection, tmp_path / "out")
+    assert (again.status, mine.read_text()) == ("refused", "somebody's")
+    assert first.is_symlink() and "is a link" in again.error
+
+
 def test_results_are_not_read_again_unless_that_is_asked(collection, tmp_path, monkeypatch):
     run(collection, tmp_path / "out")
     read, real = [], Lora.__dict__["open"].__func__

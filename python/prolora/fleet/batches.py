@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..adapters.lora import Lora
 from ..bases.experts import open_experts, pair_experts
 from ..core.option_fields import option
-from ..errors import OutputExists, ProLoRAError
+from ..errors import OutputError, OutputExists, ProLoRAError
 from ..files.state import read_state
 from ..files.store import Store, refusal
 from ..moving.base_pair import BasePair
@@ -135,6 +135,8 @@ def move_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
                 title, suffix, _ = plain.partition(".safetensors")
                 named = {"title": title, "suffix": suffix}
                 out = job.store.path(batch.label, recipe.made_of, digits=_DIGITS, **named)
+                if out.is_symlink():  # made again, it would replace somebody's file
+                    raise OutputError(f"{out}: is a link, and no result of prolora; remove it")
                 exists = out.exists()
                 if exists and recipe.judge(out, verify=job.options.verify) == "current":
                     yield Migrated(name, batch.label, "already there", str(out))
