@@ -64,5 +64,10 @@ def test_a_list_or_prompts_that_never_end_are_refused_and_not_waited_for(tmp_pat
     (tmp_path / "link.txt").symlink_to(tmp_path / "pipe.txt")
     with pytest.raises(UnsupportedFormat, match="not a regular file"):
         list_loras([tmp_path / "link.txt"])
+    (tmp_path / "line.txt").write_text("x" * 100_000)
+    with pytest.raises(
+        UnsupportedFormat, match=r"line\.txt: a line of 100,000 characters is no path"
+    ):
+        list_loras([tmp_path / "line.txt"])
     with pytest.raises(InvalidOption, match="not a regular file"):
         read_prompts(tmp_path / "pipe.txt")

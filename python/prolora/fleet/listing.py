@@ -12,7 +12,7 @@ from ..errors import ProLoRAError, UnsupportedFormat
 from ..files.hub import find_hub_id, is_hub_address
 from ..files.outside import read_text
 
-_WEIGHTS = ".safetensors"
+_WEIGHTS, _LONGEST_LINE = ".safetensors", 4096
 
 
 def list_loras(
@@ -54,6 +54,8 @@ def _list_member(member: str | os.PathLike[str], around: str = "") -> Iterator[P
         yield path
     elif path.suffix.lower() in (".txt", ".list"):
         for line in read_text(path, "utf-8-sig").splitlines():
+            if len(line) > _LONGEST_LINE:
+                raise UnsupportedFormat(f"{text}: a line of {len(line):,} characters is no path")
             if line.strip() and not line.startswith("#"):
                 yield from _list_member(line.strip(), str(path.parent))
     else:
