@@ -66,7 +66,7 @@ def test_a_list_or_prompts_that_never_end_are_refused_and_not_waited_for(tmp_pat
         list_loras([tmp_path / "link.txt"])
     (tmp_path / "line.txt").write_text("x" * 100_000)
     with pytest.raises(
-        UnsupportedFormat, match=r"line\.txt: a line of 100,000 characters is no path"
+        UnsupportedFormat, match=r"line\.txt: a line of 100,000 characters is not a path"
     ):
         list_loras([tmp_path / "line.txt"])
     with pytest.raises(InvalidOption, match="not a regular file"):

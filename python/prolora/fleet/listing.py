@@ -55,7 +55,7 @@ def _list_member(member: str | os.PathLike[str], around: str = "") -> Iterator[P
     elif path.suffix.lower() in (".txt", ".list"):
         for line in read_text(path, "utf-8-sig").splitlines():
             if len(line) > _LONGEST_LINE:
-                raise UnsupportedFormat(f"{text}: a line of {len(line):,} characters is no path")
+                raise UnsupportedFormat(f"{text}: a line of {len(line):,} characters is not a path")
             if line.strip() and not line.startswith("#"):
                 yield from _list_member(line.strip(), str(path.parent))
     else:
