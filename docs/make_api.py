@@ -38,7 +38,7 @@ NOTES = {
     "For embedders": """\
 A converter, a node or a training tool has its tensors in memory and needs two names: `project` for
 one weight or a stack, `transfer` for a whole LoRA, of which any mapping of names to tensors is the
-base ([example](../examples/embed.py)).
+base ([example](../examples/embed.py), [five hosts](../examples/hosts)).
 
 - **Two defaults.** `project` projects (`method="prolora"`, the published rule); `transfer` copies
   what two models can share and refuses what they cannot (`method="auto"`), which recovered more on
