@@ -4,13 +4,15 @@
 
 Weights are float32 with planted spectra. Times are minima of rounds in which the solvers take
 turns; `--clock cpu` is the processor time of all threads, for a busy machine. Bound and true sine
-(against LAPACK in float64) stand beside each of ours; gesdd and ARPACK have the sine alone.
+(against LAPACK in float64) stand beside each of ours; gesdd and ARPACK have the sine alone. A run
+that was cut off goes on with the rows that OUT.json lacks; each row has the machine's load.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
 
 from spectra import planted, sine
 
-SIZES = ["640x640", "1280x1280", "1280x5120", "3072x3072"]
+SIZES = ["320x320", "640x640", "1280x1280", "1280x5120", "10240x1280", "3072x3072"]
 RANKS = [64, 128, 320, 0.9, 0.99]
 SPECTRA = ["i^-0.5", "i^-0.7", "i^-1", "flat", "outlier", "clustered", "deficient"]
 
@@ -74,6 +76,7 @@ def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
     sines["ours"] = max(sines["ours"], sine(vt[:k].mT, basis.V[:, :k]))
     ms = {name: round(min(times), 1) for name, times in taken.items()}
     facts = {"rank": rank, "columns": k, "rung": basis.rung, "bound": float(basis.bound)}
+    facts["load"] = round(os.getloadavg()[0], 1)
     return facts | {"sines": sines, "ms": ms, "over gesdd": round(ms["ours"] / ms["gesdd"], 2)}
 
 
@@ -88,13 +91,17 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", default=[str(rank) for rank in RANKS])
     given = parser.parse_args()
     facts = {"clock": given.clock, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    rows: list[dict] = []
+    rows: list[dict] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    known = {(row["size"], row["spectrum"], row["rank"]) for row in rows}
     for size in given.sizes:
         m, n = map(int, size.split("x"))
         for name in given.spectra:
+            ranks = [float(text) if "." in text else int(text) for text in given.ranks]
+            missing = [rank for rank in ranks if (size, name, rank) not in known]
+            if not missing:
+                continue
             w = planted(m, n, make_values(name, min(m, n)))[0].float()
-            for text in given.ranks:
-                rank = float(text) if "." in text else int(text)
+            for rank in missing:
                 row = measure(w, rank, given.clock, given.rounds)
                 rows.append({"size": size, "spectrum": name, **row})
                 print(rows[-1], flush=True)

@@ -138,7 +138,7 @@ void multiply_block(const KrylovBlockArgs<float>& args, Index matrix,
   normalise_image(SerialBlock{}, args, matrix, workspace);
   if (args.size + args.width > args.room) return;
   take_out();
-  make_block(SerialBlock{}, args, matrix, 1.0, workspace);
+  make_block(SerialBlock{}, args, matrix, workspace);
 }
 
 template <>

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1)
   DYNAMIC_SHARED(std::byte, shared);
   const PanelWorkspace workspace = PanelWorkspace::at(shared, int(args.width));
   if constexpr (kLast) {
-    make_block(CudaBlock{}, args, blockIdx.x, 1.0, workspace);
+    make_block(CudaBlock{}, args, blockIdx.x, workspace);
   } else {
     normalise_image(CudaBlock{}, args, blockIdx.x, workspace);
   }

@@ -130,18 +130,24 @@ HOST_DEVICE double total_length(const double* squares, int r) {
   return std::sqrt(sum);
 }
 
-// The next block of the basis from what is left of the image, without what is `scale` times 1e-6 or
-// less: a panel that panel_qr gives up adds nothing.
+// Orthonormal rows q of what is left of the image, which q may replace, without what is `scale`
+// times 1e-6 or less: a panel that panel_qr gives up adds nothing.
 template <class Block>
-HOST_DEVICE void make_block(const Block& block, const KrylovBlockArgs<float>& args, Index matrix,
-                            double scale, const PanelWorkspace& w) {
+HOST_DEVICE void make_rows(const Block& block, const KrylovBlockArgs<float>& args, Index matrix,
+                           double scale, float* q, const PanelWorkspace& w) {
   const int r = int(args.width);
   const int d = int(args.d);
-  float* next = args.rows + (matrix * args.room + args.size) * d;
   Index* rank = args.rank + matrix;
-  panel_qr(block, args.image + matrix * r * d, scale, next, args.l + matrix * r * r, rank, w, r, d);
+  panel_qr(block, args.image + matrix * r * d, scale, q, args.l + matrix * r * r, rank, w, r, d);
   const bool given_up = *rank < 0;
-  block.each(given_up ? r * d : 0, [&](int p) { next[p] = 0; });
+  block.each(given_up ? r * d : 0, [&](int p) { q[p] = 0; });
+}
+
+// The next block of the basis, from an image in its place that has rows of length 1.
+template <class Block>
+HOST_DEVICE void make_block(const Block& block, const KrylovBlockArgs<float>& args, Index matrix,
+                            const PanelWorkspace& w) {
+  make_rows(block, args, matrix, 1.0, args.rows + (matrix * args.room + args.size) * args.d, w);
 }
 
 // The projection's rows, the length of the image, and rows of length 1 of it in its place, for a
@@ -174,9 +180,7 @@ HOST_DEVICE void normalise_image(const Block& block, const KrylovBlockArgs<float
   });
   block.each(1, [&](int) { args.length[matrix] = total_length(of_image, r); });
   if (size + r > args.room) return;  // the basis is full
-  make_block(block, args, matrix, total_length(of_column, r), w);
-  const float* next = args.rows + (matrix * args.room + size) * d;
-  block.each(r * d, [&](int p) { image[p] = next[p]; });
+  make_rows(block, args, matrix, total_length(of_column, r), image, w);
 }
 
 }  // namespace prolora

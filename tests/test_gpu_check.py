@@ -494,9 +494,9 @@ def test_the_calls_of_a_truncated_svd_belong_to_stages_of_it():
 @pytest.mark.skipif(
     not (ROOT / "bench/results").exists(), reason="a source distribution holds no results"
 )
-def test_the_page_of_performance_has_the_tables_of_the_counts_and_of_the_model():
+def test_the_page_of_the_model_has_its_tables_and_those_of_the_counts():
     counts = json.loads((ROOT / "bench/results/dispatches.json").read_text())
-    page = (ROOT / "docs/performance.md").read_text("utf-8")
+    page = (ROOT / "bench/gpu_model.md").read_text("utf-8")
     for table in gpu_model.render_model(counts).strip().split("\n\n"):
         assert table in page
 

@@ -1,4 +1,4 @@
-"""Tables for docs/performance.md from results.jsonl: `python -m gpu.render FILE...`, from bench/.
+"""Tables for bench/gpu_model.md from results.jsonl: `python -m gpu.render FILE...`, from bench/.
 
 Pure: the same lines give the same text. Of several lines of the same name and case the last counts.
 """

@@ -9,6 +9,8 @@ from property_examples import examples
 from spectra import orthonormal, planted, power_law, sine, weights
 
 from prolora import truncated_svd
+from prolora.core.svd import bounds
+from prolora.core.svd.cut import make_even_cut
 from prolora.errors import NonFiniteWeights, ShapeMismatch
 
 ZOO = {
@@ -228,3 +230,45 @@ def test_a_stack_on_the_krylov_rung_equals_its_members_and_repeats_bit_for_bit()
     for i, weight in enumerate(stack):
         alone = truncated_svd(weight, 40)
         assert sine(alone.U, together.U[i]) <= float(alone.bound + together.bound[i])
+
+
+@pytest.mark.parametrize(("shape", "k"), [((400, 420), 150), ((420, 400), 40), ((768, 780), 32)])
+def test_residual_and_gap_are_those_of_the_factors(shape, k):
+    weight = planted(*shape, power_law(min(shape), 0.5))[0].float()
+    basis, w = truncated_svd(weight, k), weight.double()
+    u, s, v = (x.double() for x in (basis.U, basis.S, basis.V))
+    left = torch.maximum((w @ v - u * s).norm(), (w.mT @ u - v * s).norm()) / w.norm()
+    assert left <= 1.05 * basis.residual <= 5 * left
+    exact = torch.linalg.svdvals(w)
+    assert float(basis.gap) == pytest.approx(float(1 - exact[k] / exact[k - 1]), rel=1e-4)
+    assert u.shape == (shape[0], k) and v.shape == (shape[1], k)
+
+
+def test_the_seed_decides_the_bits_and_a_tolerance_what_is_ok():
+    weight = weights(768, 780, 0)
+    one, other = truncated_svd(weight, 32), truncated_svd(weight, 32, seed=1)
+    assert one.rung == "krylov" and not torch.equal(one.U, other.U)
+    strict = truncated_svd(
+        weight[:40, :50], 8, tol=0.5 * float(truncated_svd(weight[:40, :50], 8).bound)
+    )
+    assert not strict.ok and strict.bound <= 1e-3
+
+
+def test_zero_weights_have_no_direction_and_scales_come_back():
+    nothing = truncated_svd(torch.zeros(5, 7), 3)
+    assert float(nothing.bound) == 0 and nothing.ok and int(nothing.rank) == 0
+    weight = weights(40, 50, 0).double()
+    large = truncated_svd(weight * 2.0**600, 8)
+    torch.testing.assert_close(large.S / 2.0**600, truncated_svd(weight, 8).S)
+
+
+def test_what_couples_kept_and_dropped_vectors_counts_in_a_bound():
+    """Of [[2, 0.5], [0.5, 1]] behind the cut, and with half of every error fed back."""
+    x = torch.eye(3).double()[None, :2]
+    theta, squares = torch.tensor([[5.0, 2.0]]).double(), torch.tensor([[0.0, 0.25]]).double()
+    pairs = bounds.Pairs(x, theta, x, squares, torch.zeros(1).double())
+    cut = make_even_cut(torch.zeros(1, 3, 3), 1, 1)
+    above = bounds.bound_dropped(pairs, torch.ones(1).double(), cut)
+    assert float(above) >= float(torch.linalg.eigvalsh(torch.tensor([[2.0, 0.5], [0.5, 1.0]]))[1])
+    half, far = torch.full((1,), 0.5).double(), torch.ones(1, 1).double()
+    assert float(bounds.bound_span_angle(half / 5, half, far)) == pytest.approx(0.2)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
+
+import torch
 
 from ..architectures.modules import matrix_shape
 from ..bases import Base, check_finite
@@ -24,6 +27,7 @@ def measure_affinities(
     progress: Progress | None = None,
     cache: BasisCache | None = None,
     room: Room | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Affinity]:
     """Measures the affinity of every pair; reads each weight once, a few at a time.
 
@@ -36,6 +40,7 @@ def measure_affinities(
         progress: called as progress(done, total, target module).
         cache: remembers the affinities of weights by their content.
         room: bounds how many pairs are in memory at a time.
+        device: where to compute.
 
     Raises:
         NonFiniteWeights: names the first tensor that holds NaN or Inf, and its file.
@@ -51,7 +56,10 @@ def measure_affinities(
     while start < total:
         shape = matrix_shape(target.shapes[pairs[missing[start]][1]])
         part = missing[start : start + room.pairs(shape)]
-        seen = map_on_threads(lambda i: _measure_pair(source, target, pairs[i]), part)
+        measure = partial(_measure_pair, source, target, device)
+        each = [pairs[i] for i in part]
+        # On a GPU one after the other, in the caller's stream.
+        seen = map_on_threads(measure, each) if device == "cpu" else list(map(measure, each))
         for i, affinity in zip(part, seen, strict=True):
             affinities[i] = affinity
             at = [cache.place(b, m, learn=True) for b, m in zip(bases, pairs[i], strict=True)]
@@ -63,15 +71,17 @@ def measure_affinities(
     return [affinity for affinity in affinities if affinity is not None]
 
 
-def _measure_pair(source: Base, target: Base, pair: tuple[str, str]) -> Affinity:
-    """Returns the affinity of a pair.
+def _measure_pair(
+    source: Base, target: Base, device: torch.device | str, pair: tuple[str, str]
+) -> Affinity:
+    """Returns the affinity of a pair, computed on a device.
 
     Raises:
         NonFiniteWeights: names the tensor and the file.
     """
     shape = matrix_shape(target.shapes[pair[1]])
     # A base in memory may be on a card, and the other one in a file.
-    first, second = source.read(pair[0]).cpu(), target.read(pair[1]).cpu()
+    first, second = source.read(pair[0]).to(device), target.read(pair[1]).to(device)
     first, second = first.reshape(shape), second.reshape(shape)
     try:
         return Affinity.of(first, second)

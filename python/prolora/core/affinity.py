@@ -12,7 +12,10 @@ from torch import Tensor
 from .exceptions import NonFiniteWeights
 
 BLOCK_ENTRIES = 1 << 18
-"""Entries that are worked on at a time."""
+"""Entries that are worked on at a time, on a CPU."""
+
+DEVICE_ENTRIES = 1 << 24
+"""The same on a GPU, which waits for every launch."""
 
 FAR = 2.0**24
 """Weights whose largest entry is between 1/FAR and FAR are not scaled."""
@@ -53,7 +56,9 @@ class Affinity:
 
     @classmethod
     def of(cls, source: Tensor, target: Tensor) -> Affinity:
-        """Compares two weights [m, n] of any float dtype, in float32 or better.
+        """Compares two weights [m, n] of any float dtype, where they are, in float32 or better.
+
+        The host waits for a device twice.
 
         Raises:
             NonFiniteWeights: NaN or Inf in either.
@@ -61,33 +66,32 @@ class Affinity:
         wide = torch.float64 in (source.dtype, target.dtype)
         work = torch.float64 if wide else torch.float32
         m, n = source.shape
-        # A few rows at a time stay in a core's cache, and need no memory of a weight's size.
-        rows = max(1, BLOCK_ENTRIES // max(1, n))
-        blocks = [(source[i : i + rows], target[i : i + rows]) for i in range(0, m, rows)]
-        largest = max(_largest_entry(source), _largest_entry(target))
+        largest = _largest_entry(source, target)
         if largest == 0:
             return cls(0.0, 0.0, 0.0, 0.0, 0.0)
         # A far exponent is taken out, so that squares of large finite weights stay finite.
         scale = 1.0 if 1 / FAR < largest < FAR else largest
         # Σσ⁴ = ‖DᵀD‖² is the mean of ‖DᵀDz‖² over random z: products instead of a Gram matrix.
         generator = torch.Generator().manual_seed(m * n)
-        z = torch.randn(n, RANDOM_VECTORS, generator=generator, dtype=work).to(source.device)
+        columns = torch.randn(n, RANDOM_VECTORS, generator=generator, dtype=work)
         # Vectors as rows: these products take a fifth less time so.
-        z = z.T.contiguous()
-        image = torch.zeros_like(z)
-        sums = [0.0] * 4
-        for pair in blocks:
-            ours, theirs = (part.to(work) for part in pair)
+        z = source.new_empty(RANDOM_VECTORS, n, dtype=work).copy_(columns.T)
+        image, sums = torch.zeros_like(z), z.new_zeros(5, dtype=torch.float64)
+        # A few rows at a time stay in a core's cache, and need no memory of a weight's size.
+        rows = max(1, (BLOCK_ENTRIES if source.is_cpu else DEVICE_ENTRIES) // max(1, n))
+        for pair in zip(source.split(rows), target.split(rows), strict=True):
+            x, y = (part.to(work) for part in pair)
             if scale != 1:
-                ours, theirs = ours / scale, theirs / scale
-            away = theirs - ours
-            products = ((ours, ours), (theirs, theirs), (ours, theirs), (away, away))
-            for i, (x, y) in enumerate(products):
-                sums[i] += float(torch.dot(x.flatten(), y.flatten()))
+                x, y = x / scale, y / scale
+            away = y - x
+            products = ((x, x), (y, y), (x, y), (away, away))
+            dots = [torch.dot(left.flatten(), right.flatten()) for left, right in products]
+            sums[:4] += torch.stack(dots)
             image.addmm_(z @ away.mT, away)
-        quartic = float(image.square().sum()) / RANDOM_VECTORS
-        sums.append(sums[3] * _relative_rank(sums[3], quartic, m, n))
-        return cls(*(value * scale * scale for value in sums))
+        sums[4] = image.square().sum()
+        *norms, quartic = sums.tolist()
+        relative = _relative_rank(norms[3], quartic / RANDOM_VECTORS, m, n)
+        return cls(*(value * scale * scale for value in (*norms, norms[3] * relative)))
 
     @classmethod
     def total(cls, parts: Iterable[Affinity]) -> Affinity:
@@ -97,18 +101,19 @@ class Affinity:
         return cls(*(math.fsum(column) for column in columns))
 
 
-def _largest_entry(x: Tensor) -> float:
-    """Returns the largest magnitude in x, of any float dtype.
+def _largest_entry(*weights: Tensor) -> float:
+    """Returns the largest magnitude in weights of any float dtype; waits once.
 
     Raises:
         NonFiniteWeights: it is not finite.
     """
-    values = x.float() if x.element_size() == 1 else x  # float8 has no maximum
-    least, most = (float(end) for end in torch.aminmax(values)) if x.numel() else (0.0, 0.0)
-    largest = max(most, -least)  # NaN is in both
-    if not math.isfinite(largest):
+    # float8 has no maximum.
+    values = [x.float() if x.element_size() == 1 else x for x in weights if x.numel()]
+    ends = [end.double() for x in values for end in torch.aminmax(x)]
+    found = torch.stack(ends).abs().amax().item() if ends else 0.0  # NaN where there is one
+    if not math.isfinite(found):
         raise NonFiniteWeights("NaN or Inf in a weight")
-    return largest
+    return found
 
 
 def _relative_rank(energy: float, quartic: float, m: int, n: int) -> float:

@@ -58,7 +58,9 @@ def decide_method(
         places = [(pair.source, pair.target) for pair in pairs]
         progress = label_stage("checking", options.progress)
         room = memory.room(results)
-        affinities = measure_affinities(ledger.source, ledger.target, places, progress, cache, room)
+        affinities = measure_affinities(
+            ledger.source, ledger.target, places, progress, cache, room, options.device or "cpu"
+        )
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
     ledger.verdict = judge_pairs(affinities) if affinities else None
     ledger.affinities = {pair.target: a for pair, a in zip(pairs, affinities, strict=True)}
