@@ -67,6 +67,7 @@ def test_energy_picks_the_fewest_columns_that_hold_it():
     assert int(truncated_svd(weight, 0.5).rank) == 1
     assert int(truncated_svd(weight, 0.8).rank) == 2
     assert int(truncated_svd(weight, 0.9).rank) == 3
+    assert int(truncated_svd(torch.eye(4), 0.5).rank) == 2  # exactly
     assert truncated_svd(weight, 0.8).energy == pytest.approx(13 / 15)
 
 

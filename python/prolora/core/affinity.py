@@ -56,9 +56,9 @@ class Affinity:
 
     @classmethod
     def of(cls, source: Tensor, target: Tensor) -> Affinity:
-        """Compares two weights [m, n] of any float dtype, where they are, in float32 or better.
+        """Compares two weights [m, n] of any float dtype, in float32 or better.
 
-        The host waits for a device twice.
+        On their device, for which the host waits twice.
 
         Raises:
             NonFiniteWeights: NaN or Inf in either.
