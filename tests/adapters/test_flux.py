@@ -189,18 +189,6 @@ def test_a_fal_file_is_read():
     same(adapter, through_diffusers(tensors))
 
 
-def test_a_comfy_file_is_the_kohya_file_under_other_names():
-    tensors = kohya_flux(alpha=ALPHAS["mixed"])
-    renamed = {}
-    for name in (*FUSED, *PLAIN):
-        stem = "lora_unet_" + name.replace(".", "_")
-        for key in [key for key in tensors if key.startswith(f"{stem}.")]:
-            renamed[f"diffusion_model.{name}{key.removeprefix(stem)}"] = tensors[key]
-    adapter = adapters.read_adapter(renamed)
-    assert adapter.format == "comfy"
-    same(adapter, adapters.read_adapter(tensors).updates)
-
-
 @pytest.mark.parametrize(
     ("alpha", "dtype"),
     pair_up([None, 2.0, 1.0, 8.0], [torch.float16, torch.bfloat16, torch.float32]),

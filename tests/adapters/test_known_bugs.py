@@ -10,29 +10,10 @@ from safetensors.torch import load_file
 from prolora import adapters
 from prolora.errors import UnsupportedFormat
 
-ATTENTION = "transformer_blocks.0.attn1.to_q"
-
 
 def pair(stem, shape=(6, 5), rank=4):
     up, down = factors(shape, rank, 0)
     return {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-
-
-@pytest.mark.parametrize(
-    ("block", "module"),
-    [
-        ("input_blocks_1_1", "down_blocks.0.attentions.0"),
-        ("input_blocks_10_0", "down_blocks.3.resnets.0"),
-        ("output_blocks_11_1", "up_blocks.3.attentions.2"),
-    ],
-)
-def test_two_digit_sgm_blocks_of_sd15_which_crash_diffusers_are_read(block, module):
-    is_attention = ".attentions." in module
-    rest, part = (
-        ("transformer_blocks_0_attn1_to_q", ATTENTION) if is_attention else ("in_layers_2", "conv1")
-    )
-    adapter = adapters.read_adapter(pair(f"lora_unet_{block}_{rest}"))
-    assert list(adapter.updates) == [f"{module}.{part}"]
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])

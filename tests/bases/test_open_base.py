@@ -151,25 +151,6 @@ def test_incomplete_shards_are_refused_by_name(tmp_path: Path) -> None:
         open_base(tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
-@pytest.mark.parametrize("id_", ["sd15", "sdxl", "ssd-1b", "segmind-vega", "bk-sdm-tiny"])
-def test_every_name_of_a_single_file_resolves(id_: str, prefix: str) -> None:
-    """LDM and SGM spelling, as a mapping: a file of zeros would be gigabytes."""
-    content = empty_layout(id_)
-    layers = 1 if id_.startswith("bk") else 2
-    ldm = {}
-    for name, tensor in content.items():
-        other = name_in_ldm(name, content, layers)
-        assert other is not None
-        ldm[f"{prefix}{other}.weight"] = tensor
-    if prefix:
-        ldm["first_stage_model.decoder.conv_in.weight"] = torch.ones(2, 2)
-        ldm["model_ema.diffusion_modelinput_blocks00weight"] = torch.ones(2, 2)
-    base = open_base(ldm)
-    assert base.shapes == {name: tuple(t.shape) for name, t in content.items()}
-    assert base.layout == id_
-
-
 def test_a_single_file_is_read_in_either_spelling(tmp_path: Path) -> None:
     """With and without a prefix, and plain fp8."""
     content = tensors()

@@ -262,7 +262,7 @@ def _match_pattern(
     return None
 
 
-@lru_cache(1 << 12)  # every name is looked up in several families
+@lru_cache(1 << 15)  # every name is looked up in several families
 def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Returns the patterns that a name may have, each with the numbers it replaces."""
     words = name[: LONGEST_NAME + 1].split(separator)
