@@ -336,9 +336,15 @@ def test_matching_with_a_warm_cache_reads_no_weight(tmp_path, monkeypatch):
     assert warm == cold and warm.table == plain.table
 
 
-def test_a_link_in_the_cache_leads_no_writing_to_a_file_of_others(tmp_path, monkeypatch):
+def test_a_link_in_the_cache_leads_no_writing_to_a_file_of_others(tmp_path, stack):
     victim = tmp_path / "victim"
     victim.write_text("a week of training")
+    wanted = compute(tmp_path, stack[:1], 5)
+    (kept,) = files_of(tmp_path)
+    kept.unlink()
+    kept.symlink_to(victim)
+    same(compute(tmp_path, stack[:1], 5), wanted)
+    assert not kept.is_symlink()
     (tmp_path / "table").symlink_to(victim)
     table = JsonTable(tmp_path / "table")
     table.put("key", 1)

@@ -79,24 +79,28 @@ def put(
     overwrite: bool = False,
     folder: bool = False,
     durable: bool = True,
+    follow: bool = True,
 ) -> None:
     """Writes a file or folder under a temporary name, then renames it.
 
     Args:
-        path: of the output; a symbolic link stands for its destination. A missing folder around
-            it is made, and vanishes if the output is not written.
+        path: of the output; a missing folder around it is made, and vanishes if the output is not
+            written.
         write: fills an empty file or folder of another name, and may read it back.
         overwrite: replace a file of that name; in a folder, the files of the same names (a process
             that is killed meanwhile leaves old ones as `NAME.old`).
         folder: make a folder.
         durable: force the data to the disk before the name, so that no crash of the machine leaves
             the name on an incomplete file.
+        follow: a symbolic link of that name stands for its destination; else it is replaced.
 
     Raises:
         OutputExists: something has that name, also if it came while this was written.
         OutputError: it cannot be written, or cannot be read back; what was there is untouched.
     """
     check_free(path, overwrite=overwrite, folder=folder)
+    if not follow and os.path.islink(path):
+        os.unlink(path)
     place = Path(os.path.realpath(path))
     temporary = place.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
     try:

@@ -33,7 +33,7 @@ def write_basis(path: Path, basis: Basis, name: str) -> None:
     text = json.dumps(facts | {"rung": basis.rung, "name": name}, sort_keys=True)
     header = {METADATA_KEY: text, _CHECKSUM: _compute_checksum(tensors, text)}
     write = lambda new: dump_safetensors(new, tensors, header)  # noqa: E731
-    put(path, write, overwrite=True, durable=False)
+    put(path, write, overwrite=True, durable=False, follow=False)
 
 
 def _compute_checksum(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -53,9 +53,8 @@ class JsonTable:
         kept = dict(list(self._entries.items())[-MOST_ENTRIES:])
         body = json.dumps(kept, separators=(",", ":")).encode()
         content = b"%08x\n" % zlib.crc32(body) + body
-        if self._path.is_symlink():
-            self._path.unlink()  # it leads to a file of others
-        put(self._path, lambda new: new.write_bytes(content), overwrite=True, durable=False)
+        write = lambda new: new.write_bytes(content)  # noqa: E731
+        put(self._path, write, overwrite=True, durable=False, follow=False)
 
     def _load(self) -> dict[str, Any]:
         if self._path is None:
