@@ -1,6 +1,7 @@
 """krylov_block against its definition in float64, on every backend, and inside of truncated_svd."""
 
 import itertools
+import random as choices
 from dataclasses import replace
 
 import pytest
@@ -209,6 +210,52 @@ def test_every_stored_number_counts_as_it_is(kernels):
         _, _, column = kernels.krylov_block(w, rows, projected, 4, 4)
         exact = w[0].double() @ w[0].double().mT
         assert torch.equal(column[0], exact.float())
+
+
+SIDES = [1, 7, 8, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 200, 513]
+
+
+def draw_case(seed):
+    """Sides around those of a tile, any layout, card, schedule, spectrum and scale."""
+    pick = choices.Random(seed)
+    d, n = pick.choice(SIDES), pick.choice(SIDES)
+    width = min(d, pick.choice([1, 4, 8, 16, 20, 24, 31, 32, 33, 40, 64]))
+    size = min(d, width * pick.randint(1, 4))
+    room = max(size, size + pick.choice([-1, 0, 0, 0, 1, 40]) + width * pick.randint(0, 1))
+    b = pick.randint(1, 3) if d * n < 30000 else 1
+    w = weights(b, d, n, pick.choice([HALF, BFLOAT]), pick.random() < 0.5, seed)
+    kind = pick.choice(["plain", "plain", "low rank", "zero", "large", "small", "outlier"])
+    if kind == "low rank":
+        w[:, : d // 2] = 0
+    elif kind == "zero":
+        w[0] = 0
+    elif kind in ("large", "small"):
+        w = w * 2.0 ** (10 if kind == "large" else -10)
+    elif kind == "outlier":
+        w[:, 0, 0] = 100
+    environment = {
+        "EMU_CAPABILITY": pick.choice(["75", "80", "86", "90", "90", "100", "120"]),
+        "EMU_PROCESSORS": pick.choice(["1", "8", "132"]),
+        "EMU_SEED": str(pick.randint(0, 5)),
+        "EMU_SHARED_BYTES": pick.choice(["65536", "101376", "232448"]),
+    }
+    return w, size, width, room, environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_a_thousand_random_cases_are_what_float64_gives(monkeypatch, nan_memory, part):
+    extension = load("emulated", "_emulated")
+    for seed in range(250 * part, 250 * part + 250):
+        w, size, width, room, environment = draw_case(seed)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        rows = basis(len(w), w.shape[1], size, room)[0]
+        try:
+            assert_block(w, rows, size, width, run(extension, w, size, width, room))
+        except AssertionError as error:
+            error.add_note(f"case {seed}")
+            raise
 
 
 @pytest.fixture
