@@ -138,7 +138,7 @@ LIMITS = {
     "cli/": 2190,
     "comparison/": 1253,
     "core/": 6860,
-    "files/": 1705,
+    "files/": 1720,
     "best.py": 210,
     "checking/": 770,
     "fitting/": 8649,

@@ -127,14 +127,6 @@ def test_quantiles_of_a_stack_of_different_ranks_are_those_of_each_pair(dtype, m
         )
 
 
-def test_quantiles_of_the_first_values_are_torchs():
-    values, counts = randn(4, 9).sort(1)[0], torch.tensor([9, 1, 4, 8])
-    shares = torch.tensor([0, 0.1, 0.5, 0.77, 1], dtype=torch.float64)
-    found = angles.leading_quantiles(values, counts, shares)
-    for row, count, all_values in zip(found, counts, values, strict=True):
-        torch.testing.assert_close(row, all_values[:count].quantile(shares))
-
-
 @pytest.mark.parametrize("k", [12, 130])
 def test_calls_and_waits_do_not_grow_with_the_stack(k):
     """One wait for the angles of columns beside the two that look for NaN, one for quantiles."""

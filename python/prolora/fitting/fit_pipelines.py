@@ -55,7 +55,8 @@ def fit_to_pipelines(
     job = prepare_fit(lora, source, target, options)
     written = options.format or "auto", options.dtype
     outline = outline_fit(job.adapter, job.plan, source, target)
-    blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
+    origin = job.adapter.model.of_base(target.model)
+    blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, origin=origin, unread={})
     adapters.check_format(blank, written[0])
     common = common or CommonParts(options.resume)
     rival = move_rival(job)
