@@ -131,7 +131,7 @@ def test_quantiles_of_a_stack_of_different_ranks_are_those_of_each_pair(dtype, m
 def test_calls_and_waits_do_not_grow_with_the_stack(k):
     """One wait for the angles of columns beside the two that look for NaN, one for quantiles."""
     counts = []
-    for b in (2, 5):
+    for b in (2, 2, 5):  # the first draws a vector that is kept
         x, y = orthonormal(b, 280, k), orthonormal(b, 280, k, seed=1)
         source, target = basis_of(x), basis_of(y)
         with Calls() as columns:
@@ -139,7 +139,7 @@ def test_calls_and_waits_do_not_grow_with_the_stack(k):
         with Calls() as quantiles:
             angle_quantiles(source, target)
         counts.append((columns.counts, quantiles.counts))
-    assert counts[0] == counts[1]
-    for calls, most in zip(counts[0], (3, 1), strict=True):
+    assert counts[1] == counts[2]
+    for calls, most in zip(counts[1], (3, 1), strict=True):
         assert calls["nonzero"] + calls["_local_scalar_dense"] <= most
         assert calls.total() < 600
