@@ -49,7 +49,7 @@ check() {
   shift 3
   echo "$target $source $*"
   python3 -m ziglang c++ -target "$target" -std=c++17 -O0 -Wall -Wextra -Werror "$@" \
-    -Icsrc -isystem "$headers" -isystem "$pybind11_headers" -c "$source" -o "$work/out.o"
+    -DPROLORA_INTERFACE='"of no build"' -Icsrc -isystem "$headers" -isystem "$pybind11_headers" -c "$source" -o "$work/out.o"
 }
 
 for target in x86_64-windows-gnu aarch64-macos x86_64-macos aarch64-linux-gnu x86_64-linux-musl; do
