@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,12 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
 def _import_icon_pipeline() -> Any:
     """Imports the pipeline of the shipped models, which is installed with them."""
     try:
-        from prolora_icon_family import IconPipeline  # type: ignore[import-not-found]
+        return importlib.import_module("prolora_icon_family").IconPipeline
     except ImportError as error:
         raise UnsupportedFormat(
             f"IconPipeline comes with prolora's icon models: {error}; install them from a clone of "
             "its repository: pip install ./examples/icon_family"
         ) from error
-    return IconPipeline
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
