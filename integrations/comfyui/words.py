@@ -32,6 +32,7 @@ _WIDGETS = {
     "out_rank": "“rank”",
     "format": "“file for”",
     "look": "“style”",
+    "look=source": "“style”: as the LoRA was made",
 }
 _INSTALL = re.compile(r"pip install (?:-U )?([\w ]*\w)")
 _BY_FIT = (

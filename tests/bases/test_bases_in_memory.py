@@ -88,8 +88,8 @@ def test_the_names_of_a_mapping_tell_its_published_size_without_its_weights():
     one = torch.ones(1)
     sdxl, ssd = (load_layout(size).shapes for size in ("sdxl", "ssd-1b"))
     names = [f"down_blocks.2.attentions.0.transformer_blocks.{i}.attn1.to_q" for i in range(6)]
-    lora = {f"unet.{n}.lora_{x}.weight": torch.ones(s) for n in names
-            for x, s in (("A", (2, 1280)), ("B", (1280, 2)))}  # fmt: skip
+    factors = {"lora_A": torch.ones(2, 1280), "lora_B": torch.ones(1280, 2)}
+    lora = {f"unet.{n}.{key}.weight": x for n in names for key, x in factors.items()}
     bases = [
         Counting({f"{name}.weight": one.expand(shape) for name, shape in shapes.items()})
         for shapes in (sdxl, ssd)
@@ -162,8 +162,8 @@ def test_a_base_on_the_meta_device_is_enough_for_a_dry_run_and_for_nothing_else(
         prolora.transfer(lora, *empty)
     filled = prolora.open_base(empty[0], read=source.__getitem__)
     assert torch.equal(filled.read(NAMES[0]), source[NAMES[0]])
-    half = prolora.open_base({NAMES[0]: torch.empty(64, 48, device="meta", dtype=torch.half)},
-                             read=source.__getitem__)  # fmt: skip
+    shapes = {NAMES[0]: torch.empty(64, 48, device="meta", dtype=torch.half)}
+    half = prolora.open_base(shapes, read=source.__getitem__)
     assert torch.equal(half.read(NAMES[0]), source[NAMES[0]].half())
 
 

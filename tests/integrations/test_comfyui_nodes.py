@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import prolora
 from prolora.cli.app import app
+from prolora.comparison.expectation import CLASSES
 from prolora.fitting import pipelines
 from prolora.fitting.best_way import BestWay
 from prolora.fitting.workload import Workload
@@ -768,6 +769,8 @@ def test_another_style_needs_whole_pipelines_and_the_best_method(pack, models):
     refused = refuse(pack, method="best", style="as the LoRA was made", prompts="a cat")
     assert refused.startswith("“style” needs a fit, which runs both models: give them as folders")
     assert move(pack, style="as the LoRA was made", prompts="a cat")  # a copy has no style
+    advice = sys.modules["comfyui_prolora.words"].say(CLASSES["changed"].advice)
+    assert "the method “best” with “style”: as the LoRA was made makes one" in advice
 
 
 def test_the_best_method_says_what_rank_it_does_not_take(pack, models):

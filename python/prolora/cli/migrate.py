@@ -66,7 +66,7 @@ class ByWeights(MigrationOptions):
     )
 
 
-@expand_options("strength", "rank", "blocks", "again", "match", "target_steps", "overwrite")
+@expand_options("strength", "rank", "blocks", "again", "match", "target_steps", "look", "overwrite")
 def migrate(
     loras: Annotated[
         list[str],

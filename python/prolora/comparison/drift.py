@@ -59,7 +59,8 @@ def measure_affinities(
         measure = partial(_measure_pair, source, target, device)
         each = [pairs[i] for i in part]
         # On a GPU one after the other, in the caller's stream.
-        seen = map_on_threads(measure, each) if device == "cpu" else list(map(measure, each))
+        on_cpu = torch.device(device).type == "cpu"
+        seen = map_on_threads(measure, each) if on_cpu else list(map(measure, each))
         for i, affinity in zip(part, seen, strict=True):
             affinities[i] = affinity
             at = [cache.place(b, m, learn=True) for b, m in zip(bases, pairs[i], strict=True)]

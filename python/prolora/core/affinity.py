@@ -110,10 +110,10 @@ def _largest_entry(*weights: Tensor) -> float:
     # float8 has no maximum.
     values = [x.float() if x.element_size() == 1 else x for x in weights if x.numel()]
     ends = [end.double() for x in values for end in torch.aminmax(x)]
-    found = torch.stack(ends).abs().amax().item() if ends else 0.0  # NaN where there is one
-    if not math.isfinite(found):
+    largest = torch.stack(ends).abs().amax().item() if ends else 0.0  # NaN where there is one
+    if not math.isfinite(largest):
         raise NonFiniteWeights("NaN or Inf in a weight")
-    return found
+    return largest
 
 
 def _relative_rank(energy: float, quartic: float, m: int, n: int) -> float:

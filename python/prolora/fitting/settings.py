@@ -38,7 +38,6 @@ SAMPLING, FITTING = "Sampling", "Fit"
 
 # Settings that the fitted updates depend on, beside the questions; and the samples.
 _OF_FIT = (
-    "look",
     "rank",
     "start",
     "probes",
@@ -199,7 +198,8 @@ class FitSettings:
                     "rank must be an integer of 1 or more, or a share between 0 and 1, not "
                     f"{rank!r}"
                 )
-        if self.look not in LOOKS and not (_is_number(self.look) and 0 <= float(self.look) <= 1):
+        is_share = _is_number(self.look) and 0 <= float(self.look) <= 1
+        if not is_share and self.look not in [*LOOKS]:
             raise InvalidOption(
                 f'look must be "target", "source" or a number from 0 to 1, not {self.look!r}'
             )

@@ -329,7 +329,6 @@ class TransferOptions(Output, BaseResources):
         metavar="STEPS",
         decides=False,
     )
-
     prompts: tuple[str, ...] = option(
         (),
         "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header.",
@@ -337,7 +336,8 @@ class TransferOptions(Output, BaseResources):
     look: float | str = option(
         "target",
         'Whose look images of the target with the LoRA have: its own ("target"), the one that the '
-        'LoRA was made with ("source"), or a share of the way between them.',
+        'LoRA was made with ("source"), or a share of the way between them. Only a fit can do so.',
+        panel=METHOD,
         metavar="target|source|0...1",
     )
 
@@ -345,9 +345,8 @@ class TransferOptions(Output, BaseResources):
         """Refuses values that no transfer can use, before anything is read."""
         super().__post_init__()
         if self.method != BEST and (self.prompts or self.look != "target"):
-            raise InvalidOption(
-                "`prompts` and `look` are for a fit: take `fit`, or the method 'best'"
-            )
+            given = "prompts" if self.prompts else "look"
+            raise InvalidOption(f"`{given}` is for a fit: take `method='best'`, or `fit()`")
         try:
             read_rank(self.rank)
             self.chosen  # noqa: B018 (raises where its name is taken)

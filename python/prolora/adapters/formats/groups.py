@@ -211,10 +211,14 @@ def _is_unet(names: list[str]) -> bool:
 
 
 def _find_families(adapter: Adapter) -> tuple[Family, ...]:
-    """Returns the families that an adapter can belong to; a UNet's have its very sizes."""
-    model = adapter.model
-    ids = model.families or (() if _is_unet(_list_modules(adapter)) else model.names)
-    return tuple(known_families()[id_] for id_ in ids)
+    """Returns the families that an adapter can belong to; a UNet's have its very sizes.
+
+    An ADM network shares names with UNets, and is of none of their families.
+    """
+    model, names = adapter.model, _list_modules(adapter)
+    is_unet = _is_unet(names)
+    families = map(known_families().__getitem__, model.families or (() if is_unet else model.names))
+    return tuple(one for one in families if not names or one.unet == is_unet)
 
 
 def respell(adapter: Adapter, format: str, spelling: Spelling | None) -> Adapter:

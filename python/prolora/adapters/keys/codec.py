@@ -387,8 +387,8 @@ def _find_in_encoder(path: str, t5: str) -> Module | None:
 
 def _find_local(name: str, tables: tuple[Family, ...], *, dotted: bool = True) -> str | None:
     """Returns the canonical name of an encoder's module, without the encoder's own."""
-    found = (names.find_weight(name, dotted=dotted) for names in tables)
-    return next((weight.parts[0] for weight in found if weight), None)
+    weights = (names.find_weight(name, dotted=dotted) for names in tables)
+    return next((weight.parts[0] for weight in weights if weight), None)
 
 
 def most_common_spelling(modules: Iterable[Module]) -> Spelling | None:

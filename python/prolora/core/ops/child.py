@@ -45,14 +45,15 @@ def probe_ops(device: str) -> tuple[dict[str, str], bool]:
             done = subprocess.run(
                 words, capture_output=True, text=True, timeout=SECONDS, check=False
             )
-            said, code, why = done.stdout, done.returncode, done.stderr.strip()[-200:]
+            output, code, why = done.stdout, done.returncode, done.stderr.strip()[-200:]
         except subprocess.TimeoutExpired as error:
-            said = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+            printed = error.stdout or ""
+            output = printed.decode() if isinstance(printed, bytes) else printed
             code, why = 1, f"it takes more than {SECONDS:.0f} s"
         except OSError:
             break
         running = ""
-        for event, _, rest in (line.partition(" ") for line in said.splitlines()):
+        for event, _, rest in (line.partition(" ") for line in output.splitlines()):
             op, _, message = rest.partition(" ")
             running = op if event == "BEGIN" else ""
             if event == "END" and lacks_memory(message):

@@ -113,8 +113,8 @@ def partial_triplets(
     reduced = Reduced.of(gram.single if lowered is None else lowered.single)
     energy = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1)
     wanted = most if isinstance(rank, float) else rank
-    found = reduced.values(min(d, int(wanted * FURTHER) + 2 * FURTHER_ROWS))
-    leading = found.clamp_min(0)
+    leading_values = reduced.values(min(d, int(wanted * FURTHER) + 2 * FURTHER_ROWS))
+    leading = leading_values.clamp_min(0)
     top = leading[:, :1] if lowered is None else lowered.top
     if lowered is not None:
         leading[0, : len(lowered.head.theta)] = lowered.head.theta
@@ -126,7 +126,7 @@ def partial_triplets(
         seen = min(d, cut.near + max(FURTHER_ROWS, cut.near // 4))
         if cut.most > most or seen > leading.shape[1]:
             return None
-        rows = reduced.rows(found[:, :seen])
+        rows = reduced.rows(leading_values[:, :seen])
         if rows is None:
             return None
         if lowered is not None:
