@@ -49,7 +49,7 @@ echo "pytest $*"
 """
 PROLORA = """#!/bin/bash
 echo "prolora $*" >>"$NOTES/prolora"
-mkdir -p prolora-demo
+case "$1" in demo) mkdir prolora-demo ;; esac
 """
 NAMES = ("pip", "python", "python3", "pytest", "prolora", "ruff", "clang-format", "node", "mypy")
 
