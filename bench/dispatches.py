@@ -62,7 +62,7 @@ def make_weights(b: int, m: int, n: int) -> Tensor:
 def as_on_a_gpu(slow_float64: bool = False) -> Any:
     """The chunks and rungs that a GPU would get, on the CPU."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(stacks, "CPU_AS_GPU", True))
+        stack.enter_context(mock.patch.object(stacks, "FORCE_BATCHED", True))
         if slow_float64:
             cost = stacks.SLOW_FLOAT64_COST
             stack.enter_context(mock.patch.object(krylov, "float64_cost", lambda _: cost))

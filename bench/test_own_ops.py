@@ -67,7 +67,7 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("call", CALLS)
 def test_the_cards_calls_run_these_own_ops(call, dtype, operands, monkeypatch):
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
     monkeypatch.setattr(krylov, "_takes_stored", lambda *given: given[-1] is not None)
     run, expected = CALLS[call]
     given = {name: x if name == "thin" else x.to(dtype) for name, x in operands.items()}

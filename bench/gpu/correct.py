@@ -249,7 +249,7 @@ def compare_svd_by_blocks(bench: Bench, weight: Tensor, case: str) -> None:
     """A truncated SVD with the op against one on the CPU without it."""
     rank, find = bench.size(RANK), block_basis.krylov_block
     here = prolora.truncated_svd(weight, rank)
-    as_gpu = mock.patch.object(stacks, "CPU_AS_GPU", bench.dry)
+    as_gpu = mock.patch.object(stacks, "FORCE_BATCHED", bench.dry)
     with as_gpu, mock.patch.object(block_basis, "krylov_block", wraps=find) as op:
         there = prolora.truncated_svd(weight.to(bench.device), rank).to("cpu")
     bench.record("krylov_block, calls", op.call_count, "times", case)

@@ -16,7 +16,7 @@ from prolora.core.svd import stacks
 @pytest.fixture(autouse=True)
 def whole_stacks(monkeypatch):
     """The CPU takes stacks as a GPU does."""
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
 
 
 def randn(*shape, seed=0):
@@ -92,7 +92,7 @@ def test_missing_rank_is_noticed_and_means_what_it_means_on_the_cpu(monkeypatch)
     y[2, :, 1] = y[2, :, 0] - 3 * y[2, :, 3]
     assert angles.angles_by_cholesky(x, y)[1].tolist() == [False, False, False, True, True]
     found = angles.column_angles(x, y)
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", False)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", False)
     torch.testing.assert_close(found, angles.column_angles(x, y), rtol=0, atol=1e-13)
 
 
@@ -118,7 +118,7 @@ def test_quantiles_of_a_stack_of_different_ranks_are_those_of_each_pair(dtype, m
     frames = orthonormal(6, 30, 30).to(dtype), orthonormal(6, 30, 25, seed=1).to(dtype)
     source, target = basis_of(frames[0], ours), basis_of(frames[1], theirs)
     together = angle_quantiles(source, target, [0, 0.3, 0.5, 1])
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", False)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", False)
     alone = angle_quantiles(source, target, [0, 0.3, 0.5, 1])
     for one, other in zip(together, alone, strict=True):
         assert one[4].isnan().all()

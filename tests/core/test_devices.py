@@ -27,7 +27,7 @@ def device(request, monkeypatch):
     if request.param == "cuda":
         require_card()
         return "cuda"
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
     return "cpu"
 
 
@@ -40,7 +40,7 @@ def card(request):
 def plain(call, *operands, **options):
     """What the CPU gives in its usual way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stacks, "CPU_AS_GPU", False)
+        patch.setattr(stacks, "FORCE_BATCHED", False)
         return call(*operands, **options)
 
 

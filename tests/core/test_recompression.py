@@ -91,7 +91,7 @@ def test_parts_that_are_orthogonal_merge_in_descending_order():
 @pytest.mark.parametrize("shape", [(150, 135), (135, 150)], ids=str)
 def test_cores_wider_than_the_kernel_go_as_one_stack_on_a_gpu(shape, failing, monkeypatch):
     """Of full rank, of rank 3, of zeros, huge, tiny; and one that the batched solver fails on."""
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
     generator = torch.Generator().manual_seed(0)
     core = torch.randn(5, *shape, generator=generator)
     core[1] = core[1, :, :3] @ core[1, :3]

@@ -17,7 +17,7 @@ from prolora.errors import NonFiniteWeights, ShapeMismatch
 @pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "whole stacks"])
 def both_ways(request, monkeypatch):
     """As on a CPU, and as on a GPU."""
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", request.param)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", request.param)
 
 
 def test_similarity_equals_the_dense_formula():
@@ -129,7 +129,7 @@ def test_quantiles_are_those_of_all_angles_for_every_share_of_the_space(columns,
     tolerance = {64: 1e-7, 32: 1e-6, 16: 1e-3}[bits]
     assert found.shape == (2, 5)
     # Products of a stack need not give equal matrices equal bits.
-    beside = tolerance / 10 if stacks.CPU_AS_GPU else 0
+    beside = tolerance / 10 if stacks.FORCE_BATCHED else 0
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=beside)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=tolerance)
 

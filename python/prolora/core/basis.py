@@ -24,7 +24,7 @@ from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
 from .svd.dense import dense_triplets, whole_triplets
 from .svd.solvers import attempt
-from .svd.stacks import count_together, decides_freely, take_places
+from .svd.stacks import count_together, is_on_host, take_places
 from .svd.triplets import Triplets, merge_triplets
 from .validation import check_operand, refuse_vmap, without_gradient
 
@@ -253,7 +253,7 @@ def _descend_dense(
     refined = None
     if w.dtype == torch.float32 and gram.suits_gram(w.shape[-2], rank):
         refined = attempt(partial(gram.gram_triplets, some, its_norm, rank))
-    elif w.dtype == torch.float32 and len(some) and decides_freely(w) and rank >= w.shape[-2]:
+    elif w.dtype == torch.float32 and len(some) and is_on_host(w) and rank >= w.shape[-2]:
         refined = whole_triplets(some, its_norm)
     if refined is not None:
         parts = _select_proven(refined, tol)

@@ -14,7 +14,7 @@ from .ops.small_svd import MAX_SVD_COLUMNS, small_svd
 from .precision import EPS32, in_full_precision, is_finite, working_dtype
 from .rank_rule import columns_holding
 from .svd.solvers import attempt, descending_eigh, eigenvalue_stack
-from .svd.stacks import decides_freely
+from .svd.stacks import is_on_host
 from .validation import refuse_tangents
 
 
@@ -43,7 +43,7 @@ def _thin_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns U, S and V of core [..., p, q], q ≤ p."""
     if core.shape[-1] <= MAX_SVD_COLUMNS:
         return small_svd(core)
-    if core.dtype == torch.float32 and not decides_freely(core):
+    if core.dtype == torch.float32 and not is_on_host(core):
         return _svd_by_gram(core)
     u, s, vt = torch.linalg.svd(core, full_matrices=False)
     return u, s, vt.mT

@@ -20,7 +20,7 @@ from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank
 from .short_text import format_range
 from .svd.solvers import attempt
-from .svd.stacks import decides_freely
+from .svd.stacks import is_on_host
 from .validation import check_operand, refuse_vmap
 
 ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -194,7 +194,7 @@ def angle_quantiles(
     work = working_dtype(source.U.dtype, target.U.dtype)
     wanted = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
     count = torch.minimum(source.rank, target.rank)
-    if decides_freely(source.U):
+    if is_on_host(source.U):
         return _quantiles_in_turn(source, target, list(range(len(count))), wanted)
     both = []
     for s, t in ((source.U, target.U), (source.V, target.V)):

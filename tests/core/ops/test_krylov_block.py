@@ -262,7 +262,7 @@ def test_a_thousand_random_cases_are_what_float64_gives(monkeypatch, nan_memory,
 def asked(monkeypatch):
     """The op is asked for, and the CPU takes whole stacks as a GPU does."""
     monkeypatch.setattr(krylov, "_takes_stored", lambda *given: given[-1] is not None)
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
 
 
 def stack_of_16_bits(m, n, count=2, dtype=HALF):

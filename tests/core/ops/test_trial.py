@@ -306,7 +306,7 @@ def test_the_mathematics_writes_nothing(tmp_path):
 
 
 def test_every_op_is_tried(card, monkeypatch):
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
     u, _, x = operands()
     subspace_overlap([u], [u])
     panel_qr(x)

@@ -266,7 +266,7 @@ FEWER = ("2e-4, orthonormal", "unrelated vectors", "one of a stack")
 
 def check_quality(monkeypatch, rung, quality, whole_stacks):
     """The basis of a stack, none of whose bounds is below the error, or `ok` above the bound."""
-    monkeypatch.setattr(stacks, "CPU_AS_GPU", whole_stacks)
+    monkeypatch.setattr(stacks, "FORCE_BATCHED", whole_stacks)
     stack, exact = stack_of(rung)
     break_eigh(monkeypatch, QUALITIES[quality], {torch.float32})
     basis = truncated_svd(stack, STACKS[rung][2])

@@ -6,7 +6,8 @@ from spectra import clusters, lapack, planted, power_law, true_error
 
 from prolora import truncated_svd
 from prolora.core.ops import native
-from prolora.core.svd import gram, partial, solvers
+from prolora.core.svd import partial, solvers
+from prolora.core.svd.tuning import TUNING
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def solved(monkeypatch):
 
 def watch(names, name, call):
     def called(*args, **options):
-        if args[0].shape[-1] >= gram.MIN_DIMENSION:
+        if args[0].shape[-1] >= TUNING.gram_rows:
             names.append(name)
         return call(*args, **options)
 

@@ -89,11 +89,11 @@ def spectra(draw):
 def test_on_any_spectrum_the_bound_is_not_below_the_sine(case, whole_stacks, more):
     d, k, values = case
     weight = ((vectors(d, d) * values) @ vectors(d + more, d).mT).float()
-    before, stacks.CPU_AS_GPU = stacks.CPU_AS_GPU, whole_stacks
+    before, stacks.FORCE_BATCHED = stacks.FORCE_BATCHED, whole_stacks
     try:
         basis = truncated_svd(weight, k)
     finally:
-        stacks.CPU_AS_GPU = before
+        stacks.FORCE_BATCHED = before
     bound = float(basis.bound)
     assert bound >= 1 or true_error(lapack(weight), basis) <= bound
     assert bool(basis.ok) == (bound <= 1e-3)

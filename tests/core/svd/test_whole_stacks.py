@@ -38,7 +38,7 @@ def mixed_stack(m, n, k):
 @pytest.fixture
 def whole_stacks(monkeypatch):
     """Switches the CPU to whole stacks."""
-    return lambda: monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    return lambda: monkeypatch.setattr(stacks, "FORCE_BATCHED", True)
 
 
 @pytest.mark.parametrize(

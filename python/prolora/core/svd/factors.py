@@ -13,7 +13,7 @@ from ..precision import EPS32
 from ..symmetric import lower_gram, mirror_lower
 from .cut import Cut
 from .solvers import PROBES, estimate_skew, random_probes
-from .stacks import decides_freely
+from .stacks import is_on_host
 
 # Times √columns·eps: what storing the factors in float32 may move their span.
 SAFETY = 4
@@ -92,7 +92,7 @@ def sample_residual(w: Tensor, short: Tensor, s: Tensor, long: Tensor) -> tuple[
 
 def _sort_rows(short: Tensor, s: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts by descending value; only values that are equal up to rounding move."""
-    if decides_freely(s) and not bool((s.diff() > 0).any()):
+    if is_on_host(s) and not bool((s.diff() > 0).any()):
         return short, s, long
     s, order = s.sort(descending=True, stable=True)
     short, long = (x.gather(1, order[..., None].expand_as(x)) for x in (short, long))
@@ -125,7 +125,7 @@ def _orthonormalise_rows(
     """
     skew = estimate_skew(x.mT, used)
     needed = (skew > max(SKEW, x.shape[-1] * EPS32)) & (skew <= LARGEST_STEP)
-    if decides_freely(x) and not bool(needed.any()):
+    if is_on_host(x) and not bool(needed.any()):
         return x, skew, None
     if excess is None:
         excess = mirror_lower(lower_gram(x, x.dtype))

@@ -23,35 +23,17 @@ from .partial import Reduced, solves_partially
 from .products import FormedGram
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
-from .stacks import decides_freely
+from .stacks import is_on_host
 from .triplets import Triplets, mark_failed
+from .tuning import TUNING
 
-# Below this the eigensolver in float64 costs no more than the repair.
-MIN_DIMENSION = 384
-# Over d²: a first eigenvalue above so many times the mean one behind the head is beyond float32,
-# because gaps fall with the square of the columns.
-STEEP = 1e9
-# Beyond this share of the columns those left out are refined rather than those kept.
-NEARLY_ALL = 0.6
-# Up to this share of the columns the eigensolver finds the leading vectors alone; and so many
-# further ones, for the step towards those dropped.
-PARTIAL = 0.3
-FURTHER, FURTHER_ROWS = 1.25, 128
-# How often the columns that hold an energy are counted anew.
-RECOUNTS = 2
-# How many vectors on each side of the cut are repaired in float64: an eighth of those kept, between
-# these limits, and more where the values lie close together: so many, or one for so many rows.
-LEAST_GUARD = 16
-USUAL_GUARD = 32
-MOST_GUARD = 128
-ROWS_A_GUARD = 12
 # Times √d·eps·λ_1: from this distance on a first-order step repairs what float32 does.
 APART = 20
 
 
 def suits_gram(d: int, rank: Rank) -> bool:
     """Returns whether the short side d is long enough and something is cut off."""
-    return d >= MIN_DIMENSION and (isinstance(rank, float) or rank < d)
+    return d >= TUNING.gram_rows and (isinstance(rank, float) or rank < d)
 
 
 def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
@@ -65,10 +47,10 @@ def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     sound = values.isfinite().all(-1)
     values = values.nan_to_num(0.0).clamp_min(0)
     cut, fits = _find_cut(values, rank, top)
-    alone = decides_freely(w) and len(w) == 1
+    alone = is_on_host(w) and len(w) == 1
     energy = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1)
-    for _ in range(1 + RECOUNTS):
-        if alone and cut.most > NEARLY_ALL * w.shape[-2] and bool(sound & fits):
+    for _ in range(1 + TUNING.recounts):
+        if alone and cut.most > TUNING.complement_share * w.shape[-2] and bool(sound & fits):
             refined, held = complement_triplets(gram, w, norm, (values, vectors), cut)
         else:
             near, far = vectors[:, : cut.near], vectors[:, cut.near :]
@@ -103,17 +85,17 @@ def partial_triplets(
 ) -> Triplets | None:
     """Computes `gram_triplets` of one matrix from its leading eigenvectors alone.
 
-    None where that does not pay: where more than PARTIAL of the columns are asked for, on a GPU,
+    None where that does not pay: where many of the columns are asked for, on a GPU,
     without the extension, and where eigenvalues lie too close.
     """
     d = w.shape[-2]
-    most = int(PARTIAL * d)
+    most = int(TUNING.partial_share * d)
     if not solves_partially(w) or (isinstance(rank, int) and rank > most):
         return None
     reduced = Reduced.of(gram.single if lowered is None else lowered.single)
     energy = gram.precise.diagonal(dim1=-2, dim2=-1).sum(-1)
     wanted = most if isinstance(rank, float) else rank
-    leading_values = reduced.values(min(d, int(wanted * FURTHER) + 2 * FURTHER_ROWS))
+    leading_values = reduced.values(min(d, int(wanted * TUNING.further) + 2 * TUNING.further_rows))
     leading = leading_values.clamp_min(0)
     top = leading[:, :1] if lowered is None else lowered.top
     if lowered is not None:
@@ -122,8 +104,8 @@ def partial_triplets(
     rest = ((energy - leading.sum(-1)) / max(1, d - leading.shape[1])).clamp_min(0)
     values = torch.cat([leading, rest[:, None].expand(1, d - leading.shape[1])], 1)
     cut, fits = _find_cut(values, rank, top)
-    for _ in range(1 + RECOUNTS):
-        seen = min(d, cut.near + max(FURTHER_ROWS, cut.near // 4))
+    for _ in range(1 + TUNING.recounts):
+        seen = min(d, cut.near + max(TUNING.further_rows, cut.near // 4))
         if cut.most > most or seen > leading.shape[1]:
             return None
         rows = reduced.rows(leading_values[:, :seen])
@@ -149,9 +131,9 @@ def partial_triplets(
 def _lower_head(gram: FormedGram, w: Tensor, norm: Tensor) -> Lowered | None:
     """Lowers the head of one steep spectrum, solved in float64, on a CPU; None elsewhere."""
     d = w.shape[-2]
-    if not decides_freely(w) or len(w) != 1 or not bool(norm[0] > 0):
+    if not is_on_host(w) or len(w) != 1 or not bool(norm[0] > 0):
         return None
-    head = find_head(gram, float(norm[0].square()), d, STEEP / d**2)
+    head = find_head(gram, float(norm[0].square()), d, TUNING.gram_head / d**2)
     if head is None:
         return None
     top = 2 * head.theta[-1]
@@ -186,8 +168,10 @@ def _find_cut(values: Tensor, rank: Rank, top: Tensor) -> tuple[Cut, Tensor]:
     near = (last - values).abs() < APART * math.sqrt(d) * EPS32 * top
     behind = torch.arange(d, device=values.device) >= count[:, None]
     crowd = torch.maximum((near & behind).sum(-1), (near & ~behind).sum(-1))
-    usual = (count // 8).clamp(LEAST_GUARD, USUAL_GUARD)
-    guard = torch.maximum(usual, crowd.clamp_max(max(MOST_GUARD, d // ROWS_A_GUARD))).max()
+    usual = (count // 8).clamp(TUNING.least_guard, TUNING.usual_guard)
+    guard = torch.maximum(
+        usual, crowd.clamp_max(max(TUNING.most_guard, d // TUNING.rows_per_guard))
+    ).max()
     least, most, widest = torch.stack([*count.aminmax(), guard]).tolist()
     return make_cut(count, least, most, widest, d), fits
 

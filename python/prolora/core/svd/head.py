@@ -13,13 +13,8 @@ from torch import Tensor
 
 from ..precision import EPS, EPS32
 from .products import AnyGram
+from .tuning import TUNING
 
-WIDTH = 16
-# Blocks after which the spectrum is judged, and how many are spent on its head at most: so many,
-# or one for so many rows of a large G.
-FIRST_BLOCKS = 3
-MOST_BLOCKS = 8
-ROWS_A_BLOCK = 128
 # Pairs count as found where their residual is rounding of float32 at their own eigenvalue.
 CONVERGED = EPS32 / 4
 # Rows that share more than this with the basis are taken out of it once more.
@@ -40,19 +35,21 @@ def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs
     gram: products with G [1, d, d]; trace: of G; d: its size; steep: a first eigenvalue above so
     many times the mean one behind the head calls for one.
     """
+    width = TUNING.head_width
     generator = torch.Generator("cpu").manual_seed(0)
-    block = torch.randn(WIDTH, d, generator=generator, dtype=torch.float64, device="cpu")
-    most = min(max(MOST_BLOCKS, d // ROWS_A_BLOCK), d // (4 * WIDTH)) * WIDTH
+    block = torch.randn(width, d, generator=generator, dtype=torch.float64, device="cpu")
+    blocks = max(TUNING.head_most_blocks, d // TUNING.rows_per_head_block)
+    most = min(blocks, d // (4 * width)) * width
     basis, projected = block.new_empty(most, d), block.new_zeros(most, most)
     block = _orthonormal_rows(block)
-    for size in range(WIDTH, most + 1, WIDTH):
-        basis[size - WIDTH : size] = block
+    for size in range(width, most + 1, width):
+        basis[size - width : size] = block
         known = basis[:size]
         image = gram(block[None])[0]
         column = image @ known.mT
         image -= column @ known
-        projected[size - WIDTH : size, :size] = column
-        if size == FIRST_BLOCKS * WIDTH or size == most:
+        projected[size - width : size, :size] = column
+        if size == TUNING.head_first_blocks * width or size == most:
             values, vectors = torch.linalg.eigh(projected[:size, :size])
             theta, vectors = values.flip(0), vectors.flip(1)
             rest = max(trace - float(theta.sum()), 0.0) / (d - size)
@@ -63,7 +60,7 @@ def find_head(gram: AnyGram, trace: float, d: int, steep: float) -> LeadingPairs
             again = block @ known.mT
             if float(again.abs().max()) > LEANING:  # G has nothing more to give
                 block = _orthonormal_rows(block - again @ known)
-    left = torch.linalg.vector_norm(image) * torch.linalg.vector_norm(vectors[-WIDTH:], dim=0)
+    left = torch.linalg.vector_norm(image) * torch.linalg.vector_norm(vectors[-width:], dim=0)
     good = (left <= CONVERGED * theta) & (theta > d * EPS * theta[0])
     q = int(good.long().cumprod(0).sum())
     return LeadingPairs(vectors[:, :q].mT @ basis, theta[:q]) if q else None

@@ -31,47 +31,24 @@ from .head import LeadingPairs, find_head
 from .partial import leading_eigh
 from .products import AnyGram, FormedGram, ImpliedGram
 from .refinement import Ritz, refine_triplets
-from .stacks import decides_freely, float64_cost, take_places
+from .stacks import float64_cost, is_on_host, take_places
 from .triplets import Triplets
+from .tuning import TUNING
 
-# Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
-MIN_DIMENSION = 768
-SHARE = 8
-# A basis beyond this share of the space costs more than factorising it.
-LARGEST_BASIS = 0.6
-# A basis of about this many times k is needed; from the first on it pays to look.
-USUAL_BASIS = 4
-FIRST_LOOK = 3.25
-# By so much the logarithm of the angle falls as the basis grows by k.
-USUAL_SLOPE = 6.0
-# A matrix of so many bytes stays in a CPU's cache between products.
-CACHED_BYTES = 16 << 20
-# A product with a narrow block takes this much longer a flop than one with a whole matrix.
-NARROW = 1.3
-# The refinement improves on the estimate of the iteration about this much.
-GAIN = 40
 # Below this a sine is rounding alone.
 TINY_SINE = 1e-30
 # A block of width b finds at most b vectors of an eigenspace: as many values this close to each
 # other may hide more of them.
 CLUSTER = 1e-2
-# From this look at convergence on, the distance to the next one doubles.
-EARLY_LOOKS = 3
 # How far the first blocks of the op `krylov_block` may be from torch's.
 TRIAL_ERROR = 1e-3
 # Below this λ_k/λ_1 the projection's eigenproblem is solved in float64: float32 leaves eps·λ_1.
-STEEP = 1e-3
-# A basis of about this many columns shows the first eigenvalue. Below so many times the mean one
-# the spectrum is flat, and a few columns converge no sooner than all; above so many times the mean
-# of the rest, it is taken out first.
-FIRST_SIZE = 48
-FLAT = 5.0
-OUTLIER = 5e4
+STEEP_PROJECTION = 1e-3
 
 
 def suits_krylov(rank: Rank, d: int) -> TypeGuard[int]:
     """Returns whether the rank is a few columns of a d-dimensional space."""
-    return isinstance(rank, int) and d >= MIN_DIMENSION and rank * SHARE <= d
+    return isinstance(rank, int) and d >= TUNING.krylov_rows and rank * TUNING.krylov_share <= d
 
 
 @dataclass
@@ -92,12 +69,12 @@ class Schedule:
 
     def advance(self, size: int, sine: float) -> bool:
         """Sets the next look after one that found this sine; whether a basis may reach the goal."""
-        slope = USUAL_SLOPE / self.k
+        slope = TUNING.usual_slope / self.k
         if self.before is not None and sine < self.before[1]:
             slope = math.log(self.before[1] / max(sine, TINY_SINE)) / (size - self.before[0])
         self.looks += 1
         # As far apart as with wide blocks: a look costs an eigenproblem, however narrow they are.
-        step = max(8, min(32, self.k // 4)) * 2 ** max(0, self.looks - EARLY_LOOKS)
+        step = max(8, min(32, self.k // 4)) * 2 ** max(0, self.looks - TUNING.early_looks)
         wanted = int(math.log(max(1.0, sine / self.goal)) / slope)
         self.due = min(self.largest, size + min(max(step, wanted), 4 * step))
         known = self.before is not None
@@ -139,21 +116,25 @@ def krylov_triplets(
     basis = _start_basis(
         w, norm, k, seed, stored if _takes_stored(w, norm, k, seed, stored) else None
     )
-    first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
+    first = max(k + 2 * count_guard(k), int(TUNING.first_look * k))
     schedule = Schedule(
-        min(basis.largest, first), k, basis.width, basis.largest, max(GAIN * tol, EPS32)
+        min(basis.largest, first),
+        k,
+        basis.width,
+        basis.largest,
+        max(TUNING.refinement_gain * tol, EPS32),
     )
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
     outliers: Outliers | None = None
-    alone = judged = decides_freely(w) and len(w) == 1
+    alone = judged = is_on_host(w) and len(w) == 1
     while True:
         basis.expand()
-        if judged and basis.size >= FIRST_SIZE:
+        if judged and basis.size >= TUNING.first_size:
             judged = False
             top, rest = _judge_spectrum(basis)
-            if top < FLAT * rest:
+            if top < TUNING.flat_ratio * rest:
                 break
-            if top > OUTLIER * rest:
+            if top > TUNING.outlier_ratio * rest:
                 outliers = _take_outliers(basis, k)
             if outliers is not None:
                 basis = _start_basis(outliers.rest, norm, k, seed, None)
@@ -194,7 +175,7 @@ def count_guard(k: int) -> int:
 
 def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> bool:
     """Tries whether the op `krylov_block` finds the blocks, from w as it is stored."""
-    if decides_freely(w) or stored is None or stored.dtype not in STORED:
+    if is_on_host(w) or stored is None or stored.dtype not in STORED:
         return False
     kernels = native.choose("krylov_block", w.device).kernels
     if kernels is None:
@@ -204,7 +185,7 @@ def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | N
         """Returns the first two lengths and blocks of the projection, at the usual size."""
         basis = _start_basis(w, norm, k, seed, stored)
         lengths = list[Tensor]()
-        for _ in range(USUAL_BASIS * k // basis.width):
+        for _ in range(TUNING.usual_basis * k // basis.width):
             basis.expand()
             lengths.append(basis.length())
             basis.append()
@@ -221,19 +202,19 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | No
     gram: FormedGram | ImpliedGram = ImpliedGram(w)
     if stored is not None:
         stored = stored if stored.mT.is_contiguous() else stored.contiguous()
-    elif _gram_pays((d, n), USUAL_BASIS * k, k, float64_cost(w.device)):
+    elif _gram_pays((d, n), TUNING.usual_basis * k, k, float64_cost(w.device)):
         gram = FormedGram.of(w)
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
     start = start.to(w.device, non_blocking=True).mT.expand(b, -1, -1)
-    blocks = int(LARGEST_BASIS * d) // width
+    blocks = int(TUNING.largest_basis * d) // width
     return BlockBasis.begin(gram, w, norm, start, blocks, stored)
 
 
 def _largest_width(w: Tensor) -> int:
     """Returns the width of a block that suits w [b, d, n]: narrow where w stays in the cache."""
-    small = w.shape[-2] * w.shape[-1] * w.element_size() <= CACHED_BYTES
-    return 16 if small and decides_freely(w) else 32
+    small = w.shape[-2] * w.shape[-1] * w.element_size() <= TUNING.cached_bytes
+    return 16 if small and is_on_host(w) else 32
 
 
 def _judge_spectrum(basis: BlockBasis) -> tuple[float, float]:
@@ -249,7 +230,7 @@ def _judge_spectrum(basis: BlockBasis) -> tuple[float, float]:
 def _take_outliers(basis: BlockBasis, k: int) -> Outliers | None:
     """Takes out the outliers of one matrix, fewer than k; None unless they converge at once."""
     w, norm = basis.w, float(basis.norm[0])
-    head = find_head(basis.gram, norm**2, w.shape[1], OUTLIER)
+    head = find_head(basis.gram, norm**2, w.shape[1], TUNING.outlier_ratio)
     if head is None or k == 1:
         return None
     rows = head.rows[: k - 1]
@@ -266,7 +247,7 @@ def _look_at(basis: BlockBasis, k: int) -> Look:
     projected = basis.penalised()
     seen = 2 * (k + count_guard(k))
     values, vectors = leading_eigh(projected, seen)
-    if decides_freely(values) and bool((values[:, k - 1] < STEEP * values[:, 0]).any()):
+    if is_on_host(values) and bool((values[:, k - 1] < STEEP_PROJECTION * values[:, 0]).any()):
         values, vectors = leading_eigh(projected.double(), seen)
         vectors = vectors.float()
     sound = values.isfinite().all(-1)
@@ -315,8 +296,8 @@ def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> boo
     size: columns of the basis; float64: flops in float32 that one in float64 costs.
     """
     d, n = shape
-    with_gram = float64 * 1.25 * d * d * n + NARROW * 2.0 * d * d * size
-    without = NARROW * 4.0 * d * n * size + float64 * 4.0 * d * n * k
+    with_gram = float64 * 1.25 * d * d * n + TUNING.narrow_cost * 2.0 * d * d * size
+    without = TUNING.narrow_cost * 4.0 * d * n * size + float64 * 4.0 * d * n * k
     return with_gram < without
 
 

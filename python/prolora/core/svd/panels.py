@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.panel_qr import DEPENDENT, panel_qr
-from .stacks import decides_freely
+from .stacks import is_on_host
 
 
 def extend_basis(panel: Tensor, scale: Tensor, known: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def extend_basis(panel: Tensor, scale: Tensor, known: Tensor) -> Tensor:
     panel: float32, c ≤ d, without what the basis `known` [b, size, d] holds of it, to rounding;
     scale: [b], float64, the length that rounding is relative to.
     """
-    if not decides_freely(panel):
+    if not is_on_host(panel):
         # A panel that it gives up adds nothing to the basis.
         rows = _take_out(panel_qr(panel, scale)[0].nan_to_num(0.0), known)
         return panel_qr(rows, torch.ones_like(scale))[0].nan_to_num(0.0)

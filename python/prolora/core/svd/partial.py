@@ -15,10 +15,9 @@ from torch import Tensor
 from ..ops import native
 from ..ops.tridiagonal import tridiagonal_values, tridiagonal_vectors, tridiagonalise
 from .solvers import FEW_PROBES, SKEW_32, descending_eigh, random_probes
-from .stacks import decides_freely
+from .stacks import is_on_host
+from .tuning import TUNING
 
-# Beyond this share of the vectors a dense solver takes no longer.
-LARGEST_SHARE = 0.75
 # Values closer to each other than this share of the largest may have vectors that are not
 # orthogonal: a dense solver has to separate them.
 SEPARATE = 1e-12
@@ -74,7 +73,7 @@ def leading_eigh(lower: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     As `descending_eigh`, which takes over where that pays or values lie too close.
     """
-    if solves_partially(lower) and count <= LARGEST_SHARE * lower.shape[1]:
+    if solves_partially(lower) and count <= TUNING.eigensolver_share * lower.shape[1]:
         reduced = Reduced.of(torch.tril(lower) + torch.tril(lower, -1).mT)
         values = reduced.values(count)
         rows = reduced.rows(values)
@@ -85,5 +84,5 @@ def leading_eigh(lower: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def solves_partially(matrix: Tensor) -> bool:
     """Returns whether the extension finds leading eigenpairs of a stack like this one."""
-    alone = decides_freely(matrix) and len(matrix) == 1
+    alone = is_on_host(matrix) and len(matrix) == 1
     return alone and native.EXTENSION.kernels is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.precise_product import TERM_ERROR, measured_product, precise_product
-from .stacks import decides_freely, take_places
+from .stacks import is_on_host, take_places
 
 # Errors that add up with random signs are taken this many times their expected sum.
 CAUTION = 8
@@ -42,7 +42,7 @@ class FormedGram:
     def __call__(self, x: Tensor) -> Tensor:
         """Multiplies the rows of x [b, c, d], float64, by G."""
         # G is its transpose; a CPU multiplies as it always did, to the last bit.
-        return x @ self.precise if decides_freely(x) else precise_product(x, self.precise)
+        return x @ self.precise if is_on_host(x) else precise_product(x, self.precise)
 
     def rough(self, x: Tensor) -> Tensor:
         """Multiplies in float32."""
@@ -63,7 +63,7 @@ class ImpliedGram:
     def error(self) -> Tensor:
         """[b], as of `FormedGram`, for products by digits on a GPU."""
         norm: Tensor = torch.linalg.vector_norm(self.single, dim=(1, 2), dtype=torch.float64)
-        if decides_freely(self.single):
+        if is_on_host(self.single):
             return torch.zeros_like(norm)
         errors = list[Tensor]()
         for side, depth in enumerate(self.single.shape[1:], 1):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .products import multiply_narrow
-from .stacks import decides_freely
+from .stacks import is_on_host
 
 Out = TypeVar("Out")
 # Random vectors that the orthonormality of many columns is judged by.
@@ -62,7 +62,7 @@ def measured_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Comparisons with NaN are false.
     trusted = norm.isfinite() & (skew <= allowed) & (residual <= allowed * norm)
     vectors = vectors.flip(-1)
-    if not decides_freely(trusted) or not bool(trusted.all()):
+    if not is_on_host(trusted) or not bool(trusted.all()):
         vectors.masked_fill_(~trusted[:, None, None], torch.nan)
     return torch.where(trusted[:, None], values, torch.nan).flip(-1), vectors, skew
 

@@ -11,20 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Tests and counts set this: the CPU then takes whole stacks and decides seldom, as a GPU does.
-CPU_AS_GPU = False
+from .tuning import TUNING
 
-# On the CPU, matrices are worked on together up to this many bytes in float64.
-CPU_CHUNK_BYTES = 2 << 20
-# On a GPU, this share of its memory, but at least and at most so much, and never more than this
-# share of what is free. By halves, so that the same call takes the same stacks (and so gives the
-# same bits) until memory is scarce.
-# The eigensolver's time is linear in the number of matrices from a few on: by bench/gpu_model.py
-# twice as much saves 5 % at most, half as much costs 12 %.
-GPU_SHARE_OF_TOTAL = 1 / 4
-GPU_LEAST_BYTES = 1 << 30
-GPU_MOST_BYTES = 8 << 30
-GPU_SHARE_OF_FREE = 1 / 2
+# Tests and counts set this: the CPU then takes whole stacks and decides seldom, as a GPU does.
+FORCE_BATCHED = False
 
 # Compute capabilities with half as many units for float64 as for float32: P100, V100, A100, H100
 # and B200. (12.0 are cards for games, which have one in 32 or 64.)
@@ -32,9 +22,9 @@ SLOW_FLOAT64_COST = 40.0
 FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
 
 
-def decides_freely(tensor: Tensor) -> bool:
+def is_on_host(tensor: Tensor) -> bool:
     """Returns whether the host may look at this tensor without waiting for a device."""
-    return tensor.is_cpu and not CPU_AS_GPU
+    return tensor.is_cpu and not FORCE_BATCHED
 
 
 def float64_cost(device: torch.device) -> float:
@@ -62,7 +52,7 @@ def count_together(shape: torch.Size, device: torch.device, few_columns: bool = 
     m, n = shape
     if device.type == "cpu":
         # A stack of any size, as a GPU with memory enough would take it.
-        return max(1, CPU_CHUNK_BYTES // (8 * m * n)) if not CPU_AS_GPU else 1 << 30
+        return max(1, TUNING.cpu_stack_bytes // (8 * m * n)) if not FORCE_BATCHED else 1 << 30
     return max(1, stack_budget(device) // _working_bytes(m, n, few_columns))
 
 
@@ -82,8 +72,10 @@ def _working_bytes(m: int, n: int, few_columns: bool) -> int:
 
 def _gpu_budget(free: int, total: int) -> int:
     """Returns the bytes that a stack may take on a GPU."""
-    budget = min(GPU_MOST_BYTES, max(GPU_LEAST_BYTES, int(total * GPU_SHARE_OF_TOTAL)))
-    while budget > max(1, free * GPU_SHARE_OF_FREE):
+    budget = min(
+        TUNING.gpu_most_bytes, max(TUNING.gpu_least_bytes, int(total * TUNING.gpu_share_of_total))
+    )
+    while budget > max(1, free * TUNING.gpu_share_of_free):
         budget //= 2
     return budget
 
