@@ -28,7 +28,7 @@ from results import (
 from worlds import NAMES
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
+PAGE = ROOT / "docs/evidence.md"
 RELATED = ("near", "far", "pruned", "continued")
 KINDS = (*RELATED, "independent")
 
@@ -44,7 +44,7 @@ def read_results(world: str) -> Table:
     return Table(json.loads(results_of(world).read_text())["rows"])
 
 
-def readme_table(table: Table) -> str:
+def methods_table(table: Table) -> str:
     shown = {"copy": "copy @ 1", "copy at 0.6": "copy @ 0.6"}
     shown["`prolora`, energy 0.99"] = "prolora 0.99 @ 1"
     rows = [
@@ -232,13 +232,12 @@ def main() -> None:
     worlds = {name: read_results(name) for name in NAMES if results_of(name).exists()}
     everything = worlds[NAMES[0]]
     tables: dict[str, str] = {
-        "readme": readme_table(everything),
+        "methods": methods_table(everything),
         "strengths": strengths_table(worlds),
         "samples": samples_table(everything),
         "baselines": baselines_table(worlds["icons"]),
     }
-    for page in PAGES:
-        page.write_text(fill_page(page.read_text(), tables))
+    PAGE.write_text(fill_page(PAGE.read_text(), tables))
     draw_shares(list_shares(worlds), FIGURE)
 
 

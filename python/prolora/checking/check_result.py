@@ -188,7 +188,11 @@ class Check:
         found = [("", line) for line in said]
         first = {self.headline, *(one.text for one in self.defects)}
         found += [one for one in self.verdicts() if one[0] != "✔" and one[1] not in first]
-        found += [(one.mark, str(one)) for one in self.defects]
+        for one in self.defects:
+            if one.text != self.headline:
+                found.append((one.mark, str(one)))
+            elif one.mend:
+                found.append(("mend", f"{one.mend}."))
         found += [("file", Path(self.path).name), ("kind", self._tell_kind())]
         found += [(part, str(numbers)) for part, numbers in self.parts.items()]
         if len(self.families) > 1:
