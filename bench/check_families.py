@@ -23,7 +23,7 @@ from prolora.architectures.families import find_title, known_families
 from prolora.architectures.layouts import known_layouts, load_layout
 from prolora.architectures.modules import find_block, is_attention, is_linear, matrix_shape
 from prolora.bases import Base
-from prolora.moving.base_check import BaseFit, fit_base
+from prolora.moving.base_fit import BaseFit, fit_shapes
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def main() -> int:
                 if not held and number % 8:  # what lacks a module cannot fit: an eighth shows it
                     told[kind, "lacks modules"] += 1
                     continue
-                fit = fit_base(lora, base)
+                fit = fit_shapes(lora, base)
                 verdict = judge(fit, own) if other != own else f"own {fit.answer}"
                 told[kind, verdict] += 1
                 if verdict not in ("other", "in part", "own fits"):

@@ -298,7 +298,9 @@ def test_the_stages_of_a_transfer_and_the_rows_of_its_report_have_one_home(trees
     writers = {name.partition(":")[0] for name in structure.find_row_writers(trees)}
     assert writers <= {
         "moving/ledger.py",
+        "moving/base_fit.py",
         "moving/rows.py",
+        "reports/module_report.py",
         "fitting/fit_pipelines.py",
         "fitting/fit_report.py",
     }

@@ -6,21 +6,22 @@ const CHECK = `
 import json, prolora
 from prolora.errors import ProLoRAError, name_options
 
-# What reads whole models needs torch, which no browser has.
-BASE = ("This is a whole model, not a LoRA. Here only LoRAs are read: \`prolora check FILE\` on your "
-        "computer says which model it is.")
+# Some whole models are named with torch alone, which no browser has.
+BASE = ("This is a whole model that cannot be named here: \`prolora check FILE\` on your computer "
+        "says which one it is.")
 
 def spell(option, value):
     if value == "()":
         return f"\`prolora {option}\`"
     return f"--{'for' if option == 'format' else option} {value or ''}".strip()
 
-def check(path, program):
+def check(path, program, base=""):
     try:
-        found = prolora.check(path, program=program or None)
+        found = prolora.check(path, program=program or None, base=base or None)
     except ProLoRAError as error:
-        said = str(error).removesuffix(error.command).rstrip().replace(path, path.rpartition("/")[2])
-        said = said.removeprefix(f"{path.rpartition('/')[2]}: ")
+        said = str(error).removesuffix(error.command).rstrip().removeprefix(f"{path}: ")
+        for one in filter(None, (path, base)):
+            said = said.replace(one, one.rpartition("/")[2])
         return json.dumps({"mark": "✖", "headline": name_options(said, spell), "lines": []})
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -48,19 +49,25 @@ async function start() {
 const ready = start();
 ready.catch((error) => postMessage({ failed: String(error) }));
 
-onmessage = async ({ data: { id, file, program } }) => {
+onmessage = async ({ data: { id, file, program, model } }) => {
   const python = await ready;
-  const fs = python.FS, folder = `/in/${id}`;
-  fs.mkdirTree(folder);
-  fs.mount(fs.filesystems.WORKERFS, { files: [file] }, folder);
+  const fs = python.FS;
+  const mount = (folder, one) => {
+    if (!one) return "";
+    fs.mkdirTree(folder);
+    fs.mount(fs.filesystems.WORKERFS, { files: [one] }, folder);
+    return `${folder}/${one.name}`;
+  };
   try {
+    const paths = [mount("/in/lora", file), mount("/in/model", model)];
     const check = python.globals.get("check");
-    postMessage({ id, found: JSON.parse(check(`${folder}/${file.name}`, program)) });
+    postMessage({ id, found: JSON.parse(check(paths[0], program, paths[1])) });
   } catch (error) {
     console.warn(error);
     const what = "This file could not be read here, by a fault of this page: please report it.";
     postMessage({ id, failed: what });
   } finally {
-    fs.unmount(folder);
+    fs.unmount("/in/lora");
+    if (model) fs.unmount("/in/model");
   }
 };

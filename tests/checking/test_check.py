@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora.architectures.layouts import load_layout
-from prolora.moving.base_check import fit_base
 
 
 def hollow_base(folder, layout):
@@ -190,6 +189,6 @@ def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
 def test_a_lora_of_another_size_fits_with_a_word_alone(own, other, told):
     """As `bench/check_families.py` holds every size against every other."""
     lora = check_families.make_lora(own, check_families.list_kinds(own)["attention"])
-    fit = fit_base(lora, check_families.make_base(other))
+    fit = prolora.check(lora, base=check_families.make_base(other)).fit
     assert told in fit.sentence
     assert (fit.answer == "unclear") == ("look like" in told)

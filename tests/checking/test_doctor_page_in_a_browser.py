@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
+from odd_files import ODD_FILES, write_pairs
 from property_examples import AT_NIGHT
 from safetensors.torch import save_file
 
@@ -43,38 +43,6 @@ def address(tmp_path):
         server.shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_says_of_every_file_what_check_says(address, width, tmp_path):
-    paths = {}
-    for name, *case in FILES:
-        paths[name] = tmp_path / name
-        save_file(MAKER["make_file"](*case), paths[name])
-    asked, errors = [], []
-    with sync_api.sync_playwright() as playwright:
-        path = os.environ.get("PROLORA_CHROMIUM") or shutil.which("chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 800})
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address)
-        page.wait_for_selector("#files:not([disabled])", state="attached", timeout=120_000)
-        page.set_input_files("#files", list(map(str, paths.values())))
-        done = f"document.querySelectorAll('article[data-json]').length == {len(paths)}"
-        page.wait_for_function(done, timeout=240_000)
-        read = "x => [x.querySelector('h2').textContent, x.dataset.json]"
-        told = page.evaluate(f"[...document.querySelectorAll('article')].map({read})")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        browser.close()
-    assert not errors and wide <= width
-    assert all(url.startswith((address, "data:", "blob:")) for url in asked)
-    for name, text in told:
-        own = json.loads(json.dumps(check(paths[name]).to_dict() | {"path": name}))
-        assert json.loads(text) | {"path": name} == own
-    assert {name for name, _ in told} == paths.keys()
-
-
 @pytest.fixture
 def browser():
     with sync_api.sync_playwright() as playwright:
@@ -84,26 +52,74 @@ def browser():
         opened.close()
 
 
-@pytest.mark.slow
-def test_whatever_is_dropped_is_answered_by_a_sentence(address, browser, tmp_path):
-    save_file({"down_blocks.0.conv.weight": torch.ones(4, 4)}, tmp_path / "base.safetensors")
-    (tmp_path / "web.safetensors").write_text("<html>")
-    (tmp_path / "empty.safetensors").touch()
-    torch.save({"a": torch.ones(2)}, tmp_path / "pickle.safetensors")
-    names = [f"{name}.safetensors" for name in ("base", "web", "empty", "pickle")]
-    page = browser.new_page()
+READ = "[...document.querySelectorAll('article')].map(x => [x.querySelector('h2').textContent, x])"
+LINES = f"Object.fromEntries({READ}.map(([n, x]) => [n, x.querySelector('p').textContent]))"
+
+
+def open_page(browser, address, *files, width=1280, seen=None):
+    """The page, once all files are answered."""
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    if seen:
+        page.on("request", lambda request: seen[0].append(request.url))
+        page.on("console", lambda line: seen[1].append(line.text) if line.type == "error" else None)
+        page.on("pageerror", lambda error: seen[1].append(str(error)))
     page.goto(address)
     page.wait_for_selector("#files:not([disabled])", state="attached", timeout=120_000)
-    page.set_input_files("#files", [str(tmp_path / name) for name in names])
-    done = f"document.querySelectorAll('article h2').length == {len(names)}"
-    page.wait_for_function(done, timeout=120_000)
-    read = "x => [x.querySelector('h2').textContent, x.querySelector('p').textContent]"
-    told = dict(page.evaluate(f"[...document.querySelectorAll('article')].map({read})"))
-    assert "whole model, not a LoRA" in told["base.safetensors"]
-    assert told.keys() == set(names)
-    for text in told.values():
-        assert text.startswith("✖ ") and "\n" not in text and len(text) < 300, text
-        assert "Traceback" not in text and "/in/" not in text and "python -c" not in text, text
+    page.set_input_files("#files", [str(file) for file in files])
+    done = f"document.querySelectorAll('article h2').length == {len(files)}"
+    page.wait_for_function(done, timeout=240_000)
+    return page
+
+
+@pytest.mark.slow
+def test_the_page_says_of_every_file_what_check_says_and_asks_nobody(address, browser, tmp_path):
+    for name, *case in FILES:
+        save_file(MAKER["make_file"](*case), tmp_path / name)
+    asked, errors = [], []
+    page = open_page(browser, address, *tmp_path.glob("*.safetensors"), seen=(asked, errors))
+    assert not errors
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked)
+    found = page.evaluate(f"{READ}.map(([name, x]) => [name, x.dataset.json])")
+    for name, text in found:
+        own = json.loads(json.dumps(check(tmp_path / name).to_dict() | {"path": name}))
+        assert json.loads(text) | {"path": name} == own
+    assert {name for name, _ in found} == {name for name, *_ in FILES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_table_of_odd_files_is_answered_as_in_a_terminal(address, browser, tmp_path, width):
+    odd = [one for one in ODD_FILES if not one.asked]
+    page = open_page(browser, address, *(one.write(tmp_path) for one in odd), width=width)
+    found = page.evaluate(LINES)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert len(found) == len(odd)
+    for one in odd:
+        text = found[f"{one.name}.safetensors"]
+        assert text.startswith(f"{one.mark} {one.first}") and "\n" not in text, text
+        assert not any(word in text for word in ("Traceback", "/in/", "python -c")), text
+
+
+@pytest.mark.slow
+def test_a_model_dropped_beside_loras_is_compared_and_the_answer_copied(address, browser, tmp_path):
+    pairs = write_pairs(tmp_path)
+    loras, bases = (list(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
+    page = open_page(browser, address, *loras)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    for base in bases:
+        page.evaluate("document.querySelectorAll('article').forEach(x => x.replaceChildren())")
+        page.set_input_files("#model", str(base))
+        done = f"document.querySelectorAll('article h2').length == {len(loras)}"
+        page.wait_for_function(done, timeout=120_000)
+        assert page.text_content("#model-name") == f"Your model: {base.name}"
+        found = page.evaluate(f"{READ}.map(([name, x]) => [name, x.dataset.json])")
+        for name, text in found:
+            own = check(tmp_path / name, base=base).to_dict() | {"path": name}
+            assert json.loads(text) | {"path": name} == json.loads(json.dumps(own))
+    page.locator("article button").last.click()
+    page.wait_for_selector("text=Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith(f"{loras[0].name}\n✖ this LoRA is for Stable Diffusion 1.5")
 
 
 @pytest.mark.slow
@@ -120,7 +136,7 @@ def test_the_page_is_used_by_the_keyboard_alone(address, browser):
     page.goto(address)
     page.wait_for_selector("#files:not([disabled])", state="attached", timeout=120_000)
     reached = []
-    for _ in range(3):
+    for _ in range(4):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
-    assert {"program", "files"} <= set(reached)
+    assert {"program", "files", "model"} <= set(reached)

@@ -145,4 +145,4 @@ def test_the_index_of_several_loras_sorts_and_fits(open_page, tmp_path):
         page = open_page(file, width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.locator(".index th button").first.press("Enter")
-        assert page.locator(".index tbody th").first.inner_text().startswith("a.safetensors")
+        assert page.locator(".index tbody th").first.inner_text().startswith("⚠ a.safetensors")

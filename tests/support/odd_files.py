@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import fused_shapes, name_in_ldm, sparse_file
 from safetensors.torch import save, save_file
 from torch import Tensor
+
+from prolora.architectures.layouts import load_layout
 
 ROOT = Path(__file__).parents[2]
 MAKER = runpy.run_path(str(ROOT / "docs/make_conformance.py"))
@@ -131,6 +134,33 @@ def make_beside(role: str, value: Tensor) -> Content:
 FLUX2, NAN = partial(make_lora, "flux2", "comfy"), torch.full((9216,), torch.nan)
 SEVERAL, NO_FAMILY = "a LoRA for FLUX.1, FLUX.2, Chroma", "a LoRA for a model of no known family"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0"
+
+
+def write_pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """Three LoRAs and four models: a file of the authors', ComfyUI's, diffusers' and fp8."""
+    sd15, sdxl = (load_layout(size).shapes for size in ("sd15", "sdxl"))
+    flux = fused_shapes(load_layout("flux1-dev").shapes, "flux1-dev")
+    models = {
+        "sd15": ({name_in_ldm(name, sd15): shape for name, shape in sd15.items()}, "F16"),
+        "sdxl": (sdxl, "BF16"),
+        "flux": (flux, "F8_E4M3"),
+        "dev": (load_layout("flux1-dev").shapes, "F32"),
+    }
+    start = {"sd15": "model.diffusion_model.", "flux": "model.diffusion_model."}
+    bases = [
+        sparse_file(
+            folder / f"{name}.safetensors",
+            {f"{start.get(name, '')}{key}.weight": shape for key, shape in shapes.items()},
+            dtype,
+        )
+        for name, (shapes, dtype) in models.items()
+    ]
+    loras = [folder / f"{family}-lora.safetensors" for family in ("sd15", "sdxl", "flux")]
+    kinds = (("sd15", "kohya", "dora"), ("sdxl", "kohya", "lokr"), ("flux", "comfy", "lora"))
+    for path, kind in zip(loras, kinds, strict=True):
+        save_file(make_lora(*kind), path)
+    return [(lora, base) for lora in loras for base in bases]
+
 
 ODD_FILES = [
     OddFile("empty", lambda: b"", "✖", 2, "empty file; download it again"),

@@ -297,10 +297,7 @@ def _add_stand_in(
 
 def _leave_out(adapter: Adapter, slot: Slot) -> None:
     """Records an update that depends on a missing text encoder of the base."""
-    why = forms.needs_base_reason(slot.keys.keys())
-    adapter.left_out[slot.module.name] = (
-        f"its update is {why}, and this base holds no such text encoder"
-    )
+    adapter.left_out[slot.module.name] = forms.explain_no_encoder(slot.keys.keys())
     adapter.unread[slot.module.name] = (slot.form.out, slot.form.inputs, max(1, slot.form.rank))
 
 

@@ -20,6 +20,11 @@ Size = tuple[int, int]
 """Out × in of a matrix; 0 where it is not known."""
 
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
+_ADAPTER = re.compile(
+    r"^(?:lora_(?:unet|te\d?|transformer)_|lycoris_)"
+    r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
+    r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
+)
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -407,3 +412,15 @@ def select_kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[NamedMatrix]:
         for name in dict.fromkeys((names[0], names[-1]))
     ]
     return [NamedMatrix(name, True, matrix_shape(shape)) for name, shape in chosen]
+
+
+def explain_adapter(keys: Collection[str]) -> str:
+    """Says why a LoRA is no base model; "" for keys of a model."""
+    for key in filter(_ADAPTER.search, keys):
+        # nunchaku calls the low-rank part of a quantised weight so, too.
+        if f"{key.rpartition('.')[0]}.qweight" not in keys:
+            return (
+                f"is a LoRA or a model with one attached ({key}), in the place of a base model; "
+                "give the checkpoint there that the LoRA was trained on, with nothing attached"
+            )
+    return ""

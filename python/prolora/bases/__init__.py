@@ -1,6 +1,20 @@
 """Base models as {module name: weight}, read lazily."""
 
-from .base import Base, check_finite
-from .opening import BaseLike, open_base, open_pair
+from __future__ import annotations
 
-__all__ = ["Base", "BaseLike", "check_finite", "open_base", "open_pair"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import Base as Base
+    from .base import check_finite as check_finite
+    from .opening import BaseLike as BaseLike
+    from .opening import open_base as open_base
+    from .opening import open_pair as open_pair
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a name when it is requested: headers are read without torch."""
+    home = ".base" if name in ("Base", "check_finite") else ".opening"
+    globals()[name] = value = getattr(import_module(home, __name__), name)
+    return value

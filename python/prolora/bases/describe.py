@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..architectures.families import known_families
+from ..architectures.identify import Model
 from ..architectures.modules import (
     BARE,
     find_block,
@@ -15,8 +19,10 @@ from ..architectures.modules import (
     is_in_adm,
     matrix_shape,
 )
-from .base import Base
-from .weights import Weight
+
+if TYPE_CHECKING:
+    from .base import Base
+    from .weights import Weight
 
 _QUERY = re.compile(r"(?:^|[._])(?:attn1?|attention)\.(?:to_q|q|q_proj|wq|(?:to_)?qkv)$")
 _UNET_BLOCKS = {
@@ -30,12 +36,53 @@ _EMBEDDING = re.compile(
     r"(?:^|[._])(?:embed_tokens|shared|wte|label_emb|(?:token|position(?:al)?)_embeddings?"
     r"|embedding_table|relative_attention_bias)$"
 )
+# The layers that take in the (noisy) image.
+_IMAGE_INPUTS = frozenset(
+    {
+        "conv_in",
+        "img_in",
+        "patch_embedding",
+        "pos_embed.proj",
+        "proj_in",
+        "x_embedder",
+        "x_embedder.proj",
+    }
+)
 # Ends of keys of layers' weights. `in_proj_weight` is a parameter of torch's MultiheadAttention, of
 # which CLIP's alone is cut into the layers q, k and v that programs know.
 _LAYERS, _CUT = (".weight", "text_projection"), ".in_proj_weight"
 
 
-def classify_model(base: Base) -> str:
+@dataclass(frozen=True)
+class BaseShapes:
+    """The names and shapes of a base model without its weights."""
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]  # module -> shape of its weight
+    keys: Mapping[str, str]  # module -> where its weight is, for messages
+    model: Model  # what it is
+    quantised_as: str = ""
+
+    @property
+    def layout(self) -> str | None:
+        """The id of the published size, if any."""
+        return next(iter(self.model.sizes), None)
+
+    @property
+    def family(self) -> str | None:
+        """The id of the family, None if none or several are possible."""
+        return self.model.family
+
+    def tensor_name(self, module: str) -> str:
+        """Returns where a module's weight is, "file.safetensors:key"."""
+        return self.keys[module]
+
+
+NamedShapes: TypeAlias = "Base | BaseShapes"
+"""A base of which only names and shapes are needed."""
+
+
+def classify_model(base: NamedShapes) -> str:
     """Returns `"UNet"`, `"transformer"`, or `"model"` without either's blocks."""
     roots = {module.split(".", 1)[0] for module in base.shapes}
     if roots & _UNET_BLOCKS:
@@ -44,7 +91,7 @@ def classify_model(base: Base) -> str:
     return "transformer" if attends else "model"
 
 
-def describe_base(base: Base) -> str:
+def describe_base(base: NamedShapes) -> str:
     """Describes a base in one line: family, kind, blocks, widths, text features."""
     kind = classify_model(base)
     if any(is_in_adm(name) and find_block(name) for name in base.shapes):
@@ -69,7 +116,7 @@ def describe_base(base: Base) -> str:
     return line + (f"; quantised: {base.quantised_as}" if base.quantised_as else "")
 
 
-def _describe_adm(base: Base) -> str:
+def _describe_adm(base: NamedShapes) -> str:
     """Describes an ADM network in one line: ResBlocks and attention, if any."""
     blocks = sum(name.endswith(".in_layers.2") for name in base.shapes)
     attention = [shape[1] for name, shape in base.shapes.items() if name.endswith(".qkv")]
@@ -104,3 +151,35 @@ def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:
 
 def _join_numbers(numbers: set[int]) -> str:
     return "/".join(str(number) for number in sorted(numbers))
+
+
+def explain_other_shape(
+    name: str, shape: tuple[int, ...], base: NamedShapes, asked: str = ""
+) -> str | None:
+    """Says why an update does not fit the base's module; None if it does.
+
+    `shape` is out × in of the update; `asked` stands at the end where no more is known of such a
+    LoRA.
+    """
+    of_base = matrix_shape(base.shapes[name])
+    if shape == of_base:
+        return None
+    return (
+        f"the LoRA's update of {name} is {_write_shape(shape)}, but that module of {base.name} is "
+        f"{_write_shape(of_base)} ({base.tensor_name(name)})"
+        f"{_explain_wider_input(name, shape, of_base) or asked}"
+    )
+
+
+def _explain_wider_input(name: str, shape: tuple[int, ...], of_base: tuple[int, ...]) -> str:
+    """Explains a LoRA with more image channels than the base."""
+    if name not in _IMAGE_INPUTS or shape[0] != of_base[0] or shape[1] <= of_base[1]:
+        return ""
+    return (
+        ". It is a LoRA for control, editing or inpainting: its model takes a second image in "
+        "further channels of this layer; give such a model as the source, and as the target"
+    )
+
+
+def _write_shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 
 from ..adapters.adapter_folder import ADAPTER_FILES
 from ..adapters.lora import Lora, LoraSource
+from ..architectures.identify import explain_adapter
 from ..architectures.loaders import known_loaders
-from ..errors import InvalidOption, UnrelatedBases, suggest
+from ..bases.describe import BaseShapes
+from ..bases.keys.other_models import explain_other_model
+from ..errors import InvalidOption, MissingFile, UnrelatedBases, UnsupportedFormat, suggest
+from ..moving import base_fit
 from ..reports.report import InWords
 from .check_result import Check
-from .file_facts import check_model, check_tensors
+from .file_facts import check_model, check_tensors, read_base_shapes
 
 if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a base is read
     from ..bases import BaseLike
     from ..bases.base import Progress
     from ..bases.experts import ExpertsLike
-    from ..moving.base_check import BaseFit
     from ..moving.options import TransferOptions
 
 
@@ -84,15 +87,34 @@ def check(
     return found
 
 
-def _match_base(opened: Lora, base: ExpertsLike) -> BaseFit:
-    """Says whether a LoRA is for a base or a family."""
-    from ..moving.base_check import find_published, fit_base, fit_published
-    from ..moving.lazy_bases import narrow_base
+def _match_base(opened: Lora, base: ExpertsLike) -> base_fit.BaseFit:
+    """Says whether a LoRA is for a base or a family; of two experts the first decides."""
+    if published := base_fit.find_published(base):
+        return base_fit.fit_published(opened, published)
+    try:
+        from ..bases.experts import open_experts
+        from ..moving.lazy_bases import narrow_base
+    except ModuleNotFoundError as error:
+        if error.name != "torch" or not isinstance(base, str | os.PathLike):
+            raise
+        with Lora.open(base) as header:
+            return base_fit.fit_shapes(opened, _read_known_base(header))
+    try:
+        experts = open_experts(narrow_base(base, opened))
+        return base_fit.fit_shapes(opened, next(iter(experts.values())))
+    except MissingFile as error:
+        meant = suggest(base.lower(), base_fit.list_published()) if isinstance(base, str) else ""
+        raise type(error)(f"{error}{meant}") from error
 
-    published = find_published(base)
-    if published:
-        return fit_published(opened, published)
-    return fit_base(opened, narrow_base(base, opened))
+
+def _read_known_base(header: Lora) -> BaseShapes:
+    """Reads names and shapes of a base without torch; refuses all but a known family's."""
+    base, reason = read_base_shapes(header)[0], explain_adapter(header.tensors)
+    if not base.model.families:
+        reason = reason or explain_other_model(header.tensors) or "is of no family by its header"
+    if reason:
+        raise UnsupportedFormat(f"{header.where}: {reason}")
+    return base
 
 
 def _foresee(opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions) -> InWords:

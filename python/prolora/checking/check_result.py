@@ -17,7 +17,7 @@ from ..reports.report import InWords, Mark
 from .defects import Defect
 
 if TYPE_CHECKING:  # what a file is can be said without torch
-    from ..moving.base_check import BaseFit
+    from ..moving.base_fit import BaseFit
 
 Kind = Literal["lora", "base", "unknown"]
 _KINDS = {"lora": "LoRA", "base": "base model", "unknown": "neither a LoRA nor a base model"}

@@ -28,6 +28,7 @@ from ..architectures.identify import (
 )
 from ..architectures.loaders import known_loaders
 from ..architectures.modules import TEXT_ENCODERS, find_component, matrix_shape
+from ..bases.describe import BaseShapes
 from ..core.grouping import group_by
 from ..errors import ProLoRAError
 from ..files.dtypes import spell_dtype
@@ -159,6 +160,22 @@ def _describe_refused(opened: Lora, found: Check, reason: str) -> Check:
 
 def _name_by_header(opened: Lora, found: Check) -> Check:
     """Recognises a base model by names and shapes, where torch is missing."""
+    base, dtypes = read_base_shapes(opened)
+    return Check(
+        path=found.path,
+        kind="base",
+        format="single-file",
+        families=base.model.families,
+        sizes=base.model.sizes[:1],
+        modules=count_values(map(find_component, base.shapes)),
+        dtypes=count_values(dtypes),
+        tensors=len(base.shapes),
+        size=found.size,
+    )
+
+
+def read_base_shapes(opened: Lora) -> tuple[BaseShapes, list[str]]:
+    """Reads a base model's names, shapes and dtypes from its header, without torch."""
     matrices = {
         key.removesuffix(".weight"): matrix_shape(tensor.shape)
         for key, tensor in opened.tensors.items()
@@ -170,23 +187,14 @@ def _name_by_header(opened: Lora, found: Check) -> Check:
     )
     codec = Codec(known_families()[ids[0]] if ids else None)
     shapes, dtypes = dict[str, tuple[int, int]](), list[str]()
+    keys, name = dict[str, str](), Path(opened.where).name
     for path, size in matrices.items():
         if module := codec.read(path):
             parts = share_rows(module.matrix, size) if module.matrix else {module.name: size}
             dtypes += [spell_dtype(opened.tensors[f"{path}.weight"].dtype)] * len(parts)
             shapes |= parts
-    model = identify_base(shapes)
-    return Check(
-        path=found.path,
-        kind="base",
-        format="single-file",
-        families=model.families,
-        sizes=model.sizes[:1],
-        modules=count_values(map(find_component, shapes)),
-        dtypes=count_values(dtypes),
-        tensors=len(shapes),
-        size=found.size,
-    )
+            keys |= dict.fromkeys(parts, f"{name}:{path}.weight")
+    return BaseShapes(name, shapes, keys, identify_base(shapes)), dtypes
 
 
 def check_model(path: Any) -> Check:

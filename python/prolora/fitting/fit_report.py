@@ -16,13 +16,12 @@ from ..moving.ledger import (
     describe_unchanged,
     list_missed,
     list_tensors_left_out,
-    list_unread_modules,
 )
 from ..moving.options import FIT
 from ..moving.plan import ModulePlan
 from ..moving.transfer_report import LITTLE, MOST, TransferReport, name_amount, tell_place
 from ..reports.lora_report import MovedReport
-from ..reports.module_report import ModuleReport, split_modules
+from ..reports.module_report import ModuleReport, list_unread_modules, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Table
 from .fit_numbers import ProbeReport

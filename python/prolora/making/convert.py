@@ -28,7 +28,7 @@ from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import read_lora
 from ..moving.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
 from ..moving.lazy_bases import narrow_base
-from ..moving.ledger import list_tensors_left_out, list_unread_modules
+from ..moving.ledger import list_tensors_left_out
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import (
     OUTPUT,
@@ -44,7 +44,7 @@ from ..moving.output_paths import check_output
 from ..moving.result import Transfer, list_inputs, save_result
 from ..moving.rows import describe_conversion, describe_left_out
 from ..reports.lora_report import ENOUGH
-from ..reports.module_report import LEFT_OUT
+from ..reports.module_report import LEFT_OUT, list_unread_modules
 from .made_report import MadeReport
 
 

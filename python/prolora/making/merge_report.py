@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..adapters.formats.moves import fold_base_name
 from ..core.grouping import group_by
 from ..core.lowrank import LowRank
 from ..core.merging import measure_overlap
-from ..moving.base_check import fold_base_name
 from ..reports.table import Column, Row, Table, make_table
 from .made_report import MadeReport
 

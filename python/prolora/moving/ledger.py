@@ -17,7 +17,7 @@ from ..core.lowrank import LowRank
 from ..core.precision import is_finite
 from ..core.verdict import STRANGE_COSINE, Verdict
 from ..errors import NonFiniteWeights
-from ..reports.module_report import LEFT_OUT, ModuleReport
+from ..reports.module_report import LEFT_OUT, ModuleReport, list_unread_modules
 from .options import LoraLike, TextEncoderMode, TransferOptions, cut_rank
 from .plan import ModulePlan, Pair
 
@@ -179,21 +179,6 @@ def describe_unchanged(
         rank_out=update.rank,
         energy=energy,
     )
-
-
-def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
-    """Lists the rows of modules with unread updates: refused, or left out."""
-    return [
-        ModuleReport(
-            source=name,
-            target=None,
-            status="refused" if name in adapter.refused else "skipped",
-            reason=adapter.left_out[name],
-            shape=(out, inputs),
-            rank_in=rank,
-        )
-        for name, (out, inputs, rank) in adapter.unread.items()
-    ]
 
 
 def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from ..architectures.modules import (
     matrix_shape,
 )
 from ..bases import Base
-from ..bases.describe import describe_base
+from ..bases.describe import describe_base, explain_other_shape
 from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import BlockDecision, Match, Matching, Renumbering, find_partners
 from ..core.grouping import group_by
@@ -32,19 +32,6 @@ from ..reports.module_tables import write_shape
 
 OTHER_MODEL = "; is this LoRA for another model?"
 """What is asked about a LoRA that does not fit its source, where nothing tells its model."""
-
-# The layers that take in the (noisy) image.
-_IMAGE_INPUTS = frozenset(
-    {
-        "conv_in",
-        "img_in",
-        "patch_embedding",
-        "pos_embed.proj",
-        "proj_in",
-        "x_embedder",
-        "x_embedder.proj",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -226,31 +213,3 @@ def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> Non
         shape = tuple(adapter.updates[name].shape)
         if reason := explain_other_shape(name, shape, source, OTHER_MODEL):
             raise ShapeMismatch(reason)
-
-
-def explain_other_shape(
-    name: str, shape: tuple[int, ...], base: Base, asked: str = ""
-) -> str | None:
-    """Says why an update does not fit the base's module; None if it does.
-
-    `shape` is out × in of the update; `asked` stands at the end where no more is known of such a
-    LoRA.
-    """
-    of_base = matrix_shape(base.shapes[name])
-    if shape == of_base:
-        return None
-    return (
-        f"the LoRA's update of {name} is {write_shape(shape)}, but that module of {base.name} is "
-        f"{write_shape(of_base)} ({base.tensor_name(name)})"
-        f"{_explain_wider_input(name, shape, of_base) or asked}"
-    )
-
-
-def _explain_wider_input(name: str, shape: tuple[int, ...], of_base: tuple[int, ...]) -> str:
-    """Explains a LoRA with more image channels than the base."""
-    if name not in _IMAGE_INPUTS or shape[0] != of_base[0] or shape[1] <= of_base[1]:
-        return ""
-    return (
-        ". It is a LoRA for control, editing or inpainting: its model takes a second image in "
-        "further channels of this layer; give such a model as the source, and as the target"
-    )

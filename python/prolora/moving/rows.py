@@ -11,15 +11,6 @@ from ..core.merging import subtract_updates
 from ..reports.module_report import LEFT_OUT, ModuleReport
 
 
-def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> ModuleReport:
-    """Makes the row of a LoRA's module on a base.
-
-    `reason` says why it has no counterpart, None if it has.
-    """
-    status, target = ("skipped", None) if reason else ("mapped", name)
-    return ModuleReport(name, target, status, reason or "has its place", shape, 1)
-
-
 def outline_difference(
     name: str, shape: tuple[int, int], columns: int, reason: str | None = None, energy: float = 0.0
 ) -> ModuleReport:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..core.lowrank import LowRank
-from ..core.merging import subtract_updates
-from ..core.projection_info import ProjectionInfo
-from ..core.similarity import ANGLE_SHARES
+if TYPE_CHECKING:  # rows are written without torch, too
+    from ..adapters.adapter import Adapter
+    from ..adapters.slots import Contents
+    from ..core.lowrank import LowRank
+    from ..core.projection_info import ProjectionInfo
 
 STATUSES = ("mapped", "skipped", "refused")
 
 LEFT_OUT = "left out as asked: its block has the factor 0"
-
-MEDIAN = ANGLE_SHARES.index(0.5)
-"""Where the median is among the quantiles of angles."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,8 @@ class Measures:
     @property
     def angle(self) -> float:
         """The median principal angle of the side that is farther apart, in radians."""
-        return max(self.angles_left[MEDIAN], self.angles_right[MEDIAN])
+        middle = len(self.angles_left) // 2
+        return max(self.angles_left[middle], self.angles_right[middle])
 
     @property
     def mixed_energy(self) -> float:
@@ -155,6 +152,10 @@ class ModuleReport:
 
     def cut(self, original: LowRank, whole: LowRank, smaller: LowRank) -> ModuleReport:
         """Returns the row of an update that became `whole`, and was cut to `smaller`."""
+        import torch
+
+        from ..core.merging import subtract_updates
+
         energy = whole.norm().square().item()
         kept = min(1.0, smaller.norm().square().item() / energy) if energy else 1.0
         apart = subtract_updates(smaller.to(torch.float64), original.to(torch.float64))
@@ -186,3 +187,18 @@ def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
     own = [row for row in rows if row.rank_in]
     placed = {row.source for row in own if row.status == "mapped"}
     return {row.source for row in own}, placed
+
+
+def list_unread_modules(read: Adapter | Contents) -> list[ModuleReport]:
+    """Lists the rows of modules with unread updates: refused, or left out."""
+    return [
+        ModuleReport(
+            source=name,
+            target=None,
+            status="refused" if name in read.refused else "skipped",
+            reason=read.left_out[name],
+            shape=(out, inputs),
+            rank_in=rank,
+        )
+        for name, (out, inputs, rank) in read.unread.items()
+    ]

@@ -238,6 +238,11 @@ def takes_scale(roles: Set[str]) -> bool:
     return {"down", "up"} <= roles and kind_of_roles(roles) == "lora" and not needs_base(roles)
 
 
+def explain_no_encoder(roles: Set[str]) -> str:
+    """Explains why an update is left out whose text encoder the base does not hold."""
+    return f"its update is {needs_base_reason(roles)}, and this base holds no such text encoder"
+
+
 def needs_base_reason(roles: Set[str]) -> str:
     """Explains why, in words that finish "its update is …"."""
     if roles & MAGNITUDES:

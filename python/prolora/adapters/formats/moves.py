@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
@@ -14,6 +15,15 @@ MOST_EARLIER = 64
 MERGE = "merge"
 """What headers call the making of a merged LoRA."""
 _LONGEST = 1 << 20
+# Words of file names for the form in which a model is stored, not for the model.
+_FORMS = re.compile(
+    r"safetensors|gguf|diffusers|b?fp?(?:8|16|32)|float(?:8|16|32)|half|int8|scaled|e4m3(?:fn)?|e5m2"
+    r"|pruned|emaonly|ema|noema"
+)
+_QUANTISED = re.compile(r"(?<![a-z0-9])i?q\d(?:_[a-z0-9]+)*")  # GGUF's Q4_K_M and the like
+ANY_MODEL = {"unet", "transformer", "transformer 2", "model", "diffusion pytorch model", ""}
+ANY_MODEL |= {"the source", "the target"}  # in memory
+"""Names of folders and objects that any model may have."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +98,10 @@ def describe_moves(moves: Sequence[Move]) -> str:
             text += f", then from {move.source or 'another base'}"
         text += f" to {move.target}"
     return text
+
+
+def fold_base_name(name: str) -> str:
+    """Folds a base's name: no folders, case or words for its storage."""
+    plain = _QUANTISED.sub("", re.split(r"[/\\]", name)[-1].lower())
+    words = re.split(r"[\s._-]+", plain)
+    return " ".join(word for word in words if word and not _FORMS.fullmatch(word))

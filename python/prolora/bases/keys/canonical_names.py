@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
+from ...architectures.identify import explain_adapter
 from ...architectures.shared_names import is_adm, unet_names
 from ...errors import UnsupportedFormat
 from ..quantised.joining import join_quantised
@@ -27,11 +28,6 @@ _LDM_DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op\.weight")
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.")
 _DIFFUSERS = (*_UNET, "transformer_blocks.", "single_transformer_blocks.")
 
-_ADAPTER = re.compile(
-    r"^(?:lora_(?:unet|te\d?|transformer)_|lycoris_)"
-    r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
-    r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
-)
 _FLOATS = {
     torch.float64,
     torch.float32,
@@ -64,7 +60,8 @@ def name_weights(
             diffusion model, or two keys for one module.
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
-    _refuse_adapters(weights, where)
+    if of_adapter := explain_adapter(weights):
+        raise UnsupportedFormat(f"{where}: {of_adapter}")
     stored = join_quantised(weights, metadata, where)
     encoders, rest = split_encoders(stored, where)
     model = _select_model(rest)
@@ -209,14 +206,3 @@ def _count_ldm_layers(keys: Iterable[str]) -> int:
 
 def _has_prefix(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
     return any(key.startswith(prefixes) for key in keys)
-
-
-def _refuse_adapters(keys: Collection[str], where: str) -> None:
-    # nunchaku calls the low-rank part of a quantised weight so, too.
-    found = (key for key in keys if _ADAPTER.search(key))
-    key = next((key for key in found if f"{key.rpartition('.')[0]}.qweight" not in keys), None)
-    if key is not None:
-        raise UnsupportedFormat(
-            f"{where}: is a LoRA or a model with one attached ({key}), in the place of a base "
-            "model; give the checkpoint there that the LoRA was trained on, with nothing attached"
-        )
