@@ -111,30 +111,30 @@ def test_the_residual_that_is_told_is_the_dense_one(kind, out_rank, dtype, tmp_p
     assert f"differs from it by {100 * told(report):.3g}%" in report.in_words().headline
 
 
-@pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])
+@pytest.mark.parametrize("kind", ["lokr", "short lokr", "loha", "narrow loha", "dora"])
 def test_a_rank_is_cut_from_the_kinds_own_factors_and_keeps_what_a_dense_svd_keeps(kind):
     weight, up, down, other = (
         torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
         for shape in ((640, 600), (640, 20), (20, 600), (640, 15))
     )
-    if kind == "lokr":  # the second factor is wider than what is ever kept
-        parts = {"lokr_w1": down[:2, :2], "lokr_w2": weight[:320, :300] + up[:320] @ down[:, :300]}
+    if "lokr" in kind:  # the second factor is wider than what is ever kept, or can be squared
+        m, n, step = (320, 300, 2) if kind == "lokr" else (64, 40, 10)
+        small = down[:step, : 600 // n]
+        parts = {"lokr_w1": small, "lokr_w2": weight[:m, :n] + up[:m] @ down[:, :n]}
         dense = torch.kron(*(x.double() for x in parts.values()))
-    elif kind == "loha":
-        parts = {"w1_a": up, "w1_b": down, "w2_a": other, "w2_b": down[:15]}
-        dense = (up.double() @ down.double()) * (other.double() @ down[:15].double())
-        parts = {f"hada_{role}": x for role, x in parts.items()}
+    elif "loha" in kind:
+        k = 15 if kind == "loha" else 6
+        halves = (up[:, :k], down[:k] * torch.logspace(0, -3, k)[:, None], other[:, :k], down[:k])
+        a, b, c, d = (half.double() for half in halves)
+        dense = (a @ b) * (c @ d)
+        parts = {f"hada_w{i // 2 + 1}_{'ab'[i % 2]}": x for i, x in enumerate(halves)}
     else:
-        norms, dense = (
-            weight.norm(dim=1, keepdim=True),
-            weight.double() + up.double() @ down.double(),
-        )
+        norms = weight.norm(dim=1, keepdim=True)
+        dense = weight.double() + up.double() @ down.double()
         parts = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": norms}
         dense = dense / dense.norm(dim=1, keepdim=True) * norms.double() - weight.double()
-    name, lora = (
-        "blocks.0.attn",
-        {f"lora_unet_blocks_0_attn.{role}": x for role, x in parts.items()},
-    )
+    name = "blocks.0.attn"
+    lora = {f"lora_unet_blocks_0_attn.{role}": x for role, x in parts.items()}
     done = prolora.convert(lora, {f"{name}.weight": weight}, out_rank=8, dtype="float32")
     energies = torch.linalg.svdvals(dense).square()
     best, (row,) = float(energies[:8].sum() / energies.sum()), done.report.modules

@@ -37,11 +37,11 @@ def factor_update(
         stored: the dtype that the file has them in.
     """
     if algorithm == "loha":
-        # r₁·r₂ columns save nothing where a side of ΔW is shorter.
+        # r₁·r₂ columns save nothing where a side of ΔW is shorter, and little near that.
         first, second = (_hadamard_half(tensors, i) for i in (1, 2))
         shortest = min(first[0].shape[0], first[1].shape[1])
         columns = first[0].shape[1] * second[0].shape[1]
-        if columns >= shortest or rank < MAX_RANK < columns:
+        if columns >= shortest or (rank < MAX_RANK < columns and 4 * columns > shortest):
             return truncate_dense(dense_update(algorithm, tensors), rank)
         return truncate_product(_khatri_rao(first, second), rank)
     if algorithm == "lokr":

@@ -18,6 +18,7 @@ from ...core.basis import truncated_svd
 from ...core.lowrank import LowRank
 from ...core.rank_rule import columns_holding
 from ...core.recompression import balance_factors, product_svd
+from ...core.svd.solvers import descending_eigh
 
 MAX_RANK = 256
 ENERGY = 0.999
@@ -26,6 +27,8 @@ ENERGY = 0.999
 _ROUNDING = 1e-9
 # ‖rest‖/‖ΔW‖ that rounding to float32 adds beside a matrix's rank.
 _NEGLIGIBLE = 1e-6
+# σ_k/σ_1 above which squares, in which σ_1² is rounded by 1e-16, are right to single precision.
+_SQUARED = 1e-5
 
 
 class TruncatedUpdate(NamedTuple):
@@ -96,10 +99,28 @@ def truncate_product(update: LowRank, rank: int = MAX_RANK) -> TruncatedUpdate:
         return TruncatedUpdate(update)
     if update.rank >= min(update.shape):
         return truncate_dense(update.up.double() @ update.down.double(), rank)
-    u, s, v = product_svd(update.up.double(), update.down.double())
+    up, down = update.up.double(), update.down.double()
+    u, s, v = _leading_columns(up, down, rank) or product_svd(up, down)
     size, exact = s.square().sum().item(), _count_all_columns(s)
     kept = _count_columns(s, size) if exact > MAX_RANK else exact
     return _cut_columns(u, s[:kept], v, size, rank, exact=exact <= MAX_RANK)
+
+
+def _leading_columns(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Computes S and the leading columns of up @ down by Gram matrices.
+
+    It is a third of the work of `product_svd`; None where squaring loses what is wanted.
+    """
+    if rank >= MAX_RANK:
+        return None
+    values, vectors = descending_eigh((up.mT @ up)[None])
+    root = vectors[0] * values[0].clamp_min(0).sqrt()
+    energies, turned = descending_eigh((root.mT @ (down @ down.mT) @ root)[None])
+    s = energies[0].clamp_min(0).sqrt()
+    if not s[rank - 1] > _SQUARED * s[0]:  # true for NaN
+        return None
+    v = down.mT @ (root @ turned[0, :, :rank]) / s[:rank]
+    return up @ (down @ v) / s[:rank], s, v
 
 
 def truncate_kronecker(w1: Tensor, w2: Tensor, rank: int = MAX_RANK) -> TruncatedUpdate:
@@ -132,7 +153,15 @@ def _thin_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if rank < MAX_RANK < min(w.shape):
         basis = truncated_svd(w.float(), rank)
         return basis.U.double(), basis.S.double(), basis.V.double()
-    u, s, vt = torch.linalg.svd(w.double(), full_matrices=False)
+    w = w.double()
+    wide = w if w.shape[0] <= w.shape[1] else w.mT
+    if rank < min(len(wide), MAX_RANK):
+        energies, vectors = descending_eigh((wide @ wide.mT)[None])
+        s, u = energies[0].clamp_min(0).sqrt(), vectors[0, :, :rank]
+        if s[rank - 1] > _SQUARED * s[0]:  # false for NaN
+            v = wide.mT @ u / s[:rank]
+            return (u, s, v) if wide is w else (v, s, u)
+    u, s, vt = torch.linalg.svd(w, full_matrices=False)
     return u, s, vt.mT
 
 
