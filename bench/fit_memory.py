@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 
 from prolora.architectures.modules import find_block
 from prolora.fitting.models import frozen, in_float32
-from prolora.fitting.recording.trajectories import Call, output_of
+from prolora.fitting.sides import Call, output_of
 from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch
 

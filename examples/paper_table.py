@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import prolora
-from prolora.fitting.pipelines import open_pipeline
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 
 class Painter:

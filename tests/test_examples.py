@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from prolora import ProLoRAError
-from prolora.fitting import pipelines
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,7 +54,7 @@ def test_a_short_example_runs(name, said, tmp_path, monkeypatch, capsys):
 def room(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("table")
     tiny.save(folder / "sd15")
-    unet = pipelines.open_pipeline(folder / "sd15").denoiser
+    unet = open_pipeline(folder / "sd15").denoiser
     tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",), 0.5))
     torch.manual_seed(5)
     for weight in unet.parameters():

@@ -14,8 +14,8 @@ import torch
 
 import prolora
 from prolora.fitting.models import frozen, in_precision
-from prolora.fitting.recording.trajectories import output_of
 from prolora.fitting.settings import BFLOAT16
+from prolora.fitting.sides import output_of
 from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch
 from prolora.fitting.swapping import BlockSwapping

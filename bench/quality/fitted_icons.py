@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Updates
-from flow import Sampler
+from flow import fit_lora
 from icons.shipped import load_lora, load_model
 from lessons import Lesson, make_lesson
 from scoring import apply_updates
@@ -77,19 +77,16 @@ def fit(kind: str, adapter: str, start: str, options: dict[str, Any]) -> dict:
     yard = measure(kind, adapter)
     world, source, target = choose_world(), yard.source, yard.target
     prefix = world.prefix["flux"]
-    samplers = (Sampler(world, m, adapter, IMAGES, SAMPLER_STEPS) for m in (source, target))
-    known = {"start": start, "rank": 32} | FIT | options
+    drawn = {"images": IMAGES, "steps": SAMPLER_STEPS}
+    known = {"start": start, "rank": 32} | FIT | drawn | options
     before = time.process_time()
     updates = {f"{prefix}{name}": update for name, update in yard.lora.items()}
     settings = probe.FitSettings(**known)
-    result = probe.fit_to_models(source, target, updates, probe.Samplers(*samplers), settings)
+    result = fit_lora(world, (source, target), updates, adapter, settings)
     seconds = time.process_time() - before
     verdict = result.report.gate
     assert verdict is not None
-    fitted = {
-        name.removeprefix(prefix): type(u)(u.up / verdict.strength, u.down)
-        for name, u in result.adapter.updates.items()
-    }
+    fitted = {name.removeprefix(prefix): u for name, u in result.updates.items()}
     with apply_updates(target, fitted):
         score = (yard.none - yard.lesson.held_out(target)) / (yard.none - yard.best)
     return {

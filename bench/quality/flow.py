@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from prolora import LowRank
+from prolora import fitting as probe
+from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 
 sys.path.append(str(Path(__file__).parents[2] / "examples/mini_family"))
 
@@ -49,45 +54,57 @@ def sample(
     return x.clamp(-1, 1)
 
 
-class Sampler:
-    """Euler steps with guidance, the times of every image shifted within their step.
+class WorldSide(probe.FitSide):
+    """A model of a world, sampled by Euler steps with guidance."""
 
-    A few-step adapter runs as its user would run it: few steps and no guidance.
-    """
+    schedule = NoiseSchedule("flow", None, times=Times(1.0, 0.0))
+    prompts = 64
 
-    def __init__(
-        self,
-        world: World,
-        model: nn.Module,
-        adapter: str,
-        images: int,
-        steps: int = SAMPLER_STEPS,
-        few: bool = False,
-        guidance: float | None = None,
-    ) -> None:
-        """The model to run, images and steps of a run, and whether few steps are enough."""
-        self.world, self.model, self.adapter, self.images = world, model, adapter, images
-        self.steps, self.few = FEW_STEPS if few else steps, few
-        self.guidance = world.guidance if guidance is None else guidance
+    def __init__(self, world: World, model: nn.Module, adapter: str, steps: int) -> None:
+        self.world, self.denoiser, self.steps = world, model, steps
+        self.name = type(model).__name__
+        generator = torch.Generator().manual_seed(0)
+        self.asked = world.draw_prompts(self.prompts, generator, adapter == "concept")
 
     @torch.no_grad()
-    def __call__(self, seed: int) -> None:
-        """One run from noise."""
-        n = 2 * self.images if self.few else self.images
-        generator = torch.Generator().manual_seed(seed)
-        y = self.world.draw_prompts(n, generator, self.adapter == "concept")
-        x = torch.randn(n, *self.world.shape, generator=generator)
-        tokens = self.world.tokens(self.model, y)
-        null = self.world.tokens(self.model, self.world.null_like(y))
-        times = torch.linspace(1, 0, self.steps + 1).repeat(n, 1)
-        times[:, 1:-1] += (torch.rand(n, 1, generator=generator) - 0.5) / self.steps
-        for i in range(self.steps):
-            t, after = times[:, i], times[:, i + 1]
-            if self.few or self.guidance == 1:
-                v = predict(self.model, x, t, tokens)
-            else:
-                v = guided_velocity(self.model, x, t, tokens, null, self.guidance)
-            x = x + (after - t)[:, None, None, None] * v
+    def sample(self, number: int, prompt: int) -> probe.Image:
+        noise = torch.randn(1, *self.world.shape, generator=torch.Generator().manual_seed(number))
+        x, levels = noise, 1 - torch.arange(self.steps).double() / self.steps
+        for level in levels:
+            free, wanted = (self.predict(x, level[None], [one]) for one in (-1, prompt))
+            x = x - (free + self.world.guidance * (wanted - free)) / self.steps
+        return probe.Image(x, noise, levels)
+
+    def build_call(
+        self, state: Tensor, level: Tensor, prompts: Sequence[int], adapted: bool = False
+    ) -> probe.Call:
+        y = torch.stack([self.asked[i] for i in prompts])
+        free = torch.tensor([i == probe.NO_PROMPT for i in prompts])
+        y = torch.where(free.reshape(-1, *[1] * (y.dim() - 1)), self.world.null_like(y), y)
+        tokens = self.world.tokens(self.denoiser, y)
+        return probe.Call((state, 1000 * level.float(), tokens), {"return_dict": False})
 
 
-__all__ = ["BATCH", "Sampler", "fit", "guided_velocity", "noised", "predict", "sample"]
+def fit_lora(
+    world: World,
+    models: tuple[nn.Module, nn.Module],
+    updates: Mapping[str, LowRank],
+    adapter: str,
+    settings: probe.FitSettings,
+) -> probe.Fitted:
+    """Fits updates of the first model's modules, named as there, to the second."""
+    sides = (WorldSide(world, model, adapter, settings.steps) for model in models)
+    asking = probe.Asking(*sides, updates, look=settings.look_of_source)
+    return probe.fit_sides(asking, settings)
+
+
+__all__ = [
+    "BATCH",
+    "WorldSide",
+    "fit",
+    "fit_lora",
+    "guided_velocity",
+    "noised",
+    "predict",
+    "sample",
+]

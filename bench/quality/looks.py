@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from contenders import Updates, scale_updates
 from fitted_icons import IMAGES, SAMPLER_STEPS, choose_world
-from flow import Sampler
+from flow import fit_lora
 from icons.shipped import load_lora, load_model
 from judge import Judge, train_judge
 from lessons import Lesson, make_lesson
@@ -92,11 +92,10 @@ def fit(
     """Fits at one look; returns the updates as they would be written, and what the gate said."""
     world = choose_world()
     prefix = world.prefix["flux"]
-    samplers = (Sampler(world, m, adapter, IMAGES, SAMPLER_STEPS) for m in (source, target))
-    settings = probe.FitSettings(**FIT, look=look, seed=seed)
+    settings = probe.FitSettings(**FIT, images=IMAGES, steps=SAMPLER_STEPS, look=look, seed=seed)
     updates = {f"{prefix}{name}": update for name, update in lora.items()}
-    result = probe.fit_to_models(source, target, updates, probe.Samplers(*samplers), settings)
-    fitted = {name.removeprefix(prefix): u for name, u in result.adapter.updates.items()}
+    result = fit_lora(world, (source, target), updates, adapter, settings)
+    fitted = {name.removeprefix(prefix): u for name, u in result.scaled.items()}
     return {"updates": fitted, "gate": result.report.gate, "trust": result.report.trust}
 
 

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from flow import Sampler
+from flow import fit_lora
 from lessons import make_lesson
 from results import Outcome, misplaced
 from scoring import Yardstick, apply_updates, cases, chosen_rows, loss_rows
@@ -56,16 +56,17 @@ def recovered(
     losses = row["losses"] | chosen["losses"]
     decision = ""
     if kind in ("far", "independent"):
-        samplers = (Sampler(world, model, ADAPTER, 12, 10) for model in (source, target))
-        fitted = probe.fit_to_models(
-            source,
-            target,
+        fitted = fit_lora(
+            world,
+            (source, target),
             {f"{prefix}{n}": u for n, u in lora.items()},
-            probe.Samplers(*samplers),
-            probe.FitSettings(fit_steps=12, probes=240, held_out=90, force=True),
+            ADAPTER,
+            probe.FitSettings(
+                images=12, steps=10, fit_steps=12, probes=240, held_out=90, force=True
+            ),
         )
         decision = fitted.report.gate.decision
-        updates = {n.removeprefix(prefix): u for n, u in fitted.adapter.updates.items()}
+        updates = {n.removeprefix(prefix): u for n, u in fitted.scaled.items()}
         with apply_updates(target, updates):
             losses["probe"] = judged.held_out(target)
     shares = {label: (row["none"] - loss) / gap for label, loss in losses.items()}

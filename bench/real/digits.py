@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from results import format_table, git, round_numbers
 from prolora import LowRank, project
 from prolora import fitting as probe
 from prolora.fitting.gate import COPY
+from prolora.fitting.pipelines.schedules import NoiseSchedule
 from prolora.fitting.updates import can_be_fitted, place_factors, run_beside
 
 NETS = {"vit": ("vit_architecture.py", "DiffusionViT"), "cnn": ("cnn_architecture.py", "Diffusion")}
@@ -167,14 +168,19 @@ def measure_loss(net: nn.Module, change: Callable[[Tensor], Tensor]) -> float:
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
-def draw(net: nn.Module, count: int, seed: int) -> Tensor:
-    """Digits by the author's sampler: Euler steps, guided in the middle."""
+def draw_many(net: nn.Module, count: int, seed: int) -> Tensor:
+    """Digits of random classes."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(10, (count,), generator=generator)
-    x = torch.randn(count, 1, 28, 28, generator=generator)
+    return draw(net, torch.randn(count, 1, 28, 28, generator=generator), y)
+
+
+@torch.no_grad()
+def draw(net: nn.Module, noise: Tensor, y: Tensor) -> Tensor:
+    """Digits by the author's sampler: Euler steps, guided in the middle."""
+    x = noise
     for i in range(SAMPLER_STEPS):
-        t = torch.full((count, 1, 1, 1), i / SAMPLER_STEPS)
+        t = torch.full((len(x), 1, 1, 1), i / SAMPLER_STEPS)
         flow = net(x, t, y) - x
         if GUIDED[0] < i / SAMPLER_STEPS < GUIDED[1]:
             flow = GUIDANCE * flow + (1 - GUIDANCE) * (net(x, t, torch.full_like(y, -1)) - x)
@@ -215,11 +221,38 @@ def move_by_weights(source: nn.Module, target: nn.Module, lora: Updates, rank: A
     return moved
 
 
-def fit_lora(source: nn.Module, target: nn.Module, lora: Updates) -> probe.ProbeTransfer:
+class Straight(NoiseSchedule):
+    """t·x₀ + (1 − t)·ε, of which x₀ is predicted."""
+
+    def scales(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - level, level
+
+
+class DigitSide(probe.FitSide):
+    """Draws digits of all classes by the author's sampler."""
+
+    schedule = Straight("sample", None)
+    prompts = 10
+
+    def __init__(self, net: nn.Module) -> None:
+        self.name, self.denoiser = type(net).__name__, net
+
+    def sample(self, number: int, prompt: int) -> probe.Image:
+        noise = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(number))
+        x = draw(self.denoiser, noise, torch.tensor([prompt]))
+        return probe.Image(x, noise, 1 - torch.arange(SAMPLER_STEPS).double() / SAMPLER_STEPS)
+
+    def build_call(
+        self, state: Tensor, level: Tensor, prompts: Sequence[int], adapted: bool = False
+    ) -> probe.Call:
+        time = (1 - level).float()[:, None, None, None]
+        return probe.Call((state, time, torch.tensor(prompts)), {})
+
+
+def fit_lora(source: nn.Module, target: nn.Module, lora: Updates) -> probe.Fitted:
     """Neither digits nor labels are read: both draw their own."""
-    samplers = (partial(draw, net, DRAWN) for net in (source, target))
     settings = probe.FitSettings(images=DRAWN, steps=SAMPLER_STEPS, force=True)
-    return probe.fit_to_models(source, target, lora, probe.Samplers(*samplers), settings)
+    return probe.fit_sides(probe.Asking(DigitSide(source), DigitSide(target), lora), settings)
 
 
 def score(
@@ -239,7 +272,7 @@ def score(
     made = fit_lora(source, target, lora)
     gate = made.report.gate
     assert gate is not None
-    fitted = scale(made.adapter.updates, 1 / gate.strength)
+    fitted = made.updates
     ways |= {f"fit @ {s:g}": scale(fitted, s) for s in (0.75, 1.0, 1.25, 1.5)}
     copied = gate.decision == COPY
     ways["fit, as written"] = scale(
@@ -250,7 +283,7 @@ def score(
         with run_beside(target, updates):
             losses[name] = measure_loss(target, change)
             if name in SHOWN:
-                marks = train_judge(look, idea)(draw(target, SAMPLES, 99)) > 0
+                marks = train_judge(look, idea)(draw_many(target, SAMPLES, 99)) > 0
                 seen[name] = float(marks.float().mean())
     return {
         "source": names[0], "target": names[1], "idea": idea,

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -33,49 +33,62 @@ from world import SIGMAS
 from prolora import LowRank
 from prolora import fitting as probe
 from prolora.fitting.gate import COPY
+from prolora.fitting.pipelines.schedules import NoiseSchedule
 from prolora.fitting.solver import joint
 
-AT_ONCE, ASKED = 4, 3
-"""Terrains of a call, and times that each is asked about under new noise."""
+ASKED = 12
+"""Levels of noise that a terrain is asked about."""
 SETTINGS = probe.FitSettings(images=16, fit_steps=12, probes=192, held_out=48, batch=16)
 """An eighth of the default's samples, as each takes a quarter of a second of one core."""
 
 
 def fit_lora(
     source: Network, target: Network, lora: Mapping[str, LowRank], force: bool = False
-) -> probe.ProbeTransfer:
+) -> probe.Fitted:
     """The LoRA of the target that changes it as the given one changes the source."""
-    samplers = probe.Samplers(*(Sampler(model) for model in (source, target)))
-    settings = replace(SETTINGS, force=force)
-    return probe.fit_to_models(source, target, lora, samplers, settings)
+    asking = probe.Asking(TerrainSide(source), TerrainSide(target), lora)
+    return probe.fit_sides(asking, replace(SETTINGS, force=force))
 
 
-class Sampler:
-    """Draws terrain of random difficulties, and asks about it under noise."""
+class Sigmas(NoiseSchedule):
+    """Terrain + σ·noise, of which the terrain is predicted; times are σ."""
+
+    def scales(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(level), level / (1 - level)
+
+    def time_at(self, level: Tensor) -> Tensor:
+        return level / (1 - level)
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        low, high = (sigma / (1 + sigma) for sigma in SIGMAS)
+        return low, high
+
+
+class TerrainSide(probe.FitSide):
+    """Draws terrain of random difficulties in one step."""
+
+    schedule = Sigmas("sample", None)
+    prompts, at_once = 64, 4
 
     def __init__(self, network: Network) -> None:
-        self.network = network
+        self.name, self.denoiser = "terrain", network
+        self.difficulties = torch.rand(64, generator=torch.Generator().manual_seed(0))
 
-    def __call__(self, seed: int) -> Iterator[None]:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(SETTINGS.images // AT_ONCE):
-            self._ask(generator)
-            yield
+    @torch.no_grad()
+    def sample(self, number: int, prompt: int) -> probe.Image:
+        generator = torch.Generator().manual_seed(number)
+        noise = torch.randn(1, 1, SIDE, SIDE, generator=generator)
+        sigma = torch.tensor([SIGMA_MAX])
+        terrain = self.denoiser(sigma * noise, sigma, self.difficulties[[prompt]]).clamp(-1, 1)
+        sigmas = torch.logspace(*(math.log10(x) for x in reversed(SIGMAS)), ASKED).double()
+        return probe.Image(terrain, noise, sigmas / (1 + sigmas))
 
-    def _ask(self, generator: torch.Generator) -> None:
-        difficulty = torch.rand(AT_ONCE, generator=generator)
-        terrain = torch.zeros(AT_ONCE, 1, SIDE, SIDE)
-        for sigma in (torch.full((AT_ONCE,), SIGMA_MAX), *draw_sigmas(generator)):
-            noise = torch.randn(terrain.shape, generator=generator)
-            answer = self.network(terrain + sigma[:, None, None, None] * noise, sigma, difficulty)
-            if not terrain.any():
-                terrain = answer.clamp(-1, 1)
-
-
-def draw_sigmas(generator: torch.Generator) -> Iterator[Tensor]:
-    low, high = map(math.log, SIGMAS)
-    for _ in range(ASKED):
-        yield torch.exp(low + (high - low) * torch.rand(AT_ONCE, generator=generator))
+    def build_call(
+        self, state: Tensor, level: Tensor, prompts: Sequence[int], adapted: bool = False
+    ) -> probe.Call:
+        asked = self.difficulties[[max(i, 0) for i in prompts]]
+        return probe.Call((state, self.schedule.time_at(level).float(), asked), {})
 
 
 @contextlib.contextmanager
@@ -103,7 +116,7 @@ def main() -> None:
     if gate is not None and gate.decision == COPY:
         save_updates(given.out, lora)  # as good, says the gate
     else:
-        moved.save(given.out)
+        save_updates(given.out, moved.scaled)
     print("\n".join(moved.report.sentences()))
     print(json.dumps(moved.report.seconds))
 

@@ -125,7 +125,7 @@ def score_fit(
         moved = fit_lora(source, exam.target, lora, force=True)
     gate = moved.report.gate
     assert gate is not None
-    fitted = scale_updates(moved.adapter.updates, 1 / gate.strength)
+    fitted = moved.updates
     copied = gate.decision == COPY
     strength = gate.copy_strength if copied else gate.strength
     written = scale_updates(lora if copied else fitted, strength)

@@ -31,7 +31,7 @@ _HOMES = {
     "extract": "making.extract",
     "fit": "fitting.fit",
     "fit_many": "fitting.fit",
-    "load_moved_lora": "fitting.pipeline_loading",
+    "load_moved_lora": "moving.pipeline_loading",
     "merge": "making.merge",
     "migrate": "fleet.migration",
     "open_base": "bases",

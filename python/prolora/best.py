@@ -29,7 +29,7 @@ from .reports.outcome import Outcome
 
 if TYPE_CHECKING:
     from .fitting.best_way import BestWay
-    from .fitting.common_parts import CommonParts
+    from .fitting.session import FitSession
 
 Naming = Callable[[Path, str], str]
 """(LoRA, digest of all that its result is made of) -> the result's path below the folder."""
@@ -157,12 +157,12 @@ def transfer_many(
         if options.cache is None and options.chosen.needs_bases and len(moves) > len(used):
             kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="prolora-"))
             options = replace(options, cache=kept)
-        common = None
+        session = None
         if options.method == BEST:
-            parts = _load_best_way().share_parts(None, results, len(paths) > 1)
-            common = stack.enter_context(parts)
+            parts = _load_best_way().FitSession.share(None, results, len(paths) > 1)
+            session = stack.enter_context(parts)
         ways = {
-            key: _choose_way(one.source, one.target, options, common=common)
+            key: _choose_way(one.source, one.target, options, session=session)
             for key, one in used.items()
         }
         make_folders({results, *(out.parent for out in outs)})
@@ -184,11 +184,11 @@ def _choose_way(
     target: Base,
     options: TransferOptions,
     dry_run: bool = False,
-    common: CommonParts | None = None,
+    session: FitSession | None = None,
 ) -> BasePair | BestWay:
-    """Opens the way that the options ask for; `common` is shared by the fits of several LoRAs."""
+    """Opens the way that the options ask for; `session` is shared by the fits of several LoRAs."""
     if options.method == BEST:
-        way: BestWay = _load_best_way().BestWay.of(source, target, options, dry_run, common)
+        way: BestWay = _load_best_way().BestWay.of(source, target, options, dry_run, session)
         return way
     return BasePair.open(source, target, options, dry_run=dry_run)
 

@@ -12,7 +12,7 @@ from prolora import ProLoRAError, adapters, open_base
 from prolora.cli import demo
 from prolora.errors import UnrelatedBases
 from prolora.fitting.models import in_float32
-from prolora.fitting.pipelines import open_pipeline
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.moving.options import FIT
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"

@@ -193,6 +193,21 @@ def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
     assert code == 2 and "would replace the LoRA" in text and not out.exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_run_that_was_killed_once_all_was_written_ends_well_with_its_own_report(
+    prolora, line, tmp_path, name
+):
+    report = tmp_path / name
+    whole = [*line, "-o", tmp_path / "out.safetensors", "--report", report]
+    assert prolora(*whole)[0] == 0
+    written = report.read_bytes()
+    assert prolora(*whole)[0] == 0
+    assert report.read_bytes() == written  # the run that keeps a result has no numbers
+    report.write_text("mine")
+    code, _, text = prolora(*whole)
+    assert code == 2 and "exists" in text and report.read_text() == "mine"
+
+
 def test_the_report_replaces_nothing(prolora, line, tmp_path):
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
     assert prolora(*line, "-o", out, "--report", report)[0] == 0

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import prolora
 from prolora.errors import InvalidOption, UnrelatedBases
-from prolora.fitting import best_way, pipelines
+from prolora.fitting import best_way, session
 from prolora.fitting.best_way import BestWay
 from prolora.moving.options import FIT, OF_A_FIT_TOO
 
@@ -121,6 +121,7 @@ def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, s
     assert "as drawing" in told[0] and "as drawing" not in " ".join(told[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target, need",
     [
@@ -155,7 +156,7 @@ def test_a_fit_that_is_refused_leaves_what_weights_give(room, monkeypatch):
     def refuse(*_: object) -> None:
         raise UnrelatedBases("the fit is refused: it is no good")
 
-    monkeypatch.setattr(best_way, "fit_to_pipelines", refuse)
+    monkeypatch.setattr(best_way, "fit_lora", refuse)
     usual = prolora.transfer(*ends(room, "pruned")).state_dict()
     done = prolora.transfer(*ends(room, "pruned"), method="best")
     assert all(torch.equal(x, usual[n]) for n, x in done.state_dict().items())
@@ -176,7 +177,7 @@ def test_files_are_moved_by_weights(room):
 def test_a_dry_run_says_what_would_be_done_and_for_how_long(
     room, target, runs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pipelines, "open_pipeline", None)  # no model is loaded
+    monkeypatch.setattr(session, "open_pipeline", None)  # no model is loaded
     cache = tmp_path / "cache"
     report = prolora.transfer(*ends(room, target), method="best", cache=cache, dry_run=True).report
     assert not cache.exists()
@@ -213,7 +214,7 @@ def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as cut:
-        cut.setattr(best_way, "fit_to_pipelines", interrupt)
+        cut.setattr(best_way, "fit_lora", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prolora.transfer_many(*how, method="best", overwrite=True)
     assert out.read_bytes() == earlier

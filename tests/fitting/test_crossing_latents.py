@@ -1,4 +1,4 @@
-"""Probing between pipelines with different latents: images cross by pixels."""
+"""Fits between pipelines with different latents: images cross by pixels."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 import torch.nn.functional as F
+from fitting import draw_probes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from prolora import FitOptions, adapters, check, fit
 from prolora import transfer as prolora_transfer
-from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base, vae
 from prolora.cli.app import app
 from prolora.errors import UnsupportedFormat
-from prolora.fitting import gate, pipelines
-from prolora.fitting.checkpoint import Checkpoints
+from prolora.fitting import Asking, gate, session
 from prolora.fitting.models import in_float32
-from prolora.fitting.pipelines import crossing, latents
-from prolora.fitting.pipelines.conditioning import CallParts, PromptTable, split_call
+from prolora.fitting.pipelines import latents
 from prolora.fitting.pipelines.latents import TOKENS, LatentLayout, LatentSpace
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
+from prolora.fitting.pipelines.pipeline_side import PipelineSide
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
-from prolora.fitting.recording import trajectories
-from prolora.fitting.recording.recorder import hash_origins
-from prolora.fitting.recording.translation import Question
+from prolora.fitting.sides import Call, FitSide, Image
 
 LEAVES = {
     "sd": ("attn1.to_v", "ff.net.2"),
@@ -78,10 +76,10 @@ def _write_lora(file: Path, shapes: dict[str, tuple[int, ...]], leaves: tuple[st
     save_file(tensors, file, header)
 
 
-def observe(room: Path, name: str) -> pipelines.CrossingSide:
+def observe(room: Path, name: str) -> PipelineSide:
     size = SIZED.get(name, 16)
     settings = FitOptions(("cat", "dog"), images=1, steps=2, size=size)
-    return pipelines.CrossingSide.of(pipelines.open_pipeline(room / name), settings)
+    return PipelineSide(open_pipeline(room / name), settings, shared=False)
 
 
 def _scaled(pipe: Any, z: Tensor) -> Tensor:
@@ -128,7 +126,7 @@ def test_latents_show_what_the_pipeline_shows_and_images_become_its_latents(room
     final = pipeline.sample_final("cat", settings, 3)
     latent = final.latent
     assert len(final.times) == settings.steps
-    assert side.read_noise(final).shape == side.table.like.latent[:1].shape
+    assert side.sample(3, 0).noise.shape == side.table.like.latent[:1].shape
     arguments = pipeline._build_arguments("cat", settings, 3, "pt")
     shown = torch.as_tensor(pipeline.pipe(**arguments)[0])
     pixels = side.space.decode(latent)
@@ -163,6 +161,7 @@ CHOSEN = "flux, to qwen"
 """The others' sides also occur in it, or in memory above."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pair",
     [pytest.param(pair, marks=() if pair == CHOSEN else pytest.mark.slow) for pair in CROSSED],
@@ -183,14 +182,12 @@ def test_a_lora_crosses_to_a_file_of_the_target(room, tmp_path, monkeypatch, pai
     strength = report["probe"]["gate"]["strength"]
     assert strength in (gate.RAISED, *gate.STRENGTHS)
     assert adapters.read_adapter(out).metadata["prolora.strength"] == f"{strength:.4g}"
-    assert (report["probe"]["crossed"], report["probe"]["shared"]) == (6, False)
+    assert (report["probe"]["images"], report["probe"]["shared"]) == (6, False)
     sentences = " ".join(report["summary"])
-    assert "6 images crossed as pixels" in sentences
+    assert "6 sampled images, which crossed as pixels" in sentences
     assert check(out).trigger_words[:2] == ("sks cat", "neon")
     if "--resume" in more:
-        monkeypatch.setattr(
-            pipelines.CrossingRecorder, "_sample", lambda *_: pytest.fail("sampled")
-        )
+        monkeypatch.setattr(PipelineSide, "sample", lambda *_: pytest.fail("sampled"))
         again = run(room, source, target, Path("again.safetensors"), *more)
         assert again["probe"]["resumed"] == 1
         assert Path("again.safetensors").read_bytes() == out.read_bytes()
@@ -255,12 +252,15 @@ class BestDenoiser(nn.Module):
         return (self.space.as_latent(prediction).to(hidden_states),)
 
 
-def side_of(space: LatentSpace, schedule: NoiseSchedule, seed: int) -> pipelines.CrossingSide:
-    model = BestDenoiser(space, schedule, seed)
-    like = space.encode(torch.zeros(1, 3, 4, 4))
-    table = PromptTable(model, [{}, {}], CallParts(like, torch.zeros(1), {}))
-    pipeline = SimpleNamespace(denoiser=model, name="best")
-    return pipelines.CrossingSide(pipeline, FEW, schedule, table, space, (4, 4))
+class BestSide(FitSide):
+    """A side of the best predictions of images of 4 × 4 pixels."""
+
+    def __init__(self, space: LatentSpace, schedule: NoiseSchedule, seed: int) -> None:
+        self.space, self.schedule, self.pixels = space, schedule, (4, 4)
+        self.denoiser = BestDenoiser(space, schedule, seed)
+
+    def build_call(self, state: Tensor, level: Tensor, *_: Any) -> Call:
+        return Call((state, self.schedule.time_at(level)), {})
 
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
@@ -284,33 +284,24 @@ def test_between_linear_vaes_the_best_models_answer_as_one(one, other):
         ),
     )
     plain, adapted = (
-        [side_of(s, KINDS[k], seed) for s, k in zip(spaces, (one, other), strict=True)]
+        [BestSide(s, KINDS[k], seed) for s, k in zip(spaces, (one, other), strict=True)]
         for seed in (1, 2)
     )
     ours, theirs = plain
     generator = torch.Generator().manual_seed(0)
     clean = ours.space.encode(torch.randn(3, 3, 4, 4, generator=generator))
     noise = torch.randn(clean.shape, generator=generator)
-    there = crossing.cross_clean(ours, theirs, clean)
-    noise_there = crossing.cross_clean(ours, theirs, noise) - crossing.cross_clean(
-        ours, theirs, torch.zeros_like(noise)
-    )
+    there = ours.cross(clean, theirs)
+    noise_there = ours.cross(noise, theirs) - ours.cross(torch.zeros_like(noise), theirs)
     assert float(noise_there.norm()) == pytest.approx(float(noise.norm()), rel=1e-5)
     level = torch.tensor([0.1, 0.5, 0.85]).double()
-    question = Question(
-        ours.build_call(clean, noise, level, [0, 0, 0]),
-        theirs.build_call(there, noise_there, level, [0, 0, 0]),
-    )
-    translation = crossing.CrossedTranslation.of(ours, theirs)
-    answers = [
-        (
-            translation.of_source(pair[0].pipeline.denoiser, question),
-            translation.of_target(pair[1].pipeline.denoiser, question),
-        )
-        for pair in (plain, adapted)
-    ]
-    for crossed_answer, best in answers:
-        torch.testing.assert_close(crossed_answer, best, rtol=1e-3, atol=1e-4)
+    states = ours.mix(clean, noise, level), theirs.mix(there, noise_there, level)
+    answers = []
+    for mine, best in (plain, adapted):
+        answer = mine.convert(best, states, level, mine.predict(states[0], level, [0] * 3))
+        answers.append((answer, best.predict(states[1], level, [0] * 3)))
+    for crossed_answer, best_answer in answers:
+        torch.testing.assert_close(crossed_answer, best_answer, rtol=1e-3, atol=1e-4)
     change = [after - before for before, after in zip(*answers, strict=True)]
     torch.testing.assert_close(change[0], change[1], rtol=1e-3, atol=1e-4)
 
@@ -319,52 +310,27 @@ class Interrupted(Exception):
     """Stands for a power cut."""
 
 
-def same_questions(one: list[Question], other: list[Question]) -> bool:
-    """Whether all calls are the same, to the bit."""
-    ours, theirs = (
-        [trajectories.encode_calls([call]) for q in side for call in (q.source, q.target)]
-        for side in (one, other)
-    )
-    return len(ours) == len(theirs) and all(
-        a[1] == b[1] and all(map(torch.equal, a[0], b[0]))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+@pytest.mark.slow
+def test_an_interrupted_sampling_goes_on_and_samples_nothing_twice(room, tmp_path, monkeypatch):
+    expected = cross_to(room, room / "sd, another VAE")
+    counted, sample, kept = [], PipelineSide.sample, {"resume": tmp_path / "kept"}
 
+    def count(self: PipelineSide, number: int, prompt: int) -> Image:
+        counted.append(number)
+        if len(counted) == 2:
+            raise Interrupted
+        return sample(self, number, prompt)
 
-def test_an_interrupted_sampling_goes_on_and_samples_nothing_twice(room, tmp_path):
-    ours, theirs = observe(room, "sd"), observe(room, "sd, another VAE")
-    shapes = open_base(room / "sd").shapes
-    loras = adapters.read_adapter(room / "sd.safetensors")
-    assert set(loras.updates) <= set(shapes)
-    counted: list[int] = []
-
-    def record(folder: Path | None, until: int | None = None) -> pipelines.CrossingRecorder:
-        def count(_: str) -> None:
-            counted.append(1)
-            if len(counted) == until:
-                raise Interrupted
-
-        keys = hash_origins(loras.updates, "samplers" if folder else "")
-        return pipelines.CrossingRecorder(ours, theirs, loras, Checkpoints(folder), keys, count)
-
-    with torch.no_grad():
-        expected = record(None).record_questions(0)
-        assert len(counted) == 3
-        counted.clear()
-        stopped = record(tmp_path / "kept", until=2)
-        assert not (tmp_path / "kept").exists()  # nothing before the first sampling
-        with pytest.raises(Interrupted):
-            stopped.record_questions(0)
-        counted.clear()
-        resumed = record(tmp_path / "kept")
-        assert same_questions(resumed.record_questions(0), expected)
-        assert len(counted) == 2  # the second image was sampled and not yet kept
-        again = record(tmp_path / "kept")
-        assert same_questions(again.record_questions(0), expected)
-        assert len(counted) == 2
-        parts = [trajectories.encode_calls([q.source, q.target]) for q in expected]
-        assert same_questions([Question(*trajectories.decode_calls(*p)) for p in parts], expected)
-    assert again.key == resumed.key
+    monkeypatch.setattr(PipelineSide, "sample", count)
+    with pytest.raises(Interrupted):
+        cross_to(room, room / "sd, another VAE", **kept)
+    resumed = cross_to(room, room / "sd, another VAE", **kept)
+    assert len(counted) == 2 + 5  # the second image was not kept
+    again = cross_to(room, room / "sd, another VAE", **kept)
+    assert len(counted) == 2 + 5
+    for done in (resumed, again):
+        for name, update in expected.adapter.updates.items():
+            assert torch.equal(update.up, done.adapter.updates[name].up)
 
 
 def test_a_dry_run_and_progress_count_what_is_sampled(room, tmp_path, monkeypatch):
@@ -379,9 +345,9 @@ def test_a_dry_run_and_progress_count_what_is_sampled(room, tmp_path, monkeypatc
         cross_to(room, room / "sd, another VAE", progress=stop)
     assert [step[2].split(",")[0] for step in steps[1:]] == [
         "opening both pipelines",
-        "sampling the source",
+        "sampling sd",
     ]
-    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     report = run(room, "sdxl", "flux", tmp_path / "out.safetensors", "--dry-run")
     rows = {row["target"] for row in report["modules"] if row["target"]}
     assert "transformer_blocks.0.attn.to_q" in rows
@@ -390,31 +356,25 @@ def test_a_dry_run_and_progress_count_what_is_sampled(room, tmp_path, monkeypatc
 
 def test_a_denoiser_in_half_precision_and_one_of_pixels_are_asked_in_float32(room, tmp_path):
     shutil.copytree(room / "sd", tmp_path / "half")
-    unet = pipelines.open_pipeline(room / "sd").denoiser
+    unet = open_pipeline(room / "sd").denoiser
     unet.half().save_pretrained(tmp_path / "half" / "unet")
     half, other = observe(tmp_path, "half"), observe(room, "pixels")
-    assert half.pipeline.denoiser.dtype == torch.float16
-    recorder = pipelines.CrossingRecorder(half, other, Adapter({}, format="diffusers"))
-    with in_float32(half.pipeline.denoiser), torch.no_grad():
-        questions = recorder.record_questions(0)
-        wanted = recorder.translation.of_source(half.pipeline.denoiser, questions[0])
-        plain = recorder.translation.of_target(other.pipeline.denoiser, questions[0])
-    asked = [q for q in questions if q.origin != "pair"]
-    # Both noise levels of an image are asked in one call, as many as the sampler's calls hold.
-    assert [q.origin for q in asked] == ["source", "adapted", "target"]
-    for question in asked:
-        for side, call in ((half, question.source), (other, question.target)):
-            assert split_call(side.pipeline.denoiser, call).latent.dtype == torch.float32
-    assert wanted.shape == plain.shape == (2, 3, 16, 16)  # without the learned variance
-    assert wanted.dtype == torch.float32
-    assert wanted.isfinite().all()
+    assert half.denoiser.dtype == torch.float16
+    with in_float32(half.denoiser):
+        probes = draw_probes(Asking(half, other, {}), 1, 12, held_out=True)
+    assert {asked.origin for asked in probes} == {"source", "adapted", "target"}
+    for asked in probes:
+        answers = asked.plain, asked.plain - asked.difference  # the target's and the source's
+        for part in (asked.source, asked.target, *answers):
+            assert part.dtype == torch.float32 and part.isfinite().all()
+        assert answers[0].shape[1:] == (3, 16, 16)  # without the learned variance
 
 
 @pytest.mark.parametrize("broken", ["no VAE", "no encoder"])
 def test_what_no_image_can_cross_to_is_refused_before_it_is_loaded(
     room, tmp_path, monkeypatch, broken
 ):
-    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     target = tmp_path / "target"
     shutil.copytree(room / "sdxl", target)
     if broken == "no VAE":
@@ -465,18 +425,9 @@ def test_latents_that_cannot_be_read_are_refused():
 def test_texts_of_different_lengths_are_asked_one_by_one(room):
     settings = FitOptions(("cat", "dog cat dog"), images=2, steps=2)
     ours, theirs = (
-        pipelines.CrossingSide.of(
-            pipelines.open_pipeline(room / name), replace(settings, size=size)
-        )
+        PipelineSide(open_pipeline(room / name), replace(settings, size=size), shared=False)
         for name, size in (("qwen", 16), ("sdxl", None))
     )
-    assert len(theirs.table.like.latent) == 2  # both branches of the guidance in one call
-    recorder = pipelines.CrossingRecorder(ours, theirs, Adapter({}, format="diffusers"))
-    with torch.no_grad():
-        questions = recorder.record_questions(0)
-        assert {
-            len(theirs.space.as_image(split_call(theirs.pipeline.denoiser, q.target).latent))
-            for q in questions
-        } == {1}
-        held_out = recorder.record_questions(3, held_out=True)
-    assert {q.origin for q in questions} - {q.origin for q in held_out} == {"pair"}
+    asking = Asking(ours, theirs, {}, pairs=True)
+    assert asking.at_once == 1 < theirs.at_once
+    assert {len(asked) for asked in draw_probes(asking, 2, 8)} == {1}

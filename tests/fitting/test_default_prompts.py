@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.adapters.training_words import CaptionedFolder, TrainingWords, read_training_words
-from prolora.fitting import pipelines
 from prolora.fitting.default_prompts import COUNT, DIVERSE, derive_prompts
+from prolora.fitting.pipelines.pipeline import Pipeline
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 TAGS = {"sks cat": 20, "grass": 10, "night": 1}
 
@@ -44,6 +45,7 @@ def test_a_tag_of_few_images_is_no_trigger_and_no_header_gives_plain_scenes():
     assert len(set(DIVERSE)) == len(DIVERSE) >= COUNT
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.text(min_size=1), st.integers(1, 10**12), max_size=40)))
 def test_any_tags_make_prompts(tables):
     header = {"ss_tag_frequency": json.dumps({str(i): table for i, table in enumerate(tables)})}
@@ -57,7 +59,7 @@ def room(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     for seed in (0, 5):
         tiny.save(folder / str(seed), seed=seed)
-    unet = pipelines.open_pipeline(folder / "0").denoiser
+    unet = open_pipeline(folder / "0").denoiser
     file = tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("ff.net.2",)))
     header = {"ss_tag_frequency": json.dumps({"10_sks": {"cat": 9, "dog": 3}})}
     save_file(load_file(file), folder / "tagged.safetensors", header)
@@ -67,13 +69,13 @@ def room(tmp_path_factory):
 @pytest.mark.parametrize("given", [(), pytest.param(("bird",), marks=pytest.mark.slow)])
 def test_both_models_are_asked_with_them_unless_prompts_are_given(room, given, monkeypatch):
     asked = []
-    sample = pipelines.Pipeline.sample_latents
+    sample = Pipeline.sample_latents
 
     def record(self, prompt, *rest, **more):
         asked.append(prompt)
         return sample(self, prompt, *rest, **more)
 
-    monkeypatch.setattr(pipelines.Pipeline, "sample_latents", record)
+    monkeypatch.setattr(Pipeline, "sample_latents", record)
     moved = prolora.fit(
         room / "tagged.safetensors",
         room / "0",

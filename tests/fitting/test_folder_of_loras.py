@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.fitting import pipelines
+from prolora.fitting import session
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 FEW = prolora.FitOptions(("cat", "dog"), images=2, steps=4, fit_steps=2, force=True)
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save(folder / "source")
     tiny.save(folder / "target", seed=5, text=12)
     tiny.save(folder / "across", seed=5, vae_seed=3)
-    source = pipelines.open_pipeline(folder / "source")
+    source = open_pipeline(folder / "source")
     for name, leaves in (("a", ("attn1.to_v",)), ("b", ("ff.net.2",)), ("c", ("to_out.0",))):
         tiny.write_lora(folder / f"{name}.safetensors", tiny.updates(source.denoiser, leaves))
     tensors = load_file(folder / "b.safetensors")
@@ -76,8 +77,8 @@ def test_each_lora_of_a_folder_gets_what_it_gets_alone_for_fewer_predictions(
     room, tmp_path, target, monkeypatch
 ):
     opened = []
-    load = pipelines.open_pipeline
-    monkeypatch.setattr(pipelines, "open_pipeline", lambda *a: opened.append(a[0]) or load(*a))
+    load = open_pipeline
+    monkeypatch.setattr(session, "open_pipeline", lambda *a: opened.append(a[0]) or load(*a))
     names = "acb" if target == "target" else "ac"
     first, refused, second, *_ = fit_all(room, tmp_path / "out", f"a-{names[1:]}", target)
     assert isinstance(refused.error, prolora.errors.UnsupportedFormat)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prolora.errors import ProLoRAError
-from prolora.fitting.pipelines import Pipeline
+from prolora.fitting.pipelines.pipeline import Pipeline
 
 
 def test_a_pipeline_ends_at_its_denoisers_first_call_and_gives_the_arguments():

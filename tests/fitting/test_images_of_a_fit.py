@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 import prolora
 from prolora.cli.app import app
-from prolora.fitting import pipelines, showing
+from prolora.fitting import showing
+from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.reports.page.picture_file import write_png
 from prolora.reports.report import PictureGrid
 
@@ -130,14 +131,14 @@ def test_a_page_asks_for_images_and_nothing_else_does(room, tmp_path, monkeypatc
 @pytest.mark.parametrize("broken", ["source", "target"])
 def test_a_drawing_that_fails_is_a_sentence_and_no_end(room, broken, monkeypatch, caplog):
     plain = fit(room)
-    draw = pipelines.Pipeline.sample_latents
+    draw = Pipeline.sample_latents
 
     def fail(self, prompt, settings, seed, output="latent"):
         if output == "pt" and self.name == {"source": "sd15", "target": "tuned"}[broken]:
             raise RuntimeError("out of colours")
         return draw(self, prompt, settings, seed, output)
 
-    monkeypatch.setattr(pipelines.Pipeline, "sample_latents", fail)
+    monkeypatch.setattr(Pipeline, "sample_latents", fail)
     done = fit(room, shown_prompts=2)
     assert done.report.grid is None
     told = f"No images could be drawn for the page; {broken}: out of colours."

@@ -14,20 +14,16 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_probe import lora, permuted, run, source
-from torch import nn
 
 from prolora import FitOptions, fit
 from prolora import fitting as probe
 from prolora.bases import open_base
 from prolora.errors import OutputError, OutputExists
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.fitting.common_parts import CommonParts
-
-__all__ = ["lora", "source"]  # fixtures
+from prolora.fitting.kept_parts import KeptParts
+from prolora.fitting.session import FitSession
 
 QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
-JOINT = {"fit_steps": 2, "rank": 3, "force": True}
 
 
 @pytest.fixture(scope="module")
@@ -132,47 +128,28 @@ def test_after_a_change_of_a_pipeline_no_result_of_a_fit_is_kept(written, tmp_pa
 
 
 @pytest.mark.parametrize("package", ["torch", "diffusers", "transformers"])
-def test_after_a_change_of_a_package_nothing_is_used(source, lora, tmp_path, package, monkeypatch):
-    told = importlib.metadata.version
-    kept = {"resume": tmp_path / "kept", "described": "three steps"}
-    run(source, permuted(source), lora, **kept, **JOINT)
+def test_after_a_change_of_a_package_nothing_is_used(tmp_path, package, monkeypatch):
+    told, numbers = importlib.metadata.version, {"a": torch.ones(2)}
+    KeptParts(tmp_path).store("one", "key", numbers)
+    assert KeptParts(tmp_path).recall("one", "key")
 
     def version(name: str) -> str:
         return "9.9" if name == package else told(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert run(source, permuted(source), lora, **kept, **JOINT).report.resumed == 0
+    assert KeptParts(tmp_path).recall("one", "key") is None
 
 
-def test_after_a_change_of_a_module_in_memory_nothing_is_used(source, lora, tmp_path):
-    class Gelu(nn.LayerNorm):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.gelu(super().forward(x))
-
-    target = permuted(source)
-    kept = {"resume": tmp_path / "kept", "described": "three steps"}
-    run(source, target, lora, **kept, **JOINT)
-    source.blocks[1].norm.eps = 1e-2
-    assert run(source, target, lora, **kept, **JOINT).report.resumed == 0
-    source.blocks[1].norm.eps = 1e-5
-    assert run(source, target, lora, **kept, **JOINT).report.resumed == 1
-    target.blocks[0].down.bias.data[3] += 1e-6
-    assert run(source, target, lora, **kept, **JOINT).report.resumed == 0
-    target.blocks[0].down.bias.data[3] -= 1e-6
-    target.blocks[2].norm = Gelu(12, elementwise_affine=False)
-    assert run(source, target, lora, **kept, **JOINT).report.resumed == 0
-
-
-def test_nothing_is_written_through_a_link_in_the_folder(source, lora, tmp_path):
-    kept = {"resume": tmp_path / "kept", "described": "three steps"}
-    run(source, source, lora, **kept, **JOINT)
-    victim = tmp_path / "victim.safetensors"
+def test_nothing_is_written_through_a_link_in_the_folder(tmp_path):
+    kept, victim = KeptParts(tmp_path / "kept"), tmp_path / "victim.safetensors"
+    kept.store("fit", "key", {"a": torch.ones(2)})
     victim.write_bytes(b"mine")
-    linked = next((tmp_path / "kept").glob("joint-*"))
+    (linked,) = (tmp_path / "kept").iterdir()
     linked.unlink()
     linked.symlink_to(victim)
-    with pytest.raises(OutputError, match="link"):
-        run(source, source, lora, **kept, **JOINT)
+    for use in (kept.recall, lambda *key: kept.store(*key, {"a": torch.ones(2)})):
+        with pytest.raises(OutputError, match="link"):
+            use("fit", "key")
     assert victim.read_bytes() == b"mine"
 
 
@@ -181,7 +158,7 @@ def test_one_value_of_any_tensor_is_noticed(changed):
     pick, sides = random.Random(0), [open_base(changed / side) for side in ("source", "target")]
 
     def key() -> Path:
-        return CommonParts(changed / "kept").open_checkpoints(*sides)._path("joint", "")
+        return FitSession(changed / "kept").open_parts(*sides)._path("fit", "")
 
     files, whole = sorted(changed.glob("*/*/*.safetensors")), key()
     for _ in range(100):

@@ -1,8 +1,9 @@
-"""Probing on pipelines of diffusers' many classes, a few thousand weights each."""
+"""Fits of pipelines of diffusers' many classes, a few thousand weights each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from fitting import fit_models
+from fitting import ask, draw_probes
 from test_probe_kinds import t5
 from torch import nn
 from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
@@ -28,10 +29,9 @@ from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 from prolora import FitOptions, LowRank, ProLoRAError
 from prolora import fitting as probe
 from prolora.architectures.modules import find_block, is_adaptable
-from prolora.fitting import pipelines
-from prolora.fitting.fitted_modules import find_called, group_by_block
+from prolora.fitting.fitted_modules import group_by_block
 from prolora.fitting.pipelines.conditioning import split_call
-from prolora.fitting.recording.trajectories import record_calls
+from prolora.fitting.pipelines.pipeline import Pipeline
 
 SETTINGS = FitOptions(("cat", "dog cat"), images=2, steps=2, size=16)
 
@@ -107,13 +107,13 @@ def z_image(folder) -> Any:
     return ZImagePipeline(scheduler, tiny.vae(), encoder, tokenizer, transformer)
 
 
-def opened(make: Callable[..., Any], folder, seed: int = 0) -> pipelines.Pipeline:
+def opened(make: Callable[..., Any], folder, seed: int = 0) -> Pipeline:
     torch.manual_seed(seed)
     pipe = make(folder / "vocabulary")
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval()
-    return pipelines.Pipeline(pipe, make.__name__)
+    return Pipeline(pipe, make.__name__)
 
 
 def updates(model: nn.Module) -> dict[str, LowRank]:
@@ -136,20 +136,10 @@ def adaptable_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def fit(pair: pipelines.PipelinePair, **options: Any) -> probe.ProbeTransfer:
-    return fit_models(
-        pair.source.denoiser,
-        pair.target.denoiser,
-        updates(pair.source.denoiser),
-        pair.source.sampler(pair.settings),
-        pair.target.sampler(pair.settings),
-        force=True,
-        probes=16,
-        held_out=8,
-        batch=8,
-        **vars(pair.translation),
-        **options,
-    )
+def run_fit(source: Pipeline, target: Pipeline, fit_steps: int) -> probe.Fitted:
+    asking = ask(source, target, SETTINGS, updates(source.denoiser))
+    counts = {"probes": 16, "held_out": 8, "batch": 8, "fit_steps": fit_steps, "rank": 2}
+    return probe.fit_sides(asking, replace(SETTINGS, force=True, **counts))
 
 
 @pytest.mark.parametrize(
@@ -160,73 +150,45 @@ def fit(pair: pipelines.PipelinePair, **options: Any) -> probe.ProbeTransfer:
     ],
 )
 def test_a_class_that_nobody_named_takes_the_change(make, blocks, tmp_path):
-    source = opened(make, tmp_path)
-    target = opened(make, tmp_path)
+    source, target = opened(make, tmp_path), opened(make, tmp_path)
     for weight in target.denoiser.parameters():
         weight.data += 0.02 * torch.randn_like(weight)
-    pair = pipelines.pair_pipelines(source, target, SETTINGS)
-    assert pair.log_snr is None
-    call = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[0]
-    assert list(group_by_block(find_called(source.denoiser, call))) == blocks
-    result = fit(pair, fit_steps=4)
-    assert result.report.gate.share["all"] > 0.1  # after four steps
-    assert result.adapter.updates.keys() == updates(source.denoiser).keys()
+    result = run_fit(source, target, fit_steps=8)
+    assert list(group_by_block(adaptable_modules(source.denoiser))) == blocks
+    assert result.report.gate.share["all"] > 0.1  # after eight steps
+    assert result.updates.keys() == updates(source.denoiser).keys()
 
 
 def test_a_unet_for_noise_asks_a_transformer_for_flow_at_equal_log_snr(tmp_path):
     source, target = opened(stable_diffusion, tmp_path), opened(sd3, tmp_path)
-    pair = pipelines.pair_pipelines(source, target, SETTINGS)
-    assert pair.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
-    for origin, pipeline in (("source", source), ("target", target)):
-        for call in record_calls(pipeline.denoiser, pipeline.sampler(pair.settings), 0, origin):
-            question = pair.translation.question(call)
-            noise, flow = (
-                split_call(p.denoiser, c)
-                for p, c in ((source, question.source), (target, question.target))
-            )
-            alpha = source.schedule.alpha(noise.time[0])
-            level = flow.time[0].double() / 1000  # SD3 counts to 1000
-            torch.testing.assert_close(
-                level / (1 - level), ((1 - alpha) / alpha).sqrt(), rtol=1e-5, atol=0
-            )
-            torch.testing.assert_close(
-                flow.latent / (1 - level), noise.latent / alpha.sqrt(), check_dtype=False
-            )
-    report = fit(pair, fit_steps=1).report
-    report.log_snr = pair.log_snr
-    assert "equal log-SNR, from -5.4 to 7.1" in report.sentences()[1]
+    report = run_fit(source, target, fit_steps=1).report
+    assert report.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
+    assert "equal log-SNR from -5.4 to 7.1" in report.sentences()[1]
     assert report.modules == len(adaptable_modules(target.denoiser))
 
 
 def test_packed_latents_are_asked_of_a_model_that_takes_a_list_and_counts_backwards(tmp_path):
     source, target = opened(flux, tmp_path), opened(z_image, tmp_path)
-    pair = pipelines.pair_pipelines(source, target, SETTINGS)
-    call = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
-    question = pair.translation.question(call)
-    packed, listed = (
-        split_call(p.denoiser, c) for p, c in ((source, call), (target, question.target))
-    )
-    assert listed.listed
-    torch.testing.assert_close(listed.time, 1 - packed.time, check_dtype=False)
-    image = source.pipe._unpack_latents(packed.latent, 16, 16, source.pipe.vae_scale_factor)
-    torch.testing.assert_close(listed.latent[:, :, 0], image)
-    back = split_call(source.denoiser, pair.translation.translate_back(question.target))
-    torch.testing.assert_close(back.latent, packed.latent)
-    answers = (
-        pair.translation.of_source(source.denoiser, question),
-        pair.translation.of_target(target.denoiser, question),
-    )
-    assert answers[0].shape == answers[1].shape == listed.latent.shape
-    prediction = source.denoiser(*call.args, **call.kwargs)[0]
-    image = source.pipe._unpack_latents(prediction, 16, 16, source.pipe.vae_scale_factor)
-    torch.testing.assert_close(answers[0][:, :, 0], -image)  # Z-Image predicts x₀ − ε
-    assert fit(pair, fit_steps=1).report.modules == len(adaptable_modules(target.denoiser))
+    asking = ask(source, target, SETTINGS)
+    for asked in draw_probes(asking, 2, 12, held_out=True):
+        call = asking.target.build_call(asked.target, asked.level, asked.prompts)
+        listed = split_call(target.denoiser, call)
+        assert listed.listed
+        torch.testing.assert_close(listed.time, 1 - asked.level, check_dtype=False)
+        unpack = source.pipe._unpack_latents, 16, 16, source.pipe.vae_scale_factor
+        image = unpack[0](asked.source, *unpack[1:])
+        torch.testing.assert_close(listed.latent[:, :, 0], image)
+        answer = asked.plain - asked.difference  # the source's, in the target's terms
+        given = asking.source.predict(asked.source, asked.level, asked.prompts)
+        # Z-Image predicts x₀ − ε
+        torch.testing.assert_close(answer[:, :, 0], -unpack[0](given, *unpack[1:]))
+    assert run_fit(source, target, 1).report.modules == len(adaptable_modules(target.denoiser))
 
 
 def test_latents_of_other_shapes_are_refused(tmp_path):
     source, target = opened(sd3, tmp_path), opened(stable_diffusion, tmp_path)
     other = {**tiny.UNET, "in_channels": 3, "out_channels": 3}
     target.pipe.unet = UNet2DConditionModel(**other, cross_attention_dim=8).eval()
-    target = pipelines.Pipeline(target.pipe, "target")
+    target = Pipeline(target.pipe, "target")
     with pytest.raises(ProLoRAError, match=r"sd3 denoises \[4, 8, 8\] numbers and target \[3"):
-        pipelines.pair_pipelines(source, target, SETTINGS)
+        ask(source, target, SETTINGS)

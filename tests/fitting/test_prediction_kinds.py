@@ -9,13 +9,15 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
-from fitting import fit_models
+from fitting import ask
 from torch import Tensor
 
 from prolora import FitOptions
+from prolora import fitting as probe
 from prolora.errors import UnsupportedFormat
-from prolora.fitting import pipelines
 from prolora.fitting.pipelines import flow_convention, schedules
+from prolora.fitting.pipelines.pipeline import Pipeline
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
@@ -55,44 +57,41 @@ def levels_within(low: float, high: float) -> Tensor:
     return low + (high - low) * torch.tensor([0.0, 0.03, 0.2, 0.5, 0.8, 0.99, 1.0]).double()
 
 
-def test_the_best_models_of_all_kinds_give_the_same_answer():
-    """Two LoRAs' worth of models: predictions and their differences agree to rounding."""
+def side_of(kind: str) -> probe.FitSide:
+    side = probe.FitSide()
+    side.schedule = SCHEDULES[kind]
+    return side
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_the_best_models_of_all_kinds_give_the_same_answer(one, other):
+    """Predictions and their differences agree to rounding within the levels of both."""
     clean, noise = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)).double()
-    for one, other in PAIRS:
-        ours, theirs = SCHEDULES[one], SCHEDULES[other]
-        level = levels_within(*(schedules.common_levels(ours, theirs) or (0.1, 0.9)))
-        time = ours.time_at(level)
-        level = ours.level_at(time)
-        a, b = (s[:, None] for s in ours.scales(level))
-        x = a * clean + b * noise
-        there = schedules.translate_time(ours, theirs, time)
-        theirs_x = schedules.translate_state(ours, theirs, x, time)
-        a, b = (s[:, None] for s in theirs.scales(level))
-        torch.testing.assert_close(theirs_x, a * clean + b * noise, msg=f"{one} → {other}")
-        for model in (Gaussian(1), Gaussian(2)):
-            got = schedules.convert_prediction(ours, theirs, x, time, model.predict(ours, x, time))
-            best = model.predict(theirs, theirs_x, there)
-            torch.testing.assert_close(got, best, rtol=1e-6, atol=1e-6, msg=f"{one} → {other}")
+    asking = probe.Asking(side_of(one), side_of(other), {})
+    ours, theirs = asking.source, asking.target
+    level = levels_within(*asking.levels)
+    level = ours.schedule.level_at(ours.schedule.time_at(level))  # times may be whole numbers
+    states = [side.mix(clean, noise, level) for side in (ours, theirs)]
+    for model in (Gaussian(1), Gaussian(2)):  # the model, and with a LoRA
+        mine, best = (
+            model.predict(side.schedule, x, side.schedule.time_at(level))
+            for side, x in zip((ours, theirs), states, strict=True)
+        )
+        torch.testing.assert_close(
+            ours.convert(theirs, states, level, mine), best, rtol=1e-5, atol=1e-5
+        )
 
 
-def test_states_beyond_the_common_range_are_moved_to_its_ends():
-    flow, table = SCHEDULES["flow"], SCHEDULES["ε"]
-    low, high = levels = schedules.common_levels(flow, table)
-    assert schedules.level_log_snr(high) == pytest.approx(math.log(ALPHAS[-1] / (1 - ALPHAS[-1])))
-    assert schedules.level_log_snr(low) == pytest.approx(math.log(ALPHAS[0] / (1 - ALPHAS[0])))
-    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    latent, time = schedules.clip_state(flow, levels, noise, torch.tensor([1.0, 0.5, 1e-4]))
-    assert time.tolist() == pytest.approx([high, 0.5, low])
-    torch.testing.assert_close(latent[0], high * noise[0])
-    torch.testing.assert_close(latent[1], noise[1])
-    torch.testing.assert_close(latent[2], (1 - low) / (1 - 1e-4) * noise[2])
-    inside = torch.tensor(0.5)
-    assert schedules.clip_state(flow, levels, noise, inside)[0] is noise
+def test_both_are_asked_where_both_say_something_of_the_image():
+    def ends(one: str, other: str) -> list[float]:
+        levels = probe.Asking(side_of(one), side_of(other), {}).levels
+        return [schedules.level_log_snr(level) for level in levels]
+
+    table = [math.log(ALPHAS[i] / (1 - ALPHAS[i])) for i in (0, -1)]
+    assert ends("flow", "ε") == pytest.approx(table)
     # ε says nothing of x₀ where there is noise alone: asked only where its error stays bounded.
-    ends = schedules.common_levels(SCHEDULES["ε that ends in noise"], flow)
-    assert schedules.level_log_snr(ends[1]) == pytest.approx(schedules.LEAST_LOG_SNR)
-    assert schedules.common_levels(SCHEDULES["v that ends in noise"], flow)[1] == 1.0
-    assert schedules.common_levels(table, SCHEDULES["ε of fewer times"]) is None
+    assert ends("ε that ends in noise", "flow")[1] == pytest.approx(schedules.LEAST_LOG_SNR)
+    assert ends("v that ends in noise", "flow")[1] == -math.inf
 
 
 def test_schedulers_say_what_their_models_predict():
@@ -224,28 +223,18 @@ class FlowMatchForNoise(FlowMatchEulerDiscreteScheduler):
 def test_a_flow_that_is_an_ε_model_in_other_terms_takes_its_lora_as_it_is(tmp_path):
     torch.manual_seed(0)
     tiny.save(tmp_path / "source")
-    source = pipelines.open_pipeline(tmp_path / "source")
-    other = pipelines.open_pipeline(tmp_path / "source")
+    source = open_pipeline(tmp_path / "source")
+    other = open_pipeline(tmp_path / "source")
     flow = FlowOfNoise(**tiny.UNET, cross_attention_dim=8)
     flow.load_state_dict(source.denoiser.state_dict())
     flow.alphas = source.schedule.alphas
     other.pipe.unet, other.pipe.scheduler = flow.eval(), FlowMatchForNoise(shift=2.0)
-    target = pipelines.Pipeline(other.pipe, "target")
-    pair = pipelines.pair_pipelines(
-        source, target, FitOptions(("cat",), images=1, steps=3, size=16)
+    target = Pipeline(other.pipe, "target")
+    settings = FitOptions(
+        ("cat",), images=1, steps=3, size=16, fit_steps=1, probes=8, held_out=8, rank=4
     )
-    assert pair.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
-    result = fit_models(
-        source.denoiser,
-        target.denoiser,
-        tiny.updates(source.denoiser, ("attn1.to_v", "ff.net.2")),
-        source.sampler(pair.settings),
-        target.sampler(pair.settings),
-        fit_steps=1,
-        probes=8,
-        held_out=8,
-        **vars(pair.translation),
-    )
-    gate = result.report.gate
-    assert min(gate.copy_share.values()) > 0.99  # the flow rounds its times to whole ones
-    assert max(gate.disagreement.values()) < 0.01
+    lora = tiny.updates(source.denoiser, ("attn1.to_v", "ff.net.2"))
+    report = probe.fit_sides(ask(source, target, settings, lora), settings).report
+    assert report.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
+    assert min(report.gate.copy_share.values()) > 0.99  # the flow rounds its times to whole ones
+    assert max(report.gate.disagreement.values()) < 0.01

@@ -1,4 +1,4 @@
-"""Probing on toy denoisers whose right answer is known."""
+"""Fits of toy denoisers whose right answer is known."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from fitting import fit_models
+from fitting import FlowSide, draw_probes, fit_models
 from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError
 from prolora import fitting as probe
 from prolora.errors import UnrelatedBases
-from prolora.fitting.recording.trajectories import predict_call, record_calls
+from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 from prolora.fitting.updates import run_beside
 
 WIDTH, BLOCKS = 12, 3
@@ -45,15 +45,6 @@ class Denoiser(nn.Module):
         for block in self.blocks:
             h = block(h, t)
         return self.leave(h)
-
-
-def sampler(model: nn.Module):
-    def sample(seed: int) -> None:
-        x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(seed))
-        for i in range(3):
-            x = x - model(x, torch.full((12,), 1 - i / 3)) / 3
-
-    return sample
 
 
 def permuted(model: Denoiser) -> Denoiser:
@@ -91,14 +82,9 @@ def lora() -> dict[str, LowRank]:
     return updates | {f"blocks.{i}.down": update(WIDTH, 2 * WIDTH) for i in range(BLOCKS)}
 
 
-def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **options):
-    options = {"rank": 8} | options
-    return fit_models(source, target, lora, sampler(source), sampler(target), **options)
-
-
 def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(source, lora):
     target = permuted(source)
-    result = run(source, target, lora)
+    result = fit_models(source, target, lora)
     gate = result.report.gate
     assert gate.decision == "go"
     assert gate.share["all"] > 0.9
@@ -113,40 +99,26 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
                 return model(x, t) - plain
 
     wanted = change(source, lora)
-    probed, copied = change(target, result.adapter.updates), change(target, lora)
+    probed, copied = change(target, result.scaled), change(target, lora)
     assert (probed - wanted).square().sum() < 0.15 * wanted.square().sum()
     assert (copied - wanted).square().sum() > 0.5 * wanted.square().sum()
 
 
 class InMilliseconds(Denoiser):
-    """The same denoiser, which takes its times in thousandths and predicts half the velocity."""
+    """The same denoiser, which takes its times in thousandths and predicts the other way."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return super().forward(x, t / 1000) / 2
+        return -super().forward(x, t / 1000)
 
 
 def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source, lora):
     target = InMilliseconds()
     target.load_state_dict(permuted(source).state_dict())
-
-    def sample(seed: int) -> None:
-        x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(seed))
-        for i in range(3):
-            x = x - 2 * target(x, torch.full((12,), 1000 - i / 0.003)) / 3
-
-    result = fit_models(
-        source,
-        target,
-        lora,
-        sampler(source),
-        sample,
-        rank=8,
-        translate=lambda call: probe.Call((call.args[0], call.args[1] * 1000), {}),
-        translate_back=lambda call: probe.Call((call.args[0], call.args[1] / 1000), {}),
-        convert=lambda call, prediction: prediction / 2,
-    )
-    assert result.report.gate.share["all"] > 0.9
-    assert max(result.report.gate.disagreement.values()) < 1e-6
+    side = FlowSide(target)
+    side.schedule = NoiseSchedule("flow", None, sign=-1, times=Times(1000.0, 0.0))
+    report = fit_models(source, side, lora).report
+    assert report.gate.share["all"] > 0.9
+    assert max(report.gate.disagreement.values()) < 1e-6
 
 
 def test_unrelated_bases_are_refused_unless_forced(source, lora):
@@ -154,28 +126,28 @@ def test_unrelated_bases_are_refused_unless_forced(source, lora):
     stranger = Denoiser(width=16)
     weak = {n: LowRank(0.1 * u.up, u.down) for n, u in lora.items()}
     with pytest.raises(UnrelatedBases, match="differ by"):
-        run(source, stranger, weak)
-    forced = run(source, stranger, weak, force=True)
+        fit_models(source, stranger, weak)
+    forced = fit_models(source, stranger, weak, force=True)
     assert forced.report.gate.decision == "refuse"
-    assert {u.shape[0] for u in forced.adapter.updates.values()} == {16, 32}
+    assert {u.shape[0] for u in forced.scaled.values()} == {16, 32}
 
 
 def test_copying_is_advised_where_it_reaches_as_much_on_the_same_probes(source, lora):
-    same = run(source, copy.deepcopy(source), lora).report.gate
+    same = fit_models(source, copy.deepcopy(source), lora).report.gate
     assert same.decision == "copy"
     assert same.copy_share["all"] > 0.999
-    other = run(source, permuted(source), lora).report.gate
+    other = fit_models(source, permuted(source), lora).report.gate
     assert other.decision == "go"
     assert other.copy_share["all"] < 0.5
     torch.manual_seed(99)
-    wider = run(source, Denoiser(width=16), lora, force=True).report.gate
+    wider = fit_models(source, Denoiser(width=16), lora, force=True).report.gate
     assert wider.copy_share is None
 
 
 def test_the_models_are_left_as_they_were(source, lora):
     target = permuted(source).train()
     before = copy.deepcopy(source.state_dict()), copy.deepcopy(target.state_dict())
-    run(source, target, lora, force=True)
+    fit_models(source, target, lora, force=True)
     for model, kept in zip((source, target), before, strict=True):
         assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
         assert all(p.requires_grad for p in model.parameters())
@@ -184,16 +156,19 @@ def test_the_models_are_left_as_they_were(source, lora):
 
 def test_the_same_seed_gives_the_same_bits(source, lora):
     target = permuted(source)
-    one, two = (run(source, target, lora, force=True) for _ in range(2))
-    for name, update in one.adapter.updates.items():
-        assert torch.equal(update.up, two.adapter.updates[name].up)
-        assert torch.equal(update.down, two.adapter.updates[name].down)
+    few = {"images": 2, "fit_steps": 3, "force": True}
+    one, two = (fit_models(source, target, lora, **few) for _ in range(2))
+    for name, update in one.scaled.items():
+        assert torch.equal(update.up, two.scaled[name].up)
+        assert torch.equal(update.down, two.scaled[name].down)
 
 
 def test_what_lies_outside_the_blocks_is_fitted_under_its_name(source, lora):
     outside = LowRank(torch.zeros(4, 1), torch.zeros(1, WIDTH))
-    result = run(source, permuted(source), lora | {"leave": outside}, force=True, fit_steps=2)
-    assert result.adapter.updates.keys() == {*lora, "leave"}
+    result = fit_models(
+        source, permuted(source), lora | {"leave": outside}, force=True, fit_steps=2
+    )
+    assert result.scaled.keys() == {*lora, "leave"}
     assert not result.report.left_out
 
 
@@ -213,30 +188,17 @@ def test_what_is_never_called_gets_nothing(source, lora):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return x * self.leave.bias
 
-    result = run(source, Blind(), lora, force=True, fit_steps=2)
-    assert result.adapter.updates.keys() == lora.keys() - {"blocks.0.up"}
+    result = fit_models(source, Blind(), lora, force=True, fit_steps=2)
+    assert result.scaled.keys() == lora.keys() - {"blocks.0.up"}
     with pytest.raises(ProLoRAError, match=r"Silent calls no linear layer .* it calls none"):
-        run(source, Silent(), lora, force=True)
+        fit_models(source, Silent(), lora, force=True)
 
 
 def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
     with pytest.raises(ProLoRAError, match="float32"):
-        run(source, copy.deepcopy(source).double(), lora)
+        fit_models(source, copy.deepcopy(source).double(), lora)
     with pytest.raises(ProLoRAError, match=r"no module blocks\.7\.up"):
-        run(source, source, {"blocks.7.up": next(iter(lora.values()))})
-
-
-def test_a_sampler_that_never_calls_the_model_is_refused(source):
-    with pytest.raises(ProLoRAError, match="never called"):
-        record_calls(source, lambda seed: None, 0, "source")
-
-
-def test_recorded_calls_replay_to_the_same_prediction(source):
-    calls = record_calls(source, sampler(source), 3, "source")
-    x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        assert torch.equal(predict_call(source, calls[0]), source(x, torch.ones(12)))
-    assert len(calls) == 3
+        fit_models(source, source, {"blocks.7.up": next(iter(lora.values()))})
 
 
 def test_every_module_is_afterwards_in_the_mode_it_was_in(source, lora):
@@ -244,7 +206,7 @@ def test_every_module_is_afterwards_in_the_mode_it_was_in(source, lora):
     target.train()
     target.blocks[1].eval()
     before = {name: module.training for name, module in target.named_modules()}
-    run(source, target, lora, fit_steps=1, force=True)
+    fit_models(source, target, lora, fit_steps=1, force=True)
     assert {name: module.training for name, module in target.named_modules()} == before
 
 
@@ -254,13 +216,13 @@ def test_the_target_goes_its_share_of_the_way_to_the_look_that_was_asked_for(sou
     generator = torch.Generator().manual_seed(3)
     for block in target.blocks:
         block.up.weight.data += 0.1 * torch.randn(2 * WIDTH, WIDTH, generator=generator)
-    gate = (result := run(source, target, lora, look=look)).report.gate
+    gate = (result := fit_models(source, target, lora, look=look)).report.gate
     x, t = torch.randn(64, 5, 4, generator=generator), torch.full((64,), 0.6)
     with torch.no_grad():
         plain, other = target(x, t), source(x, t)
         with run_beside(source, lora):
             wanted = source(x, t)
-        with run_beside(target, result.adapter.updates):
+        with run_beside(target, result.scaled):
             reached = target(x, t)
     share = {"target": 0.0, "source": 1.0}.get(look, look)
     missed = (reached - wanted - (1 - share) * (plain - other)).square().sum()
@@ -273,3 +235,22 @@ def test_the_target_goes_its_share_of_the_way_to_the_look_that_was_asked_for(sou
 def test_a_look_that_is_none_is_refused_with_those_that_are(look):
     with pytest.raises(ProLoRAError, match='"target", "source" or a number from 0 to 1'):
         probe.FitSettings(look=look)
+
+
+def test_batches_mix_origins_and_levels_and_about_a_tenth_has_no_prompt(source, lora):
+    asking = probe.Asking(FlowSide(source), FlowSide(permuted(source)), lora)
+    probes = draw_probes(asking, images=4, count=360)
+    assert {len(one) for one in probes} == {asking.at_once, 360 % asking.at_once}
+    assert {one.origin for one in probes} == {"mixed"}
+    numbers = [number for one in probes for number in one.numbers]
+    prompts = [prompt for one in probes for prompt in one.prompts]
+    counts = [numbers.count(number) for number in set(numbers)]
+    assert (
+        len(counts) == 12 and max(counts) - min(counts) <= 9
+    )  # every image is asked about as often
+    assert 0.04 < prompts.count(probe.NO_PROMPT) / 360 < 0.18
+    levels = torch.cat([one.level for one in probes])
+    assert levels.min() < 0.3 < 0.9 < levels.max() and len(levels.unique()) == 360
+    held_out = draw_probes(asking, images=4, count=36, held_out=True, seed=9)
+    assert {one.origin for one in held_out} == {"source", "adapted", "target"}
+    assert not {x for one in held_out for x in one.numbers} & set(numbers)

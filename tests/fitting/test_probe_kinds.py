@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from fitting import ask, draw_probes, watch_calls
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -33,9 +34,8 @@ from typer.testing import CliRunner
 
 from prolora import FitOptions, adapters
 from prolora.cli.app import app
-from prolora.fitting import pipelines
-from prolora.fitting.pipelines.conditioning import split_call
-from prolora.fitting.recording.trajectories import record_calls
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
+from prolora.fitting.sides import NO_PROMPT
 
 
 def sdxl(folder: Path, width: int) -> None:
@@ -124,28 +124,24 @@ MAKE = {
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_both_models_are_asked_the_same_question(kind, tmp_path):
+def test_a_side_asks_its_model_what_its_pipeline_asks(kind, tmp_path):
+    """Both branches of the guidance, at each step of a sampling; and both sides compare."""
     torch.manual_seed(0)
     for make, name in zip(MAKE[kind], ("source", "target"), strict=True):
         make(tmp_path / name)
-    source, target = (pipelines.open_pipeline(tmp_path / name) for name in ("source", "target"))
-    pair = pipelines.pair_pipelines(
-        source, target, FitOptions(("cat", "dog"), images=2, steps=2, size=16)
-    )
-    recorded = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
-    recorded_there = record_calls(target.denoiser, target.sampler(pair.settings), 0, "target")
-    assert len(recorded) == len(recorded_there) == 4
-    for call, theirs in zip(recorded, recorded_there, strict=True):
-        question = pair.translation.question(call)
-        asked, expected = (
-            split_call(target.denoiser, c).conditioning for c in (question.target, theirs)
-        )
-        assert asked.keys() == expected.keys()
-        for path, value in expected.items():
-            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
-            assert same(asked[path], value), path
-        wanted = pair.translation.of_source(source.denoiser, question)
-        assert wanted.shape == pair.translation.of_target(target.denoiser, question).shape
+    models = (open_pipeline(tmp_path / name) for name in ("source", "target"))
+    asking = ask(*models, FitOptions(("cat", "dog"), images=2, steps=2, size=16))
+    for side in (asking.source, asking.target):
+        calls = watch_calls(side, prompt=1)
+        assert len(calls) == 2
+        for parts, predicted, _ in calls:
+            for i, state in enumerate(parts.latent):
+                prompt = 1 if side.table.has_prompt(parts, i) else NO_PROMPT
+                level = side.schedule.level_at(parts.time[i : i + 1])
+                answer = side.predict(state[None], level, [prompt])
+                torch.testing.assert_close(answer[0], predicted[i], rtol=1e-3, atol=1e-4)
+    for asked in draw_probes(asking, images=1, count=6):
+        assert asked.plain.shape == asked.change.shape and float(asked.change.norm()) == 0
 
 
 def permuted(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -170,7 +166,7 @@ def permuted(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def run_fit(tmp_path):
     """Runs the command for a target whose features are permuted; its report."""
     tiny.save(tmp_path / "source")
-    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    unet = open_pipeline(tmp_path / "source").denoiser
     tiny.save(tmp_path / "target", unet=permuted(unet), scheduler="euler")
     lora = tiny.write_lora(tmp_path / "lora.safetensors", tiny.updates(unet, ("to_out.0",)))
     line = ["fit", str(lora), "--source", str(tmp_path / "source"), "--target"]

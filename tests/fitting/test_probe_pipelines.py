@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,20 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prolora
-from prolora import FitOptions, ProLoRAError, adapters, fit
+from prolora import ProLoRAError, adapters, fit
 from prolora import transfer as prolora_transfer
 from prolora.bases import leaves as digests
 from prolora.bases import pipeline_identity, vae
 from prolora.cli.app import app
 from prolora.errors import OutputError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
-from prolora.fitting import pipelines
+from prolora.fitting import session
 from prolora.fitting.models import in_float32
-from prolora.fitting.pipelines import schedules
-from prolora.fitting.pipelines.conditioning import split_call
-from prolora.fitting.recording.trajectories import record_calls
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 LEAVES = ("attn1.to_v", "ff.net.2")
+SETTINGS = prolora.FitOptions(("cat", "dog"), images=2, steps=3)
 FEW = ["--prompt", "cat", "--prompt", "dog", "--images", "1", "--steps", "1"]
 FEW += ["--fit-steps", "2"]
-SETTINGS = FitOptions(("cat", "dog"), images=2, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +35,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """source; twin: the same UNet behind another scheduler; other: own text encoder, predicts v."""
     folder = tmp_path_factory.mktemp("pipelines")
     tiny.save(folder / "source")
-    unet = pipelines.open_pipeline(folder / "source").denoiser
+    unet = open_pipeline(folder / "source").denoiser
     tiny.save(folder / "twin", unet=unet, scheduler="euler")
     tiny.save(folder / "other", seed=5, text=12, kind="v_prediction")
     tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, LEAVES))
@@ -49,65 +46,6 @@ def run(room: Path, target: str, out: Path, *more: str):
     source = ["--source", str(room / "source"), "--target", str(room / target)]
     line = ["fit", str(room / "lora.safetensors"), *source, "-o", str(out), *more]
     return CliRunner().invoke(app, line)
-
-
-def test_each_model_is_asked_in_its_own_words_and_back_again(room):
-    source, other = (pipelines.open_pipeline(room / name) for name in ("source", "other"))
-    pair = pipelines.pair_pipelines(source, other, SETTINGS)
-    asked = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
-    asked_there = record_calls(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
-    there = split_call(other.denoiser, pair.translation.translate(asked))
-    assert there.time.shape == (2,)  # samples of other times can join them
-    # Image 0 of seed 0 has the same prompt on both, and both are guided.
-    embeddings = split_call(other.denoiser, asked_there).conditioning["encoder_hidden_states",]
-    assert torch.equal(there.conditioning["encoder_hidden_states",], embeddings)
-    assert embeddings.shape == (2, 8, 12)
-    mine = split_call(source.denoiser, asked)
-    assert torch.equal(there.latent, mine.latent)
-    assert torch.equal(there.time, mine.time)
-    back = split_call(
-        source.denoiser, pair.translation.translate_back(pair.translation.translate(asked))
-    )
-    assert torch.equal(back.latent, mine.latent)
-    for path, value in mine.conditioning.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, back.conditioning[path])
-
-
-@pytest.mark.parametrize(("guidance", "known"), [(None, True), (1.0, False)])
-def test_which_samples_of_a_guided_call_have_a_prompt_is_known(room, guidance, known):
-    source, other = (pipelines.open_pipeline(room / name) for name in ("source", "other"))
-    pair = pipelines.pair_pipelines(source, other, replace(SETTINGS, guidance=guidance))
-    find = pair.translation.find_prompts
-    assert (find is not None) == known
-    if find:  # the unconditional branch comes first, on both sides
-        ours = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
-        theirs = record_calls(other.denoiser, other.sampler(pair.of_target), 0, "target")
-        for call in ours + theirs:
-            assert find(pair.translation.question(call).source) == [False, True]
-
-
-def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
-    generator = torch.Generator().manual_seed(0)
-    clean, noise = torch.randn(2, 3, 4, 4, 4, generator=generator)
-    a = torch.linspace(0.999, 0.005, 1000).double()
-    ours, theirs = (
-        schedules.NoiseSchedule("epsilon", a),
-        schedules.NoiseSchedule("v_prediction", a**1.5),
-    )
-    time = torch.tensor([40.0, 500.0, 900.0])
-    there = schedules.translate_time(ours, theirs, time)
-    torch.testing.assert_close(theirs.alpha(there), ours.alpha(time))
-    alpha = ours.alpha(time).float()[:, None, None, None]
-    x = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-    close = {"atol": 1e-4, "rtol": 1e-4}
-    torch.testing.assert_close(
-        schedules.convert_prediction(ours, theirs, x, time, noise), velocity, **close
-    )
-    torch.testing.assert_close(
-        schedules.convert_prediction(theirs, ours, x, there, velocity), noise, **close
-    )
 
 
 def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
@@ -129,6 +67,7 @@ def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     torch.testing.assert_close(before.updates[name].dense(), after.updates[name].dense())
 
 
+@pytest.mark.slow
 def test_for_unrelated_bases_nothing_is_hashed_and_nothing_written(room, tmp_path, monkeypatch):
     """Neither for what moving by weights gives meanwhile."""
     for module in (digests, pipeline_identity):
@@ -160,19 +99,18 @@ def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
 
 def test_a_pipeline_in_half_precision_stays_so_and_samples(room, tmp_path):
     shutil.copytree(room / "source", tmp_path / "half")
-    unet = pipelines.open_pipeline(room / "source").denoiser
+    unet = open_pipeline(room / "source").denoiser
     unet.half().save_pretrained(tmp_path / "half" / "unet", variant="fp16")
     (tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    half = pipelines.open_pipeline(tmp_path / "half")
+    half = open_pipeline(tmp_path / "half")
     assert half.denoiser.dtype == torch.float16
     with in_float32(half.denoiser):
-        calls = record_calls(half.denoiser, half.sampler(SETTINGS), 0, "source")
-    assert split_call(half.denoiser, calls[-1]).latent.dtype == torch.float32
-    assert split_call(half.denoiser, calls[-1]).latent.isfinite().all()
+        final = half.sample_final("cat", SETTINGS, 0)
+    assert final.latent.dtype == torch.float32 and final.latent.isfinite().all()
 
 
 def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipelines, "open_pipeline", None)
+    monkeypatch.setattr(session, "open_pipeline", None)
     result = run(room, "other", tmp_path / "out.safetensors", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["totals"]["mapped"] == 8
@@ -254,7 +192,7 @@ def test_options_without_a_use_are_refused(room, tmp_path):
 
 
 def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tmp_path):
-    lora = tiny.updates(pipelines.open_pipeline(room / "source").denoiser, ("attn2.to_k",))
+    lora = tiny.updates(open_pipeline(room / "source").denoiser, ("attn2.to_k",))
     wide = tiny.write_lora(tmp_path / "k.safetensors", lora)
     with pytest.raises(ShapeMismatch, match=r"`fit\(\)` runs the models"):
         prolora_transfer(wide, room / "source", room / "other", method="copy")

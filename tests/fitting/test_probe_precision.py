@@ -8,18 +8,24 @@ from functools import partial
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from fitting import fit_models
 from small_diffusers import make_model
-from test_probe import lora, permuted, run, source
+from test_probe import lora, permuted, source
 from test_probe_diffusers import UNET, loras
 from torch import nn
 
 from prolora.fitting.models import in_float32, in_precision
-from prolora.fitting.recording.trajectories import Call, output_of, predict_call
+from prolora.fitting.sides import Call, output_of
 from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch
 from prolora.fitting.updates import run_beside
 
 __all__ = ["lora", "source"]  # fixtures
+
+
+@torch.no_grad()
+def predict_call(model: nn.Module, call: Call) -> torch.Tensor:
+    return output_of(model(*call.args, **call.kwargs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -29,10 +35,10 @@ def test_half_stored_models_are_probed_as_their_float32_copies(source, lora, dty
     before = [copy.deepcopy(model.state_dict()) for model in halves]
     wide = [copy.deepcopy(model).float() for model in halves]
     few = {"fit_steps": 3, "force": True}
-    halved, wanted = run(*halves, lora, **few), run(*wide, lora, **few)
+    halved, wanted = fit_models(*halves, lora, **few), fit_models(*wide, lora, **few)
     assert halved.report.gate == wanted.report.gate
-    for name, update in halved.adapter.updates.items():
-        assert torch.equal(update.dense(), wanted.adapter.updates[name].dense())
+    for name, update in halved.scaled.items():
+        assert torch.equal(update.dense(), wanted.scaled[name].dense())
     for model, kept in zip(halves, before, strict=True):
         for name, weight in model.state_dict().items():
             assert weight.dtype == dtype
@@ -126,6 +132,7 @@ def test_autocast_ends_with_a_pass_that_fails():
     assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -159,7 +166,7 @@ def test_a_whole_probing_in_16_bits_mixes_samples_and_reaches_what_float32_reach
     few = {"fit_steps": 4, "force": True}
     shares = {}
     for bits in ("float32", "bfloat16"):
-        report = run(source, target, lora, **few, precision=bits).report
+        report = fit_models(source, target, lora, **few, precision=bits).report
         shares[bits] = report.gate.share["all"]
     assert shares["bfloat16"] == pytest.approx(shares["float32"], abs=0.05)
     assert shares["float32"] > 0.3

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 import prolora
-from prolora import FitOptions, LowRank
-from prolora import fitting as probe
+from prolora import FitOptions
 from prolora.errors import InvalidOption
 from prolora.fitting.settings import FitSettings, read_prompts
 
@@ -93,18 +90,6 @@ def test_where_to_compute_and_what_is_written_change_no_fit():
     assert plain.describe_fit() != FitOptions(fit_steps=3).describe_fit()
     assert plain.describe_samples() == FitOptions(fit_steps=3).describe_samples()
     assert plain.describe_samples() != FitOptions(images=3).describe_samples()
-
-
-def test_models_at_hand_refuse_what_only_pipelines_and_files_heed():
-    def forbidden(seed: int) -> None:
-        raise AssertionError("sampled before the refusal")
-
-    model, update = nn.Linear(2, 2), LowRank(torch.ones(2, 1), torch.ones(1, 2))
-    samplers = probe.Samplers(forbidden, forbidden)
-    with pytest.raises(InvalidOption, match="settings must be FitSettings"):
-        probe.fit_to_models(model, model, {"": update}, samplers, FitOptions(max_vram="12GB"))
-    with pytest.raises(AssertionError, match="sampled"):
-        probe.fit_to_models(model, model, {"": update}, samplers, FitSettings(images=3))
 
 
 def test_a_file_without_prompts_is_refused(tmp_path):

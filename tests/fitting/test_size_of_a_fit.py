@@ -8,14 +8,15 @@ import weakref
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_probe import Denoiser, run
+from fitting import fit_models
+from test_probe import Denoiser
 from test_probe_diffusers import UNET
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prolora import LowRank, ProLoRAError
 from prolora.fitting.models import frozen, in_float32
-from prolora.fitting.recording.trajectories import Call
+from prolora.fitting.sides import Call
 from prolora.fitting.solver.joint_fit import (
     JointProblem,
     fit_in_factors,
@@ -96,9 +97,10 @@ def test_of_weights_in_half_precision_only_those_of_running_blocks_are_widened()
     assert 0 < most[True] < most[False] / 2, most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["zero", "copy"])
-def test_no_tensor_of_a_weights_size_is_made_by_a_whole_probing(start):
-    """Recording, asking, fitting and judging run the LoRA beside the weights."""
+def test_no_tensor_of_a_weights_size_is_made_by_a_whole_fit(start):
+    """Sampling, asking, fitting and judging run the LoRA beside the weights."""
     torch.manual_seed(0)
     source = Denoiser(2 * WIDE)
     target = copy.deepcopy(source)
@@ -110,11 +112,11 @@ def test_no_tensor_of_a_weights_size_is_made_by_a_whole_probing(start):
     for name in names:
         m, n = source.get_submodule(name).weight.shape
         lora[name] = LowRank(torch.randn(m, 2) / 20, torch.randn(2, n) / 20)
-    few = {"steps": 2, "batch": 12, "probes": 24, "held_out": 24, "rank": 2}
+    few = {"images": 4, "batch": 12, "probes": 24, "held_out": 24, "rank": 2}
     with Large(4 * WIDE * WIDE) as large:
-        result = run(source, target, lora, **few, start=start, force=True)
+        result = fit_models(source, target, lora, **few, start=start, force=True)
     assert not large.names
-    assert result.report.start == start and result.adapter.updates.keys() == set(names)
+    assert result.report.start == start and result.updates.keys() == set(names)
 
 
 class Padded(nn.Conv2d):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from prolora import LowRank
 from prolora.fitting import swapping, updates
 from prolora.fitting.models import in_precision
-from prolora.fitting.recording.trajectories import output_of, predict_call
+from prolora.fitting.sides import Call, output_of
 from prolora.fitting.solver.joint_fit import (
     JointProblem,
     fit_in_factors,
@@ -28,6 +28,11 @@ from prolora.fitting.solver.linearisation import ProbeBatch, recompute_blocks
 from prolora.fitting.swapping import BlockSwapping, name_blocks
 
 CARD = torch.device("cpu")
+
+
+@torch.no_grad()
+def predict_call(model: nn.Module, call: Call) -> Tensor:
+    return output_of(model(*call.args, **call.kwargs))
 
 
 class Card:

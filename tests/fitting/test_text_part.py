@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_pipelines as tiny
 import torch
+from fitting import ask, draw_probes, watch_calls
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import prolora
 from prolora import LowRank, ProLoRAError, adapters
-from prolora.adapters.adapter import Adapter
 from prolora.architectures.modules import is_in_text_encoder
-from prolora.fitting import pipelines
-from prolora.fitting.pipelines.flow_convention import watch_steps
-from prolora.fitting.recording.recorder import Recorder, hash_origins
-from prolora.fitting.recording.wanted import wanted_changes
+from prolora.fitting.pipelines import stages
+from prolora.fitting.pipelines.pipeline import Pipeline, run_text_encoders_beside
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
+from prolora.fitting.pipelines.pipeline_side import PipelineSide
+from prolora.fitting.probes import Probe
 from prolora.fitting.settings import FitSettings
 from prolora.fitting.updates import run_beside
 
@@ -34,7 +34,7 @@ def room(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     tiny.save(folder / "source", seed=1)
     tiny.save(folder / "target", seed=1, text=12)
-    source = pipelines.open_pipeline(folder / "source")
+    source = open_pipeline(folder / "source")
     tiny.write_lora_with_text(folder / "lora.safetensors", source.pipe)
     return folder
 
@@ -47,90 +47,53 @@ def parts_of(room: Path) -> tuple[dict[str, LowRank], dict[str, LowRank]]:
     return {n: u for n, u in updates.items() if n not in text}, text
 
 
-def opened(room: Path) -> tuple[pipelines.Pipeline, pipelines.Pipeline]:
-    return tuple(pipelines.open_pipeline(room / name) for name in ("source", "target"))
-
-
-def recorder_of(room: Path) -> tuple[pipelines.PipelinePair, Recorder]:
-    updates, text = parts_of(room)
-    pair = pipelines.pair_pipelines(*opened(room), SETTINGS, text)
-    adapter = Adapter(updates, format="diffusers")
-    denoisers = pair.source.denoiser, pair.target.denoiser
-    samplers = pair.samplers(lambda origin: None)
-    return pair, Recorder(*denoisers, adapter, samplers, pair.translation)
+def opened(room: Path) -> tuple[Pipeline, Pipeline]:
+    return tuple(open_pipeline(room / name) for name in ("source", "target"))
 
 
 def test_the_source_with_its_lora_is_what_diffusers_makes_of_the_same_file(room):
-    """Its samplings and answers, both branches of the guidance, with the text encoder's part."""
-    pair, recorder = recorder_of(room)
-    theirs = pipelines.open_pipeline(room / "source")
+    """Its answers in a sampling, both branches of the guidance, with the text encoder's part."""
+    updates, text = parts_of(room)
+    ours = ask(*opened(room), SETTINGS, updates, text)
+    theirs = open_pipeline(room / "source")
     theirs.pipe.load_lora_weights(room / "lora.safetensors")
-    used: list[Tensor] = []
-    with watch_steps(theirs.pipe.scheduler, lambda output, _: used.append(output.clone())):
-        assert len([*theirs.sampler(SETTINGS)(1)]) == SETTINGS.images
-    asked = [q for q in recorder.record_questions(0) if q.origin == "adapted"]
-    assert len(asked) == len(used) == SETTINGS.images * SETTINGS.steps
-    with torch.no_grad(), run_beside(recorder.source, recorder.adapter.updates):
-        for question, output in zip(asked, used, strict=True):
-            answer = pair.translation.of_source(recorder.source, question, adapted=True)
-            torch.testing.assert_close(answer, output, rtol=1e-3, atol=1e-4)
+    calls = watch_calls(PipelineSide(theirs, SETTINGS, shared=True))
+    assert len(calls) == SETTINGS.steps
+    with torch.no_grad(), run_beside(ours.source.denoiser, updates):
+        for parts, _, used in calls:
+            level = ours.source.schedule.level_at(parts.time[:1])
+            state = parts.latent[:1]
+            answer = ours._ask_source(Probe("adapted", (0,), (0,), level, state, state), True)
+            torch.testing.assert_close(answer, used, rtol=1e-3, atol=1e-4)
 
 
 def test_what_the_text_encoders_part_changes_is_wanted_of_the_target(room):
-    pair, recorder = recorder_of(room)
-    questions = recorder.record_questions(0)
-    with torch.no_grad():
-        alone = list(
-            wanted_changes(recorder.source, recorder.target, {}, questions, pair.translation)
-        )
-        plain = replace(pair.translation, adapt=lambda call: call)
-        nothing = list(wanted_changes(recorder.source, recorder.target, {}, questions, plain))
-    assert all(float(wanted.change.norm()) > 1e-3 for wanted in alone)
-    assert all(float(wanted.change.norm()) == 0 for wanted in nothing)
-
-
-def test_images_that_cross_are_drawn_and_asked_with_it(room):
-    updates, text = parts_of(room)
-    source, target = opened(room)
-    sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
-    adapter = Adapter(updates, format="diffusers")
-    recorder = pipelines.CrossingRecorder(*sides, adapter, text=text)
-    bare = pipelines.CrossingRecorder(*sides, adapter)
-    with torch.no_grad():
-        ours, theirs = (
-            [q for q in r.record_questions(0, held_out=True) if q.origin == "adapted"]
-            for r in (recorder, bare)
-        )
-        assert not torch.equal(ours[0].target.kwargs["sample"], theirs[0].target.kwargs["sample"])
-        with run_beside(source.denoiser, updates):
-            adapted = recorder.translation.of_source(source.denoiser, ours[0], adapted=True)
-            without = bare.translation.of_source(source.denoiser, ours[0], adapted=True)
-    assert float((adapted - without).norm()) > 1e-3 * float(without.norm())
+    """Of a LoRA that has no other part; its images are drawn with it, too."""
+    alone, nothing = (
+        draw_probes(ask(*opened(room), SETTINGS, {}, text), 2, 12, held_out=True)
+        for text in (parts_of(room)[1], {})
+    )
+    for asked, bare in zip(alone, nothing, strict=True):
+        assert float(asked.change.norm()) > 1e-3 and float(bare.change.norm()) == 0
+        assert torch.equal(asked.target, bare.target) == (asked.origin != "adapted")
 
 
 def test_text_encoders_are_as_before_once_their_part_was_in_place(room):
     _, text = parts_of(room)
-    source = pipelines.open_pipeline(room / "source")
+    source = open_pipeline(room / "source")
     encoder = source.pipe.text_encoder
     ids = torch.tensor([[52, 1, 2, 53, 53, 53, 53, 53]])
     with torch.no_grad():
         before = encoder(ids).last_hidden_state
-        with pipelines.run_text_encoders_beside(source, text):
+        with run_text_encoders_beside(source, text):
             beside = encoder(ids).last_hidden_state
         after = encoder(ids).last_hidden_state
     assert torch.equal(before, after) and not torch.allclose(before, beside, atol=1e-2)
     with pytest.raises(ProLoRAError, match="has no text_encoder_2, which the LoRA has"):
-        with pipelines.run_text_encoders_beside(
+        with run_text_encoders_beside(
             source, {"text_encoder_2.x": LowRank(torch.zeros(1, 1), torch.zeros(1, 1))}
         ):
             pass
-
-
-def test_kept_calls_of_a_lora_depend_on_its_text_part(room):
-    updates, text = parts_of(room)
-    keys = [hash_origins(updates | part, "samplers") for part in ({}, text)]
-    assert keys[0]["adapted"] != keys[1]["adapted"]
-    assert keys[0]["source"] == keys[1]["source"]
 
 
 FEW = {"prompts": ("cat", "dog"), "images": 1, "steps": 2, "fit_steps": 3, "force": True}
@@ -156,21 +119,21 @@ def test_what_has_no_text_encoder_to_go_to_is_fitted_into_the_blocks(room):
 def seen(monkeypatch) -> list[tuple[str, Tensor]]:
     """(Pipeline, its conditioning for the first prompt) of each table that is made."""
     found = []
-    table = pipelines.Pipeline.tabulate_prompts
+    table = Pipeline.tabulate_prompts
 
     def record(self, settings):
         made = table(self, settings)
         found.append((self.name, made.entries[0]["encoder_hidden_states",].clone()))
         return made
 
-    monkeypatch.setattr(pipelines.Pipeline, "tabulate_prompts", record)
+    monkeypatch.setattr(Pipeline, "tabulate_prompts", record)
     return found
 
 
 def conditioning(room: Path, text: dict[str, LowRank]) -> Tensor:
     """What diffusers' encoder of the source says of the first prompt beside its weights."""
-    source = pipelines.open_pipeline(room / "source")
-    with pipelines.run_text_encoders_beside(source, text), torch.no_grad():
+    source = open_pipeline(room / "source")
+    with run_text_encoders_beside(source, text), torch.no_grad():
         return source.pipe.encode_prompt(SETTINGS.prompts[0], "cpu", 1, False)[0]
 
 
@@ -230,17 +193,17 @@ def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompt
     )
     ends = room / "lora.safetensors", room / "source", room / target
     filled = []
-    memory = pipelines.pipeline.PromptMemory
+    memory = stages.PromptMemory
 
     def look(_: object, name: str, part: torch.nn.Module) -> None:
-        filled.extend([name] if pipelines.stages.is_emptied(part) else [])
+        filled.extend([name] if stages.is_emptied(part) else [])
 
     monkeypatch.setattr(memory, "_fill", look)
     freed = prolora.fit(*ends, options)
     assert not filled
     monkeypatch.undo()
     monkeypatch.setattr(memory, "release", lambda *_: None)
-    monkeypatch.setattr(pipelines.Pipeline, "release", lambda *_, **__: None)
+    monkeypatch.setattr(Pipeline, "release", lambda *_, **__: None)
     held = prolora.fit(*ends, options)
     # Without any memory of what the encoders said, they are asked every time.
     monkeypatch.setattr(memory, "__init__", lambda self, *_: None)
@@ -254,12 +217,12 @@ def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompt
 
 
 def test_encoders_that_are_read_again_run_with_the_loras_part(room):
-    source, text = pipelines.open_pipeline(room / "source"), parts_of(room)[1]
-    with pipelines.run_text_encoders_beside(source, text):
+    source, text = open_pipeline(room / "source"), parts_of(room)[1]
+    with run_text_encoders_beside(source, text):
         wanted = source.tabulate_prompts(SETTINGS)
     source.memory.answers.clear()
     source.release_encoders()
-    with pipelines.run_text_encoders_beside(source, text):
+    with run_text_encoders_beside(source, text):
         got = source.tabulate_prompts(SETTINGS)
     plain = source.tabulate_prompts(SETTINGS)
     for ours, theirs, bare in zip(wanted.entries, got.entries, plain.entries, strict=True):

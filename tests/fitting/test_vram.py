@@ -18,8 +18,10 @@ from prolora import FitOptions
 from prolora.cli.app import app
 from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.files.sizes import parse_size
-from prolora.fitting import pipelines, running, swapping
-from prolora.fitting.pipelines import plan_card, vram
+from prolora.fitting import fit_plan, session, swapping
+from prolora.fitting.pipelines import stages, vram
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
+from prolora.fitting.pipelines.vram import plan_card
 from prolora.fitting.settings import BFLOAT16, FLOAT32, FitSettings
 from prolora.fitting.solver import joint
 from prolora.fitting.solver.linearisation import ProbeBatch
@@ -38,7 +40,8 @@ def as_card(monkeypatch: pytest.MonkeyPatch) -> Card:
     """The CPU counts as a card, whose visitors are counted."""
     counted = Card()
     monkeypatch.setattr(vram, "CONTEXT", 0)
-    monkeypatch.setattr(running, "_is_card", lambda _: True)
+    for module in (session, fit_plan):
+        monkeypatch.setattr(module, "is_card", lambda _: True)
     monkeypatch.setattr(swapping, "bring_weight", counted.bring)
     return counted
 
@@ -113,7 +116,7 @@ def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, m
         size = rooms.pop(0)
         return vram.CardPlan("float32", None, 1, (size, size), size)
 
-    monkeypatch.setattr(pipelines, "plan_card", plan)
+    monkeypatch.setattr(fit_plan, "plan_card", plan)
     while rooms:
         assert not as_card.visits
         ends = room / "source", room / target
@@ -141,7 +144,7 @@ def test_a_batch_of_the_fit_holds_the_samples_of_the_plan(room, as_card, monkeyp
     monkeypatch.setattr(joint, "ProbeBatch", look)
     for samples, largest in ((None, 2), (1, 1), (3, 3)):
         plan = vram.CardPlan("float32", None, samples, (10**9, 10**9), 10**9)
-        monkeypatch.setattr(pipelines, "plan_card", lambda *_, plan=plan: plan)
+        monkeypatch.setattr(fit_plan, "plan_card", lambda *_, plan=plan: plan)
         ends = room / "source", room / "target"
         prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")
         assert max(sizes) == largest
@@ -157,7 +160,7 @@ def test_a_fit_runs_at_the_least_that_is_needed(room, as_card):
 
 
 def test_a_bound_on_the_card_is_refused_before_a_model_is_loaded(room, as_card, monkeypatch):
-    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     given = room / "lora.safetensors", room / "source", room / "target"
     with pytest.raises(TooLittleMemory, match=r"one block of each model .* needs \d"):
         prolora.fit(*given, FEW, max_vram=1000, device="cpu")
@@ -166,7 +169,7 @@ def test_a_bound_on_the_card_is_refused_before_a_model_is_loaded(room, as_card, 
 
 
 def test_a_bound_on_the_card_means_nothing_on_the_cpu(room, monkeypatch):
-    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     given = room / "lora.safetensors", room / "source", room / "target"
     with pytest.raises(InvalidOption, match="runs on the CPU"):
         prolora.fit(*given, FEW, max_vram="12GB")
@@ -179,7 +182,7 @@ def test_a_bound_on_the_card_means_nothing_on_the_cpu(room, monkeypatch):
 
 
 def test_prompts_encoded_in_the_machines_memory_are_there_on_the_card(room):
-    pipeline = pipelines.open_pipeline(room / "source")
+    pipeline = open_pipeline(room / "source")
     pipeline.encode_prompts(FEW)
     memory, runs = pipeline.memory, []
     for encoder in memory.encoders.values():
@@ -196,7 +199,7 @@ def test_prompts_encoded_in_the_machines_memory_are_there_on_the_card(room):
 def test_small_tiles_are_those_of_the_size_that_is_asked(room):
     from diffusers import AutoencoderKLQwenImage
 
-    pipeline = pipelines.open_pipeline(room / "source")
+    pipeline = open_pipeline(room / "source")
     vae = pipeline.pipe.vae
     factor = vae.tile_sample_min_size // vae.tile_latent_min_size
     half = vae.tile_sample_min_size // 2
@@ -205,6 +208,6 @@ def test_small_tiles_are_those_of_the_size_that_is_asked(room):
     pipeline.move_to_card("cpu", 0, 10 * half)  # never larger ones
     assert vae.tile_sample_min_size == half
     other = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1)
-    pipelines.stages.shrink_tiles(other, 128)
+    stages.shrink_tiles(other, 128)
     assert other.tile_sample_min_height == other.tile_sample_min_width == 128
     assert other.tile_sample_stride_width == 96

@@ -6,9 +6,9 @@ import pytest
 from reports import make_report, make_row
 
 from prolora.core.verdict import Verdict
-from prolora.fitting.fit_numbers import ProbeReport
 from prolora.fitting.fit_report import FitReport
 from prolora.fitting.gate import Gate
+from prolora.fitting.probe_report import ProbeReport
 from prolora.moving.transfer_report import A_VECTOR, judge, name_amount
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
@@ -143,7 +143,7 @@ def test_shares_have_names(share, word):
 def test_a_fit_that_did_not_succeed_is_not_recommended(is_refused, step):
     decision = "refuse" if is_refused else "go"
     gate = Gate(decision, 1.0, {"all": 0.1}, {"all": 0.1}, "because.")
-    known = {"source": "a", "target": "b", "probe": ProbeReport(4, 4, 0.9, gate=gate)}
+    known = {"source": "a", "target": "b", "probe": ProbeReport(0.9, gate=gate)}
     told = FitReport(method="fit", **known).in_words()
     assert told.lines[-1].startswith(f"Next: {step}")
 

@@ -37,7 +37,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from prolora.fitting.pipelines import open_pipeline
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 TEXT = {
     "vocab_size": 64,

@@ -1,37 +1,134 @@
-"""A fit between models at hand, its samplers, translation and settings by keyword."""
+"""Toy models as sides of a fit, with settings by keyword."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from prolora import LowRank
 from prolora import fitting as probe
+from prolora.adapters.adapter import Adapter
+from prolora.fitting.fit_plan import LoraParts
+from prolora.fitting.kept_parts import KeptParts
+from prolora.fitting.pipelines.conditioning import CallParts, split_call
+from prolora.fitting.pipelines.flow_convention import watch_steps
+from prolora.fitting.pipelines.pipeline import Pipeline
+from prolora.fitting.pipelines.pipeline_side import PipelineSide, ask_pipelines
+from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
+from prolora.fitting.probes import ORIGINS, Probe
+from prolora.fitting.updates import keep_hooks
+from prolora.fitting.workload import Meter, Workload
+
+STEPS = 3
+
+
+class FlowSide(probe.FitSide):
+    """A model (x, t) -> velocity from images to noise, sampled by Euler's steps."""
+
+    schedule = NoiseSchedule("flow", None, times=Times(1.0, 0.0))
+
+    def __init__(self, model: nn.Module, shape: Sequence[int] = (5, 4)) -> None:
+        self.name, self.denoiser, self.shape = type(model).__name__, model, shape
+
+    def sample(self, number: int, prompt: int) -> probe.Image:
+        noise = torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(number))
+        x, levels = noise, 1 - torch.arange(STEPS).double() / STEPS
+        for level in levels:
+            v = self.predict(x, level[None], [prompt])
+            x = x - self.schedule.sign * v / STEPS
+        return probe.Image(x, noise, levels)
+
+    def build_call(
+        self, state: Tensor, level: Tensor, prompts: Sequence[int], adapted: bool = False
+    ) -> probe.Call:
+        return probe.Call((state, self.schedule.time_at(level).float()), {})
+
+
+class PlainSide(FlowSide):
+    """A model of x alone."""
+
+    def build_call(self, state: Tensor, *_: Any) -> probe.Call:
+        return probe.Call((state,), {})
 
 
 def fit_models(
-    source: nn.Module,
-    target: nn.Module,
-    lora: Any,
-    sample_source: Any,
-    sample_target: Any,
-    sample_adapted: Any = None,
-    *,
-    described: str = "",
-    rival: Mapping[str, Any] | None = None,
+    source: nn.Module | probe.FitSide,
+    target: nn.Module | probe.FitSide,
+    lora: dict[str, LowRank],
+    baseline: dict[str, LowRank] | None = None,
+    kept: Any = None,
     **options: Any,
-) -> probe.ProbeTransfer:
-    """`probe.fit_to_models`; `options` are fields of `Translation` and of `FitSettings`."""
-    names = {known.name for known in fields(probe.Translation)} & options.keys()
-    translation = probe.Translation(**{name: options.pop(name) for name in names})
-    return probe.fit_to_models(
-        source,
-        target,
-        lora,
-        probe.Samplers(sample_source, sample_target, sample_adapted, described),
-        probe.FitSettings(**options),
-        translation=translation,
-        rival=rival,
-    )
+) -> probe.Fitted:
+    """Fits between two models; `options` are fields of `Asking` and of `FitSettings`."""
+    sides = [x if isinstance(x, probe.FitSide) else FlowSide(x) for x in (source, target)]
+    asked = {name: options.pop(name) for name in ("guidance", "pairs") if name in options}
+    settings = probe.FitSettings(**{"images": 12, "steps": STEPS, "rank": 8} | options)
+    asking = probe.Asking(*sides, lora, look=settings.look_of_source, **asked)
+    return probe.fit_sides(asking, settings, baseline, kept=kept)
+
+
+def ask_linear(**changes: Any) -> tuple[probe.Asking, LowRank]:
+    """A linear target of 6 → 5 with an update, as a fit asks it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    update = LowRank(torch.randn(5, 2), torch.randn(2, 6))
+    return probe.Asking(PlainSide(model), PlainSide(model), {"0": update}, **changes), update
+
+
+def answer_linear(asking: probe.Asking, update: LowRank, apart: float = 0.0) -> list[Probe]:
+    """Held-out probes of which the update is right; the bases differ by a share of its change."""
+    probes = []
+    for i, origin in enumerate(ORIGINS * 2):
+        x = torch.randn(20, 6)
+        with torch.no_grad():
+            plain, change = asking.target.denoiser(x), x @ update.dense().mT
+        numbers = tuple(range(20 * i, 20 * i + 20))
+        differ = apart * change.std() * torch.randn(20, 5)
+        facts = numbers, (0,) * 20, torch.ones(20), x, x, None
+        probes.append(Probe(origin, *facts, plain, change, differ))
+    return probes
+
+
+def ask(
+    source: Pipeline,
+    target: Pipeline,
+    settings: probe.FitSettings,
+    updates: dict[str, LowRank] | None = None,
+    text: dict[str, LowRank] | None = None,
+    shared: bool = True,
+) -> probe.Asking:
+    """Observes two pipelines, and how a LoRA of the first is asked."""
+    lora = LoraParts(Adapter(updates or {}, format="diffusers"), text or {}, {})
+    return ask_pipelines(source, target, settings, lora, shared)[1]
+
+
+def draw_probes(
+    asking: probe.Asking, images: int, count: int, held_out: bool = False, seed: int = 0
+) -> list[Probe]:
+    """Samples images and asks both models about them, in calls of their own size."""
+    meter = Meter(Workload(probe.FitSettings(), 4))
+    meter.begin("sample")
+    with torch.no_grad():
+        drawn = asking.draw_images(seed, images, KeptParts(), meter)
+        return list(asking.draw_probes(drawn, count, asking.at_once, seed, held_out))
+
+
+def watch_calls(side: PipelineSide, prompt: int = 0) -> list[tuple[CallParts, Tensor, Tensor]]:
+    """Samples an image: what its model was given and predicted, and what its scheduler was given.
+
+    Of branches that are asked one by one, the last one's call.
+    """
+    seen: list[tuple[CallParts, Tensor, Tensor]] = []
+    calls: list[tuple[CallParts, Tensor]] = []
+
+    def record(model: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        calls.append((split_call(model, probe.Call(args, kwargs)), side.read(out)))
+
+    hook = side.denoiser.register_forward_hook(record, with_kwargs=True)
+    steps = watch_steps(side.pipeline.pipe.scheduler, lambda x, _: seen.append((*calls[-1], x)))
+    with keep_hooks([hook]), steps:
+        side.sample(0, prompt)
+    return seen

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from prolora.fitting.recording.trajectories import Call
+from prolora.fitting.sides import Call
 
 
 def _make_unet() -> tuple[nn.Module, Call]:

@@ -128,7 +128,7 @@ class Demo:
         self, report: LoraReport, prompts: tuple[str, ...], progress: Progress | None
     ) -> LoraReport:
         """Adds images of both models, without the LoRA and with it."""
-        from ..fitting.pipelines import open_pipeline
+        from ..fitting.pipelines.pipeline_opening import open_pipeline
 
         tell = progress or (lambda done, total, name: None)
         tell(0, 2, "drawing")

@@ -13,6 +13,7 @@ from ..bases.experts import ExpertPair
 from ..errors import OutputError
 from ..files.store import check_free
 from ..moving.output_paths import name_output, resolve_path
+from ..reports.outcome import is_report_of
 
 # Ends of other kinds of LoRA files, which people write out of habit.
 _OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")
@@ -27,12 +28,14 @@ def check_report(
 ) -> None:
     """Refuses a report path before any work is done for it.
 
-    `outputs` are the files and PEFT folders that this run writes.
+    `outputs` are the files and PEFT folders that this run writes. A report of results that are all
+    there already, which a run that was killed at its very end has left, is no obstacle.
     """
     taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
     if resolve_path(report) in map(resolve_path, taken):
         raise OutputError(f"{report}: the report would replace the LoRA; give it another name")
-    check_free(report, [*loras, *bases], overwrite=overwrite)
+    if not is_report_of(report, taken):
+        check_free(report, [*loras, *bases], overwrite=overwrite)
 
 
 def list_outputs(

@@ -25,7 +25,7 @@ from ..moving.output_paths import check_results_folder, is_peft_folder
 from ..moving.result import Transfer
 from ..reports.card import check_card, write_card
 from ..reports.lora_report import LoraReport
-from ..reports.outcome import Outcome, OutcomesReport
+from ..reports.outcome import Outcome, OutcomesReport, is_report_of
 from ..reports.report import is_page_path, summarise
 from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult, describe_error
@@ -213,6 +213,8 @@ def write_outcomes(outcomes: list[Outcome], output: OutputFlags, overwrite: bool
         told = records[0] if len(records) == 1 else records
     if not output.show_tables:
         answer.give(told)
+    if path and not overwrite and is_report_of(path, [outcome.out for outcome in outcomes]):
+        return  # of a run that was killed at its end; its numbers are nowhere else
     if path is not None:
         text = render_outcomes(outcomes) if as_page else json.dumps(told, indent=1) + "\n"
         put_text(path, text, overwrite=overwrite)

@@ -1,20 +1,21 @@
-"""Data-free probing: moves a LoRA to a base whose weights have other coordinates."""
+"""Fits of LoRAs to running models."""
 
-from .fit_numbers import ProbeReport
 from .gate import Gate
-from .recording.trajectories import Call
-from .recording.translation import Guidance, Translation
-from .run import ProbeTransfer, Samplers, fit_to_models
+from .probe_report import ProbeReport
+from .probes import Asking
+from .run import Fitted, fit_sides
 from .settings import FitSettings
+from .sides import NO_PROMPT, Call, FitSide, Image
 
 __all__ = [
+    "NO_PROMPT",
+    "Asking",
     "Call",
     "FitSettings",
+    "FitSide",
+    "Fitted",
     "Gate",
-    "Guidance",
+    "Image",
     "ProbeReport",
-    "ProbeTransfer",
-    "Samplers",
-    "Translation",
-    "fit_to_models",
+    "fit_sides",
 ]

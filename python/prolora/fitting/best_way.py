@@ -25,12 +25,13 @@ from ..moving.base_pair import BasePair
 from ..moving.options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
 from ..moving.result import Transfer, make_file
 from ..reports.lora_report import LoraReport, MovedReport
-from .common_parts import CommonParts, share_parts, watch_pipelines
-from .fit_pipelines import fit_to_pipelines, plan_fit
+from .fit import fit_lora
 from .fit_plan import explain_need
+from .fit_report import plan_fit
+from .session import FitSession, watch_pipelines
 from .settings import FitOptions
 
-__all__ = ["BestWay", "share_parts"]
+__all__ = ["BestWay", "FitSession"]
 
 UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat)
 """Refusals of a move by weights that a fit may get around; what it cannot, it refuses as well."""
@@ -44,7 +45,7 @@ class BestWay:
     by_fit: FitOptions  # the options of a fit
     runs: bool  # a fit can run both
     latents: str | None  # why their latents differ; None where they do not
-    common: CommonParts | None  # what the fits of several LoRAs share
+    session: FitSession | None  # what the fits of several LoRAs share
 
     @classmethod
     def of(
@@ -53,7 +54,7 @@ class BestWay:
         target: Base,
         options: TransferOptions,
         dry_run: bool = False,
-        common: CommonParts | None = None,
+        session: FitSession | None = None,
     ) -> BestWay:
         """Looks at the folders; `options` belong to method "best".
 
@@ -81,7 +82,7 @@ class BestWay:
             fit = replace(fit, images=2 * fit.images)
         by_weights = replace(options, method="auto", prompts=(), look="target")
         pair = BasePair.open(source, target, by_weights, dry_run=dry_run)
-        return cls(pair, fit, runs, latents, common)
+        return cls(pair, fit, runs, latents, session)
 
     def run(
         self,
@@ -110,7 +111,7 @@ class BestWay:
         if need:
             try:
                 source, target = self.pair.source, self.pair.target
-                done = fit_to_pipelines(lora, source, target, self.by_fit, self.common)
+                done = fit_lora(lora, source, target, self.by_fit, self.session)
                 return replace(done, report=_tell_fitted(done.report, need))
             except ProLoRAError as error:
                 if isinstance(moved, ProLoRAError):

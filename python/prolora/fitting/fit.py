@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .. import adapters
+from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, BaseLike, open_pair
 from ..bases.base import Progress
+from ..bases.memory import resident_bytes
+from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
+from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ..files.hub import keep_path
+from ..moving.base_pair import BasePair
 from ..moving.batch import make_each
 from ..moving.option_keywords import settle_options, takes_options
 from ..moving.options import LoraLike
 from ..moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from ..moving.result import Transfer, make_file, pack_plan
+from ..moving.result import Transfer, list_inputs, make_file, pack_plan
 from ..reports.outcome import Outcome
-from .common_parts import CommonParts, share_parts, watch_pipelines
-from .fit_pipelines import fit_to_pipelines, plan_fit, weigh_fit
+from ..reports.report import PictureGrid
+from .finishing import finish_baseline, finish_fit, move_by_weights
+from .fit_plan import (
+    FitJob,
+    LoraParts,
+    explain_serving,
+    foresee_work,
+    outline_fit,
+    prepare_fit,
+)
+from .fit_report import FitReport, plan_fit
+from .gate import COPY, fits_target
+from .pipelines.pipeline import run_text_encoders_beside
+from .pipelines.pipeline_side import ask_pipelines
+from .run import Fitted, fit_sides
+from .session import FitSession, check_asked, watch_pipelines
 from .settings import DEFAULT_FIT, FitOptions
+from .showing import ImageGrid
+from .solver.joint import NO_COPY
+from .workload import Meter
+
+OPENING = "opening both pipelines"
 
 
 @takes_options
@@ -70,9 +96,9 @@ def fit(
     options = settle_options(options, changes)
     bases = open_pair(source, target)
     if dry_run:
-        return pack_plan(weigh_fit(lora, *bases, options))
+        return pack_plan(plan_fit_by_weights(lora, *bases, options))
     if out is None:
-        return fit_to_pipelines(lora, *bases, options)
+        return fit_lora(lora, *bases, options)
     return _fit_into(lora, *bases, Path(out), options.for_file())
 
 
@@ -116,11 +142,11 @@ def fit_many(
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})
-    with share_parts(options.resume, Path(folder), len(paths) > 1) as common:
+    with FitSession.share(options.resume, Path(folder), len(paths) > 1) as session:
 
         def make(i: int, out: Path, progress: Progress | None) -> Transfer:
             labelled = replace(options, progress=progress)
-            return _fit_into(paths[i], old, new, out, labelled, common)
+            return _fit_into(paths[i], old, new, out, labelled, session)
 
         return make_each(paths, outs, make, options.progress)
 
@@ -131,7 +157,7 @@ def _fit_into(
     target: Base,
     out: Path,
     options: FitOptions,
-    common: CommonParts | None = None,
+    session: FitSession | None = None,
 ) -> Transfer:
     """Fits a LoRA from file to file; a result of the same recipe is kept."""
     bases = source, target
@@ -139,6 +165,102 @@ def _fit_into(
         (lora, source, target, options),
         out,
         lambda opened: plan_fit(opened, *bases, options),
-        lambda opened: fit_to_pipelines(opened, *bases, options, common),
+        lambda opened: fit_lora(opened, *bases, options, session),
         digest_bases=watch_pipelines(*bases),
     )
+
+
+def plan_fit_by_weights(
+    lora: LoraLike, source: Base, target: Base, options: FitOptions
+) -> FitReport:
+    """Reports as `plan_fit`, and compares the weights to say whether they serve."""
+    report = plan_fit(lora, source, target, options)
+    moving = options.as_moved("auto")
+    try:
+        found = BasePair.open(source, target, moving, dry_run=True).foresee(lora, weighed=True)
+    except ProLoRAError:
+        return report
+    return replace(report, why=explain_serving(source, target, options, found))
+
+
+def fit_lora(
+    lora: LoraLike,  # what is fitted
+    source: Base,  # the base it was trained on
+    target: Base,  # the base it goes to
+    options: FitOptions,  # how
+    session: FitSession | None = None,
+) -> Transfer:
+    """Fits a LoRA to the running models; refuses what it can before loading them.
+
+    What moving by weights alone makes of the LoRA is its baseline: where that does no worse on
+    held-out images, it is the result.
+    """
+    job = prepare_fit(lora, source, target, options)
+    written = options.format or "auto", options.dtype
+    outline = outline_fit(job.adapter, job.plan, source, target)
+    origin = job.adapter.model.of_base(target.model)
+    blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, origin=origin, unread={})
+    adapters.check_format(blank, written[0])
+    baseline = move_by_weights(job)
+    if baseline is None and options.start == "copy":
+        raise ShapeMismatch(NO_COPY)
+    if baseline is not None:
+        found = baseline.refusal or baseline.done.report
+        job = replace(job, serves=explain_serving(source, target, options, found))
+    session = session or FitSession(options.resume)
+    copied = baseline.done.adapter.updates if baseline else {}
+    fitted, grid = _run_models(job, copied, session)
+    gate, files = fitted.report.gate, list_inputs(lora, source, target)
+    if gate and gate.decision == COPY and not options.force:
+        if not gate.copy_serves:
+            raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
+        if baseline:
+            moved, report = finish_baseline(job, baseline, fitted.report)
+            return Transfer(moved, replace(report, grid=grid, why=job.serves), files, *written)
+    adapter, fit_report = finish_fit(job, blank, fitted)
+    return Transfer(adapter, replace(fit_report, grid=grid, why=job.serves), files, *written)
+
+
+def _run_models(
+    job: FitJob, copied: Mapping[str, LowRank], session: FitSession
+) -> tuple[Fitted, PictureGrid | None]:
+    """Runs both pipelines: draws for the page, asks, fits and judges."""
+    options, card, foreseen = job.options, job.card, foresee_work(job)
+    if options.progress:
+        work = foreseen.sentence(job.source.name, job.target.name)
+        options.progress(0, foreseen.total, f"{job.serves} {work}".strip())
+        options.progress(0, foreseen.total, OPENING)
+    lora = LoraParts.of(job)
+    copied = {name: u for name, u in copied.items() if not is_in_text_encoder(name)}
+    with session.open_models(job, lora) as (models, settings):
+        grid = ImageGrid.of(models, settings, job.shares_latents, bool(lora.carried))
+        beside = partial(run_text_encoders_beside, models[0], lora.text)
+        grid.draw_source(lora.denoiser.updates, beside)
+        theirs, asking = ask_pipelines(*models, settings, lora, job.shares_latents)
+        if card is not None and card.samples:
+            theirs.at_once = card.samples
+        meter = Meter(
+            replace(foreseen, settings=settings, target_steps=theirs.settings.steps),
+            partial(check_asked, options.memory_limit, resident_bytes()),
+        )
+
+        def release() -> None:
+            """Frees what does not run again once both models were asked."""
+            models[0].release(keep_denoiser=False)
+            models[1].release(keep_denoiser=True)
+            if card is not None and models[1].swapping is not None:
+                models[1].swapping.keep(card.fitting)
+
+        kept = session.open_parts(job.source, job.target)
+        fitted = fit_sides(asking, settings, copied, meter=meter, kept=kept, release=release)
+        report = fitted.report
+        grid.draw_target(
+            copied if fits_target(models[1].denoiser, copied) else {},
+            fitted.scaled if report.trust else None,
+        )
+    report.not_drawn = grid.failure
+    report.derived_prompts = () if options.prompts else settings.prompts
+    if grid.prompts:
+        report.seconds["show"] = grid.seconds
+    updates = {name: update.to("cpu") for name, update in fitted.updates.items()}
+    return replace(fitted, updates=updates), grid.to_page(job.source.name, job.target.name)

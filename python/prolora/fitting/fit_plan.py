@@ -6,9 +6,8 @@ Names and shapes decide, and refuse.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,19 +21,25 @@ from ..bases.pipeline_files import (
     read_pipeline_index,
 )
 from ..core.lowrank import LowRank
-from ..errors import ProLoRAError, UnrelatedBases, UnsupportedFormat
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
+from ..moving.base_check import Depth, check_bases, read_lora
+from ..moving.options import LoraLike
 from ..moving.plan import ModulePlan, check_fits_source, place_text_encoders
 from ..reports.lora_report import LoraReport
 from .fitted_modules import NO_KIND, choose_fitted
+from .pipelines.vram import CardPlan, is_card, plan_card
 from .settings import FitOptions, PassedOn
 from .workload import Workload
 
-if TYPE_CHECKING:
-    from .pipelines import CardPlan
-
 RULE = "running models"
 """How modules are paired, for the report."""
+
+SERVES = (
+    "Moving by weights serves here: all of the LoRA has a place on {target}, and `transfer` takes "
+    "seconds. On test models fits were at times worse there; this one is written only if held-out "
+    "samples say that it is better."
+)
 
 _COMPENSATED = "; what it changes is fitted into the target's modules"
 
@@ -50,6 +55,33 @@ class FitJob:
     options: FitOptions  # as they were asked for
     card: CardPlan | None = None  # how the pipelines run on a card whose memory is bounded
     serves: str = ""  # why moving by weights would do, said before a model runs
+
+    @property
+    def folders(self) -> tuple[Path, Path]:
+        """The folders of source and target, which `check_fittable` has seen."""
+        assert self.source.path is not None and self.target.path is not None
+        return self.source.path, self.target.path
+
+    @property
+    def shares_latents(self) -> bool:
+        """Whether both denoise the same latents."""
+        return vae.explain_different_latents(*self.folders) is None
+
+
+def plan_memory_of_card(job: FitJob) -> CardPlan | None:
+    """Plans how the pipelines run within `max_vram`; None without such a bound."""
+    options = job.options
+    if options.card_limit is None:
+        return None
+    if not is_card(options.device):
+        raise InvalidOption(
+            "`max_vram` bounds the memory of a card, and this fit runs on the CPU; `max_memory` "
+            "bounds the machine's"
+        )
+    own = max((update.rank for update in job.adapter.updates.values()), default=1)
+    rank = int(options.rank) if options.rank and options.rank >= 1 else own
+    decodes = not job.shares_latents
+    return plan_card(options.card_limit, job.folders, options, max(rank, own), decodes)
 
 
 def check_fittable(source: Base, target: Base) -> None:
@@ -158,15 +190,14 @@ def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tu
     return {name: theirs[name] for name in choose_fitted(adapter.updates, ours, theirs)}
 
 
-def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
+def foresee_work(job: FitJob) -> Workload:
     """Foresees what a fit asks of both models at most.
 
     From settings and configurations alone.
     """
-    assert source.path is not None and target.path is not None
-    few = bool(draws_in_few_steps(target))
-    of_target = options.for_target(few, _embeds_guidance(target.path))
-    sides = (source.path, options.guidance), (target.path, of_target.guidance)
+    few, options = bool(draws_in_few_steps(job.target)), job.options
+    of_target = options.for_target(few, _embeds_guidance(job.folders[1]))
+    sides = zip(job.folders, (options.guidance, of_target.guidance), strict=True)
     # Two predictions a step with guidance, unless the model has learnt it.
     ours, theirs = (
         2 if (guidance is None or guidance > 1) and not _embeds_guidance(folder) else 1
@@ -192,3 +223,34 @@ def outline_fit(
         for name, shape in target_modules(adapter, source, target).items()
     }
     return outline | {name: adapter.updates[name] for name in plan.passed}
+
+
+def prepare_fit(
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    options: FitOptions,
+    depth: Depth = "updates",
+) -> FitJob:
+    """Reads and plans; refuses all that can be refused without running a model.
+
+    `depth` says how far the LoRA is read.
+    """
+    check_fittable(source, target)
+    # Running models of equal weights may differ in schedule, steps and guidance.
+    moving = replace(options.as_moved("copy"), again=options.again)
+    check_bases(lora, source, target, moving, may_be_one=True)
+    adapter = read_lora(lora, source, depth, target)
+    plan = plan_modules(adapter, source, target, options.text_encoder)
+    job = FitJob(adapter, plan, source, target, options)
+    return replace(job, card=plan_memory_of_card(job))
+
+
+def explain_serving(
+    source: Base, target: Base, options: FitOptions, found: LoraReport | ProLoRAError
+) -> str:
+    """Says that weights serve, by what `found` tells of the move; "" where they do not."""
+    assert source.path is not None and target.path is not None
+    differ = vae.explain_different_latents(source.path, target.path) is not None
+    needed = differ or explain_need(found, source, target, options.target_steps)
+    return "" if needed else SERVES.format(target=target.name)

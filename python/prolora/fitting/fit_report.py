@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from ..adapters.adapter import Adapter
 from ..adapters.formats.moves import read_moves
 from ..architectures.modules import is_in_text_encoder
+from ..bases import Base
 from ..core.lowrank import LowRank
 from ..core.merging import subtract_updates
 from ..moving.ledger import (
@@ -17,15 +18,16 @@ from ..moving.ledger import (
     list_missed,
     list_tensors_left_out,
 )
-from ..moving.options import FIT
+from ..moving.options import FIT, LoraLike
 from ..moving.plan import ModulePlan
 from ..moving.transfer_report import LITTLE, MOST, TransferReport, name_amount, tell_place
 from ..reports.lora_report import MovedReport
 from ..reports.module_report import ModuleReport, list_unread_modules, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Table
-from .fit_numbers import ProbeReport
-from .fit_plan import FitJob, foresee_work, target_modules
+from .fit_plan import FitJob, foresee_work, prepare_fit, target_modules
+from .probe_report import ProbeReport
+from .settings import FitOptions
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -101,7 +103,7 @@ class FitReport(MovedReport):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class RivalReport(TransferReport):
+class BaselineReport(TransferReport):
     """What a move by weights kept, where a fit was no better.
 
     Attributes:
@@ -130,9 +132,10 @@ class RivalReport(TransferReport):
 _VECTOR = "a fit gives updates of matrices only, no biases or normalisation layers"
 
 
-def outline_report(job: FitJob) -> FitReport:
-    """Reports what would be fitted, from names and shapes alone."""
-    adapter, source, target, options = job.adapter, job.source, job.target, job.options
+def plan_fit(lora: LoraLike, source: Base, target: Base, options: FitOptions) -> FitReport:
+    """Reports what would be fitted, carried over, skipped and refused, from headers alone."""
+    job = prepare_fit(lora, source, target, options, "outline")
+    adapter = job.adapter
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, job.plan, dict.fromkeys(modules), "would be fitted")
     own = [u.rank for name, u in adapter.updates.items() if not is_in_text_encoder(name)]
@@ -142,7 +145,7 @@ def outline_report(job: FitJob) -> FitReport:
             if row.target in modules:
                 m, *n = modules[row.target]
                 rows[i] = replace(row, rank_out=min(int(rank), m, math.prod(n)))
-    work = foresee_work(source, target, options).sentence(source.name, target.name)
+    work = foresee_work(job).sentence(source.name, target.name)
     return build_fit_report(job, rows, work=work, dry_run=True)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from ..architectures.modules import find_block, is_conditioning
 from ..errors import ProLoRAError
-from .probe_run import ProbeRun
-from .recording.trajectories import Call
-from .recording.translation import Question
+from .probes import Asking, Probe
+from .sides import FitSide
 from .updates import can_be_fitted, keep_hooks, weight_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -23,11 +21,12 @@ _NO_PLACE = "the target calls no module of that name that a fit can change; the 
 _NEVER_CALLED = "the source never calls it, so that it changes nothing there"
 
 
-def find_called(model: nn.Module, call: Call) -> dict[str, tuple[int, ...]]:
+def find_called(side: FitSide, state: Tensor, probe: Probe) -> dict[str, tuple[int, ...]]:
     """Returns the modules with shapes that a fit can change and a pass calls.
 
     Blocks come in the order in which they first run.
     """
+    model = side.denoiser
     called: dict[object, int] = {}  # block, or module outside of all -> when it first ran
     ran = set[str]()
 
@@ -40,8 +39,8 @@ def find_called(model: nn.Module, call: Call) -> dict[str, tuple[int, ...]]:
         module.register_forward_pre_hook(lambda *_, name=name: note(name))
         for name, module in modules.items()
     )
-    with keep_hooks(hooks), torch.no_grad():
-        model(*call.args, **call.kwargs)
+    with keep_hooks(hooks):
+        side.predict(state, probe.level, probe.prompts)
     names = sorted((n for n in modules if n in ran), key=lambda n: called[_find_place(n)])
     return {name: tuple(weight_of(model, name).shape) for name in names}
 
@@ -52,27 +51,30 @@ def _find_place(name: str) -> object:
     return (position.stack, position.number) if position else name
 
 
-def choose_modules(run: ProbeRun, question: Question) -> list[str]:
-    """Returns the target's modules that get an update; the report lists what is left out."""
-    recorder = run.recorder
-    source = find_called(recorder.source, question.source)
-    target = find_called(recorder.target, question.target)
-    chosen = choose_fitted(recorder.adapter.updates, source, target)
+def choose_modules(asking: Asking, probe: Probe) -> tuple[list[str], dict[str, str]]:
+    """Chooses the target's modules that get an update.
+
+    Also returns why modules of the LoRA have none; `probe` is one about states.
+    """
+    ours, theirs = asking.source.denoiser, asking.target.denoiser
+    source = find_called(asking.source, probe.source, probe)
+    target = find_called(asking.target, probe.target, probe)
+    chosen = choose_fitted(asking.updates, source, target)
     if not chosen:
         raise ProLoRAError(
-            f"{type(recorder.target).__name__} calls no linear layer or convolution of the kinds "
+            f"{type(theirs).__name__} calls no linear layer or convolution of the kinds "
             "that the LoRA adapts, which is what a fit changes; it calls "
             f"{', '.join(target) or 'none'}"
         )
     roles, taken = find_roles(source), {find_roles(target)[name] for name in chosen}
     alike = have_like_blocks(source, target)
-    for name in recorder.adapter.updates:
+    left_out = {}
+    for name in asking.updates:
         if name not in source:
-            can = can_be_fitted(recorder.source.get_submodule(name))
-            run.report.left_out[name] = _NEVER_CALLED if can else NO_KIND
+            left_out[name] = _NEVER_CALLED if can_be_fitted(ours.get_submodule(name)) else NO_KIND
         elif alike and roles[name] not in taken:
-            run.report.left_out[name] = _NO_PLACE
-    return chosen
+            left_out[name] = _NO_PLACE
+    return chosen, left_out
 
 
 def choose_fitted(lora: Iterable[str], source: Shapes, target: Shapes) -> list[str]:

@@ -1,19 +1,17 @@
-"""The verdict on a probed LoRA, from trajectories outside the fit."""
+"""The verdict on a fitted LoRA, from images outside the fit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
-from .energies import energy_of, measure_disagreement, share_by_origin, sum_by_trajectory
-from .recording.trajectories import predict_call
-from .recording.translation import Translation
-from .recording.wanted import WantedChange
+from .energies import energy_of, measure_disagreement, share_by_origin, sum_by_image
+from .probes import Asking, Probe
+from .sides import FitSide
 from .updates import run_beside
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
@@ -39,6 +37,7 @@ DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
 """Standard errors between a gain and a sure one (95 %, one-sided)."""
+_OF = {"adapted": "of the LoRA", "target": "of the target"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Gain:
     """
 
     share: float  # of the wanted change
-    error: float  # its standard error over the held-out trajectories; infinite for a single one
-    trajectories: int  # how many there are
+    error: float  # its standard error over the held-out images; infinite for a single one
+    images: int  # how many there are
 
     @property
     def lowest(self) -> float:
@@ -92,45 +91,37 @@ class Gate:
         return min(self.copy_share[origin] for origin in ("adapted", "target")) >= MIN_SHARE
 
 
-def judge_updates(
-    target: nn.Module,  # the target without updates
-    updates: Mapping[str, LowRank],  # the fitted ones
-    held_out: Sequence[WantedChange],  # probes of all origins that the fit did not see
-    translation: Translation,  # how the models were asked
-    copied: Mapping[str, LowRank] | None = None,
+def judge_fit(
+    asking: Asking,
+    updates: Mapping[str, LowRank],  # the fitted ones, of the target
+    copied: Mapping[str, LowRank],  # the rival's, compared where they fit the target's modules
+    held_out: Sequence[Probe],  # of all origins, which the fit did not see
     start: str = "zero",  # where the fit started, "zero" or "copy"
-    images: bool = False,
-    look: float = 0.0,
 ) -> Gate:
     """Chooses the strength and the decision.
 
-    `copied` is the rival, compared where it fits the target's modules; `images` says that the
-    models were asked about images, and the fit followed pairs of them too. Of what the bases
-    predict differently the share `look` is wanted, and the rest may be an error.
+    Of what the bases predict differently the share `look` is wanted, and the rest may be an error.
     """
-    read, same_noise = translation.read, translation.same_noise
+    target = asking.target
     disagreement = measure_disagreement(held_out)
-    unwanted = {origin: (1 - look) * value for origin, value in disagreement.items()}
-    doubt = IMAGE_DOUBT if images else least_gain(unwanted["all"], "zero")
-    strength, missing = _best_strength(target, updates, held_out, doubt, read)
+    unwanted = {origin: (1 - asking.look) * value for origin, value in disagreement.items()}
+    doubt = IMAGE_DOUBT if asking.pairs else least_gain(unwanted["all"], "zero")
+    strength, missing = _best_strength(target, updates, held_out, doubt)
     share = share_by_origin(held_out, missing)
     copy_share, copy_strength, gain = None, 1.0, None
-    if copied and fits_target(target, copied):
-        copy_strength, copy_missing = _best_strength(target, copied, held_out, doubt, read)
+    if copied and fits_target(target.denoiser, copied):
+        copy_strength, copy_missing = _best_strength(target, copied, held_out, doubt)
         copy_share = share_by_origin(held_out, copy_missing)
         gain = _measure_gain(held_out, missing, copy_missing)
-    effect = None
-    if images:
-        effect = _measure_gain(held_out, missing, [energy_of(w.change) for w in held_out])
-    least = least_gain(unwanted["all"], "copy" if images else start)
-    if translation.guidance is not None or (images and not same_noise):
+    least = least_gain(unwanted["all"], "copy" if asking.pairs else start)
+    if asking.guidance != 1 or not asking.shared:
         least = 0.0
-    if effect is not None:
-        compared = unwanted if same_noise else None
-        decided = decide_on_images(strength, share, effect, copy_share, gain, compared, least)
-    else:
-        decided = decide_gate(strength, share, unwanted, copy_share, gain, least)
-    decision, reason = decided
+    effect = None
+    if asking.pairs:
+        effect = _measure_gain(held_out, missing, [energy_of(p.change) for p in held_out])
+    # Noise of its own for either model makes most of what their predictions differ by.
+    compared = unwanted if asking.shared else dict.fromkeys(unwanted, 0.0)
+    decision, reason = decide_gate(strength, share, compared, copy_share, gain, least, effect)
     if start == "zero" and decision == GO and disagreement["all"] <= OTHER_LOOK:
         strength = RAISED
     return Gate(
@@ -145,86 +136,47 @@ def decide_gate(
     copy_share: Mapping[str, float] | None,
     gain: Gain | None,
     least: float,
+    effect: Gain | None = None,
 ) -> tuple[str, str]:
     """Returns the decision and its reason; arguments are fields of `Gate`.
 
-    `least` is the gain over the copy that must surely be exceeded.
+    `least` is the gain over the copy that must surely be exceeded. With an `effect`, that of pairs
+    of images, it must be sure that anything of the change was reached.
     """
-    # The target's own trajectories and the LoRA's both count: a fit that serves only one of them
-    # would change images that the LoRA does not concern, or miss those that it does.
-    worst = min(share[origin] for origin in ("adapted", "target"))
+    # The target's own images and the LoRA's both count: a fit that serves only one of them would
+    # change images that the LoRA does not concern, or miss those that it does.
     difference = max(disagreement[origin] for origin in ("adapted", "target"))
     copied = copy_share["all"] if copy_share else -math.inf
+    if effect is not None and effect.share == 0 and effect.error == 0:
+        return REFUSE, "the LoRA changes nothing that the models' predictions show"
     if difference > MAX_DISAGREEMENT and copied < MIN_SHARE:
-        return REFUSE, _explain_disagreement(difference)
+        return REFUSE, (
+            "the bases' own predictions differ by too much for the source to say what this LoRA "
+            f"should do on the target (disagreement {difference:.2g}, at most "
+            f"{MAX_DISAGREEMENT:g}); move it by weights, or copy it"
+        )
     if gain is not None and gain.lowest <= least:
         return COPY, _explain_copy(share["all"], copied, gain, disagreement["all"], least)
-    if worst < MIN_SHARE:
+    more = "more images or a larger rank may help"
+    least_share = MIN_SHARE if effect is None else MIN_IMAGE_SHARE
+    for origin, bound in (("adapted", least_share), ("target", MIN_SHARE if not effect else 0.0)):
+        if share[origin] < bound:
+            return REFUSE, (
+                f"only {share[origin]:.0%} of the wanted change was reached on held-out images "
+                f"{_OF[origin]} (at least {bound:.0%} is required); {more}"
+            )
+    if effect is not None and effect.lowest <= 0:
         return REFUSE, (
-            f"only {worst:.0%} of the wanted change was reached on held-out probes "
-            f"(at least {MIN_SHARE:.0%} is required); a larger rank or more probes may help"
+            f"only {effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change was reached "
+            f"on held-out images, which may be chance ({effect.images} samplings); {more}"
         )
-    reason = f"{share['all']:.0%} of the wanted change reached on held-out probes"
+    reason = f"{share['all']:.0%} of the wanted change reached on held-out images"
     if gain is not None:
         reason += (
             f", {copied:.0%} by the LoRA moved by weights alone (a gain of {gain.share:.1%} "
-            f"± {SURE * gain.error:.1%} over {gain.trajectories} trajectories)"
+            f"± {SURE * gain.error:.1%} over {gain.images} images)"
         )
     return (GO if strength == 1.0 else WEAKEN), reason
-
-
-def decide_on_images(
-    strength: float,
-    share: Mapping[str, float],
-    effect: Gain,
-    copy_share: Mapping[str, float] | None,
-    gain: Gain | None,
-    disagreement: Mapping[str, float] | None,
-    least: float = 0.0,
-) -> tuple[str, str]:
-    """Returns the decision and its reason where the models were asked about images.
-
-    What counts is that the change was reached on images that the fit did not see. Arguments are
-    fields of `Gate`; `disagreement` is None where each model saw noise of its own, which makes most
-    of what their predictions differ by; `least` as for `decide_gate`.
-    """
-    apart = disagreement or dict.fromkeys(("all", "adapted", "target"), 0.0)
-    copied = copy_share["all"] if copy_share else -math.inf
-    if gain is not None and gain.lowest <= least:
-        return COPY, _explain_copy(share["all"], copied, gain, apart["all"], least)
-    differ = max(apart["adapted"], apart["target"])
-    seen = f"{effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change"
-    samplings = f"({effect.trajectories} samplings)"
-    if effect.share == 0 and effect.error == 0:
-        return REFUSE, "the LoRA changes nothing that the models' predictions show"
-    if differ > MAX_DISAGREEMENT and copied < MIN_SHARE:
-        return REFUSE, _explain_disagreement(differ)
-    if effect.lowest <= 0:
-        return REFUSE, (
-            f"only {seen} was reached on held-out images, which may be chance {samplings}; more "
-            "images may help"
-        )
-    if share["adapted"] < MIN_IMAGE_SHARE:
-        return REFUSE, (
-            f"only {share['adapted']:.0%} of the wanted change was reached on held-out images of "
-            f"the LoRA (at least {MIN_IMAGE_SHARE:.0%} is required); more images "
-            "or a larger rank may help"
-        )
-    if share["target"] < 0:
-        return REFUSE, (
-            "on held-out images of the target the fit does worse than no LoRA "
-            f"({share['target']:.0%} of the wanted change); more images may help"
-        )
-    reason = f"{seen} reached on held-out images {samplings}"
-    return (GO if strength == 1.0 else WEAKEN), reason
-
-
-def _explain_disagreement(difference: float) -> str:
-    return (
-        "the bases' own predictions differ by too much for the source to say what this LoRA "
-        f"should do on the target (disagreement {difference:.2g}, at most "
-        f"{MAX_DISAGREEMENT:g}); move it by weights, or copy it"
-    )
 
 
 def least_gain(disagreement: float, start: str) -> float:
@@ -245,14 +197,14 @@ def _explain_copy(
     if gain.share == 0:
         return (
             f"the LoRA moved by weights alone reaches {copied:.0%} of the wanted change on "
-            "held-out probes, and nothing was fitted"
+            "held-out images, and nothing was fitted"
         )
     reason = (
         f"the LoRA moved by weights alone reaches {copied:.0%} of the wanted change on held-out "
-        f"probes, the fitted one {fitted:.0%}"
+        f"images, the fitted one {fitted:.0%}"
     )
     if gain.lowest <= 0:
-        return f"{reason}; that is not a sure gain over {gain.trajectories} trajectories"
+        return f"{reason}; that is not a sure gain over {gain.images} images"
     return (
         f"{reason}; that gain is smaller than the error of the wanted change itself, because the "
         f"bases' own predictions differ (disagreement {disagreement:.2g}: a gain of {least:.0%} "
@@ -277,34 +229,27 @@ def fitting_updates(target: nn.Module, updates: Mapping[str, LowRank]) -> dict[s
 
 
 def measure_missing(
-    target: nn.Module,
-    updates: Mapping[str, LowRank],
-    probes: Sequence[WantedChange],
-    strength: float,
-    read: Callable[[Any], Tensor],
+    target: FitSide, updates: Mapping[str, LowRank], probes: Sequence[Probe], strength: float = 1.0
 ) -> list[Tensor]:
     """Measures ‖achieved − wanted change‖² of every sample [n], batch by batch."""
-    with run_beside(target, updates, strength):
-        return [energy_of(predict_call(target, w.call, read) - w.plain - w.change) for w in probes]
+    with run_beside(target.denoiser, updates, strength):
+        reached = [target.predict(p.target, p.level, p.prompts).cpu() for p in probes]
+    return [energy_of(r - p.plain - p.change) for r, p in zip(reached, probes, strict=True)]
 
 
 def _best_strength(
-    target: nn.Module,
-    updates: Mapping[str, LowRank],
-    held_out: Sequence[WantedChange],
-    doubt: float,
-    read: Callable[[Any], Tensor],
+    target: FitSide, updates: Mapping[str, LowRank], held_out: Sequence[Probe], doubt: float
 ) -> tuple[float, list[Tensor]]:
     """Returns the one of STRENGTHS with the largest share, and what it misses.
 
     It is 1 unless a weaker one reaches more by `doubt`, a share of the wanted change.
     """
-    energy = sum(float(energy_of(wanted.change).sum()) for wanted in held_out)
-    full = measure_missing(target, updates, held_out, 1.0, read)
+    energy = sum(float(energy_of(probe.change).sum()) for probe in held_out)
+    full = measure_missing(target, updates, held_out)
     best, least = (1.0, full), sum(float(part.sum()) for part in full)
     bound = least - doubt * energy
     for strength in sorted(STRENGTHS, reverse=True)[1:]:
-        missing = measure_missing(target, updates, held_out, strength, read)
+        missing = measure_missing(target, updates, held_out, strength)
         total = sum(float(part.sum()) for part in missing)
         if total >= least:
             break  # the error is nearly a parabola of the strength: weaker ones are worse still
@@ -313,15 +258,14 @@ def _best_strength(
 
 
 def _measure_gain(
-    held_out: Sequence[WantedChange], missing: list[Tensor], copy_missing: list[Tensor]
+    held_out: Sequence[Probe], missing: list[Tensor], copy_missing: list[Tensor]
 ) -> Gain:
-    """Measures the gain over the copy and its standard error over trajectories.
+    """Measures the gain over the copy and its standard error over images.
 
     The gain is a ratio of sums.
     """
-    calls = [wanted.call for wanted in held_out]
-    better = sum_by_trajectory(calls, [b - a for a, b in zip(missing, copy_missing, strict=True)])
-    total = sum_by_trajectory(calls, [energy_of(wanted.change) for wanted in held_out])
+    better = sum_by_image(held_out, [b - a for a, b in zip(missing, copy_missing, strict=True)])
+    total = sum_by_image(held_out, [energy_of(probe.change) for probe in held_out])
     energy, count = max(float(total.sum()), 1e-30), len(total)
     share = float(better.sum()) / energy
     if count < 2:

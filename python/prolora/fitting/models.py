@@ -1,17 +1,17 @@
-"""The two models of a probing: what it can handle, frozen, in which precision."""
+"""The two models of a fit: what it can handle, frozen, in which precision."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..core.lowrank import LowRank
 from ..errors import NonFiniteWeights, ProLoRAError
 from .settings import BFLOAT16, FLOAT32, Precision
 from .updates import weight_of
@@ -136,9 +136,9 @@ LARGEST = 1e15
 """Of all weights: what larger ones make has squares and sums beyond float32."""
 
 
-def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
-    """Refuses what probing cannot handle, before anything is sampled."""
-    if not adapter.updates:
+def check_models(source: nn.Module, target: nn.Module, updates: Mapping[str, LowRank]) -> None:
+    """Refuses what no fit can handle, before anything is sampled."""
+    if not updates:
         raise ProLoRAError("the LoRA has no updates")
     for side, model in (("source", source), ("target", target)):
         for name, parameter in model.named_parameters():
@@ -148,7 +148,7 @@ def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None
                     "weights of float32, float16 or bfloat16; call .float() on the model"
                 )
         check_weights(model, f"the {side}")
-    for name, update in adapter.updates.items():
+    for name, update in updates.items():
         weight_of(source, name, any_kind=True)
         for factor in (update.up, update.down):
             _check_tensor(factor, f"the LoRA's update of {name}")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ProLoRAError
+from ..adapters.formats.moves import read_provenance
+from ..errors import ProLoRAError, UnsupportedFormat
 from ..files.hub import spell_path
+from ..files.outside import read_text
+from ..files.safetensors_file import SafetensorsFile
 from .lora_report import LoraReport
 from .report import InWords, Report
 from .table import NOTHING, Cell, Column, Row, Table, Tone, make_table
 
 OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
 """What became of a LoRA, in two words."""
+_DIGESTS = "lora_hash", "source_hash", "target_hash"
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,17 @@ class OutcomesReport(Report):
     def numbers(self) -> dict[str, Any]:
         """Returns the numbers of each."""
         return {"outcomes": [outcome.to_dict() for outcome in self.outcomes]}
+
+
+def is_report_of(report: Path, outputs: Iterable[Path]) -> bool:
+    """Returns whether a report says the digests in the headers of all outputs that exist."""
+    found = [file for file in outputs if file.is_file() and file.suffix == ".safetensors"]
+    if not found or not report.is_file():
+        return False
+    try:
+        text = read_text(report)
+        origins = [read_provenance(SafetensorsFile(file).metadata) for file in found]
+    except UnsupportedFormat:
+        return False
+    digests = {origin.get(name, "") for origin in origins for name in _DIGESTS}
+    return "" not in digests and all(digest in text for digest in digests)

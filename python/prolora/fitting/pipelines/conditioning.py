@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ProLoRAError
-from ..recording.trajectories import Call, output_of
+from ..sides import Call, output_of
 
 Path = tuple[str, ...]
 Conditioning = dict[Path, Any]
@@ -134,10 +134,7 @@ def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
 
 
 class PromptTable:
-    """One model's conditioning for each prompt and for none.
-
-    The order is the same for both models.
-    """
+    """One model's conditioning for each prompt and, at last, for none."""
 
     def __init__(
         self,
@@ -152,60 +149,6 @@ class PromptTable:
         """
         self.model, self.entries, self.guided = model, list(entries), guided
         self.like, self.time = like, like.time
-        self._stacked: dict[tuple[int, ...], Conditioning] = {}
-
-    def prompt_of(self, parts: CallParts, i: int) -> int:
-        """Returns the index of the entry in sample i of a call."""
-        conditioning = sample_conditioning(parts, i)
-        distances = [conditioning_distance(conditioning, entry) for entry in self.entries]
-        best = min(range(len(distances)), key=lambda k: distances[k])
-        if distances[best] > _TOLERANCE:
-            raise ProLoRAError(
-                f"a call of {type(self.model).__name__} has a conditioning of none of the prompts; "
-                "its pipeline changes the text embeddings between steps, which a fit cannot "
-                "translate"
-            )
-        return best
-
-    def swap_prompts(self, theirs: PromptTable, call: Call) -> Call:
-        """Returns a call with the conditioning that another table has of its prompts."""
-        parts = split_call(self.model, call)
-        prompts = [self.prompt_of(parts, i) for i in range(len(parts.latent))]
-        return theirs.replace_prompts(call, parts, prompts)
-
-    def replace_prompts(self, call: Call, parts: CallParts, prompts: Sequence[int]) -> Call:
-        """Returns a call, split into parts, with other prompts."""
-        made = self.build_call(parts.latent, parts.time, prompts)
-        return replace(call, args=made.args, kwargs=made.kwargs)
-
-    def drop_prompts(self, call: Call) -> Call:
-        """Returns a call without its prompts."""
-        parts = split_call(self.model, call)
-        return self.replace_prompts(call, parts, [len(self.entries) - 1] * len(parts.latent))
-
-    def find_prompts(self, call: Call) -> list[bool]:
-        """Finds the samples of a call that have a prompt."""
-        parts = split_call(self.model, call)
-        return [self.has_prompt(parts, i) for i in range(len(parts.latent))]
-
-    def keep_prompted(self, call: Call) -> Call | None:
-        """Returns the samples of a call that have a prompt; None for none."""
-        found = self.find_prompts(call)
-        if all(found):
-            return call
-        rows = [i for i, prompted in enumerate(found) if prompted]
-        if not rows:
-            return None
-        parts = split_call(self.model, call)
-        kept = replace(
-            parts,
-            latent=parts.latent[rows],
-            time=parts.time[rows] if parts.time.dim() else parts.time,
-            conditioning=stack_conditionings([sample_conditioning(parts, i) for i in rows]),
-        )
-        made = build_call(self.model, kept)
-        numbers = tuple(n for i in rows for n in call.trajectories[i : i + 1])
-        return replace(call, args=made.args, kwargs=made.kwargs, trajectories=numbers)
 
     def has_prompt(self, parts: CallParts, i: int) -> bool:
         """Returns whether sample i of a call has a prompt.
@@ -221,9 +164,7 @@ class PromptTable:
 
     def build_call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
         """Builds a call of the model; a time [] or [n] gets the pipeline's dtype and axes."""
-        if tuple(prompts) not in self._stacked:
-            self._stacked[tuple(prompts)] = stack_conditionings([self.entries[k] for k in prompts])
-        conditioning = self._stacked[tuple(prompts)]  # one copy for all steps of an image
+        conditioning = stack_conditionings([self.entries[k] for k in prompts])
         if not (time.is_floating_point() and bool((time != time.round()).any())):
             time = time.to(self.time.dtype)  # a fraction must not become an integer
         elif self.time.is_floating_point():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedFormat
-from ..recording.trajectories import Call, output_of
+from ..sides import Call, output_of
 from ..updates import keep_hooks
 from .conditioning import split_call
 from .schedules import NoiseSchedule, Times

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import in_float32
-from ..recording.trajectories import Call
-from ..recording.translation import Guidance
 from ..settings import FitSettings
+from ..sides import Call
 from ..updates import FirstCallReached, keep_hooks
 from .conditioning import PromptTable, make_reader, split_call
 from .flow_convention import watch_steps
@@ -97,14 +96,16 @@ def guide_source(
     pipelines: tuple[Pipeline, Pipeline],
     settings: tuple[FitSettings, FitSettings],
     tables: tuple[PromptTable, PromptTable],
-) -> Guidance | None:
-    """Returns the source's own guidance where the target runs without any.
+) -> float:
+    """Returns the scale of the source's guidance where the target runs without any; else 1.
 
-    The tables have the conditioning of each.
+    Few-step students, and students that learnt their guidance, predict what their teacher does with
+    guidance: v = u + g·(c − u), with c for the prompt and u for none. So the change that they
+    should make is the guided prediction's, and that of c alone is too small by a factor of about g.
     """
     source, target = tables
     if not source.guided or target.guided or lacks_negative_prompt(pipelines[1], settings[1]):
-        return None
+        return 1.0
     scale = observe_guidance(pipelines[0], settings[0], source)
     if scale is None:
         log.warning(
@@ -112,6 +113,4 @@ def guide_source(
             "sum of both, so it is asked without, although %s is run without guidance",
             *(pipeline.name for pipeline in pipelines),
         )
-    if scale is None or scale == 1:
-        return None
-    return Guidance(scale, source.drop_prompts, source.keep_prompted)
+    return scale or 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +20,10 @@ from ...bases.folder import MODELS
 from ...bases.pipeline_files import is_few_step_scheduler
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError, UnsupportedFormat
-from ..checkpoint import hash_updates
+from ..kept_parts import hash_updates
 from ..models import in_float32
-from ..recording.trajectories import Call, Sample
 from ..settings import FitSettings
+from ..sides import Call
 from ..swapping import BlockSwapping
 from ..updates import FirstCallReached, keep_hooks, run_beside
 from .conditioning import (
@@ -38,8 +38,6 @@ from .flow_convention import STEPS, observe_flow, watch_steps
 from .latents import LatentSpace, capture_decoded, observe_latents
 from .schedules import FLOW, NoiseSchedule
 from .stages import PromptMemory, empty_weights, shrink_tiles
-
-NO_UPDATES: Mapping[str, LowRank] = {}
 
 
 @dataclass(frozen=True)
@@ -207,30 +205,6 @@ class Pipeline:
             "clean_caption": False,
         }
         return {k: v for k, v in arguments.items() if k in self.accepted and v is not None}
-
-    def sampler(
-        self,
-        settings: FitSettings,
-        on_image: Callable[[], None] | None = None,
-        text: Mapping[str, LowRank] = NO_UPDATES,
-    ) -> Sample:
-        """Returns a function that samples one set of trajectories, with prompts in turn.
-
-        The images of one seed share no noise with another seed's. `on_image` is called after each
-        image; `text` are updates of the text encoders.
-        """
-        prompts = _prompts_or_empty(settings)
-
-        def sample(seed: int) -> Iterator[None]:
-            with run_text_encoders_beside(self, text):
-                for i in range(settings.images):
-                    prompt = prompts[(seed + i) % len(prompts)]
-                    self.sample_latents(prompt, settings, seed * settings.images + i)
-                    if on_image:
-                        on_image()
-                    yield
-
-        return sample
 
     def tabulate_prompts(self, settings: FitSettings) -> PromptTable:
         """Tabulates each prompt's conditioning from the first call of a sampling.

@@ -18,6 +18,7 @@ import torch
 from ...architectures.modules import find_block, is_adaptable, matrix_shape, may_be_fitted
 from ...bases.folder import open_folder_weights
 from ...bases.pipeline_files import read_component_config, read_pipeline_index
+from ...core.validation import DeviceLike
 from ...errors import TooLittleMemory
 from ...files.sizes import format_size
 from ..settings import AUTO, BFLOAT16, FLOAT32, FitSettings, Precision
@@ -81,6 +82,11 @@ class _PipelineSize:
         """Returns the bytes of a pass, with widened weights."""
         kept = (2 * self.largest + self.between) if backward else self.largest
         return samples * _NUMBER_BYTES[precision] * kept + self.widened[precision]
+
+
+def is_card(device: DeviceLike) -> bool:
+    """Returns whether a device has memory of its own."""
+    return device is not None and torch.device(device).type != "cpu"
 
 
 def plan_card(

@@ -1,25 +1,22 @@
-"""The fit of a probing: from its questions and its start to all updates."""
+"""A fit from its probes: where it starts, its steps, and the way back from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.lowrank import LowRank
 from ...errors import ShapeMismatch
-from ..checkpoint import hash_texts, hash_updates
 from ..energies import measure_disagreement, share_by_origin
 from ..gate import DOUBT, fits_target, measure_missing
-from ..probe_run import ProbeRun
-from ..recording.at_rest import lay_aside
-from ..recording.translation import PAIR, Question
-from ..recording.wanted import WantedChange
-from ..settings import Start
+from ..probe_report import ProbeReport
+from ..probes import PAIR, Asking, Probe
+from ..settings import FitSettings, Start
 from ..updates import run_beside
+from ..workload import Meter
 from .joint_fit import JointProblem, cut_updates, fit_in_factors
 from .linearisation import ProbeBatch
 
@@ -27,6 +24,10 @@ LEAST_COPY_SHARE = 0.1
 """Share of the wanted change that a copy must reach to be a start."""
 LEAST_TRUST = 0.1
 """Below this share of the way a fit is not worth its time."""
+DAMPING = 1.0
+"""Of the curvature, relative to its mean diagonal."""
+SAMPLES_TO_TRY_COPY = 48
+"""Samples that decide where the fit starts."""
 NO_COPY = (
     "start 'copy' needs a LoRA that can be moved to the target by weights alone, and this one has "
     "no module of the target's names and shapes; use 'auto' or 'zero'"
@@ -51,12 +52,9 @@ def check_start(asked: Start, target: nn.Module, copied: Mapping[str, LowRank]) 
 
 def choose_start(
     asked: Start,  # "auto", "zero" or "copy"
-    target: nn.Module,  # the target without updates
+    asking: Asking,
     copied: Mapping[str, LowRank],  # updates of the target; may be empty
-    probes: Sequence[WantedChange],  # some of the fit's probes
-    read: Callable[[Any], Tensor],  # return value of the target -> its prediction
-    same_noise: bool = True,
-    look: float = 0.0,  # the share of the source's look that is wanted
+    probes: Sequence[Probe],  # some of the fit's probes, of states
 ) -> StartingPoint:
     """Chooses between zero and copied updates.
 
@@ -67,19 +65,19 @@ def choose_start(
     line from the copy to the wanted change is at 1 − DOUBT·disagreement/m of the way. Of the
     disagreement a share `look` is wanted, and no error.
 
-    Without `same_noise` the bases' disagreement says nothing of the wanted change, and the fit goes
-    all the way.
+    With noise of its own for either model the bases' disagreement says nothing of the wanted
+    change, and the fit goes all the way.
     """
-    fitting = bool(copied) and fits_target(target, copied)
+    fitting = bool(copied) and fits_target(asking.target.denoiser, copied)
     if asked == "zero" or not fitting:
         why = "as asked" if asked == "zero" else "no copy fits the target"
         return StartingPoint("zero", 1.0, why)
-    share = share_by_origin(probes, measure_missing(target, copied, probes, 1.0, read))["all"]
+    share = share_by_origin(probes, measure_missing(asking.target, copied, probes))["all"]
     if asked == "auto" and share < LEAST_COPY_SHARE:
         return StartingPoint("zero", 1.0, f"the copy reaches {share:.0%} of the wanted change")
     missing = max(1 - share, 1e-9)
-    differ = measure_disagreement(probes)["all"] if same_noise else 0.0
-    trust = 1 - DOUBT * (1 - look) * differ / missing
+    differ = measure_disagreement(probes)["all"] if asking.shared else 0.0
+    trust = 1 - DOUBT * (1 - asking.look) * differ / missing
     if trust < LEAST_TRUST:
         reason = (
             f"the copy misses {missing:.0%} of the wanted change, no more than the bases' own "
@@ -105,103 +103,65 @@ def move_part_way(
     return moved
 
 
-DAMPING = 1.0
-"""Of the curvature, relative to its mean diagonal."""
-BATCHES_TO_TRY_COPY = 4
-"""Batches of full size whose samples decide where the fit starts."""
-
-
-def fit_all_modules(
-    run: ProbeRun, questions: Sequence[Question], names: list[str]
+def solve(
+    asking: Asking,
+    probes: Sequence[Probe],
+    names: Sequence[str],  # modules of the target that get an update
+    baseline: Mapping[str, LowRank],  # updates that may be the start
+    settings: FitSettings,
+    report: ProbeReport,  # gets the start and the steps
+    meter: Meter,
 ) -> dict[str, LowRank]:
-    """Fits the updates of all modules; the rival's may be a start.
-
-    The run's report gets the steps and the start.
-    """
-    target, translation = run.recorder.target, run.recorder.translation
-    checkpoints, report = run.recorder.checkpoints, run.report
-    key = ""
-    if checkpoints.folder is not None:
-        key = hash_texts(run.key, run.settings.describe_fit(), hash_updates(run.rival))
-    kept = checkpoints.recall_updates("joint", key)
-    if kept is not None:
-        updates, facts = kept
-        report.steps, report.resumed = facts["steps"], 1
-        report.start, report.trust, report.start_reason = facts["start"]
-        return updates
-    batches = _BatchQueue(run, questions)
-    first = batches.ask_models()
-    run.release()
-    run.meter.begin("fit")
-    read, same_noise = translation.read, translation.same_noise
-    asked, look = run.settings.start, run.settings.look_of_source
-    start = choose_start(asked, target, run.rival, first, read, same_noise, look)
+    """Fits the updates of all modules; copies outside of these stay as they are."""
+    states = [probe for probe in probes if probe.origin != PAIR]
+    few = states[: max(SAMPLES_TO_TRY_COPY // max(len(states[0]), 1), 1)]
+    start = choose_start(settings.start, asking, baseline, few)
     report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
-    updates = _fit_part_way(run, batches, names, start) if start.trust else dict(run.rival)
-    facts = {"steps": report.steps, "start": [start.name, start.trust, start.reason]}
-    checkpoints.store_updates("joint", key, updates, facts)
-    return updates
-
-
-def _fit_part_way(
-    run: ProbeRun, batches: _BatchQueue, names: list[str], start: StartingPoint
-) -> dict[str, LowRank]:
-    """Returns updates part of the way from start to fit, and outside copies."""
+    if not start.trust:
+        return dict(baseline)
     inside = {name: update for name, update in start.updates.items() if name in names}
     outside = {name: update for name, update in start.updates.items() if name not in names}
-    settings, rank, target = run.settings, run.settings.rank, run.recorder.target
+    rank, target = settings.rank, asking.target
     assert rank is not None
-    own = max(update.rank for update in run.recorder.adapter.updates.values())
+    own = max(update.rank for update in asking.updates.values())
     problem = JointProblem(
-        target,
+        target.denoiser,
         names,
-        run.recorder.translation.read,
-        batches.draw,
+        target.read,
+        _Queue(asking, probes, settings.batch or 1).draw,
         settings.fit_steps,
         DAMPING,
         int(rank) if rank >= 1 else own,
         will_be_cut=start.trust < 1 or rank < 1,
     )
-    with run_beside(target, outside):  # these copies do not change during the fit
-        fit = fit_in_factors(
-            problem,
-            inside,
-            lambda step: run.meter.tell(f"step {step + 1}"),
-        )
-    run.report.steps = fit.history
+
+    def on_step(step: int) -> None:
+        meter.advance(1 / settings.fit_steps if step else 0.0, f"step {step + 1}")
+
+    with run_beside(target.denoiser, outside):  # these copies do not change during the fit
+        fit = fit_in_factors(problem, inside, on_step)
+    report.steps = fit.history
     if start.trust < 1:
         fit = replace(fit, updates=move_part_way(inside, fit.updates, start.trust))
     updates = cut_updates(fit, rank) if problem.will_be_cut else fit.updates
     return updates | outside
 
 
-class _BatchQueue:
-    """The probes of a joint fit: every probe is drawn once before any is drawn again."""
+class _Queue:
+    """The probes of a fit: every one is drawn once before any is drawn again."""
 
-    def __init__(self, run: ProbeRun, questions: Sequence[Question]) -> None:
-        self.run, self.questions = run, questions
-        self.asked: list[Callable[[], tuple[Tensor, ...]]] = []
-        self.sizes: list[int] = []
-        self.queue: list[int] = []
-
-    def ask_models(self) -> list[WantedChange]:
-        """Computes and stores the wanted prediction of every probe; returns the first few."""
-        run, first = self.run, list[WantedChange]()
-        for wanted in run.wanted_changes(self.questions):
-            sizes = [len(other.plain) for other in first]
-            few = sum(sizes) < BATCHES_TO_TRY_COPY * max(sizes, default=1)
-            if few and wanted.call.origin != PAIR:
-                first.append(wanted)
-            run.meter.tell("asking")
-            self.asked.append(lay_aside((wanted.plain, wanted.plain + wanted.change)))
-            self.sizes.append(len(wanted.plain))
-        return first
+    def __init__(self, asking: Asking, probes: Sequence[Probe], least: int) -> None:
+        self.target, self.probes, self.least, self.next = asking.target, probes, least, 0
 
     def draw(self) -> list[ProbeBatch]:
         """Draws the batches of one step, at least the samples that the settings ask for."""
-        drawn: list[int] = []
-        while sum(self.sizes[i] for i in drawn) < (self.run.settings.batch or 1):
-            if not self.queue:
-                self.queue.extend(range(len(self.questions)))
-            drawn.append(self.queue.pop(0))
-        return [ProbeBatch(self.questions[i].target, *self.asked[i]()) for i in drawn]
+        drawn: list[ProbeBatch] = []
+        count, device = 0, self.target.device
+        while count < self.least:
+            probe = self.probes[self.next % len(self.probes)]
+            self.next += 1
+            count += len(probe)
+            call = self.target.build_call(probe.target, probe.level, probe.prompts)
+            wanted = probe.plain + probe.change
+            drawn.append(ProbeBatch(call, probe.plain.to(device), wanted.to(device)))
+        return drawn

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
-from ..recording.translation import Read
+from ..sides import Read
 from ..swapping import place_of
 from ..updates import Factors, weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import ProLoRAError
-from ..recording.trajectories import Call
-from ..recording.translation import Read
+from ..sides import Call, Read
 from ..updates import Factors, input_of, keep_hooks, place_factors, read_rows, written_rows
 from .spectra import JointCurvature
 

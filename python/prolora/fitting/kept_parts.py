@@ -1,4 +1,4 @@
-"""Results of an interrupted probing, named by what they were made of."""
+"""Parts of an interrupted fit, named by what they were made of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..version import __version__
 
 log = logging.getLogger(__name__)
 
-_OF_ONE_LORA = ("calls-adapted-", "latents-adapted-", "joint-")
+_OF_ONE_LORA = ("images-adapted-", "fit-")
 """What the names of parts begin with that serve no other LoRA."""
 _SUM, _NOTE = "prolora.fitting.sum", "prolora.fitting.note"
 
@@ -43,21 +43,20 @@ def _name_factors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
     return factors | {f"{name}.down": u.down for name, u in updates.items()}
 
 
-class Checkpoints:
-    """Named results in a folder, each with a key.
+class KeptParts:
+    """Named tensors in a folder, under hashes of their inputs.
 
-    The key is the hash of what the result depends on, and part of the name of its file. A result
-    whose checksum does not match is computed again.
+    One whose checksum does not match is computed again.
     """
 
     def __init__(
         self,
-        folder: str | PathLike[str] | None,  # new, or with results of these or other inputs
+        folder: str | PathLike[str] | None = None,
         inputs: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        """Takes a folder, made with the first result; None keeps nothing.
+        """Takes a folder, made with the first part; None keeps nothing.
 
-        `inputs` digests all that results depend on beside versions.
+        `inputs` digests all that parts depend on beside versions.
         """
         self.folder = None if folder is None else Path(folder)
         self._digest = ""
@@ -73,9 +72,7 @@ class Checkpoints:
             file = SafetensorsFile(path)
             tensors = {name: file.read(name) for name in file.tensors}
             note = file.metadata.get(_NOTE, "")
-            if file.metadata.get(_SUM) != hash_texts(
-                path.name, hash_tensors(tensors, tensors.__getitem__), note
-            ):
+            if file.metadata.get(_SUM) != _sum(path, tensors, note):
                 raise UnsupportedFormat("its checksum is another")
         except UnsupportedFormat as error:
             log.warning("%s is damaged; it is computed again: %s", path, error)
@@ -85,33 +82,14 @@ class Checkpoints:
     def store(self, name: str, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
         """Stores tensors and a note."""
         path = self._path(name, key)
-        if path is None:
-            return
-        marks = {
-            _SUM: hash_texts(path.name, hash_tensors(tensors, tensors.__getitem__), note),
-            _NOTE: note,
-        }
-        write_safetensors(path, dict(tensors), marks, overwrite=True)
-
-    def remove_own_parts(self) -> None:
-        """Deletes what serves no other LoRA."""
-        for path in self.folder.glob("*.safetensors") if self.folder else ():
-            if path.name.startswith(_OF_ONE_LORA):
-                path.unlink(missing_ok=True)
-
-    def _path(self, name: str, key: str) -> Path | None:
-        """Returns the path of a result."""
-        if self.folder is None:
-            return None
-        path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-            raise OutputError(f"{path}: is a link or no file, and no result of prolora; remove it")
-        return path
+        if path is not None:
+            marks = {_SUM: _sum(path, tensors, note), _NOTE: note}
+            write_safetensors(path, dict(tensors), marks, overwrite=True)
 
     def recall_updates(
         self, name: str, key: str
     ) -> tuple[dict[str, LowRank], dict[str, Any]] | None:
-        """Updates by module, and facts; None where there are none."""
+        """Returns updates by module, and facts; None where there are none."""
         stored = self.recall(name, key)
         if stored is None:
             return None
@@ -124,5 +102,22 @@ class Checkpoints:
         self, name: str, key: str, updates: Mapping[str, LowRank], facts: Mapping[str, Any]
     ) -> None:
         """Stores updates by module, and facts that JSON can hold."""
-        if self.folder is not None:
-            self.store(name, key, _name_factors(updates), json.dumps(facts))
+        self.store(name, key, _name_factors(updates), json.dumps(facts))
+
+    def remove_own_parts(self) -> None:
+        """Deletes what serves no other LoRA."""
+        for path in self.folder.glob("*.safetensors") if self.folder else ():
+            if path.name.startswith(_OF_ONE_LORA):
+                path.unlink(missing_ok=True)
+
+    def _path(self, name: str, key: str) -> Path | None:
+        if self.folder is None:
+            return None
+        path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OutputError(f"{path}: is a link or no file, and no result of prolora; remove it")
+        return path
+
+
+def _sum(path: Path, tensors: Mapping[str, Tensor], note: str) -> str:
+    return hash_texts(path.name, hash_tensors(tensors, tensors.__getitem__), note)

@@ -6,10 +6,10 @@ from typing import Any
 
 from ..bases import BaseLike, open_pair
 from ..errors import InvalidOption
-from ..moving.base_pair import BasePair
-from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 from ..reports.lora_report import LoraReport
+from .base_pair import BasePair
+from .option_keywords import settle_options, takes_options
+from .options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 
 
 @takes_options

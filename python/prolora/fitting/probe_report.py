@@ -1,8 +1,9 @@
-"""The report of a probing."""
+"""The numbers of a fit: what was asked, fitted and found."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,12 +13,11 @@ from . import gate
 
 @dataclass
 class ProbeReport:
-    """What one probing did, and how well."""
+    """What a fit asked of both models, and how well it did."""
 
-    probes: int  # calls of the models that were recorded for the fit
-    held_out: int  # calls that were recorded for the verdict
     rank: float  # of the updates, as asked for
     samples: tuple[int, int] = (0, 0)  # number of samples of the fit, and of the verdict
+    images: int = 0  # sampled images that both models were asked about
     modules: int = 0  # number of modules of the target that got an update
     # "copy" where the fit starts from the copied updates (copies outside the blocks do not change),
     # else "zero"
@@ -31,32 +31,36 @@ class ProbeReport:
     # Module of the LoRA -> why it was not moved
     left_out: dict[str, str] = field(default_factory=dict)
     gate: gate.Gate | None = None  # the verdict of the held-out probes
-    resumed: int = 0  # 1 where the fit was read back from the folder of an earlier probing
+    resumed: int = 0  # 1 where the fit was read back from the folder of an earlier one
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
-    # Stage -> samples that the source and that the target predicted
-    predictions: dict[str, list[int]] = field(default_factory=dict)
-    # The lowest and highest log-SNR at which both models were asked, where they predict different
-    # quantities or have different latents (pipelines only); None without a bound.
-    log_snr: tuple[float, float] | None = None
-    crossed: int = 0  # sampled images that both models were asked about; 0 for recorded calls
+    made: dict[str, int] = field(default_factory=dict)  # stage -> items made now, not kept before
+    # The lowest and highest log-SNR at which both models were asked
+    log_snr: tuple[float, float] = (-math.inf, math.inf)
     shared: bool = False  # both denoise the same latents, so that images need not cross as pixels
+    pairs: bool = False  # half of the fit followed pairs of images, with the LoRA and without
     # That the source was asked with, since the target is run without; 1 is none
     guidance: float = 1.0
     look: float = 0.0  # the share of the source's look that was wanted
     derived_prompts: tuple[str, ...] = ()  # made from the LoRA's header, where none were given
     not_drawn: str = ""  # why the page has no images, where they were asked for
 
+    def facts_of_fit(self) -> dict[str, Any]:
+        """Returns what a kept fit has to remember."""
+        return {"steps": self.steps, "start": [self.start, self.trust, self.start_reason]}
+
+    def resume(self, facts: Mapping[str, Any]) -> None:
+        """Takes over the facts of a kept fit."""
+        self.steps, self.resumed = facts["steps"], 1
+        self.start, self.trust, self.start_reason = facts["start"]
+
     def sentences(self) -> list[str]:
         """Writes the result in plain sentences."""
         lines = [self._describe_fit()]
-        if self.log_snr:
-            low, high = self.log_snr
-            lowest = "noise alone" if math.isinf(low) else f"{low:.1f}"
-            why = "" if self.crossed else "The models predict different quantities; both"
-            lines.append(
-                f"{why or 'Both models'} were asked at equal log-SNR, from {lowest} to "
-                f"{high:.1f}, and compared by x₀."
-            )
+        low, high = self.log_snr
+        lowest = "noise alone" if math.isinf(low) else f"{low:.1f}"
+        about = f"Both models were asked about {self.images} sampled images"
+        how = "with the same noise" if self.shared else "which crossed as pixels"
+        lines.append(f"{about}, {how}, at equal log-SNR from {lowest} to {high:.1f}.")
         if self.derived_prompts:
             lines.append(
                 f"No prompts were given; {len(self.derived_prompts)} were made of the words that "
@@ -72,13 +76,6 @@ class ProbeReport:
             lines.append(
                 f"{self.look:.0%} of what the two models draw differently was wanted of the target "
                 "as well, so it loses that much of its own look."
-            )
-        if self.crossed:
-            lines.append(
-                f"Both models were asked about {self.crossed} sampled images, with the same noise."
-                if self.shared
-                else f"The latents of the two models are different spaces; {self.crossed} images "
-                "crossed as pixels."
             )
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
@@ -101,10 +98,10 @@ class ProbeReport:
 
     def _describe_fit(self) -> str:
         """Describes what was fitted, and from where."""
-        drawn = f"{_count(self.samples[0], 'sample')} of {_count(self.probes, 'model call')}"
         if not self.trust:
             return f"The copied updates are kept, and nothing is fitted: {self.start_reason}."
         how = f" in {_count(len(self.steps), 'step')}" if self.steps else ""
+        drawn = _count(self.samples[0], "sample")
         line = f"{_count(self.modules, 'module')} fitted{how} on {drawn}"
         if self.start == "copy":
             line += f", starting from the copied updates ({self.start_reason})"
