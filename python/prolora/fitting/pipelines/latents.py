@@ -62,10 +62,6 @@ class LatentLayout:
         image = F.pixel_unshuffle(image, 2) if self.kind == PACKED else image
         return image.flatten(2).mT if self.kind in (PACKED, TOKENS) else image
 
-    def translate(self, latent: Tensor, other: LatentLayout) -> Tensor:
-        """Moves a latent to another layout, unless both are equal."""
-        return latent if other == self else other.pack(self.unpack(latent))
-
 
 def _packs_patches(pipe: Any) -> bool:
     """Tries on a small latent whether a pipeline packs as FLUX does."""
