@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 import prolora
 from prolora.cli.app import app
 from prolora.comparison.expectation import CLASSES
-from prolora.fitting import pipelines
 from prolora.fitting.best_way import BestWay
+from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -710,7 +710,7 @@ def fit_quickly(models, monkeypatch):
         warnings.simplefilter("ignore")
         tiny_pipelines.save(models / "diffusers" / "apart-v2.0", seed=5, text=12)
         first = tiny_pipelines.save(models / "diffusers" / "first-v1.5")
-        denoiser = pipelines.open_pipeline(first).denoiser
+        denoiser = open_pipeline(first).denoiser
     found = tiny_pipelines.updates(denoiser, ("attn1.to_v",))
     tiny_pipelines.write_lora(models / "loras" / "one.safetensors", found)
     make = BestWay.of.__func__

@@ -69,18 +69,22 @@ class Workload:
         """Prices a stage in single predictions."""
         return STAGES[stage] * sum(self.predictions[stage])
 
+    @property
+    def as_images(self) -> int:
+        """The source's images in the time of it all, at equal speeds."""
+        every = sum(map(self.price, STAGES))
+        return math.ceil(every / (self.settings.steps * self.branches[0]))
+
     def sentence(self, source: str, target: str) -> str:
         """Describes what is about to be done; arguments are the models' names."""
         ours, theirs = (sum(part) for part in zip(*self.predictions.values(), strict=True))
         settings = self.sized
         assert settings.probes and settings.held_out
-        every = sum(map(self.price, STAGES))
-        as_images = math.ceil(every / (self.settings.steps * self.branches[0]))
         return (
             f"{sum(self.images)} images are sampled, {self.images[0]} of them by {source}; both "
             f"models are asked about {settings.probes + settings.held_out:,} states, and the fit "
             f"takes {settings.fit_steps} steps: at most about {ours:,} predictions of {source} and "
-            f"{theirs:,} of {target}, or as long as drawing {as_images:,} images takes."
+            f"{theirs:,} of {target}, or as long as drawing {self.as_images:,} images takes."
         )
 
 
