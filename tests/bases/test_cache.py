@@ -368,6 +368,12 @@ def test_bases_in_memory_never_share_a_name_though_the_first_are_gone():
     assert len(places) == 30
 
 
+def test_a_table_that_is_not_there_costs_no_look_through_its_folder(tmp_path, monkeypatch):
+    """A migration of 10,000 LoRAs begins 20,000 of them in one folder."""
+    monkeypatch.setattr("prolora.errors.describe_missing", None)
+    assert JsonTable(tmp_path / "table").get("key") is None
+
+
 def test_a_damaged_table_costs_only_time(tmp_path, caplog):
     table = JsonTable(tmp_path / "table")
     table.put("key", 1)

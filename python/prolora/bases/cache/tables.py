@@ -57,7 +57,8 @@ class JsonTable:
         put(self._path, write, overwrite=True, durable=False, follow=False)
 
     def _load(self) -> dict[str, Any]:
-        if self._path is None:
+        # Asked first, since the error of a missing input looks for similar names in the folder.
+        if self._path is None or not self._path.exists():
             return {}
         try:
             with open_regular(self._path, MOST_BYTES) as file:
