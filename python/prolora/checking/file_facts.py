@@ -86,9 +86,7 @@ def _describe_contents(
     paths = [slot.module for slot in slots] or [one.module for one in contents.vectors]
     of_vectors = {name for one in contents.vectors for name in one.module.modules}
     whole = shapes | dict.fromkeys(of_vectors - shapes.keys(), (0, 0))
-    model = opened.model
-    families = model.families
-    kinds = count_values([slot.kind for slot in slots] or ["norm"])
+    model, families = opened.model, opened.model.families
     format = "peft" if opened.config is not None else paths[0].format
     readers, skipped = ask_programs(slots, families, (format, model.spelling), whole, program)
     needs_base = any(forms.needs_base(slot.keys.keys()) for slot in slots)
@@ -101,7 +99,7 @@ def _describe_contents(
         reason="it is a language model's, and prolora takes diffusion models alone" * language,
         format=format,
         spelling="sgm" if any(path.sgm for path in paths) else "diffusers",
-        algorithms=kinds,
+        algorithms=count_values([slot.kind for slot in slots] or ["norm"]),
         needs_base=needs_base,
         families=families,
         named=model.names,

@@ -51,6 +51,9 @@ def find_readers(
 ) -> Readers:
     """Returns how much each tried program reads of a LoRA file.
 
+    A program that has some of the models alone, and reads all of the file for these, is titled
+    "ComfyUI (as PixArt)".
+
     Args:
         families: ids of the families that the LoRA can belong to.
         format: of the file.
@@ -63,10 +66,14 @@ def find_readers(
     of_each = [loaders.find_reach(one, row, modules) for one, row in rows]
     found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
-        amounts = {reach.get(id_) for reach in of_each}
-        amount = amounts.pop() if len(amounts) == 1 else None
-        if amount is not None:  # of families that it reads unequally, nothing can be said
+        amounts = [reach.get(id_) for reach in of_each]
+        able = [one.title for one, amount in zip(known, amounts, strict=True) if amount]
+        different = {*amounts} - {None}
+        amount = different.pop() if len(different) == 1 else None
+        if amount and None not in amounts:  # of families that it reads unequally, nothing is known
             found[amount].append(loader.title)
+        elif amount == "whole":
+            found[amount].append(f"{loader.title} (as {' or '.join(able)})")
     whole, part, none = (tuple(found[amount]) for amount in ("whole", "part", "none"))
     unknown = {x for one, row in rows for x in loaders.find_untried(one, row, modules)}
     titles = [loader.title for id_, loader in loaders.known_loaders().items() if id_ in unknown]
