@@ -408,6 +408,7 @@ def test_a_state_dict_with_its_configuration_is_one_lora():
         (2, {"blocks": "1,x;"}, "which is not a number"),
         (2, {"blocks": "none.such=1;"}, "block or module of"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),
+        (2, {"method": max}, "`method` must be one of sum, balanced"),
     ],
 )
 def test_wrong_numbers_are_refused(count, changes, text):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import prolora
-from prolora.errors import InvalidOption, OutputExists, ShapeMismatch
+from prolora.errors import InvalidOption, OutputExists, ShapeMismatch, UnsupportedTensor
 
 PAGE = Path(__file__).parents[2] / "docs/evidence.md"
 
@@ -64,8 +64,8 @@ def test_a_method_with_a_split_of_its_own_is_half_of_prolora():
 
 def test_a_method_that_is_none_is_refused(case):
     weight, factors = torch.eye(8), (torch.ones(8, 1), torch.ones(1, 8))
-    for wrong in (lambda u, *_: (u.down, u.up[:4]), lambda u, *_: (u.up,)):
-        with pytest.raises(ShapeMismatch):
+    for wrong in (lambda u, *_: (u.down, u.up[:4]), lambda u, *_: (u.up,), lambda *_: None):
+        with pytest.raises((ShapeMismatch, UnsupportedTensor)):
             prolora.project(factors, weight, weight, method=wrong)
     with pytest.raises(InvalidOption, match="give yours another name"):
         prolora.transfer(*case, method=replace(prolora.METHODS["copy"], summary="mine"))

@@ -7,6 +7,7 @@ A method that projects is a pair of one-sided maps, so it acts on the thin facto
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -17,7 +18,7 @@ from . import recompression
 from .affinity import Affinity
 from .arrays import Array, MatrixLike, find_other_array, to_kind_of, to_tensor
 from .basis import CONVOLUTION, Basis, stack_bases, truncated_svd
-from .exceptions import NonFiniteWeights, ShapeMismatch, UnrelatedBases
+from .exceptions import NonFiniteWeights, ShapeMismatch, UnrelatedBases, UnsupportedTensor
 from .lowrank import LowRank
 from .methods import Method, MethodLike, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
@@ -194,9 +195,13 @@ def apply_rule(method: Method, delta: LowRank, source: Any, target: Any) -> LowR
 
     Raises:
         ShapeMismatch: it has another shape.
+        UnsupportedTensor: it is no pair.
     """
     assert method.rule is not None
-    made = _read_pair([*method.rule(delta, source, target)], f"what {method.name} returned")
+    returned: Any = method.rule(delta, source, target)
+    if not isinstance(returned, Iterable):
+        raise UnsupportedTensor(f"{method.name} returned {returned!r:.80}, not (up, down)")
+    made = _read_pair([*returned], f"what {method.name} returned")
     made = made.to(delta.dtype).to(delta.device)
     if made.shape != delta.shape:
         raise ShapeMismatch(f"{method.name} returned {list(made.shape)}, not {list(delta.shape)}")

@@ -147,8 +147,10 @@ class VerbOptions:
         make_fields_plain(self)
         for known in fields(self):
             words, value = read_shown(known).words, getattr(self, known.name)
-            is_own = known.name == "method" and (isinstance(value, Method) or callable(value))
-            if words and not (value == known.default or is_own or isinstance(value, torch.dtype)):
+            is_own = known.name == "dtype" and isinstance(value, torch.dtype)
+            if BEST in words:  # a merge has methods, too, and takes no function
+                is_own = isinstance(value, Method) or callable(value)
+            if words and not (value == known.default or is_own):
                 check_choice(known.name, value, words)
         for name in ("cache", "resume"):
             if not isinstance(value := getattr(self, name, None), str | PathLike | None):
