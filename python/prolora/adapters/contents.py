@@ -83,23 +83,22 @@ def _check_complete(slot: Slot, source: Lora) -> None:
 def _check_shapes(slot: Slot, source: Lora) -> None:
     """Finds the form of the update, or says which tensors do not fit."""
     headers = {role: source.tensors[key] for role, key in slot.keys.items()}
-    for role, header in headers.items():
-        if role not in forms.NUMBERS and not is_floating(header.dtype):
-            raise UnsupportedFormat(
-                f"{source.where}: {slot.keys[role]} is stored as {spell_dtype(header.dtype)}, not "
-                "as floating point"
-            )
     if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
         raise UnsupportedFormat(
             tensor_keys.explain_refusal(source.where, slot.keys["oft_blocks"], tensor_keys.BOFT)
         )
-    for role in sorted(forms.NUMBERS):
-        if role in headers and headers[role].shape not in ((), (1,), (1, 1)):
-            raise ShapeMismatch(
-                f"{source.where}: {slot.keys[role]} {list(headers[role].shape)} is not one number"
-            )
     for role, header in headers.items():
-        if 0 in header.shape:
+        if role in forms.NUMBERS:
+            if header.shape not in ((), (1,), (1, 1)):
+                raise ShapeMismatch(
+                    f"{source.where}: {slot.keys[role]} {list(header.shape)} is not one number"
+                )
+        elif not is_floating(header.dtype):
+            raise UnsupportedFormat(
+                f"{source.where}: {slot.keys[role]} is stored as {spell_dtype(header.dtype)}, not "
+                "as floating point"
+            )
+        elif 0 in header.shape:
             raise ShapeMismatch(
                 f"{source.where}: {slot.keys[role]} {list(header.shape)} holds no numbers; remove "
                 f"the tensors of {slot.module.name}, which does nothing, or save the file again"

@@ -81,12 +81,13 @@ def group_keys(source: Lora, codec: Codec) -> Contents:
     left_out: dict[str, str] = {}
     unknown = []
     for key, path, role, _, shape in source.tensors.values():
-        if refused := tensor_keys.find_refused(key):
+        refused, reason = tensor_keys.find_unread(key)
+        if refused:
             raise UnsupportedFormat(tensor_keys.explain_refusal(source.where, key, refused))
         module, axes = codec.read(path) if path else None, len(shape)
         if role == "diff" and axes == 1:
             role = "weight"
-        if reason := tensor_keys.find_left_out(key):
+        if reason:
             left_out[key] = reason
         elif module is None and role in tensor_keys.VECTORS:
             left_out[key] = tensor_keys.FOREIGN_VECTOR

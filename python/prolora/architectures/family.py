@@ -53,9 +53,9 @@ def fuse_qkv(pattern: str) -> Fused:
 # What diffusers makes of separate projections that read the same features (`fuse_projections`);
 # trainers save LoRAs on these.
 _FUSED_PROJECTIONS = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_q": ("to_qkv", ("to_q", "to_k", "to_v")),
+    "to_k": ("to_kv", ("to_k", "to_v")),
+    "add_q_proj": ("to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
 }
 
 
@@ -218,17 +218,17 @@ class Family:
     def _list_fused(self) -> dict[str, str | Fused | Swapped]:
         """Returns the fused projections that diffusers can make -> their parts."""
         entries: dict[str, str | Fused | Swapped] = {}
-        for fused, (first, *rest) in _FUSED_PROJECTIONS.items():
-            for pattern in self.shapes:
-                if not pattern.endswith(f".{first}"):
-                    continue
-                stem = pattern.removesuffix(first)
-                parts = tuple(stem + name for name in (first, *rest))
-                shapes = [self.shapes[part][0] for part in parts if part in self.shapes]
-                alike = len({shape[1:] for shape in shapes}) == 1
-                if alike and len(shapes) == len(parts):
-                    unit = math.gcd(*(shape[0] for shape in shapes))
-                    entries[stem + fused] = Fused(parts, tuple(x[0] // unit for x in shapes))
+        for pattern in self.shapes:
+            stem, dot, first = pattern.rpartition(".")
+            if not dot or first not in _FUSED_PROJECTIONS:
+                continue
+            fused, names = _FUSED_PROJECTIONS[first]
+            parts = tuple(f"{stem}.{name}" for name in names)
+            shapes = [self.shapes[part][0] for part in parts if part in self.shapes]
+            alike = len({shape[1:] for shape in shapes}) == 1
+            if alike and len(shapes) == len(parts):
+                unit = math.gcd(*(shape[0] for shape in shapes))
+                entries[f"{stem}.{fused}"] = Fused(parts, tuple(x[0] // unit for x in shapes))
         return entries
 
     @cached_property

@@ -169,7 +169,7 @@ def _recognise(given: tuple[NamedMatrix, ...], claimed: str | None) -> Model:
     families = {id_: one for id_, one in known_families().items() if one.unet == unet}
     known: dict[str, dict[NamedMatrix, dict[str, Size]]] = {}
     for module in given:
-        for id_ in _list_candidates(module) & families.keys():
+        for id_ in _list_candidates(module, unet):
             if parts := find_parts(families[id_], module):
                 known.setdefault(id_, {})[module] = parts
     by_any = {module for parts in known.values() for module in parts}
@@ -207,22 +207,22 @@ def _choose_names(shapes: Mapping[str, Mapping[str, Size]], claimed: str | None)
     return tuple(id_ for id_ in scores if scores[id_] == max(scores.values()))
 
 
-def _list_candidates(module: NamedMatrix) -> set[str]:
+def _list_candidates(module: NamedMatrix, unet: bool) -> set[str]:
     """Returns the families with a pattern for a name.
 
     They are few, so thousands of names take no time.
     """
-    holders = _find_holders(module.dotted)
+    holders = _find_holders(module.dotted, unet)
     patterns = list_trials(module.name, "." if module.dotted else "_")
     return {id_ for pattern, _ in patterns for id_ in holders.get(pattern, ())}
 
 
 @cache
-def _find_holders(dotted: bool) -> dict[str, list[str]]:
-    """Returns pattern of a module or weight -> the families that have it."""
+def _find_holders(dotted: bool, unet: bool) -> dict[str, list[str]]:
+    """Returns pattern of a module or weight -> the UNets or transformers that have it."""
     holders: dict[str, list[str]] = {}
     for id_, family in known_families().items():
-        for pattern in family.list_patterns(dotted=dotted):
+        for pattern in family.list_patterns(dotted=dotted) if family.unet == unet else ():
             holders.setdefault(pattern, []).append(id_)
     return holders
 

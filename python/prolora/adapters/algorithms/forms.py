@@ -80,7 +80,12 @@ def _find_kind(roles: frozenset[str]) -> str:
 
 def find_missing_role(roles: Set[str]) -> str | None:
     """Returns a needed role that is missing, None if all are present."""
-    family = kind_of_roles(roles)
+    return _find_missing(frozenset(roles))
+
+
+@lru_cache(256)  # a file's updates have the same few roles
+def _find_missing(roles: frozenset[str]) -> str | None:
+    family = _find_kind(roles)
     gone = sorted(_ROLES[family][0] - roles)
     if family == "lokr" and not gone:
         for half in ("lokr_w1", "lokr_w2"):
@@ -95,8 +100,13 @@ def find_missing_role(roles: Set[str]) -> str | None:
 
 def find_surplus_role(roles: Set[str]) -> str | None:
     """Returns a role that does not go with the others, None if all do."""
-    family = kind_of_roles(roles)
-    extra = roles - _ROLES[family][0] - _ROLES[family][1]
+    return _find_surplus(frozenset(roles))
+
+
+@lru_cache(256)
+def _find_surplus(roles: frozenset[str]) -> str | None:
+    family = _find_kind(roles)
+    extra = set(roles) - _ROLES[family][0] - _ROLES[family][1]
     if roles >= MAGNITUDES:
         extra = {"magnitude"}
     for half in ("lokr_w1", "lokr_w2"):

@@ -83,10 +83,7 @@ _REFUSED = (
 )
 
 # Most keys are of neither kind: all patterns at once.
-_ANY_LEFT_OUT, _ANY_REFUSED = (
-    re.compile("|".join(f"(?:{pattern})" for pattern, _ in reasons))
-    for reasons in (_LEFT_OUT, _REFUSED)
-)
+_ANY_NOT_READ = re.compile("|".join(f"(?:{pattern})" for pattern, _ in (*_LEFT_OUT, *_REFUSED)))
 
 # Files of other kinds, by a typical key.
 _OTHER_KINDS = (
@@ -133,18 +130,16 @@ def split_key(key: str) -> tuple[str, str]:
     return match["path"], match[role] if role in ("plain", "glora") else role
 
 
-def find_left_out(key: str) -> str | None:
-    """Returns why a tensor is not moved, without a reason to refuse the rest."""
-    return _find_reason(_LEFT_OUT, key) if _ANY_LEFT_OUT.search(key) else None
+def find_unread(key: str) -> tuple[str, str]:
+    """Returns why a key refuses its file, and why its tensor is left out.
 
-
-def find_refused(key: str) -> str | None:
-    """Returns the kind of an adapter that is not read, by one of its keys."""
-    return _find_reason(_REFUSED, key) if _ANY_REFUSED.search(key) else None
-
-
-def _find_reason(reasons: Iterable[tuple[str, str]], key: str) -> str | None:
-    return next((reason for pattern, reason in reasons if re.search(pattern, key)), None)
+    Each is "" for a key of another kind; what is left out is no reason to refuse the rest.
+    """
+    if not _ANY_NOT_READ.search(key):
+        return "", ""
+    reasons = (_REFUSED, _LEFT_OUT)
+    kind, reason = (next((x for p, x in some if re.search(p, key)), "") for some in reasons)
+    return kind, reason
 
 
 def explain_refusal(where: str, key: str, what: str) -> str:
@@ -167,7 +162,7 @@ def is_of_adapter(key: str) -> bool:
     """Returns whether a key is of any kind of adapter, read or not."""
     path, role = split_key(key)
     known = role in VECTORS or (path and Codec().read(path) is not None)
-    return bool(find_refused(key) or find_left_out(key) or known)
+    return bool(any(find_unread(key)) or known)
 
 
 def is_base_weight(key: str) -> bool:
