@@ -250,53 +250,22 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
     same(adapters.read_adapter(tensors), expected)
 
 
+PROJ, FC1 = "down_blocks.1.attentions.0.proj_in", "text_model.encoder.layers.0.mlp.fc1"
+T5_Q, TO_Q = "encoder.block.0.layer.0.SelfAttention.q", "transformer_blocks.0.attn.to_q"
+
+
 @pytest.mark.parametrize(
     ("path", "module"),
     [
-        ("lora_unet.down_blocks.1.attentions.0.proj_in", "down_blocks.1.attentions.0.proj_in"),
-        (
-            "lora_te1.text_model.encoder.layers.0.mlp.fc1",
-            "text_encoder.text_model.encoder.layers.0.mlp.fc1",
-        ),
-        (
-            "lora_te2.encoder.block.0.layer.0.SelfAttention.q",
-            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
-        ),
-        ("lora_transformer.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"),
-        ("lora_unet_transformer_blocks_0_attn_to_q", "transformer_blocks.0.attn.to_q"),
-        ("unet.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
-        (
-            "clip_g.text_model.encoder.layers.0.mlp.fc1",
-            "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
-        ),
-        ("model.diffusion_model.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
-        (
-            "diffusion_model.down_blocks.1.attentions.0.proj_in",
-            "down_blocks.1.attentions.0.proj_in",
-        ),
+        *((f"{start}{PROJ}", PROJ) for start in ("lora_unet.", "diffusion_model.")),
+        *((f"{x}input_blocks.4.1.proj_in", PROJ) for x in ("unet.", "model.diffusion_model.")),
+        *((f"lora_te1.{FC1}", f"text_encoder.{FC1}"), (f"clip_g.{FC1}", f"text_encoder_2.{FC1}")),
+        (f"lora_te2.{T5_Q}", f"text_encoder_2.{T5_Q}"),
+        *((f"lora_transformer.{TO_Q}", TO_Q), ("lora_unet_transformer_blocks_0_attn_to_q", TO_Q)),
     ],
 )
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
     assert Codec.of(Model.of("flux"), FLUX).read(path).name == module
-
-
-def test_an_ai_toolkit_file_needs_no_alpha():
-    tensors = {}
-    modules = [
-        "transformer_blocks.0.ff.net.0.proj",
-        "single_transformer_blocks.3.proj_mlp",
-        "norm_out.linear",
-        "proj_out",
-    ]
-    for seed, name in enumerate(modules):
-        up, down = factors((8, 6), 2, seed)
-        tensors |= {
-            f"transformer.{name}.lora_B.weight": up,
-            f"transformer.{name}.lora_A.weight": down,
-        }
-    adapter = adapters.read_adapter(tensors)
-    assert adapter.format == "diffusers"
-    same(adapter, through_diffusers(tensors))
 
 
 def test_every_module_has_its_name_and_rows_in_every_spelling():
@@ -346,28 +315,6 @@ def small(rank=(2, 3), **fields):
         for i, (name, shape) in enumerate(SMALL.items())
     }
     return adapters.Adapter(updates, **fields)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rank", [(2,), (2, 3)], ids=["one rank", "mixed ranks"])
-@pytest.mark.parametrize(
-    ("format", "spelling"),
-    [
-        ("kohya", "sgm"),
-        ("kohya", "diffusers"),
-        ("comfy", "sgm"),
-        ("diffusers", "diffusers"),
-    ],
-)
-def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling, rank, dtype):
-    style = ONETRAINER if (format, spelling) == ("kohya", "diffusers") else None
-    adapter = small(rank, format=format, spelling=spelling)
-    model = Model.of("flux")._replace(spelling=style)
-    adapter = replace(adapter, origin=model)
-    adapters.write_adapter(adapter, tmp_path / "out", dtype=dtype)
-    back = adapters.read_adapter(tmp_path / "out")
-    assert (back.format, back.spelling) == (format, spelling)
-    same(back, adapter.updates, max(8 * torch.finfo(dtype).eps, 1e-6))
 
 
 def test_a_peft_folder_holds_the_transformer_alone(tmp_path):

@@ -132,16 +132,6 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
         prolora.check(lora, base=lora)
 
 
-@pytest.mark.parametrize(
-    ("program", "mark"), [("diffusers", "✔"), ("comfyui", "⚠"), ("forge", "✖")]
-)
-def test_a_check_says_what_a_program_does_with_a_file(program, mark):
-    found = prolora.check(usual_lora("sdxl", "unet."), program=program)
-    assert found.mark == mark and found.program in found.headline
-    with pytest.raises(prolora.errors.InvalidOption, match="comfyui"):
-        prolora.check(usual_lora("sdxl", "unet."), program="paint")
-
-
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
 
 

@@ -79,13 +79,19 @@ def follow(path, mend):
     return check(out)
 
 
-@pytest.mark.parametrize(("alpha", "factor", "strength"), [("1", "4", "0.25"), ("16", "0.25", "4")])
-def test_a_lost_alpha_is_told_with_what_mends_it(lora, alpha, factor, strength):
+@pytest.mark.parametrize(
+    ("alpha", "factor", "mend"),
+    [
+        ("1", "4", "; or load it at strength 0.25"),
+        ("16", "0.25", "; or load it at strength 4"),
+        ("0.8", "5", ""),  # so much is no mend by strength
+    ],
+)
+def test_a_lost_alpha_is_told_with_what_mends_it(lora, alpha, factor, mend):
     found = check(change(lora, drop_alphas, {"ss_network_alpha": alpha}))
     (defect,) = found.defects
-    assert f"{factor}× as strongly" in defect.text and defect.mend == (
-        f"`convert()` it with `alpha={alpha}`; or load it at strength {strength}"
-    )
+    assert f"{factor}× as strongly" in defect.text
+    assert defect.mend == f"`convert()` it with `alpha={alpha}`{mend}"
     assert found.mark == "⚠" and not found and str(defect) in str(found)
     assert not follow(lora, defect.mend).defects
 

@@ -32,19 +32,6 @@ def base_of(model, path, single_file):
     return sparse_file(path, shapes)
 
 
-@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"])
-def test_the_family_of_a_lora_is_told_by_its_modules(tmp_path, model):
-    found = check(lora_of(model, tmp_path / "lora.safetensors"))
-    assert found.family == model
-    assert not found.reason and found.kind == "lora" and found.algorithms.keys() == {"lora"}
-
-
-@pytest.mark.parametrize("model", ["sdxl", "ssd-1b", "segmind-vega"])
-def test_the_family_of_a_lora_on_self_attention_is_told_by_names_alone(tmp_path, model):
-    path = lora_of(model, tmp_path / "lora.safetensors", keep=lambda name: "attn1" in name)
-    assert check(path).family == model
-
-
 def test_sd2_is_told_from_sd1_by_the_metadata_where_names_cannot(tmp_path):
     """Their self-attention has equal names and sizes."""
     path = lora_of("sd21", tmp_path / "lora", keep=lambda name: "attn1" in name)
@@ -98,15 +85,6 @@ def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(tmp_path, 
     assert place.algorithms == {algorithm: 1}
 
 
-def test_a_fused_flux_lora_is_described_by_the_modules_it_updates(tmp_path):
-    key = "lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight"
-    tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(9, 2)}
-    found = check(save(tmp_path / "lora", tensors))
-    # Several families have this weight, and none in this size.
-    assert (found.kind, (not found.reason), found.family) == ("lora", True, None)
-    assert (found.parts["transformer"].ranks, found.modules) == ({2: 1}, {"transformer": 3})
-
-
 def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
     adapter = adapter_of({**LINEAR, "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)})
     adapters.write_adapter(adapter, tmp_path / "lora")
@@ -135,17 +113,6 @@ def test_the_base_is_told_and_a_contradiction_is_shown(tmp_path):
     assert "Stable Diffusion XL" in dict(found.facts())["its metadata says"]
 
 
-def test_a_scale_that_contradicts_the_configuration_is_no_supported_file(tmp_path):
-    tensors = {
-        "unet.conv_in.lora_A.weight": torch.ones(2, 4),
-        "unet.conv_in.lora_B.weight": torch.ones(6, 2),
-        "unet.conv_in.alpha": torch.tensor(1.0),
-    }
-    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 2})
-    found = check(save(tmp_path / "lora", tensors, {"lora_adapter_metadata": config}))
-    assert found.reason and "asks for the scale 0.5" in found.reason
-
-
 def test_a_file_of_normalisation_layers_alone_is_an_adapter(tmp_path):
     key = "lora_unet_mid_block_attentions_0_norm.w_norm"
     found = check(save(tmp_path / "lora", {key: torch.ones(3)}))
@@ -170,35 +137,6 @@ def test_something_else_altogether_is_unknown(tmp_path):
     assert (found.kind, (not found.reason)) == ("unknown", False)
     assert "wte" in found.reason
     assert "no tensors" in check(save(tmp_path / "x", {})).reason
-
-
-def test_weights_are_never_read(tmp_path, monkeypatch):
-    from prolora.files.safetensors_file import SafetensorsFile
-
-    path = kohya_file(tmp_path / "lora", alpha=2.0)
-    read = SafetensorsFile.read
-
-    def only_scalars(file, name):
-        assert name.endswith(".alpha")
-        return read(file, name)
-
-    monkeypatch.setattr(SafetensorsFile, "read", only_scalars)
-    assert check(path).parts["unet"].alphas == {"2": 1}
-
-
-def test_the_t5_of_flux_is_described_in_the_place_it_is_read_to(tmp_path):
-    tensors = {}
-    for stem, out in (
-        ("lora_unet_double_blocks_0_img_attn_qkv", 9),
-        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 3),
-    ):
-        tensors |= {
-            f"{stem}.lora_up.weight": torch.ones(out, 2),
-            f"{stem}.lora_down.weight": torch.ones(2, 4),
-        }
-    places = check(save(tmp_path / "lora", tensors)).parts
-    assert list(places) == ["transformer", "text_encoder_2"]
-    assert all(place.scales == {"1": 1} for place in places.values())
 
 
 def test_alphas_of_a_peft_folder_are_those_of_its_configuration(tmp_path):

@@ -5,9 +5,19 @@ import subprocess
 import sys
 
 import pytest
-from odd_files import ODD_FILES, ROOT, check_on_page, read_page_script, write_pairs
+import torch
+from odd_files import (
+    FUSED,
+    ODD_FILES,
+    ROOT,
+    THREADS,
+    check_on_page,
+    make_thread,
+    read_page_script,
+    write_pairs,
+)
 
-from prolora import ProLoRAError, check
+from prolora import ProLoRAError, check, convert
 
 
 def ask_python(path, asked):
@@ -53,3 +63,37 @@ def test_the_page_says_of_twelve_loras_and_models_what_check_says(tmp_path):
     assert "".join(one["mark"] for one in found) == "✔✖✖✖✖✔✖✖✖✖✔✔"
     assert with_lora["headline"].startswith("sdxl-lora.safetensors: is a LoRA or a model with one")
     assert nothing["mark"] == "✖" and "none: no such file" in nothing["headline"]
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_the_file_of_a_thread_is_known_and_what_comfyui_does_with_it(name):
+    size, *made, mark, first = THREADS[name]
+    found = check(make_thread(size, *made), program="comfyui")
+    assert size in found.sizes and not found.foreign and not found.defects
+    assert found.mark == mark and found.headline.startswith(first)
+
+
+@pytest.mark.parametrize("name", ["SimpleTuner, keys broke", "Wan2GP"])
+def test_a_conversion_mends_the_file_of_a_thread_for_comfyui(name, tmp_path):
+    lora, out = make_thread(*THREADS[name][:4]), tmp_path / "out.safetensors"
+    updates = convert(lora, format="comfyui", out=out).adapter.updates
+    assert len(updates) == len(lora) // 2 and check(out, program="comfyui").mark == "✔"
+    assert all(torch.allclose(x.dense()[:9], torch.tensor(0.0002)) for x in updates.values())
+
+
+@pytest.mark.slow
+def test_a_fused_dokr_of_a_thread_is_mended_for_comfyui_with_its_base(tmp_path):
+    """The rows of q, k and v are m·(W + ΔW)/‖W + ΔW‖ − W, each in a LoRA of its own."""
+    torch.manual_seed(0)
+    stem, out = FUSED.removesuffix("qkv"), tmp_path / "out.safetensors"
+    lora = make_thread(*THREADS["ComfyUI, Krea 2 with DoKR"][:4])
+    base = {f"{stem}{x}.weight": torch.randn(2560, 1) @ torch.randn(1, 2560) for x in "qkv"}
+    whole = torch.cat(list(base.values())).double()
+    norms = whole.norm(dim=1, keepdim=True)
+    lora |= {key: norms.float() for key in lora if key.endswith("dora_scale")}
+    moved = convert(lora, base, format="comfyui", out=out, out_rank=4).adapter.updates
+    changed = whole + 0.01**2
+    wanted = norms * changed / changed.norm(dim=1, keepdim=True) - whole
+    got = torch.cat([moved[f"{stem}{x}"].dense().double() for x in "qkv"])
+    assert (got - wanted).norm() < 1e-3 * wanted.norm()
+    assert check(out, program="comfyui").mark == "✔"

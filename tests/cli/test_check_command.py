@@ -32,7 +32,7 @@ def test_a_file_alone_is_said_to_be_what_it_is(prolora, files):
     assert code == 3 and out.startswith("⚠ a LoRA for a model of no known family")
     assert "rank 4" in out and "kohya" in out
     code, out, _ = prolora("check", base)
-    assert code == 0 and "base model" in out
+    assert code == 0 and "base model" in out and "files are as asked" not in out
     code, out, _ = prolora("check", lora, "--for", "forge", "--json")
     assert code in (0, 3) and json.loads(out)["program"] == "Forge"
     assert json.loads(prolora("check", lora, "--for", "Forge", "--json")[1]) == json.loads(out)
@@ -48,6 +48,7 @@ def test_of_several_each_has_its_line_and_the_worst_decides_the_code(prolora, fi
     lora, other, base = files
     code, out, _ = prolora("check", lora, other, base)
     assert code == 3 and f"{lora.name}: ✔" in out and f"{other.name}: ⚠" in out
+    assert out.endswith("1 of 2 files are as asked\n")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     code, out, _ = prolora("check", lora, tmp_path / "bad.safetensors", other, base)
     assert code == 2 and f"{other.name}: ⚠" in out and out.count("bad.safetensors: ") == 1

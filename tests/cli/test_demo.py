@@ -35,6 +35,17 @@ def test_the_demo_writes_the_lora_and_a_page_with_images(
     assert steps[-1][0] == steps[-1][1]
 
 
+def test_the_command_names_its_files_in_a_folder_that_it_makes(prolora, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.Demo, "_draw", lambda self, report, *_: report)
+    words = ("demo", "--target", "pruned", "-o", tmp_path / "new" / "folder")
+    for code, more in ((0, ()), (2, ()), (0, ("--overwrite",))):
+        ended, out, err = prolora(*words, *more)
+        assert ended == code, err
+        made = sorted((tmp_path / "new" / "folder").iterdir())
+        told = [f"wrote {path}" in out.replace("\n", "") for path in made]
+        assert told == [code == 0] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["pruned", "apart"])
 def test_the_command_that_the_demo_prints_makes_the_same_lora(

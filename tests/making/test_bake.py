@@ -6,6 +6,7 @@ import shutil
 
 import mini
 import pytest
+import tiny_pipelines
 import torch
 from family_files import make_authors_file, name_weights
 from family_shapes import list_authors_keys
@@ -25,6 +26,7 @@ from prolora.files.safetensors_file import SafetensorsFile
 from prolora.making.bake import bake
 
 MODULE, KEPT = (f"transformer_blocks.0.attn.to_{leaf}" for leaf in "qk")
+PLAIN = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -164,21 +166,11 @@ def test_biases_and_norms_are_added_too_by_their_block(tmp_path, blocks, wanted)
     assert [row.module for row in done.modules] == [f"{MODULE}.bias"]
 
 
-def test_a_folder_keeps_everything_else_and_no_weights_in_another_precision(tmp_path):
+def test_where_a_baked_folder_cannot_go_is_said_before_work(tmp_path):
     base = mini.write_folder(tmp_path / "pipe" / "unet", mini.source_weights()).parent
     (base / "model_index.json").write_text("{}")
-    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
     save_file(mini.lora_tensors(), tmp_path / "lora.safetensors")
     bake([tmp_path / "lora.safetensors"], base, tmp_path / "baked")
-    files = {str(x.relative_to(tmp_path / "baked")) for x in (tmp_path / "baked").rglob("*.*")}
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert files == {"model_index.json", "unet/config.json", weights}
-    kept = load_file(base / weights)
-    for name, x in load_file(tmp_path / "baked" / weights).items():
-        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        lora = mini.lora_tensors()
-        delta = lora[f"{key}.lora_up.weight"] @ lora[f"{key}.lora_down.weight"] * 0.5
-        assert torch.allclose(x, kept[name] + delta, atol=1e-5), name
     with pytest.raises(InvalidOption, match="folder"):
         bake([tmp_path / "lora.safetensors"], base, tmp_path / "other", dtype="float16")
     for out, error, options in (
@@ -190,61 +182,52 @@ def test_a_folder_keeps_everything_else_and_no_weights_in_another_precision(tmp_
             bake([tmp_path / "lora.safetensors"], base, tmp_path / out, **options)
 
 
-PLAIN = "diffusion_pytorch_model.safetensors"
-
-
-def write_pipeline(folder):
-    """A pipeline whose UNet is in its plain form, in fp16 and, sharded, in bf16."""
-    base = mini.write_folder(folder / "unet", mini.source_weights()).parent
-    plain = base / "unet" / "diffusion_pytorch_model.safetensors"
-    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"):
-        shutil.copy(plain, base / "unet" / name)
-    shard = "diffusion_pytorch_model.bf16-00001-of-00001.safetensors"
-    shutil.copy(plain, base / "unet" / shard)
-    index = {"weight_map": dict.fromkeys(load_file(plain), shard)}
-    name = "diffusion_pytorch_model.safetensors.index.bf16.json"
-    (base / "unet" / name).write_text(json.dumps(index))
-    (base / "unet" / "diffusion_pytorch_model.bf16.safetensors.index.json").write_text("{}")
-    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    (base / "model_index.json").write_text(json.dumps({"_class_name": "X", **parts}))
-    (base / "vae").mkdir()
-    (base / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"vae")
-    (base / "LICENSE.md").write_text("free")
-    return base
-
-
 def list_files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-BAKED = {
-    *("LICENSE.md", "model_index.json", "unet/config.json"),
-    *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"),
-}
+def test_diffusers_loads_a_baked_pipeline_as_its_own_pipeline_with_the_lora_fused(tmp_path):
+    """Plain, in shards, a snapshot of links with a variant, and where the variant is asked for."""
+    from diffusers import StableDiffusionPipeline
 
-
-def test_no_other_form_of_what_was_baked_is_in_the_copy_of_a_folder_or_a_snapshot(tmp_path):
-    """diffusers would load that one, which is the model without the LoRA."""
-    plain, repo = write_pipeline(tmp_path / "pipe"), tmp_path / "hub" / "models--a--b"
-    snapshot = repo / "snapshots" / ("0" * 40)
-    (repo / "blobs").mkdir(parents=True)
+    plain, shards, hub = (tmp_path / name for name in ("plain", "shards", "hub"))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipelines.save(plain))
+    pipe.save_pretrained(shards, max_shard_size="20KB")
+    (hub / "blobs").mkdir(parents=True)
+    pipe.save_pretrained(plain, variant="fp16")
+    (plain / "LICENSE.md").write_text("free")
+    for left in ("bin", "bf16.safetensors.index.json", "safetensors.index.bf16.json"):
+        (plain / "unet" / f"diffusion_pytorch_model.{left}").write_text("{}")
     for number, name in enumerate(sorted(list_files(plain))):
-        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(plain / name, repo / "blobs" / f"{number:064x}")
-        (snapshot / name).symlink_to(repo / "blobs" / f"{number:064x}")
-    (tmp_path / "case").mkdir()
-    lora, _, _ = mini.write_case(tmp_path / "case")
-    for base in (plain, snapshot):
-        out = tmp_path / f"baked-{base.parent.name}"
-        bake([lora], base, out)
-        assert list_files(out) == BAKED and not any(p.is_symlink() for p in out.rglob("*"))
-        before, after = (load_file(x / "unet" / PLAIN) for x in (base, out))
-        assert all(not torch.equal(after[key], before[key]) for key in before)
+        place = hub / "snapshots" / ("0" * 40) / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(plain / name, hub / "blobs" / f"{number:064x}")
+        place.symlink_to(hub / "blobs" / f"{number:064x}")
+    lora = tiny_pipelines.write_lora_with_text(tmp_path / "lora.safetensors", pipe)
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert len(list((shards / "unet").glob("*.safetensors"))) > 1
+    for base in (plain, shards, place.parents[1]):
+        bake([lora], base, tmp_path / "baked")
+        assert not any(path.is_symlink() for path in (tmp_path / "baked").rglob("*"))
+        assert (tmp_path / "baked" / "LICENSE.md").exists() == (base != shards)
+        assert not {"bin", "bf16"} & set(" ".join(list_files(tmp_path / "baked")).split("."))
+        for variant in (None, "fp16") if base is plain else (None,):
+            baked = StableDiffusionPipeline.from_pretrained(tmp_path / "baked", variant=variant)
+            for name in ("unet", "text_encoder", "vae"):
+                wanted, got = (getattr(x, name).state_dict() for x in (pipe, baked))
+                assert wanted.keys() == got.keys()
+                far = [key for key, x in wanted.items() if (got[key] - x).abs().max() > 1e-6]
+                assert far == [], (base.name, variant)
+        shutil.rmtree(tmp_path / "baked")
 
 
 def test_a_link_that_leads_out_of_a_model_is_not_followed_into_the_copy(tmp_path):
     """Whoever publishes a baked model publishes no file of his own with it."""
-    base, secret = write_pipeline(tmp_path / "pipe"), tmp_path / "secret"
+    base, secret = mini.write_folder(tmp_path / "pipe" / "unet", {}).parent, tmp_path / "secret"
+    weights = {f"{name}.weight": x.contiguous() for name, x in mini.source_weights().items()}
+    (base / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
     secret.write_text("mine")
     (base / "notes.txt").symlink_to(secret)
     (base / "unet" / "notes.txt").symlink_to(secret)
@@ -252,11 +235,16 @@ def test_a_link_that_leads_out_of_a_model_is_not_followed_into_the_copy(tmp_path
         (base / name).symlink_to(base)
     (base / "other").mkdir()
     (base / "other" / "diary.txt").write_text("mine")
-    (base / "unet" / PLAIN).rename(tmp_path / "elsewhere.safetensors")
+    save_file(weights, tmp_path / "elsewhere.safetensors")
+    (base / "unet" / PLAIN).unlink()
     (base / "unet" / PLAIN).symlink_to(tmp_path / "elsewhere.safetensors")
     (tmp_path / "case").mkdir()
     bake([mini.write_case(tmp_path / "case")[0]], base, tmp_path / "baked")
-    assert list_files(tmp_path / "baked") == BAKED
+    assert list_files(tmp_path / "baked") == {
+        "model_index.json",
+        "unet/config.json",
+        f"unet/{PLAIN}",
+    }
 
 
 def test_what_cannot_be_baked_is_refused_before_anything_is_written(tmp_path):

@@ -199,3 +199,46 @@ ODD_FILES = [
     OddFile("nan", partial(make_beside, "diff_b", NAN), "✖", 3, "1 tensor", asked={"deep": True}),
 ]
 """Every kind of file that was answered wrongly once, and what is no LoRA at all."""
+
+
+def make_thread(size: str, prefix: str, roles: dict[str, str], modules: str) -> Content:
+    """Makes a file by its names and shapes; every number is 0.01, every alpha 2.
+
+    `roles` is suffix -> axes, "or" for out × rank; `modules` a pattern, or q, k and v fused.
+    """
+    shapes, tensors = load_layout(size).shapes, {}
+    sizes = {name: s for name, s in shapes.items() if re.fullmatch(modules, name)}
+    if modules.endswith("to_qkv"):
+        parts = [shapes[modules.removesuffix("qkv") + x] for x in "qkv"]
+        sizes = {modules: (sum(part[0] for part in parts), parts[0][1])}
+    for name, (out, inputs) in sizes.items():
+        side = {"o": out, "i": inputs, "r": 2, "4": 4, "O": out // 4, "I": inputs // 4, "1": 1}
+        path = prefix + (name.replace(".", "_") if prefix[-1] == "_" else name)
+        for role, axes in roles.items():
+            number = 0.01 if axes else 2.0
+            tensors[f"{path}.{role}"] = torch.full([side[axis] for axis in axes], number)
+    return tensors
+
+
+LOKR = {"lokr_w1": "44", "lokr_w2": "OI", "alpha": ""}
+LOHA = {"hada_w1_a": "or", "hada_w1_b": "ri", "hada_w2_a": "or", "hada_w2_b": "ri", "alpha": ""}
+PEFT, KOHYA = (
+    {f"{x}.weight": axes for x, axes in zip(two, ("or", "ri"), strict=True)}
+    for two in (("lora.up", "lora.down"), ("lora_up", "lora_down"))
+)
+FUSED = "text_fusion.layerwise_blocks.0.attn.to_qkv"
+ALL, NOT_TRIED = "ComfyUI applies all of it", "ComfyUI was not tried with such a file"
+NONE = "ComfyUI reads nothing of it; `convert()` it with `format=comfyui`"
+DOKR = LOKR | {"dora_scale": "o1"}
+KLEIN, TWICE = "transformer_blocks.0.ff_context.linear_out", "transformer.base_model.model."
+Z_IMAGE, SD35 = r"noise_refiner.0.(attention.to.*|adaLN.*)", r"transformer_blocks.[34].attn2.to_.*"
+EVERY = r"(single_)?transformer_blocks.*attn.to_[qkv]"
+THREADS = {
+    "ComfyUI, Krea 2 with DoKR": ("krea2", "lycoris_", DOKR, FUSED, "⚠", NOT_TRIED),
+    "comfyui-lycoris, LoHa": ("z-image", "lycoris_", LOHA, Z_IMAGE, "✔", ALL),
+    "SimpleTuner, FLUX.2 LoKr": ("flux2-klein-9b", "lycoris_", LOKR, KLEIN, "✔", ALL),
+    "SimpleTuner, keys broke": ("flux1-dev", TWICE, PEFT, EVERY, "✖", NONE),
+    "ComfyUI, SD 3.5 LyCORIS": ("sd3.5-medium", "lycoris_", LOKR, SD35, "✔", ALL),
+    "Wan2GP": ("z-image", "lora_unet_", KOHYA, r"layers.0.attention.to_.*", "✖", NONE),
+}
+"""Files of threads, and what `check` says of each for ComfyUI, which has learned to read some."""
