@@ -40,7 +40,7 @@ from prolora.bases import leaves
 from prolora.files.state import FileState
 
 SECONDS = 12.0
-"""After which a command counts as one that waits for ever."""
+"""A command that takes more waits for ever; waiting for a core does not count."""
 
 MEGABYTES = 700
 """More than any command here needs; the address space has room for three times as much."""
@@ -262,7 +262,8 @@ def wait(pid: int, said: Path, began: float, before: float, seconds: float) -> R
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             break
-        if not hung and time.monotonic() - began > seconds:
+        passed = time.monotonic() - began
+        if not hung and passed > seconds and passed - _waited(pid) > seconds:
             hung = True
             os.kill(pid, signal.SIGUSR1)
             time.sleep(0.3)
@@ -272,6 +273,11 @@ def wait(pid: int, said: Path, began: float, before: float, seconds: float) -> R
     code = os.waitstatus_to_exitcode(status)
     risen = max(0.0, usage.ru_maxrss / 1024 - before)
     return Run(code, text, time.monotonic() - began, risen, hung)
+
+
+def _waited(pid: int) -> float:
+    """Seconds for which other processes had the core that this one wanted."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 def _resident() -> float:
