@@ -196,13 +196,7 @@ def test_a_pipeline_and_the_folder_of_its_model_are_one_base(tmp_path):
     "lora, prefix, source, target, said",
     [
         ("sdxl", "unet.", "sd15", "sd21", "is for Stable Diffusion XL. The source you gave.*1.5"),
-        (
-            "flux1-dev",
-            "transformer.",
-            "sd15",
-            "sdxl",
-            r"is for .*FLUX\.1.*\. The source.* 1\.5\. ",
-        ),
+        ("flux1-dev", "transformer.", "sd15", "sdxl", r"is for .*FLUX\.1.*\. The source.* 1\.5\. "),
         ("sd15", "unet.", "sd21", "sdxl", r"is for Stable Diffusion 1\.5\. .*Diffusion 2\.1"),
     ],
 )

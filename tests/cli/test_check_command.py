@@ -76,7 +76,7 @@ def test_help_says_what_the_exit_codes_mean(prolora):
 def test_a_base_among_the_loras_is_no_lora(prolora, files):
     lora, _, base = files
     code, out, _ = prolora("check", base, lora, "--base", base)
-    assert code == 2 and "a LoRA was asked about" in out and f"{lora.name}: ✔" in out
+    assert code == 2 and "✖ a whole model; compare a LoRA" in out and f"{lora.name}: ✔" in out
     assert "1 of 2 files are as asked" in out
 
 

@@ -76,7 +76,7 @@ def check(
         if base is source is None:
             return found
         if opened is None or found.kind != "lora":
-            return replace(found, reason=found.reason or "a LoRA was asked about")
+            return replace(found, reason=found.reason or "a whole model; compare a LoRA with it")
         if base is not None:
             found = replace(found, fit=_match_base(opened, base))
         if source is not None and target is not None:

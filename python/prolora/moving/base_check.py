@@ -70,7 +70,8 @@ def read_lora(
         pass
     sentences = []
     if title not in ("", kind):
-        sentences = [f"This LoRA is for {title}. The source you gave, {base.name}, is {kind}."]
+        name = _name_fully(base)
+        sentences = [f"This LoRA is for {title}. The source you gave, {name}, is {kind}."]
     if fits_other:
         sentences.append("It fits the target and not the source: did you swap them?")
     where = begin_message(lora)
@@ -118,9 +119,9 @@ def check_bases(
         )
     if is_stated_base(header, target, cache) and not is_stated_base(header, source, cache):
         raise WrongBase(
-            f"{where}by the hash in its header this LoRA was trained on the target, {target.name}, "
-            f"and not on the source, {source.name}: did you swap them? If not, `again=True` moves "
-            "it all the same"
+            f"{where}by the hash in its header this LoRA was trained on the target, "
+            f"{_name_fully(target)}, and not on the source, {_name_fully(source)}: did you swap "
+            "them? If not, `again=True` moves it all the same"
         )
     if is_named_base(header, target.name) and not is_named_base(header, source.name):
         doubts.append(
@@ -168,9 +169,16 @@ def check_moved_before(
     role = "source" if options else "base"
     raise AlreadyMoved(
         f"{begin_message(lora)}this LoRA was already moved {describe_moves(moves)}, but the {role} "
-        f"is {source.name}; give {last.target} as the {role}"
+        f"is {_name_fully(source)}; give {last.target} as the {role}"
         + (", or take `again=True` to move it all the same" if options else "")
     )
+
+
+def _name_fully(base: Base) -> str:
+    """Returns a base's name, behind its folder's where it only says a role."""
+    if base.path is None or base.name not in ("source", "target", "base"):
+        return base.name
+    return f"{base.path.parent.name}/{base.name}"
 
 
 def read_header(lora: LoraLike) -> Mapping[str, str]:
