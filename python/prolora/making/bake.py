@@ -339,6 +339,7 @@ class _Baking:
     random: torch.Generator | None  # rounds to the nearest without one
     dtype: torch.dtype | None  # of all numbers; None keeps each one's
     rows: list[BakedModule] = field(default_factory=list)
+    space: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def write_weight(self, file: Path, parts: Parts) -> None:
         """Adds updates to one stored tensor of a copied file, in place."""
@@ -351,7 +352,7 @@ class _Baking:
         root = look_inside(parts[0][1])
         wide = torch.float64 if root.dtype == torch.float64 else torch.float32
         before = root.read().cpu()
-        numbers, deltas = before.to(wide, copy=True), []
+        numbers, deltas = self._borrow(before.shape, wide).copy_(before), []
         for name, weight, added in parts:
             delta = _multiply_out(weight, added, wide)
             for view, rows in _cut_rows(weight, numbers, delta):
@@ -367,6 +368,12 @@ class _Baking:
                 row = replace(row, bits=_find_bits(name, weight, delta))
             self.rows.append(row)
         return encoded
+
+    def _borrow(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Returns memory of the last weight, which needs no new pages."""
+        if self.space.numel() < shape.numel() or self.space.dtype != dtype:
+            self.space = torch.empty(shape.numel(), dtype=dtype)
+        return self.space[: shape.numel()].view(shape)
 
     def _encode(self, root: Weight, numbers: Tensor) -> BakedTensors:
         """Encodes as the base stores it, or in the one type that was asked for."""
