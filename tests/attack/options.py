@@ -173,6 +173,7 @@ def run_case(name: str, box: Box, scale: float, seed: int) -> Row:
         verdict = run()
         bad = {"wordless": "wordless"}.get(verdict, "traceback")
         row.add([verdict if verdict in ("done", "refused") else bad], f"{how}: {verdict}")
+    os.chdir(box.work.parent)  # the box will be gone
     return row
 
 
