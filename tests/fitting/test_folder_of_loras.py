@@ -68,8 +68,8 @@ def assert_as_alone(room: Path, out: Path, names: str = "abc", target: str = "ta
 
 def assert_sampled_less(first: Any, second: Any) -> None:
     """The second LoRA's fit samples the source with the LoRA, and nothing without it."""
-    sampled = [done.report.probe.predictions["sample"] for done in (first, second)]
-    assert sampled[1] == [sampled[0][0] // 2, 0]
+    sampled = [done.report.probe.made["sample"] for done in (first, second)]
+    assert 3 * sampled[1] == sampled[0]
 
 
 @pytest.mark.parametrize("target", ["target", "across"])
@@ -96,7 +96,7 @@ def test_a_run_that_is_killed_in_the_second_lora_goes_on_and_leaves_nothing_behi
         os._exit(0)
     while not (out / "a.safetensors").exists():
         time.sleep(0.01)
-    while not any(out.glob(".prolora-parts/calls-adapted-*")):
+    while not any(out.glob(".prolora-parts/images-adapted-*")):
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_in_the_second_lora_goes_on_and_leaves_nothing_behi
 def test_what_a_killed_run_between_other_models_left_is_not_used(room, tmp_path):
     left = tmp_path / "out" / ".prolora-parts"
     left.mkdir(parents=True)
-    (left / "calls-source-0.safetensors").write_bytes(b"of other models")
+    (left / "images-source-0.safetensors").write_bytes(b"of other models")
     fit_all(room, tmp_path / "out", "ac")
     assert_as_alone(room, tmp_path / "out", "ac")
 
@@ -136,8 +136,8 @@ def test_what_the_next_lora_cannot_use_goes_when_a_lora_is_done(room, tmp_path):
 
     out = tmp_path / "out"
     fit_all(room, out, "ac", progress=look)
-    calls = {"calls-source-0", "calls-source-3", "calls-target-2", "calls-target-5"}
-    assert kept == [calls]
+    images = {"images-source-0", "images-source-3", "images-target-2", "images-target-5"}
+    assert kept == [images]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
@@ -155,5 +155,5 @@ def test_a_folder_that_was_asked_for_stays_and_serves_the_next_lora(room, tmp_pa
     assert_as_alone(room, out, "ac", target)
     assert_sampled_less(*done)
     names = [file.name for file in kept.iterdir()]
-    assert sum(name.startswith("joint-") for name in names) == 2
-    assert sum(name.startswith(("calls-adapted-", "latents-adapted-")) for name in names) == 4
+    assert sum(name.startswith("fit-") for name in names) == 2
+    assert sum(name.startswith("images-adapted-") for name in names) == 4

@@ -118,7 +118,7 @@ def test_a_bound_that_answers_pass_is_refused_with_what_all_of_them_need(room, m
     taken = itertools.chain([0], itertools.count(10**9, 2 * 10**8))
     monkeypatch.setattr(session, "resident_bytes", lambda: next(taken))
     ends = room / "lora.safetensors", room / "source", room / "target"
-    words = r"with 50% of the images this run takes 1\.5 GiB, and will need about 2\.0 GiB"
+    words = r"with 50% of a stage done this run takes 1\.5 GiB, and will need about 2\.0 GiB"
     with pytest.raises(TooLittleMemory, match=words):
         prolora.fit(*ends, FEW, max_memory=15 * 10**8)
 

@@ -13,7 +13,6 @@ from .. import adapters
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, BaseLike, open_pair
 from ..bases.base import Progress
-from ..bases.memory import resident_bytes
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
@@ -40,7 +39,7 @@ from .gate import COPY, fits_target
 from .pipelines.pipeline import run_text_encoders_beside
 from .pipelines.pipeline_side import ask_pipelines
 from .run import Fitted, fit_sides
-from .session import FitSession, check_asked, watch_pipelines
+from .session import FitSession, watch_memory, watch_pipelines
 from .settings import DEFAULT_FIT, FitOptions
 from .showing import ImageGrid
 from .solver.joint import NO_COPY
@@ -241,7 +240,7 @@ def _run_models(
             theirs.at_once = card.samples
         meter = Meter(
             replace(foreseen, settings=settings, target_steps=theirs.settings.steps),
-            partial(check_asked, options.memory_limit, resident_bytes()),
+            watch_memory(options.memory_limit),
         )
 
         def release() -> None:

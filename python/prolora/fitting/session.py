@@ -182,16 +182,18 @@ def check_memory(limit: int, source: Path, target: Path, device: DeviceLike) -> 
         )
 
 
-def check_asked(limit: int | None, loaded: int, share: float) -> None:
-    """Refuses a bound on memory that the answers pass.
+def watch_memory(limit: int | None) -> Callable[[float], None]:
+    """Returns what refuses a bound once a share of a stage is done."""
+    loaded = resident_bytes() if limit is not None else 0
 
-    A share of them is there.
-    """
-    taken = resident_bytes() if limit is not None else 0
-    if limit is not None and taken > limit:
-        needed = loaded + (taken - loaded) / share
-        raise TooLittleMemory(
-            f"a bound of {format_size(limit)} on memory is too little: with {share:.0%} of what "
-            f"both models are asked this run takes {format_size(taken)}, and will need about "
-            f"{format_size(needed)}; sample fewer images, or in fewer steps"
-        )
+    def check(share: float) -> None:
+        taken = resident_bytes() if limit is not None else 0
+        if limit is not None and taken > limit:
+            needed = loaded + (taken - loaded) / share
+            raise TooLittleMemory(
+                f"a bound of {format_size(limit)} on memory is too little: with {share:.0%} of a "
+                f"stage done this run takes {format_size(taken)}, and will need about "
+                f"{format_size(needed)}; sample fewer images, or in fewer steps"
+            )
+
+    return check
