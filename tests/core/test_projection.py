@@ -205,6 +205,25 @@ def test_a_convolution_of_five_axes_is_its_flattened_matrix_too():
     torch.testing.assert_close(project(delta, *bases), project(delta, ws, ws, rank=4))
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (1, 3, 3)], ids=str)
+def test_the_pair_of_a_convolution_comes_back_as_it_came(kernel):
+    """As files have it: up [out, r, 1, …], down [r, in, …]."""
+    source, target = torch.randn(2, 24, 12 * torch.Size(kernel).numel())
+    up, down = torch.randn(24, 4, *[1] * len(kernel)), torch.randn(4, 12, *kernel)
+    conv = [w.unflatten(1, (12, *kernel)) for w in (source, target)]
+    moved = project((up, down), *conv, rank=8)
+    wanted = project(LowRank(up.flatten(1), down.flatten(1)), source, target, rank=8)
+    assert torch.equal(moved[0], wanted.up.reshape(24, -1, *up.shape[2:]))
+    assert torch.equal(moved[1], wanted.down.reshape(-1, 12, *kernel))
+
+
+def test_a_function_that_returns_a_product_is_asked_for_its_factors():
+    source, target = torch.randn(2, 20, 16)
+    factors = torch.randn(20, 4), torch.randn(4, 16)
+    with pytest.raises(UnsupportedTensor, match=r"returned one array; return factors, \(up, down"):
+        project(factors, source, target, method=lambda update, *_: update.up @ update.down)
+
+
 def test_many_updates_of_one_weight_are_moved_as_one_after_the_other():
     source, target, _ = case(12, 18, 4, 0)
     updates = [case(12, 18, 4, seed)[2] for seed in range(3)]

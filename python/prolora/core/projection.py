@@ -7,7 +7,7 @@ A method that projects is a pair of one-sided maps, so it acts on the thin facto
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -110,8 +110,9 @@ def project(
     Args:
         delta: the update of the source, scale included: an array [m, n]; a stack [b, m, n]; one
             convolution of four or five axes, [out, in, …], treated as out × rest; a LowRank, or a
-            pair (up [..., m, r], down [..., r, n]), whose order is not checked where r = m = n.
-            Flatten a Conv1d's update. torch, numpy and cupy arrays.
+            pair (up [..., m, r], down [..., r, n]), whose order is not checked where r = m = n; the
+            pair of a convolution, (up [out, r, 1, …], down [r, in, …]). Flatten a Conv1d's update.
+            torch, numpy and cupy arrays.
         W_src: the source weight, of delta's shape, or its Basis; [m, n] for a stack too.
         W_tgt: the target weight, likewise.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
@@ -120,12 +121,13 @@ def project(
             stack, all of its matrices together) have nothing in common; or a `Method` or a function
             of your own, called with a LowRank, W_src and W_tgt, that returns (up, down).
         return_info: also return a ProjectionInfo. It describes the update in the bases of both
-            weights, so they are factorised for it, whatever the method needs.
+            weights, so they are factorised for it, whatever the method needs. A function of your
+            own, or a `Method` with one, has none.
 
     Returns:
         The update of the target as delta came: dense or factors (rank ≤ 2r), a LowRank for torch's
-        and a pair for other arrays. In delta's dtype and on its device, computed in float32 or
-        better. Inputs are not changed.
+        and a pair for other arrays and for a convolution. In delta's dtype and on its device,
+        computed in float32 or better. Inputs are not changed.
 
     Raises:
         ShapeMismatch: delta, W_src and W_tgt do not have one shape.
@@ -141,10 +143,12 @@ def project(
     rank = read_rank(rank)
     chosen = find_method("copy" if method == AUTO else method)
     if chosen.rule and return_info:
-        raise ValueError("`return_info` is for methods that work on the bases of both weights")
-    foreign = None
+        raise ValueError(f"`return_info` describes the methods of METHODS, not {chosen.name}")
+    foreign, kernel = None, list[int]()
     if isinstance(delta, tuple | list):
-        delta, foreign = _read_pair(delta), find_other_array(delta)
+        foreign = find_other_array(delta)
+        flat, kernel = _flatten_pair(delta)
+        delta = _read_pair(flat)
     update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
     _check_update(update)
     weights = _read_weights(W_src, W_tgt, update)
@@ -157,6 +161,9 @@ def project(
     result: Any
     if isinstance(update, LowRank):
         result = _join_parts(up, down).to(update.dtype)
+        if kernel:
+            ones = [1] * (len(kernel) - 1)
+            result = result.up.unflatten(-1, [-1, *ones]), result.down.unflatten(-1, kernel)
         if foreign is not None:
             result = tuple(to_kind_of(factor, foreign) for factor in result)
     else:
@@ -199,6 +206,8 @@ def apply_rule(method: Method, delta: LowRank, source: Any, target: Any) -> LowR
     """
     assert method.rule is not None
     returned: Any = method.rule(delta, source, target)
+    if isinstance(returned, Tensor):
+        raise UnsupportedTensor(f"{method.name} returned one array; return factors, (up, down)")
     if not isinstance(returned, Iterable):
         raise UnsupportedTensor(f"{method.name} returned {returned!r:.80}, not (up, down)")
     made = _read_pair([*returned], f"what {method.name} returned")
@@ -366,7 +375,16 @@ def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
         raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")
 
 
-def _read_pair(factors: tuple[Any, ...] | list[Any], name: str = "delta") -> LowRank:
+def _flatten_pair(factors: Sequence[Any]) -> tuple[Sequence[Any], list[int]]:
+    """Flattens (up [out, r, 1, …], down [r, in, …]) of a convolution; also returns [in, …]."""
+    shapes = [list(getattr(factor, "shape", ())) for factor in factors]
+    if len(shapes) != 2 or len(shapes[0]) not in CONVOLUTION or {*shapes[0][2:]} != {1}:
+        return factors, []
+    up, down = factors
+    return (up.reshape(shapes[0][:2]), down.reshape(shapes[1][0], -1)), shapes[1][1:]
+
+
+def _read_pair(factors: Sequence[Any], name: str = "delta") -> LowRank:
     tensors = [to_tensor(factor, f"factor {i} of {name}") for i, factor in enumerate(factors)]
     if len(tensors) != 2:
         raise ShapeMismatch(f"{name} is a pair (up, down), not {len(tensors)} arrays")
