@@ -115,6 +115,7 @@ def test_the_ends_of_every_digit(kernels):
     assert kernels.precise_product(x, ones)[0, 0, 0] == 2.0**46
 
 
+@pytest.mark.slow
 def test_sums_of_the_greatest_depth_do_not_overflow(kernels):
     """All digits at an end: -128 times -128 in all six products of a weight."""
     lowest = -(128 * (256**6 - 1) // 255) / 2**2  # as many digits of -128 as there are

@@ -119,7 +119,7 @@ def weight_of(name):
 
 # Large weights by the kernel's text take seconds: for every change those that stay on their rung,
 # and that leave it.
-QUICK = {"large, i^-0.5", "large, rank below k"}
+QUICK = {"large, i^-0.5"}
 SLOW = {name for name in ZOO if name.startswith("large")} - QUICK
 WAYS = [
     pytest.param(name, way, marks=pytest.mark.slow if way == "gpu" and name in SLOW else ())
