@@ -15,13 +15,13 @@ from prolora.reports.outcome import Outcome as Outcome
 from prolora.errors import ProLoRAError as ProLoRAError
 from prolora.reports.report import Report as Report
 from prolora.core.similarity import Similarity as Similarity, principal_angles as principal_angles, similarity as similarity
-from prolora.moving.result import Transfer as Transfer
-from prolora.moving.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions
+from prolora.verbs.result import Transfer as Transfer
+from prolora.verbs.options import DtypeLike, FormatLike, LoraLike, OutRank, TextEncoderMode, TransferMethod, TransferOptions as TransferOptions
 from prolora.version import __version__ as __version__
 from collections.abc import Iterable, Sequence
 from prolora.bases.opening import BaseLike
 from os import PathLike
-from prolora.moving.block_weights import Blocks
+from prolora.verbs.block_weights import Blocks
 from prolora.making.bake_report import BakeReport
 from prolora.checking.check import check as check
 from prolora.making.convert import ConvertOptions

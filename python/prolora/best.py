@@ -19,13 +19,13 @@ from .errors import ProLoRAError
 from .files.hub import keep_path
 from .files.store import digest
 from .moving.base_pair import BasePair
-from .moving.batch import make_each
 from .moving.lazy_bases import narrow_base
-from .moving.option_keywords import settle_options, takes_options
-from .moving.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
-from .moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from .moving.result import Recipe, Transfer, pack_plan
 from .reports.outcome import Outcome
+from .verbs.batch import make_each
+from .verbs.option_keywords import settle_options, takes_options
+from .verbs.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
+from .verbs.output_paths import check_distinct, check_results_folder, make_folders, name_output
+from .verbs.result import Recipe, Transfer, pack_plan
 
 if TYPE_CHECKING:
     from .fitting.best_way import BestWay

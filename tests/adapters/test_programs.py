@@ -18,7 +18,7 @@ from prolora.architectures.loaders import find_reach, known_loaders, name_row
 from prolora.checking.check import check
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
-from prolora.moving.options import ProgramName
+from prolora.verbs.options import ProgramName
 
 ROOT = Path(__file__).parents[2]
 MODULE = "transformer_blocks.0.attn.to_q"

@@ -23,7 +23,7 @@ from prolora.architectures.modules import (
 from prolora.checking.file_facts import check_tensors
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
-from prolora.moving.block_weights import list_lora_blocks
+from prolora.verbs.block_weights import list_lora_blocks
 
 ZERO = torch.zeros(())
 

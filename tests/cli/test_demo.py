@@ -13,7 +13,7 @@ from prolora.cli import demo
 from prolora.errors import UnrelatedBases
 from prolora.fitting.models import in_float32
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
-from prolora.moving.options import FIT
+from prolora.verbs.options import FIT
 
 FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
 BY_WEIGHTS = [("neon", "pruned", 34), ("concept", "few-step", 44)]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from prolora.cli.exits import MEANINGS
-from prolora.moving.options import METHOD_NAMES
+from prolora.verbs.options import METHOD_NAMES
 from prolora.version import __version__
 
 COMMANDS = ["transfer", "fit", "check", "demo", "doctor"]

@@ -14,7 +14,7 @@ from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.core.validation import check_device, check_operand, resolve_device
 from prolora.errors import SolverFailure, UnsupportedDevice, UnsupportedTensor
 from prolora.making.extract_options import ExtractOptions
-from prolora.moving.option_keywords import settle_options
+from prolora.verbs.option_keywords import settle_options
 
 
 def case(m=9, n=7):

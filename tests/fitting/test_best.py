@@ -17,7 +17,7 @@ import prolora
 from prolora.errors import InvalidOption, UnrelatedBases
 from prolora.fitting import best_way, session
 from prolora.fitting.best_way import BestWay
-from prolora.moving.options import FIT, OF_A_FIT_TOO
+from prolora.verbs.options import FIT, OF_A_FIT_TOO
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 

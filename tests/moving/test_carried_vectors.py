@@ -13,8 +13,8 @@ from prolora.core.lowrank import LowRank
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 from prolora.moving.assembly import carry_vectors
 from prolora.moving.ledger import Ledger
-from prolora.moving.options import TransferOptions
 from prolora.moving.plan import make_plan
+from prolora.verbs.options import TransferOptions
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 STEM = "lora_unet_" + BLOCK.replace(".", "_")

@@ -14,13 +14,13 @@ import torch
 from mini import write_case
 
 import prolora
-from prolora.core.option_fields import read_shown
 from prolora.fitting.settings import FitOptions
 from prolora.fleet.batches import MigrationOptions
 from prolora.making.convert import ConvertOptions
 from prolora.making.extract_options import ExtractOptions
 from prolora.making.merge_options import MergeOptions
-from prolora.moving.options import TransferOptions, is_out_rank
+from prolora.verbs.option_fields import read_shown
+from prolora.verbs.options import TransferOptions, is_out_rank
 
 TRANSFERS = [prolora.transfer, prolora.transfer_many]
 FITS = [prolora.fit, prolora.fit_many]

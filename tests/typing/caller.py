@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import prolora
-from prolora.moving.options import TransferMethod
+from prolora.verbs.options import TransferMethod
 
 up, down = torch.zeros(8, 2), torch.zeros(2, 8)
 weight, array = torch.zeros(8, 8), np.zeros((8, 8), dtype=np.float32)

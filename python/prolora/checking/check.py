@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a ba
     from ..bases import BaseLike
     from ..bases.base import Progress
     from ..bases.experts import ExpertsLike
-    from ..moving.options import TransferOptions
+    from ..verbs.options import TransferOptions
 
 
 def check(
@@ -80,7 +80,7 @@ def check(
         if base is not None:
             found = replace(found, fit=_match_base(opened, base))
         if source is not None and target is not None:
-            from ..moving.options import TransferOptions
+            from ..verbs.options import TransferOptions
 
             options = TransferOptions(cache=cache, progress=progress)
             found = replace(found, move=_foresee(opened, source, target, options))

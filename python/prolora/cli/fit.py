@@ -14,9 +14,9 @@ from ..bases.base import Progress
 from ..fitting.fit import fit as fit_lora
 from ..fitting.fit import fit_many
 from ..fitting.settings import FitOptions, read_prompts
-from ..moving.result import Transfer
 from ..reports.outcome import Outcome
 from ..reports.report import is_page_path
+from ..verbs.result import Transfer
 from .console import err, progress_bar
 from .flags import base_option
 from .options import (

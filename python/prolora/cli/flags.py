@@ -64,7 +64,7 @@ COMMANDS = {"transfer_many": "transfer"}
 @cache
 def list_options() -> set[str]:
     """Lists what messages may name, and a command has a flag for."""
-    from ..moving.options import TransferOptions
+    from ..verbs.options import TransferOptions
 
     shown = {f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel}
     others = "source target base program ray shard target_guidance strengths alpha"

@@ -13,13 +13,13 @@ import typer
 
 from ..core.grouping import group_by
 from ..core.methods import MethodChoice
-from ..core.option_fields import take_option
 from ..errors import OutputError
 from ..fleet.batches import MigrationOptions
 from ..fleet.migration import migrate as run_migration
 from ..fleet.migration import read_words
-from ..moving.options import TransferMethod, TransferOptions
 from ..reports.report import summarise
+from ..verbs.option_fields import take_option
+from ..verbs.options import TransferMethod, TransferOptions
 from .console import answer, err, out, progress_bar
 from .exits import ExitCode
 from .flags import JsonOption, base_option, path_option

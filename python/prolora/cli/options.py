@@ -18,9 +18,9 @@ from typer.core import TyperCommand, TyperOption
 
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..core.option_fields import read_shown
 from ..errors import InvalidOption, OutputError
 from ..files.hub import spell_path
+from ..verbs.option_fields import read_shown
 from .flags import FLAGS, JsonOption, base_option, parse_path, path_option
 
 log = logging.getLogger(__name__)

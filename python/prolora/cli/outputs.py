@@ -12,8 +12,8 @@ from ..adapters.adapter_folder import PEFT_CONFIG, PEFT_WEIGHTS
 from ..bases.experts import ExpertPair
 from ..errors import OutputError
 from ..files.store import check_free
-from ..moving.output_paths import name_output, resolve_path
 from ..reports.outcome import is_report_of
+from ..verbs.output_paths import name_output, resolve_path
 
 # Ends of other kinds of LoRA files, which people write out of habit.
 _OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")

@@ -19,14 +19,14 @@ from ..checking.check import check
 from ..errors import OutputError, ProLoRAError, name_options
 from ..files.hub import spell_path
 from ..files.store import put_text
-from ..moving.batch import make_each
-from ..moving.options import FormatLike, TransferOptions
-from ..moving.output_paths import check_results_folder, is_peft_folder
-from ..moving.result import Transfer
 from ..reports.card import check_card, write_card
 from ..reports.lora_report import LoraReport
 from ..reports.outcome import Outcome, OutcomesReport, is_report_of
 from ..reports.report import is_page_path, summarise
+from ..verbs.batch import make_each
+from ..verbs.options import FormatLike, TransferOptions
+from ..verbs.output_paths import check_results_folder, is_peft_folder
+from ..verbs.result import Transfer
 from .console import answer, err, out, progress_bar, weigh_stages
 from .exits import IncompleteResult, describe_error
 from .flags import path_argument, write_flag

@@ -22,9 +22,9 @@ from ..errors import (
     UnsupportedFormat,
 )
 from ..moving.base_pair import BasePair
-from ..moving.options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
-from ..moving.result import Transfer, make_file
 from ..reports.lora_report import LoraReport, MovedReport
+from ..verbs.options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
+from ..verbs.result import Transfer, make_file
 from .fit import fit_lora
 from .fit_plan import explain_need
 from .fit_report import plan_fit

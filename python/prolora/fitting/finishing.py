@@ -14,9 +14,9 @@ from ..errors import ProLoRAError, UnrelatedBases
 from ..moving.assembly import build_metadata, list_kernels
 from ..moving.base_pair import BasePair
 from ..moving.ledger import Ledger
-from ..moving.options import FIT
-from ..moving.result import Transfer
 from ..moving.transfer_report import TransferReport
+from ..verbs.options import FIT
+from ..verbs.result import Transfer
 from .fit_plan import FitJob
 from .fit_report import BaselineReport, FitReport, build_fit_report, list_modules
 from .probe_report import ProbeReport

@@ -18,13 +18,13 @@ from ..core.precision import in_full_precision
 from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ..files.hub import keep_path
 from ..moving.base_pair import BasePair
-from ..moving.batch import make_each
-from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike
-from ..moving.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from ..moving.result import Transfer, list_inputs, make_file, pack_plan
 from ..reports.outcome import Outcome
 from ..reports.report import PictureGrid
+from ..verbs.batch import make_each
+from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.options import LoraLike
+from ..verbs.output_paths import check_distinct, check_results_folder, make_folders, name_output
+from ..verbs.result import Transfer, list_inputs, make_file, pack_plan
 from .finishing import finish_baseline, finish_fit, move_by_weights
 from .fit_plan import (
     FitJob,

@@ -24,9 +24,9 @@ from ..core.lowrank import LowRank
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
 from ..moving.base_check import Depth, check_bases, read_lora
-from ..moving.options import LoraLike
 from ..moving.plan import ModulePlan, check_fits_source, place_text_encoders
 from ..reports.lora_report import LoraReport
+from ..verbs.options import LoraLike
 from .fitted_modules import NO_KIND, choose_fitted
 from .pipelines.vram import CardPlan, is_card, plan_card
 from .settings import FitOptions, PassedOn

@@ -18,13 +18,13 @@ from ..moving.ledger import (
     list_missed,
     list_tensors_left_out,
 )
-from ..moving.options import FIT, LoraLike
 from ..moving.plan import ModulePlan
 from ..moving.transfer_report import LITTLE, MOST, TransferReport, name_amount, tell_place
 from ..reports.lora_report import MovedReport
 from ..reports.module_report import ModuleReport, list_unread_modules, split_modules
 from ..reports.report import InWords, Mark
 from ..reports.table import Table
+from ..verbs.options import FIT, LoraLike
 from .fit_plan import FitJob, foresee_work, prepare_fit, target_modules
 from .probe_report import ProbeReport
 from .settings import FitOptions

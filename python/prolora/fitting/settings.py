@@ -12,11 +12,11 @@ from ..bases.pipeline_files import MOST_FEW_STEPS
 from ..comparison.module_map import Match
 from ..core.arrays import make_fields_plain
 from ..core.methods import MethodChoice
-from ..core.option_fields import option, take_option
 from ..errors import InvalidOption, UnsupportedFormat
 from ..files.outside import read_text
 from ..files.sizes import parse_limit
-from ..moving.options import BaseResources, FileOutput, TransferOptions
+from ..verbs.option_fields import option, take_option
+from ..verbs.options import BaseResources, FileOutput, TransferOptions
 
 Start = Literal["auto", "zero", "copy"]
 """Where a fit starts: chosen, from no updates, or from the LoRA moved without a fit."""

@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 from ..adapters.lora import Lora
 from ..bases.experts import open_experts, pair_experts
-from ..core.option_fields import option
 from ..errors import OutputError, OutputExists, ProLoRAError
 from ..files.state import read_state
 from ..files.store import Store, refusal
 from ..moving.base_pair import BasePair
-from ..moving.batch import LORA_FAILURES, as_refusal
-from ..moving.options import OUTPUT, TransferOptions
-from ..moving.output_paths import make_folders, name_output
-from ..moving.result import Recipe, save_result
 from ..reports.outcome import Outcome
+from ..verbs.batch import LORA_FAILURES, as_refusal
+from ..verbs.option_fields import option
+from ..verbs.options import OUTPUT, TransferOptions
+from ..verbs.output_paths import make_folders, name_output
+from ..verbs.result import Recipe, save_result
 from ..version import __version__
 
 _DIGITS = 12

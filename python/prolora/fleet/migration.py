@@ -17,10 +17,10 @@ from typing import Any
 from ..adapters.lora import Lora
 from ..bases.experts import choose_pairs, open_experts, pair_experts
 from ..errors import InvalidOption, ProLoRAError
-from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import BEST
-from ..moving.result import read_verdict
 from ..reports.report import InWords, read_again
+from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.options import BEST
+from ..verbs.result import read_verdict
 from .batches import (
     DEFAULT_MIGRATION,
     Batch,

@@ -34,9 +34,9 @@ from ..files.safetensors_file import SafetensorsFile
 from ..files.safetensors_writing import replace_tensor, stream_safetensors
 from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
-from ..moving.block_weights import Blocks, BlockWeights, find_factors
-from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, read_dtype, use_lora
+from ..verbs.block_weights import Blocks, BlockWeights, find_factors
+from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.options import LoraLike, read_dtype, use_lora
 from .bake_report import SURVIVES, BakedModule, BakeReport, sum_modules
 from .convert import read_plain
 from .merge_inputs import name_loras

@@ -21,16 +21,18 @@ from ..adapters.contents import parse_contents
 from ..adapters.keys.tensor_keys import StoredTensor
 from ..adapters.lora import Lora
 from ..bases import Base, BaseLike, open_base
-from ..core.option_fields import option, take_option
 from ..core.precision import in_full_precision
 from ..core.recompression import product_energies
 from ..errors import InvalidOption, UnsupportedFormat
 from ..moving.base_check import read_lora
-from ..moving.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
 from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out
-from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import (
+from ..reports.lora_report import ENOUGH
+from ..reports.module_report import LEFT_OUT, list_unread_modules
+from ..verbs.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
+from ..verbs.option_fields import option, take_option
+from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.options import (
     OUTPUT,
     LoraLike,
     Output,
@@ -40,11 +42,9 @@ from ..moving.options import (
     read_dtype,
     use_lora,
 )
-from ..moving.output_paths import check_output
-from ..moving.result import Transfer, list_inputs, save_result
-from ..moving.rows import describe_conversion, describe_left_out
-from ..reports.lora_report import ENOUGH
-from ..reports.module_report import LEFT_OUT, list_unread_modules
+from ..verbs.output_paths import check_output
+from ..verbs.result import Transfer, list_inputs, save_result
+from ..verbs.rows import describe_conversion, describe_left_out
 from .made_report import MadeReport
 
 

@@ -37,12 +37,12 @@ from ..core.recompression import balance_factors
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat, WrongBase
 from ..files.hashing import flatten_bytes
 from ..moving.base_check import are_one_base
-from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import FormatLike
-from ..moving.output_paths import check_output
-from ..moving.result import Transfer, pack_plan, save_result
-from ..moving.rows import describe_difference, outline_difference
 from ..reports.module_report import ModuleReport
+from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.options import FormatLike
+from ..verbs.output_paths import check_output
+from ..verbs.result import Transfer, pack_plan, save_result
+from ..verbs.rows import describe_difference, outline_difference
 from ..version import __version__
 from .bake_report import BakedModule, sum_modules
 from .extract_options import DEFAULT_EXTRACTION, ExtractOptions

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.option_fields import take_option
 from ..core.rank_rule import Rank
 from ..errors import InvalidOption
-from ..moving.options import DtypeLike, FormatLike, Output, OutRank, Resources, read_dtype
+from ..verbs.option_fields import take_option
+from ..verbs.options import DtypeLike, FormatLike, Output, OutRank, Resources, read_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

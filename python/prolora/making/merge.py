@@ -30,16 +30,16 @@ from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
 from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, UnsupportedFormat
 from ..moving.base_check import check_moved_before
-from ..moving.block_weights import BlockWeights, find_factors, weigh_adapter
 from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out
-from ..moving.option_keywords import settle_options, takes_options
-from ..moving.options import LoraLike, cut_rank, read_dtype, use_lora
-from ..moving.output_paths import check_name, check_output
-from ..moving.result import Transfer, list_inputs, save_result
-from ..moving.rows import describe_conversion, describe_left_out
 from ..reports.module_report import LEFT_OUT, ModuleReport, list_unread_modules
 from ..reports.module_tables import write_shape
+from ..verbs.block_weights import BlockWeights, find_factors, weigh_adapter
+from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.options import LoraLike, cut_rank, read_dtype, use_lora
+from ..verbs.output_paths import check_name, check_output
+from ..verbs.result import Transfer, list_inputs, save_result
+from ..verbs.rows import describe_conversion, describe_left_out
 from ..version import __version__
 from .convert import read_plain
 from .merge_inputs import check_experts, check_families, name_loras

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..core.option_fields import option, take_option
 from ..errors import InvalidOption
-from ..moving.block_weights import Blocks, BlockWeights
-from ..moving.options import LARGEST_STRENGTH, METHOD, Output, TransferOptions
+from ..verbs.block_weights import Blocks, BlockWeights
+from ..verbs.option_fields import option, take_option
+from ..verbs.options import LARGEST_STRENGTH, METHOD, Output, TransferOptions
 
 MergeMethod = Literal["sum", "balanced"]
 MERGE_METHODS: tuple[str, ...] = get_args(MergeMethod)

@@ -19,8 +19,8 @@ from ..bases.pipeline_files import draws_in_few_steps, is_named_few_step
 from ..core.lowrank import LowRank
 from ..files.store import replace_surrogates
 from ..reports.module_report import LEFT_OUT
+from ..verbs.block_weights import BlockWeights
 from ..version import __version__
-from .block_weights import BlockWeights
 from .ledger import Ledger, list_missed, list_tensors_left_out
 from .plan import ModulePlan
 from .transfer_report import A_VECTOR, TransferReport

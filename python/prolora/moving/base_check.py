@@ -22,8 +22,8 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import EMPTY_SHORT_HASH, compute_short_hash, have_equal_files, is_identical
 from ..errors import AlreadyMoved, ShapeMismatch, UnsupportedFormat, WrongBase
+from ..verbs.options import LoraLike, TransferOptions, begin_message
 from .base_fit import describe_kind, fit_shapes
-from .options import LoraLike, TransferOptions, begin_message
 from .plan import OTHER_MODEL, check_fits_source
 
 Depth = Literal["updates", "outline"]

@@ -16,14 +16,15 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import preview_match, resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
+from ..verbs.batch import label_stage
+from ..verbs.block_weights import find_factors, weigh_adapter
+from ..verbs.options import LoraLike, TransferOptions, read_dtype, use_lora
+from ..verbs.result import Transfer, list_inputs, make_file
 from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors
 from .base_check import Depth, check_bases, doubt_size, read_lora
-from .block_weights import find_factors, weigh_adapter
 from .ledger import Clock, Ledger, outline_rows
-from .move_updates import decide_method, label_stage, move_updates
-from .options import LoraLike, TransferOptions, read_dtype, use_lora
+from .move_updates import decide_method, move_updates
 from .plan import make_plan
-from .result import Transfer, list_inputs, make_file
 from .transfer_report import TransferReport
 
 

@@ -15,7 +15,7 @@ from ..architectures.families import known_families
 from ..architectures.layouts import known_layouts, load_layout
 from ..bases import open_base
 from ..core.arrays import to_tensor
-from .options import LoraLike, use_lora
+from ..verbs.options import LoraLike, use_lora
 
 
 def narrow_base(base: Any, *loras: LoraLike) -> Any:

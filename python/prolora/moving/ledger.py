@@ -18,7 +18,7 @@ from ..core.precision import is_finite
 from ..core.verdict import STRANGE_COSINE, Verdict
 from ..errors import NonFiniteWeights
 from ..reports.module_report import LEFT_OUT, ModuleReport, list_unread_modules
-from .options import LoraLike, TextEncoderMode, TransferOptions, cut_rank
+from ..verbs.options import LoraLike, TextEncoderMode, TransferOptions, cut_rank
 from .plan import ModulePlan, Pair
 
 

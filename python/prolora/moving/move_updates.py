@@ -29,6 +29,7 @@ from ..core.projection import apply_rule, project_factors
 from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ..errors import UnrelatedBases
 from ..reports.module_report import Measures
+from ..verbs.batch import label_stage
 from .ledger import Ledger
 from .plan import Pair
 
@@ -100,13 +101,6 @@ def _leave_out_strangers(ledger: Ledger) -> None:
         ledger.enter(pair, None, STRANGER)
     kept = [pair for pair in ledger.plan.pairs if pair.target not in strange]
     ledger.plan = replace(ledger.plan, pairs=kept)
-
-
-def label_stage(what: str, progress: Progress | None) -> Progress | None:
-    """Wraps the caller's callback, so that each name begins with the stage."""
-    if progress is None:
-        return None
-    return lambda done, total, name: progress(done, total, f"{what} {name}")
 
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:

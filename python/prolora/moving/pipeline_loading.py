@@ -7,9 +7,9 @@ from typing import Any
 from ..bases import BaseLike, open_pair
 from ..errors import InvalidOption
 from ..reports.lora_report import LoraReport
+from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 from .base_pair import BasePair
-from .option_keywords import settle_options, takes_options
-from .options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 
 
 @takes_options

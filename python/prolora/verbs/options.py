@@ -23,7 +23,6 @@ from ..comparison.module_map import AUTO_MATCH, Match
 from ..core.arrays import make_fields_plain
 from ..core.lowrank import LowRank
 from ..core.methods import Method, MethodChoice, MethodLike, find_method
-from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import DeviceLike, resolve_device
@@ -32,6 +31,7 @@ from ..errors import InvalidOption, suggest
 from ..files.hub import spell_path
 from ..files.sizes import parse_limit
 from .block_weights import Blocks, BlockWeights
+from .option_fields import option, read_shown
 
 OutRank = int | float | str
 

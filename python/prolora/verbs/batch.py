@@ -11,7 +11,6 @@ from ..bases.base import Progress
 from ..errors import ProLoRAError, explain_os_error
 from ..reports.lora_report import MovedReport
 from ..reports.outcome import Outcome
-from .move_updates import label_stage
 from .result import Transfer
 
 LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
@@ -50,3 +49,10 @@ def as_refusal(error: BaseException) -> ProLoRAError:
     refusal = ProLoRAError(said or type(error).__name__)
     refusal.__cause__ = error
     return refusal
+
+
+def label_stage(what: str, progress: Progress | None) -> Progress | None:
+    """Wraps the caller's callback, so that each name begins with the stage."""
+    if progress is None:
+        return None
+    return lambda done, total, name: progress(done, total, f"{what} {name}")

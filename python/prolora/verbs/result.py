@@ -28,7 +28,6 @@ from ..bases.leaves import is_settled, open_memory, save_memory
 from ..comparison.module_map import Matching
 from ..core.arrays import to_kind_of
 from ..core.methods import Method, find_method
-from ..core.option_fields import read_shown
 from ..errors import ProLoRAError
 from ..files.hashing import hash_file, hash_tensors
 from ..files.hub import keep_path
@@ -36,6 +35,7 @@ from ..files.store import replace_surrogates
 from ..reports.lora_report import LoraReport, MovedReport
 from ..reports.report import MADE_BEFORE, VERDICT
 from ..version import __version__
+from .option_fields import read_shown
 from .options import DtypeLike, FormatLike, LoraLike, read_dtype
 from .output_paths import check_name, check_output
 

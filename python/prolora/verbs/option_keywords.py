@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ..core.option_fields import read_shown
 from ..core.validation import resolve_device
 from ..errors import InvalidOption, suggest
+from .option_fields import read_shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

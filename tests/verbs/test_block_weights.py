@@ -15,8 +15,8 @@ from prolora.architectures.identify import Model
 from prolora.architectures.layouts import load_layout
 from prolora.core.lowrank import LowRank
 from prolora.errors import InvalidOption
-from prolora.moving.block_weights import BlockWeights
 from prolora.reports.module_report import LEFT_OUT
+from prolora.verbs.block_weights import BlockWeights
 
 TWELVE = ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT0{i}" for i in range(6)))
 

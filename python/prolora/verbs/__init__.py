@@ -1,0 +1,1 @@
+"""What every verb needs: options, their keywords, output paths, results, batches."""
