@@ -23,7 +23,7 @@ from prolora.architectures.families import find_title, known_families
 from prolora.architectures.layouts import known_layouts, load_layout
 from prolora.architectures.modules import find_block, is_attention, is_linear, matrix_shape
 from prolora.bases import Base
-from prolora.moving.base_fit import BaseFit, fit_shapes
+from prolora.moving.base_fit import BaseMatch, fit_shapes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def is_unet(layout: str) -> bool:
     return any(family.unet for family in known_families().values() if layout in family.layouts)
 
 
-def judge(fit: BaseFit, own: str) -> str:
+def judge(fit: BaseMatch, own: str) -> str:
     """What is told of another base."""
     if fit.answer != "fits":
         return fit.answer

@@ -41,8 +41,8 @@ from prolora.adapters import Adapter
 from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
 from prolora.adapters.formats.groups import lay_out
+from prolora.adapters.key_groups import Slot
 from prolora.adapters.lora import Lora
-from prolora.adapters.slots import Slot
 from prolora.architectures import loaders
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Spelling

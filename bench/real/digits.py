@@ -33,7 +33,7 @@ from prolora import LowRank, project
 from prolora import fitting as probe
 from prolora.fitting.gate import COPY
 from prolora.fitting.pipelines.schedules import NoiseSchedule
-from prolora.fitting.updates import can_be_fitted, place_factors, run_beside
+from prolora.fitting.updates import can_be_fitted, place_factors, with_lora
 
 NETS = {"vit": ("vit_architecture.py", "DiffusionViT"), "cnn": ("cnn_architecture.py", "Diffusion")}
 ADAPTED = {"vit": ("linear1", "linear2"), "cnn": (".0", ".4")}
@@ -280,7 +280,7 @@ def score(
     )
     change, losses, seen = in_look(look, idea), {}, {}
     for name, updates in ways.items():
-        with run_beside(target, updates):
+        with with_lora(target, updates):
             losses[name] = measure_loss(target, change)
             if name in SHOWN:
                 marks = train_judge(look, idea)(draw_many(target, SAMPLES, 99)) > 0

@@ -154,7 +154,7 @@ def make_progress() -> Callable[[int, int, str], None]:
             # Another stage: the bar of the one before would stay full until this one is far beyond.
             bar = comfy.utils.ProgressBar(max(1, total))
         bar.update_absolute(done)
-        foreseen = words.foresee(name) or foreseen
+        foreseen = words.preview(name) or foreseen
         if (now := time.monotonic()) - last_shown >= 1:
             last_shown = now
             _tell_progress(words.tell_progress(done / max(1, total), name, foreseen))

@@ -100,7 +100,7 @@ def _name_widget(option: str, value: str | None) -> str | None:
     return widget
 
 
-def foresee(name: str) -> str:
+def preview(name: str) -> str:
     """What prolora says of a fit before it begins, in few words; "" of any other stage."""
     work = re.search(r"as long as drawing ([\d,]+) images takes", name)
     return f"Both models run, about as long as drawing {work[1]} images takes." if work else ""

@@ -21,14 +21,14 @@ from .files.store import digest
 from .moving.base_pair import BasePair
 from .moving.lazy_bases import narrow_base
 from .reports.outcome import Outcome
-from .verbs.batch import make_each
-from .verbs.option_keywords import settle_options, takes_options
+from .verbs.batch import run_each
+from .verbs.option_keywords import resolve_options, takes_options
 from .verbs.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 from .verbs.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from .verbs.result import Recipe, Transfer, pack_plan
+from .verbs.result import Recipe, Transfer, as_dry_run
 
 if TYPE_CHECKING:
-    from .fitting.best_way import BestWay
+    from .fitting.best_way import WeightsElseFit
     from .fitting.session import FitSession
 
 Naming = Callable[[Path, str], str]
@@ -77,11 +77,11 @@ def transfer(
         TooLittleMemory: max_memory is below what the largest weight needs.
         UnrelatedBases: method "auto", and the weights have nothing in common.
     """
-    options = settle_options(options, changes)
+    options = resolve_options(options, changes)
     options = options if out is None else options.for_file()
     pair = open_pair(narrow_base(source, lora), narrow_base(target, lora))
     way = _choose_way(*pair, options, dry_run)
-    return pack_plan(way.foresee(lora)) if dry_run else way.run(lora, out, options.progress)
+    return as_dry_run(way.preview(lora)) if dry_run else way.run(lora, out, options.progress)
 
 
 @takes_options
@@ -132,7 +132,7 @@ def transfer_many(
         UnsupportedFormat: the source alone has experts, and a LoRA's name does not tell one.
         ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
-    options = settle_options(options, changes).for_file()
+    options = resolve_options(options, changes).for_file()
     paths, results, refused = [keep_path(lora) for lora in loras], Path(folder), {}
     check_results_folder(folder, len(paths))
     bases = (narrow_base(base, *paths) for base in (source, target))
@@ -176,7 +176,7 @@ def transfer_many(
             way = ways[id(moves[i][1])]
             return way.run(moves[i][0], out, progress, renews=naming is not None)
 
-        return make_each([lora for lora, _, _ in moves], outs, make, options.progress)
+        return run_each([lora for lora, _, _ in moves], outs, make, options.progress)
 
 
 def _choose_way(
@@ -185,10 +185,12 @@ def _choose_way(
     options: TransferOptions,
     dry_run: bool = False,
     session: FitSession | None = None,
-) -> BasePair | BestWay:
+) -> BasePair | WeightsElseFit:
     """Opens the way that the options ask for; `session` is shared by the fits of several LoRAs."""
     if options.method == BEST:
-        way: BestWay = _load_best_way().BestWay.of(source, target, options, dry_run, session)
+        way: WeightsElseFit = _load_best_way().WeightsElseFit.of(
+            source, target, options, dry_run, session
+        )
         return way
     return BasePair.open(source, target, options, dry_run=dry_run)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prolora.adapters.training_words import (
+from prolora.adapters.trigger_words import (
     LONGEST,
     CaptionedFolder,
     TrainingWords,

@@ -142,14 +142,14 @@ def test_no_base_is_read_as_a_whole_where_the_short_hash_of_the_target_differs(
 def test_the_name_of_the_target_is_said_first_and_refuses_nothing(files, tmp_path):
     lora, a, b = files
     named = say_base(lora, tmp_path / "named.safetensors", ss_sd_model_name="A_fp16.safetensors")
-    assert not prolora.transfer(named, a, b, dry_run=True).report.doubts
+    assert not prolora.transfer(named, a, b, dry_run=True).report.warnings
     for dry_run in (True, False):
         report = prolora.transfer(named, b, a, dry_run=dry_run).report
-        (doubt,) = report.doubts
+        (doubt,) = report.warnings
         assert "the name of the target, a.safetensors" in doubt and report.totals["mapped"]
         assert str(report.in_words()).startswith("⚠ Were source and target swapped?")
         assert "Were source and target swapped?" in report.to_html()
-        assert report.to_dict()["doubts"] == [doubt]
+        assert report.to_dict()["warnings"] == [doubt]
 
 
 def test_the_base_that_a_peft_folder_names_is_said_alike(files, tmp_path):
@@ -162,7 +162,7 @@ def test_the_base_that_a_peft_folder_names_is_said_alike(files, tmp_path):
     )
     weights = tmp_path / "peft" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)  # without prolora's header
-    (doubt,) = prolora.transfer(tmp_path / "peft", a, b, dry_run=True).report.doubts
+    (doubt,) = prolora.transfer(tmp_path / "peft", a, b, dry_run=True).report.warnings
     assert "the name of the target, b.safetensors" in doubt
 
 
@@ -245,9 +245,9 @@ def test_a_dora_that_does_not_fit_is_refused_before_its_base_is_read(tmp_path, u
 def test_a_dry_run_doubts_a_source_whose_blocks_the_lora_leaves_out():
     lora = check_families.make_lora("anima", check_families.list_kinds("anima")["attention"])
     source, target = map(check_families.make_base, ("anima-2.9b", "anima-3.8b"))
-    (told,) = prolora.transfer(lora, source, target, dry_run=True).report.doubts
+    (told,) = prolora.transfer(lora, source, target, dry_run=True).report.warnings
     assert "all blocks of Anima; anima-2.9b is Anima 2.9B." in told
     own = check_families.make_base("anima")
     half = check_families.make_lora("anima", check_families.list_kinds("anima")["half"])
     for some in (lora, half):
-        assert not prolora.transfer(some, own, target, dry_run=True).report.doubts
+        assert not prolora.transfer(some, own, target, dry_run=True).report.warnings

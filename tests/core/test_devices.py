@@ -94,7 +94,7 @@ def test_weights_of_few_bits_are_taken_as_they_are(device, dtype):
 def test_a_stack_of_several_chunks_is_the_stack_of_its_members(device, rank, monkeypatch):
     weight = stack(5, 48, 64)
     whole = truncated_svd(weight.to(device), rank)
-    monkeypatch.setattr(basis, "count_together", lambda *_: 2)
+    monkeypatch.setattr(basis, "chunk_size", lambda *_: 2)
     check_equal_subspaces(truncated_svd(weight.to(device), rank), whole.to("cpu"))
 
 

@@ -14,7 +14,7 @@ from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.core.validation import check_device, check_operand, resolve_device
 from prolora.errors import SolverFailure, UnsupportedDevice, UnsupportedTensor
 from prolora.making.extract_options import ExtractOptions
-from prolora.verbs.option_keywords import settle_options
+from prolora.verbs.option_keywords import resolve_options
 
 
 def case(m=9, n=7):
@@ -216,13 +216,13 @@ JOBS = (prolora.TransferOptions, prolora.FitOptions, ExtractOptions)
 
 @pytest.mark.parametrize("kind", JOBS)
 def test_a_job_computes_on_a_gpu_where_there_is_one(kind, one_card, monkeypatch):
-    assert settle_options(kind(), {}).device == "cuda"
-    assert settle_options(kind(), {"device": "cpu"}).device == "cpu"
-    assert settle_options(kind(device=torch.device("cuda", 0)), {}).device == "cuda:0"
+    assert resolve_options(kind(), {}).device == "cuda"
+    assert resolve_options(kind(), {"device": "cpu"}).device == "cpu"
+    assert resolve_options(kind(device=torch.device("cuda", 0)), {}).device == "cuda:0"
     # Workers that carry out a plan need not be on this machine.
-    assert settle_options(kind(), {}, here=False).device is None
+    assert resolve_options(kind(), {}, here=False).device is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert settle_options(kind(), {}).device == "cpu"
+    assert resolve_options(kind(), {}).device == "cpu"
 
 
 def test_what_reads_bases_computes_on_a_gpu_where_there_is_one(one_card, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 import prolora
 from prolora.errors import InvalidOption, UnsupportedFormat
-from prolora.files.outside import open_regular, read_text
+from prolora.files.untrusted import open_regular, read_text
 from prolora.fitting.settings import read_prompts
 from prolora.fleet.listing import list_loras
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import prolora
 from prolora.errors import InvalidOption, UnrelatedBases
 from prolora.fitting import best_way, session
-from prolora.fitting.best_way import BestWay
+from prolora.fitting.best_way import WeightsElseFit
 from prolora.verbs.options import FIT, OF_A_FIT_TOO
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -57,14 +57,14 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits of a second; the gate is passed, whatever it says of models without knowledge."""
-    make = BestWay.of.__func__
+    make = WeightsElseFit.of.__func__
 
-    def of(cls: type[BestWay], *given: object) -> BestWay:
+    def of(cls: type[WeightsElseFit], *given: object) -> WeightsElseFit:
         way = make(cls, *given)
         few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
         return replace(way, by_fit=replace(way.by_fit, **few))
 
-    monkeypatch.setattr(BestWay, "of", classmethod(of))
+    monkeypatch.setattr(WeightsElseFit, "of", classmethod(of))
 
 
 def ends(room: Path, target: str, lora: str = "lora") -> tuple[Path, Path, Path]:
@@ -141,7 +141,7 @@ def test_a_fit_that_was_chosen_is_the_one_that_fit_makes(room, tmp_path, target)
     out = tmp_path / "out.safetensors"
     prolora.transfer(*ends(room, target), out=out, method="best")
     bases = map(prolora.open_base, ends(room, target)[1:])
-    way = BestWay.of(*bases, prolora.TransferOptions(method="best", format="auto"))
+    way = WeightsElseFit.of(*bases, prolora.TransferOptions(method="best", format="auto"))
     prolora.fit(*ends(room, target), way.by_fit, out=tmp_path / "alone.safetensors")
     ours, theirs = load_file(out), load_file(tmp_path / "alone.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.adapters.training_words import CaptionedFolder, TrainingWords, read_training_words
+from prolora.adapters.trigger_words import CaptionedFolder, TrainingWords, read_training_words
 from prolora.fitting.default_prompts import COUNT, DIVERSE, derive_prompts
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline

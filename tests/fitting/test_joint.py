@@ -34,7 +34,7 @@ from prolora.fitting.solver.joint_fit import (
     fit_jointly,
 )
 from prolora.fitting.solver.linearisation import ProbeBatch
-from prolora.fitting.updates import run_beside
+from prolora.fitting.updates import with_lora
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -491,7 +491,7 @@ def test_a_layer_that_is_called_by_keyword_is_fitted_as_any_other():
     named = fit(ByKeyword(layer), ["layer"], probes, 2, 1e-6)
     torch.testing.assert_close(named.updates["layer"].dense(), usual.updates["0"].dense())
     model, update = ByKeyword(layer), named.updates["layer"]
-    with torch.no_grad(), run_beside(model, {"layer": update}):
+    with torch.no_grad(), with_lora(model, {"layer": update}):
         torch.testing.assert_close(model(x) - plain, x @ update.dense().mT)
 
 

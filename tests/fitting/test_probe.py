@@ -13,7 +13,7 @@ from prolora import LowRank, ProLoRAError
 from prolora import fitting as probe
 from prolora.errors import UnrelatedBases
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
-from prolora.fitting.updates import run_beside
+from prolora.fitting.updates import with_lora
 
 WIDTH, BLOCKS = 12, 3
 
@@ -95,7 +95,7 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
     def change(model: nn.Module, updates: dict[str, LowRank]) -> Tensor:
         with torch.no_grad():
             plain = model(x, t)
-            with run_beside(model, updates):
+            with with_lora(model, updates):
                 return model(x, t) - plain
 
     wanted = change(source, lora)
@@ -220,9 +220,9 @@ def test_the_target_goes_its_share_of_the_way_to_the_look_that_was_asked_for(sou
     x, t = torch.randn(64, 5, 4, generator=generator), torch.full((64,), 0.6)
     with torch.no_grad():
         plain, other = target(x, t), source(x, t)
-        with run_beside(source, lora):
+        with with_lora(source, lora):
             wanted = source(x, t)
-        with run_beside(target, result.scaled):
+        with with_lora(target, result.scaled):
             reached = target(x, t)
     share = {"target": 0.0, "source": 1.0}.get(look, look)
     missed = (reached - wanted - (1 - share) * (plain - other)).square().sum()

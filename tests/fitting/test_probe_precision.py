@@ -18,7 +18,7 @@ from prolora.fitting.models import in_float32, in_precision
 from prolora.fitting.sides import Call, output_of
 from prolora.fitting.solver.joint_fit import JointProblem, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch
-from prolora.fitting.updates import run_beside
+from prolora.fitting.updates import with_lora
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -56,7 +56,7 @@ def test_a_unet_in_half_precision_computes_in_float32():
         {"encoder_hidden_states": text.bfloat16().float()},
     )
     update = loras(wide, r".*attn1\.to_v")
-    with in_float32(half), run_beside(half, update), run_beside(wide, update):
+    with in_float32(half), with_lora(half, update), with_lora(wide, update):
         assert torch.equal(predict_call(half, call), predict_call(wide, same))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
@@ -84,7 +84,7 @@ def test_a_model_of_diffusers_in_bfloat16_predicts_what_torchs_autocast_makes_of
     model, call = make_model(kind)
     update = loras(model, r".*(attn|attn1)\.to_v")
     assert update
-    with run_beside(model, update):
+    with with_lora(model, update):
         wide = predict_call(model, call)
         narrow = in_16_bits(model, call)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -94,7 +94,7 @@ def test_a_model_of_diffusers_in_bfloat16_predicts_what_torchs_autocast_makes_of
     assert 1e-4 < error < 5e-2
     # Stored in 16 bits, its products see the same numbers, and nothing else is rounded.
     model.bfloat16()
-    with run_beside(model, update):
+    with with_lora(model, update):
         stored = in_16_bits(model, call)
         with in_float32(model):
             exact = predict_call(model, call)

@@ -25,7 +25,7 @@ from prolora.fitting.solver.joint_fit import (
 )
 from prolora.fitting.solver.linearisation import ProbeBatch, recompute_blocks
 from prolora.fitting.solver.spectra import JointCurvature, LeadingSpectrum
-from prolora.fitting.updates import run_beside
+from prolora.fitting.updates import with_lora
 
 WIDE = 192
 
@@ -152,7 +152,7 @@ def test_a_lora_beside_the_weights_is_the_lora_in_them(kind, dtype):
     merged[0].weight.data += 0.5 * update.dense().reshape(weight.shape)
     with torch.no_grad(), in_float32(model):
         plain = model(x)
-        with run_beside(model, {"0": update}, 0.5):
+        with with_lora(model, {"0": update}, 0.5):
             beside = model(x)
         assert torch.equal(model(x), plain)
     torch.testing.assert_close(beside, merged(x), atol=1e-5, rtol=1e-5)
@@ -171,7 +171,7 @@ def test_an_update_of_a_module_that_is_no_product_is_refused():
         with pytest.raises(
             ProLoRAError, match=f"{name} is a {type(model[name]).__name__}; a fit changes"
         ):
-            with run_beside(model, {name: update}):
+            with with_lora(model, {name: update}):
                 pass
 
 

@@ -231,5 +231,5 @@ def test_factors_beside_swapped_blocks_go_where_these_compute(monkeypatch):
         return contextlib.nullcontext()
 
     monkeypatch.setattr(updates, "place_factors", look)
-    with updates.run_beside(model, {name: LowRank(torch.zeros(m, 1), torch.zeros(1, n))}):
+    with updates.with_lora(model, {name: LowRank(torch.zeros(m, 1), torch.zeros(1, n))}):
         assert {factor.device.type for factor in placed[name]} == {"meta"}

@@ -21,7 +21,7 @@ from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.pipeline_side import PipelineSide
 from prolora.fitting.probes import Probe
 from prolora.fitting.settings import FitSettings
-from prolora.fitting.updates import run_beside
+from prolora.fitting.updates import with_lora
 
 SETTINGS = FitSettings(
     ("cat", "dog cat"), images=2, steps=2, size=16, guidance=4.0, target_guidance=1.0
@@ -59,7 +59,7 @@ def test_the_source_with_its_lora_is_what_diffusers_makes_of_the_same_file(room)
     theirs.pipe.load_lora_weights(room / "lora.safetensors")
     calls = watch_calls(PipelineSide(theirs, SETTINGS, shared=True))
     assert len(calls) == SETTINGS.steps
-    with torch.no_grad(), run_beside(ours.source.denoiser, updates):
+    with torch.no_grad(), with_lora(ours.source.denoiser, updates):
         for parts, _, used in calls:
             level = ours.source.schedule.level_at(parts.time[:1])
             state = parts.latent[:1]

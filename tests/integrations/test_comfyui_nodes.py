@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import prolora
 from prolora.cli.app import app
 from prolora.comparison.expectation import CLASSES
-from prolora.fitting.best_way import BestWay
+from prolora.fitting.best_way import WeightsElseFit
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.workload import Workload
 
@@ -713,7 +713,7 @@ def fit_quickly(models, monkeypatch):
         denoiser = open_pipeline(first).denoiser
     found = tiny_pipelines.updates(denoiser, ("attn1.to_v",))
     tiny_pipelines.write_lora(models / "loras" / "one.safetensors", found)
-    make = BestWay.of.__func__
+    make = WeightsElseFit.of.__func__
 
     def choose(force):
         def of(cls, *given):
@@ -721,7 +721,7 @@ def fit_quickly(models, monkeypatch):
             few = {"images": 2, "steps": 2, "fit_steps": 2, "force": force}
             return dataclasses.replace(way, by_fit=dataclasses.replace(way.by_fit, **few))
 
-        monkeypatch.setattr(BestWay, "of", classmethod(of))
+        monkeypatch.setattr(WeightsElseFit, "of", classmethod(of))
 
     return choose
 

@@ -105,9 +105,9 @@ def test_it_is_refused_before_a_weight_is_read_or_a_base_is_hashed(files, monkey
 def test_a_renamed_file_is_taken_for_the_same_base_with_a_word(files, tmp_path):
     """Its header has a digest of three weights, which fine-tunes may share."""
     moved, _, b, c = files
-    assert not prolora.transfer(moved, b, c, method="copy").report.doubts
+    assert not prolora.transfer(moved, b, c, method="copy").report.warnings
     other = b.rename(tmp_path / "quite-another-name.safetensors")
-    (doubt,) = prolora.transfer(moved, other, c, method="copy").report.doubts
+    (doubt,) = prolora.transfer(moved, other, c, method="copy").report.warnings
     assert "to b.safetensors; whether quite-another-name.safetensors is that model" in doubt
     assert len(read_moves(move(moved, other, c, tmp_path / "out.safetensors"))) == 2
 
@@ -118,7 +118,7 @@ def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path
     half = tmp_path / "half" / "B_fp16.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(b).items()}, half)
     report = prolora.transfer(moved, half, c, out=tmp_path / "out.safetensors").report
-    (doubt,) = report.doubts
+    (doubt,) = report.warnings
     assert "moved to b.safetensors; whether B_fp16.safetensors is that model cannot" in doubt
     swapped = tmp_path / "half" / "b.safetensors"
     swapped.write_bytes(a.read_bytes())
@@ -164,7 +164,7 @@ def test_a_base_of_several_files_is_told_by_weights_in_them(tmp_path):
 
 def test_bases_in_memory_cannot_be_told_and_refuse_nothing(files):
     moved, a, _, _ = files
-    (doubt,) = prolora.transfer(moved, target_weights(), a, method="copy").report.doubts
+    (doubt,) = prolora.transfer(moved, target_weights(), a, method="copy").report.warnings
     assert "cannot be told" in doubt
 
 

@@ -19,7 +19,7 @@ from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_side import PipelineSide, ask_pipelines
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
 from prolora.fitting.probes import ORIGINS, Probe
-from prolora.fitting.updates import keep_hooks
+from prolora.fitting.updates import temporary_hooks
 from prolora.fitting.workload import Meter, Workload
 
 STEPS = 3
@@ -129,6 +129,6 @@ def watch_calls(side: PipelineSide, prompt: int = 0) -> list[tuple[CallParts, Te
 
     hook = side.denoiser.register_forward_hook(record, with_kwargs=True)
     steps = watch_steps(side.pipeline.pipe.scheduler, lambda x, _: seen.append((*calls[-1], x)))
-    with keep_hooks([hook]), steps:
+    with temporary_hooks([hook]), steps:
         side.sample(0, prompt)
     return seen

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..errors import UnsupportedFormat
 from ..files.jsontext import parse_json_object
+from .key_groups import Slot
 from .lora import Lora
-from .slots import Slot
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6
 """Alphas beyond these are damage: no trainer takes them."""

@@ -12,10 +12,10 @@ from .adapter_folder import PEFT_CONFIG
 from .algorithms import forms
 from .file_model import BaseNames, choose_codec
 from .formats.peft_config import METADATA_KEY, scaling_from_config, scalings_from_metadata
+from .key_groups import Contents, Slot, group_keys
 from .keys import tensor_keys
 from .keys.codec import most_common_spelling
 from .lora import Lora
-from .slots import Contents, Slot, group_keys
 
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 

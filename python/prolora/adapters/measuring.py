@@ -10,8 +10,8 @@ from torch import Tensor
 from ..files.dtypes import is_floating
 from .algorithms import forms
 from .algorithms.lora_products import lora_product, measure_rows
+from .key_groups import Contents, Slot
 from .lora import Lora
-from .slots import Contents, Slot
 
 LARGEST_HALF = 65504.0
 """The largest float16."""

@@ -23,9 +23,9 @@ from .algorithms import lora_products as products
 from .algorithms.truncation import MAX_RANK
 from .contents import parse_contents, read_scale
 from .file_model import BaseNames
+from .key_groups import Contents, Slot
 from .keys.tensor_keys import split_key
 from .lora import Lora, LoraSource, read_finite
-from .slots import Contents, Slot
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from ..errors import UnsupportedFormat, input_error
 from ..files.gguf_file import MAGIC, GgufFile
 from ..files.jsontext import read_json_object
-from ..files.outside import open_regular
 from ..files.safetensors_file import SafetensorsFile
+from ..files.untrusted import open_regular
 from .leaves import Leaves, TensorFile
 from .weights import StoredWeight
 

@@ -84,17 +84,17 @@ class Memory:
                 f"what prolora and this LoRA take, needs {format_size(least * 1.02)}"
             )
 
-    def room(self, results: int = 0) -> Room:
+    def room(self, results: int = 0) -> Budget:
         """Returns what is left now for weights, beside results of `results` bytes."""
         place = torch.device(self.device or "cpu")
         on_gpu = stack_budget(place) if place.type == "cuda" else None
         if self.limit is None:
-            return Room(None, self.rank, on_gpu)
-        return Room(self.limit - resident_bytes() - results - SLACK, self.rank, on_gpu)
+            return Budget(None, self.rank, on_gpu)
+        return Budget(self.limit - resident_bytes() - results - SLACK, self.rank, on_gpu)
 
 
 @dataclass(frozen=True)
-class Room:
+class Budget:
     """How much is worked on at a time."""
 
     free: int | None = None  # bytes; None without a bound

@@ -16,7 +16,7 @@ from ..bases.describe import BaseShapes
 from ..bases.keys.other_models import explain_other_model
 from ..errors import InvalidOption, MissingFile, UnrelatedBases, UnsupportedFormat, suggest
 from ..moving import base_fit
-from ..reports.report import InWords
+from ..reports.report import Sentence
 from .check_result import Check
 from .file_facts import check_model, check_tensors, read_base_shapes
 
@@ -87,7 +87,7 @@ def check(
     return found
 
 
-def _match_base(opened: Lora, base: ExpertsLike) -> base_fit.BaseFit:
+def _match_base(opened: Lora, base: ExpertsLike) -> base_fit.BaseMatch:
     """Says whether a LoRA is for a base or a family; of two experts the first decides."""
     if published := base_fit.find_published(base):
         return base_fit.fit_published(opened, published)
@@ -117,7 +117,9 @@ def _read_known_base(header: Lora) -> BaseShapes:
     return base
 
 
-def _foresee(opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions) -> InWords:
+def _foresee(
+    opened: Lora, source: BaseLike, target: BaseLike, options: TransferOptions
+) -> Sentence:
     """Says what a transfer between two bases would do."""
     from ..bases import open_base
     from ..moving.base_pair import BasePair
@@ -126,9 +128,9 @@ def _foresee(opened: Lora, source: BaseLike, target: BaseLike, options: Transfer
     old, new = (open_base(narrow_base(base, opened)) for base in (source, target))
     pair = BasePair.open(old, new, options)
     try:
-        return pair.foresee(opened, weighed=True).in_words()
+        return pair.preview(opened, weighed=True).in_words()
     except UnrelatedBases as error:
-        return InWords("✖", str(error))
+        return Sentence("✖", str(error))
 
 
 def open_lora(lora: LoraSource) -> Lora | None:

@@ -13,11 +13,11 @@ from ..adapters.formats.programs import Readers
 from ..architectures.families import find_title, join_titles
 from ..architectures.loaders import known_loaders
 from ..files.sizes import format_size
-from ..reports.report import InWords, Mark
+from ..reports.report import Mark, Sentence
 from .defects import Defect
 
 if TYPE_CHECKING:  # what a file is can be said without torch
-    from ..moving.base_fit import BaseFit
+    from ..moving.base_fit import BaseMatch
 
 Kind = Literal["lora", "base", "unknown"]
 _KINDS = {"lora": "LoRA", "base": "base model", "unknown": "neither a LoRA nor a base model"}
@@ -81,8 +81,8 @@ class Check:
     skipped: dict[str, int] | None = None
     convertible: bool = False  # whether it reads all of what `convert` makes for it
     defects: tuple[Defect, ...] = ()
-    fit: BaseFit | None = None  # whether it is for the base that was given
-    move: InWords | None = None  # what a transfer between two bases would say
+    fit: BaseMatch | None = None  # whether it is for the base that was given
+    move: Sentence | None = None  # what a transfer between two bases would say
 
     @property
     def family(self) -> str | None:

@@ -9,8 +9,8 @@ from math import isclose
 from statistics import median
 
 from ..adapters.alphas import Alphas
+from ..adapters.key_groups import Contents
 from ..adapters.lora import Lora
-from ..adapters.slots import Contents
 from ..reports.report import Mark
 
 WEAKEST, STRONGEST = 1 / 16, 2.0

@@ -12,11 +12,11 @@ from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents, read_scale
 from ..adapters.formats.moves import read_moves
 from ..adapters.formats.programs import ask_programs, is_read_after
+from ..adapters.key_groups import Contents, Slot, measure_modules
 from ..adapters.keys import tensor_keys
 from ..adapters.keys.codec import Codec, CutPath, read_without_family
 from ..adapters.lora import Lora
-from ..adapters.slots import Contents, Slot, measure_modules
-from ..adapters.training_words import read_training_words
+from ..adapters.trigger_words import read_training_words
 from ..architectures.families import known_families
 from ..architectures.identify import (
     NamedMatrix,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from ..reports.report import InWords
+from ..reports.report import Sentence
 from ..reports.table import Table
 from .console import PlainConsole
 
@@ -56,7 +56,7 @@ def show_tables(console: PlainConsole, tables: Sequence[Table]) -> None:
         console.print_note("; ".join(f"{name}: {text}" for name, text in terms.items()) + ".")
 
 
-def show_words(console: PlainConsole, words: InWords) -> None:
+def show_words(console: PlainConsole, words: Sentence) -> None:
     """Prints a verdict: first what to expect, last what was lost."""
     console.print(f"{words.mark} {words.headline}", style=MARKS[words.mark])
     for line in words.lines:

@@ -23,7 +23,7 @@ from ..reports.card import check_card, write_card
 from ..reports.lora_report import LoraReport
 from ..reports.outcome import Outcome, OutcomesReport, is_report_of
 from ..reports.report import is_page_path, summarise
-from ..verbs.batch import make_each
+from ..verbs.batch import run_each
 from ..verbs.options import FormatLike, TransferOptions
 from ..verbs.output_paths import check_results_folder, is_peft_folder
 from ..verbs.result import Transfer
@@ -177,7 +177,7 @@ def plan_each(
 ) -> list[Outcome]:
     """Plans one LoRA after the other; one of several that is refused does not stop the others."""
     with progress_bar("plan", output.show_tables) as progress:
-        outcomes = make_each(loras, outs, plan, progress)
+        outcomes = run_each(loras, outs, plan, progress)
     if len(outcomes) == 1 and (error := outcomes[0].error):
         raise error
     return [replace(outcome, planned=True, seconds=0.0) for outcome in outcomes]

@@ -22,7 +22,7 @@ from ..architectures.modules import find_block, is_attention
 from ..bases import Base
 from ..bases.base import Progress, check_finite
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
-from ..bases.memory import Memory, Room
+from ..bases.memory import Budget, Memory
 from ..bases.vae import RUN_INSTEAD
 from ..core.basis import Basis, stack_bases
 from ..core.grouping import group_by
@@ -190,7 +190,7 @@ def _choose_rank(shape: tuple[int, int]) -> int:
     return max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
 
 
-def _find_room(groups: list[BlockGroup], limit: int | None, device: DeviceLike) -> Room:
+def _find_room(groups: list[BlockGroup], limit: int | None, device: DeviceLike) -> Budget:
     """Returns how much can be factorised beside one module's bases of all blocks.
 
     Raises:
@@ -233,7 +233,7 @@ class _Subspaces:
 
     cache: BasisCache
     device: DeviceLike  # None means the CPU
-    room: Room  # how many are computed at a time
+    room: Budget  # how many are computed at a time
     report: Callable[[list[str]], None]  # called with the names of the weights that were factorised
 
     def of(self, base: Base, blocks: list[Block], module: str) -> Basis:

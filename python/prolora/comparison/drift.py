@@ -12,7 +12,7 @@ from ..architectures.modules import matrix_shape
 from ..bases import Base, check_finite
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.memory import Room
+from ..bases.memory import Budget
 from ..core.affinity import RANDOM_VECTORS, Affinity
 from ..core.parallel import map_on_threads
 from ..errors import NonFiniteWeights
@@ -26,7 +26,7 @@ def measure_affinities(
     pairs: Sequence[tuple[str, str]],
     progress: Progress | None = None,
     cache: BasisCache | None = None,
-    room: Room | None = None,
+    room: Budget | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Affinity]:
     """Measures the affinity of every pair; reads each weight once, a few at a time.
@@ -52,7 +52,7 @@ def measure_affinities(
     remembered = [None if None in at else notes.get(_KEY.format(*at)) for at in places]
     affinities = [Affinity(**x) if isinstance(x, dict) else None for x in remembered]
     missing = [i for i, affinity in enumerate(affinities) if affinity is None]
-    total, start, room = len(missing), 0, room or Room()
+    total, start, room = len(missing), 0, room or Budget()
     while start < total:
         shape = matrix_shape(target.shapes[pairs[missing[start]][1]])
         part = missing[start : start + room.pairs(shape)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # these sentences are read without torch, too
-    from ..core.verdict import Verdict
+    from ..core.verdict import PairVerdict
 
 Mark = Literal["✔", "⚠", "✖"]
 
@@ -97,7 +97,7 @@ CLASSES = {
 }
 
 
-def classify(verdict: Verdict, cut: bool, few_steps: bool) -> str:
+def classify(verdict: PairVerdict, cut: bool, few_steps: bool) -> str:
     """Returns the class of a pair of models.
 
     `cut` says that modules of the LoRA have no counterpart on the target, `few_steps` that the

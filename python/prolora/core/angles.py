@@ -17,7 +17,7 @@ from .ops.small_svd import MAX_SVD_COLUMNS, small_singular_values
 from .parallel import map_on_threads
 from .precision import EPS
 from .svd.solvers import descending_eigh, eigenvalue_stack
-from .svd.stacks import count_together, is_on_host
+from .svd.stacks import chunk_size, is_on_host
 from .symmetric import lower_gram, mirror_lower
 
 # Rows count as orthonormal if one more Cholesky step makes them so: its error is this, squared.
@@ -41,7 +41,7 @@ def column_angles(x: Tensor, y: Tensor) -> Tensor:
     if x.requires_grad or y.requires_grad:
         return angles_by_reflections(x, y)
     if is_on_host(x):
-        together = count_together(x.shape[1:], x.device)
+        together = chunk_size(x.shape[1:], x.device)
         pairs = list(zip(x.split(together), y.split(together), strict=True))
         return torch.cat(map_on_threads(lambda pair: angles_by_reflections(*pair), pairs))
     if x.shape[2] > x.shape[1]:

@@ -23,8 +23,8 @@ from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
 from .svd.dense import dense_triplets, whole_triplets
-from .svd.solvers import attempt
-from .svd.stacks import count_together, is_on_host, take_places
+from .svd.solvers import try_solver
+from .svd.stacks import chunk_size, is_on_host, take_places
 from .svd.triplets import Triplets, merge_triplets
 from .validation import check_operand, refuse_vmap, without_gradient
 
@@ -164,7 +164,7 @@ def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
     exponents = _scale_exponents(stack)
     few = stack.dtype != torch.float64 and krylov.suits_krylov(rank, min(stack.shape[-2:]))
-    chunk = count_together(stack.shape[-2:], stack.device, few)
+    chunk = chunk_size(stack.shape[-2:], stack.device, few)
     scales = [exponents[i : i + chunk] for i in range(0, len(stack), chunk)]
     jobs = list(zip(stack.split(chunk), scales or [[]], strict=True))
     parts = map_on_threads(lambda job: _chunk_basis(*job, rank, tol, seed), jobs)
@@ -234,9 +234,9 @@ def _descend_ladder(
     """
     parts: list[tuple[list[int], Triplets]] = []
     if w.dtype == torch.float32 and krylov.suits_krylov(rank, w.shape[1]):
-        parts = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed, stored)) or []
+        parts = try_solver(partial(krylov.krylov_triplets, w, norm, rank, tol, seed, stored)) or []
     missing = _list_missing(parts, range(len(w)))
-    together = count_together(w.shape[-2:], w.device)
+    together = chunk_size(w.shape[-2:], w.device)
     for i in range(0, max(1, len(missing)), together):
         some = missing[i : i + together]
         if some or not parts:
@@ -252,7 +252,7 @@ def _descend_dense(
     some, its_norm = _take_both(w, norm, places)
     refined = None
     if w.dtype == torch.float32 and gram.suits_gram(w.shape[-2], rank):
-        refined = attempt(partial(gram.gram_triplets, some, its_norm, rank))
+        refined = try_solver(partial(gram.gram_triplets, some, its_norm, rank))
     elif w.dtype == torch.float32 and len(some) and is_on_host(w) and rank >= w.shape[-2]:
         refined = whole_triplets(some, its_norm)
     if refined is not None:

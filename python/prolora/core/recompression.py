@@ -13,7 +13,7 @@ from .ops.panel_qr import MAX_PANEL_ROWS, panel_qr
 from .ops.small_svd import MAX_SVD_COLUMNS, small_svd
 from .precision import EPS32, in_full_precision, is_finite, working_dtype
 from .rank_rule import columns_holding
-from .svd.solvers import attempt, descending_eigh, eigenvalue_stack
+from .svd.solvers import descending_eigh, eigenvalue_stack, try_solver
 from .svd.stacks import is_on_host
 from .validation import refuse_tangents
 
@@ -30,7 +30,7 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if core.shape[-1] > core.shape[-2]:
         v, s, u = core_svd(core.mT)
         return u, s, v
-    found = attempt(lambda: _thin_svd(core)) or attempt(lambda: _thin_svd(core.double()))
+    found = try_solver(lambda: _thin_svd(core)) or try_solver(lambda: _thin_svd(core.double()))
     if found is not None:
         u, s, v = (x.to(core.dtype) for x in found)
         return u, s, v

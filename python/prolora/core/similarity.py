@@ -19,7 +19,7 @@ from .parallel import map_on_threads
 from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank
 from .short_text import format_range
-from .svd.solvers import attempt
+from .svd.solvers import try_solver
 from .svd.stacks import is_on_host
 from .validation import check_operand, refuse_vmap
 
@@ -164,7 +164,7 @@ def principal_angles(X: Any, Y: Any) -> Any:
     if x.shape[-1] < y.shape[-1]:
         x, y = y, x
     flat = [flatten_stack(side) for side in (x, y)]
-    found = attempt(lambda: column_angles(*flat))
+    found = try_solver(lambda: column_angles(*flat))
     if found is None:
         raise SolverFailure(
             "the SVD behind the principal angles of X and Y did not converge: are their entries "

@@ -21,7 +21,7 @@ MIN_COSINE = 0.7
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairVerdict:
     """What to expect of a LoRA of the source on the target.
 
     Attributes:
@@ -53,7 +53,7 @@ class Verdict:
         return f"The two models are relatives ({facts}) and differ by {self.drift:.1%}."
 
 
-def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
+def judge_pairs(affinities: Iterable[Affinity]) -> PairVerdict:
     """Judges a pair of bases by the affinities of all pairs of weights.
 
     Strangers among them say nothing of the others, and `auto` leaves them out: they do not count,
@@ -69,7 +69,7 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
     else:
         rest = Affinity.total(x for x in affinities if x.cosine >= STRANGE_COSINE)
     judged = rest if 2 * rest.source >= total.source > 0 else total
-    return Verdict(judged.drift, judged.cosine, judged.spread)
+    return PairVerdict(judged.drift, judged.cosine, judged.spread)
 
 
 STRANGER = f"its weight and its partner's have nothing in common (cosine below {STRANGE_COSINE})"

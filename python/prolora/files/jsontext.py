@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedFormat, input_error
-from .outside import open_regular
+from .untrusted import open_regular
 
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = (

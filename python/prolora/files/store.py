@@ -64,10 +64,10 @@ class Store:
     def refuse(self, path: Path, error: Exception, **facts: str) -> None:
         """Writes a note beside a path on why its content was not made."""
         told = {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
-        put_text(refusal(path), json.dumps(facts | told, indent=1) + "\n", overwrite=True)
+        put_text(failure_note(path), json.dumps(facts | told, indent=1) + "\n", overwrite=True)
 
 
-def refusal(path: Path) -> Path:
+def failure_note(path: Path) -> Path:
     """Returns the file that says why a path was not made."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.failed.json")
 

@@ -24,21 +24,21 @@ from ..errors import (
 from ..moving.base_pair import BasePair
 from ..reports.lora_report import LoraReport, MovedReport
 from ..verbs.options import BEST, OF_A_FIT_TOO, LoraLike, TransferOptions
-from ..verbs.result import Transfer, make_file
+from ..verbs.result import Transfer, write_or_keep
 from .fit import fit_lora
 from .fit_plan import explain_need
 from .fit_report import plan_fit
 from .session import FitSession, watch_pipelines
 from .settings import FitOptions
 
-__all__ = ["BestWay", "FitSession"]
+__all__ = ["FitSession", "WeightsElseFit"]
 
 UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat)
 """Refusals of a move by weights that a fit may get around; what it cannot, it refuses as well."""
 
 
 @dataclass(frozen=True)
-class BestWay:
+class WeightsElseFit:
     """Two bases, and both ways to move a LoRA between them."""
 
     pair: BasePair  # by weights
@@ -55,7 +55,7 @@ class BestWay:
         options: TransferOptions,
         dry_run: bool = False,
         session: FitSession | None = None,
-    ) -> BestWay:
+    ) -> WeightsElseFit:
         """Looks at the folders; `options` belong to method "best".
 
         Raises:
@@ -102,7 +102,9 @@ class BestWay:
         fit = way.by_fit
         options = replace(pair.options, method=BEST, prompts=fit.prompts, look=fit.look)
         recipe = lora, pair.source, pair.target, options
-        return make_file(recipe, out, pair.foresee, way._move, digest_bases=digests, renews=renews)
+        return write_or_keep(
+            recipe, out, pair.preview, way._move, digest_bases=digests, renews=renews
+        )
 
     def _move(self, lora: LoraLike) -> Transfer:
         """Moves a LoRA by weights or by a fit; the report says why."""
@@ -119,9 +121,9 @@ class BestWay:
                 why = f"A fit was tried because {need}, but: {error}."
         return cast(Transfer, replace(moved, report=_tell_why(moved.report, why)))
 
-    def foresee(self, lora: LoraLike) -> LoraReport:
+    def preview(self, lora: LoraLike) -> LoraReport:
         """Plans what `run` would do; it reads the weights, which decide."""
-        found, need = self._try_weights(lambda: self.pair.foresee(lora, weighed=True))
+        found, need = self._try_weights(lambda: self.pair.preview(lora, weighed=True))
         if not need:
             return _tell_why(found, self._explain_no_fit())
         report = plan_fit(lora, self.pair.source, self.pair.target, self.by_fit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ..adapters.training_words import CaptionedFolder, TrainingWords
+from ..adapters.trigger_words import CaptionedFolder, TrainingWords
 
 COUNT = 12
 """Prompts that are made."""

@@ -40,9 +40,9 @@ def move_by_weights(job: FitJob) -> Baseline | None:
     """Moves the LoRA by `auto`, or copies it; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     refusal = None
-    with BasisCache(job.options.cache).saving() as cache:
+    with BasisCache(job.options.cache).flush_at_end() as cache:
         for method in methods:
-            options = replace(job.options.as_moved(method), dtype=None)
+            options = replace(job.options.transfer_options(method), dtype=None)
             try:
                 pair = BasePair(job.source, job.target, options, cache)
                 ledger = pair.move(pair.plan(job.adapter))
@@ -71,7 +71,7 @@ def finish_fit(job: FitJob, blank: Adapter, result: Fitted) -> tuple[Adapter, Fi
         rows.append(replace(row, strength=strength) if fits else row)
     updates = fitted | {name: adapter.updates[name] for name in plan.passed}
     made = {"prolora.method": FIT, "prolora.strength": f"{strength:.4g}"}
-    options = job.options.as_moved("copy")
+    options = job.options.transfer_options("copy")
     written = build_metadata(Ledger(adapter, plan, job.source, target, options))
     metadata = written | made | _describe_gate(probe, job.options)
     for name in _OF_TRANSFERS:

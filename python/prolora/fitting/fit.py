@@ -20,11 +20,11 @@ from ..files.hub import keep_path
 from ..moving.base_pair import BasePair
 from ..reports.outcome import Outcome
 from ..reports.report import PictureGrid
-from ..verbs.batch import make_each
-from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.batch import run_each
+from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import LoraLike
 from ..verbs.output_paths import check_distinct, check_results_folder, make_folders, name_output
-from ..verbs.result import Transfer, list_inputs, make_file, pack_plan
+from ..verbs.result import Transfer, as_dry_run, list_inputs, write_or_keep
 from .finishing import finish_baseline, finish_fit, move_by_weights
 from .fit_plan import (
     FitJob,
@@ -92,10 +92,10 @@ def fit(
         OutputExists: something else has the name of `out`.
         OutputError: `out` or the folder of kept parts cannot be written.
     """
-    options = settle_options(options, changes)
+    options = resolve_options(options, changes)
     bases = open_pair(source, target)
     if dry_run:
-        return pack_plan(plan_fit_by_weights(lora, *bases, options))
+        return as_dry_run(plan_fit_by_weights(lora, *bases, options))
     if out is None:
         return fit_lora(lora, *bases, options)
     return _fit_into(lora, *bases, Path(out), options.for_file())
@@ -134,7 +134,7 @@ def fit_many(
         OutputError: the folder cannot be made, or two inputs would have one output.
         ProLoRAError: a base that cannot be opened.
     """
-    options = settle_options(options, changes).for_file()
+    options = resolve_options(options, changes).for_file()
     paths = [keep_path(lora) for lora in loras]
     check_results_folder(folder, len(paths))
     old, new = open_pair(source, target)
@@ -147,7 +147,7 @@ def fit_many(
             labelled = replace(options, progress=progress)
             return _fit_into(paths[i], old, new, out, labelled, session)
 
-        return make_each(paths, outs, make, options.progress)
+        return run_each(paths, outs, make, options.progress)
 
 
 def _fit_into(
@@ -160,7 +160,7 @@ def _fit_into(
 ) -> Transfer:
     """Fits a LoRA from file to file; a result of the same recipe is kept."""
     bases = source, target
-    return make_file(
+    return write_or_keep(
         (lora, source, target, options),
         out,
         lambda opened: plan_fit(opened, *bases, options),
@@ -174,9 +174,9 @@ def plan_fit_by_weights(
 ) -> FitReport:
     """Reports as `plan_fit`, and compares the weights to say whether they serve."""
     report = plan_fit(lora, source, target, options)
-    moving = options.as_moved("auto")
+    moving = options.transfer_options("auto")
     try:
-        found = BasePair.open(source, target, moving, dry_run=True).foresee(lora, weighed=True)
+        found = BasePair.open(source, target, moving, dry_run=True).preview(lora, weighed=True)
     except ProLoRAError:
         return report
     return replace(report, why=explain_serving(source, target, options, found))

@@ -238,7 +238,7 @@ def prepare_fit(
     """
     check_fittable(source, target)
     # Running models of equal weights may differ in schedule, steps and guidance.
-    moving = replace(options.as_moved("copy"), again=options.again)
+    moving = replace(options.transfer_options("copy"), again=options.again)
     check_bases(lora, source, target, moving, may_be_one=True)
     adapter = read_lora(lora, source, depth, target)
     plan = plan_modules(adapter, source, target, options.text_encoder)

@@ -19,10 +19,10 @@ from ..moving.ledger import (
     list_tensors_left_out,
 )
 from ..moving.plan import ModulePlan
-from ..moving.transfer_report import LITTLE, MOST, TransferReport, name_amount, tell_place
+from ..moving.transfer_report import LITTLE, MOST, TransferReport, describe_coverage, name_amount
 from ..reports.lora_report import MovedReport
 from ..reports.module_report import ModuleReport, list_unread_modules, split_modules
-from ..reports.report import InWords, Mark
+from ..reports.report import Mark, Sentence
 from ..reports.table import Table
 from ..verbs.options import FIT, LoraLike
 from .fit_plan import FitJob, foresee_work, prepare_fit, target_modules
@@ -52,7 +52,7 @@ class FitReport(MovedReport):
         gate = self.probe.gate if self.probe else None
         return min(gate.copy_share.values()) if gate and gate.copy_share is not None else None
 
-    def _judge(self) -> InWords:
+    def _judge(self) -> Sentence:
         """Tells what the fit does on samples that it did not see."""
         cautions = tuple(self.cautions())
         if self.probe is None:
@@ -71,12 +71,12 @@ class FitReport(MovedReport):
         if gate is not None and gate.decision == "refuse":
             step = "Next: draw some images with it and without it before you use it."
             headline = "Do not expect much: the fit did not succeed."
-            return InWords("⚠", headline, (*lines, *why, step), cautions)
+            return Sentence("⚠", headline, (*lines, *why, step), cautions)
         step = "Next: try it at strength 1, and less where it is too strong."
         headline = f"This {'should work' if most else 'may work in part'} on {self.target}."
-        return InWords("✔" if most else "⚠", headline, (*lines, *why, step), cautions)
+        return Sentence("✔" if most else "⚠", headline, (*lines, *why, step), cautions)
 
-    def _tell_plan(self) -> InWords:
+    def _tell_plan(self) -> Sentence:
         """Tells how much of the LoRA has a place; headers say no more."""
         names, there = split_modules(self.modules)
         placed = self.totals["energy_mapped"]
@@ -84,10 +84,10 @@ class FitReport(MovedReport):
             placed = len(there) / len(names) if names else 0.0
             place = f"{len(there)} of the LoRA's {len(names)} parts have a place on {self.target}."
         else:
-            place = tell_place(placed, None, self.target)
+            place = describe_coverage(placed, None, self.target)
         mark: Mark = "✔" if placed >= LITTLE else "⚠"
         lines = tuple(filter(None, (place, self.why)))
-        return InWords(mark, "A dry run: nothing was written.", lines)
+        return Sentence(mark, "A dry run: nothing was written.", lines)
 
     def sentences(self) -> list[str]:
         """Tells what was fitted, and what held-out samples say of it."""

@@ -11,7 +11,7 @@ from ..architectures.modules import find_block, is_conditioning
 from ..errors import ProLoRAError
 from .probes import Asking, Probe
 from .sides import FitSide
-from .updates import can_be_fitted, keep_hooks, weight_of
+from .updates import can_be_fitted, temporary_hooks, weight_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Module -> shape of its weight."""
@@ -39,7 +39,7 @@ def find_called(side: FitSide, state: Tensor, probe: Probe) -> dict[str, tuple[i
         module.register_forward_pre_hook(lambda *_, name=name: note(name))
         for name, module in modules.items()
     )
-    with keep_hooks(hooks):
+    with temporary_hooks(hooks):
         side.predict(state, probe.level, probe.prompts)
     names = sorted((n for n in modules if n in ran), key=lambda n: called[_find_place(n)])
     return {name: tuple(weight_of(model, name).shape) for name in names}

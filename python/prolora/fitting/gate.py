@@ -12,7 +12,7 @@ from ..core.lowrank import LowRank
 from .energies import energy_of, measure_disagreement, share_by_origin, sum_by_image
 from .probes import Asking, Probe
 from .sides import FitSide
-from .updates import run_beside
+from .updates import with_lora
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -232,7 +232,7 @@ def measure_missing(
     target: FitSide, updates: Mapping[str, LowRank], probes: Sequence[Probe], strength: float = 1.0
 ) -> list[Tensor]:
     """Measures ‖achieved − wanted change‖² of every sample [n], batch by batch."""
-    with run_beside(target.denoiser, updates, strength):
+    with with_lora(target.denoiser, updates, strength):
         reached = [target.predict(p.target, p.level, p.prompts).cpu() for p in probes]
     return [energy_of(r - p.plain - p.change) for r, p in zip(reached, probes, strict=True)]
 

@@ -13,7 +13,7 @@ from ..core.lowrank import LowRank
 from ..errors import ProLoRAError
 from .kept_parts import KeptParts, hash_texts
 from .sides import NO_PROMPT, FitSide, Image
-from .updates import run_beside
+from .updates import with_lora
 from .workload import Meter
 
 ORIGINS = ("source", "adapted", "target")
@@ -131,7 +131,7 @@ class Asking:
         """Samples latents and noises [images, ...], and the levels of all calls, falling."""
         adapted, images = origin == "adapted", list[Image]()
         encoders = side.run_text_encoders() if adapted else nullcontext()
-        with run_beside(side.denoiser, self.updates if adapted else {}), encoders:
+        with with_lora(side.denoiser, self.updates if adapted else {}), encoders:
             for i in range(count):
                 image = side.sample(seed * count + i, (seed + i) % side.prompts)
                 check_sampled(image.latent, origin)
@@ -259,7 +259,7 @@ class Asking:
         if probe.clean is not None:
             return self._answer_pair(probe, plain)
         before = self._ask_source(probe, adapted=False)
-        with run_beside(self.source.denoiser, self.updates):
+        with with_lora(self.source.denoiser, self.updates):
             after = self._ask_source(probe, adapted=True)
         change = after - before + self.look * (before - plain)
         return replace(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from ..adapters.training_words import read_training_words
+from ..adapters.trigger_words import read_training_words
 from ..bases import Base
 from ..bases.cache.basis_cache import default_folder
 from ..bases.memory import resident_bytes

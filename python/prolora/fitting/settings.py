@@ -13,8 +13,8 @@ from ..comparison.module_map import Match
 from ..core.arrays import make_fields_plain
 from ..core.methods import MethodChoice
 from ..errors import InvalidOption, UnsupportedFormat
-from ..files.outside import read_text
 from ..files.sizes import parse_limit
+from ..files.untrusted import read_text
 from ..verbs.option_fields import option, take_option
 from ..verbs.options import BaseResources, FileOutput, TransferOptions
 
@@ -334,14 +334,14 @@ class FitOptions(FileOutput, BaseResources, FitSettings):
         FitSettings.__post_init__(self)
         super().__post_init__()
         self.card_limit  # noqa: B018 (raises where it is no size)
-        self.as_moved("auto")
+        self.transfer_options("auto")
 
     @property
     def card_limit(self) -> int | None:
         """`max_vram` in bytes."""
         return parse_limit(self.max_vram, "max_vram")
 
-    def as_moved(self, method: MethodChoice) -> TransferOptions:
+    def transfer_options(self, method: MethodChoice) -> TransferOptions:
         """Returns the options for moving by weights alone, for comparison."""
         return TransferOptions(
             method=method,

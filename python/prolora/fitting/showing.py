@@ -19,7 +19,7 @@ from ..reports.report import PictureGrid
 from .models import in_float32
 from .pipelines.pipeline import Pipeline, share_size
 from .settings import FitSettings
-from .updates import run_beside
+from .updates import with_lora
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ImageGrid:
         started = time.perf_counter()
         try:
             model.restore()  # the VAE may be away
-            with in_float32(model.denoiser), run_beside(model.denoiser, updates):
+            with in_float32(model.denoiser), with_lora(model.denoiser, updates):
                 for row, prompt in enumerate(self.prompts):
                     pixels = read_pixels(model.sample_latents(prompt, settings, row, "pt"))
                     drawn.append(write_png(pixels))

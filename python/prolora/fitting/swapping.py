@@ -22,7 +22,7 @@ _CHUNK, _ALIGNED = 2**30, 256
 """Bytes that are pinned at a time: torch pins powers of two, up to twice a weight's size."""
 
 
-def place_of(weight: Tensor) -> torch.device:
+def compute_device(weight: Tensor) -> torch.device:
     """Returns the device that a weight computes on, wherever it rests."""
     place: torch.device = getattr(weight, _PLACE, weight.device)
     return place

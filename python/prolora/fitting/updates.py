@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, ShapeMismatch
-from .swapping import place_of
+from .swapping import compute_device
 
 
 class FirstCallReached(Exception):
@@ -22,7 +22,7 @@ class FirstCallReached(Exception):
 
 
 @contextlib.contextmanager
-def keep_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Removes registered hooks at the end of the block, also where it raises."""
     registered = list(handles)
     try:
@@ -39,7 +39,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextlib.contextmanager
-def run_beside(
+def with_lora(
     model: nn.Module, updates: Mapping[str, LowRank], strength: float = 1.0
 ) -> Iterator[None]:
     """Runs the model with updates beside its weights, which do not change.
@@ -56,7 +56,9 @@ def run_beside(
             raise ShapeMismatch(
                 f"the update of {name} is {list(update.shape)}, its weight {list(weight.shape)}"
             )
-        up, down = (part.to(place_of(weight), torch.float32) for part in (update.up, update.down))
+        up, down = (
+            part.to(compute_device(weight), torch.float32) for part in (update.up, update.down)
+        )
         factors[name] = (up if strength == 1 else strength * up), down
     with place_factors(model, factors):
         yield
@@ -68,7 +70,7 @@ def place_factors(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     move: Callable[[str], tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[None]:
-    """Acts as `run_beside` for fitting factors that may need gradients.
+    """Acts as `with_lora` for fitting factors that may need gradients.
 
     `move` gives other factors of a module, whenever it runs.
     """
@@ -77,7 +79,7 @@ def place_factors(
         module = model.get_submodule(name)
         take = partial(move, name) if move else partial(tuple[Tensor, Tensor], pair)
         hooks.append(module.register_forward_hook(_adder(module, take), with_kwargs=True))
-    with keep_hooks(hooks):
+    with temporary_hooks(hooks):
         yield
 
 

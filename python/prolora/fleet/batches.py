@@ -12,7 +12,7 @@ from ..adapters.lora import Lora
 from ..bases.experts import open_experts, pair_experts
 from ..errors import OutputError, OutputExists, ProLoRAError
 from ..files.state import read_state
-from ..files.store import Store, refusal
+from ..files.store import Store, failure_note
 from ..moving.base_pair import BasePair
 from ..reports.outcome import Outcome
 from ..verbs.batch import LORA_FAILURES, as_refusal
@@ -94,7 +94,7 @@ def plan_batch(batch: Batch, job: Job) -> Iterator[Migrated]:
     pair = BasePair.open(*_find_pair(batch), job.options, dry_run=True)
     for lora, _ in batch.loras:
         try:
-            pair.foresee(lora)
+            pair.preview(lora)
             yield Migrated(lora, batch.label, "would move")
         except ProLoRAError as error:
             yield Migrated(lora, batch.label, "refused", error=str(error))
@@ -157,7 +157,7 @@ def _tell(batch: Batch, job: Job, outcome: Outcome) -> Migrated:
         if isinstance(error.__cause__, OSError) and lora.exists():
             raise error
         return note_refusal(batch, job, lora, error)
-    refusal(job.place_note(batch, lora)).unlink(missing_ok=True)
+    failure_note(job.place_note(batch, lora)).unlink(missing_ok=True)
     status: Any = "already there" if was_there else "moved"
     return Migrated(str(lora), batch.label, status, str(outcome.out), unread=len(outcome.unread))
 
@@ -166,4 +166,4 @@ def note_refusal(batch: Batch, job: Job, lora: Path, error: BaseException) -> Mi
     """Writes down why a LoRA was not moved; its next success removes the note."""
     place = job.place_note(batch, lora)
     job.store.refuse(place, as_refusal(error), lora=str(lora))
-    return Migrated(str(lora), batch.label, "refused", str(refusal(place)), str(error))
+    return Migrated(str(lora), batch.label, "refused", str(failure_note(place)), str(error))

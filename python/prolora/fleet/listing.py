@@ -10,7 +10,7 @@ from ..adapters.adapter_folder import ADAPTER_FILES
 from ..adapters.hub_adapters import fetch_adapters
 from ..errors import ProLoRAError, UnsupportedFormat
 from ..files.hub import find_hub_id, is_hub_address
-from ..files.outside import read_text
+from ..files.untrusted import read_text
 
 _WEIGHTS, _LONGEST_LINE = ".safetensors", 4096
 

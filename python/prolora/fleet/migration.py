@@ -17,8 +17,8 @@ from typing import Any
 from ..adapters.lora import Lora
 from ..bases.experts import choose_pairs, open_experts, pair_experts
 from ..errors import InvalidOption, ProLoRAError
-from ..reports.report import InWords, read_again
-from ..verbs.option_keywords import settle_options, takes_options
+from ..reports.report import Sentence, read_again
+from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import BEST
 from ..verbs.result import read_verdict
 from .batches import (
@@ -78,7 +78,7 @@ def migrate(
         OutputError: the results cannot be written.
         ProLoRAError: Ray is missing or does not answer.
     """
-    asked = settle_options(options, changes)
+    asked = resolve_options(options, changes)
     if asked.method == BEST or asked.overwrite:
         raise InvalidOption("a migration moves by weights, and replaces nothing")
     job = Job(os.path.abspath(folder), replace(asked.for_file(), progress=None))
@@ -142,7 +142,7 @@ def assign_loras(
     ], refused
 
 
-def read_words(moved: Migrated) -> InWords:
+def read_words(moved: Migrated) -> Sentence:
     """Reads the verdict of a result from its header."""
     with Lora.open(moved.out) as result:
         return read_again(read_verdict(result.metadata))

@@ -35,7 +35,7 @@ from ..files.safetensors_writing import replace_tensor, stream_safetensors
 from ..files.store import check_free, put
 from ..moving.base_check import check_moved_before
 from ..verbs.block_weights import Blocks, BlockWeights, find_factors
-from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import LoraLike, read_dtype, use_lora
 from .bake_report import SURVIVES, BakedModule, BakeReport, sum_modules
 from .convert import read_plain
@@ -88,7 +88,7 @@ def bake(
         NonFiniteWeights: a result is too large for its type.
         OutputError: `out` cannot be written, or is an input.
     """
-    options = settle_options(options, changes)
+    options = resolve_options(options, changes)
     usual, asked = vars(DEFAULT_MERGE), vars(options)
     if ignored := [name for name in usual if name not in TAKEN and asked[name] != usual[name]]:
         names = ", ".join(f"`{name}`" for name in ignored)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..reports.report import InWords, Mark, Report
+from ..reports.report import Mark, Report, Sentence
 from ..reports.table import Column, Row, Table, make_table
 
 SURVIVES = 0.9
@@ -69,7 +69,7 @@ class BakeReport(Report):
         """All updates as one."""
         return sum_modules(self.modules)
 
-    def in_words(self) -> InWords:
+    def in_words(self) -> Sentence:
         """Returns what is left, and how to keep more."""
         share = self.whole.survived
         mark: Mark = "✔" if share >= SURVIVES and not self.left_out else "⚠"
@@ -78,11 +78,11 @@ class BakeReport(Report):
         wrote = (f"wrote {self.path}",) if self.path else ()
         if share >= SURVIVES:
             headline = f"{share:.0%} of the LoRA is in the weights of {self.base}."
-            return InWords(mark, headline, wrote, left_out)
+            return Sentence(mark, headline, wrote, left_out)
         also = ", or round at random (`stochastic`)" if self.stochastic is None else ""
         way = f"To keep all: `dtype='bfloat16'`, or keep the LoRA as a file{also}."
         headline = f"Rounding took a part of the LoRA: {share:.0%} of it is left."
-        return InWords(mark, headline, (way, *wrote), left_out)
+        return Sentence(mark, headline, (way, *wrote), left_out)
 
     def sentences(self) -> list[str]:
         """Tells what was changed, and how exactly."""

@@ -29,9 +29,9 @@ from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out
 from ..reports.lora_report import ENOUGH
 from ..reports.module_report import LEFT_OUT, list_unread_modules
-from ..verbs.block_weights import Blocks, BlockWeights, find_factors, weigh_adapter
+from ..verbs.block_weights import Blocks, BlockWeights, find_factors, scale_adapter
 from ..verbs.option_fields import option, take_option
-from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import (
     OUTPUT,
     LoraLike,
@@ -106,7 +106,7 @@ def convert(
         OutputExists: something has the name of `out`.
         OutputError: `out` cannot be written, or is an input.
     """
-    options = settle_options(options, changes)
+    options = resolve_options(options, changes)
     model = None if base is None else open_base(narrow_base(base, lora))
     with use_lora(lora) as opened:
         if out is None:
@@ -135,7 +135,7 @@ def _run(lora: Lora | Adapter, base: Base | None, options: ConvertOptions) -> Tr
     silent = [name for name in plain.vectors if factors.get(name.rpartition(".")[0]) == 0]
     left_out |= dict.fromkeys(silent, LEFT_OUT)
     gone = [name for name in plain.updates if factors.get(name) == 0]
-    plain = weigh_adapter(plain, factors)
+    plain = scale_adapter(plain, factors)
     cut = {}
     for i, (name, update) in enumerate(plain.updates.items()):
         options.tell(i, len(plain.updates), name)

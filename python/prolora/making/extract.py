@@ -38,10 +38,10 @@ from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat, WrongBa
 from ..files.hashing import flatten_bytes
 from ..moving.base_check import are_one_base
 from ..reports.module_report import ModuleReport
-from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import FormatLike
 from ..verbs.output_paths import check_output
-from ..verbs.result import Transfer, pack_plan, save_result
+from ..verbs.result import Transfer, as_dry_run, save_result
 from ..verbs.rows import describe_difference, outline_difference
 from ..version import __version__
 from .bake_report import BakedModule, sum_modules
@@ -86,12 +86,12 @@ def extract(
         OutputExists: something has the name of `out`.
         OutputError: `out` cannot be written, or is an input.
     """
-    options = settle_options(options, changes)
+    options = resolve_options(options, changes)
     old, new = open_base(base), open_base(tuned)
     if dry_run:
         pair = _Difference(old, new, options)
         pair.check()
-        return pack_plan(pair.report(dry_run=True))
+        return as_dry_run(pair.report(dry_run=True))
     if out is None:
         done = _run(old, new, options)
         foreign = find_other_array(base.values()) if isinstance(base, Mapping) else None

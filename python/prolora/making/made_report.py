@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..reports.lora_report import ENOUGH, LoraReport, count_things
-from ..reports.report import InWords, Mark
+from ..reports.report import Mark, Sentence
 from .bake_report import BakedModule
 
 
@@ -23,19 +23,19 @@ class MadeReport(LoraReport):
         there, lost = self.totals["energy_mapped"], self.totals["energy_cut"]
         return None if there is None or lost is None else there * (1 - lost)
 
-    def in_words(self) -> InWords:
+    def in_words(self) -> Sentence:
         """Returns the share of the original that the LoRA holds."""
         kept, cautions = self.share_held, tuple(self.cautions())
         if self.dry_run:
-            return InWords("✔", "A dry run: nothing was written.", (), cautions)
+            return Sentence("✔", "A dry run: nothing was written.", (), cautions)
         if kept is None:
-            return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
+            return Sentence("⚠", "The result changes nothing: it is zero.", (), cautions)
         residual = 100 * max(0.0, 1 - kept) ** 0.5
         lost = f"{residual:.3g}%" if residual >= 1e-3 else "less than 0.001%"
         original = f"what was read of {self.original}" if self.unread else self.original
         headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by "
         mark: Mark = "✔" if kept >= ENOUGH else "⚠"
-        told = InWords(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
+        told = Sentence(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
         missing = f"{count_things(self.unread, 'update')} of the file could not be read."
         return told.after([missing]) if self.unread else told
 

@@ -20,7 +20,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import MERGE, PREFIX, read_moves, read_provenance
 from ..adapters.lora import Lora
-from ..adapters.training_words import read_training_words
+from ..adapters.trigger_words import read_training_words
 from ..architectures.identify import Model
 from ..bases import Base, BaseLike, open_base
 from ..bases.identity import compute_short_hash, name_base
@@ -34,8 +34,8 @@ from ..moving.lazy_bases import narrow_base
 from ..moving.ledger import list_tensors_left_out
 from ..reports.module_report import LEFT_OUT, ModuleReport, list_unread_modules
 from ..reports.module_tables import write_shape
-from ..verbs.block_weights import BlockWeights, find_factors, weigh_adapter
-from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.block_weights import BlockWeights, find_factors, scale_adapter
+from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import LoraLike, cut_rank, read_dtype, use_lora
 from ..verbs.output_paths import check_name, check_output
 from ..verbs.result import Transfer, list_inputs, save_result
@@ -92,7 +92,7 @@ def merge(
         OutputExists: something has the name of `out`.
         OutputError: `out` cannot be written, or is an input.
     """
-    options = settle_options(options, changes)
+    options = resolve_options(options, changes)
     check_merged(loras)
     model = None if target is None else open_base(narrow_base(target, *loras))
     with ExitStack() as stack:
@@ -189,7 +189,7 @@ class _Merge:
                 self.behind.append(describe_left_out(module, gone))
         silent = [name for name in adapter.vectors if factors.get(name.rpartition(".")[0]) == 0]
         self.left_out |= {f"{name}: {vector}": LEFT_OUT for vector in silent}
-        adapter = weigh_adapter(adapter, factors) if factors else adapter
+        adapter = scale_adapter(adapter, factors) if factors else adapter
         self.parts.append(adapter)
         moves = read_moves(adapter.metadata)
         stated = moves[-1].target if moves else adapter.metadata.get("ss_sd_model_name", "")

@@ -175,6 +175,6 @@ def build_report(
         few_steps=few_steps,
         few_by_name=few_steps is None and is_named_few_step(target),
         verdict=ledger.verdict,
-        doubts=ledger.doubts,
+        warnings=ledger.warnings,
         **known,
     )

@@ -103,13 +103,13 @@ def check_bases(
     cache: BasisCache | None = None,
     may_be_one: bool = False,
 ) -> list[str]:
-    """Refuses a source that the header contradicts, or the base as target; returns doubts.
+    """Refuses a source that the header contradicts, or the base as target; returns warnings.
 
     With `options.again` nothing is looked at; `may_be_one` allows source and target to be one.
     """
     if options.again:
         return []
-    doubts = [check_moved_before(lora, source, options, cache)]
+    warnings = [check_moved_before(lora, source, options, cache)]
     header = read_header(lora)
     where = begin_message(lora)
     if not may_be_one and are_one_base(source, target):
@@ -124,14 +124,14 @@ def check_bases(
             "them? If not, `again=True` moves it all the same"
         )
     if is_named_base(header, target.name) and not is_named_base(header, source.name):
-        doubts.append(
+        warnings.append(
             f"Were source and target swapped? The LoRA's header gives the name of the target, "
             f"{target.name}, as the model that it was trained on, and not {source.name}."
         )
-    return [doubt for doubt in doubts if doubt]
+    return [doubt for doubt in warnings if doubt]
 
 
-def doubt_size(adapter: Adapter, source: Base) -> list[str]:
+def warn_of_smaller_size(adapter: Adapter, source: Base) -> list[str]:
     """Doubts a source where the LoRA has all blocks of a smaller size."""
     found = adapter.model.sizes
     if not (source.layout and found and source.layout not in found):

@@ -10,8 +10,8 @@ from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents
 from ..adapters.file_model import BaseNames
 from ..adapters.formats.moves import ANY_MODEL, Move, fold_base_name, read_moves
+from ..adapters.key_groups import Slot, measure_modules
 from ..adapters.lora import Lora
-from ..adapters.slots import Slot, measure_modules
 from ..architectures.families import find_title, join_titles, known_families
 from ..architectures.identify import identify_base, is_language_model
 from ..architectures.layouts import known_layouts, load_layout
@@ -46,7 +46,7 @@ MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", 
 
 
 @dataclass(frozen=True)
-class BaseFit:
+class BaseMatch:
     """Whether a LoRA is for a base, by names and shapes."""
 
     base: str  # the base's name
@@ -123,7 +123,7 @@ def find_published(base: object) -> str | None:
     return name if name in known_families() or name in known_layouts() else None
 
 
-def fit_published(lora: Lora, id_: str) -> BaseFit:
+def fit_published(lora: Lora, id_: str) -> BaseMatch:
     """Says whether a LoRA is for a family, or for one of its published sizes."""
     family = known_families().get(id_)
     sizes = family.layouts if family else (id_,)
@@ -139,7 +139,7 @@ def _outline_published(size: str) -> BaseShapes:
     return BaseShapes(find_title(size), shapes, {n: n for n in shapes}, identify_base(shapes))
 
 
-def fit_shapes(lora: Lora | Adapter, model: NamedShapes) -> BaseFit:
+def fit_shapes(lora: Lora | Adapter, model: NamedShapes) -> BaseMatch:
     """Says whether a LoRA is for an opened base, from its header alone."""
     rows, own = _place_modules(lora, model), lora.model
     families, sizes = own.families, own.sizes
@@ -165,7 +165,7 @@ def fit_shapes(lora: Lora | Adapter, model: NamedShapes) -> BaseFit:
     others = [size for size in sizes if size != model.layout] if model.layout else []
     others = others or [family for family in families if family != model.family]
     also = join_titles(map(find_title, others)) if answer == "fits" else ""
-    return BaseFit(model.name, answer, title, kind, also, tuple(rows), moved_to)
+    return BaseMatch(model.name, answer, title, kind, also, tuple(rows), moved_to)
 
 
 def _place_modules(lora: Lora | Adapter, base: NamedShapes) -> list[ModuleReport]:

@@ -17,11 +17,11 @@ from ..comparison.block_matching import preview_match, resolve_match
 from ..comparison.module_map import Match
 from ..core.precision import in_full_precision
 from ..verbs.batch import label_stage
-from ..verbs.block_weights import find_factors, weigh_adapter
+from ..verbs.block_weights import find_factors, scale_adapter
 from ..verbs.options import LoraLike, TransferOptions, read_dtype, use_lora
-from ..verbs.result import Transfer, list_inputs, make_file
+from ..verbs.result import Transfer, list_inputs, write_or_keep
 from .assembly import assemble_adapter, build_metadata, build_report, carry_vectors
-from .base_check import Depth, check_bases, doubt_size, read_lora
+from .base_check import Depth, check_bases, read_lora, warn_of_smaller_size
 from .ledger import Clock, Ledger, outline_rows
 from .move_updates import decide_method, move_updates
 from .plan import make_plan
@@ -98,15 +98,15 @@ class BasePair:
         """
         options, clock = self.options, Clock()
         with clock("read"):
-            doubts = check_bases(lora, self.source, self.target, options, self.cache)
+            warnings = check_bases(lora, self.source, self.target, options, self.cache)
             adapter = read_lora(lora, self.source, depth, self.target, keep_stored=True)
-            doubts += [] if options.again else doubt_size(adapter, self.source)
+            warnings += [] if options.again else warn_of_smaller_size(adapter, self.source)
         with clock("match"):
             match = match or self.match or (self.match_blocks() if weighed else None)
             match = match or preview_match(options.match, self.source, self.target)
             plan = make_plan(adapter, self.source, self.target, match, options.text_encoder)
         ledger = Ledger(adapter, plan, self.source, self.target, options, lora, clock=clock)
-        ledger.doubts = tuple(doubts)
+        ledger.warnings = tuple(warnings)
         outline_rows(ledger, measured=depth != "updates")
         updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
         updates |= {name: adapter.updates[name] for name in plan.passed}
@@ -147,7 +147,7 @@ class BasePair:
         return again
 
     @in_full_precision
-    def foresee(self, lora: LoraLike, *, weighed: bool = False) -> TransferReport:
+    def preview(self, lora: LoraLike, *, weighed: bool = False) -> TransferReport:
         """Reports what a transfer would map, skip and refuse, from the LoRA's own numbers.
 
         `weighed` compares the weights of the bases, and says what to expect. Without it none is
@@ -157,7 +157,7 @@ class BasePair:
         Raises:
             ProLoRAError: see `prolora.transfer`.
         """
-        with use_lora(lora) as opened, self.cache.saving():
+        with use_lora(lora) as opened, self.cache.flush_at_end():
             ledger = self.plan(opened, "outline", weighed=weighed)
             ledger = self._decide(ledger) if weighed else ledger
         return build_report(ledger, carry_vectors(ledger), dry_run=True)
@@ -169,7 +169,7 @@ class BasePair:
         Raises:
             ProLoRAError: see `prolora.transfer`.
         """
-        with use_lora(lora) as opened, self.cache.saving():
+        with use_lora(lora) as opened, self.cache.flush_at_end():
             return self.finish(self.move(self.plan(opened)), hashed=hashed)
 
     def run(
@@ -184,10 +184,10 @@ class BasePair:
         pair = replace(self, options=replace(self.options, progress=progress))
         if out is None:
             return pair.transfer(lora)
-        return make_file(
+        return write_or_keep(
             (lora, self.source, self.target, pair.options),
             out,
-            pair.foresee,
+            pair.preview,
             pair.transfer,
             renews=renews,
         )
@@ -207,7 +207,7 @@ class BasePair:
         vectors = carry_vectors(ledger, updates)
         moved = assemble_adapter(ledger, updates, vectors[0])
         if ledger.block_factors:
-            moved = weigh_adapter(moved, ledger.block_factors)
+            moved = scale_adapter(moved, ledger.block_factors)
         if hashed:
             with ledger.clock("hash"):
                 moved = replace(moved, metadata=build_metadata(ledger))

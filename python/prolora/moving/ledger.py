@@ -15,7 +15,7 @@ from ..bases import Base
 from ..core.affinity import Affinity
 from ..core.lowrank import LowRank
 from ..core.precision import is_finite
-from ..core.verdict import STRANGE_COSINE, Verdict
+from ..core.verdict import STRANGE_COSINE, PairVerdict
 from ..errors import NonFiniteWeights
 from ..reports.module_report import LEFT_OUT, ModuleReport, list_unread_modules
 from ..verbs.options import LoraLike, TextEncoderMode, TransferOptions, cut_rank
@@ -59,12 +59,12 @@ class Ledger:
     affinities: dict[str, Affinity] = field(default_factory=dict)
     # The method that was asked for, once another one may have been decided
     asked: str | None = None
-    verdict: Verdict | None = None  # on the pair of bases; None where no weight is moved
+    verdict: PairVerdict | None = None  # on the pair of bases; None where no weight is moved
     moved: dict[str, LowRank] = field(default_factory=dict)  # target module -> update
     # Target module -> factor of its block, where that is not 1
     block_factors: dict[str, float] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)  # the time that was spent
-    doubts: tuple[str, ...] = ()  # what is doubtful of the bases that were given
+    warnings: tuple[str, ...] = ()  # what is doubtful of the bases that were given
 
     def settle(self) -> None:
         """Writes block factors into the rows, and the LoRA's size beside the weights it meets."""

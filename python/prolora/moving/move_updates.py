@@ -26,7 +26,7 @@ from ..core.merging import subtract_updates
 from ..core.methods import Method
 from ..core.precision import working_dtype
 from ..core.projection import apply_rule, project_factors
-from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, Verdict, judge_pairs
+from ..core.verdict import AUTO, STRANGE_COSINE, STRANGER, PairVerdict, judge_pairs
 from ..errors import UnrelatedBases
 from ..reports.module_report import Measures
 from ..verbs.batch import label_stage
@@ -103,7 +103,7 @@ def _leave_out_strangers(ledger: Ledger) -> None:
     ledger.plan = replace(ledger.plan, pairs=kept)
 
 
-def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
+def _explain_unrelated(verdict: PairVerdict, source: Base, target: Base) -> str:
     """Explains why `auto` writes nothing, and what may work instead."""
     fits = can_fit(source.path, target.path)
     fit = RUN_INSTEAD if fits else "`fit()` where both models can run as whole pipelines"
@@ -153,7 +153,7 @@ def move_updates(
         for both in modules
         for base, names in zip((source, target), both, strict=True)
     )
-    bases = cache.in_turn(requests, rank, ledger.options.device)
+    bases = cache.prefetch(requests, rank, ledger.options.device)
     done = 0
     for stack, (origins, targets) in zip(stacks, modules, strict=True):
         with ledger.clock("svd"):

@@ -7,7 +7,7 @@ from typing import Any
 from ..bases import BaseLike, open_pair
 from ..errors import InvalidOption
 from ..reports.lora_report import LoraReport
-from ..verbs.option_keywords import settle_options, takes_options
+from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import BEST, DEFAULT_OPTIONS, LoraLike, TransferOptions
 from .base_pair import BasePair
 
@@ -48,7 +48,7 @@ def load_moved_lora(
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise InvalidOption(f"{type(pipe).__name__} has no load_lora_weights: it loads no LoRAs")
-    options = settle_options(options, changes)
+    options = resolve_options(options, changes)
     if options.method == BEST:
         raise InvalidOption("models in memory take a LoRA by weights alone: auto, copy or prolora")
     done = BasePair.open(*open_pair(source, pipe), options).transfer(lora)

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from ..comparison.expectation import CLASSES, classify
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.methods import METHODS
-from ..core.verdict import STRANGE_COSINE, Verdict, describe_strangers
+from ..core.verdict import STRANGE_COSINE, PairVerdict, describe_strangers
 from ..reports.lora_report import ENOUGH, MovedReport
 from ..reports.module_report import LEFT_OUT, split_modules
-from ..reports.report import InWords, Mark
+from ..reports.report import Mark, Sentence
 from ..reports.table import Cell, Column, Row, Table, make_table
 
 MOST = 0.7
@@ -70,7 +70,7 @@ class TransferReport(MovedReport):
     base_dependent: int = 0
     few_steps: bool | None = None
     few_by_name: bool = False
-    verdict: Verdict | None = None
+    verdict: PairVerdict | None = None
 
     @property
     def works_as_it_is(self) -> bool:
@@ -86,29 +86,29 @@ class TransferReport(MovedReport):
             for row in self.modules
         )
 
-    def _judge(self) -> InWords:
+    def _judge(self) -> Sentence:
         told = self._tell_without_updates() or self._tell_move()
         losses = self._list_losses() if told.mark == "✔" else []
         cautions = tuple(line for line in self.cautions() if line not in losses)
         told = replace(told, cautions=cautions)
         return told.after(losses) if losses else told
 
-    def _tell_without_updates(self) -> InWords | None:
+    def _tell_without_updates(self) -> Sentence | None:
         """Returns the verdict on a LoRA whose matrices certainly do nothing; else None."""
         if any(row.energy != 0 for row in self.modules):
             return None
         if self.rows("mapped") and not (self.unread or self.vectors or self.left_out):
-            return InWords("⚠", "This LoRA changes nothing: it is zero.")
+            return Sentence("⚠", "This LoRA changes nothing: it is zero.")
         if self.dry_run:
             return None
         told = self._tell_vectors_alone()
         if self.unread or not told:
-            return InWords("⚠", "All that could be read of this LoRA's updates is zero.")
+            return Sentence("⚠", "All that could be read of this LoRA's updates is zero.")
         bases = self.source, self.target
         found = judge(self.verdict, None, bases) if self.vectors else None
-        return InWords(found.mark if found else "⚠", told)
+        return Sentence(found.mark if found else "⚠", told)
 
-    def _tell_move(self) -> InWords:
+    def _tell_move(self) -> Sentence:
         """Tells what to expect, how much has a place, and what was done."""
         bases = tuple(name.removesuffix(".safetensors") for name in (self.source, self.target))
         target, placed, kept = bases[1], self.totals["energy_mapped"], None
@@ -130,7 +130,7 @@ class TransferReport(MovedReport):
             if kept is not None and placed > 0:
                 kept *= mapped / placed
                 kept /= self.strength**2 if self.method == "copy" else 1.0
-            place = tell_place(placed, None if self.dry_run else kept, target)
+            place = describe_coverage(placed, None if self.dry_run else kept, target)
         done = "" if self.dry_run else self._tell_method()
         if self.unread:
             names, there = split_modules(self.modules)
@@ -143,7 +143,7 @@ class TransferReport(MovedReport):
             unknown = "The weights of the two models were not compared: whether it will work is "
             told = place, "" if self.why else f"{unknown}not known.", self.why
             mark: Mark = "✔" if fits else "⚠"
-            return InWords(mark, "A dry run: nothing was written.", tuple(filter(None, told)))
+            return Sentence(mark, "A dry run: nothing was written.", tuple(filter(None, told)))
         promised = self.dry_run or (self.method == "copy" and self.strength == 1)
         few_steps = False if self.few_by_name else self.few_steps  # its name is told below
         found = judge(self.verdict, placed, bases, few_steps, promised)
@@ -151,13 +151,13 @@ class TransferReport(MovedReport):
             headline = (
                 f"Your method {self.method} moved the LoRA; prolora never tried what it does."
             )
-            return InWords("⚠", headline, (place,))
+            return Sentence("⚠", headline, (place,))
         if self.works_as_it_is:
             changes = "" if found.mark == "✔" else ": nothing in it had to change"
             place = f"The file works on {target} as it is{changes}."
         named = f"By its name, {target} draws in few steps: if so, set `target_steps=4`."
         lines = (*found.lines, place, done, named if self.few_by_name else "", self.why)
-        return InWords(found.mark, found.headline, tuple(filter(None, lines)))
+        return Sentence(found.mark, found.headline, tuple(filter(None, lines)))
 
     def _list_losses(self) -> list[str]:
         """Lists what the headline must not promise: parts that are missing in the result."""
@@ -264,12 +264,12 @@ class TransferReport(MovedReport):
 
 
 def judge(
-    verdict: Verdict | None,
+    verdict: PairVerdict | None,
     placed: float | None,
     bases: tuple[str, ...],
     few_steps: bool | None = None,
     promised: bool = True,
-) -> InWords:
+) -> Sentence:
     """Says what to expect of a LoRA between two models, and which strengths.
 
     Args:
@@ -281,20 +281,20 @@ def judge(
     """
     source, target = bases
     if verdict is None:
-        return InWords("⚠", "Done as asked; the two models were not compared.")
+        return Sentence("⚠", "Done as asked; the two models were not compared.")
     cut = placed is not None and placed < AMOUNTS[0][0]
     found = CLASSES[classify(verdict, cut, bool(few_steps))]
     mark, headline = found.mark, found.headline.format(source=source, target=target)
     if placed is not None and placed < LITTLE and verdict.related:
         headline = f"Expect little: most of this LoRA belongs to parts that {target} lacks."
     if not promised:
-        return InWords(mark, headline)
+        return Sentence(mark, headline)
     advice = found.advice.format(source=source, target=target)
     if few_steps is None and found.name in ("alike", "changed"):
         advice += " If it draws in few steps, which its files do not say, set `target_steps=4`."
     low, high = found.range or (0.0, 0.0)
     outcome = found.outcome.format(low=low, high=high)
-    return InWords(mark, headline, tuple(filter(None, (advice, outcome))))
+    return Sentence(mark, headline, tuple(filter(None, (advice, outcome))))
 
 
 def name_amount(share: float) -> str:
@@ -302,7 +302,7 @@ def name_amount(share: float) -> str:
     return next((word for least, word in AMOUNTS if share >= least), AMOUNTS[-1][1])
 
 
-def tell_place(placed: float, kept: float | None, target: str) -> str:
+def describe_coverage(placed: float, kept: float | None, target: str) -> str:
     """Tells how much of a LoRA fits the target, and how much was kept."""
     text = f"{name_amount(placed)} of the LoRA ({placed:.0%}) has a place on {target}"
     if kept is None:

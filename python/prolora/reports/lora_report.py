@@ -28,7 +28,7 @@ from .module_tables import (
     tabulate_reasons,
 )
 from .place_map import PlaceMap
-from .report import InWords, PictureGrid, Report, read_again
+from .report import PictureGrid, Report, Sentence, read_again
 from .table import Column, Row, Table, make_table
 
 ENOUGH = 0.95
@@ -236,7 +236,7 @@ class MovedReport(LoraReport):
         strength: the factor on every update.
         asked: the method that the caller asked for; None in a dry run.
         why: why it was moved in this way, in a sentence of whoever chose it; "" without one.
-        doubts: of the bases; said first.
+        warnings: of the bases; said first.
         moves: what prolora did to the LoRA before: from which base to which, oldest first.
         grid: images for the page; None where none were asked for.
     """
@@ -244,7 +244,7 @@ class MovedReport(LoraReport):
     strength: float = 1.0
     asked: str | None = None
     why: str = ""
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     moves: tuple[Move, ...] = ()
     grid: PictureGrid | None = None
 
@@ -253,15 +253,15 @@ class MovedReport(LoraReport):
         """What was drawn; None without images."""
         return self.grid
 
-    def in_words(self) -> InWords:
-        """Returns the verdict for people: doubts, expectation, what was done."""
+    def in_words(self) -> Sentence:
+        """Returns the verdict for people: warnings, expectation, what was done."""
         if self.before:
             return read_again(self.before)
         told = self._judge()
-        return told.after(self.doubts) if self.doubts else told
+        return told.after(self.warnings) if self.warnings else told
 
-    def _judge(self) -> InWords:
-        """Returns the verdict without doubts of the bases."""
+    def _judge(self) -> Sentence:
+        """Returns the verdict without warnings of the bases."""
         raise NotImplementedError
 
     def cautions(self) -> list[str]:

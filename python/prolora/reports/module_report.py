@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # rows are written without torch, too
     from ..adapters.adapter import Adapter
-    from ..adapters.slots import Contents
+    from ..adapters.key_groups import Contents
     from ..core.lowrank import LowRank
     from ..core.projection_info import ProjectionInfo
 

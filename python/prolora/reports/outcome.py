@@ -11,10 +11,10 @@ from typing import Any, Literal
 from ..adapters.formats.moves import read_provenance
 from ..errors import ProLoRAError, UnsupportedFormat
 from ..files.hub import spell_path
-from ..files.outside import read_text
 from ..files.safetensors_file import SafetensorsFile
+from ..files.untrusted import read_text
 from .lora_report import LoraReport
-from .report import InWords, Report
+from .report import Report, Sentence
 from .table import NOTHING, Cell, Column, Row, Table, Tone, make_table
 
 OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
@@ -50,9 +50,9 @@ class Outcome:
         return self.report.unread if self.report else ()
 
     @property
-    def words(self) -> InWords:
+    def words(self) -> Sentence:
         """The verdict, or the error."""
-        return self.report.in_words() if self.report else InWords("✖", str(self.error))
+        return self.report.in_words() if self.report else Sentence("✖", str(self.error))
 
     @property
     def share(self) -> float | None:
@@ -93,10 +93,10 @@ class OutcomesReport(Report):
         summary = ", ".join(f"{count} {status}" for status, count in counts.items())
         return f"{len(self.outcomes)} LoRAs: {summary}"
 
-    def in_words(self) -> InWords:
+    def in_words(self) -> Sentence:
         """Returns the title, with the mark of the worst."""
         mark = max((outcome.words.mark for outcome in self.outcomes), key="✔⚠✖".index)
-        return InWords(mark, self.title)
+        return Sentence(mark, self.title)
 
     def tables(self) -> list[Table]:
         """Tabulates what became of each LoRA."""

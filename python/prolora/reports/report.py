@@ -16,7 +16,7 @@ from .place_map import PlaceMap
 from .table import Table
 
 Mark = Literal["✔", "⚠", "✖"]
-Spell = Callable[[str], str]
+NameOption = Callable[[str], str]
 """Names options in a text as its reader does: by flags, by widgets."""
 
 MADE_BEFORE = "✔ It was made of the same in the same way."
@@ -30,7 +30,7 @@ VERDICT = "prolora.verdict"
 
 
 @dataclass(frozen=True)
-class InWords:
+class Sentence:
     """A verdict in words."""
 
     mark: Mark  # ✔ it should work, ⚠ do not expect much, ✖ it does not work
@@ -48,13 +48,15 @@ class InWords:
         found = re.search(STRENGTHS, str(self))
         return found[1] if found else ""
 
-    def after(self, doubts: Sequence[str]) -> InWords:
-        """Returns the verdict with doubts before it."""
+    def after(self, warnings: Sequence[str]) -> Sentence:
+        """Returns the verdict with warnings before it."""
         mark: Mark = "⚠" if self.mark == "✔" else self.mark
-        return InWords(mark, doubts[0], (self.headline, *doubts[1:], *self.lines), self.cautions)
+        return Sentence(
+            mark, warnings[0], (self.headline, *warnings[1:], *self.lines), self.cautions
+        )
 
 
-def summarise(where: str, verdicts: Sequence[InWords]) -> str:
+def summarise(where: str, verdicts: Sequence[Sentence]) -> str:
     """Writes a line on several LoRAs: the worst mark, how many, their place, the strengths."""
     mark = max((one.mark for one in verdicts), key="✔⚠✖".index)
     advised = [*dict.fromkeys(one.strengths for one in verdicts if one.strengths)]
@@ -63,11 +65,11 @@ def summarise(where: str, verdicts: Sequence[InWords]) -> str:
     return f"{mark} {number} in {where}{advice}"
 
 
-def read_again(lines: Sequence[str]) -> InWords:
-    """Returns the verdict of an earlier run from its lines; see `InWords.__str__`."""
+def read_again(lines: Sequence[str]) -> Sentence:
+    """Returns the verdict of an earlier run from its lines; see `Sentence.__str__`."""
     first, *others = lines
     mark: Mark = next((known for known in get_args(Mark) if first.startswith(known)), "⚠")
-    return InWords(mark, f"{first.removeprefix(mark).strip()} (moved before)", (*others,))
+    return Sentence(mark, f"{first.removeprefix(mark).strip()} (moved before)", (*others,))
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Report:
         """What the report is of."""
         raise NotImplementedError
 
-    def in_words(self) -> InWords:
+    def in_words(self) -> Sentence:
         """Returns the verdict for people: what to expect, what was done, what was lost."""
         raise NotImplementedError
 
@@ -145,7 +147,7 @@ class Report:
         """Writes `to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
-    def to_html(self, facts: Mapping[str, str] | None = None, spell: Spell = str) -> str:
+    def to_html(self, facts: Mapping[str, str] | None = None, spell: NameOption = str) -> str:
         """Renders the report as one HTML page without other files or network.
 
         It has the verdict, the numbers, where in the model they lie, and how the result was made.
@@ -159,7 +161,7 @@ class Report:
         return render_page(self, self.facts() | dict(facts or {}), spell)
 
     def save(
-        self, path: str | PathLike[str], *, overwrite: bool = False, spell: Spell = str
+        self, path: str | PathLike[str], *, overwrite: bool = False, spell: NameOption = str
     ) -> None:
         """Writes the report to a file, whole or not at all; what exists is refused.
 

@@ -1,1 +1,1 @@
-"""What every verb needs: options, their keywords, output paths, results, batches."""
+"""What verbs share: options, their keywords, output paths, results, batches."""

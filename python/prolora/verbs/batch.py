@@ -17,7 +17,7 @@ LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeErr
 """Errors that end the LoRA in which they happen and no other of the same call."""
 
 
-def make_each(
+def run_each(
     loras: Sequence[Path],
     outs: Sequence[Path],
     make: Callable[[int, Path, Progress | None], Transfer],

@@ -228,7 +228,7 @@ def find_factors(blocks: Blocks | None, adapter: Adapter, base: Base | None) -> 
     return BlockWeights.read(blocks).resolve(table, names, title)
 
 
-def weigh_adapter(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
+def scale_adapter(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
     """Multiplies updates and vectors by their modules' factors; 0 removes them.
 
     Raises:

@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
-def settle_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
+def resolve_options(options: Options, changes: Mapping[str, Any], *, here: bool = True) -> Options:
     """Applies changes by keyword, and chooses a device if none is asked.
 
     Args:

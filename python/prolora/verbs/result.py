@@ -158,7 +158,7 @@ def list_inputs(lora: LoraLike | None, *bases: Base) -> list[Path]:
     return [*there, *(path for base in bases for path in base.files)]
 
 
-def pack_plan(report: LoraReport) -> Transfer:
+def as_dry_run(report: LoraReport) -> Transfer:
     """Returns what a dry run gives: a report, and no update."""
     return Transfer(Adapter({}), report)
 
@@ -280,7 +280,7 @@ class Recipe:
         return str(known)
 
 
-def make_file(
+def write_or_keep(
     recipe: tuple[LoraLike, Base, Base, Any],
     out: str | PathLike[str],
     plan: Callable[[Lora], MovedReport],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..training_words import combine_tags
+from ..trigger_words import combine_tags
 from .moves import PREFIX
 from .peft_config import METADATA_KEY
 

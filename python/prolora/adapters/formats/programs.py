@@ -9,7 +9,7 @@ from ...architectures import loaders
 from ...architectures.families import find_title, known_families
 from ...architectures.family import Family, Spelling
 from ...errors import UnsupportedFormat
-from ..slots import Slot
+from ..key_groups import Slot
 
 PLAIN = "lora", "locon", "norm"
 """Kinds of update that all programs were tried with."""

@@ -92,9 +92,9 @@ class BasisCache:
         self, base: Base, modules: Sequence[str], rank: Rank, device: DeviceLike = None
     ) -> Basis:
         """Returns the bases of weights of one matrix shape, stacked [b, m, n]."""
-        return next(self.in_turn([partial(self.look_up, base, modules, rank)], rank, device))
+        return next(self.prefetch([partial(self.look_up, base, modules, rank)], rank, device))
 
-    def in_turn(
+    def prefetch(
         self,
         requests: Iterable[Reader[Request]],
         rank: Rank,
@@ -176,7 +176,7 @@ class BasisCache:
         return self._tables[name]
 
     @contextmanager
-    def saving(self) -> Iterator[BasisCache]:
+    def flush_at_end(self) -> Iterator[BasisCache]:
         """Saves what was learnt in the body, even if that fails."""
         try:
             yield self
@@ -245,5 +245,5 @@ def open_cache(cache: CacheLike) -> Iterator[BasisCache]:
     if isinstance(cache, BasisCache):
         yield cache
     else:
-        with BasisCache(cache).saving() as opened:
+        with BasisCache(cache).flush_at_end() as opened:
             yield opened

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MissingFile
-from ...files.outside import open_regular
 from ...files.store import put
+from ...files.untrusted import open_regular
 
 # More entries than any pair of models has weights; further ones push the oldest out.
 MOST_ENTRIES = 20_000

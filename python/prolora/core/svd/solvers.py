@@ -25,7 +25,7 @@ SKEW_64 = 1e-9
 SKEW_32 = 1e-3
 
 
-def attempt(solve: Callable[[], Out]) -> Out | None:
+def try_solver(solve: Callable[[], Out]) -> Out | None:
     """Returns the result of a solver, or None if it did not converge.
 
     torch raises LinAlgError for that, or a RuntimeError in cuSOLVER's words. Every other error is
@@ -95,7 +95,7 @@ def _solve_stack(symmetric: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor]
             return values, vectors
         return torch.linalg.eigvalsh(finite), symmetric
 
-    pair = attempt(solve)
+    pair = try_solver(solve)
     if pair is None and len(symmetric) > 1:
         parts = [_solve_stack(one[None], with_vectors) for one in symmetric]
         values, vectors = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
@@ -108,7 +108,7 @@ def full_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
     U [d, d], S [d], V [n, d].
     """
-    svd = attempt(lambda: torch.linalg.svd(w, full_matrices=False))
+    svd = try_solver(lambda: torch.linalg.svd(w, full_matrices=False))
     if svd is None or not all(bool(x.isfinite().all()) for x in svd):
         return None
     u, s, vt = svd

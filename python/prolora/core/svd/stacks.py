@@ -43,7 +43,7 @@ def take_places(stack: Tensor, places: list[int]) -> Tensor:
     return stack.index_select(0, index.to(stack.device, non_blocking=True))
 
 
-def count_together(shape: torch.Size, device: torch.device, few_columns: bool = False) -> int:
+def chunk_size(shape: torch.Size, device: torch.device, few_columns: bool = False) -> int:
     """Counts the matrices of a shape [m, n] that are worked on together.
 
     shape: of one matrix; device: where they are; few_columns: whether no more than an eighth of the

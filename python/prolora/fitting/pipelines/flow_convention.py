@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedFormat
 from ..sides import Call, output_of
-from ..updates import keep_hooks
+from ..updates import temporary_hooks
 from .conditioning import split_call
 from .schedules import NoiseSchedule, Times
 
@@ -52,7 +52,7 @@ def observe_flow(
         outputs.clear()
 
     hook = denoiser.register_forward_hook(record, with_kwargs=True)
-    with keep_hooks([hook]), watch_steps(scheduler, end_step):
+    with temporary_hooks([hook]), watch_steps(scheduler, end_step):
         sample()
     if not times:
         raise UnsupportedFormat(

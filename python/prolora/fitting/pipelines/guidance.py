@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..models import in_float32
 from ..settings import FitSettings
 from ..sides import Call
-from ..updates import FirstCallReached, keep_hooks
+from ..updates import FirstCallReached, temporary_hooks
 from .conditioning import PromptTable, make_reader, split_call
 from .flow_convention import watch_steps
 from .pipeline import Pipeline
@@ -54,7 +54,7 @@ def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTab
 
     hook = pipeline.denoiser.register_forward_hook(record, with_kwargs=True)
     steps = watch_steps(pipeline.pipe.scheduler, stop)
-    with keep_hooks([hook]), steps, in_float32(pipeline.denoiser), suppress(FirstCallReached):
+    with temporary_hooks([hook]), steps, in_float32(pipeline.denoiser), suppress(FirstCallReached):
         pipeline.sample_latents(prompt, settings, 0)
     return scales[0] if scales else None
 

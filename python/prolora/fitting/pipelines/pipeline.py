@@ -25,7 +25,7 @@ from ..models import in_float32
 from ..settings import FitSettings
 from ..sides import Call
 from ..swapping import BlockSwapping
-from ..updates import FirstCallReached, keep_hooks, run_beside
+from ..updates import FirstCallReached, temporary_hooks, with_lora
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -149,7 +149,7 @@ class Pipeline:
         """
         arguments = self._build_arguments(prompt, settings, seed, output)
         hook = self.denoiser.register_forward_pre_hook(_repeat_time, with_kwargs=True, prepend=True)
-        with keep_hooks([hook]), torch.no_grad():
+        with temporary_hooks([hook]), torch.no_grad():
             try:
                 return self.pipe(**arguments)
             except (FirstCallReached, ProLoRAError):
@@ -179,7 +179,7 @@ class Pipeline:
 
         hook = self.denoiser.register_forward_pre_hook(watch, with_kwargs=True)
         steps = watch_steps(self.pipe.scheduler, on_result=lambda x: results.append(x.detach()))
-        with keep_hooks([hook]), steps, suppress(FirstCallReached):
+        with temporary_hooks([hook]), steps, suppress(FirstCallReached):
             self.sample_latents(prompt, settings, seed, output)
         if not results:
             raise UnsupportedFormat(
@@ -262,7 +262,7 @@ class Pipeline:
 
         hook = self.denoiser.register_forward_pre_hook(record, with_kwargs=True)
         steps = watch_steps(self.pipe.scheduler, stop)
-        with keep_hooks([hook]), steps, in_float32(self.denoiser), suppress(FirstCallReached):
+        with temporary_hooks([hook]), steps, in_float32(self.denoiser), suppress(FirstCallReached):
             self.sample_latents(prompt, settings, 0)
         return calls
 
@@ -305,7 +305,7 @@ class Pipeline:
             raise FirstCallReached
 
         hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-        with keep_hooks([hook]), suppress(FirstCallReached):
+        with temporary_hooks([hook]), suppress(FirstCallReached):
             self.sample_latents(prompt, settings, 0)
         if not calls:
             raise ProLoRAError(
@@ -368,7 +368,7 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
     def enter() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for part, found in by_encoder.items():
-                stack.enter_context(run_beside(getattr(pipeline.pipe, part), found))
+                stack.enter_context(with_lora(getattr(pipeline.pipe, part), found))
             yield
 
     memory = pipeline.memory if updates else None

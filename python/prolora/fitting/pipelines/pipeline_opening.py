@@ -19,7 +19,7 @@ from ...bases.pipeline_files import (
 )
 from ...core.validation import DeviceLike
 from ...errors import UnsupportedFormat
-from ...files.outside import load_pretrained
+from ...files.untrusted import load_pretrained
 from ..models import HALVES, check_weights
 from .pipeline import Pipeline
 from .stages import PromptMemory, hide_progress_bars

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...bases.folder import MODELS, open_folder_weights
 from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
-from ...files.outside import load_pretrained
+from ...files.untrusted import load_pretrained
 from ..models import HALVES
 
 TEXT_ENCODERS = "text_encoder"

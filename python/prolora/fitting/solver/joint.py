@@ -15,7 +15,7 @@ from ..gate import DOUBT, fits_target, measure_missing
 from ..probe_report import ProbeReport
 from ..probes import PAIR, Asking, Probe
 from ..settings import FitSettings, Start
-from ..updates import run_beside
+from ..updates import with_lora
 from ..workload import Meter
 from .joint_fit import JointProblem, cut_updates, fit_in_factors
 from .linearisation import ProbeBatch
@@ -138,7 +138,7 @@ def solve(
     def on_step(step: int) -> None:
         meter.advance(1 / settings.fit_steps if step else 0.0, f"step {step + 1}")
 
-    with run_beside(target.denoiser, outside):  # these copies do not change during the fit
+    with with_lora(target.denoiser, outside):  # these copies do not change during the fit
         fit = fit_in_factors(problem, inside, on_step)
     report.steps = fit.history
     if start.trust < 1:

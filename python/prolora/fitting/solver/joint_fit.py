@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..sides import Read
-from ..swapping import place_of
+from ..swapping import compute_device
 from ..updates import Factors, weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction
 from .spectra import JointCurvature
@@ -93,7 +93,7 @@ def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Fact
         padding = torch.linalg.qr(random - basis @ (basis.mT @ random))[0]
         up = torch.cat([copied.up @ mixed.mT, torch.zeros(m, rank - copied.rank)], 1)
         down = torch.cat([basis, padding], 1).mT.contiguous()
-        factors[name] = up.to(place_of(weight)), down.to(place_of(weight))
+        factors[name] = up.to(compute_device(weight)), down.to(compute_device(weight))
     return factors
 
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import ProLoRAError
 from ..sides import Call, Read
-from ..updates import Factors, input_of, keep_hooks, place_factors, read_rows, written_rows
+from ..updates import Factors, input_of, place_factors, read_rows, temporary_hooks, written_rows
 from .spectra import JointCurvature
 
 MAX_MOMENTUM = 0.9
@@ -155,7 +155,7 @@ class TargetFunction:
             )
             for name in names
         )
-        with keep_hooks(module_hooks):
+        with temporary_hooks(module_hooks):
             yield output_hooks
 
     @torch.no_grad()
