@@ -40,7 +40,9 @@ def unread(monkeypatch):
 def test_a_lora_fits_its_own_base(tmp_path):
     answer = prolora.check(usual_lora("sdxl", "unet."), base=hollow_base(tmp_path, "sdxl"))
     assert answer and answer.fit.answer == "fits" and answer.fit.coverage == 1
-    assert str(answer).startswith("✔ for this base: 700 of 700 modules have their place\n")
+    assert str(answer).startswith(
+        "✔ for this base, by names and shapes: 700 of 700 modules have their place\n"
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         answer.reason = "other"
 
@@ -126,7 +128,10 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
     save_file({k: v.contiguous() for k, v in usual_lora("sd15", "unet.").items()}, lora)
     if swapped:
         found = prolora.check(base, base=base)
-        assert (found.kind, found.mark) == ("base", "✖") and "a LoRA was asked" in found.headline
+        assert (found.kind, found.mark) == (
+            "base",
+            "✖",
+        ) and "compare a LoRA with it" in found.headline
         return
     with pytest.raises(prolora.errors.UnsupportedFormat):
         prolora.check(lora, base=lora)
@@ -173,7 +178,11 @@ def test_two_bases_get_the_verdict_of_a_transfer(monkeypatch, apart):
         ("sd3-medium", "sd3.5-medium", "would have it in Stable Diffusion 3 Medium, too"),
         ("bk-sdm-small", "bk-sdm-base", "look like a LoRA for BK-SDM-Small"),
         ("ltxv-13b", "ltx2", "LTX-2.5 or LTX-Video 13B, too"),
-        ("anima", "anima", "for this base: 272 of 272 modules have their place"),
+        (
+            "anima",
+            "anima",
+            "for this base, by names and shapes: 272 of 272 modules have their place",
+        ),
     ],
 )
 def test_a_lora_of_another_size_fits_with_a_word_alone(own, other, told):

@@ -22,7 +22,7 @@ def files(case, tmp_path):
 def test_a_lora_that_fits_ends_in_0_and_a_line(prolora, files):
     lora, _, base = files
     code, out, err = prolora("check", lora, base)
-    assert (code, err) == (0, "") and out.startswith("✔ for this base: ")
+    assert (code, err) == (0, "") and out.startswith("✔ for this base, by names and shapes: ")
     assert prolora("check", lora, "--base", base) == (code, out, err)
 
 

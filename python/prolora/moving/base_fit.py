@@ -83,7 +83,8 @@ class BaseMatch:
         counts = f"{len(placed)} of {len(names)} modules have their place"
         if self.answer == "fits":
             also = f"; they would have it in {self.also}, too" if self.also else ""
-            return f"for {base}: {counts}{also}"
+            looked_at = "" if self.published else ", by names and shapes"
+            return f"for {base}{looked_at}: {counts}{also}"
         if self.moved_to:
             return f"perhaps for {base}: {counts}, but it was moved to {self.moved_to}"
         if self.answer == "unclear":
