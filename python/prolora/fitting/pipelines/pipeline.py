@@ -157,8 +157,8 @@ class Pipeline:
             except Exception as error:  # diffusers and its models raise any type
                 raise ProLoRAError(
                     f"{self.name}: its {type(self.pipe).__name__} cannot sample from the prompt "
-                    f"{prompt!r} alone: {type(error).__name__}: {error}. If it takes other prompts, "
-                    "give them as `prompts`"
+                    f"{prompt!r} alone: {type(error).__name__}: {error}. If it takes "
+                    "other prompts, give them as `prompts`"
                 ) from error
 
     def sample_final(
