@@ -9,7 +9,7 @@ from typing import Any
 # outwards, the first that matches counts; an empty stage is a helper, which counts for its caller.
 RULES = [
     ("solvers", "estimate_skew", ""),
-    ("solvers", "attempt", ""),
+    ("solvers", "try_solver", ""),
     ("solvers", "", "eigensolver"),
     ("panel_qr", "", "panel"),
     ("panels", "", "panel"),

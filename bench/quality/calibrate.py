@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from results import recovered
 
 from prolora.comparison.expectation import CLASSES, classify
-from prolora.core.verdict import Verdict
+from prolora.core.verdict import PairVerdict
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 WORLDS = {
@@ -56,7 +56,7 @@ class Trial(NamedTuple):
     worlds: dict[str, float]  # world -> `held` of it alone
 
 
-def read_rows() -> list[tuple[str, str, dict[str, Any], Verdict]]:
+def read_rows() -> list[tuple[str, str, dict[str, Any], PairVerdict]]:
     """World, kind of target, scored row and verdict, of every LoRA that was scored on a target.
 
     The LoRAs of UNets were not measured; they count as large as the transformer's of that name.
@@ -71,7 +71,7 @@ def read_rows() -> list[tuple[str, str, dict[str, Any], Verdict]]:
                 continue
             kind, size = row.get("kind") or row["direction"], facts.get("size")
             size = sizes[world].get(row["adapter"], size)
-            verdict = Verdict(*(facts[name] for name in ("drift", "cosine", "spread")), size)
+            verdict = PairVerdict(*(facts[name] for name in ("drift", "cosine", "spread")), size)
             row |= {end: row["losses"][end] for end in ("none", "oracle") if end not in row}
             found.append((world, f"{kind} {row.get('arch', '')}", row, verdict))
     return found

@@ -21,7 +21,7 @@ from prolora import Basis, LowRank
 from prolora.adapters import Adapter
 from prolora.core.affinity import Affinity
 from prolora.core.methods import Side
-from prolora.core.verdict import Verdict, judge_pairs
+from prolora.core.verdict import PairVerdict, judge_pairs
 
 Updates = dict[str, LowRank]
 
@@ -235,7 +235,7 @@ def run_transfer(case: Case, **options: Any) -> Updates:
         return {}
 
 
-def judge_bases(case: Case) -> Verdict:
+def judge_bases(case: Case) -> PairVerdict:
     """What the weights of the pair say."""
     pairs = [(case.source[name], case.target[name]) for name in case.target]
     return judge_pairs(Affinity.of(*pair) for pair in pairs)

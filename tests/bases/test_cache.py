@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(stack, tmp_path, caplog):
 def test_a_weight_whose_basis_is_kept_is_not_read(tmp_path, monkeypatch):
     base = prolora.open_base(write_folder(tmp_path / "base", source_weights()))
     names = list(base.shapes)[:2]
-    with BasisCache(tmp_path / "cache").saving() as cache:
+    with BasisCache(tmp_path / "cache").flush_at_end() as cache:
         first = cache.of(base, names, 5)
     again = prolora.open_base(tmp_path / "base")
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
@@ -242,7 +242,7 @@ def test_a_basis_of_a_file_that_was_written_to_since_is_not_found(tmp_path):
     folder = write_folder(tmp_path / "base", source_weights())
     file = next(folder.glob("*.safetensors"))
     name = next(iter(source_weights()))
-    with BasisCache(tmp_path / "cache").saving() as cache:
+    with BasisCache(tmp_path / "cache").flush_at_end() as cache:
         cache.of(prolora.open_base(folder), [name], 5)
     status, content = file.stat(), bytearray(file.read_bytes())
     # The same size, and the same time of the last change.
@@ -258,11 +258,11 @@ def test_a_basis_is_found_again_by_the_weight_in_whatever_file_it_is(tmp_path):
     tensors = source_weights()
     base = prolora.open_base(write_folder(tmp_path / "base", tensors))
     name = next(iter(base.shapes))
-    with BasisCache(tmp_path / "cache").saving() as cache:
+    with BasisCache(tmp_path / "cache").flush_at_end() as cache:
         first = cache.of(base, [name], 5)
     save_file({f"{name}.weight": tensors[name]}, tmp_path / "other.safetensors")
     other = prolora.open_base(tmp_path / "other.safetensors")
-    with BasisCache(tmp_path / "cache").saving() as cache:
+    with BasisCache(tmp_path / "cache").flush_at_end() as cache:
         again = cache.of(other, [name], 5)
         assert (cache.hits, cache.misses) == (1, 0)
     assert torch.equal(first.U, again.U) and torch.equal(first.S, again.S)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("aged")
 
 
 def fill(folder, base):
-    with BasisCache(folder).saving() as cache:
+    with BasisCache(folder).flush_at_end() as cache:
         for module in base.shapes:
             cache.of(base, [module], 0.9)
 

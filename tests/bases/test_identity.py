@@ -61,7 +61,7 @@ def test_a_file_that_is_changed_through_shared_memory_is_hashed_again(mapped):
 def test_the_basis_of_a_file_is_not_found_once_that_is_changed_through_shared_memory(mapped, aged):
     path, memory = mapped
     folder = path.parent / "cache"
-    with BasisCache(folder).saving() as cache:
+    with BasisCache(folder).flush_at_end() as cache:
         cache.of(open_base(path), [NAME], 4)
     place = cache.place(open_base(path), NAME, learn=True)
     assert BasisCache(folder).place(open_base(path), NAME, learn=True) == place
@@ -204,7 +204,7 @@ def test_a_flipped_value_is_noticed_by_whatever_was_made_of_the_file(tmp_path, c
             if file != lora:
                 prolora.extract(source, copied, out_rank=1)
                 module = name.removesuffix(".weight")
-                with BasisCache(cache).saving() as known:
+                with BasisCache(cache).flush_at_end() as known:
                     known.of(open_base(source), [module], 0.99)
                     assert known.misses == 1, name
             file.write_bytes(whole)

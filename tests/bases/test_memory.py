@@ -13,7 +13,7 @@ from spectra import related, weights
 
 import prolora
 from prolora.bases import memory
-from prolora.bases.memory import Memory, Room, resident_bytes
+from prolora.bases.memory import Budget, Memory, resident_bytes
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import format_size, parse_limit, parse_size
 
@@ -49,7 +49,7 @@ def test_a_bound_cuts_stacks_and_never_below_one():
 
 def test_a_stack_holds_a_weight_for_each_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert Room().stack((3072, 3072), "bases") == 16
+    assert Budget().stack((3072, 3072), "bases") == 16
 
 
 def test_a_gpu_takes_stacks_by_its_memory_and_within_the_bound(monkeypatch):
@@ -67,9 +67,9 @@ def test_a_gpu_takes_stacks_by_its_memory_and_within_the_bound(monkeypatch):
 
 def test_both_weights_of_a_pair_count_where_bases_are_compared():
     free = 900 << 20
-    transfer, compare = (Room(free, 64).stack((1280, 1280), w) for w in ("bases", "comparison"))
+    transfer, compare = (Budget(free, 64).stack((1280, 1280), w) for w in ("bases", "comparison"))
     assert 1 <= compare <= transfer
-    assert Room(1, 64).stack((1280, 1280), "comparison") == 1
+    assert Budget(1, 64).stack((1280, 1280), "comparison") == 1
 
 
 @pytest.mark.parametrize("method", ["prolora", "copy", "auto"])

@@ -225,8 +225,8 @@ def test_a_pruned_flux_is_recovered_in_both_of_its_stacks():
 @pytest.mark.slow
 def test_how_much_is_in_memory_at_a_time_changes_nothing(source, student, matched, monkeypatch):
     target, whole, sizes = student, matched[0], []
-    real = memory.Room.stack
-    monkeypatch.setattr(memory.Room, "stack", lambda *a: sizes.append(real(*a)) or sizes[-1])
+    real = memory.Budget.stack
+    monkeypatch.setattr(memory.Budget, "stack", lambda *a: sizes.append(real(*a)) or sizes[-1])
     assert match_blocks(source, target) == whole and max(sizes) > 1
     # What this process has now, and a few MB beyond what must be left.
     bound = memory.resident_bytes() + memory.SLACK + (8 << 20)

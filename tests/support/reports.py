@@ -6,7 +6,7 @@ import math
 from html.parser import HTMLParser
 from typing import Any
 
-from prolora.core.verdict import Verdict
+from prolora.core.verdict import PairVerdict
 from prolora.moving.transfer_report import TransferReport
 from prolora.reports.module_report import Measures, ModuleReport
 
@@ -56,7 +56,7 @@ def make_report(rows: list[ModuleReport] | None = None, **fields: Any) -> Transf
         "source": "sdxl",
         "target": "ssd-1b",
         "asked": "prolora",
-        "verdict": Verdict(0.15, 0.98, 0.05),
+        "verdict": PairVerdict(0.15, 0.98, 0.05),
         "seconds": {"read": 0.5},
         "provenance": {"version": "1.0", "source_hash": "sha256:aa", "lora_hash": "sha256:cc"},
     }
