@@ -507,7 +507,7 @@ def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path
     prolora.transfer(lora, source, target, out=moved)
     with pytest.raises(errors.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
         prolora.merge([moved, lora], source)
-    with pytest.raises(errors.AlreadyMoved, match=f"the base is {source.name}; give .* base$"):
+    with pytest.raises(errors.AlreadyMoved, match=f"the base is .*{source.name}; give .* base$"):
         prolora.bake(moved, source, tmp_path / "baked")
 
 
