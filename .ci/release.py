@@ -149,7 +149,7 @@ def check_words(root: Path) -> list[str]:
     project = read(root, "pyproject.toml").partition("[project.optional-dependencies]")[2]
     extras = set(re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE))
     for file in sorted([*root.glob("*.md"), *root.glob("docs/*.md")]):
-        for words in re.findall(r"'(?:\.|prolora)\[([\w,]+)\]'", file.read_text("utf-8")):
+        for words in re.findall(r"""["'](?:\.|prolora)\[([\w,]+)\]""", file.read_text("utf-8")):
             faults += [f"{file.name}: no extra {x}" for x in words.split(",") if x not in extras]
     return faults
 

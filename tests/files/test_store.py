@@ -187,4 +187,4 @@ def test_a_name_is_the_digest_of_what_the_content_is_made_of(tmp_path):
     assert one != kept.path("loras", {"lora": "2", "options": [1, None]}, title="näon / light")
     assert not one.exists()
     kept.refuse(one, UnsupportedFormat("no LoRA"))
-    assert "no LoRA" in store.refusal(one).read_text() and not one.exists()
+    assert "no LoRA" in store.failure_note(one).read_text() and not one.exists()

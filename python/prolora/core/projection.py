@@ -144,11 +144,10 @@ def project(
     chosen = find_method("copy" if method == AUTO else method)
     if chosen.rule and return_info:
         raise ValueError(f"`return_info` describes the methods of METHODS, not {chosen.name}")
-    foreign, kernel = None, list[int]()
+    foreign, kernel = None, tuple[int, ...]()
     if isinstance(delta, tuple | list):
         foreign = find_other_array(delta)
-        flat, kernel = _flatten_pair(delta)
-        delta = _read_pair(flat)
+        delta, kernel = _read_pair(delta)
     update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
     _check_update(update)
     weights = _read_weights(W_src, W_tgt, update)
@@ -210,7 +209,7 @@ def apply_rule(method: Method, delta: LowRank, source: Any, target: Any) -> LowR
         raise UnsupportedTensor(f"{method.name} returned one array; return factors, (up, down)")
     if not isinstance(returned, Iterable):
         raise UnsupportedTensor(f"{method.name} returned {returned!r:.80}, not (up, down)")
-    made = _read_pair([*returned], f"what {method.name} returned")
+    made, _ = _read_pair([*returned], f"what {method.name} returned")
     made = made.to(delta.dtype).to(delta.device)
     if made.shape != delta.shape:
         raise ShapeMismatch(f"{method.name} returned {list(made.shape)}, not {list(delta.shape)}")
@@ -375,20 +374,18 @@ def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
         raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")
 
 
-def _flatten_pair(factors: Sequence[Any]) -> tuple[Sequence[Any], list[int]]:
-    """Flattens (up [out, r, 1, …], down [r, in, …]) of a convolution; also returns [in, …]."""
-    shapes = [list(getattr(factor, "shape", ())) for factor in factors]
-    if len(shapes) != 2 or len(shapes[0]) not in CONVOLUTION or {*shapes[0][2:]} != {1}:
-        return factors, []
-    up, down = factors
-    return (up.reshape(shapes[0][:2]), down.reshape(shapes[1][0], -1)), shapes[1][1:]
+def _read_pair(factors: Sequence[Any], name: str = "delta") -> tuple[LowRank, tuple[int, ...]]:
+    """Reads (up, down), those of a convolution flattened.
 
-
-def _read_pair(factors: Sequence[Any], name: str = "delta") -> LowRank:
+    Also returns the axes [in, …] of such a down, none of a matrix.
+    """
     tensors = [to_tensor(factor, f"factor {i} of {name}") for i, factor in enumerate(factors)]
     if len(tensors) != 2:
         raise ShapeMismatch(f"{name} is a pair (up, down), not {len(tensors)} arrays")
-    return LowRank(*tensors)
+    up, down = tensors
+    if up.ndim == down.ndim and up.ndim in CONVOLUTION and {*up.shape[2:]} == {1}:
+        return LowRank(up.flatten(1), down.flatten(1)), tuple(down.shape[1:])
+    return LowRank(up, down), ()
 
 
 def _check_update(update: Tensor | LowRank) -> None:
