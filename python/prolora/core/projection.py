@@ -375,10 +375,7 @@ def _check_related(source: Tensor | Basis, target: Tensor | Basis) -> None:
 
 
 def _read_pair(factors: Sequence[Any], name: str = "delta") -> tuple[LowRank, tuple[int, ...]]:
-    """Reads (up, down), those of a convolution flattened.
-
-    Also returns the axes [in, …] of such a down, none of a matrix.
-    """
+    """Reads a pair (up, down), and the axes [in, …] of a convolution, flattened."""
     tensors = [to_tensor(factor, f"factor {i} of {name}") for i, factor in enumerate(factors)]
     if len(tensors) != 2:
         raise ShapeMismatch(f"{name} is a pair (up, down), not {len(tensors)} arrays")
