@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,8 +45,11 @@ def family(tmp_path, monkeypatch):
     files |= {"prompts.safetensors": "prompts.safetensors", "prompts.txt": "prompts.txt"}
     for name, kept in (("lora", "neon"), ("neon", "neon"), ("a", "neon"), ("b", "duotone")):
         files[f"{name}.safetensors"] = f"loras/{kept}.safetensors"
-    for name, path in files.items():
-        (tmp_path / name).symlink_to(FAMILY / path)
+    try:
+        for name, path in files.items():
+            (tmp_path / name).symlink_to(FAMILY / path)
+    except OSError:
+        pytest.skip("this system makes no symbolic links without a privilege")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -93,7 +95,6 @@ def test_a_command_of_the_readmes_table_runs_as_it_is_written(family, command):
     assert written is None or (family / written[1]).exists() != ("fit" in command)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the family is reached by links")
 @pytest.mark.parametrize("command", TRANSCRIPTS, ids=lambda command: command.split()[1])
 def test_the_readme_shows_what_is_printed(family, command):
     write_without_alphas("style.safetensors")

@@ -9,21 +9,18 @@ does, and are asked about it under fresh noise of the study's σ.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 
 # isort: split
-from adamw import fit_by_adamw
 from loras import read_lora, save_updates
 from network import SIDE, SIGMA_MAX, Network, load_network
 from safetensors.torch import load_file
@@ -34,7 +31,6 @@ from prolora import LowRank
 from prolora import fitting as probe
 from prolora.fitting.gate import COPY
 from prolora.fitting.pipelines.schedules import NoiseSchedule
-from prolora.fitting.solver import joint
 
 ASKED = 12
 """Levels of noise that a terrain is asked about."""
@@ -89,13 +85,6 @@ class TerrainSide(probe.FitSide):
     ) -> probe.Call:
         asked = self.difficulties[[max(i, 0) for i in prompts]]
         return probe.Call((state, self.schedule.time_at(level).float(), asked), {})
-
-
-@contextlib.contextmanager
-def adamw_in_place() -> Iterator[None]:
-    """AdamW on the factors in place of the steps of a fit: the same probes, as many predictions."""
-    with mock.patch.object(joint, "fit_in_factors", fit_by_adamw):
-        yield
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from contenders import (
     run_transfer,
     scale_updates,
 )
-from fitted import adamw_in_place, fit_lora
+from fitted import fit_lora
 from network import Network
 from torch import Tensor
 from world import (
@@ -47,10 +46,7 @@ METHODS: dict[str, Callable[[Case], Updates]] = {
     "casa, arbitration alone": functools.partial(arbitrate, gives_drift_back=False),
     "extracted": extract_difference,
 }
-FITS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "fit": nullcontext,
-    "adamw": adamw_in_place,
-}
+FITS = ("fit",)
 SAMPLED = ("none", "copy @ 1", "auto", "prolora 0.9", "delta sampling")
 SAMPLES, ASKED_AT_ONCE = 16, 8
 
@@ -121,8 +117,7 @@ def score_fit(
     "fit" is what it writes, which is the copy where the gate says so; "fit, fitted" is what it
     fitted, at strength 1.
     """
-    with FITS[name]():
-        moved = fit_lora(source, exam.target, lora, force=True)
+    moved = fit_lora(source, exam.target, lora, force=True)
     gate = moved.report.gate
     assert gate is not None
     fitted = moved.updates

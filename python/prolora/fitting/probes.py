@@ -212,10 +212,12 @@ class Asking:
         count = len(images.source["source"])
         numbers = [images.seeds[o] * count + k for o, (_, k) in zip(drawn, whose, strict=True)]
         prompts = [
-            NO_PROMPT if self.guidance == 1 and float(share) < FREE_SHARE
-            else (images.seeds[o] + k) % self.source.prompts
-            for o, (_, k), share in zip(drawn, whose, free, strict=True)
-        ]  # fmt: skip
+            (images.seeds[o] + k) % self.source.prompts
+            for o, (_, k) in zip(drawn, whose, strict=True)
+        ]
+        if self.guidance == 1:
+            without = (free < FREE_SHARE).tolist()
+            prompts = [NO_PROMPT if no else i for i, no in zip(prompts, without, strict=True)]
 
         def pick(side: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
             return torch.stack([side[o][k] for o, (_, k) in zip(names, whose, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Image:
     levels: Tensor  # noise levels of the sampler's calls, falling [steps]
 
 
-class FitSide:
+class FitSide(ABC):
     """One model as a fit sees it.
 
     `PipelineSide` is that of a diffusers pipeline. A side of another model has these attributes,
@@ -63,10 +64,11 @@ class FitSide:
     prompts: int = 1
     at_once: int = 16
 
+    @abstractmethod
     def sample(self, number: int, prompt: int) -> Image:
         """Draws an image from noise that belongs to its number."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_call(
         self, state: Tensor, level: Tensor, prompts: Sequence[int], adapted: bool = False
     ) -> Call:
@@ -74,7 +76,6 @@ class FitSide:
 
         `prompts` has a number for each, NO_PROMPT for none; `adapted` says that the LoRA runs.
         """
-        raise NotImplementedError
 
     def read(self, result: Any) -> Tensor:
         """Reads the prediction in the denoiser's return value."""
