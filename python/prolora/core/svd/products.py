@@ -82,7 +82,7 @@ class ImpliedGram:
 
     def rough(self, x: Tensor) -> Tensor:
         """Multiplies in float32."""
-        return x @ self.single @ self.single.mT
+        return multiply_narrow(self.single, multiply_narrow(self.single.mT, x.mT)).mT
 
     def take(self, places: list[int]) -> ImpliedGram:
         """Selects matrices of the stack."""
