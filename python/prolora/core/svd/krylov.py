@@ -125,6 +125,7 @@ def krylov_triplets(
         max(TUNING.refinement_gain * tol, EPS32),
     )
     places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
+    reached = dict[int, float]()  # of a matrix, the sine that its last refinement proved
     outliers: Outliers | None = None
     alone = judged = is_on_host(w) and len(w) == 1
     while True:
@@ -142,17 +143,23 @@ def krylov_triplets(
                 continue
         if basis.size >= schedule.due:
             look = _look_at(basis, k if outliers is None else k - len(outliers.head.theta))
-            proven = list[int]()
+            proven, stalled = list[int](), list[int]()
             ready = [i for i, sine in enumerate(look.sines) if sine <= schedule.goal]
             if ready:
                 refined = _refine_ready(basis, look, ready, k, outliers)
-                rows = [row for row, sine in enumerate(refined.angle.tolist()) if sine <= tol]
+                angles = refined.angle.tolist()
+                rows = [row for row, sine in enumerate(angles) if sine <= tol]
                 proven = [ready[row] for row in rows]
+                # Rounding is the limit where a larger basis has not halved a bound below 1.
+                for i, sine in zip(ready, angles, strict=True):
+                    if 1 > sine > reached.get(places[i], math.inf) / 2:
+                        stalled.append(i)
+                    reached[places[i]] = sine
                 parts.append(([places[i] for i in proven], refined.take(rows)))
             open_sines = {
                 i: sine
                 for i, sine in enumerate(look.sines)
-                if i not in proven and not math.isnan(sine)
+                if i not in proven + stalled and not math.isnan(sine)
             }
             if not open_sines:
                 break
@@ -198,12 +205,12 @@ def _takes_stored(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | N
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | None) -> BlockBasis:
     """Starts with a random block, the same for every matrix and on every device."""
     b, d, n = w.shape
-    width = max(8, min(_largest_width(w), k // 4))
     gram: FormedGram | ImpliedGram = ImpliedGram(w)
     if stored is not None:
         stored = stored if stored.mT.is_contiguous() else stored.contiguous()
     elif _gram_pays((d, n), TUNING.usual_basis * k, k, float64_cost(w.device)):
         gram = FormedGram.of(w)
+    width = max(8, min(_largest_width(gram.single), k // 4))
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
     start = start.to(w.device, non_blocking=True).mT.expand(b, -1, -1)
@@ -211,10 +218,10 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int, stored: Tensor | No
     return BlockBasis.begin(gram, w, norm, start, blocks, stored)
 
 
-def _largest_width(w: Tensor) -> int:
-    """Returns the width of a block that suits w [b, d, n]: narrow where w stays in the cache."""
-    small = w.shape[-2] * w.shape[-1] * w.element_size() <= TUNING.cached_bytes
-    return 16 if small and is_on_host(w) else 32
+def _largest_width(factor: Tensor) -> int:
+    """Returns the width of a block that suits a factor [b, d, n]: narrow where a cache holds it."""
+    small = factor.shape[-2] * factor.shape[-1] * factor.element_size() <= TUNING.cached_bytes
+    return 16 if small and is_on_host(factor) else 32
 
 
 def _judge_spectrum(basis: BlockBasis) -> tuple[float, float]:
