@@ -51,9 +51,17 @@ def _parse_contents(source: Lora, base: BaseNames | None) -> Contents:
         if scaling
         else scalings_from_metadata(source.metadata, prefixes, source.where)
     )
+    checked: dict[tuple[tuple[str, str, tuple[int, ...]], ...], forms.Form] = {}
     for slot in slots:
-        _check_complete(slot, source)
-        _check_shapes(slot, source)
+        every = [(role, source.tensors[key]) for role, key in slot.keys.items()]
+        facts = tuple((role, tensor.dtype, tensor.shape) for role, tensor in every)
+        if facts not in checked:  # a file's updates are of few kinds
+            _check_complete(slot, source)
+            checked[facts] = _check_shapes(slot, source)
+        slot.form = checked[facts]
+        if slot.module.matrix:
+            where = f"{source.where}: {next(iter(slot.keys.values()))}"
+            vectors.split_rows(slot.module.matrix, slot.form.out, where)
         slot.peft = scalings.get(slot.module.prefix)
         _check_config(slot, source)
     _check_together(slots, source)
@@ -80,8 +88,8 @@ def _check_complete(slot: Slot, source: Lora) -> None:
         )
 
 
-def _check_shapes(slot: Slot, source: Lora) -> None:
-    """Finds the form of the update, or says which tensors do not fit."""
+def _check_shapes(slot: Slot, source: Lora) -> forms.Form:
+    """Returns the form of the update, or says which tensors do not fit."""
     headers = {role: source.tensors[key] for role, key in slot.keys.items()}
     if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
         raise UnsupportedFormat(
@@ -111,10 +119,7 @@ def _check_shapes(slot: Slot, source: Lora) -> None:
             if role not in forms.NUMBERS
         )
         raise ShapeMismatch(f"{source.where}: {listed} do not multiply: {_expected_shapes(slot)}")
-    slot.form = form
-    if slot.module.matrix:
-        where = f"{source.where}: {next(iter(slot.keys.values()))}"
-        vectors.split_rows(slot.module.matrix, form.out, where)
+    return form
 
 
 def read_scale(slot: Slot, source: Lora) -> float:

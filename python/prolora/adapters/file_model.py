@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..architectures.families import known_families
@@ -39,7 +40,7 @@ def identify_file(tensors: Iterable[StoredTensor], header: Mapping[str, str]) ->
         return UNKNOWN
     shapes, matrices = {}, {}
     for path, roles in updates.items():
-        size = _measure_sides(roles)
+        size = _measure_sides(tuple(roles.items()))
         match read_without_family(path):
             case Module(name=name):
                 shapes[name] = size
@@ -71,11 +72,14 @@ def _is_adm(paths: Iterable[str], modules: Collection[str]) -> bool:
     if modules:
         return any(is_in_adm(name) and find_block(name) for name in modules)
     names = set(paths)
-    return any(map(_ADM_ATTENTION.search, names)) and is_adm(names)
+    some = (name for name in names if name.endswith("qkv"))
+    return any(map(_ADM_ATTENTION.search, some)) and is_adm(names)
 
 
-def _measure_sides(roles: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Returns out × in of an update (role -> shape); 0 for what one tensor does not tell."""
+@lru_cache(1 << 12)  # a file's updates have few shapes
+def _measure_sides(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, int]:
+    """Returns out × in of an update (role, shape); 0 for what one tensor does not tell."""
+    roles = dict(shapes)
     if size := measure_update(roles):
         return size[:2]
     up, down = (roles.get(role, ()) for role in ("up", "down"))

@@ -2,7 +2,7 @@
 
 To add a family:
 
-- `families/<id>.py`: how its modules are called by whom; `family.py` explains the fields.
+- `families/`: how its modules are called by whom; `family.py` explains the fields.
 - `tables/<layout>.json`: names and shapes of each published size, in diffusers' spelling
   (`layouts.py` reads it); `tables/correspondence.json`: which of its blocks were made from blocks
   of another layout.

@@ -1,6 +1,6 @@
 """What a family of transformers is, as data: its modules and their spellings.
 
-One file of `families/` describes one family. Nothing else in the package knows a family by name:
+The files of `families/` describe them. Nothing else in the package knows a family by name:
 reading, writing, recognition and the tables of the documentation take everything from there.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -126,6 +126,8 @@ class Family:
     # A family with modules of the same names and sizes: what fits both is taken for that one's
     rarer_than: str = ""
     untried: tuple[str, ...] = ()  # beginnings of modules that no program was tried with
+    # Title -> sizes, where programs load the sizes by different code
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unet: bool = False  # names follow from arithmetic (`ldm`), not from tables
 
     @classmethod
@@ -134,6 +136,14 @@ class Family:
     ) -> Family:
         """Returns modules of no published sizes, whose names are the authors' own."""
         return cls(id_, id_, (), {name: name for name in names}, aliases)
+
+    @cached_property
+    def as_loaded(self) -> tuple[Family, ...]:
+        """Its groups of sizes, each as a family; itself where it has none."""
+        return tuple(
+            replace(self, id=title.lower(), title=title, layouts=sizes, groups={})
+            for title, sizes in self.groups.items()
+        ) or (self,)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
@@ -266,25 +276,17 @@ def _match_pattern(
 def list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Returns the patterns that a name may have, each with the numbers it replaces."""
     words = name[: LONGEST_NAME + 1].split(separator)
-    places = [i for i, word in enumerate(words) if word.isascii() and word.isdecimal()]
+    places = [i for i, word in enumerate(words) if word.isdecimal() and word.isascii()]
     if NUMBER in words or len(name) > LONGEST_NAME or len(places) > MOST_NUMBERS:
         return ()  # a pattern, or what somebody made up: trials grow with the square of the numbers
-    trials = []
-    for chosen in _choose_places(places):
-        trial = list(words)
+    trials: list[tuple[str, tuple[str, ...]]] = [(name, ())]
+    # The first number, each other one, every two
+    for chosen in (*((place,) for place in places), *itertools.combinations(places, 2)):
+        trial = words.copy()
         for place in chosen:
             trial[place] = NUMBER
         trials.append((separator.join(trial), tuple(words[place] for place in chosen)))
     return tuple(trials)
-
-
-def _choose_places(places: list[int]) -> Iterator[tuple[int, ...]]:
-    """Yields sets of numbers to replace: none, the first, each other one, every two."""
-    yield ()
-    if places:
-        yield (places[0],)
-    yield from ((place,) for place in places[1:])
-    yield from itertools.combinations(places, 2)
 
 
 def _fill_pattern(pattern: str, numbers: tuple[str, ...]) -> str:

@@ -167,18 +167,14 @@ def _recognise(given: tuple[NamedMatrix, ...], claimed: str | None) -> Model:
     # Some transformers have a `time_embedding` or `conv_in` too, beside blocks that no UNet has.
     unet = all(find_component(one.name) == "unet" for one in given)
     families = {id_: one for id_, one in known_families().items() if one.unet == unet}
-    known: dict[str, dict[NamedMatrix, dict[str, Size]]] = {}
-    for module in given:
-        for id_ in _list_candidates(module, unet):
-            if parts := find_parts(families[id_], module):
-                known.setdefault(id_, {})[module] = parts
-    by_any = {module for parts in known.values() for module in parts}
-    if not by_any or 2 * len(by_any) < len(given):
+    holders = {module: ids for module in given if (ids := _list_candidates(module, unet))}
+    if not holders or 2 * len(holders) < len(given):
         return Model()
+    able = frozenset.intersection(*set(holders.values()))
     shapes = {
-        id_: {name: shape for piece in known[id_].values() for name, shape in piece.items()}
+        id_: {n: size for one in holders for n, size in find_parts(families[id_], one).items()}
         for id_ in sorted(families, key=lambda id_: -len(list_programs(id_)))
-        if len(known.get(id_, ())) == len(by_any)
+        if id_ in able
     }
     exact: dict[str, list[str]] = {}
     for within_blocks in (False, True):  # where no family fits, a module beside them may be changed
@@ -207,24 +203,25 @@ def _choose_names(shapes: Mapping[str, Mapping[str, Size]], claimed: str | None)
     return tuple(id_ for id_ in scores if scores[id_] == max(scores.values()))
 
 
-def _list_candidates(module: NamedMatrix, unet: bool) -> set[str]:
+def _list_candidates(module: NamedMatrix, unet: bool) -> frozenset[str]:
     """Returns the families with a pattern for a name.
 
     They are few, so thousands of names take no time.
     """
     holders = _find_holders(module.dotted, unet)
     patterns = list_trials(module.name, "." if module.dotted else "_")
-    return {id_ for pattern, _ in patterns for id_ in holders.get(pattern, ())}
+    several = [holders[pattern] for pattern, _ in patterns if pattern in holders]
+    return several[0] if len(several) == 1 else frozenset().union(*several)
 
 
 @cache
-def _find_holders(dotted: bool, unet: bool) -> dict[str, list[str]]:
+def _find_holders(dotted: bool, unet: bool) -> dict[str, frozenset[str]]:
     """Returns pattern of a module or weight -> the UNets or transformers that have it."""
     holders: dict[str, list[str]] = {}
     for id_, family in known_families().items():
         for pattern in family.list_patterns(dotted=dotted) if family.unet == unet else ():
             holders.setdefault(pattern, []).append(id_)
-    return holders
+    return {pattern: frozenset(ids) for pattern, ids in holders.items()}
 
 
 def find_parts(family: Family, module: NamedMatrix) -> dict[str, Size]:
@@ -245,12 +242,12 @@ def share_rows(weight: AuthorsWeight, shape: Size) -> dict[str, Size]:
 
 def _fit_layouts(family: Family, shapes: Mapping[str, Size], within: bool) -> list[str]:
     """Returns the family's sizes with these shapes, everywhere or within blocks."""
-    some = {name: shape for name, shape in shapes.items() if find_block(name) or not within}
-    layouts = {id_: load_layout(id_).shapes for id_ in family.layouts if some}
+    some = {name: size for name, size in shapes.items() if not within or find_block(name)}
+    layouts = {id_: load_layout(id_).sizes for id_ in family.layouts if some}
     return [
         id_
-        for id_, layout in layouts.items()
-        if all(n in layout and _are_equal(s, matrix_shape(layout[n])) for n, s in some.items())
+        for id_, sizes in layouts.items()
+        if all(n in sizes and _are_equal(s, sizes[n]) for n, s in some.items())
     ]
 
 
@@ -297,9 +294,11 @@ def _has_names(family: Family, names: Iterable[str]) -> bool:
 
 def _are_equal(shape: Size, published: Size) -> bool:
     """Compares the known sizes; rows that do not divide evenly match none."""
+    if shape == published:
+        return True
     if shape[0] == 0 and shape[1] != 0:
         return False
-    return all(size in (0, other) for size, other in zip(shape, published, strict=True))
+    return shape[0] in (0, published[0]) and shape[1] in (0, published[1])
 
 
 def _count_proportions(family: Family, shapes: Mapping[str, Size]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 
-from .modules import BARE
+from .modules import BARE, matrix_shape
 
 # In FLUX and SD3 two streams attend together, and FLUX's single blocks fuse the feed-forward's
 # second half with the attention's output.
@@ -28,6 +28,7 @@ UNUSED = ("visual.deepstack_merger_list.",)
 # Text encoders, and Anima's adapter, which is a model of its own in diffusers' folders.
 BESIDE = ("text_encoder", "llm_adapter.", *UNUSED)
 _IN_BLOCK = re.compile(r"(?:^|_)(?:blocks|block)\.")
+_TABLES = resources.files(__package__) / "tables"
 # "{0-18}" in a table stands for every number from 0 to 18.
 _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
 
@@ -43,6 +44,11 @@ class Layout:
     text_encoders: tuple[str, ...] = ()  # architectures of `text_encoder`, `text_encoder_2`, …
     # what names of blocks begin with: `noise_refiner.`; empty for UNets
     stacks: tuple[str, ...] = ()
+
+    @cached_property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """The shapes as matrices, out × in·kh·kw."""
+        return {name: matrix_shape(shape) for name, shape in self.shapes.items()}
 
     @cached_property
     def attention(self) -> list[str]:
@@ -114,7 +120,7 @@ class Correspondence:
 @cache
 def known_layouts() -> tuple[str, ...]:
     """Returns the ids of all layouts, sorted."""
-    names = (entry.name for entry in resources.files(__package__).joinpath("tables").iterdir())
+    names = (entry.name for entry in _TABLES.iterdir())
     ids = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
     return tuple(id_ for id_ in ids if id_ != "correspondence")
 
@@ -245,4 +251,4 @@ def _drop_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _read_table(name: str) -> str:
-    return resources.files(__package__).joinpath("tables", name).read_text("utf-8")
+    return (_TABLES / name).read_text("utf-8")

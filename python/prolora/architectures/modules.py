@@ -66,6 +66,7 @@ class BlockPosition(NamedTuple):
     local: str  # the module's name within its block
 
 
+@lru_cache(1 << 15)
 def find_component(module: str) -> str:
     """Returns the part of the pipeline, e.g. "unet", "transformer", "text_encoder"."""
     root = module.split(".", 1)[0]

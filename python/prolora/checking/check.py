@@ -15,7 +15,6 @@ from ..architectures.loaders import known_loaders
 from ..bases.describe import BaseShapes
 from ..bases.keys.other_models import explain_other_model
 from ..errors import InvalidOption, MissingFile, UnrelatedBases, UnsupportedFormat, suggest
-from ..moving import base_fit
 from ..reports.report import Sentence
 from .check_result import Check
 from .file_facts import check_model, check_tensors, read_base_shapes
@@ -24,6 +23,7 @@ if TYPE_CHECKING:  # torch, which takes a second to import, is needed where a ba
     from ..bases import BaseLike
     from ..bases.base import Progress
     from ..bases.experts import ExpertsLike
+    from ..moving.base_fit import BaseMatch
     from ..verbs.options import TransferOptions
 
 
@@ -87,8 +87,10 @@ def check(
     return found
 
 
-def _match_base(opened: Lora, base: ExpertsLike) -> base_fit.BaseMatch:
+def _match_base(opened: Lora, base: ExpertsLike) -> BaseMatch:
     """Says whether a LoRA is for a base or a family; of two experts the first decides."""
+    from ..moving import base_fit
+
     if published := base_fit.find_published(base):
         return base_fit.fit_published(opened, published)
     try:

@@ -1,5 +1,6 @@
 """The command line: arguments in, library calls, tables or JSON out."""
 
+import gc
 import os
 import signal
 
@@ -14,6 +15,7 @@ def main() -> None:
     """Runs the command line, which takes seconds to load."""
     # Raised while a library is loaded, an exception can be printed by it, or be lost.
     signal.signal(signal.SIGINT, stop)
+    gc.disable()  # until all is loaded, there is no garbage
     from .running import run
 
     run()

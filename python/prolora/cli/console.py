@@ -19,13 +19,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -201,15 +194,19 @@ def progress_bar(title: str, shown: bool = True, timed: bool = True) -> Iterator
         shown: False draws nothing.
         timed: whether to estimate the time that is left; False where the names say it.
     """
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        *([TimeRemainingColumn()] if timed else []),
-        TextColumn("{task.fields[name]}", style="dim", justify="left", markup=False),
+    if not (shown and err.is_terminal):
+        yield lambda done, total, name: None
+        return
+    from rich import progress as rich
+
+    columns: tuple[rich.ProgressColumn, ...] = (
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(bar_width=24),
+        rich.TextColumn("{task.percentage:>3.0f}%"),
+        *([rich.TimeRemainingColumn()] if timed else []),
+        rich.TextColumn("{task.fields[name]}", style="dim", justify="left", markup=False),
     )
-    hidden = not (shown and err.is_terminal)
-    with Progress(*columns, console=err, transient=True, disable=hidden) as bar:
+    with rich.Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(title, total=None, name="")
 
         def update(done: int, total: int, name: str) -> None:

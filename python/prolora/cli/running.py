@@ -53,6 +53,7 @@ def run() -> None:
     """Runs the command line; an expected error becomes one message and an exit code."""
     app = build_app(find_verb(), loaded=False)
     gc.freeze()  # a search for garbage among all of torch takes 0.2 s, and finds none
+    gc.enable()
     # An ordinary exit when told to stop, so that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
     prepare_streams()

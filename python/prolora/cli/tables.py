@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from ..reports.report import Sentence
-from ..reports.table import Table
 from .console import PlainConsole
+
+if TYPE_CHECKING:
+    from ..reports.report import Sentence
+    from ..reports.table import Table
 
 MARKS = {"✔": "bold green", "⚠": "bold yellow", "✖": "bold red"}
 TONES = {"total": "bold", "warn": "yellow", "faint": "dim", "": None}

@@ -353,7 +353,9 @@ def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise UnsupportedFormat(f"{path}: {name} has the unknown dtype {dtype!r:.40}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _are_sizes(shape, 16) or not _are_sizes(offsets, 2) or len(offsets) != 2:
+    # That the bytes lie in the file is checked for all tensors together.
+    pair = isinstance(offsets, list) and len(offsets) == 2
+    if not (pair and type(offsets[0]) is type(offsets[1]) is int and _are_sizes(shape)):
         raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
     start, stop = offsets
     count = math.prod(shape)
@@ -367,12 +369,12 @@ def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), start, stop)
 
 
-def _are_sizes(values: object, most: int) -> bool:
-    """Recognises a list of at most `most` whole numbers below 2^48.
+def _are_sizes(values: object) -> bool:
+    """Recognises a list of at most 16 whole numbers below 2^48.
 
     No file is larger; True is no number here.
     """
-    if not isinstance(values, list) or len(values) > most:
+    if not isinstance(values, list) or len(values) > 16:
         return False
     for value in values:  # of every tensor: a generator takes twice as long
         if type(value) is not int or not 0 <= value < 2**48:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ..files.jsontext import replace_nonfinite
-from ..files.store import put_text
-from .place_map import PlaceMap
-from .table import Table
+
+if TYPE_CHECKING:  # `check` of a file imports little
+    from .place_map import PlaceMap
+    from .table import Table
 
 Mark = Literal["✔", "⚠", "✖"]
 NameOption = Callable[[str], str]
@@ -175,5 +176,7 @@ class Report:
             OutputExists: something has that name.
             OutputError: the path cannot be written.
         """
+        from ..files.store import put_text
+
         text = self.to_html(spell=spell) if is_page_path(path) else self.to_json() + "\n"
         put_text(path, text, overwrite=overwrite)

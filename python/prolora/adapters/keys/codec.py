@@ -86,7 +86,8 @@ ENCODER_PREFIXES = (
     EncoderPrefix("lora_te_", "kohya", _FIRST, (LANGUAGE_MODEL,), ALWAYS),
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     EncoderPrefix("lora_te_", "kohya", _FIRST, (CLIP,), ONE),
-    EncoderPrefix("lora_te1_", "kohya", _FIRST, (CLIP, LANGUAGE_MODEL), SEVERAL),
+    EncoderPrefix("lora_te1_", "kohya", _FIRST, (CLIP,), SEVERAL),
+    EncoderPrefix("lora_te1_", "kohya", _FIRST, (LANGUAGE_MODEL,)),
     # OneTrainer counts FLUX's T5 as the second, kohya as the third.
     EncoderPrefix("lora_te2_", "kohya", _SECOND, (CLIP, LANGUAGE_MODEL, T5), ALWAYS),
     EncoderPrefix("text_encoders.t5xxl.transformer.", "comfy", "", (T5,), ALWAYS),
@@ -129,6 +130,7 @@ class Module(NamedTuple):
     spelling: Spelling | None = None
     described: bool = False  # no known family has this module: `name` is the file's own
     alike: bool = False  # the family's authors and diffusers have the same name for it
+    unwritten: bool = False  # of a text encoder, under a name that is only read
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -252,48 +254,57 @@ def read_without_family(path: str) -> Module | CutPath | None:
     return known or (cut if cut and cut.component != "unet." else None)
 
 
-# Prefix, format of the file, and the key under which diffusers files keep the scale of the
+# Prefix -> format of the file, and the key under which diffusers files keep the scale of the
 # component. The first that fits counts.
-_PREFIXES = (
-    ("lora_unet_unet_", "kohya", "transformer."),
-    ("lora_unet__", "kohya", "transformer."),
-    ("lora_unet_model_", "kohya", "transformer."),  # musubi-tuner's, of HiDream-O1
-    ("lora_unet_decoder_", "kohya", "transformer."),  # ACE-Step's
-    ("lora_unet_", "kohya", "transformer."),
-    ("lora_unet.", "kohya", "transformer."),
-    ("lora_transformer_", "kohya", "transformer."),
-    ("lora_transformer.", "kohya", "transformer."),
-    ("lycoris_", "kohya", "transformer."),
-    ("lycoris.", "kohya", "transformer."),
-    ("model.diffusion_model.", "comfy", "transformer."),
-    ("diffusion_model.model.", "comfy", "transformer."),  # ai-toolkit's first HiDream-O1
-    ("diffusion_model.decoder.", "comfy", "transformer."),  # ACE-Step's
-    ("diffusion_model.", "comfy", "transformer."),
-    ("transformer.", "diffusers", "transformer."),
-    ("base_model.model.", "peft", "base_model.model."),
-    ("net.", "diffusers", "transformer."),
-    ("pipe.dit.", "diffusers", "transformer."),  # DiffSynth-Studio names modules by its pipeline
-    ("unet.", "diffusers", "unet."),
-    ("", "diffusers", ""),
-)
+_PREFIXES = {
+    "lora_unet_unet_": ("kohya", "transformer."),
+    "lora_unet__": ("kohya", "transformer."),
+    "lora_unet_model_": ("kohya", "transformer."),  # musubi-tuner's, of HiDream-O1
+    "lora_unet_decoder_": ("kohya", "transformer."),  # ACE-Step's
+    "lora_unet_": ("kohya", "transformer."),
+    "lora_unet.": ("kohya", "transformer."),
+    "lora_transformer_": ("kohya", "transformer."),
+    "lora_transformer.": ("kohya", "transformer."),
+    "lycoris_": ("kohya", "transformer."),
+    "lycoris.": ("kohya", "transformer."),
+    "model.diffusion_model.": ("comfy", "transformer."),
+    "diffusion_model.model.": ("comfy", "transformer."),  # ai-toolkit's first HiDream-O1
+    "diffusion_model.decoder.": ("comfy", "transformer."),  # ACE-Step's
+    "diffusion_model.": ("comfy", "transformer."),
+    "transformer.": ("diffusers", "transformer."),
+    "base_model.model.": ("peft", "base_model.model."),
+    "net.": ("diffusers", "transformer."),
+    "pipe.dit.": ("diffusers", "transformer."),  # DiffSynth-Studio names modules by its pipeline
+    "unet.": ("diffusers", "unet."),
+    "": ("diffusers", ""),
+}
+_ANY_PREFIX = re.compile("|".join(map(re.escape, _PREFIXES)))
 
 
-@lru_cache(1 << 13)
+@lru_cache(1 << 15)
 def cut_prefix(path: str) -> CutPath | None:
     """Cuts the prefix off a UNet's or transformer's path; None for text encoders."""
     if path.startswith(("lora_te", "text_encoders.")):
         return None
-    prefix, format, component = next(one for one in _PREFIXES if path.startswith(one[0]))
-    cut = CutPath(prefix, path[len(prefix) :], format, component, not prefix.endswith("_"))
+    prefix, rest = _split_prefix(path)
+    cut = CutPath(prefix, rest, *_PREFIXES[prefix], not prefix.endswith("_"))
     # Wrappers stand in each other: `transformer.base_model.model.`
-    while inner := next((x for x in _PREFIXES if x[2] and cut.rest.startswith(x[0])), None):
-        if not cut.prefix or not cut.dotted or inner[1] == "kohya":
+    while cut.prefix and cut.dotted:
+        inner, rest = _split_prefix(cut.rest)
+        format, component = _PREFIXES[inner]
+        if not inner or format == "kohya":
             break
-        if cut.format == "peft" or inner[2] == "unet.":
-            cut = cut._replace(format=inner[1], component=inner[2])
-        rest = cut.rest.removeprefix(inner[0])
-        cut = cut._replace(prefix=cut.prefix + inner[0], rest=rest)
+        if cut.format == "peft" or component == "unet.":
+            cut = cut._replace(format=format, component=component)
+        cut = cut._replace(prefix=cut.prefix + inner, rest=rest)
     return cut
+
+
+def _split_prefix(path: str) -> tuple[str, str]:
+    """Splits a path behind the first prefix that fits; "" always does."""
+    match = _ANY_PREFIX.match(path)
+    end = match.end() if match else 0
+    return path[:end], path[end:]
 
 
 def _find(cut: CutPath, family: Family) -> Module | None:
@@ -370,9 +381,11 @@ def _find_in_encoder(path: str, t5: str) -> Module | None:
             rest, dotted = path[len(prefix) :], prefix[-1] == "."
             if local := _find_local(rest, row.names, dotted=dotted):
                 component = row.component or t5
-                return Module(f"{component}.{local}", row.format, f"{component}.", local)
+                name, unwritten = f"{component}.{local}", row.written is None
+                return Module(name, row.format, f"{component}.", local, unwritten=unwritten)
     format, prefix = ("peft", _PEFT) if path.startswith(_PEFT) else ("diffusers", "")
-    rest = _PROCESSOR.sub("", path.removeprefix(prefix))
+    rest = path.removeprefix(prefix)
+    rest = _PROCESSOR.sub("", rest) if ".processor." in rest else rest
     component, _, inside = rest.partition(".")
     if component == "text_model" or rest.startswith("encoder.layers."):
         component, inside = TEXT_ENCODERS[0], rest

@@ -31,7 +31,7 @@ _PLAIN = (  # the suffix is the role
 )
 _GLORA = "a1|a2|b1|b2|bm"
 _KEY = re.compile(
-    r"(?P<path>.+?)(?:"
+    r"(?P<path>.+)(?:"
     + "|".join(f"(?P<{role}>{suffix})" for role, suffix in _SUFFIXES.items())
     + rf"|\.(?P<plain>{_PLAIN})|\.(?P<glora>{_GLORA})\.weight)"
 )
@@ -47,12 +47,12 @@ _REPLACED_NORM = "a normalisation layer that replaces the base model's, not an u
 _PACKED_EMBEDDING = "an embedding packed with the LoRA: not part of it"
 NO_UPDATES = (_REPLACED_NORM, _PACKED_EMBEDDING)
 """Reasons of what is left out without a loss; all else may be an update."""
-# The first match decides.
+# What follows a dot, or begins the key. The first match decides.
 _LEFT_OUT = (
-    (r"\.norm\.(query_norm|key_norm)\.scale$", _REPLACED_NORM),
-    (r"\.attn\.norm_(added_)?[qk]\.weight$", _REPLACED_NORM),
-    (r"\.diff_m$", "a difference of a modulation table: not moved"),
-    (r"^bundle_emb\.|(^|\.)emb_params$", _PACKED_EMBEDDING),
+    (r"norm\.(query_norm|key_norm)\.scale$", _REPLACED_NORM),
+    (r"attn\.norm_(added_)?[qk]\.weight$", _REPLACED_NORM),
+    (r"diff_m$", "a difference of a modulation table: not moved"),
+    (r"(?<=^\.)bundle_emb\.|emb_params$", _PACKED_EMBEDDING),
 )
 
 _EXTRACT = (
@@ -61,29 +61,29 @@ _EXTRACT = (
 )
 BOFT = "a BOFT (butterfly) adapter"
 _MODULES_TO_SAVE, _BIASES = "fully trained modules (modules_to_save)", "trained biases"
-# Suffixes as LyCORIS, PEFT and ComfyUI write them. The first match decides.
+# As above, as LyCORIS, PEFT and ComfyUI write them.
 _REFUSED = (
-    (r"\.(oft_diag|oft_[rR]|boft_\w+)\b|\.oft\b", "an OFT adapter other than LyCORIS' diag-OFT"),
+    (r"(oft_diag|oft_[rR]|boft_\w+|oft)\b", "an OFT adapter other than LyCORIS' diag-OFT"),
     (
-        r"\.(vera|hra|poly_lora|randlora|bone|miss|road|shira|waveft|fourierft|ln_tuning"
+        r"(vera|hra|poly_lora|randlora|bone|miss|road|shira|waveft|fourierft|ln_tuning"
         r"|vblora|c3a|adalora|lora_E|gralora|delora|osf)(_\w+)?(\.|$)",
         "an adapter of one of PEFT's rarer methods",
     ),
     (
-        r"\.(q_layer|p_layer|lambda_layer)(\.weight)?$",
+        r"(q_layer|p_layer|lambda_layer)(\.weight)?$",
         "a T-LoRA, whose rank depends on the time step",
     ),
-    (r"\.bias_(indices|values|size)$", "a LyCORIS update with a sparse bias"),
-    (r"\.set_weight$", "whole weights that replace the base model's, not an update of them"),
-    (r"\.(lora_edit|reshape_weight)\b", "a LoRA on reshaped weights"),
-    (r"\.on_input$", "an IA3 adapter, which scales activations"),
-    (r"\.lora_embedding_[AB]\b", "a LoRA on an embedding table"),
-    (r"\.modules_to_save\.", _MODULES_TO_SAVE),
-    (r"(?<=^base_model\.model\.).+(?<!\.lora_B)\.bias$", _BIASES),
+    (r"bias_(indices|values|size)$", "a LyCORIS update with a sparse bias"),
+    (r"set_weight$", "whole weights that replace the base model's, not an update of them"),
+    (r"(lora_edit|reshape_weight)\b", "a LoRA on reshaped weights"),
+    (r"on_input$", "an IA3 adapter, which scales activations"),
+    (r"lora_embedding_[AB]\b", "a LoRA on an embedding table"),
+    (r"modules_to_save\.", _MODULES_TO_SAVE),
+    (r"(?<=^\.)base_model\.model\..+(?<!\.lora_B)\.bias$", _BIASES),
 )
 
-# Most keys are of neither kind: all patterns at once.
-_ANY_NOT_READ = re.compile("|".join(f"(?:{pattern})" for pattern, _ in (*_LEFT_OUT, *_REFUSED)))
+# Most keys are of neither kind. With the dot in front, the search skips all other letters.
+_ANY_NOT_READ = re.compile(rf"\.(?:{'|'.join(pattern for pattern, _ in (*_LEFT_OUT, *_REFUSED))})")
 
 # Files of other kinds, by a typical key.
 _OTHER_KINDS = (
@@ -121,7 +121,7 @@ class StoredTensor(NamedTuple):
 @lru_cache(1 << 14)
 def split_key(key: str) -> tuple[str, str]:
     """Splits a key of an update or vector into (module path, role), else ("", "")."""
-    if match := _XLABS.fullmatch(key):
+    if ".processor." in key and (match := _XLABS.fullmatch(key)):
         return match["path"], match["role"]
     match = _KEY.fullmatch(key)
     if match is None:
@@ -135,10 +135,12 @@ def find_unread(key: str) -> tuple[str, str]:
 
     Each is "" for a key of another kind; what is left out is no reason to refuse the rest.
     """
-    if not _ANY_NOT_READ.search(key):
+    if not _ANY_NOT_READ.search(dotted := f".{key}"):
         return "", ""
-    reasons = (_REFUSED, _LEFT_OUT)
-    kind, reason = (next((x for p, x in some if re.search(p, key)), "") for some in reasons)
+    kind, reason = (
+        next((x for pattern, x in some if re.search(rf"\.(?:{pattern})", dotted)), "")
+        for some in (_REFUSED, _LEFT_OUT)
+    )
     return kind, reason
 
 

@@ -1,11 +1,11 @@
-"""All known families, one a file; see `..family`."""
+"""All known families; see `..family`."""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
+from pkgutil import iter_modules
 
 from ..family import Family
 from ..layouts import known_layouts, load_layout
@@ -25,9 +25,27 @@ def join_titles(titles: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def list_loaded(families: Iterable[str], sizes: Collection[str] = ()) -> tuple[str, ...]:
+    """Lists the ids of families, or of their groups of sizes that programs tell apart.
+
+    `sizes` are the published sizes that something may be for, if they are known.
+    """
+    groups = [group for id_ in families for group in known_families()[id_].as_loaded]
+    likely = [group for group in groups if not {*sizes}.isdisjoint(group.layouts)]
+    return tuple(group.id for group in likely or groups)
+
+
+@cache
+def loaded_families() -> dict[str, Family]:
+    """Returns id -> family, or group of sizes that programs tell apart."""
+    return known_families() | {
+        group.id: group for family in known_families().values() for group in family.as_loaded
+    }
+
+
 @cache
 def known_families() -> dict[str, Family]:
-    """Returns id -> family, sorted by file name."""
-    files = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    families = (importlib.import_module(f"{__name__}.{file}").FAMILY for file in files)
-    return {family.id: family for family in families}
+    """Returns id -> family, sorted by id."""
+    files = [importlib.import_module(f"{__name__}.{one.name}") for one in iter_modules(__path__)]
+    families = [one for file in files for one in getattr(file, "FAMILIES", ()) or (file.FAMILY,)]
+    return {family.id: family for family in sorted(families, key=lambda family: family.id)}
