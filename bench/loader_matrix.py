@@ -42,9 +42,10 @@ from prolora.adapters.contents import parse_contents
 from prolora.adapters.formats.encoding import encode_adapter
 from prolora.adapters.formats.groups import lay_out
 from prolora.adapters.key_groups import Slot
+from prolora.adapters.keys.tensor_keys import split_key
 from prolora.adapters.lora import Lora
 from prolora.architectures import loaders
-from prolora.architectures.families import known_families
+from prolora.architectures.families import known_families, loaded_families
 from prolora.architectures.family import Family, Spelling
 from prolora.architectures.identify import Model, share_rows
 from prolora.architectures.layouts import UNUSED, load_layout
@@ -96,7 +97,12 @@ TEXT_MODULES = {
     "t5-xxl": {
         "encoder.block.0.layer.0.SelfAttention.q": (4096, 4096),
         "encoder.block.0.layer.1.DenseReluDense.wi_0": (10240, 4096),
-    }
+    },
+    "qwen3-0.6b": {
+        "layers.0.self_attn.q_proj": (2048, 1024),
+        "layers.0.self_attn.o_proj": (1024, 2048),
+        "layers.0.mlp.gate_proj": (3072, 1024),
+    },
 }
 """Text encoder -> some modules of it, with their shapes."""
 UNET_FORMATS = ("comfy", "kohya", "diffusers", "peft")
@@ -118,11 +124,12 @@ def select_blocks(names: list[str]) -> list[str]:
 
 
 def list_layouts(family: Family) -> list[str]:
-    """The published sizes that have modules which those before them have not."""
+    """The published sizes that have modules, or a loader, which those before them have not."""
     chosen, seen = [], set()
+    apart = {sizes[0] for sizes in family.groups.values()}
     for layout in family.layouts:
         patterns = {family.find_pattern(name) for name in linear_shapes(layout)}
-        if not patterns <= seen:
+        if layout in apart or not patterns <= seen:
             chosen.append(layout)
             seen |= patterns
     return chosen
@@ -131,7 +138,7 @@ def list_layouts(family: Family) -> list[str]:
 @cache
 def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
     """The linear layers outside blocks and in the first two and the last block of every stack."""
-    family, shapes = known_families()[id_], linear_shapes(layout)
+    family, shapes = loaded_families()[id_], linear_shapes(layout)
     shapes = {
         name: shape
         for name, shape in shapes.items()
@@ -320,6 +327,20 @@ def number_parts(tensors: dict[str, Tensor], slots: list[Slot]) -> dict[str, Ten
     return tensors
 
 
+def list_cases(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The files of a folder; LoRAs also as differences of whole weights, which take no memory."""
+    for file in sorted(folder.glob("*.safetensors")):
+        yield file.name, (tensors := load_file(file))
+        if "-lora-" in file.name and "-without-" not in file.name:
+            slots = parse_contents(Lora.open(tensors)).slots
+            paths = {split_key(next(iter(slot.keys.values())))[0]: slot.form for slot in slots}
+            one = torch.ones(1, 1)
+            yield (
+                f"{file.name} as differences",
+                {f"{path}.diff": one.expand(form.out, form.inputs) for path, form in paths.items()},
+            )
+
+
 def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
     """Kinds that a program reads whole in every file of which it reads a plain LoRA whole.
 
@@ -329,8 +350,8 @@ def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
     tried: dict[str, set[tuple[str, str]]] = {}  # kind -> families and formats
     wholes: dict[str, set[tuple[str, str]]] = {}  # those that are read whole
     counts = {True: 0, False: 0}
-    for file in sorted(folder.glob("*.safetensors")):
-        found, slots = check(file, program=program), parse_contents(Lora.open(file)).slots
+    for file, tensors in list_cases(folder):
+        found, slots = check(tensors, program=program), parse_contents(Lora.open(tensors)).slots
         family = known_families().get(found.family or "")
         if family is None:
             continue
@@ -343,7 +364,7 @@ def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
             continue
         keys = {name: [*slot.keys.values()] for slot in slots for name in slot.module.modules}
         try:
-            taken = read(number_parts(load_file(file), slots), keys)
+            taken = read(number_parts(dict(tensors), slots), keys)
         except PROGRAM_ERRORS:
             taken = set()
         took, every = sum(set(of) <= taken for of in keys.values()), len(keys)
@@ -357,7 +378,7 @@ def compare_files(open_program: Open, program: str, folder: Path) -> list[str]:
             said = (every - sum((found.skipped or {}).values())) * reaches
             counts[said == took] += 1
             if said != took:
-                print(f"{file.name}: {said} of {every}, and the program takes {took}", flush=True)
+                print(f"{file}: {said} of {every}, and the program takes {took}", flush=True)
     print(f"{counts[True]} files alike, {counts[False]} not", flush=True)
     fair = {kind: of & wholes.get("lora", set()) for kind, of in tried.items()}
     return sorted(kind for kind, of in fair.items() if of and of <= wholes.get(kind, set()))
@@ -409,7 +430,7 @@ def summarise(id_: str, sizes: Sizes) -> dict[str, object]:
 
     `[]` is read whole, `["*"]` is nothing, None not whole by an amount that nobody counted.
     """
-    family, rows = known_families()[id_], {}
+    family, rows = loaded_families()[id_], {}
     tried = [layout for layout in sizes if layout]
 
     def list_patterns(layouts: Iterable[str]) -> set[str]:
@@ -440,7 +461,7 @@ def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
     families: dict[str, Any] = {}
     for program, facts in raw.items():
-        for id_, sizes in facts["families"].items():
+        for id_, sizes in split_groups(facts["families"]):
             of = families.setdefault(id_, {"": []})
             of[""].append(program)
             changed = {
@@ -467,10 +488,19 @@ def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"programs": programs, "families": drop_idle_rows(families)}
 
 
+def split_groups(families: Mapping[str, Sizes]) -> Iterator[tuple[str, Sizes]]:
+    """The counts of every family, then of its groups of sizes that programs tell apart."""
+    for id_, sizes in families.items():
+        yield id_, sizes
+        for group in known_families()[id_].as_loaded if known_families()[id_].groups else ():
+            if tried := {size: rows for size, rows in sizes.items() if size in group.layouts}:
+                yield group.id, tried
+
+
 def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
     """The families in order, without spellings that no format of ours has and no program reads."""
     kept = {}
-    for id_, family in known_families().items():
+    for id_, family in loaded_families().items():
         if id_ in families:
             own = {loaders.name_row(family, f, one) for f, one in family.spellings.items()}
             rows = families[id_]
@@ -534,8 +564,8 @@ def main() -> None:
         add_alphas(open_program, raw[arguments.program]["families"])
         arguments.json.write_text(format_counts(raw), "utf-8")
         return
-    facts = {"title": program.title, "version": version, "how": "run", "families": before}
-    raw[arguments.program] = facts
+    facts = raw.setdefault(arguments.program, {})
+    facts |= {"title": program.title, "version": version, "how": "run", "families": before}
     for table in tabulate(
         open_program, arguments.families or list(known_families()), program.reads_text
     ):

@@ -7,6 +7,7 @@ python docs/make_families.py --check    # exit 1 where the page differs from the
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 from prolora.adapters.keys.codec import Codec
@@ -73,13 +74,14 @@ def _sizes(family: Family) -> str:
 
 def _formats(family: Family) -> str:
     rows = []
-    for format in FORMATS:
-        row = name_row(family, format, family.spellings.get(format))
-        usual = [name for id_ in family.layouts[:1] for name in load_layout(id_).adapted]
-        reach = find_reach(family, row, usual) if format in family.spellings else {}
+    for format, group in product(FORMATS, family.as_loaded):
+        row = name_row(group, format, family.spellings.get(format))
+        usual = load_layout(group.layouts[0]).adapted
+        reach = find_reach(group, row, usual) if format in family.spellings else {}
         whole = [one.title for id_, one in known_loaders().items() if reach.get(id_) == "whole"]
         if whole:
-            rows.append(f"`{format}`: {', '.join(whole)}")
+            title = f" ({group.title})" if family.groups else ""
+            rows.append(f"`{format}`{title}: {', '.join(whole)}")
     return "<br>".join(rows) or "not tried"
 
 

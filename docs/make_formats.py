@@ -26,7 +26,7 @@ def write_tables() -> str:
     lines += [f"| `{id_}` | {one.title} | {one.version} |" for id_, one in programs.items()]
     titles = [one.title for one in programs.values()]
     lines += ["", "| family | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for family in known_families().values():
+    for family in (one for every in known_families().values() for one in every.as_loaded):
         cells = [_write_cell(family, program) for program in programs]
         if any(cells):  # else no program was tried with its models
             lines.append(

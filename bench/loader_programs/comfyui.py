@@ -15,7 +15,14 @@ from prolora.architectures.layouts import load_layout
 from .common import Keys, Open, Read, enter, store_hollow, with_alphas
 from .text_encoders import list_weights
 
+_LYRICS = {
+    "encoder.lyric_encoder.layers.0.input_layernorm.weight": (2048,),
+    "encoder.lyric_encoder.layers.0.self_attn.q_proj.weight": (2048, 2048),
+    "encoder.lyric_encoder.layers.0.mlp.gate_proj.weight": (6144, 2048),
+}
 COMFYUI_HINTS = {
+    "ace-step-1.5": _LYRICS | {"decoder.layers.0.self_attn_norm.weight": (2048,)},
+    "ace-step-1.5-xl": _LYRICS | {"decoder.layers.0.self_attn_norm.weight": (2560,)},
     "auraflow": {"positional_encoding": (1, 9216, 3072)},
     "boogu-image": {"time_caption_embed.caption_embedder.0.weight": (4096,)},
     "chroma": {
@@ -43,12 +50,19 @@ COMFYUI_HINTS = {
         "blocks.0.attn.qknorm.qnorm.scale": (128,),
     },
     "lumina2": {"noise_refiner.0.attention.k_norm.weight": (96,)},
+    "mageflow": {"txt_norm.weight": (2560,)},
     "minimax-h3": {"blocks.0.attn.q_norm.weight": (128,), "rope.inv_freq": (16,)},
     "qwen-image": {"txt_norm.weight": (3584,)},
     "wan2.1-i2v-14b": {"img_emb.proj.0.bias": (1280,)},
+    "wan2.2-animate-14b": {
+        "img_emb.proj.0.bias": (1280,),
+        "face_adapter.fuser_blocks.0.k_norm.weight": (128,),
+    },
     "z-image": {"noise_refiner.0.attention.k_norm.weight": (128,)},
 }
 """Norms by which ComfyUI tells a family or size: layouts have matrices only."""
+COMFYUI_PREFIXES = {"ace-step-1.5": "decoder."}
+"""Family -> what its checkpoints have before the names of the transformer."""
 COMFYUI_CONFIGS = {
     "ltx2.3": {"apply_gated_attention": True, "cross_attention_adaln": True},
     "ltx2.5": {"apply_gated_attention": True, "cross_attention_adaln": True},
@@ -73,7 +87,8 @@ def open_program(checkout: Path) -> Open:
             }
             config = detection.unet_config_from_diffusers_unet(state)
         else:
-            state = store_hollow(family, layout)
+            prefix = COMFYUI_PREFIXES.get(family.id, "")
+            state = {prefix + key: value for key, value in store_hollow(family, layout).items()}
             hints = COMFYUI_HINTS.get(layout) or COMFYUI_HINTS.get(family.id, {})
             state |= {key: torch.empty(shape, device="meta") for key, shape in hints.items()}
             header = json.dumps({"transformer": COMFYUI_CONFIGS.get(layout, {})})
@@ -81,6 +96,11 @@ def open_program(checkout: Path) -> Open:
         chosen = detection.model_config_from_unet_config(config, state) if config else None
         if chosen is None:
             return None
+        if family.id == "ace-step-1.5":
+            import comfy.ldm.ace.ace_step15 as ace  # type: ignore[import-not-found]
+
+            # It computes while it is built, and has no LoRAs.
+            ace.AceStepAudioTokenizer = lambda *_, **__: None
         chosen.set_inference_dtype(torch.float32, torch.float32)
         model = chosen.get_model(state, "", device="meta")
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -104,18 +124,22 @@ def open_program(checkout: Path) -> Open:
 
         def read(tensors: dict[str, Tensor], keys: Keys) -> set[str]:
             patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
-            taken = set()
+            taken, by_id = set(), {id(tensor): key for key, tensor in tensors.items()}
             for target, patch in patches.items():
                 name, rows = target, None
                 if isinstance(target, tuple):
                     name, rows = target[0], target[1]
+                shape = list(shapes[name])
+                if rows is not None:
+                    shape[rows[0]] = rows[2]
+                if isinstance(patch, tuple):  # a difference of the weight
+                    difference = patch[1][0]
+                    taken |= {by_id[id(difference)]} if [*difference.shape] == shape else set()
+                    continue
                 if getattr(patch, "name", "") != "lora":  # all keys of a file are in every patch
                     taken |= getattr(patch, "loaded_keys", set())
                     continue
                 up, down = patch.weights[0], patch.weights[1]
-                shape = list(shapes[name])
-                if rows is not None:
-                    shape[rows[0]] = rows[2]
                 if [len(up), down[0].numel()] == [shape[0], torch.Size(shape[1:]).numel()]:
                     taken |= patch.loaded_keys
             return with_alphas(taken, tensors)

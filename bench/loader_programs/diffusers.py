@@ -49,7 +49,14 @@ DIFFUSERS_PIPELINES = {
     "ssd-1b": "StableDiffusionXLPipeline",
     "wan": "WanPipeline",
     "z-image": "ZImagePipeline",
+    "cosmos-predict2-2b": "Cosmos2TextToImagePipeline",
+    "cosmos-predict2.5-2b": "Cosmos2_5_PredictBasePipeline",
+    "skyreels-v2-df-1.3b": "SkyReelsV2DiffusionForcingPipeline",
+    "wan2.1-i2v-14b": "WanImageToVideoPipeline",
+    "wan2.1-vace-14b": "WanVACEPipeline",
+    "wan2.2-animate-14b": "WanAnimatePipeline",
 }
+"""Family, or size of one that has a pipeline with another loader -> pipeline."""
 DIFFUSERS_LACKS = ("chroma-radiance", "wan2.2-s2v-14b")
 """Sizes of a family that it has no class of."""
 
@@ -64,9 +71,12 @@ def open_program(checkout: Path) -> Open:
     blocks = {"sd15": 4, "sd21": 4, "bk-sdm": 4}
 
     def open_model(family: Family, layout: str) -> Read | None:
-        pipeline = getattr(diffusers, DIFFUSERS_PIPELINES.get(family.id, " "), None)
-        if not hasattr(pipeline, "lora_state_dict") or layout in DIFFUSERS_LACKS:
+        named = DIFFUSERS_PIPELINES.get(layout) or DIFFUSERS_PIPELINES.get(family.id, " ")
+        pipeline = getattr(diffusers, named, None)
+        if pipeline is None or layout in DIFFUSERS_LACKS:
             return None
+        if not hasattr(pipeline, "lora_state_dict"):
+            return lambda tensors, keys: set()
         shapes = load_layout(layout).shapes
         options = {}
         if family.unet:

@@ -50,7 +50,31 @@ def build_t5(layers: int | None = None) -> nn.Module:
     return T5EncoderModel(config)
 
 
-NAMES = {"clip-l": "clip_l", "clip-h": "clip_h", "clip-bigg": "clip_g", "t5-xxl": "t5xxl"}
+def build_qwen3() -> nn.Module:
+    """Qwen3 0.6B, with `model.` before all names, as ComfyUI has it."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    outer = nn.Module()
+    outer.model = Qwen3Model(
+        Qwen3Config(
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+        )
+    )
+    return outer
+
+
+NAMES = {
+    "clip-l": "clip_l",
+    "clip-h": "clip_h",
+    "clip-bigg": "clip_g",
+    "t5-xxl": "t5xxl",
+    "qwen3-0.6b": "qwen3_06b",
+}
 """Encoder -> what ComfyUI calls it."""
 
 
@@ -67,5 +91,7 @@ def list_weights(layout: str) -> dict[str, tuple[int, ...]]:
 
 
 def build_encoder(name: str, layers: int | None = None) -> nn.Module:
-    """CLIP or T5, of as many layers as it has or of some."""
+    """CLIP, T5 or Qwen3; the first two of as many layers as they have or of some."""
+    if name == "qwen3-0.6b":
+        return build_qwen3()
     return build_t5(layers) if name == "t5-xxl" else build_clip(name, layers)

@@ -168,9 +168,10 @@ def test_trainers_spellings_of_hidream_o1_and_omnigen2_are_told(layout, spell, t
 def test_musubis_hidream_o1_keeps_its_spelling_and_comfyuis_gets_no_prefix(tmp_path):
     lora = tmp_path / "lora.safetensors"
     told = write_spelled(lora, "hidream-o1", underscored("lora_unet_model_"))
-    assert "musubi-tuner" in told.readers.whole and "ComfyUI" in told.readers.none
+    assert {"musubi-tuner", "ComfyUI"} <= {*told.readers.none}  # the first stops without alphas
     adapter = read_adapter(lora)
     kept = encode_state_dict(adapter, format="auto")
+    assert "musubi-tuner" in check(kept).readers.whole
     assert all(key.startswith("lora_unet_model_") for key in kept)
     for_comfy = encode_state_dict(adapter, format="comfyui")
     assert "diffusion_model.language_model.layers.0.mlp.up_proj.lora_A.weight" in for_comfy

@@ -16,7 +16,7 @@ MAKER = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_conformanc
 FILES = list(MAKER["list_files"]())
 # BK-SDM's first size is SD1.5 less a few blocks; of a U-Net's OFT no width is known.
 READ_AS = {"bk-sdm": "sd15", "sd21": "sd15"}
-UNTRIED = {"ace-step-1.5", "boogu-image", "llada-image", "mageflow", "minimax-h3", "qwen-image-2.1"}
+UNTRIED = {"llada-image", "minimax-h3", "qwen-image-2.1"}
 KINDS = {"dora": "lora+dora", "lora-without-alpha": "lora"}
 
 

@@ -20,6 +20,7 @@ from prolora.architectures.modules import (
     is_in_text_encoder,
     matrix_shape,
 )
+from prolora.checking.check import check
 from prolora.checking.file_facts import check_tensors
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
@@ -88,3 +89,40 @@ def test_the_true_family_is_alone_for_all_but_a_few_headers():
     assert len(answers) == 524
     assert all(family in found for family, found in answers)
     assert sum(found == (family,) for family, found in answers) >= 483
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("anima-2.9b", "✔ diffusers applies all of it"),
+        ("cosmos-predict2-14b", "✖ diffusers reads nothing of it"),
+        ("cosmos-predict2-2b", "⚠ diffusers (as Anima) applies all of it; as another model's"),
+    ],
+)
+def test_a_program_is_asked_for_each_size_that_it_loads_by_different_code(size, said):
+    lora = make_header("cosmos", size, is_attention, "comfy")
+    assert str(check_tensors(lora, "diffusers")).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"), [("lora_te", "✔ ComfyUI applies all"), ("lora_te1", "⚠ ComfyUI applies its")]
+)
+def test_a_text_encoder_is_read_under_the_names_that_were_tried(start, said):
+    headers = {f"{start}_layers_0_self_attn_q_proj": (2048, 1024)}
+    headers["lora_unet_llm_adapter_blocks_0_self_attn_q_proj"] = (1024, 1024)
+    shapes = {f"{path}.lora_up.weight": (out, 4) for path, (out, _) in headers.items()}
+    shapes |= {f"{path}.lora_down.weight": (4, inputs) for path, (_, inputs) in headers.items()}
+    shapes |= {f"{path}.alpha": () for path in headers}
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    assert str(check(tensors, program="comfyui")).startswith(said)
+
+
+def test_whole_differences_are_read_where_a_program_was_tried_with_them():
+    """ComfyUI's own loader took all of them; diffusers' takes none."""
+    one = torch.ones(1, 1)
+    tensors = {
+        f"diffusion_model.blocks.{number}.self_attn.q.diff": one.expand(5120, 5120)
+        for number in range(40)
+    }
+    assert str(check(tensors, program="comfyui")).startswith("✔ ComfyUI applies all of it")
+    assert str(check(tensors, program="diffusers")).startswith("✖ diffusers reads nothing of it")

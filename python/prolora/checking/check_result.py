@@ -151,7 +151,7 @@ class Check:
         if title in readers.none:
             return "✖", f"{title} reads nothing of it{mend}"
         if able := next((x for x in readers.whole if x.startswith(f"{title} (as ")), ""):
-            return "⚠", f"{able} applies all of it; with the other models it was not tried"
+            return "⚠", f"{able} applies all of it; as another model's, it may not"
         if title not in readers.whole + readers.part:
             why = "with such a file" if self.families else "with a model of no known family"
             return "⚠", f"{title} was not tried {why}: what it does with it is not known"

@@ -17,7 +17,7 @@ from ..adapters.keys import tensor_keys
 from ..adapters.keys.codec import Codec, CutPath, read_without_family
 from ..adapters.lora import Lora
 from ..adapters.trigger_words import read_training_words
-from ..architectures.families import known_families
+from ..architectures.families import known_families, list_loaded
 from ..architectures.identify import (
     NamedMatrix,
     find_foreign,
@@ -88,7 +88,8 @@ def _describe_contents(
     whole = shapes | dict.fromkeys(of_vectors - shapes.keys(), (0, 0))
     model, families = opened.model, opened.model.families
     format = "peft" if opened.config is not None else paths[0].format
-    readers, skipped = ask_programs(slots, families, (format, model.spelling), whole, program)
+    loaded, spelled = list_loaded(families, model.sizes), (format, model.spelling)
+    readers, skipped = ask_programs(slots, loaded, spelled, whole, program)
     needs_base = any(forms.needs_base(slot.keys.keys()) for slot in slots)
     foreign = tuple(find_foreign(model, shapes))
     whole_again = not (needs_base or foreign or contents.unread)
@@ -115,7 +116,7 @@ def _describe_contents(
         readers=readers,
         program=known_loaders()[program].title if program else "",
         skipped=skipped,
-        convertible=whole_again and is_read_after(families, program, whole),
+        convertible=whole_again and is_read_after(loaded, program, whole),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ...architectures import loaders
-from ...architectures.families import known_families
+from ...architectures.families import known_families, list_loaded
 from ...architectures.family import KOHYA, SPELLINGS, UNET_KOHYA, AuthorsWeight, Family, Spelling
 from ...architectures.layouts import load_layout
 from ...architectures.modules import (
@@ -242,7 +242,8 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
     modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
     style: Spelling | None = None
     if format in loaders.known_loaders() and format not in SPELLINGS:
-        families = [family.id for family in _find_families(adapter)]
+        ids = [family.id for family in _find_families(adapter)]
+        families = list_loaded(ids, adapter.model.sizes)
         readers = programs.find_readers(families, adapter.format, adapter.style, modules)
         if loaders.known_loaders()[format].title in readers.whole:
             return adapter, adapter.format

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from ...architectures import loaders
-from ...architectures.families import find_title, known_families
+from ...architectures.families import loaded_families
 from ...architectures.family import Family, Spelling
 from ...errors import UnsupportedFormat
 from ..key_groups import Slot
@@ -51,11 +51,10 @@ def find_readers(
 ) -> Readers:
     """Returns how much each tried program reads of a LoRA file.
 
-    A program that has some of the models alone, and reads all of the file for these, is titled
-    "ComfyUI (as PixArt)".
+    A program that reads all of the file for some of the models is titled "ComfyUI (as PixArt)".
 
     Args:
-        families: ids of the families that the LoRA can belong to.
+        families: ids of the families that the LoRA can belong to, as in `list_loaded`.
         format: of the file.
         spelling: of a transformer's modules in it; None for a UNet.
         modules: canonical names of the modules that the file updates.
@@ -67,13 +66,11 @@ def find_readers(
     found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
         amounts = [reach.get(id_) for reach in of_each]
-        able = [one.title for one, amount in zip(known, amounts, strict=True) if amount]
-        different = {*amounts} - {None}
-        amount = different.pop() if len(different) == 1 else None
-        if amount and None not in amounts:  # of families that it reads unequally, nothing is known
-            found[amount].append(loader.title)
-        elif amount == "whole":
-            found[amount].append(f"{loader.title} (as {' or '.join(able)})")
+        able = [one.title for one, x in zip(known, amounts, strict=True) if x == "whole"]
+        if len({*amounts}) == 1 and amounts[0]:
+            found[amounts[0]].append(loader.title)
+        elif able:
+            found["whole"].append(f"{loader.title} (as {' or '.join(able)})")
     whole, part, none = (tuple(found[amount]) for amount in ("whole", "part", "none"))
     unknown = {x for one, row in rows for x in loaders.find_untried(one, row, modules)}
     titles = [loader.title for id_, loader in loaders.known_loaders().items() if id_ in unknown]
@@ -107,7 +104,7 @@ def choose_format(
         able = [family for family in known if rank_formats([family], modules, program)]
         best = rank_formats(able, modules, program) if able else []
     if not best:
-        titles = " or ".join(find_title(family.id) for family in known)
+        titles = " or ".join(family.title for family in known)
         if len(known) > 1:
             raise UnsupportedFormat(
                 f"the LoRA's names fit several models ({titles}), and {title} reads no one file "
@@ -184,7 +181,7 @@ def _name_format(spelling: Spelling) -> str:
 
 
 def _known(families: Iterable[str]) -> list[Family]:
-    return [one for id_ in families if (one := known_families().get(id_)) is not None]
+    return [one for id_ in families if (one := loaded_families().get(id_)) is not None]
 
 
 def is_read_after(families: Collection[str], program: str | None, modules: Collection[str]) -> bool:
@@ -211,7 +208,7 @@ def ask_programs(
 
     Args:
         slots: the updates of the file.
-        families: ids of the families that it can belong to.
+        families: ids of the families that it can belong to, as in `list_loaded`.
         spelled: its format, and the spelling of a transformer's modules in it.
         modules: canonical names of the modules that it updates.
         program: a key of `known_loaders()`, or None.
@@ -219,6 +216,8 @@ def ask_programs(
     alphas = {"alpha" in slot.keys for slot in slots if slot.form.rank and not slot.peft}
     swapped = (spelled[0] != "kohya") in alphas
     readers = find_readers(families, *spelled, modules, swapped)
+    if any(slot.module.unwritten for slot in slots):  # programs were tried with what is written
+        readers = readers._replace(untried=readers.whole + readers.part)
     kinds = {slot.kind for slot in slots} - {*PLAIN}
     tried = loaders.known_loaders().values()
     if not kinds <= {kind for one in tried for kind in one.kinds}:
@@ -232,6 +231,6 @@ def ask_programs(
         readers = Readers(whole, part + mixed, none, readers.untried)
     if program is None or len(families) != 1:
         return readers, None
-    family = known_families()[families[0]]
+    family = loaded_families()[families[0]]
     row = loaders.name_row(family, *spelled, swapped)
     return readers, loaders.count_skipped(family, row, modules, program)

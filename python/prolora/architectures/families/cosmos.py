@@ -6,20 +6,22 @@ The authors' files, and ComfyUI's of Anima, have `net.` before every name. diffu
 
 from ..family import Family
 
-FAMILY = Family(
-    id="cosmos",
-    title="Anima and Cosmos-Predict2",
-    layouts=(
-        "anima",
-        "anima-2.9b",
-        "anima-3.8b",
+_GROUPS = {
+    "Anima": ("anima", "anima-2.9b", "anima-3.8b"),
+    "Cosmos-Predict2": (
         "cosmos-predict2-2b",
         "cosmos-predict2-14b",
         "cosmos-predict2-2b-video",
         "cosmos-predict2-14b-video",
-        "cosmos-predict2.5-2b",
-        "cosmos-predict2.5-14b",
     ),
+    "Cosmos-Predict2.5": ("cosmos-predict2.5-2b", "cosmos-predict2.5-14b"),
+}
+
+FAMILY = Family(
+    id="cosmos",
+    title="Anima and Cosmos-Predict2",
+    layouts=tuple(size for sizes in _GROUPS.values() for size in sizes),
+    groups=_GROUPS,
     authors={
         "x_embedder.proj.1": "patch_embed.proj",
         "crossattn_proj.0": "crossattn_proj.0",
