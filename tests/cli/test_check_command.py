@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from odd_files import ODD_FILES
 from safetensors.torch import load_file, save_file
 
@@ -66,6 +67,35 @@ def test_json_is_a_record_or_a_list_of_them(prolora, files):
 def test_a_base_that_is_not_there_ends_in_2(prolora, files):
     code, out, err = prolora("check", files[0], "--base", "no/such/base")
     assert code == 2 and not out and "no such" in err
+
+
+@pytest.mark.parametrize(
+    ("field", "names", "said"),
+    [
+        ("ss_sd_model_name", ("pony.safetensors", "pony-fp16"), ""),
+        ("ss_sd_model_name", ("pony.ckpt", "noob"), "a.safetensors on pony"),
+        ("ss_base_model_version", ("wan_2.2_14b", "wan"), "a.safetensors on Wan 2.2"),
+        (
+            "prolora.target",
+            ("noob", ""),
+            "a.safetensors was moved to noob, and b",
+        ),
+    ],
+)
+def test_loras_of_different_bases_are_named_after_the_last_line(
+    prolora, tmp_path, field, names, said
+):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, name in zip(paths, names, strict=True):
+        shapes = {"up": (320, 4), "down": (4, 320)}
+        key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_{}.weight"
+        save_file(
+            {key.format(x): torch.ones(size) for x, size in shapes.items()}, path, {field: name}
+        )
+    last = prolora("check", *paths)[1].partition("files are as asked\n")[2]
+    assert said in last and bool(said) == bool(last)
+    merged = prolora("merge", *paths, "-o", tmp_path / "both.safetensors")[1]
+    assert (said.replace(".safetensors", "") in " ".join(merged.split())) or not said
 
 
 def test_help_says_what_the_exit_codes_mean(prolora):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_a_method_with_a_split_of_its_own_is_half_of_prolora():
         for method in (within, without, "prolora")
     )
     torch.testing.assert_close(one + other, both)
+
+
+def test_an_error_of_a_function_names_the_module_that_it_was_moving(case):
+    def broken(update, W_source, W_target):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        prolora.transfer(*case, method=broken)
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == (sys.version_info >= (3, 11))
+    assert all(re.fullmatch(r"broken was moving (\S*attentions\S+) to \1", note) for note in notes)
 
 
 def test_a_method_that_is_none_is_refused(case):

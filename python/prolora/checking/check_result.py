@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..adapters.formats.moves import Move, describe_moves
+from ..adapters.formats.moves import (
+    UNSTATED,
+    Move,
+    StatedBase,
+    describe_moves,
+    explain_other_bases,
+)
 from ..adapters.formats.programs import Readers
 from ..architectures.families import find_title, join_titles
 from ..architectures.loaders import known_loaders
@@ -74,6 +80,7 @@ class Check:
     base_hash: str = ""
     family_claimed: str = ""
     version_claimed: str = ""
+    stated: StatedBase = UNSTATED  # the base that its header names
     trigger_words: tuple[str, ...] = ()
     moves: tuple[Move, ...] = ()  # what prolora did to it before, oldest first
     program: str = ""  # title of the program that was asked about
@@ -232,6 +239,16 @@ class Check:
         told = asdict(self) | {"readers": self.readers._asdict(), "family": self.family}
         told["fit"] = self.fit and self.fit.to_dict()
         return told | {"mark": self.mark, "headline": self.headline, "ok": bool(self)}
+
+
+def explain_differences(loras: Mapping[str, Check]) -> str:
+    """Says which LoRAs are for different models or bases; "" if none is."""
+    sure = {name: one for name, one in loras.items() if one.families}
+    if sure and not set.intersection(*({*one.families} for one in sure.values())):
+        firsts = {one._title: name for name, one in reversed(sure.items())}
+        listed = ", ".join(f"{name} for {title}" for title, name in [*firsts.items()][:-5:-1])
+        return f"These LoRAs are for different models: {listed}."
+    return explain_other_bases({name: one.stated for name, one in loras.items()})
 
 
 def count_values(values: Iterable[str]) -> dict[str, int]:

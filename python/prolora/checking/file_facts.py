@@ -10,7 +10,7 @@ from typing import Any
 
 from ..adapters.algorithms import forms
 from ..adapters.contents import parse_contents, read_scale
-from ..adapters.formats.moves import read_moves
+from ..adapters.formats.moves import StatedBase, read_moves
 from ..adapters.formats.programs import ask_programs, is_read_after
 from ..adapters.key_groups import Contents, Slot, measure_modules
 from ..adapters.keys import tensor_keys
@@ -60,6 +60,7 @@ def check_tensors(opened: Lora, program: str | None = None, deep: bool = False) 
         base_hash=next(filter(None, hashes), "") or "",
         family_claimed=opened.model.claimed or "",
         version_claimed=opened.model.version or "",
+        stated=StatedBase.read(metadata, opened.model.version),
         trigger_words=tuple([words.trigger, *tags] if words.trigger else tags),
         moves=read_moves(metadata),
     )

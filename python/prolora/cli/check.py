@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checking.check import check as check_file
+from ..checking.check_result import Check, explain_differences
 from ..errors import InvalidOption, ProLoRAError
 from ..files.hub import spell_path
 from .console import answer, out, progress_bar
@@ -47,6 +48,7 @@ def check(
 ) -> None:
     """Say what a file is and whether it is for a base or a program, from headers alone."""
     records: list[dict[str, Any]] = []
+    loras: dict[str, Check] = {}
     code = ExitCode.DONE
     asked: dict[str, Any] = {"program": program, "deep": deep, "source": source, "target": target}
     if base is source is target is None:
@@ -58,10 +60,8 @@ def check(
         try:
             with progress_bar("check", asked["target"] is not None and not as_json) as progress:
                 found = check_file(file, **asked, progress=progress)
-        except InvalidOption:
-            raise
         except HANDLED as error:
-            if len(files) == 1:
+            if len(files) == 1 or isinstance(error, InvalidOption):
                 raise
             text = f"✖ {describe_error(error)[0].removeprefix(f'{spell_path(file)}: ')}"
             known = error if isinstance(error, ProLoRAError) else ProLoRAError(str(error))
@@ -69,6 +69,7 @@ def check(
             style, code = MARKS["✖"], find_exit_code(error)
         else:
             records.append(found.to_dict())
+            loras |= {file.name: found} if found.kind == "lora" else {}
             text, style = f"{found.mark} {found.headline}", MARKS[found.mark]
             if found.reason:
                 code = ExitCode.REFUSED
@@ -83,4 +84,6 @@ def check(
     elif len(files) > 1:
         good = sum(record.get("ok") is True for record in records)
         out.print_line(f"{good} of {len(files)} files are as asked")
+        if base is source is None and (differences := explain_differences(loras)):
+            out.print_line(differences, style=MARKS["⚠"])
     raise typer.Exit(code)

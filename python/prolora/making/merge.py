@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
-from ..adapters.formats.moves import MERGE, PREFIX, read_moves, read_provenance
+from ..adapters.formats.moves import MERGE, PREFIX, StatedBase, read_provenance
 from ..adapters.lora import Lora
 from ..adapters.trigger_words import read_training_words
 from ..architectures.identify import Model
@@ -191,15 +191,13 @@ class _Merge:
         self.left_out |= {f"{name}: {vector}": LEFT_OUT for vector in silent}
         adapter = scale_adapter(adapter, factors) if factors else adapter
         self.parts.append(adapter)
-        moves = read_moves(adapter.metadata)
-        stated = moves[-1].target if moves else adapter.metadata.get("ss_sd_model_name", "")
         digest = lora.digest if isinstance(lora, Lora) else ""
         fact = MergedPart(
             name,
             self.strengths[i],
             "" if blocks is None else str(BlockWeights.read(blocks)),
             trigger=read_training_words(adapter.metadata).trigger,
-            stated_base=Path(stated).name,
+            stated_base=StatedBase.read(adapter.metadata, adapter.model.version),
             digest=f"sha256:{digest}" if digest else "",
             modules=len(adapter.updates),
             unread=len(adapter.unread),

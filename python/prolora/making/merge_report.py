@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapters.formats.moves import fold_base_name
+from ..adapters.formats.moves import UNSTATED, StatedBase, explain_other_bases
 from ..core.grouping import group_by
 from ..core.lowrank import LowRank
 from ..core.merging import measure_overlap
@@ -29,7 +29,7 @@ class MergedPart:
     strength: float = 1.0  # the factor on it
     blocks: str = ""  # the factors by block on it; "" without
     trigger: str = ""  # its trigger phrase; "" without one
-    stated_base: str = ""  # the base that its header names; "" without one
+    stated_base: StatedBase = UNSTATED  # the base that its header names
     digest: str = ""  # "sha256:…" of its file; "" of a LoRA in memory
     modules: int = 0  # how many are read
     unread: int = 0  # how many more could not be read
@@ -93,14 +93,8 @@ class MergeReport(MadeReport):
                     f"{names} do the same in {_count(alike, rows)}: together they are too strong "
                     "there; `method='balanced'` does it once."
                 )
-        bases = {part.name: part.stated_base for part in self.parts if part.stated_base}
-        if len({*map(fold_base_name, bases.values())}) > 1:
-            told = ", ".join(f"{name} on {base}" for name, base in bases.items())
-            said.append(
-                f"By their headers these LoRAs were trained on different bases: {told}. Where "
-                "these differ much, move the others to the first: `transfer()`."
-            )
-        return said
+        other = explain_other_bases({part.name: part.stated_base for part in self.parts})
+        return [*said, other] if other else said
 
     def tables(self) -> list[Table]:
         """Tabulates how each two LoRAs overlap, too."""

@@ -178,7 +178,12 @@ def _apply_rule(ledger: Ledger, pair: Pair, method: Method) -> None:
     update, where = ledger.adapter.updates[pair.source], ledger.options.device or "cpu"
     weights = ledger.source.read(pair.source), ledger.target.read(pair.target)
     matrices = (w.to(where, working_dtype(w.dtype)).reshape(pair.shape) for w in weights)
-    made = apply_rule(method, update.to(where), *matrices).to("cpu")
+    try:
+        made = apply_rule(method, update.to(where), *matrices).to("cpu")
+    except Exception as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"{method.name} was moving {pair.source} to {pair.target}")
+        raise
     norm = float(update.norm())
     ledger.enter(
         pair,

@@ -100,6 +100,46 @@ def describe_moves(moves: Sequence[Move]) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class StatedBase:
+    """The base that a LoRA is for by its header; "" where that is silent."""
+
+    name: str = ""
+    model: str = ""  # of which it is, such as "Wan 2.2"
+    moved: bool = False  # whether prolora moved the LoRA to it
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str], model: str | None = None) -> StatedBase:
+        """Reads a header; `model` is what it calls the model."""
+        moves = read_moves(metadata)
+        name = moves[-1].target if moves else metadata.get("ss_sd_model_name", "")
+        return cls(re.split(r"[/\\]", name)[-1], model or "", bool(moves))
+
+
+UNSTATED = StatedBase()
+"""What a silent header says."""
+
+
+def explain_other_bases(stated: Mapping[str, StatedBase]) -> str:
+    """Says which LoRAs (name -> base) are for different bases; "" if none is."""
+    bases = {lora: one.name for lora, one in stated.items() if one.name}
+    models = {lora: one.model for lora, one in stated.items() if one.model}
+    for names in (bases, models):
+        firsts = {fold_base_name(names[lora]): lora for lora in reversed(names)}
+        if len(firsts) < 2:
+            continue
+        listed = ", ".join(f"{lora} on {names[lora]}" for lora in [*firsts.values()][:-5:-1])
+        return (
+            f"By their headers these LoRAs were trained on different bases: {listed}. Where "
+            "these differ much, move the others to the first: `transfer()`."
+        )
+    moved = next((lora for lora, one in stated.items() if one.moved), None)
+    silent = next((lora for lora in stated if lora not in bases), None)
+    if moved is None or silent is None:
+        return ""
+    return f"{moved} was moved to {bases[moved]}, and {silent} names no base: is it for that, too?"
+
+
 def fold_base_name(name: str) -> str:
     """Folds a base's name: no folders, case or words for its storage."""
     plain = _QUANTISED.sub("", re.split(r"[/\\]", name)[-1].lower())
