@@ -30,7 +30,7 @@ from torch import nn
 
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import parse_size
-from prolora.fitting.pipelines import vram
+from prolora.fitting.pipelines import memory_bounds
 from prolora.fitting.settings import FitSettings
 from prolora.fitting.swapping import count_staying
 
@@ -111,10 +111,10 @@ def tell(limit: int, ends: tuple[Path, Path], size: int, crosses: bool) -> str:
     """What is planned for a card, and what is copied to it in all steps."""
     settings = FitSettings(size=size).sized(10**6)
     try:
-        plan = vram.plan_card(limit, ends, settings, RANK, crosses)
+        plan = memory_bounds.plan_card(limit, ends, settings, RANK, crosses)
     except TooLittleMemory:
         return "–"
-    blocks = vram._measure(ends[1], size).blocks
+    blocks = memory_bounds._measure(ends[1], size).blocks
     every, stay = sum(blocks), sum(blocks[: count_staying(blocks, plan.fitting)])
     words = ["16 bits" if plan.precision == "bfloat16" else "32 bits"]
     words += ["tiles"] * bool(plan.tile) + [f"× {plan.samples}"] * bool(plan.samples)
@@ -128,7 +128,7 @@ def tell(limit: int, ends: tuple[Path, Path], size: int, crosses: bool) -> str:
 def find_least(ends: tuple[Path, Path], size: int, crosses: bool) -> float:
     """GB."""
     try:
-        vram.plan_card(1, ends, FitSettings(size=size), RANK, crosses)
+        memory_bounds.plan_card(1, ends, FitSettings(size=size), RANK, crosses)
     except TooLittleMemory as error:
         return parse_size(re.search(r"needs ([\d.]+ \w+)", str(error))[1].replace(" ", "")) / 1e9
     raise AssertionError
@@ -151,7 +151,7 @@ def main() -> None:
                 ends = folders[source], folders[target]
                 cells = [tell(n * 10**9, ends, size, crosses) for n in CARDS]
                 least = f"{find_least(ends, size, crosses):.1f}"
-                rest = f"{sum(vram._measure(ends[1], size).blocks) / 1e9:.1f}"
+                rest = f"{sum(memory_bounds._measure(ends[1], size).blocks) / 1e9:.1f}"
                 print(f"| {source} → {target}, {size}² | {least} | {rest} | {' | '.join(cells)} |")
 
 

@@ -29,7 +29,7 @@ from .verbs.result import Recipe, Transfer, as_dry_run
 
 if TYPE_CHECKING:
     from .fitting.best_way import WeightsElseFit
-    from .fitting.session import FitSession
+    from .fitting.kept_parts import KeptParts
 
 Naming = Callable[[Path, str], str]
 """(LoRA, digest of all that its result is made of) -> the result's path below the folder."""
@@ -155,14 +155,14 @@ def transfer_many(
     used = {id(pair): pair for _, pair, _ in moves}
     with ExitStack() as stack:
         if options.cache is None and options.chosen.needs_bases and len(moves) > len(used):
-            kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="prolora-"))
-            options = replace(options, cache=kept)
-        session = None
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="prolora-"))
+            options = replace(options, cache=cache)
+        parts = None
         if options.method == BEST:
-            parts = _load_best_way().FitSession.share(None, results, len(paths) > 1)
-            session = stack.enter_context(parts)
+            shared = _load_best_way().KeptParts.share(None, results, len(paths) > 1)
+            parts = stack.enter_context(shared)
         ways = {
-            key: _choose_way(one.source, one.target, options, session=session)
+            key: _choose_way(one.source, one.target, options, parts=parts)
             for key, one in used.items()
         }
         make_folders({results, *(out.parent for out in outs)})
@@ -184,12 +184,12 @@ def _choose_way(
     target: Base,
     options: TransferOptions,
     dry_run: bool = False,
-    session: FitSession | None = None,
+    parts: KeptParts | None = None,
 ) -> BasePair | WeightsElseFit:
-    """Opens the way that the options ask for; `session` is shared by the fits of several LoRAs."""
+    """Opens the way that the options ask for; fits of several LoRAs share `parts`."""
     if options.method == BEST:
         way: WeightsElseFit = _load_best_way().WeightsElseFit.of(
-            source, target, options, dry_run, session
+            source, target, options, dry_run, parts
         )
         return way
     return BasePair.open(source, target, options, dry_run=dry_run)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 import prolora
 from prolora.errors import InvalidOption, UnrelatedBases
-from prolora.fitting import best_way, session
+from prolora.fitting import best_way
 from prolora.fitting.best_way import WeightsElseFit
+from prolora.fitting.pipelines import pipeline_opening
 from prolora.verbs.options import FIT, OF_A_FIT_TOO
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -177,7 +178,7 @@ def test_files_are_moved_by_weights(room):
 def test_a_dry_run_says_what_would_be_done_and_for_how_long(
     room, target, runs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(session, "open_pipeline", None)  # no model is loaded
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", None)  # no model is loaded
     cache = tmp_path / "cache"
     report = prolora.transfer(*ends(room, target), method="best", cache=cache, dry_run=True).report
     assert not cache.exists()

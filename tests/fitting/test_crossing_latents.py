@@ -25,9 +25,9 @@ from prolora import transfer as prolora_transfer
 from prolora.bases import open_base, vae
 from prolora.cli.app import app
 from prolora.errors import UnsupportedFormat
-from prolora.fitting import Asking, gate, session
+from prolora.fitting import Asking, gate
 from prolora.fitting.models import in_float32
-from prolora.fitting.pipelines import latents
+from prolora.fitting.pipelines import latents, pipeline_opening
 from prolora.fitting.pipelines.latents import TOKENS, LatentLayout, LatentSpace
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.pipeline_side import PipelineSide
@@ -123,9 +123,9 @@ ENCODED = {
 def test_latents_show_what_the_pipeline_shows_and_images_become_its_latents(room, name):
     side = observe(room, name)
     pipeline, settings = side.pipeline, side.settings
-    final = pipeline.sample_final("cat", settings, 3)
-    latent = final.latent
-    assert len(final.times) == settings.steps
+    seen = pipeline.sample_final("cat", settings, 3)
+    latent = seen.latents[-1][:1]
+    assert len(seen.steps) == settings.steps
     assert side.sample(3, 0).noise.shape == side.table.like.latent[:1].shape
     arguments = pipeline._build_arguments("cat", settings, 3, "pt")
     shown = torch.as_tensor(pipeline.pipe(**arguments)[0])
@@ -350,7 +350,7 @@ def test_a_dry_run_and_progress_count_what_is_sampled(room, tmp_path, monkeypatc
         "opening both pipelines",
         "sampling sd",
     ]
-    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     report = run(room, "sdxl", "flux", tmp_path / "out.safetensors", "--dry-run")
     rows = {row["target"] for row in report["modules"] if row["target"]}
     assert "transformer_blocks.0.attn.to_q" in rows
@@ -377,7 +377,7 @@ def test_a_denoiser_in_half_precision_and_one_of_pixels_are_asked_in_float32(roo
 def test_what_no_image_can_cross_to_is_refused_before_it_is_loaded(
     room, tmp_path, monkeypatch, broken
 ):
-    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     target = tmp_path / "target"
     shutil.copytree(room / "sdxl", target)
     if broken == "no VAE":

@@ -21,7 +21,6 @@ from prolora.bases import open_base
 from prolora.errors import OutputError, OutputExists
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.fitting.kept_parts import KeptParts
-from prolora.fitting.session import FitSession
 
 QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
 
@@ -158,7 +157,9 @@ def test_one_value_of_any_tensor_is_noticed(changed):
     pick, sides = random.Random(0), [open_base(changed / side) for side in ("source", "target")]
 
     def key() -> Path:
-        return FitSession(changed / "kept").open_parts(*sides)._path("fit", "")
+        parts = KeptParts(changed / "kept")
+        parts.of_pipelines(*sides)
+        return parts._path("fit", "")
 
     files, whole = sorted(changed.glob("*/*/*.safetensors")), key()
     for _ in range(100):

@@ -15,10 +15,12 @@ from torch import Tensor
 from prolora import FitOptions
 from prolora import fitting as probe
 from prolora.errors import UnsupportedFormat
-from prolora.fitting.pipelines import flow_convention, schedules
+from prolora.fitting.pipelines import schedules
+from prolora.fitting.pipelines.flow_convention import STEPS, read_flow
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
+from prolora.fitting.pipelines.watching import watch_sampling
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
 NARROW = (1 - torch.linspace(0.03, 0.11, 1000).double().square()).cumprod(0)
@@ -162,22 +164,19 @@ def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sig
     steps = FlowMatchEulerDiscreteScheduler(shift=2.0)
     denoiser = Denoiser()
 
-    def sample() -> None:
-        x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
-        steps.set_timesteps(flow_convention.STEPS)
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    steps.set_timesteps(STEPS)
+    with watch_sampling(denoiser, steps) as seen:
         for t in steps.timesteps:
             (f,) = denoiser(hidden_states=x, timestep=time_of(t).expand(2))
             if guidance:
                 f = f + (guidance - 1) * (f - denoiser(x + 1, timestep=time_of(t).expand(2))[0])
             x = steps.step(sign * f, t, x, return_dict=False)[0]
-
-    schedule = flow_convention.observe_flow(
-        NoiseSchedule.of(steps, "name"), steps, denoiser, sample, "name"
-    )
+    schedule = read_flow(NoiseSchedule.of(steps, "name"), seen.steps, "name")
     assert schedule.sign == sign
     t = torch.tensor([900.0, 400.0, 30.0])
     torch.testing.assert_close(schedule.level_at(time_of(t)), t.double() / 1000, rtol=0, atol=4e-3)
-    assert "step" not in vars(steps)
+    assert "step" not in vars(steps) and not denoiser._forward_hooks
 
 
 @pytest.mark.parametrize(
@@ -190,19 +189,27 @@ def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sig
     ],
 )
 def test_a_pipeline_whose_times_cannot_be_read_is_refused(time_of, share, words):
-    steps = FlowMatchEulerDiscreteScheduler()
-    denoiser = Denoiser()
-
-    def sample() -> None:
-        x = torch.ones(1, 6)
-        steps.set_timesteps(flow_convention.STEPS)
+    steps, denoiser, x = FlowMatchEulerDiscreteScheduler(), Denoiser(), torch.ones(1, 6)
+    steps.set_timesteps(STEPS)
+    with watch_sampling(denoiser, steps) as seen:
         for t in steps.timesteps if time_of else ():
             x = steps.step(share * denoiser(x, time_of(t).expand(1))[0], t, x)[0]
-
     with pytest.raises(UnsupportedFormat, match=words):
-        flow_convention.observe_flow(
-            NoiseSchedule.of(steps, "name"), steps, denoiser, sample, "name"
-        )
+        read_flow(NoiseSchedule.of(steps, "name"), seen.steps, "name")
+
+
+@pytest.mark.parametrize("until", ["call", "step"])
+def test_a_sampling_ends_once_enough_was_seen(until):
+    steps, denoiser, x = FlowMatchEulerDiscreteScheduler(), Denoiser(), torch.ones(1, 6)
+    steps.set_timesteps(STEPS)
+    with watch_sampling(denoiser, steps, until) as seen:
+        given = denoiser(x, torch.tensor([500.0]))[0]
+        steps.step(2 * given, steps.timesteps[0], x)
+        pytest.fail("it went on")
+    assert torch.equal(seen.calls[0].latent, x) and seen.calls[0].time.tolist() == [500.0]
+    assert not seen.latents and "step" not in vars(steps) and not denoiser._forward_pre_hooks
+    if until == "step":
+        assert torch.equal(seen.steps[0].given, 2 * seen.steps[0].calls[0][1])
 
 
 class FlowOfNoise(UNet2DConditionModel):

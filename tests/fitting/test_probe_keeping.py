@@ -37,7 +37,7 @@ def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path)
         if name.startswith("step 2"):
             raise Interrupted
 
-    kept = {"kept": KeptParts(tmp_path)}
+    kept = {"parts": KeptParts(tmp_path)}
     with pytest.raises(Interrupted):
         fit_models(source, target, lora, progress=stop, **kept, **QUICK)
     assert len(list(tmp_path.glob("images-*"))) == 6
@@ -51,7 +51,7 @@ def test_a_fit_that_is_interrupted_samples_nothing_again(source, lora, tmp_path)
 
 
 def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
-    target, kept = permuted(source), {"kept": KeptParts(tmp_path)}
+    target, kept = permuted(source), {"parts": KeptParts(tmp_path)}
     first = fit_models(source, target, lora, **kept, **QUICK)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 6 + 1
@@ -80,7 +80,7 @@ def test_one_value_that_was_expanded_is_kept_like_any_other(tmp_path):
 
 def test_no_folder_is_made_for_what_is_refused(source, tmp_path):
     with pytest.raises(ProLoRAError, match="no updates"):
-        fit_models(source, source, {}, kept=KeptParts(tmp_path / "kept"))
+        fit_models(source, source, {}, parts=KeptParts(tmp_path / "kept"))
     assert not (tmp_path / "kept").exists()
 
 

@@ -20,8 +20,8 @@ from prolora.bases import leaves as digests
 from prolora.bases import pipeline_identity, vae
 from prolora.cli.app import app
 from prolora.errors import OutputError, ShapeMismatch, UnrelatedBases, UnsupportedFormat
-from prolora.fitting import session
 from prolora.fitting.models import in_float32
+from prolora.fitting.pipelines import pipeline_opening
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -105,12 +105,12 @@ def test_a_pipeline_in_half_precision_stays_so_and_samples(room, tmp_path):
     half = open_pipeline(tmp_path / "half")
     assert half.denoiser.dtype == torch.float16
     with in_float32(half.denoiser):
-        final = half.sample_final("cat", SETTINGS, 0)
-    assert final.latent.dtype == torch.float32 and final.latent.isfinite().all()
+        latent = half.sample_final("cat", SETTINGS, 0).latents[-1]
+    assert latent.dtype == torch.float32 and latent.isfinite().all()
 
 
 def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "open_pipeline", None)
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", None)
     result = run(room, "other", tmp_path / "out.safetensors", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["totals"]["mapped"] == 8

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import prolora
 from prolora import FitOptions
 from prolora.cli.app import app
-from prolora.errors import TooLittleMemory
-from prolora.fitting import session
-from prolora.fitting.pipelines import stages
+from prolora.errors import ProLoRAError, TooLittleMemory
+from prolora.fitting.pipelines import memory_bounds, pipeline_opening, stages
+from prolora.fitting.pipelines.memory_bounds import check_memory
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.stages import estimate_bytes
@@ -47,20 +47,22 @@ def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
     for encoder in encoders.values():
         encoder.register_forward_hook(lambda *_: runs.append(1))
     kept.encode_prompts(FEW)
-    kept.release_encoders()
+    kept.memory.release()
     assert count_numbers(*encoders.values()) == 0
     once = len(runs)
     for prompt in FEW.prompts:
         one, other = (p.sample_final(prompt, FEW, 0) for p in (plain, kept))
-        assert torch.equal(one.latent, other.latent)
+        assert torch.equal(one.latents[-1], other.latents[-1])
     assert len(runs) == once
-    # A prompt that nobody foresaw brings them back.
-    for pipeline in (plain, kept):
-        pipeline.sample_latents("a bird", FEW, 3)
-    assert len(runs) > once and count_numbers(*encoders.values())
-    stored = dict(next(iter(plain.memory.encoders.values())).named_parameters())
-    for key, tensor in next(iter(encoders.values())).named_parameters():
-        assert torch.equal(tensor, stored[key])
+    with pytest.raises(ProLoRAError, match="asks its text encoders about a prompt again"):
+        kept.sample_latents("a bird", FEW, 3)
+
+
+def test_text_encoders_stay_where_an_answer_cannot_be_remembered(room):
+    memory = open_pipeline(room / "source").memory
+    memory(None, torch.device("cpu"), 1, False, prompt_embeds=torch.ones(1, 8, 8))
+    memory.release()
+    assert not memory.is_freed and count_numbers(*memory.encoders.values())
 
 
 @pytest.mark.slow
@@ -80,12 +82,12 @@ def test_the_target_alone_has_weights_while_it_is_fitted(room, target, monkeypat
         seen.append((count_numbers(*rest), count_numbers(opened[-1].denoiser)))
         return work(*args)
 
-    monkeypatch.setattr(session, "open_pipeline", remember)
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", remember)
     monkeypatch.setattr(joint, "fit_in_factors", fit_in_factors)
     done = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
     assert seen[0][0] == 0 and seen[0][1] > 1000
     # As without.
-    monkeypatch.setattr(Pipeline, "release", lambda *_, **__: None)
+    monkeypatch.setattr(Pipeline, "free", lambda *_, **__: None)
     monkeypatch.setattr(stages.PromptMemory, "release", lambda *_: None)
     same = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
     assert seen[1][0] > 1000
@@ -106,7 +108,7 @@ def test_a_vae_takes_large_images_tile_by_tile_and_its_own_size_as_before(room):
 
 
 def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(room, monkeypatch):
-    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(TooLittleMemory, match=r"two pipelines alone need \d+"):
         prolora.fit(
             room / "lora.safetensors", room / "source", room / "target", FEW, max_memory="1MB"
@@ -116,7 +118,7 @@ def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(ro
 @pytest.mark.slow
 def test_a_bound_that_answers_pass_is_refused_with_what_all_of_them_need(room, monkeypatch):
     taken = itertools.chain([0], itertools.count(10**9, 2 * 10**8))
-    monkeypatch.setattr(session, "resident_bytes", lambda: next(taken))
+    monkeypatch.setattr(memory_bounds, "resident_bytes", lambda: next(taken))
     ends = room / "lora.safetensors", room / "source", room / "target"
     words = r"with 50% of a stage done this run takes 1\.5 GiB, and will need about 2\.0 GiB"
     with pytest.raises(TooLittleMemory, match=words):
@@ -128,7 +130,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named_before_a_model_is_loaded(
 ):
     """Without it the LoRA moved by weights would be missing: another fit, and nobody told."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(prolora.errors.OutputError, match="the cache folder cannot be made"):
         prolora.fit(
             room / "lora.safetensors",
@@ -155,15 +157,15 @@ def test_what_the_models_need_is_counted_from_their_files(room):
 def test_the_source_in_full_and_the_targets_encoders_are_never_there_together(room, monkeypatch):
     """The least that is needed counts the text encoders of one pipeline at a time."""
     (ours, others), (theirs, rest) = (estimate_bytes(room / name) for name in ("source", "other"))
-    monkeypatch.setattr(session, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory_bounds, "resident_bytes", lambda: 0)
     least = max(ours + others, others + theirs + rest)
     ends = room / "source", room / "other"
-    session.check_memory(least, *ends, None)
+    check_memory(least, ends, None)
     with pytest.raises(TooLittleMemory):
-        session.check_memory(least - 1, *ends, None)
+        check_memory(least - 1, ends, None)
     assert least < ours + others + theirs + rest
     # Weights go on to a card, one pipeline after the other.
-    session.check_memory(max(ours + others, theirs + rest), *ends, "cuda:0")
+    check_memory(max(ours + others, theirs + rest), ends, "cuda:0")
 
 
 @pytest.mark.slow

@@ -192,40 +192,15 @@ def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompt
         SETTINGS.prompts, images=2, steps=2, size=16, fit_steps=1, force=True, again=True
     )
     ends = room / "lora.safetensors", room / "source", room / target
-    filled = []
-    memory = stages.PromptMemory
-
-    def look(_: object, name: str, part: torch.nn.Module) -> None:
-        filled.extend([name] if stages.is_emptied(part) else [])
-
-    monkeypatch.setattr(memory, "_fill", look)
     freed = prolora.fit(*ends, options)
-    assert not filled
-    monkeypatch.undo()
+    memory = stages.PromptMemory
     monkeypatch.setattr(memory, "release", lambda *_: None)
-    monkeypatch.setattr(Pipeline, "release", lambda *_, **__: None)
+    monkeypatch.setattr(Pipeline, "free", lambda *_, **__: None)
     held = prolora.fit(*ends, options)
     # Without any memory of what the encoders said, they are asked every time.
-    monkeypatch.setattr(memory, "__init__", lambda self, *_: None)
-    monkeypatch.setattr(memory, "restore", lambda *_: None)
-    monkeypatch.setattr(memory, "under", lambda self, state, enter: enter())
+    monkeypatch.setattr(memory, "__call__", lambda self, *args, **more: self._encode(*args, **more))
     plain = prolora.fit(*ends, options)
     for other in (held, plain):
         assert freed.report.probe.gate == other.report.probe.gate
         for name, update in freed.adapter.updates.items():
             assert torch.equal(update.up, other.adapter.updates[name].up)
-
-
-def test_encoders_that_are_read_again_run_with_the_loras_part(room):
-    source, text = open_pipeline(room / "source"), parts_of(room)[1]
-    with run_text_encoders_beside(source, text):
-        wanted = source.tabulate_prompts(SETTINGS)
-    source.memory.answers.clear()
-    source.release_encoders()
-    with run_text_encoders_beside(source, text):
-        got = source.tabulate_prompts(SETTINGS)
-    plain = source.tabulate_prompts(SETTINGS)
-    for ours, theirs, bare in zip(wanted.entries, got.entries, plain.entries, strict=True):
-        for path, value in ours.items():
-            if isinstance(value, Tensor):
-                assert torch.equal(value, theirs[path]) and not torch.equal(value, bare[path])

@@ -18,10 +18,10 @@ from prolora import FitOptions
 from prolora.cli.app import app
 from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.files.sizes import parse_size
-from prolora.fitting import fit_plan, session, swapping
-from prolora.fitting.pipelines import stages, vram
+from prolora.fitting import fit_plan, swapping
+from prolora.fitting.pipelines import memory_bounds, pipeline_opening, stages
+from prolora.fitting.pipelines.memory_bounds import plan_card
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
-from prolora.fitting.pipelines.vram import plan_card
 from prolora.fitting.settings import BFLOAT16, FLOAT32, FitSettings
 from prolora.fitting.solver import joint
 from prolora.fitting.solver.linearisation import ProbeBatch
@@ -39,9 +39,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def as_card(monkeypatch: pytest.MonkeyPatch) -> Card:
     """The CPU counts as a card, whose visitors are counted."""
     counted = Card()
-    monkeypatch.setattr(vram, "CONTEXT", 0)
-    for module in (session, fit_plan):
-        monkeypatch.setattr(module, "is_card", lambda _: True)
+    monkeypatch.setattr(memory_bounds, "CONTEXT", 0)
+    monkeypatch.setattr(fit_plan, "is_card", lambda _: True)
     monkeypatch.setattr(swapping, "bring_weight", counted.bring)
     return counted
 
@@ -61,8 +60,8 @@ def least_of(ends: tuple[Path, Path], settings: FitSettings, crosses: bool, rank
 
 @pytest.mark.parametrize("crosses", [False, True])
 def test_a_smaller_card_takes_16_bits_then_tiles_then_the_fewest_copies(room, monkeypatch, crosses):
-    monkeypatch.setattr(vram, "CONTEXT", 0)
-    monkeypatch.setattr(vram, "_measure", functools.cache(vram._measure))
+    monkeypatch.setattr(memory_bounds, "CONTEXT", 0)
+    monkeypatch.setattr(memory_bounds, "_measure", functools.cache(memory_bounds._measure))
     ends = room / "source", room / "other"
     settings = FitSettings(size=1024)
     least = least_of(ends, settings, crosses)
@@ -70,7 +69,7 @@ def test_a_smaller_card_takes_16_bits_then_tiles_then_the_fewest_copies(room, mo
         plan_card(least - 1, ends, settings, 4, crosses)
     told = re.search(r"needs ([\d.]+ \w+)", str(refused.value))[1].replace(" ", "")
     assert parse_size(told) == pytest.approx(least, rel=0.01)
-    sides = [vram._measure(end, 1024) for end in ends]
+    sides = [memory_bounds._measure(end, 1024) for end in ends]
     every = [sum(side.blocks) for side in sides]
     seen, last = [], None
     for limit in sorted({int(least * 1.01**i) for i in range(400)}, reverse=True):
@@ -82,8 +81,8 @@ def test_a_smaller_card_takes_16_bits_then_tiles_then_the_fewest_copies(room, mo
         way = plan.precision, plan.tile, swapped
         if way not in seen:
             seen.append(way)
-        both = vram._both_there(sides, plan.precision, plan.tile, samples, 4, crosses)
-        alone = vram._target_alone(sides[1], plan.precision, samples, 4)
+        both = memory_bounds._both_there(sides, plan.precision, plan.tile, samples, 4, crosses)
+        alone = memory_bounds._target_alone(sides[1], plan.precision, samples, 4)
         assert max(both + sum(plan.rooms), alone + plan.fitting) <= 0.95 * limit
         assert all(r >= side.visiting for r, side in zip(plan.rooms, sides, strict=True))
         assert plan.rooms[1] <= plan.fitting
@@ -91,13 +90,15 @@ def test_a_smaller_card_takes_16_bits_then_tiles_then_the_fewest_copies(room, mo
             assert copied >= last  # a smaller card copies no less
         last = copied
         for other in range(1, 9) if swapped else ():  # no number of samples copies less
-            free = int(0.95 * limit) - vram._target_alone(sides[1], plan.precision, other, 4)
-            asked = vram._both_there(sides, plan.precision, plan.tile, other, 4, crosses)
+            free = int(0.95 * limit) - memory_bounds._target_alone(
+                sides[1], plan.precision, other, 4
+            )
+            asked = memory_bounds._both_there(sides, plan.precision, plan.tile, other, 4, crosses)
             if free < sides[1].visiting or asked + sum(s.visiting for s in sides) > 0.95 * limit:
                 continue
             kept = sum(sides[1].blocks[: count_staying(sides[1].blocks, free)])
             assert copied <= (every[1] - kept) / other
-    tile = vram.TILE if crosses else None
+    tile = memory_bounds.TILE if crosses else None
     ladder = [(FLOAT32, None, False), (BFLOAT16, None, False), (BFLOAT16, tile, False)]
     ladder = list(dict.fromkeys([*ladder, (BFLOAT16, tile, True)]))
     assert seen == [way for way in ladder if way in seen]
@@ -114,7 +115,7 @@ def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, m
 
     def plan(*_):
         size = rooms.pop(0)
-        return vram.CardPlan("float32", None, 1, (size, size), size)
+        return memory_bounds.CardPlan("float32", None, 1, (size, size), size)
 
     monkeypatch.setattr(fit_plan, "plan_card", plan)
     while rooms:
@@ -123,7 +124,7 @@ def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, m
         done = prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")
         results.append(done)
     assert as_card.visits and not as_card.held
-    largest = max(vram._measure(end, 16).visiting for end in ends)
+    largest = max(memory_bounds._measure(end, 16).visiting for end in ends)
     assert as_card.most <= largest
     first, second = (result.adapter.updates for result in results)
     assert first.keys() == second.keys() and first
@@ -143,7 +144,7 @@ def test_a_batch_of_the_fit_holds_the_samples_of_the_plan(room, as_card, monkeyp
 
     monkeypatch.setattr(joint, "ProbeBatch", look)
     for samples, largest in ((None, 4), (1, 1), (3, 2)):  # of four, in batches of equal size
-        plan = vram.CardPlan("float32", None, samples, (10**9, 10**9), 10**9)
+        plan = memory_bounds.CardPlan("float32", None, samples, (10**9, 10**9), 10**9)
         monkeypatch.setattr(fit_plan, "plan_card", lambda *_, plan=plan: plan)
         ends = room / "source", room / "target"
         prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")
@@ -160,7 +161,7 @@ def test_a_fit_runs_at_the_least_that_is_needed(room, as_card):
 
 
 def test_a_bound_on_the_card_is_refused_before_a_model_is_loaded(room, as_card, monkeypatch):
-    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     given = room / "lora.safetensors", room / "source", room / "target"
     with pytest.raises(TooLittleMemory, match=r"one block of each model .* needs \d"):
         prolora.fit(*given, FEW, max_vram=1000, device="cpu")
@@ -169,7 +170,7 @@ def test_a_bound_on_the_card_is_refused_before_a_model_is_loaded(room, as_card, 
 
 
 def test_a_bound_on_the_card_means_nothing_on_the_cpu(room, monkeypatch):
-    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     given = room / "lora.safetensors", room / "source", room / "target"
     with pytest.raises(InvalidOption, match="runs on the CPU"):
         prolora.fit(*given, FEW, max_vram="12GB")

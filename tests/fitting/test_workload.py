@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import prolora
 from prolora.cli.app import app
-from prolora.fitting import session, workload
+from prolora.fitting import workload
+from prolora.fitting.pipelines import pipeline_opening
 from prolora.fitting.settings import FitSettings
 from prolora.fitting.workload import STAGES, Meter, Workload
 
@@ -75,7 +76,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_dry_run_says_what_would_be_asked_without_loading_a_model(room, monkeypatch):
-    monkeypatch.setattr(session, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pipeline_opening, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
     line = ["fit", room / "lora.safetensors", "--source", room / "sd15", "--target"]
     result = CliRunner().invoke(app, [*map(str, line), str(room / "tuned"), "--dry-run"])
     told = " ".join(result.output.split())

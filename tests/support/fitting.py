@@ -13,13 +13,12 @@ from prolora import fitting as probe
 from prolora.adapters.adapter import Adapter
 from prolora.fitting.fit_plan import LoraParts
 from prolora.fitting.kept_parts import KeptParts
-from prolora.fitting.pipelines.conditioning import CallParts, split_call
-from prolora.fitting.pipelines.flow_convention import watch_steps
+from prolora.fitting.pipelines.conditioning import CallParts
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_side import PipelineSide, ask_pipelines
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
+from prolora.fitting.pipelines.watching import watch_sampling
 from prolora.fitting.probes import ORIGINS, Probe
-from prolora.fitting.updates import temporary_hooks
 from prolora.fitting.workload import Meter, Workload
 
 STEPS = 3
@@ -59,7 +58,7 @@ def fit_models(
     target: nn.Module | probe.FitSide,
     lora: dict[str, LowRank],
     baseline: dict[str, LowRank] | None = None,
-    kept: Any = None,
+    parts: KeptParts | None = None,
     **options: Any,
 ) -> probe.Fitted:
     """Fits between two models; `options` are fields of `Asking` and of `FitSettings`."""
@@ -67,7 +66,7 @@ def fit_models(
     asked = {name: options.pop(name) for name in ("guidance", "pairs") if name in options}
     settings = probe.FitSettings(**{"images": 12, "steps": STEPS, "rank": 8} | options)
     asking = probe.Asking(*sides, lora, look=settings.look_of_source, **asked)
-    return probe.fit_sides(asking, settings, baseline, kept=kept)
+    return probe.fit_sides(asking, settings, baseline, parts=parts)
 
 
 def ask_linear(**changes: Any) -> tuple[probe.Asking, LowRank]:
@@ -121,14 +120,7 @@ def watch_calls(side: PipelineSide, prompt: int = 0) -> list[tuple[CallParts, Te
 
     Of branches that are asked one by one, the last one's call.
     """
-    seen: list[tuple[CallParts, Tensor, Tensor]] = []
-    calls: list[tuple[CallParts, Tensor]] = []
-
-    def record(model: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        calls.append((split_call(model, probe.Call(args, kwargs)), side.read(out)))
-
-    hook = side.denoiser.register_forward_hook(record, with_kwargs=True)
-    steps = watch_steps(side.pipeline.pipe.scheduler, lambda x, _: seen.append((*calls[-1], x)))
-    with temporary_hooks([hook]), steps:
+    with watch_sampling(side.denoiser, side.pipeline.pipe.scheduler) as seen:
         side.sample(0, prompt)
-    return seen
+    last = [(*step.calls[-1], step.given) for step in seen.steps]
+    return [(parts, side.read(output), given) for parts, output, given in last]

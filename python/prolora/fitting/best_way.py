@@ -28,10 +28,10 @@ from ..verbs.result import Transfer, write_or_keep
 from .fit import fit_lora
 from .fit_plan import explain_need
 from .fit_report import plan_fit
-from .session import FitSession, watch_pipelines
+from .kept_parts import KeptParts, watch_pipelines
 from .settings import FitOptions
 
-__all__ = ["FitSession", "WeightsElseFit"]
+__all__ = ["KeptParts", "WeightsElseFit"]
 
 UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat)
 """Refusals of a move by weights that a fit may get around; what it cannot, it refuses as well."""
@@ -45,7 +45,7 @@ class WeightsElseFit:
     by_fit: FitOptions  # the options of a fit
     runs: bool  # a fit can run both
     latents: str | None  # why their latents differ; None where they do not
-    session: FitSession | None  # what the fits of several LoRAs share
+    parts: KeptParts | None  # what the fits of several LoRAs share
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class WeightsElseFit:
         target: Base,
         options: TransferOptions,
         dry_run: bool = False,
-        session: FitSession | None = None,
+        parts: KeptParts | None = None,
     ) -> WeightsElseFit:
         """Looks at the folders; `options` belong to method "best".
 
@@ -82,7 +82,7 @@ class WeightsElseFit:
             fit = replace(fit, images=2 * fit.images)
         by_weights = replace(options, method="auto", prompts=(), look="target")
         pair = BasePair.open(source, target, by_weights, dry_run=dry_run)
-        return cls(pair, fit, runs, latents, session)
+        return cls(pair, fit, runs, latents, parts)
 
     def run(
         self,
@@ -113,7 +113,7 @@ class WeightsElseFit:
         if need:
             try:
                 source, target = self.pair.source, self.pair.target
-                done = fit_lora(lora, source, target, self.by_fit, self.session)
+                done = fit_lora(lora, source, target, self.by_fit, self.parts)
                 return replace(done, report=_tell_fitted(done.report, need))
             except ProLoRAError as error:
                 if isinstance(moved, ProLoRAError):

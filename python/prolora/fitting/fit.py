@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import adapters
+from ..adapters.trigger_words import read_training_words
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, BaseLike, open_pair
 from ..bases.base import Progress
@@ -25,6 +26,7 @@ from ..verbs.option_keywords import resolve_options, takes_options
 from ..verbs.options import LoraLike
 from ..verbs.output_paths import check_distinct, check_results_folder, make_folders, name_output
 from ..verbs.result import Transfer, as_dry_run, list_inputs, write_or_keep
+from .default_prompts import derive_prompts
 from .finishing import finish_baseline, finish_fit, move_by_weights
 from .fit_plan import (
     FitJob,
@@ -36,10 +38,12 @@ from .fit_plan import (
 )
 from .fit_report import FitReport, plan_fit
 from .gate import COPY, fits_target
+from .kept_parts import KeptParts, watch_pipelines
+from .pipelines.memory_bounds import watch_memory
 from .pipelines.pipeline import run_text_encoders_beside
+from .pipelines.pipeline_opening import open_both
 from .pipelines.pipeline_side import ask_pipelines
 from .run import Fitted, fit_sides
-from .session import FitSession, watch_memory, watch_pipelines
 from .settings import DEFAULT_FIT, FitOptions
 from .showing import ImageGrid
 from .solver.joint import NO_COPY
@@ -113,8 +117,8 @@ def fit_many(
 ) -> list[Outcome]:
     """Fits LoRAs one after the other, into a folder, under the names they have.
 
-    Both pipelines are opened once, and asked only once what does not depend on the LoRA: what they
-    said without one is kept in `resume`, or until the end in a temporary folder inside `folder`.
+    Both models are asked only once what does not depend on the LoRA: what they said without one is
+    kept in `resume`, or until the end in a temporary folder inside `folder`.
     A result that is there already, complete, and says in its header that it was made of this very
     LoRA, of these bases and in this way is left alone (unless `overwrite` is set): a run that was
     cut off goes on where it was. The folder is made if it does not exist.
@@ -141,11 +145,11 @@ def fit_many(
     outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
     check_distinct(paths, outs)
     make_folders({Path(folder)})
-    with FitSession.share(options.resume, Path(folder), len(paths) > 1) as session:
+    with KeptParts.share(options.resume, Path(folder), len(paths) > 1) as parts:
 
         def make(i: int, out: Path, progress: Progress | None) -> Transfer:
             labelled = replace(options, progress=progress)
-            return _fit_into(paths[i], old, new, out, labelled, session)
+            return _fit_into(paths[i], old, new, out, labelled, parts)
 
         return run_each(paths, outs, make, options.progress)
 
@@ -156,7 +160,7 @@ def _fit_into(
     target: Base,
     out: Path,
     options: FitOptions,
-    session: FitSession | None = None,
+    parts: KeptParts | None = None,
 ) -> Transfer:
     """Fits a LoRA from file to file; a result of the same recipe is kept."""
     bases = source, target
@@ -164,7 +168,7 @@ def _fit_into(
         (lora, source, target, options),
         out,
         lambda opened: plan_fit(opened, *bases, options),
-        lambda opened: fit_lora(opened, *bases, options, session),
+        lambda opened: fit_lora(opened, *bases, options, parts),
         digest_bases=watch_pipelines(*bases),
     )
 
@@ -187,7 +191,7 @@ def fit_lora(
     source: Base,  # the base it was trained on
     target: Base,  # the base it goes to
     options: FitOptions,  # how
-    session: FitSession | None = None,
+    parts: KeptParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses what it can before loading them.
 
@@ -206,9 +210,12 @@ def fit_lora(
     if baseline is not None:
         found = baseline.refusal or baseline.done.report
         job = replace(job, serves=explain_serving(source, target, options, found))
-    session = session or FitSession(options.resume)
+    parts = parts or KeptParts(options.resume)
     copied = baseline.done.adapter.updates if baseline else {}
-    fitted, grid = _run_models(job, copied, session)
+    try:
+        fitted, grid = _run_models(job, copied, parts)
+    finally:
+        parts.end_lora()
     gate, files = fitted.report.gate, list_inputs(lora, source, target)
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
@@ -221,7 +228,7 @@ def fit_lora(
 
 
 def _run_models(
-    job: FitJob, copied: Mapping[str, LowRank], session: FitSession
+    job: FitJob, copied: Mapping[str, LowRank], parts: KeptParts
 ) -> tuple[Fitted, PictureGrid | None]:
     """Runs both pipelines: draws for the page, asks, fits and judges."""
     options, card, foreseen = job.options, job.card, foresee_work(job)
@@ -231,7 +238,10 @@ def _run_models(
         options.progress(0, foreseen.total, OPENING)
     lora = LoraParts.of(job)
     copied = {name: u for name, u in copied.items() if not is_in_text_encoder(name)}
-    with session.open_models(job, lora) as (models, settings):
+    words = read_training_words(job.adapter.metadata)
+    settings = replace(options, prompts=options.prompts or derive_prompts(words))
+    settings = replace(settings, precision=card.precision) if card else settings
+    with open_both(job, lora, settings) as models:
         grid = ImageGrid.of(models, settings, job.shares_latents, bool(lora.carried))
         beside = partial(run_text_encoders_beside, models[0], lora.text)
         grid.draw_source(lora.denoiser.updates, beside)
@@ -245,13 +255,16 @@ def _run_models(
 
         def release() -> None:
             """Frees what does not run again once both models were asked."""
-            models[0].release(keep_denoiser=False)
-            models[1].release(keep_denoiser=True)
+            models[0].free()
+            if grid.prompts:  # which need the VAE once more
+                models[1].move_beside_denoiser("cpu")
+            else:
+                models[1].free(keeps_denoiser=True)
             if card is not None and models[1].swapping is not None:
                 models[1].swapping.keep(card.fitting)
 
-        kept = session.open_parts(job.source, job.target)
-        fitted = fit_sides(asking, settings, copied, meter=meter, kept=kept, release=release)
+        parts.of_pipelines(job.source, job.target)
+        fitted = fit_sides(asking, settings, copied, meter=meter, parts=parts, release=release)
         report = fitted.report
         grid.draw_target(
             copied if fits_target(models[1].denoiser, copied) else {},

@@ -28,7 +28,7 @@ from ..moving.plan import ModulePlan, check_fits_source, place_text_encoders
 from ..reports.lora_report import LoraReport
 from ..verbs.options import LoraLike
 from .fitted_modules import NO_KIND, choose_fitted
-from .pipelines.vram import CardPlan, is_card, plan_card
+from .pipelines.memory_bounds import CardPlan, is_card, plan_card
 from .settings import FitOptions, PassedOn
 from .workload import Workload
 

@@ -97,18 +97,18 @@ class Asking:
         """Samples of one call of either model."""
         return min(self.source.at_once, self.target.at_once)
 
-    def draw_images(self, seed: int, count: int, kept: KeptParts, meter: Meter) -> DrawnImages:
-        """Samples images of each of ORIGINS, or reads those that were kept."""
+    def draw_images(self, seed: int, count: int, parts: KeptParts, meter: Meter) -> DrawnImages:
+        """Samples images of each of ORIGINS, or reads those of an earlier fit."""
         adapted = seed if self.pairs else seed + 1
         seeds = {"source": seed, "adapted": adapted, "target": seed + 2}
         drawn = {}
         for origin, start in seeds.items():
             side = self.target if origin == "target" else self.source
             name, key = f"images-{origin}-{start}", hash_texts(self.keys[origin], str(count))
-            found = kept.recall(name, key)
+            found = parts.recall(name, key)
             if found is None:
                 images = self._sample(side, origin, start, count, meter)
-                kept.store(name, key, images)
+                parts.store(name, key, images)
             else:
                 images = found[0]
                 meter.advance(1 / 6, f"images of {side.name} were kept", kept=True)

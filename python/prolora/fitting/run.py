@@ -43,7 +43,7 @@ def fit_sides(
     baseline: Mapping[str, LowRank] | None = None,
     *,
     meter: Meter | None = None,
-    kept: KeptParts | None = None,
+    parts: KeptParts | None = None,
     release: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """Fits the LoRA that makes the target change as the LoRA makes the source change.
@@ -55,7 +55,7 @@ def fit_sides(
         baseline: updates of the target that the fit is compared with on held-out probes, and may
             start from; None: the LoRA's own of modules that the target has.
         meter: is informed how far the fit is.
-        kept: parts of earlier fits.
+        parts: of earlier fits.
         release: called once everything was asked; from then on the target alone runs.
 
     Raises:
@@ -68,7 +68,7 @@ def fit_sides(
     if baseline is None:
         baseline = fitting_updates(theirs.denoiser, asking.updates)
     check_start(settings.start, theirs.denoiser, baseline)
-    kept = kept or KeptParts()
+    parts = parts or KeptParts()
     meter = meter or Meter(Workload(settings, settings.target_steps or settings.steps))
     own = max(update.rank for update in asking.updates.values())
     settings = replace(meter.workload.sized, rank=settings.rank or own)
@@ -85,18 +85,18 @@ def fit_sides(
         log_snr=(level_log_snr(high), level_log_snr(low)),
     )
     key = ""
-    if kept.folder is not None:
+    if parts.folder is not None:
         asked = f"guidance {asking.guidance:.4g}, {settings.images} images"
         origins = (asking.keys[origin] for origin in ORIGINS)
         key = hash_texts(*origins, asked, settings.describe_fit(), hash_updates(baseline))
-    earlier = kept.recall_updates("fit", key)
+    earlier = parts.recall_updates("fit", key)
     with ExitStack() as stack:
         for side in (ours, theirs):
             stack.enter_context(frozen(side.denoiser))
             stack.enter_context(in_precision(side.denoiser, settings.precision))
         meter.begin("sample")
         seeds = settings.seed, settings.seed + len(ORIGINS)
-        drawn, unseen = (asking.draw_images(s, settings.images, kept, meter) for s in seeds)
+        drawn, unseen = (asking.draw_images(s, settings.images, parts, meter) for s in seeds)
         meter.begin("ask")
         size = _even_size(settings.batch, asking.at_once)
         count = settings.probes if earlier is None else 1  # one shows which modules are called
@@ -111,7 +111,7 @@ def fit_sides(
         meter.begin("fit")
         if earlier is None:
             updates = solve(asking, probes, names, baseline, settings, report, meter)
-            kept.store_updates("fit", key, updates, report.facts_of_fit())
+            parts.store_updates("fit", key, updates, report.facts_of_fit())
         else:
             updates, facts = earlier
             report.resume(facts)

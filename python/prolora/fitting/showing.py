@@ -19,6 +19,7 @@ from ..reports.report import PictureGrid
 from .models import in_float32
 from .pipelines.pipeline import Pipeline, share_size
 from .settings import FitSettings
+from .swapping import compute_device
 from .updates import with_lora
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class ImageGrid:
         model, settings, drawn = self.models[side], self.settings[side], []
         started = time.perf_counter()
         try:
-            model.restore()  # the VAE may be away
+            # The VAE is away while the target is fitted.
+            model.move_beside_denoiser(compute_device(next(model.denoiser.parameters())))
             with in_float32(model.denoiser), with_lora(model.denoiser, updates):
                 for row, prompt in enumerate(self.prompts):
                     pixels = read_pixels(model.sample_latents(prompt, settings, row, "pt"))

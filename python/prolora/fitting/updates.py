@@ -17,10 +17,6 @@ from ..errors import ProLoRAError, ShapeMismatch
 from .swapping import compute_device
 
 
-class FirstCallReached(Exception):
-    """Ends a forward pass, or a pipeline, at a module's first call."""
-
-
 @contextlib.contextmanager
 def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Removes registered hooks at the end of the block, also where it raises."""

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models import in_float32
 from ..settings import FitSettings
-from ..sides import Call
-from ..updates import FirstCallReached, temporary_hooks
-from .conditioning import PromptTable, make_reader, split_call
-from .flow_convention import watch_steps
+from .conditioning import PromptTable, make_reader
 from .pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -37,26 +31,16 @@ def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTab
     changes nothing; None where the scheduler's input is no such sum.
     """
     prompt = next((prompt for prompt in settings.prompts if prompt), "")
+    steps = pipeline.observe(prompt, settings, "step").steps
+    if not steps:
+        return None
     read = make_reader(table.like.latent)
-    with_prompt: list[Tensor] = []
-    without: list[Tensor] = []
-    scales: list[float | None] = []
-
-    def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        parts = split_call(model, Call(args, kwargs))
-        for i, row in enumerate(read(out).detach().double().cpu()):
+    with_prompt, without = list[Tensor](), list[Tensor]()
+    for parts, output in steps[0].calls:
+        for i, row in enumerate(read(output).double().cpu()):
             branch = with_prompt if table.has_prompt(parts, i) else without
             branch.append(row.flatten())
-
-    def stop(used: Tensor, _: Any) -> None:
-        scales.append(read_guidance_scale(read(used).detach().double().cpu(), with_prompt, without))
-        raise FirstCallReached
-
-    hook = pipeline.denoiser.register_forward_hook(record, with_kwargs=True)
-    steps = watch_steps(pipeline.pipe.scheduler, stop)
-    with temporary_hooks([hook]), steps, in_float32(pipeline.denoiser), suppress(FirstCallReached):
-        pipeline.sample_latents(prompt, settings, 0)
-    return scales[0] if scales else None
+    return read_guidance_scale(read(steps[0].given).double().cpu(), with_prompt, without)
 
 
 def read_guidance_scale(

@@ -8,8 +8,6 @@ the pipeline gives its VAE to decode is a multiple and a shift of each channel o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ProLoRAError, UnsupportedFormat
-from ..updates import FirstCallReached
 
 IMAGE, FRAME, PACKED, TOKENS, OTHER = "image", "frame", "packed", "tokens", "other"
 
@@ -246,28 +243,6 @@ def _fit_channels(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
     shift = mean_y[:, 0] - scale * mean_x[:, 0]
     error = (scale[:, None] * x + shift[:, None] - y).norm() / y.norm().clamp_min(1e-30)
     return scale.float(), shift.float(), float(error)
-
-
-def capture_decoded(vae: Any, sample: Callable[[], object]) -> Tensor | None:
-    """Captures what a sampling gives its VAE to decode, None for nothing.
-
-    `vae` may be None; `sample` runs the pipeline to pixels.
-    """
-    captured: list[Tensor] = []
-
-    def stop(latent: Tensor, *_: Any, **__: Any) -> None:
-        captured.append(latent.detach())
-        raise FirstCallReached
-
-    if vae is not None:
-        vae.decode = stop
-    try:
-        with suppress(FirstCallReached):
-            sample()
-    finally:
-        if vae is not None:
-            del vae.decode
-    return captured[0] if captured else None
 
 
 def _read_encoded(encoded: Any) -> Tensor:

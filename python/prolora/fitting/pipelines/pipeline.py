@@ -1,7 +1,4 @@
-"""A diffusers pipeline, run from noise to its end or first call.
-
-The first call of its denoiser, that is.
-"""
+"""A diffusers pipeline, run from noise as far as it has to be seen."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ import contextlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +21,7 @@ from ..models import in_float32
 from ..settings import FitSettings
 from ..sides import Call
 from ..swapping import BlockSwapping
-from ..updates import FirstCallReached, temporary_hooks, with_lora
+from ..updates import temporary_hooks, with_lora
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -34,19 +30,11 @@ from .conditioning import (
     sample_conditioning,
     split_call,
 )
-from .flow_convention import STEPS, observe_flow, watch_steps
-from .latents import LatentSpace, capture_decoded, observe_latents
+from .flow_convention import STEPS, read_flow
+from .latents import LatentSpace, observe_latents
 from .schedules import FLOW, NoiseSchedule
 from .stages import PromptMemory, empty_weights, shrink_tiles
-
-
-@dataclass(frozen=True)
-class FinalSample:
-    """One image that was sampled."""
-
-    latent: Tensor  # after the last step [1, ...]
-    first: Tensor  # the denoiser's input in the first step [1, ...]: noise, nearly alone
-    times: list[Tensor]  # of all calls
+from .watching import Sampling, SamplingEnded, Until, watch_sampling
 
 
 class Pipeline:
@@ -58,7 +46,7 @@ class Pipeline:
         denoiser: its unet or transformer.
         schedule: what the denoiser predicts, at which noise level.
         accepted: names of the parameters of the pipeline's call.
-        memory: of its text encoders' answers; None for a pipeline with other users.
+        memory: of its text encoders' answers; None where these always run.
         swapping: of the denoiser's blocks, on a card whose memory is bounded.
         tile: pixels of the tiles that its VAE was asked to take; None: its own.
         few_steps: whether its size is that of few-step models alone.
@@ -97,39 +85,35 @@ class Pipeline:
     def encode_prompts(self, settings: FitSettings) -> None:
         """Encodes all prompts of the samplings, with and without the LoRA, and the empty one."""
         for prompt in dict.fromkeys((*_prompts_or_empty(settings), "")):
-            self._capture_call(prompt, settings)
+            self.capture_call(prompt, settings)
 
-    def release_encoders(self) -> None:
-        """Frees the text encoders; their answers stay, and a new prompt reloads them.
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """All of its models by name."""
+        parts = self.pipe.components.items()
+        return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
-        The text encoders of a pipeline with other users stay.
-        """
-        if self.memory is not None:
-            self.memory.release()
+    def free(self, keeps_denoiser: bool = False) -> None:
+        """Frees the memory of models that do not run again."""
+        parts = self.models.values()
+        empty_weights(part for part in parts if not (keeps_denoiser and part is self.denoiser))
 
-    def release(self, keep_denoiser: bool) -> None:
-        """Frees a fit's own pipeline after its last sampling."""
-        if self.memory is not None:
-            parts = (p for p in self.pipe.components.values() if isinstance(p, nn.Module))
-            empty_weights(p for p in parts if not (keep_denoiser and p is self.denoiser))
+    def move_beside_denoiser(self, device: torch.device | str) -> None:
+        """Moves all models but the denoiser."""
+        for part in self.models.values():
+            if part is not self.denoiser:
+                part.to(device)
 
     def move_to_card(self, device: str, room: int, tile: int | None) -> None:
         """Moves all to a card but the denoiser's blocks beyond `room` bytes.
 
         `tile` is the pixels of the tiles that the VAE takes; None leaves them.
         """
-        for part in self.pipe.components.values():
-            if isinstance(part, nn.Module) and part is not self.denoiser:
-                part.to(device)
+        self.move_beside_denoiser(device)
         self.swapping, self.tile = BlockSwapping(self.denoiser, device), tile
         self.swapping.keep(room)
         if tile is not None:
             shrink_tiles(getattr(self.pipe, "vae", None), tile)
-
-    def restore(self) -> None:
-        """Reads again what `release` freed; text encoders come back when a prompt needs them."""
-        if self.memory is not None:
-            self.memory.restore()
 
     def derive_target_settings(self, settings: FitSettings) -> FitSettings:
         """Returns the settings of a target's sampling."""
@@ -152,7 +136,7 @@ class Pipeline:
         with temporary_hooks([hook]), torch.no_grad():
             try:
                 return self.pipe(**arguments)
-            except (FirstCallReached, ProLoRAError):
+            except (SamplingEnded, ProLoRAError):
                 raise
             except Exception as error:  # diffusers and its models raise any type
                 raise ProLoRAError(
@@ -163,32 +147,39 @@ class Pipeline:
 
     def sample_final(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
-    ) -> FinalSample:
-        """Samples one image, and records its latents and the times of its calls.
+    ) -> Sampling:
+        """Samples one image, watched to its last latents; arguments as for `sample_latents`.
 
-        What a pipeline returns as latents is already denormalised in some (FLUX.2 klein), so the
-        latents are taken from its scheduler. Arguments as for `sample_latents`; a sampling that
-        `FirstCallReached` ends after its last step counts.
+        What a pipeline returns as latents is already denormalised in some (FLUX.2 klein), so they
+        are taken from its scheduler.
         """
-        calls: list[CallParts] = []
-        results: list[Tensor] = []
-
-        def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            parts = split_call(model, Call(args, kwargs))
-            latent = parts.latent[:0] if calls else parts.latent[:1].detach().clone()
-            calls.append(CallParts(latent, parts.time.detach().cpu(), {}))
-
-        hook = self.denoiser.register_forward_pre_hook(watch, with_kwargs=True)
-        steps = watch_steps(self.pipe.scheduler, on_result=lambda x: results.append(x.detach()))
-        with temporary_hooks([hook]), steps, suppress(FirstCallReached):
+        with watch_sampling(self.denoiser, self.pipe.scheduler) as seen:
             self.sample_latents(prompt, settings, seed, output)
-        if not results:
+        if not seen.latents:
             raise UnsupportedFormat(
                 f"{self.name}: its scheduler {type(self.pipe.scheduler).__name__} was never "
                 "stepped, so its latents are not known"
             )
-        # A guided DiT steps the same latents twice.
-        return FinalSample(results[-1][:1], calls[0].latent, [parts.time for parts in calls])
+        return seen
+
+    def observe(self, prompt: str, settings: FitSettings, until: Until) -> Sampling:
+        """Watches a sampling in float32, from noise of seed 0."""
+        with (
+            in_float32(self.denoiser),
+            watch_sampling(self.denoiser, self.pipe.scheduler, until) as seen,
+        ):
+            self.sample_latents(prompt, settings, 0)
+        return seen
+
+    def capture_call(self, prompt: str, settings: FitSettings) -> CallParts:
+        """Captures the first call of the denoiser for a prompt, which does not run."""
+        with watch_sampling(self.denoiser, self.pipe.scheduler, "call") as seen:
+            self.sample_latents(prompt, settings, 0)
+        if not seen.calls:
+            raise ProLoRAError(
+                f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser"
+            )
+        return seen.calls[0]
 
     def _build_arguments(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
@@ -213,26 +204,23 @@ class Pipeline:
         The unconditional branch of the guidance comes last; without guidance, the empty prompt.
         """
         prompts = _prompts_or_empty(settings)
-        calls = [split_call(self.denoiser, self._capture_call(p, settings)) for p in prompts]
+        calls = [self.capture_call(prompt, settings) for prompt in prompts]
         if len(calls[0].latent) == 2:
             place = self._place_of_prompt(calls[0], prompts, settings)
             entries = [sample_conditioning(parts, place) for parts in calls]
             negative = sample_conditioning(calls[-1], 1 - place)
             return PromptTable(self.denoiser, [*entries, negative], calls[-1], guided=True)
         entries = [sample_conditioning(parts, 0) for parts in calls]
-        branches = self._capture_branches(prompts[-1], settings)
+        branches = self.observe(prompts[-1], settings, "step").calls  # some guide by several calls
         if max(len(branches), *(len(parts.latent) for parts in calls)) > 2:
             raise ProLoRAError(
                 f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
                 "branches, which no fit can handle"
             )
-        if len(branches) == 2:
-            negative = sample_conditioning(branches[1], 0)
-        else:
-            empty = self._capture_call("", settings)
-            negative = sample_conditioning(split_call(self.denoiser, empty), 0)
         guided = len(branches) == 2
-        return PromptTable(self.denoiser, [*entries, negative], calls[-1], guided)
+        free = branches[1] if guided else self.capture_call("", settings)
+        entries.append(sample_conditioning(free, 0))
+        return PromptTable(self.denoiser, entries, calls[-1], guided)
 
     def _place_of_prompt(
         self, parts: CallParts, prompts: Sequence[str], settings: FitSettings
@@ -244,75 +232,41 @@ class Pipeline:
         other = next((p for p in (*prompts, "") if p != prompts[0]), None)
         if other is None:
             return 1  # the empty prompt alone: most often both samples are the same
-        changed = split_call(self.denoiser, self._capture_call(other, settings))
+        changed = self.capture_call(other, settings)
         distances = [
             conditioning_distance(sample_conditioning(parts, i), sample_conditioning(changed, i))
             for i in range(2)
         ]
         return int(distances[1] >= distances[0])
 
-    def _capture_branches(self, prompt: str, settings: FitSettings) -> list[CallParts]:
-        """Captures the denoiser's calls in the first step; some guide by several."""
-        calls: list[CallParts] = []
-
-        def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(split_call(model, Call(args, kwargs)))
-
-        def stop(*_: Any) -> None:
-            raise FirstCallReached
-
-        hook = self.denoiser.register_forward_pre_hook(record, with_kwargs=True)
-        steps = watch_steps(self.pipe.scheduler, stop)
-        with temporary_hooks([hook]), steps, in_float32(self.denoiser), suppress(FirstCallReached):
-            self.sample_latents(prompt, settings, 0)
-        return calls
-
     def observe_schedule(self, settings: FitSettings) -> NoiseSchedule:
         """Returns the schedule; a flow's with its times and its sign."""
         if self.schedule.kind != FLOW:
             return self.schedule
-        short = replace(settings, steps=STEPS)
-        prompt = _prompts_or_empty(settings)[0]
-        with in_float32(self.denoiser):
-            return observe_flow(
-                self.schedule,
-                self.pipe.scheduler,
-                self.denoiser,
-                lambda: self.sample_latents(prompt, short, 0),
-                self.name,
-            )
+        short, prompt = replace(settings, steps=STEPS), _prompts_or_empty(settings)[0]
+        return read_flow(self.schedule, self.observe(prompt, short, "end").steps, self.name)
 
     def observe_latents(self, settings: FitSettings, like: Tensor) -> LatentSpace:
         """Observes the latents on a sampling of two steps.
 
         `like` are latents [n, ...] as the denoiser is given them.
         """
-        short = replace(settings, steps=2)
-        prompt = _prompts_or_empty(settings)[0]
-        final: list[Tensor] = []
-        with in_float32(self.denoiser):
-            given = capture_decoded(
-                getattr(self.pipe, "vae", None),
-                lambda: final.append(self.sample_final(prompt, short, 0, "pt").latent),
-            )
-        return observe_latents(self.pipe, like[:1], final[0], given, self.name)
+        short, prompt = replace(settings, steps=2), _prompts_or_empty(settings)[0]
+        vae, given = getattr(self.pipe, "vae", None), list[Tensor]()
 
-    def _capture_call(self, prompt: str, settings: FitSettings) -> Call:
-        """Captures the first call of the denoiser for a prompt."""
-        calls: list[Call] = []
+        def stop(latent: Tensor, *_: Any, **__: Any) -> None:
+            given.append(latent.detach())
+            raise SamplingEnded
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(Call(args, kwargs))
-            raise FirstCallReached
-
-        hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-        with temporary_hooks([hook]), suppress(FirstCallReached):
-            self.sample_latents(prompt, settings, 0)
-        if not calls:
-            raise ProLoRAError(
-                f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser"
-            )
-        return calls[0]
+        if vae is not None:
+            vae.decode = stop
+        try:
+            with in_float32(self.denoiser):
+                final = self.sample_final(prompt, short, 0, "pt").latents[-1][:1]
+        finally:
+            if vae is not None:
+                del vae.decode
+        return observe_latents(self.pipe, like[:1], final, given[0] if given else None, self.name)
 
 
 def share_size(settings: FitSettings, *pipelines: Pipeline) -> FitSettings:
@@ -365,13 +319,11 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
         known = inner if inner in modules else inner.removeprefix(_INNER)
         by_encoder.setdefault(part, {})[known] = update
 
-    @contextlib.contextmanager
-    def enter() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for part, found in by_encoder.items():
-                stack.enter_context(with_lora(getattr(pipeline.pipe, part), found))
-            yield
-
     memory = pipeline.memory if updates else None
-    with enter() if memory is None else memory.under(hash_updates(updates), enter):
+    with contextlib.ExitStack() as stack:
+        if memory is not None:
+            stack.enter_context(memory.under(hash_updates(updates)))
+        for part, found in by_encoder.items():
+            if memory is None or not memory.is_freed:
+                stack.enter_context(with_lora(getattr(pipeline.pipe, part), found))
         yield

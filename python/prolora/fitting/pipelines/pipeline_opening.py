@@ -1,9 +1,10 @@
-"""Loading diffusers pipeline folders."""
+"""Opening diffusers pipeline folders: one, and both of a fit."""
 
 from __future__ import annotations
 
 import importlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from ...bases.folder import choose_candidate, open_folder_weights
 from ...bases.pipeline_files import (
     PIPELINE_INDEX,
     UNUSED_PARTS,
+    draws_in_few_steps,
     read_component_config,
     read_pipeline_index,
 )
 from ...core.validation import DeviceLike
 from ...errors import UnsupportedFormat
 from ...files.untrusted import load_pretrained
+from ..fit_plan import FitJob, LoraParts
 from ..models import HALVES, check_weights
-from .pipeline import Pipeline
+from ..settings import FitSettings
+from .memory_bounds import check_memory
+from .pipeline import Pipeline, run_text_encoders_beside
 from .stages import PromptMemory, hide_progress_bars
 
 
@@ -72,7 +77,7 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             f"{type(error).__name__}: {error}. Pickles are not read; save it again with "
             "pipe.save_pretrained(FOLDER, safe_serialization=True)"
         ) from error
-    memory = PromptMemory(pipe, folder, options)
+    memory = PromptMemory(pipe)
     for way in ("enable_slicing", "enable_tiling"):  # of batches and large images, if it can
         with suppress(AttributeError, NotImplementedError):
             getattr(pipe.vae, way)()
@@ -85,6 +90,40 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
             if device is not None:
                 model.to(device)  # pipe.to warns of halves on a CPU, which are widened here
     return Pipeline(pipe, folder.name, memory)
+
+
+@contextmanager
+def open_both(
+    job: FitJob, lora: LoraParts, settings: FitSettings
+) -> Iterator[tuple[Pipeline, Pipeline]]:
+    """Opens source and target of a fit, and frees their memory at the end of the block.
+
+    They encode the prompts in turn: the first's text encoders make room. The LoRA's part in text
+    encoders that both have runs in both until the end.
+    """
+    card, device = job.card, job.options.device
+    if job.options.memory_limit is not None:
+        check_memory(job.options.memory_limit, job.folders, device)
+    models = list[Pipeline]()
+    with ExitStack() as stack:
+        for number, folder in enumerate(job.folders):
+            # Text encoders of a pipeline on a bounded card run in the machine's memory.
+            model = open_pipeline(folder, None if card else device)
+            stack.callback(model.free)
+            stack.enter_context(run_text_encoders_beside(model, lora.carried))
+            if number == 0:
+                with run_text_encoders_beside(model, lora.text):
+                    model.encode_prompts(settings)
+                model.encode_prompts(settings)
+            else:
+                model.few_steps = bool(draws_in_few_steps(job.target))
+                model.encode_prompts(model.derive_target_settings(settings))
+            assert model.memory is not None
+            model.memory.release()
+            if card is not None:
+                model.move_to_card(str(device), card.rooms[number], card.tile)
+            models.append(model)
+        yield models[0], models[1]
 
 
 def _import_icon_pipeline() -> Any:

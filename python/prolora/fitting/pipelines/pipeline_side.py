@@ -75,11 +75,13 @@ class PipelineSide(FitSide):
     def sample(self, number: int, prompt: int) -> Image:
         """Implements `FitSide.sample`."""
         text = (self.settings.prompts or ("",))[prompt]
-        final = self.pipeline.sample_final(text, self.settings, number)
-        levels = torch.cat([self.schedule.level_at(time).flatten() for time in final.times])
-        clean = self.space.as_latent(self.space.as_image(final.latent)).to(final.first)
+        seen = self.pipeline.sample_final(text, self.settings, number)
+        # A guided DiT steps the same latents twice.
+        first, latent = seen.calls[0].latent[:1], seen.latents[-1][:1]
+        levels = torch.cat([self.schedule.level_at(call.time).flatten() for call in seen.calls])
+        clean = self.space.as_latent(self.space.as_image(latent)).to(first)
         a, b = (float(part) for part in self.schedule.scales(levels[0]))
-        return Image(final.latent, (final.first - a * clean) / b, levels)
+        return Image(latent, (first - a * clean) / b, levels)
 
     def build_call(
         self, state: Tensor, level: Tensor, prompts: Sequence[int], adapted: bool = False

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...bases.folder import MODELS, open_folder_weights
+from ...bases.folder import open_folder_weights
 from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
-from ...files.untrusted import load_pretrained
-from ..models import HALVES
+from ...errors import ProLoRAError
 
 TEXT_ENCODERS = "text_encoder"
 """What the names of a pipeline's text encoders begin with."""
@@ -23,7 +22,7 @@ _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 
 
 def empty_weights(modules: Iterable[nn.Module]) -> None:
-    """Frees the memory of modules that do not run again, or not before `fill_weights`.
+    """Frees the memory of modules that do not run again.
 
     Their tensors keep dtype and device, which pipelines ask for, and hold no number.
     """
@@ -33,26 +32,23 @@ def empty_weights(modules: Iterable[nn.Module]) -> None:
 
 
 class PromptMemory:
-    """The answers of a pipeline's text encoders, which run once and go.
+    """The answers of a pipeline's text encoders, which run once for each prompt and go.
 
-    It replaces the pipeline's `encode_prompt`, whose answers depend on its arguments alone. For a
-    new prompt, emptied encoders are read again.
+    It replaces the pipeline's `encode_prompt`, whose answers depend on its arguments alone.
 
     Attributes:
         pipe: the diffusers pipeline.
-        folder: that it was loaded from.
         answers: of the calls so far.
         state: what runs beside the encoders' weights, as a text; "" for nothing.
+        is_freed: whether the encoders are gone.
     """
 
-    def __init__(self, pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
-        """Replaces the pipeline's method, if it has one; `options` of loading."""
-        self.pipe, self.folder, self._options = pipe, folder, options
+    def __init__(self, pipe: Any) -> None:
+        """Replaces the pipeline's method, if it has one."""
+        self.pipe, self.state, self.is_freed = pipe, "", False
         self.answers: dict[str, Any] = {}
-        self.state = ""
-        self._asked: set[str] = set()
-        self._late: list[Callable[[], AbstractContextManager[None]]] = []
         self._encode = getattr(pipe, "encode_prompt", None)
+        self._remembers_all = self._encode is not None
         if self._encode is not None:
             pipe.encode_prompt = self
 
@@ -67,86 +63,42 @@ class PromptMemory:
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the answer of `encode_prompt`; a known one where it was asked the same before."""
+        """Returns the answer of `encode_prompt`; a known one where it was asked the same before.
+
+        Raises:
+            ProLoRAError: a prompt is new, and the encoders are gone.
+        """
         assert self._encode is not None
         key = _write_key((self.state, args, sorted(kwargs.items())))
         asked = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.device))
-        device = next(asked, None)
-        if key is not None:
-            self._asked.add(key)
         if key is not None and key in self.answers:
-            return _move_tensors(self.answers[key], device)
-        self._fill_encoders()
-        with ExitStack() as stack:
-            for enter in self._late:
-                stack.enter_context(enter())
-            answer = self._encode(*args, **kwargs)
-        if key is not None:
+            return _move_tensors(self.answers[key], next(asked, None))
+        if self.is_freed:
+            raise ProLoRAError(
+                f"{type(self.pipe).__name__} asks its text encoders about a prompt again, in "
+                "another way than before its first image, so it cannot be fitted"
+            )
+        answer = self._encode(*args, **kwargs)
+        if key is None:
+            self._remembers_all = False
+        else:
             self.answers[key] = answer
         return answer
 
     @contextmanager
-    def under(
-        self, state: str, enter: Callable[[], AbstractContextManager[None]]
-    ) -> Iterator[None]:
-        """Remembers answers apart while something runs beside the encoders' weights.
-
-        `state` says what runs there, and `enter` puts it there; where the encoders are empty, not
-        before they are needed.
-        """
-        before, late = self.state, any(map(is_emptied, self.encoders.values()))
-        self.state = f"{before} {state}"
+    def under(self, state: str) -> Iterator[None]:
+        """Remembers answers apart while something runs beside the encoders' weights."""
+        before, self.state = self.state, f"{self.state} {state}"
         try:
-            if late:
-                self._late.append(enter)
-                yield
-            else:
-                with enter():
-                    yield
+            yield
         finally:
             self.state = before
-            if late:
-                self._late.remove(enter)
 
     def release(self) -> None:
-        """Empties the text encoders, unless the pipeline's answers are not kept.
-
-        What was not asked since the last time is forgotten: it belongs to another LoRA's prompts.
-        """
-        self.answers = {key: self.answers[key] for key in self._asked & self.answers.keys()}
-        self._asked.clear()
-        if self._encode is not None:
+        """Frees the text encoders, unless one of their answers could not be remembered."""
+        self.is_freed = self._remembers_all
+        if self.is_freed:
             empty_weights(self.encoders.values())
-
-    def restore(self) -> None:
-        """Reads again what is emptied, but for text encoders, which wait for a new prompt."""
-        for name, part in self.pipe.components.items():
-            if isinstance(part, nn.Module) and name not in self.encoders:
-                self._fill(name, part)
-        if self._encode is None:
-            self._fill_encoders()
-
-    def _fill_encoders(self) -> None:
-        for name, encoder in self.encoders.items():
-            self._fill(name, encoder)
-
-    def _fill(self, name: str, module: nn.Module) -> None:
-        """Reads the weights of an emptied part again, as the pipeline was loaded."""
-        if not is_emptied(module):
-            return
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        device = next(module.parameters()).device
-        options, variant = dict(self._options), self._options.get("variant")
-        if variant and not any((self.folder / name).glob(f"*.{variant}[.-]*")):
-            del options["variant"]
-        half = next((t.dtype for t in tensors.values() if t.dtype in HALVES), None)
-        if name in MODELS:
-            options["torch_dtype"] = half or torch.float32
-        with hide_progress_bars():
-            fresh = load_pretrained(type(module), self.folder / name, **options)
-        fresh = (fresh if half else fresh.float()).to(device)
-        for key, tensor in (*fresh.named_parameters(), *fresh.named_buffers()):
-            tensors[key].data = tensor.data
 
 
 @contextmanager
@@ -175,12 +127,6 @@ def hide_progress_bars() -> Iterator[None]:
             logging.disable_propagation()
         for logging in shown:
             logging.enable_progress_bar()
-
-
-def is_emptied(module: nn.Module) -> bool:
-    """Returns whether `empty_weights` has freed its memory."""
-    sizes = [parameter.numel() for parameter in module.parameters()]
-    return bool(sizes) and not any(sizes)
 
 
 def _move_tensors(value: Any, device: torch.device | None) -> Any:

@@ -1,6 +1,6 @@
-"""A bound on a card's memory for both pipelines of a fit.
+"""Bounds on memory for both pipelines of a fit: a card's, and the machine's.
 
-Only the headers of their files are read.
+Before a model is loaded, only the headers of their files are read.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ import torch
 
 from ...architectures.modules import find_block, is_adaptable, matrix_shape, may_be_fitted
 from ...bases.folder import open_folder_weights
+from ...bases.memory import resident_bytes
 from ...bases.pipeline_files import read_component_config, read_pipeline_index
 from ...core.validation import DeviceLike
 from ...errors import TooLittleMemory
@@ -227,6 +228,35 @@ def _measure(folder: Path, size: int | None) -> _PipelineSize:
         between=int(sum(median(several) for several in widths.values())),
         pixels=pixels,
     )
+
+
+def check_memory(limit: int, folders: tuple[Path, Path], device: DeviceLike) -> None:
+    """Refuses a bound on the machine's memory that the models alone exceed."""
+    (ours, others), (theirs, rest) = map(estimate_bytes, folders)
+    on_host = not is_card(device)
+    least = resident_bytes() + max(ours + others, theirs + rest + (others if on_host else 0))
+    if least > limit:
+        raise TooLittleMemory(
+            f"a bound of {format_size(limit)} on memory is too little: the two pipelines alone "
+            f"need {format_size(least)} at a time"
+        )
+
+
+def watch_memory(limit: int | None) -> Callable[[float], None]:
+    """Returns what refuses a bound on the machine's memory once a share of a stage is done."""
+    loaded = resident_bytes() if limit is not None else 0
+
+    def check(share: float) -> None:
+        taken = resident_bytes() if limit is not None else 0
+        if limit is not None and taken > limit:
+            needed = loaded + (taken - loaded) / share
+            raise TooLittleMemory(
+                f"a bound of {format_size(limit)} on memory is too little: with {share:.0%} of a "
+                f"stage done this run takes {format_size(taken)}, and will need about "
+                f"{format_size(needed)}; sample fewer images, or in fewer steps"
+            )
+
+    return check
 
 
 def _find_resnet(name: str) -> str:
