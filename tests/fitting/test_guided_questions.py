@@ -15,9 +15,10 @@ from torch import Tensor
 
 from prolora import FitOptions, fit
 from prolora import fitting as probe
-from prolora.fitting.pipelines.guidance import observe_guidance, read_guidance_scale
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
+from prolora.fitting.pipelines.pipeline_side import PipelineSide, observe_guidance
+from prolora.fitting.pipelines.watching import read_guidance_scale
 from prolora.fitting.probes import PAIR, Probe
 from prolora.fitting.sides import NO_PROMPT
 
@@ -25,7 +26,7 @@ from prolora.fitting.sides import NO_PROMPT
 def scale_of(make, folder, guidance: float | None, prompts=SETTINGS.prompts) -> float | None:
     pipeline = opened(make, folder)
     settings = replace(SETTINGS, guidance=guidance, prompts=prompts)
-    return observe_guidance(pipeline, settings, pipeline.tabulate_prompts(settings))
+    return observe_guidance(PipelineSide(pipeline, settings, shared=True))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_target_that_guides_with_a_negative_prompt_alone_is_no_student(guidanc
 
 def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
     source, target = opened(stable_diffusion, tmp_path), opened(flux, tmp_path)
-    monkeypatch.setattr("prolora.fitting.pipelines.guidance.observe_guidance", lambda *_: None)
+    monkeypatch.setattr("prolora.fitting.pipelines.pipeline_side.observe_guidance", lambda *_: None)
     assert ask(source, target, SETTINGS).guidance == 1
     assert "stable_diffusion: what its guidance makes" in caplog.text
 

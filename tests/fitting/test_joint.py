@@ -20,7 +20,7 @@ from prolora import LowRank
 from prolora import fitting as probe
 from prolora.errors import ShapeMismatch
 from prolora.fitting import gate
-from prolora.fitting.energies import measure_disagreement
+from prolora.fitting.gate import measure_disagreement
 from prolora.fitting.probes import Probe
 from prolora.fitting.sides import Call
 from prolora.fitting.solver import joint_fit as refinement

@@ -16,11 +16,10 @@ from prolora import FitOptions
 from prolora import fitting as probe
 from prolora.errors import UnsupportedFormat
 from prolora.fitting.pipelines import schedules
-from prolora.fitting.pipelines.flow_convention import STEPS, read_flow
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
-from prolora.fitting.pipelines.watching import watch_sampling
+from prolora.fitting.pipelines.watching import FLOW_STEPS, read_flow, watch_sampling
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
 NARROW = (1 - torch.linspace(0.03, 0.11, 1000).double().square()).cumprod(0)
@@ -165,7 +164,7 @@ def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sig
     denoiser = Denoiser()
 
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
-    steps.set_timesteps(STEPS)
+    steps.set_timesteps(FLOW_STEPS)
     with watch_sampling(denoiser, steps) as seen:
         for t in steps.timesteps:
             (f,) = denoiser(hidden_states=x, timestep=time_of(t).expand(2))
@@ -190,7 +189,7 @@ def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sig
 )
 def test_a_pipeline_whose_times_cannot_be_read_is_refused(time_of, share, words):
     steps, denoiser, x = FlowMatchEulerDiscreteScheduler(), Denoiser(), torch.ones(1, 6)
-    steps.set_timesteps(STEPS)
+    steps.set_timesteps(FLOW_STEPS)
     with watch_sampling(denoiser, steps) as seen:
         for t in steps.timesteps if time_of else ():
             x = steps.step(share * denoiser(x, time_of(t).expand(1))[0], t, x)[0]
@@ -201,7 +200,7 @@ def test_a_pipeline_whose_times_cannot_be_read_is_refused(time_of, share, words)
 @pytest.mark.parametrize("until", ["call", "step"])
 def test_a_sampling_ends_once_enough_was_seen(until):
     steps, denoiser, x = FlowMatchEulerDiscreteScheduler(), Denoiser(), torch.ones(1, 6)
-    steps.set_timesteps(STEPS)
+    steps.set_timesteps(FLOW_STEPS)
     with watch_sampling(denoiser, steps, until) as seen:
         given = denoiser(x, torch.tensor([500.0]))[0]
         steps.step(2 * given, steps.timesteps[0], x)

@@ -102,20 +102,6 @@ def test_a_model_of_diffusers_in_bfloat16_predicts_what_torchs_autocast_makes_of
     assert float((stored - exact).norm() / exact.norm()) < 5e-2
 
 
-def test_what_asks_for_float32_within_16_bits_gets_it():
-    model, call = make_model("unet")
-    model.half()
-    with in_float32(model):
-        wide = predict_call(model, call)
-    with in_precision(model, "bfloat16"):
-        narrow = predict_call(model, call)
-        with in_float32(model):
-            assert torch.equal(predict_call(model, call), wide)
-        assert torch.equal(predict_call(model, call), narrow)
-    assert not torch.equal(narrow, wide)
-    assert not torch.is_autocast_enabled("cpu")
-
-
 def test_autocast_ends_with_a_pass_that_fails():
     class Fails(nn.Module):
         def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from prolora import LowRank
 from prolora import fitting as probe
-from prolora.adapters.adapter import Adapter
 from prolora.fitting.fit_plan import LoraParts
 from prolora.fitting.kept_parts import KeptParts
 from prolora.fitting.pipelines.conditioning import CallParts
@@ -100,7 +100,7 @@ def ask(
     shared: bool = True,
 ) -> probe.Asking:
     """Observes two pipelines, and how a LoRA of the first is asked."""
-    lora = LoraParts(Adapter(updates or {}, format="diffusers"), text or {}, {})
+    lora = LoraParts(updates or {}, text or {})
     return ask_pipelines(source, target, settings, lora, shared)[1]
 
 
@@ -123,4 +123,7 @@ def watch_calls(side: PipelineSide, prompt: int = 0) -> list[tuple[CallParts, Te
     with watch_sampling(side.denoiser, side.pipeline.pipe.scheduler) as seen:
         side.sample(0, prompt)
     last = [(*step.calls[-1], step.given) for step in seen.steps]
-    return [(parts, side.read(output), given) for parts, output, given in last]
+    return [
+        (replace(parts, time=parts.time.expand(len(parts.latent))), side.read(output), given)
+        for parts, output, given in last
+    ]

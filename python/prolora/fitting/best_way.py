@@ -150,7 +150,6 @@ class WeightsElseFit:
         return found, need
 
     def _explain_no_fit(self) -> str:
-        """Says why the LoRA is moved by weights."""
         if not self.runs:
             return "No fit was tried: it runs both models, given as folders of whole pipelines."
         return (

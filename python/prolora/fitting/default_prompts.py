@@ -48,7 +48,6 @@ def derive_prompts(words: TrainingWords) -> tuple[str, ...]:
 
 
 def _common_tag(words: TrainingWords) -> str:
-    """Returns the largest folder's most frequent tag if most images have it."""
     if not words.folders:
         return ""
     folder = max(words.folders, key=lambda folder: folder.images)
@@ -57,7 +56,6 @@ def _common_tag(words: TrainingWords) -> str:
 
 
 def _draw_caption(words: TrainingWords, drawn: random.Random) -> str:
-    """Draws tags of one folder at their frequency in it, after the trigger."""
     sizes = [folder.images for folder in words.folders]
     folder: CaptionedFolder = drawn.choices(words.folders, sizes)[0]
     tags = [tag for tag, n in folder.tags.items() if drawn.random() < n / folder.images]

@@ -91,7 +91,6 @@ def finish_fit(job: FitJob, blank: Adapter, result: Fitted) -> tuple[Adapter, Fi
 
 
 def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
-    """Writes what a fit's header says beside any transfer's."""
     gate = probe.gate
     return {
         "prolora.probe_samples": str(probe.samples[0]),

@@ -30,7 +30,6 @@ from .default_prompts import derive_prompts
 from .finishing import finish_baseline, finish_fit, move_by_weights
 from .fit_plan import (
     FitJob,
-    LoraParts,
     explain_serving,
     foresee_work,
     outline_fit,
@@ -162,7 +161,6 @@ def _fit_into(
     options: FitOptions,
     parts: KeptParts | None = None,
 ) -> Transfer:
-    """Fits a LoRA from file to file; a result of the same recipe is kept."""
     bases = source, target
     return write_or_keep(
         (lora, source, target, options),
@@ -236,7 +234,7 @@ def _run_models(
         work = foreseen.sentence(job.source.name, job.target.name)
         options.progress(0, foreseen.total, f"{job.serves} {work}".strip())
         options.progress(0, foreseen.total, OPENING)
-    lora = LoraParts.of(job)
+    lora = job.lora
     copied = {name: u for name, u in copied.items() if not is_in_text_encoder(name)}
     words = read_training_words(job.adapter.metadata)
     settings = replace(options, prompts=options.prompts or derive_prompts(words))
@@ -244,7 +242,7 @@ def _run_models(
     with open_both(job, lora, settings) as models:
         grid = ImageGrid.of(models, settings, job.shares_latents, bool(lora.carried))
         beside = partial(run_text_encoders_beside, models[0], lora.text)
-        grid.draw_source(lora.denoiser.updates, beside)
+        grid.draw_source(lora.denoiser, beside)
         theirs, asking = ask_pipelines(*models, settings, lora, job.shares_latents)
         if card is not None and card.samples:
             theirs.at_once = card.samples

@@ -5,8 +5,8 @@ Names and shapes decide, and refuse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,19 @@ _COMPENSATED = "; what it changes is fitted into the target's modules"
 
 
 @dataclass(frozen=True)
+class LoraParts:
+    """A LoRA as running models are asked about it, by module of the source."""
+
+    denoiser: dict[str, LowRank]  # in the UNet or transformer
+    # In text encoders that the target does not have: the source alone runs them, so that what they
+    # change is wanted of the target's blocks.
+    text: dict[str, LowRank] = field(default_factory=dict)
+    # In text encoders that both have: both run them from the beginning, since the result holds
+    # them unchanged.
+    carried: dict[str, LowRank] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FitJob:
     """A LoRA on its way from one pipeline to another."""
 
@@ -61,6 +74,17 @@ class FitJob:
         """The folders of source and target, which `check_fittable` has seen."""
         assert self.source.path is not None and self.target.path is not None
         return self.source.path, self.target.path
+
+    @property
+    def lora(self) -> LoraParts:
+        """The LoRA; without text encoders where these are left out."""
+        parts = LoraParts({}, {}, {})
+        for name, update in self.adapter.updates.items():
+            if not is_in_text_encoder(name):
+                parts.denoiser[name] = update
+            elif name in self.source.shapes and self.options.text_encoder != "skip":
+                (parts.carried if name in self.plan.passed else parts.text)[name] = update
+        return parts
 
     @property
     def shares_latents(self) -> bool:
@@ -118,32 +142,6 @@ def plan_modules(
     inside = fitted_modules(names, source)
     plan.skipped |= {name: NO_KIND for name in names if name not in inside}
     return plan
-
-
-@dataclass(frozen=True)
-class LoraParts:
-    """A LoRA as running models are asked about it."""
-
-    denoiser: Adapter  # its part in the UNet or transformer of the source
-    # Its part in text encoders that the target does not have: the source alone runs it, so that
-    # what it changes is wanted of the target's blocks.
-    text: Mapping[str, LowRank]
-    # Its part in text encoders that both have: both run it from the beginning, since the result
-    # holds it unchanged.
-    carried: Mapping[str, LowRank]
-
-    @classmethod
-    def of(cls, job: FitJob) -> LoraParts:
-        """Splits a LoRA; without text encoders where these are left out."""
-        denoiser: dict[str, LowRank] = {}
-        text: dict[str, LowRank] = {}
-        carried: dict[str, LowRank] = {}
-        for name, update in job.adapter.updates.items():
-            if not is_in_text_encoder(name):
-                denoiser[name] = update
-            elif name in job.source.shapes and job.options.text_encoder != "skip":
-                (carried if name in job.plan.passed else text)[name] = update
-        return cls(job.adapter.with_updates(denoiser), text, carried)
 
 
 def fitted_modules(names: Iterable[str], source: Base) -> set[str]:
@@ -207,7 +205,6 @@ def foresee_work(job: FitJob) -> Workload:
 
 
 def _embeds_guidance(folder: Path) -> bool:
-    """Returns whether the model of a pipeline takes its guidance scale as an input."""
     part = read_pipeline_index(folder).denoiser
     file = folder / (part or "") / "config.json"
     config = read_json_object(file) if file.is_file() else {}

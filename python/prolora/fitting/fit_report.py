@@ -53,7 +53,6 @@ class FitReport(MovedReport):
         return min(gate.copy_share.values()) if gate and gate.copy_share is not None else None
 
     def _judge(self) -> Sentence:
-        """Tells what the fit does on samples that it did not see."""
         cautions = tuple(self.cautions())
         if self.probe is None:
             return replace(self._tell_plan(), cautions=cautions)
@@ -77,7 +76,6 @@ class FitReport(MovedReport):
         return Sentence("✔" if most else "⚠", headline, (*lines, *why, step), cautions)
 
     def _tell_plan(self) -> Sentence:
-        """Tells how much of the LoRA has a place; headers say no more."""
         names, there = split_modules(self.modules)
         placed = self.totals["energy_mapped"]
         if placed is None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _widen_halves(value: Any) -> Any:
-    """Turns half-precision tensors into float32, in nested containers too."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in HALVES else value
     if isinstance(value, dict):
@@ -65,11 +63,8 @@ class _AutocastModel:
 
     def __init__(self) -> None:
         self.entered: list[torch.autocast] = []
-        self.paused = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused:
-            return
         device = next(model.parameters()).device.type
         # Without its cache, since casts of the LoRA's factors must not outlive a pass.
         autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
@@ -114,22 +109,9 @@ def in_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Runs the model in float32, also within `in_precision` of another.
-
-    It is for what compares predictions more closely than 16 bits tell them apart.
-    """
-    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    outer = [owner for owner in owners if isinstance(owner, _AutocastModel) and not owner.paused]
-    try:
-        for autocast in outer:
-            autocast.paused = True
-        with in_precision(model, FLOAT32):
-            yield
-    finally:
-        for autocast in outer:
-            autocast.paused = False
+def in_float32(model: nn.Module) -> AbstractContextManager[None]:
+    """Runs the model in float32."""
+    return in_precision(model, FLOAT32)
 
 
 LARGEST = 1e15
@@ -177,12 +159,9 @@ def _check_tensor(tensor: Tensor, name: str, largest: float = LARGEST) -> None:
         )
 
 
-@contextlib.contextmanager
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode without gradients of parameters.
-
-    Until the end of the block.
-    """
+    """Puts a model into evaluation mode without gradients of parameters, within the block."""
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:

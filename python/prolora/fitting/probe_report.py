@@ -97,7 +97,6 @@ class ProbeReport:
         return lines
 
     def _describe_fit(self) -> str:
-        """Describes what was fitted, and from where."""
         if not self.trust:
             return f"The copied updates are kept, and nothing is fitted: {self.start_reason}."
         how = f" in {_count(len(self.steps), 'step')}" if self.steps else ""

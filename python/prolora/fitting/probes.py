@@ -204,7 +204,6 @@ class Asking:
         free: Tensor,
         seed: int,
     ) -> Probe:
-        """Builds the states of one batch."""
         generator = torch.Generator().manual_seed(seed)
         origins = {origin for origin, _ in whose}
         origin = origins.pop() if len(origins) == 1 else MIXED

@@ -127,7 +127,6 @@ def fit_sides(
 
 
 def _ask(questions: Iterator[Probe], settings: FitSettings, meter: Meter) -> list[Probe]:
-    """Asks both models all questions."""
     assert settings.probes and settings.held_out
     every, probes = settings.probes + settings.held_out, list[Probe]()
     for probe in questions:

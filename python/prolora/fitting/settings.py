@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Literal, TypeVar, get_args
 
@@ -15,7 +15,7 @@ from ..core.methods import MethodChoice
 from ..errors import InvalidOption, UnsupportedFormat
 from ..files.sizes import parse_limit
 from ..files.untrusted import read_text
-from ..verbs.option_fields import option, take_option
+from ..verbs.option_fields import option, read_shown, take_option
 from ..verbs.options import BaseResources, FileOutput, TransferOptions
 
 Start = Literal["auto", "zero", "copy"]
@@ -37,24 +37,13 @@ MAX_SAMPLES = (1152, 192, 48)
 SAMPLING, FITTING = "Sampling", "Fit"
 
 # Settings that the fitted updates depend on, beside the questions; and the samples.
-_OF_FIT = (
-    "rank",
-    "start",
-    "probes",
-    "held_out",
-    "fit_steps",
-    "batch",
-    "seed",
-    "precision",
-)
-_OF_SAMPLES = (
-    "prompts",
-    "images",
-    "steps",
-    "size",
-    "guidance",
-    "precision",
-)
+_OF_FIT = "rank", "start", "probes", "held_out", "fit_steps", "batch", "seed", "precision"
+_OF_SAMPLES = "prompts", "images", "steps", "size", "guidance", "precision"
+
+_LEAST = dict.fromkeys(
+    ("images", "steps", "fit_steps", "size", "target_steps", "probes", "held_out", "batch"), 1
+) | {"seed": 0, "shown_prompts": 0}
+"""Option -> the least whole number that it takes."""
 
 Settings = TypeVar("Settings", bound="FitSettings")
 
@@ -180,14 +169,14 @@ class FitSettings:
         if not several or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise InvalidOption(f"prompts must be a tuple of texts, not {self.prompts!r}")
         object.__setattr__(self, "prompts", tuple(self.prompts))
-        for name in ("images", "steps", "fit_steps"):
-            check_count(name, getattr(self, name))
-        for name in ("size", "target_steps", "probes", "held_out", "batch"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        for name in ("guidance", "target_guidance"):
-            value = getattr(self, name)
-            if value is not None and not _is_number(value):
+        for known in fields(FitSettings):
+            name, value = known.name, getattr(self, known.name)
+            words = read_shown(known).words
+            if words and value not in words:
+                raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")
+            if name in _LEAST and (value is not None or known.default is not None):
+                _check_count(name, value, _LEAST[name])
+            if name in ("guidance", "target_guidance") and not (value is None or _is_number(value)):
                 raise InvalidOption(f"{name} must be a number, not {value!r}")
         if self.size is not None and self.size % 8:
             raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
@@ -203,12 +192,6 @@ class FitSettings:
             raise InvalidOption(
                 f'look must be "target", "source" or a number from 0 to 1, not {self.look!r}'
             )
-        for name, kind in (("start", Start), ("precision", Precision)):
-            value, words = getattr(self, name), get_args(kind)
-            if value not in words:
-                raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")
-        for name in ("shown_prompts", "seed"):
-            check_count(name, getattr(self, name), least=0)
 
     def for_target(self: Settings, few: bool, embeds_guidance: bool) -> Settings:
         """Returns the settings of the target's own sampler.
@@ -280,11 +263,10 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
 
 
 def _is_number(value: object) -> bool:
-    """Returns whether a value is a finite number."""
     return isinstance(value, float | int) and abs(value) <= sys.float_info.max
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
+def _check_count(name: str, value: object, least: int) -> None:
     """Refuses an option that is no whole number, or one below the least."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidOption(f"{name} must be an integer of {least} or more, not {value!r}")

@@ -202,7 +202,6 @@ def bring_weight(weight: Tensor, device: torch.device) -> Tensor:
 
 
 def _list_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Lists a block's parameters with their modules and names in these."""
     return [
         (module, name, parameter)
         for module in block.modules()

@@ -80,8 +80,6 @@ def place_factors(
 
 
 def _adder(module: nn.Module, take: Callable[[], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    """Makes a forward hook that adds an update's output to the module's."""
-
     def make(x: Tensor) -> Tensor:
         up, down = take()
         if isinstance(module, nn.Embedding):

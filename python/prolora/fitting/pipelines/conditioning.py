@@ -133,22 +133,14 @@ def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
     return stacked
 
 
+@dataclass(frozen=True)
 class PromptTable:
     """One model's conditioning for each prompt and, at last, for none."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        entries: Sequence[Conditioning],
-        like: CallParts,
-        guided: bool = False,
-    ) -> None:
-        """Takes `entries` by prompt, the unconditional one last, and a call of the pipeline.
-
-        `guided` says whether the pipeline asks its model with and without the prompt.
-        """
-        self.model, self.entries, self.guided = model, list(entries), guided
-        self.like, self.time = like, like.time
+    model: nn.Module
+    entries: list[Conditioning]  # by prompt, the unconditional one last
+    like: CallParts  # of a call of the pipeline
+    guided: bool  # the pipeline asks its model with and without the prompt
 
     def has_prompt(self, parts: CallParts, i: int) -> bool:
         """Returns whether sample i of a call has a prompt.
@@ -163,18 +155,11 @@ class PromptTable:
         return any(conditioning_distance(conditioning, e) < free for e in self.entries[:-1])
 
     def build_call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
-        """Builds a call of the model; a time [] or [n] gets the pipeline's dtype and axes."""
+        """Builds a call of the model; times [n] get the pipeline's dtype."""
         conditioning = stack_conditionings([self.entries[k] for k in prompts])
-        if not (time.is_floating_point() and bool((time != time.round()).any())):
-            time = time.to(self.time.dtype)  # a fraction must not become an integer
-        elif self.time.is_floating_point():
-            time = time.to(self.time.dtype)
-        else:
-            time = time.float()
-        if self.time.dim() and not time.dim():
-            time = time.expand(len(latent))
-        if not self.time.dim() and time.dim() and bool((time == time[0]).all()):
-            time = time[0]
+        # A fraction must not become an integer.
+        dtype, is_fraction = self.like.time.dtype, bool((time != time.round()).any())
+        time = time.float() if is_fraction and not dtype.is_floating_point else time.to(dtype)
         return build_call(self.model, CallParts(latent, time, conditioning, self.like.listed))
 
 

@@ -61,7 +61,6 @@ class LatentLayout:
 
 
 def _packs_patches(pipe: Any) -> bool:
-    """Tries on a small latent whether a pipeline packs as FLUX does."""
     pack = getattr(pipe, "_pack_latents", None)
     image = torch.arange(2 * 3 * 4 * 4).float().reshape(2, 3, 4, 4)
     try:
@@ -135,7 +134,6 @@ class LatentSpace:
         return self.as_latent((image - shift) / scale)
 
     def _factors(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns scale and shift with the axes and the device of an image."""
         assert self.scale is not None and self.shift is not None
         scale, shift = (part.to(image)[:, None, None] for part in (self.scale, self.shift))
         return scale, shift
@@ -215,7 +213,6 @@ def _observe_decoding(
 
 
 def _check_round_trip(space: LatentSpace, image: Tensor, name: str) -> None:
-    """Decodes and encodes a latent, and compares the shapes."""
     latent = space.as_latent(image)
     vae = type(space.vae).__name__
     try:
@@ -246,7 +243,6 @@ def _fit_channels(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def _read_encoded(encoded: Any) -> Tensor:
-    """Reads the latents in a result of a VAE's `encode`: a mode or a tensor."""
     if hasattr(encoded, "latent_dist"):
         mode: Tensor = encoded.latent_dist.mode()
         return mode

@@ -184,7 +184,6 @@ def _target_alone(side: _PipelineSize, precision: Precision, samples: int, rank:
 
 
 def _measure(folder: Path, size: int | None) -> _PipelineSize:
-    """Measures a pipeline by its headers."""
     index = read_pipeline_index(folder)
     assert index.denoiser is not None
     part = folder / index.denoiser

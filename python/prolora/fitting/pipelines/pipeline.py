@@ -19,22 +19,18 @@ from ...errors import ProLoRAError, UnsupportedFormat
 from ..kept_parts import hash_updates
 from ..models import in_float32
 from ..settings import FitSettings
-from ..sides import Call
 from ..swapping import BlockSwapping
-from ..updates import temporary_hooks, with_lora
+from ..updates import with_lora
 from .conditioning import (
     CallParts,
     PromptTable,
-    build_call,
     conditioning_distance,
     sample_conditioning,
-    split_call,
 )
-from .flow_convention import STEPS, read_flow
 from .latents import LatentSpace, observe_latents
 from .schedules import FLOW, NoiseSchedule
 from .stages import PromptMemory, empty_weights, shrink_tiles
-from .watching import Sampling, SamplingEnded, Until, watch_sampling
+from .watching import FLOW_STEPS, Sampling, SamplingEnded, Until, read_flow, watch_sampling
 
 
 class Pipeline:
@@ -132,18 +128,17 @@ class Pipeline:
         `output` is "latent", or "pt" for pixels.
         """
         arguments = self._build_arguments(prompt, settings, seed, output)
-        hook = self.denoiser.register_forward_pre_hook(_repeat_time, with_kwargs=True, prepend=True)
-        with temporary_hooks([hook]), torch.no_grad():
-            try:
+        try:
+            with torch.no_grad():
                 return self.pipe(**arguments)
-            except (SamplingEnded, ProLoRAError):
-                raise
-            except Exception as error:  # diffusers and its models raise any type
-                raise ProLoRAError(
-                    f"{self.name}: its {type(self.pipe).__name__} cannot sample from the prompt "
-                    f"{prompt!r} alone: {type(error).__name__}: {error}. If it takes "
-                    "other prompts, give them as `prompts`"
-                ) from error
+        except (SamplingEnded, ProLoRAError):
+            raise
+        except Exception as error:  # diffusers and its models raise any type
+            raise ProLoRAError(
+                f"{self.name}: its {type(self.pipe).__name__} cannot sample from the prompt "
+                f"{prompt!r} alone: {type(error).__name__}: {error}. If it takes "
+                "other prompts, give them as `prompts`"
+            ) from error
 
     def sample_final(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
@@ -184,7 +179,6 @@ class Pipeline:
     def _build_arguments(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
     ) -> dict[str, Any]:
-        """Builds the arguments of the pipeline's call that it accepts."""
         arguments: dict[str, Any] = {
             "prompt": prompt,
             "num_inference_steps": settings.steps,
@@ -243,7 +237,7 @@ class Pipeline:
         """Returns the schedule; a flow's with its times and its sign."""
         if self.schedule.kind != FLOW:
             return self.schedule
-        short, prompt = replace(settings, steps=STEPS), _prompts_or_empty(settings)[0]
+        short, prompt = replace(settings, steps=FLOW_STEPS), _prompts_or_empty(settings)[0]
         return read_flow(self.schedule, self.observe(prompt, short, "end").steps, self.name)
 
     def observe_latents(self, settings: FitSettings, like: Tensor) -> LatentSpace:
@@ -282,17 +276,6 @@ def describe_pipeline(pipeline: Pipeline, settings: FitSettings) -> str:
     """
     dtype = str(next(pipeline.denoiser.parameters()).dtype)
     return json.dumps([settings.describe_samples(), dtype, pipeline.tile])
-
-
-def _repeat_time(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeats a call's time for each sample, so that samples of many moments mix."""
-    parts = split_call(model, Call(args, kwargs))
-    if parts.time.dim():
-        return args, kwargs
-    call = build_call(model, replace(parts, time=parts.time.expand(len(parts.latent)).clone()))
-    return call.args, call.kwargs
 
 
 def _prompts_or_empty(settings: FitSettings) -> tuple[str, ...]:

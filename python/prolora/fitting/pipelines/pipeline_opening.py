@@ -127,7 +127,6 @@ def open_both(
 
 
 def _import_icon_pipeline() -> Any:
-    """Imports the pipeline of the shipped models, which is installed with them."""
     try:
         return importlib.import_module("prolora_icon_family").IconPipeline
     except ImportError as error:

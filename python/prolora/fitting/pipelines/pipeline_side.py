@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,10 +19,12 @@ from ..probes import Asking
 from ..settings import FitSettings
 from ..sides import Call, FitSide, Image
 from .conditioning import make_reader, stack_conditionings
-from .guidance import guide_source
 from .latents import LatentLayout, LatentSpace, check_shapes, check_shown
 from .pipeline import Pipeline, describe_pipeline, run_text_encoders_beside, share_size
 from .schedules import FLOW
+from .watching import read_guidance_scale
+
+log = logging.getLogger(__name__)
 
 _NUMBERS = 16384
 """Of the latents of one call, at least: calls of small models take as long for one sample."""
@@ -117,17 +120,16 @@ def ask_pipelines(
         check_shown(target.pipe, target.name)
     ours = PipelineSide(source, settings, shared, lora.text)
     theirs = PipelineSide(target, target.derive_target_settings(settings), shared)
-    tables = ours.table, theirs.table
     if shared:
-        latents = tables[0].like.latent, tables[1].like.latent
+        latents = ours.table.like.latent, theirs.table.like.latent
         check_shapes(latents, (ours.space.layout, theirs.space.layout), (ours.name, theirs.name))
     few = 2 * theirs.settings.steps <= ours.settings.steps
     mixed = (ours.schedule.kind == FLOW) != (theirs.schedule.kind == FLOW)
     asking = Asking(
         ours,
         theirs,
-        lora.denoiser.updates,
-        guidance=guide_source((source, target), (ours.settings, theirs.settings), tables),
+        lora.denoiser,
+        guidance=_guide_source(ours, theirs),
         look=settings.look_of_source,
         pairs=not shared or mixed or few,
         few=few,
@@ -136,11 +138,62 @@ def ask_pipelines(
     return theirs, asking
 
 
+def observe_guidance(side: PipelineSide) -> float | None:
+    """Observes the g of v = u + g·(c − u) in what the scheduler is given.
+
+    Returns 1 without guidance, and where the prompt changes nothing; None where the scheduler is
+    given no such sum.
+    """
+    prompt = next((prompt for prompt in side.settings.prompts if prompt), "")
+    steps = side.pipeline.observe(prompt, side.settings, "step").steps
+    if not steps:
+        return None
+    with_prompt, without = list[Tensor](), list[Tensor]()
+    for parts, output in steps[0].calls:
+        for i, row in enumerate(side.read(output).double().cpu()):
+            branch = with_prompt if side.table.has_prompt(parts, i) else without
+            branch.append(row.flatten())
+    return read_guidance_scale(side.read(steps[0].given).double().cpu(), with_prompt, without)
+
+
+def _lacks_negative_prompt(side: PipelineSide) -> bool:
+    """Returns whether a pipeline guides only with a negative prompt, which is never given.
+
+    Qwen-Image is such a pipeline: its second scale is above 1 unless it is told otherwise, and
+    FLUX's is not. A student of such a model is one whose guidance scale was asked to be none.
+    """
+    second = side.pipeline.accepted.get("true_cfg_scale")
+    usual = second.default if second else None
+    if not isinstance(usual, int | float) or usual <= 1:
+        return False
+    return side.settings.guidance is None or side.settings.guidance > 1
+
+
+def _guide_source(source: PipelineSide, target: PipelineSide) -> float:
+    """Returns the scale of the source's guidance where the target runs without any; else 1.
+
+    Few-step students, and students that learnt their guidance, predict what their teacher does with
+    guidance: v = u + g·(c − u), with c for the prompt and u for none. So the change that they
+    should make is the guided prediction's, and that of c alone is too small by a factor of about g.
+    """
+    if not source.table.guided or target.table.guided or _lacks_negative_prompt(target):
+        return 1.0
+    scale = observe_guidance(source)
+    if scale is None:
+        log.warning(
+            "%s: what its guidance makes of the predictions with and without the prompt is not a "
+            "sum of both, so it is asked without, although %s is run without guidance",
+            source.name,
+            target.name,
+        )
+    return scale or 1.0
+
+
 def _hash_origins(ours: PipelineSide, theirs: PipelineSide, lora: LoraParts) -> dict[str, str]:
     """Hashes what each origin's images depend on, beside seed and files."""
     plain = hash_texts(
         *(describe_pipeline(side.pipeline, side.settings) for side in (ours, theirs)),
         hash_updates(lora.carried),
     )
-    adapted = hash_texts(plain, hash_updates({**lora.denoiser.updates, **lora.text}))
+    adapted = hash_texts(plain, hash_updates({**lora.denoiser, **lora.text}))
     return {"source": plain, "adapted": adapted, "target": plain}

@@ -42,7 +42,7 @@ class NoiseSchedule:
     # Ᾱ by time, falling, float64; None without a table of times
     alphas: Tensor | None = field(repr=False)
     sign: int = 1  # −1 where the model predicts the negative
-    times: Times | None = None  # of a flow; None until a pipeline was observed, see `observe_flow`
+    times: Times | None = None  # of a flow; None until a pipeline was observed, see `read_flow`
     unit: float = 1000.0  # a flow scheduler's number for level 1: num_train_timesteps
 
     @classmethod

@@ -10,8 +10,7 @@ from torch import nn
 
 from ...core.lowrank import LowRank
 from ...errors import ShapeMismatch
-from ..energies import measure_disagreement, share_by_origin
-from ..gate import DOUBT, fits_target, measure_missing
+from ..gate import DOUBT, fits_target, measure_disagreement, measure_missing, share_by_origin
 from ..probe_report import ProbeReport
 from ..probes import PAIR, Asking, Probe
 from ..settings import FitSettings, Start
