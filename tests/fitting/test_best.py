@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from prolora.errors import InvalidOption, UnrelatedBases
 from prolora.fitting import best_way
 from prolora.fitting.best_way import WeightsElseFit
 from prolora.fitting.pipelines import pipeline_opening
-from prolora.verbs.options import FIT, OF_A_FIT_TOO
+from prolora.verbs.options import FIT
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 
@@ -202,27 +202,6 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
     assert far[0].report.method == FIT
 
 
-@SLOW
-def test_an_earlier_fit_stays_until_the_new_one_is_complete(room, tmp_path, monkeypatch):
-    lora, out = room / "lora.safetensors", tmp_path / "lora.safetensors"
-    few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
-    prolora.fit(*ends(room, "pruned"), out=out, seed=5, **few)
-    earlier = out.read_bytes()
-    how = ([lora], *ends(room, "pruned")[1:], tmp_path)
-
-    def interrupt(*_: object) -> None:
-        assert out.read_bytes() == earlier
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as cut:
-        cut.setattr(best_way, "fit_lora", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prolora.transfer_many(*how, method="best", overwrite=True)
-    assert out.read_bytes() == earlier
-    (done,) = prolora.transfer_many(*how, method="best", overwrite=True)
-    assert done.report.method == FIT and out.read_bytes() != earlier
-
-
 @pytest.mark.parametrize(
     "changed",
     [
@@ -241,18 +220,3 @@ def test_what_a_fit_cannot_do_is_refused_by_each_job(room, tmp_path, changed):
         with pytest.raises(InvalidOption, match=f"`{next(iter(changed))}"):
             job()
     assert not list(tmp_path.iterdir())
-
-
-def test_every_option_of_a_transfer_is_one_of_a_fit_or_refused_with_the_best_method():
-    shared = {known.name for known in fields(prolora.FitOptions)}
-    assert set(OF_A_FIT_TOO) <= shared & {known.name for known in fields(prolora.TransferOptions)}
-
-
-def test_two_loras_of_one_name_are_refused(room, tmp_path):
-    loras = [tmp_path / name / "x.safetensors" for name in "ab"]
-    for lora in loras:
-        lora.parent.mkdir()
-        shutil.copy(room / "lora.safetensors", lora)
-    with pytest.raises(prolora.errors.OutputError):
-        prolora.transfer_many(loras, *ends(room, "pruned")[1:], tmp_path / "out", method="best")
-    assert not (tmp_path / "out").exists()

@@ -135,14 +135,6 @@ def test_what_the_next_lora_cannot_use_goes_when_a_lora_is_done(room, tmp_path):
     assert kept == [images]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_cache_folder_that_cannot_be_written_stops_no_fit(room, tmp_path):
-    cache = tmp_path / "cache"
-    cache.mkdir(mode=0o500)
-    assert all(done.report for done in fit_all(room, tmp_path / "out", "ac", cache=cache))
-    assert_as_alone(room, tmp_path / "out", "ac")
-
-
 @pytest.mark.parametrize("target", ["target", "across"])
 def test_a_folder_that_was_asked_for_stays_and_serves_the_next_lora(room, tmp_path, target):
     out, kept = tmp_path / "out", tmp_path / "kept"

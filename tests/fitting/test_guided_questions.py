@@ -139,43 +139,6 @@ def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
     assert "stable_diffusion: what its guidance makes" in caplog.text
 
 
-@pytest.fixture
-def probe_twin(tmp_path):
-    """Fits to a twin of the source that is sampled in three steps, the source in four."""
-    lora, *ends = write_twins(tmp_path)
-    probing = FitOptions(
-        ("cat", "dog"),
-        images=1,
-        steps=4,
-        size=16,
-        target_steps=3,
-        fit_steps=1,
-        force=True,
-        resume=tmp_path / "kept",
-    )
-
-    def probed(**changes: float) -> probe.ProbeReport:
-        asked = replace(probing, **changes)
-        return fit(lora, *ends, asked, again=True).report.probe
-
-    return probed
-
-
-@pytest.mark.slow
-def test_three_steps_beside_four_are_too_many_for_pairs_of_images(probe_twin):
-    unguided = probe_twin(target_guidance=1.0)
-    assert unguided.guidance == pytest.approx(7.5, rel=1e-3) and not unguided.pairs
-
-
-@pytest.mark.slow
-def test_samples_of_another_guidance_of_the_target_are_others(probe_twin):
-    """Although the source is asked alike."""
-    guided = probe_twin(target_guidance=3.0)
-    assert guided.guidance == 1 and guided.resumed == 0
-    assert probe_twin(target_guidance=5.0).resumed == 0
-    assert probe_twin(target_guidance=5.0).resumed == 1
-
-
 def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
     pipeline = opened(stable_diffusion, tmp_path)
     settings = replace(SETTINGS, steps=25)
@@ -209,6 +172,29 @@ def test_a_source_that_guides_by_two_calls_asks_a_student_of_its_guidance(tmp_pa
     assert probe.fit_sides(asking, few).report.guidance == pytest.approx(4, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_asked(tmp_path):
+    lora, *ends = write_twins(tmp_path)
+    few = FitOptions(("cat", "dog"), images=1, steps=4, size=16, fit_steps=1, force=True)
+
+    def fitted(**changes: float) -> probe.ProbeReport:
+        options = replace(few, resume=tmp_path / "parts", **changes)
+        return fit(lora, *ends, options, again=True).report.probe
+
+    said = "The target is run without guidance, so the source was asked with its own, 7.5."
+    student = fitted(target_steps=1, target_guidance=1.0)
+    assert student.guidance == pytest.approx(7.5, rel=1e-3) and student.shared
+    assert student.pairs and said in student.sentences()
+    slower = fitted(target_steps=3, target_guidance=1.0)  # more than half as many steps
+    assert slower.guidance == pytest.approx(7.5, rel=1e-3) and not slower.pairs
+    plain = fitted()
+    assert plain.guidance == 1 and "guidance" not in " ".join(plain.sentences())
+    # Samples of another guidance are others, although the source is asked alike.
+    scales = (3.0, 5.0, 5.0)
+    found = [fitted(target_steps=3, target_guidance=scale) for scale in scales]
+    assert [one.resumed for one in found] == [0, 0, 1]
+
+
 def write_twins(folder):
     """A LoRA, its source, and the same model with another schedule."""
     tiny.save(folder / "source")
@@ -216,19 +202,3 @@ def write_twins(folder):
     tiny.save(folder / "twin", unet=unet, scheduler="euler")
     lora = tiny.write_lora(folder / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
     return lora, folder / "source", folder / "twin"
-
-
-@pytest.mark.slow
-def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_asked(tmp_path):
-    lora, *ends = write_twins(tmp_path)
-    probing = FitOptions(("cat", "dog"), images=1, steps=2, size=16, fit_steps=1, force=True)
-    few = replace(probing, target_steps=1, target_guidance=1.0)
-    moved = fit(lora, *ends, few, again=True)
-    report = moved.report.probe
-    assert report.guidance == pytest.approx(7.5, rel=1e-3)
-    assert report.pairs and report.images == 6 and report.shared
-    text = " ".join(report.sentences())
-    assert "The target is run without guidance, so the source was asked with its own, 7.5." in text
-    plain = fit(lora, *ends, probing, again=True).report.probe
-    assert plain.guidance == 1 and not plain.pairs
-    assert "guidance" not in " ".join(plain.sentences())

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork"),
 ]
 KILLS = 12
-KINDS = {"calls": {}, "images": {"vae_seed": 3}}
+KINDS = {"shared latents": {}, "other latents": {"vae_seed": 3}}
 
 
 def in_child(work: Callable[[], object], seconds: float | None = None) -> int:

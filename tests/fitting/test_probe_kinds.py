@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_pipelines as tiny
@@ -23,17 +20,14 @@ from diffusers import (
 )
 from fitting import ask, draw_probes, watch_calls
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import (
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
-from typer.testing import CliRunner
 
-from prolora import FitOptions, adapters
-from prolora.cli.app import app
+from prolora import FitOptions
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.sides import NO_PROMPT
 
@@ -142,60 +136,3 @@ def test_a_side_asks_its_model_what_its_pipeline_asks(kind, tmp_path):
                 torch.testing.assert_close(answer[0], predicted[i], rtol=1e-3, atol=1e-4)
     for asked in draw_probes(asking, images=1, count=6):
         assert asked.plain.shape == asked.change.shape and float(asked.change.norm()) == 0
-
-
-def permuted(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The same function, the channels of every transformer's residual stream in another order."""
-    twin = copy.deepcopy(unet)
-    for name, module in twin.named_modules():
-        if type(module).__name__ != "Transformer2DModel":
-            continue
-        width = module.proj_in.weight.shape[0]
-        order = torch.randperm(width, generator=torch.Generator().manual_seed(len(name)))
-        for leaf, part in module.named_modules():
-            if isinstance(part, nn.LayerNorm) or leaf.endswith(("proj_in", "to_out.0", "net.2")):
-                part.weight.data, part.bias.data = part.weight.data[order], part.bias.data[order]
-            elif leaf.endswith(("proj_out", "attn1.to_q", "attn1.to_k", "attn1.to_v")) or (
-                leaf.endswith(("attn2.to_q", "net.0.proj"))
-            ):
-                part.weight.data = part.weight.data[:, order]
-    return twin
-
-
-@pytest.fixture
-def run_fit(tmp_path):
-    """Runs the command for a target whose features are permuted; its report."""
-    tiny.save(tmp_path / "source")
-    unet = open_pipeline(tmp_path / "source").denoiser
-    tiny.save(tmp_path / "target", unet=permuted(unet), scheduler="euler")
-    lora = tiny.write_lora(tmp_path / "lora.safetensors", tiny.updates(unet, ("to_out.0",)))
-    line = ["fit", str(lora), "--source", str(tmp_path / "source"), "--target"]
-    line += [str(tmp_path / "target"), "--images", "1", "--steps", "2", "--json"]
-
-    def run(name: str, *more: str) -> dict[str, Any]:
-        result = CliRunner().invoke(app, [*line, "-o", str(tmp_path / name), *more])
-        assert result.exit_code == 0, (result.output, result.exception)
-        return json.loads(result.stdout)
-
-    return run
-
-
-@pytest.mark.slow
-def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(run_fit, tmp_path):
-    report = run_fit("out.safetensors", "--fit-steps", "10")
-    gate = report["probe"]["gate"]
-    assert gate["decision"] in ("go", "weaken")
-    assert gate["share"]["all"] > 0.5
-    assert gate["copy_share"]["all"] < 0.5
-    assert report["method"] == "fit"
-    updates = adapters.read_adapter(tmp_path / "out.safetensors").updates
-    assert set(updates) == {row["target"] for row in report["modules"]}
-
-
-@pytest.mark.slow
-def test_twice_the_same_command_writes_the_same_bytes(run_fit, tmp_path):
-    names = ("one.safetensors", "two.safetensors")
-    for name in names:
-        run_fit(name, "--fit-steps", "1", "--force", "--format", "diffusers")
-    one, two = ((tmp_path / name).read_bytes() for name in names)
-    assert one == two

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -103,17 +103,3 @@ def test_a_planned_fit_says_that_its_lora_was_moved_before(room, tmp_path):
     assert "moved before, from sd15 to tuned" in str(
         prolora.fit(moved, *reversed(ends), dry_run=True).report
     )
-
-
-@pytest.mark.slow
-def test_a_fit_of_pipelines_announces_its_work_and_goes_through_it(room):
-    told = []
-    ends = room / "lora.safetensors", room / "sd15", room / "tuned"
-    options = prolora.FitOptions(("cat",), images=4, steps=6, fit_steps=4, force=True)
-    prolora.fit(*ends, replace(options, progress=lambda *step: told.append(step)))
-    names = [name for *_, name in told]
-    assert names[0].startswith("24 images are sampled, 16 of them by sd15")
-    assert names[1] == "opening both pipelines"
-    assert all(name.endswith("left") for name in names[2:-1]) and names[-1] == "done"
-    shares = [done / total for done, total, _ in told]
-    assert shares == sorted(shares) and shares[-1] == 1

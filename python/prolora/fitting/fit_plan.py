@@ -46,7 +46,7 @@ _COMPENSATED = "; what it changes is fitted into the target's modules"
 
 @dataclass(frozen=True)
 class LoraParts:
-    """A LoRA as running models are asked about it, by module of the source."""
+    """A LoRA as the models run it, by module of the source."""
 
     denoiser: dict[str, LowRank]  # in the UNet or transformer
     # In text encoders that the target does not have: the source alone runs them, so that what they

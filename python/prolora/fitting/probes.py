@@ -98,7 +98,7 @@ class Asking:
         return min(self.source.at_once, self.target.at_once)
 
     def draw_images(self, seed: int, count: int, parts: KeptParts, meter: Meter) -> DrawnImages:
-        """Samples images of each of ORIGINS, or reads those of an earlier fit."""
+        """Samples images of each of ORIGINS, or reads them from an earlier fit."""
         adapted = seed if self.pairs else seed + 1
         seeds = {"source": seed, "adapted": adapted, "target": seed + 2}
         drawn = {}

@@ -242,7 +242,10 @@ def check_memory(limit: int, folders: tuple[Path, Path], device: DeviceLike) -> 
 
 
 def watch_memory(limit: int | None) -> Callable[[float], None]:
-    """Returns what refuses a bound on the machine's memory once a share of a stage is done."""
+    """Returns what refuses a bound on the machine's memory in the middle of a stage.
+
+    It is called with the share of the stage that is done.
+    """
     loaded = resident_bytes() if limit is not None else 0
 
     def check(share: float) -> None:

@@ -1,4 +1,4 @@
-"""A diffusers pipeline, run from noise as far as it has to be seen."""
+"""A diffusers pipeline that samples, and is observed."""
 
 from __future__ import annotations
 

@@ -96,10 +96,10 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
 def open_both(
     job: FitJob, lora: LoraParts, settings: FitSettings
 ) -> Iterator[tuple[Pipeline, Pipeline]]:
-    """Opens source and target of a fit, and frees their memory at the end of the block.
+    """Opens source and target, and frees their memory at the end.
 
     They encode the prompts in turn: the first's text encoders make room. The LoRA's part in text
-    encoders that both have runs in both until the end.
+    encoders that both have runs in both within the block.
     """
     card, device = job.card, job.options.device
     if job.options.memory_limit is not None:

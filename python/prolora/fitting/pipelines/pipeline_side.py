@@ -139,7 +139,7 @@ def ask_pipelines(
 
 
 def observe_guidance(side: PipelineSide) -> float | None:
-    """Observes the g of v = u + g·(c − u) in what the scheduler is given.
+    """Observes the g of v = u + g·(c − u) in the scheduler's input.
 
     Returns 1 without guidance, and where the prompt changes nothing; None where the scheduler is
     given no such sum.

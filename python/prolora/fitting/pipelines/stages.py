@@ -32,7 +32,7 @@ def empty_weights(modules: Iterable[nn.Module]) -> None:
 
 
 class PromptMemory:
-    """The answers of a pipeline's text encoders, which run once for each prompt and go.
+    """The answers of a pipeline's text encoders, which go after that.
 
     It replaces the pipeline's `encode_prompt`, whose answers depend on its arguments alone.
 

@@ -1,8 +1,8 @@
-"""What a pipeline is seen to do in a sampling: calls of its denoiser, steps of its scheduler.
+"""Samplings that are observed: calls of the denoiser, steps of the scheduler.
 
-No configuration says what a pipeline makes of times, predictions and guidance scales. FLUX's model
-is given the noise level u, SD3's 1000·u, those of Lumina and Z-Image 1 − u, and the latter two
-predict x₀ − ε instead of ε − x₀. A guidance scale of 1 is none in most, 0 in Z-Image.
+No configuration says what a pipeline makes of times, predictions and guidance scales. FLUX is given
+the noise level u, SD3 1000·u, Lumina and Z-Image 1 − u, and the latter two predict x₀ − ε instead
+of ε − x₀. A guidance scale of 1 is none in most, 0 in Z-Image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Until = Literal["call", "step", "end"]
 
 
 class SamplingEnded(Exception):
-    """Ends a sampling of which enough was seen."""
+    """Ends a sampling before its last step."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Sampling:
 
 @contextmanager
 def watch_sampling(denoiser: nn.Module, scheduler: Any, until: Until = "end") -> Iterator[Sampling]:
-    """Yields what a pipeline does within the block, which also ends where it was seen enough."""
+    """Records the sampling within the block, which it may end early."""
     seen, asked = Sampling(), list[tuple[CallParts, Tensor]]()
     step, patched = scheduler.step, vars(scheduler).get("step")  # also inside another such block
 
