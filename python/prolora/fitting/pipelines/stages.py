@@ -32,7 +32,7 @@ def empty_weights(modules: Iterable[nn.Module]) -> None:
 
 
 class PromptMemory:
-    """The answers of a pipeline's text encoders, which go after that.
+    """A memory of the answers of a pipeline's text encoders.
 
     It replaces the pipeline's `encode_prompt`, whose answers depend on its arguments alone.
 
