@@ -27,7 +27,7 @@ from prolora.errors import UnsupportedFormat
 from prolora.fitting import Asking, gate
 from prolora.fitting.models import in_float32
 from prolora.fitting.pipelines import latents, pipeline_opening
-from prolora.fitting.pipelines.latents import TOKENS, LatentLayout, LatentSpace
+from prolora.fitting.pipelines.latents import TOKENS, LatentSpace
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.pipeline_side import PipelineSide
 from prolora.fitting.pipelines.schedules import NoiseSchedule, Times
@@ -270,7 +270,7 @@ def test_between_linear_vaes_the_best_models_answer_as_one(one, other):
         LatentSpace(LinearVAE(1, 2.0, 0), scale=torch.full((3,), 2.0), shift=torch.zeros(3)),
         LatentSpace(
             LinearVAE(2, 0.3, 1),
-            LatentLayout(TOKENS),
+            TOKENS,
             scale=torch.full((12,), 0.3),
             shift=torch.linspace(-1, 1, 12),
         ),

@@ -13,7 +13,7 @@ from fitting import FlowSide, fit_models
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prolora import LowRank, ProLoRAError, open_base
+from prolora import LowRank, open_base
 from prolora import fitting as probe
 from prolora.architectures.modules import matrix_shape, may_be_fitted
 from prolora.fitting.fit_plan import fitted_modules
@@ -21,7 +21,6 @@ from prolora.fitting.gate import Gate
 from prolora.fitting.sides import Call
 from prolora.fitting.solver.joint_fit import JointFit, JointProblem, fit_jointly
 from prolora.fitting.solver.linearisation import ProbeBatch
-from prolora.fitting.updates import read_rows, weight_of
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "of single places": {"kernel_size": 1},
@@ -84,28 +83,11 @@ def test_a_convolution_gets_the_update_that_a_linear_layer_on_its_patches_gets(k
     )
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_the_rows_that_a_convolution_reads_give_its_output(kind: str):
-    torch.manual_seed(0)
-    module, x = nn.Conv2d(3, 4, **CONVOLUTIONS[kind]), torch.randn(2, 3, 6, 7)
-    assert module.bias is not None
-    made = read_rows(module, x) @ module.weight.flatten(1).mT + module.bias
-    torch.testing.assert_close(made.mT, module(x).flatten(2))
-
-
 class SigmaSide(FlowSide):
     """A model of images and noise sizes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, (1, 6, 6))
-
-
-def test_what_a_fit_cannot_change_is_named():
-    model = nn.ModuleDict({"grouped": nn.Conv2d(4, 4, 3, groups=2), "videos": nn.Conv3d(2, 2, 1)})
-    for name, kind in (("grouped", "Conv2d"), ("videos", "Conv3d")):
-        with pytest.raises(ProLoRAError, match=f"{name} is a {kind}; a fit changes"):
-            weight_of(model, name)
-        assert weight_of(model, name, any_kind=True) is model[name].weight
 
 
 def make_sana() -> SanaTransformer2DModel:

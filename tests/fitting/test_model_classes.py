@@ -9,22 +9,33 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
+from crossing_pipelines import tokenizer
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from fitting import ask, draw_probes
-from test_probe_kinds import t5
+from fitting import ask, draw_probes, watch_calls
 from torch import nn
-from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+from transformers import (
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from prolora import FitOptions, LowRank, ProLoRAError
 from prolora import fitting as probe
@@ -32,6 +43,8 @@ from prolora.architectures.modules import find_block, is_adaptable
 from prolora.fitting.fitted_modules import group_by_block
 from prolora.fitting.pipelines.conditioning import split_call
 from prolora.fitting.pipelines.pipeline import Pipeline
+from prolora.fitting.pipelines.pipeline_side import PipelineSide
+from prolora.fitting.sides import NO_PROMPT
 
 SETTINGS = FitOptions(("cat", "dog cat"), images=2, steps=2, size=16)
 
@@ -41,6 +54,49 @@ def stable_diffusion(folder) -> Any:
     parts = tiny.vae(), tiny.text_encoder(8), tiny.tokenizer(folder), unet
     scheduler = DDIMScheduler(**tiny.ALPHAS)
     return StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
+
+
+def sdxl(folder) -> Any:
+    unet = UNet2DConditionModel(
+        **tiny.UNET,
+        cross_attention_dim=20,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=60,
+    )
+    return StableDiffusionXLPipeline(
+        vae=tiny.vae(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**tiny.ALPHAS),
+        text_encoder=tiny.text_encoder(8),
+        tokenizer=tiny.tokenizer(folder),
+        text_encoder_2=tiny.text_encoder(12, CLIPTextModelWithProjection),
+        tokenizer_2=tiny.tokenizer(folder),
+    )
+
+
+def t5() -> tuple[T5EncoderModel, Any]:
+    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config), tokenizer()
+
+
+def pixart(folder) -> Any:
+    """It learns its variance."""
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        cross_attention_dim=16,
+        caption_channels=16,
+        use_additional_conditions=False,
+    )
+    encoder, words = t5()
+    scheduler = DPMSolverMultistepScheduler(**tiny.ALPHAS)
+    return PixArtAlphaPipeline(words, encoder, tiny.vae(), transformer, scheduler)
 
 
 def sd3(folder) -> Any:
@@ -89,9 +145,8 @@ def z_image(folder) -> Any:
     )
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         nn.init.normal_(token)
-    tokenizer = t5()[1]
-    tokenizer.model_max_length = 512
-    tokenizer.chat_template = "cat {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    words = tokenizer(512)
+    words.chat_template = "cat {% for m in messages %}{{ m['content'] }}{% endfor %}"
     encoder = Qwen3Model(
         Qwen3Config(
             vocab_size=64,
@@ -104,7 +159,7 @@ def z_image(folder) -> Any:
         )
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return ZImagePipeline(scheduler, tiny.vae(), encoder, tokenizer, transformer)
+    return ZImagePipeline(scheduler, tiny.vae(), encoder, words, transformer)
 
 
 def opened(make: Callable[..., Any], folder, seed: int = 0) -> Pipeline:
@@ -134,6 +189,20 @@ def adaptable_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and find_block(name) and is_adaptable(name)
     ]
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, sdxl, sd3, flux, z_image, pixart])
+def test_a_side_asks_its_model_what_its_pipeline_asks(make, tmp_path):
+    """Both branches of the guidance, at each step of a sampling."""
+    side = PipelineSide(opened(make, tmp_path), SETTINGS, shared=True)
+    calls = watch_calls(side, prompt=1)
+    assert len(calls) == SETTINGS.steps
+    for parts, predicted, _ in calls:
+        for i, state in enumerate(parts.latent):
+            prompt = 1 if side.table.has_prompt(parts, i) else NO_PROMPT
+            level = side.schedule.level_at(parts.time[i : i + 1])
+            answer = side.predict(state[None], level, [prompt])
+            torch.testing.assert_close(answer[0], predicted[i], rtol=1e-3, atol=1e-4)
 
 
 def run_fit(source: Pipeline, target: Pipeline, fit_steps: int) -> probe.Fitted:

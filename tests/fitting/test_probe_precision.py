@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_pipelines as tiny
 import torch
-from diffusers import UNet2DConditionModel
 from fitting import fit_models
 from small_diffusers import make_model
 from test_probe import lora, permuted, source
-from test_probe_diffusers import UNET, loras
 from torch import nn
 
 from prolora.fitting.models import in_float32, in_precision
@@ -43,16 +42,12 @@ def test_half_stored_models_are_probed_as_their_float32_copies(source, lora, dty
 
 
 def test_a_unet_in_half_precision_computes_in_float32():
-    torch.manual_seed(0)
-    half = UNet2DConditionModel(**UNET).bfloat16()
-    wide = copy.deepcopy(half).float()
-    x, text = torch.randn(2, 1, 8, 8), torch.randn(2, 3, 8)
-    call = Call((x.bfloat16(), torch.tensor(500)), {"encoder_hidden_states": text.bfloat16()})
-    same = Call(
-        (x.bfloat16().float(), torch.tensor(500)),
-        {"encoder_hidden_states": text.bfloat16().float()},
-    )
-    update = loras(wide, r".*attn1\.to_v")
+    half, call = make_model("unet")
+    half.bfloat16()
+    wide, (x, time, text) = copy.deepcopy(half).float(), call.args
+    call = Call((x.bfloat16(), time), {"encoder_hidden_states": text.bfloat16()})
+    same = Call((x.bfloat16().float(), time), {"encoder_hidden_states": text.bfloat16().float()})
+    update = tiny.updates(wide, ("attn1.to_v",), size=0.1)
     with in_float32(half), with_lora(half, update), with_lora(wide, update):
         assert torch.equal(predict_call(half, call), predict_call(wide, same))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -79,7 +74,7 @@ def in_16_bits(model: nn.Module, call: Call) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["unet", "flux", "qwen"])
 def test_a_model_of_diffusers_in_bfloat16_predicts_what_torchs_autocast_makes_of_it(kind):
     model, call = make_model(kind)
-    update = loras(model, r".*(attn|attn1)\.to_v")
+    update = tiny.updates(model, ("attn.to_v", "attn1.to_v"), size=0.1)
     assert update
     with with_lora(model, update):
         wide = predict_call(model, call)

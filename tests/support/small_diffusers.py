@@ -9,22 +9,16 @@ from torch import nn
 
 from prolora.fitting.sides import Call
 
+UNET = tiny.UNET | {
+    "in_channels": 1,
+    "out_channels": 1,
+    "cross_attention_dim": 8,
+    "use_linear_projection": True,
+}
+
 
 def _make_unet() -> tuple[nn.Module, Call]:
-    model = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        block_out_channels=[8, 16],
-        transformer_layers_per_block=[1, 2],
-        attention_head_dim=2,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        use_linear_projection=True,
-    )
+    model = UNet2DConditionModel(**UNET, transformer_layers_per_block=[1, 2])
     times = torch.tensor([500.0, 20.3])
     return model, Call((torch.randn(2, 1, 8, 8), times, torch.randn(2, 3, 8)), {})
 

@@ -18,74 +18,8 @@ from torch import Tensor, nn
 from ...errors import ProLoRAError, UnsupportedFormat
 
 IMAGE, FRAME, PACKED, TOKENS, OTHER = "image", "frame", "packed", "tokens", "other"
-
-
-@dataclass(frozen=True)
-class LatentLayout:
-    """The layout of a denoiser's latents."""
-
-    # "image" [n, c, h, w]; "frame" [n, c, 1, h, w]; "packed" [n, h·w/4, 4c], patches of 2 × 2 as
-    # FLUX packs them; "tokens" [n, h·w, c], whatever they hold; "other" in all other cases.
-    kind: str
-
-    @classmethod
-    def of(cls, pipe: Any, latent: Tensor) -> LatentLayout:
-        """Recognises the layout of a latent [n, ...] of a pipeline's denoiser."""
-        if latent.dim() == 4:
-            return cls(IMAGE)
-        if latent.dim() == 5 and latent.shape[2] == 1:
-            return cls(FRAME)
-        return cls(PACKED if latent.dim() == 3 and _packs_patches(pipe) else OTHER)
-
-    def unpack(self, latent: Tensor) -> Tensor:
-        """Returns the latent as an image [n, c, h, w]; schedulers may hold images already."""
-        if latent.dim() == 5 and latent.shape[2] == 1:
-            return latent[:, :, 0]
-        if latent.dim() != 3 or self.kind not in (PACKED, TOKENS):
-            return latent
-        n, tokens, width = latent.shape
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise UnsupportedFormat(
-                f"a latent of {tokens} tokens is not a square; a fit samples squares"
-            )
-        image = latent.mT.reshape(n, width, side, side)
-        return image if self.kind == TOKENS else F.pixel_shuffle(image, 2)
-
-    def pack(self, image: Tensor) -> Tensor:
-        """Returns an image [n, c, h, w] as a latent."""
-        if self.kind == FRAME:
-            return image[:, :, None]
-        image = F.pixel_unshuffle(image, 2) if self.kind == PACKED else image
-        return image.flatten(2).mT if self.kind in (PACKED, TOKENS) else image
-
-
-def _packs_patches(pipe: Any) -> bool:
-    pack = getattr(pipe, "_pack_latents", None)
-    image = torch.arange(2 * 3 * 4 * 4).float().reshape(2, 3, 4, 4)
-    try:
-        return pack is not None and torch.equal(
-            pack(image, 2, 3, 4, 4), LatentLayout(PACKED).pack(image)
-        )
-    except (TypeError, ValueError, RuntimeError):
-        return False
-
-
-def check_shapes(
-    shapes: tuple[Tensor, Tensor],
-    layouts: tuple[LatentLayout, LatentLayout],
-    names: tuple[str, str],
-) -> None:
-    """Refuses latents that are not the same numbers in two layouts."""
-    source, target = (
-        tuple((layout.unpack(latent) if layouts[0] != layouts[1] else latent).shape[1:])
-        for layout, latent in zip(layouts, shapes, strict=True)
-    )
-    if source != target:
-        raise ProLoRAError(
-            f"{names[0]} denoises {list(source)} numbers and {names[1]} {list(target)}: they "
-            "cannot be asked the same question"
-        )
+"""Layouts of a denoiser's latents: [n, c, h, w]; [n, c, 1, h, w]; [n, h·w/4, 4c], patches of 2 × 2
+as FLUX packs them; [n, h·w, c], whatever tokens hold; all others."""
 
 
 _TOLERANCE = 1e-3  # share of the decoded latents' norm; some pipelines round to half precision
@@ -96,7 +30,7 @@ class LatentSpace:
     """A denoiser's latents and the images that they stand for."""
 
     vae: Any  # decodes and encodes; None where latents cross as they are
-    layout: LatentLayout = LatentLayout(IMAGE)  # as the denoiser is given them
+    layout: str = IMAGE  # as the denoiser is given them
     shared: bool = False  # the other model denoises the same latents
     decoded_frame: bool = False  # the VAE is given one
     fold: int = 1  # the VAE's latents are wider and higher by this factor, folded into channels
@@ -139,15 +73,70 @@ class LatentSpace:
         return scale, shift
 
     def as_image(self, latent: Tensor) -> Tensor:
-        """Reshapes latents to [n, c, h, w]; tokens must form a square."""
-        image = self.layout.unpack(latent)
+        """Reshapes latents to [n, c, h, w]; tokens must form a square.
+
+        Those of other layouts stay as they are, where the other model denoises the same.
+        """
+        image = latent
+        if latent.dim() == 5 and latent.shape[2] == 1:
+            image = latent[:, :, 0]
+        elif latent.dim() == 3 and self.layout in (PACKED, TOKENS):
+            n, tokens, width = latent.shape
+            side = math.isqrt(tokens)
+            if side * side != tokens:
+                raise UnsupportedFormat(
+                    f"a latent of {tokens} tokens is not a square; a fit samples squares"
+                )
+            image = latent.mT.reshape(n, width, side, side)
+            image = F.pixel_shuffle(image, 2) if self.layout == PACKED else image
         if image.dim() != 4 and not self.shared:
             raise UnsupportedFormat(f"latents of shape {list(latent.shape)} are not single images")
         return image
 
     def as_latent(self, image: Tensor) -> Tensor:
         """Reshapes an image [n, c, h, w] to the denoiser's layout."""
-        return self.layout.pack(image)
+        if self.layout == FRAME:
+            return image[:, :, None]
+        image = F.pixel_unshuffle(image, 2) if self.layout == PACKED else image
+        return image.flatten(2).mT if self.layout in (PACKED, TOKENS) else image
+
+
+def recognise_layout(pipe: Any, latent: Tensor) -> str:
+    """Recognises the layout of a latent [n, ...] of a pipeline's denoiser."""
+    if latent.dim() == 4:
+        return IMAGE
+    if latent.dim() == 5 and latent.shape[2] == 1:
+        return FRAME
+    return PACKED if latent.dim() == 3 and _packs_patches(pipe) else OTHER
+
+
+def _packs_patches(pipe: Any) -> bool:
+    pack = getattr(pipe, "_pack_latents", None)
+    image = torch.arange(2 * 3 * 4 * 4).float().reshape(2, 3, 4, 4)
+    try:  # on a small latent
+        return pack is not None and torch.equal(
+            pack(image, 2, 3, 4, 4), LatentSpace(None, PACKED).as_latent(image)
+        )
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def check_shapes(
+    spaces: tuple[LatentSpace, LatentSpace],
+    latents: tuple[Tensor, Tensor],
+    names: tuple[str, str],
+) -> None:
+    """Refuses latents that are not the same numbers in two layouts."""
+    same = spaces[0].layout == spaces[1].layout
+    source, target = (
+        tuple((latent if same else space.as_image(latent)).shape[1:])
+        for space, latent in zip(spaces, latents, strict=True)
+    )
+    if source != target:
+        raise ProLoRAError(
+            f"{names[0]} denoises {list(source)} numbers and {names[1]} {list(target)}: they "
+            "cannot be asked the same question"
+        )
 
 
 def check_shown(pipe: Any, name: str) -> None:
@@ -174,7 +163,7 @@ def observe_latents(
     `like` are latents as the denoiser is given them, `final` those after the scheduler's last step,
     `given` what the VAE was given to decode; None where it never was.
     """
-    layout = LatentLayout(TOKENS) if like.dim() == 3 else LatentLayout.of(pipe, like)
+    layout = TOKENS if like.dim() == 3 else recognise_layout(pipe, like)
     space = LatentSpace(getattr(pipe, "vae", None), layout)
     image = space.as_image(final)
     if space.as_image(like).shape[1:] != image.shape[1:]:

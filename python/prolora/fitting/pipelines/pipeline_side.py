@@ -19,7 +19,7 @@ from ..probes import Asking
 from ..settings import FitSettings
 from ..sides import Call, FitSide, Image
 from .conditioning import make_reader, stack_conditionings
-from .latents import LatentLayout, LatentSpace, check_shapes, check_shown
+from .latents import LatentSpace, check_shapes, check_shown, recognise_layout
 from .pipeline import Pipeline, describe_pipeline, run_text_encoders_beside, share_size
 from .schedules import FLOW
 from .watching import read_guidance_scale
@@ -60,7 +60,7 @@ class PipelineSide(FitSide):
                 self.adapted = pipeline.tabulate_prompts(settings)
         like = self.table.like.latent
         if shared:
-            layout = LatentLayout.of(pipeline.pipe, like)
+            layout = recognise_layout(pipeline.pipe, like)
             self.space = LatentSpace(None, layout, shared=True)
         else:
             self.space = pipeline.observe_latents(settings, like)
@@ -122,7 +122,7 @@ def ask_pipelines(
     theirs = PipelineSide(target, target.derive_target_settings(settings), shared)
     if shared:
         latents = ours.table.like.latent, theirs.table.like.latent
-        check_shapes(latents, (ours.space.layout, theirs.space.layout), (ours.name, theirs.name))
+        check_shapes((ours.space, theirs.space), latents, (ours.name, theirs.name))
     few = 2 * theirs.settings.steps <= ours.settings.steps
     mixed = (ours.schedule.kind == FLOW) != (theirs.schedule.kind == FLOW)
     asking = Asking(
