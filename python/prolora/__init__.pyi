@@ -7,7 +7,7 @@ from prolora.adapters.adapter import Adapter as Adapter
 from prolora.bases import Base as Base, open_base as open_base
 from prolora.core.basis import Basis as Basis, truncated_svd as truncated_svd
 from prolora.checking.check_result import Check as Check
-from prolora.fitting.settings import FitOptions as FitOptions, PassedOn, Precision, Start
+from prolora.fitting.settings import FitOptions as FitOptions, PassedOn, Precision
 from prolora.adapters.lora import Lora as Lora
 from prolora.core.lowrank import LowRank as LowRank
 from prolora.making.merge_options import MergeMethod, MergeOptions as MergeOptions
@@ -140,7 +140,6 @@ def fit(
     target_guidance: float | None = ...,
     look: float | str = ...,
     rank: float | None = ...,
-    start: Start = ...,
     fit_steps: int = ...,
     probes: int | None = ...,
     held_out: int | None = ...,
@@ -179,7 +178,6 @@ def fit_many(
     target_guidance: float | None = ...,
     look: float | str = ...,
     rank: float | None = ...,
-    start: Start = ...,
     fit_steps: int = ...,
     probes: int | None = ...,
     held_out: int | None = ...,

@@ -125,7 +125,7 @@ def test_sana_s_convolutions_are_fitted_and_its_depthwise_ones_are_not():
             time = 1000 * self.schedule.time_at(level).float()
             return probe.Call((state,), {"encoder_hidden_states": prompt, "timestep": time})
 
-    few = {"images": 4, "fit_steps": 3, "start": "zero", "rank": 2, "force": True}
+    few = {"images": 4, "fit_steps": 3, "rank": 2, "force": True}
     sides = (SanaSide(model, (4, 8, 8)) for model in (source, target))
     moved = fit_models(*sides, lora, **few)
     assert set(moved.updates) == {name for name in lora if "depth" not in name}

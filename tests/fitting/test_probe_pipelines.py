@@ -131,7 +131,6 @@ def test_a_convolution_outside_the_blocks_is_fitted_as_a_convolution(room, tmp_p
         images=1,
         steps=1,
         fit_steps=1,
-        start="zero",
         force=True,
         rank=0.9,
         max_memory=100 << 30,

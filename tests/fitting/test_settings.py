@@ -44,7 +44,6 @@ def test_no_text_of_a_fit_names_an_option_of_the_command_line():
         ("guidance", math.nan),
         ("target_guidance", math.nan),
         ("target_steps", 0),
-        ("start", "one"),
         ("rank", 2.5),
         ("rank", 0),
         ("rank", math.nan),

@@ -16,7 +16,7 @@ from ..bases import Base, BaseLike, open_pair
 from ..bases.base import Progress
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
-from ..errors import ProLoRAError, ShapeMismatch, UnrelatedBases
+from ..errors import ProLoRAError, UnrelatedBases
 from ..files.hub import keep_path
 from ..moving.base_pair import BasePair
 from ..reports.outcome import Outcome
@@ -45,7 +45,6 @@ from .pipelines.pipeline_side import ask_pipelines
 from .run import Fitted, fit_sides
 from .settings import DEFAULT_FIT, FitOptions
 from .showing import ImageGrid
-from .solver.joint import NO_COPY
 from .workload import Meter
 
 OPENING = "opening both pipelines"
@@ -86,7 +85,6 @@ def fit(
         InvalidOption: an option has a value that it does not take.
         UnsupportedFormat: a folder that is no pipeline, a file that cannot be read, or a result
             that `format` cannot hold.
-        ShapeMismatch: the fit is to start from a copy, and none fits the target.
         NonFiniteWeights: NaN or Inf, named.
         WrongBase: the LoRA belongs to `target` and not to `source`.
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
@@ -203,8 +201,6 @@ def fit_lora(
     blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, origin=origin, unread={})
     adapters.check_format(blank, written[0])
     baseline = move_by_weights(job)
-    if baseline is None and options.start == "copy":
-        raise ShapeMismatch(NO_COPY)
     if baseline is not None:
         found = baseline.refusal or baseline.done.report
         job = replace(job, serves=explain_serving(source, target, options, found))

@@ -18,7 +18,7 @@ from .pipelines.schedules import level_log_snr
 from .probe_report import ProbeReport
 from .probes import ORIGINS, Asking, Probe
 from .settings import FitSettings
-from .solver.joint import check_start, solve
+from .solver.joint import solve
 from .workload import Meter, Workload
 
 
@@ -59,7 +59,6 @@ def fit_sides(
         release: called once everything was asked; from then on the target alone runs.
 
     Raises:
-        ShapeMismatch: the fit is to start from a copy that does not fit the target.
         UnrelatedBases: the gate refuses, and the fit is not forced.
         ProLoRAError: a module or dtype is of a kind that no fit can handle; the message names it.
     """
@@ -67,7 +66,6 @@ def fit_sides(
     check_models(ours.denoiser, theirs.denoiser, asking.updates)
     if baseline is None:
         baseline = fitting_updates(theirs.denoiser, asking.updates)
-    check_start(settings.start, theirs.denoiser, baseline)
     parts = parts or KeptParts()
     meter = meter or Meter(Workload(settings, settings.target_steps or settings.steps))
     own = max(update.rank for update in asking.updates.values())

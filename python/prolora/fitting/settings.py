@@ -18,9 +18,6 @@ from ..files.untrusted import read_text
 from ..verbs.option_fields import option, read_shown, take_option
 from ..verbs.options import BaseResources, FileOutput, TransferOptions
 
-Start = Literal["auto", "zero", "copy"]
-"""Where a fit starts: chosen, from no updates, or from the LoRA moved without a fit."""
-
 LOOKS = {"target": 0.0, "source": 1.0}
 """Name of a look -> share of the source's own look that the fit is to bring along."""
 
@@ -37,7 +34,7 @@ MAX_SAMPLES = (1152, 192, 48)
 SAMPLING, FITTING = "Sampling", "Fit"
 
 # Settings that the fitted updates depend on, beside the questions; and the samples.
-_OF_FIT = "rank", "start", "probes", "held_out", "fit_steps", "batch", "seed", "precision"
+_OF_FIT = "rank", "probes", "held_out", "fit_steps", "batch", "seed", "precision"
 _OF_SAMPLES = "prompts", "images", "steps", "size", "guidance", "precision"
 
 _LEAST = dict.fromkeys(
@@ -97,13 +94,6 @@ class FitSettings:
         "largest.",
         panel=FITTING,
         metavar="RANK",
-    )
-    start: Start = option(
-        "auto",
-        'Where the fit starts: from no update ("zero"), from the LoRA moved by weights alone '
-        '("copy"), or from the better of the two. From a copy it goes only part of the way where '
-        "the bases disagree.",
-        words=get_args(Start),
     )
     fit_steps: int = option(
         32,

@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from ...core.lowrank import LowRank
-from ...errors import ShapeMismatch
 from ..gate import DOUBT, fits_target, measure_disagreement, measure_missing, share_by_origin
 from ..probe_report import ProbeReport
 from ..probes import PAIR, Asking, Probe
-from ..settings import FitSettings, Start
+from ..settings import FitSettings
 from ..updates import with_lora
 from ..workload import Meter
 from .joint_fit import JointProblem, cut_updates, fit_in_factors
@@ -27,10 +25,6 @@ DAMPING = 1.0
 """Of the curvature, relative to its mean diagonal."""
 SAMPLES_TO_TRY_COPY = 48
 """Samples that decide where the fit starts."""
-NO_COPY = (
-    "start 'copy' needs a LoRA that can be moved to the target by weights alone, and this one has "
-    "no module of the target's names and shapes; use 'auto' or 'zero'"
-)
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,7 @@ class StartingPoint:
     updates: Mapping[str, LowRank] = field(default_factory=dict)  # of the target, to start from
 
 
-def check_start(asked: Start, target: nn.Module, copied: Mapping[str, LowRank]) -> None:
-    """Refuses a start that does not exist, before anything is sampled."""
-    if asked == "copy" and not (copied and fits_target(target, copied)):
-        raise ShapeMismatch(NO_COPY)
-
-
 def choose_start(
-    asked: Start,  # "auto", "zero" or "copy"
     asking: Asking,
     copied: Mapping[str, LowRank],  # updates of the target; may be empty
     probes: Sequence[Probe],  # some of the fit's probes, of states
@@ -67,12 +54,10 @@ def choose_start(
     With noise of its own for either model the bases' disagreement says nothing of the wanted
     change, and the fit goes all the way.
     """
-    fitting = bool(copied) and fits_target(asking.target.denoiser, copied)
-    if asked == "zero" or not fitting:
-        why = "as asked" if asked == "zero" else "no copy fits the target"
-        return StartingPoint("zero", 1.0, why)
+    if not copied or not fits_target(asking.target.denoiser, copied):
+        return StartingPoint("zero", 1.0, "no copy fits the target")
     share = share_by_origin(probes, measure_missing(asking.target, copied, probes))["all"]
-    if asked == "auto" and share < LEAST_COPY_SHARE:
+    if share < LEAST_COPY_SHARE:
         return StartingPoint("zero", 1.0, f"the copy reaches {share:.0%} of the wanted change")
     missing = max(1 - share, 1e-9)
     differ = measure_disagreement(probes)["all"] if asking.shared else 0.0
@@ -114,7 +99,7 @@ def solve(
     """Fits the updates of all modules; copies outside of these stay as they are."""
     states = [probe for probe in probes if probe.origin != PAIR]
     few = states[: max(SAMPLES_TO_TRY_COPY // max(len(states[0]), 1), 1)]
-    start = choose_start(settings.start, asking, baseline, few)
+    start = choose_start(asking, baseline, few)
     report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
     if not start.trust:
         return dict(baseline)
