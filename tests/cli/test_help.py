@@ -81,7 +81,7 @@ def test_the_short_help_of_fit_has_what_most_people_need(prolora, monkeypatch):
     assert len(set(re.findall(r"^│ --([\w-]+)", short, re.M)) - {"help"}) <= 10
     for name in ("fit-steps", "force", "target-steps", "guidance", "device"):
         assert f"--{name} " not in short.partition("Examples")[0] and f"--{name} " in whole, name
-    for name in ("probes", "held-out", "batch", "start", "seed", "lora-guidance"):
+    for name in ("probes", "held-out", "batch", "seed", "lora-guidance"):
         assert f"--{name}" not in whole  # for studies, in Python
 
 
