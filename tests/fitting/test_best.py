@@ -23,9 +23,6 @@ from prolora.verbs.options import FIT
 LEAVES = ("attn1.to_v", "ff.net.2")
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source; targets: tuned, without the second layers, trained apart, and of other latents."""
@@ -104,9 +101,7 @@ def test_after_a_move_to_a_student_of_few_steps_a_fit_is_named_where_it_can_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target, serves", [("tuned", True), pytest.param("pruned", False, marks=SLOW)]
-)
+@pytest.mark.parametrize(("target", "serves"), [("tuned", True), ("pruned", False)])
 def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, serves):
     plan = prolora.fit(*ends(room, target), dry_run=True).report
     assert ("`transfer` takes seconds" in str(plan.in_words())) is serves
@@ -126,9 +121,9 @@ def test_a_fit_where_weights_serve_says_so_before_its_first_step(room, target, s
 @pytest.mark.parametrize(
     "target, need",
     [
-        pytest.param("pruned", "of the LoRA's modules have no place on pruned", marks=SLOW),
+        ("pruned", "of the LoRA's modules have no place on pruned"),
         ("apart", "have nothing in common"),
-        pytest.param("across", "encoders were trained apart", marks=SLOW),
+        ("across", "encoders were trained apart"),
     ],
 )
 def test_where_weights_say_too_little_the_models_are_run(room, target, need):

@@ -19,6 +19,7 @@ from reports import KINDS, PLACES, Page, make_report, make_row
 import prolora
 from prolora.comparison.module_map import BlockDecision
 from prolora.fitting.fit_report import FitReport
+from prolora.fitting.gate import Gate
 from prolora.fitting.probe_report import ProbeReport
 from prolora.reports.module_tables import map_modules
 from prolora.reports.outcome import Outcome, OutcomesReport
@@ -145,7 +146,7 @@ def test_every_module_is_in_one_cell_of_the_map(report):
 def test_what_has_no_number_is_shown_without_one(report):
     unknown = dict.fromkeys(("norm_ratio", "copy_distance"), math.nan)
     rows = [make_row("blocks.0.a", **unknown, measures=None)]
-    probe = ProbeReport(0.9)
+    probe = ProbeReport(0.9, Gate("go", 1.0, {"all": 0.6}, {"all": 0.1}, "60% reached"))
     fitted = FitReport(method="fit", source="a", target="b", modules=(*rows,), probe=probe)
     text = fitted.to_html()
     assert 'class="fitted"' in text and "nan" not in Page(text).text.lower()

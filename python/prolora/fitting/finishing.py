@@ -58,7 +58,7 @@ def finish_fit(job: FitJob, blank: Adapter, result: Fitted) -> tuple[Adapter, Fi
     """Builds the target's adapter and the report of what was fitted."""
     adapter, plan, target = job.adapter, job.plan, job.target
     fitted, probe = result.scaled, result.report
-    strength = probe.gate.strength if probe.gate else 1.0
+    strength = probe.gate.strength
     how = "fitted to the running models" if probe.trust else "copied; nothing was fitted"
     # Where the fit starts from the copied updates, copies of other kinds stay.
     copied = {name for name in plan.skipped if name in fitted}
@@ -95,8 +95,8 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
     return {
         "prolora.probe_samples": str(probe.samples[0]),
         "prolora.probe_prompts": str(len(options.prompts or probe.derived_prompts)),
-        "prolora.probe_decision": gate.decision if gate else "",
-        "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
+        "prolora.probe_decision": gate.decision,
+        "prolora.probe_share": f"{gate.share['all']:.3f}",
         "prolora.probe_start": probe.start,
     }
 
@@ -106,7 +106,7 @@ def finish_baseline(
 ) -> tuple[Adapter, BaselineReport]:
     """Scales a LoRA moved by weights to the strength of held-out probes."""
     adapter, report = baseline.done.adapter, baseline.done.report
-    factor = probe.gate.copy_strength if probe.gate else 1.0
+    factor = probe.gate.copy_strength
 
     def is_scaled(name: str | None) -> bool:
         return name is not None and not is_in_text_encoder(name)

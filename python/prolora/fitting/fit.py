@@ -201,34 +201,34 @@ def fit_lora(
     blank = replace(job.adapter, updates=outline, kernels={}, vectors={}, origin=origin, unread={})
     adapters.check_format(blank, written[0])
     baseline = move_by_weights(job)
+    copied, why = {}, ""
     if baseline is not None:
         found = baseline.refusal or baseline.done.report
-        job = replace(job, serves=explain_serving(source, target, options, found))
+        copied, why = baseline.done.adapter.updates, explain_serving(source, target, options, found)
     parts = parts or KeptParts(options.resume)
-    copied = baseline.done.adapter.updates if baseline else {}
     try:
-        fitted, grid = _run_models(job, copied, parts)
+        fitted, grid = _run_models(job, copied, parts, why)
     finally:
         parts.end_lora()
     gate, files = fitted.report.gate, list_inputs(lora, source, target)
-    if gate and gate.decision == COPY and not options.force:
+    if gate.decision == COPY and not options.force:
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if baseline:
             moved, report = finish_baseline(job, baseline, fitted.report)
-            return Transfer(moved, replace(report, grid=grid, why=job.serves), files, *written)
+            return Transfer(moved, replace(report, grid=grid, why=why), files, *written)
     adapter, fit_report = finish_fit(job, blank, fitted)
-    return Transfer(adapter, replace(fit_report, grid=grid, why=job.serves), files, *written)
+    return Transfer(adapter, replace(fit_report, grid=grid, why=why), files, *written)
 
 
 def _run_models(
-    job: FitJob, copied: Mapping[str, LowRank], parts: KeptParts
+    job: FitJob, copied: Mapping[str, LowRank], parts: KeptParts, why: str
 ) -> tuple[Fitted, PictureGrid | None]:
     """Runs both pipelines: draws for the page, asks, fits and judges."""
     options, card, foreseen = job.options, job.card, foresee_work(job)
     if options.progress:
         work = foreseen.sentence(job.source.name, job.target.name)
-        options.progress(0, foreseen.total, f"{job.serves} {work}".strip())
+        options.progress(0, foreseen.total, f"{why} {work}".strip())
         options.progress(0, foreseen.total, OPENING)
     lora = job.lora
     copied = {name: u for name, u in copied.items() if not is_in_text_encoder(name)}
@@ -259,14 +259,17 @@ def _run_models(
 
         parts.of_pipelines(job.source, job.target)
         fitted = fit_sides(asking, settings, copied, meter=meter, parts=parts, release=release)
-        report = fitted.report
         grid.draw_target(
             copied if fits_target(models[1].denoiser, copied) else {},
-            fitted.scaled if report.trust else None,
+            fitted.scaled if fitted.report.trust else None,
         )
-    report.not_drawn = grid.failure
-    report.derived_prompts = () if options.prompts else settings.prompts
-    if grid.prompts:
-        report.seconds["show"] = grid.seconds
+    report = replace(
+        fitted.report,
+        not_drawn=grid.failure,
+        derived_prompts=() if options.prompts else settings.prompts,
+        seconds=fitted.report.seconds | ({"show": grid.seconds} if grid.prompts else {}),
+    )
     updates = {name: update.to("cpu") for name, update in fitted.updates.items()}
-    return replace(fitted, updates=updates), grid.to_page(job.source.name, job.target.name)
+    return replace(fitted, updates=updates, report=report), grid.to_page(
+        job.source.name, job.target.name
+    )

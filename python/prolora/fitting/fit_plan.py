@@ -67,7 +67,6 @@ class FitJob:
     target: Base  # the base it goes to
     options: FitOptions  # as they were asked for
     card: CardPlan | None = None  # how the pipelines run on a card whose memory is bounded
-    serves: str = ""  # why moving by weights would do, said before a model runs
 
     @property
     def folders(self) -> tuple[Path, Path]:

@@ -49,25 +49,25 @@ class FitReport(MovedReport):
     @property
     def share_of_rival(self) -> float | None:
         """What the LoRA moved by weights does on the same samples; None where none was."""
-        gate = self.probe.gate if self.probe else None
-        return min(gate.copy_share.values()) if gate and gate.copy_share is not None else None
+        shares = self.probe.gate.copy_share if self.probe else None
+        return None if shares is None else min(shares.values())
 
     def _judge(self) -> Sentence:
         cautions = tuple(self.cautions())
         if self.probe is None:
             return replace(self._tell_plan(), cautions=cautions)
         gate, why = self.probe.gate, [self.why] if self.why else []
-        most = True
-        lines = [f"prolora ran both models and fitted a new LoRA of {self.target}."]
-        if gate is not None:
-            share = max(0.0, min(gate.share.values()))
-            most = share >= MOST
-            done = f"{name_amount(share).lower()} ({share:.0%}) of"
-            seen = f"does {done} what the LoRA does to {self.source}"
-            if self.probe.look:
-                seen = f"goes {done} the way to the look of {self.source} with the LoRA"
-            lines.insert(0, f"On samples that the fit did not see it {seen}.")
-        if gate is not None and gate.decision == "refuse":
+        share = max(0.0, min(gate.share.values()))
+        most = share >= MOST
+        done = f"{name_amount(share).lower()} ({share:.0%}) of"
+        seen = f"does {done} what the LoRA does to {self.source}"
+        if self.probe.look:
+            seen = f"goes {done} the way to the look of {self.source} with the LoRA"
+        lines = [
+            f"On samples that the fit did not see it {seen}.",
+            f"prolora ran both models and fitted a new LoRA of {self.target}.",
+        ]
+        if gate.decision == "refuse":
             step = "Next: draw some images with it and without it before you use it."
             headline = "Do not expect much: the fit did not succeed."
             return Sentence("⚠", headline, (*lines, *why, step), cautions)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,11 +10,12 @@ from ..files.jsontext import replace_nonfinite
 from . import gate
 
 
-@dataclass
+@dataclass(frozen=True)
 class ProbeReport:
     """What a fit asked of both models, and how well it did."""
 
     rank: float  # of the updates, as asked for
+    gate: gate.Gate  # the verdict of the held-out probes
     samples: tuple[int, int] = (0, 0)  # number of samples of the fit, and of the verdict
     images: int = 0  # sampled images that both models were asked about
     modules: int = 0  # number of modules of the target that got an update
@@ -30,7 +30,6 @@ class ProbeReport:
     steps: list[float] = field(default_factory=list)
     # Module of the LoRA -> why it was not moved
     left_out: dict[str, str] = field(default_factory=dict)
-    gate: gate.Gate | None = None  # the verdict of the held-out probes
     resumed: int = 0  # 1 where the fit was read back from the folder of an earlier one
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
     made: dict[str, int] = field(default_factory=dict)  # stage -> items made now, not kept before
@@ -43,15 +42,6 @@ class ProbeReport:
     look: float = 0.0  # the share of the source's look that was wanted
     derived_prompts: tuple[str, ...] = ()  # made from the LoRA's header, where none were given
     not_drawn: str = ""  # why the page has no images, where they were asked for
-
-    def facts_of_fit(self) -> dict[str, Any]:
-        """Returns what a kept fit has to remember."""
-        return {"steps": self.steps, "start": [self.start, self.trust, self.start_reason]}
-
-    def resume(self, facts: Mapping[str, Any]) -> None:
-        """Takes over the facts of a kept fit."""
-        self.steps, self.resumed = facts["steps"], 1
-        self.start, self.trust, self.start_reason = facts["start"]
 
     def sentences(self) -> list[str]:
         """Writes the result in plain sentences."""
@@ -84,16 +74,15 @@ class ProbeReport:
             lines.append(f"{count} {verb} not moved; {name}: {reason}.")
         if self.not_drawn:
             lines.append(f"No images could be drawn for the page; {self.not_drawn}.")
-        if self.gate:
-            copied = self.gate.decision == gate.COPY
-            strength = self.gate.copy_strength if copied else self.gate.strength
-            lines.append(f"{self.gate.decision}, at strength {strength:g}: {self.gate.reason}.")
-            if strength > 1:
-                lines.append(
-                    f"The file holds {strength:g} times what was fitted, as a fit from nothing is "
-                    "too weak; the share is that of the fit as it was. Load it at 1, and at less "
-                    "where images suffer."
-                )
+        copied = self.gate.decision == gate.COPY
+        strength = self.gate.copy_strength if copied else self.gate.strength
+        lines.append(f"{self.gate.decision}, at strength {strength:g}: {self.gate.reason}.")
+        if strength > 1:
+            lines.append(
+                f"The file holds {strength:g} times what was fitted, as a fit from nothing is too "
+                "weak; the share is that of the fit as it was. Load it at 1, and at less where "
+                "images suffer."
+            )
         return lines
 
     def _describe_fit(self) -> str:

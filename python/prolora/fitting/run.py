@@ -32,7 +32,7 @@ class Fitted:
     @property
     def scaled(self) -> dict[str, LowRank]:
         """The updates at the strength that the gate chose."""
-        strength = self.report.gate.strength if self.report.gate else 1.0
+        strength = self.report.gate.strength
         return {n: LowRank(u.up * strength, u.down) for n, u in self.updates.items()}
 
 
@@ -71,17 +71,6 @@ def fit_sides(
     own = max(update.rank for update in asking.updates.values())
     settings = replace(meter.workload.sized, rank=settings.rank or own)
     assert settings.rank and settings.probes and settings.held_out and settings.batch
-    low, high = asking.levels
-    report = ProbeReport(
-        rank=settings.rank,
-        samples=(settings.probes, settings.held_out),
-        images=2 * len(ORIGINS) * settings.images,
-        look=asking.look,
-        guidance=asking.guidance,
-        shared=asking.shared,
-        pairs=asking.pairs,
-        log_snr=(level_log_snr(high), level_log_snr(low)),
-    )
     key = ""
     if parts.folder is not None:
         asked = f"guidance {asking.guidance:.4g}, {settings.images} images"
@@ -103,24 +92,35 @@ def fit_sides(
         size = _even_size(settings.held_out // len(ORIGINS), asking.at_once)
         questions = asking.draw_probes(unseen, settings.held_out, size, settings.seed, True)
         held_out = _ask(questions, settings, meter)
-        names, report.left_out = choose_modules(asking, probes[0])
-        report.modules = len(names)
+        names, left_out = choose_modules(asking, probes[0])
         release()
         meter.begin("fit")
+        updates, facts = earlier or solve(asking, probes, names, baseline, settings, meter)
         if earlier is None:
-            updates = solve(asking, probes, names, baseline, settings, report, meter)
-            parts.store_updates("fit", key, updates, report.facts_of_fit())
-        else:
-            updates, facts = earlier
-            report.resume(facts)
-        for name in updates:
-            report.left_out.pop(name, None)
+            parts.store_updates("fit", key, updates, facts)
         meter.begin("judge")
-        gate = report.gate = judge_fit(asking, updates, baseline, held_out, report.start)
+        gate = judge_fit(asking, updates, baseline, held_out, facts["start"])
         meter.begin("")
-    report.seconds, report.made = meter.seconds, meter.made
     if gate.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {gate.reason}")
+    low, high = asking.levels
+    report = ProbeReport(
+        rank=settings.rank,
+        gate=gate,
+        samples=(settings.probes, settings.held_out),
+        images=2 * len(ORIGINS) * settings.images,
+        modules=len(names),
+        left_out={name: reason for name, reason in left_out.items() if name not in updates},
+        resumed=int(earlier is not None),
+        seconds=meter.seconds,
+        made=meter.made,
+        log_snr=(level_log_snr(high), level_log_snr(low)),
+        shared=asking.shared,
+        pairs=asking.pairs,
+        guidance=asking.guidance,
+        look=asking.look,
+        **facts,
+    )
     return Fitted(updates, report)
 
 

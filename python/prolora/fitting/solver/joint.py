@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from ...core.lowrank import LowRank
 from ..gate import DOUBT, fits_target, measure_disagreement, measure_missing, share_by_origin
-from ..probe_report import ProbeReport
 from ..probes import PAIR, Asking, Probe
 from ..settings import FitSettings
 from ..updates import with_lora
@@ -93,16 +93,18 @@ def solve(
     names: Sequence[str],  # modules of the target that get an update
     baseline: Mapping[str, LowRank],  # updates that may be the start
     settings: FitSettings,
-    report: ProbeReport,  # gets the start and the steps
     meter: Meter,
-) -> dict[str, LowRank]:
-    """Fits the updates of all modules; copies outside of these stay as they are."""
+) -> tuple[dict[str, LowRank], dict[str, Any]]:
+    """Fits the updates of all modules; copies outside of these stay as they are.
+
+    Also returns facts for the report: where it started and why, its trust, and its steps.
+    """
     states = [probe for probe in probes if probe.origin != PAIR]
     few = states[: max(SAMPLES_TO_TRY_COPY // max(len(states[0]), 1), 1)]
     start = choose_start(asking, baseline, few)
-    report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
+    facts = {"start": start.name, "trust": start.trust, "start_reason": start.reason}
     if not start.trust:
-        return dict(baseline)
+        return dict(baseline), facts
     inside = {name: update for name, update in start.updates.items() if name in names}
     outside = {name: update for name, update in start.updates.items() if name not in names}
     rank, target = settings.rank, asking.target
@@ -124,11 +126,10 @@ def solve(
 
     with with_lora(target.denoiser, outside):  # these copies do not change during the fit
         fit = fit_in_factors(problem, inside, on_step)
-    report.steps = fit.history
     if start.trust < 1:
         fit = replace(fit, updates=move_part_way(inside, fit.updates, start.trust))
     updates = cut_updates(fit, rank) if problem.will_be_cut else fit.updates
-    return updates | outside
+    return updates | outside, facts | {"steps": fit.history}
 
 
 class _Queue:
