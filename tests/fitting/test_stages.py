@@ -20,11 +20,10 @@ import prolora
 from prolora import FitOptions
 from prolora.cli.app import app
 from prolora.errors import ProLoRAError, TooLittleMemory
-from prolora.fitting.pipelines import memory_bounds, pipeline_opening, stages
-from prolora.fitting.pipelines.memory_bounds import check_memory
+from prolora.fitting.pipelines import memory_bounds, pipeline_opening, prompt_memory
+from prolora.fitting.pipelines.memory_bounds import check_memory, estimate_bytes
 from prolora.fitting.pipelines.pipeline import Pipeline
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
-from prolora.fitting.pipelines.stages import estimate_bytes
 from prolora.fitting.solver import joint
 
 FEW = FitOptions(("cat", "dog"), images=1, steps=2, fit_steps=2, force=True)
@@ -88,7 +87,7 @@ def test_the_target_alone_has_weights_while_it_is_fitted(room, target, monkeypat
     assert seen[0][0] == 0 and seen[0][1] > 1000
     # As without.
     monkeypatch.setattr(Pipeline, "free", lambda *_, **__: None)
-    monkeypatch.setattr(stages.PromptMemory, "release", lambda *_: None)
+    monkeypatch.setattr(prompt_memory.PromptMemory, "release", lambda *_: None)
     same = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
     assert seen[1][0] > 1000
     assert done.report.probe.gate == same.report.probe.gate

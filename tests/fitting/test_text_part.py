@@ -15,7 +15,7 @@ from torch import Tensor
 import prolora
 from prolora import LowRank, ProLoRAError, adapters
 from prolora.architectures.modules import is_in_text_encoder
-from prolora.fitting.pipelines import stages
+from prolora.fitting.pipelines import prompt_memory
 from prolora.fitting.pipelines.pipeline import Pipeline, run_text_encoders_beside
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.pipelines.pipeline_side import PipelineSide
@@ -193,7 +193,7 @@ def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompt
     )
     ends = room / "lora.safetensors", room / "source", room / target
     freed = prolora.fit(*ends, options)
-    memory = stages.PromptMemory
+    memory = prompt_memory.PromptMemory
     monkeypatch.setattr(memory, "release", lambda *_: None)
     monkeypatch.setattr(Pipeline, "free", lambda *_, **__: None)
     held = prolora.fit(*ends, options)

@@ -19,7 +19,7 @@ from prolora.cli.app import app
 from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.files.sizes import parse_size
 from prolora.fitting import fit_plan, swapping
-from prolora.fitting.pipelines import memory_bounds, pipeline_opening, stages
+from prolora.fitting.pipelines import memory_bounds, pipeline_opening
 from prolora.fitting.pipelines.memory_bounds import plan_card
 from prolora.fitting.pipelines.pipeline_opening import open_pipeline
 from prolora.fitting.settings import BFLOAT16, FLOAT32, FitSettings
@@ -209,6 +209,6 @@ def test_small_tiles_are_those_of_the_size_that_is_asked(room):
     pipeline.move_to_card("cpu", 0, 10 * half)  # never larger ones
     assert vae.tile_sample_min_size == half
     other = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1)
-    stages.shrink_tiles(other, 128)
+    memory_bounds.shrink_tiles(other, 128)
     assert other.tile_sample_min_height == other.tile_sample_min_width == 128
     assert other.tile_sample_stride_width == 96

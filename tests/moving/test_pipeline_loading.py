@@ -10,7 +10,7 @@ import prolora
 from prolora import TransferOptions
 from prolora.cli.console import PlainFormatter
 from prolora.errors import InvalidOption, UnsupportedFormat
-from prolora.fitting.pipelines.stages import hide_progress_bars
+from prolora.fitting.pipelines.pipeline_opening import hide_progress_bars
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")

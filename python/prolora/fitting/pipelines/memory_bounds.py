@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from ...architectures.modules import find_block, is_adaptable, matrix_shape, may_be_fitted
 from ...bases.folder import open_folder_weights
 from ...bases.memory import resident_bytes
-from ...bases.pipeline_files import read_component_config, read_pipeline_index
+from ...bases.pipeline_files import UNUSED_PARTS, read_component_config, read_pipeline_index
 from ...core.validation import DeviceLike
 from ...errors import TooLittleMemory
 from ...files.sizes import format_size
 from ..settings import AUTO, BFLOAT16, FLOAT32, FitSettings, Precision
 from ..swapping import count_staying
-from .stages import estimate_bytes
+from .prompt_memory import TEXT_ENCODERS
 
 CONTEXT = 10**9
 """Bytes that CUDA and its libraries take; assumed."""
@@ -259,6 +260,38 @@ def watch_memory(limit: int | None) -> Callable[[float], None]:
             )
 
     return check
+
+
+def estimate_bytes(folder: Path) -> tuple[int, int]:
+    """Estimates a pipeline's weights in bytes: text encoders, other models.
+
+    The denoiser stays as it is stored; the other models are in float32.
+    """
+    index = read_pipeline_index(folder)
+    encoders = others = 0
+    for name in index.parts:
+        if name in UNUSED_PARTS or not list((folder / name).glob("*.safetensors")):
+            continue
+        weights = open_folder_weights(folder / name).values()
+        stored = name == index.denoiser
+        size = sum(math.prod(w.shape) * (w.dtype.itemsize if stored else 4) for w in weights)
+        if name.startswith(TEXT_ENCODERS):
+            encoders += size
+        else:
+            others += size
+    return encoders, others
+
+
+def shrink_tiles(vae: Any, pixels: int) -> None:
+    """Makes the tiles of a VAE smaller, with the same overlap, if it can."""
+    if hasattr(vae, "tile_latent_min_size") and pixels < vae.tile_sample_min_size:
+        vae.tile_latent_min_size = pixels * vae.tile_latent_min_size // vae.tile_sample_min_size
+        vae.tile_sample_min_size = pixels
+    for side in ("height", "width"):
+        least, stride = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
+        if hasattr(vae, stride) and pixels < getattr(vae, least):
+            setattr(vae, stride, pixels * getattr(vae, stride) // getattr(vae, least))
+            setattr(vae, least, pixels)
 
 
 def _find_resnet(name: str) -> str:

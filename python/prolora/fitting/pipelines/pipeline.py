@@ -28,8 +28,9 @@ from .conditioning import (
     sample_conditioning,
 )
 from .latents import LatentSpace, observe_latents
+from .memory_bounds import shrink_tiles
+from .prompt_memory import PromptMemory, empty_weights
 from .schedules import FLOW, NoiseSchedule
-from .stages import PromptMemory, empty_weights, shrink_tiles
 from .watching import FLOW_STEPS, Sampling, SamplingEnded, Until, read_flow, watch_sampling
 
 

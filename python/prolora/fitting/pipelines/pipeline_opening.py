@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..models import HALVES, check_weights
 from ..settings import FitSettings
 from .memory_bounds import check_memory
 from .pipeline import Pipeline, run_text_encoders_beside
-from .stages import PromptMemory, hide_progress_bars
+from .prompt_memory import PromptMemory
 
 
 def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
@@ -124,6 +125,34 @@ def open_both(
                 model.move_to_card(str(device), card.rooms[number], card.tile)
             models.append(model)
         yield models[0], models[1]
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Hides the libraries' progress bars, which would mix with prolora's, and logs as it does."""
+    import diffusers
+
+    loggers: list[Any] = [diffusers.utils.logging]
+    with suppress(ImportError):
+        import transformers
+
+        loggers.append(transformers.utils.logging)
+    shown = [logging for logging in loggers if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    for logging in loggers:  # their own handlers write what a file says with control characters
+        logging.disable_default_handler()
+        logging.enable_propagation()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype will have another name
+            yield
+    finally:
+        for logging in loggers:
+            logging.enable_default_handler()
+            logging.disable_propagation()
+        for logging in shown:
+            logging.enable_progress_bar()
 
 
 def _import_icon_pipeline() -> Any:

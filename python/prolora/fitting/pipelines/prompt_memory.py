@@ -1,19 +1,14 @@
-"""Parts of a pipeline that give their memory back after use."""
+"""Text encoders that run once for every prompt, and give their memory back."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...bases.folder import open_folder_weights
-from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
 from ...errors import ProLoRAError
 
 TEXT_ENCODERS = "text_encoder"
@@ -101,34 +96,6 @@ class PromptMemory:
             empty_weights(self.encoders.values())
 
 
-@contextmanager
-def hide_progress_bars() -> Iterator[None]:
-    """Hides the libraries' progress bars, which would mix with prolora's, and logs as it does."""
-    import diffusers
-
-    loggers: list[Any] = [diffusers.utils.logging]
-    with suppress(ImportError):
-        import transformers
-
-        loggers.append(transformers.utils.logging)
-    shown = [logging for logging in loggers if logging.is_progress_bar_enabled()]
-    for logging in shown:
-        logging.disable_progress_bar()
-    for logging in loggers:  # their own handlers write what a file says with control characters
-        logging.disable_default_handler()
-        logging.enable_propagation()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype will have another name
-            yield
-    finally:
-        for logging in loggers:
-            logging.enable_default_handler()
-            logging.disable_propagation()
-        for logging in shown:
-            logging.enable_progress_bar()
-
-
 def _move_tensors(value: Any, device: torch.device | None) -> Any:
     """Moves the tensors of an answer to a device; None leaves them."""
     if isinstance(value, Tensor):
@@ -146,35 +113,3 @@ def _write_key(value: Any) -> str | None:
     if isinstance(value, torch.device):
         return "device"  # prompts may be encoded in the machine's memory, and asked for on a card
     return repr(value) if isinstance(value, _PLAIN) else None
-
-
-def shrink_tiles(vae: Any, pixels: int) -> None:
-    """Makes the tiles of a VAE smaller, with the same overlap, if it can."""
-    if hasattr(vae, "tile_latent_min_size") and pixels < vae.tile_sample_min_size:
-        vae.tile_latent_min_size = pixels * vae.tile_latent_min_size // vae.tile_sample_min_size
-        vae.tile_sample_min_size = pixels
-    for side in ("height", "width"):
-        least, stride = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
-        if hasattr(vae, stride) and pixels < getattr(vae, least):
-            setattr(vae, stride, pixels * getattr(vae, stride) // getattr(vae, least))
-            setattr(vae, least, pixels)
-
-
-def estimate_bytes(folder: Path) -> tuple[int, int]:
-    """Estimates a pipeline's weights in bytes: text encoders, other models.
-
-    The denoiser stays as it is stored; the other models are in float32.
-    """
-    index = read_pipeline_index(folder)
-    encoders = others = 0
-    for name in index.parts:
-        if name in UNUSED_PARTS or not list((folder / name).glob("*.safetensors")):
-            continue
-        weights = open_folder_weights(folder / name).values()
-        stored = name == index.denoiser
-        size = sum(math.prod(w.shape) * (w.dtype.itemsize if stored else 4) for w in weights)
-        if name.startswith(TEXT_ENCODERS):
-            encoders += size
-        else:
-            others += size
-    return encoders, others
