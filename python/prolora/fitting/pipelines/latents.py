@@ -75,7 +75,7 @@ class LatentSpace:
     def as_image(self, latent: Tensor) -> Tensor:
         """Reshapes latents to [n, c, h, w]; tokens must form a square.
 
-        Those of other layouts stay as they are, where the other model denoises the same.
+        Other layouts stay as they are, where both models denoise the same latents.
         """
         image = latent
         if latent.dim() == 5 and latent.shape[2] == 1:

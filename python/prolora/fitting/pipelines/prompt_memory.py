@@ -1,4 +1,4 @@
-"""Text encoders that run once for every prompt, and give their memory back."""
+"""Text encoders that run once and give their memory back."""
 
 from __future__ import annotations
 
