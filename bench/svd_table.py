@@ -5,7 +5,8 @@
 Weights are float32 with planted spectra. Times are minima of rounds in which the solvers take
 turns; `--clock cpu` is the processor time of all threads, for a busy machine. Bound and true sine
 (against LAPACK in float64) stand beside each of ours; gesdd and ARPACK have the sine alone. A run
-that was cut off goes on with the rows that OUT.json lacks; each row has the machine's load.
+that was cut off goes on with the rows that OUT.json lacks; each row has the machine's load. `--page`
+writes table and figure of docs/performance.md from bench/results/svd_table.json.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,11 @@ from spectra import planted, sine
 SIZES = ["320x320", "640x640", "1280x1280", "1280x5120", "10240x1280", "3072x3072"]
 RANKS = [64, 128, 320, 0.9, 0.99]
 SPECTRA = ["i^-0.5", "i^-0.7", "i^-1", "flat", "outlier", "clustered", "deficient"]
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "bench/results/svd_table.json"
+PAGE, FIGURE = ROOT / "docs/performance.md", ROOT / "docs/images/svd.svg"
+COLUMNS = {0.99: "0.99, the default", 0.9: "0.9", 320: "k = 320", 128: "k = 128", 64: "k = 64"}
 
 
 def make_values(name: str, d: int) -> Tensor:
@@ -71,7 +78,7 @@ def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
             way()
             taken[name].append(1e3 * (now() - began))
     u, _, vt = torch.linalg.svd(w.double(), full_matrices=False)
-    found = {"ours": basis.U[:, :k], "gesdd": torch.linalg.svd(w)[0][:, :k]}
+    found = {"ours": basis.U[:, :k], "gesdd": torch.linalg.svd(w, full_matrices=False)[0][:, :k]}
     sines = {name: sine(u[:, :k], x) for name, x in found.items()}
     sines["ours"] = max(sines["ours"], sine(vt[:k].mT, basis.V[:, :k]))
     ms = {name: round(min(times), 1) for name, times in taken.items()}
@@ -80,10 +87,51 @@ def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
     return facts | {"sines": sines, "ms": ms, "over gesdd": round(ms["ours"] / ms["gesdd"], 2)}
 
 
+def fill_table(page: str, rows: list[dict]) -> str:
+    """Returns the page with the table of these rows, our time over that of gesdd."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    ratios = {(r["size"], r["spectrum"], r["rank"]): f"{r['over gesdd']:.2f}" for r in rows}
+    for size, spectrum in dict.fromkeys(key[:2] for key in ratios):
+        cells = [ratios.get((size, spectrum, rank), "–") for rank in COLUMNS]
+        lines.append(f"| {size.replace('x', ' × ')}, {spectrum} | " + " | ".join(cells) + " |")
+    text = "<!-- svd_table -->\n\n" + "\n".join(lines) + "\n\n<!-- end -->"
+    return re.sub(r"<!-- svd_table -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
+
+
+def list_points(rows: list[dict]) -> list[list]:
+    """[size, spectrum, columns over d, ratio] of every point of the figure."""
+    return [
+        [r["size"], r["spectrum"], round(r["columns"] / min(map(int, r["size"].split("x"))), 4)]
+        + [r["over gesdd"]]
+        for r in rows
+    ]
+
+
+def draw_points(points: list[list], path: Path) -> None:
+    """Draws the time over that of gesdd by the share of columns kept, a colour a size."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "svd", "svg.fonttype": "none", "font.size": 9}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.2))
+    for size in dict.fromkeys(point[0] for point in points):
+        shares, ratios = zip(*(point[2:] for point in points if point[0] == size), strict=True)
+        axes.scatter(shares, ratios, s=14, label=size.replace("x", " × "))
+    axes.axhline(1, color="grey", lw=0.8)
+    axes.set(yscale="log", xlabel="columns kept, of all", ylabel="time over LAPACK's gesdd")
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+    axes.legend(loc="lower right", frameon=False, ncols=2)
+    notes = {"Date": None, "Description": json.dumps(points)}
+    figure.savefig(path, bbox_inches="tight", metadata=notes)
+
+
 def main() -> None:
     """Measures, prints, and writes after each case."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=ROWS)
+    parser.add_argument("--page", action="store_true")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=SIZES)
@@ -92,6 +140,9 @@ def main() -> None:
     given = parser.parse_args()
     facts = {"clock": given.clock, "threads": torch.get_num_threads(), "torch": torch.__version__}
     rows: list[dict] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    if given.page:
+        PAGE.write_text(fill_table(PAGE.read_text("utf-8"), rows), "utf-8")
+        return draw_points(list_points(rows), FIGURE)
     known = {(row["size"], row["spectrum"], row["rank"]) for row in rows}
     for size in given.sizes:
         m, n = map(int, size.split("x"))

@@ -40,3 +40,15 @@ def test_the_figure_of_the_evidence_shows_what_the_stored_rows_give(monkeypatch)
     worlds = {name: evidence.read_results(name) for name in evidence.NAMES}
     drawn = re.search(r"<dc:description>(.*?)</dc:description>", evidence.FIGURE.read_text("utf-8"))
     assert json.loads(html.unescape(drawn[1])) == evidence.list_shares(worlds)
+
+
+def test_table_and_figure_of_the_performance_page_show_the_stored_rows(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    pytest.importorskip("scipy")
+    import svd_table
+
+    rows = json.loads(svd_table.ROWS.read_text())["rows"]
+    page = svd_table.PAGE.read_text("utf-8")
+    assert svd_table.fill_table(page, rows) == page
+    drawn = re.search(r"<dc:description>(.*?)</dc:description>", svd_table.FIGURE.read_text("utf-8"))
+    assert json.loads(html.unescape(drawn[1])) == svd_table.list_points(rows)
