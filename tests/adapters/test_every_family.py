@@ -59,7 +59,7 @@ def check_equal(updates, wanted):
 
 
 def guess(adapter):
-    return replace(adapter, origin=None).family
+    return replace(adapter, origin=None).model.family
 
 
 @pytest.mark.parametrize(("family", "layout", "format"), SPELLED)
@@ -74,16 +74,6 @@ def test_a_lora_keeps_its_family_and_updates_in_every_spelling(family, layout, f
     assert guess(back) in (None, family)
     again = encode_state_dict(back)
     assert again.keys() == written.keys()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_formats_of_a_family_convert_into_each_other(family):
-    layout = FAMILIES[family].layouts[-1]
-    updates = lora(layout)
-    adapter = Adapter(updates, origin=Model.of(family))
-    for format in FAMILIES[family].spellings:
-        adapter = read_adapter(encode_state_dict(adapter, format=format))
-    check_equal(adapter.updates, updates)
 
 
 def test_a_format_that_no_program_reads_is_refused_and_names_those_that_are_read(monkeypatch):

@@ -83,7 +83,7 @@ def test_the_text_encoder_of_anima_is_read_and_written_by_every_name(format):
     adapter = read_adapter(tensors, base=BaseNames(Model.of("cosmos")))
     names = ["transformer_blocks.0.attn1.to_q", *(f"text_encoder.{name}" for name in inside)]
     assert list(adapter.updates) == names and not adapter.left_out
-    assert adapter.family == "cosmos"
+    assert adapter.model.family == "cosmos"
     written = encode_state_dict(adapter, dtype=torch.float32)
     assert {key for key in written if not key.endswith("alpha")} == tensors.keys()
     others = {name: encode_state_dict(adapter, format=name) for name in starts}

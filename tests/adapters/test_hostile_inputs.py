@@ -76,12 +76,6 @@ def test_weights_and_configuration_of_two_adapters_are_no_result(tmp_path: Path)
         read_adapter(tmp_path / "b")
 
 
-def test_an_embedding_of_ai_toolkit_is_left_out_by_name() -> None:
-    adapter = read_adapter(diffusers_tensors() | {"emb_params": torch.ones(4, 8)})
-    assert len(adapter.updates) == 1
-    assert "embedding" in adapter.left_out["emb_params"]
-
-
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
@@ -102,10 +96,3 @@ def test_a_small_file_forms_no_weight_that_no_model_has() -> None:
     halves = {f"{key}.lokr_w{i}": torch.ones(512, 512, dtype=torch.float16) for i in (1, 2)}
     with pytest.raises(ShapeMismatch, match="a larger weight than any model has"):
         read_adapter(halves)
-
-
-def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UnsupportedFormat, match="git lfs pull"):
-        read_adapter(path)

@@ -46,7 +46,7 @@ NO_MATRICES = {
 def test_norms_and_biases_keep_their_names_and_what_is_no_matrix_is_left_out_by_name():
     tensors = wan_file()
     adapter = read_adapter(tensors | NO_MATRICES)
-    assert adapter.family == "wan"
+    assert adapter.model.family == "wan"
     assert adapter.left_out.keys() == adapter.unread.keys() == NO_MATRICES.keys()
     assert "blocks.0.attn1.to_q" in adapter.updates and len(adapter.vectors) == 12
     written = encode_state_dict(adapter, dtype=torch.float32)

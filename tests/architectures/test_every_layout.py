@@ -21,16 +21,11 @@ from prolora.bases import open_base
 FAMILIES = ("flux1", "sd3", "pixart")
 TRANSFORMERS = [id_ for id_ in layouts.known_layouts() if id_.startswith(FAMILIES)]
 UNETS = [id_ for id_ in layouts.known_layouts() if "conv_in" in layouts.load_layout(id_).shapes]
-LAYOUTS = [*UNETS, *TRANSFORMERS]
+# test_family_checkpoints.py has all transformers as single files.
+IN_DIFFUSERS = [*list_sizes(UNETS), "flux1-dev", "wan-t2v-14b", "z-image"]
 # Parameters that are no layers: their keys have no `.weight`.
 BARE = ("_table", "_token", "_tokens", "pos_embed", "emb_pos", "modulation")
 FULL = "diffusion_pytorch_model.safetensors"
-# Buffers and norms that the real files have beside their weights.
-BESIDE = {
-    "flux1": {"double_blocks.0.img_attn.norm.query_norm.scale": (128,)},
-    "sd3": {"pos_embed": (1, 64, 1536), "joint_blocks.0.x_block.attn.ln_q.weight": (64,)},
-    "pixart": {"y_embedder.y_embedding": (120, 4096), "pos_embed": (1, 64, 1152)},
-}
 
 
 def shapes_of(id_):
@@ -58,7 +53,7 @@ def assert_complete(base, id_):
     assert base.layout == id_
 
 
-@pytest.mark.parametrize("id_", list_sizes(layouts.known_layouts()))
+@pytest.mark.parametrize("id_", IN_DIFFUSERS)
 def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
     part = "unet" if id_ in UNETS else "transformer"
     whole = keys(shapes_of(id_))
@@ -73,13 +68,11 @@ def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("id_", "prefix"), pair_up(LAYOUTS, ["model.diffusion_model.", "diffusion_model.", ""])
+    ("id_", "prefix"), pair_up(UNETS, ["model.diffusion_model.", "diffusion_model.", ""])
 )
 def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
     """Beside another model, as in the files people download."""
     stored = {prefix + key: shape for key, shape in single_file(id_).items()}
-    beside = [more for family, more in BESIDE.items() if id_.startswith(family)]
-    stored |= {prefix + key: shape for more in beside for key, shape in more.items()}
     if prefix:
         stored |= {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3), "vae.x.weight": (2, 2)}
     base = open_base(sparse_file(tmp_path / "x.safetensors", stored, "BF16"))
@@ -89,14 +82,14 @@ def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
         assert tuple(weight.shape) == base.shapes[name] and weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("id_", list_sizes(layouts.known_layouts()))
+@pytest.mark.parametrize("id_", IN_DIFFUSERS)
 def test_as_a_file_of_diffusers_names_with_the_prefix_of_its_part(id_, tmp_path):
     part = "unet." if id_ in UNETS else "transformer."
     stored = {part + key: shape for key, shape in keys(shapes_of(id_)).items()}
     assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), id_)
 
 
-@pytest.mark.parametrize("id_", list_sizes(LAYOUTS))
+@pytest.mark.parametrize("id_", list_sizes(UNETS))
 def test_in_float8_plain_and_with_scales(id_, tmp_path):
     """Convolutions and tables stay in half precision, as in the files people make."""
     stored = single_file(id_)
@@ -115,7 +108,7 @@ def test_in_float8_plain_and_with_scales(id_, tmp_path):
     )
 
 
-@pytest.mark.parametrize("id_", list_sizes(LAYOUTS))
+@pytest.mark.parametrize("id_", list_sizes(UNETS))
 def test_as_gguf(id_, tmp_path):
     pytest.importorskip("gguf")
     base = open_base(sparse_gguf(tmp_path / "x.gguf", single_file(id_)))

@@ -125,57 +125,6 @@ def test_only_the_rows_of_a_module_are_read(tmp_path, monkeypatch):
     assert name == "x.safetensors:single_blocks.1.linear1.weight[24:56]"
 
 
-@pytest.mark.parametrize("id_", ["sd3-medium", "sd3.5-medium"])
-def test_sd3_reads_as_diffusers_converts_it(id_):
-    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
-
-    weights = fused(tiny(id_), id_)
-    beside = {"pos_embed": torch.zeros(1, 4, 8)}
-    for key, weight in weights.items():
-        beside[key.replace(".weight", ".bias")] = torch.zeros(weight.shape[0])
-        for norm in ("ln_q", "ln_k"):
-            if key.endswith("qkv.weight"):
-                beside[key.replace("qkv", norm)] = torch.zeros(4)
-    converted = convert_sd3_transformer_checkpoint_to_diffusers({**weights, **beside})
-    base = open_base({**weights, **beside})
-    matrices = {
-        key.removesuffix(".weight"): tensor
-        for key, tensor in converted.items()
-        if key.endswith(".weight") and tensor.ndim > 1
-    }
-    assert base.shapes == {name: tuple(tensor.shape) for name, tensor in matrices.items()}
-    for name, tensor in matrices.items():
-        assert torch.equal(base.read(name), tensor), name
-
-
-@pytest.mark.slow
-def test_flux_reads_as_diffusers_converts_it():
-    """Full width, since the converter knows no other; bytes tell which row they came from."""
-    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-
-    stored = {}
-    for name, shape in layouts.load_layout("flux1-dev").shapes.items():
-        if not re.search(r"blocks\.[1-9]", name):
-            key = f"{authors_name(name, 'flux1-dev')}.weight"
-            rows = stored[key].shape[0] if key in stored else 0
-            rows = torch.arange(rows + shape[0]) + zlib.crc32(key.encode()) % 100
-            stored[key] = (rows % 119).to(torch.int8)[:, None].expand(-1, shape[1])
-    biases = {key.replace(".weight", ".bias"): torch.zeros(len(w)) for key, w in stored.items()}
-    for block, streams in (
-        ("double_blocks.0", ("img_attn.", "txt_attn.")),
-        ("single_blocks.0", ("",)),
-    ):
-        for stream in streams:
-            for norm in ("query_norm", "key_norm"):
-                biases[f"{block}.{stream}norm.{norm}.scale"] = torch.zeros(4)
-    converted = convert_flux_transformer_checkpoint_to_diffusers({**stored, **biases})
-    base = open_base({key: w.contiguous().view(torch.float8_e4m3fn) for key, w in stored.items()})
-    matrices = {k.removesuffix(".weight"): t for k, t in converted.items() if t.ndim > 1}
-    assert base.shapes == {name: tuple(tensor.shape) for name, tensor in matrices.items()}
-    for name, tensor in matrices.items():
-        assert torch.equal(base.read(name).view(torch.int8)[:, :2], tensor[:, :2]), name
-
-
 def test_openclip_text_encoders_read_as_diffusers_converts_them():
     """Fused q, k, v, and a projection that is stored transposed."""
     from types import SimpleNamespace

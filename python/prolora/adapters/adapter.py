@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures.family import AuthorsWeight, Spelling
+from ..architectures.family import AuthorsWeight
 from ..architectures.identify import Model, identify
 from ..core.lowrank import LowRank
 
@@ -95,16 +95,6 @@ class Adapter:
         shapes = {name.rpartition(".")[0]: (0, 0) for name in self.vectors}
         shapes |= {name: (x.shape[0], x.shape[1]) for name, x in self.updates.items()}
         return identify(shapes, self.metadata)
-
-    @property
-    def family(self) -> str | None:
-        """The id of the only family that fits, None without one."""
-        return self.model.family
-
-    @property
-    def style(self) -> Spelling | None:
-        """How its file spells the modules of a transformer; None without any."""
-        return self.model.spelling
 
     def with_updates(self, updates: dict[str, LowRank]) -> Adapter:
         """Returns the same adapter with other updates, without facts about absent modules."""

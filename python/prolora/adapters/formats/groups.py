@@ -159,7 +159,7 @@ def _spell_transformer(
     and PEFT's formats have the names of the model itself and need no table. In the other two, names
     of an unknown family are ComfyUI's, which only a file that came in one of them has.
     """
-    style = adapter.style
+    style = adapter.model.spelling
     if style is not None and format == adapter.format:
         readers = [family for family in families if loaders.is_read(family, style)]
         if readers or not families:
@@ -244,7 +244,7 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
     if format in loaders.known_loaders() and format not in SPELLINGS:
         ids = [family.id for family in _find_families(adapter)]
         families = list_loaded(ids, adapter.model.sizes)
-        readers = programs.find_readers(families, adapter.format, adapter.style, modules)
+        readers = programs.find_readers(families, adapter.format, adapter.model.spelling, modules)
         if loaders.known_loaders()[format].title in readers.whole:
             return adapter, adapter.format
         format, style = programs.choose_format(families, format, modules)
@@ -257,7 +257,7 @@ def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
         raise UnsupportedFormat(f"unknown format {format!r}; use auto, {', '.join(SPELLINGS)}")
     if style:
         return respell(adapter, format, style), format
-    if adapter.style is not None and _list_modules(adapter) and _find_families(adapter):
+    if adapter.model.spelling is not None and _list_modules(adapter) and _find_families(adapter):
         return respell(adapter, adapter.format, None), format
     return adapter, format
 
@@ -268,7 +268,7 @@ def _replace_unread(adapter: Adapter, modules: set[str]) -> tuple[str, Spelling 
     if not families or adapter.format == "peft":  # a folder, where the others are files
         return None
     ranked = programs.rank_formats(families, modules)
-    style = adapter.style
+    style = adapter.model.spelling
     came = any(loaders.is_read(one, style) for one in families) if style else False
     if came or adapter.format in {format for format, spelling in ranked if spelling is None}:
         return None
