@@ -224,12 +224,6 @@ def test_the_target_goes_its_share_of_the_way_to_the_look_that_was_asked_for(sou
     assert (share > 0) == ("its own look" in " ".join(result.report.sentences()))
 
 
-@pytest.mark.parametrize("look", [-0.1, 1.1, float("nan"), "both", None])
-def test_a_look_that_is_none_is_refused_with_those_that_are(look):
-    with pytest.raises(ProLoRAError, match='"target", "source" or a number from 0 to 1'):
-        probe.FitSettings(look=look)
-
-
 def test_batches_mix_origins_and_levels_and_about_a_tenth_has_no_prompt(source, lora):
     asking = probe.Asking(FlowSide(source), FlowSide(permuted(source)), lora)
     probes = draw_probes(asking, images=4, count=360)

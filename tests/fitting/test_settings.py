@@ -48,6 +48,7 @@ def test_no_text_of_a_fit_names_an_option_of_the_command_line():
         ("rank", 0),
         ("rank", math.nan),
         ("rank", "32"),
+        *(("look", look) for look in (-0.1, 1.1, math.nan, "both", None)),
         ("probes", -1),
         ("batch", True),
         ("seed", -1),

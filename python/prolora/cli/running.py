@@ -79,7 +79,9 @@ def run() -> None:
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
     if code == ExitCode.INTERRUPTED:
-        err.print_line("Stopped; nothing was written, but for LoRAs that were finished before.")
+        err.print_line(
+            "Stopped; nothing was written, but for LoRAs and parts that were finished before."
+        )
     sys.exit(code)
 
 

@@ -32,7 +32,6 @@ class ProbeReport:
     left_out: dict[str, str] = field(default_factory=dict)
     resumed: int = 0  # 1 where the fit was read back from the folder of an earlier one
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
-    made: dict[str, int] = field(default_factory=dict)  # stage -> items made now, not kept before
     # The lowest and highest log-SNR at which both models were asked
     log_snr: tuple[float, float] = (-math.inf, math.inf)
     shared: bool = False  # both denoise the same latents, so that images need not cross as pixels

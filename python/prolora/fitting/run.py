@@ -113,7 +113,6 @@ def fit_sides(
         left_out={name: reason for name, reason in left_out.items() if name not in updates},
         resumed=int(earlier is not None),
         seconds=meter.seconds,
-        made=meter.made,
         log_snr=(level_log_snr(high), level_log_snr(low)),
         shared=asking.shared,
         pairs=asking.pairs,

@@ -93,7 +93,6 @@ class Meter:
 
     Attributes:
         seconds: wall time by stage.
-        made: stage -> how many of its items were made now, and not kept before.
     """
 
     def __init__(
@@ -102,7 +101,6 @@ class Meter:
         """Takes what is foreseen; `on_advance` with the share of a stage."""
         self.workload, self._on_advance = workload, on_advance
         self.seconds: dict[str, float] = {}
-        self.made: dict[str, int] = {}
         self._parts = dict.fromkeys(STAGES, 0.0)
         self._skipped = 0.0
         self._stage = ""
@@ -124,8 +122,6 @@ class Meter:
         self._parts[self._stage] += share
         if kept:
             self._skipped += share * self.workload.price(self._stage)
-        else:
-            self.made[self._stage] = self.made.get(self._stage, 0) + 1
         self._report(name, left=not kept)
         self._on_advance(self._parts[self._stage])
 
