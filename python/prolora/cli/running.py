@@ -79,9 +79,7 @@ def run() -> None:
         print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
     if code == ExitCode.INTERRUPTED:
-        err.print_line(
-            "Stopped; nothing was written, but for LoRAs and parts that were finished before."
-        )
+        err.print_line("Stopped; nothing was written, but for what was finished before.")
     sys.exit(code)
 
 
