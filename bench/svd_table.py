@@ -5,8 +5,8 @@
 Weights are float32 with planted spectra. Times are minima of rounds in which the solvers take
 turns; `--clock cpu` is the processor time of all threads, for a busy machine. Bound and true sine
 (against LAPACK in float64) stand beside each of ours; gesdd and ARPACK have the sine alone. A run
-that was cut off goes on with the rows that OUT.json lacks; each row has the machine's load. `--page`
-writes table and figure of docs/performance.md from bench/results/svd_table.json.
+that was cut off goes on with the rows that OUT.json lacks; each row has the machine's load.
+`--page` writes table and figure of docs/performance.md from bench/results/svd_table.json.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ def fill_table(page: str, rows: list[dict]) -> str:
 
 def list_points(rows: list[dict]) -> list[list]:
     """[size, spectrum, columns over d, ratio] of every point of the figure."""
+    shares = (row["columns"] / min(map(int, row["size"].split("x"))) for row in rows)
     return [
-        [r["size"], r["spectrum"], round(r["columns"] / min(map(int, r["size"].split("x"))), 4)]
-        + [r["over gesdd"]]
-        for r in rows
+        [row["size"], row["spectrum"], round(share, 4), row["over gesdd"]]
+        for row, share in zip(rows, shares, strict=True)
     ]
 
 

@@ -50,5 +50,6 @@ def test_table_and_figure_of_the_performance_page_show_the_stored_rows(monkeypat
     rows = json.loads(svd_table.ROWS.read_text())["rows"]
     page = svd_table.PAGE.read_text("utf-8")
     assert svd_table.fill_table(page, rows) == page
-    drawn = re.search(r"<dc:description>(.*?)</dc:description>", svd_table.FIGURE.read_text("utf-8"))
+    figure = svd_table.FIGURE.read_text("utf-8")
+    drawn = re.search(r"<dc:description>(.*?)</dc:description>", figure)
     assert json.loads(html.unescape(drawn[1])) == svd_table.list_points(rows)
