@@ -81,8 +81,13 @@ def loss_rows(
 
 def held_out(target: nn.Module, stick: Yardstick, adapter: str, updates: Updates) -> float:
     """The held-out loss of the target with updates."""
+    return held_out_loss(target, stick.lessons[adapter], updates)
+
+
+def held_out_loss(target: nn.Module, lesson: Lesson, updates: Updates) -> float:
+    """The loss of the target with updates on what a lesson holds out."""
     with apply_updates(target, updates):
-        return stick.lessons[adapter].held_out(target)
+        return lesson.held_out(target)
 
 
 def chosen_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from flow import fit
@@ -66,15 +67,39 @@ def train_lora(
     world: World, arch: str, adapter: str, seed: int, model: nn.Module, lesson: Lesson
 ) -> dict[str, LowRank]:
     """An adapter on one base; on a target it is the oracle."""
-    from peft import LoraConfig, get_peft_model_state_dict
+    model, inner = insert_lora(world, arch, adapter, seed, model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fit(trained, lesson.loss(model), *world.budgets["lora"], 5000 + seed)
+    return read_factors(inner)
+
+
+def insert_lora(
+    world: World,
+    arch: str,
+    adapter: str,
+    seed: int,
+    model: nn.Module,
+    start: Mapping[str, LowRank] | None = None,
+) -> tuple[nn.Module, nn.Module]:
+    """A copy of a model whose LoRA alone is trained, from nothing or from updates; its backbone."""
+    from peft import LoraConfig
 
     model = copy.deepcopy(model).requires_grad_(False)
     torch.manual_seed(3000 + seed)
     inner = backbone(model)
-    rank = world.ranks[adapter]
+    rank = max(u.rank for u in start.values()) if start else world.ranks[adapter]
     inner.add_adapter(LoraConfig(target_modules=world.adapted[arch], r=rank, lora_alpha=rank))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    fit(trained, lesson.loss(model), *world.budgets["lora"], 5000 + seed)
+    for name, update in (start or {}).items():
+        layer = inner.get_submodule(name)
+        for part, factor in ((layer.lora_A, update.down), (layer.lora_B, update.up)):
+            part["default"].weight.data.copy_(factor)
+    return model, inner
+
+
+def read_factors(inner: nn.Module) -> dict[str, LowRank]:
+    """{module: update} of the LoRA in a backbone."""
+    from peft import get_peft_model_state_dict
+
     factors = get_peft_model_state_dict(inner)
     return {
         key.removesuffix(".lora_A.weight"): LowRank(
