@@ -140,11 +140,13 @@ def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
 
 
 def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
-    pipeline = opened(stable_diffusion, tmp_path)
-    settings = replace(SETTINGS, steps=25)
-    usual = pipeline.derive_target_settings(settings)
+    pipe, settings = stable_diffusion(tmp_path / "vocabulary"), replace(SETTINGS, steps=25)
+    pipe.save_pretrained(tmp_path / "usual")
+    usual = open_pipeline(tmp_path / "usual").derive_target_settings(settings)
     assert (usual.steps, usual.guidance) == (25, None)
-    pipeline.pipe.scheduler = LCMScheduler(**tiny.ALPHAS)
+    pipe.register_modules(scheduler=LCMScheduler(**tiny.ALPHAS))
+    pipe.save_pretrained(tmp_path / "student")
+    pipeline = open_pipeline(tmp_path / "student")
     few = pipeline.derive_target_settings(settings)
     assert (few.steps, few.guidance) == (4, 1.0)  # and without guidance, unless it takes a scale
     assert settings.for_target(True, embeds_guidance=True).guidance is None

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ...bases.folder import MODELS
-from ...bases.pipeline_files import is_few_step_scheduler
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..kept_parts import hash_updates
@@ -46,7 +45,7 @@ class Pipeline:
         memory: of its text encoders' answers; None where these always run.
         swapping: of the denoiser's blocks, on a card whose memory is bounded.
         tile: pixels of the tiles that its VAE was asked to take; None: its own.
-        few_steps: whether its size is that of few-step models alone.
+        few_steps: whether its files say that it draws in few steps.
     """
 
     def __init__(self, pipe: Any, name: str, memory: PromptMemory | None = None) -> None:
@@ -115,11 +114,8 @@ class Pipeline:
     def derive_target_settings(self, settings: FitSettings) -> FitSettings:
         """Returns the settings of a target's sampling."""
         config = getattr(self.denoiser, "config", {})
-        learnt = config.get("time_cond_proj_dim")
-        scheduler = self.pipe.scheduler
-        few = self.few_steps or learnt
-        few = few or is_few_step_scheduler(type(scheduler).__name__, scheduler.config)
-        return settings.for_target(bool(few), bool(learnt or config.get("guidance_embeds")))
+        embeds = config.get("time_cond_proj_dim") or config.get("guidance_embeds")
+        return settings.for_target(self.few_steps, bool(embeds))
 
     def sample_latents(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...bases import open_base
 from ...bases.folder import choose_candidate, open_folder_weights
 from ...bases.pipeline_files import (
     PIPELINE_INDEX,
@@ -90,7 +91,9 @@ def open_pipeline(folder: Path, device: DeviceLike = None) -> Pipeline:
                 model.float()  # a text encoder has the dtype in which it was saved
             if device is not None:
                 model.to(device)  # pipe.to warns of halves on a CPU, which are widened here
-    return Pipeline(pipe, folder.name, memory)
+    pipeline = Pipeline(pipe, folder.name, memory)
+    pipeline.few_steps = bool(draws_in_few_steps(open_base(folder)))
+    return pipeline
 
 
 @contextmanager
@@ -117,7 +120,6 @@ def open_both(
                     model.encode_prompts(settings)
                 model.encode_prompts(settings)
             else:
-                model.few_steps = bool(draws_in_few_steps(job.target))
                 model.encode_prompts(model.derive_target_settings(settings))
             assert model.memory is not None
             model.memory.release()
