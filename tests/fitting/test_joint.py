@@ -316,16 +316,48 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
 def test_the_gate_takes_a_sure_gain_beyond_what_the_bases_disagree_about(
     copied, gain, apart, start, decision
 ):
-    assert decide(copied, gain, apart, start) == decision
+    assert explain(copied, gain, apart, start)[0] == decision
 
 
-def decide(copied: float | None, gain: float, apart: float, start: str = "copy") -> str:
+def test_the_gain_over_the_copy_has_the_standard_error_of_a_ratio_over_images():
+    asking, update = ask_linear()
+    held_out = answer_linear(asking, update)
+    noise = 0.1 * torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    copied, fitted = LowRank(0.8 * update.up, update.down), LowRank(update.up, update.down + noise)
+    gain = gate.judge_fit(asking, {"0": fitted}, {"0": copied}, held_out, "copy").gain
+    x = torch.cat([asked.target for asked in held_out]).double()
+
+    def square(change: LowRank) -> Tensor:
+        return (x @ change.dense().double().mT).square().sum(1)
+
+    total = square(update)
+    better = 0.04 * total - square(LowRank(update.up, noise))
+    share, count = float(better.sum() / total.sum()), len(total)
+    squares = (better - share * total).square().sum()
+    assert gain.share == pytest.approx(share, rel=1e-4) and gain.images == count == 120
+    error = (count / (count - 1) * squares).sqrt() / total.sum()
+    assert gain.error == pytest.approx(float(error), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("copied", "gain", "apart", "words"),
+    [
+        (0.9, 0.0, 0.01, "nothing was fitted"),
+        (0.9, 0.01, 0.01, "that is not a sure gain over 20 images"),
+        (0.7, 0.12, 0.14, "a gain of 14% would be needed"),
+    ],
+)
+def test_where_the_copy_is_taken_the_reason_says_what_was_missing(copied, gain, apart, words):
+    assert words in explain(copied, gain, apart, "copy")[1]
+
+
+def explain(copied: float | None, gain: float, apart: float, start: str) -> tuple[str, str]:
     share = dict.fromkeys(("adapted", "target", "all"), 0.93)
     disagreement = {"adapted": apart / 2, "target": apart, "all": apart}
     rival = None if copied is None else {"all": copied}
     measured = None if copied is None else gate.Gain(gain, 0.01, 20)
     least = gate.least_gain(apart, start)
-    return gate.decide_gate(1.0, share, disagreement, rival, measured, least)[0]
+    return gate.decide_gate(1.0, share, disagreement, rival, measured, least)
 
 
 @pytest.mark.parametrize(
