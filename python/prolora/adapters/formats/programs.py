@@ -148,7 +148,12 @@ def rank_formats(
             for choice, score in _rank(rare, families, modules, program).items()
             if score[0]
         }
-    return sorted(ranked, key=lambda one: ranked[one], reverse=True)
+
+    def rate(choice: tuple[str, Spelling | None]) -> tuple[bool, bool, int]:
+        whole, count = ranked[choice]
+        return whole, choice[0] != "peft", count  # a folder, where the others are files
+
+    return sorted(ranked, key=rate, reverse=True)
 
 
 def _rank(
