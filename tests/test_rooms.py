@@ -169,7 +169,7 @@ LIMITS = {
     "files of a second transfer": 91,
     "functions of a second transfer": 400,
     "tests that name inner names": 1001,
-    "tellings of an option": 8,
+    "tellings of an option": 4,
     "modules that --version loads": 291,
 }
 

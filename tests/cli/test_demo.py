@@ -27,7 +27,7 @@ def test_the_demo_writes_the_lora_and_a_page_with_images(
     monkeypatch.setattr(demo, "STEPS", 2)
     steps: list[tuple[int, int, str]] = []
     one = demo.Demo.find(lora, target, tmp_path)
-    report = one.run(progress=lambda *step: steps.append(step))
+    report = one.run(False, lambda *step: steps.append(step))
     assert report.totals["mapped"] == mapped
     assert len(adapters.read_adapter(one.moved).updates) == mapped
     text = one.page.read_text("utf-8")
@@ -57,7 +57,7 @@ def test_the_command_that_the_demo_prints_makes_the_same_lora(
     monkeypatch.setattr(demo, "STEPS", 3)
     monkeypatch.setattr(demo, "IMAGES", 3)
     one = demo.Demo.find("neon", target, tmp_path)
-    report = one.run()
+    report = one.run(False, None)
     assert (report.method == FIT) == (target == "apart")
     made = one.moved.read_bytes()
     one.moved.unlink()

@@ -86,7 +86,7 @@ class Demo:
             words += ["--steps", str(STEPS), "--report", str(self.page)]
         return shlex.join([*words, "-o", str(self.moved)])
 
-    def run(self, overwrite: bool = False, progress: Progress | None = None) -> LoraReport:
+    def run(self, overwrite: bool, progress: Progress | None) -> LoraReport:
         """Moves the LoRA; writes it, and a page with images of both models.
 
         Raises:

@@ -87,8 +87,8 @@ class WeightsElseFit:
     def run(
         self,
         lora: LoraLike,
-        out: str | PathLike[str] | None = None,
-        progress: Progress | None = None,
+        out: str | PathLike[str] | None,
+        progress: Progress | None,
         *,
         renews: bool = False,
     ) -> Transfer:

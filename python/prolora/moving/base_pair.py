@@ -175,8 +175,8 @@ class BasePair:
     def run(
         self,
         lora: LoraLike,
-        out: str | PathLike[str] | None = None,
-        progress: Progress | None = None,
+        out: str | PathLike[str] | None,
+        progress: Progress | None,
         *,
         renews: bool = False,
     ) -> Transfer:

@@ -124,7 +124,7 @@ def _explain_zeros(base: Base) -> str:
 
 
 def move_updates(
-    ledger: Ledger, cache: BasisCache, memory: Memory, progress: Progress | None = None
+    ledger: Ledger, cache: BasisCache, memory: Memory, progress: Progress | None
 ) -> None:
     """Moves every update of a LoRA, and enters the results into its ledger.
 
