@@ -11,7 +11,6 @@ made again. The icons are the shipped ones; the digits' models are trained in DI
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import itertools
@@ -24,63 +23,22 @@ from typing import Any
 
 import torch
 from contenders import STRENGTHS, Updates, scale_updates
-from icons.shipped import load_lora as load_shipped
-from icons.shipped import load_model
+from fitted_icons import Yard, choose_world, measure
 from jobs import run_jobs
-from lessons import Images, Lesson, make_lesson
+from lessons import Images
+from looks import hits
 from models import Folder, load_lora, save_lora
 from results import git
 from scoring import SAMPLE_STEPS, apply_updates, held_out_loss, sample_images
 from study import judge_job, load_judge, training_jobs
-from torch import nn
-from training import insert_lora, read_factors, train_lora
+from training import insert_lora, read_factors
 from worlds import NAMES, Data, World, load_world
 
 FAR = "far"
 START, STEPS, RATE, EVERY = 0.6, 120, 2e-3, 10
-KEPT, ORACLE_STEPS = 96, 90
+KEPT = 96
 SHOWN = 144
 """Rows of the held-out loss: each held-out picture at several levels of noise."""
-
-
-@functools.cache
-def choose_world() -> World:
-    """The icons, with LoRAs trained for ORACLE_STEPS."""
-    world = load_world("icons")
-    budgets = world.budgets | {"lora": (ORACLE_STEPS, world.budgets["lora"][1])}
-    return dataclasses.replace(world, budgets=budgets)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Yard:
-    """One LoRA and one target, and how results are judged."""
-
-    kind: str
-    adapter: str
-    source: nn.Module
-    target: nn.Module
-    lora: Updates
-    lesson: Lesson
-    oracle: Updates
-    none: float
-    best: float
-
-
-@functools.cache
-def measure(kind: str, adapter: str) -> Yard:
-    """Trains the LoRA that sets the scale."""
-    world = choose_world()
-    source, target, lora = load_model("source"), load_model(kind), load_shipped(adapter)
-    with apply_updates(source, lora) as teacher:
-        taught, judged = (
-            make_lesson(world, kind, adapter, target, split, teacher=teacher)
-            for split in ("train", "held_out")
-        )
-    oracle = train_lora(world, "flux", adapter, 0, target, taught)
-    with apply_updates(target, oracle):
-        best = judged.held_out(target)
-    none = judged.held_out(target)
-    return Yard(kind, adapter, source, target, lora, judged, oracle, none, best)
 
 
 def open_yard(world: World, root: Path, kind: str, adapter: str, seed: int) -> Yard:
@@ -171,11 +129,6 @@ def open_judge(world: str, root: Path):
     """The classifier of a world, trained once."""
     run_jobs([judge_job(load_world(world), root)])
     return load_judge(load_world(world), root)
-
-
-def hits(logits: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The share of rows whose largest logit is the wanted class."""
-    return float((logits.argmax(1) == wanted).float().mean())
 
 
 FIXED = ("none", "trained", *(f"copy {strength:g}" for strength in STRENGTHS))

@@ -5,6 +5,8 @@ training heightfields of its public repository (MIT). All are pinned by version 
 SHA-256. FOLDER gets `0.4.1.onnx`, `0.4.2.onnx` and `maps.npy` (float32, 3000 × 128 × 128, in m);
 what is there already is checked and kept.
 
+With --published instead what published.py runs on, out of the wheels that PUBLISHED lists.
+
 With --digits instead a ViT and a CNN that draw digits, their code and weights, of the public
 repository MNIST-diffusion (MIT), for digits.py.
 """
@@ -126,6 +128,26 @@ def fetch_digits(folder: Path) -> None:
             check_digest(name, hash_file(folder / name), digest)
 
 
+PUBLISHED = Path(__file__).with_name("published.sha256")
+"""Packages with their licences, and the files of their wheels; read as `sha256sum` writes them."""
+
+
+def fetch_published(folder: Path) -> None:
+    """The weights of published.py, out of their wheels, which are not installed."""
+    for block in PUBLISHED.read_text().split("# ")[1:]:
+        package, *lines = block.strip().splitlines()
+        wanted = {file: digest for digest, file in (line.split() for line in lines)}
+        if not all((folder / file).exists() for file in wanted):
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                command = ("pip", "download", "--no-deps", "--dest", place, package.split(",")[0])
+                subprocess.run([sys.executable, "-m", *command], check=True)
+                (wheel,) = Path(place).glob("*.whl")
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(folder, wanted)
+        for file, digest in wanted.items():
+            check_digest(file, hash_file(folder / file), digest)
+
+
 def read_sorted(folder: Path) -> Iterator[tuple[str, bytes]]:
     files = sorted(folder.glob("*.txt"), key=lambda file: file.name)
     if len(files) != MAPS:
@@ -148,10 +170,14 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--maps", type=Path, help=f"{IN_REPOSITORY} of an own checkout")
     parser.add_argument("--digits", action="store_true", help="what digits.py runs on")
+    parser.add_argument("--published", action="store_true", help="what published.py runs on")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.digits:
         fetch_digits(given.folder)
+        raise SystemExit
+    if given.published:
+        fetch_published(given.folder)
         raise SystemExit
     for one in WHEELS:
         fetch_model(given.folder, one)
