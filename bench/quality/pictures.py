@@ -117,7 +117,9 @@ def judge_samples(world: World, root: Path, yard: Yard, updates: Updates) -> dic
     with apply_updates(yard.target, updates):
         images, y = sample_images(world, yard.kind, yard.target, yard.adapter, seed=0)
     _, content, style, _ = open_judge(world.name, root)(images)
-    row = {"asked for": hits(content, world.content(y))}
+    of_concept = torch.full_like(y, world.concept_class)
+    asked = of_concept if yard.adapter == "concept" else world.content(y)
+    row = {"asked for": hits(content, asked)}
     if yard.adapter != "concept":
         wanted = 1 + world.adapters.index(yard.adapter)
         row["in the LoRA's style"] = hits(style, torch.tensor(wanted))
