@@ -78,8 +78,8 @@ def measure(w: Tensor, rank: int | float, clock: str, rounds: int) -> dict:
             way()
             taken[name].append(1e3 * (now() - began))
     u, _, vt = torch.linalg.svd(w.double(), full_matrices=False)
-    found = {"ours": basis.U[:, :k], "gesdd": torch.linalg.svd(w, full_matrices=False)[0][:, :k]}
-    sines = {name: sine(u[:, :k], x) for name, x in found.items()}
+    left = {"ours": basis.U, "gesdd": torch.linalg.svd(w, full_matrices=False)[0]}
+    sines = {name: sine(u[:, :k], x[:, :k]) for name, x in left.items()}
     sines["ours"] = max(sines["ours"], sine(vt[:k].mT, basis.V[:, :k]))
     ms = {name: round(min(times), 1) for name, times in taken.items()}
     facts = {"rank": rank, "columns": k, "rung": basis.rung, "bound": float(basis.bound)}

@@ -61,8 +61,8 @@ class Network:
     def answer(self, model: nn.Module, crystals: list[Any]) -> Tensor:
         """Structures -> energies and moments of all atoms [2, atoms]."""
         graphs = [self.model.graph_converter(one) for one in crystals]
-        told = model(graphs, task="em", return_site_energies=True)
-        return torch.stack([torch.cat([*told["site_energies"]]), torch.cat([*told["m"]])])
+        answer = model(graphs, task="em", return_site_energies=True)
+        return torch.stack([torch.cat([*answer["site_energies"]]), torch.cat([*answer["m"]])])
 
     def ask(
         self, idea: str, crystals: list[Any], _: torch.Generator

@@ -155,9 +155,9 @@ def check_loading(data: Path) -> None:
     torch.testing.assert_close(first, torch.tensor(published), rtol=1e-4, atol=1e-4)
     encoder = open_encoder(data, "heavy")
     chain = [word.replace("*", "<mask>") for word in CHAIN]
-    found = guess(encoder, encoder.encode([chain]))[0, 1, 4:8]
+    guessed = guess(encoder, encoder.encode([chain]))[0, 1, 4:8]
     published = [0.003272, 0.004147, 0.004011, 0.004590]
-    torch.testing.assert_close(found, torch.tensor(published), rtol=1e-3, atol=2e-6)
+    torch.testing.assert_close(guessed, torch.tensor(published), rtol=1e-3, atol=2e-6)
 
 
 SMILES = re.compile(r"\[[^\]]+]|Br|Cl|>>|%\d\d|.")
@@ -189,18 +189,18 @@ COC(=O){a}.[OH-].[Na+].O{b}>>O=C(O){a}
 
 def write_reactions(count: int) -> list[list[str]]:
     """Different reactions, in the vocabulary of rxnfp."""
-    generator, found = torch.Generator().manual_seed(1), dict[str, None]()
+    generator, texts = torch.Generator().manual_seed(1), dict[str, None]()
 
     def pick(texts: str | list[str]) -> str:
         texts = texts.split() if isinstance(texts, str) else texts
         return texts[int(torch.randint(len(texts), (), generator=generator))]
 
-    while len(found) < count:
+    while len(texts) < count:
         a, b = (pick(RINGS).format(pick(GROUPS)) for _ in "ab")
         text = pick(REACTIONS).format(a=a, b=b)
         if len(split_smiles(text)) <= LONGEST:
-            found[text] = None
-    return [split_smiles(text) for text in found]
+            texts[text] = None
+    return [split_smiles(text) for text in texts]
 
 
 def write_chains(encoder: Encoder, count: int, length: int) -> list[list[str]]:

@@ -183,18 +183,18 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
         options = replace(few, resume=tmp_path / "parts", **changes)
         return fit(lora, *ends, options, again=True).report.probe
 
-    said = "The target is run without guidance, so the source was asked with its own, 7.5."
+    sentence = "The target is run without guidance, so the source was asked with its own, 7.5."
     student = fitted(target_steps=1, target_guidance=1.0)
     assert student.guidance == pytest.approx(7.5, rel=1e-3) and student.shared
-    assert student.pairs and said in student.sentences()
+    assert student.pairs and sentence in student.sentences()
     slower = fitted(target_steps=3, target_guidance=1.0)  # more than half as many steps
     assert slower.guidance == pytest.approx(7.5, rel=1e-3) and not slower.pairs
     plain = fitted()
     assert plain.guidance == 1 and "guidance" not in " ".join(plain.sentences())
     # Samples of another guidance are others, although the source is asked alike.
     scales = (3.0, 5.0, 5.0)
-    found = [fitted(target_steps=3, target_guidance=scale) for scale in scales]
-    assert [one.resumed for one in found] == [0, 0, 1]
+    fits = [fitted(target_steps=3, target_guidance=scale) for scale in scales]
+    assert [one.resumed for one in fits] == [0, 0, 1]
 
 
 def write_twins(folder):

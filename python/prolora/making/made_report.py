@@ -35,9 +35,9 @@ class MadeReport(LoraReport):
         original = f"what was read of {self.original}" if self.unread else self.original
         headline = f"It holds {kept:.2%} of the energy of {original}, and differs from it by "
         mark: Mark = "✔" if kept >= ENOUGH else "⚠"
-        told = Sentence(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
+        sentence = Sentence(mark, f"{headline}{lost}.", tuple(self.lines()), cautions)
         missing = f"{count_things(self.unread, 'update')} of the file could not be read."
-        return told.after([missing]) if self.unread else told
+        return sentence.after([missing]) if self.unread else sentence
 
     def lines(self) -> list[str]:
         """Says what else to know of the result."""
